@@ -1,0 +1,117 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is one clear sentence, never ignored.
+
+A field typed as a union of dataclasses is written with a "kind" key, the class name in the annotation, so nothing has to
+be registered and nothing is imported by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, TypeVar, Union
+
+from vlaflow.errors import ConfigError, nearest
+
+T = TypeVar("T")
+JSON = Any
+
+
+def to_json(value: Any) -> JSON:
+    """Plain JSON data of a (nested) dataclass, with "kind" where the reader could not know the class."""
+    return _encode(value, type(value))
+
+
+def _encode(value: Any, annotation: Any) -> JSON:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = typing.get_type_hints(type(value))
+        body = {f.name: _encode(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **body} if len(_dataclasses_in(annotation)) > 1 else body
+    if isinstance(value, tuple):
+        args = typing.get_args(annotation)
+        inner = args[0] if args else Any
+        return [_encode(v, inner) for v in value]
+    if isinstance(value, dict):
+        args = typing.get_args(annotation)
+        return {k: _encode(v, args[1] if args else Any) for k, v in value.items()}
+    return value
+
+
+def from_json(cls: type[T], data: JSON, where: str) -> T:
+    """Rebuild a dataclass written by ``to_json``.
+
+    Raises:
+        ConfigError: naming the key, the file (``where``) and the nearest valid key.
+    """
+    return typing.cast(T, _decode(cls, data, where, "config"))
+
+
+def _decode(annotation: Any, data: JSON, where: str, key: str) -> Any:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return data
+    if origin is Literal:
+        if data not in args:
+            raise ConfigError(f"'{key}' in {where} is {data!r}; {nearest(str(data), map(str, args))}")
+        return data
+    if origin in (Union, types.UnionType):
+        if data is None and type(None) in args:
+            return None
+        classes = _dataclasses_in(annotation)
+        if classes and isinstance(data, dict):
+            if len(classes) == 1:
+                return _decode(classes[0], data, where, key)
+            by_name = {c.__name__: c for c in classes}
+            kind = data.get("kind")
+            if kind not in by_name:
+                raise ConfigError(f"'{key}.kind' in {where} is {kind!r}; {nearest(str(kind), by_name)}")
+            return _decode(by_name[kind], {k: v for k, v in data.items() if k != "kind"}, where, key)
+        plain = [a for a in args if a is not type(None) and a not in classes]
+        for option in plain:
+            try:
+                return _decode(option, data, where, key)
+            except ConfigError:
+                if option is plain[-1]:
+                    raise
+        raise ConfigError(f"'{key}' in {where} cannot be {data!r}.")
+    if dataclasses.is_dataclass(annotation):
+        return _decode_dataclass(annotation, data, where, key)
+    if origin is tuple:
+        _require(isinstance(data, list), key, where, "a list", data)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_decode(args[0], v, where, f"{key}[{i}]") for i, v in enumerate(data))
+        _require(len(data) == len(args), key, where, f"a list of {len(args)}", data)
+        return tuple(_decode(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, data, strict=True)))
+    if origin is dict:
+        _require(isinstance(data, dict), key, where, "an object", data)
+        return {k: _decode(args[1], v, where, f"{key}.{k}") for k, v in data.items()}
+    if annotation is float:
+        _require(isinstance(data, int | float) and not isinstance(data, bool), key, where, "a number", data)
+        return float(data)
+    if annotation in (int, str, bool):
+        _require(type(data) is annotation, key, where, annotation.__name__, data)
+    return data
+
+
+def _decode_dataclass(cls: Any, data: JSON, where: str, key: str) -> Any:
+    _require(isinstance(data, dict), key, where, f"an object ({cls.__name__})", data)
+    hints, known = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    for name in data:
+        if name not in known:
+            raise ConfigError(f"Unknown key '{key}.{name}' in {where}; {nearest(name, known)}")
+    for name, f in known.items():
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and name not in data:
+            raise ConfigError(f"Key '{key}.{name}' is missing in {where}.")
+    return cls(**{name: _decode(hints[name], value, where, f"{key}.{name}") for name, value in data.items()})
+
+
+def _dataclasses_in(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return [a for a in typing.get_args(annotation) if dataclasses.is_dataclass(a)]
+    return [annotation] if dataclasses.is_dataclass(annotation) else []
+
+
+def _require(condition: bool, key: str, where: str, wanted: str, found: Any) -> None:
+    if not condition:
+        raise ConfigError(f"'{key}' in {where} must be {wanted}, got {found!r}.")

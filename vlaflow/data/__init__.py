@@ -1,0 +1,1 @@
+"""Demonstrations: the LeRobot format, frame cache, windows, statistics, transforms. No simulator and no network here."""

@@ -1,0 +1,87 @@
+"""Batched tensors as they leave the data room and enter a policy, in robot units (policies normalise).
+
+Shape letters: B batch, H height, W width, S state dimension, L horizon, D action dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlaflow.errors import SpecError
+from vlaflow.spec import Observation
+
+
+@dataclass(frozen=True)
+class ObservationBatch:
+    """B observations of the same robot.
+
+    Args:
+        images: by view name, uint8 (B, H, W, 3); views may differ in size.
+        state_BS: float32 (B, S), robot units.
+        instructions: B sentences.
+    """
+
+    images: Mapping[str, Tensor]
+    state_BS: Tensor
+    instructions: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def to(self, device: torch.device | str) -> ObservationBatch:
+        """The same batch on another device."""
+        return ObservationBatch({k: v.to(device) for k, v in self.images.items()}, self.state_BS.to(device), self.instructions)
+
+    @staticmethod
+    def collate(observations: Sequence[Observation]) -> ObservationBatch:
+        """Stack single observations.
+
+        Raises:
+            SpecError: when views, image sizes or state lengths differ between them.
+        """
+        first = observations[0]
+        for i, other in enumerate(observations):
+            same = (
+                other.images.keys() == first.images.keys()
+                and all(other.images[v].shape == first.images[v].shape for v in first.images)
+                and other.state.shape == first.state.shape
+            )
+            if not same:
+                raise SpecError(f"Observation {i} of the batch has other views, image sizes or state length than the first.")
+        images = {v: torch.from_numpy(np.stack([o.images[v] for o in observations])) for v in first.images}
+        state = torch.from_numpy(np.stack([np.asarray(o.state, np.float32) for o in observations]))
+        return ObservationBatch(images, state, [o.instruction for o in observations])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples.
+
+    Args:
+        observation: what the policy saw.
+        action_BLD: float32, robot units; steps past the episode's end repeat its last action.
+        valid_BL: bool; False on steps past the episode's end and on pauses. They never touch the loss.
+        episode_B: int64, the episode each sample comes from (named when a loss explodes).
+        frame_B: int64, the frame within that episode.
+    """
+
+    observation: ObservationBatch
+    action_BLD: Tensor
+    valid_BL: Tensor
+    episode_B: Tensor
+    frame_B: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.observation.to(device),
+            self.action_BLD.to(device),
+            self.valid_BL.to(device),
+            self.episode_B,
+            self.frame_B,
+        )

@@ -1,0 +1,162 @@
+"""The nouns: what a robot's action means, what a policy sees, what it answers.
+
+Nothing here computes; everything here checks. Batched tensors live in ``data.batch``, files in ``data.lerobot``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+import numpy as np
+
+from vlaflow.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One number of an action: its unit, frame, range and what a positive value does."""
+
+    name: str
+    unit: str
+    frame: str
+    low: float
+    high: float
+    positive: str
+    mode: Literal["delta", "absolute"] = "delta"
+
+    def __post_init__(self) -> None:
+        for text in ("name", "unit", "frame", "positive"):
+            if not str(getattr(self, text)).strip():
+                raise SpecError(
+                    f"Action dimension '{self.name}' leaves '{text}' blank. State it; write 'none' where there is none."
+                )
+        if not self.low < self.high:
+            raise SpecError(f"Action dimension '{self.name}' has the empty range [{self.low}, {self.high}].")
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """What an action means. Saved with every data set and checkpoint; refused on mismatch.
+
+    Args:
+        robot: robot and controller, e.g. "metaworld sawyer, end-effector displacement".
+        dimensions: the D numbers of an action, in order.
+        rotation: rotation representation ("none", "axis-angle", "quaternion xyzw", ...).
+        gripper: gripper convention in words ("none", "-1 open, +1 closed", ...).
+        rate_hz: actions per second.
+        horizon: actions per chunk; None in a data set, which is not cut into chunks.
+    """
+
+    robot: str
+    dimensions: tuple[Dimension, ...]
+    rotation: str
+    gripper: str
+    rate_hz: float
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dimensions:
+            raise SpecError("An action needs at least one dimension.")
+        names = [d.name for d in self.dimensions]
+        if len(set(names)) != len(names):
+            raise SpecError(f"Action dimension names must differ, got {names}.")
+        if not self.rate_hz > 0:
+            raise SpecError(f"rate_hz must be positive, got {self.rate_hz}.")
+
+    @property
+    def dim(self) -> int:
+        """Number of action dimensions, D."""
+        return len(self.dimensions)
+
+    @property
+    def low(self) -> np.ndarray:
+        """Lower bounds, (D,)."""
+        return np.array([d.low for d in self.dimensions], np.float32)
+
+    @property
+    def high(self) -> np.ndarray:
+        """Upper bounds, (D,)."""
+        return np.array([d.high for d in self.dimensions], np.float32)
+
+    def with_horizon(self, horizon: int) -> ActionSpec:
+        """The same meaning, cut into chunks of ``horizon`` actions."""
+        return replace(self, horizon=horizon)
+
+    def require_match(self, other: ActionSpec, ours: str, theirs: str) -> None:
+        """Refuse ``other`` unless it means the same as this one (the horizon counts only where both state one).
+
+        Raises:
+            SpecError: naming the first difference and both sides ("checkpoint X", "data set Y").
+        """
+        for part in fields(self):
+            mine, his = getattr(self, part.name), getattr(other, part.name)
+            if mine == his or (part.name == "horizon" and None in (mine, his)):
+                continue
+            what = part.name
+            if part.name == "dimensions":
+                pairs = [(m, h) for m, h in zip(mine, his, strict=False) if m != h]
+                if pairs:
+                    first = next(
+                        f.name for f in fields(Dimension) if getattr(pairs[0][0], f.name) != getattr(pairs[0][1], f.name)
+                    )
+                    what = f"{first} of action dimension '{pairs[0][0].name}'"
+                    mine, his = getattr(pairs[0][0], first), getattr(pairs[0][1], first)
+                else:
+                    what, mine, his = "number of action dimensions", len(mine), len(his)
+            raise SpecError(
+                f"The actions of {ours} and {theirs} do not mean the same: {what} is {mine!r} in the first and {his!r} in "
+                f"the second. Use a checkpoint trained for this robot, or convert one side."
+            )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees at one moment.
+
+    Args:
+        images: by view name, uint8, (height, width, 3), RGB, upright.
+        state: proprioception, (S,), in the robot's own units.
+        instruction: the task in words.
+    """
+
+    images: Mapping[str, np.ndarray]
+    state: np.ndarray
+    instruction: str
+
+    def __post_init__(self) -> None:
+        for view, image in self.images.items():
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise SpecError(
+                    f"View '{view}' must be a uint8 array of shape (height, width, 3), got {image.dtype} {image.shape}."
+                )
+        if self.state.ndim != 1:
+            raise SpecError(f"The state must be one vector, got shape {self.state.shape}.")
+        if not np.all(np.isfinite(self.state)):
+            raise SpecError(f"The state holds a value that is not finite: {self.state.tolist()}.")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A policy's answer: L future actions in robot units, and how they came about.
+
+    Args:
+        actions: (L, D) float32, robot units.
+        confidence: (L,) in (0, 1), one per action, where a rater judged them; else None.
+        regenerated: (L,) bool, which actions were made anew after the first round; None without refinement.
+        draft: (L, D), the first round's actions where refinement changed some; else None.
+        layers: backbone layers run over the prefix.
+        layer_passes: layers run in all, prefix and every solver step and the rater together.
+        evaluations: velocity (or token) evaluations of the decoder.
+        milliseconds: wall time by part: "prefix", "first", "rater", "refine", ..., "total".
+    """
+
+    actions: np.ndarray
+    confidence: np.ndarray | None = None
+    regenerated: np.ndarray | None = None
+    draft: np.ndarray | None = None
+    layers: int = 0
+    layer_passes: int = 0
+    evaluations: int = 0
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
