@@ -284,7 +284,9 @@ class Dataset:
         known = rows["episode"][(rows["episode"] >= 0) & (rows["episode"] < len(lengths))]
         counts = np.bincount(known, minlength=len(lengths))
         if len(known) != len(rows["episode"]):
-            raise DataError(f"{self.root}/data holds rows of an episode that meta does not describe. Copy the meta folder again.")
+            raise DataError(
+                f"{self.root}/data holds rows of an episode that meta does not describe. Copy the meta folder again."
+            )
         for i in np.flatnonzero(counts != lengths)[:1]:
             raise DataError(
                 f"Episode {i} of {self.root} has {lengths[i]} frames according to meta, but {self._data_path(i)} holds "
@@ -330,7 +332,9 @@ class Dataset:
         if key not in self.features:
             raise DataError(f"{self.root} has no feature '{key}' in meta/info.json; {nearest(key, self.features)}")
         if len(self.features[key]["shape"]) != 1:
-            raise DataError(f"'{key}' of {self.root} must be one vector per frame, but has shape {self.features[key]['shape']}.")
+            raise DataError(
+                f"'{key}' of {self.root} must be one vector per frame, but has shape {self.features[key]['shape']}."
+            )
 
     def _require_spec(self, spec: ActionSpec) -> None:
         declared = int(self.features[self.action_key]["shape"][0])

@@ -235,9 +235,7 @@ def _files_v21(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Ma
     data = info.get("data_path") or "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
     video = info.get("video_path") or "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
     where = {"episode_chunk": index // int(info.get("chunks_size", 1000)), "episode_index": index}
-    return EpisodeFiles(
-        root / data.format(**where), {key: (root / video.format(video_key=key, **where), 0.0) for key in keys}
-    )
+    return EpisodeFiles(root / data.format(**where), {key: (root / video.format(video_key=key, **where), 0.0) for key in keys})
 
 
 def _require_files(root: Path, files: Sequence[EpisodeFiles]) -> None:

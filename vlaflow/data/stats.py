@@ -1,7 +1,7 @@
 """Statistics of states and actions, from the number columns alone: no image is touched, so they take seconds.
 
-    stats = compute(dataset)["action"]
-    normalizer = Normalizer.from_stats(stats, "quantile")
+stats = compute(dataset)["action"]
+normalizer = Normalizer.from_stats(stats, "quantile")
 """
 
 from __future__ import annotations

@@ -229,7 +229,9 @@ class Writer:
     ) -> dict[str, Segment]:
         for view in (*images, *videos):
             if view not in self.views:
-                raise SpecError(f"Episode {index} brings the view '{view}', which was not declared; {nearest(view, self.views)}")
+                raise SpecError(
+                    f"Episode {index} brings the view '{view}', which was not declared; {nearest(view, self.views)}"
+                )
         segments = {}
         for view, size in self.views.items():
             if (view in images) == (view in videos):
