@@ -110,7 +110,7 @@ class FrameCache:
                 home.mkdir(parents=True, exist_ok=True)
                 with _locked(home / f".frames-{key}.lock"):
                     if not folder.is_dir():
-                        _build(dataset, folder, shapes, size, workers, progress)
+                        _build(dataset, folder, shapes, size=size, workers=workers, progress=progress)
             except PermissionError as error:
                 raise DataError(
                     f"The frame cache cannot be written to {home}. Set VLAFLOW_CACHE to a folder of yours."
@@ -128,7 +128,7 @@ class FrameCache:
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
         """The frames at these rows of ``Dataset.columns``, a copy: view name to uint8 (B, H, W, 3)."""
-        if len(rows) and not (0 <= rows.min() and rows.max() < self._rows):
+        if len(rows) and (rows.min() < 0 or rows.max() >= self._rows):
             raise IndexError(f"Rows must lie in 0 .. {self._rows - 1}, got {rows.min()} .. {rows.max()}.")
         return {view: torch.from_numpy(np.take(array, rows, axis=0)) for view, array in self._arrays.items()}
 
@@ -145,6 +145,7 @@ def _build(
     dataset: Dataset,
     folder: Path,
     shapes: Mapping[str, tuple[int, int]],
+    *,
     size: int | None,
     workers: int | None,
     progress: Callable[[int, int], None] | None,
@@ -184,5 +185,4 @@ def _build(
             array.flush()
         partial.rename(folder)
     finally:
-        del arrays
         shutil.rmtree(partial, ignore_errors=True)

@@ -93,7 +93,7 @@ def read_meta(root: Path) -> Meta:
         missing = [name for name in names if name not in tasks]
         if missing:
             raise DataError(
-                f"Episode {index} of {root} names the task '{missing[0]}', which {_task_table(modern)} does not list. Add it there."
+                f"Episode {index} of {root} names the task '{missing[0]}', which {_task_table(modern)} lacks. Add it there."
             )
         episodes.append(Episode(index, names[0], int(row["length"]), start))
         files.append((_files_v3 if modern else _files_v21)(root, info, keys, row))

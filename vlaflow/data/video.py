@@ -150,12 +150,13 @@ class Joiner:
                     f"The video {segment.path} was encoded at another size or with other settings than the episodes before "
                     f"it, so the two cannot be joined. Encode every episode with vlaflow.data.video.encode_video."
                 )
-            shift = Fraction(start) / self.rate / stream.time_base
+            assert stream.time_base is not None
+            shift = int(Fraction(start) / self.rate / stream.time_base)
             for packet in source.demux(stream):
-                if packet.dts is None:
+                if packet.dts is None or packet.pts is None:  # the empty packet that ends a file
                     continue
-                packet.pts += int(shift)
-                packet.dts += int(shift)
+                packet.pts += shift
+                packet.dts += shift
                 packet.stream = self._stream
                 self.bytes += packet.size
                 self._out.mux(packet)
@@ -198,11 +199,11 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
             # A stated rate is a summary, so only a clear disagreement counts here; single frames are checked below.
             if rate is not None and stream.frames > 1 and abs(float(rate) / fps - 1) > 0.01:
                 raise VideoError("rate", f"{float(rate):g} fps", 0)
-            time_base = float(stream.time_base)
+            time_base = float(stream.time_base or 0)
             if start_s > TOLERANCE_S:
                 container.seek(int((start_s + TOLERANCE_S) / time_base), stream=stream, backward=True)
             for frame in container.decode(stream):
-                at, wanted = frame.pts * time_base, start_s + found / fps
+                at, wanted = (frame.pts or 0) * time_base, start_s + found / fps
                 if at < wanted - TOLERANCE_S and found == 0:
                     continue
                 if abs(at - wanted) >= TOLERANCE_S:

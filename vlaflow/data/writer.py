@@ -110,6 +110,7 @@ class Writer:
         action: np.ndarray,
         task: str,
         extra: Mapping[str, np.ndarray] | None = None,
+        *,
         videos: Mapping[str, Path | Segment] | None = None,
     ) -> int:
         """Append one episode of T frames; each view comes either in ``images`` or in ``videos``.
@@ -232,7 +233,7 @@ class Writer:
                 raise SpecError(
                     f"Episode {index} brings the view '{view}', which was not declared; {nearest(view, self.views)}"
                 )
-        segments = {}
+        segments: dict[str, Segment] = {}
         for view, size in self.views.items():
             if (view in images) == (view in videos):
                 raise SpecError(f"Episode {index} must bring the view '{view}' once, as images or as a video.")
