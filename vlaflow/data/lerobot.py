@@ -127,6 +127,21 @@ class Dataset:
         height, width, _ = self.features[self._view_key(view)]["shape"]
         return int(height), int(width)
 
+    def dimension_names(self, name: str) -> tuple[str, ...]:
+        """One name per number of the "state" or the "action"; "0", "1", ... where the data set gives none."""
+        key = self.action_key if name == "action" else self.state_key
+        if key is None:
+            return ()
+        names, width = self.features[key].get("names"), int(self.features[key]["shape"][0])
+        if isinstance(names, dict):  # some recorders group them: {"motors": [...]}
+            names = [one for group in names.values() for one in (group if isinstance(group, list) else [group])]
+        fitting = isinstance(names, list) and len(names) == width
+        return tuple(map(str, names)) if fitting else tuple(map(str, range(width)))
+
+    def video_paths(self, episode: int) -> dict[str, Path]:
+        """The mp4 that holds this episode, by feature key."""
+        return {key: path for key, (path, _) in self._meta.files[self._episode(episode).index].videos.items()}
+
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits of the content: meta and data files in full, of each video its size and its first and last 64 KiB.
@@ -305,7 +320,7 @@ class Dataset:
                 row, dimension = (int(i) for i in np.argwhere(bad)[0])
                 raise DataError(
                     f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in '{key}' at frame "
-                    f"{rows['frame'][row]}, dimension {dimension}{self._dimension_name(key, dimension)} "
+                    f"{rows['frame'][row]}, dimension {dimension} ('{self.dimension_names(name)[dimension]}') "
                     f"({self._data_path(int(rows['episode'][row]))}). Record the episode again."
                 )
 
@@ -321,12 +336,6 @@ class Dataset:
 
     def _data_path(self, episode: int) -> Path:
         return self._meta.files[episode].data.relative_to(self.root)
-
-    def _dimension_name(self, key: str | None, dimension: int) -> str:
-        names = self.features[key or ""].get("names")
-        if isinstance(names, dict):  # some recorders group them: {"motors": [...]}
-            names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-        return f" ('{names[dimension]}')" if names and dimension < len(names) else ""
 
     def _require_vector(self, key: str) -> None:
         if key not in self.features:
