@@ -7,7 +7,7 @@
 #
 #   .venv/.vlaflow-installing       present while an installation is under way, so left behind by one that was killed
 #   .venv/.vlaflow-stamp-LEVEL      hash of what was installed, written last
-#   .venv/.vlaflow-install-seconds  how long the last installation took
+#   .venv/.vlaflow-install-seconds  how long the last installation took, GL libraries included
 #   .venv/.vlaflow-gl               the value of MUJOCO_GL that drew a picture on this machine
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -84,7 +84,6 @@ make_venv() {
 }
 
 install() {
-    local began=$SECONDS
     if [ -e $venv/.vlaflow-installing ] || { is_ours && ! is_sound; }; then
         say "The last installation did not finish, or .venv was moved: starting over."
         rm -rf $venv
@@ -107,10 +106,9 @@ install() {
         fail "The installation failed; the lines above are the end of $log. Check the network and run this again."
     fi
     rm -f $venv/.vlaflow-stamp-* # of an older set
-    echo $((SECONDS - began)) >$venv/.vlaflow-install-seconds
     rm $venv/.vlaflow-installing
     fingerprint >"$venv/.vlaflow-stamp-$level"
-    say "Installed in $((SECONDS - began)) s."
+    changed=yes
 }
 
 # Asking for a picture says more than asking for packages: drivers come from many places.
@@ -131,6 +129,7 @@ PROBE
 
 find_gl() {
     local backend
+    changed=yes
     for backend in ${MUJOCO_GL:-egl osmesa}; do
         if draws "$backend"; then echo "$backend" >$venv/.vlaflow-gl && return; fi
     done
@@ -148,5 +147,10 @@ setup_gl() {
     [ "$level" = dev ] # developers may go on: most tests need no picture
 }
 
+changed=
 is_done dev || is_done "$level" || install
 setup_gl
+if [ -n "$changed" ]; then
+    echo $SECONDS >$venv/.vlaflow-install-seconds
+    say "Ready after $SECONDS s."
+fi
