@@ -1,0 +1,1 @@
+"""Networks that read an observation: images, words and proprioception."""

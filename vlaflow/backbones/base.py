@@ -1,0 +1,114 @@
+"""The contract of a backbone: embed an observation, then run its layers a few at a time.
+
+A backbone is a stack of layers that can continue where it stopped and whose every layer can be run on other tokens that
+read the prefix's keys and values. That is all a decoder, an early exit or a second expert needs.
+
+Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.errors import CapabilityError
+from vlaflow.nn.attention import KeyValues
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What stacks and cost models need to know of a backbone."""
+
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """An encoded observation, and how far it has been encoded.
+
+    Args:
+        backbone: the network that encodes it.
+        hidden_BPW: hidden states after ``depth`` layers.
+        seen_BP: bool, False on padding; None when there is none.
+        memory: keys and values of every layer that has run.
+        rotary: cosines and sines of the prefix positions, for backbones that rotate.
+        next_position_B: position of the first suffix token, for backbones that count positions.
+    """
+
+    backbone: Backbone
+    hidden_BPW: Tensor
+    seen_BP: Tensor | None = None
+    memory: tuple[KeyValues, ...] = ()
+    rotary: Rotary | None = None
+    next_position_B: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        """Layers run so far."""
+        return len(self.memory)
+
+    @property
+    def batch(self) -> int:
+        """Number of observations."""
+        return self.hidden_BPW.shape[0]
+
+    def detach(self) -> Prefix:
+        """The same prefix without a path back to the backbone (gradient truncation)."""
+        return replace(self, hidden_BPW=self.hidden_BPW.detach(), memory=tuple(m.detach() for m in self.memory))
+
+
+class Backbone(nn.Module, ABC):
+    """A vision-language network seen as an embedding and a stack of layers."""
+
+    spec: BackboneSpec
+
+    @property
+    @abstractmethod
+    def views(self) -> Mapping[str, int | None]:
+        """The camera views it reads, with the square image size each is resized to (None: any size)."""
+
+    @abstractmethod
+    def embed(self, observation: ObservationBatch) -> Prefix:
+        """Tokens of B observations before the first layer; ``observation.state_BS`` is already normalised."""
+
+    @abstractmethod
+    def layer(
+        self,
+        index: int,
+        hidden_BTW: Tensor,
+        rotary: Rotary | None = None,
+        memory: KeyValues | None = None,
+        seen_BT: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValues]:
+        """One layer on any tokens, which also read ``memory``. Returns hidden states and the tokens' own keys, values."""
+
+    @abstractmethod
+    def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
+        """Give suffix tokens their positions after the prefix (added, or as a rotation for ``layer``)."""
+
+    @abstractmethod
+    def finish(self, hidden_BTW: Tensor) -> Tensor:
+        """The norm that follows the last layer run."""
+
+    def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
+        """Continue the prefix through the layers below ``upto`` (all of them by default). Layers already run are kept."""
+        upto = self.spec.depth if upto is None else upto
+        hidden, memory = prefix.hidden_BPW, list(prefix.memory)
+        for index in range(prefix.depth, upto):
+            hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.seen_BP)
+            memory.append(own)
+        return replace(prefix, hidden_BPW=hidden, memory=tuple(memory))
+
+    def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
+        """Language-model loss on an answer; only backbones with a vocabulary have one."""
+        raise CapabilityError(f"{type(self).__name__} has no language-model head; use a pretrained vision-language backbone.")

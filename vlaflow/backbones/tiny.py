@@ -1,0 +1,191 @@
+"""A small vision-language backbone learned from scratch, fast on a laptop CPU.
+
+Images pass a convolution stem (or a patch projection) to a coarse grid of tokens, the instruction is read as UTF-8 bytes
+a few at a time, the state is one token; pre-norm blocks with full attention follow. The prefix never sees the suffix, so
+its keys and values are exact for every solver step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, Rotary
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.nn.attention import KeyValues
+from vlaflow.nn.block import Block, BlockConfig
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """The tiny backbone.
+
+    Args:
+        state_dim: length of the proprioceptive state, S.
+        views: one to three camera views, in the order of their tokens.
+        image_size: square image side in pixels; a multiple of ``cell``.
+        cell: image side covered by one token in pixels; a power of two, at least 4.
+        stem: "conv" (small patches, then 3×3 convolutions of stride 2) or "patch" (one projection).
+        width, depth, heads, ffn: of the blocks.
+        text_bytes: longest instruction in bytes.
+        text_patch: bytes per text token.
+        suffix: most suffix tokens a decoder may add.
+    """
+
+    state_dim: int
+    views: tuple[str, ...] = ("image",)
+    image_size: int = 96
+    cell: int = 16
+    stem: Literal["conv", "patch"] = "conv"
+    width: int = 192
+    depth: int = 4
+    heads: int = 6
+    ffn: int = 768
+    text_bytes: int = 96
+    text_patch: int = 8
+    suffix: int = 64
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.views) <= 3:
+            raise ConfigError(f"The tiny backbone takes one to three views, got {list(self.views)}.")
+        if self.image_size % self.cell or self.cell & (self.cell - 1) or self.cell < 4:
+            raise ConfigError(f"image_size {self.image_size} must be a multiple of cell {self.cell}, a power of two from 4 on.")
+        if self.width % self.heads or self.text_bytes % self.text_patch:
+            raise ConfigError("width must be a multiple of heads, and text_bytes of text_patch.")
+
+    def build(self) -> TinyBackbone:
+        """The network, randomly initialised."""
+        return TinyBackbone(self)
+
+
+class ConvStem(nn.Module):
+    """A 4×4 patch projection, then 3×3 convolutions of stride 2 down to one token per cell, doubling the channels.
+
+    Starting from patches instead of full-resolution convolutions halves the stem's cost on a CPU.
+    """
+
+    def __init__(self, cell: int, width: int) -> None:
+        super().__init__()
+        halvings = (cell // 4).bit_length() - 1
+        channels = [max(16, width >> (halvings - i)) for i in range(halvings)] + [width]
+        self.patches = PatchStem(4, channels[0])
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(channels))
+
+    def forward(self, image_BHW3: Tensor) -> Tensor:
+        """(B, H, W, 3) in [−1, 1] → (B, tokens, width)."""
+        b, h, w, _ = image_BHW3.shape
+        # channels last all the way: the projection's output is already in the layout the convolutions are fast in
+        x_BCHW = self.patches(image_BHW3).view(b, h // 4, w // 4, -1).permute(0, 3, 1, 2)
+        for convolution in self.convolutions:
+            x_BCHW = convolution(functional.gelu(x_BCHW))
+        return x_BCHW.flatten(2).mT
+
+
+class PatchStem(nn.Module):
+    """One linear projection per image cell."""
+
+    def __init__(self, cell: int, width: int) -> None:
+        super().__init__()
+        self.cell = cell
+        self.project = nn.Linear(3 * cell * cell, width)
+
+    def forward(self, image_BHW3: Tensor) -> Tensor:
+        """(B, H, W, 3) in [−1, 1] → (B, tokens, width)."""
+        b, h, w, _ = image_BHW3.shape
+        c = self.cell
+        cells = image_BHW3.reshape(b, h // c, c, w // c, c, 3).transpose(2, 3).reshape(b, -1, 3 * c * c)
+        return self.project(cells)
+
+
+class TinyBackbone(Backbone):
+    """See the module text."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.spec = BackboneSpec(c.depth, c.width, c.heads, c.heads, c.width // c.heads)
+        stem = ConvStem if c.stem == "conv" else PatchStem
+        self.stems = nn.ModuleList(stem(c.cell, c.width) for _ in c.views)
+        cells, texts = (c.image_size // c.cell) ** 2, c.text_bytes // c.text_patch
+        self.byte = nn.Embedding(257, 32)  # 256 marks padding
+        self.text = nn.Linear(32 * c.text_patch, c.width)
+        self.state = nn.Linear(c.state_dim, c.width)
+        self.prefix_position = nn.Parameter(torch.randn(len(c.views) * cells + texts + 1, c.width) * 0.02)
+        self.suffix_position = nn.Parameter(torch.randn(c.suffix, c.width) * 0.02)
+        block = BlockConfig(c.width, c.heads, c.heads, c.width // c.heads, c.ffn)
+        self.layers = nn.ModuleList(Block(block) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width)
+
+    @property
+    def views(self) -> Mapping[str, int | None]:
+        """Views and their image side."""
+        return dict.fromkeys(self.config.views, self.config.image_size)
+
+    def embed(self, observation: ObservationBatch) -> Prefix:
+        """See the base class.
+
+        Raises:
+            SpecError: for an instruction longer than ``text_bytes`` or a state of another length.
+        """
+        c = self.config
+        if observation.state_BS.shape[1] != c.state_dim:
+            raise SpecError(f"The policy expects a state of length {c.state_dim}, got {observation.state_BS.shape[1]}.")
+        tokens = []
+        for view, stem in zip(c.views, self.stems, strict=True):
+            tokens.append(stem(observation.images[view].to(self.state.weight.dtype) / 127.5 - 1))
+        images = sum(t.shape[1] for t in tokens)
+        byte_BN, written_BT = self._bytes(observation)
+        texts = written_BT.shape[1]
+        tokens.append(self.text(self.byte(byte_BN).view(len(observation), texts, 32 * c.text_patch)))
+        tokens.append(self.state(observation.state_BS.to(self.state.weight.dtype))[:, None])
+        position_PW = torch.cat((self.prefix_position[: images + texts], self.prefix_position[-1:]))
+        hidden_BPW = torch.cat(tokens, 1) + position_PW
+        if bool(written_BT.all()):
+            return Prefix(self, hidden_BPW)
+        seen_BP = functional.pad(functional.pad(written_BT, (images, 0), value=True), (0, 1), value=True)
+        return Prefix(self, hidden_BPW, seen_BP)
+
+    def layer(
+        self,
+        index: int,
+        hidden_BTW: Tensor,
+        rotary: Rotary | None = None,
+        memory: KeyValues | None = None,
+        seen_BT: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValues]:
+        """See the base class; positions were added by ``embed`` and ``place``, so ``rotary`` is not used."""
+        return self.layers[index](hidden_BTW, memory, seen_BT)
+
+    def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
+        """Adds a learned position to each suffix token."""
+        t = suffix_BTW.shape[1]
+        if t > self.config.suffix:
+            raise ConfigError(
+                f"A decoder adds {t} tokens, the tiny backbone has {self.config.suffix} positions; raise 'suffix'."
+            )
+        return suffix_BTW + self.suffix_position[:t], None
+
+    def finish(self, hidden_BTW: Tensor) -> Tensor:
+        """The final LayerNorm."""
+        return self.norm(hidden_BTW)
+
+    def _bytes(self, observation: ObservationBatch) -> tuple[Tensor, Tensor]:
+        """Bytes (B, N) padded with 256 to the batch's longest sentence, and which text tokens hold any, (B, N / patch)."""
+        limit, patch = self.config.text_bytes, self.config.text_patch
+        sentences = [sentence.encode() for sentence in observation.instructions]
+        for raw in sentences:
+            if len(raw) > limit:
+                raise SpecError(f"The instruction '{raw.decode()}' has {len(raw)} bytes, the policy reads at most {limit}.")
+        length = -(-max(len(raw) for raw in sentences) // patch) * patch
+        byte_BN = torch.tensor([list(raw.ljust(length, b"\0")) for raw in sentences], dtype=torch.long)
+        size_B1 = torch.tensor([[len(raw)] for raw in sentences])
+        byte_BN = torch.where(torch.arange(length) < size_B1, byte_BN.view(len(sentences), length), 256)
+        byte_BN = byte_BN.to(observation.state_BS.device)
+        return byte_BN, (byte_BN < 256).view(len(sentences), -1, patch).any(-1)

@@ -1,0 +1,106 @@
+"""The contract of a compute policy, what it needs of a model, and what it reports.
+
+Shape letters: B batch, L horizon, D action dimension.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.decoders.base import Given
+from vlaflow.decoders.model import Model
+from vlaflow.errors import CapabilityError
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a model must have been trained for; checked before anything runs."""
+
+    rater: bool = False
+    unified_masks: bool = False
+
+    def check(self, model: Model, compute: str) -> None:
+        """Refuse a model that lacks something.
+
+        Raises:
+            CapabilityError: saying what is missing and how to get it.
+        """
+        if self.rater and model.rater is None:
+            raise CapabilityError(
+                f"{compute} needs a confidence rater and this checkpoint has none. "
+                "Train one: vlaflow train asyncvla.rater --policy CKPT --dataset DIR --out DIR"
+            )
+        if self.unified_masks and model.decoder.config.masks != "unified":
+            raise CapabilityError(
+                f"{compute} regenerates single actions, and this checkpoint was trained with masks='"
+                f"{model.decoder.config.masks}'. Train with masks='unified'."
+            )
+
+
+@dataclass
+class Stopwatch:
+    """Wall time by part, in milliseconds; waits for the device, so parts add up."""
+
+    device: torch.device
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of the block to ``name``."""
+        begin = self._now()
+        yield
+        self.milliseconds[name] = self.milliseconds.get(name, 0.0) + (self._now() - begin) * 1e3
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Normalised chunks for B observations and how they came about.
+
+    Args:
+        action_BLD: float32, normalised.
+        prefix: the observation as deep as it was encoded, for whoever continues.
+        evaluations: decoder evaluations, per observation.
+        layer_passes_B: network layers run per observation, over prefix, solver steps and rater.
+        confidence_BL: the rater's, where one was asked.
+        regenerated_BL: bool, actions made anew.
+        draft_BLD: the chunk before refinement.
+    """
+
+    action_BLD: Tensor
+    prefix: Prefix
+    evaluations: int
+    layer_passes: int
+    confidence_BL: Tensor | None = None
+    regenerated_BL: Tensor | None = None
+    draft_BLD: Tensor | None = None
+
+
+@runtime_checkable
+class ComputePolicy(Protocol):
+    """Decides which layers, steps and tokens to spend on."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and file names."""
+
+    @property
+    def needs(self) -> Requirements:
+        """What the model must offer."""
+
+    def decode(
+        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+    ) -> Decoded:
+        """Chunks for B embedded observations, one generator each."""

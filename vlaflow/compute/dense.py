@@ -1,0 +1,47 @@
+"""Every layer, every step: the baseline of all compute policies (AsyncVLA's synchronous flow matching)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Generator
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.compute.base import Decoded, Requirements, Stopwatch
+from vlaflow.decoders.base import Given
+from vlaflow.decoders.model import Model
+from vlaflow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``steps`` solver steps through all layers."""
+
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"A flow needs at least one solver step, got {self.steps}.")
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return "dense"
+
+    @property
+    def needs(self) -> Requirements:
+        """Nothing beyond a trained decoder."""
+        return Requirements()
+
+    def decode(
+        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+    ) -> Decoded:
+        """See ``ComputePolicy``."""
+        depth = model.backbone.spec.depth
+        with watch.part("prefix"):
+            prefix = model.backbone.run(prefix)
+        with watch.part("first"):
+            state = model.decoder.start(prefix, generators, self.steps, given)
+            action_BLD = model.decoder.finish(model.decoder.advance(state, prefix, self.steps))
+        return Decoded(action_BLD, prefix, self.steps, depth * (1 + self.steps))

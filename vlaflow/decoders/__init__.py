@@ -1,0 +1,1 @@
+"""Decoders turn an encoded observation into actions: a token codec, a stack and a flow."""

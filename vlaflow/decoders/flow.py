@@ -1,0 +1,159 @@
+"""The flow-matching decoder: one token per action, a clock per token, Euler steps.
+
+Trained with AsyncVLA's unified masks it serves synchronous generation (all clocks 1) and regeneration (clocks 0 on the
+actions to keep) with the same weights; with "synchronous" masks it is the usual π0-style decoder.
+
+Shape letters: B batch, K noise draws, L horizon, D action dimension, X padded dimension, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.decoders.base import Decoder, Given, LossTerms, Targets
+from vlaflow.errors import ConfigError
+from vlaflow.flows import gaussian
+from vlaflow.nn.time import clock_embedding
+from vlaflow.stacks.shared import SharedStack
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The flow decoder.
+
+    Args:
+        action_dim: D.
+        horizon: actions per chunk, L.
+        padded_dim: dimensions the network sees, zero beyond D (pretrained heads use 32); None for D itself.
+        masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
+        draws: noise, time and mask draws per observation and step, K; they share one prefix.
+        time_alpha: training times are Beta(time_alpha, 1).
+        time_floor: smallest training time.
+    """
+
+    action_dim: int
+    horizon: int = 16
+    padded_dim: int | None = None
+    masks: Literal["unified", "synchronous"] = "unified"
+    draws: int = 2
+    time_alpha: float = 1.5
+    time_floor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.padded_dim is not None and self.padded_dim < self.action_dim:
+            raise ConfigError(f"padded_dim {self.padded_dim} is smaller than action_dim {self.action_dim}.")
+        if min(self.horizon, self.draws) < 1:
+            raise ConfigError(f"horizon and draws must be at least 1, got {self.horizon} and {self.draws}.")
+
+    def build(self, width: int) -> FlowDecoder:
+        """The decoder for a backbone of this width, randomly initialised."""
+        return FlowDecoder(self, width)
+
+
+class ActionCodec(nn.Module):
+    """Noisy actions and clocks to tokens, hidden states to velocities.
+
+    Token = MLP([P·x ; S(clock)]) with S the sinusoid of each token's own clock, so a clean token's embedding does not
+    depend on the time the others are at (AsyncVLA §3.1). Output head: two linear layers (as EO-1).
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.project = nn.Linear(dim, width)
+        self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Linear(width, dim))
+
+    def encode(self, x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
+        """(B, L, X) and (B, L) → (B, L, W)."""
+        time_BLW = clock_embedding(clock_BL, self.width).to(x_BLX.dtype)
+        return self.mix(torch.cat((self.project(x_BLX), time_BLW), -1))
+
+    def decode(self, hidden_BLW: Tensor) -> Tensor:
+        """(B, L, W) → velocity (B, L, X)."""
+        return self.head(hidden_BLW)
+
+
+@dataclass(frozen=True)
+class FlowState:
+    """Tokens under way.
+
+    Args:
+        x_BLX: float32, normalised and padded actions at their current clocks.
+        start_BL: the clock each token started from.
+        done: solver steps taken.
+        steps: solver steps in all.
+    """
+
+    x_BLX: Tensor
+    start_BL: Tensor
+    done: int
+    steps: int
+
+    def clock_at(self, done: int) -> Tensor:
+        """Clocks after ``done`` steps: every token walks from its start to exactly 0 in ``steps`` equal strides."""
+        return self.start_BL * (1 - done / self.steps)
+
+
+class FlowDecoder(Decoder[FlowState]):
+    """See the module text."""
+
+    def __init__(self, config: FlowConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.codec = ActionCodec(config.padded_dim or config.action_dim, width)
+        self.stack = SharedStack()
+
+    def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix) -> Tensor:
+        """Predicted dx/dt (B, L, X) of tokens at their clocks."""
+        return self.codec.decode(self.stack(self.codec.encode(x_BLX, clock_BL), prefix))
+
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator) -> LossTerms:
+        """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K draws a prefix."""
+        c, device = self.config, targets.action_BLD.device
+        action_BLX = self._pad(targets.action_BLD.float()).repeat_interleave(c.draws, 0)
+        valid_BL = targets.valid_BL.repeat_interleave(c.draws, 0)
+        b = action_BLX.shape[0]
+        mask_BL = torch.ones(b, c.horizon)
+        if c.masks == "unified":
+            mask_BL = gaussian.sample_mask(b, c.horizon, generator)
+        time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
+        noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
+        mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)
+        predicted_BLX = self.velocity(gaussian.interpolate(action_BLX, noise_BLX, clock_BL), clock_BL, prefix)
+        error_BLX = predicted_BLX.float() - gaussian.velocity_target(action_BLX, noise_BLX)
+        total = gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL)
+        return LossTerms(total, {"velocity": total.detach()})
+
+    def start(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> FlowState:
+        """Noise where nothing is given; given tokens enter at the point of the path that belongs to their clock."""
+        c, device = self.config, prefix.hidden_BPW.device
+        noise_BLX = gaussian.standard_normal(generators, (c.horizon, c.padded_dim or c.action_dim)).to(device)
+        if given is None:
+            return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, steps)
+        x_BLX = gaussian.interpolate(self._pad(given.action_BLD.float()), noise_BLX, given.clock_BL)
+        return FlowState(x_BLX, given.clock_BL, 0, steps)
+
+    def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
+        """Euler steps; the integration stays in float32 whatever the network computes in."""
+        for done in range(state.done, min(state.done + steps, state.steps)):
+            now_BL, next_BL = state.clock_at(done), state.clock_at(done + 1)
+            velocity_BLX = self.velocity(state.x_BLX, now_BL, prefix).float()
+            state = replace(state, x_BLX=gaussian.step(state.x_BLX, velocity_BLX, now_BL, next_BL), done=done + 1)
+        return state
+
+    def finish(self, state: FlowState) -> Tensor:
+        """The real dimensions."""
+        return state.x_BLX[..., : self.action_dim]
+
+    def _pad(self, action_BLD: Tensor) -> Tensor:
+        extra = (self.config.padded_dim or self.action_dim) - action_BLD.shape[-1]
+        return functional.pad(action_BLD, (0, extra)) if extra else action_BLD

@@ -1,0 +1,83 @@
+"""AsyncVLA's confidence rater: one probability per action of a finished chunk, from the observation and the chunk.
+
+It learns relative errors: within each chunk the best action is labelled 1 − α and the worst 1 − α − β. So a low rating
+says "worse than its neighbours", not "wrong"; a calibrated compute policy must not read more into it.
+
+Shape letters: B batch, P prefix tokens, L horizon, D action dimension, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.nn.block import Block, BlockConfig, make_norm
+
+
+@dataclass(frozen=True)
+class RaterConfig:
+    """The rater.
+
+    Args:
+        block: its transformer blocks; their width is that of the backbone.
+        depth: number of blocks.
+        alpha, beta: labels lie in [1 − alpha − beta, 1 − alpha].
+    """
+
+    block: BlockConfig
+    depth: int = 2
+    alpha: float = 0.01
+    beta: float = 0.98
+
+    def build(self, action_dim: int, horizon: int) -> ConfidenceRater:
+        """The network, randomly initialised."""
+        return ConfidenceRater(self, action_dim, horizon)
+
+
+def rater_labels(error_BL: Tensor, valid_BL: Tensor, alpha: float = 0.01, beta: float = 0.98, eps: float = 1e-6) -> Tensor:
+    """q = 1 − α − β·(e − min e)/(max e − min e + ε) within each chunk (AsyncVLA eq. 6).
+
+    Args:
+        error_BL: squared error per action, ≥ 0, (B, L).
+        valid_BL: bool; padded and paused actions take no part in the minimum and maximum.
+
+    Returns:
+        (B, L) in [1 − α − β, 1 − α], falling as the error grows; 1 − α everywhere when all errors are equal. Labels of
+        invalid actions are clamped into the range and must be masked by the caller.
+    """
+    low_B1 = error_BL.masked_fill(~valid_BL, float("inf")).amin(1, keepdim=True)
+    high_B1 = error_BL.masked_fill(~valid_BL, float("-inf")).amax(1, keepdim=True)
+    share_BL = ((error_BL - low_B1) / (high_B1 - low_B1 + eps)).nan_to_num(0.0).clamp(0, 1)
+    return 1 - alpha - beta * share_BL
+
+
+class ConfidenceRater(nn.Module):
+    """Full attention over the prefix's hidden states and the chunk's actions, then a sigmoid per action."""
+
+    def __init__(self, config: RaterConfig, action_dim: int, horizon: int) -> None:
+        super().__init__()
+        self.config, width = config, config.block.width
+        self.project = nn.Linear(action_dim, width)
+        self.position = nn.Parameter(torch.randn(horizon, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.depth))
+        self.norm = make_norm(config.block.norm, width, config.block.eps)
+        self.rate = nn.Linear(width, 1)
+
+    def logits(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:
+        """Confidence before the sigmoid, (B, L); the backbone gets no gradient."""
+        prefix_BPW = prefix.backbone.finish(prefix.hidden_BPW).detach()
+        token_BLW = self.project(action_BLD.to(prefix_BPW.dtype)) + self.position
+        x_BTW = torch.cat((prefix_BPW, token_BLW), 1)
+        seen_BT = None
+        if prefix.seen_BP is not None:
+            seen_BT = torch.cat((prefix.seen_BP, prefix.seen_BP.new_ones(token_BLW.shape[:2])), 1)
+        for block in self.blocks:
+            x_BTW, _ = block(x_BTW, None, seen_BT)
+        return self.rate(self.norm(x_BTW[:, -token_BLW.shape[1] :]))[..., 0]
+
+    def forward(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:
+        """Confidence in (0, 1) of every action of a normalised chunk, (B, L) float32."""
+        return self.logits(prefix, action_BLD).float().sigmoid()

@@ -1,0 +1,1 @@
+"""Paths, targets and solver steps: pure tensor mathematics, no network inside."""

@@ -1,0 +1,79 @@
+"""Straight-line flow matching between noise and actions, with a clock per token.
+
+Clock 1 is pure noise, 0 is the action: x_t = t·noise + (1 − t)·action, velocity u = noise − action. Tokens may carry
+different clocks: all equal is ordinary (synchronous) flow matching; 1 on some and 0 on the rest is AsyncVLA's
+regeneration; 0 on a committed beginning is real-time chunking.
+
+Shape letters: B batch, L horizon, D action dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+
+def interpolate(action_BLD: Tensor, noise_BLD: Tensor, clock_BL: Tensor) -> Tensor:
+    """Point on the straight path from noise to action, token by token.
+
+    x_t = t·noise + (1 − t)·action (AsyncVLA eq. 5 with t = τ·m; A1 writes the path the other way round). A token with
+    clock 0 is returned unchanged to the bit.
+
+    Args:
+        action_BLD: normalised actions, (B, L, D).
+        noise_BLD: standard normal, same shape.
+        clock_BL: noise level per token in [0, 1]; 1 is pure noise.
+    """
+    t_BL1 = clock_BL[..., None]
+    return torch.where(t_BL1 == 0, action_BLD, t_BL1 * noise_BLD + (1 - t_BL1) * action_BLD)
+
+
+def velocity_target(action_BLD: Tensor, noise_BLD: Tensor) -> Tensor:
+    """u = dx/dt = noise − action, constant along the path (AsyncVLA eq. 4)."""
+    return noise_BLD - action_BLD
+
+
+def step(x_BLD: Tensor, velocity_BLD: Tensor, from_BL: Tensor, to_BL: Tensor) -> Tensor:
+    """One Euler step of every token from its clock to a lower one: x + (to − from)·velocity (AsyncVLA eq. 1).
+
+    A token whose clock does not move is returned unchanged to the bit, whatever its velocity.
+    """
+    delta_BL1 = (to_BL - from_BL)[..., None]
+    return torch.where(delta_BL1 == 0, x_BLD, x_BLD + delta_BL1 * velocity_BLD)
+
+
+def sample_time(shape: Sequence[int], generator: Generator, alpha: float = 1.5, floor: float = 0.001) -> Tensor:
+    """Training noise levels: floor + (1 − floor)·b with b ~ Beta(α, 1), drawn exactly as U^(1/α).
+
+    The mean of Beta(1.5, 1) is 0.6: noisier levels are visited more often. (Dividing two powers of uniforms without
+    Jöhnk's acceptance test, as some public code does, is not a Beta draw: mean 0.558.)
+    """
+    return floor + (1 - floor) * torch.rand(tuple(shape), generator=generator) ** (1 / alpha)
+
+
+def sample_mask(batch: int, horizon: int, generator: Generator) -> Tensor:
+    """AsyncVLA's unified training mask: y ~ U(0, 1) per sample, then m_l ~ Bernoulli(y) per token (Alg. 2).
+
+    Returns:
+        float (B, L): 1 where a token is noised and learned, 0 where it is given clean as context.
+    """
+    y_B1 = torch.rand(batch, 1, generator=generator)
+    return (torch.rand(batch, horizon, generator=generator) < y_B1).float()
+
+
+def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor) -> Tensor:
+    """Mean of error² over the tokens with weight 1; exactly 0, without a gradient, when there is none.
+
+    (The paper divides by the batch size; dividing by the number of learned elements keeps the learning rate from
+    depending on masks, padding and pauses.)
+    """
+    # where(), not a product: an error that is not finite on an excluded token must not reach the sum
+    square_BLD = torch.where(weight_BL[..., None] > 0, error_BLD.float().square(), 0.0)
+    return square_BLD.sum() / (weight_BL.sum() * error_BLD.shape[-1]).clamp(min=1)
+
+
+def standard_normal(generators: Sequence[Generator], shape: Sequence[int]) -> Tensor:
+    """Noise (B, *shape) for a batch in which every item has its own generator, so no item depends on its neighbours."""
+    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])

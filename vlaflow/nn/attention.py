@@ -1,0 +1,98 @@
+"""Attention over two groups of tokens: one's own, and a memory whose keys and values somebody else computed.
+
+The memory (a prefix) is read in place: scores over memory and over own tokens are computed apart and share one softmax,
+so nothing ever copies or grows the prefix's keys and values, neither at a solver step nor for several noise draws.
+
+Shape letters: B batch of queries, C batch of the memory (B = C · draws), T queries, S own keys, P memory keys,
+H heads, G key/value heads, E head dimension, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of one layer, with a mask of the tokens that may be seen.
+
+    Args:
+        key_CGPE: keys after rotation, (C, G, P, E).
+        value_CGPE: values, same shape.
+        mask_CP: bool, True where a token may be seen; None when all may.
+    """
+
+    key_CGPE: Tensor
+    value_CGPE: Tensor
+    mask_CP: Tensor | None = None
+
+    def detach(self) -> KeyValues:
+        """The same numbers without a path back to whoever computed them."""
+        return KeyValues(self.key_CGPE.detach(), self.value_CGPE.detach(), self.mask_CP)
+
+
+def attend(query_BHTE: Tensor, own: KeyValues, memory: KeyValues | None = None, mask_TS: Tensor | None = None) -> Tensor:
+    """softmax(q·[k_memory, k_own]ᵀ/√E) [v_memory, v_own], for grouped-query heads and shared memories.
+
+    Args:
+        query_BHTE: (B, H, T, E); H is a multiple of the G key/value heads.
+        own: keys and values of the queries' own sequence, batch B; its mask hides padding.
+        memory: keys and values of batch C, where B is a multiple of C: queries b·draws … (b+1)·draws − 1 read memory b.
+        mask_TS: bool (T, S), True where query t may see own token s (causal masks); None for full attention.
+
+    Returns:
+        (B, H, T, E).
+    """
+    if memory is None and not (torch.is_grad_enabled() and query_BHTE.device.type == "cpu"):
+        return _fused(query_BHTE, own, mask_TS)
+    b, h, t, e = query_BHTE.shape
+    g = own.key_CGPE.shape[1]
+    query_BGRE = (query_BHTE * e**-0.5).reshape(b, g, (h // g) * t, e)
+    scores_BGRS = _hide(query_BGRE @ own.key_CGPE.mT, own.mask_CP, mask_TS)
+    if memory is None:
+        return (scores_BGRS.softmax(-1).to(query_BHTE.dtype) @ own.value_CGPE).reshape(b, h, t, e)
+    c, p = memory.key_CGPE.shape[0], memory.key_CGPE.shape[2]
+    scores_CGQP = _hide(_merge_draws(query_BGRE, c) @ memory.key_CGPE.mT, memory.mask_CP, None)
+    weights = torch.cat((_split_draws(scores_CGQP, b), scores_BGRS), -1).softmax(-1).to(query_BHTE.dtype)
+    weights_BGRP, weights_BGRS = weights.split((p, scores_BGRS.shape[-1]), -1)
+    out_BGRE = _split_draws(_merge_draws(weights_BGRP, c) @ memory.value_CGPE, b) + weights_BGRS @ own.value_CGPE
+    return out_BGRE.reshape(b, h, t, e)
+
+
+def _fused(query_BHTE: Tensor, own: KeyValues, mask_TS: Tensor | None) -> Tensor:
+    mask = mask_TS
+    if own.mask_CP is not None:
+        mask = own.mask_CP[:, None, None, :] if mask is None else mask & own.mask_CP[:, None, None, :]
+    grouped = own.key_CGPE.shape[1] != query_BHTE.shape[1]
+    return functional.scaled_dot_product_attention(query_BHTE, own.key_CGPE, own.value_CGPE, attn_mask=mask, enable_gqa=grouped)
+
+
+def _hide(scores_BGRS: Tensor, seen_BS: Tensor | None, mask_TS: Tensor | None) -> Tensor:
+    if seen_BS is not None:
+        scores_BGRS = scores_BGRS.masked_fill(~seen_BS[:, None, None, :], float("-inf"))
+    if mask_TS is not None:
+        b, g, r, s = scores_BGRS.shape
+        t = mask_TS.shape[0]
+        scores_BGRS = scores_BGRS.view(b, g, r // t, t, s).masked_fill(~mask_TS, float("-inf")).view(b, g, r, s)
+    return scores_BGRS
+
+
+def _merge_draws(x_BGRZ: Tensor, c: int) -> Tensor:
+    """(C·draws, G, R, Z) → (C, G, draws·R, Z): the draws of one memory become more queries of one product."""
+    b, g, r, z = x_BGRZ.shape
+    if b == c:
+        return x_BGRZ
+    return x_BGRZ.view(c, b // c, g, r, z).transpose(1, 2).reshape(c, g, (b // c) * r, z)
+
+
+def _split_draws(x_CGQZ: Tensor, b: int) -> Tensor:
+    """The inverse of ``_merge_draws``."""
+    c, g, q, z = x_CGQZ.shape
+    if b == c:
+        return x_CGQZ
+    draws = b // c
+    return x_CGQZ.view(c, g, draws, q // draws, z).transpose(1, 2).reshape(b, g, q // draws, z)

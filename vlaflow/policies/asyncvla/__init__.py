@@ -1,0 +1,1 @@
+"""AsyncVLA: per-token flow clocks, regeneration of what a confidence rater doubts."""

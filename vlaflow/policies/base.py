@@ -1,0 +1,267 @@
+"""The public face of a trained system: observations in robot units go in, chunks in robot units come out.
+
+>>> policy = Policy.from_pretrained("runs/demo/policy")
+>>> chunk = policy.act(observation, compute=Refine())
+>>> chunk.actions.shape  # (horizon, action dimension)
+
+One class serves every system: what differs is the config (which backbone, which decoder, which rater), never the code.
+Checkpoints are folders of JSON and safetensors; nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+from safetensors.torch import save_file
+from torch import Generator
+
+from vlaflow import __version__
+from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.compute.base import ComputePolicy, Stopwatch
+from vlaflow.compute.dense import Dense
+from vlaflow.config import from_json, to_json
+from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.stats import FeatureStats
+from vlaflow.data.transforms import Normalizer
+from vlaflow.decoders.base import LossTerms, Targets
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.rater import RaterConfig
+from vlaflow.errors import ConfigError, SpecError, nearest
+from vlaflow.policies.checkpoint import load_weights, local_folder, read_json, write_json
+from vlaflow.spec import ActionSpec, Chunk, Observation
+
+Normalisation = Literal["identity", "mean_std", "quantile", "min_max"]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """All that is needed to build a policy's networks.
+
+    Args:
+        system: the system this assembly follows, e.g. "asyncvla".
+        backbone, decoder, rater: configs of the parts; no rater until one is trained.
+        state_normalisation, action_normalisation: modes of the normalisers.
+        execute: actions executed per chunk unless the caller says otherwise.
+    """
+
+    system: str
+    backbone: TinyConfig
+    decoder: FlowConfig
+    rater: RaterConfig | None = None
+    state_normalisation: Normalisation = "mean_std"
+    action_normalisation: Normalisation = "mean_std"
+    execute: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.execute <= self.decoder.horizon:
+            raise ConfigError(f"execute must lie in 1..{self.decoder.horizon} (the horizon), got {self.execute}.")
+
+    def build(self) -> Model:
+        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
+        backbone = self.backbone.build()
+        decoder = self.decoder.build(backbone.spec.width)
+        rater = self.rater.build(self.decoder.action_dim, self.decoder.horizon) if self.rater else None
+        return Model(backbone, decoder, rater)
+
+
+@dataclass
+class Policy:
+    """Networks, normalisation and the meaning of the actions.
+
+    Args:
+        config: how the networks are built.
+        action_spec: what the actions mean, with the horizon.
+        stats: statistics of "state" and "action" of the training data, for normalisation.
+        model: the networks.
+        card: text of the checkpoint's README.md.
+    """
+
+    config: PolicyConfig
+    action_spec: ActionSpec
+    stats: Mapping[str, FeatureStats]
+    model: Model
+    card: str = ""
+    _state: Normalizer = field(init=False, repr=False)
+    _action: Normalizer = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.action_spec.dim != self.config.decoder.action_dim:
+            raise SpecError(
+                f"The decoder makes {self.config.decoder.action_dim} action dimensions, the action spec names "
+                f"{self.action_spec.dim}. Set decoder.action_dim to the data set's."
+            )
+        self._state = Normalizer.from_stats(self.stats["state"], self.config.state_normalisation)
+        self._action = Normalizer.from_stats(self.stats["action"], self.config.action_normalisation)
+
+    @staticmethod
+    def create(config: PolicyConfig, action_spec: ActionSpec, stats: Mapping[str, FeatureStats], seed: int) -> Policy:
+        """A new policy with weights drawn from ``seed``; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = config.build()
+        return Policy(config, action_spec.with_horizon(config.decoder.horizon), stats, model)
+
+    def with_rater(self, rater: RaterConfig, seed: int) -> Policy:
+        """The same policy, sharing its weights, with a new rater drawn from ``seed``."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = rater.build(self.config.decoder.action_dim, self.config.decoder.horizon)
+        model = Model(self.model.backbone, self.model.decoder, network)
+        return Policy(replace(self.config, rater=rater), self.action_spec, self.stats, model, self.card)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        return next(self.model.parameters()).device
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def encode(self, observation: ObservationBatch) -> Prefix:
+        """The whole prefix of raw observations, through all layers."""
+        return self.model.backbone.run(self.model.backbone.embed(self._prepare(observation)))
+
+    def targets(self, batch: Batch) -> Targets:
+        """Normalised actions of a training batch."""
+        return Targets(self._action.forward(batch.action_BLD), batch.valid_BL)
+
+    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
+        """Training loss of backbone and decoder on a batch in robot units."""
+        return self.model.decoder.loss(self.encode(batch.observation), self.targets(batch), generator)
+
+    # -- inference ---------------------------------------------------------------------------------------------------
+
+    @overload
+    def act(
+        self, observation: Observation, compute: ComputePolicy | None = None, *, generator: Generator | None = None
+    ) -> Chunk: ...
+
+    @overload
+    def act(
+        self,
+        observation: Sequence[Observation],
+        compute: ComputePolicy | None = None,
+        *,
+        generator: Sequence[Generator] | None = None,
+    ) -> list[Chunk]: ...
+
+    def act(
+        self,
+        observation: Observation | Sequence[Observation],
+        compute: ComputePolicy | None = None,
+        *,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> Chunk | list[Chunk]:
+        """Decide what to do next.
+
+        Args:
+            observation: one observation, or several of the same robot, in robot units.
+            compute: how much compute to spend; ``Dense()`` by default.
+            generator: one per observation; by default each is seeded with 0, so the same observation gives the same chunk.
+
+        Returns:
+            One chunk, or one per observation, in robot units, clipped to the action spec's range.
+
+        Raises:
+            SpecError: for missing views or states of another length.
+            CapabilityError: when the compute policy needs something the checkpoint lacks.
+        """
+        single = isinstance(observation, Observation)
+        observations = [observation] if isinstance(observation, Observation) else list(observation)
+        if generator is None:
+            generators = [Generator().manual_seed(0) for _ in observations]
+        else:
+            generators = [generator] if isinstance(generator, Generator) else list(generator)
+        if len(generators) != len(observations):
+            raise ConfigError(f"{len(observations)} observations need as many generators, got {len(generators)}.")
+        chunks = self._decode(observations, compute or Dense(), generators)
+        return chunks[0] if single else chunks
+
+    @torch.no_grad()
+    def _decode(self, observations: list[Observation], compute: ComputePolicy, generators: list[Generator]) -> list[Chunk]:
+        compute.needs.check(self.model, compute.name)
+        watch = Stopwatch(self.device)
+        with watch.part("total"):
+            with watch.part("prefix"):
+                prefix = self.model.backbone.embed(self._prepare(ObservationBatch.collate(observations)))
+            out = compute.decode(self.model, prefix, generators, watch)
+            action_BLD = self._to_robot(out.action_BLD)
+        low, high = self.action_spec.low, self.action_spec.high
+        draft_BLD = None if out.draft_BLD is None else self._to_robot(out.draft_BLD).clip(low, high)
+        return [
+            Chunk(
+                actions=action_BLD[i].clip(low, high),
+                confidence=None if out.confidence_BL is None else out.confidence_BL[i].float().cpu().numpy(),
+                regenerated=None if out.regenerated_BL is None else out.regenerated_BL[i].cpu().numpy(),
+                draft=None if draft_BLD is None else draft_BLD[i],
+                layers=out.prefix.depth,
+                layer_passes=out.layer_passes,
+                evaluations=out.evaluations,
+                milliseconds=dict(watch.milliseconds),
+            )
+            for i in range(len(observations))
+        ]
+
+    def _to_robot(self, action_BLD: torch.Tensor):  # noqa: ANN202
+        return self._action.inverse(action_BLD.float()).cpu().numpy()
+
+    def _prepare(self, observation: ObservationBatch) -> ObservationBatch:
+        """Check views, resize pictures, normalise the state, move to the device."""
+        views = self.model.backbone.views
+        for view in views:
+            if view not in observation.images:
+                raise SpecError(
+                    f"The policy looks at view '{view}', which the observation lacks; {nearest(view, observation.images)}"
+                )
+        expected, found = len(self.stats["state"].mean), observation.state_BS.shape[1]
+        if expected != found:
+            raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
+        images = {view: _resize(observation.images[view], size) for view, size in views.items()}
+        state_BS = self._state.forward(observation.state_BS)
+        return ObservationBatch(images, state_BS, observation.instructions).to(self.device)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write ``config.json``, ``model.safetensors``, ``action_spec.json``, ``stats.json`` and ``README.md``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
+        write_json(folder / "action_spec.json", to_json(self.action_spec))
+        write_json(folder / "stats.json", {name: to_json(s) for name, s in self.stats.items()})
+        (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+    @staticmethod
+    def from_pretrained(path: Path | str, device: str = "cpu") -> Policy:
+        """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
+
+        Raises:
+            CheckpointError: for missing or damaged files, or weights that do not fit the config.
+        """
+        folder = local_folder(path)
+        config_data = read_json(folder / "config.json")
+        config_data.pop("vlaflow", None)
+        config = from_json(PolicyConfig, config_data, str(folder / "config.json"))
+        action_spec = from_json(ActionSpec, read_json(folder / "action_spec.json"), str(folder / "action_spec.json"))
+        stats_file = folder / "stats.json"
+        stats = {k: from_json(FeatureStats, v, str(stats_file)) for k, v in read_json(stats_file).items()}
+        with torch.random.fork_rng(devices=[]):
+            model = config.build()
+        load_weights(model, folder / "model.safetensors")
+        card = folder / "README.md"
+        return Policy(config, action_spec, stats, model.to(device).eval(), card.read_text() if card.exists() else "")
+
+
+def _resize(image_BHWC: torch.Tensor, size: int | None) -> torch.Tensor:
+    if size is None or image_BHWC.shape[1:3] == (size, size):
+        return image_BHWC
+    planes = image_BHWC.permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,1 @@
+"""Training: stages say what is learned, the trainer runs them."""

@@ -1,0 +1,93 @@
+"""What a training run learns: the policy itself, or the confidence rater on the frozen policy.
+
+A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
+
+Shape letters: B batch, L horizon, D action dimension.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Generator, nn
+from torch.nn import functional
+
+from vlaflow.data.batch import Batch
+from vlaflow.decoders.base import LossTerms
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.rater import rater_labels
+from vlaflow.errors import CapabilityError
+from vlaflow.policies.base import Policy
+
+
+class Stage(Protocol):
+    """What the trainer needs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose parameters train."""
+
+    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
+        """Loss on one batch; all randomness comes from ``generator``."""
+
+    def save(self, folder: Path) -> None:
+        """Write the whole policy as a checkpoint folder, with the module's current weights."""
+
+
+class PolicyStage:
+    """Backbone and decoder learn to act."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @property
+    def module(self) -> Model:
+        """Backbone and decoder; a policy in training has no rater yet."""
+        return self.policy.model
+
+    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
+        """See ``Policy.loss``."""
+        return self.policy.loss(batch, generator)
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint without a rater."""
+        self.policy.save_pretrained(folder)
+
+
+class RaterStage:
+    """The rater learns which actions of the frozen policy's own chunks are the worse ones (AsyncVLA §3.3)."""
+
+    def __init__(self, policy: Policy, steps: int = 10) -> None:
+        if policy.model.rater is None:
+            raise CapabilityError("The rater stage needs a policy with a rater; use policy.with_rater(config, seed).")
+        self.policy, self.steps, self.rater = policy, steps, policy.model.rater
+        policy.model.backbone.requires_grad_(False)
+        policy.model.decoder.requires_grad_(False)
+
+    @property
+    def module(self) -> nn.Module:
+        """The rater alone."""
+        return self.rater
+
+    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
+        """Squared error between rating and label, on a chunk the policy makes for the batch, over valid actions."""
+        policy, config = self.policy, self.rater.config
+        decoder = policy.model.decoder
+        with torch.no_grad():
+            prefix = policy.encode(batch.observation)
+            targets = policy.targets(batch)
+            seeds = torch.randint(2**62, (len(batch.observation),), generator=generator).tolist()
+            state = decoder.start(prefix, [Generator().manual_seed(s) for s in seeds], self.steps)
+            made_BLD = decoder.finish(decoder.advance(state, prefix, self.steps))
+            error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
+            label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
+        rating_BL = self.rater(prefix, made_BLD)
+        weight_BL = targets.valid_BL.float()
+        total = (functional.mse_loss(rating_BL, label_BL, reduction="none") * weight_BL).sum() / weight_BL.sum().clamp(min=1)
+        return LossTerms(total, {"rating": total.detach(), "error": error_BL[targets.valid_BL].mean()})
+
+    def save(self, folder: Path) -> None:
+        """The whole policy, with the rater."""
+        self.policy.save_pretrained(folder)
