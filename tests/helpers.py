@@ -7,8 +7,8 @@ from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.stats import FeatureStats
 from vlaflow.decoders.flow import FlowConfig
-from vlaflow.nn.block import BlockConfig
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.spec import ActionSpec, Dimension, Observation
 
