@@ -133,7 +133,7 @@ class QwenBackbone(Backbone):
         self.state = nn.Linear(config.padded_state, width)
         self._rotate = hub.models.qwen2_5_vl.modeling_qwen2_5_vl.apply_rotary_pos_emb
         if config.recompute:
-            self.network.visual.gradient_checkpointing_enable({"use_reentrant": False})
+            self.network.visual.activation_checkpointing_enable()
 
     @property
     def views(self) -> Mapping[str, int | None]:

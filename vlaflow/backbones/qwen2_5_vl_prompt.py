@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vlaflow.data.batch import ObservationBatch
@@ -90,8 +91,7 @@ class PromptReader:
             texts = [_spread(text, counts) for text in texts]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         id_BP = tokens["input_ids"]
-        image_BP = id_BP == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        state_BP = id_BP == self.tokenizer.convert_tokens_to_ids(config.state_token)
+        image_BP, state_BP = self._where(id_BP, IMAGE_TOKEN), self._where(id_BP, config.state_token)
         if not bool((state_BP.sum(1) == 1).all()):
             raise ConfigError(f"state_token '{config.state_token}' must be one token, used nowhere else in the conversation.")
         return Prompt(id_BP, tokens["attention_mask"].bool(), image_BP, state_BP, patches, grid_I3)
@@ -101,6 +101,11 @@ class PromptReader:
         texts = [f"{_in_words(answer)}<|im_end|>" for answer in answers]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+
+    def _where(self, id_BP: Tensor, token: str) -> Tensor:
+        """bool (B, P); nowhere when the tokenizer does not know the token."""
+        known = self.tokenizer.convert_tokens_to_ids(token)
+        return torch.zeros_like(id_BP, dtype=torch.bool) if known is None else id_BP == known
 
     def _conversation(self, sentence: str, config: QwenConfig) -> str:
         shown = [{"type": "image"} for _ in config.views]
