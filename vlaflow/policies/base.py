@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from vlaflow import __version__
 from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.qwen2_5_vl import QwenConfig
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
@@ -50,7 +51,7 @@ class PolicyConfig:
     """
 
     system: str
-    backbone: TinyConfig
+    backbone: TinyConfig | QwenConfig
     decoder: FlowConfig
     rater: RaterConfig | None = None
     state_normalisation: Mode = "mean_std"
@@ -104,6 +105,7 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = config.build()
+        config = replace(config, backbone=model.backbone.config)
         return Policy(config, action_spec.with_horizon(config.decoder.horizon), stats, model)
 
     def with_rater(self, rater: RaterConfig, seed: int) -> Policy:
@@ -236,6 +238,7 @@ class Policy:
         (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
         weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
+        self.model.backbone.save_files(folder)
 
     @staticmethod
     def from_pretrained(path: Path | str, device: str = "cpu") -> Policy:
@@ -254,6 +257,7 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
+        model.backbone.load_files(folder)
         card = folder / "README.md"
         return Policy(config, action_spec, stats, model.to(device).eval(), card.read_text() if card.exists() else "")
 
