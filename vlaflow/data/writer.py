@@ -79,7 +79,7 @@ class Writer:
         self._limits = (chunks_size, data_mb, video_mb)
         self._keys = {view: "observation.image" if view == "image" else f"observation.images.{view}" for view in views}
         self._features = self._declare()
-        self._extra: dict[str, tuple[str, int]] | None = None
+        self._extra: dict[str, tuple[str, int]] = {}
         self._tasks: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
         self._values: dict[str, list[np.ndarray]] = {}
@@ -218,11 +218,9 @@ class Writer:
                 )
             kinds[key] = (kind, 1 if values.ndim == 1 else values.shape[1])
             vectors[key] = values.astype(NUMPY[kind])
-        if self._extra is None:
-            self._extra = kinds
-            self._features |= {key: {"dtype": k, "shape": [width], "names": None} for key, (k, width) in kinds.items()}
-        if kinds != self._extra:
+        if index and kinds != self._extra:
             raise SpecError(f"Episode {index} brings the extra columns {kinds}, the first episode brought {self._extra}.")
+        self._extra = kinds
         return vectors
 
     def _segments(
@@ -306,10 +304,11 @@ class Writer:
 
     def _info(self) -> dict[str, Any]:
         chunks_size, data_mb, video_mb = self._limits
+        extra = {key: {"dtype": kind, "shape": [width], "names": None} for key, (kind, width) in self._extra.items()}
         return {
             "codebase_version": "v3.0",
             "fps": int(self.fps) if self.fps.is_integer() else self.fps,
-            "features": self._features | meta.DEFAULT_FEATURES,
+            "features": self._features | extra | meta.DEFAULT_FEATURES,
             "total_episodes": len(self._rows),
             "total_frames": self._frames,
             "total_tasks": len(self._tasks),
