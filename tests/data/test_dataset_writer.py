@@ -279,6 +279,26 @@ def test_segment_of_another_length_or_size_is_refused(tmp_path):
         out.add(images, state, action, "go")
 
 
+@pytest.mark.parametrize("provenance", [{"when": object()}, {"score": float("nan")}])
+def test_provenance_that_is_no_json_is_refused_before_recording(tmp_path, provenance):
+    with pytest.raises(SpecError, match="plain JSON"):
+        Writer(tmp_path / "a", fps=20, action_spec=SPEC, state_names=(), views={}, robot_type="t", provenance=provenance)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_view_name_with_a_slash_is_refused(tmp_path):
+    with pytest.raises(SpecError, match="'left/wrist' holds a '/'"):
+        Writer(
+            tmp_path / "a",
+            fps=20,
+            action_spec=SPEC,
+            state_names=(),
+            views={"left/wrist": (8, 8)},
+            robot_type="t",
+            provenance={},
+        )
+
+
 def test_odd_sizes_are_refused(tmp_path):
     with pytest.raises(SpecError, match="'corner' is 31x48; video needs an even"):
         Writer(

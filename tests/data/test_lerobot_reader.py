@@ -115,6 +115,13 @@ def test_view_names_drop_the_prefix():
     assert view_name("observation.images.wrist.left") == "wrist.left"
 
 
+def test_channel_first_declarations_are_understood(copy):
+    info = json.loads((copy / "meta/info.json").read_text())
+    info["features"]["observation.images.corner"] |= {"shape": [3, 32, 48], "names": ["channels", "height", "width"]}
+    edit_info(copy, features=info["features"])
+    assert Dataset.open(copy).frames(0, "corner").shape == (LENGTHS[0], 32, 48, 3)
+
+
 def test_depth_maps_are_no_views(copy):
     info = json.loads((copy / "meta/info.json").read_text())
     info["features"]["observation.images.corner"]["info"]["is_depth_map"] = True

@@ -47,6 +47,7 @@ def test_order_is_the_same_in_another_process():
 
 def test_epochs_and_seeds_differ():
     order = Order(50, 50, 0)
+    assert [order.epoch(step) for step in (0, 1, 2)] == [0.0, 1.0, 2.0]
     assert not np.array_equal(order.indices(0), order.indices(1))
     assert not np.array_equal(order.indices(0), Order(50, 50, 1).indices(0))
 

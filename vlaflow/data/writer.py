@@ -11,6 +11,7 @@ is joined packet by packet; frames handed to ``add`` directly take the same way.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ NUMPY = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "bool"
 class Writer:
     """Collects episodes into a hidden folder next to ``root`` and renames it on ``finalize``.
 
+    A killed process leaves that folder behind (``.<name>.partial-...``); it may be removed.
+
     Args:
         root: where the data set will be; must not exist, or be an empty folder.
         fps: frames per second, equal to the action spec's rate.
@@ -50,7 +53,7 @@ class Writer:
 
     Raises:
         DataError: ``root`` holds something already.
-        SpecError: an odd image size, or a rate other than ``fps``.
+        SpecError: an odd image size, a view name with '/', a rate other than ``fps``, provenance that is not JSON.
     """
 
     def __init__(
@@ -74,6 +77,12 @@ class Writer:
             raise SpecError(f"The action spec states {action_spec.rate_hz:g} actions per second, but fps is {fps:g}.")
         for view, (height, width) in views.items():
             require_even(height, width, view)
+            if "/" in view:
+                raise SpecError(f"The view name '{view}' holds a '/', which feature keys of LeRobot must not.")
+        try:
+            json.dumps(provenance, allow_nan=False)
+        except (TypeError, ValueError) as error:  # better now than after an hour of recording
+            raise SpecError(f"The provenance must be plain JSON data: {error}.") from error
         self.fps, self.action_spec, self.views = float(fps), action_spec, dict(views)
         self.state_names, self.robot_type, self.provenance = tuple(state_names), robot_type, dict(provenance)
         self._limits = (chunks_size, data_mb, video_mb)
