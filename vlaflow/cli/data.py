@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
     import tyro
 
-    positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
-    commands = (
+    positional: Any = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
+    commands: Any = (
         Annotated[positional(Check), tyro.conf.subcommand("check")] | Annotated[positional(Show), tyro.conf.subcommand("show")]
     )
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description="Check or show a data set.", args=argv)
