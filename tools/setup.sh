@@ -65,11 +65,15 @@ fingerprint() { { pwd && cat constraints.txt pyproject.toml tools/setup.sh; } | 
 
 is_done() { [ -x $venv/bin/python ] && [ -x $venv/bin/vlaflow ] && [ "$(cat "$venv/.vlaflow-stamp-$1" 2>/dev/null)" = "$(fingerprint)" ]; }
 
-# A .venv is ours when one of our files lies in it; only then may it be thrown away.
-is_ours() { compgen -G "$venv/.vlaflow-*" >/dev/null; }
+has_pip() { $venv/bin/python -m pip --version >/dev/null 2>&1; }
 
 # Works, and was made in this folder (scripts in a moved .venv point to the old place).
-is_sound() { grep -qsF "$PWD/$venv" $venv/bin/activate && $venv/bin/python -m pip --version >/dev/null 2>&1; }
+is_sound() { grep -qsF "$PWD/$venv" $venv/bin/activate && has_pip; }
+
+# Nothing is lost with it: one of our files lies in it, it is empty, or it is a virtual environment without a working pip.
+is_disposable() {
+    compgen -G "$venv/.vlaflow-*" >/dev/null || rmdir $venv 2>/dev/null || { [ -e $venv/pyvenv.cfg ] && ! has_pip; }
+}
 
 make_venv() {
     local python
@@ -85,14 +89,14 @@ make_venv() {
 }
 
 install() {
-    if [ -e $venv/.vlaflow-installing ] || { is_ours && ! is_sound; }; then
-        say "The last installation did not finish, or .venv was moved: starting over."
+    if [ -e $venv/.vlaflow-installing ] || { [ -e $venv ] && ! is_sound && is_disposable; }; then
+        say "The last installation did not finish, or the folder was moved: starting over."
         rm -rf $venv
     fi
     if [ ! -e $venv ]; then
         make_venv
     elif ! is_sound; then
-        fail ".venv exists, was not made here and does not work: move it away and run this again."
+        fail ".venv exists, was not made here and cannot be used: move it away and run this again."
     fi
     touch $venv/.vlaflow-installing
 
