@@ -28,6 +28,7 @@ from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.base import LossTerms, Targets
@@ -268,8 +269,7 @@ class Policy:
 
 
 def _resize(image_BHWC: Tensor, size: int | None) -> Tensor:
+    """As the frame cache did for training."""
     if size is None or image_BHWC.shape[1:3] == (size, size):
         return image_BHWC
-    planes = image_BHWC.permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return torch.from_numpy(np.stack([resize(image, size) for image in image_BHWC.cpu().numpy()]))
