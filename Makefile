@@ -1,0 +1,41 @@
+# The two commands are `make demo` and `make test`; `make help` lists the others. How .venv comes about: tools/setup.sh.
+
+OUT ?= runs/demo
+ARGS ?=
+export PYTHON
+
+# Tests neither need nor may use the network.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
+GL = MUJOCO_GL="$${MUJOCO_GL:-$$(cat .venv/.vlaflow-gl 2>/dev/null || echo egl)}"
+
+.PHONY: help demo test lint format bench clean setup-demo setup-dev
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another place than runs/demo
+	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --out "$(OUT)" $(ARGS)
+
+test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
+	@$(GL) $(OFFLINE) .venv/bin/python -m pytest $(ARGS)
+
+lint: setup-dev ## style, types, spelling
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/codespell
+
+format: setup-dev ## put style right where a machine can
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+bench: setup-dev ## every script in benchmarks/: ratios measured side by side
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+	    [ -e "$$script" ] || continue; echo "== $$script"; $(GL) $(OFFLINE) .venv/bin/python "$$script" $(ARGS); done
+
+clean: ## remove .venv and caches; runs/ stays
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup-demo setup-dev: setup-%:
+	@tools/setup.sh $*

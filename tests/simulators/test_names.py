@@ -1,0 +1,55 @@
+"""Environment names, and that naming them loads no simulator."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vlaflow.errors import ConfigError
+from vlaflow.simulators import expand_env_names, make, parse_env_name
+
+
+def test_a_name_is_a_suite_and_a_task():
+    """The two halves are what the rest of the library works with."""
+    assert parse_env_name("metaworld/drawer-open-v3") == ("metaworld", "drawer-open-v3")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("metaworld/drawer-opne-v3", "did you mean 'metaworld/drawer-open-v3'?"),
+        ("metaworl/drawer-open-v3", "did you mean 'metaworld'?"),
+        ("drawer-open-v3", "did you mean 'metaworld/drawer-open-v3'?"),
+    ],
+)
+def test_a_typo_gets_the_nearest_name(name, hint):
+    """One sentence that says what to type."""
+    with pytest.raises(ConfigError) as caught:
+        make(name)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"render": "pretty"}, {"size": 0}])
+def test_impossible_rendering_is_refused(arguments):
+    """Before anything is built."""
+    with pytest.raises(ConfigError):
+        make("metaworld/drawer-open-v3", **arguments)
+
+
+def test_groups_stand_for_their_tasks():
+    """Duplicates are dropped and order is kept."""
+    names = expand_env_names(["metaworld/window-close-v3", "metaworld/hard", "metaworld/push-v3"])
+    assert names[0] == "metaworld/window-close-v3"
+    assert len(names) == 7
+    assert len(expand_env_names("metaworld/all")) == 50
+    with pytest.raises(ConfigError):
+        expand_env_names("metaworld/harder")
+
+
+def test_importing_the_room_loads_no_simulator():
+    """`vlaflow --help` must answer at once."""
+    code = (
+        "import sys, vlaflow.simulators as s; s.parse_env_name('metaworld/push-v3');"
+        "print([m for m in ('mujoco', 'metaworld', 'gymnasium', 'torch') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

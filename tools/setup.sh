@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Make .venv ready: tools/setup.sh demo|dev
+#
+# "demo" is what `make demo` needs, "dev" adds transformers and the development tools. Everything is pinned by
+# constraints.txt. Run again it does nothing; after an interrupted run it starts over, because a package that was killed
+# half-way can look complete to pip. Here live Python, packages and GL libraries; what is then run is in the Makefile.
+#
+#   .venv/.vlaflow-installing       present while an installation is under way, so left behind by one that was killed
+#   .venv/.vlaflow-stamp-LEVEL      hash of what was installed, written last
+#   .venv/.vlaflow-install-seconds  how long the last installation took, GL libraries included
+#   .venv/.vlaflow-gl               the value of MUJOCO_GL that drew a picture on this machine
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+level=${1:-}
+case $level in demo | dev) ;; *) echo "usage: tools/setup.sh demo|dev" >&2 && exit 2 ;; esac
+
+venv=.venv
+log=$venv/install.log
+gl_packages=(libegl1 libgl1-mesa-dri libopengl0)
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "$*" && exit 1; }
+
+# Two `make` at once: the second waits. The lock is on this file itself, so nothing is left behind.
+exec 9<tools/setup.sh
+if command -v flock >/dev/null; then flock 9; fi
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+        sudo -n "$@"
+    else
+        return 1
+    fi
+}
+
+# apt_install PACKAGE...: quietly, and only where that is possible without asking anybody.
+apt_install() {
+    command -v apt-get >/dev/null && as_root true || return 1
+    {
+        as_root apt-get update || true # an unreachable source need not matter
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+    } </dev/null >>"$log" 2>&1
+}
+
+suits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        suits "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.11 or newer."
+        echo "$PYTHON"
+        return
+    fi
+    local candidate
+    for candidate in python3 python3.11 python3.12 python3.13; do
+        if suits "$candidate"; then echo "$candidate" && return; fi
+    done
+    fail "vlaflow needs Python 3.11 or newer and found $(python3 --version 2>/dev/null || echo none): install one, or name it with PYTHON=/path/to/python3.11."
+}
+
+fingerprint() { cat constraints.txt pyproject.toml tools/setup.sh | sha256sum | cut -c 1-64; }
+
+is_done() { [ -x $venv/bin/vlaflow ] && [ "$(cat "$venv/.vlaflow-stamp-$1" 2>/dev/null)" = "$(fingerprint)" ]; }
+
+# A .venv is ours when one of our files lies in it; only then may it be thrown away.
+is_ours() { compgen -G "$venv/.vlaflow-*" >/dev/null; }
+
+# Works, and was made in this folder (scripts in a moved .venv point to the old place).
+is_sound() { grep -qsF "$PWD/$venv" $venv/bin/activate && $venv/bin/python -m pip --version >/dev/null 2>&1; }
+
+make_venv() {
+    local python
+    python=$(find_python)
+    mkdir -p $venv
+    touch $venv/.vlaflow-installing
+    if "$python" -m venv $venv >>"$log" 2>&1; then return; fi
+    # Debian ships Python without ensurepip.
+    local package
+    package=$("$python" -c 'import sys; print("python{}.{}-venv".format(*sys.version_info))')
+    apt_install "$package" && "$python" -m venv $venv >>"$log" 2>&1 ||
+        fail "$python cannot make a virtual environment: install $package (Debian, Ubuntu) and run this again."
+}
+
+install() {
+    if [ -e $venv/.vlaflow-installing ] || { is_ours && ! is_sound; }; then
+        say "The last installation did not finish, or .venv was moved: starting over."
+        rm -rf $venv
+    fi
+    if [ ! -e $venv ]; then
+        make_venv
+    elif ! is_sound; then
+        fail ".venv exists, was not made here and does not work: move it away and run this again."
+    fi
+    touch $venv/.vlaflow-installing
+
+    say "Installing the pinned packages into .venv (mostly download; everything is in $log) ..."
+    # Unbuffered for the log; not compiled in advance, which saves a third of the time and is made up for at first import.
+    pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt)
+    if ! {
+        "${pip[@]}" setuptools &&
+            "${pip[@]}" --no-build-isolation --editable ".[$level]"
+    } </dev/null 2>&1 | tee -a "$log" | { grep --line-buffered -E '^ *Downloading .*[0-9]{2} MB|^Installing' || true; } | cut -c 1-110 >&2; then
+        tail -n 15 "$log" >&2
+        fail "The installation failed; the lines above are the end of $log. Check the network and run this again."
+    fi
+    rm -f $venv/.vlaflow-stamp-* # of an older set
+    rm $venv/.vlaflow-installing
+    fingerprint >"$venv/.vlaflow-stamp-$level"
+    changed=yes
+}
+
+# Asking for a picture says more than asking for packages: drivers come from many places.
+draws() {
+    MUJOCO_GL=$1 $venv/bin/python - >>"$log" 2>&1 <<'PROBE'
+import os
+import mujoco
+
+model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><light pos='0 0 3'/><geom size='1'/></worldbody></mujoco>")
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+drawn = bool(renderer.render().any())
+os._exit(0 if drawn else 1)  # closing a GL context at exit is noisy and sometimes fatal
+PROBE
+}
+
+find_gl() {
+    local backend
+    changed=yes
+    for backend in ${MUJOCO_GL:-egl osmesa}; do
+        if draws "$backend"; then echo "$backend" >$venv/.vlaflow-gl && return; fi
+    done
+    return 1
+}
+
+setup_gl() {
+    [ -e $venv/.vlaflow-gl ] && return
+    find_gl && return
+    say "MuJoCo cannot draw without a display yet: installing ${gl_packages[*]} ..."
+    if apt_install "${gl_packages[@]}" && find_gl; then return; fi
+    if apt_install libosmesa6 && find_gl; then return; fi
+    say "MuJoCo cannot draw without a display: install EGL and Mesa's software driver" \
+        "(Debian, Ubuntu: sudo apt install ${gl_packages[*]}) and run this again."
+    [ "$level" = dev ] # developers may go on: most tests need no picture
+}
+
+changed=
+is_done dev || is_done "$level" || install
+setup_gl
+if [ -n "$changed" ]; then
+    echo $SECONDS >$venv/.vlaflow-install-seconds
+    say "Ready after $SECONDS s."
+fi

@@ -1,0 +1,109 @@
+"""Progress with an estimate of the time left, for everything that takes longer than a few seconds.
+
+In a terminal a bar is drawn; elsewhere (a log file, CI) a line is written now and then. Both go to standard error, so that
+results on standard output stay clean.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+QUIET_SECONDS = 15.0
+
+
+class Progress(Protocol):
+    """What long work reports to."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """``steps`` more are done; ``note`` is shown beside them, e.g. a loss."""
+
+
+@contextmanager
+def progress(total: int, description: str, stream: TextIO | None = None) -> Iterator[Progress]:
+    """Report on ``total`` steps of work.
+
+    Example:
+        with progress(len(episodes), "Recording") as bar:
+            for episode in episodes:
+                record(episode)
+                bar.advance(note=episode.task)
+    """
+    stream = stream or sys.stderr
+    if stream.isatty():
+        with _bar(total, description, stream) as bar:
+            yield bar
+    else:
+        lines = Lines(total, description, stream)
+        yield lines
+        lines.close()
+
+
+class Lines:
+    """A line at most every ``QUIET_SECONDS``, and one at the end with the time taken."""
+
+    def __init__(self, total: int, description: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._description, self._stream, self._clock = total, description, stream, clock
+        self._began = self._spoke = clock()
+        self._done, self._note = 0, ""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count, and speak when it has been quiet for long enough."""
+        self._done += steps
+        self._note = note or self._note
+        now = self._clock()
+        if now - self._spoke >= QUIET_SECONDS and self._done < self._total:
+            self._spoke = now
+            left = seconds_left(self._done, self._total, now - self._began)
+            self._say(f"{duration(left)} left" if left is not None else "")
+
+    def close(self) -> None:
+        """The last line."""
+        self._say(f"took {duration(self._clock() - self._began)}")
+
+    def _say(self, when: str) -> None:
+        parts = (f"{self._done}/{self._total}", when, self._note)
+        self._stream.write(f"{self._description}: {', '.join(p for p in parts if p)}\n")
+        self._stream.flush()
+
+
+def seconds_left(done: int, total: int, elapsed: float) -> float | None:
+    """Estimate from the mean pace so far; None before the first step."""
+    return elapsed / done * max(total - done, 0) if done > 0 else None
+
+
+def duration(seconds: float) -> str:
+    """``0:07``, ``3:05`` or ``1:02:00``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+@contextmanager
+def _bar(total: int, description: str, stream: TextIO) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with RichProgress(*columns, console=Console(file=stream)) as drawn:
+        task = drawn.add_task(description, total=total, note="")
+
+        class Bar:
+            def advance(self, steps: int = 1, note: str = "") -> None:
+                drawn.advance(task, steps)
+                if note:
+                    drawn.update(task, note=note)
+
+        yield Bar()

@@ -1,0 +1,138 @@
+"""Executing a chunk of actions open loop and rendering only the frame the policy looks at next.
+
+Rendering is nine tenths of a simulated second, and between two looks of a policy nobody sees the frames. Skipping them
+changes nothing else: states, successes and the frames that are rendered stay the same to the bit (tests/simulators).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.simulators import gl
+from vlaflow.simulators.base import Environment, Render, make
+from vlaflow.spec import Observation
+
+gl.prepare()
+
+import gymnasium  # noqa: E402
+from gymnasium import spaces  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What came of one chunk.
+
+    Args:
+        steps: actions executed.
+        reward: sum of the rewards.
+        terminated: the task was achieved.
+        truncated: the horizon was reached.
+        info: the info of the last step.
+    """
+
+    steps: int
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+    @property
+    def done(self) -> bool:
+        """The episode is over."""
+        return self.terminated or self.truncated
+
+
+class ChunkEnv(gymnasium.Wrapper):
+    """An environment whose action is a chunk.
+
+    Args:
+        env: any environment of this library.
+        execute: actions executed per chunk, k. Longer chunks are cut, shorter ones executed whole.
+        film: keep frames for a video.
+        film_every: keep one frame in this many steps (the first of an episode and the last are always kept).
+        horizon: end episodes earlier than the environment does, e.g. 400; None leaves its own.
+
+    Example:
+        >>> env = ChunkEnv(make("metaworld/drawer-open-v3"), execute=8)
+        >>> env.restart(seed=1000)
+        >>> while not (outcome := env.execute(policy.act(env.observe()).actions)).done: ...
+    """
+
+    def __init__(
+        self, env: Environment, execute: int = 8, *, film: bool = False, film_every: int = 2, horizon: int | None = None
+    ) -> None:
+        if execute < 1 or film_every < 1:
+            raise ConfigError(f"execute and film_every count steps and must be 1 or more, got {execute} and {film_every}.")
+        if horizon is not None and not 1 <= horizon <= env._max_episode_steps:
+            raise ConfigError(f"The horizon of {env.name} must lie in 1..{env._max_episode_steps}, got {horizon}.")
+        super().__init__(env)  # type: ignore[arg-type]
+        self._inner = env
+        self._execute = execute
+        self._film = film
+        self._film_every = film_every
+        self._max_episode_steps = horizon or env._max_episode_steps
+        self.frames: list[np.ndarray] = []
+        single = env.action_space
+        self.action_space = spaces.Box(
+            np.tile(single.low, (execute, 1)), np.tile(single.high, (execute, 1)), (execute, *single.shape), single.dtype
+        )
+
+    def restart(self, seed: int | None = None) -> dict[str, Any]:
+        """Begin an episode without rendering (but for the film's first frame); returns info."""
+        info = self._inner.restart(seed)
+        self.frames = [self._inner.render()] if self._film else []
+        return info
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin an episode: (observation, info)."""
+        observation, info = self._inner.reset(seed=seed, options=options)
+        self.frames = [self._inner.render()] if self._film else []
+        return observation, info
+
+    def execute(self, chunk: np.ndarray) -> Executed:
+        """Execute the first k actions of a chunk; stops at success and at the horizon; renders nothing (but film frames).
+
+        Args:
+            chunk: (L, D), L >= 1, robot units.
+
+        Raises:
+            SpecError: for a chunk of another shape.
+        """
+        chunk = np.asarray(chunk)
+        dimension = self._inner.action_spec.dim
+        if chunk.ndim != 2 or chunk.shape[0] < 1 or chunk.shape[1] != dimension:
+            raise SpecError(f"A chunk for {self._inner.name} has the shape (L, {dimension}) with L >= 1, got {chunk.shape}.")
+        total, steps = 0.0, 0
+        for action in chunk[: self._execute]:
+            reward, terminated, truncated, info = self._inner.advance(action)
+            total, steps = total + reward, steps + 1
+            truncated = truncated or (info["steps"] >= self._max_episode_steps)
+            last = terminated or truncated
+            if self._film and (last or info["steps"] % self._film_every == 0):
+                self.frames.append(self._inner.render())
+            if last:
+                break
+        return Executed(steps, total, terminated, truncated, info)
+
+    def step(self, chunk: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """`execute`, then render once: (observation, summed reward, terminated, truncated, info with ``executed``)."""
+        done = self.execute(chunk)
+        seen = self._inner.observe()
+        pixels: Any = dict(seen.images) if len(seen.images) > 1 else next(iter(seen.images.values()))
+        info = {**done.info, "executed": done.steps}
+        return {"pixels": pixels, "agent_pos": seen.state}, done.reward, done.terminated, done.truncated, info
+
+    def observe(self) -> Observation:
+        """What a policy sees now; rendered at most once per step."""
+        return self._inner.observe()
+
+
+def make_chunked(
+    name: str, execute: int = 8, *, render: Render = "fast", size: int | None = None, film: bool = False
+) -> ChunkEnv:
+    """`make` and wrap. Arguments as there and in `ChunkEnv`."""
+    return ChunkEnv(make(name, render=render, size=size), execute, film=film)

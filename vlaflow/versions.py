@@ -1,0 +1,42 @@
+"""What ran: package versions and the command line, as results, checkpoints and reports record them.
+
+Versions are read from package metadata, so asking imports none of the packages.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from importlib import metadata
+
+from vlaflow import __version__
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "mujoco",
+    "metaworld",
+    "gymnasium",
+    "pyarrow",
+    "av",
+    "safetensors",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of vlaflow, Python and those packages of ``PACKAGES`` that are installed, in that order."""
+    found = {"vlaflow": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """The command that started this process, as one would type it again."""
+    return shlex.join(["vlaflow", *sys.argv[1:]])
