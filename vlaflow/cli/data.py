@@ -1,0 +1,127 @@
+"""``vlaflow data check DIR`` and ``vlaflow data show DIR``: is a data set sound, and what is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from vlaflow.data.lerobot import Dataset
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read every row and decode every frame; list all that is wrong.
+
+    Example: vlaflow data check runs/demo/dataset
+
+    Exit status 0 when sound, 1 when something must be mended, 2 when it is no data set at all.
+
+    Args:
+        directory: a LeRobot data set, v3.0 or v2.1 (the folder that holds meta/).
+        workers: decoding threads.
+    """
+
+    directory: Path
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print tasks, episodes and statistics; with --out also thumbnails and a curve per dimension.
+
+    Example: vlaflow data show runs/demo/dataset --out runs/demo/dataset.html
+
+    Args:
+        directory: a LeRobot data set, v3.0 or v2.1 (the folder that holds meta/).
+        out: write a page here, .html (self-contained) or .png.
+        episodes: how many episodes to show there.
+    """
+
+    directory: Path
+    out: Path | None = None
+    episodes: int = 12
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow data ...``; returns the exit status."""
+    import tyro
+
+    positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
+    commands = (
+        Annotated[positional(Check), tyro.conf.subcommand("check")] | Annotated[positional(Show), tyro.conf.subcommand("show")]
+    )
+    chosen: Any = tyro.cli(commands, prog="vlaflow data", description="Check or show a data set.", args=argv)
+    return _check(chosen) if isinstance(chosen, Check) else _show(chosen)
+
+
+def _check(arguments: Check) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlaflow.data.check import check
+    from vlaflow.data.lerobot import Dataset
+
+    console = Console()
+    dataset = Dataset.open(arguments.directory)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("decoding")
+        findings = check(dataset, arguments.workers, lambda done, total: progress.update(bar, completed=done, total=total))
+    _print_summary(console, dataset)
+    for sentence in findings.remarks:
+        console.print(f"note: {sentence}", markup=False, soft_wrap=True)
+    for sentence in findings.problems:
+        console.print(f"PROBLEM: {sentence}", markup=False, soft_wrap=True, style="bold red")
+    if findings.problems:
+        console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
+        return 1
+    console.print(f"Sound: {len(dataset)} rows read, {findings.frames} frames decoded.", style="green")
+    return 0
+
+
+def _show(arguments: Show) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlaflow.data.lerobot import Dataset
+    from vlaflow.data.stats import compute
+
+    console = Console()
+    dataset = Dataset.open(arguments.directory)
+    _print_summary(console, dataset)
+    tasks = Table("task", "episodes", "frames", "shortest", "longest")
+    for task in dict.fromkeys(episode.task for episode in dataset.episodes):
+        lengths = [episode.length for episode in dataset.episodes if episode.task == task]
+        tasks.add_row(task, *(str(n) for n in (len(lengths), sum(lengths), min(lengths), max(lengths))))
+    console.print(tasks)
+    numbers = Table("feature", "dimension", "min", "q01", "mean", "q99", "max", "std")
+    for name, stats in compute(dataset).items():
+        for d, label in enumerate(dataset.dimension_names(name)):
+            values = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
+            numbers.add_row(name, label, *(f"{v[d]:.4g}" for v in values))
+    console.print(numbers)
+    if arguments.out is not None:
+        from vlaflow.data.show import write_page
+
+        console.print(f"Written: {write_page(dataset, arguments.out, arguments.episodes)}", soft_wrap=True)
+    return 0
+
+
+def _print_summary(console: Any, dataset: Dataset) -> None:
+    from rich.table import Table
+
+    views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
+    rows = {
+        "data set": f"{dataset.root} (LeRobot {dataset.version})",
+        "robot": dataset.action_spec.robot if dataset.action_spec else "not stated (no action spec)",
+        "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
+        "tasks": str(len(dataset.tasks)),
+        "views": views or "none",
+        "state": ", ".join(dataset.dimension_names("state")) or "none",
+        "action": ", ".join(dataset.dimension_names("action")),
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)

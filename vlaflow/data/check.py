@@ -1,0 +1,126 @@
+"""Everything that can be wrong with a data set, looked for in one pass: each row, each frame, each file.
+
+``Dataset`` itself refuses damage where it meets it; here the search goes on to the next episode, so that one run lists
+all that has to be mended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import av
+import numpy as np
+
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.quality import PauseRule, pauses
+from vlaflow.data.stats import compute
+from vlaflow.errors import DataError
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check found.
+
+    Args:
+        problems: what makes the data set unfit for training, one sentence each.
+        remarks: what is worth knowing but may be meant so.
+        frames: frames decoded, over all views.
+    """
+
+    problems: tuple[str, ...]
+    remarks: tuple[str, ...]
+    frames: int
+
+
+def check(dataset: Dataset, workers: int = 2, progress: Callable[[int, int], None] | None = None) -> Findings:
+    """Read every row and decode every frame of every view.
+
+    Args:
+        dataset: an open data set.
+        workers: decoding threads.
+        progress: called with (videos done, videos in all).
+    """
+    problems, remarks = [], []
+    try:
+        dataset.columns()
+        remarks += _about_numbers(dataset)
+    except DataError as error:
+        problems.append(str(error))
+    problems += _surplus_frames(dataset)
+    tasks = [(episode.index, view) for view in dataset.views for episode in dataset.episodes]
+    decoded = 0
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for done, (count, problem) in enumerate(pool.map(partial(_decode, dataset), tasks), 1):
+            decoded += count
+            problems += [problem] if problem else []
+            if progress:
+                progress(done, len(tasks))
+    return Findings(tuple(problems), tuple(remarks), decoded)
+
+
+def _decode(dataset: Dataset, which: tuple[int, str]) -> tuple[int, str | None]:
+    count = 0
+    try:
+        for _ in dataset.iter_frames(*which):
+            count += 1
+    except DataError as error:
+        return count, str(error)
+    return count, None
+
+
+def _surplus_frames(dataset: Dataset) -> list[str]:
+    """Videos that hold more frames than their episodes have rows: the two were not recorded together."""
+    expected: Counter[tuple[str, str]] = Counter()
+    for episode in dataset.episodes:
+        for key, path in dataset.video_paths(episode.index).items():
+            expected[key, str(path)] += episode.length
+    found = []
+    for (key, path), count in expected.items():
+        try:
+            with av.open(path) as container:
+                held = container.streams.video[0].frames if container.streams.video else 0
+        except (av.FFmpegError, OSError):
+            continue  # said better, and by episode, when it is decoded
+        if held > count:
+            found.append(
+                f"{path} holds {held} frames of '{key}', but its episodes have {count} rows in all, so frames and actions may "
+                f"not belong together. Record these episodes again, or cut the video."
+            )
+    return found
+
+
+def _about_numbers(dataset: Dataset) -> list[str]:
+    columns, spec, remarks = dataset.columns(), dataset.action_spec, []
+    for name, stats in compute(dataset).items():
+        still = [d for d in range(stats.dim) if stats.min[d] == stats.max[d]]
+        if still:
+            remarks.append(f"{name}: dimension {', '.join(map(str, still))} never changes.")
+    if spec is None:
+        remarks.append("No action spec: a checkpoint trained on this cannot check that it meets the right robot.")
+    else:
+        outside = (columns.action < spec.low - 1e-6) | (columns.action > spec.high + 1e-6)
+        for d in np.flatnonzero(outside.any(axis=0)):
+            dimension = spec.dimensions[d]
+            episode = columns.episode[np.argmax(outside[:, d])]
+            remarks.append(
+                f"action '{dimension.name}' leaves its range [{dimension.low:g}, {dimension.high:g}] in "
+                f"{outside[:, d].mean():.1%} of the frames, first in episode {episode}."
+            )
+        paused = [pauses(columns.action[dataset.episode_slice(e.index)], spec, PauseRule()) for e in dataset.episodes]
+        share = np.concatenate(paused).mean()
+        if share > 0:
+            remarks.append(f"{share:.1%} of the frames are pauses by the default rule (vlaflow.data.quality.PauseRule).")
+    path = dataset.root / "meta/stats.json"
+    if dataset.version == "v3.0":
+        try:
+            quantiles = "q99" in json.loads(path.read_text(encoding="utf-8"))[dataset.action_key]
+        except (OSError, ValueError, KeyError, TypeError):
+            quantiles = False
+        if not quantiles:
+            remarks.append("meta/stats.json is missing, damaged or without quantiles; LeRobot needs it, vlaflow does not.")
+    return remarks

@@ -1,0 +1,188 @@
+"""Frames decoded once into plain memory-mapped bytes, because decoding at random costs a hundred times a copy.
+
+    cache = FrameCache.open(dataset, size=96)
+    images = cache.gather(np.array([0, 17, 4]))      # {"corner2": uint8 (3, 96, 96, 3)}
+
+One file per view, (N, H, W, 3), in ``<root>/.cache/frames-<key>/`` or ``$VLAFLOW_CACHE/frames-<key>/``. The key hashes the
+data set's content, the size and the layout, so a changed data set gets a new cache and an old one is never read by mistake.
+``resize`` is public because a policy must shrink what it sees on the robot in exactly the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlaflow.data.lerobot import Dataset
+from vlaflow.errors import DataError, SpecError
+
+LAYOUT = 1
+"""Raise when the bytes of a cache, or what ``resize`` answers, change."""
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Shrink by averaging areas to size x size; a picture that is not square keeps its shape between black bars.
+
+    Args:
+        image: uint8 (H, W, 3).
+        size: side of the result in pixels.
+
+    Returns:
+        uint8 (size, size, 3); the image itself when it has that size already.
+    """
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    scale = size / max(height, width)
+    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = np.asarray(Image.fromarray(image).resize(inner, Image.Resampling.BOX))
+    if small.shape[:2] == (size, size):
+        return small
+    canvas = np.zeros((size, size, 3), np.uint8)
+    top, left = (size - small.shape[0]) // 2, (size - small.shape[1]) // 2
+    canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
+    return canvas
+
+
+class FrameCache:
+    """Every frame of a data set at training resolution, by row.
+
+    Attributes:
+        folder: where it lies.
+        views: the view names.
+        shapes: (height, width) by view.
+    """
+
+    def __init__(self, folder: Path, rows: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.folder, self.shapes, self.views = folder, dict(shapes), tuple(shapes)
+        self._rows = rows
+        # "c": private pages, so torch may hold the memory without being able to change the file.
+        self._arrays = {v: np.memmap(folder / f"{v}.u8", np.uint8, "c", shape=(rows, *s, 3)) for v, s in shapes.items()}
+
+    @classmethod
+    def open(
+        cls,
+        dataset: Dataset,
+        size: int | None = None,
+        views: Sequence[str] | None = None,
+        workers: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FrameCache:
+        """Open the cache of this data set, building it first where there is none.
+
+        Two processes may call this at once: one builds, the other waits for it. A process killed while building leaves
+        nothing that could be mistaken for a cache.
+
+        Args:
+            dataset: an open data set.
+            size: side in pixels of every view (see ``resize``); None keeps each view as stored.
+            views: view names, all of them when None.
+            workers: decoding threads; None takes one per core, at most eight.
+            progress: called with (episodes done, episodes in all) while building.
+
+        Raises:
+            SpecError: no such view.
+            DataError: a damaged video, or no room or right to write the cache.
+        """
+        if size is not None and size < 1:
+            raise SpecError(f"The frame size must be at least one pixel, got {size}.")
+        chosen = list(dataset.views) if views is None else list(views)
+        shapes = {view: (size, size) if size else dataset.image_size(view) for view in chosen}
+        what = json.dumps([LAYOUT, dataset.fingerprint, list(shapes.items())])
+        key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        home = Path(os.environ["VLAFLOW_CACHE"]) if os.environ.get("VLAFLOW_CACHE") else dataset.root / ".cache"
+        folder = home / f"frames-{key}"
+        if not folder.is_dir():
+            try:
+                home.mkdir(parents=True, exist_ok=True)
+                with _locked(home / f".frames-{key}.lock"):
+                    if not folder.is_dir():
+                        _build(dataset, folder, shapes, size=size, workers=workers, progress=progress)
+            except PermissionError as error:
+                raise DataError(
+                    f"The frame cache cannot be written to {home}. Set VLAFLOW_CACHE to a folder of yours."
+                ) from error
+        return cls(folder, len(dataset), shapes)
+
+    def __len__(self) -> int:
+        """Number of rows, N."""
+        return self._rows
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk in bytes."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """The frames at these rows of ``Dataset.columns``, a copy: view name to uint8 (B, H, W, 3)."""
+        if len(rows) and (rows.min() < 0 or rows.max() >= self._rows):
+            raise IndexError(f"Rows must lie in 0 .. {self._rows - 1}, got {rows.min()} .. {rows.max()}.")
+        return {view: torch.from_numpy(np.take(array, rows, axis=0)) for view, array in self._arrays.items()}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the kernel gives it back when the process dies, however it dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(
+    dataset: Dataset,
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    size: int | None,
+    workers: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Decode everything into a folder of another name, then rename it; the caller holds the lock."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: nobody else can be writing under the lock
+    rows = len(dataset)
+    needed = sum(rows * height * width * 3 for height, width in shapes.values())
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise DataError(
+            f"The frame cache of {dataset.root} needs {needed / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left. "
+            f"Choose a smaller size, or set VLAFLOW_CACHE to a larger disk."
+        )
+    partial.mkdir()
+    arrays = {v: np.memmap(partial / f"{v}.u8", np.uint8, "w+", shape=(rows, *s, 3)) for v, s in shapes.items()}
+
+    def fill(episode: int) -> None:
+        first = dataset.episodes[episode].start
+        for view, array in arrays.items():
+            for i, image in enumerate(dataset.iter_frames(episode, view)):
+                array[first + i] = resize(image, size) if size else image
+
+    try:
+        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+            futures = [pool.submit(fill, episode.index) for episode in dataset.episodes]
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    if progress:
+                        progress(done, len(futures))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        for array in arrays.values():
+            array.flush()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

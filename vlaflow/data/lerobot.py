@@ -1,0 +1,391 @@
+"""A LeRobot data set, v3.0 or v2.1, read without LeRobot: number columns at once, frames one episode at a time.
+
+    dataset = Dataset.open("runs/demo/dataset")
+    columns = dataset.columns()              # state (N, S), action (N, D), ...
+    images = dataset.frames(3, "corner2")    # (T, H, W, 3) uint8
+
+Opening reads the meta folder only. ``columns`` reads and checks every row, ``frames`` decodes and checks one video. Whatever
+is damaged is refused with a sentence naming file and episode; nothing is skipped or padded. Fast random access to frames
+is the business of ``frames.FrameCache``, batches of ``windows.Windows``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlaflow.config import from_json
+from vlaflow.data.lerobot_meta import Episode, Meta, read_meta, read_parquet
+from vlaflow.data.video import TOLERANCE_S, VideoError, decode_frames
+from vlaflow.errors import DataError, SpecError, nearest
+from vlaflow.spec import ActionSpec
+
+__all__ = ["Columns", "Dataset", "Episode", "view_name"]
+
+EXTRA_KEY = "x_vlaflow"
+"""Our own block in meta/info.json; LeRobot passes over keys it does not know with a warning."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Every row's numbers, in episode order.
+
+    Args:
+        state: float32 (N, S), robot units; S is 0 where the data set has no state.
+        action: float32 (N, D), robot units.
+        episode: int64 (N,).
+        frame: int64 (N,), counted from 0 within the episode.
+        task: int64 (N,), index into ``Dataset.tasks``.
+    """
+
+    state: np.ndarray
+    action: np.ndarray
+    episode: np.ndarray
+    frame: np.ndarray
+    task: np.ndarray
+
+
+def view_name(key: str) -> str:
+    """The view's name: its feature key without 'observation.images.' or 'observation.'."""
+    return key.removeprefix("observation.").removeprefix("images.")
+
+
+class Dataset:
+    """A LeRobot data set on disk; see the module for its use.
+
+    Attributes:
+        root: its folder.
+        version: "v3.0" or "v2.1".
+        fps: frames per second.
+        features: as in meta/info.json.
+        views: view name to feature key, cameras only (depth maps are not colour images and are left out).
+        state_key, action_key: feature keys; ``state_key`` is None where there is no 'observation.state'.
+        tasks: the instructions, by task index.
+        episodes: one ``Episode`` each.
+        action_spec: what an action means, or None where nobody stated it.
+        provenance: how it was made, as recorded by the writer.
+    """
+
+    def __init__(self, meta: Meta, action_spec: ActionSpec | None = None) -> None:
+        info = meta.info
+        self._meta = meta
+        self.root, self.version, self.fps = meta.root, str(info["codebase_version"]), float(info["fps"])
+        self.features: Mapping[str, Any] = info["features"]
+        self.tasks, self.episodes = meta.tasks, meta.episodes
+        self.views = {view_name(key): key for key, f in self.features.items() if _is_camera(f)}
+        self.action_key = "action"
+        self.state_key = "observation.state" if "observation.state" in self.features else None
+        for key in filter(None, (self.action_key, self.state_key)):
+            self._require_vector(key)
+        own = info.get(EXTRA_KEY, {})
+        where = str(self.root / "meta/info.json")
+        stated = own.get("action_spec")
+        self.provenance: Mapping[str, Any] = own.get("provenance", {})
+        self.action_spec = from_json(ActionSpec, stated, where) if stated is not None else action_spec
+        if self.action_spec is not None:
+            self._require_spec(self.action_spec)
+            if action_spec is not None:
+                self.action_spec.require_match(action_spec, f"data set {self.root}", "the given action spec")
+
+    @classmethod
+    def open(cls, root: Path | str, action_spec: ActionSpec | None = None) -> Dataset:
+        """Open a data set; only its meta folder is read.
+
+        Args:
+            root: the folder that holds meta/, data/ and videos/.
+            action_spec: what an action means, for data sets that do not say so themselves.
+
+        Raises:
+            DataError: not a data set, unsupported version, files missing, meta contradicting itself.
+            SpecError: the action spec does not fit the actions.
+        """
+        return cls(read_meta(Path(root)), action_spec)
+
+    def __len__(self) -> int:
+        """Number of rows, N."""
+        return self.episodes[-1].start + self.episodes[-1].length
+
+    def __repr__(self) -> str:
+        return f"Dataset({str(self.root)!r}, {self.version}, {len(self.episodes)} episodes, {len(self)} frames)"
+
+    def episode_slice(self, episode: int) -> slice:
+        """The rows of one episode in ``columns()``."""
+        found = self._episode(episode)
+        return slice(found.start, found.start + found.length)
+
+    def image_size(self, view: str) -> tuple[int, int]:
+        """Height and width of a view as stored."""
+        height, width, _ = self.features[self._view_key(view)]["shape"]
+        return int(height), int(width)
+
+    def dimension_names(self, name: str) -> tuple[str, ...]:
+        """One name per number of the "state" or the "action"; "0", "1", ... where the data set gives none."""
+        key = self.action_key if name == "action" else self.state_key
+        if key is None:
+            return ()
+        names, width = self.features[key].get("names"), int(self.features[key]["shape"][0])
+        if isinstance(names, dict):  # some recorders group them: {"motors": [...]}
+            names = [one for group in names.values() for one in (group if isinstance(group, list) else [group])]
+        fitting = isinstance(names, list) and len(names) == width
+        return tuple(map(str, names)) if fitting else tuple(map(str, range(width)))
+
+    def video_paths(self, episode: int) -> dict[str, Path]:
+        """The mp4 that holds this episode, by feature key."""
+        return {key: path for key, (path, _) in self._meta.files[self._episode(episode).index].videos.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits of the content: meta and data files in full, of each video its size and its first and last 64 KiB.
+
+        Reading whole videos would take as long as copying them; the two ends hold the frame index, which changes with
+        every frame. Neither the folder's place nor the time of writing counts.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        data = sorted({files.data for files in self._meta.files})
+        videos = sorted({path for files in self._meta.files for path, _ in files.videos.values()})
+        for path in (*self._meta.paths, *data):
+            digest.update(f"{path.relative_to(self.root).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+        for path in videos:
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(self.root).as_posix()}\0{size}\0".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 16))
+                file.seek(max(0, size - (1 << 16)))
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    def columns(self) -> Columns:
+        """Read all rows, check them, and keep them.
+
+        Raises:
+            DataError: a damaged file; rows missing; a value that is not finite; a vector of the wrong length; timestamps
+                that disagree with fps; a task that does not exist. Each names file and episode.
+        """
+        return self._columns
+
+    def frames(self, episode: int, view: str) -> np.ndarray:
+        """All images of one episode, uint8 (T, H, W, 3), RGB.
+
+        Raises:
+            SpecError: no such view or episode.
+            DataError: the video is damaged, too short, or runs at another rate.
+        """
+        height, width = self.image_size(view)
+        images = np.empty((self._episode(episode).length, height, width, 3), np.uint8)
+        for i, image in enumerate(self.iter_frames(episode, view)):
+            images[i] = image
+        return images
+
+    def iter_frames(self, episode: int, view: str) -> Iterator[np.ndarray]:
+        """The images of one episode one after the other, uint8 (H, W, 3); raises as ``frames`` does."""
+        key, found = self._view_key(view), self._episode(episode)
+        video = self.features[key]["dtype"] == "video"
+        shape = (*self.image_size(view), 3)
+        for i, image in enumerate(self._video(found, key) if video else self._stored_images(found, key)):
+            if image.shape != shape:
+                raise DataError(
+                    f"Episode {episode} of {self.root}: frame {i} of '{key}' is {image.shape[0]}x{image.shape[1]}, but "
+                    f"meta/info.json declares {shape[0]}x{shape[1]}. Correct the shape there, or record the episode again."
+                )
+            yield image
+
+    def _video(self, episode: Episode, key: str) -> Iterator[np.ndarray]:
+        path, start_s = self._meta.files[episode.index].videos[key]
+        try:
+            yield from decode_frames(path, start_s, episode.length, self.fps)
+        except VideoError as error:
+            raise DataError(self._video_sentence(episode, key, path, error)) from error
+
+    def _video_sentence(self, episode: Episode, key: str, path: Path, error: VideoError) -> str:
+        where = path.relative_to(self.root)
+        if error.kind == "rate":
+            return (
+                f"Episode {episode.index} of {self.root}: video '{key}' ({where}) runs at {error.detail}, but meta/info.json "
+                f"states fps = {self.fps:g}. Correct fps there, or encode the video again at that rate."
+            )
+        if error.kind == "time":
+            return (
+                f"Episode {episode.index} of {self.root}: in video '{key}' ({where}) {error.detail}, so frames are missing or "
+                f"fps = {self.fps:g} in meta/info.json is wrong. Correct fps, or record the episode again."
+            )
+        if error.kind == "unreadable":
+            return (
+                f"Episode {episode.index} of {self.root}: video '{key}' ({where}) cannot be decoded after {error.found} of "
+                f"{episode.length} frames ({error.detail}). Copy the file again, or record the episode again."
+            )
+        return (
+            f"Episode {episode.index} of {self.root} has {episode.length} actions but video '{key}' holds {error.found} frames "
+            f"of it ({where}). Copy the file again, or record the episode again."
+        )
+
+    def _stored_images(self, episode: Episode, key: str) -> Iterator[np.ndarray]:
+        from PIL import Image
+
+        path = self._meta.files[episode.index].data
+        first = next(e.start for e, f in zip(self.episodes, self._meta.files, strict=True) if f.data == path)
+        rows = _read_rows(path, key, episode.start - first, episode.length)
+        if len(rows) != episode.length:
+            raise DataError(
+                f"Episode {episode.index} of {self.root} has {episode.length} actions but '{key}' holds {len(rows)} images "
+                f"({path.relative_to(self.root)}). Copy the file again, or record the episode again."
+            )
+        for i, row in enumerate(rows):
+            try:
+                source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else self.root / row["path"]
+                with Image.open(source) as image:
+                    yield np.asarray(image.convert("RGB"))
+            except (TypeError, OSError) as error:
+                raise DataError(
+                    f"Episode {episode.index} of {self.root}: image {i} of '{key}' cannot be read "
+                    f"({path.relative_to(self.root)}: {error}). Copy the file again, or record the episode again."
+                ) from error
+
+    @cached_property
+    def _columns(self) -> Columns:
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("state", "action", "episode", "frame", "task", "time")}
+        keys = {"episode": "episode_index", "frame": "frame_index", "task": "task_index", "time": "timestamp"}
+        vectors = {"action": self.action_key} | ({"state": self.state_key} if self.state_key else {})
+        for path in dict.fromkeys(files.data for files in self._meta.files):
+            table = read_parquet(path, [*keys.values(), *vectors.values()])
+            for name, key in keys.items():
+                parts[name].append(table[key].to_numpy())
+            for name, key in vectors.items():
+                parts[name].append(self._vector(table, key, path))
+            if not self.state_key:
+                parts["state"].append(np.zeros((len(table), 0), np.float32))
+        joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        order = np.lexsort((joined["frame"], joined["episode"]))
+        if not np.array_equal(order, np.arange(len(order))):
+            joined = {name: array[order] for name, array in joined.items()}
+        self._check_rows(joined)
+        whole = {name: joined[name].astype(np.int64, copy=False) for name in ("episode", "frame", "task")}
+        return Columns(joined["state"], joined["action"], **whole)
+
+    def _vector(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
+        """One vector column as float32 (rows, width), refusing rows of another length than declared."""
+        declared = int(np.prod(self.features[key]["shape"]))
+        column = table[key].combine_chunks()
+        nested = pa.types.is_fixed_size_list(column.type)
+        if nested:
+            widths = np.full(len(column), column.type.list_size)
+        elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            nested, widths = True, np.diff(column.offsets.to_numpy())
+        else:
+            widths = np.ones(len(column), np.int64)
+        wrong = np.flatnonzero(widths != declared)
+        if len(wrong) or column.null_count:
+            row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+            found = "nothing" if not column[row].is_valid else f"{widths[row]} numbers"
+            raise DataError(
+                f"Episode {table['episode_index'][row].as_py()} of {self.root}: '{key}' holds {found} at frame "
+                f"{table['frame_index'][row].as_py()} ({path.relative_to(self.root)}), but meta/info.json declares {declared}. "
+                f"Correct the shape there, or record the episode again."
+            )
+        values = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
+        return np.ascontiguousarray(values.reshape(-1, declared), np.float32)
+
+    def _check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+        lengths = np.array([e.length for e in self.episodes])
+        known = rows["episode"][(rows["episode"] >= 0) & (rows["episode"] < len(lengths))]
+        counts = np.bincount(known, minlength=len(lengths))
+        if len(known) != len(rows["episode"]):
+            raise DataError(
+                f"{self.root}/data holds rows of an episode that meta does not describe. Copy the meta folder again."
+            )
+        for i in np.flatnonzero(counts != lengths)[:1]:
+            raise DataError(
+                f"Episode {i} of {self.root} has {lengths[i]} frames according to meta, but {self._data_path(i)} holds "
+                f"{counts[i]} rows of it. Copy the file again, or record the episode again."
+            )
+        starts = np.repeat([e.start for e in self.episodes], lengths)
+        self._refuse(rows, rows["frame"] != np.arange(len(starts)) - starts, "frame_index", "does not count 0, 1, 2, ...")
+        self._refuse(rows, (rows["task"] < 0) | (rows["task"] >= len(self.tasks)), "task_index", "names no task in meta")
+        # float32 seconds: half a unit in the last place grows past the tolerance after half an hour of one episode.
+        off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
+        late = off >= TOLERANCE_S + np.abs(rows["time"]) * np.finfo(np.float32).eps
+        self._refuse(rows, late, "timestamp", f"disagrees with fps = {self.fps:g} in meta/info.json")
+        for name, key in (("action", self.action_key), ("state", self.state_key)):
+            bad = ~np.isfinite(rows[name])
+            if bad.any():
+                row, dimension = (int(i) for i in np.argwhere(bad)[0])
+                raise DataError(
+                    f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in '{key}' at frame "
+                    f"{rows['frame'][row]}, dimension {dimension} ('{self.dimension_names(name)[dimension]}') "
+                    f"({self._data_path(int(rows['episode'][row]))}). Record the episode again."
+                )
+
+    def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str) -> None:
+        if bad.any():
+            row = int(np.argmax(bad))
+            values = {"frame_index": "frame", "task_index": "task", "timestamp": "time"}
+            raise DataError(
+                f"Episode {rows['episode'][row]} of {self.root}: '{column}' is {rows[values[column]][row]:g} at frame "
+                f"{row - self.episodes[int(rows['episode'][row])].start} ({self._data_path(int(rows['episode'][row]))}), which "
+                f"{what}. Mend the column, or record the episode again."
+            )
+
+    def _data_path(self, episode: int) -> Path:
+        return self._meta.files[episode].data.relative_to(self.root)
+
+    def _require_vector(self, key: str) -> None:
+        if key not in self.features:
+            raise DataError(f"{self.root} has no feature '{key}' in meta/info.json; {nearest(key, self.features)}")
+        if len(self.features[key]["shape"]) != 1:
+            raise DataError(
+                f"'{key}' of {self.root} must be one vector per frame, but has shape {self.features[key]['shape']}."
+            )
+
+    def _require_spec(self, spec: ActionSpec) -> None:
+        declared = int(self.features[self.action_key]["shape"][0])
+        if spec.dim != declared:
+            raise SpecError(
+                f"The actions of {self.root} have {declared} numbers, but its action spec describes {spec.dim}. State a "
+                f"spec with one dimension per number."
+            )
+        if abs(spec.rate_hz - self.fps) > 1e-6 * self.fps:
+            raise SpecError(
+                f"{self.root} runs at {self.fps:g} fps, but its action spec states {spec.rate_hz:g} actions per second. "
+                f"The two must be equal."
+            )
+
+    def _episode(self, episode: int) -> Episode:
+        if not 0 <= episode < len(self.episodes):
+            raise SpecError(f"{self.root} has no episode {episode}; it has 0 to {len(self.episodes) - 1}.")
+        return self.episodes[episode]
+
+    def _view_key(self, view: str) -> str:
+        if view not in self.views:
+            hint = nearest(view, self.views) if self.views else "it has no camera at all."
+            raise SpecError(f"{self.root} has no view '{view}'; {hint}")
+        return self.views[view]
+
+
+def _is_camera(feature: Mapping[str, Any]) -> bool:
+    info = feature.get("info") or feature.get("video_info") or {}
+    depth = info.get("is_depth_map") or info.get("video.is_depth_map")
+    return feature["dtype"] in ("video", "image") and not depth
+
+
+def _read_rows(path: Path, key: str, start: int, count: int) -> list[Any]:
+    """Rows [start, start + count) of one column, reading only the row groups that hold them."""
+    try:
+        file = pq.ParquetFile(path)
+        sizes = np.array([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+        ends = np.cumsum(sizes)
+        groups = [g for g in range(len(sizes)) if ends[g] > start and ends[g] - sizes[g] < start + count]
+        if not groups:
+            return []
+        table = file.read_row_groups(groups, columns=[key])
+        return table[key].slice(start - int(ends[groups[0]] - sizes[groups[0]]), count).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged or cut off ({str(error).splitlines()[0]}). Copy or record it again.") from error

@@ -1,0 +1,128 @@
+"""What happens to numbers and pixels between data set and network. Every change of units carries its own way back.
+
+A policy keeps the ``Normalizer`` it was trained with, so that a user only ever sees robot units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlaflow.data.stats import FeatureStats
+from vlaflow.errors import ConfigError, SpecError, nearest
+
+Mode = Literal["identity", "mean_std", "quantile", "min_max"]
+MODES: tuple[Mode, ...] = ("identity", "mean_std", "quantile", "min_max")
+
+CONSTANT = 1e-6
+"""A dimension whose range is below this share of its size is constant: float32 itself resolves 1.2e-7."""
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Per dimension y = (x - shift) / scale, and back x = y * scale + shift.
+
+    A dimension with scale 0 is constant in the data: it maps to 0, and every y maps back to the constant exactly. So a
+    sensor that never moved cannot blow up at a value it never showed, and an action that never varied stays what it was.
+
+    Args:
+        mode: how shift and scale were found; see ``from_stats``.
+        shift: robot units.
+        scale: robot units per normalised unit.
+    """
+
+    mode: Mode
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shift) != len(self.scale) or any(s < 0 for s in self.scale):
+            raise ConfigError("A normalizer needs as many shifts as scales, and no scale below 0.")
+
+    @staticmethod
+    def from_stats(stats: FeatureStats, mode: Mode) -> Normalizer:
+        """Build from measured statistics.
+
+        "identity" leaves numbers as they are; "mean_std" gives mean 0 and deviation 1; "min_max" maps [min, max] to
+        [-1, 1]; "quantile" maps [q01, q99] to [-1, 1] and does not clip what lies outside. A dimension that varies but
+        whose two quantiles coincide (a gripper that closes in less than 1 % of the frames) takes its minimum and maximum.
+
+        Raises:
+            ConfigError: no such mode.
+        """
+        pairs = []
+        for d in range(stats.dim):
+            low, high = stats.min[d], stats.max[d]
+            if mode == "identity":
+                pairs.append((0.0, 1.0))
+            elif high - low <= CONSTANT * max(abs(low), abs(high)):
+                pairs.append((low, 0.0))
+            elif mode == "mean_std":
+                pairs.append((stats.mean[d], stats.std[d]))
+            elif mode in ("quantile", "min_max"):
+                inner = (stats.q01[d], stats.q99[d]) if mode == "quantile" else (low, high)
+                if inner[1] - inner[0] <= CONSTANT * max(abs(low), abs(high)):
+                    inner = (low, high)
+                pairs.append(((inner[0] + inner[1]) / 2, (inner[1] - inner[0]) / 2))
+            else:
+                raise ConfigError(f"There is no normalisation '{mode}'; {nearest(mode, MODES)}")
+        return Normalizer(mode, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
+
+    @property
+    def dim(self) -> int:
+        """Number of dimensions, D."""
+        return len(self.shift)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """Robot units to normalised, (..., D) of any floating type."""
+        shift_D, scale_D = self._tensors(x_D)
+        constant_D = scale_D == 0
+        return torch.where(constant_D, torch.zeros_like(x_D), (x_D - shift_D) / scale_D.masked_fill(constant_D, 1.0))
+
+    def inverse(self, x_D: Tensor) -> Tensor:
+        """Normalised to robot units, (..., D) of any floating type."""
+        shift_D, scale_D = self._tensors(x_D)
+        return x_D * scale_D + shift_D
+
+    def _tensors(self, x_D: Tensor) -> tuple[Tensor, Tensor]:
+        if x_D.shape[-1] != self.dim:
+            raise SpecError(f"This normalizer is for {self.dim} dimensions, got a tensor of shape {tuple(x_D.shape)}.")
+        return x_D.new_tensor(self.shift), x_D.new_tensor(self.scale)
+
+
+@dataclass(frozen=True)
+class RandomShift:
+    """Move every image by up to ``pad`` pixels in each direction, repeating the border; for training only.
+
+    Args:
+        pad: largest shift in pixels; 0 changes nothing.
+    """
+
+    pad: int
+
+    def __post_init__(self) -> None:
+        if self.pad < 0:
+            raise ConfigError(f"A random shift is by 0 pixels or more, got {self.pad}.")
+
+    def __call__(self, images_BHWC: Tensor, generator: torch.Generator) -> Tensor:
+        """Shift each sample by its own whole number of pixels.
+
+        Args:
+            images_BHWC: uint8 (B, H, W, 3); one view.
+            generator: a CPU generator; the only source of randomness.
+
+        Returns:
+            uint8 (B, H, W, 3), on the device of the images.
+        """
+        if not self.pad:
+            return images_BHWC
+        batch, height, width, _ = images_BHWC.shape
+        device = images_BHWC.device
+        shift_2B = torch.randint(-self.pad, self.pad + 1, (2, batch, 1), generator=generator).to(device)
+        rows_BH = (torch.arange(height, device=device) + shift_2B[0]).clamp(0, height - 1)
+        columns_BW = (torch.arange(width, device=device) + shift_2B[1]).clamp(0, width - 1)
+        samples_B = torch.arange(batch, device=device)
+        return images_BHWC[samples_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]

@@ -1,0 +1,221 @@
+"""Video files: decode by timestamp, encode one episode, join episodes without touching a pixel.
+
+Everything is H.264 in mp4 for writing and whatever FFmpeg decodes for reading, always through PyAV. Which episode lies
+where in which file is known to ``lerobot_meta``; the sentences a user reads about a damaged episode are made in ``lerobot``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from vlaflow.errors import DataError, SpecError
+
+TOLERANCE_S = 1e-4
+"""How far a frame may lie from the time its row states, in seconds; the same bound as LeRobot's."""
+
+ENCODER = {
+    # Every second frame a key frame and no B-frames: one random frame costs at most two decodes (0.4 ms at 256x256
+    # against 3.2 ms with a key frame every 30). One thread, because x264's slices, and so the bytes, depend on the count.
+    "crf": "20",
+    "preset": "medium",
+    "tune": "fastdecode",
+    "g": "2",
+    "bf": "0",
+    "sc_threshold": "0",
+    "threads": "1",
+}
+"""x264 settings of every video this package writes."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One episode of one view as an mp4 of its own, ready to be joined to others; can be sent between processes.
+
+    Args:
+        path: the mp4.
+        count: number of frames, T.
+        histogram: int64 (3, 256), how often each value occurs per RGB channel, counted on the decoded frames.
+    """
+
+    path: Path
+    count: int
+    histogram: np.ndarray
+
+
+def exact_rate(fps: float) -> Fraction:
+    """The frame rate as a ratio of small integers (29.97 becomes 30000/1001)."""
+    if not fps > 0:
+        raise SpecError(f"fps must be positive, got {fps}.")
+    if float(fps).is_integer():
+        return Fraction(int(fps))
+    broadcast = Fraction(round(fps) * 1000, 1001)
+    return broadcast if abs(float(broadcast) - fps) < 1e-2 else Fraction(fps).limit_denominator(1001)
+
+
+def encode_video(frames: Iterable[np.ndarray], path: Path, fps: float) -> Segment:
+    """Encode one episode; the same frames give the same bytes in any process.
+
+    Args:
+        frames: T images uint8 (H, W, 3), RGB; H and W even, because chroma is stored at half resolution.
+        path: the mp4 to write.
+        fps: frames per second; frame i is shown at exactly i / fps.
+
+    Raises:
+        SpecError: for an odd size, another dtype, images that differ in size, or no image at all.
+    """
+    rate = exact_rate(fps)
+    stream: Any = None
+    with av.open(str(path), "w", format="mp4") as container:
+        for i, image in enumerate(frames):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise SpecError(f"Frame {i} must be uint8 (height, width, 3), got {image.dtype} {image.shape}.")
+            height, width = image.shape[:2]
+            if stream is None:
+                require_even(height, width, path.name)
+                stream = container.add_stream("libx264", rate=rate, options=dict(ENCODER))
+                stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+                stream.codec_context.time_base = 1 / rate
+                stream.codec_context.thread_count = 1
+            if (stream.height, stream.width) != (height, width):
+                raise SpecError(f"Frame {i} is {height}x{width}, the first was {stream.height}x{stream.width}.")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = i, 1 / rate
+            container.mux(stream.encode(frame))
+        if stream is None:
+            raise SpecError(f"An episode without frames cannot be encoded ({path.name}).")
+        container.mux(stream.encode(None))
+    return read_segment(path)
+
+
+def require_even(height: int, width: int, name: str) -> None:
+    """Refuse a size that yuv420p cannot hold."""
+    if height % 2 or width % 2:
+        raise SpecError(f"'{name}' is {height}x{width}; video needs an even height and width. Crop or resize by one pixel.")
+
+
+def read_segment(path: Path) -> Segment:
+    """Count and measure an already encoded episode by decoding it.
+
+    Raises:
+        DataError: when the file is missing or cannot be decoded.
+    """
+    histogram, count = np.zeros((3, 256), np.int64), 0
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                pixels = frame.to_ndarray(format="rgb24").reshape(-1, 3)
+                for channel in range(3):
+                    histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
+                count += 1
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"The video {path} cannot be decoded ({_reason(error)}). Encode it again.") from error
+    return Segment(path, count, histogram)
+
+
+class Joiner:
+    """One mp4 to which encoded episodes are appended packet by packet, without decoding."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.rate = path, exact_rate(fps)
+        self.frames, self.bytes = 0, 0
+        self._out: Any = av.open(str(path), "w", format="mp4")
+        self._stream: Any = None
+        self._parameters: tuple[Any, ...] = ()
+
+    def append(self, segment: Segment) -> tuple[float, float]:
+        """Add one episode and say where it lies: (from, to) in seconds.
+
+        Raises:
+            SpecError: when the segment was encoded with other settings or at another size than the first.
+        """
+        start = self.frames
+        with av.open(str(segment.path)) as source:
+            stream = source.streams.video[0]
+            context = stream.codec_context
+            parameters = (context.name, context.width, context.height, context.extradata)
+            if self._stream is None:
+                self._stream = self._out.add_stream_from_template(stream)
+                self._stream.time_base = stream.time_base
+                self._parameters = parameters
+            elif parameters != self._parameters:
+                raise SpecError(
+                    f"The video {segment.path} was encoded at another size or with other settings than the episodes before "
+                    f"it, so the two cannot be joined. Encode every episode with vlaflow.data.video.encode_video."
+                )
+            assert stream.time_base is not None
+            shift = int(Fraction(start) / self.rate / stream.time_base)
+            for packet in source.demux(stream):
+                if packet.dts is None or packet.pts is None:  # the empty packet that ends a file
+                    continue
+                packet.pts += shift
+                packet.dts += shift
+                packet.stream = self._stream
+                self.bytes += packet.size
+                self._out.mux(packet)
+        self.frames += segment.count
+        return float(start / self.rate), float(self.frames / self.rate)
+
+    def close(self) -> None:
+        """Write the index; before this the file cannot be read."""
+        self._out.close()
+
+
+class VideoError(Exception):
+    """Why a video does not hold what the table says; ``lerobot`` turns it into a sentence that names the episode.
+
+    Args:
+        kind: "unreadable", "rate", "short" or "time".
+        detail: what was found.
+        found: frames that were good.
+    """
+
+    def __init__(self, kind: str, detail: str, found: int) -> None:
+        super().__init__(kind, detail, found)
+        self.kind, self.detail, self.found = kind, detail, found
+
+
+def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterator[np.ndarray]:
+    """Yield the ``count`` frames shown at start_s + i / fps, each uint8 (H, W, 3), decoding forward from one seek.
+
+    Raises:
+        VideoError: when the file is unreadable, runs at another rate, ends early or leaves a frame out.
+    """
+    found = 0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError("unreadable", "no video stream", 0)
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # callers decode several episodes side by side
+            rate = stream.average_rate
+            # A stated rate is a summary, so only a clear disagreement counts here; single frames are checked below.
+            if rate is not None and stream.frames > 1 and abs(float(rate) / fps - 1) > 0.01:
+                raise VideoError("rate", f"{float(rate):g} fps", 0)
+            time_base = float(stream.time_base or 0)
+            if start_s > TOLERANCE_S:
+                container.seek(int((start_s + TOLERANCE_S) / time_base), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                at, wanted = (frame.pts or 0) * time_base, start_s + found / fps
+                if at < wanted - TOLERANCE_S and found == 0:
+                    continue
+                if abs(at - wanted) >= TOLERANCE_S:
+                    raise VideoError("time", f"frame {found} is shown at {at:.4f} s instead of {wanted:.4f} s", found)
+                yield frame.to_ndarray(format="rgb24")
+                found += 1
+                if found == count:
+                    return
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError("unreadable", _reason(error), found) from error
+    raise VideoError("short", f"{found} frames", found)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -1,0 +1,108 @@
+"""Training samples: at every frame of every episode, what was seen and the L actions that followed.
+
+    windows = Windows(dataset, FrameCache.open(dataset, size=96), horizon=16, episodes=train)
+    batch = windows.batch(np.array([0, 5, 9]))
+
+In which order the samples come is decided in ``mixture``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.quality import PauseRule, pauses
+from vlaflow.errors import ConfigError, SpecError
+
+
+class Windows:
+    """Every frame of the chosen episodes as the start of a chunk.
+
+    Attributes:
+        dataset, cache, horizon: as given; the chunk length is L = ``horizon``.
+        episodes: the chosen episodes.
+        action_spec: the data set's, cut into chunks of ``horizon``; None where it states none.
+        rows: int64 (M,), the row of each sample's first action in ``Dataset.columns``.
+        pause_N: bool (N,), rows that a pause rule marked.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        cache: FrameCache,
+        horizon: int,
+        episodes: Sequence[int] | None = None,
+        pause_rule: PauseRule | None = None,
+    ) -> None:
+        if horizon < 1:
+            raise ConfigError(f"The horizon must be at least one action, got {horizon}.")
+        if len(cache) != len(dataset):
+            raise SpecError(f"The frame cache {cache.folder} holds {len(cache)} frames, but {dataset.root} has {len(dataset)}.")
+        self.dataset, self.cache, self.horizon = dataset, cache, horizon
+        self.episodes = tuple(range(len(dataset.episodes)) if episodes is None else episodes)
+        if not self.episodes:
+            raise ConfigError(f"No episode of {dataset.root} was chosen. Give at least one.")
+        self.action_spec = dataset.action_spec.with_horizon(horizon) if dataset.action_spec else None
+        slices = [dataset.episode_slice(episode) for episode in self.episodes]
+        self._columns = dataset.columns()
+        self.rows = np.concatenate([np.arange(s.start, s.stop) for s in slices])
+        self._last = np.concatenate([np.full(s.stop - s.start, s.stop - 1) for s in slices])
+        self.pause_N = np.zeros(len(dataset), bool)
+        if pause_rule is not None:
+            if dataset.action_spec is None:
+                raise SpecError(f"A pause rule needs to know what the actions of {dataset.root} mean. State an action spec.")
+            for s in slices:
+                self.pause_N[s] = pauses(self._columns.action[s], dataset.action_spec, pause_rule)
+
+    def __len__(self) -> int:
+        """Number of samples, M."""
+        return len(self.rows)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The samples at ``indices`` (B,), each in 0 .. M-1."""
+        first_B, last_B = self.rows[indices], self._last[indices]
+        wanted_BL = first_B[:, None] + np.arange(self.horizon)
+        row_BL = np.minimum(wanted_BL, last_B[:, None])
+        valid_BL = (wanted_BL == row_BL) & ~self.pause_N[row_BL]
+        columns = self._columns
+        observation = ObservationBatch(
+            self.cache.gather(first_B),
+            torch.from_numpy(columns.state[first_B]),
+            [self.dataset.tasks[task] for task in columns.task[first_B]],
+        )
+        return Batch(
+            observation,
+            torch.from_numpy(columns.action[row_BL]),
+            torch.from_numpy(valid_BL),
+            torch.from_numpy(columns.episode[first_B]),
+            torch.from_numpy(columns.frame[first_B]),
+        )
+
+
+def split_episodes(dataset: Dataset, validation_fraction: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Divide episodes into (training, validation), task by task, so that both see every task where they can.
+
+    Of each task ``round(fraction * episodes)`` are held out, at least one (when the fraction is not 0 and the task has two
+    or more episodes) and never all. The same seed gives the same division.
+
+    Raises:
+        ConfigError: the fraction is not in [0, 1).
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ConfigError(f"The validation fraction must lie in [0, 1), got {validation_fraction}.")
+    by_task: dict[str, list[int]] = {}
+    for episode in dataset.episodes:
+        by_task.setdefault(episode.task, []).append(episode.index)
+    held_out: list[int] = []
+    for number, members in enumerate(by_task.values()):
+        count = round(validation_fraction * len(members))
+        if validation_fraction > 0:
+            count = min(max(count, 1), len(members) - 1)
+        held_out += np.random.default_rng([seed, number]).permutation(members)[:count].tolist()
+    chosen = set(held_out)
+    return tuple(e.index for e in dataset.episodes if e.index not in chosen), tuple(sorted(chosen))

@@ -1,0 +1,337 @@
+"""Writing a LeRobot v3.0 data set that LeRobot 0.4 and newer opens, without LeRobot.
+
+    with Writer("runs/demo/dataset", fps=20, action_spec=spec, state_names=("x", "y", "z", "gripper"),
+                views={"corner2": (96, 96)}, robot_type="metaworld_sawyer", provenance={"seed": 0}) as writer:
+        writer.add({"corner2": images}, state, action, "Push the puck to a goal")
+
+The folder appears under its name only when it is complete. The same episodes in the same order give the same bytes,
+however many processes encoded the videos: a recording worker calls ``video.encode_video`` and hands over the segment, which
+is joined packet by packet; frames handed to ``add`` directly take the same way.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlaflow.config import to_json
+from vlaflow.data import writer_meta as meta
+from vlaflow.data.lerobot import EXTRA_KEY
+from vlaflow.data.video import Joiner, Segment, encode_video, read_segment, require_even
+from vlaflow.errors import DataError, SpecError, nearest
+from vlaflow.spec import ActionSpec
+
+ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
+NUMPY = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "bool": np.bool_}
+
+
+class Writer:
+    """Collects episodes into a hidden folder next to ``root`` and renames it on ``finalize``.
+
+    Args:
+        root: where the data set will be; must not exist, or be an empty folder.
+        fps: frames per second, equal to the action spec's rate.
+        action_spec: what an action means; saved in meta/info.json.
+        state_names: one name per number of the state; S of them.
+        views: (height, width) by view name, both even.
+        robot_type: LeRobot's name for the robot.
+        provenance: JSON data on how the data was made; keep clocks and paths out of it, they would end reproducibility.
+        chunks_size: files per chunk folder.
+        data_mb: megabytes after which a new parquet file begins; an episode never spans two files.
+        video_mb: the same for mp4 files.
+
+    Raises:
+        DataError: ``root`` holds something already.
+        SpecError: an odd image size, or a rate other than ``fps``.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        fps: float,
+        action_spec: ActionSpec,
+        state_names: Sequence[str],
+        views: Mapping[str, tuple[int, int]],
+        robot_type: str,
+        provenance: Mapping[str, Any],
+        chunks_size: int = 1000,
+        data_mb: float = 100,
+        video_mb: float = 200,
+    ) -> None:
+        self.root = Path(root)
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise DataError(f"{self.root} exists already and is not empty. Choose another name, or remove it first.")
+        if abs(action_spec.rate_hz - fps) > 1e-6 * fps:
+            raise SpecError(f"The action spec states {action_spec.rate_hz:g} actions per second, but fps is {fps:g}.")
+        for view, (height, width) in views.items():
+            require_even(height, width, view)
+        self.fps, self.action_spec, self.views = float(fps), action_spec, dict(views)
+        self.state_names, self.robot_type, self.provenance = tuple(state_names), robot_type, dict(provenance)
+        self._limits = (chunks_size, data_mb, video_mb)
+        self._keys = {view: "observation.image" if view == "image" else f"observation.images.{view}" for view in views}
+        self._features = self._declare()
+        self._extra: dict[str, tuple[str, int]] | None = None
+        self._tasks: dict[str, int] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._values: dict[str, list[np.ndarray]] = {}
+        self._histograms = {view: np.zeros((3, 256), np.int64) for view in views}
+        self._frames = 0
+        self._table: pq.ParquetWriter | None = None
+        self._table_file: Any = None
+        self._table_number = -1
+        self._joiners: dict[str, Joiner] = {}
+        self._joiner_numbers = dict.fromkeys(views, -1)
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.root.name}.partial-", dir=self.root.parent))
+        self._scratch = self._folder / "segments"
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.finalize()
+        else:
+            self.abort()
+
+    def add(
+        self,
+        images: Mapping[str, np.ndarray] | None,
+        state: np.ndarray,
+        action: np.ndarray,
+        task: str,
+        extra: Mapping[str, np.ndarray] | None = None,
+        *,
+        videos: Mapping[str, Path | Segment] | None = None,
+    ) -> int:
+        """Append one episode of T frames; each view comes either in ``images`` or in ``videos``.
+
+        Args:
+            images: by view, uint8 (T, H, W, 3), RGB.
+            state: (T, S), what the robot reports before action t.
+            action: (T, D), what was commanded at frame t.
+            task: the instruction.
+            extra: further columns by feature key, (T,) or (T, k), the same ones in every episode, e.g. "next.reward".
+            videos: by view, an mp4 from ``encode_video``, as its path or its ``Segment`` (a path is decoded once more to
+                count frames and pixel values; a segment brings both along).
+
+        Returns:
+            The episode's index.
+
+        Raises:
+            SpecError: shapes, views or values that do not fit, named.
+            DataError: a video that holds another number of frames than there are actions.
+        """
+        index = len(self._rows)
+        vectors = self._vectors(index, state, action, task, extra or {})
+        length = len(vectors["action"])
+        segments = self._segments(index, length, images or {}, videos or {})
+        row: dict[str, Any] = {"episode_index": index, "tasks": [task], "length": length}
+        columns = self._columns(index, length, self._tasks.setdefault(task, len(self._tasks)), vectors)
+        row |= self._write_rows(columns, length)
+        row |= {"dataset_from_index": self._frames, "dataset_to_index": self._frames + length}
+        stats = {}
+        for view, segment in segments.items():
+            row |= self._write_video(view, segment)
+            self._histograms[view] += segment.histogram
+            stats[self._keys[view]] = meta.image_stats(segment.histogram, length)
+        for key, values in columns.items():
+            self._values.setdefault(key, []).append(values)
+            stats[key] = meta.vector_stats(values)
+        self._rows.append(row | {f"stats/{key}/{name}": v for key, stat in stats.items() for name, v in stat.items()})
+        self._frames += length
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        return index
+
+    def finalize(self) -> Path:
+        """Write the meta folder and give the data set its name.
+
+        Raises:
+            DataError: no episode was added, or ``root`` came into being meanwhile.
+        """
+        if not self._rows:
+            self.abort()
+            raise DataError(f"{self.root} was not written: no episode was added.")
+        self._close()
+        stats = {key: meta.vector_stats(np.concatenate(parts)) for key, parts in self._values.items()}
+        stats |= {self._keys[view]: meta.image_stats(h, self._frames) for view, h in self._histograms.items()}
+        meta.write_json(self._folder / "meta/stats.json", stats)
+        meta.write_tasks(self._folder / "meta/tasks.parquet", list(self._tasks))
+        meta.write_episodes(self._folder / "meta/episodes", self._rows, self._limits[0])
+        meta.write_json(self._folder / "meta/info.json", self._info())
+        self._folder.chmod(0o755)  # the hidden folder was private
+        try:
+            self._folder.rename(self.root)
+        except OSError as error:
+            raise DataError(
+                f"The finished data set is in {self._folder}, but could not be renamed to {self.root} ({error.strerror}). "
+                f"Rename it by hand."
+            ) from error
+        return self.root
+
+    def abort(self) -> None:
+        """Throw away what was written so far."""
+        self._close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _declare(self) -> dict[str, dict[str, Any]]:
+        cameras = {self._keys[view]: meta.video_feature(h, w, self.fps) for view, (h, w) in self.views.items()}
+        names = [d.name for d in self.action_spec.dimensions]
+        return cameras | {
+            "observation.state": {"dtype": "float32", "shape": [len(self.state_names)], "names": list(self.state_names)},
+            "action": {"dtype": "float32", "shape": [len(names)], "names": names},
+        }
+
+    def _vectors(
+        self, index: int, state: np.ndarray, action: np.ndarray, task: str, extra: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        if not task.strip():
+            raise SpecError(f"Episode {index} has no task. State the instruction in words.")
+        length = len(action)
+        vectors = {"observation.state": np.asarray(state, np.float32), "action": np.asarray(action, np.float32)}
+        for key, values in vectors.items():
+            width = self._features[key]["shape"][0]
+            if values.shape != (length, width) or not length:
+                raise SpecError(f"Episode {index}: '{key}' must have shape ({length}, {width}), got {values.shape}.")
+            if not np.isfinite(values).all():
+                frame, dimension = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+                name = self._features[key]["names"][dimension]
+                raise SpecError(f"Episode {index}: '{key}' is not finite at frame {frame}, dimension {dimension} ('{name}').")
+        kinds = {}
+        for key, given in extra.items():
+            values = np.asarray(given)
+            kind = {"f": "float32", "i": "int64", "u": "int64", "b": "bool"}.get(values.dtype.kind)
+            kind = "float64" if values.dtype == np.float64 else kind
+            if kind is None or values.ndim not in (1, 2) or len(values) != length or "/" in key:
+                raise SpecError(
+                    f"Episode {index}: the extra column '{key}' must be numbers of shape ({length},) or ({length}, k) and its "
+                    f"name free of '/', got {values.dtype} {values.shape}."
+                )
+            kinds[key] = (kind, 1 if values.ndim == 1 else values.shape[1])
+            vectors[key] = values.astype(NUMPY[kind])
+        if self._extra is None:
+            self._extra = kinds
+            self._features |= {key: {"dtype": k, "shape": [width], "names": None} for key, (k, width) in kinds.items()}
+        if kinds != self._extra:
+            raise SpecError(f"Episode {index} brings the extra columns {kinds}, the first episode brought {self._extra}.")
+        return vectors
+
+    def _segments(
+        self, index: int, length: int, images: Mapping[str, np.ndarray], videos: Mapping[str, Path | Segment]
+    ) -> dict[str, Segment]:
+        for view in (*images, *videos):
+            if view not in self.views:
+                raise SpecError(
+                    f"Episode {index} brings the view '{view}', which was not declared; {nearest(view, self.views)}"
+                )
+        segments: dict[str, Segment] = {}
+        for view, size in self.views.items():
+            if (view in images) == (view in videos):
+                raise SpecError(f"Episode {index} must bring the view '{view}' once, as images or as a video.")
+            if view in images:
+                if images[view].shape != (length, *size, 3) or images[view].dtype != np.uint8:
+                    raise SpecError(
+                        f"Episode {index}: view '{view}' must be uint8 {(length, *size, 3)}, "
+                        f"got {images[view].dtype} {images[view].shape}."
+                    )
+                self._scratch.mkdir(exist_ok=True)
+                segments[view] = encode_video(images[view], self._scratch / f"{len(segments)}.mp4", self.fps)
+            else:
+                given = videos[view]
+                segments[view] = given if isinstance(given, Segment) else read_segment(Path(given))
+            if segments[view].count != length or segments[view].histogram[0].sum() != length * size[0] * size[1]:
+                raise DataError(
+                    f"Episode {index} has {length} actions of view '{view}' at {size[0]}x{size[1]}, but the video "
+                    f"{segments[view].path} holds {segments[view].count} frames, or frames of another size. Encode it again."
+                )
+        return segments
+
+    def _columns(self, index: int, length: int, task: int, vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        frame = np.arange(length, dtype=np.int64)
+        return {
+            **vectors,
+            "timestamp": (frame / self.fps).astype(np.float32),
+            "frame_index": frame,
+            "episode_index": np.full(length, index, np.int64),
+            "index": self._frames + frame,
+            "task_index": np.full(length, task, np.int64),
+        }
+
+    def _write_rows(self, columns: Mapping[str, np.ndarray], length: int) -> dict[str, int]:
+        arrays = {}
+        for key, values in columns.items():
+            kind = ARROW[values.dtype.name]
+            flat = pa.array(values.reshape(-1), kind)
+            width = values.size // length
+            arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
+        table = pa.table(arrays)
+        if self._table is None or self._table_file.tell() + table.nbytes > self._limits[1] * 1e6:
+            self._open_table(table.schema)
+        assert self._table is not None
+        self._table.write_table(table, row_group_size=length)
+        chunk, file = divmod(self._table_number, self._limits[0])
+        return {"data/chunk_index": chunk, "data/file_index": file}
+
+    def _open_table(self, schema: pa.Schema) -> None:
+        self._close_table()
+        self._table_number += 1
+        chunk, file = divmod(self._table_number, self._limits[0])
+        path = self._folder / f"data/chunk-{chunk:03d}/file-{file:03d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._table_file = path.open("wb")
+        self._table = pq.ParquetWriter(self._table_file, schema, compression="snappy")
+
+    def _write_video(self, view: str, segment: Segment) -> dict[str, Any]:
+        key, joiner = self._keys[view], self._joiners.get(view)
+        if joiner is None or joiner.bytes + segment.path.stat().st_size > self._limits[2] * 1e6:
+            if joiner is not None:
+                joiner.close()
+            self._joiner_numbers[view] += 1
+            chunk, file = divmod(self._joiner_numbers[view], self._limits[0])
+            path = self._folder / f"videos/{key}/chunk-{chunk:03d}/file-{file:03d}.mp4"
+            joiner = self._joiners[view] = Joiner(path, self.fps)
+        chunk, file = divmod(self._joiner_numbers[view], self._limits[0])
+        start, end = joiner.append(segment)
+        where = {"chunk_index": chunk, "file_index": file, "from_timestamp": start, "to_timestamp": end}
+        return {f"videos/{key}/{name}": value for name, value in where.items()}
+
+    def _info(self) -> dict[str, Any]:
+        chunks_size, data_mb, video_mb = self._limits
+        return {
+            "codebase_version": "v3.0",
+            "fps": int(self.fps) if self.fps.is_integer() else self.fps,
+            "features": self._features | meta.DEFAULT_FEATURES,
+            "total_episodes": len(self._rows),
+            "total_frames": self._frames,
+            "total_tasks": len(self._tasks),
+            "chunks_size": chunks_size,
+            "data_files_size_in_mb": data_mb,
+            "video_files_size_in_mb": video_mb,
+            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if self.views else None,
+            "robot_type": self.robot_type,
+            "splits": {"train": f"0:{len(self._rows)}"},
+            EXTRA_KEY: {"action_spec": to_json(self.action_spec), "provenance": self.provenance},
+        }
+
+    def _close_table(self) -> None:
+        if self._table is not None:
+            self._table.close()
+            self._table_file.close()
+            self._table = None
+
+    def _close(self) -> None:
+        self._close_table()
+        for joiner in self._joiners.values():
+            joiner.close()
+        self._joiners = {}
+        shutil.rmtree(self._scratch, ignore_errors=True)
