@@ -52,7 +52,9 @@ def test_help_answers_within_half_a_second():
 
 def test_help_imports_nothing_heavy():
     """The reason why help is quick; unlike the time, this does not depend on the machine."""
-    script = f"import sys; from vlaflow.cli.main import main; main(['--help']); sys.exit(any(m in sys.modules for m in {HEAVY}))"
+    script = (
+        f"import sys; from vlaflow.cli.main import main; main(['--help']); sys.exit(any(m in sys.modules for m in {HEAVY}))"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 
@@ -73,9 +75,9 @@ def test_version_names_vlaflow_and_torch(capsys):
 
 
 def test_an_unknown_command_is_refused_with_the_nearest_name():
-    answer = run("trian")
+    answer = run("trane")
     assert answer.returncode == 2
-    assert answer.stderr == "There is no command 'trian'; did you mean 'train'? (vlaflow --help lists them)\n"
+    assert answer.stderr == "There is no command 'trane'; did you mean 'train'? (vlaflow --help lists them)\n"
     assert answer.stdout == ""
 
 

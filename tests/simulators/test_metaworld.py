@@ -9,10 +9,10 @@ from PIL import Image
 
 from vlaflow.errors import SpecError
 from vlaflow.simulators import make, simulator_spec
+from vlaflow.simulators.experts import expert_for
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "metaworld_lerobot"
 GOLDEN = json.loads((FIXTURE / "states.json").read_text())
-DEMO = ("drawer-open-v3", "button-press-topdown-v3", "window-close-v3")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,12 @@ def env():
 
 @pytest.mark.parametrize("task", sorted(GOLDEN["agent_pos_after_reset_and_each_step"]))
 def test_exact_rendering_gives_lerobots_pixels_and_states_to_the_bit(task):
-    """Published checkpoints saw these pixels; anything else would be another benchmark."""
+    """Published checkpoints saw these pixels; anything else would be another benchmark.
+
+    The opening of the fingers may differ in its last bit: Meta-World takes it from numpy's norm, whose dot product is
+    fused on processors with AVX-512 (where the fixture was made: a fused sum reproduces it exactly) and not on others.
+    The physics and the float32 state that a policy sees are the same to the bit everywhere.
+    """
     env = make(f"metaworld/{task}", render="exact")
     expected = GOLDEN["agent_pos_after_reset_and_each_step"][task]
     env.reset(seed=GOLDEN["seed"])
@@ -31,27 +36,46 @@ def test_exact_rendering_gives_lerobots_pixels_and_states_to_the_bit(task):
     for action in GOLDEN["actions"]:
         env.advance(np.array(action, np.float32))
         states.append(env.raw_observation[:4].tolist())
-    assert states == expected
+    states, expected = np.array(states), np.array(expected)
+    assert np.array_equal(states[:, :3], expected[:, :3])
+    assert np.all(np.abs(states - expected) <= np.spacing(expected))
+    assert np.array_equal(states.astype(np.float32), expected.astype(np.float32))
     for step, image in ((0, first), (6, env.render())):
         reference = np.asarray(Image.open(FIXTURE / f"{task}_seed{GOLDEN['seed']}_step{step}.png"))
         assert np.array_equal(image, reference)
 
 
-def test_preparing_a_task_without_mt1_gives_the_same_bytes():
-    """The fast way of building an environment skips the benchmark object that LeRobot builds."""
+@pytest.mark.parametrize("task", ["push-v3", "pick-place-v3"])
+def test_building_without_mt1_gives_what_mt1_gives(task):
+    """The benchmark object that LeRobot builds draws fifty random vectors; the first one is the only one that matters."""
     import metaworld
 
-    benchmark = metaworld.MT1("push-v3", seed=42)
-    theirs = benchmark.train_classes["push-v3"]()
+    benchmark = metaworld.MT1(task, seed=42)
+    theirs = benchmark.train_classes[task]()
     theirs.set_task(benchmark.train_tasks[0])
+    before = np.random.get_state()[1].copy()
+    ours = make(f"metaworld/{task}")
+    assert np.array_equal(before, np.random.get_state()[1])
+    assert np.array_equal(theirs._last_rand_vec, ours._first_draw)
     theirs.reset()
     theirs._freeze_rand_vec, theirs.seeded_rand_vec = False, True
-    ours = make("metaworld/push-v3")
-    for seed in (1000, 1001):
-        theirs.seed(seed)
-        raw, _ = theirs.reset()
-        ours.restart(seed)
-        assert np.array_equal(raw, ours.raw_observation)
+    theirs.seed(1001)
+    raw, _ = theirs.reset()
+    ours.restart(1000)
+    ours.restart(1001)
+    assert np.array_equal(raw, ours.raw_observation)
+    assert np.array_equal(theirs.data.site("goal").xpos, ours._sim.data.site("goal").xpos)
+
+
+def test_the_first_frame_does_not_depend_on_the_episode_before():
+    """Meta-World alone would draw push-v3's goal dot at a height left over from the last episode."""
+    env = make("metaworld/push-v3", size=96)
+    first = env.reset(seed=1000)[0]["pixels"]
+    expert = expert_for(env.name)
+    env.restart(seed=1001)
+    for _ in range(60):
+        env.advance(expert(env))
+    assert np.array_equal(env.reset(seed=1000)[0]["pixels"], first)
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_happened_before(env):

@@ -31,8 +31,8 @@ class TinyConfig:
         state_dim: length of the proprioceptive state, S.
         views: one to three camera views, in the order of their tokens.
         image_size: square image side in pixels; a multiple of ``cell``.
-        cell: image side covered by one token in pixels; a power of two.
-        stem: "conv" (3×3 convolutions of stride 2) or "patch" (one projection).
+        cell: image side covered by one token in pixels; a power of two, at least 4.
+        stem: "conv" (small patches, then 3×3 convolutions of stride 2) or "patch" (one projection).
         width, depth, heads, ffn: of the blocks.
         text_bytes: longest instruction in bytes.
         text_patch: bytes per text token.
@@ -55,8 +55,8 @@ class TinyConfig:
     def __post_init__(self) -> None:
         if not 1 <= len(self.views) <= 3:
             raise ConfigError(f"The tiny backbone takes one to three views, got {list(self.views)}.")
-        if self.image_size % self.cell or self.cell & (self.cell - 1):
-            raise ConfigError(f"image_size {self.image_size} must be a multiple of cell {self.cell}, a power of two.")
+        if self.image_size % self.cell or self.cell & (self.cell - 1) or self.cell < 4:
+            raise ConfigError(f"image_size {self.image_size} must be a multiple of cell {self.cell}, a power of two from 4 on.")
         if self.width % self.heads or self.text_bytes % self.text_patch:
             raise ConfigError("width must be a multiple of heads, and text_bytes of text_patch.")
 
@@ -66,20 +66,26 @@ class TinyConfig:
 
 
 class ConvStem(nn.Module):
-    """3×3 convolutions of stride 2 down to one token per cell, doubling channels on the way."""
+    """A 4×4 patch projection, then 3×3 convolutions of stride 2 down to one token per cell, doubling the channels.
+
+    Starting from patches instead of full-resolution convolutions halves the stem's cost on a CPU.
+    """
 
     def __init__(self, cell: int, width: int) -> None:
         super().__init__()
-        halvings = cell.bit_length() - 1
-        channels = [3, *(max(16, width >> (halvings - 1 - i)) for i in range(halvings))]
+        halvings = (cell // 4).bit_length() - 1
+        channels = [max(16, width >> (halvings - i)) for i in range(halvings)] + [width]
+        self.patches = PatchStem(4, channels[0])
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(channels))
 
-    def forward(self, image_B3HW: Tensor) -> Tensor:
-        """(B, 3, H, W) in [−1, 1] → (B, tokens, width)."""
-        x = image_B3HW.contiguous(memory_format=torch.channels_last)
-        for i, convolution in enumerate(self.convolutions):
-            x = convolution(functional.gelu(x) if i else x)
-        return x.flatten(2).mT
+    def forward(self, image_BHW3: Tensor) -> Tensor:
+        """(B, H, W, 3) in [−1, 1] → (B, tokens, width)."""
+        b, h, w, _ = image_BHW3.shape
+        # channels last all the way: the projection's output is already in the layout the convolutions are fast in
+        x_BCHW = self.patches(image_BHW3).view(b, h // 4, w // 4, -1).permute(0, 3, 1, 2)
+        for convolution in self.convolutions:
+            x_BCHW = convolution(functional.gelu(x_BCHW))
+        return x_BCHW.flatten(2).mT
 
 
 class PatchStem(nn.Module):
@@ -90,11 +96,11 @@ class PatchStem(nn.Module):
         self.cell = cell
         self.project = nn.Linear(3 * cell * cell, width)
 
-    def forward(self, image_B3HW: Tensor) -> Tensor:
-        """(B, 3, H, W) in [−1, 1] → (B, tokens, width)."""
-        b, _, h, w = image_B3HW.shape
+    def forward(self, image_BHW3: Tensor) -> Tensor:
+        """(B, H, W, 3) in [−1, 1] → (B, tokens, width)."""
+        b, h, w, _ = image_BHW3.shape
         c = self.cell
-        cells = image_B3HW.view(b, 3, h // c, c, w // c, c).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 3 * c * c)
+        cells = image_BHW3.reshape(b, h // c, c, w // c, c, 3).transpose(2, 3).reshape(b, -1, 3 * c * c)
         return self.project(cells)
 
 
@@ -133,8 +139,7 @@ class TinyBackbone(Backbone):
             raise SpecError(f"The policy expects a state of length {c.state_dim}, got {observation.state_BS.shape[1]}.")
         tokens = []
         for view, stem in zip(c.views, self.stems, strict=True):
-            image_B3HW = observation.images[view].permute(0, 3, 1, 2).to(self.state.weight.dtype) / 127.5 - 1
-            tokens.append(stem(image_B3HW))
+            tokens.append(stem(observation.images[view].to(self.state.weight.dtype) / 127.5 - 1))
         images = sum(t.shape[1] for t in tokens)
         byte_BN, written_BT = self._bytes(observation)
         texts = written_BT.shape[1]

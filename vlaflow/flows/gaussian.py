@@ -69,9 +69,9 @@ def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor) -> Tensor:
     (The paper divides by the batch size; dividing by the number of learned elements keeps the learning rate from
     depending on masks, padding and pauses.)
     """
-    # where(), not a product: an error that is not finite on an excluded token must not reach the sum
-    square_BLD = torch.where(weight_BL[..., None] > 0, error_BLD.float().square(), 0.0)
-    return square_BLD.sum() / (weight_BL.sum() * error_BLD.shape[-1]).clamp(min=1)
+    # where() before the square: neither the sum nor the gradient may see an excluded error, finite or not
+    learned_BLD = torch.where(weight_BL[..., None] > 0, error_BLD.float(), 0.0)
+    return learned_BLD.square().sum() / (weight_BL.sum() * error_BLD.shape[-1]).clamp(min=1)
 
 
 def standard_normal(generators: Sequence[Generator], shape: Sequence[int]) -> Tensor:

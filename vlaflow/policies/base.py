@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import overload
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Generator
+from torch import Generator, Tensor
 
 from vlaflow import __version__
 from vlaflow.backbones.base import Prefix
@@ -27,7 +28,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.stats import FeatureStats
-from vlaflow.data.transforms import Normalizer
+from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.base import LossTerms, Targets
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.model import Model
@@ -35,8 +36,6 @@ from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.checkpoint import load_weights, local_folder, read_json, write_json
 from vlaflow.spec import ActionSpec, Chunk, Observation
-
-Normalisation = Literal["identity", "mean_std", "quantile", "min_max"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class PolicyConfig:
     backbone: TinyConfig
     decoder: FlowConfig
     rater: RaterConfig | None = None
-    state_normalisation: Normalisation = "mean_std"
-    action_normalisation: Normalisation = "mean_std"
+    state_normalisation: Mode = "mean_std"
+    action_normalisation: Mode = "mean_std"
     execute: int = 8
 
     def __post_init__(self) -> None:
@@ -207,7 +206,7 @@ class Policy:
             for i in range(len(observations))
         ]
 
-    def _to_robot(self, action_BLD: torch.Tensor):  # noqa: ANN202
+    def _to_robot(self, action_BLD: Tensor) -> np.ndarray:
         return self._action.inverse(action_BLD.float()).cpu().numpy()
 
     def _prepare(self, observation: ObservationBatch) -> ObservationBatch:
@@ -259,7 +258,7 @@ class Policy:
         return Policy(config, action_spec, stats, model.to(device).eval(), card.read_text() if card.exists() else "")
 
 
-def _resize(image_BHWC: torch.Tensor, size: int | None) -> torch.Tensor:
+def _resize(image_BHWC: Tensor, size: int | None) -> Tensor:
     if size is None or image_BHWC.shape[1:3] == (size, size):
         return image_BHWC
     planes = image_BHWC.permute(0, 3, 1, 2).float()

@@ -119,6 +119,7 @@ class Picture:
         if self.quality == "fast":
             screen.offwidth = screen.offheight = self.size
             self._model.vis.quality.offsamples = 0
+            self._model.vis.quality.shadowsize = 0  # no shadow map is drawn, so none of 64 MB is allocated
         else:
             screen.offwidth, screen.offheight = max(screen.offwidth, self.size), max(screen.offheight, self.size)
         self._scene = mujoco.MjvScene(self._model, 1000)

@@ -20,7 +20,5 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
 
 def tiny_rater(policy: PolicyConfig) -> RaterConfig:
     """Two blocks of the tiny backbone's own width."""
-    width = policy.backbone.width
-    return RaterConfig(
-        BlockConfig(width, policy.backbone.heads, policy.backbone.heads, width // policy.backbone.heads, 4 * width), 2
-    )
+    b = policy.backbone
+    return RaterConfig(BlockConfig(b.width, b.heads, b.heads, b.width // b.heads, b.ffn), depth=2)

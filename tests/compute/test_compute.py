@@ -1,0 +1,100 @@
+"""Compute policies: what is run, how often, and what must come back."""
+
+import pytest
+import torch
+
+from tests import helpers
+from vlaflow.compute.base import Stopwatch
+from vlaflow.compute.dense import Dense
+from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
+from vlaflow.decoders.base import Given
+from vlaflow.errors import CapabilityError, ConfigError
+
+
+def decode(policy, compute, count=2, given=None):
+    prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(count).observation))
+    with torch.no_grad():
+        return compute.decode(policy.model, prefix, helpers.generators(count), Stopwatch(policy.device), given)
+
+
+def rate(monkeypatch, policy, confidence):
+    monkeypatch.setattr(policy.model.rater, "forward", lambda prefix, action: torch.tensor(confidence))
+
+
+@pytest.mark.parametrize("compute", [Dense(5), Refine(AtRandom(1.0), 5, Dense(5)), Refine(BelowThreshold(1.0), 5, Dense(5))])
+def test_the_prefix_is_encoded_once_whatever_happens_afterwards(compute, monkeypatch):
+    policy = helpers.policy(rater=True)
+    calls = helpers.count_layers(monkeypatch, policy.model.backbone)
+    out = decode(policy, compute)
+    rounds = 1 if isinstance(compute, Dense) else 2
+    assert sum(tokens != policy.model.decoder.horizon for _, tokens in calls) == 2
+    assert sum(tokens == policy.model.decoder.horizon for _, tokens in calls) == 2 * 5 * rounds
+    rater = policy.config.rater.depth if isinstance(getattr(compute, "doubt", None), BelowThreshold) else 0
+    assert out.layer_passes == len(calls) + rater
+    assert out.evaluations == 5 * rounds
+
+
+def test_refinement_is_skipped_when_nothing_is_doubted(monkeypatch):
+    policy = helpers.policy(rater=True)
+    out, dense = decode(policy, Refine(BelowThreshold(0.0))), decode(policy, Dense())
+    assert torch.equal(out.action_BLD, dense.action_BLD)
+    assert out.evaluations == dense.evaluations
+    assert not out.regenerated_BL.any()
+
+
+def test_only_doubted_actions_change(monkeypatch):
+    policy = helpers.policy(rater=True)
+    rate(monkeypatch, policy, [[0.9, 0.1, 0.9, 0.1, 0.9, 0.9], [0.9] * 6])
+    out = decode(policy, Refine())
+    changed = (out.action_BLD != out.draft_BLD).any(-1)
+    assert changed.tolist() == [[False, True, False, True, False, False], [False] * 6]
+    assert torch.equal(changed, out.regenerated_BL)
+
+
+def test_the_first_round_is_the_dense_one_bit_for_bit():
+    """Same generators, same first noise: that is what makes comparisons paired."""
+    policy = helpers.policy(rater=True)
+    dense = decode(policy, Dense()).action_BLD
+    for doubt in (BelowThreshold(0.9), AtRandom(0.5)):
+        assert torch.equal(decode(policy, Refine(doubt)).draft_BLD, dense)
+
+
+def test_doubting_everything_makes_a_whole_new_chunk_as_dense_would_from_that_noise():
+    """With an all-ones mask the second round is the synchronous sampler: same network, other noise."""
+    policy = helpers.policy(rater=True)
+    out = decode(policy, Refine(AtRandom(1.0)), count=1)
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(6, 4, generator=generator)  # the first round's noise
+    torch.rand(6, generator=generator)  # the mask
+    with torch.no_grad():
+        state = policy.model.decoder.start(out.prefix, [generator], 10)
+        again = policy.model.decoder.advance(state, out.prefix, 10)
+    torch.testing.assert_close(out.action_BLD, policy.model.decoder.finish(again), rtol=0, atol=1e-6)
+
+
+def test_committed_actions_are_never_doubted(monkeypatch):
+    policy = helpers.policy(rater=True)
+    rate(monkeypatch, policy, [[0.0] * 6])
+    action, clock = torch.randn(1, 6, 4), torch.tensor([[0.0, 0, 1, 1, 1, 1]])
+    out = decode(policy, Refine(), 1, Given(action, clock))
+    assert torch.equal(out.action_BLD[:, :2], action[:, :2])
+    assert out.regenerated_BL.tolist() == [[False, False, True, True, True, True]]
+
+
+def test_a_missing_rater_is_named_before_anything_runs(monkeypatch):
+    policy = helpers.policy()
+    calls = helpers.count_layers(monkeypatch, policy.model.backbone)
+    with pytest.raises(CapabilityError, match=r"vlaflow train asyncvla\.rater"):
+        policy.act(helpers.observation(), Refine())
+    assert not calls
+
+
+def test_a_synchronously_trained_checkpoint_refuses_regeneration():
+    with pytest.raises(CapabilityError, match="masks='unified'"):
+        helpers.policy(masks="synchronous").act(helpers.observation(), Refine(AtRandom()))
+
+
+@pytest.mark.parametrize("make", [lambda: Dense(0), lambda: BelowThreshold(1.5), lambda: AtRandom(-0.1)])
+def test_impossible_settings_are_refused(make):
+    with pytest.raises(ConfigError):
+        make()

@@ -1,0 +1,139 @@
+"""The flow decoder: clocks, given tokens, draws, prefixes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests import helpers
+from vlaflow.decoders.base import Given, Targets
+
+
+def prefix_of(policy, count=2):
+    return policy.encode(helpers.batch(count).observation)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_an_exact_velocity_decodes_to_the_action(steps, monkeypatch):
+    """With a perfect network the solver must land on the action whatever the number of steps."""
+    policy = helpers.policy()
+    decoder, action = policy.model.decoder, torch.randn(2, 6, 4)
+    monkeypatch.setattr(decoder, "velocity", lambda x, clock, prefix: (x - action) / clock[..., None].clamp(min=1e-9))
+    prefix = prefix_of(policy)
+    with torch.no_grad():
+        state = decoder.advance(decoder.start(prefix, helpers.generators(2), steps), prefix, steps)
+    torch.testing.assert_close(decoder.finish(state), action, atol=1e-5, rtol=0)
+    assert torch.equal(state.clock_at(state.done), torch.zeros(2, 6))
+
+
+def test_steps_may_be_taken_a_few_at_a_time():
+    policy = helpers.policy()
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    with torch.no_grad():
+        start = decoder.start(prefix, helpers.generators(2), 7)
+        whole = decoder.advance(start, prefix, 7)
+        parts = decoder.advance(decoder.advance(decoder.advance(start, prefix, 2), prefix, 1), prefix, 99)
+    assert torch.equal(whole.x_BLX, parts.x_BLX)
+
+
+def test_given_actions_come_back_unchanged_to_the_bit():
+    policy = helpers.policy()
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    action, clock = torch.randn(2, 6, 4), torch.ones(2, 6)
+    clock[:, :3] = 0
+    with torch.no_grad():
+        state = decoder.start(prefix, helpers.generators(2), 5, Given(action, clock))
+        out = decoder.finish(decoder.advance(state, prefix, 5))
+    assert torch.equal(out[:, :3], action[:, :3])
+    assert not torch.isclose(out[:, 3:], action[:, 3:]).all(-1).any()
+
+
+def test_given_everything_at_clock_one_is_ordinary_generation():
+    policy = helpers.policy()
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    given = Given(torch.randn(2, 6, 4), torch.ones(2, 6))
+    fresh = decoder.start(prefix, helpers.generators(2), 5)
+    same = decoder.start(prefix, helpers.generators(2), 5, given)
+    torch.testing.assert_close(fresh.x_BLX, same.x_BLX, rtol=0, atol=1e-7)
+    assert torch.equal(fresh.start_BL, same.start_BL)
+
+
+def test_all_ones_masks_give_the_synchronous_loss_bit_for_bit(monkeypatch):
+    from vlaflow.flows import gaussian
+
+    policy = helpers.policy(masks="unified")
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    targets = Targets(torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
+    monkeypatch.setattr(gaussian, "sample_mask", lambda b, horizon, generator: torch.ones(b, horizon))
+    unified = decoder.loss(prefix, targets, torch.Generator().manual_seed(3)).total
+    decoder.config = dataclasses.replace(decoder.config, masks="synchronous")
+    synchronous = decoder.loss(prefix, targets, torch.Generator().manual_seed(3)).total
+    assert torch.equal(unified, synchronous)
+
+
+def test_draws_on_one_prefix_equal_separate_passes():
+    """K draws of one observation are K passes with the same noises, times and masks."""
+    policy = helpers.policy()
+    decoder = policy.model.decoder
+    x, clock = torch.randn(6, 6, 4), torch.rand(6, 6)
+    prefix = prefix_of(policy)
+    together = decoder.velocity(x, clock, prefix)
+    for k in range(3):
+        torch.testing.assert_close(together[k::3], decoder.velocity(x[k::3], clock[k::3], prefix), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cached_prefix_equals_a_recomputed_one():
+    """Prefix and suffix in one pass under a block mask, written here independently, give the same velocities."""
+    policy = helpers.policy()
+    decoder, backbone = policy.model.decoder, policy.model.backbone
+    observation = policy._prepare(helpers.batch(2).observation)
+    x, clock = torch.randn(2, 6, 4), torch.rand(2, 6)
+    with torch.no_grad():
+        embedded = backbone.embed(observation)
+        cached = decoder.velocity(x, clock, backbone.run(embedded))
+        suffix, _ = backbone.place(decoder.codec.encode(x, clock), embedded)
+        p = embedded.hidden_BPW.shape[1]
+        hidden = torch.cat((embedded.hidden_BPW, suffix), 1)
+        may_see = torch.ones(p + 6, p + 6, dtype=torch.bool)
+        may_see[:p, p:] = False
+        seen = torch.nn.functional.pad(embedded.seen_BP, (0, 6), value=True) if embedded.seen_BP is not None else None
+        for layer in backbone.layers:
+            hidden, _ = layer(hidden, None, seen, may_see)
+        recomputed = decoder.codec.decode(backbone.finish(hidden[:, p:]))
+    torch.testing.assert_close(cached, recomputed, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_and_paused_steps_do_not_touch_the_loss():
+    policy = helpers.policy()
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[:, 4:] = False
+    action = torch.randn(2, 6, 4)
+    # the network sees padded tokens as context, so only their targets may not matter: hold its output fixed
+    decoder.velocity = lambda x, clock, prefix: torch.zeros_like(x)
+    changed = action.clone()
+    changed[:, 4:] += 100
+    losses = [decoder.loss(prefix, Targets(a, valid), torch.Generator().manual_seed(0)).total for a in (action, changed)]
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_padding_dimensions_take_no_part_in_the_loss():
+    policy = helpers.policy(padded_dim=9)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    targets = Targets(torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
+    before = decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total
+    with torch.no_grad():
+        decoder.codec.head[-1].bias[4:] += 5
+    assert torch.equal(before, decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total)
+    assert decoder.finish(decoder.start(prefix, helpers.generators(2), 5)).shape == (2, 6, 4)
+
+
+def test_a_detached_prefix_gives_the_backbone_no_gradient_through_its_keys_and_values():
+    """Gradient truncation: only what the suffix itself runs through may train."""
+    policy = helpers.policy()
+    targets = Targets(torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
+    stem = policy.model.backbone.state.weight
+    policy.model.decoder.loss(prefix_of(policy).detach(), targets, torch.Generator().manual_seed(0)).total.backward()
+    assert stem.grad is None
+    policy.model.decoder.loss(prefix_of(policy), targets, torch.Generator().manual_seed(0)).total.backward()
+    assert stem.grad.abs().sum() > 0

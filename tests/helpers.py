@@ -1,0 +1,78 @@
+"""Small policies and observations without files, data sets or simulators."""
+
+import numpy as np
+import torch
+
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.stats import FeatureStats
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.rater import RaterConfig
+from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.spec import ActionSpec, Dimension, Observation
+
+
+def action_spec(dim=4):
+    dimensions = tuple(Dimension(f"d{i}", "m", "world", -1.0, 1.0, "forward") for i in range(dim))
+    return ActionSpec("test arm", dimensions, "none", "none", 10.0)
+
+
+def feature_stats(dim, seed=0):
+    """Statistics of a random table."""
+    table = np.random.default_rng(seed).normal(0.2, 0.5, (200, dim)).astype(np.float32)
+    return FeatureStats.of(table)
+
+
+def policy_config(rater=False, **decoder):
+    backbone = TinyConfig(state_dim=4, image_size=16, cell=8, width=32, depth=2, heads=2, ffn=64, text_bytes=32)
+    block = BlockConfig(32, 2, 2, 16, 64)
+    return PolicyConfig(
+        "asyncvla",
+        backbone,
+        FlowConfig(**{"action_dim": 4, "horizon": 6, **decoder}),
+        RaterConfig(block, depth=1) if rater else None,
+        execute=3,
+    )
+
+
+def policy(rater=False, seed=0, **decoder):
+    config = policy_config(rater, **decoder)
+    stats = {"state": feature_stats(4, 1), "action": feature_stats(config.decoder.action_dim, 2)}
+    made = Policy.create(config, action_spec(config.decoder.action_dim), stats, seed)
+    made.model.eval()
+    return made
+
+
+def observation(seed=0, instruction="Open a drawer", size=16):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Observation({"image": image}, rng.normal(size=4).astype(np.float32), instruction)
+
+
+def batch(size=3, horizon=6, dim=4, seed=0):
+    observations = [observation(seed + i, ["Open a drawer", "Close it"][i % 2]) for i in range(size)]
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        ObservationBatch.collate(observations),
+        torch.randn(size, horizon, dim, generator=generator),
+        torch.ones(size, horizon, dtype=torch.bool),
+        torch.arange(size),
+        torch.zeros(size, dtype=torch.long),
+    )
+
+
+def generators(count, seed=0):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def count_layers(monkeypatch, backbone):
+    """A list that grows by (layer index, tokens) at every layer call."""
+    calls, run = [], backbone.layer
+
+    def layer(index, hidden_BTW, *rest, **more):
+        calls.append((index, hidden_BTW.shape[1]))
+        return run(index, hidden_BTW, *rest, **more)
+
+    monkeypatch.setattr(backbone, "layer", layer)
+    return calls

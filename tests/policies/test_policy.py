@@ -1,0 +1,115 @@
+"""The public face: act, save, open, and the sentences when something is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import helpers
+from vlaflow.compute.refine import Refine
+from vlaflow.errors import CheckpointError, ConfigError, SpecError
+from vlaflow.policies.base import Policy
+from vlaflow.spec import Observation
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    helpers.policy(rater=True).save_pretrained(tmp_path / "ckpt")
+    return tmp_path / "ckpt"
+
+
+def test_a_saved_policy_acts_the_same_after_opening(checkpoint):
+    chunk = helpers.policy(rater=True).act(helpers.observation(), Refine())
+    again = Policy.from_pretrained(checkpoint).act(helpers.observation(), Refine())
+    assert np.array_equal(chunk.actions, again.actions)
+    assert np.array_equal(chunk.confidence, again.confidence)
+    assert again.actions.shape == (6, 4)
+    assert again.actions.dtype == np.float32
+
+
+def test_chunks_are_in_robot_units_within_the_spec():
+    policy = helpers.policy()
+    with torch.no_grad():
+        policy.model.decoder.codec.head[-1].bias += 50
+    actions = policy.act(helpers.observation()).actions
+    assert np.all(actions >= policy.action_spec.low)
+    assert np.all(actions <= policy.action_spec.high)
+
+
+def test_a_batch_gives_the_same_chunks_as_one_at_a_time():
+    """Items of a batch share a matrix product, never information; instructions of other lengths are masked."""
+    policy = helpers.policy(rater=True)
+    observations = [helpers.observation(0, "Open"), helpers.observation(1, "Open a rather large drawer")]
+    together = policy.act(observations, Refine(), generator=helpers.generators(2))
+    for i, observation in enumerate(observations):
+        alone = policy.act(observation, Refine(), generator=helpers.generators(2)[i])
+        np.testing.assert_allclose(together[i].actions, alone.actions, atol=2e-5)
+
+
+def test_the_answer_depends_on_image_state_and_words():
+    policy = helpers.policy()
+    base = helpers.observation()
+    chunk = policy.act(base).actions
+    others = [
+        Observation({"image": 255 - base.images["image"]}, base.state, base.instruction),
+        Observation(base.images, base.state + 1, base.instruction),
+        Observation(base.images, base.state, "Close the window"),
+    ]
+    for other in others:
+        assert not np.allclose(chunk, policy.act(other).actions)
+
+
+def test_acting_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    helpers.policy().act(helpers.observation())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_same_seed_same_weights():
+    one, two = helpers.policy(seed=3).model.state_dict(), helpers.policy(seed=3).model.state_dict()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not torch.equal(one["backbone.state.weight"], helpers.policy(seed=4).model.state_dict()["backbone.state.weight"])
+
+
+def test_wrong_observations_get_one_sentence():
+    policy, good = helpers.policy(), helpers.observation()
+    with pytest.raises(SpecError, match=r"looks at view 'image'.*did you mean 'images'"):
+        policy.act(Observation({"images": good.images["image"]}, good.state, "x"))
+    with pytest.raises(SpecError, match="state of length 4, got 3"):
+        policy.act(Observation(good.images, good.state[:3], "x"))
+    with pytest.raises(SpecError, match="not finite"):
+        Observation(good.images, good.state * np.nan, "x")
+    with pytest.raises(SpecError, match="at most 32"):
+        policy.act(Observation(good.images, good.state, "x" * 33))
+    with pytest.raises(SpecError, match="other views, image sizes"):
+        policy.act([good, helpers.observation(size=24)])
+
+
+def test_damaged_checkpoints_get_one_sentence(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        Policy.from_pretrained(tmp_path / "nowhere")
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "backbone.norm.weight"}, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks 'backbone\.norm\.weight'"):
+        Policy.from_pretrained(checkpoint)
+    save_file({**weights, "backbone.norm.weight": torch.ones(7)}, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"shape \(7,\)"):
+        Policy.from_pretrained(checkpoint)
+    raw = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        Policy.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        Policy.from_pretrained(checkpoint)
+
+
+def test_a_misspelt_config_key_names_the_nearest(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["decoder"]["horizn"] = config["decoder"].pop("horizon")
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="'horizon'"):
+        Policy.from_pretrained(checkpoint)

@@ -1,0 +1,88 @@
+"""Scripted experts and the noise that is executed but not learned."""
+
+import numpy as np
+import pytest
+
+from vlaflow.errors import ConfigError
+from vlaflow.simulators import make, simulator_spec
+from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
+
+DEMO = ("drawer-open-v3", "button-press-topdown-v3", "window-close-v3")
+GRIPPER = np.array([False, False, False, True])
+
+
+@pytest.mark.parametrize("task", DEMO)
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_the_expert_solves_the_demo_tasks_with_and_without_noise(task, scale):
+    """These three are what the tutorial trains on."""
+    env = make(f"metaworld/{task}")
+    for seed in (10_000, 10_001):
+        expert = Noisy(expert_for(env.name), Noise(scale), episode_generator(env.name, seed), GRIPPER)
+        env.restart(seed)
+        done = False
+        while not done:
+            _, done, truncated, info = env.advance(expert(env)[0])
+            assert not truncated
+        assert info["first_success_step"] < 200
+
+
+def test_every_task_has_an_expert():
+    """The recorder promises all 50."""
+    for task in simulator_spec("metaworld").tasks:
+        assert callable(expert_for(f"metaworld/{task}"))
+
+
+def test_the_label_is_the_clean_action_and_both_stay_in_range():
+    """The expert's answer is cut to ±1 before it is stored."""
+    env = make("metaworld/drawer-open-v3")
+    expert = expert_for(env.name)
+    noisy = Noisy(expert, Noise(0.5), episode_generator(env.name, 10_000), GRIPPER)
+    env.restart(10_000)
+    beyond = differs = False
+    done = False
+    while not done:
+        raw = expert._policy.get_action(env.raw_observation)
+        executed, label = noisy(env)
+        assert np.array_equal(label, np.clip(raw, -1, 1))
+        assert np.abs(executed).max() <= 1
+        assert executed[3] == label[3]
+        beyond |= bool(np.abs(raw).max() > 1)
+        differs |= not np.array_equal(executed, label)
+        _, done, *_ = env.advance(executed)
+    assert beyond
+    assert differs
+
+
+def test_without_noise_the_label_is_what_is_executed():
+    """Scale 0 switches it off exactly."""
+    env = make("metaworld/drawer-open-v3")
+    env.restart(10_000)
+    executed, label = Noisy(expert_for(env.name), Noise(0.0), episode_generator(env.name, 1), GRIPPER)(env)
+    assert np.array_equal(executed, label)
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+def test_memory_keeps_the_size_of_the_noise(memory):
+    """The autoregression is stationary: standard deviation `scale` at every step (500 episodes of 20 steps, within 8 %)."""
+    env = make("metaworld/drawer-open-v3")
+    env.restart(10_000)
+    samples = []
+    for seed in range(500):
+        noisy = Noisy(lambda _: np.zeros(4, np.float32), Noise(0.1, memory=memory), episode_generator("x", seed), GRIPPER)
+        samples.append([noisy(env)[0][:3] for _ in range(20)])
+    deviation = np.std(np.array(samples), axis=(0, 2))
+    assert np.all(np.abs(deviation / 0.1 - 1) < 0.08)
+
+
+def test_the_noise_of_an_episode_depends_on_its_seed_and_task_only():
+    """Workers may share the episodes out as they like."""
+    draw = lambda name, seed: episode_generator(name, seed).standard_normal(4)  # noqa: E731
+    assert np.array_equal(draw("a", 1), draw("a", 1))
+    assert not np.array_equal(draw("a", 1), draw("a", 2))
+    assert not np.array_equal(draw("a", 1), draw("b", 1))
+
+
+def test_impossible_noise_is_refused():
+    """A memory of 1 would be a constant push."""
+    with pytest.raises(ConfigError):
+        Noise(memory=1.0)

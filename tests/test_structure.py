@@ -1,0 +1,203 @@
+"""The architecture as tests: which room may import which, what may be imported early, what is not done anywhere.
+
+Everything is read from the source text with ``ast``; nothing is imported, so a broken module cannot hide.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vlaflow"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+EVERYTHING = sorted(
+    p for room in ("vlaflow", "tests", "benchmarks", "tools", "integrations") for p in (ROOT / room).rglob("*.py")
+)
+
+# From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
+STOREYS = (
+    ("__init__", "errors", "spec", "config", "versions", "progress"),
+    ("nn", "flows", "data", "actions", "simulators"),
+    ("backbones", "stacks"),
+    ("decoders",),
+    ("compute",),
+    ("policies",),
+    ("training", "evaluation", "serving"),
+    ("cli",),
+    ("__main__",),
+)
+# ... except on the ground floor, and here:
+NEIGHBOURS = {("simulators", "vlaflow.data"), ("stacks", "vlaflow.backbones.base")}
+STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
+
+# Packages that are slow to import or come with an extra, and the rooms that may import them at the top of a module.
+# Everywhere else they are imported inside the function that needs them.
+HEAVY = {
+    "transformers": {"backbones"},
+    "tokenizers": {"actions", "backbones"},
+    "mujoco": {"simulators"},
+    "metaworld": {"simulators"},
+    "gymnasium": {"simulators"},
+    "matplotlib": set(),
+    "accelerate": {"training"},
+    "tensorboard": set(),
+}
+UNSAFE = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(node, path):
+    """Full names of the modules or members that an import statement asks for; for other nodes nothing."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        above = list(path.relative_to(ROOT).with_suffix("").parts[: -node.level]) if node.level else []
+        base = ".".join([*above, *([node.module] if node.module else [])])
+        return [f"{base}.{alias.name}" for alias in node.names]
+    return []
+
+
+def home(path):
+    """The room that a file of the package lives in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def room_of(name):
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in STOREY else "__init__"
+
+
+def may_import(room, target):
+    """Whether code in ``room`` may import the module (or member) with the full name ``target``."""
+    other = room_of(target)
+    allowed_neighbour = any(room == a and (target == b or target.startswith(f"{b}.")) for a, b in NEIGHBOURS)
+    return room == other or STOREY[other] < STOREY[room] or STOREY[other] == STOREY[room] == 0 or allowed_neighbour
+
+
+def at_the_top(module):
+    """Statements that run when a module is imported; those for the type checker only do not."""
+    queue = list(module.body)
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            queue.extend(node.orelse)
+            continue
+        yield node
+        queue.extend(ast.iter_child_nodes(node))
+
+
+def offences_of(paths, offence, nodes=ast.walk):
+    """``file:line what`` for every node that ``offence(node, path)`` describes."""
+    found = ((path, node, offence(node, path)) for path in paths for node in nodes(tree(path)))
+    return [f"{relative(path)}:{node.lineno} {what}" for path, node, what in found if what]
+
+
+def test_every_room_has_its_place():
+    """A new room must be given a storey above, or the import rule would not see it."""
+    rooms = {
+        p.stem if p.suffix == ".py" else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert rooms <= set(STOREY)
+
+
+def test_imports_point_down():
+    def offence(node, path):
+        ours = [name for name in imported(node, path) if name.split(".")[0] == "vlaflow"]
+        wrong = [name for name in ours if not may_import(home(path), name)]
+        return f"imports {wrong[0]}" if wrong else None
+
+    assert not offences_of(SOURCES, offence)
+
+
+@pytest.mark.parametrize(
+    ("room", "target", "allowed"),
+    [
+        ("nn", "vlaflow.spec.Chunk", True),
+        ("nn", "vlaflow.data.batch", False),
+        ("simulators", "vlaflow.data.lerobot", True),
+        ("data", "vlaflow.simulators", False),
+        ("stacks", "vlaflow.backbones.base.Prefix", True),
+        ("stacks", "vlaflow.backbones.tiny", False),
+        ("stacks", "vlaflow.backbones.base_extra", False),
+        ("policies", "vlaflow.training.trainer", False),
+        ("cli", "vlaflow.evaluation", True),
+        ("errors", "vlaflow.spec", True),
+        ("spec", "vlaflow.__version__", True),
+    ],
+)
+def test_the_import_rule_means_what_the_design_says(room, target, allowed):
+    assert may_import(room, target) is allowed
+
+
+def test_heavy_packages_are_imported_late():
+    def offence(node, path):
+        packages = [name.split(".")[0] for name in imported(node, path)]
+        wrong = [p for p in packages if p in HEAVY and home(path) not in HEAVY[p]]
+        return f"imports {wrong[0]} at the top" if wrong else None
+
+    assert not offences_of(SOURCES, offence, at_the_top)
+
+
+def test_flows_hold_no_network():
+    """The flows room is pure tensor mathematics: no class derives from Module and torch.nn is not even imported."""
+
+    def offence(node, path):
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Module") for base in node.bases):
+            return f"class {node.name} is a Module"
+        names = [n for n in imported(node, path) if n in ("torch.nn", "torch.nn.Module") or n.startswith("torch.nn.modules")]
+        return f"imports {names[0]}" if names else None
+
+    assert not offences_of((PACKAGE / "flows").rglob("*.py"), offence)
+
+
+def test_nothing_that_is_loaded_can_run_code():
+    """Files from elsewhere are data: no pickle in any disguise, no code from a model hub."""
+
+    def offence(node, path):
+        names = [n for n in imported(node, path) if n.split(".")[0] in UNSAFE]
+        if names:
+            return f"imports {names[0]}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+            return f"{ast.unparse(node)}: use safetensors"
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            return None if isinstance(node.value, ast.Constant) and node.value.value is False else node.arg
+        return None
+
+    assert not offences_of(EVERYTHING, offence)
+
+
+def test_nobody_edits_the_import_path():
+    """What only works from one folder does not work installed."""
+
+    def offence(node, path):
+        return "sys.path" if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path" else None
+
+    assert not offences_of(EVERYTHING, offence)
+
+
+def test_files_stay_readable_in_one_sitting():
+    long = {relative(p): lines for p in EVERYTHING if (lines := len(p.read_text(encoding="utf-8").splitlines())) > 500}
+    assert not long
+
+
+def test_every_public_module_says_what_lives_there():
+    public = [p for p in SOURCES if not p.stem.startswith("_") or p.stem in ("__init__", "__main__")]
+    assert not [relative(p) for p in public if not ast.get_docstring(tree(p))]
+
+
+def test_every_system_has_the_same_files():
+    systems = {p.parent for p in (PACKAGE / "policies").glob("*/*.py")}
+    missing = [
+        f"{relative(s)}/{name}" for s in systems for name in ("policy.py", "recipes.py", "README.md") if not (s / name).exists()
+    ]
+    assert not missing

@@ -1,0 +1,113 @@
+"""Scripted demonstrators: Meta-World's own policies, and noise that is executed but not learned.
+
+A demonstration of a perfect expert never shows how to get back after a mistake. So noise is added to the action that is
+*executed*, while the *label* stays the expert's clean action for the state the noise led to (as in DART, Laskey et al.
+2017). Experts answer actions as large as 24; the simulator cuts them to ±1, and the cut action is what is stored, or else
+one wild number would set the scale of the normalisation.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.simulators import gl
+from vlaflow.simulators.base import Environment, parse_env_name, simulator_spec
+
+
+class Expert(Protocol):
+    """Maps the privileged state of its simulator to an action."""
+
+    def __call__(self, env: Environment) -> np.ndarray:
+        """The clean action for the state ``env`` is in, (D,) float32, within the action's range."""
+        ...
+
+
+class _MetaWorldExpert:
+    """Meta-World's scripted policy for one task. Without memory: the action depends on the current state only."""
+
+    def __init__(self, task: str) -> None:
+        gl.prepare()
+        from metaworld.policies import ENV_POLICY_MAP
+
+        kind: Any = ENV_POLICY_MAP[task]
+        self._policy = kind()
+
+    def __call__(self, env: Any) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Constant(s) may be too high": they are, and are cut below
+            action = self._policy.get_action(env.raw_observation)
+        return np.clip(np.asarray(action, np.float32), env.action_spec.low, env.action_spec.high)
+
+
+def expert_for(name: str) -> Expert:
+    """The scripted expert of an environment.
+
+    Args:
+        name: "suite/task".
+
+    Raises:
+        ConfigError: for an unknown environment.
+        CapabilityError: when the suite ships no experts.
+    """
+    suite, task = parse_env_name(name)
+    if not simulator_spec(suite).experts:
+        raise CapabilityError(f"The suite '{suite}' has no scripted experts; record by teleoperation, or use 'metaworld/...'.")
+    return _MetaWorldExpert(task)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise added to the executed action, in the action's own units (±1 is the full range).
+
+    Args:
+        scale: standard deviation on the movement dimensions; 0 executes the clean action.
+        gripper: standard deviation on the gripper. 0 by default: a disturbed gripper drops what it holds.
+        memory: correlation ρ of consecutive steps, in [0, 1). The noise is n_t = ρ n_{t−1} + sqrt(1 − ρ²) ε_t, whose
+            standard deviation is the same at every step; a larger ρ pushes the hand further off the path.
+    """
+
+    scale: float = 0.1
+    gripper: float = 0.0
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.scale >= 0 and self.gripper >= 0 and 0 <= self.memory < 1):
+            raise ConfigError(f"Noise needs scale >= 0, gripper >= 0 and memory in [0, 1), got {self}.")
+
+
+class Noisy:
+    """An expert whose executed action is disturbed.
+
+    Args:
+        expert: gives the clean action.
+        noise: how much.
+        generator: of this episode; see `episode_generator`.
+        is_gripper: (D,) bool, the dimensions that take ``noise.gripper`` instead of ``noise.scale``.
+    """
+
+    def __init__(self, expert: Expert, noise: Noise, generator: np.random.Generator, is_gripper: np.ndarray) -> None:
+        self._expert = expert
+        self._noise = noise
+        self._generator = generator
+        self._deviation = np.where(is_gripper, noise.gripper, noise.scale)
+        self._state: np.ndarray | None = None
+
+    def __call__(self, env: Environment) -> tuple[np.ndarray, np.ndarray]:
+        """(action to execute, action to label), both (D,) float32 within the action's range."""
+        clean = self._expert(env)
+        fresh = self._generator.standard_normal(clean.shape)
+        memory = self._noise.memory
+        self._state = fresh if self._state is None else memory * self._state + np.sqrt(1 - memory**2) * fresh
+        executed = np.clip(clean + self._deviation * self._state, env.action_spec.low, env.action_spec.high)
+        return executed.astype(np.float32), clean
+
+
+def episode_generator(name: str, seed: int) -> np.random.Generator:
+    """The generator of one episode's noise: a function of environment and seed only, so that workers may share the work."""
+    return np.random.default_rng((zlib.crc32(name.encode()), seed))

@@ -1,0 +1,334 @@
+"""A small pool of processes for episodes: recording and evaluation both run on it.
+
+What it promises: results in the order of the jobs, whatever the number of workers; the error of a job is raised in the
+parent and names the job; a worker that dies is noticed at once; Ctrl-C and SIGTERM leave no process behind. Each worker
+is a fresh interpreter (OpenGL does not survive a fork) with one thread for BLAS, torch and Mesa, because there is a
+worker per core already. Determinism is the jobs' own affair: a job carries its seed and reads no global random state.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from vlaflow.errors import ConfigError, VlaflowError
+from vlaflow.simulators.base import Render, make
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+class WorkerError(VlaflowError):
+    """A worker process ended without answering."""
+
+
+class JobError(Exception):
+    """A job raised something that is not a `VlaflowError`: a defect. Carries the worker's traceback as its cause."""
+
+
+class _Remote(Exception):  # noqa: N818 - never raised, only shown as the cause of another
+    """The traceback of another process, as text."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+def run_jobs(
+    function: Callable[..., Result],
+    jobs: Sequence[Job],
+    workers: int,
+    *,
+    setup: Callable[[], Any] | None = None,
+    progress: Progress | None = None,
+    threads: int = 1,
+) -> list[Result]:
+    """Run ``function`` on every job; the list of results in the order of the jobs. See `iterate_jobs`."""
+    return list(iterate_jobs(function, jobs, workers, setup=setup, progress=progress, threads=threads))
+
+
+def iterate_jobs(
+    function: Callable[..., Result],
+    jobs: Sequence[Job],
+    workers: int,
+    *,
+    setup: Callable[[], Any] | None = None,
+    progress: Progress | None = None,
+    threads: int = 1,
+) -> Iterator[Result]:
+    """Run ``function`` on every job and yield the results in the order of the jobs, each as soon as its turn has come.
+
+    Args:
+        function: importable by name (or a functools.partial of such); called as ``function(job)``, or as
+            ``function(job, tools)`` when there is a ``setup``.
+        jobs: picklable.
+        workers: processes; 0 runs in this process, one job after the other, for debugging.
+        setup: called once in every worker before its first job; what it returns (a loaded policy, ...) is ``tools``.
+        progress: called in this process as ``progress(done, total)`` after every finished job.
+        threads: BLAS and torch threads of each worker.
+
+    Raises:
+        VlaflowError: the one a job raised, with the job's name added.
+        JobError: any other exception of a job, with its traceback.
+        WorkerError: when a worker dies.
+    """
+    if workers < 0 or threads < 1:
+        raise ConfigError(f"workers must be 0 or more and threads 1 or more, got {workers} and {threads}.")
+    if workers == 0 or not jobs:
+        tools = (setup(),) if setup and jobs else ()
+        for done, job in enumerate(jobs, 1):
+            outcome = _attempt(function, job, tools)
+            if isinstance(outcome, _Failure):
+                raise outcome.rebuild(job)
+            if progress:
+                progress(done, len(jobs))
+            yield outcome
+        return
+    with _signals(), _Pool(function, setup, min(workers, len(jobs)), threads) as pool:
+        yield from pool.run(jobs, progress)
+
+
+class _Failure:
+    """What a worker sends back when a job, or the setup, raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.text = traceback.format_exc()
+        self.summary = f"{type(error).__name__}: {error}"
+        self.kind: type[VlaflowError] | None = type(error) if isinstance(error, VlaflowError) else None
+        self.message = str(error)
+        try:
+            pickle.dumps(self.kind)
+        except Exception:  # a class defined inside a function cannot be sent
+            self.kind = VlaflowError
+
+    def rebuild(self, job: Any) -> Exception:
+        """The exception to raise in the parent."""
+        error: Exception
+        if self.kind is not None:
+            error = self.kind(f"{self.message} (in {_named(job)})")
+        else:
+            error = JobError(f"{_named(job)} failed with {self.summary}")
+        error.__cause__ = _Remote(self.text)
+        return error
+
+
+def _named(job: Any) -> str:
+    if job is _SETUP:
+        return "the setup of a worker"
+    text = str(getattr(job, "name", job))
+    return f"job '{text if len(text) <= 120 else text[:117] + '...'}'"
+
+
+_SETUP = object()
+
+
+def _attempt(function: Callable[..., Any], job: Any, tools: tuple[Any, ...]) -> Any:
+    try:
+        return function(job, *tools)
+    except Exception as error:
+        return _Failure(error)
+
+
+class _Pool:
+    def __init__(self, function: Callable[..., Any], setup: Callable[[], Any] | None, workers: int, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        with _environment(dict.fromkeys(_THREADS, str(threads)) | {"LP_NUM_THREADS": "1"}):
+            for number in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_work, args=(theirs, function, setup, threads), name=f"vlaflow-worker-{number}", daemon=True
+                )
+                try:
+                    process.start()
+                except (pickle.PicklingError, AttributeError, TypeError) as error:
+                    self.__exit__()
+                    raise ConfigError(f"A worker cannot receive {function!r}: {error}. Use a function of a module.") from error
+                theirs.close()
+                self.pipes.append(ours)
+                self.processes.append(process)
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the pipes, which ends idle workers; stop those that are still at work."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            if process.is_alive():
+                process.join(0.5)
+            if process.is_alive():
+                process.terminate()
+                process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def run(self, jobs: Sequence[Any], progress: Progress | None) -> Iterator[Any]:
+        results: dict[int, Any] = {}
+        given: dict[Connection, int] = {}
+        waiting = iter(range(len(jobs)))
+        due = done = 0
+        for pipe in self.pipes:
+            self._give(pipe, waiting, given, jobs)
+        while due < len(jobs):
+            ready = set(wait(list(given)))
+            for pipe in [p for p in given if p in ready]:
+                number = given.pop(pipe)
+                try:
+                    outcome, in_setup = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    self._dead(pipe, jobs[number])
+                if isinstance(outcome, _Failure):
+                    raise outcome.rebuild(_SETUP if in_setup else jobs[number])
+                results[number] = outcome
+                done += 1
+                if progress:
+                    progress(done, len(jobs))
+                self._give(pipe, waiting, given, jobs)
+            while due in results:
+                yield results.pop(due)
+                due += 1
+
+    def _give(self, pipe: Connection, waiting: Iterator[int], given: dict[Connection, int], jobs: Sequence[Any]) -> None:
+        number = next(waiting, None)
+        if number is None:
+            return
+        try:
+            pipe.send(jobs[number])
+        except (BrokenPipeError, ConnectionResetError):
+            self._dead(pipe, jobs[number])
+        given[pipe] = number
+
+    def _dead(self, pipe: Any, job: Any) -> None:
+        process = self.processes[self.pipes.index(pipe)]
+        process.join(5)
+        code = process.exitcode
+        how = f"exit status {code}"
+        if code is not None and code < 0:
+            how = f"signal {signal.Signals(-code).name}"
+        hint = " The kernel kills processes when memory runs out: try fewer workers." if code == -signal.SIGKILL else ""
+        raise WorkerError(f"{process.name} died ({how}) during {_named(job)}.{hint}")
+
+
+def _work(pipe: Connection, function: Callable[..., Any], setup: Callable[[], Any] | None, threads: int) -> None:
+    """The life of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, which then ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    tools: tuple[Any, ...] = ()
+    ready = False
+    while True:
+        try:
+            job = pipe.recv()
+        except (EOFError, OSError):
+            break
+        outcome: Any = None
+        if not ready:
+            outcome = _prepare(setup, threads)
+            ready = not isinstance(outcome, _Failure)
+            tools = (outcome,) if setup and ready else ()
+        if ready:
+            outcome = _attempt(function, job, tools)
+        try:
+            pipe.send((outcome, not ready))
+        except (BrokenPipeError, ConnectionResetError):
+            break
+        except Exception as error:  # the result cannot be pickled
+            pipe.send((_Failure(error), False))
+    with suppress(OSError):
+        pipe.close()
+
+
+def _prepare(setup: Callable[[], Any] | None, threads: int) -> Any:
+    import sys
+
+    try:
+        value = setup() if setup else None
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+    except Exception as error:
+        return _Failure(error)
+    return value
+
+
+def _end_with(parent: Any) -> None:
+    """Do not outlive a parent that was killed."""
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for children started inside; a fresh interpreter reads them before it loads BLAS."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit while workers run, so that they are ended and temporary files removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def make_vector(name: str, n: int, *, render: Render = "fast", size: int | None = None, execute: int | None = None) -> Any:
+    """N copies of an environment as a `gymnasium.vector.AsyncVectorEnv`, one process each.
+
+    Args:
+        name: "suite/task".
+        n: number of environments.
+        execute: None steps single actions (n, D); k steps chunks (n, k, D) open loop.
+        render: as for `make`.
+        size: as for `make`.
+    """
+    from vlaflow.simulators import gl
+
+    gl.prepare()
+    from gymnasium.vector import AsyncVectorEnv
+
+    build = functools.partial(_build, name, render, size, execute)
+    # A reset after the end belongs to the caller: the next episode's seed is its to choose.
+    return AsyncVectorEnv([build] * n, context="spawn", autoreset_mode="Disabled")
+
+
+def _build(name: str, render: Render, size: int | None, execute: int | None) -> Any:
+    env = make(name, render=render, size=size)
+    if execute is None:
+        return env
+    from vlaflow.simulators.chunks import ChunkEnv
+
+    return ChunkEnv(env, execute)
