@@ -146,6 +146,8 @@ class Picture:
             mujoco.mjtCatBit.mjCAT_ALL,
             self._scene,
         )
+        # environments share one OpenGL context, so whoever rendered last has left its own buffer bound
+        mujoco.mjr_restoreBuffer(self._gpu)
         view = mujoco.MjrRect(0, 0, self.size, self.size)
         mujoco.mjr_render(view, self._scene, self._gpu)
         pixels = np.empty((self.size, self.size, 3), np.uint8)
