@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
-from vlaflow.errors import ConfigError, nearest
+from vlaflow.decoders.model import Model
+from vlaflow.errors import CapabilityError, ConfigError, nearest
 
 NAMES: dict[str, Callable[[int], ComputePolicy]] = {
     "dense": lambda steps: Dense(steps),
@@ -30,3 +31,15 @@ def parse(name: str, steps: int = 10) -> ComputePolicy:
 def parse_all(names: Sequence[str], steps: int = 10) -> list[ComputePolicy]:
     """Several, each once, in the order given."""
     return [parse(name, steps) for name in dict.fromkeys(names)]
+
+
+def able(model: Model, steps: int = 10) -> list[ComputePolicy]:
+    """Every named compute policy that this model can run."""
+    found = []
+    for compute in parse_all(list(NAMES), steps):
+        try:
+            compute.needs.check(model, compute.name)
+        except CapabilityError:
+            continue
+        found.append(compute)
+    return found

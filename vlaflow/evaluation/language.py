@@ -35,7 +35,9 @@ class LanguageTest:
     said: dict[tuple[str, str], str]
 
 
-def plan_swap(envs: Sequence[str], compute: ComputePolicy, episodes: int, first_seed: int = FIRST_SEED) -> LanguageTest:
+def plan_swap(
+    envs: Sequence[str], compute: ComputePolicy, episodes: int, first_seed: int = FIRST_SEED, horizon: int | None = None
+) -> LanguageTest:
     """Swap the instructions of ``envs`` in a circle; a single one borrows the sentence of another task of its suite."""
     if episodes < 1:
         raise ConfigError(f"The language-swap test needs at least one episode, got {episodes}.")
@@ -46,7 +48,7 @@ def plan_swap(envs: Sequence[str], compute: ComputePolicy, episodes: int, first_
         others += list(simulator_spec(parse_env_name(env)[0]).tasks.values())
         said[env, "right"], said[env, "empty"] = right, ""
         said[env, "other"] = next((o for o in others if o != right), "Do something else")
-        jobs += [EpisodeJob(env, compute, seed, said[env, kind]) for kind in ("other", "empty") for seed in seeds]
+        jobs += [EpisodeJob(env, compute, seed, said[env, kind], horizon) for kind in ("other", "empty") for seed in seeds]
     return LanguageTest(tuple(jobs), tuple(envs), seeds, said)
 
 

@@ -60,12 +60,14 @@ class EpisodeJob:
         compute: how much compute to spend.
         seed: of the environment's reset and of the noise.
         instruction: what the policy is told; None for the task's own sentence.
+        horizon: of this episode alone, where it differs from the others'.
     """
 
     env: str
     compute: ComputePolicy
     seed: int
     instruction: str | None = None
+    horizon: int | None = None
 
     @property
     def name(self) -> str:
@@ -141,7 +143,7 @@ def evaluate(
 
 
 def play(
-    policy: Policy, env: Environment, job: EpisodeJob, config: RolloutConfig, look: Look | None = None, every: Look | None = None
+    policy: Policy, env: Environment, job: EpisodeJob, config: RolloutConfig, look: Look | None = None, after: Look | None = None
 ) -> Episode:
     """One episode in this process.
 
@@ -151,12 +153,12 @@ def play(
         job: what to run.
         config: how.
         look: sees every observation with the chunk that answered it, before it is executed.
-        every: sees the same after the chunk was executed, with the number of steps done.
+        after: sees the same after the chunk was executed, with the number of steps done.
     """
     from vlaflow.simulators.chunks import ChunkEnv
 
     execute = config.execute or policy.config.execute
-    chunked = ChunkEnv(env, execute, horizon=config.horizon)
+    chunked = ChunkEnv(env, execute, horizon=job.horizon or config.horizon)
     chunked.restart(job.seed)
     chunks = evaluations = layer_passes = regenerated = steps = 0
     while True:
@@ -172,8 +174,8 @@ def play(
         evaluations += chunk.evaluations
         layer_passes += chunk.layer_passes
         regenerated += 0 if chunk.regenerated is None else int(chunk.regenerated.sum())
-        if every:
-            every(steps, seen, chunk)
+        if after:
+            after(steps, seen, chunk)
         if done.done:
             break
     first = int(done.info["first_success_step"])
