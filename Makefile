@@ -6,7 +6,8 @@ export PYTHON
 
 # Tests neither need nor may use the network.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
-GL = MUJOCO_GL="$${MUJOCO_GL:-$$(cat .venv/.vlaflow-gl 2>/dev/null || echo egl)}"
+# What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
+GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
 .PHONY: help demo test lint format bench clean setup-demo setup-dev
 

@@ -7,6 +7,7 @@ be registered and nothing is imported by name.
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union
@@ -115,3 +116,39 @@ def _dataclasses_in(annotation: Any) -> list[Any]:
 def _require(condition: bool, key: str, where: str, wanted: str, found: Any) -> None:
     if not condition:
         raise ConfigError(f"'{key}' in {where} must be {wanted}, got {found!r}.")
+
+
+def override(config: T, key: str, text: str, where: str = "--set") -> T:
+    """A copy with one value replaced, as given on a command line: ``override(config, "optim.learning_rate", "3e-4")``.
+
+    The text is read as JSON where that fits the field's type and as a plain string otherwise; "none" is None.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one), a value of another type, or one the config refuses.
+    """
+    name, _, rest = key.partition(".")
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ConfigError(f"'{key}' in {where} goes deeper than the config does.")
+    known = {f.name for f in dataclasses.fields(config)}
+    if name not in known:
+        raise ConfigError(f"Unknown key '{name}' of {type(config).__name__} in {where}; {nearest(name, known)}")
+    current = getattr(config, name)
+    if rest:
+        if not dataclasses.is_dataclass(current):
+            what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
+            raise ConfigError(f"'{name}' {what}, so '{key}' in {where} means nothing.")
+        return dataclasses.replace(config, **{name: override(current, rest, text, where)})
+    annotation = typing.get_type_hints(type(config))[name]
+    return dataclasses.replace(config, **{name: _decode(annotation, _read(annotation, text), where, key)})
+
+
+def _read(annotation: Any, text: str) -> JSON:
+    """A command-line text as the JSON value the field expects."""
+    plain = annotation is str or (typing.get_origin(annotation) is Literal and text in typing.get_args(annotation))
+    if plain:
+        return text
+    lowered = {"none": "null", "True": "true", "False": "false"}.get(text, text)
+    try:
+        return json.loads(lowered)
+    except json.JSONDecodeError:
+        return text

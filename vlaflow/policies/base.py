@@ -226,16 +226,21 @@ class Policy:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write ``config.json``, ``model.safetensors``, ``action_spec.json``, ``stats.json`` and ``README.md``."""
+    def save_pretrained(self, folder: Path | str, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write ``config.json``, ``model.safetensors``, ``action_spec.json``, ``stats.json`` and ``README.md``.
+
+        Args:
+            folder: where to.
+            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_json(folder / "action_spec.json", to_json(self.action_spec))
         write_json(folder / "stats.json", {name: to_json(s) for name, s in self.stats.items()})
         (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        chosen = {**self.model.state_dict(), **(weights or {})}
+        save_file({k: v.detach().cpu().contiguous() for k, v in chosen.items()}, folder / "model.safetensors")
 
     @staticmethod
     def from_pretrained(path: Path | str, device: str = "cpu") -> Policy:

@@ -7,11 +7,13 @@ Shape letters: B batch, L horizon, D action dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.data.batch import Batch
@@ -32,8 +34,17 @@ class Stage(Protocol):
     def loss(self, batch: Batch, generator: Generator) -> LossTerms:
         """Loss on one batch; all randomness comes from ``generator``."""
 
-    def save(self, folder: Path) -> None:
-        """Write the whole policy as a checkpoint folder, with the module's current weights."""
+    def to(self, device: torch.device) -> None:
+        """Move the whole policy, what trains and what does not."""
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
+        """Write the whole policy as a checkpoint folder.
+
+        Args:
+            folder: where to.
+            weights: what to save in place of the module's current weights, under the names of its ``state_dict``.
+            card: the checkpoint's README.md.
+        """
 
 
 class PolicyStage:
@@ -51,9 +62,13 @@ class PolicyStage:
         """See ``Policy.loss``."""
         return self.policy.loss(batch, generator)
 
-    def save(self, folder: Path) -> None:
+    def to(self, device: torch.device) -> None:
+        """See ``Stage``."""
+        self.policy.model.to(device)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """A checkpoint without a rater."""
-        self.policy.save_pretrained(folder)
+        replace(self.policy, card=card or self.policy.card).save_pretrained(folder, weights)
 
 
 class RaterStage:
@@ -88,6 +103,11 @@ class RaterStage:
         total = (functional.mse_loss(rating_BL, label_BL, reduction="none") * weight_BL).sum() / weight_BL.sum().clamp(min=1)
         return LossTerms(total, {"rating": total.detach(), "error": error_BL[targets.valid_BL].mean()})
 
-    def save(self, folder: Path) -> None:
+    def to(self, device: torch.device) -> None:
+        """See ``Stage``."""
+        self.policy.model.to(device)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """The whole policy, with the rater."""
-        self.policy.save_pretrained(folder)
+        whole = None if weights is None else {f"rater.{name}": tensor for name, tensor in weights.items()}
+        replace(self.policy, card=card or self.policy.card).save_pretrained(folder, whole)

@@ -1,0 +1,89 @@
+"""``vlaflow train``: a recipe, a data set and a folder in, a checkpoint out; run it again to continue."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from vlaflow.errors import ConfigError
+from vlaflow.training.recipes import find_recipe, list_recipes
+
+if TYPE_CHECKING:
+    from vlaflow.training.trainer import Outcome
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What ``vlaflow train`` takes."""
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    """Which system and stage, e.g. asyncvla.demo; listed below."""
+    dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """LeRobot data set that states an action spec."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder of the checkpoint; an unfinished run in it is continued."""
+    policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
+    """Trained policy to continue, for a rater's recipe."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Optimiser steps, in place of the recipe's."""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Observations per step and process, in place of the recipe's."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Another value of the recipe, e.g. --set optim.learning_rate=3e-4; may be repeated."""
+    tracker: Literal["auto", "tensorboard", "wandb", "trackio", "none"] = "auto"
+    """Where the log goes besides training/log.jsonl; auto is TensorBoard where it is installed."""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Start anew; an old checkpoint in --out is moved aside."""
+
+
+def main(argv: list[str]) -> int:
+    """Train by recipe. Status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    given = tyro.cli(Arguments, args=argv, prog="vlaflow train", description=_description())
+    overrides = dict(_pair(text) for text in given.set)
+    for key, value in (("steps", given.steps), ("batch_size", given.batch_size)):
+        if value is not None:
+            overrides[key] = str(value)
+
+    find_recipe(given.recipe)  # a misspelt name is answered before torch is loaded
+
+    from vlaflow.training.run import Options, train
+
+    options = Options(overrides, given.tracker, given.fresh)
+    outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
+    sys.stdout.write(_sentence(outcome, given.out) + "\n")
+    return 130 if outcome.signal == signal.SIGINT else 0
+
+
+def _sentence(outcome: Outcome, out: Path) -> str:
+    from vlaflow.progress import duration
+
+    if outcome.signal is not None:
+        return (
+            f"Stopped by {signal.Signals(outcome.signal).name} after step {outcome.step} of {outcome.steps}; "
+            f"everything is saved in {out}. Run the same command again to continue."
+        )
+    losses = [f"{name} {value:.4f}" for name, value in (("loss", outcome.loss), ("held out", outcome.validation)) if value]
+    return f"Trained {outcome.steps} steps in {duration(outcome.seconds)} ({', '.join(losses)}): {out}"
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"--set takes KEY=VALUE, e.g. optim.learning_rate=3e-4; got '{text}'.")
+    return key, value
+
+
+def _description() -> str:
+    recipes = list_recipes().values()
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    listed = "\n\n".join(f"{recipe.name:<{width}}  {recipe.summary}" for recipe in recipes)
+    return (
+        "Train a policy, or a later stage of one, by recipe. Run the same command again to continue after an interruption.\n\n"
+        "Example: vlaflow train asyncvla.demo --dataset runs/demo/dataset --out runs/demo/policy --set optim.learning_rate=5e-4"
+        f"\n\nRecipes:\n\n{listed}"
+    )

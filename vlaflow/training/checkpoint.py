@@ -1,0 +1,205 @@
+"""The training state on disk, so that a run continues bit for bit, and a folder that is whole at every instant.
+
+    out/config.json, model.safetensors, action_spec.json, stats.json, README.md    the policy, with averaged weights
+    out/training/step-000500/state.json                                            step, config, data, versions
+                             weights.safetensors, average.safetensors, optimizer.safetensors
+    out/training/log.jsonl, tensorboard/                                           see ``journal``
+
+A checkpoint is first written completely into a hidden folder beside these, then moved into place by renames. A kill or a
+full disk at any moment leaves the earlier checkpoint. Only the newest training state is kept. No pickle: JSON and
+safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.policies.checkpoint import read_json, write_json
+from vlaflow.training.ema import Ema
+from vlaflow.training.shards import spread, whole
+
+PARTIAL = ".partial-"
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def collect(module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Tensors:
+    """All tensors a run needs to continue, by file and name, whole on the CPU. With FSDP every process calls it."""
+    moments: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{key}.{name}"] = whole(value)
+    tensors = {"weights": {name: whole(tensor) for name, tensor in _named(module)}, "optimizer": moments}
+    return tensors if ema is None else {**tensors, "average": ema.state_dict()}
+
+
+def restore(folder: Path, updates: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+    """Put what ``collect`` found back.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged or of another network.
+    """
+    weights = _read(folder / "weights.safetensors")
+    moments = _read(folder / "optimizer.safetensors")
+    average = _read(folder / "average.safetensors") if ema is not None else {}
+    try:
+        with torch.no_grad():
+            for name, tensor in _named(module):
+                spread(weights[name], tensor)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and f"step.{name}" in moments:
+                state = optimizer.state[parameter]
+                state["step"] = moments[f"step.{name}"].to(parameter.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = torch.zeros_like(parameter)
+                    spread(moments[f"{key}.{name}"], state[key])
+        if ema is not None:
+            ema.load_state_dict(average, updates)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The training state in {folder} belongs to another network ({error}). Start anew with --fresh."
+        ) from error
+
+
+def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, save_policy: Callable[[Path], None]) -> None:
+    """Write a checkpoint and move it into place; see the module text.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; the earlier checkpoint is as it was.
+    """
+    earlier = newest(out)
+    partial: Path | None = None
+    try:
+        training = out / "training"
+        training.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
+        policy, own = partial / "policy", partial / "training"
+        save_policy(policy)
+        own.mkdir()
+        for name, group in tensors.items():
+            save_file(group, own / f"{name}.safetensors")
+        write_json(own / "state.json", state)
+        _sync(partial)
+        own.rename(training / f"step-{step:06d}")
+        # One run's config, action spec and statistics never change, so no mixture of old and new files is inconsistent.
+        for file in sorted(policy.iterdir()):
+            file.replace(out / file.name)
+        _sync_folder(training)
+        _sync_folder(out)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        kept = f"the one of step {earlier[0]} is untouched" if earlier else "there was none before it"
+        raise CheckpointError(
+            f"The checkpoint of step {step} could not be written to {out} ({reason}); {kept}. "
+            f"Make room and run the same command again to continue."
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    _forget_all_but(out, step)
+
+
+def newest(out: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest training state, if there is any."""
+    found = [(int(m[1]), folder) for folder in out.glob("training/step-*") if (m := re.fullmatch(r"step-(\d+)", folder.name))]
+    return max(found, default=None)
+
+
+def prepare(out: Path, fresh: bool) -> Path | None:
+    """Make ``out`` ready for a run: sweep up what a killed run left; with ``fresh`` move an old checkpoint aside.
+
+    Returns:
+        Where the old checkpoint went, or None.
+
+    Raises:
+        ConfigError: ``out`` holds a policy that no training run of ours left, which would be overwritten.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --out must name a folder.")
+    for leftover in out.glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    held = (out / "config.json").exists() or newest(out) is not None
+    if held and fresh:
+        aside = next(p for n in range(1, 1_000_000) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
+        out.rename(aside)
+        return aside
+    if held and newest(out) is None:
+        raise ConfigError(
+            f"{out} holds a policy without a training state, so it cannot be continued and would be overwritten. "
+            f"Choose another --out, or give --fresh to move it aside."
+        )
+    return None
+
+
+def read_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an earlier run, if it is the same run.
+
+    Raises:
+        ConfigError: naming the first key in which the runs differ.
+        CheckpointError: a damaged file.
+    """
+    state = read_json(folder / "state.json")
+    if found := difference(state.get("run", {}), identity):
+        key, before, now = found
+        raise ConfigError(
+            f"{folder.parent.parent} was trained with {key} = {before!r}, now it is {now!r}. Give the same value to continue, "
+            f"another --out, or --fresh to start anew (the old checkpoint is moved aside)."
+        )
+    return state
+
+
+def difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first dotted key in which two JSON values differ, with both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in {**now, **before}:
+            found = difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if before == now else (key, before, now)
+
+
+def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); the training state is damaged. Start anew with --fresh."
+        ) from (error)
+
+
+def _forget_all_but(out: Path, step: int) -> None:
+    for folder in out.glob("training/step-*"):
+        if folder.name != f"step-{step:06d}":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bytes on the disk before names, or a power cut could leave a name without its bytes."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,125 @@
+"""What a training step gets: its samples and its randomness, both pure functions of (seed, step, process, part).
+
+So a run has no position to save but the step number, and a resumed run sees exactly what it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Generator
+
+from vlaflow.data.batch import Batch
+from vlaflow.data.mixture import Order
+from vlaflow.data.transforms import RandomShift
+from vlaflow.policies.recipe import TrainConfig
+
+
+class Source(Protocol):
+    """Numbered samples: ``data.windows.Windows``, or anything like it."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The samples at ``indices``."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of those that train together."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step's batch and the generator its loss draws from."""
+
+    batch: Batch
+    generator: Generator
+
+
+def mix(*numbers: int | str) -> int:
+    """A seed below 2⁶³ that differs whenever any of the numbers does."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Feed:
+    """The parts of every step.
+
+    Every process takes ``batch_size`` samples of the step's ``world · batch_size``, and splits them into ``accumulate``
+    parts that are loaded, moved and used one after another.
+    """
+
+    def __init__(self, source: Source, config: TrainConfig, place: Place, device: torch.device) -> None:
+        self.source, self.config, self.place, self.device = source, config, place, device
+        self.order = Order(len(source), config.batch_size * place.world, config.seed)
+        self.shift = RandomShift(config.shift)
+        # Beside a CPU model a loading thread only takes its cores away; gathering 64 images takes a millisecond.
+        self._ahead = ThreadPoolExecutor(1, "feed") if device.type != "cpu" else None
+        self._next: tuple[int, Future[list[Part]]] | None = None
+
+    def step(self, step: int) -> list[Part]:
+        """The parts of step 0, 1, 2, ..."""
+        if self._ahead is None:
+            return self._load(step)
+        parts = self._next[1].result() if self._next and self._next[0] == step else self._load(step)
+        self._next = (step + 1, self._ahead.submit(self._load, step + 1))
+        return parts
+
+    def close(self) -> None:
+        """End the loading thread."""
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, step: int) -> list[Part]:
+        c, rank = self.config, self.place.rank
+        mine = self.order.indices(step)[rank * c.batch_size : (rank + 1) * c.batch_size]
+        parts = []
+        for number, indices in enumerate(np.split(mine, c.accumulate)):
+            batch = self.source.batch(indices)
+            if c.shift:
+                batch = self._moved(batch, Generator().manual_seed(mix("shift", c.seed, step, rank, number)))
+            generator = Generator().manual_seed(mix("loss", c.seed, step, rank, number))
+            parts.append(Part(batch.to(self.device), generator))
+        return parts
+
+    def _moved(self, batch: Batch, generator: Generator) -> Batch:
+        images = {view: self.shift(image, generator) for view, image in batch.observation.images.items()}
+        return replace(batch, observation=replace(batch.observation, images=images))
+
+
+class Held:
+    """The held-out samples that validation measures: always the same ones, with the same noise, so curves compare.
+
+    Args:
+        source: held-out samples.
+        batch_size: of the measurement.
+        seed: of the noise.
+        limit: most batches; where there are more samples, evenly spaced ones are taken.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, limit: int = 16) -> None:
+        self.source, self.seed = source, seed
+        count = min(len(source), batch_size * limit)
+        chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
+        self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+
+    def parts(self, place: Place, device: torch.device) -> Iterator[tuple[Part, bool]]:
+        """The batches of one process, and whether each counts.
+
+        Every process gets equally many, as sharded models need; the surplus ones are repetitions that do not count.
+        """
+        total = len(self.batches)
+        for number in range(place.rank, -(-total // place.world) * place.world, place.world):
+            generator = Generator().manual_seed(mix("validation", self.seed, number % total))
+            yield Part(self.source.batch(self.batches[number % total]).to(device), generator), number < total

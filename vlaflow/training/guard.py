@@ -1,0 +1,89 @@
+"""Two things that end a run early: a loss that leaves the rails, and a signal from outside."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable
+from statistics import median
+from types import FrameType, TracebackType
+from typing import Any
+
+from vlaflow.data.batch import Batch
+from vlaflow.errors import VlaflowError
+
+
+class DivergedError(VlaflowError):
+    """The loss or its gradient is not finite, or far above anything seen before."""
+
+
+class LossGuard:
+    """Compares each loss with the running median of the last hundred.
+
+    Args:
+        warm_up: steps during which only what is not finite counts.
+        factor: how many times the median a loss must be to count as an explosion. Flow losses vary by a factor of about
+            two from batch to batch, so a hundred is no accident.
+    """
+
+    def __init__(self, warm_up: int, factor: float = 100.0) -> None:
+        self.warm_up, self.factor = max(warm_up, 20), factor
+        self.losses: deque[float] = deque(maxlen=101)
+
+    def complaint(self, step: int, loss: float, gradient: float) -> str | None:
+        """What is wrong with step number ``step``, or None; a sound loss is remembered."""
+        if not math.isfinite(loss):
+            return f"The loss is {loss}"
+        if not math.isfinite(gradient):
+            return f"The gradient's norm is {gradient} (loss {loss:.4g})"
+        if step > self.warm_up and len(self.losses) >= 20 and loss > self.factor * median(self.losses):
+            return f"The loss jumped to {loss:.4g}, {loss / median(self.losses):.0f} times the usual {median(self.losses):.4g},"
+        self.losses.append(loss)
+        return None
+
+
+def samples_sentence(batches: Iterable[Batch], most: int = 64) -> str:
+    """The episodes and frames of a step's samples: "episode 3 frames 12, 40; episode 7 frame 5"."""
+    frames: dict[int, list[int]] = {}
+    count = 0
+    for batch in batches:
+        for episode, frame in zip(batch.episode_B.tolist(), batch.frame_B.tolist(), strict=True):
+            count += 1
+            if count <= most:
+                frames.setdefault(episode, []).append(frame)
+    named = [
+        f"episode {episode} frame{'s' if len(at) > 1 else ''} {', '.join(map(str, sorted(at)))}"
+        for episode, at in sorted(frames.items())
+    ]
+    return "; ".join(named) + (f"; and {count - most} more" if count > most else "")
+
+
+class Interrupt:
+    """Notes SIGTERM and SIGINT so that the step under way can be finished and saved; a second signal acts as usual.
+
+    Outside the main thread, where Python takes no signals, it notes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._usual[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)
+        self._usual = {}

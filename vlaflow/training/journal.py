@@ -1,0 +1,92 @@
+"""What a run reports as it goes: a line of JSON per step, and a tracker (TensorBoard by default) with the same numbers.
+
+``training/log.jsonl`` holds one object per step: step, loss, parts, rate, gradient (norm before clipping), samples_per_second,
+seconds (of training so far), and where it was measured, validation. A resumed run first drops the lines past its step, so
+the file reads as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from vlaflow.errors import CheckpointError, ConfigError
+
+Tracker = Literal["auto", "tensorboard", "wandb", "trackio", "none"]
+
+
+def choose_tracker(tracker: Tracker) -> str | None:
+    """The tracker's name for Accelerate; "auto" is TensorBoard where it is installed.
+
+    Raises:
+        ConfigError: a tracker that was asked for by name and is not installed.
+    """
+    if tracker == "none":
+        return None
+    name = "tensorboard" if tracker == "auto" else tracker
+    if importlib.util.find_spec(name) is not None:
+        return name
+    if tracker == "auto":
+        return None
+    raise ConfigError(f"The tracker '{name}' is not installed: pip install {name}, or choose --tracker none.")
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log, without a last line that a kill cut short."""
+    file, entries = out / "training" / "log.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class Journal:
+    """Writes the log; the tracker is Accelerate's and belongs to the trainer.
+
+    Args:
+        out: the run's folder.
+        step: the step it starts from; later entries of an earlier attempt are dropped.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        self.path = out / "training" / "log.jsonl"
+        kept = [entry for entry in read_log(out) if entry["step"] <= step]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self.path.with_suffix(".jsonl.new")
+            beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            beside.replace(self.path)
+            self._file: TextIO = self.path.open("a")
+        except OSError as error:
+            raise CheckpointError(f"{out} cannot be written ({error.strerror}). Choose another --out, or make room.") from error
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one step."""
+        try:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error.strerror}); the last checkpoint is untouched. "
+                f"Make room and run the same command again to continue."
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def scalars(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """An entry's numbers under flat names, "parts/velocity", as trackers want them."""
+    flat: dict[str, float] = {}
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            flat |= scalars(value, f"{prefix}{key}/")
+        elif key != "step":
+            flat[f"{prefix}{key}"] = float(value)
+    return flat

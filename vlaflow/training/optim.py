@@ -1,0 +1,101 @@
+"""AdamW over named groups of parameters, and the learning rate as a pure function of the step.
+
+Only weights that multiply decay: matrices and convolution kernels. Biases, norms, embeddings and learned positions do not,
+because pulling them towards 0 has no meaning (a rare word's embedding would fade whenever it is not seen).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlaflow.errors import ConfigError, nearest
+from vlaflow.policies.recipe import OptimConfig, ParameterGroup
+
+
+def multiplier(step: int, config: OptimConfig, steps: int) -> float:
+    """Share of the peak learning rate at which step ``step`` (0, 1, ..., steps − 1) is taken.
+
+    Warm-up of w steps: (step + 1)/w, so the first step already moves. Then, with p = (step − w)/(steps − w) in [0, 1),
+    cosine: f + (1 − f)·(1 + cos πp)/2 for final fraction f; constant: 1.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 1.0)
+    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def freeze(module: nn.Module, config: OptimConfig) -> None:
+    """Take the gradient from every parameter whose group is frozen; call it before anything wraps the module.
+
+    Raises:
+        ConfigError: a prefix that matches no parameter, or nothing left to train.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    for group in config.groups:
+        if not any(_matches(name, group.prefix) for name in names):
+            raise ConfigError(
+                f"No parameter's name starts with '{group.prefix}' (optim.groups); {nearest(group.prefix, _beginnings(names))}"
+            )
+    for name, parameter in module.named_parameters():
+        own = _group_of(name, config)
+        if own is not None and own.frozen:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError("Every parameter is frozen (optim.groups), so there is nothing to train. Leave some of them free.")
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters; the rate of each group is its peak, in ``group["peak"]``."""
+    decayed = _multiplying_weights(module)
+    sorted_out: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            group = _group_of(name, config)
+            rate = config.learning_rate if group is None or group.learning_rate is None else group.learning_rate
+            decay = config.weight_decay if name in decayed else 0.0
+            sorted_out.setdefault((rate, decay), []).append(parameter)
+    groups = [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), p in sorted_out.items()]
+    # fused: 6.9 ms a step for 6.5 M parameters on a CPU, where the loop takes 22 and foreach 32
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_rate(groups: Iterable[dict[str, Any]], share: float) -> None:
+    """Give every parameter group this share of its peak rate."""
+    for group in groups:
+        group["lr"] = group["peak"] * share
+
+
+def _matches(name: str, prefix: str) -> bool:
+    return name.startswith(prefix)
+
+
+def _group_of(name: str, config: OptimConfig) -> ParameterGroup | None:
+    matching = [group for group in config.groups if _matches(name, group.prefix)]
+    return max(matching, key=lambda group: len(group.prefix), default=None)
+
+
+def _multiplying_weights(module: nn.Module) -> set[str]:
+    """Names of parameters called "weight" with two or more dimensions, embeddings apart.
+
+    Learned positions are bare parameters with a name of their own, so they are not among them.
+    """
+    return {
+        f"{path}.weight" if path else "weight"
+        for path, part in module.named_modules()
+        if not isinstance(part, nn.Embedding)
+        and isinstance(weight := part._parameters.get("weight"), nn.Parameter)
+        and weight.ndim >= 2
+    }
+
+
+def _beginnings(names: list[str]) -> set[str]:
+    """Every dotted beginning of the names, as candidates for a hint; whole names where there are few."""
+    found = {".".join(name.split(".")[:depth]) + "." for name in names for depth in (1, 2, 3) if name.count(".") >= depth}
+    return found or set(names)

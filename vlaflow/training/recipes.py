@@ -1,0 +1,89 @@
+"""Finding recipes by name: 'asyncvla.demo' is the function ``demo`` of ``vlaflow/policies/asyncvla/recipes.py``.
+
+A recipe is a public function there whose return type is ``TrainConfig``. There is no registry to keep up to date; listing reads
+the source files and imports nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import vlaflow
+from vlaflow.errors import ConfigError, nearest
+
+if typing.TYPE_CHECKING:
+    from vlaflow.policies.recipe import TrainConfig
+
+POLICIES = Path(vlaflow.__file__).parent / "policies"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that exists.
+
+    Args:
+        system, function: where it is.
+        summary: first line of its docstring.
+    """
+
+    system: str
+    function: str
+    summary: str
+
+    @property
+    def name(self) -> str:
+        """As one types it: "asyncvla.demo"."""
+        return f"{self.system}.{self.function}"
+
+    @cached_property
+    def call(self) -> Callable[..., TrainConfig]:
+        """The function itself."""
+        return typing.cast(
+            "Callable[..., TrainConfig]",
+            getattr(importlib.import_module(f"vlaflow.policies.{self.system}.recipes"), self.function),
+        )
+
+    @property
+    def continues(self) -> bool:
+        """Whether it continues a trained policy (takes its ``PolicyConfig``), rather than starting one (``DataSpec``)."""
+        from vlaflow.policies.base import PolicyConfig
+
+        hints = typing.get_type_hints(self.call)
+        return PolicyConfig in [hint for name, hint in hints.items() if name != "return"]
+
+
+def list_recipes() -> dict[str, Recipe]:
+    """Every recipe by name."""
+    found = {}
+    for file in sorted(POLICIES.glob("*/recipes.py")):
+        for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if isinstance(node.returns, ast.Name) and node.returns.id == "TrainConfig":
+                lines = (ast.get_docstring(node) or "").splitlines()
+                recipe = Recipe(file.parent.name, node.name, lines[0] if lines else "")
+                found[recipe.name] = recipe
+    return found
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        ConfigError: with the nearest valid name.
+    """
+    recipes = list_recipes()
+    if name in recipes:
+        return recipes[name]
+    system, _, function = name.partition(".")
+    systems = {recipe.system for recipe in recipes.values()}
+    if system in systems:
+        own = [recipe.function for recipe in recipes.values() if recipe.system == system]
+        raise ConfigError(f"'{system}' has no recipe '{function}'; {nearest(function, own)}")
+    raise ConfigError(f"There is no recipe '{name}'; {nearest(name, recipes)}")

@@ -1,0 +1,195 @@
+"""From a recipe's name and a data set to a trained checkpoint: what ``vlaflow train`` and ``vlaflow demo`` call.
+
+outcome = train("asyncvla.demo", "runs/demo/dataset", "runs/demo/policy")
+outcome = train("asyncvla.rater", "runs/demo/dataset", "runs/demo/rated", policy="runs/demo/policy")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlaflow.config import override
+from vlaflow.data import stats
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.windows import Windows, split_episodes
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.policies.base import Policy
+from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.policies.recipe import DataSpec, TrainConfig
+from vlaflow.spec import ActionSpec
+from vlaflow.training.card import model_card
+from vlaflow.training.journal import Tracker
+from vlaflow.training.precision import training_threads
+from vlaflow.training.recipes import find_recipe
+from vlaflow.training.stages import PolicyStage, RaterStage, Stage
+from vlaflow.training.trainer import Outcome, Trainer
+from vlaflow.versions import command_line
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may be told besides recipe, data and place.
+
+    Args:
+        overrides: values by dotted key of the ``TrainConfig``, as text: {"optim.learning_rate": "3e-4"}.
+        tracker: where the log goes besides ``training/log.jsonl``.
+        fresh: start anew; an old checkpoint is moved aside.
+        command: for the model card; the process's own command line by default.
+        threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
+    """
+
+    overrides: Mapping[str, str] | None = None
+    tracker: Tracker = "auto"
+    fresh: bool = False
+    command: str | None = None
+    threads: int | None = None
+
+
+def train(
+    recipe: str, dataset: Path | str, out: Path | str, *, policy: Path | str | None = None, options: Options | None = None
+) -> Outcome:
+    """Train by recipe; continues an unfinished run of the same recipe, data and config in ``out``.
+
+    Args:
+        recipe: name, e.g. "asyncvla.demo".
+        dataset: folder of a LeRobot data set that states an action spec.
+        out: folder of the checkpoint.
+        policy: checkpoint to continue, for recipes that need one (raters).
+        options: see ``Options``.
+
+    Raises:
+        VlaflowError: whatever the user can mend, in a sentence.
+    """
+    found, opened = find_recipe(recipe), Dataset.open(dataset)
+    if found.continues:
+        if policy is None:
+            raise ConfigError(f"The recipe '{recipe}' continues a trained policy; name its checkpoint with --policy.")
+        base = Policy.from_pretrained(policy)
+        return train_rater(base, found.call(base.config), opened, out, name=recipe, policy_path=policy, options=options)
+    if policy is not None:
+        raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out, or choose a rater's recipe.")
+    return train_policy(found.call(data_spec(opened)), opened, out, name=recipe, options=options)
+
+
+def data_spec(dataset: Dataset) -> DataSpec:
+    """The shape of a data set, as recipes take it."""
+    spec, columns = _action_spec(dataset), dataset.columns()
+    return DataSpec(columns.state.shape[1], spec.dim, tuple(dataset.views))
+
+
+def train_policy(
+    config: TrainConfig, dataset: Dataset, out: Path | str, *, name: str, options: Options | None = None
+) -> Outcome:
+    """Train backbone and decoder from scratch.
+
+    Args:
+        config: a recipe's, with ``policy`` set.
+        dataset: what to learn from.
+        out: folder of the checkpoint.
+        name: the recipe's name, for the model card.
+        options: see ``Options``.
+    """
+    config = _overridden(config, options)
+    if config.policy is None:
+        raise ConfigError(f"'{name}' trains a rater; give it a trained policy with --policy.")
+    spec = _action_spec(dataset)
+    train_episodes, _ = split_episodes(dataset, config.validation_fraction, config.seed)
+    if not dataset.columns().state.shape[1]:
+        raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
+    policy = Policy.create(config.policy, spec, stats.compute(dataset, train_episodes), config.seed)
+    return _train(PolicyStage(policy), policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
+
+
+def train_rater(
+    policy: Policy,
+    config: TrainConfig,
+    dataset: Dataset,
+    out: Path | str,
+    *,
+    name: str,
+    policy_path: Path | str,
+    options: Options | None = None,
+) -> Outcome:
+    """Add a rater to a trained policy and train it; the policy's own weights stay as they are.
+
+    Args:
+        policy: the trained policy.
+        config: a recipe's, with ``rater`` set.
+        dataset: of the same robot; the same seed and fraction hold out the same episodes as the policy's training did.
+        out: folder of the new checkpoint.
+        name: the recipe's name, for the model card.
+        policy_path: where the policy was opened.
+        options: see ``Options``.
+    """
+    config = _overridden(config, options)
+    if config.rater is None:
+        raise ConfigError(f"'{name}' trains a policy from scratch; leave --policy out.")
+    policy.action_spec.require_match(_action_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
+    if Path(out).resolve() == Path(policy_path).resolve():
+        raise ConfigError(f"--out and --policy are both {out}; give the rated policy a folder of its own.")
+    rated = policy.with_rater(config.rater, config.seed)
+    base = {"policy": fingerprint(local_folder(policy_path))}
+    return _train(RaterStage(rated), rated, config, dataset, Path(out), name=name, identity=base, options=options or Options())
+
+
+def _train(
+    stage: Stage,
+    policy: Policy,
+    config: TrainConfig,
+    dataset: Dataset,
+    out: Path,
+    *,
+    name: str,
+    identity: Mapping[str, Any],
+    options: Options,
+) -> Outcome:
+    torch.set_num_threads(options.threads or training_threads())
+    train_episodes, held_episodes = split_episodes(dataset, config.validation_fraction, config.seed)
+    views = policy.model.backbone.views
+    sizes = set(views.values())
+    if len(sizes) > 1:
+        raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
+    cache = FrameCache.open(dataset, sizes.pop(), list(views))
+    horizon = policy.config.decoder.horizon
+    windows = Windows(dataset, cache, horizon, episodes=train_episodes, pause_rule=config.pauses)
+    held = None
+    if held_episodes:
+        held = Windows(dataset, cache, horizon, episodes=held_episodes, pause_rule=config.pauses)
+    command = options.command or command_line()
+
+    def card(outcome: Outcome) -> str:
+        return model_card(policy, name, command, dataset, len(train_episodes), len(held_episodes), config, outcome)
+
+    trainer = Trainer(
+        stage,
+        config,
+        windows,
+        held,
+        out,
+        identity={"recipe": name, "data": dataset.fingerprint, **identity},
+        card=card,
+        tracker=options.tracker,
+        fresh=options.fresh,
+    )
+    return trainer.run()
+
+
+def _overridden(config: TrainConfig, options: Options | None) -> TrainConfig:
+    for key, text in ((options and options.overrides) or {}).items():
+        config = override(config, key, text)
+    return config
+
+
+def _action_spec(dataset: Dataset) -> ActionSpec:
+    if dataset.action_spec is None:
+        raise SpecError(
+            f"{dataset.root} does not say what its actions mean, and a policy must know. "
+            f"Add an action spec to its meta/info.json (docs/datasets.md), or open it with Dataset.open(root, action_spec=...)."
+        )
+    return dataset.action_spec

@@ -1,0 +1,326 @@
+"""The training loop: one for every stage, from one CPU process to many GPUs (through ``accelerate launch``).
+
+A run is a function of its config, its data and the step number. Everything random in a step is drawn from generators that
+the step number seeds (see ``feed``), so a run that was killed and continued ends with the same bytes as one that was not.
+
+Two normalisations are approximate and say so here. With accumulation, parts are weighted by how many valid actions they
+hold: exact for losses that average over valid actions, right on average where random masks thin them out further. Across
+processes gradients are averaged with equal weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Generator, Tensor, nn
+
+from vlaflow.config import to_json
+from vlaflow.data.batch import Batch
+from vlaflow.errors import CapabilityError
+from vlaflow.policies.recipe import TrainConfig
+from vlaflow.progress import progress
+from vlaflow.training import checkpoint
+from vlaflow.training.ema import Ema
+from vlaflow.training.feed import Feed, Held, Part, Place, Source
+from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_sentence
+from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
+from vlaflow.training.optim import build_optimizer, freeze, multiplier, set_rate
+from vlaflow.training.precision import autocast, use_bf16
+from vlaflow.training.shards import whole
+from vlaflow.training.stages import Stage
+from vlaflow.versions import versions
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stands when it ends.
+
+    Args:
+        step, steps: taken, and to take.
+        loss: mean training loss of the last hundred steps; None before the first.
+        validation: last validation loss, with averaged weights; None without held-out episodes.
+        seconds: of training, over all attempts.
+        signal: the signal that ended it early, or None.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    validation: float | None
+    seconds: float
+    signal: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step >= self.steps
+
+
+class Trainer:
+    """Trains one stage.
+
+    Args:
+        stage: what is learned.
+        config: how.
+        train: training samples.
+        validation: held-out samples, or None.
+        out: folder of the checkpoint; an unfinished run in it is continued.
+        identity: JSON data that must be the same for a run to be continued (the data set's fingerprint, ...); the config
+            and the number of processes are added.
+        card: text of the checkpoint's README.md for an outcome.
+        tracker: where the log goes besides ``training/log.jsonl``.
+        fresh: start anew; an old checkpoint in ``out`` is moved aside.
+
+    Raises:
+        ConfigError: ``out`` holds another run, a parameter group matches nothing, an unknown tracker.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: TrainConfig,
+        train: Source,
+        validation: Source | None,
+        out: Path | str,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        card: Callable[[Outcome], str] | None = None,
+        tracker: Tracker = "auto",
+        fresh: bool = False,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.stage, self.config, self.out, self._card = stage, config, Path(out), card
+        log_with = choose_tracker(tracker)
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # the recipe's "precision" decides; see precision.py
+            log_with=log_with,
+            project_dir=str(self.out / "training"),
+        )
+        if self.accelerator.is_fsdp2 is False and str(self.accelerator.distributed_type).endswith("FSDP"):
+            raise CapabilityError("Only the second version of FSDP is supported; set fsdp_version: 2 in Accelerate's config.")
+        self.device = self.accelerator.device
+        self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
+        run = {**(identity or {}), "processes": self.place.world, "config": _without(to_json(config))}
+        self.identity = json.loads(json.dumps(run))
+        self.aside = checkpoint.prepare(self.out, fresh) if self._is_main else None
+        self.accelerator.wait_for_everyone()
+
+        stage.to(self.device)
+        freeze(stage.module, config.optim)
+        stage.module.train()
+        step_module = _Step(stage, use_bf16(config.precision, self.device), self.device)
+        optimizer = build_optimizer(stage.module, config.optim)
+        self._model, self._optimizer = self.accelerator.prepare(step_module, optimizer)
+        self._trained = [p for p in stage.module.parameters() if p.requires_grad]
+        self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
+        self._feed = Feed(train, config, self.place, self.device)
+        self._held = Held(validation, config.batch_size // config.accumulate, config.seed) if validation is not None else None
+        self._guard = LossGuard(config.optim.warmup_steps)
+        self.step, self._seconds, self._saved = 0, 0.0, -1
+        self._validation: float | None = None
+        self._resume()
+        self._log_with = log_with
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def run(self) -> Outcome:
+        """Train to the end, or until a signal or an error.
+
+        Raises:
+            DivergedError: naming the step and its samples; nothing is saved.
+            CheckpointError: the disk is full; the last checkpoint is whole.
+        """
+        if self.step >= self.config.steps:
+            return self._outcome(None)
+        journal = Journal(self.out, self.step) if self._is_main else None
+        if self._log_with:
+            kwargs = {"tensorboard": {"purge_step": self.step + 1}} if self._log_with == "tensorboard" else {}
+            self.accelerator.init_trackers(self._log_with, init_kwargs=kwargs)
+        began = time.monotonic() - self._seconds
+        try:
+            with Interrupt() as interrupt, self._bar() as bar:
+                while self.step < self.config.steps:
+                    entry, stopped = self._one_step(interrupt.signal is not None)
+                    self.step += 1
+                    last = self.step == self.config.steps
+                    if self._held is not None and (last or self.step % self.config.validate_every == 0):
+                        entry["validation"] = self._validate(self._held)
+                        self._validation = entry["validation"]["loss"]
+                    self._seconds = time.monotonic() - began
+                    entry["seconds"] = round(self._seconds, 3)
+                    if journal is not None:
+                        journal.write({"step": self.step, **entry})
+                    if self._log_with:
+                        self.accelerator.log(scalars(entry), step=self.step)
+                    bar.advance(note=self._note(entry))
+                    if last or stopped or self.step % self.config.checkpoint_every == 0:
+                        self._save()
+                    if stopped:
+                        break
+                return self._outcome(interrupt.signal if self.step < self.config.steps else None)
+        finally:
+            if journal is not None:
+                journal.close()
+            if self._log_with:
+                self.accelerator.end_training()
+            self._feed.close()
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def _one_step(self, stop: bool) -> tuple[dict[str, Any], bool]:
+        """Take step number ``self.step``; returns its log entry, and whether any process wants to stop after it."""
+        c, began = self.config, time.monotonic()
+        parts = self._feed.step(self.step)
+        share_of_peak = multiplier(self.step, c.optim, c.steps)
+        set_rate(self._optimizer.param_groups, share_of_peak)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        named: dict[str, Tensor] = {}
+        for number, (part, share) in enumerate(zip(parts, _shares(parts), strict=True)):
+            more = number + 1 < len(parts)
+            with self.accelerator.no_sync(self._model) if more else nullcontext():
+                total, terms = self._model(part.batch, part.generator)
+                self.accelerator.backward(total * share if len(parts) > 1 else total)
+            loss = loss + total.detach().float() * share
+            for name, term in terms.items():
+                named[name] = named.get(name, torch.zeros_like(loss)) + term.float() * share
+        norm = self.accelerator.clip_grad_norm_(self._trained, c.optim.clip_norm)
+        values = torch.stack([loss, *named.values(), torch.tensor(float(stop), device=self.device)])
+        values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "mean"))
+        mean_loss, *mean_terms, stopped = values.tolist()
+        gradient = float(whole(norm))
+        if complaint := self._guard.complaint(self.step, mean_loss, gradient):
+            raise DivergedError(self._diverged(complaint, parts))
+        self._optimizer.step()
+        if self._ema is not None:
+            self._ema.update()
+        samples = c.batch_size * self.place.world
+        return {
+            "loss": mean_loss,
+            "parts": dict(zip(named, mean_terms, strict=True)),
+            "rate": c.optim.learning_rate * share_of_peak,
+            "gradient": gradient,
+            "samples_per_second": round(samples / (time.monotonic() - began), 1),
+        }, stopped > 0
+
+    def _diverged(self, complaint: str, parts: list[Part]) -> str:
+        found = checkpoint.newest(self.out)
+        kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
+        return (
+            f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: "
+            f"{samples_sentence(p.batch for p in parts)}. Look at them (vlaflow data show), or lower optim.learning_rate. "
+            f"{kept}: {self.out}."
+        )
+
+    @torch.no_grad()
+    def _validate(self, held: Held) -> dict[str, float]:
+        """Losses on the held-out samples with the averaged weights."""
+        module = self.stage.module
+        module.eval()
+        sums: dict[str, Tensor] = {}
+        with self._ema.in_module() if self._ema is not None else nullcontext():
+            for part, counted in held.parts(self.place, self.device):
+                total, terms = self._model(part.batch, part.generator)
+                weight = part.batch.valid_BL.sum() * counted
+                for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
+                    sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
+        module.train()
+        values = torch.stack(list(sums.values()))
+        values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "sum"))
+        count = max(float(values[-1]), 1.0)
+        return {name: float(value) / count for name, value in zip(sums, values, strict=True) if name}
+
+    # -- saving and continuing ---------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self._saved == self.step:
+            return
+        module = self.stage.module
+        tensors = checkpoint.collect(module, self._optimizer.optimizer, self._ema)
+        averaged = tensors.get("average", {})
+        # By the module's own names; the average where there is one.
+        weights = {name: averaged[name] if name in averaged else whole(t) for name, t in module.state_dict().items()}
+        if self._is_main:
+            outcome = self._outcome(None)
+            state = {
+                "step": self.step,
+                "seconds": self._seconds,
+                "validation": self._validation,
+                "losses": list(self._guard.losses),
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+                "run": self.identity,
+            }
+            card = self._card(outcome) if self._card is not None else ""
+            checkpoint.publish(self.out, self.step, state, tensors, lambda folder: self.stage.save(folder, weights, card))
+        self._saved = self.step
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = checkpoint.newest(self.out)
+        if found is None:
+            return
+        state = checkpoint.read_state(found[1], self.identity)
+        checkpoint.restore(found[1], state["step"], self.stage.module, self._optimizer.optimizer, self._ema)
+        self.step = self._saved = state["step"]
+        self._seconds, self._validation = state["seconds"], state["validation"]
+        self._guard.losses.extend(state["losses"])
+
+    def _outcome(self, signal: int | None) -> Outcome:
+        losses = list(self._guard.losses)[-100:]
+        mean = sum(losses) / len(losses) if losses else None
+        return Outcome(self.step, self.config.steps, mean, self._validation, self._seconds, signal)
+
+    # -- words -------------------------------------------------------------------------------------------------------
+
+    def _bar(self) -> Any:
+        if not self._is_main:
+            return nullcontext(_Silent())
+        return progress(self.config.steps - self.step, "Training")
+
+    def _note(self, entry: Mapping[str, Any]) -> str:
+        held = "" if self._validation is None else f", held out {self._validation:.4f}"
+        return f"loss {entry['loss']:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
+
+
+class _Step(nn.Module):
+    """The stage's loss as a forward pass, which is where DDP and FSDP listen."""
+
+    def __init__(self, stage: Stage, bf16: bool, device: torch.device) -> None:
+        super().__init__()
+        self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
+
+    def forward(self, batch: Batch, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
+        with autocast(self._bf16, self._device):
+            terms = self._loss(batch, generator)
+        return terms.total, dict(terms.parts)
+
+
+class _Silent:
+    """Progress of the processes that do not report."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Nothing: the first process reports for all."""
+
+
+def _shares(parts: list[Part]) -> list[float]:
+    """Each part's weight in the step, by valid actions; they add up to 1."""
+    counts = [int(part.batch.valid_BL.sum()) for part in parts]
+    total = sum(counts)
+    return [count / total for count in counts] if total else [1 / len(parts)] * len(parts)
+
+
+def _without(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what may change when a run is continued: how often to look and to save."""
+    return {key: value for key, value in config.items() if key not in ("validate_every", "checkpoint_every")}
