@@ -171,17 +171,17 @@ def _moment(seen: tuple[int, np.ndarray, Chunk, int], name: str, folder: Path) -
 
 
 def caption(frame: np.ndarray, *lines: str) -> np.ndarray:
-    """The frame with lines of text on a strip below it."""
+    """The frame with lines of text on a strip above it, where a player's controls do not hide them."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width, _ = frame.shape
     strip = 16 * len(lines) + 6
     strip += (height + strip) % 2  # H.264 wants even sides
     page = Image.new("RGB", (width + width % 2, height + strip), (16, 18, 22))
-    page.paste(Image.fromarray(frame), (0, 0))
+    page.paste(Image.fromarray(frame), (0, strip))
     font, draw = ImageFont.load_default(12), ImageDraw.Draw(page)
     for number, line in enumerate(lines):
-        draw.text((6, height + 3 + 16 * number), line, fill=(235, 235, 235), font=font)
+        draw.text((6, 3 + 16 * number), line, fill=(235, 235, 235), font=font)
     return np.asarray(page)
 
 
