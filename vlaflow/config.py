@@ -10,6 +10,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from vlaflow.errors import ConfigError, nearest
@@ -118,28 +119,38 @@ def _require(condition: bool, key: str, where: str, wanted: str, found: Any) -> 
         raise ConfigError(f"'{key}' in {where} must be {wanted}, got {found!r}.")
 
 
-def override(config: T, key: str, text: str, where: str = "--set") -> T:
-    """A copy with one value replaced, as given on a command line: ``override(config, "optim.learning_rate", "3e-4")``.
+def override(config: T, changes: Mapping[str, str], where: str = "--set") -> T:
+    """A copy with values replaced as given on a command line: ``override(config, {"optim.learning_rate": "3e-4"})``.
 
-    The text is read as JSON where that fits the field's type and as a plain string otherwise; "none" is None.
+    A text is read as JSON where that fits the field's type and as a plain string otherwise; "none" is None. All changes are
+    made at once, so values that only fit together ("width" and "heads") may come in any order.
 
     Raises:
         ConfigError: an unknown key (with the nearest valid one), a value of another type, or one the config refuses.
     """
-    name, _, rest = key.partition(".")
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise ConfigError(f"'{key}' in {where} goes deeper than the config does.")
+    return _override(config, changes, where, "")
+
+
+def _override(config: Any, changes: Mapping[str, str], where: str, path: str) -> Any:
     known = {f.name for f in dataclasses.fields(config)}
-    if name not in known:
-        raise ConfigError(f"Unknown key '{name}' of {type(config).__name__} in {where}; {nearest(name, known)}")
-    current = getattr(config, name)
-    if rest:
+    hints = typing.get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    deeper: dict[str, dict[str, str]] = {}
+    for key, text in changes.items():
+        name, _, rest = key.partition(".")
+        if name not in known:
+            raise ConfigError(f"Unknown key '{path}{name}' in {where}; {nearest(name, known)}")
+        if rest:
+            deeper.setdefault(name, {})[rest] = text
+        else:
+            values[name] = _decode(hints[name], _read(hints[name], text), where, f"{path}{name}")
+    for name, inner in deeper.items():
+        current = values.get(name, getattr(config, name))
         if not dataclasses.is_dataclass(current):
             what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
-            raise ConfigError(f"'{name}' {what}, so '{key}' in {where} means nothing.")
-        return dataclasses.replace(config, **{name: override(current, rest, text, where)})
-    annotation = typing.get_type_hints(type(config))[name]
-    return dataclasses.replace(config, **{name: _decode(annotation, _read(annotation, text), where, key)})
+            raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} means nothing.")
+        values[name] = _override(current, inner, where, f"{path}{name}.")
+    return dataclasses.replace(config, **values)
 
 
 def _read(annotation: Any, text: str) -> JSON:

@@ -18,7 +18,6 @@ The tasks and the action spec are in ``metaworld_tasks``; scripted demonstrators
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 import numpy as np
@@ -186,12 +185,11 @@ def build(task: str, render: Render, size: int | None) -> MetaWorldEnv:
 def _simulation(task: str) -> tuple[Any, np.ndarray]:
     """Meta-World's own environment, and the random vector that ``MT1(task, seed=42).train_tasks[0]`` would hold."""
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-    from metaworld.types import Task
 
-    kind = ALL_V3_ENVIRONMENTS[task]
-    sim = kind()
-    settings = {"env_cls": kind, "rand_vec": None, "partially_observable": False}
-    sim.set_task(Task(env_name=task, data=pickle.dumps(settings)))  # the form Meta-World wants; nothing foreign is read
+    sim = ALL_V3_ENVIRONMENTS[task]()
+    # What set_task would set from MT1's task: the goal is part of the raw observation (the experts need it).
+    sim._set_task_called, sim._partially_observable = True, False
+    sim.__dict__.pop("sawyer_observation_space", None)  # cached for a hidden goal
     sim.model.cam_pos[sim.model.camera(CAMERA).id] = CAMERA_POSITION
     sim._freeze_rand_vec = False
     before = np.random.get_state()

@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from vlaflow.errors import ConfigError, VlaflowError
@@ -108,7 +108,7 @@ class _Failure:
         self.kind: type[VlaflowError] | None = type(error) if isinstance(error, VlaflowError) else None
         self.message = str(error)
         try:
-            pickle.dumps(self.kind)
+            ForkingPickler.dumps(self.kind)
         except Exception:  # a class defined inside a function cannot be sent
             self.kind = VlaflowError
 
@@ -142,6 +142,10 @@ def _attempt(function: Callable[..., Any], job: Any, tools: tuple[Any, ...]) -> 
 
 class _Pool:
     def __init__(self, function: Callable[..., Any], setup: Callable[[], Any] | None, workers: int, threads: int) -> None:
+        try:
+            ForkingPickler.dumps((function, setup))
+        except Exception as error:
+            raise ConfigError(f"A worker cannot receive {function!r}: {error}. Use a function of a module.") from error
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -151,11 +155,7 @@ class _Pool:
                 process = context.Process(
                     target=_work, args=(theirs, function, setup, threads), name=f"vlaflow-worker-{number}", daemon=True
                 )
-                try:
-                    process.start()
-                except (pickle.PicklingError, AttributeError, TypeError) as error:
-                    self.__exit__()
-                    raise ConfigError(f"A worker cannot receive {function!r}: {error}. Use a function of a module.") from error
+                process.start()
                 theirs.close()
                 self.pipes.append(ours)
                 self.processes.append(process)

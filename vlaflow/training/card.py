@@ -11,18 +11,18 @@ from vlaflow.versions import versions
 
 
 def model_card(
-    policy: Policy, recipe: str, command: str, dataset: Dataset, train: int, held: int, config: TrainConfig, outcome: Outcome
+    policy: Policy, config: TrainConfig, dataset: Dataset, outcome: Outcome, *, recipe: str, command: str, train: int, held: int
 ) -> str:
     """The text of README.md, in Markdown.
 
     Args:
         policy: what was trained.
+        config: of the stage.
+        dataset: what it learned from.
+        outcome: where training stands.
         recipe: the recipe's name.
         command: the command line, to repeat it.
-        dataset: what it learned from.
         train, held: episodes trained on and held out.
-        config: of the stage.
-        outcome: where training stands.
     """
     stage = "confidence rater" if config.rater is not None else "policy"
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6

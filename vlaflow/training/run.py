@@ -164,7 +164,8 @@ def _train(
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
-        return model_card(policy, name, command, dataset, len(train_episodes), len(held_episodes), config, outcome)
+        counts = {"train": len(train_episodes), "held": len(held_episodes)}
+        return model_card(policy, config, dataset, outcome, recipe=name, command=command, **counts)
 
     trainer = Trainer(
         stage,
@@ -181,9 +182,7 @@ def _train(
 
 
 def _overridden(config: TrainConfig, options: Options | None) -> TrainConfig:
-    for key, text in ((options and options.overrides) or {}).items():
-        config = override(config, key, text)
-    return config
+    return override(config, options.overrides) if options and options.overrides else config
 
 
 def _action_spec(dataset: Dataset) -> ActionSpec:

@@ -1,0 +1,139 @@
+"""The conformance checker passes what is sound and, above all, fails what is not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vlaflow.cli.check import main
+from vlaflow.errors import ConfigError
+from vlaflow.simulators.checker import CHECKS, check_environment
+from vlaflow.simulators.metaworld import MetaWorldEnv
+from vlaflow.spec import Observation
+
+TASK = "window-close-v3"
+
+
+def broken_promises(env):
+    return [f.promise for f in check_environment(env) if not f.passed]
+
+
+def test_a_sound_environment_keeps_every_promise():
+    """The environments of this library are the reference."""
+    findings = check_environment(MetaWorldEnv(TASK, size=32))
+    assert [f for f in findings if not f.passed] == []
+    assert len(findings) == len(CHECKS) >= 15
+
+
+class Forgetful(MetaWorldEnv):
+    """Carries something over from one episode to the next."""
+
+    episodes = 0
+
+    def restart(self, seed=None):
+        Forgetful.episodes += 1
+        info = super().restart(seed)
+        self._raw[0] += 1e-6 * Forgetful.episodes
+        return info
+
+
+class Eager(MetaWorldEnv):
+    """Renders while nobody looks."""
+
+    def advance(self, action):
+        out = super().advance(action)
+        if out[-1]["steps"] < 20:  # for the test's own sake
+            self.render()
+        return out
+
+
+class Disturbed(MetaWorldEnv):
+    """Taking a picture pushes the hand."""
+
+    def render(self):
+        if self._image is None:
+            self._sim.data.mocap_pos[0, 0] += 1e-4
+        return super().render()
+
+
+class Careless(MetaWorldEnv):
+    """Executes whatever comes."""
+
+    def advance(self, action):
+        return super().advance(np.nan_to_num(np.resize(action, 4)))
+
+
+class Silent(MetaWorldEnv):
+    """No instruction, another range than it says, another rate than it says."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.task_description = ""
+        first, *rest = self.action_spec.dimensions
+        self.action_spec = replace(self.action_spec, dimensions=(replace(first, high=2.0), *rest), rate_hz=20.0)
+
+
+class Deaf(MetaWorldEnv):
+    """Ignores the seed."""
+
+    def restart(self, seed=None):
+        return super().restart(1)
+
+
+class Gambler(MetaWorldEnv):
+    """Draws from the generator that belongs to everybody."""
+
+    def advance(self, action):
+        np.random.uniform()
+        return super().advance(action)
+
+
+class Unlike(MetaWorldEnv):
+    """observe() shows something else than step."""
+
+    def observe(self):
+        seen = super().observe()
+        return Observation({v: i[::-1] for v, i in seen.images.items()}, seen.state, seen.instruction)
+
+
+class Endless(MetaWorldEnv):
+    """Ends later than it says."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._max_episode_steps = 400
+
+
+@pytest.mark.parametrize(
+    ("kind", "promises"),
+    [
+        (Forgetful, ["The same seed"]),
+        (Eager, ["Advancing takes no picture"]),
+        (Disturbed, ["Rendering does not disturb"]),
+        (Careless, ["An action of the wrong length"]),
+        (Silent, ["The instruction", "The action spec", 'metadata["render_fps"]']),
+        (Deaf, ["Different seeds"]),
+        (Gambler, ["Nothing draws"]),
+        (Unlike, ["observe() shows"]),
+        (Endless, ["The episode is cut off"]),
+    ],
+)
+def test_a_broken_environment_is_found_out(kind, promises):
+    """A checker that cannot fail checks nothing."""
+    found = broken_promises(kind(TASK, size=32))
+    assert all(any(f.startswith(p) for f in found) for p in promises), found
+
+
+def test_the_command_prints_a_table_and_says_so_by_its_status(capsys, monkeypatch):
+    """0 sound, 1 broken."""
+    assert main(["env", f"metaworld/{TASK}", "--size", "32"]) == 0
+    assert "0 broken" in capsys.readouterr().out
+    monkeypatch.setattr("vlaflow.simulators.make", lambda *_, **__: Silent(TASK, size=32))
+    assert main(["env", f"metaworld/{TASK}"]) == 1
+    assert "BROKEN" in capsys.readouterr().out
+
+
+def test_an_unknown_kind_gets_a_hint():
+    """Typos are met with the nearest word."""
+    with pytest.raises(ConfigError, match="did you mean 'env'"):
+        main(["envs", "x"])

@@ -1,0 +1,117 @@
+"""Recording: alignment, reproducibility, what is kept."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from vlaflow.cli.record import main
+from vlaflow.data.lerobot import Dataset
+from vlaflow.errors import ConfigError, DataError
+from vlaflow.simulators import make
+from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
+from vlaflow.simulators.record import RecordConfig, episode_seed, record
+
+ENVS = ("metaworld/window-close-v3", "metaworld/button-press-topdown-v3")
+
+
+def digests(root):
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    root = tmp_path_factory.mktemp("record") / "one"
+    summary = record(RecordConfig(ENVS, episodes=1, size=48, noise=Noise(0.2)), root, workers=1)
+    return root, summary
+
+
+def test_any_number_of_workers_gives_the_same_bytes(recorded, tmp_path):
+    """Every file, to the byte."""
+    root, _ = recorded
+    record(RecordConfig(ENVS, episodes=1, size=48, noise=Noise(0.2)), tmp_path / "two", workers=2)
+    assert digests(root) == digests(tmp_path / "two")
+    assert [p.name for p in tmp_path.iterdir()] == ["two"]
+
+
+def test_frame_state_and_label_belong_together(recorded):
+    """Playing the recorded seed again shows, at each frame, the stored state, picture and clean expert action."""
+    root, summary = recorded
+    dataset = Dataset.open(root)
+    assert (len(dataset.episodes), len(dataset)) == (summary.episodes, summary.frames)
+    rows = dataset.episode_slice(0)
+    columns = dataset.columns()
+    states, actions = columns.state[rows], columns.action[rows]
+    frames = dataset.frames(0, "image")
+    env, expert = make(ENVS[0], size=48), expert_for(ENVS[0])
+    env.restart(episode_seed(0, 0, 0))
+    noisy = Noisy(expert, Noise(0.2), episode_generator(ENVS[0], episode_seed(0, 0, 0)), np.array([0, 0, 0, 1], bool))
+    pictures = []
+    for state, action in zip(states, actions, strict=True):
+        assert np.array_equal(state, env.state)
+        assert np.array_equal(action, expert(env))
+        assert np.abs(action).max() <= 1
+        pictures.append(env.render().astype(int))
+        env.advance(noisy(env)[0])
+    here, shifted = np.abs(frames - pictures).mean(), np.abs(frames[1:] - np.stack(pictures[:-1])).mean()
+    assert here < shifted  # H.264 loses some, a frame too early or too late loses more
+    assert here < np.abs(frames[:-1] - np.stack(pictures[1:])).mean()
+    assert dataset.episodes[0].task == "Push and close a window"
+
+
+def test_noise_is_executed_and_not_stored(recorded, tmp_path):
+    """With and without noise the first labels agree and the next states do not."""
+    record(RecordConfig(ENVS[:1], episodes=1, size=48, noise=Noise(0.0)), tmp_path / "clean", workers=0)
+    noisy, clean = (Dataset.open(p).columns() for p in (recorded[0], tmp_path / "clean"))
+    assert np.array_equal(noisy.action[0], clean.action[0])
+    assert not np.array_equal(noisy.state[1], clean.state[1])
+
+
+def test_an_episode_ends_a_few_frames_after_success(tmp_path):
+    """Exactly `after_success` more frames follow the successful step."""
+    lengths = []
+    for extra in (0, 5):
+        record(
+            RecordConfig(ENVS[:1], episodes=1, size=16, noise=Noise(0), after_success=extra), tmp_path / str(extra), workers=0
+        )
+        lengths.append(len(Dataset.open(tmp_path / str(extra))))
+    assert lengths[1] - lengths[0] == 5
+
+
+def test_seeds_of_recordings_are_distinct_and_never_those_of_an_evaluation():
+    """Evaluation uses 1000 + i."""
+    seeds = [episode_seed(run, episode, attempt) for run in range(3) for episode in (0, 9_999) for attempt in (0, 98)]
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) >= 10_000
+    assert max(episode_seed(4000, 9_999, 98), 0) < 2**32
+
+
+def test_an_expert_that_cannot_succeed_is_reported_and_leaves_nothing(tmp_path):
+    """Three times the full range of noise is too much for anybody."""
+    config = RecordConfig(("metaworld/peg-insert-side-v3",), episodes=1, size=16, noise=Noise(3.0, gripper=3.0), attempts=1)
+    with pytest.raises(DataError, match="Use less noise"):
+        record(config, tmp_path / "never", workers=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_not_overwritten(recorded):
+    """Nobody loses a recording by repeating a command."""
+    with pytest.raises(DataError, match="exists already"):
+        record(RecordConfig(ENVS, episodes=1), recorded[0], workers=0)
+
+
+@pytest.mark.parametrize("wrong", [{"envs": ()}, {"episodes": 0}, {"seed": -1}, {"attempts": 0}])
+def test_an_impossible_config_is_refused(wrong):
+    """Before anything is built."""
+    with pytest.raises(ConfigError):
+        RecordConfig(**{"envs": ENVS} | wrong)
+
+
+def test_the_command_records(tmp_path, capsys):
+    """As a user would type it."""
+    arguments = f"--env {ENVS[0]} --env {ENVS[1]} --episodes 1 --size 16 --workers 0 --out {tmp_path / 'd'}"
+    assert main(arguments.split()) == 0
+    assert len(Dataset.open(tmp_path / "d").episodes) == 2
+    assert "2 episodes" in capsys.readouterr().out

@@ -1,0 +1,80 @@
+"""Small things to train on: samples in memory, a data set on disk, a policy of a few thousand weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.stats import FeatureStats
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.recipe import OptimConfig, TrainConfig
+from vlaflow.spec import ActionSpec, Dimension
+
+SPEC = ActionSpec(
+    robot="test arm",
+    dimensions=tuple(Dimension(name, "m", "world", -1.0, 1.0, "away from the base") for name in "xy"),
+    rotation="none",
+    gripper="none",
+    rate_hz=10,
+)
+WIDTHS = {"width": 32, "depth": 1, "heads": 2, "ffn": 64}
+
+
+def tiny_policy(views=("front",)) -> PolicyConfig:
+    backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS)
+    return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, horizon=4), execute=2)
+
+
+def tiny_config(**changes) -> TrainConfig:
+    defaults = {
+        "policy": tiny_policy(),
+        "optim": OptimConfig(learning_rate=1e-3, warmup_steps=2),
+        "steps": 6,
+        "batch_size": 4,
+        "validate_every": 3,
+        "checkpoint_every": 2,
+        "shift": 2,
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+@dataclass
+class Memory:
+    """Samples as a function of their number."""
+
+    count: int = 40
+    poisoned: int | None = None
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, indices):
+        def numbers(shape, salt):
+            return np.stack([np.random.default_rng([int(i), salt]).standard_normal(shape) for i in indices]).astype(np.float32)
+
+        action_BLD = torch.from_numpy(numbers((4, 2), 0))
+        if self.poisoned is not None:
+            action_BLD[torch.from_numpy(indices == self.poisoned)] = torch.nan
+        image = np.stack([np.random.default_rng([int(i), 1]).integers(0, 256, (32, 32, 3), np.uint8) for i in indices])
+        words = ["push the puck" if i % 2 else "open" for i in indices]
+        observation = ObservationBatch({"front": torch.from_numpy(image)}, torch.from_numpy(numbers((3,), 2)), words)
+        valid_BL = torch.ones(len(indices), 4, dtype=torch.bool)
+        episode_B = torch.from_numpy(indices // 10)
+        return Batch(observation, action_BLD, valid_BL, episode_B, torch.from_numpy(indices % 10))
+
+
+def tiny_stats():
+    rows = np.random.default_rng(0).standard_normal((50, 3))
+    return {"state": FeatureStats.of(rows), "action": FeatureStats.of(rows[:, :2])}
+
+
+def new_policy(config: TrainConfig) -> Policy:
+    return Policy.create(config.policy, SPEC, tiny_stats(), config.seed)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()

@@ -1,0 +1,66 @@
+"""Values of a recipe set from the command line."""
+
+import pytest
+
+from tests.training.small import tiny_config
+from vlaflow.config import override
+from vlaflow.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("optim.learning_rate", "3e-4", 3e-4),
+        ("steps", "12", 12),
+        ("ema_decay", "none", None),
+        ("ema_decay", "0.5", 0.5),
+        ("optim.schedule", "constant", "constant"),
+        ("optim.betas", "[0.8, 0.9]", (0.8, 0.9)),
+        ("policy.backbone.views", '["a", "b"]', ("a", "b")),
+        ("policy.decoder.masks", "synchronous", "synchronous"),
+        ("pauses", "null", None),
+    ],
+)
+def test_a_value_is_read_as_its_fields_type(key, text, expected):
+    config = override(tiny_config(), {key: text})
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == expected
+
+
+def test_the_original_is_untouched():
+    config = tiny_config()
+    override(config, {"optim.learning_rate": "1.0"})
+    assert config == tiny_config()
+
+
+@pytest.mark.parametrize("order", [("width", "heads"), ("heads", "width")])
+def test_values_that_only_fit_together_come_in_any_order(order):
+    """Three heads do not divide a width of 32, nor two a width of 33 that three do."""
+    values = {"width": "33", "heads": "3"}
+    config = override(tiny_config(), {f"policy.backbone.{name}": values[name] for name in order})
+    assert (config.policy.backbone.width, config.policy.backbone.heads) == (33, 3)
+
+
+def test_nested_groups_are_given_as_json():
+    config = override(tiny_config(), {"optim.groups": '[{"prefix": "backbone.", "frozen": true}]'})
+    assert config.optim.groups[0].frozen
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("optim.learning_rat", "1", "did you mean 'learning_rate'"),
+        ("optm.learning_rate", "1", "did you mean 'optim'"),
+        ("steps", "many", "must be int, got 'many'"),
+        ("steps", "1.5", "must be int"),
+        ("optim.learning_rate", "fast", "must be a number"),
+        ("optim.schedule", "cosin", "did you mean 'cosine'"),
+        ("steps.more", "1", "is 6, not a group"),
+        ("rater.depth", "1", "is not set in this recipe"),
+        ("batch_size", "0", "at least 1"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_sentence(key, text, message):
+    with pytest.raises(ConfigError, match=message):
+        override(tiny_config(), {key: text})

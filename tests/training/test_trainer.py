@@ -1,0 +1,252 @@
+"""The loop: the same bytes from the same seed, errors that name their samples, checkpoints that survive."""
+
+import errno
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.training.small import Memory, new_policy, tiny_config, weights
+from vlaflow.decoders.base import LossTerms
+from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.policies.base import Policy
+from vlaflow.training import checkpoint
+from vlaflow.training.feed import Held, Place, mix
+from vlaflow.training.guard import DivergedError, LossGuard
+from vlaflow.training.journal import read_log
+from vlaflow.training.stages import PolicyStage
+from vlaflow.training.trainer import Trainer
+
+
+def run(out, config=None, source=None, held=None, **options):
+    config = config or tiny_config()
+    stage = PolicyStage(new_policy(config))
+    trainer = Trainer(stage, config, source or Memory(), held, out, tracker="none", **options)
+    return trainer.run()
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    run(tmp_path / "a")
+    run(tmp_path / "b")
+    run(tmp_path / "c", tiny_config(seed=1))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert weights(tmp_path / "a") != weights(tmp_path / "c")
+
+
+def test_validation_and_checkpoints_do_not_touch_training(tmp_path):
+    """Measuring borrows the module and saving reads it; neither may leave a trace."""
+    run(tmp_path / "a", tiny_config(validate_every=1, checkpoint_every=1), held=Memory(9))
+    run(tmp_path / "b", tiny_config(validate_every=100, checkpoint_every=100))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_the_global_generator_is_neither_read_nor_moved(tmp_path):
+    before = torch.get_rng_state()
+    run(tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(123)
+    run(tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_the_folder_is_a_policy_with_averaged_weights(tmp_path):
+    outcome = run(tmp_path / "p", card=lambda outcome: f"step {outcome.step}")
+    assert outcome.finished
+    policy = Policy.from_pretrained(tmp_path / "p")
+    assert policy.card == "step 6"
+    saved = checkpoint._read(tmp_path / "p/training/step-000006/average.safetensors")
+    raw = checkpoint._read(tmp_path / "p/training/step-000006/weights.safetensors")
+    own = dict(policy.model.named_parameters())
+    assert all(torch.equal(own[name], average) for name, average in saved.items())
+    assert not torch.equal(raw["backbone.state.weight"], saved["backbone.state.weight"])
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    run(tmp_path / "p")
+    before = weights(tmp_path / "p")
+    assert run(tmp_path / "p").finished
+    assert weights(tmp_path / "p") == before
+
+
+def test_another_config_is_refused_by_its_first_difference(tmp_path):
+    run(tmp_path / "p")
+    with pytest.raises(ConfigError, match=r"config\.optim\.learning_rate = 0\.001, now it is 0\.002"):
+        run(tmp_path / "p", tiny_config(optim=replace(tiny_config().optim, learning_rate=2e-3)))
+    with pytest.raises(ConfigError, match="data = None, now it is 'b'"):
+        run(tmp_path / "p", identity={"data": "b"})
+
+
+def test_fresh_moves_the_old_checkpoint_aside(tmp_path):
+    run(tmp_path / "p")
+    before = weights(tmp_path / "p")
+    run(tmp_path / "p", tiny_config(seed=1), fresh=True)
+    assert weights(tmp_path / "p.before-1") == before
+    assert weights(tmp_path / "p") != before
+
+
+def test_a_foreign_policy_is_not_overwritten(tmp_path):
+    new_policy(tiny_config()).save_pretrained(tmp_path / "p")
+    with pytest.raises(ConfigError, match="would be overwritten"):
+        run(tmp_path / "p")
+
+
+def test_nan_stops_with_step_and_episodes_and_leaves_the_checkpoint(tmp_path):
+    """Sample 23 is frame 3 of episode 2; the seed's order meets it after the first checkpoint."""
+    source = Memory(40)
+    config = tiny_config(steps=20)
+    feed_order = np.concatenate([order_of(config, s) for s in range(10)])
+    source.poisoned = int(feed_order[4 * 5])  # first sample of step 6
+    with pytest.raises(
+        DivergedError, match=rf"The loss is nan at step 6 of 20.*episode {source.poisoned // 10} frame"
+    ) as error:
+        run(tmp_path / "p", config, source)
+    assert "The checkpoint of step 4 is untouched" in str(error.value)
+    assert checkpoint.newest(tmp_path / "p")[0] == 4
+    assert np.isfinite(Policy.from_pretrained(tmp_path / "p").model.backbone.state.weight.detach().numpy()).all()
+
+
+def order_of(config, step):
+    from vlaflow.data.mixture import Order
+
+    return Order(40, config.batch_size, config.seed).indices(step)
+
+
+def test_the_guard_knows_an_explosion_from_a_bad_batch():
+    guard = LossGuard(warm_up=10)
+    assert all(guard.complaint(step, 1.0 + step % 2, 1.0) is None for step in range(50))
+    assert guard.complaint(50, 90.0, 1.0) is None
+    assert "jumped to 500" in guard.complaint(51, 500.0, 1.0)
+    assert "gradient's norm is inf" in guard.complaint(52, 1.0, float("inf"))
+
+
+@pytest.mark.parametrize("failing", ["weights.safetensors", "model.safetensors", "state.json"])
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch, failing):
+    """Whatever file is being written when the disk fills up."""
+    import vlaflow.policies.base as policies_base
+
+    out = tmp_path / "p"
+    count = {"calls": 0}
+
+    def full(real):
+        def save(data, file, *args):
+            file, data = (file, data) if hasattr(file, "name") else (data, file)
+            if file.name == failing:
+                count["calls"] += 1
+                if count["calls"] == 2:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            return real(file, data) if real.__name__ == "write_json" else real(data, file, *args)
+
+        return save
+
+    monkeypatch.setattr(checkpoint, "save_file", full(checkpoint.save_file))
+    monkeypatch.setattr(checkpoint, "write_json", full(checkpoint.write_json))
+    monkeypatch.setattr(policies_base, "save_file", full(policies_base.save_file))
+    with pytest.raises(CheckpointError, match=r"step 4 could not be written .*No space left.*step 2 is untouched"):
+        run(out)
+    monkeypatch.undo()
+    Policy.from_pretrained(out)
+    assert [p.name for p in out.iterdir() if p.name.startswith(checkpoint.PARTIAL)] == []
+    run(out)
+    run(tmp_path / "whole")
+    assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_the_log_has_one_line_per_step_and_resumes_without_a_seam(tmp_path):
+    out = tmp_path / "p"
+    run(out, held=Memory(9))
+    whole = read_log(out)
+    assert [entry["step"] for entry in whole] == [1, 2, 3, 4, 5, 6]
+    assert "validation" in whole[2]
+    assert "validation" in whole[5]
+    assert "validation" not in whole[0]
+
+    crashed = tmp_path / "crashed"
+    with pytest.raises(RuntimeError, match="cut"):
+        run(crashed, source=Cut(), held=Memory(9))
+    with (crashed / "training/log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a line the kill cut short
+    run(crashed, held=Memory(9))
+    timeless = [{k: v for k, v in e.items() if k not in ("seconds", "samples_per_second")} for e in whole]
+    again = [{k: v for k, v in e.items() if k not in ("seconds", "samples_per_second")} for e in read_log(crashed)]
+    assert json.dumps(again) == json.dumps(timeless)
+
+
+class Cut(Memory):
+    """Breaks down at the sixth batch."""
+
+    calls = 0
+
+    def batch(self, indices):
+        self.calls += 1
+        if self.calls == 6:
+            raise RuntimeError("cut")
+        return super().batch(indices)
+
+
+class MeanStage:
+    """A loss without noise whose average over valid actions is known: half the squared error of one weight vector."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.module = nn.Linear(3, 2)
+
+    def loss(self, batch, generator):
+        error_BLD = batch.action_BLD - self.module(batch.observation.state_BS)[:, None]
+        weight = batch.valid_BL.float()
+        total = (error_BLD.square().sum(-1) * weight).sum() / weight.sum()
+        return LossTerms(total, {"error": total.detach()})
+
+    def to(self, device):
+        self.module.to(device)
+
+    def save(self, folder, weights=None, card=""):
+        folder.mkdir()
+        checkpoint.save_file(weights, folder / "model.safetensors")
+
+
+class Ragged(Memory):
+    """Samples near the end of their episode have padding."""
+
+    def batch(self, indices):
+        batch = super().batch(indices)
+        left = torch.from_numpy(10 - indices % 10)
+        return replace(batch, valid_BL=torch.arange(4) < left[:, None])
+
+
+def test_accumulation_equals_one_batch(tmp_path):
+    """Exact but for rounding, also where parts hold unequally many valid actions, for a loss that draws no masks."""
+    whole, parts = tiny_config(ema_decay=None), tiny_config(ema_decay=None, accumulate=2)
+    for name, config in (("whole", whole), ("parts", parts)):
+        Trainer(MeanStage(), config, Ragged(), None, tmp_path / name, tracker="none").run()
+    files = [checkpoint._read(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    for name in files[0]:
+        torch.testing.assert_close(files[0][name], files[1][name], rtol=1e-5, atol=1e-6)
+    logs = [[entry["loss"] for entry in read_log(tmp_path / name)] for name in ("whole", "parts")]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_seeds_differ_by_every_number():
+    seeds = {mix(a, b, c) for a in ("x", "y") for b in range(20) for c in range(20)}
+    assert len(seeds) == 800
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_held_out_batches_count_once_over_all_processes():
+    held = Held(Memory(50), batch_size=8, seed=0)
+    one = [part.batch.episode_B.tolist() for part, counted in held.parts(Place(), torch.device("cpu")) if counted]
+    shares = [list(held.parts(Place(rank, 3), torch.device("cpu"))) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    several = [part.batch.episode_B.tolist() for share in shares for part, counted in share if counted]
+    assert sorted(one) == sorted(several)
+    assert sum(map(len, one)) == 50
+
+
+def test_training_learns(tmp_path):
+    """Sixty steps on eight samples more than halve the loss of the constant answer (about 2)."""
+    config = tiny_config(steps=60, batch_size=8, checkpoint_every=1000, validate_every=1000, shift=0, ema_decay=0.9)
+    run(tmp_path / "p", replace(config, optim=replace(config.optim, learning_rate=1e-2)), Memory(8))
+    losses = [entry["loss"] for entry in read_log(tmp_path / "p")]
+    assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3

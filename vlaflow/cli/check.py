@@ -1,0 +1,87 @@
+"""``vlaflow check env NAME``: try something against everything it promises. One kind of thing per first word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from vlaflow.errors import ConfigError, nearest
+
+HELP = """usage: vlaflow check WHAT ...
+
+  env NAME      an environment, e.g. vlaflow check env metaworld/drawer-open-v3
+
+Exit status 0 when every promise is kept, 1 when one is broken, 2 for a mistake in the command."""
+
+
+@dataclass(frozen=True)
+class Environments:
+    """Run every conformance check on environments and print a table.
+
+    Example: vlaflow check env metaworld/drawer-open-v3
+
+    Args:
+        names: suite/task, or groups such as metaworld/hard.
+        render: rendering quality to check with.
+        size: side of the picture in pixels; the suite's default when left out.
+    """
+
+    names: tuple[str, ...]
+    render: Literal["fast", "exact"] = "fast"
+    size: int | None = None
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow check ...``; returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        _print(HELP)
+        return 0
+    kind, *rest = argv
+    if kind not in KINDS:
+        raise ConfigError(f"vlaflow check knows no '{kind}'; {nearest(kind, KINDS)}")
+    return KINDS[kind](rest)
+
+
+def _environments(argv: list[str]) -> int:
+    import tyro
+
+    arguments = tyro.cli(Environments, prog="vlaflow check env", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+
+    from vlaflow.simulators import expand_env_names, make
+    from vlaflow.simulators.checker import check_environment
+
+    if not arguments.names:
+        raise ConfigError("Name an environment, e.g. vlaflow check env metaworld/drawer-open-v3")
+    broken = 0
+    for name in expand_env_names(arguments.names):
+        env = make(name, render=arguments.render, size=arguments.size)
+        findings = check_environment(env)
+        env.close()
+        _table(name, [(f.promise, f.passed, f.seen) for f in findings])
+        broken += sum(not f.passed for f in findings)
+    return 1 if broken else 0
+
+
+def _table(title: str, rows: list[tuple[str, bool, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "promise", "seen instead", title=title, title_justify="left", show_lines=False)
+    for promise, passed, seen in rows:
+        mark = Text("kept", "green") if passed else Text("BROKEN", "bold red")
+        table.add_row(mark, Text(promise), Text(seen, "red"))
+    console = Console()
+    console.print(table)
+    failed = sum(not passed for _, passed, _ in rows)
+    console.print(f"{title}: {len(rows)} promises, {failed} broken.", style="bold red" if failed else "green")
+
+
+def _print(text: str) -> None:
+    import sys
+
+    sys.stdout.write(text + "\n")
+
+
+KINDS: dict[str, Callable[[list[str]], int]] = {"env": _environments}

@@ -1,0 +1,271 @@
+"""Recording demonstrations of scripted experts as a LeRobot data set.
+
+Frame t holds the picture and the state *before* action t, and the action label is the expert's clean action for exactly
+that state; with noise, what was executed differs from the label (see ``experts``). Only successful episodes are kept, with
+a few frames after the first success, so that a policy also sees what the end looks like.
+
+Workers record, and encode their videos, in parallel; the parent only joins. The same config gives the same bytes with any
+number of workers, because an episode is a function of its environment and seed alone.
+
+Seeds of recordings begin at 10 000. Evaluation uses 1000 + i (LeRobot's protocol), so no episode is seen in both.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlaflow.data.video import Segment, encode_video
+from vlaflow.data.writer import Writer
+from vlaflow.errors import ConfigError, DataError
+from vlaflow.simulators.base import Environment, Render, cached, expand_env_names, simulator_spec
+from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
+from vlaflow.simulators.workers import Progress, iterate_jobs
+from vlaflow.spec import Observation
+from vlaflow.versions import versions
+
+FIRST_SEED = 10_000
+_ATTEMPT_STRIDE = 10_000
+_SEED_STRIDE = 1_000_000
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What to record.
+
+    Args:
+        envs: "suite/task" or groups ("metaworld/easy"); all of one suite.
+        episodes: successful episodes per environment.
+        size: side of the picture in pixels, even; None takes the suite's default.
+        render: "fast" or "exact"; evaluate with the same.
+        seed: shifts every episode's seed; see `episode_seed`.
+        noise: disturbance of the executed actions.
+        after_success: frames kept after the first success.
+        attempts: seeds tried per episode before giving up on the expert.
+    """
+
+    envs: tuple[str, ...]
+    episodes: int = 50
+    size: int | None = 96
+    render: Render = "fast"
+    seed: int = 0
+    noise: Noise = field(default_factory=Noise)
+    after_success: int = 4
+    attempts: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.envs:
+            raise ConfigError("Nothing to record: name at least one environment, e.g. metaworld/drawer-open-v3.")
+        if not 1 <= self.episodes <= _ATTEMPT_STRIDE:
+            raise ConfigError(f"episodes must lie in 1..{_ATTEMPT_STRIDE}, got {self.episodes}.")
+        if not 0 <= self.seed <= 4000:
+            raise ConfigError(f"seed must lie in 0..4000, got {self.seed}.")
+        if self.after_success < 0 or not 1 <= self.attempts <= _SEED_STRIDE // _ATTEMPT_STRIDE - 1:
+            raise ConfigError(f"after_success must be 0 or more and attempts 1..99: {self.after_success}, {self.attempts}.")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One recorded episode of T frames, as a worker hands it over.
+
+    Args:
+        name: "suite/task".
+        instruction: the task in words.
+        seed: of the reset.
+        attempts: seeds tried, this one included.
+        state: (T, S) float32.
+        action: (T, D) float32, the clean labels.
+        success: (T,) bool, whether the step taken at frame t ended in success.
+        videos: encoded segments by view, T frames each.
+    """
+
+    name: str
+    instruction: str
+    seed: int
+    attempts: int
+    state: np.ndarray
+    action: np.ndarray
+    success: np.ndarray
+    videos: dict[str, Segment]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `record` did.
+
+    Args:
+        root: the data set.
+        episodes: successful episodes written.
+        frames: in all.
+        failed: episodes thrown away because the expert failed, by environment.
+    """
+
+    root: Path
+    episodes: int
+    frames: int
+    failed: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Job:
+    env: str
+    episode: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.env}, episode {self.episode}"
+
+
+def episode_seed(run: int, episode: int, attempt: int) -> int:
+    """The reset seed: 10 000 + 1 000 000·run + 10 000·attempt + episode.
+
+    Never 1000 + i, and no two (run, attempt, episode) share one. Attempts have seeds of their own, so that a failure of one
+    episode does not shift the seeds of the next, whichever worker runs it.
+    """
+    return FIRST_SEED + _SEED_STRIDE * run + _ATTEMPT_STRIDE * attempt + episode
+
+
+def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress | None = None) -> Summary:
+    """Record and write a LeRobot v3.0 data set.
+
+    Args:
+        config: what to record.
+        out: the data set's folder; appears only when complete.
+        workers: processes; 0 records in this one.
+        progress: called as ``progress(done, total)`` after each episode.
+
+    Raises:
+        ConfigError: for an unknown environment or several suites at once.
+        DataError: when ``out`` exists, or an expert keeps failing.
+    """
+    names = expand_env_names(config.envs)
+    suites = {name.partition("/")[0] for name in names}
+    if len(suites) > 1:
+        raise ConfigError(f"A data set holds one robot, and these are several suites: {', '.join(sorted(suites))}.")
+    spec = simulator_spec(suites.pop())
+    side = config.size or spec.size[config.render]
+    jobs = [_Job(name, episode) for name in names for episode in range(config.episodes)]
+    seeds: dict[str, list[int]] = {name: [] for name in names}
+    failed = dict.fromkeys(names, 0)
+    frames = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.segments-", dir=out.parent) as scratch,
+        Writer(
+            out,
+            fps=spec.action.rate_hz,
+            action_spec=spec.action,
+            state_names=spec.state_names,
+            views=dict.fromkeys(spec.views, (side, side)),
+            robot_type=spec.robot,
+            provenance={},
+        ) as writer,
+    ):
+        work = functools.partial(_record_episode, config=config, size=side, scratch=Path(scratch))
+        for demo in iterate_jobs(work, jobs, workers, progress=progress):
+            writer.add(
+                None, demo.state, demo.action, demo.instruction, extra={"next.success": demo.success}, videos=demo.videos
+            )
+            for segment in demo.videos.values():
+                segment.path.unlink()
+            seeds[demo.name].append(demo.seed)
+            failed[demo.name] += demo.attempts - 1
+            frames += len(demo.action)
+        writer.provenance = _provenance(config, side, seeds, failed, spec.protocol)
+    return Summary(out, len(jobs), frames, {name: n for name, n in failed.items() if n})
+
+
+def _provenance(
+    config: RecordConfig, side: int, seeds: dict[str, list[int]], failed: dict[str, int], protocol: str
+) -> dict[str, Any]:
+    return {
+        "how": "scripted experts; noise is executed, the clean action is the label; failed episodes are left out",
+        "protocol": protocol,
+        "render": config.render,
+        "size": side,
+        "noise": asdict(config.noise),
+        "after_success": config.after_success,
+        "seed": config.seed,
+        "seeds": seeds,
+        "failed": failed,
+        "versions": versions(),
+    }
+
+
+def _record_episode(job: _Job, config: RecordConfig, size: int, scratch: Path) -> Demonstration:
+    """Record one successful episode; runs in a worker.
+
+    The expert plays without pictures first, and what it executed is then repeated with pictures: physics costs a twentieth
+    of rendering, and an episode that fails runs to the horizon.
+    """
+    env: Any = cached(job.env, render=config.render, size=size)
+    is_gripper = np.array([dimension.frame == "gripper" for dimension in env.action_spec.dimensions])
+    for attempt in range(config.attempts):
+        seed = episode_seed(config.seed, job.episode, attempt)
+        expert = Noisy(expert_for(job.env), config.noise, episode_generator(job.env, seed), is_gripper)
+        env.restart(seed)
+        steps = _play(env, expert, config.after_success)
+        if steps is None:
+            continue
+        env.restart(seed)
+        frames = [_look_and_act(env, step) for step in steps]
+        videos = {
+            view: encode_video(
+                (frame.images[view] for frame in frames),
+                scratch / f"{job.env.replace('/', '_')}-{job.episode}-{view}.mp4",
+                env.action_spec.rate_hz,
+            )
+            for view in env.views
+        }
+        return Demonstration(
+            name=job.env,
+            instruction=env.task_description,
+            seed=seed,
+            attempts=attempt + 1,
+            state=np.stack([frame.state for frame in frames]).astype(np.float32),
+            action=np.stack([step.label for step in steps]),
+            success=np.array([step.success for step in steps]),
+            videos=videos,
+        )
+    raise DataError(
+        f"The expert of {job.env} failed with {config.attempts} seeds in a row, the last being {seed}, under {config.noise}. "
+        f"Use less noise."
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    executed: np.ndarray
+    label: np.ndarray
+    success: bool
+
+
+def _play(env: Environment, expert: Noisy, after_success: int) -> list[_Step] | None:
+    """Let the expert act from the start of an episode; None when the horizon comes before success."""
+    steps: list[_Step] = []
+    left: int | None = None
+    while True:
+        executed, label = expert(env)
+        _, success, truncated, _ = env.advance(executed)
+        steps.append(_Step(executed, label, success))
+        if left is not None:
+            left -= 1
+        elif success:
+            left = after_success
+        if left == 0 or (truncated and left is not None):
+            return steps
+        if truncated:
+            return None
+
+
+def _look_and_act(env: Environment, step: _Step) -> Observation:
+    seen = env.observe()
+    _, success, _, _ = env.advance(step.executed)
+    if success != step.success:
+        raise RuntimeError(f"{env.name} is not deterministic: repeating the same actions did not end the same way.")
+    return seen
