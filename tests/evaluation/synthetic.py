@@ -26,7 +26,19 @@ def episodes(n=20, seed=0):
                 steps, chunks = step or 500, math.ceil((step or 500) / 8)
                 passes = chunks * (44, 72, 84)[c]
                 found.append(
-                    Episode(env, compute, 1000 + s, "Open a drawer", ok, step, steps, chunks, 10 * chunks, passes, (0, 5, 8)[c] * chunks)
+                    Episode(
+                        env,
+                        compute,
+                        1000 + s,
+                        "Open a drawer",
+                        ok,
+                        step,
+                        steps,
+                        chunks,
+                        10 * chunks,
+                        passes,
+                        (0, 5, 8)[c] * chunks,
+                    )
                 )
     return found
 
@@ -38,7 +50,17 @@ def latency():
         "refine-random": {"prefix": 3.1, "first": 11.2, "refine": 11.1, "other": 0.4},
     }
     return [
-        Latency(c, 60, Percentiles(t := sum(p.values()), t * 1.3), {k: Percentiles(v, v * 1.4) for k, v in p.items()}, p, t, 44 + 30 * i, 10.0 + 8 * i, 0.25 * i)
+        Latency(
+            c,
+            60,
+            Percentiles(t := sum(p.values()), t * 1.3),
+            {k: Percentiles(v, v * 1.4) for k, v in p.items()},
+            p,
+            t,
+            44 + 30 * i,
+            10.0 + 8 * i,
+            0.25 * i,
+        )
         for i, (c, p) in enumerate(parts.items())
     ]
 
@@ -75,7 +97,7 @@ def log(steps=600):
     random = np.random.default_rng(1)
     return [
         {"step": s, "loss": 0.9 * math.exp(-s / 150) + 0.08 * (1 + 0.3 * random.random())}
-        | ({"validation": 0.9 * math.exp(-s / 150) + 0.1} if s % 100 == 0 else {})
+        | ({"validation": {"loss": 0.9 * math.exp(-s / 150) + 0.1}} if s % 100 == 0 else {})
         for s in range(1, steps + 1)
     ]
 
@@ -116,5 +138,8 @@ def write(out):
     picture = np.stack([np.tile(ramp, (96, 1)), np.tile(ramp[:, None], (1, 96)), np.full((96, 96), 90, np.uint8)], -1)
     Image.fromarray(picture).save(folder / "seen.png")
     big = np.repeat(np.repeat(picture, 2, 0), 2, 1)
-    write_mp4([caption(np.roll(big, 4 * i, 1), "drawer-open-v3, refine, seed 1000", f"step {i}") for i in range(12)], folder / "film.mp4")
+    write_mp4(
+        [caption(np.roll(big, 4 * i, 1), "drawer-open-v3, refine, seed 1000", f"step {i}") for i in range(12)],
+        folder / "film.mp4",
+    )
     (folder / "films.json").write_text(json.dumps([to_json(f) for f in films()]))

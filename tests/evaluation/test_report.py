@@ -73,5 +73,5 @@ def test_an_evaluation_without_films_logs_and_language_still_reports(tmp_path):
     results.write(made, tmp_path / "results.json")
     page = write_report(tmp_path).read_text()
     assert "<video" not in page
-    assert "id=\"language\"" not in page
+    assert 'id="language"' not in page
     assert made.command in page

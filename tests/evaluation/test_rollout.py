@@ -70,7 +70,7 @@ def test_neighbouring_seeds_and_chunks_have_different_noise():
 
 def test_a_missing_rater_is_refused_before_any_episode(bare_checkpoint):
     jobs = plan([ENV], parse_all(["dense", "refine"]), 1)
-    with pytest.raises(CapabilityError, match="vlaflow train asyncvla.rater"):
+    with pytest.raises(CapabilityError, match=r"vlaflow train asyncvla\.rater"):
         evaluate(bare_checkpoint, jobs, SHORT, workers=2)
 
 
@@ -84,7 +84,7 @@ def test_other_actions_are_refused(checkpoint):
 
     policy = Policy.from_pretrained(checkpoint)
     other = replace(policy, action_spec=replace(policy.action_spec, rate_hz=10.0))
-    with pytest.raises(SpecError, match="rate_hz is 10.0"):
+    with pytest.raises(SpecError, match=r"rate_hz is 10\.0"):
         require_fit(other, "x", {ENV}, [], SHORT)
 
 

@@ -87,41 +87,48 @@ def main(argv: list[str]) -> int:
 
 def table(results: Results) -> RenderableType:
     """Successes, intervals, steps and latency in brief, and the paired tests below."""
+    from rich import box
     from rich.console import Group
     from rich.table import Table
 
+    from vlaflow.evaluation.report_plots import short
+
     first = results.evaluations[0]
     grid = Table(
-        "environment",
+        "task",
         "compute",
         "success",
         "95 % interval",
-        "steps to success",
-        "chunk p50 / p99",
+        "steps",
+        "p50 ms",
+        "p99 ms",
+        box=box.SIMPLE,
+        padding=0,
         title=f"{first.episodes} episodes each, seeds {first.seeds[0]} to {first.seeds[-1]}, "
         f"{first.execute} actions per chunk executed, horizon {first.horizon}",
         title_style="",
+        title_justify="left",
     )
     for entry in results.evaluations:
         times = entry.latency_ms
         grid.add_row(
-            entry.env,
+            short(entry.env),
             entry.compute,
             f"{entry.successes}/{entry.episodes}",
             percent(entry.interval),
             middle(entry.first_success_steps),
-            f"{times.p50:.1f} / {times.p99:.1f} ms" if times else "",
+            *((f"{times.p50:.1f}", f"{times.p99:.1f}") if times else ()),
             end_section=entry.compute == results.computes[-1],
         )
     if len(results.envs) > 1:
         for overall in results.overall:
             rate = f"{overall.successes}/{overall.episodes}"
-            grid.add_row("all", overall.compute, rate, percent(overall.interval), "", "")
+            grid.add_row("all", overall.compute, rate, percent(overall.interval))
     return Group(grid, *(sentence(test) for test in results.paired if test.env == "all"))
 
 
 def percent(interval: tuple[float, float]) -> str:
-    """"84 to 100 %"."""
+    """As in 84 to 100 %."""
     return f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %"
 
 

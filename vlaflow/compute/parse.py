@@ -11,7 +11,7 @@ from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError, nearest
 
 NAMES: dict[str, Callable[[int], ComputePolicy]] = {
-    "dense": lambda steps: Dense(steps),
+    "dense": Dense,
     "refine": lambda steps: Refine(BelowThreshold(0.5), steps, Dense(steps)),
     "refine-random": lambda steps: Refine(AtRandom(0.5), steps, Dense(steps)),
 }

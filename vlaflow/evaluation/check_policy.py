@@ -78,14 +78,19 @@ def _promises(policy: Policy, compute: ComputePolicy, observations: list[Observa
     together = policy.act(observations, compute, generator=[_noise(i) for i in range(len(observations))])
     span = np.maximum(spec.high - spec.low, 1e-9)
     apart = max(float((np.abs(a.actions - b.actions) / span).max()) for a, b in zip(first, together, strict=True))
-    flipped = any(not np.array_equal(a.regenerated, b.regenerated) for a, b in zip(first, together, strict=True))
+    flipped = any(_marks(a) != _marks(b) for a, b in zip(first, together, strict=True))
     # float32 sums of another order; 0.1 % of the range is far below what a robot notices
     seen = "a rating crossed the threshold" if flipped else f"{apart:.1e} of the range"
     yield Finding(name, "alone as in a batch", apart < 1e-3 or flipped, seen)
     ratings = [c.confidence for c in first if c.confidence is not None]
     if ratings:
         rated = np.concatenate(ratings)
-        yield Finding(name, "confidence in (0, 1)", bool(((rated > 0) & (rated < 1)).all()), f"{rated.min():.2f} to {rated.max():.2f}")
+        yield Finding(
+            name,
+            "confidence between 0 and 1",
+            bool(((rated >= 0) & (rated <= 1)).all()),
+            f"{rated.min():.2f} to {rated.max():.2f}",
+        )
     kept = all(
         np.array_equal(c.actions[~c.regenerated], c.draft[~c.regenerated])
         for c in first
@@ -119,6 +124,10 @@ def _noise(seed: int) -> Generator:
 
 def _joined(chunks: list[Chunk]) -> Chunk:
     return Chunk(np.concatenate([c.actions for c in chunks]))
+
+
+def _marks(chunk: Chunk) -> list[bool]:
+    return [] if chunk.regenerated is None else chunk.regenerated.tolist()
 
 
 def _share(chunks: list[Chunk]) -> str:

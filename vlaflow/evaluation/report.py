@@ -103,8 +103,10 @@ def verdict(test: PairedTest) -> str:
     points = f"{signed(test.difference)} points [{signed(test.interval[0])}, {signed(test.interval[1])}]"
     apart = test.only_first + test.only_second
     if test.p_value < 0.05:
-        return f"Better than {test.first}: {points}, p = {test.p_value:.2g}." if test.difference > 0 else (
-            f"Worse than {test.first}: {points}, p = {test.p_value:.2g}."
+        return (
+            f"Better than {test.first}: {points}, p = {test.p_value:.2g}."
+            if test.difference > 0
+            else (f"Worse than {test.first}: {points}, p = {test.p_value:.2g}.")
         )
     seeds = f"they disagree on {apart} of {test.both + test.neither + apart} episodes" if apart else "they never disagree"
     return f"No difference from {test.first} could be shown: {points}, {seeds}, p = {test.p_value:.2g}."
@@ -114,7 +116,9 @@ def costs(results: Results) -> list[str]:
     """What rating and regeneration cost, as shares of a chunk's time (claim C4)."""
     found = []
     for entry in results.latency:
-        extra = [(plots.PART_NAMES[p], 100 * entry.mean_parts[p] / entry.mean) for p in ("rater", "refine") if p in entry.mean_parts]
+        extra = [
+            (plots.PART_NAMES[p], 100 * entry.mean_parts[p] / entry.mean) for p in ("rater", "refine") if p in entry.mean_parts
+        ]
         if extra:
             shares = " and ".join(f"the {name} takes {share:.1f} %" for name, share in extra)
             base = next((b for b in results.latency if b.compute == "dense"), None)
@@ -129,20 +133,22 @@ def caveats(results: Results) -> list[str]:
     some = results.evaluations[0]
     width = max(100 * (e.interval[1] - e.interval[0]) for e in results.evaluations)
     found = [
-        f"{n} episodes per environment: the intervals are up to {width:.0f} points wide. Intervals and p-values are for one trained "
-        "checkpoint; another training seed would give another policy.",
+        f"{n} episodes per environment: the intervals are up to {width:.0f} points wide. Intervals and p-values are for one "
+        "trained checkpoint; another training seed would give another policy.",
         "Several pairs are compared and the p-values are not corrected for that.",
-        f"Number of executed actions ({some.execute}), camera, picture size and rendering ({some.render}) all move success rates: "
-        "compare only numbers that agree in them.",
+        f"Number of executed actions ({some.execute}), camera, picture size and rendering ({some.render}) all move success "
+        "rates: compare only numbers that agree in them.",
         "p99 of so few chunks is close to the slowest one seen.",
     ]
     if any(compute.startswith("refine") for compute in results.computes):
         found.append(
-            "The rater learned relative errors: within a chunk a low rating says worse than its neighbours, not wrong. Some action of a "
-            "perfect chunk can still be made anew."
+            "The rater learned relative errors: within a chunk a low rating says worse than its neighbours, not wrong. Some "
+            "action of a perfect chunk can still be made anew."
         )
     if results.language:
-        found.append(f"The language-swap test has {results.language[0].episodes} episodes per cell and tells only large effects.")
+        found.append(
+            f"The language-swap test has {results.language[0].episodes} episodes per cell and tells only large effects."
+        )
     return found
 
 
@@ -164,7 +170,9 @@ def _tiles(results: Results) -> list[dict[str, str]]:
         for o in results.overall
     ]
     first = results.latency[0]
-    tiles.append({"value": f"{first.total.p50:.1f} ms", "label": f"per chunk, {first.compute} p50 (p99 {first.total.p99:.1f} ms)"})
+    tiles.append(
+        {"value": f"{first.total.p50:.1f} ms", "label": f"per chunk, {first.compute} p50 (p99 {first.total.p99:.1f} ms)"}
+    )
     if _steps(results.minutes) > 1 and results.minutes.total is not None:
         tiles.append({"value": f"{results.minutes.total:.1f} min", "label": "for everything, on this machine"})
     return tiles

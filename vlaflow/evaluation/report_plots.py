@@ -26,7 +26,13 @@ _CSS = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
 MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.", (0, (1, 1)))
 WIDTH = 5.6
 """Inches: so much that text is readable both in a column of a desk screen and on a telephone."""
-PART_NAMES = {"prefix": "prefix", "first": "first round (SFM)", "rater": "rater", "refine": "second round (AFM)", "other": "other"}
+PART_NAMES = {
+    "prefix": "prefix",
+    "first": "first round (SFM)",
+    "rater": "rater",
+    "refine": "second round (AFM)",
+    "other": "other",
+}
 
 
 def success(results: Results) -> str:
@@ -36,7 +42,9 @@ def success(results: Results) -> str:
     with figure(WIDTH, 0.75 + (0.2 * len(computes) + 0.22) * len(rows)) as (_, axis, done):
         for c, compute in enumerate(computes):
             for r, env in enumerate(rows):
-                entry: Any = next(o for o in results.overall if o.compute == compute) if env == "all" else results.of(env, compute)
+                entry: Any = (
+                    next(o for o in results.overall if o.compute == compute) if env == "all" else results.of(env, compute)
+                )
                 low, high = entry.interval
                 y = r * (len(computes) + 1) + c
                 axis.plot([100 * low, 100 * high], [y, y], color=SERIES[c % 5], lw=2, solid_capstyle="butt")
@@ -100,7 +108,7 @@ def latency(entries: Sequence[Latency]) -> str:
 
 
 def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
-    """Training loss, its running mean, and the loss on held-out episodes."""
+    """Training loss, its running mean, and the loss on held-out episodes; entries as in ``training/log.jsonl``."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     steps = np.array([e["step"] for e in entries], float)
@@ -111,7 +119,7 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
         if len(values) > 2 * window:
             smooth = np.convolve(values, np.ones(window) / window, "valid")
             axis.plot(steps[window - 1 :], smooth, color=SERIES[0], lw=1.8, label=f"training, mean of {window} steps")
-        held = [(e["step"], e["validation"]) for e in entries if e.get("validation") is not None]
+        held = [(e["step"], e["validation"]["loss"]) for e in entries if e.get("validation") is not None]
         if held:
             axis.plot(*zip(*held, strict=True), color=SERIES[1], marker="s", ms=4, ls="--", lw=1.2, label="held-out episodes")
         axis.set(xlabel="optimiser steps", ylabel=label, yscale="log")
@@ -178,7 +186,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **setti
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "vlaflow",
         "font.size": 8.5,

@@ -243,7 +243,9 @@ def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
                 mine = [e for e in evaluations if e.compute == compute and env in (e.env, "all")]
                 sides.append({(e.env, seed): p.success for e in mine for seed, p in zip(e.seeds, e.per_episode, strict=True)})
             if sides[0].keys() != sides[1].keys():
-                raise ConfigError(f"'{first}' and '{second}' were not evaluated on the same seeds; a paired test is impossible.")
+                raise ConfigError(
+                    f"'{first}' and '{second}' were not evaluated on the same seeds; a paired test is impossible."
+                )
             table = PairedOutcomes.of([sides[0][key] for key in sides[0]], [sides[1][key] for key in sides[0]])
             found.append(
                 PairedTest(

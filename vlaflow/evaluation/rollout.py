@@ -104,7 +104,9 @@ class Episode:
     regenerated: int
 
 
-def plan(envs: Sequence[str], computes: Sequence[ComputePolicy], episodes: int, first_seed: int = FIRST_SEED) -> list[EpisodeJob]:
+def plan(
+    envs: Sequence[str], computes: Sequence[ComputePolicy], episodes: int, first_seed: int = FIRST_SEED
+) -> list[EpisodeJob]:
     """The jobs of an evaluation: every compute policy on the same seeds ``first_seed + i`` of every environment."""
     if episodes < 1:
         raise ConfigError(f"An evaluation needs at least one episode, got {episodes}.")
@@ -143,7 +145,13 @@ def evaluate(
 
 
 def play(
-    policy: Policy, env: Environment, job: EpisodeJob, config: RolloutConfig, look: Look | None = None, after: Look | None = None
+    policy: Policy,
+    env: Environment,
+    job: EpisodeJob,
+    config: RolloutConfig,
+    *,
+    look: Look | None = None,
+    after: Look | None = None,
 ) -> Episode:
     """One episode in this process.
 
@@ -211,7 +219,9 @@ def require_fit(
     """
     horizon = policy.config.decoder.horizon
     if config.execute is not None and not 1 <= config.execute <= horizon:
-        raise ConfigError(f"{checkpoint} makes chunks of {horizon} actions, so 1 to {horizon} can be executed, not {config.execute}.")
+        raise ConfigError(
+            f"{checkpoint} makes chunks of {horizon} actions, so 1 to {horizon} can be executed, not {config.execute}."
+        )
     for env in sorted(envs):
         spec = simulator_spec(parse_env_name(env)[0])
         policy.action_spec.require_match(spec.action, f"checkpoint {checkpoint}", f"environment {env}")

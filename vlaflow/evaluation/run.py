@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.evaluation import films, language, results
 from vlaflow.evaluation.latency import first_observations, measure
 from vlaflow.evaluation.results import Minutes, Results
-from vlaflow.evaluation.rollout import FIRST_SEED, Episode, EpisodeJob, RolloutConfig, evaluate, plan, require_fit
+from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, evaluate, plan, require_fit
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
 from vlaflow.progress import progress
@@ -101,7 +100,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
     seen = first_observations(policy, envs, seeds, rollout.render)
     latency = measure(policy, computes, seen, config.latency_chunks)
     if config.films:
-        _film(folder, episodes, jobs, out / FILMS, rollout, config.workers)
+        chosen, by_episode = films.choose(episodes), dict(zip(episodes, jobs, strict=True))
+        films.film(folder, [by_episode[e] for e in chosen], chosen, out / FILMS, rollout, workers=config.workers)
 
     evaluations = results.count(
         episodes,
@@ -127,11 +127,3 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
     )
     results.write(found, out / RESULTS)
     return found
-
-
-def _film(
-    folder: Path, episodes: Sequence[Episode], jobs: Sequence[EpisodeJob], out: Path, rollout: RolloutConfig, workers: int
-) -> None:
-    chosen = films.choose(episodes)
-    by_episode = dict(zip(episodes, jobs, strict=True))
-    films.film(folder, [by_episode[e] for e in chosen], chosen, out, rollout, workers=workers)
