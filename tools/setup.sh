@@ -7,7 +7,7 @@
 #
 #   .venv/.vlaflow-installing       present while an installation is under way, so left behind by one that was killed
 #   .venv/.vlaflow-stamp-LEVEL      hash of what was installed, written last
-#   .venv/.vlaflow-install-seconds  how long the last installation took, GL libraries included
+#   .venv/.vlaflow-install-seconds  how long installing into this .venv took in all, GL libraries included
 #   .venv/.vlaflow-gl               the value of MUJOCO_GL that drew a picture on this machine
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -60,15 +60,20 @@ find_python() {
     fail "vlaflow needs Python 3.11 or newer and found $(python3 --version 2>/dev/null || echo none): install one, or name it with PYTHON=/path/to/python3.11."
 }
 
-fingerprint() { cat constraints.txt pyproject.toml tools/setup.sh | sha256sum | cut -c 1-64; }
+# The folder counts too: a .venv does not survive being moved.
+fingerprint() { { pwd && cat constraints.txt pyproject.toml tools/setup.sh; } | sha256sum | cut -c 1-64; }
 
-is_done() { [ -x $venv/bin/vlaflow ] && [ "$(cat "$venv/.vlaflow-stamp-$1" 2>/dev/null)" = "$(fingerprint)" ]; }
+is_done() { [ -x $venv/bin/python ] && [ -x $venv/bin/vlaflow ] && [ "$(cat "$venv/.vlaflow-stamp-$1" 2>/dev/null)" = "$(fingerprint)" ]; }
 
-# A .venv is ours when one of our files lies in it; only then may it be thrown away.
-is_ours() { compgen -G "$venv/.vlaflow-*" >/dev/null; }
+has_pip() { $venv/bin/python -m pip --version >/dev/null 2>&1; }
 
 # Works, and was made in this folder (scripts in a moved .venv point to the old place).
-is_sound() { grep -qsF "$PWD/$venv" $venv/bin/activate && $venv/bin/python -m pip --version >/dev/null 2>&1; }
+is_sound() { grep -qsF "$PWD/$venv" $venv/bin/activate && has_pip; }
+
+# Nothing is lost with it: one of our files lies in it, it is empty, or it is a virtual environment without a working pip.
+is_disposable() {
+    compgen -G "$venv/.vlaflow-*" >/dev/null || rmdir $venv 2>/dev/null || { [ -e $venv/pyvenv.cfg ] && ! has_pip; }
+}
 
 make_venv() {
     local python
@@ -84,19 +89,19 @@ make_venv() {
 }
 
 install() {
-    if [ -e $venv/.vlaflow-installing ] || { is_ours && ! is_sound; }; then
-        say "The last installation did not finish, or .venv was moved: starting over."
+    if [ -e $venv/.vlaflow-installing ] || { [ -e $venv ] && ! is_sound && is_disposable; }; then
+        say "The last installation did not finish, or the folder was moved: starting over."
         rm -rf $venv
     fi
     if [ ! -e $venv ]; then
         make_venv
     elif ! is_sound; then
-        fail ".venv exists, was not made here and does not work: move it away and run this again."
+        fail ".venv exists, was not made here and cannot be used: move it away and run this again."
     fi
     touch $venv/.vlaflow-installing
 
     say "Installing the pinned packages into .venv (mostly download; everything is in $log) ..."
-    # Unbuffered for the log; not compiled in advance, which saves a third of the time and is made up for at first import.
+    # Not compiled in advance: that would double the time, for modules of which few are ever imported.
     pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt)
     if ! {
         "${pip[@]}" setuptools &&
@@ -151,6 +156,7 @@ changed=
 is_done dev || is_done "$level" || install
 setup_gl
 if [ -n "$changed" ]; then
-    echo $SECONDS >$venv/.vlaflow-install-seconds
+    before=$(cat $venv/.vlaflow-install-seconds 2>/dev/null || echo 0)
+    echo $((before + SECONDS)) >$venv/.vlaflow-install-seconds
     say "Ready after $SECONDS s."
 fi

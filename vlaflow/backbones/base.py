@@ -11,6 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -23,13 +25,17 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What stacks and cost models need to know of a backbone."""
+    """What stacks and cost models need to know of a backbone.
+
+    ``attention`` is how prefix tokens see each other: "full", or "causal" as in pretrained language models.
+    """
 
     depth: int
     width: int
     heads: int
     kv_heads: int
     head_dim: int
+    attention: Literal["full", "causal"] = "full"
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,14 @@ class Prefix:
 
 
 class Backbone(nn.Module, ABC):
-    """A vision-language network seen as an embedding and a stack of layers."""
+    """A vision-language network seen as an embedding and a stack of layers.
+
+    ``config`` rebuilds the network from nothing but itself, weights aside, whatever the network was first made from; it is
+    what a checkpoint holds.
+    """
 
     spec: BackboneSpec
+    config: Any
 
     @property
     @abstractmethod
@@ -89,8 +100,13 @@ class Backbone(nn.Module, ABC):
         rotary: Rotary | None = None,
         memory: KeyValues | None = None,
         seen_BT: Tensor | None = None,
+        *,
+        causal: bool = False,
     ) -> tuple[Tensor, KeyValues]:
-        """One layer on any tokens, which also read ``memory``. Returns hidden states and the tokens' own keys, values."""
+        """One layer on any tokens, which also read ``memory``. Returns hidden states and the tokens' own keys, values.
+
+        With ``causal`` a token sees itself and the tokens before it, else all of its own sequence; ``memory`` always.
+        """
 
     @abstractmethod
     def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
@@ -102,13 +118,19 @@ class Backbone(nn.Module, ABC):
 
     def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
         """Continue the prefix through the layers below ``upto`` (all of them by default). Layers already run are kept."""
-        upto = self.spec.depth if upto is None else upto
+        upto, causal = self.spec.depth if upto is None else upto, self.spec.attention == "causal"
         hidden, memory = prefix.hidden_BPW, list(prefix.memory)
         for index in range(prefix.depth, upto):
-            hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.seen_BP)
+            hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.seen_BP, causal=causal)
             memory.append(own)
         return replace(prefix, hidden_BPW=hidden, memory=tuple(memory))
 
     def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
         """Language-model loss on an answer; only backbones with a vocabulary have one."""
         raise CapabilityError(f"{type(self).__name__} has no language-model head; use a pretrained vision-language backbone.")
+
+    def save_files(self, folder: Path) -> None:
+        """Write what the network needs beside its weights (a tokenizer, say) into a checkpoint folder; nothing by default."""
+
+    def load_files(self, folder: Path) -> None:
+        """Read what ``save_files`` wrote."""

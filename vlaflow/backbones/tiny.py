@@ -19,7 +19,7 @@ from torch.nn import functional
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, Rotary
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.nn.attention import KeyValues
+from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig
 
 
@@ -159,9 +159,12 @@ class TinyBackbone(Backbone):
         rotary: Rotary | None = None,
         memory: KeyValues | None = None,
         seen_BT: Tensor | None = None,
+        *,
+        causal: bool = False,
     ) -> tuple[Tensor, KeyValues]:
         """See the base class; positions were added by ``embed`` and ``place``, so ``rotary`` is not used."""
-        return self.layers[index](hidden_BTW, memory, seen_BT)
+        mask_TS = causal_mask(hidden_BTW.shape[1], hidden_BTW.device) if causal else None
+        return self.layers[index](hidden_BTW, memory, seen_BT, mask_TS)
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
         """Adds a learned position to each suffix token."""

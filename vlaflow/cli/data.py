@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     import tyro
 
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
-    commands = (
+    commands: Any = (
         Annotated[positional(Check), tyro.conf.subcommand("check")] | Annotated[positional(Show), tyro.conf.subcommand("show")]
     )
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description="Check or show a data set.", args=argv)

@@ -80,15 +80,15 @@ def _surplus_frames(dataset: Dataset) -> list[str]:
         for key, path in dataset.video_paths(episode.index).items():
             expected[key, str(path)] += episode.length
     found = []
-    for (key, path), count in expected.items():
+    for (key, video), count in expected.items():
         try:
-            with av.open(path) as container:
+            with av.open(video) as container:
                 held = container.streams.video[0].frames if container.streams.video else 0
         except (av.FFmpegError, OSError):
             continue  # said better, and by episode, when it is decoded
         if held > count:
             found.append(
-                f"{path} holds {held} frames of '{key}', but its episodes have {count} rows in all, so frames and actions may "
+                f"{video} holds {held} frames of '{key}', but its episodes have {count} rows in all, so frames and actions may "
                 f"not belong together. Record these episodes again, or cut the video."
             )
     return found

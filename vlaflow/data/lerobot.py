@@ -124,7 +124,11 @@ class Dataset:
 
     def image_size(self, view: str) -> tuple[int, int]:
         """Height and width of a view as stored."""
-        height, width, _ = self.features[self._view_key(view)]["shape"]
+        feature = self.features[self._view_key(view)]
+        names = feature.get("names")
+        # Some converters declare (channel, height, width) although the pixels lie as everywhere else.
+        channel_first = isinstance(names, list) and str(names[0]).startswith("channel")
+        height, width = feature["shape"][1:] if channel_first else feature["shape"][:2]
         return int(height), int(width)
 
     def dimension_names(self, name: str) -> tuple[str, ...]:

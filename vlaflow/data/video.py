@@ -196,9 +196,6 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # callers decode several episodes side by side
             rate = stream.average_rate
-            # A stated rate is a summary, so only a clear disagreement counts here; single frames are checked below.
-            if rate is not None and stream.frames > 1 and abs(float(rate) / fps - 1) > 0.01:
-                raise VideoError("rate", f"{float(rate):g} fps", 0)
             time_base = float(stream.time_base or 0)
             if start_s > TOLERANCE_S:
                 container.seek(int((start_s + TOLERANCE_S) / time_base), stream=stream, backward=True)
@@ -207,6 +204,9 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
                 if at < wanted - TOLERANCE_S and found == 0:
                     continue
                 if abs(at - wanted) >= TOLERANCE_S:
+                    # A wrong rate shows in the first step; later it is a gap, whatever the average rate then says.
+                    if found <= 1 and rate is not None and abs(float(rate) / fps - 1) > 0.01:
+                        raise VideoError("rate", f"{float(rate):g} fps", found)
                     raise VideoError("time", f"frame {found} is shown at {at:.4f} s instead of {wanted:.4f} s", found)
                 yield frame.to_ndarray(format="rgb24")
                 found += 1

@@ -11,6 +11,7 @@ is joined packet by packet; frames handed to ``add`` directly take the same way.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ NUMPY = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "bool"
 class Writer:
     """Collects episodes into a hidden folder next to ``root`` and renames it on ``finalize``.
 
+    A killed process leaves that folder behind (``.<name>.partial-...``); it may be removed.
+
     Args:
         root: where the data set will be; must not exist, or be an empty folder.
         fps: frames per second, equal to the action spec's rate.
@@ -50,7 +53,7 @@ class Writer:
 
     Raises:
         DataError: ``root`` holds something already.
-        SpecError: an odd image size, or a rate other than ``fps``.
+        SpecError: an odd image size, a view name with '/', a rate other than ``fps``, provenance that is not JSON.
     """
 
     def __init__(
@@ -74,12 +77,18 @@ class Writer:
             raise SpecError(f"The action spec states {action_spec.rate_hz:g} actions per second, but fps is {fps:g}.")
         for view, (height, width) in views.items():
             require_even(height, width, view)
+            if "/" in view:
+                raise SpecError(f"The view name '{view}' holds a '/', which feature keys of LeRobot must not.")
+        try:
+            json.dumps(provenance, allow_nan=False)
+        except (TypeError, ValueError) as error:  # better now than after an hour of recording
+            raise SpecError(f"The provenance must be plain JSON data: {error}.") from error
         self.fps, self.action_spec, self.views = float(fps), action_spec, dict(views)
         self.state_names, self.robot_type, self.provenance = tuple(state_names), robot_type, dict(provenance)
         self._limits = (chunks_size, data_mb, video_mb)
         self._keys = {view: "observation.image" if view == "image" else f"observation.images.{view}" for view in views}
         self._features = self._declare()
-        self._extra: dict[str, tuple[str, int]] | None = None
+        self._extra: dict[str, tuple[str, int]] = {}
         self._tasks: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
         self._values: dict[str, list[np.ndarray]] = {}
@@ -218,11 +227,9 @@ class Writer:
                 )
             kinds[key] = (kind, 1 if values.ndim == 1 else values.shape[1])
             vectors[key] = values.astype(NUMPY[kind])
-        if self._extra is None:
-            self._extra = kinds
-            self._features |= {key: {"dtype": k, "shape": [width], "names": None} for key, (k, width) in kinds.items()}
-        if kinds != self._extra:
+        if index and kinds != self._extra:
             raise SpecError(f"Episode {index} brings the extra columns {kinds}, the first episode brought {self._extra}.")
+        self._extra = kinds
         return vectors
 
     def _segments(
@@ -306,10 +313,11 @@ class Writer:
 
     def _info(self) -> dict[str, Any]:
         chunks_size, data_mb, video_mb = self._limits
+        extra = {key: {"dtype": kind, "shape": [width], "names": None} for key, (kind, width) in self._extra.items()}
         return {
             "codebase_version": "v3.0",
             "fps": int(self.fps) if self.fps.is_integer() else self.fps,
-            "features": self._features | meta.DEFAULT_FEATURES,
+            "features": self._features | extra | meta.DEFAULT_FEATURES,
             "total_episodes": len(self._rows),
             "total_frames": self._frames,
             "total_tasks": len(self._tasks),

@@ -68,7 +68,7 @@ class ConfidenceRater(nn.Module):
 
     def logits(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:
         """Confidence before the sigmoid, (B, L); the backbone gets no gradient."""
-        prefix_BPW = prefix.backbone.finish(prefix.hidden_BPW).detach()
+        prefix_BPW = prefix.backbone.finish(prefix.hidden_BPW).detach().to(self.rate.weight.dtype)
         token_BLW = self.project(action_BLD.to(prefix_BPW.dtype)) + self.position
         x_BTW = torch.cat((prefix_BPW, token_BLW), 1)
         seen_BT = None

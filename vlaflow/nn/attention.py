@@ -63,6 +63,11 @@ def attend(query_BHTE: Tensor, own: KeyValues, memory: KeyValues | None = None, 
     return out_BGRE.reshape(b, h, t, e)
 
 
+def causal_mask(tokens: int, device: torch.device | None = None) -> Tensor:
+    """bool (T, T), True where query t may see own token s ≤ t: the ``mask_TS`` of ``attend``."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
 def _fused(query_BHTE: Tensor, own: KeyValues, mask_TS: Tensor | None) -> Tensor:
     mask = mask_TS
     if own.mask_CP is not None:

@@ -22,11 +22,13 @@ from torch import Generator, Tensor
 
 from vlaflow import __version__
 from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.qwen2_5_vl import QwenConfig
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.base import LossTerms, Targets
@@ -50,7 +52,7 @@ class PolicyConfig:
     """
 
     system: str
-    backbone: TinyConfig
+    backbone: TinyConfig | QwenConfig
     decoder: FlowConfig
     rater: RaterConfig | None = None
     state_normalisation: Mode = "mean_std"
@@ -104,6 +106,7 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = config.build()
+        config = replace(config, backbone=model.backbone.config)
         return Policy(config, action_spec.with_horizon(config.decoder.horizon), stats, model)
 
     def with_rater(self, rater: RaterConfig, seed: int) -> Policy:
@@ -241,6 +244,7 @@ class Policy:
         (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
         chosen = {**self.model.state_dict(), **(weights or {})}
         save_file({k: v.detach().cpu().contiguous() for k, v in chosen.items()}, folder / "model.safetensors")
+        self.model.backbone.save_files(folder)
 
     @staticmethod
     def from_pretrained(path: Path | str, device: str = "cpu") -> Policy:
@@ -259,13 +263,13 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
+        model.backbone.load_files(folder)
         card = folder / "README.md"
         return Policy(config, action_spec, stats, model.to(device).eval(), card.read_text() if card.exists() else "")
 
 
 def _resize(image_BHWC: Tensor, size: int | None) -> Tensor:
+    """As the frame cache did for training."""
     if size is None or image_BHWC.shape[1:3] == (size, size):
         return image_BHWC
-    planes = image_BHWC.permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return torch.from_numpy(np.stack([resize(image, size) for image in image_BHWC.cpu().numpy()]))

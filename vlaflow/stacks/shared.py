@@ -21,10 +21,11 @@ class SharedStack(nn.Module):
             prefix: an observation that has run at least one layer.
 
         Returns:
-            (B, T, W).
+            (B, T, W), in the number format of ``suffix_BTW``, whatever the backbone computes in.
         """
         backbone = prefix.backbone
+        dtype = suffix_BTW.dtype
         hidden_BTW, rotary = backbone.place(suffix_BTW, prefix)
         for index, memory in enumerate(prefix.memory):
             hidden_BTW, _ = backbone.layer(index, hidden_BTW, rotary, memory)
-        return backbone.finish(hidden_BTW)
+        return backbone.finish(hidden_BTW).to(dtype)

@@ -1,10 +1,15 @@
-"""AsyncVLA's assembly: shared stack, flow decoder with unified masks, and a rater of the backbone's kind."""
+"""AsyncVLA's assembly: shared stack, flow decoder with unified masks, and a rater of the backbone's kind.
+
+``tiny`` learns from scratch on a laptop; ``qwen3b`` is the published size.
+"""
 
 from __future__ import annotations
 
+from vlaflow.backbones.qwen2_5_vl import QwenConfig, qwen2_5_vl_3b
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.errors import CapabilityError
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
 
@@ -20,5 +25,38 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
 
 def tiny_rater(policy: PolicyConfig) -> RaterConfig:
     """Two blocks of the tiny backbone's own width."""
-    b = policy.backbone
-    return RaterConfig(BlockConfig(b.width, b.heads, b.heads, b.width // b.heads, b.ffn), depth=2)
+    tiny = policy.backbone
+    if not isinstance(tiny, TinyConfig):
+        raise CapabilityError("This rater reads the tiny backbone; train a Qwen2.5-VL policy's with asyncvla.rater3b.")
+    return RaterConfig(BlockConfig(tiny.width, tiny.heads, tiny.heads, tiny.width // tiny.heads, 4 * tiny.width), 2)
+
+
+def qwen3b(
+    state_dim: int,
+    action_dim: int,
+    views: tuple[str, ...],
+    horizon: int = 8,
+    source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct",
+) -> PolicyConfig:
+    """AsyncVLA as published: 3.755 B pretrained parameters and a head of 17.0 M; ``qwen3b_rater`` makes it 4.08 B.
+
+    Args:
+        state_dim, action_dim: at most 32 each; the head is padded to 32.
+        views: camera views in the order of the images.
+        horizon: actions per chunk (8 on LIBERO, 4 on Bridge and Fractal), all of them executed.
+        source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
+    """
+    return PolicyConfig(
+        system="asyncvla",
+        backbone=QwenConfig(state_dim, views, source, None if source else qwen2_5_vl_3b(), recompute=True),
+        decoder=FlowConfig(action_dim=action_dim, horizon=horizon, padded_dim=32, draws=1),
+        execute=horizon,
+    )
+
+
+def qwen3b_rater(policy: PolicyConfig) -> RaterConfig:
+    """Four blocks like those of Qwen2.5-VL-3B, 308 M parameters (the paper's 32 heads and 6144 would be 168 or 218 M)."""
+    if not isinstance(policy.backbone, QwenConfig):
+        raise CapabilityError("This rater reads Qwen2.5-VL-3B; train a tiny policy's with asyncvla.rater.")
+    block = BlockConfig(width=2048, heads=16, kv_heads=2, head_dim=128, ffn=11008, norm="rms", gated=True, qkv_bias=True)
+    return RaterConfig(block, depth=4)

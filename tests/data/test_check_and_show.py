@@ -1,0 +1,127 @@
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode, writer
+from vlaflow.cli.data import main
+from vlaflow.data.check import check
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.show import chosen_episodes
+from vlaflow.data.video import encode_video
+from vlaflow.errors import ConfigError, DataError
+
+
+def test_sound_data_set_has_no_problems(dataset):
+    calls = []
+    findings = check(dataset, progress=lambda done, total: calls.append((done, total)))
+    assert findings.problems == ()
+    assert findings.frames == 2 * sum(LENGTHS)
+    assert calls[-1] == (10, 10)
+
+
+def test_check_lists_everything_that_is_wrong(copy):
+    """One spoilt number, one view whose file ends early: the search goes on after the first find."""
+
+    def spoil(rows):
+        rows[3][0] = np.nan
+        return rows
+
+    edit_table(copy / "data/chunk-000/file-000.parquet", "action", spoil)
+    frames = np.concatenate([episode(i)[0]["corner"] for i in range(3)])
+    encode_video(frames, copy / "videos/observation.images.corner/chunk-000/file-000.mp4", FPS)
+    problems = check(Dataset.open(copy)).problems
+    assert len(problems) == 3
+    assert "Episode 0" in problems[0]
+    assert "'action' at frame 3" in problems[0]
+    assert "Episode 3" in problems[1]
+    assert "Episode 4" in problems[2]
+
+
+def test_check_finds_frames_without_rows(copy):
+    """The first episodes read well, but one frame more than rows means that somewhere the two do not belong together."""
+    frames = np.concatenate([episode(i)[0]["corner"] for i in range(5)])
+    encode_video(np.concatenate([frames, frames[:1]]), copy / "videos/observation.images.corner/chunk-000/file-000.mp4", FPS)
+    problems = check(Dataset.open(copy)).problems
+    assert len(problems) == 1
+    assert f"holds {sum(LENGTHS) + 1} frames" in problems[0]
+
+
+def test_check_remarks_on_what_may_be_meant(copy):
+    edit_table(copy / "data/chunk-000/file-000.parquet", "observation.state", lambda rows: [[r[0], 0.5] for r in rows])
+    edit_table(copy / "data/chunk-000/file-000.parquet", "action", lambda rows: [[2 * a for a in r] for r in rows])
+    (copy / "meta/stats.json").unlink()
+    remarks = " ".join(check(Dataset.open(copy)).remarks)
+    assert "state: dimension 1 never changes" in remarks
+    assert "action 'dx' leaves its range [-1, 1]" in remarks
+    assert "meta/stats.json is missing" in remarks
+    edit_info(copy, x_vlaflow={})
+    assert "No action spec" in " ".join(check(Dataset.open(copy)).remarks)
+
+
+def test_command_check_returns_0_or_1(copy, capsys):
+    assert main(["check", str(copy)]) == 0
+    assert f"Sound: {sum(LENGTHS)} rows read, {2 * sum(LENGTHS)} frames decoded" in capsys.readouterr().out
+    cut_in_half(next(copy.glob("videos/*corner/*/*.mp4")))
+    assert main(["check", str(copy)]) == 1
+    printed = capsys.readouterr().out
+    assert "5 problem(s) found" in printed
+    assert "PROBLEM: Episode 4 of" in printed
+
+
+def test_commands_refuse_what_is_no_data_set(tmp_path):
+    for command in ("check", "show"):
+        with pytest.raises(DataError, match="not a LeRobot data set"):
+            main([command, str(tmp_path)])
+
+
+def test_command_show_prints_tasks_and_statistics(copy, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    assert main(["show", str(copy)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("push the puck", "open the drawer", "gripper", "toy arm", "corner 32x48", "q01"):
+        assert word in printed, word
+
+
+def test_page_is_self_contained(tmp_path):
+    """No address is referred to; each chosen episode has one PNG inside; words of the data are escaped."""
+    root = tmp_path / "set"
+    with writer(root) as out:
+        for i, task in enumerate(["push <b>it</b> & go", "open the drawer", "push <b>it</b> & go"]):
+            out.add(*episode(i), task)
+    assert main(["show", str(root), "--out", str(tmp_path / "page.html"), "--episodes", "2"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search(r"(src|href)='(?!data:)", page)
+    pictures = re.findall(r"base64,([A-Za-z0-9+/=]+)'", page)
+    assert len(pictures) == 2
+    assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
+    assert "push &lt;b&gt;it&lt;/b&gt; &amp; go" in page
+    assert "open the drawer" in page
+
+
+def test_page_may_be_a_png_and_nothing_else(copy, tmp_path):
+    assert main(["show", str(copy), "--out", str(tmp_path / "page.png"), "--episodes", "1"]) == 0
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"\.html or \.png"):
+        main(["show", str(copy), "--out", str(tmp_path / "page.pdf")])
+
+
+def test_every_task_is_shown_before_any_twice(dataset):
+    assert chosen_episodes(dataset, 2) == [0, 1]
+    assert chosen_episodes(dataset, 99) == [0, 1, 2, 3, 4]
+
+
+def test_help_carries_an_example(capsys):
+    for command in ("check", "show"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"vlaflow data {command} runs/demo/dataset" in capsys.readouterr().out
+
+
+def test_info_keeps_our_block_where_lerobot_ignores_it(pristine):
+    """Unknown keys of info.json are only a warning there; features must hold nothing of ours."""
+    info = json.loads((pristine / "meta/info.json").read_text())
+    assert set(info["x_vlaflow"]) == {"action_spec", "provenance"}
+    assert not any("vlaflow" in key for key in info["features"])

@@ -1,0 +1,219 @@
+"""Every kind of damage gives one sentence that names the place. Each test damages a good data set in one way."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.video import encode_video
+from vlaflow.errors import DataError, SpecError
+
+DATA = "data/chunk-000/file-000.parquet"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+VIDEO = "videos/observation.images.corner/chunk-000/file-000.mp4"
+
+
+def refused(pattern, call, *args, kind=DataError):
+    """The call must raise one sentence of one line that matches."""
+    with pytest.raises(kind) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    assert re.search(pattern, str(caught.value)), str(caught.value)
+
+
+def feature(root, key, **changes):
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"][key] |= changes
+    edit_info(root, features=info["features"])
+
+
+def test_the_undamaged_data_set_is_accepted(copy):
+    """Without this the tests below could pass for a reason of their own."""
+    dataset = Dataset.open(copy)
+    dataset.columns()
+    assert [len(dataset.frames(i, "corner")) for i in range(5)] == list(LENGTHS)
+
+
+def test_no_folder(tmp_path):
+    refused("There is no folder .*nowhere", Dataset.open, tmp_path / "nowhere")
+
+
+def test_folder_that_is_no_data_set(tmp_path):
+    refused("not a LeRobot data set: meta/info.json is missing", Dataset.open, tmp_path)
+
+
+def test_info_that_is_no_json(copy):
+    cut_in_half(copy / "meta/info.json")
+    refused(r"meta/info\.json is not valid JSON", Dataset.open, copy)
+
+
+@pytest.mark.parametrize("key", ["fps", "features", "codebase_version"])
+def test_info_without_a_key(copy, key):
+    info = json.loads((copy / "meta/info.json").read_text())
+    del info[key]
+    (copy / "meta/info.json").write_text(json.dumps(info))
+    refused(f"does not state '{key}'", Dataset.open, copy)
+
+
+@pytest.mark.parametrize("version", ["v1.6", "v2.0", "v4.0"])
+def test_unsupported_version(copy, version):
+    edit_info(copy, codebase_version=version)
+    refused(f"written in version {version}; vlaflow reads v2.1 and v3.0", Dataset.open, copy)
+
+
+@pytest.mark.parametrize("path", ["meta/tasks.parquet", EPISODES])
+def test_meta_parquet_cut_in_half(copy, path):
+    cut_in_half(copy / path)
+    refused(f"{path} is damaged or cut off", Dataset.open, copy)
+
+
+def test_data_parquet_cut_in_half(copy):
+    cut_in_half(copy / DATA)
+    refused(f"{DATA} is damaged or cut off", Dataset.open(copy).columns)
+
+
+def test_data_parquet_without_a_column(copy):
+    table = pq.read_table(copy / DATA).drop_columns(["action"])
+    pq.write_table(table, copy / DATA)
+    refused(f"{DATA} has no column 'action'", Dataset.open(copy).columns)
+
+
+@pytest.mark.parametrize("path", [DATA, VIDEO])
+def test_missing_file(copy, path):
+    (copy / path).unlink()
+    refused(f"Episode 0 of .*copy needs {path}, which is missing", Dataset.open, copy)
+
+
+def test_missing_episode_file_of_the_older_layout(pristine_v21, tmp_path):
+    root = shutil.copytree(pristine_v21, tmp_path / "old")
+    (root / "data/chunk-000/episode_000003.parquet").unlink()
+    refused("Episode 3 of .*episode_000003.parquet, which is missing", Dataset.open, root)
+
+
+def test_missing_episode_table(copy):
+    shutil.rmtree(copy / "meta/episodes")
+    refused("meta/episodes holds no parquet", Dataset.open, copy)
+
+
+def test_fewer_episodes_than_counted(copy):
+    edit_info(copy, total_episodes=7)
+    refused(r"counts 7 episodes but .* describes 5", Dataset.open, copy)
+
+
+def test_episode_without_a_task(copy):
+    edit_table(copy / EPISODES, "tasks", lambda tasks: [t if i != 2 else [] for i, t in enumerate(tasks)])
+    refused("Episode 2 of .* has no task", Dataset.open, copy)
+
+
+def test_episode_with_an_unknown_task(copy):
+    edit_table(copy / EPISODES, "tasks", lambda tasks: [t if i != 3 else ["juggle"] for i, t in enumerate(tasks)])
+    refused(r"Episode 3 of .* names the task 'juggle'.*tasks\.parquet", Dataset.open, copy)
+
+
+def test_row_with_an_unknown_task(copy):
+    edit_table(copy / DATA, "task_index", lambda tasks: [t if i != 14 else 9 for i, t in enumerate(tasks)])
+    refused(f"Episode 1 of .*'task_index' is 9 at frame 2 .*{DATA}", Dataset.open(copy).columns)
+
+
+@pytest.mark.parametrize(("key", "value", "name"), [("action", np.nan, "gripper"), ("observation.state", -np.inf, "y")])
+def test_value_that_is_not_finite(copy, key, value, name):
+    """Row 24 is frame 3 of episode 2; the last dimension of either vector is spoilt."""
+
+    def spoil(rows):
+        rows[24][-1] = value
+        return rows
+
+    edit_table(copy / DATA, key, spoil)
+    refused(
+        f"Episode 2 of .* holds {value} in '{key}' at frame 3, dimension . \\('{name}'\\) .*{DATA}", Dataset.open(copy).columns
+    )
+
+
+def test_vector_of_another_length_than_declared(copy):
+    feature(copy, "action", shape=[4])
+    edit_info(copy, x_vlaflow={})
+    refused(f"Episode 0 of .*'action' holds 3 numbers at frame 0 .*{DATA}.* declares 4", Dataset.open(copy).columns)
+
+
+def test_one_vector_of_another_length(copy):
+    table = pq.read_table(copy / DATA)
+    rows = table["action"].to_pylist()
+    rows[22] = rows[22][:2]
+    column = pa.array(rows, pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.schema.names.index("action"), "action", column), copy / DATA)
+    refused(f"Episode 2 of .*'action' holds 2 numbers at frame 1 .*{DATA}", Dataset.open(copy).columns)
+
+
+def test_action_spec_of_another_length_than_the_action(copy):
+    feature(copy, "action", shape=[4])
+    refused("actions of .*copy have 4 numbers, but its action spec describes 3", Dataset.open, copy, kind=SpecError)
+
+
+def test_rows_missing_from_an_episode(copy):
+    table = pq.read_table(copy / DATA)
+    pq.write_table(pa.concat_tables([table.slice(0, 15), table.slice(16)]), copy / DATA)
+    refused(f"Episode 1 of .* has 9 frames according to meta, but {DATA} holds 8 rows", Dataset.open(copy).columns)
+
+
+def test_frame_counted_twice(copy):
+    edit_table(copy / DATA, "frame_index", lambda frames: [f if i != 5 else 4 for i, f in enumerate(frames)])
+    refused(f"Episode 0 of .*'frame_index' is 4 at frame 5 .*{DATA}", Dataset.open(copy).columns)
+
+
+def test_timestamps_that_disagree_with_fps(copy):
+    edit_info(copy, fps=30, x_vlaflow={})
+    refused(f"Episode 0 of .*'timestamp' is 0.05 at frame 1 .*{DATA}.*fps = 30", Dataset.open(copy).columns)
+
+
+def test_video_that_disagrees_with_fps(copy):
+    edit_info(copy, fps=30, x_vlaflow={})
+    refused(f"Episode 1 of .*{VIDEO}.* runs at 20 fps, .*fps = 30", Dataset.open(copy).frames, 1, "corner")
+
+
+def test_video_cut_in_half(copy):
+    cut_in_half(copy / VIDEO)
+    refused(f"Episode 0 of .*{VIDEO}.* cannot be decoded after 0 of 12 frames", Dataset.open(copy).frames, 0, "corner")
+
+
+def test_video_with_fewer_frames_than_actions(copy):
+    """The file ends three frames into episode 2: the first two episodes are whole, the third is refused."""
+    frames = np.concatenate([episode(i)[0]["corner"] for i in range(3)])[: 12 + 9 + 3]
+    encode_video(frames, copy / VIDEO, FPS)
+    dataset = Dataset.open(copy)
+    assert len(dataset.frames(1, "corner")) == 9
+    refused(f"Episode 2 of .* has 15 actions but video '.*corner' holds 3 frames of it .*{VIDEO}", dataset.frames, 2, "corner")
+
+
+def test_video_with_a_frame_left_out_in_the_middle(copy):
+    """The times of the frames after the gap are a twentieth of a second late, the count of frames alone would not tell."""
+    import av
+
+    source = copy / "gap.mp4"
+    (copy / VIDEO).rename(source)
+    with av.open(str(source)) as old, av.open(str(copy / VIDEO), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for i, packet in enumerate(old.demux(old.streams.video[0])):
+            if packet.dts is not None and i != 17:  # GOP 2: frame 5 of episode 1 depends on frame 4 alone
+                packet.stream = stream
+                new.mux(packet)
+    refused("Episode 1 of .*frame 5 is shown at .*frames are missing", Dataset.open(copy).frames, 1, "corner")
+
+
+def test_video_of_another_size_than_declared(copy):
+    feature(copy, "observation.images.corner", shape=[32, 64, 3])
+    refused("Episode 0 of .*frame 0 of 'observation.images.corner' is 32x48.*32x64", Dataset.open(copy).frames, 0, "corner")
+
+
+def test_view_that_does_not_exist(copy):
+    refused("no view 'korner'; did you mean 'corner'", Dataset.open(copy).frames, 0, "korner", kind=SpecError)
+
+
+def test_episode_that_does_not_exist(copy):
+    refused("no episode 5; it has 0 to 4", Dataset.open(copy).frames, 5, "corner", kind=SpecError)
+    refused("no episode -1", Dataset.open(copy).episode_slice, -1, kind=SpecError)
