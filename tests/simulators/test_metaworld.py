@@ -102,6 +102,16 @@ def test_fast_rendering_shows_the_same_scene(env):
     assert np.abs(pictures[0] - pictures[1]).mean() < 12
 
 
+def test_environments_that_take_turns_do_not_see_each_others_pictures():
+    """All models of a process share one OpenGL context, so each picture must claim the buffer it is painted into."""
+    names = ("metaworld/push-v3", "metaworld/window-close-v3")
+    envs = [make(names[0], size=32), make(names[1], size=48), make(names[1], size=48), make(names[1], render="exact", size=48)]
+    alone = [[env.reset(seed=seed)[0]["pixels"] for seed in (1000, 1001)] for env in envs]
+    for which, seed in enumerate((1001, 1000)):
+        for env, pictures in zip(envs, alone, strict=True):
+            assert np.array_equal(env.reset(seed=seed)[0]["pixels"], pictures[1 - which])
+
+
 def test_a_frame_is_rendered_at_most_once(env):
     """Looking twice at the same moment costs one picture."""
     env.restart(seed=1000)

@@ -14,7 +14,7 @@ from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.policies.base import Policy
 from vlaflow.training import checkpoint
-from vlaflow.training.feed import Held, Place, mix
+from vlaflow.training.feed import Feed, Held, Place, mix
 from vlaflow.training.guard import DivergedError, LossGuard
 from vlaflow.training.journal import read_log
 from vlaflow.training.stages import PolicyStage
@@ -154,6 +154,33 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch, failing)
     assert weights(out) == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("moved", range(5))
+def test_a_kill_while_the_last_policy_moves_into_place_loses_nothing(tmp_path, monkeypatch, moved):
+    """The run is over by its step count, yet its policy is still that of the checkpoint before: starting again moves it."""
+    out, done = tmp_path / "p", {"files": 0}
+    real = type(out).replace
+
+    class Killed(BaseException):
+        pass
+
+    def replace_until(self, target):
+        if self.parent.name == "policy" and self.parent.parent.name == "step-000006":
+            if done["files"] == moved:
+                raise Killed
+            done["files"] += 1
+        return real(self, target)
+
+    monkeypatch.setattr(type(out), "replace", replace_until)
+    with pytest.raises(Killed):
+        run(out)
+    monkeypatch.undo()
+    Policy.from_pretrained(out)
+    assert run(out).finished
+    run(tmp_path / "whole")
+    assert weights(out) == weights(tmp_path / "whole")
+    assert not (out / "training/step-000006/policy").exists()
+
+
 def test_the_log_has_one_line_per_step_and_resumes_without_a_seam(tmp_path):
     out = tmp_path / "p"
     run(out, held=Memory(9))
@@ -232,6 +259,26 @@ def test_seeds_differ_by_every_number():
     seeds = {mix(a, b, c) for a in ("x", "y") for b in range(20) for c in range(20)}
     assert len(seeds) == 800
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_loading_ahead_changes_no_sample():
+    """In order, and after a jump as on resuming."""
+    feeds = [Feed(Memory(), tiny_config(accumulate=2), Place(), torch.device("cpu"), ahead) for ahead in (False, True)]
+    for step in (0, 1, 2, 7, 8):
+        plain, ahead = (feed.step(step) for feed in feeds)
+        for a, b in zip(plain, ahead, strict=True):
+            assert torch.equal(a.batch.observation.images["front"], b.batch.observation.images["front"])
+            assert torch.equal(a.batch.action_BLD, b.batch.action_BLD)
+            assert torch.equal(a.generator.get_state(), b.generator.get_state())
+    for feed in feeds:
+        feed.close()
+
+
+def test_processes_share_a_step_without_overlap():
+    config = tiny_config()
+    parts = [Feed(Memory(), config, Place(rank, 3), torch.device("cpu")).step(0)[0].batch for rank in range(3)]
+    samples = [tuple(pair) for b in parts for pair in zip(b.episode_B.tolist(), b.frame_B.tolist(), strict=True)]
+    assert len(samples) == len(set(samples)) == 3 * config.batch_size
 
 
 def test_held_out_batches_count_once_over_all_processes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
 
     options = Options(overrides, given.tracker, given.fresh)
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
-    sys.stdout.write(_sentence(outcome, given.out) + "\n")
+    if os.environ.get("RANK", "0") == "0":  # launched several times over, one process speaks
+        sys.stdout.write(_sentence(outcome, given.out) + "\n")
     return 130 if outcome.signal == signal.SIGINT else 0
 
 

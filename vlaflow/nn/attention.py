@@ -47,7 +47,10 @@ def attend(query_BHTE: Tensor, own: KeyValues, memory: KeyValues | None = None, 
     Returns:
         (B, H, T, E).
     """
-    if memory is None and not (torch.is_grad_enabled() and query_BHTE.device.type == "cpu"):
+    # Training on a CPU in bf16, the fused kernel's backward pass takes five times the plain products' time; in float32 the
+    # fused one is a fifth faster (AVX2) or equal (AVX512).
+    plain = torch.is_grad_enabled() and query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
+    if memory is None and not plain:
         return _fused(query_BHTE, own, mask_TS)
     b, h, t, e = query_BHTE.shape
     g = own.key_CGPE.shape[1]

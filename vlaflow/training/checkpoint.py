@@ -5,9 +5,10 @@
                              weights.safetensors, average.safetensors, optimizer.safetensors
     out/training/log.jsonl, tensorboard/                                           see ``journal``
 
-A checkpoint is first written completely into a hidden folder beside these, then moved into place by renames. A kill or a
-full disk at any moment leaves the earlier checkpoint. Only the newest training state is kept. No pickle: JSON and
-safetensors.
+A checkpoint is first written completely into a hidden folder beside these. One rename makes it count: from then on it is
+``training/step-000500`` with the policy's files in a folder ``policy`` of its own, from which they are moved up one by one. A
+run that is killed while they move finds the rest there and moves it. So a kill or a full disk at any moment leaves the
+earlier checkpoint or the new one. Only the newest training state is kept. No pickle: JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -84,19 +85,16 @@ def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, sa
         training = out / "training"
         training.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
-        policy, own = partial / "policy", partial / "training"
-        save_policy(policy)
+        own = partial / "training"
         own.mkdir()
+        save_policy(own / "policy")
         for name, group in tensors.items():
             save_file(group, own / f"{name}.safetensors")
         write_json(own / "state.json", state)
         _sync(partial)
         own.rename(training / f"step-{step:06d}")
-        # One run's config, action spec and statistics never change, so no mixture of old and new files is inconsistent.
-        for file in sorted(policy.iterdir()):
-            file.replace(out / file.name)
         _sync_folder(training)
-        _sync_folder(out)
+        _move_up(out, training / f"step-{step:06d}")
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         kept = f"the one of step {earlier[0]} is untouched" if earlier else "there was none before it"
@@ -117,7 +115,7 @@ def newest(out: Path) -> tuple[int, Path] | None:
 
 
 def prepare(out: Path, fresh: bool) -> Path | None:
-    """Make ``out`` ready for a run: sweep up what a killed run left; with ``fresh`` move an old checkpoint aside.
+    """Make ``out`` ready for a run: finish and sweep up what a killed run left; with ``fresh`` move an old checkpoint aside.
 
     Returns:
         Where the old checkpoint went, or None.
@@ -129,12 +127,15 @@ def prepare(out: Path, fresh: bool) -> Path | None:
         raise ConfigError(f"{out} is a file; --out must name a folder.")
     for leftover in out.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    held = (out / "config.json").exists() or newest(out) is not None
+    found = newest(out)
+    if found is not None:
+        _move_up(out, found[1])
+    held = (out / "config.json").exists() or found is not None
     if held and fresh:
         aside = next(p for n in range(1, 1_000_000) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
         out.rename(aside)
         return aside
-    if held and newest(out) is None:
+    if held and found is None:
         raise ConfigError(
             f"{out} holds a policy without a training state, so it cannot be continued and would be overwritten. "
             f"Choose another --out, or give --fresh to move it aside."
@@ -181,6 +182,20 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} cannot be read ({error}); the training state is damaged. Start anew with --fresh."
         ) from (error)
+
+
+def _move_up(out: Path, step_folder: Path) -> None:
+    """Move a checkpoint's policy files to where a policy is looked for; again after a kill, until none is left.
+
+    One run's config, action spec and statistics never change, so old and new files together are consistent. config.json
+    comes last: a folder that has none is not taken for a policy.
+    """
+    policy = step_folder / "policy"
+    if policy.is_dir():
+        for file in sorted(policy.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
+            file.replace(out / file.name)
+        _sync_folder(out)
+        policy.rmdir()
 
 
 def _forget_all_but(out: Path, step: int) -> None:

@@ -6,6 +6,7 @@ outcome = train("asyncvla.rater", "runs/demo/dataset", "runs/demo/rated", policy
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,10 @@ def _train(
         tracker=options.tracker,
         fresh=options.fresh,
     )
+    if trainer.aside is not None:
+        sys.stderr.write(f"The old checkpoint is now {trainer.aside}.\n")
+    if 0 < trainer.step < config.steps:
+        sys.stderr.write(f"Continuing after step {trainer.step} of {config.steps}.\n")
     return trainer.run()
 
 
