@@ -147,7 +147,7 @@ def caveats(results: Results) -> list[str]:
         )
     if results.language:
         found.append(
-            f"The language-swap test has {results.language[0].episodes} episodes per cell and tells only large effects."
+            f"The language-swap test has n = {results.language[0].episodes} per cell and tells only large effects."
         )
     return found
 

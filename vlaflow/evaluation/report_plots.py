@@ -55,7 +55,7 @@ def success(results: Results) -> str:
         axis.set_yticks([r * (len(computes) + 1) + middle for r in range(len(rows))], [short(env) for env in rows])
         axis.set(xlim=(0, 100), xlabel="success, % of episodes (bar: 95 % Wilson interval)")
         axis.set_ylim(len(rows) * (len(computes) + 1) - 1.3, -0.8)
-        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="y", length=0, pad=8)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(computes))
         return done()
 
@@ -102,7 +102,7 @@ def latency(entries: Sequence[Latency]) -> str:
         axis.set_yticks(range(len(entries)), [e.compute for e in entries])
         axis.set(xlabel="milliseconds per chunk (bars: mean of each part)", xlim=(0, 1.08 * max(e.total.p99 for e in entries)))
         axis.set_ylim(len(entries) - 0.4, -0.6)
-        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="y", length=0, pad=8)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
         return done()
 
@@ -116,7 +116,7 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
     window = max(1, len(values) // 40)
     with figure(WIDTH, 2.6) as (_, axis, done):
         axis.plot(steps, values, color=FAINT, lw=0.7, label="training, each batch")
-        if len(values) > 2 * window:
+        if window > 1:
             smooth = np.convolve(values, np.ones(window) / window, "valid")
             axis.plot(steps[window - 1 :], smooth, color=SERIES[0], lw=1.8, label=f"training, mean of {window} steps")
         held = [(e["step"], e["validation"]["loss"]) for e in entries if e.get("validation") is not None]
