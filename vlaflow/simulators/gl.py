@@ -128,6 +128,7 @@ class Picture:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._options, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
         self._gpu = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
 
     def take(self, data: Any) -> np.ndarray:
         """A picture of the scene in ``data`` (mujoco.MjData, read only), (size, size, 3) uint8, row 0 at the bottom."""
@@ -145,12 +146,7 @@ class Picture:
             mujoco.mjtCatBit.mjCAT_ALL,
             self._scene,
         )
-        # environments share one OpenGL context, so whoever rendered last has left its own buffer bound
-        mujoco.mjr_restoreBuffer(self._gpu)
         view = mujoco.MjrRect(0, 0, self.size, self.size)
-        # Before every picture: models share one OpenGL context, and without this the first picture after another model's
-        # is painted into that model's buffer, while the pixels read back are this model's previous picture.
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
         mujoco.mjr_render(view, self._scene, self._gpu)
         pixels = np.empty((self.size, self.size, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, view, self._gpu)
