@@ -146,9 +146,7 @@ def caveats(results: Results) -> list[str]:
             "action of a perfect chunk can still be made anew."
         )
     if results.language:
-        found.append(
-            f"The language-swap test has n = {results.language[0].episodes} per cell and tells only large effects."
-        )
+        found.append(f"The language-swap test has n = {results.language[0].episodes} per cell and tells only large effects.")
     return found
 
 

@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 import threading
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +37,7 @@ def prepare() -> str:
         the backend in force, e.g. "egl".
     """
     os.environ.setdefault("LP_NUM_THREADS", "1")
-    if sys.platform == "linux" and "MUJOCO_GL" not in os.environ and "mujoco" not in sys.modules:
+    if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         if _loads("libEGL.so.1") and (_loads("libOpenGL.so.0") or _loads("libGL.so.1")):
             os.environ["MUJOCO_GL"] = "egl"
         elif _loads("libOSMesa.so.8") or _loads("libOSMesa.so.6"):
@@ -66,16 +67,13 @@ def _context() -> Any:
     Raises:
         CapabilityError: when no OpenGL works here, naming the packages to install.
     """
-    import mujoco
-
     context = getattr(_contexts, "context", None)
     if context is None or _contexts.process != os.getpid():  # a context does not survive a fork
-        maker = getattr(mujoco, "GLContext", None)
-        if maker is None:
-            raise CapabilityError(NO_OPENGL.format(why=f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}"))
         try:
-            context = maker(64, 64)
+            context = _backend()(64, 64)
             context.make_current()
+        except CapabilityError:
+            raise
         except Exception as problem:
             raise CapabilityError(NO_OPENGL.format(why=f"{type(problem).__name__}: {problem}")) from problem
         _contexts.context, _contexts.process = context, os.getpid()
@@ -83,6 +81,17 @@ def _context() -> Any:
         return context
     context.make_current()
     return context
+
+
+def _backend() -> Any:
+    """The class of OpenGL contexts. Taken by name: mujoco.GLContext is GLFW when somebody imported mujoco before us."""
+    name = prepare()
+    if sys.platform == "linux" and name in ("egl", "osmesa"):
+        return import_module(f"mujoco.{name}").GLContext
+    maker = getattr(import_module("mujoco"), "GLContext", None)
+    if maker is None:
+        raise CapabilityError(NO_OPENGL.format(why=f"MUJOCO_GL={name}"))
+    return maker
 
 
 class Picture:
@@ -127,8 +136,10 @@ class Picture:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._options, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
-        self._gpu = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
+        try:
+            self._gpu = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        except mujoco.FatalError as problem:
+            raise CapabilityError(NO_OPENGL.format(why=str(problem))) from problem
 
     def take(self, data: Any) -> np.ndarray:
         """A picture of the scene in ``data`` (mujoco.MjData, read only), (size, size, 3) uint8, row 0 at the bottom."""
@@ -147,6 +158,9 @@ class Picture:
             self._scene,
         )
         view = mujoco.MjrRect(0, 0, self.size, self.size)
+        # Before every picture: models share one OpenGL context, and without this the first picture after another model's
+        # is painted into that model's buffer, while the pixels read back are this model's previous picture.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
         mujoco.mjr_render(view, self._scene, self._gpu)
         pixels = np.empty((self.size, self.size, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, view, self._gpu)
