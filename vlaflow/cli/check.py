@@ -1,4 +1,7 @@
-"""``vlaflow check env NAME``: try something against everything it promises. One kind of thing per first word."""
+"""``vlaflow check env NAME``, ``vlaflow check policy CKPT``: try something against everything it promises.
+
+One kind of thing per first word.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from vlaflow.errors import ConfigError, nearest
 HELP = """usage: vlaflow check WHAT ...
 
   env NAME      an environment, e.g. vlaflow check env metaworld/drawer-open-v3
+  policy CKPT   a checkpoint, e.g. vlaflow check policy runs/demo/rated
 
 Exit status 0 when every promise is kept, 1 when one is broken, 2 for a mistake in the command."""
 
@@ -30,6 +34,23 @@ class Environments:
     names: tuple[str, ...]
     render: Literal["fast", "exact"] = "fast"
     size: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Run made-up observations through every compute policy a checkpoint supports and print a table.
+
+    Example: vlaflow check policy runs/demo/rated
+
+    Args:
+        checkpoint: folder, or Hugging Face repository id.
+        device: where to run it.
+        observations: how many to make up.
+    """
+
+    checkpoint: str
+    device: str = "cpu"
+    observations: int = 4
 
 
 def main(argv: list[str]) -> int:
@@ -63,15 +84,29 @@ def _environments(argv: list[str]) -> int:
     return 1 if broken else 0
 
 
-def _table(title: str, rows: list[tuple[str, bool, str]]) -> None:
+def _policy(argv: list[str]) -> int:
+    import tyro
+
+    arguments = tyro.cli(Checkpoint, prog="vlaflow check policy", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+
+    from vlaflow.evaluation.check_policy import check_policy
+
+    if arguments.observations < 1:
+        raise ConfigError(f"A check needs at least one observation, got {arguments.observations}.")
+    findings = check_policy(arguments.checkpoint, arguments.device, arguments.observations)
+    _table(arguments.checkpoint, [(f"{f.compute}: {f.promise}", f.kept, f.seen) for f in findings], "seen")
+    return 0 if all(f.kept for f in findings) else 1
+
+
+def _table(title: str, rows: list[tuple[str, bool, str]], seen_title: str = "seen instead") -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "promise", "seen instead", title=title, title_justify="left", show_lines=False)
+    table = Table("", "promise", seen_title, title=title, title_justify="left", show_lines=False)
     for promise, passed, seen in rows:
         mark = Text("kept", "green") if passed else Text("BROKEN", "bold red")
-        table.add_row(mark, Text(promise), Text(seen, "red"))
+        table.add_row(mark, Text(promise), Text(seen, "" if passed else "red"))
     console = Console()
     console.print(table)
     failed = sum(not passed for _, passed, _ in rows)
@@ -84,4 +119,4 @@ def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-KINDS: dict[str, Callable[[list[str]], int]] = {"env": _environments}
+KINDS: dict[str, Callable[[list[str]], int]] = {"env": _environments, "policy": _policy}

@@ -34,6 +34,7 @@ EXTRAS = {
     "accelerate": "train",
     "tensorboard": "train",
     "matplotlib": "viz",
+    "jinja2": "viz",
     "transformers": "vlm",
 }
 

@@ -1,0 +1,137 @@
+"""The commands, from the outside."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.evaluation.conftest import ENV, make_policy
+from vlaflow.cli.main import main
+from vlaflow.compute.parse import able
+from vlaflow.evaluation import results
+from vlaflow.evaluation.check_policy import check_policy
+from vlaflow.policies.base import Policy
+
+
+def test_eval_writes_results_films_and_a_report(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--horizon", "12", "--steps", "2"]
+    assert main(["eval", str(checkpoint), *words, "--language", "1", "--workers", "0", "--out", str(out)]) == 0
+    found = results.read(out / "results.json")
+    assert [(e.compute, e.episodes, e.seeds, e.execute) for e in found.evaluations] == [
+        ("dense", 2, (1000, 1001), 4),
+        ("refine", 2, (1000, 1001), 4),
+    ]
+    assert [entry.kind for entry in found.language] == ["right", "other", "empty"]
+    assert found.minutes.evaluate is not None
+    assert found.minutes.train is None
+    assert "no success in 12 steps" in (out / "report.html").read_text()
+    assert len(list((out / "films").glob("*.mp4"))) == 1
+    printed = capsys.readouterr().out
+    assert "0/2" in printed
+    assert "refine against dense" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--env", ENV, "--compute", "refien"], "did you mean 'refine'"),
+        (["--env", "metaworld/drawer-opn-v3"], "did you mean 'metaworld/drawer-open-v3'"),
+        (["--env", ENV, "--execute", "99"], "chunks of 8 actions"),
+        (["--env", ENV, "--episodes", "0"], "at least one episode"),
+    ],
+)
+def test_mistakes_are_one_sentence(checkpoint, capsys, tmp_path, words, answer):
+    assert main(["eval", str(checkpoint), *words, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert answer in said
+    assert said.count("\n") == 1
+
+
+def test_a_missing_checkpoint_is_one_sentence(capsys):
+    assert main(["eval", "./nowhere", "--env", ENV]) == 2
+    assert "There is no checkpoint folder nowhere" in capsys.readouterr().err
+
+
+def test_a_sound_checkpoint_passes_its_check(checkpoint, bare_checkpoint, capsys):
+    assert main(["check", "policy", str(checkpoint)]) == 0
+    assert "BROKEN" not in capsys.readouterr().out
+    assert {f.compute for f in check_policy(bare_checkpoint)} == {"any", "dense", "refine-random"}
+    assert [c.name for c in able(make_policy(masks="synchronous").model)] == ["dense"]
+
+
+def test_a_checkpoint_with_broken_numbers_fails_its_check(checkpoint, tmp_path, capsys):
+    policy = Policy.from_pretrained(checkpoint)
+    policy.model.decoder.codec.head[1].bias.data.fill_(float("nan"))
+    policy.save_pretrained(tmp_path)
+    assert main(["check", "policy", str(tmp_path)]) == 1
+    assert "BROKEN" in capsys.readouterr().out
+
+
+def test_a_policy_that_ignores_its_seed_fails_its_check(checkpoint, monkeypatch):
+    act = Policy.act
+    counter = iter(range(10**6))
+
+    def restless(self, observation, compute=None, *, generator=None):
+        answer = act(self, observation, compute, generator=generator)
+        if isinstance(answer, list):
+            return answer
+        return replace(answer, actions=np.clip(answer.actions * 0 + next(counter) * 1e-4, -1, 1))
+
+    monkeypatch.setattr(Policy, "act", restless)
+    broken = {f.promise for f in check_policy(checkpoint) if not f.kept}
+    assert "same seed, same bytes" in broken
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, _demo(out, workers=1)
+
+
+def _demo(out, workers):
+    command = [sys.executable, "-m", "vlaflow", "demo", "--quick", "--out", str(out), "--workers", str(workers)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_the_demo_goes_from_nothing_to_a_report(demo):
+    out, run = demo
+    assert run.returncode == 0, run.stderr
+    found = results.read(out / "results.json")
+    assert found.computes == ("dense", "refine", "refine-random")
+    assert None not in (found.minutes.record, found.minutes.train, found.minutes.rater, found.minutes.evaluate)
+    page = (out / "report.html").read_text()
+    assert "velocity error" in page
+    assert "rating error" in page
+    for command in ("vlaflow record", "vlaflow train asyncvla.demo", "vlaflow train asyncvla.rater", "vlaflow eval"):
+        assert f"$ {command}" in run.stdout
+        assert command in page
+
+
+def test_the_demo_repeats_nothing_and_continues_what_is_missing(demo):
+    out, _ = demo
+    before = results.read(out / "results.json")
+    diary = json.loads((out / "demo.json").read_text())
+    diary["done"].remove("rater")
+    diary["done"].remove("evaluate")
+    (out / "demo.json").write_text(json.dumps(diary))
+    shutil.rmtree(out / "rated")
+    again = _demo(out, workers=0)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("(done before)") == 2
+    after = results.read(out / "results.json")
+    assert after.fingerprint == before.fingerprint, "the same data, recipe and seed give the same rater"
+    assert [e.per_episode for e in after.evaluations] == [e.per_episode for e in before.evaluations]
+
+
+def test_a_folder_of_another_demo_is_refused(demo, tmp_path, capsys):
+    out, _ = demo
+    assert main(["demo", "--out", str(out)]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    (tmp_path / "precious.txt").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "not a demo" in capsys.readouterr().err

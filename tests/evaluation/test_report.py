@@ -1,0 +1,77 @@
+"""The page needs nothing but itself, and holds every number."""
+
+import re
+
+import pytest
+
+from tests.evaluation import synthetic
+from vlaflow.evaluation.report import percent, write_report
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    synthetic.write(out)
+    return write_report(out, {"velocity error": synthetic.log(), "rating error": synthetic.log(150)}).read_text()
+
+
+def test_the_page_asks_no_server_for_anything(page):
+    outside = [link for link in re.findall(r"""(?:src|href|poster|data)\s*=\s*["']([^"']*)""", page) if link[:1] != "#"]
+    assert outside
+    assert all(link.startswith("data:") for link in outside)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert "<script" not in page
+
+
+def test_the_page_holds_every_number(page):
+    made = synthetic.results()
+    for entry in made.evaluations:
+        assert f"{entry.successes}/{entry.episodes} <small>{percent(entry.interval)}</small>" in page
+        for step in (min(s for s in entry.first_success_steps if s), max(s for s in entry.first_success_steps if s)):
+            assert f"<td>{step}</td>" in page
+    for entry in made.latency:
+        assert f"<td>{entry.total.p50:.2f}</td><td>{entry.total.p99:.2f}</td>" in page
+        assert f"<td>{entry.layer_passes:.1f}</td>" in page
+    for entry in made.language:
+        assert f"{entry.successes}/{entry.episodes} <small>{percent(entry.interval)}</small>" in page
+    for name, version in made.versions.items():
+        assert f"{name} {version}" in page
+    assert "install 2.1, record 1.4, train 6.3, rater 0.9, evaluate 2.6, total 13.3" in page
+    assert ", ".join(map(str, range(1000, 1020))) in page
+    assert made.commands[0] in page
+
+
+def test_text_is_escaped_and_drawings_are_not(page):
+    assert "--out &lt;runs&gt;" in page
+    assert page.count("<svg") == 6 + 2 * len({f.episode.env for f in synthetic.films()})
+    assert "&lt;svg" not in page
+
+
+def test_no_two_drawings_share_an_id(page):
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_colours_come_from_the_page(page):
+    """A colour that is not a CSS variable would be unreadable on one of the two backgrounds."""
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert not re.search(r"#[0-9a-f]{6}\b", drawings)
+
+
+def test_films_play_and_carry_what_they_show(page):
+    assert page.count("<video") == page.count("data:video/mp4;base64,") == len(synthetic.films())
+    assert "no success in 500 steps" in page
+
+
+def test_an_evaluation_without_films_logs_and_language_still_reports(tmp_path):
+    from dataclasses import replace
+
+    from vlaflow.evaluation import results
+
+    made = replace(synthetic.results(), language=(), minutes=results.Minutes(evaluate=1.0).summed(), commands=())
+    results.write(made, tmp_path / "results.json")
+    page = write_report(tmp_path).read_text()
+    assert "<video" not in page
+    assert 'id="language"' not in page
+    assert made.command in page

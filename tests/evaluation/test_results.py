@@ -1,0 +1,94 @@
+"""results.json comes back as it was written, and the counting in it is right."""
+
+import json
+
+import pytest
+
+from tests.evaluation import synthetic
+from vlaflow.errors import ConfigError, DataError
+from vlaflow.evaluation import language, results
+from vlaflow.evaluation.statistics import wilson
+
+
+def test_the_file_comes_back_equal(tmp_path):
+    written = synthetic.results()
+    results.write(written, tmp_path / "results.json")
+    assert results.read(tmp_path / "results.json") == written
+    assert [f.name for f in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_file_has_the_promised_keys(tmp_path):
+    results.write(synthetic.results(), tmp_path / "results.json")
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert {"evaluations", "minutes", "versions", "command"} <= data.keys()
+    assert data["minutes"].keys() == {"install", "record", "train", "rater", "evaluate", "total"}
+    entry = data["evaluations"][0]
+    promised = {"env", "compute", "episodes", "successes", "interval", "first_success_steps", "latency_ms", "seeds"}
+    assert promised <= entry.keys()
+    assert entry["latency_ms"].keys() == {"p50", "p99"}
+    assert len(entry["first_success_steps"]) == len(entry["seeds"]) == entry["episodes"] == 20
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (lambda d: d | {"format": "vlaflow results 9"}, DataError, "vlaflow results 9"),
+        (lambda d: d | {"comand": "x"}, ConfigError, "did you mean 'command'"),
+        (lambda d: {k: v for k, v in d.items() if k != "versions"}, ConfigError, "versions"),
+        (lambda d: d["evaluations"][0].update(seeds="1000") or d, ConfigError, "seeds"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, damage, error, words):
+    file = tmp_path / "results.json"
+    results.write(synthetic.results(), file)
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    with pytest.raises(error, match=words) as refusal:
+        results.read(file)
+    assert "results.json" in str(refusal.value)
+
+
+def test_half_a_file_is_refused(tmp_path):
+    file = tmp_path / "results.json"
+    results.write(synthetic.results(), file)
+    file.write_text(file.read_text()[:-200])
+    with pytest.raises(DataError, match="damaged"):
+        results.read(file)
+
+
+def test_successes_are_counted_up_to_the_horizon_and_up_to_400():
+    entry = next(e for e in synthetic.results().evaluations if any(s and s > 400 for s in e.first_success_steps))
+    assert entry.successes == sum(s is not None for s in entry.first_success_steps)
+    assert entry.successes_within_400 == sum(s is not None and s <= 400 for s in entry.first_success_steps) < entry.successes
+    assert entry.interval == (wilson(entry.successes, 20).low, wilson(entry.successes, 20).high)
+
+
+def test_every_paired_test_accounts_for_every_seed():
+    for test in synthetic.results().paired:
+        n = 60 if test.env == "all" else 20
+        assert test.both + test.only_first + test.only_second + test.neither == n
+        assert test.difference == pytest.approx((test.only_second - test.only_first) / n)
+
+
+def test_other_seeds_cannot_be_paired():
+    evaluations = results.count(
+        [e for e in synthetic.episodes() if e.compute != "refine" or e.seed != 1003],
+        synthetic.latency(),
+        execute=8,
+        horizon=500,
+        render="fast",
+        solver_steps=10,
+    )
+    with pytest.raises(ConfigError, match="same seeds"):
+        results.compare(evaluations)
+
+
+def test_the_language_swap_tells_every_environment_something_else():
+    from vlaflow.compute.dense import Dense
+
+    test = language.plan_swap(synthetic.ENVS, Dense(), 2)
+    assert len(test.jobs) == 3 * 2 * 2
+    for env in synthetic.ENVS:
+        said = {test.said[env, kind] for kind in language.KINDS}
+        assert len(said) == 3
+    alone = language.plan_swap(synthetic.ENVS[:1], Dense(), 1)
+    assert alone.said[synthetic.ENVS[0], "other"] not in ("", "Open a drawer")

@@ -1,0 +1,107 @@
+"""Evaluation is a function of checkpoint, environment, compute policy and seed, and of nothing else."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from tests.evaluation.conftest import ENV
+from vlaflow.compute.parse import parse, parse_all
+from vlaflow.errors import CapabilityError, ConfigError, SpecError
+from vlaflow.evaluation.latency import first_observations, measure
+from vlaflow.evaluation.rollout import (
+    EpisodeJob,
+    RolloutConfig,
+    chunk_generator,
+    evaluate,
+    one_thread,
+    open_env,
+    plan,
+    play,
+    require_fit,
+)
+from vlaflow.policies.base import Policy
+
+SHORT = RolloutConfig(horizon=10)
+
+
+def moments_of(checkpoint, compute):
+    """Every chunk of one short episode."""
+    policy, chunks = Policy.from_pretrained(checkpoint), []
+    job = EpisodeJob(ENV, parse(compute, 2), 1000)
+    with one_thread():
+        episode = play(policy, open_env(policy, ENV, "fast"), job, SHORT, look=lambda step, seen, chunk: chunks.append(chunk))
+    return episode, chunks
+
+
+def test_results_are_the_same_bytes_at_any_number_of_workers(checkpoint):
+    """Noise is a function of seed and chunk number, workers compute with one thread, and no time is recorded."""
+    jobs = plan([ENV], parse_all(["dense", "refine", "refine-random"], 2), episodes=2)
+    seen = [
+        json.dumps([asdict(e) for e in evaluate(checkpoint, jobs, SHORT, workers=workers)]).encode() for workers in (0, 1, 2)
+    ]
+    assert seen[0] == seen[1] == seen[2]
+    assert [e["seed"] for e in json.loads(seen[0])] == [1000] * 3 + [1001] * 3
+
+
+def test_the_first_draft_of_refinement_is_the_dense_chunk(checkpoint):
+    """The same seed gives all compute policies the same first-round noise, bit for bit."""
+    _, dense = moments_of(checkpoint, "dense")
+    for name in ("refine", "refine-random"):
+        _, refined = moments_of(checkpoint, name)
+        assert refined[0].regenerated.any(), "a test of refinement needs a doubted action"
+        np.testing.assert_array_equal(refined[0].draft, dense[0].actions)
+        kept = ~refined[0].regenerated
+        np.testing.assert_array_equal(refined[0].actions[kept], dense[0].actions[kept])
+
+
+def test_the_horizon_ends_an_episode_and_every_step_is_counted(checkpoint):
+    episode, chunks = moments_of(checkpoint, "dense")
+    assert (episode.steps, episode.chunks, episode.success, episode.first_success_step) == (10, 3, False, None)
+    assert episode.evaluations == sum(c.evaluations for c in chunks) == 6
+    assert episode.instruction == "Open a drawer"
+
+
+def test_neighbouring_seeds_and_chunks_have_different_noise():
+    states = {chunk_generator(seed, chunk).initial_seed() for seed in range(1000, 1020) for chunk in range(63)}
+    assert len(states) == 20 * 63
+
+
+def test_a_missing_rater_is_refused_before_any_episode(bare_checkpoint):
+    jobs = plan([ENV], parse_all(["dense", "refine"]), 1)
+    with pytest.raises(CapabilityError, match=r"vlaflow train asyncvla\.rater"):
+        evaluate(bare_checkpoint, jobs, SHORT, workers=2)
+
+
+def test_an_unknown_compute_policy_gets_the_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean 'refine-random'"):
+        parse("refine_random")
+
+
+def test_other_actions_are_refused(checkpoint):
+    from dataclasses import replace
+
+    policy = Policy.from_pretrained(checkpoint)
+    other = replace(policy, action_spec=replace(policy.action_spec, rate_hz=10.0))
+    with pytest.raises(SpecError, match=r"rate_hz is 10\.0"):
+        require_fit(other, "x", {ENV}, [], SHORT)
+
+
+@pytest.mark.parametrize("wrong", [RolloutConfig(execute=9), RolloutConfig(horizon=501)])
+def test_impossible_settings_are_refused(checkpoint, wrong):
+    with pytest.raises(ConfigError):
+        require_fit(Policy.from_pretrained(checkpoint), "x", {ENV}, [], wrong)
+
+
+def test_latency_parts_add_up_to_the_total(checkpoint):
+    policy = Policy.from_pretrained(checkpoint)
+    seen = first_observations(policy, [ENV], [1000, 1001], "fast")
+    dense, refine = measure(policy, parse_all(["dense", "refine"], 2), seen, chunks=4, warm_up=1)
+    assert (dense.chunks, dense.evaluations, dense.layer_passes) == (4, 2.0, 3.0)
+    assert {"prefix", "first"} <= set(dense.parts)
+    assert "rater" not in dense.parts
+    assert "rater" in refine.parts
+    for latency in (dense, refine):
+        assert sum(latency.mean_parts.values()) == pytest.approx(latency.mean)
+        assert latency.total.p50 <= latency.total.p99

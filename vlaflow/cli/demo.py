@@ -1,0 +1,289 @@
+"""``vlaflow demo``: record, train, rate, evaluate, report; each step is printed as the command that does it alone.
+
+The folder remembers what is done (``demo.json``), so the same command continues an interrupted demo and repeats nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from vlaflow.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vlaflow.evaluation.results import Minutes, Results
+
+ENVS = ("metaworld/drawer-open-v3", "metaworld/button-press-topdown-v3", "metaworld/window-close-v3")
+COMPUTES = ("dense", "refine", "refine-random")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """From nothing to an evaluated AsyncVLA policy and a report, on two CPU cores in a quarter of an hour.
+
+    Example: vlaflow demo --out runs/demo
+
+    Run the same command again to continue after an interruption.
+
+    Args:
+        out: folder for the data set, the checkpoints, results.json and report.html.
+        episodes: demonstrations per task.
+        eval_episodes: episodes per task and compute policy.
+        steps: training steps of the policy; the recipe's own by default.
+        workers: processes for recording and evaluation; one per core is best.
+        quick: a few steps on one task, to see that everything works; learns nothing.
+    """
+
+    out: Path = Path("runs/demo")
+    episodes: int = 50
+    eval_episodes: int = 20
+    steps: int | None = None
+    workers: int = 2
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the demo's result; fixed for a folder once it is begun."""
+
+    envs: tuple[str, ...]
+    episodes: int
+    eval_episodes: int
+    steps: int | None
+    rater_steps: int | None
+    batch_size: int | None
+    horizon: int | None
+    latency_chunks: int
+    language_episodes: int
+    solver_steps: int
+
+    @staticmethod
+    def of(arguments: Demo) -> Settings:
+        """The settings the arguments ask for."""
+        asked = (arguments.episodes, arguments.eval_episodes, arguments.steps)
+        if min(n for n in asked if n is not None) < 1:
+            raise ConfigError("episodes, eval-episodes and steps must be at least 1.")
+        if arguments.quick:
+            return Settings(ENVS[:1], 2, 2, 4, 2, 8, 40, 4, 1, 2)
+        return Settings(
+            ENVS,
+            arguments.episodes,
+            arguments.eval_episodes,
+            arguments.steps,
+            None,
+            None,
+            None,
+            60,
+            min(5, arguments.eval_episodes),
+            10,
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow demo ...``; returns the exit status."""
+    arguments = tyro.cli(Demo, prog="vlaflow demo", args=argv)
+    settings = Settings.of(arguments)
+    diary = Diary(arguments.out, settings)
+    dataset, policy, rated = (arguments.out / name for name in ("dataset", "policy", "rated"))
+    commands = equivalent(settings, arguments.out, arguments.workers)
+
+    with diary.step("record", commands["record"]) as due:
+        if due and not dataset.exists():
+            _record(settings, dataset, arguments.workers)
+    for step, recipe, source, goal, steps in (
+        ("train", "asyncvla.demo", None, policy, settings.steps),
+        ("rater", "asyncvla.rater", policy, rated, settings.rater_steps),
+    ):
+        with diary.step(step, commands[step]) as due:
+            overrides = {"steps": steps, "batch_size": settings.batch_size}
+            stopped = _train(recipe, dataset, goal, policy=source, overrides=overrides, command=commands[step]) if due else None
+            if stopped is not None:
+                diary.leave()
+                return stopped
+    with diary.step("evaluate", commands["evaluate"]) as due:
+        if due:
+            _evaluate(settings, rated, arguments.out, arguments.workers)
+    return _report(arguments.out, diary, settings, tuple(commands.values()))
+
+
+class Diary:
+    """What is done in a folder and how long it took.
+
+    Raises:
+        ConfigError: when the folder was begun with other settings.
+    """
+
+    def __init__(self, out: Path, settings: Settings) -> None:
+        self.file, self._left = out / "demo.json", False
+        self.done: list[str] = []
+        self.seconds: dict[str, float] = {}
+        plain = json.loads(json.dumps(asdict(settings)))
+        if self.file.exists():
+            try:
+                known = json.loads(self.file.read_text())
+                before, self.done, self.seconds = known["settings"], known["done"], known["seconds"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise DataError(f"{self.file} is damaged ({error}). Delete {out}, or choose another --out.") from error
+            for name, value in plain.items():
+                if before.get(name) != value:
+                    raise ConfigError(
+                        f"The demo in {out} was begun with {name} = {before.get(name)}, not {value}. "
+                        f"Continue it with the same options, or choose another --out."
+                    )
+        elif out.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out} holds something that is not a demo. Choose another --out.")
+        self._settings = plain
+        out.mkdir(parents=True, exist_ok=True)
+        self._save()
+
+    @contextmanager
+    def step(self, name: str, command: str) -> Iterator[bool]:
+        """Announce a step, time it, and remember it as done; yields whether there is anything left to do."""
+        due = name not in self.done
+        _say(f"\n$ {command}" + ("" if due else "   (done before)"))
+        began = time.monotonic()
+        try:
+            yield due
+            if due and not self._left:
+                self.done.append(name)
+        finally:
+            if due:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+                self._save()
+
+    def leave(self) -> None:
+        """The step under way was stopped and is not done."""
+        self._left = True
+
+    def minutes(self) -> Minutes:
+        """By step; the installation's from where ``make demo`` left it. Making the page is not counted."""
+        from vlaflow.evaluation.results import Minutes
+
+        spent = {name: seconds / 60 for name, seconds in self.seconds.items()}
+        return Minutes(install=_install_minutes(), **spent).summed()
+
+    def _save(self) -> None:
+        part = self.file.with_name(".demo.json.part")
+        part.write_text(json.dumps({"settings": self._settings, "done": self.done, "seconds": self.seconds}, indent=1) + "\n")
+        part.replace(self.file)
+
+
+def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
+    """Every step as a command of its own."""
+    dataset, policy, rated = (str(out / name) for name in ("dataset", "policy", "rated"))
+    envs = [word for env in settings.envs for word in ("--env", env)]
+    computes = [word for compute in COMPUTES for word in ("--compute", compute)]
+    batch = ["--batch-size", settings.batch_size] if settings.batch_size else []
+
+    def command(*words: Any) -> str:
+        return shlex.join(["vlaflow", *map(str, words)])
+
+    def steps(n: int | None) -> list[Any]:
+        return ["--steps", n] if n else []
+
+    return {
+        "record": command("record", *envs, "--episodes", settings.episodes, "--out", dataset, "--workers", workers),
+        "train": command("train", "asyncvla.demo", "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch),
+        "rater": command(
+            *("train", "asyncvla.rater", "--policy", policy, "--dataset", dataset, "--out", rated),
+            *(*steps(settings.rater_steps), *batch),
+        ),
+        "evaluate": command(
+            *("eval", rated, *envs, *computes, "--episodes", settings.eval_episodes),
+            *(["--horizon", settings.horizon] if settings.horizon else []),
+            *([] if settings.solver_steps == 10 else ["--steps", settings.solver_steps]),
+            *("--language", settings.language_episodes, "--out", out, "--workers", workers),
+        ),
+    }
+
+
+def _record(settings: Settings, dataset: Path, workers: int) -> None:
+    from vlaflow.progress import progress
+    from vlaflow.simulators.record import RecordConfig, record
+
+    with progress(len(settings.envs) * settings.episodes, "Recording") as bar:
+        record(RecordConfig(settings.envs, settings.episodes), dataset, workers, lambda *_: bar.advance())
+
+
+def _train(
+    recipe: str, dataset: Path, out: Path, *, policy: Path | None, overrides: dict[str, int | None], command: str
+) -> int | None:
+    """Train; returns an exit status when a signal ended it early."""
+    from vlaflow.training.run import Options, train
+
+    given = {key: str(value) for key, value in overrides.items() if value}
+    outcome = train(recipe, dataset, out, policy=policy, options=Options(given, command=command))
+    if outcome.signal is None:
+        return None
+    _say(f"Stopped after step {outcome.step} of {outcome.steps}; everything is saved. Run the same command again to continue.")
+    return 130 if outcome.signal == signal.SIGINT else 0
+
+
+def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:
+    from vlaflow.evaluation.rollout import RolloutConfig
+    from vlaflow.evaluation.run import EvaluationConfig, run
+
+    config = EvaluationConfig(
+        envs=settings.envs,
+        computes=COMPUTES,
+        episodes=settings.eval_episodes,
+        solver_steps=settings.solver_steps,
+        rollout=RolloutConfig(horizon=settings.horizon),
+        latency_chunks=settings.latency_chunks,
+        language_episodes=settings.language_episodes,
+        workers=workers,
+    )
+    run(checkpoint, config, out)
+
+
+def _report(out: Path, diary: Diary, settings: Settings, commands: tuple[str, ...]) -> int:
+    from rich.console import Console
+
+    from vlaflow.cli.eval import table
+    from vlaflow.evaluation import results
+    from vlaflow.evaluation.report import write_report
+    from vlaflow.evaluation.run import RESULTS
+    from vlaflow.training.journal import read_log
+    from vlaflow.versions import command_line
+
+    minutes = diary.minutes()
+    found: Results = replace(results.read(out / RESULTS), minutes=minutes, command=command_line(), commands=commands)
+    results.write(found, out / RESULTS)
+    logs = {"velocity error, squared": read_log(out / "policy"), "rating error, squared": read_log(out / "rated")}
+    tasks = f"{len(settings.envs)} Meta-World task{'s' if len(settings.envs) > 1 else ''}"
+    page = write_report(out, logs, f"AsyncVLA on {tasks}: from nothing to evaluated in {minutes.total or 0:.1f} minutes")
+    console = Console()
+    console.print()
+    console.print(table(found))
+    spent = asdict(minutes)
+    console.print("minutes: " + ", ".join(f"{name} {value:.1f}" for name, value in spent.items() if value is not None))
+    console.print(f"\nOpen {page}", soft_wrap=True)
+    return 0
+
+
+def _install_minutes() -> float | None:
+    """What ``make demo`` measured, from the environment or from the file its set-up leaves in the virtual environment."""
+    text = os.environ.get("VLAFLOW_INSTALL_SECONDS", "")
+    left = Path(sys.prefix) / ".vlaflow-install-seconds"
+    if not text and left.exists():
+        text = left.read_text()
+    try:
+        return float(text) / 60
+    except ValueError:
+        return None
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

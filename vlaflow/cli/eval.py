@@ -1,0 +1,147 @@
+"""``vlaflow eval``: success, intervals, paired tests and latency of a checkpoint, with a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vlaflow.evaluation.results import PairedTest, Results
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a checkpoint's success rate and latency; write results.json and report.html.
+
+    Example: vlaflow eval runs/demo/rater --env metaworld/drawer-open-v3 --episodes 20 --compute dense --compute refine
+
+    All compute policies see the same seeds and start from the same noise, so they are compared in pairs. The same arguments
+    give the same successes with any number of workers.
+
+    Args:
+        checkpoint: folder, or Hugging Face repository id.
+        env: suite/task, or a group such as metaworld/easy; repeat the option for more.
+        compute: dense, refine (rated below 0.5 is made anew) or refine-random (each with probability 0.5); repeat for more.
+        episodes: per environment and compute policy.
+        out: folder for results.json, report.html and films.
+        execute: actions executed per chunk; the checkpoint's own number by default.
+        steps: solver steps per round.
+        horizon: steps after which an episode is cut off; the suite's own by default.
+        render: picture quality; use the one the policy was trained with.
+        seed: of the first episode; the others follow.
+        workers: processes; one per core is best.
+        language: episodes per environment and wrong instruction of the language-swap test; 0 leaves it out.
+        films: film a success and a failure per environment.
+        device: where the networks run.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    env: tuple[str, ...]
+    compute: tuple[str, ...] = ("dense",)
+    episodes: int = 20
+    out: Path = Path("runs/eval")
+    execute: int | None = None
+    steps: int = 10
+    horizon: int | None = None
+    render: Literal["fast", "exact"] = "fast"
+    seed: int = 1000
+    workers: int = 2
+    language: int = 0
+    films: bool = True
+    device: str = "cpu"
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow eval ...``; returns the exit status."""
+    arguments = tyro.cli(Eval, prog="vlaflow eval", args=argv, config=(tyro.conf.UseAppendAction,))
+
+    from rich.console import Console
+
+    from vlaflow.evaluation.report import write_report
+    from vlaflow.evaluation.rollout import RolloutConfig
+    from vlaflow.evaluation.run import EvaluationConfig, run
+
+    config = EvaluationConfig(
+        envs=arguments.env,
+        computes=arguments.compute,
+        episodes=arguments.episodes,
+        first_seed=arguments.seed,
+        solver_steps=arguments.steps,
+        rollout=RolloutConfig(arguments.execute, arguments.horizon, arguments.render, arguments.device),
+        language_episodes=arguments.language,
+        films=arguments.films,
+        workers=arguments.workers,
+    )
+    results = run(arguments.checkpoint, config, arguments.out)
+    page = write_report(arguments.out)
+    console = Console()
+    console.print(table(results))
+    console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
+    return 0
+
+
+def table(results: Results) -> RenderableType:
+    """Successes, intervals, steps and latency in brief, and the paired tests below."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    from vlaflow.evaluation.report_plots import short
+
+    first = results.evaluations[0]
+    grid = Table(
+        "task",
+        "compute",
+        "success",
+        "95 % interval",
+        "steps",
+        "p50 ms",
+        "p99 ms",
+        box=box.SIMPLE,
+        padding=0,
+        title=f"{first.episodes} episodes each, seeds {first.seeds[0]} to {first.seeds[-1]}, "
+        f"{first.execute} actions per chunk executed, horizon {first.horizon}",
+        title_style="",
+        title_justify="left",
+    )
+    for entry in results.evaluations:
+        times = entry.latency_ms
+        grid.add_row(
+            short(entry.env),
+            entry.compute,
+            f"{entry.successes}/{entry.episodes}",
+            percent(entry.interval),
+            middle(entry.first_success_steps),
+            *((f"{times.p50:.1f}", f"{times.p99:.1f}") if times else ()),
+            end_section=entry.compute == results.computes[-1],
+        )
+    if len(results.envs) > 1:
+        for overall in results.overall:
+            rate = f"{overall.successes}/{overall.episodes}"
+            grid.add_row("all", overall.compute, rate, percent(overall.interval))
+    return Group(grid, *(sentence(test) for test in results.paired if test.env == "all"))
+
+
+def percent(interval: tuple[float, float]) -> str:
+    """As in 84 to 100 %."""
+    return f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %"
+
+
+def middle(steps: tuple[int | None, ...]) -> str:
+    """The median over the successes."""
+    known = sorted(s for s in steps if s is not None)
+    return f"{known[len(known) // 2]}" if known else "none"
+
+
+def sentence(test: PairedTest) -> str:
+    """A paired test in words."""
+    low, high = (100 * side for side in test.interval)
+    return (
+        f"{test.second} against {test.first}: {100 * test.difference:+.1f} points [{low:+.1f}, {high:+.1f}], "
+        f"alone successful on {test.only_second} and {test.only_first} seeds, p = {test.p_value:.2g}"
+    )

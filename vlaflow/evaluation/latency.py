@@ -1,0 +1,98 @@
+"""How long a chunk takes, by part: one process, one thread, nothing else to do.
+
+Compute policies take turns on the same observations, so a machine that slows down slows all of them. Rollouts are not
+timed: they share the machine with each other and with the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlaflow.compute.base import ComputePolicy
+from vlaflow.evaluation.rollout import chunk_generator, one_thread, open_env
+from vlaflow.evaluation.statistics import Percentiles
+from vlaflow.policies.base import Policy
+from vlaflow.simulators.base import Render
+from vlaflow.spec import Observation
+
+PARTS = ("prefix", "first", "rater", "refine")
+"""Parts of a chunk's time in the order they happen; a part that did not happen took 0 ms. The rest is ``other``."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per chunk of one compute policy.
+
+    Args:
+        compute: by name.
+        chunks: how many were timed.
+        total: from observation to actions in robot units.
+        parts: percentiles of each part; "other" is what is left of each total (image resizing, units).
+        mean_parts: mean of each part, which add up to ``mean``.
+        mean: mean of the total.
+        layer_passes: mean network layers run per chunk.
+        evaluations: mean decoder evaluations per chunk.
+        regenerated_share: mean share of the actions that were made anew.
+    """
+
+    compute: str
+    chunks: int
+    total: Percentiles
+    parts: dict[str, Percentiles]
+    mean_parts: dict[str, float]
+    mean: float
+    layer_passes: float
+    evaluations: float
+    regenerated_share: float
+
+
+def measure(
+    policy: Policy, computes: Sequence[ComputePolicy], observations: Sequence[Observation], chunks: int = 60, warm_up: int = 3
+) -> list[Latency]:
+    """Time ``chunks`` chunks of every compute policy, in turns, after a few that are not counted."""
+    seen: dict[str, list[dict[str, float]]] = {compute.name: [] for compute in computes}
+    work: dict[str, list[tuple[int, int, float]]] = {compute.name: [] for compute in computes}
+    with one_thread():
+        for turn in range(-warm_up, chunks):
+            observation = observations[turn % len(observations)]
+            for compute in computes:
+                chunk = policy.act(observation, compute, generator=chunk_generator(turn % 2**20, 0))
+                if turn < 0:
+                    continue
+                seen[compute.name].append(dict(chunk.milliseconds))
+                again = 0.0 if chunk.regenerated is None else float(chunk.regenerated.mean())
+                work[compute.name].append((chunk.layer_passes, chunk.evaluations, again))
+    return [_summary(name, times, work[name]) for name, times in seen.items()]
+
+
+def first_observations(policy: Policy, envs: Sequence[str], seeds: Sequence[int], render: Render) -> list[Observation]:
+    """What the policy sees at the beginning of episodes, environments taking turns."""
+    found = []
+    for seed in seeds:
+        for name in envs:
+            env = open_env(policy, name, render)
+            env.restart(seed)
+            found.append(env.observe())
+    return found
+
+
+def _summary(name: str, times: list[dict[str, float]], work: list[tuple[int, int, float]]) -> Latency:
+    columns = {part: np.array([t.get(part, 0.0) for t in times]) for part in PARTS}
+    total = np.array([t["total"] for t in times])
+    columns["other"] = total - sum(columns.values())
+    used = {part: column for part, column in columns.items() if column.any()}
+    passes, evaluations, again = (float(np.mean(column)) for column in zip(*work, strict=True))
+    return Latency(
+        compute=name,
+        chunks=len(times),
+        total=Percentiles.of(total.tolist()),
+        parts={part: Percentiles.of(column.tolist()) for part, column in used.items()},
+        mean_parts={part: float(column.mean()) for part, column in used.items()},
+        mean=float(total.mean()),
+        layer_passes=passes,
+        evaluations=evaluations,
+        regenerated_share=again,
+    )

@@ -1,0 +1,237 @@
+"""The report's plots as inline SVG that takes its colours from the page, so one page serves light, dark and print.
+
+Matplotlib draws with placeholder colours, which are replaced by CSS variables afterwards (``report.css`` defines them).
+Colours differ in lightness as well as hue, and every series also has its own marker or line, so nothing is lost in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from vlaflow.evaluation.films import Film, Moment
+from vlaflow.evaluation.latency import PARTS, Latency
+from vlaflow.evaluation.results import EARLY, Minutes, Results
+
+INK, FAINT, PAPER = "#010101", "#010102", "#010103"
+SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205")
+_CSS = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
+    colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)
+}
+MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.", (0, (1, 1)))
+WIDTH = 5.6
+"""Inches: so much that text is readable both in a column of a desk screen and on a telephone."""
+PART_NAMES = {
+    "prefix": "prefix",
+    "first": "first round (SFM)",
+    "rater": "rater",
+    "refine": "second round (AFM)",
+    "other": "other",
+}
+
+
+def success(results: Results) -> str:
+    """Success rate with its interval, one row per environment, one marker per compute policy."""
+    computes, envs = results.computes, results.envs
+    rows = [*envs, *(["all"] if len(envs) > 1 else [])]
+    with figure(WIDTH, 0.75 + (0.2 * len(computes) + 0.22) * len(rows)) as (_, axis, done):
+        for c, compute in enumerate(computes):
+            for r, env in enumerate(rows):
+                entry: Any = (
+                    next(o for o in results.overall if o.compute == compute) if env == "all" else results.of(env, compute)
+                )
+                low, high = entry.interval
+                y = r * (len(computes) + 1) + c
+                axis.plot([100 * low, 100 * high], [y, y], color=SERIES[c % 5], lw=2, solid_capstyle="butt")
+                label = compute if r == 0 else None
+                rate = 100 * entry.successes / entry.episodes
+                axis.plot(rate, y, MARKERS[c % 5], color=SERIES[c % 5], ms=6, label=label, clip_on=False)
+        middle = (len(computes) - 1) / 2
+        axis.set_yticks([r * (len(computes) + 1) + middle for r in range(len(rows))], [short(env) for env in rows])
+        axis.set(xlim=(0, 100), xlabel="success, % of episodes (bar: 95 % Wilson interval)")
+        axis.set_ylim(len(rows) * (len(computes) + 1) - 1.3, -0.8)
+        axis.tick_params(axis="y", length=0, pad=8)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(computes))
+        return done()
+
+
+def first_success(results: Results) -> str:
+    """Share of the episodes that succeeded by each step, per environment."""
+    envs, columns = results.envs, min(3, len(results.envs))
+    rows = -(-len(envs) // columns)
+    with figure(WIDTH, 2 * rows + 0.4, rows, columns, sharey=True) as (_, axes, done):
+        grid = np.atleast_1d(axes).ravel()
+        for spare in grid[len(envs) :]:
+            spare.set_visible(False)
+        for env, axis in zip(envs, grid, strict=False):
+            for c, compute in enumerate(results.computes):
+                entry = results.of(env, compute)
+                steps = sorted(s for s in entry.first_success_steps if s is not None)
+                x = [0, *steps, entry.horizon]
+                y = [0, *(100 * (i + 1) / entry.episodes for i in range(len(steps))), 100 * len(steps) / entry.episodes]
+                axis.step(x, y, where="post", color=SERIES[c % 5], ls=LINES[c % 5], lw=1.8, label=compute, clip_on=False)
+            if entry.horizon > EARLY:
+                axis.axvline(EARLY, color=FAINT, lw=0.8)
+            axis.set(title=short(env), xlim=(0, entry.horizon), ylim=(0, 100), xlabel="simulator steps")
+            axis.locator_params(axis="x", nbins=3)
+        for axis in grid[::columns]:
+            axis.set_ylabel("succeeded so far, %")
+        grid[0].legend(loc="lower right", bbox_to_anchor=(1.02, 0))
+        return done()
+
+
+def latency(entries: Sequence[Latency]) -> str:
+    """Mean milliseconds by part, stacked, with p50 and p99 of the whole."""
+    with figure(WIDTH, 0.95 + 0.5 * len(entries)) as (_, axis, done):
+        names = [part for part in (*PARTS, "other") if any(part in e.mean_parts for e in entries)]
+        for row, entry in enumerate(entries):
+            left = 0.0
+            for part in names:
+                width = entry.mean_parts.get(part, 0.0)
+                colour = SERIES[names.index(part) % 5]
+                label = PART_NAMES.get(part, part) if row == 0 else None
+                axis.barh(row, width, 0.5, left, color=colour, edgecolor=PAPER, lw=0.8, label=label)
+                left += width
+            axis.plot([entry.total.p50] * 2, [row - 0.36, row + 0.36], color=INK, lw=2, label="p50" if row == 0 else None)
+            axis.plot(entry.total.p99, row, "D", color=INK, ms=5, label="p99" if row == 0 else None)
+        axis.set_yticks(range(len(entries)), [e.compute for e in entries])
+        axis.set(xlabel="milliseconds per chunk (bars: mean of each part)", xlim=(0, 1.08 * max(e.total.p99 for e in entries)))
+        axis.set_ylim(len(entries) - 0.4, -0.6)
+        axis.tick_params(axis="y", length=0, pad=8)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        return done()
+
+
+def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
+    """Training loss, its running mean, and the loss on held-out episodes; entries as in ``training/log.jsonl``."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    steps = np.array([e["step"] for e in entries], float)
+    values = np.array([e["loss"] for e in entries], float)
+    window = max(1, len(values) // 40)
+    with figure(WIDTH, 2.6) as (_, axis, done):
+        axis.plot(steps, values, color=FAINT, lw=0.7, label="training, each batch")
+        if window > 1:
+            smooth = np.convolve(values, np.ones(window) / window, "valid")
+            axis.plot(steps[window - 1 :], smooth, color=SERIES[0], lw=1.8, label=f"training, mean of {window} steps")
+        held = [(e["step"], e["validation"]["loss"]) for e in entries if e.get("validation") is not None]
+        if held:
+            axis.plot(*zip(*held, strict=True), color=SERIES[1], marker="s", ms=4, ls="--", lw=1.2, label="held-out episodes")
+        axis.set(xlabel="optimiser steps", ylabel=label, yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.legend(loc="upper right")
+        return done()
+
+
+def chunk(film: Film, moment: Moment) -> str:
+    """One chunk: every dimension over the horizon, draft beside answer, confidence below."""
+    actions = np.array(moment.actions)
+    draft = None if moment.draft is None else np.array(moment.draft)
+    doubted = np.flatnonzero(moment.regenerated) if moment.regenerated else np.array([], int)
+    n, rated = actions.shape[1], moment.confidence is not None
+    ratios = [1.0] * n + ([0.9] if rated else [])
+    with figure(4.4, 0.6 * len(ratios) + 0.75, len(ratios), 1, sharex=True, height_ratios=ratios) as (_, axes, done):
+        grid = np.atleast_1d(axes)
+        x = np.arange(len(actions))
+        for axis in grid:
+            for token in doubted:
+                axis.axvspan(token - 0.5, token + 0.5, color=FAINT, alpha=0.35, lw=0)
+            if moment.executed < len(actions):
+                axis.axvline(moment.executed - 0.5, color=INK, lw=0.8, ls=":")
+        for d in range(n):
+            if draft is not None:
+                grid[d].plot(x, draft[:, d], color=SERIES[1], ls="--", lw=1.4)
+            grid[d].plot(x, actions[:, d], color=SERIES[0], lw=1.6, marker="o", ms=2.5)
+            grid[d].set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
+            grid[d].set_ylabel(film.dimensions[d], rotation=0, ha="right", va="center")
+        if moment.confidence is not None:
+            grid[-1].bar(x, moment.confidence, 0.7, color=SERIES[2])
+            grid[-1].axhline(0.5, color=INK, lw=0.8)
+            grid[-1].set(ylim=(0, 1), yticks=(0, 1))
+            grid[-1].set_ylabel("confidence", rotation=0, ha="right", va="center")
+        grid[-1].set(xlabel="action of the chunk", xlim=(-0.5, len(actions) - 0.5), xticks=x[:: max(1, len(x) // 8)])
+        return done()
+
+
+def minutes(spent: Minutes) -> str:
+    """Wall time by step, one stacked bar."""
+    steps = [(name, getattr(spent, name)) for name in ("install", "record", "train", "rater", "evaluate")]
+    known = [(name, value) for name, value in steps if value]
+    with figure(WIDTH, 1.15) as (_, axis, done):
+        left = 0.0
+        for i, (name, value) in enumerate(known):
+            axis.barh(0, value, 0.6, left, color=SERIES[i % 5], edgecolor=PAPER, label=f"{name} {value:.1f}")
+            left += value
+        axis.set(yticks=[], xlabel="minutes of wall time", xlim=(0, left * 1.001))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(known))
+        return done()
+
+
+def short(env: str) -> str:
+    """The task without its suite and version."""
+    return re.sub(r"-v\d+$", "", env.rpartition("/")[2])
+
+
+@contextmanager
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """A matplotlib figure, its axes, and a function that returns the finished SVG. No global state is touched."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "vlaflow",
+        "font.size": 8.5,
+        "font.family": "sans-serif",
+        "text.color": INK,
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.facecolor": "none",
+        "legend.frameon": False,
+        "legend.handlelength": 1.8,
+        "legend.columnspacing": 1.4,
+    }
+    with mpl.rc_context(style):
+        drawn = Figure((width, height), layout="constrained")
+        FigureCanvasSVG(drawn)
+        axes = drawn.subplots(rows, columns, **settings)
+
+        def done() -> str:
+            text = io.StringIO()
+            drawn.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            return _inline(text.getvalue())
+
+        yield drawn, axes, done
+
+
+_counter = 0
+
+
+def _inline(svg: str) -> str:
+    """Body of an SVG file for use inside a page: own ids, page colours, width of the column, no metadata."""
+    global _counter  # noqa: PLW0603 - ids of one page must differ
+    _counter += 1
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    tag = f"f{_counter}-"
+    svg = re.sub(r'\bid="', f'id="{tag}', svg)
+    svg = svg.replace("url(#", f"url(#{tag}").replace('xlink:href="#', f'href="#{tag}')
+    svg = re.sub(r' xmlns:xlink="[^"]*"| xmlns="[^"]*"', "", svg)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
+    svg = re.sub(r"font: ([^;\"]*?)'?(DejaVu Sans|sans-serif).*?(?=[;\"])", r"font: \1var(--font)", svg)
+    for colour, variable in _CSS.items():
+        svg = svg.replace(colour, variable)
+    return svg

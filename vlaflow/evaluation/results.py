@@ -1,0 +1,306 @@
+"""``results.json``: what was measured, on which seeds, with what, and what may be concluded. Written and read strictly.
+
+``evaluations`` holds one entry per environment and compute policy; everything else is derived from its episodes or says
+how they came about. Counting is done here, the formulas are in ``statistics``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import ConfigError, DataError
+from vlaflow.evaluation.latency import Latency
+from vlaflow.evaluation.rollout import Episode
+from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, mcnemar, paired_difference, wilson
+
+FORMAT = "vlaflow results 1"
+EARLY = 400
+"""Other published tables end episodes here; successes up to this step are counted beside those up to the horizon."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One compute policy in one environment.
+
+    Args:
+        env, compute: names.
+        episodes, successes: counts.
+        interval: of the success rate, Wilson, 95 %.
+        first_success_steps: per seed, counted from 1; null where there was no success.
+        latency_ms: of a chunk, over the observations of all environments; null where it was not measured.
+        seeds: of the episodes, in the order of every list here.
+        successes_within_400: as if episodes ended at step 400.
+        execute, horizon, render: how the episodes were run.
+        solver_steps: decoder evaluations of the first round.
+        evaluations_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over the episodes' chunks.
+        per_episode: everything known of each episode.
+    """
+
+    env: str
+    compute: str
+    episodes: int
+    successes: int
+    interval: tuple[float, float]
+    first_success_steps: tuple[int | None, ...]
+    latency_ms: Percentiles | None
+    seeds: tuple[int, ...]
+    successes_within_400: int
+    execute: int
+    horizon: int
+    render: str
+    solver_steps: int
+    evaluations_per_chunk: float
+    layer_passes_per_chunk: float
+    regenerated_per_chunk: float
+    per_episode: tuple[Episode, ...]
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One compute policy over all environments: episodes pooled, and the mean of the environments' rates."""
+
+    compute: str
+    episodes: int
+    successes: int
+    interval: tuple[float, float]
+    mean_over_envs: float
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two compute policies on the same seeds.
+
+    Args:
+        env: an environment, or "all".
+        first, second: compute policies.
+        both, only_first, only_second, neither: seeds on which they succeeded.
+        difference: success rate of the second minus that of the first.
+        interval: of the difference, Newcombe's method 10, 95 %.
+        p_value: exact McNemar test.
+    """
+
+    env: str
+    first: str
+    second: str
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+@dataclass(frozen=True)
+class LanguageResult:
+    """One environment under one kind of instruction, dense, on the same seeds for every kind.
+
+    Args:
+        env: environment.
+        kind: "right", "other" or "empty".
+        instruction: the words.
+        episodes, successes, interval, seeds, first_success_steps: as in ``Evaluation``.
+        horizon: steps within which a success counts.
+    """
+
+    env: str
+    kind: str
+    instruction: str
+    episodes: int
+    successes: int
+    interval: tuple[float, float]
+    seeds: tuple[int, ...]
+    first_success_steps: tuple[int | None, ...]
+    horizon: int
+
+
+@dataclass(frozen=True)
+class Minutes:
+    """Wall time by step; null where a step was not part of this run. ``total`` is their sum."""
+
+    install: float | None = None
+    record: float | None = None
+    train: float | None = None
+    rater: float | None = None
+    evaluate: float | None = None
+    total: float | None = None
+
+    def summed(self) -> Minutes:
+        """With the total of the steps that are known."""
+        known = [m for m in (self.install, self.record, self.train, self.rater, self.evaluate) if m is not None]
+        return replace(self, total=sum(known) if known else None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The whole file.
+
+    Args:
+        format: of this file.
+        evaluations: see ``Evaluation``.
+        minutes: see ``Minutes``.
+        versions: of everything that ran.
+        command: that wrote this file.
+        commands: the single steps, where the command ran several.
+        checkpoint, fingerprint: what was evaluated, and its content hash.
+        machine: processor, cores and system.
+        overall, paired, latency, language: see their classes.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    minutes: Minutes
+    versions: dict[str, str]
+    command: str
+    checkpoint: str
+    fingerprint: str
+    machine: str
+    overall: tuple[Overall, ...]
+    paired: tuple[PairedTest, ...]
+    latency: tuple[Latency, ...]
+    language: tuple[LanguageResult, ...] = ()
+    commands: tuple[str, ...] = ()
+    format: str = field(default=FORMAT)
+
+    @property
+    def computes(self) -> tuple[str, ...]:
+        """Compute policies in the order of the evaluation."""
+        return tuple(dict.fromkeys(e.compute for e in self.evaluations))
+
+    @property
+    def envs(self) -> tuple[str, ...]:
+        """Environments in the order of the evaluation."""
+        return tuple(dict.fromkeys(e.env for e in self.evaluations))
+
+    def of(self, env: str, compute: str) -> Evaluation:
+        """One entry."""
+        return next(e for e in self.evaluations if (e.env, e.compute) == (env, compute))
+
+
+def count(
+    episodes: Sequence[Episode], latency: Sequence[Latency], *, execute: int, horizon: int, render: str, solver_steps: int
+) -> tuple[Evaluation, ...]:
+    """Entries for every (environment, compute policy) among the episodes, in their order."""
+    times = {entry.compute: entry.total for entry in latency}
+    groups: dict[tuple[str, str], list[Episode]] = {}
+    for episode in episodes:
+        groups.setdefault((episode.env, episode.compute), []).append(episode)
+    found = []
+    for (env, compute), group in groups.items():
+        n, successes = len(group), sum(e.success for e in group)
+        chunks = sum(e.chunks for e in group)
+        firsts = tuple(e.first_success_step for e in group)
+        found.append(
+            Evaluation(
+                env=env,
+                compute=compute,
+                episodes=n,
+                successes=successes,
+                interval=_pair(wilson(successes, n)),
+                first_success_steps=firsts,
+                latency_ms=times.get(compute),
+                seeds=tuple(e.seed for e in group),
+                successes_within_400=sum(first is not None and first <= EARLY for first in firsts),
+                execute=execute,
+                horizon=horizon,
+                render=render,
+                solver_steps=solver_steps,
+                evaluations_per_chunk=sum(e.evaluations for e in group) / chunks,
+                layer_passes_per_chunk=sum(e.layer_passes for e in group) / chunks,
+                regenerated_per_chunk=sum(e.regenerated for e in group) / chunks,
+                per_episode=tuple(group),
+            )
+        )
+    return tuple(found)
+
+
+def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
+    """Every compute policy over all environments."""
+    found = []
+    for compute in dict.fromkeys(e.compute for e in evaluations):
+        mine = [e for e in evaluations if e.compute == compute]
+        n, successes = sum(e.episodes for e in mine), sum(e.successes for e in mine)
+        mean = sum(e.successes / e.episodes for e in mine) / len(mine)
+        found.append(Overall(compute, n, successes, _pair(wilson(successes, n)), mean))
+    return tuple(found)
+
+
+def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
+    """Every pair of compute policies, in every environment and over all."""
+    envs = list(dict.fromkeys(e.env for e in evaluations))
+    computes = list(dict.fromkeys(e.compute for e in evaluations))
+    found = []
+    for env in [*(envs if len(envs) > 1 else []), "all"]:
+        for first, second in combinations(computes, 2):
+            sides = []
+            for compute in (first, second):
+                mine = [e for e in evaluations if e.compute == compute and env in (e.env, "all")]
+                sides.append({(e.env, seed): p.success for e in mine for seed, p in zip(e.seeds, e.per_episode, strict=True)})
+            if sides[0].keys() != sides[1].keys():
+                raise ConfigError(
+                    f"'{first}' and '{second}' were not evaluated on the same seeds; a paired test is impossible."
+                )
+            table = PairedOutcomes.of([sides[0][key] for key in sides[0]], [sides[1][key] for key in sides[0]])
+            found.append(
+                PairedTest(
+                    env,
+                    first,
+                    second,
+                    table.both,
+                    table.only_first,
+                    table.only_second,
+                    table.neither,
+                    table.difference,
+                    _pair(paired_difference(table)),
+                    mcnemar(table),
+                )
+            )
+    return tuple(found)
+
+
+def write(results: Results, file: Path) -> None:
+    """Write the file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text(json.dumps(to_json(results), indent=1, allow_nan=False) + "\n")
+    part.replace(file)
+
+
+def read(file: Path) -> Results:
+    """Read the file strictly.
+
+    Raises:
+        DataError: when it is missing, damaged or of another format.
+        ConfigError: naming an unknown or missing key.
+    """
+    if not file.exists():
+        raise DataError(f"There is no {file}. Write it: vlaflow eval CKPT --env metaworld/drawer-open-v3 --out {file.parent}")
+    try:
+        data = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} is not valid JSON ({error}); it is damaged. Run the evaluation again.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise DataError(f"{file} has the format {found!r}, this version of vlaflow reads {FORMAT!r}.")
+    return from_json(Results, data, str(file))
+
+
+def machine() -> str:
+    """Processor, cores that may be used, and system, in words."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name"))
+        name = next(lines, f":{name}").partition(":")[2].strip()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {cores} core{'s' if cores > 1 else ''}, {platform.system()}"
+
+
+def _pair(interval: Interval) -> tuple[float, float]:
+    return interval.low, interval.high

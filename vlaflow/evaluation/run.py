@@ -1,0 +1,129 @@
+"""A whole evaluation: paired episodes, language swap, latency, films, and the files that hold them.
+
+``vlaflow eval`` and the demo both call ``run``; what each part means is said where the part lives.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vlaflow.compute.parse import parse, parse_all
+from vlaflow.errors import ConfigError
+from vlaflow.evaluation import films, language, results
+from vlaflow.evaluation.latency import first_observations, measure
+from vlaflow.evaluation.results import Minutes, Results
+from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, evaluate, plan, require_fit
+from vlaflow.policies.base import Policy
+from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.progress import progress
+from vlaflow.simulators.base import expand_env_names, parse_env_name, simulator_spec
+from vlaflow.versions import command_line, versions
+
+FILMS = "films"
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What an evaluation measures.
+
+    Args:
+        envs: tasks or groups.
+        computes: names of compute policies.
+        episodes: per environment and compute policy.
+        first_seed: episode i has the seed ``first_seed + i``.
+        solver_steps: per round.
+        rollout: how episodes are run.
+        latency_chunks: chunks timed per compute policy.
+        language_episodes: per environment and wrong instruction; 0 leaves the language-swap test out.
+        language_horizon: steps within which a success counts there.
+        films: film a success and a failure per environment.
+        workers: processes.
+    """
+
+    envs: tuple[str, ...]
+    computes: tuple[str, ...] = ("dense",)
+    episodes: int = 20
+    first_seed: int = FIRST_SEED
+    solver_steps: int = 10
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    latency_chunks: int = 60
+    language_episodes: int = 0
+    language_horizon: int = 200
+    films: bool = True
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.envs or not self.computes:
+            raise ConfigError("An evaluation needs at least one --env and one --compute.")
+        if self.workers < 0 or self.latency_chunks < 1 or self.language_episodes < 0:
+            raise ConfigError("workers and language episodes are at least 0, latency chunks at least 1.")
+        if self.language_episodes > self.episodes:
+            raise ConfigError(
+                f"The language-swap test compares with the evaluation's own episodes, so it cannot run "
+                f"{self.language_episodes} of {self.episodes}."
+            )
+
+
+def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
+    """Measure, and write ``results.json`` and ``films/`` into ``out``.
+
+    Raises:
+        VlaflowError: before the first episode, when the parts do not fit together.
+    """
+    began = time.monotonic()
+    folder = local_folder(checkpoint)
+    envs = expand_env_names(config.envs)
+    computes = parse_all(config.computes, config.solver_steps)
+    policy = Policy.from_pretrained(folder, config.rollout.device)
+    rollout = replace(config.rollout, execute=config.rollout.execute or policy.config.execute)
+    horizon = rollout.horizon or min(simulator_spec(parse_env_name(env)[0]).horizon for env in envs)
+    rollout = replace(rollout, horizon=horizon)
+    require_fit(policy, str(checkpoint), set(envs), computes, rollout)
+
+    jobs = plan(envs, computes, config.episodes, config.first_seed)
+    swap_horizon = min(config.language_horizon, horizon)
+    swap = None
+    if config.language_episodes:
+        dense = parse("dense", config.solver_steps)
+        swap = language.plan_swap(envs, dense, config.language_episodes, config.first_seed, swap_horizon)
+        if "dense" not in config.computes:
+            raise ConfigError("The language-swap test compares with the dense policy: add --compute dense.")
+    everything = [*jobs, *(swap.jobs if swap else ())]
+    with progress(len(everything), "Evaluating") as bar:
+        played = evaluate(folder, everything, rollout, workers=config.workers, progress=lambda done, total: bar.advance())
+    episodes, swapped = played[: len(jobs)], played[len(jobs) :]
+
+    seeds = range(config.first_seed, config.first_seed + min(config.episodes, 8))
+    seen = first_observations(policy, envs, seeds, rollout.render)
+    latency = measure(policy, computes, seen, config.latency_chunks)
+    if config.films:
+        chosen, by_episode = films.choose(episodes), dict(zip(episodes, jobs, strict=True))
+        films.film(folder, [by_episode[e] for e in chosen], chosen, out / FILMS, rollout, workers=config.workers)
+
+    evaluations = results.count(
+        episodes,
+        latency,
+        execute=rollout.execute or 0,
+        horizon=horizon,
+        render=rollout.render,
+        solver_steps=config.solver_steps,
+    )
+    dense_episodes = [e for e in episodes if e.compute == "dense"]
+    found = Results(
+        evaluations=evaluations,
+        minutes=Minutes(evaluate=(time.monotonic() - began) / 60).summed(),
+        versions=versions(),
+        command=command_line(),
+        checkpoint=str(checkpoint),
+        fingerprint=fingerprint(folder),
+        machine=results.machine(),
+        overall=results.pool(evaluations),
+        paired=results.compare(evaluations),
+        latency=tuple(latency),
+        language=language.count_swap(swap, dense_episodes, swapped, swap_horizon) if swap else (),
+    )
+    results.write(found, out / RESULTS)
+    return found

@@ -1,0 +1,146 @@
+"""How much a handful of episodes can say: intervals and paired tests for successes, percentiles for times.
+
+All compute policies of one evaluation see the same seeds, so comparisons are paired throughout. Every function takes
+counts or plain sequences and knows nothing of episodes; what is compared with what is decided in ``results``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlaflow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval for a success rate.
+
+    The rates p that a score test would not reject: those with |s/n − p| ≤ z·√(p(1−p)/n), which is a quadratic in p.
+    It stays inside [0, 1] and keeps its level at n = 20, where s/n ± 1.96·standard error does neither.
+
+    >>> wilson(20, 20).low  # 0.839: twenty successes in a row still leave room for a failure in six
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ConfigError(f"{successes} successes in {n} episodes is not a success rate.")
+    z2 = _z(level) ** 2
+    rate = successes / n
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2) / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return Interval(low, high)
+
+
+@dataclass(frozen=True)
+class PairedOutcomes:
+    """Successes of two policies on the same seeds: how often both, only one, or neither succeeded."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+    @staticmethod
+    def of(first: Sequence[bool], second: Sequence[bool]) -> PairedOutcomes:
+        """Count pairs; position i of both sequences belongs to the same seed."""
+        if len(first) != len(second) or not first:
+            raise ConfigError(f"Paired outcomes need as many of one as of the other, got {len(first)} and {len(second)}.")
+        pairs = list(zip(map(bool, first), map(bool, second), strict=True))
+        return PairedOutcomes(*(pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))))
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return self.both + self.only_first + self.only_second + self.neither
+
+    @property
+    def difference(self) -> float:
+        """Success rate of the second minus that of the first."""
+        return (self.only_second - self.only_first) / self.n
+
+
+def mcnemar(outcomes: PairedOutcomes) -> float:
+    """Exact two-sided McNemar test: p-value of "neither policy wins more often than the other".
+
+    Only the seeds on which the two disagree speak; under the hypothesis each of them is a fair coin, so the p-value is that
+    of a binomial test with one half. 1.0 where they never disagree.
+    """
+    return sign_test(outcomes.only_second, outcomes.only_first)
+
+
+def sign_test(positive: int, negative: int) -> float:
+    """Exact two-sided sign test: p-value of as uneven a split as this, or a more uneven one, from fair coins."""
+    n, smaller = positive + negative, min(positive, negative)
+    tail = sum(math.comb(n, k) for k in range(smaller + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def paired_difference(outcomes: PairedOutcomes, level: float = 0.95) -> Interval:
+    """Interval for the difference of two paired success rates, second minus first.
+
+    Newcombe (1998), method 10: the two Wilson intervals combined as the sides of a triangle whose angle is the correlation
+    of the outcomes (continuity-corrected, so that few pairs do not claim a high one). Lies inside [−1, 1] and has a width
+    also where the policies never disagree.
+    """
+    a, b, c, d = outcomes.both, outcomes.only_second, outcomes.only_first, outcomes.neither
+    n = outcomes.n
+    mine, theirs = (a + b) / n, (a + c) / n  # second, first
+    own, other = wilson(a + b, n, level), wilson(a + c, n, level)
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    covariance = float(a * d - b * c)
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0.0)
+    correlation = covariance / math.sqrt(margins) if margins else 0.0
+
+    def side(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
+
+    difference = mine - theirs
+    return Interval(
+        difference - side(mine - own.low, other.high - theirs), difference + side(own.high - mine, theirs - other.low)
+    )
+
+
+def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:
+    """Percentile bootstrap of a mean, for paired differences that are no proportions (steps, milliseconds)."""
+    sample = np.asarray(values, np.float64)
+    if not len(sample):
+        raise ConfigError("A bootstrap needs at least one value.")
+    picks = np.random.default_rng(seed).integers(0, len(sample), (draws, len(sample)))
+    low, high = np.quantile(sample[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """The middle and the slow end of a set of times, in the times' unit."""
+
+    p50: float
+    p99: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Percentiles:
+        """Linear interpolation between order statistics. With fewer than 100 values p99 is close to the largest."""
+        if not len(values):
+            raise ConfigError("Percentiles need at least one value.")
+        p50, p99 = np.quantile(np.asarray(values, np.float64), [0.5, 0.99])
+        return Percentiles(float(p50), float(p99))
+
+
+def _z(level: float) -> float:
+    if not 0 < level < 1:
+        raise ConfigError(f"A confidence level lies between 0 and 1, got {level}.")
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf((1 + level) / 2)
