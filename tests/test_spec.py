@@ -59,3 +59,10 @@ def test_wrong_types_are_named():
     data["decoder"]["draws"] = "two"
     with pytest.raises(ConfigError, match=r"'config\.decoder\.draws' in here must be int, got 'two'"):
         from_json(PolicyConfig, data, "here")
+
+
+def test_a_file_of_another_kind_is_refused():
+    data = to_json(helpers.policy_config())
+    data["decoder"]["kind"] = "DiscreteConfig"
+    with pytest.raises(ConfigError, match=r"'config\.decoder\.kind' in here must be 'FlowConfig', got 'DiscreteConfig'"):
+        from_json(PolicyConfig, data, "here")

@@ -1,7 +1,8 @@
 """Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is one clear sentence, never ignored.
 
-A field typed as a union of dataclasses is written with a "kind" key, the class name in the annotation, so nothing has to
-be registered and nothing is imported by name.
+Every dataclass is written with a "kind" key, its class name, which picks the member where a field is a union of
+dataclasses: nothing has to be registered, nothing is imported by name, and a field that becomes a union later still opens
+older files.
 """
 
 from __future__ import annotations
@@ -20,22 +21,13 @@ JSON = Any
 
 
 def to_json(value: Any) -> JSON:
-    """Plain JSON data of a (nested) dataclass, with "kind" where the reader could not know the class."""
-    return _encode(value, type(value))
-
-
-def _encode(value: Any, annotation: Any) -> JSON:
+    """Plain JSON data of a (nested) dataclass."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
-        body = {f.name: _encode(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **body} if len(_dataclasses_in(annotation)) > 1 else body
-    if isinstance(value, tuple):
-        args = typing.get_args(annotation)
-        inner = args[0] if args else Any
-        return [_encode(v, inner) for v in value]
+        return {"kind": type(value).__name__} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
     if isinstance(value, dict):
-        args = typing.get_args(annotation)
-        return {k: _encode(v, args[1] if args else Any) for k, v in value.items()}
+        return {k: to_json(v) for k, v in value.items()}
     return value
 
 
@@ -67,7 +59,7 @@ def _decode(annotation: Any, data: JSON, where: str, key: str) -> Any:
             kind = data.get("kind")
             if kind not in by_name:
                 raise ConfigError(f"'{key}.kind' in {where} is {kind!r}; {nearest(str(kind), by_name)}")
-            return _decode(by_name[kind], {k: v for k, v in data.items() if k != "kind"}, where, key)
+            return _decode(by_name[kind], data, where, key)
         plain = [a for a in args if a is not type(None) and a not in classes]
         for option in plain:
             try:
@@ -97,6 +89,9 @@ def _decode(annotation: Any, data: JSON, where: str, key: str) -> Any:
 
 def _decode_dataclass(cls: Any, data: JSON, where: str, key: str) -> Any:
     _require(isinstance(data, dict), key, where, f"an object ({cls.__name__})", data)
+    kind = data.get("kind", cls.__name__)
+    _require(kind == cls.__name__, f"{key}.kind", where, repr(cls.__name__), kind)
+    data = {name: value for name, value in data.items() if name != "kind"}
     hints, known = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
         if name not in known:
