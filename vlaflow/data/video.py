@@ -23,7 +23,7 @@ TOLERANCE_S = 1e-4
 ENCODER = {
     # Every second frame a key frame and no B-frames: one random frame costs at most two decodes (0.4 ms at 256x256
     # against 3.2 ms with a key frame every 30). One thread, because x264's slices, and so the bytes, depend on the count.
-    "crf": "20",
+    "crf": "12",
     "preset": "medium",
     "tune": "fastdecode",
     "g": "2",
