@@ -1,5 +1,6 @@
 """Environment names, and that naming them loads no simulator."""
 
+import os
 import subprocess
 import sys
 
@@ -53,3 +54,27 @@ def test_importing_the_room_loads_no_simulator():
         "print([m for m in ('mujoco', 'metaworld', 'gymnasium', 'torch') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_without_opengl_physics_works_and_a_picture_is_refused_with_the_packages_to_install():
+    """MUJOCO_GL=disable is what `gl.prepare` sets where no OpenGL library is installed."""
+    code = (
+        "import numpy as np; from vlaflow.errors import CapabilityError; from vlaflow.simulators import make\n"
+        "env = make('metaworld/push-v3'); env.restart(1); env.advance(np.zeros(4))\n"
+        "try: env.render()\n"
+        "except CapabilityError as error: print(error)"
+    )
+    environment = {**os.environ, "MUJOCO_GL": "disable"}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    assert "apt-get install libegl1" in told
+
+
+def test_pictures_work_when_mujoco_was_imported_before_this_library():
+    """MuJoCo chooses GLFW then, which needs a display."""
+    code = (
+        "import mujoco; from vlaflow.simulators import make;"
+        "print(make('metaworld/push-v3').reset(seed=1)[0]['pixels'].std() > 1)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    assert told == "True\n"

@@ -22,7 +22,7 @@ class Record:
         workers: recording processes; one per core is best.
         size: side of the picture in pixels, even.
         render: exact keeps the simulator's shadows and smoothing (published numbers), fast leaves them out.
-        seed: another seed gives other episodes; no seed gives the ones that evaluation uses.
+        seed: another seed gives other episodes, and never those of an evaluation.
         noise: standard deviation of what is added to the executed movement (1 is the full range); the label stays clean.
         noise_memory: correlation of the noise from one step to the next, 0 to below 1.
         after_success: frames kept after the first success.
