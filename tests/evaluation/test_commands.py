@@ -26,7 +26,7 @@ def test_eval_writes_results_films_and_a_report(checkpoint, tmp_path, capsys):
         ("dense", 2, (1000, 1001), 4),
         ("refine", 2, (1000, 1001), 4),
     ]
-    assert [entry.kind for entry in found.language] == ["right", "other", "empty"]
+    assert [entry.told for entry in found.language] == ["right", "other", "empty"]
     assert found.minutes.evaluate is not None
     assert found.minutes.train is None
     assert "no success in 12 steps" in (out / "report.html").read_text()

@@ -76,7 +76,7 @@ def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         films=[_film(film, folder) for film in films],
         moments=[m for film in films if film.episode.success or not _any_success(films, film) for m in _moments(film, folder)],
         kinds=KINDS,
-        language={(entry.env, entry.kind): entry for entry in results.language},
+        language={(entry.env, entry.told): entry for entry in results.language},
         commands=results.commands or (results.command,),
         minutes=_minutes(results.minutes),
         caveats=caveats(results),

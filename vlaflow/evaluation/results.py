@@ -10,11 +10,11 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
-from vlaflow.config import from_json, to_json
+from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation.latency import Latency
 from vlaflow.evaluation.rollout import Episode
@@ -104,14 +104,14 @@ class LanguageResult:
 
     Args:
         env: environment.
-        kind: "right", "other" or "empty".
+        told: "right", "other" or "empty".
         instruction: the words.
         episodes, successes, interval, seeds, first_success_steps: as in ``Evaluation``.
         horizon: steps within which a success counts.
     """
 
     env: str
-    kind: str
+    told: str
     instruction: str
     episodes: int
     successes: int
@@ -268,7 +268,7 @@ def write(results: Results, file: Path) -> None:
     """Write the file whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(to_json(results), indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(asdict(results), indent=1, allow_nan=False) + "\n")
     part.replace(file)
 
 
