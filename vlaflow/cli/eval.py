@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Eval:
     """Measure a checkpoint's success rate and latency; write results.json and report.html.
 
-    Example: vlaflow eval runs/demo/rater --env metaworld/drawer-open-v3 --episodes 20 --compute dense --compute refine
+    Example: vlaflow eval runs/demo/rated --env metaworld/drawer-open-v3 --episodes 20 --compute dense --compute refine
 
     All compute policies see the same seeds and start from the same noise, so they are compared in pairs. The same arguments
     give the same successes with any number of workers.
@@ -26,11 +26,13 @@ class Eval:
     Args:
         checkpoint: folder, or Hugging Face repository id.
         env: suite/task, or a group such as metaworld/easy; repeat the option for more.
-        compute: dense, refine (rated below 0.5 is made anew) or refine-random (each with probability 0.5); repeat for more.
+        compute: dense, refine (what is rated below ``threshold`` is made anew) or refine-random (each action with
+            probability 0.5); repeat the option for more. Dense alone when none is named.
         episodes: per environment and compute policy.
         out: folder for results.json, report.html and films.
         execute: actions executed per chunk; the checkpoint's own number by default.
         steps: solver steps per round.
+        threshold: confidence below which refine makes an action anew.
         horizon: steps after which an episode is cut off; the suite's own by default.
         render: picture quality; use the one the policy was trained with.
         seed: of the first episode; the others follow.
@@ -42,11 +44,12 @@ class Eval:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     env: tuple[str, ...]
-    compute: tuple[str, ...] = ("dense",)
+    compute: tuple[str, ...] = ()
     episodes: int = 20
     out: Path = Path("runs/eval")
     execute: int | None = None
     steps: int = 10
+    threshold: float = 0.5
     horizon: int | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: int = 1000
@@ -68,10 +71,11 @@ def main(argv: list[str]) -> int:
 
     config = EvaluationConfig(
         envs=arguments.env,
-        computes=arguments.compute,
+        computes=arguments.compute or ("dense",),
         episodes=arguments.episodes,
         first_seed=arguments.seed,
         solver_steps=arguments.steps,
+        threshold=arguments.threshold,
         rollout=RolloutConfig(arguments.execute, arguments.horizon, arguments.render, arguments.device),
         language_episodes=arguments.language,
         films=arguments.films,

@@ -35,6 +35,7 @@ class EvaluationConfig:
         episodes: per environment and compute policy.
         first_seed: episode i has the seed ``first_seed + i``.
         solver_steps: per round.
+        threshold: confidence below which "refine" makes an action anew.
         rollout: how episodes are run.
         latency_chunks: chunks timed per compute policy.
         language_episodes: per environment and wrong instruction; 0 leaves the language-swap test out.
@@ -48,6 +49,7 @@ class EvaluationConfig:
     episodes: int = 20
     first_seed: int = FIRST_SEED
     solver_steps: int = 10
+    threshold: float = 0.5
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 60
     language_episodes: int = 0
@@ -76,7 +78,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
     began = time.monotonic()
     folder = local_folder(checkpoint)
     envs = expand_env_names(config.envs)
-    computes = parse_all(config.computes, config.solver_steps)
+    computes = parse_all(config.computes, config.solver_steps, config.threshold)
     policy = Policy.from_pretrained(folder, config.rollout.device)
     rollout = replace(config.rollout, execute=config.rollout.execute or policy.config.execute)
     horizon = rollout.horizon or min(simulator_spec(parse_env_name(env)[0]).horizon for env in envs)

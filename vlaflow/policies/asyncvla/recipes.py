@@ -27,7 +27,7 @@ def demo(data: DataSpec) -> TrainConfig:
 def rater(policy: PolicyConfig) -> TrainConfig:
     """The confidence rater on a frozen tiny policy.
 
-    vlaflow train asyncvla.rater --policy runs/demo/policy --dataset runs/demo/dataset --out runs/demo/rater
+    vlaflow train asyncvla.rater --policy runs/demo/policy --dataset runs/demo/dataset --out runs/demo/rated
     """
     return TrainConfig(
         policy=None,
