@@ -1,0 +1,146 @@
+"""Training samples per second: the frame cache against reading the same data set sample by sample.
+
+    python -m benchmarks.loader
+    python -m benchmarks.loader --dataset runs/demo/dataset
+
+Every way delivers the same batch, checked before anything is timed: one frame per view as stored, state, instruction and the
+next actions. One process, no worker processes: this is the cost of a sample, which workers spread over cores but do not lower.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks._readers import PerSample, kept_open, lerobot_batch, reopened, torchcodec_frames
+from benchmarks._timing import Case, report, say, seconds_in_turns
+from vlaflow.data.batch import Batch
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.windows import Windows
+from vlaflow.data.writer import Writer
+from vlaflow.spec import ActionSpec, Dimension
+
+FPS = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Args:
+        dataset: a LeRobot data set with videos; by default small ones are made in a temporary folder.
+        sizes: image sides of the data sets made.
+        episodes, frames: of each data set made.
+        horizon: actions per sample.
+        batch_size: samples per batch.
+        batches: batches per round.
+        rounds: rounds.
+        json: file for the results.
+    """
+
+    dataset: Path | None = None
+    sizes: tuple[int, ...] = (96, 256)
+    episodes: int = 20
+    frames: int = 80
+    horizon: int = 16
+    batch_size: int = 64
+    batches: int = 2
+    rounds: int = 7
+    json: Path | None = None
+
+
+def make_dataset(root: Path, size: int, episodes: int, frames: int) -> Path:
+    """Episodes of a soft background over which a square moves, and random numbers."""
+    dimensions = tuple(Dimension(f"d{i}", "m", "world", -1.0, 1.0, "forward") for i in range(4))
+    spec = ActionSpec("benchmark arm", dimensions, "none", "none", FPS)
+    names, rng = ("a", "b", "c", "d"), np.random.default_rng(0)
+    views, provenance = {"camera": (size, size)}, {"seed": 0}
+    with Writer(
+        root, fps=FPS, action_spec=spec, state_names=names, views=views, robot_type="none", provenance=provenance
+    ) as out:
+        for episode in range(episodes):
+            coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 8, 8)))
+            soft = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 255)
+            images = np.repeat(soft[0].permute(1, 2, 0).numpy().astype(np.uint8)[None], frames, 0)
+            for i, side in enumerate(np.linspace(0, size * 3 // 4, frames).astype(int)):
+                images[i, side : side + size // 4, side : side + size // 4] = 255 - 2 * episode
+            numbers = rng.uniform(-1, 1, (2, frames, 4)).astype(np.float32)
+            out.add({"camera": images}, numbers[0], numbers[1], f"Task number {episode % 3}")
+    return root
+
+
+def require_same(ours: Batch, theirs: dict[str, Any], name: str) -> None:
+    """Refuse to compare readers that read different things."""
+    same = torch.equal(ours.action_BLD, theirs["action"]) and torch.equal(ours.valid_BL, theirs["valid"])
+    same &= torch.equal(ours.observation.state_BS, theirs["state"])
+    same &= list(ours.observation.instructions) == theirs["instruction"]
+    same &= all(torch.equal(image, theirs[view]) for view, image in ours.observation.images.items())
+    if not same:
+        raise SystemExit(f"'{name}' reads other samples than the frame cache")
+
+
+def measure(root: Path, options: Options) -> Case:
+    """All readers of one data set."""
+    dataset = Dataset.open(root)
+    began = time.perf_counter()
+    cache = FrameCache.open(dataset)
+    built = time.perf_counter() - began
+    windows = Windows(dataset, cache, options.horizon)
+    videos = {path for episode in dataset.episodes for path in dataset.video_paths(episode.index).values()}
+    sizes = ", ".join(f"{h}×{w}" for h, w in cache.shapes.values())
+    notes = {
+        "frame cache": f"built (or opened) in {built:.1f} s, {cache.nbytes / 1e6:.1f} MB for {len(dataset)} frames",
+        "videos": f"{sum(path.stat().st_size for path in videos) / 1e6:.1f} MB",
+    }
+    rng, amount = np.random.default_rng(1), options.batches * options.batch_size
+    with ExitStack() as stack:
+        frames = {"PyAV, kept open": kept_open(stack), "PyAV, reopened": reopened, "torchcodec": torchcodec_frames()}
+        readers: dict[str, Callable[[np.ndarray], Any]] = {"frame cache": windows.batch}
+        for name, frame in frames.items():
+            if frame is not None:
+                readers[name] = PerSample(dataset, options.horizon, frame).batch
+        few = rng.integers(0, len(windows), 8)
+        for name, batch in list(readers.items())[1:]:
+            require_same(windows.batch(few), batch(few), name)
+        if (theirs := lerobot_batch(dataset, options.horizon)) is not None:
+            readers["LeRobot"] = theirs
+        chosen = [rng.integers(0, len(windows), options.batch_size) for _ in range(options.batches)]
+        arms = {name: _all(batch, chosen) for name, batch in readers.items()}
+        return Case.of_rates(sizes, "samples/s", amount, seconds_in_turns(arms, options.rounds), notes)
+
+
+def _all(batch: Callable[[np.ndarray], Any], chosen: Sequence[np.ndarray]) -> Callable[[], None]:
+    def run() -> None:
+        for indices in chosen:
+            batch(indices)
+
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report."""
+    options = tyro.cli(Options, description=__doc__, args=argv)
+    torch.set_num_threads(1)
+    if options.dataset is not None:
+        return report("loader", options, [measure(options.dataset, options)], options.json)
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in options.sizes:
+            say(f"Making a data set of {options.episodes} × {options.frames} frames, {size}×{size}")
+            root = make_dataset(Path(folder) / str(size), size, options.episodes, options.frames)
+            cases.append(measure(root, options))
+    return report("loader", options, cases, options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
