@@ -105,7 +105,7 @@ class Case:
 
     @property
     def ratios(self) -> dict[str, Summary]:
-        """How many times faster the first way is than each other one."""
+        """How many times as long as the first way each other one takes, for the same work."""
         first, *others = self.values
         pairs = {arm: list(zip(self.values[first], self.values[arm], strict=True)) for arm in others}
         return {arm: Summary.of([a / b if self.is_rate else b / a for a, b in pair]) for arm, pair in pairs.items()}
@@ -116,7 +116,7 @@ class Case:
             "name": self.name,
             "unit": self.unit,
             "arms": {arm: asdict(Summary.of(each)) for arm, each in self.values.items()},
-            "first_is_faster_by": {arm: asdict(ratio) for arm, ratio in self.ratios.items()},
+            "times_as_long_as_first": {arm: asdict(ratio) for arm, ratio in self.ratios.items()},
             "notes": dict(self.notes),
         }
 
@@ -160,11 +160,10 @@ def table_of(case: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells of one case as JSON holds it."""
     unit = case["unit"]
     shown = ("min", "median", "max") if unit.endswith("/s") else ("median", "p99", "max")
-    first, *_ = case["arms"]
-    columns = ["way", *(f"{name}, {unit}" for name in shown), f"'{first}' is faster", "min to max"]
+    columns = ["way", *(f"{name}, {unit}" for name in shown), "× the first's time", "min to max"]
     rows = []
     for arm, summary in case["arms"].items():
-        ratio = case["first_is_faster_by"].get(arm)
+        ratio = case["times_as_long_as_first"].get(arm)
         versus = [f"{ratio['median']:.2f}×", f"{ratio['min']:.2f} to {ratio['max']:.2f}"] if ratio else ["", ""]
         rows.append([arm, *(f"{summary[name]:.4g}" for name in shown), *versus])
     return columns, rows
