@@ -30,9 +30,8 @@ format: setup-dev ## put style right where a machine can
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
-bench: setup-dev ## every script in benchmarks/: ratios measured side by side
-	@set -e; for script in benchmarks/[a-z]*.py; do \
-	    [ -e "$$script" ] || continue; echo "== $$script"; $(GL) $(OFFLINE) .venv/bin/python "$$script" $(ARGS); done
+bench: setup-dev ## every script in benchmarks/ with ratios measured side by side; ARGS="--only loader" for a part
+	@$(GL) $(OFFLINE) .venv/bin/python -m benchmarks.run_all $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,93 @@
+"""Every benchmark runs, at sizes that say nothing about speed, and writes what it promises."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from benchmarks import run_all
+from benchmarks._timing import Case, seconds_in_turns
+from vlaflow.simulators import gl
+
+TINY = {
+    "loader": ["--sizes", "32", "--episodes", "2", "--frames", "6", "--batch-size", "4", "--batches", "1"],
+    "operations": ["--batch", "2", "--tokens", "4", "--width", "32", "--heads", "2", "--parameters", "0.01"],
+    "training": ["--batch-size", "2", "--threads", "1", "--ladder", "--set", "backbone.depth=1", "backbone.image_size=32"],
+    "evaluation": [
+        "--envs",
+        "metaworld/drawer-open-v3",
+        "--steps",
+        "3",
+        "--episodes",
+        "1",
+        "--fast-size",
+        "32",
+        "--exact-size",
+        "32",
+    ],
+    "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
+    "startup": [],
+    "demo_steps": [],
+}
+ROUNDS = 2
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_the_other_tests():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def result(tmp_path):
+    """A function that runs a benchmark at a tiny size and reads its JSON."""
+
+    def run(name):
+        arguments = [*TINY[name], "--json", str(tmp_path / "out.json")]
+        if name == "evaluation":
+            gl.prepare()  # before anything imports mujoco
+            pytest.importorskip("metaworld")
+        if name == "demo_steps":
+            results = tmp_path / "results.json"
+            results.write_text(json.dumps({"minutes": {"kind": "Minutes", "install": None, "record": 1.5, "train": 6.0}}))
+            arguments += ["--results", str(results)]
+        else:
+            arguments += ["--rounds", "1" if name == "startup" else str(ROUNDS)]
+        assert importlib.import_module(f"benchmarks.{name}").main(arguments) == 0
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_benchmark_writes_positive_ratios_and_where_they_come_from(name, result):
+    data = result(name)
+    assert data["benchmark"] == name
+    assert data["cases"]
+    assert {"cpu", "amx", "threads", "versions"} <= data["machine"].keys()
+    for case in data["cases"]:
+        _, *others = case["arms"]
+        assert list(case["times_as_long_as_first"]) == others
+        numbers = [*case["arms"].values(), *case["times_as_long_as_first"].values()]
+        assert all(0 < n["min"] <= n["median"] <= n["max"] for n in numbers)
+    assert "| way |" in run_all.markdown(data)
+
+
+def test_all_benchmarks_are_run_by_run_all():
+    assert set(run_all.NAMES) == TINY.keys()
+
+
+def test_arms_take_turns():
+    """A, B, then B, A: whatever drifts, drifts for both."""
+    order = []
+    taken = seconds_in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
+    assert order in (list("abbaabba"), list("baabbaab"))
+    assert {name: len(each) for name, each in taken.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(("unit", "values"), [("ms", {"a": [1.0, 2.0], "b": [3.0, 6.0]}), ("x/s", {"a": [3, 6], "b": [1, 2]})])
+def test_a_ratio_is_taken_within_rounds_and_says_how_much_longer_the_other_way_takes(unit, values):
+    ratio = Case("case", unit, values).ratios["b"]
+    assert (ratio.min, ratio.median, ratio.max) == (3, 3, 3)
