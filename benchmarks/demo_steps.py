@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{options.results} holds no minutes by step: it comes from an evaluation, not from a demo.")
     whole = {"the whole demo": [sum(minutes for (minutes,) in spent.values())]}
     notes = {"machine of the demo": found.get("machine", "not recorded")}
-    return report("demo_steps", options, [Case(str(options.results), "min", whole | spent, notes)], options.json)
+    return report("demo_steps", options, [Case("wall time", "minutes", whole | spent, notes)], options.json)
 
 
 if __name__ == "__main__":
