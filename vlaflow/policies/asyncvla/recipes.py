@@ -16,11 +16,12 @@ def demo(data: DataSpec) -> TrainConfig:
     return TrainConfig(
         policy=tiny(data.state_dim, data.action_dim, data.views),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
-        steps=1000,
-        batch_size=64,
-        ema_decay=0.995,
-        shift=4,
+        steps=4500,
+        batch_size=32,
+        ema_decay=0.998,
         pauses=PauseRule(),
+        validate_every=500,
+        checkpoint_every=1000,
     )
 
 
@@ -33,9 +34,9 @@ def rater(policy: PolicyConfig) -> TrainConfig:
         policy=None,
         rater=tiny_rater(policy),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
-        steps=200,
-        batch_size=64,
-        ema_decay=0.98,
+        steps=400,
+        batch_size=32,
+        ema_decay=0.99,
         pauses=PauseRule(),
     )
 
