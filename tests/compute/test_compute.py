@@ -94,6 +94,11 @@ def test_a_synchronously_trained_checkpoint_refuses_regeneration():
         helpers.policy(masks="synchronous").act(helpers.observation(), Refine(AtRandom()))
 
 
+def test_the_refusal_can_be_waived_to_measure_what_it_protects_from():
+    chunk = helpers.policy(masks="synchronous").act(helpers.observation(), Refine(AtRandom(), any_training=True))
+    assert chunk.regenerated is not None
+
+
 @pytest.mark.parametrize("make", [lambda: Dense(0), lambda: BelowThreshold(1.5), lambda: AtRandom(-0.1)])
 def test_impossible_settings_are_refused(make):
     with pytest.raises(ConfigError):

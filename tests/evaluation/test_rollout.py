@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.conftest import ENV
-from vlaflow.compute.parse import parse, parse_all
+from vlaflow.compute.parse import Knobs, parse, parse_all
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.evaluation.latency import first_observations, measure
 from vlaflow.evaluation.rollout import (
@@ -37,7 +37,7 @@ def moments_of(checkpoint, compute):
 
 def test_results_are_the_same_bytes_at_any_number_of_workers(checkpoint):
     """Noise is a function of seed and chunk number, workers compute with one thread, and no time is recorded."""
-    jobs = plan([ENV], parse_all(["dense", "refine", "refine-random"], 2), episodes=2)
+    jobs = plan([ENV], parse_all(["dense", "refine", "refine-random"], Knobs(2)), episodes=2)
     seen = [
         json.dumps([asdict(e) for e in evaluate(checkpoint, jobs, SHORT, workers=workers)]).encode() for workers in (0, 1, 2)
     ]
@@ -97,7 +97,7 @@ def test_impossible_settings_are_refused(checkpoint, wrong):
 def test_latency_parts_add_up_to_the_total(checkpoint):
     policy = Policy.from_pretrained(checkpoint)
     seen = first_observations(policy, [ENV], [1000, 1001], "fast")
-    dense, refine = measure(policy, parse_all(["dense", "refine"], 2), seen, chunks=4, warm_up=1)
+    dense, refine = measure(policy, parse_all(["dense", "refine"], Knobs(2)), seen, chunks=4, warm_up=1)
     assert (dense.chunks, dense.evaluations, dense.layer_passes) == (4, 2.0, 3.0)
     assert {"prefix", "first"} <= set(dense.parts)
     assert "rater" not in dense.parts

@@ -231,6 +231,7 @@ def _train(
 
 
 def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:
+    from vlaflow.compute.parse import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
 
@@ -238,7 +239,7 @@ def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> 
         envs=settings.envs,
         computes=COMPUTES,
         episodes=settings.eval_episodes,
-        solver_steps=settings.solver_steps,
+        knobs=Knobs(settings.solver_steps),
         rollout=RolloutConfig(horizon=settings.horizon),
         latency_chunks=settings.latency_chunks,
         language_episodes=settings.language_episodes,

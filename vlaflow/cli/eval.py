@@ -33,6 +33,7 @@ class Eval:
         execute: actions executed per chunk; the checkpoint's own number by default.
         steps: solver steps per round.
         threshold: confidence below which refine makes an action anew.
+        any_training: refine a checkpoint that was not trained for it too, to see what becomes of it.
         horizon: steps after which an episode is cut off; the suite's own by default.
         render: picture quality; use the one the policy was trained with.
         seed: of the first episode; the others follow.
@@ -50,6 +51,7 @@ class Eval:
     execute: int | None = None
     steps: int = 10
     threshold: float = 0.5
+    any_training: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     horizon: int | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: int = 1000
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
+    from vlaflow.compute.parse import Knobs
     from vlaflow.evaluation.report import write_report
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
@@ -74,8 +77,7 @@ def main(argv: list[str]) -> int:
         computes=arguments.compute or ("dense",),
         episodes=arguments.episodes,
         first_seed=arguments.seed,
-        solver_steps=arguments.steps,
-        threshold=arguments.threshold,
+        knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training),
         rollout=RolloutConfig(arguments.execute, arguments.horizon, arguments.render, arguments.device),
         language_episodes=arguments.language,
         films=arguments.films,

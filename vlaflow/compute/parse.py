@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.dense import Dense
@@ -10,33 +11,49 @@ from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError, nearest
 
-NAMES: dict[str, Callable[[int, float], ComputePolicy]] = {
-    "dense": lambda steps, _: Dense(steps),
-    "refine": lambda steps, threshold: Refine(BelowThreshold(threshold), steps, Dense(steps)),
-    "refine-random": lambda steps, _: Refine(AtRandom(0.5), steps, Dense(steps)),
+
+@dataclass(frozen=True)
+class Knobs:
+    """What the command line may turn.
+
+    Args:
+        steps: solver steps per round.
+        threshold: confidence below which "refine" makes an action anew.
+        any_training: see ``Refine``.
+    """
+
+    steps: int = 10
+    threshold: float = 0.5
+    any_training: bool = False
+
+
+NAMES: dict[str, Callable[[Knobs], ComputePolicy]] = {
+    "dense": lambda k: Dense(k.steps),
+    "refine": lambda k: Refine(BelowThreshold(k.threshold), k.steps, Dense(k.steps), k.any_training),
+    "refine-random": lambda k: Refine(AtRandom(0.5), k.steps, Dense(k.steps), k.any_training),
 }
 
 
-def parse(name: str, steps: int = 10, threshold: float = 0.5) -> ComputePolicy:
-    """The compute policy of that name, with ``steps`` solver steps per round and a confidence threshold for "refine".
+def parse(name: str, knobs: Knobs = Knobs()) -> ComputePolicy:
+    """The compute policy of that name.
 
     Raises:
         ConfigError: with the nearest valid name.
     """
     if name not in NAMES:
         raise ConfigError(f"There is no compute policy '{name}'; {nearest(name, NAMES)}")
-    return NAMES[name](steps, threshold)
+    return NAMES[name](knobs)
 
 
-def parse_all(names: Sequence[str], steps: int = 10, threshold: float = 0.5) -> list[ComputePolicy]:
+def parse_all(names: Sequence[str], knobs: Knobs = Knobs()) -> list[ComputePolicy]:
     """Several, each once, in the order given."""
-    return [parse(name, steps, threshold) for name in dict.fromkeys(names)]
+    return [parse(name, knobs) for name in dict.fromkeys(names)]
 
 
-def able(model: Model, steps: int = 10) -> list[ComputePolicy]:
+def able(model: Model, knobs: Knobs = Knobs()) -> list[ComputePolicy]:
     """Every named compute policy that this model can run."""
     found = []
-    for compute in parse_all(list(NAMES), steps):
+    for compute in parse_all(list(NAMES), knobs):
         try:
             compute.needs.check(model, compute.name)
         except CapabilityError:

@@ -49,11 +49,14 @@ class Refine:
         doubt: which actions to make anew.
         steps: solver steps of the second round.
         inner: makes the first chunk.
+        any_training: also run on a checkpoint that never saw mixed clocks, to measure what becomes of it (claim C2 of the
+            paper: it collapses).
     """
 
     doubt: BelowThreshold | AtRandom = BelowThreshold()
     steps: int = 10
     inner: ComputePolicy = field(default_factory=Dense)
+    any_training: bool = False
 
     @property
     def name(self) -> str:
@@ -63,11 +66,11 @@ class Refine:
 
     @property
     def needs(self) -> Requirements:
-        """A rater where one is asked, unified training always, and whatever the first round needs."""
+        """A rater where one is asked, unified training unless waived, and whatever the first round needs."""
         return replace(
             self.inner.needs,
             rater=isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater,
-            unified_masks=True,
+            unified_masks=not self.any_training or self.inner.needs.unified_masks,
         )
 
     def decode(

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vlaflow.compute.parse import parse, parse_all
+from vlaflow.compute.parse import Knobs, parse, parse_all
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import films, language, results
 from vlaflow.evaluation.latency import first_observations, measure
@@ -34,8 +34,7 @@ class EvaluationConfig:
         computes: names of compute policies.
         episodes: per environment and compute policy.
         first_seed: episode i has the seed ``first_seed + i``.
-        solver_steps: per round.
-        threshold: confidence below which "refine" makes an action anew.
+        knobs: settings of the compute policies.
         rollout: how episodes are run.
         latency_chunks: chunks timed per compute policy.
         language_episodes: per environment and wrong instruction; 0 leaves the language-swap test out.
@@ -48,8 +47,7 @@ class EvaluationConfig:
     computes: tuple[str, ...] = ("dense",)
     episodes: int = 20
     first_seed: int = FIRST_SEED
-    solver_steps: int = 10
-    threshold: float = 0.5
+    knobs: Knobs = field(default_factory=Knobs)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 60
     language_episodes: int = 0
@@ -78,7 +76,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
     began = time.monotonic()
     folder = local_folder(checkpoint)
     envs = expand_env_names(config.envs)
-    computes = parse_all(config.computes, config.solver_steps, config.threshold)
+    computes = parse_all(config.computes, config.knobs)
     policy = Policy.from_pretrained(folder, config.rollout.device)
     rollout = replace(config.rollout, execute=config.rollout.execute or policy.config.execute)
     horizon = rollout.horizon or min(simulator_spec(parse_env_name(env)[0]).horizon for env in envs)
@@ -89,7 +87,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
     swap_horizon = min(config.language_horizon, horizon)
     swap = None
     if config.language_episodes:
-        dense = parse("dense", config.solver_steps)
+        dense = parse("dense", config.knobs)
         swap = language.plan_swap(envs, dense, config.language_episodes, config.first_seed, swap_horizon)
         if "dense" not in config.computes:
             raise ConfigError("The language-swap test compares with the dense policy: add --compute dense.")
@@ -111,7 +109,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
         execute=rollout.execute or 0,
         horizon=horizon,
         render=rollout.render,
-        solver_steps=config.solver_steps,
+        solver_steps=config.knobs.steps,
     )
     dense_episodes = [e for e in episodes if e.compute == "dense"]
     found = Results(
