@@ -16,7 +16,7 @@ def demo(data: DataSpec) -> TrainConfig:
     return TrainConfig(
         policy=tiny(data.state_dim, data.action_dim, data.views),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
-        steps=4500,
+        steps=3700,
         batch_size=32,
         ema_decay=0.998,
         pauses=PauseRule(),
@@ -34,9 +34,9 @@ def rater(policy: PolicyConfig) -> TrainConfig:
         policy=None,
         rater=tiny_rater(policy),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
-        steps=400,
+        steps=250,
         batch_size=32,
-        ema_decay=0.99,
+        ema_decay=0.98,
         pauses=PauseRule(),
     )
 
