@@ -31,7 +31,7 @@ def test_the_page_holds_every_number(page):
         for step in (min(s for s in entry.first_success_steps if s), max(s for s in entry.first_success_steps if s)):
             assert f"<td>{step}</td>" in page
     for entry in made.latency:
-        assert f"<td>{entry.total.p50:.2f}</td><td>{entry.total.p99:.2f}</td>" in page
+        assert f"<td>{entry.total.p50:.1f}</td><td>{entry.total.p99:.1f}</td>" in page
         assert f"<td>{entry.layer_passes:.1f}</td>" in page
     for entry in made.language:
         assert f"{entry.successes}/{entry.episodes} <small>{percent(entry.interval)}</small>" in page

@@ -142,8 +142,8 @@ def _film_one(task: tuple[EpisodeJob, Episode], policy: Policy, *, folder: str, 
     stem = f"{job.env.rpartition('/')[2]}-{job.compute.name}-{job.seed}"
     steps_shown = [min(i * every, episode.steps) for i in range(len(frames))]
     outcome = f"success at step {episode.first_success_step}" if episode.success else f"no success in {episode.steps} steps"
-    title = f"{job.env.rpartition('/')[2]}, {job.compute.name}, seed {job.seed}"
-    captioned = [caption(f, title, f"step {s}: {outcome}") for f, s in zip(frames, steps_shown, strict=True)]
+    lines = (job.env.rpartition("/")[2], f"{job.compute.name}, seed {job.seed}")
+    captioned = [caption(f, *lines, f"step {s}: {outcome}") for f, s in zip(frames, steps_shown, strict=True)]
     write_mp4(captioned + [captioned[-1]] * (FRAMES_PER_SECOND // 2), Path(folder) / f"{stem}.mp4")
     chosen = sorted({0, len(seen) // 2})
     moments = tuple(_moment(seen[i], f"{stem}-{seen[i][0]}.png", Path(folder)) for i in chosen)

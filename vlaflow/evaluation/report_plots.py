@@ -122,10 +122,14 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
         held = [(e["step"], e["validation"]["loss"]) for e in entries if e.get("validation") is not None]
         if held:
             axis.plot(*zip(*held, strict=True), color=SERIES[1], marker="s", ms=4, ls="--", lw=1.2, label="held-out episodes")
-        axis.set(xlabel="optimiser steps", ylabel=label, yscale="log")
-        axis.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set(xlabel="optimiser steps", ylabel=label)
+        if values.max() > 10 * values.min() > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_ylim(bottom=0)
         axis.legend(loc="upper right")
         return done()
 

@@ -184,7 +184,7 @@ class Policy:
         chunks = self._decode(observations, compute or Dense(), generators)
         return chunks[0] if single else chunks
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _decode(self, observations: list[Observation], compute: ComputePolicy, generators: list[Generator]) -> list[Chunk]:
         compute.needs.check(self.model, compute.name)
         watch = Stopwatch(self.device)
