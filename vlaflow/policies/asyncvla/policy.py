@@ -15,7 +15,7 @@ from vlaflow.policies.base import PolicyConfig
 
 
 def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfig:
-    """A policy of 1.1 M parameters that learns from scratch on a laptop CPU: chunks of 16, 8 executed.
+    """A policy of 1.0 M parameters that learns from scratch on a laptop CPU: chunks of 16, 8 executed.
 
     Nine tokens per view (cells of 32 pixels) and width 128: at equal processor time, 36 tokens or width 192 ended at a
     higher validation loss (docs/log.md).

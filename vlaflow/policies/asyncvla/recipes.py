@@ -16,7 +16,7 @@ def demo(data: DataSpec) -> TrainConfig:
     return TrainConfig(
         policy=tiny(data.state_dim, data.action_dim, data.views),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
-        steps=3700,
+        steps=3500,
         batch_size=32,
         ema_decay=0.998,
         pauses=PauseRule(),
