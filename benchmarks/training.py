@@ -116,7 +116,7 @@ def naive_step(policy: Policy, optim: OptimConfig, batch: Batch, style: Style) -
             [seen.instructions[i] for i in rows],
         )
         action_BLD = batch.action_BLD[rows]
-        mask_BL = gaussian.sample_mask(len(rows), c.horizon, generator)
+        mask_BL = gaussian.sample_mask(len(rows), c.horizon, generator, c.whole)
         clock_BL = gaussian.sample_time((len(rows), 1), generator) * mask_BL
         noise_BLD = torch.randn(action_BLD.shape, generator=generator)
         with autocast(style.bf16, CPU):

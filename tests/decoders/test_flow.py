@@ -64,7 +64,7 @@ def test_all_ones_masks_give_the_synchronous_loss_bit_for_bit(monkeypatch):
     policy = helpers.policy(masks="unified")
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     targets = Targets(torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
-    monkeypatch.setattr(gaussian, "sample_mask", lambda b, horizon, generator: torch.ones(b, horizon))
+    monkeypatch.setattr(gaussian, "sample_mask", lambda b, horizon, generator, whole: torch.ones(b, horizon))
     unified = decoder.loss(prefix, targets, torch.Generator().manual_seed(3)).total
     decoder.config = dataclasses.replace(decoder.config, masks="synchronous")
     synchronous = decoder.loss(prefix, targets, torch.Generator().manual_seed(3)).total

@@ -63,6 +63,14 @@ def test_masks_have_a_uniform_number_of_ones():
     assert stats.chisquare(counts).pvalue > 0.01
 
 
+def test_a_share_of_the_masks_can_be_whole():
+    """P(all ones) = whole + (1 − whole)/(L + 1), and the rest stays uniform in its number of ones."""
+    mask = gaussian.sample_mask(20_000, 4, torch.Generator().manual_seed(0), whole=0.5)
+    counts = torch.bincount(mask.sum(1).long(), minlength=5).numpy()
+    assert stats.chisquare(counts, [2000, 2000, 2000, 2000, 12000]).pvalue > 0.01
+    assert gaussian.sample_mask(100, 4, torch.Generator().manual_seed(0), whole=1.0).all()
+
+
 def test_excluded_tokens_do_not_touch_the_loss_or_its_gradient():
     error = draw(0, 2, 4, 3).requires_grad_()
     weight = torch.tensor([[1.0, 1, 0, 0], [1, 0, 1, 0]])

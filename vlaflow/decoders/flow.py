@@ -33,6 +33,7 @@ class FlowConfig:
         horizon: actions per chunk, L.
         padded_dim: dimensions the network sees, zero beyond D (pretrained heads use 32); None for D itself.
         masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
+        whole: share of the unified draws that noise every token after all; 0 is the paper.
         draws: noise, time and mask draws per observation and step, K; they share one prefix.
         time_alpha: training times are Beta(time_alpha, 1).
         time_floor: smallest training time.
@@ -42,6 +43,7 @@ class FlowConfig:
     horizon: int = 16
     padded_dim: int | None = None
     masks: Literal["unified", "synchronous"] = "unified"
+    whole: float = 0.0
     draws: int = 2
     time_alpha: float = 1.5
     time_floor: float = 0.001
@@ -49,6 +51,8 @@ class FlowConfig:
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:
             raise ConfigError(f"padded_dim {self.padded_dim} is smaller than action_dim {self.action_dim}.")
+        if not 0 <= self.whole <= 1:
+            raise ConfigError(f"whole is a share of the draws, in [0, 1], got {self.whole}.")
         if min(self.horizon, self.draws) < 1:
             raise ConfigError(f"horizon and draws must be at least 1, got {self.horizon} and {self.draws}.")
 
@@ -124,7 +128,7 @@ class FlowDecoder(Decoder[FlowState]):
         b = action_BLX.shape[0]
         mask_BL = torch.ones(b, c.horizon)
         if c.masks == "unified":
-            mask_BL = gaussian.sample_mask(b, c.horizon, generator)
+            mask_BL = gaussian.sample_mask(b, c.horizon, generator, c.whole)
         time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
         mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)

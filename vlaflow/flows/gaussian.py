@@ -53,13 +53,20 @@ def sample_time(shape: Sequence[int], generator: Generator, alpha: float = 1.5, 
     return floor + (1 - floor) * torch.rand(tuple(shape), generator=generator) ** (1 / alpha)
 
 
-def sample_mask(batch: int, horizon: int, generator: Generator) -> Tensor:
+def sample_mask(batch: int, horizon: int, generator: Generator, whole: float = 0.0) -> Tensor:
     """AsyncVLA's unified training mask: y ~ U(0, 1) per sample, then m_l ~ Bernoulli(y) per token (Alg. 2).
+
+    Args:
+        batch, horizon: B and L.
+        generator: of all randomness.
+        whole: probability that a sample's y is 1, so that all its tokens are noised, beyond what the paper draws; the
+            rest keeps y ~ U(0, 1).
 
     Returns:
         float (B, L): 1 where a token is noised and learned, 0 where it is given clean as context.
     """
     y_B1 = torch.rand(batch, 1, generator=generator)
+    y_B1 = y_B1 / (1 - whole) if whole < 1 else torch.ones_like(y_B1)
     return (torch.rand(batch, horizon, generator=generator) < y_B1).float()
 
 

@@ -18,12 +18,13 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
     """A policy of 1.0 M parameters that learns from scratch on a laptop CPU: chunks of 16, 8 executed.
 
     Nine tokens per view (cells of 32 pixels) and width 128: at equal processor time, 36 tokens or width 192 ended at a
-    higher validation loss (docs/log.md).
+    higher validation loss (docs/log.md). Half of the draws noise every action: with the paper's masks alone a short
+    training learns to copy neighbouring actions before it learns to look.
     """
     return PolicyConfig(
         system="asyncvla",
         backbone=TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, heads=4, ffn=512),
-        decoder=FlowConfig(action_dim=action_dim, horizon=16, draws=2),
+        decoder=FlowConfig(action_dim=action_dim, horizon=16, draws=2, whole=0.5),
     )
 
 
