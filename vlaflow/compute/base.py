@@ -73,7 +73,7 @@ class Decoded:
         action_BLD: float32, normalised.
         prefix: the observation as deep as it was encoded, for whoever continues.
         evaluations: decoder evaluations, per observation.
-        layer_passes_B: network layers run per observation, over prefix, solver steps and rater.
+        layer_passes: network layers run per observation, over prefix, solver steps and rater.
         confidence_BL: the rater's, where one was asked.
         regenerated_BL: bool, actions made anew.
         draft_BLD: the chunk before refinement.

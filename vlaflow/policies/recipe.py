@@ -42,7 +42,7 @@ class OptimConfig:
 
     Args:
         learning_rate: peak rate.
-        warmup_steps: linear from 0.
+        warmup_steps: linear up to the peak; the first step has 1 / warmup_steps of it.
         schedule: after the warm-up.
         final_fraction: share of the peak that the cosine ends at.
         clip_norm: largest gradient norm; larger ones are scaled down.
