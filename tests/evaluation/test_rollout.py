@@ -29,7 +29,7 @@ SHORT = RolloutConfig(horizon=10)
 def moments_of(checkpoint, compute):
     """Every chunk of one short episode."""
     policy, chunks = Policy.from_pretrained(checkpoint), []
-    job = EpisodeJob(ENV, parse(compute, 2), 1000)
+    job = EpisodeJob(ENV, parse(compute, Knobs(steps=2)), 1000)
     with one_thread():
         episode = play(policy, open_env(policy, ENV, "fast"), job, SHORT, look=lambda step, seen, chunk: chunks.append(chunk))
     return episode, chunks
