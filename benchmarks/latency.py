@@ -23,7 +23,7 @@ from torch import Generator
 from benchmarks._timing import Case, report, seconds_in_turns
 from benchmarks.training import make_policy
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.config import override
@@ -88,7 +88,9 @@ class Recomputed:
             with watch.part("first"):
                 state = model.decoder.advance(state, whole)
         passes = model.backbone.spec.depth * 2 * self.steps
-        return Decoded(model.decoder.finish(state), whole, self.steps, passes)
+        rows = torch.arange(prefix.batch, device=prefix.hidden_BPW.device)
+        depth, each = (whole.depth,) * prefix.batch, (self.steps,) * prefix.batch
+        return Decoded(model.decoder.finish(state), (Group(rows, whole),), depth, each, (passes,) * prefix.batch)
 
 
 def make_observation(policy: Policy) -> Observation:

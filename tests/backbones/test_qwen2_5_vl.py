@@ -251,7 +251,7 @@ def test_a_suffix_on_the_cached_prefix_is_the_whole_sequence_recomputed(folder, 
     """Actions see the whole prefix and each other; the prefix never sees them, so its keys and values stay exact."""
     prefix = backbone.embed(OBSERVED)
     suffix_BTW = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
-    cached_BTW = SharedStack()(suffix_BTW, backbone.run(prefix))
+    cached_BTW = SharedStack(64)(suffix_BTW, backbone.run(prefix))
     torch.testing.assert_close(cached_BTW, suffix_reference(folder, prefix, suffix_BTW), **ROUNDING)
 
 
@@ -260,9 +260,9 @@ def test_draws_share_one_prefix(backbone):
     """Three draws of two observations are what six single calls give, on keys and values for two."""
     prefix = backbone.run(backbone.embed(OBSERVED))
     suffix_BTW = torch.randn(6, 4, 64, generator=torch.Generator().manual_seed(2))
-    together_BTW = SharedStack()(suffix_BTW, prefix)
+    together_BTW = SharedStack(64)(suffix_BTW, prefix)
     for draw in range(3):
-        torch.testing.assert_close(together_BTW[draw::3], SharedStack()(suffix_BTW[draw::3], prefix), **ROUNDING)
+        torch.testing.assert_close(together_BTW[draw::3], SharedStack(64)(suffix_BTW[draw::3], prefix), **ROUNDING)
     assert all(m.key_CGPE.shape[0] == 2 for m in prefix.memory)
 
 
@@ -270,11 +270,11 @@ def test_draws_share_one_prefix(backbone):
 def test_company_changes_nothing(backbone):
     """Padding beside a longer instruction leaves the actions' hidden states as they were alone."""
     suffix_BTW = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(3))
-    together_BTW = SharedStack()(suffix_BTW, backbone.run(backbone.embed(OBSERVED)))
+    together_BTW = SharedStack(64)(suffix_BTW, backbone.run(backbone.embed(OBSERVED)))
     for i, one in enumerate(observations()):
         alone = backbone.run(backbone.embed(ObservationBatch.collate([one])))
         assert alone.seen_BP is None
-        torch.testing.assert_close(together_BTW[i : i + 1], SharedStack()(suffix_BTW[i : i + 1], alone), **ROUNDING)
+        torch.testing.assert_close(together_BTW[i : i + 1], SharedStack(64)(suffix_BTW[i : i + 1], alone), **ROUNDING)
 
 
 @torch.no_grad()
@@ -376,7 +376,7 @@ def training_batch():
 
 def gradients(made):
     made.model.train()
-    made.loss(training_batch(), torch.Generator().manual_seed(7)).total.backward()
+    made.loss(training_batch(), torch.Generator().manual_seed(7), torch.Generator()).total.backward()
     return {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
 
 
@@ -433,7 +433,7 @@ def test_asyncvla_3b_has_the_published_size():
 def test_the_recipe_names_parts_that_exist(backbone):
     """A learning rate for a misspelt prefix would silently be the default one."""
     recipe = libero(DataSpec(8, 7, ("agent", "wrist")))
-    names = [n for n, _ in Model(backbone, FlowConfig(7).build(64)).named_parameters()]
+    names = [n for n, _ in Model(backbone, FlowConfig(7).build(backbone.spec)).named_parameters()]
     for group in recipe.optim.groups:
         assert any(n.startswith(group.prefix) for n in names), group.prefix
 

@@ -30,8 +30,8 @@ def test_the_prefix_is_encoded_once_whatever_happens_afterwards(compute, monkeyp
     assert sum(tokens != policy.model.decoder.horizon for _, tokens in calls) == 2
     assert sum(tokens == policy.model.decoder.horizon for _, tokens in calls) == 2 * 5 * rounds
     rater = policy.config.rater.depth if isinstance(getattr(compute, "doubt", None), BelowThreshold) else 0
-    assert out.layer_passes == len(calls) + rater
-    assert out.evaluations == 5 * rounds
+    assert out.layer_passes == (len(calls) + rater,) * 2
+    assert out.evaluations == (5 * rounds,) * 2
 
 
 def test_refinement_is_skipped_when_nothing_is_doubted(monkeypatch):
@@ -67,9 +67,8 @@ def test_doubting_everything_makes_a_whole_new_chunk_as_dense_would_from_that_no
     torch.randn(6, 4, generator=generator)  # the first round's noise
     torch.rand(6, generator=generator)  # the mask
     with torch.no_grad():
-        state = policy.model.decoder.start(out.prefix, [generator], 10)
-        again = policy.model.decoder.advance(state, out.prefix, 10)
-    torch.testing.assert_close(out.action_BLD, policy.model.decoder.finish(again), rtol=0, atol=1e-6)
+        again = policy.model.decoder.sample(out.groups[0].prefix, [generator], 10)
+    torch.testing.assert_close(out.action_BLD, again, rtol=0, atol=1e-6)
 
 
 def test_committed_actions_are_never_doubted(monkeypatch):

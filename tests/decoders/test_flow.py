@@ -110,7 +110,7 @@ def test_padded_and_paused_steps_do_not_touch_the_loss():
     valid[:, 4:] = False
     action = torch.randn(2, 6, 4)
     # the network sees padded tokens as context, so only their targets may not matter: hold its output fixed
-    decoder.velocity = lambda x, clock, prefix: torch.zeros_like(x)
+    decoder.codec.decode = lambda hidden: torch.zeros(*hidden.shape[:2], 4)
     changed = action.clone()
     changed[:, 4:] += 100
     losses = [decoder.loss(prefix, Targets(a, valid), torch.Generator().manual_seed(0)).total for a in (action, changed)]

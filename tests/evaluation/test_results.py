@@ -33,7 +33,7 @@ def test_the_file_has_the_promised_keys(tmp_path):
     ("damage", "error", "words"),
     [
         (lambda d: d | {"format": "vlaflow results 9"}, DataError, "vlaflow results 9"),
-        (lambda d: d | {"comand": "x"}, ConfigError, "did you mean 'command'"),
+        (lambda d: d | {"kommand": "x"}, ConfigError, "did you mean 'command'"),
         (lambda d: {k: v for k, v in d.items() if k != "versions"}, ConfigError, "versions"),
         (lambda d: d["evaluations"][0].update(seeds="1000") or d, ConfigError, "seeds"),
     ],

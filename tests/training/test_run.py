@@ -138,7 +138,7 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
     batch = type(batch)(
         batch.observation, batch.action_BLD.repeat(1, 4, 1), batch.valid_BL.repeat(1, 4), batch.episode_B, batch.frame_B
     )
-    RaterStage(policy, steps=2).loss(batch, torch.Generator().manual_seed(0)).total.backward()
+    RaterStage(policy, steps=2).loss(batch, torch.Generator().manual_seed(0), torch.Generator()).total.backward()
     assert all(p.grad is None for p in policy.model.backbone.parameters())
     assert all(p.grad is None for p in policy.model.decoder.parameters())
     assert all(p.grad is not None for p in policy.model.rater.parameters())
@@ -150,7 +150,7 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
         (["--policy", "nowhere"], ConfigError, "starts from scratch; leave --policy out"),
         (["--set", "optim.lerning_rate=1"], ConfigError, "did you mean 'learning_rate'"),
         (["--set", "steps"], ConfigError, "--set takes KEY=VALUE"),
-        (["--set", 'policy.backbone.views=["fromt"]'], SpecError, "fromt"),
+        (["--set", 'policy.backbone.views=["frrnt"]'], SpecError, "frrnt"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(dataset, tmp_path, change, kind, message):

@@ -220,7 +220,7 @@ class MeanStage:
         torch.manual_seed(0)
         self.module = nn.Linear(3, 2)
 
-    def loss(self, batch, generator):
+    def loss(self, batch, generator, shared):
         error_BLD = batch.action_BLD - self.module(batch.observation.state_BS)[:, None]
         weight = batch.valid_BL.float()
         total = (error_BLD.square().sum(-1) * weight).sum() / weight.sum()

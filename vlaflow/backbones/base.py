@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues
+from vlaflow.nn.block import Rotate
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -27,7 +28,8 @@ Rotary = tuple[Tensor, Tensor]
 class BackboneSpec:
     """What stacks and cost models need to know of a backbone.
 
-    ``attention`` is how prefix tokens see each other: "full", or "causal" as in pretrained language models.
+    ``attention`` is how prefix tokens see each other: "full", or "causal" as in pretrained language models; ``state_dim`` is
+    the length of the proprioceptive state it is made for; ``rotary`` says that its positions are rotations.
     """
 
     depth: int
@@ -36,6 +38,8 @@ class BackboneSpec:
     kv_heads: int
     head_dim: int
     attention: Literal["full", "causal"] = "full"
+    state_dim: int = 0
+    rotary: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Prefix:
         memory: keys and values of every layer that has run.
         rotary: cosines and sines of the prefix positions, for backbones that rotate.
         next_position_B: position of the first suffix token, for backbones that count positions.
+        state_BS: the normalised proprioceptive state, for stacks that read it themselves.
     """
 
     backbone: Backbone
@@ -57,6 +62,7 @@ class Prefix:
     memory: tuple[KeyValues, ...] = ()
     rotary: Rotary | None = None
     next_position_B: Tensor | None = None
+    state_BS: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -71,6 +77,18 @@ class Prefix:
     def detach(self) -> Prefix:
         """The same prefix without a path back to the backbone (gradient truncation)."""
         return replace(self, hidden_BPW=self.hidden_BPW.detach(), memory=tuple(m.detach() for m in self.memory))
+
+    def select(self, row_R: Tensor) -> Prefix:
+        """Some of the observations, in the order of the int64 indices."""
+        return replace(
+            self,
+            hidden_BPW=self.hidden_BPW[row_R],
+            seen_BP=None if self.seen_BP is None else self.seen_BP[row_R],
+            memory=tuple(m.select(row_R) for m in self.memory),
+            rotary=None if self.rotary is None else self.backbone.select_rotary(self.rotary, row_R),
+            next_position_B=None if self.next_position_B is None else self.next_position_B[row_R],
+            state_BS=None if self.state_BS is None else self.state_BS[row_R],
+        )
 
 
 class Backbone(nn.Module, ABC):
@@ -111,6 +129,17 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
         """Give suffix tokens their positions after the prefix (added, or as a rotation for ``layer``)."""
+
+    def rotation(self, prefix: Prefix, batch: int, tokens: int) -> Rotate | None:
+        """How an expert rotates suffix tokens to the positions after the prefix, draws innermost in the batch.
+
+        None where this backbone's positions are not rotations: the expert then learns positions of its own.
+        """
+        return None
+
+    def select_rotary(self, rotary: Rotary, row_R: Tensor) -> Rotary:
+        """Rows of the rotation of the prefix positions, whose first dimension is the batch unless a backbone says otherwise."""
+        return rotary[0][row_R], rotary[1][row_R]
 
     @abstractmethod
     def finish(self, hidden_BTW: Tensor) -> Tensor:

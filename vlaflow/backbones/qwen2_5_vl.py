@@ -28,6 +28,7 @@ from vlaflow.backbones.qwen2_5_vl_prompt import PromptReader, open_pretrained, t
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, SpecError
 from vlaflow.nn.attention import KeyValues, attend, causal_mask
+from vlaflow.nn.block import Rotate
 
 PATCH = 28 * 28  # pixels of one image token: 2 × 2 patches of 14 × 14
 
@@ -128,7 +129,14 @@ class QwenBackbone(Backbone):
         text = full.config.text_config
         heads, width = text.num_attention_heads, text.hidden_size
         self.spec = BackboneSpec(
-            text.num_hidden_layers, width, heads, text.num_key_value_heads, width // heads, attention="causal"
+            text.num_hidden_layers,
+            width,
+            heads,
+            text.num_key_value_heads,
+            width // heads,
+            attention="causal",
+            state_dim=config.state_dim,
+            rotary=True,
         )
         self.state = nn.Linear(config.padded_state, width)
         self._rotate = hub.models.qwen2_5_vl.modeling_qwen2_5_vl.apply_rotary_pos_emb
@@ -172,6 +180,7 @@ class QwenBackbone(Backbone):
             seen_BP=None if bool(prompt.seen_BP.all()) else prompt.seen_BP.to(device),
             rotary=self.network.language_model.rotary_emb(hidden_BPW, position_3BP.to(device)),
             next_position_B=next_position_B.to(device),
+            state_BS=observation.state_BS,
         )
 
     def layer(
@@ -217,11 +226,23 @@ class QwenBackbone(Backbone):
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
         """Text positions that continue each observation's own; draws innermost, as in ``attend``."""
-        assert prefix.next_position_B is not None
-        first_B = prefix.next_position_B.repeat_interleave(suffix_BTW.shape[0] // prefix.batch)
-        position_BT = first_B[:, None] + torch.arange(suffix_BTW.shape[1], device=first_B.device)
         suffix_BTW = suffix_BTW.to(prefix.hidden_BPW.dtype)
-        return suffix_BTW, self.network.language_model.rotary_emb(suffix_BTW, position_BT.expand(3, -1, -1))
+        return suffix_BTW, self._after(prefix, *suffix_BTW.shape[:2])
+
+    def rotation(self, prefix: Prefix, batch: int, tokens: int) -> Rotate:
+        """See the base class."""
+        cosine, sine = self._after(prefix, batch, tokens)
+        return lambda query_BHTE, key_BGTE: self._rotate(query_BHTE, key_BGTE, cosine, sine)
+
+    def select_rotary(self, rotary: Rotary, row_R: Tensor) -> Rotary:
+        """The first dimension is the kind of position (time, height, width)."""
+        return rotary[0][:, row_R], rotary[1][:, row_R]
+
+    def _after(self, prefix: Prefix, batch: int, tokens: int) -> Rotary:
+        assert prefix.next_position_B is not None
+        first_B = prefix.next_position_B.repeat_interleave(batch // prefix.batch)
+        position_BT = first_B[:, None] + torch.arange(tokens, device=first_B.device)
+        return self.network.language_model.rotary_emb(prefix.hidden_BPW, position_BT.expand(3, -1, -1))
 
     def finish(self, hidden_BTW: Tensor) -> Tensor:
         """The final RMSNorm."""

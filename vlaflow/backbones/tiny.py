@@ -110,7 +110,7 @@ class TinyBackbone(Backbone):
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.spec = BackboneSpec(c.depth, c.width, c.heads, c.heads, c.width // c.heads)
+        self.spec = BackboneSpec(c.depth, c.width, c.heads, c.heads, c.width // c.heads, state_dim=c.state_dim)
         stem = ConvStem if c.stem == "conv" else PatchStem
         self.stems = nn.ModuleList(stem(c.cell, c.width) for _ in c.views)
         cells, texts = (c.image_size // c.cell) ** 2, c.text_bytes // c.text_patch
@@ -148,9 +148,9 @@ class TinyBackbone(Backbone):
         position_PW = torch.cat((self.prefix_position[: images + texts], self.prefix_position[-1:]))
         hidden_BPW = torch.cat(tokens, 1) + position_PW
         if bool(written_BT.all()):
-            return Prefix(self, hidden_BPW)
+            return Prefix(self, hidden_BPW, state_BS=observation.state_BS)
         seen_BP = functional.pad(functional.pad(written_BT, (images, 0), value=True), (0, 1), value=True)
-        return Prefix(self, hidden_BPW, seen_BP)
+        return Prefix(self, hidden_BPW, seen_BP, state_BS=observation.state_BS)
 
     def layer(
         self,

@@ -26,6 +26,8 @@ class Requirements:
 
     rater: bool = False
     unified_masks: bool = False
+    given: bool = False
+    exits: tuple[int, ...] = ()
 
     def check(self, model: Model, compute: str) -> None:
         """Refuse a model that lacks something.
@@ -38,10 +40,20 @@ class Requirements:
                 f"{compute} needs a confidence rater and this checkpoint has none. "
                 "Train one: vlaflow train asyncvla.rater --policy CKPT --dataset DIR --out DIR"
             )
-        if self.unified_masks and model.decoder.config.masks != "unified":
+        if self.unified_masks and not model.decoder.regenerates:
             raise CapabilityError(
-                f"{compute} regenerates single actions, and this checkpoint was trained with masks='"
-                f"{model.decoder.config.masks}'. Train with masks='unified'."
+                f"{compute} regenerates single actions, which this checkpoint was not trained for. Train a flow decoder with "
+                f"masks='unified'."
+            )
+        if self.given and not model.decoder.takes_given:
+            raise CapabilityError(
+                f"{compute} starts from an earlier answer, which a {type(model.decoder).__name__} cannot. "
+                "Use a flow decoder, or a warm start of 'fresh' or 'same'."
+            )
+        if missing := [depth for depth in self.exits if depth not in model.depths]:
+            raise CapabilityError(
+                f"{compute} answers at depth {missing[0]}, and this checkpoint learned to answer only at {list(model.depths)}. "
+                "Train with exits (policy.exits), or choose among these."
             )
 
 
@@ -66,23 +78,33 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Observations that were encoded equally deep: their places in the batch, int64 (R,), and their prefix."""
+
+    row_R: Tensor
+    prefix: Prefix
+
+
+@dataclass(frozen=True)
 class Decoded:
     """Normalised chunks for B observations and how they came about.
 
     Args:
         action_BLD: float32, normalised.
-        prefix: the observation as deep as it was encoded, for whoever continues.
-        evaluations: decoder evaluations, per observation.
-        layer_passes: network layers run per observation, over prefix, solver steps and rater.
+        groups: the observations as deep as they were encoded, for whoever continues.
+        layers: depth each chunk was made at, B of them.
+        evaluations: decoder evaluations, B.
+        layer_passes: network layers run over prefix, solver steps and rater, B.
         confidence_BL: the rater's, where one was asked.
         regenerated_BL: bool, actions made anew.
         draft_BLD: the chunk before refinement.
     """
 
     action_BLD: Tensor
-    prefix: Prefix
-    evaluations: int
-    layer_passes: int
+    groups: tuple[Group, ...]
+    layers: tuple[int, ...]
+    evaluations: tuple[int, ...]
+    layer_passes: tuple[int, ...]
     confidence_BL: Tensor | None = None
     regenerated_BL: Tensor | None = None
     draft_BLD: Tensor | None = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Generator
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import Decoded, Requirements, Stopwatch
+from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
 from vlaflow.decoders.base import Given
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
@@ -42,6 +43,12 @@ class Dense:
         with watch.part("prefix"):
             prefix = model.backbone.run(prefix)
         with watch.part("first"):
-            state = model.decoder.start(prefix, generators, self.steps, given)
-            action_BLD = model.decoder.finish(model.decoder.advance(state, prefix, self.steps))
-        return Decoded(action_BLD, prefix, self.steps, depth * (1 + self.steps))
+            action_BLD = model.decoder.sample(prefix, generators, self.steps, given)
+        batch, evaluations = prefix.batch, model.decoder.evaluations(self.steps)
+        return Decoded(
+            action_BLD,
+            groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
+            layers=(depth,) * batch,
+            evaluations=(evaluations,) * batch,
+            layer_passes=(depth * (1 + evaluations),) * batch,
+        )

@@ -69,6 +69,7 @@ class Refine:
         """A rater where one is asked, unified training unless waived, and whatever the first round needs."""
         return replace(
             self.inner.needs,
+            given=True,
             rater=isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater,
             unified_masks=not self.any_training or self.inner.needs.unified_masks,
         )
@@ -76,33 +77,57 @@ class Refine:
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
     ) -> Decoded:
-        """See ``ComputePolicy``. Actions given at clock 0 are never doubted."""
+        """See ``ComputePolicy``. Actions given at clock 0 are never doubted.
+
+        Where the first round ended early, doubt and regeneration have the whole depth: what was not sure gets everything.
+        """
         first = self.inner.decode(model, prefix, generators, watch, given)
-        prefix, draft_BLD, passes, confidence_BL = first.prefix, first.action_BLD, first.layer_passes, first.confidence_BL
-        if isinstance(self.doubt, BelowThreshold):
-            if model.rater is None:
-                raise CapabilityError("Refinement by confidence needs a rater.")
-            with watch.part("rater"):
-                confidence_BL = model.rater(prefix, draft_BLD)
-                doubted_BL = confidence_BL < self.doubt.threshold
-            passes += model.rater.config.depth
-        else:
-            doubted_BL = self._at_random(generators, draft_BLD, self.doubt.probability)
-        if given is not None:
-            doubted_BL = doubted_BL & (given.clock_BL > 0)
-        done = replace(first, layer_passes=passes, confidence_BL=confidence_BL, regenerated_BL=doubted_BL, draft_BLD=draft_BLD)
-        if not bool(doubted_BL.any()):
-            return done
-        with watch.part("refine"):
-            state = model.decoder.start(prefix, generators, self.steps, Given(draft_BLD, doubted_BL.float()))
-            action_BLD = model.decoder.finish(model.decoder.advance(state, prefix, self.steps))
-        return replace(
-            done,
-            action_BLD=action_BLD,
-            evaluations=first.evaluations + self.steps,
-            layer_passes=passes + self.steps * prefix.depth,
+        draft_BLD, device = first.action_BLD, first.action_BLD.device
+        action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
+        confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if isinstance(self.doubt, BelowThreshold) else None
+        layers, passes, evaluations, groups = list(first.layers), list(first.layer_passes), list(first.evaluations), []
+        for group in first.groups:
+            row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
+            with watch.part("prefix"):
+                prefix = model.backbone.run(group.prefix)
+            groups.append(replace(group, prefix=prefix))
+            draft_RLD = draft_BLD[row_R]
+            doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
+            if given is not None:
+                doubt_RL = doubt_RL & (given.clock_BL[row_R] > 0)
+            doubted_BL[row_R] = doubt_RL
+            if confidence_BL is not None and rating_RL is not None:
+                confidence_BL[row_R] = rating_RL
+            extra = (
+                prefix.depth - group.prefix.depth + (model.rater.config.depth if model.rater and rating_RL is not None else 0)
+            )
+            if again := bool(doubt_RL.any()):
+                with watch.part("refine"):
+                    action_BLD[row_R] = model.decoder.sample(prefix, mine, self.steps, Given(draft_RLD, doubt_RL.float()))
+            for row in row_R.tolist():
+                passes[row] += extra + again * self.steps * prefix.depth
+                evaluations[row] += again * self.steps
+                layers[row] = prefix.depth if again else layers[row]
+        return Decoded(
+            action_BLD,
+            groups=tuple(groups),
+            layers=tuple(layers),
+            evaluations=tuple(evaluations),
+            layer_passes=tuple(passes),
+            confidence_BL=confidence_BL if confidence_BL is not None else first.confidence_BL,
+            regenerated_BL=doubted_BL,
+            draft_BLD=draft_BLD,
         )
 
-    def _at_random(self, generators: Sequence[Generator], draft_BLD: Tensor, probability: float) -> Tensor:
-        draws = [torch.rand(draft_BLD.shape[1], generator=g) < probability for g in generators]
-        return torch.stack(draws).to(draft_BLD.device)
+    def _doubted(
+        self, model: Model, prefix: Prefix, generators: Sequence[Generator], draft_BLD: Tensor, watch: Stopwatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which actions to make anew, bool (B, L), and the rater's confidence where it was asked."""
+        if isinstance(self.doubt, AtRandom):
+            draws = [torch.rand(draft_BLD.shape[1], generator=g) < self.doubt.probability for g in generators]
+            return torch.stack(draws).to(draft_BLD.device), None
+        if model.rater is None:
+            raise CapabilityError("Refinement by confidence needs a rater.")
+        with watch.part("rater"):
+            confidence_BL = model.rater(prefix, draft_BLD)
+            return confidence_BL < self.doubt.threshold, confidence_BL

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import Prefix
@@ -22,10 +23,19 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A training loss and its named parts (detached, for the log)."""
+    """A training loss and its named parts (detached, for the log); ``deepest`` is the deepest exit's own loss."""
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    deepest: Tensor | None = None
+
+
+def mean_over_exits(name: str, losses: Mapping[int, Tensor]) -> LossTerms:
+    """One loss from those of several depths; each is named in the parts where there is more than one."""
+    total = torch.stack(tuple(losses.values())).mean()
+    deepest = losses[max(losses)]
+    parts = {f"{name}@{depth}": loss.detach() for depth, loss in losses.items()} if len(losses) > 1 else {}
+    return LossTerms(total, {name: deepest.detach(), **parts}, deepest)
 
 
 @dataclass(frozen=True)
@@ -38,10 +48,18 @@ class Targets:
 
 @dataclass(frozen=True)
 class Given:
-    """Tokens known beforehand: normalised actions (B, L, D) and the clock each starts from (B, L)."""
+    """Tokens known beforehand, and the clock each starts from.
+
+    Args:
+        action_BLD: normalised actions.
+        clock_BL: in [0, 1].
+        noised: the actions already are what a token at that clock looks like; nothing is mixed into them. By default they
+            are clean, and fresh noise brings them to their clock.
+    """
 
     action_BLD: Tensor
     clock_BL: Tensor
+    noised: bool = False
 
 
 class Decoder(nn.Module, ABC, Generic[State]):
@@ -50,9 +68,27 @@ class Decoder(nn.Module, ABC, Generic[State]):
     horizon: int
     action_dim: int
 
+    @property
     @abstractmethod
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator) -> LossTerms:
-        """Training loss on one batch; all randomness comes from ``generator``."""
+    def regenerates(self) -> bool:
+        """Whether it was trained to make some actions anew with the others as context."""
+
+    @property
+    @abstractmethod
+    def takes_given(self) -> bool:
+        """Whether ``start`` can begin from given tokens."""
+
+    @abstractmethod
+    def evaluations(self, steps: int) -> int:
+        """Network evaluations that ``steps`` solver steps cost."""
+
+    @abstractmethod
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+        """Training loss on one batch, the mean over exits at these depths (by default only where the prefix ends).
+
+        All randomness comes from ``generator``; every exit sees the same noise. With several depths, ``parts`` names the
+        loss of each: "velocity@2".
+        """
 
     @abstractmethod
     def start(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> State:
@@ -65,3 +101,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
     @abstractmethod
     def finish(self, state: State) -> Tensor:
         """Normalised actions, (B, L, D) float32."""
+
+    def sample(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> Tensor:
+        """A whole chunk at ``prefix.depth``: start, all steps, finish."""
+        return self.finish(self.advance(self.start(prefix, generators, steps, given), prefix, steps))

@@ -16,11 +16,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import Prefix
-from vlaflow.decoders.base import Decoder, Given, LossTerms, Targets
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.base import Decoder, Given, LossTerms, Targets, mean_over_exits
 from vlaflow.errors import ConfigError
 from vlaflow.flows import gaussian
+from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
+from vlaflow.stacks.base import Stack
+from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.stacks.shared import SharedStack
 
 
@@ -37,6 +40,8 @@ class FlowConfig:
         draws: noise, time and mask draws per observation and step, K; they share one prefix.
         time_alpha: training times are Beta(time_alpha, 1).
         time_floor: smallest training time.
+        expert: a stack of its own for the action tokens; None runs them through the backbone's layers.
+        head_layers: residual layers of the velocity head (A1: 2); None for two linear layers (AsyncVLA).
     """
 
     action_dim: int
@@ -47,6 +52,8 @@ class FlowConfig:
     draws: int = 2
     time_alpha: float = 1.5
     time_floor: float = 0.001
+    expert: ExpertConfig | None = None
+    head_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:
@@ -56,24 +63,27 @@ class FlowConfig:
         if min(self.horizon, self.draws) < 1:
             raise ConfigError(f"horizon and draws must be at least 1, got {self.horizon} and {self.draws}.")
 
-    def build(self, width: int) -> FlowDecoder:
-        """The decoder for a backbone of this width, randomly initialised."""
-        return FlowDecoder(self, width)
+    def build(self, spec: BackboneSpec) -> FlowDecoder:
+        """The decoder for such a backbone, randomly initialised."""
+        return FlowDecoder(self, spec)
 
 
 class ActionCodec(nn.Module):
     """Noisy actions and clocks to tokens, hidden states to velocities.
 
     Token = MLP([P·x ; S(clock)]) with S the sinusoid of each token's own clock, so a clean token's embedding does not
-    depend on the time the others are at (AsyncVLA §3.1). Output head: two linear layers (as EO-1).
+    depend on the time the others are at (AsyncVLA §3.1). Output head: two linear layers (as EO-1), or a residual network
+    with ``head_layers`` layers (A1).
     """
 
-    def __init__(self, dim: int, width: int) -> None:
+    def __init__(self, dim: int, width: int, head_layers: int | None = None) -> None:
         super().__init__()
         self.width = width
         self.project = nn.Linear(dim, width)
         self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
-        self.head = nn.Sequential(nn.Linear(width, width), nn.Linear(width, dim))
+        self.head: nn.Module = nn.Sequential(nn.Linear(width, width), nn.Linear(width, dim))
+        if head_layers is not None:
+            self.head = ResidualMLP(width, width, dim, head_layers)
 
     def encode(self, x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
         """(B, L, X) and (B, L) → (B, L, W)."""
@@ -109,18 +119,32 @@ class FlowState:
 class FlowDecoder(Decoder[FlowState]):
     """See the module text."""
 
-    def __init__(self, config: FlowConfig, width: int) -> None:
+    def __init__(self, config: FlowConfig, spec: BackboneSpec) -> None:
         super().__init__()
         self.config = config
         self.horizon, self.action_dim = config.horizon, config.action_dim
-        self.codec = ActionCodec(config.padded_dim or config.action_dim, width)
-        self.stack = SharedStack()
+        self.stack: Stack = config.expert.build(spec, config.horizon) if config.expert else SharedStack(spec.width)
+        self.codec = ActionCodec(config.padded_dim or config.action_dim, self.stack.width, config.head_layers)
+
+    @property
+    def regenerates(self) -> bool:
+        """After training with mixed clocks."""
+        return self.config.masks == "unified"
+
+    @property
+    def takes_given(self) -> bool:
+        """Always."""
+        return True
+
+    def evaluations(self, steps: int) -> int:
+        """One a step."""
+        return steps
 
     def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix) -> Tensor:
         """Predicted dx/dt (B, L, X) of tokens at their clocks."""
         return self.codec.decode(self.stack(self.codec.encode(x_BLX, clock_BL), prefix))
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator) -> LossTerms:
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K draws a prefix."""
         c, device = self.config, targets.action_BLD.device
         action_BLX = self._pad(targets.action_BLD.float()).repeat_interleave(c.draws, 0)
@@ -132,10 +156,14 @@ class FlowDecoder(Decoder[FlowState]):
         time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
         mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)
-        predicted_BLX = self.velocity(gaussian.interpolate(action_BLX, noise_BLX, clock_BL), clock_BL, prefix)
-        error_BLX = predicted_BLX.float() - gaussian.velocity_target(action_BLX, noise_BLX)
-        total = gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL)
-        return LossTerms(total, {"velocity": total.detach()})
+        token_BLW = self.codec.encode(gaussian.interpolate(action_BLX, noise_BLX, clock_BL), clock_BL)
+        target_BLX = gaussian.velocity_target(action_BLX, noise_BLX)
+        losses = {}
+        depths = depths or (prefix.depth,)
+        for depth, hidden_BLW in zip(depths, self.stack.exits(token_BLW, prefix, depths), strict=True):
+            error_BLX = self.codec.decode(hidden_BLW).float() - target_BLX
+            losses[depth] = gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL)
+        return mean_over_exits("velocity", losses)
 
     def start(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> FlowState:
         """Noise where nothing is given; given tokens enter at the point of the path that belongs to their clock."""
@@ -143,7 +171,9 @@ class FlowDecoder(Decoder[FlowState]):
         noise_BLX = gaussian.standard_normal(generators, (c.horizon, c.padded_dim or c.action_dim)).to(device)
         if given is None:
             return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, steps)
-        x_BLX = gaussian.interpolate(self._pad(given.action_BLD.float()), noise_BLX, given.clock_BL)
+        x_BLX = self._pad(given.action_BLD.float())
+        if not given.noised:
+            x_BLX = gaussian.interpolate(x_BLX, noise_BLX, given.clock_BL)
         return FlowState(x_BLX, given.clock_BL, 0, steps)
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from vlaflow.backbones.base import Backbone
-from vlaflow.decoders.flow import FlowDecoder
+from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.rater import ConfidenceRater
 
 
 class Model(nn.Module):
-    """What a compute policy works with."""
+    """What a compute policy works with.
 
-    def __init__(self, backbone: Backbone, decoder: FlowDecoder, rater: ConfidenceRater | None = None) -> None:
+    Args:
+        backbone, decoder, rater: the networks.
+        depths: at which exits were trained; none but the full depth by default.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        decoder: Decoder[Any],
+        rater: ConfidenceRater | None = None,
+        depths: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
+        self.depths = depths or (backbone.spec.depth,)
         self.backbone = backbone
         self.decoder = decoder
         self.rater = rater

@@ -34,6 +34,11 @@ class KeyValues:
         """The same numbers without a path back to whoever computed them."""
         return KeyValues(self.key_CGPE.detach(), self.value_CGPE.detach(), self.mask_CP)
 
+    def select(self, row_R: Tensor) -> KeyValues:
+        """Rows of the batch, in the order of the int64 indices."""
+        mask_CP = None if self.mask_CP is None else self.mask_CP[row_R]
+        return KeyValues(self.key_CGPE[row_R], self.value_CGPE[row_R], mask_CP)
+
 
 def attend(query_BHTE: Tensor, own: KeyValues, memory: KeyValues | None = None, mask_TS: Tensor | None = None) -> Tensor:
     """softmax(q·[k_memory, k_own]ᵀ/√E) [v_memory, v_own], for grouped-query heads and shared memories.

@@ -6,6 +6,7 @@ as much there); "rms" and ``gated`` give the block of the Qwen family.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlaflow.nn.attention import KeyValues, attend
+
+Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Queries (B, H, T, E) and keys (B, G, T, E) to the same, rotated to their positions."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,12 @@ class Block(nn.Module):
         self.ffn = FeedForward(c)
 
     def forward(
-        self, x_BTW: Tensor, memory: KeyValues | None = None, seen_BT: Tensor | None = None, mask_TS: Tensor | None = None
+        self,
+        x_BTW: Tensor,
+        memory: KeyValues | None = None,
+        seen_BT: Tensor | None = None,
+        mask_TS: Tensor | None = None,
+        rotate: Rotate | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """One block.
 
@@ -86,7 +95,8 @@ class Block(nn.Module):
             x_BTW: hidden states, (B, T, W).
             memory: injected keys and values that every token sees, or None.
             seen_BT: bool, False on padding tokens, which nobody attends to.
-            mask_TS: bool (T, T) for causal attention among the tokens; None for full attention.
+            mask_TS: bool (T, T), True where token t may see token s; None for full attention.
+            rotate: turns queries and keys to their positions, where positions are rotations.
 
         Returns:
             New hidden states and this block's own keys and values.
@@ -94,6 +104,8 @@ class Block(nn.Module):
         c, (b, t, _) = self.config, x_BTW.shape
         qkv = self.qkv(self.norm_attention(x_BTW)).view(b, t, c.heads + 2 * c.kv_heads, c.head_dim).transpose(1, 2)
         query_BHTE, key_BGTE, value_BGTE = qkv.split((c.heads, c.kv_heads, c.kv_heads), 1)
+        if rotate is not None:
+            query_BHTE, key_BGTE = rotate(query_BHTE, key_BGTE)
         own = KeyValues(key_BGTE, value_BGTE, seen_BT)
         mixed_BHTE = attend(query_BHTE, own, memory, mask_TS)
         x_BTW = x_BTW + self.out(mixed_BHTE.transpose(1, 2).reshape(b, t, c.heads * c.head_dim))

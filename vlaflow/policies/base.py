@@ -32,9 +32,11 @@ from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.base import LossTerms, Targets
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.checkpoint import load_weights, local_folder, read_json, write_json
 from vlaflow.spec import ActionSpec, Chunk, Observation
@@ -48,13 +50,15 @@ class PolicyConfig:
         system: the system this assembly follows, e.g. "asyncvla".
         backbone, decoder, rater: configs of the parts; no rater until one is trained.
         state_normalisation, action_normalisation: modes of the normalisers.
+        exits: depths at which the decoder also learns to answer; None for the full depth alone.
         execute: actions executed per chunk unless the caller says otherwise.
     """
 
     system: str
     backbone: TinyConfig | QwenConfig
-    decoder: FlowConfig
+    decoder: FlowConfig | RegressionConfig
     rater: RaterConfig | None = None
+    exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"
     action_normalisation: Mode = "mean_std"
     execute: int = 8
@@ -66,9 +70,12 @@ class PolicyConfig:
     def build(self) -> Model:
         """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
         backbone = self.backbone.build()
-        decoder = self.decoder.build(backbone.spec.width)
+        depth = backbone.spec.depth
+        if self.exits is not None and self.exits.depths[-1] != depth:
+            raise ConfigError(f"The last of the exits {list(self.exits.depths)} must be the backbone's depth, {depth}.")
+        decoder = self.decoder.build(backbone.spec)
         rater = self.rater.build(self.decoder.action_dim, self.decoder.horizon) if self.rater else None
-        return Model(backbone, decoder, rater)
+        return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
 
 
 @dataclass
@@ -114,7 +121,7 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = rater.build(self.config.decoder.action_dim, self.config.decoder.horizon)
-        model = Model(self.model.backbone, self.model.decoder, network)
+        model = Model(self.model.backbone, self.model.decoder, network, self.model.depths)
         return Policy(replace(self.config, rater=rater), self.action_spec, self.stats, model, self.card)
 
     @property
@@ -124,17 +131,27 @@ class Policy:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def encode(self, observation: ObservationBatch) -> Prefix:
-        """The whole prefix of raw observations, through all layers."""
-        return self.model.backbone.run(self.model.backbone.embed(self._prepare(observation)))
+    def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
+        """The prefix of raw observations, through so many layers (all by default)."""
+        return self.model.backbone.run(self.model.backbone.embed(self._prepare(observation)), depth)
 
     def targets(self, batch: Batch) -> Targets:
         """Normalised actions of a training batch."""
         return Targets(self._action.forward(batch.action_BLD), batch.valid_BL)
 
-    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
-        """Training loss of backbone and decoder on a batch in robot units."""
-        return self.model.decoder.loss(self.encode(batch.observation), self.targets(batch), generator)
+    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+        """Training loss of backbone and decoder on a batch in robot units.
+
+        With exits it is the mean over them, or that of the one drawn from ``shared``; in evaluation mode it is that of the
+        full depth, and the parts name the other exits' losses.
+        """
+        model, exits = self.model, self.config.exits
+        targets = self.targets(batch)
+        if exits is not None and exits.choose == "random" and model.training:
+            drawn = exits.depths[int(torch.randint(len(exits.depths), (), generator=shared))]
+            return model.decoder.loss(self.encode(batch.observation, drawn), targets, generator)
+        terms = model.decoder.loss(self.encode(batch.observation), targets, generator, exits.depths if exits else None)
+        return terms if model.training or terms.deepest is None else replace(terms, total=terms.deepest)
 
     # -- inference ---------------------------------------------------------------------------------------------------
 
@@ -201,9 +218,9 @@ class Policy:
                 confidence=None if out.confidence_BL is None else out.confidence_BL[i].float().cpu().numpy(),
                 regenerated=None if out.regenerated_BL is None else out.regenerated_BL[i].cpu().numpy(),
                 draft=None if draft_BLD is None else draft_BLD[i],
-                layers=out.prefix.depth,
-                layer_passes=out.layer_passes,
-                evaluations=out.evaluations,
+                layers=out.layers[i],
+                layer_passes=out.layer_passes[i],
+                evaluations=out.evaluations[i],
                 milliseconds=dict(watch.milliseconds),
             )
             for i in range(len(observations))

@@ -5,27 +5,28 @@ It has no parameters. The suffix sees the whole prefix and itself; the prefix ne
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from vlaflow.backbones.base import Prefix
+from vlaflow.stacks.base import Stack
 
 
-class SharedStack(nn.Module):
-    """As many backbone layers as the prefix has run, applied to the suffix."""
+class SharedStack(Stack):
+    """As many backbone layers as asked, applied to the suffix; of the backbone's width."""
 
-    def forward(self, suffix_BTW: Tensor, prefix: Prefix) -> Tensor:
-        """Suffix hidden states after ``prefix.depth`` layers and the final norm.
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
 
-        Args:
-            suffix_BTW: embedded suffix tokens; the batch is that of the prefix times the noise draws, draws innermost.
-            prefix: an observation that has run at least one layer.
-
-        Returns:
-            (B, T, W), in the number format of ``suffix_BTW``, whatever the backbone computes in.
-        """
-        backbone = prefix.backbone
+    def exits(self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
+        """See ``Stack``."""
+        backbone, found = prefix.backbone, []
         dtype = suffix_BTW.dtype
         hidden_BTW, rotary = backbone.place(suffix_BTW, prefix)
-        for index, memory in enumerate(prefix.memory):
-            hidden_BTW, _ = backbone.layer(index, hidden_BTW, rotary, memory)
-        return backbone.finish(hidden_BTW).to(dtype)
+        for index in range(depths[-1]):
+            hidden_BTW, _ = backbone.layer(index, hidden_BTW, rotary, prefix.memory[index])
+            if index + 1 in depths:
+                found.append(backbone.finish(hidden_BTW).to(dtype))
+        return found

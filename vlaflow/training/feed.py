@@ -41,10 +41,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step's batch and the generator its loss draws from."""
+    """One part of a step's batch, the generator its loss draws from, and one whose numbers all processes and parts share."""
 
     batch: Batch
     generator: Generator
+    shared: Generator
 
 
 def mix(*numbers: int | str) -> int:
@@ -94,7 +95,8 @@ class Feed:
             if c.shift:
                 batch = self._moved(batch, Generator().manual_seed(mix("shift", c.seed, step, rank, number)))
             generator = Generator().manual_seed(mix("loss", c.seed, step, rank, number))
-            parts.append(Part(batch.to(self.device), generator))
+            shared = Generator().manual_seed(mix("shared", c.seed, step))
+            parts.append(Part(batch.to(self.device), generator, shared))
         return parts
 
     def _moved(self, batch: Batch, generator: Generator) -> Batch:
@@ -126,4 +128,5 @@ class Held:
         total = len(self.batches)
         for number in range(place.rank, -(-total // place.world) * place.world, place.world):
             generator = Generator().manual_seed(mix("validation", self.seed, number % total))
-            yield Part(self.source.batch(self.batches[number % total]).to(device), generator), number < total
+            shared = Generator().manual_seed(mix("shared validation", self.seed))
+            yield Part(self.source.batch(self.batches[number % total]).to(device), generator, shared), number < total

@@ -31,8 +31,11 @@ class Stage(Protocol):
     def module(self) -> nn.Module:
         """The module whose parameters train."""
 
-    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
-        """Loss on one batch; all randomness comes from ``generator``."""
+    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+        """Loss on one batch.
+
+        All randomness comes from ``generator``, but for what every process must choose alike, which comes from ``shared``.
+        """
 
     def to(self, device: torch.device) -> None:
         """Move the whole policy, what trains and what does not."""
@@ -58,9 +61,9 @@ class PolicyStage:
         """Backbone and decoder; a policy in training has no rater yet."""
         return self.policy.model
 
-    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
+    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """See ``Policy.loss``."""
-        return self.policy.loss(batch, generator)
+        return self.policy.loss(batch, generator, shared)
 
     def to(self, device: torch.device) -> None:
         """See ``Stage``."""
@@ -86,7 +89,7 @@ class RaterStage:
         """The rater alone."""
         return self.rater
 
-    def loss(self, batch: Batch, generator: Generator) -> LossTerms:
+    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Squared error between rating and label, on a chunk the policy makes for the batch, over valid actions."""
         policy, config = self.policy, self.rater.config
         decoder = policy.model.decoder
@@ -94,8 +97,7 @@ class RaterStage:
             prefix = policy.encode(batch.observation)
             targets = policy.targets(batch)
             seeds = torch.randint(2**62, (len(batch.observation),), generator=generator).tolist()
-            state = decoder.start(prefix, [Generator().manual_seed(s) for s in seeds], self.steps)
-            made_BLD = decoder.finish(decoder.advance(state, prefix, self.steps))
+            made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.steps)
             error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
         rating_BL = self.rater(prefix, made_BLD)

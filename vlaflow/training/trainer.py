@@ -189,7 +189,7 @@ class Trainer:
         for number, (part, share) in enumerate(zip(parts, _shares(parts), strict=True)):
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
-                total, terms = self._model(part.batch, part.generator)
+                total, terms = self._model(part.batch, part.generator, part.shared)
                 self.accelerator.backward(total * share if len(parts) > 1 else total)
             loss = loss + total.detach().float() * share
             for name, term in terms.items():
@@ -230,7 +230,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         with self._ema.in_module() if self._ema is not None else nullcontext():
             for part, counted in held.parts(self.place, self.device):
-                total, terms = self._model(part.batch, part.generator)
+                total, terms = self._model(part.batch, part.generator, part.shared)
                 weight = part.batch.valid_BL.sum() * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
@@ -300,10 +300,10 @@ class _Step(nn.Module):
         super().__init__()
         self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
 
-    def forward(self, batch: Batch, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
         with autocast(self._bf16, self._device):
-            terms = self._loss(batch, generator)
+            terms = self._loss(batch, generator, shared)
         return terms.total, dict(terms.parts)
 
 

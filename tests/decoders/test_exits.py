@@ -1,0 +1,140 @@
+"""Multi-exit training, and the regression decoder."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import helpers
+from vlaflow.decoders.base import Given, Targets
+from vlaflow.decoders.exits import ExitTraining, every
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.regression import RegressionConfig
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.base import Policy
+from vlaflow.stacks.expert import ExpertConfig
+
+EXPERT = ExpertConfig(BlockConfig(24, 2, 2, 16, 48))
+DECODERS = [FlowConfig(4, horizon=6), FlowConfig(4, horizon=6, expert=EXPERT), RegressionConfig(4, horizon=6)]
+
+
+def policy(decoder, choose="all", depths=(1, 2, 3)):
+    config = helpers.policy_config()
+    config = replace(config, backbone=replace(config.backbone, depth=3), decoder=decoder, exits=ExitTraining(depths, choose))
+    stats = {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}
+    return Policy.create(config, helpers.action_spec(4), stats, seed=0)
+
+
+def generator(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_loss_of_all_exits_is_the_mean_of_theirs(decoder):
+    made = policy(decoder)
+    prefix, targets = made.encode(helpers.batch().observation), made.targets(helpers.batch())
+    single = [
+        made.model.decoder.loss(made.encode(helpers.batch().observation, depth), targets, generator()).total
+        for depth in (1, 2, 3)
+    ]
+    together = made.model.decoder.loss(prefix, targets, generator(), (1, 2, 3))
+    torch.testing.assert_close(together.total, torch.stack(single).mean())
+    assert torch.equal(together.deepest, single[2])
+    assert len(together.parts) == 4
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_random_exit_runs_no_layer_beyond_it_and_is_the_same_for_all_processes(decoder, monkeypatch):
+    made = policy(decoder, "random").model and policy(decoder, "random")
+    made.model.train()
+    calls = helpers.count_layers(monkeypatch, made.model.backbone)
+    deepest = []
+    for seed in range(12):
+        calls.clear()
+        terms = made.loss(helpers.batch(seed=seed), generator(seed), generator(seed % 6))
+        deepest.append(max(index for index, _ in calls) + 1)
+        terms.total.backward()
+    assert deepest[:6] == deepest[6:]  # other batches and noise, same shared seed
+    assert set(deepest) == {1, 2, 3}
+
+
+def test_validation_measures_the_full_depth_whatever_was_trained():
+    for choose in ("all", "random"):
+        made = policy(DECODERS[0], choose)
+        made.model.eval()
+        terms = made.loss(helpers.batch(), generator(), generator())
+        plain = made.model.decoder.loss(made.encode(helpers.batch().observation), made.targets(helpers.batch()), generator())
+        assert torch.equal(terms.total, plain.total)
+        assert set(terms.parts) == {"velocity", "velocity@1", "velocity@2", "velocity@3"}
+
+
+def test_exits_must_end_at_the_full_depth():
+    with pytest.raises(ConfigError, match="must be the backbone's depth, 3"):
+        policy(DECODERS[0], depths=(1, 2))
+    for wrong in ((), (0, 3), (2, 1), (1, 1)):
+        with pytest.raises(ConfigError, match="ascend"):
+            ExitTraining(wrong)
+
+
+def test_a1s_exits():
+    assert every(2, 28) == tuple(range(2, 29, 2))
+    assert every(3, 4) == (3, 4)
+
+
+@pytest.mark.parametrize("queries", ["dimension", "action"])
+@pytest.mark.parametrize("expert", [None, EXPERT])
+def test_regression_answers_the_same_for_any_steps_and_noise(queries, expert):
+    made = policy(RegressionConfig(4, horizon=6, queries=queries, expert=expert))
+    made.model.eval()
+    with torch.no_grad():
+        prefix = made.encode(helpers.batch().observation)
+        one = made.model.decoder.sample(prefix, helpers.generators(3), 1)
+        ten = made.model.decoder.sample(prefix, helpers.generators(3, seed=9), 10)
+    assert one.shape == (3, 6, 4)
+    assert torch.equal(one, ten)
+    assert made.model.decoder.evaluations(10) == 1
+
+
+def test_regression_counts_valid_actions_only_and_learns():
+    made = policy(RegressionConfig(4, horizon=6))
+    decoder, prefix = made.model.decoder, made.encode(helpers.batch().observation).detach()
+    action, valid = torch.randn(3, 6, 4, generator=generator()), torch.ones(3, 6, dtype=torch.bool)
+    valid[:, 4:] = False
+    with torch.no_grad():
+        made_BLD = decoder.sample(prefix, helpers.generators(3), 1)
+    terms = decoder.loss(prefix, Targets(action, valid), generator())
+    torch.testing.assert_close(terms.total, (made_BLD - action)[:, :4].abs().mean())
+    optimiser = torch.optim.Adam(decoder.parameters(), 3e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        decoder.loss(prefix, Targets(action, valid), generator()).total.backward()
+        optimiser.step()
+    assert decoder.loss(prefix, Targets(action, valid), generator()).total < 0.5 * terms.total
+
+
+def test_regression_cannot_start_from_given_actions():
+    made = policy(RegressionConfig(4, horizon=6))
+    prefix = made.encode(helpers.batch().observation)
+    with pytest.raises(CapabilityError, match="given"):
+        made.model.decoder.start(prefix, helpers.generators(3), 1, Given(torch.zeros(3, 6, 4), torch.zeros(3, 6)))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_new_config_survives_the_checkpoint(decoder, tmp_path):
+    made = policy(decoder)
+    made.model.eval()
+    made.save_pretrained(tmp_path / "ckpt")
+    again = Policy.from_pretrained(tmp_path / "ckpt")
+    assert again.config == made.config
+    chunk = [p.act(helpers.observation(), generator=generator()).actions for p in (made, again)]
+    assert (chunk[0] == chunk[1]).all()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_one_shared_head_learns_at_every_exit(decoder):
+    made = policy(decoder)
+    made.model.train()
+    made.loss(helpers.batch(), generator(), generator()).total.backward()
+    missing = [name for name, p in made.model.decoder.named_parameters() if p.grad is None]
+    assert missing == []

@@ -1,0 +1,35 @@
+"""How far two normalised chunks are apart: what early exit decides by, and what calibration measures.
+
+Only real action dimensions enter (a decoder's ``finish`` has dropped the padded ones). Every metric is one number per chunk,
+so calibration and decision use the same statistic.
+
+Shape letters: B batch, L horizon, D action dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+Metric = Literal["cosine", "l2", "mean_abs", "max_abs"]
+
+
+def distance(metric: Metric, one_BLD: Tensor, other_BLD: Tensor, eps: float = 1e-5) -> Tensor:
+    """Distance per chunk, (B,), 0 for equal chunks.
+
+    Args:
+        metric: "cosine": mean over the actions of 1 − cos(a, b), in [0, 2], A1's default; "l2": mean over the actions of the
+            root mean square difference over dimensions; "mean_abs" and "max_abs": over actions and dimensions.
+        one_BLD, other_BLD: normalised chunks.
+        eps: smallest product of norms in the cosine (A1's code).
+    """
+    if metric == "cosine":
+        norms_BL = one_BLD.norm(dim=-1) * other_BLD.norm(dim=-1)
+        return (1 - (one_BLD * other_BLD).sum(-1) / norms_BL.clamp(min=eps)).clamp(min=0).mean(1)
+    difference_BLD = one_BLD - other_BLD
+    if metric == "l2":
+        return difference_BLD.square().mean(-1).sqrt().mean(1)
+    if metric == "mean_abs":
+        return difference_BLD.abs().mean((1, 2))
+    return difference_BLD.abs().amax((1, 2))

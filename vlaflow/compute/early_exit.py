@@ -1,0 +1,189 @@
+"""Early exit: answer at growing depth until two answers in a row agree (A1 §3.2), with truncated flow matching (§3.3).
+
+The backbone's layers run a few at a time and only as far as needed. At each depth of the plan the decoder makes a whole
+chunk; when it is as close to the previous depth's as the calibrated threshold allows, it is taken. The first depth has no
+previous answer, so it is only a reference; the last depth is always taken. Every observation decides for itself, and
+nothing is kept from one observation to the next.
+
+Shape letters: B batch, R observations still under way, L horizon, D action dimension, K exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.distance import Metric, distance
+from vlaflow.decoders.base import Given
+from vlaflow.decoders.model import Model
+from vlaflow.errors import ConfigError
+
+WarmStart = Literal["fresh", "same", "anchor", "renoise"]
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """Where an early exit may answer, and how. What a calibration is made for, and valid for nothing else.
+
+    Args:
+        depths: numbers of layers at which a chunk is made, ascending; the last is the full depth. The first is the reference
+            that the second is compared with, so exits are ``depths[1:]``.
+        metric: see ``distance``.
+        steps: solver steps at each depth (A1: 10, truncated 2). The full depth has as many.
+        warm_start: where the chunk of the next depth starts. "fresh": new noise every time (A1's plain early exit, where a
+            part of the discrepancy is sampling noise); "same": the observation's one noise; "anchor": the previous depth's
+            chunk with the clock set back to 1, as A1's code does, off the training distribution; "renoise": the previous
+            chunk brought to the clock ``restart`` with new noise.
+        restart: clock that "renoise" starts from, in (0, 1].
+    """
+
+    depths: tuple[int, ...]
+    metric: Metric = "cosine"
+    steps: int = 2
+    warm_start: WarmStart = "same"
+    restart: float = 0.5
+
+    def __post_init__(self) -> None:
+        if len(self.depths) < 2 or self.depths[0] < 1 or list(self.depths) != sorted(set(self.depths)):
+            raise ConfigError(f"An early exit compares at least two ascending depths from 1 on, got {list(self.depths)}.")
+        if self.steps < 1 or not 0 < self.restart <= 1:
+            raise ConfigError(f"steps is at least 1 and restart in (0, 1], got {self.steps} and {self.restart}.")
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Depths at which a chunk may be taken, K of them."""
+        return self.depths[1:]
+
+    def answers(
+        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+    ) -> Answers:
+        """The chunks of these observations, one depth after the other."""
+        return Answers(self, model, prefix, generators, watch=watch, given=given)
+
+
+class Answers:
+    """Chunks of growing depth for observations under way; ``keep`` drops those that are done."""
+
+    def __init__(
+        self,
+        plan: ExitPlan,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        *,
+        watch: Stopwatch,
+        given: Given | None,
+    ) -> None:
+        self.plan, self.model, self.prefix, self.watch, self.given = plan, model, prefix, watch, given
+        self.generators = list(generators)
+        # One noise for all depths: each generator is put back to where it was before the chunk.
+        self._noise = [g.get_state() for g in self.generators] if plan.warm_start == "same" else None
+        self.previous_RLD: Tensor | None = None
+        self.current_RLD: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """(depth, chunks (R, L, D)), deeper and deeper."""
+        for depth in self.plan.depths:
+            with self.watch.part("prefix"):
+                self.prefix = self.model.backbone.run(self.prefix, depth)
+            with self.watch.part("first"):
+                if self._noise is not None:
+                    for generator, begin in zip(self.generators, self._noise, strict=True):
+                        generator.set_state(begin)
+                self.previous_RLD = self.current_RLD
+                action_RLD = self.model.decoder.sample(self.prefix, self.generators, self.plan.steps, self._given())
+                self.current_RLD = action_RLD
+            yield depth, action_RLD
+
+    def keep(self, row_R: Tensor) -> None:
+        """Continue with these of the observations under way, int64."""
+        rows = row_R.tolist()
+        self.prefix = self.prefix.select(row_R)
+        self.current_RLD = None if self.current_RLD is None else self.current_RLD[row_R]
+        self.generators = [self.generators[row] for row in rows]
+        if self._noise is not None:
+            self._noise = [self._noise[row] for row in rows]
+        if self.given is not None:
+            self.given = Given(self.given.action_BLD[row_R], self.given.clock_BL[row_R], self.given.noised)
+
+    def _given(self) -> Given | None:
+        """What the next depth starts from; tokens that the caller committed (clock 0) stay as they are."""
+        previous_RLD, plan = self.previous_RLD, self.plan
+        if previous_RLD is None or plan.warm_start in ("fresh", "same"):
+            return self.given
+        clock_RL = previous_RLD.new_full(previous_RLD.shape[:2], 1.0 if plan.warm_start == "anchor" else plan.restart)
+        if self.given is not None:
+            done_RL = self.given.clock_BL == 0
+            clock_RL = clock_RL.masked_fill(done_RL, 0)
+            previous_RLD = torch.where(done_RL[..., None], self.given.action_BLD, previous_RLD)
+        return Given(previous_RLD, clock_RL, noised=plan.warm_start == "anchor")
+
+
+@dataclass(frozen=True)
+class EarlyExit:
+    """Take the first chunk that agrees with the one before it.
+
+    Args:
+        plan: where and how to answer.
+        thresholds: largest discrepancy at which each exit is taken, one per ``plan.exits``: −inf never, the last +inf.
+        label: for tables.
+    """
+
+    plan: ExitPlan
+    thresholds: tuple[float, ...]
+    label: str = "exit"
+
+    def __post_init__(self) -> None:
+        if len(self.thresholds) != len(self.plan.exits) or self.thresholds[-1] != inf:
+            raise ConfigError(
+                f"Exits {list(self.plan.exits)} need a threshold each and the last one +inf, got {list(self.thresholds)}."
+            )
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return self.label
+
+    @property
+    def needs(self) -> Requirements:
+        """A checkpoint that learned to answer at every depth of the plan."""
+        return Requirements(given=self.plan.warm_start in ("anchor", "renoise"), exits=self.plan.depths)
+
+    def decode(
+        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+    ) -> Decoded:
+        """See ``ComputePolicy``."""
+        batch, device = prefix.batch, prefix.hidden_BPW.device
+        row_R = torch.arange(batch, device=device)
+        done: list[Tensor] = []
+        groups: list[Group] = []
+        layers, passes, evaluations = [0] * batch, [0] * batch, [0] * batch
+        each, spent = model.decoder.evaluations(self.plan.steps), 0
+        answers = self.plan.answers(model, prefix, generators, watch, given)
+        for number, (depth, action_RLD) in enumerate(answers):
+            spent += depth * each
+            if answers.previous_RLD is None:
+                continue
+            leave_R = distance(self.plan.metric, action_RLD, answers.previous_RLD) <= self.thresholds[number - 1]
+            if not bool(leave_R.any()):
+                continue
+            gone_G = leave_R.nonzero()[:, 0]
+            everybody = len(gone_G) == len(row_R)
+            done.append(action_RLD[gone_G])
+            groups.append(Group(row_R[gone_G], answers.prefix if everybody else answers.prefix.select(gone_G)))
+            for row in row_R[gone_G].tolist():
+                layers[row], passes[row], evaluations[row] = depth, depth + spent, (number + 1) * each
+            if everybody:
+                break
+            stay_S = (~leave_R).nonzero()[:, 0]
+            answers.keep(stay_S)
+            row_R = row_R[stay_S]
+        action_BLD = torch.cat(done)[torch.cat([g.row_R for g in groups]).argsort()]
+        return Decoded(action_BLD, tuple(groups), tuple(layers), tuple(evaluations), tuple(passes))

@@ -1,0 +1,135 @@
+"""The regression decoder: query tokens read the prefix once, a residual network turns them into actions (OFT, A1-MLP).
+
+Nothing is sampled and there are no clocks to walk: a chunk costs one evaluation whatever number of steps is asked, and the
+decoder can start from nothing given.
+
+Shape letters: B batch, L horizon, D action dimension, T query tokens, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.base import Decoder, Given, LossTerms, Targets, mean_over_exits
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.nn.resnet import ResidualMLP
+from vlaflow.stacks.base import Stack
+from vlaflow.stacks.expert import ExpertConfig
+from vlaflow.stacks.shared import SharedStack
+
+
+@dataclass(frozen=True)
+class RegressionConfig:
+    """The regression decoder.
+
+    Args:
+        action_dim: D.
+        horizon: actions per chunk, L.
+        queries: one token per "dimension" of every action (OFT, A1: T = L·D), or one per "action" (T = L).
+        hidden: width of the head; None for the stack's.
+        head_layers: residual layers of the head.
+        expert: a stack of its own for the queries; None runs them through the backbone's layers.
+    """
+
+    action_dim: int
+    horizon: int = 16
+    queries: Literal["dimension", "action"] = "dimension"
+    hidden: int | None = None
+    head_layers: int = 2
+    expert: ExpertConfig | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.action_dim, self.horizon) < 1:
+            raise ConfigError(f"action_dim and horizon must be at least 1, got {self.action_dim} and {self.horizon}.")
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens, T."""
+        return self.horizon * (self.action_dim if self.queries == "dimension" else 1)
+
+    def build(self, spec: BackboneSpec) -> RegressionDecoder:
+        """The decoder for such a backbone, randomly initialised."""
+        return RegressionDecoder(self, spec)
+
+
+@dataclass(frozen=True)
+class RegressionState:
+    """The chunk, once it is made."""
+
+    action_BLD: Tensor | None = None
+
+
+class RegressionDecoder(Decoder[RegressionState]):
+    """See the module text."""
+
+    def __init__(self, config: RegressionConfig, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.stack: Stack = config.expert.build(spec, config.tokens) if config.expert else SharedStack(spec.width)
+        width = self.stack.width
+        self.query = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
+        self.head = ResidualMLP(
+            config.tokens // config.horizon * width, config.hidden or width, config.action_dim, config.head_layers
+        )
+
+    @property
+    def regenerates(self) -> bool:
+        """Never: there are no clocks."""
+        return False
+
+    @property
+    def takes_given(self) -> bool:
+        """Never."""
+        return False
+
+    def evaluations(self, steps: int) -> int:
+        """One, whatever number of steps."""
+        return 1
+
+    def answers(self, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
+        """Normalised chunks (B, L, D) at each of the depths."""
+        query_BTW = self.query.expand(prefix.batch, -1, -1)
+        hidden = self.stack.exits(query_BTW, prefix, depths)
+        return [self.head(h_BTW.reshape(prefix.batch, self.horizon, -1)).float() for h_BTW in hidden]
+
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+        """Mean absolute error over valid actions; nothing is drawn."""
+        depths = depths or (prefix.depth,)
+        weight_BL1 = targets.valid_BL[..., None].float()
+        count = (weight_BL1.sum() * self.action_dim).clamp(min=1)
+        losses = {
+            depth: ((made_BLD - targets.action_BLD.float()).abs() * weight_BL1).sum() / count
+            for depth, made_BLD in zip(depths, self.answers(prefix, depths), strict=True)
+        }
+        return mean_over_exits("absolute", losses)
+
+    def start(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> RegressionState:
+        """Nothing to prepare.
+
+        Raises:
+            CapabilityError: when tokens are given.
+        """
+        if given is not None:
+            raise CapabilityError("A regression decoder cannot start from given actions; use a flow decoder for that.")
+        return RegressionState()
+
+    def advance(self, state: RegressionState, prefix: Prefix, steps: int = 1) -> RegressionState:
+        """The first step makes the chunk at ``prefix.depth``; more change nothing."""
+        return state if state.action_BLD is not None else RegressionState(self.answers(prefix, (prefix.depth,))[0])
+
+    def finish(self, state: RegressionState) -> Tensor:
+        """The chunk.
+
+        Raises:
+            CapabilityError: when no step was taken.
+        """
+        if state.action_BLD is None:
+            raise CapabilityError("This chunk was never advanced; take at least one step before finish.")
+        return state.action_BLD

@@ -1,0 +1,33 @@
+"""The contract of a stack: the network that moves suffix tokens through as many layers as the prefix has run.
+
+Shape letters: B batch (observations × noise draws, draws innermost), T suffix tokens, W width of the stack.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from vlaflow.backbones.base import Prefix
+
+
+class Stack(nn.Module, ABC):
+    """Reads the prefix's keys and values layer by layer; the prefix never sees the suffix."""
+
+    width: int
+
+    @abstractmethod
+    def exits(self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
+        """Suffix hidden states (B, T, W) after each of these depths, each with the final norm, in one pass.
+
+        Args:
+            suffix_BTW: embedded suffix tokens, in the number format that the hidden states come back in.
+            prefix: observations, run through at least the deepest of ``depths``.
+            depths: layers, ascending, at least 1.
+        """
+
+    def forward(self, suffix_BTW: Tensor, prefix: Prefix) -> Tensor:
+        """Suffix hidden states after all layers that the prefix has run, with the final norm."""
+        return self.exits(suffix_BTW, prefix, (prefix.depth,))[0]
