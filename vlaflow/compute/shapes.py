@@ -1,0 +1,332 @@
+"""The sizes of a policy that decide its cost, without the policy: layers, backbone, decoder, and the input they see.
+
+A shape can be written down for a network of any size, or read off the config of one of ours (``tiny_backbone``,
+``qwen_backbone``, ``flow_codec``). What it costs is arithmetic on shapes and lives in ``cost.py``.
+
+In the docstrings: T tokens, P prefix tokens, S keys, L actions per chunk, X (padded) action dimension, W width, H heads,
+G key/value heads, E head dimension, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from vlaflow.backbones.base import BackboneSpec
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.nn.block import BlockConfig
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Work that is done in one go, ``times`` over: one layer, one projection.
+
+    Args:
+        name: for tables.
+        flops: two per multiply-add of its products, as torch.utils.flop_counter counts.
+        weights: parameters read, each once however many tokens there are.
+        numbers: activations, keys and values read or written.
+        times: repetitions; a fraction in an expectation.
+    """
+
+    name: str
+    flops: float
+    weights: float
+    numbers: float
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product with every token."""
+
+    inputs: int
+    outputs: int
+    bias: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases."""
+        return self.outputs * (self.inputs + self.bias)
+
+    def piece(self, name: str, tokens: float) -> Piece:
+        """The product with T tokens."""
+        moved = tokens * (self.inputs + self.outputs)
+        return Piece(name, 2 * tokens * self.inputs * self.outputs, self.parameters, moved)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One pre-norm transformer layer with grouped-query attention.
+
+    Args:
+        width, heads, kv_heads, head_dim, ffn: W, H, G, E, F.
+        gated: three feed-forward matrices instead of two.
+        qkv_bias, out_bias, ffn_bias: biases on those projections.
+        norm_bias: LayerNorm (scale and shift) instead of RMSNorm (scale).
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    gated: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    norm_bias: bool = False
+
+    @classmethod
+    def of(cls, block: BlockConfig) -> LayerShape:
+        """The shape of ``nn.block.Block``."""
+        b = block
+        sizes = (b.width, b.heads, b.kv_heads, b.head_dim, b.ffn, b.gated)
+        return cls(*sizes, b.qkv_bias, b.qkv_bias and not b.gated, not b.gated, b.norm == "layer")
+
+    @property
+    def products(self) -> int:
+        """Weights that multiply every token."""
+        attention = self.width * (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return attention + (3 if self.gated else 2) * self.width * self.ffn
+
+    @property
+    def norm(self) -> int:
+        """Parameters of one norm."""
+        return self.width * (1 + self.norm_bias)
+
+    @property
+    def parameters(self) -> int:
+        """Everything in the layer."""
+        biases = self.qkv_bias * (self.heads + 2 * self.kv_heads) * self.head_dim + self.out_bias * self.width
+        biases += self.ffn_bias * ((1 + self.gated) * self.ffn + self.width)
+        return self.products + biases + 2 * self.norm
+
+    def piece(self, name: str, tokens: float, keys: float, read: float | None = None, times: float = 1.0) -> Piece:
+        """T tokens that each attend to S keys; a mask does not make the products smaller.
+
+        Attention keeps its scores to itself (fused), other operations hand their results on through memory.
+
+        Args:
+            name: for tables.
+            tokens: T.
+            keys: S, own tokens included.
+            read: tokens whose keys and values are fetched when that is not S (windows, several images at once).
+            times: layers of this kind.
+        """
+        heads, kv_heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        flops = 2 * tokens * self.products + 4 * tokens * keys * heads
+        between = 4 * self.width + 4 * heads + 2 * kv_heads + (6 if self.gated else 4) * self.ffn
+        numbers = tokens * between + 2 * kv_heads * (keys if read is None else read)
+        return Piece(name, flops, self.parameters, numbers, times)
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """A backbone and the observation it reads.
+
+    Args:
+        depth: layers.
+        layer: each of them.
+        prefix: tokens of the observation, P.
+        embed: what happens before the first layer, vision tower included; every weight in it is read once.
+        vocabulary: rows of the embedding table.
+        tied: whether the language-model head is the embedding table itself.
+        tables: other parameters that are looked up or added rather than multiplied (positions, byte embeddings).
+    """
+
+    depth: int
+    layer: LayerShape
+    prefix: int
+    embed: tuple[Piece, ...] = ()
+    vocabulary: int = 0
+    tied: bool = True
+    tables: int = 0
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """What stacks know of it."""
+        own = self.layer
+        return BackboneSpec(self.depth, own.width, own.heads, own.kv_heads, own.head_dim)
+
+    @property
+    def parameters(self) -> int:
+        """Everything, the norm after the last layer included."""
+        embed = sum(p.weights * p.times for p in self.embed)
+        words = self.vocabulary * self.layer.width * (1 if self.tied else 2)
+        return round(embed) + words + self.tables + self.depth * self.layer.parameters + self.layer.norm
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What a decoder adds after the prefix at every solver step.
+
+    Args:
+        tokens: action tokens, L (for discrete decoders the token slots of a chunk).
+        steps: solver steps of a chunk.
+        enter: products that make each action token.
+        leave: products that turn each token's hidden state into its answer.
+        stack: "shared" runs the backbone's own layers, a shape runs one layer of its own per backbone layer, "none" reads
+            the prefix's hidden states (regression from query tokens, which then belong to the prefix).
+        context: products that make each further suffix token (a state, a time), one entry per token.
+        sees: prefix tokens whose keys and values the stack reads; None for all.
+        memory: product that each layer applies once per chunk to the keys, and again to the values, it reads; None when
+            they fit as they are.
+        borrowed: ``enter`` and ``leave`` are rows of the backbone's own tables, no further parameters.
+    """
+
+    tokens: int
+    steps: int
+    enter: tuple[Linear, ...] = ()
+    leave: tuple[Linear, ...] = ()
+    stack: LayerShape | Literal["shared", "none"] = "shared"
+    context: tuple[tuple[Linear, ...], ...] = ()
+    sees: int | None = None
+    memory: Linear | None = None
+    borrowed: bool = False
+
+    @property
+    def suffix(self) -> int:
+        """Tokens that the stack moves."""
+        return self.tokens + len(self.context)
+
+    def parameters(self, depth: int) -> int:
+        """Everything that is not the backbone's, over a backbone of ``depth`` layers."""
+        linears = [linear for token in self.context for linear in token]
+        linears += [] if self.borrowed else [*self.enter, *self.leave]
+        linears += [] if self.memory is None else [self.memory] * depth
+        own = depth * self.stack.parameters + self.stack.norm if isinstance(self.stack, LayerShape) else 0
+        return own + sum(linear.parameters for linear in linears)
+
+
+@dataclass(frozen=True)
+class RaterShape:
+    """A confidence rater over prefix and chunk (``decoders.rater``)."""
+
+    layer: LayerShape
+    depth: int
+    action_dim: int
+    horizon: int
+
+    @property
+    def parameters(self) -> int:
+        """Blocks, norm, projection, positions and the answer."""
+        ends = Linear(self.action_dim, self.layer.width).parameters + Linear(self.layer.width, 1).parameters
+        return self.depth * self.layer.parameters + self.layer.norm + self.horizon * self.layer.width + ends
+
+
+@dataclass(frozen=True)
+class PolicyShape:
+    """Backbone, decoder and, where there is one, rater."""
+
+    backbone: BackboneShape
+    decoder: DecoderShape
+    rater: RaterShape | None = None
+
+    @property
+    def parameters(self) -> int:
+        """All of it."""
+        rater = 0 if self.rater is None else self.rater.parameters
+        return self.backbone.parameters + self.decoder.parameters(self.backbone.depth) + rater
+
+
+# -- read off configs ----------------------------------------------------------------------------------------------------
+
+
+def flow_codec(dim: int, width: int) -> dict[str, tuple[Linear, ...]]:
+    """``enter`` and ``leave`` of ``decoders.flow.ActionCodec`` for X dimensions at width W."""
+    return {
+        "enter": (Linear(dim, width), Linear(2 * width, width), Linear(width, width)),
+        "leave": (Linear(width, width), Linear(width, dim)),
+    }
+
+
+def tiny_backbone(config: TinyConfig, instruction_bytes: int) -> BackboneShape:
+    """``backbones.tiny`` on an instruction of that many bytes, convolutions included."""
+    c, texts = config, -(-instruction_bytes // config.text_patch)
+    cells = (c.image_size // c.cell) ** 2
+    stem = _conv_stem(c) if c.stem == "conv" else (Linear(3 * c.cell**2, c.width).piece("stem", cells),)
+    embed = [*stem] * len(c.views)
+    embed += [Linear(32 * c.text_patch, c.width).piece("words", texts), Linear(c.state_dim, c.width).piece("state", 1)]
+    layer = LayerShape.of(BlockConfig(c.width, c.heads, c.heads, c.width // c.heads, c.ffn))
+    positions = (len(c.views) * cells + c.text_bytes // c.text_patch + 1 + c.suffix) * c.width
+    return BackboneShape(c.depth, layer, len(c.views) * cells + texts + 1, tuple(embed), tables=positions + 257 * 32)
+
+
+def _conv_stem(config: TinyConfig) -> tuple[Piece, ...]:
+    halvings, side = (config.cell // 4).bit_length() - 1, config.image_size // 4
+    channels = [max(16, config.width >> (halvings - i)) for i in range(halvings)] + [config.width]
+    pieces = [Linear(48, channels[0]).piece("stem", side**2)]
+    for narrow, wide in pairwise(channels):
+        side //= 2
+        pieces.append(Linear(9 * narrow, wide).piece("stem", side**2))
+    return tuple(pieces)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Images of one size as Qwen2.5-VL sees them.
+
+    Args:
+        side: image tokens along each edge; one token is 2 × 2 patches of 14 pixels, so 252 pixels make 9.
+        images: how many.
+    """
+
+    side: int
+    images: int
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of all images."""
+        return self.images * self.side**2
+
+    def window_keys(self, window: int) -> float:
+        """Patches that a patch sees on average when attention stays in windows of ``window`` × ``window`` tokens."""
+        edges = [min(window, self.side - start) for start in range(0, self.side, window)]
+        return 4 * (sum(edge**2 for edge in edges) / self.side) ** 2
+
+
+def qwen_backbone(
+    architecture: Mapping[str, Any], images: Grid | None, others: int, padded_state: int | None = 32
+) -> BackboneShape:
+    """``backbones.qwen2_5_vl`` of that architecture (text and vision config as transformers writes them).
+
+    Args:
+        architecture: for instance ``qwen2_5_vl_3b()``.
+        images: what the vision tower reads; None leaves tower and image tokens out.
+        others: tokens that are not images: turns, instruction, state.
+        padded_state: inputs of the state projection; None where there is none.
+    """
+    text, vision = architecture["text_config"], architecture["vision_config"]
+    width, heads = text["hidden_size"], text["num_attention_heads"]
+    sizes = (width, heads, text["num_key_value_heads"], width // heads, text["intermediate_size"])
+    embed = () if images is None else _qwen_tower(vision, images)
+    state = () if padded_state is None else (Linear(padded_state, width).piece("state", 1),)
+    return BackboneShape(
+        text["num_hidden_layers"],
+        LayerShape(*sizes, qkv_bias=True),
+        others + (0 if images is None else images.tokens),
+        (*embed, *state),
+        text["vocab_size"],
+        architecture["tie_word_embeddings"],
+    )
+
+
+def _qwen_tower(vision: Mapping[str, Any], images: Grid) -> tuple[Piece, ...]:
+    """Patches, layers with windowed attention but for a few, and the merger of 2 × 2 patches into one token."""
+    width, heads, patches = vision["hidden_size"], vision["num_heads"], 4 * images.tokens
+    sizes = (width, heads, heads, width // heads, vision["intermediate_size"])
+    layer = LayerShape(*sizes, qkv_bias=True, out_bias=True, ffn_bias=True)
+    everywhere = len(vision["fullatt_block_indexes"])
+    near = images.window_keys(vision["window_size"] // (2 * vision["patch_size"]))
+    patch = Linear(2 * 3 * vision["patch_size"] ** 2, width, bias=False)
+    return (
+        patch.piece("patches", patches),
+        layer.piece("vision layer", patches, near, patches, vision["depth"] - everywhere),
+        layer.piece("vision layer", patches, 4 * images.side**2, patches, everywhere),
+        Piece("merger norm", 0, layer.norm, 2 * patches * width),
+        Linear(4 * width, 4 * width).piece("merger", images.tokens),
+        Linear(4 * width, vision["out_hidden_size"]).piece("merger", images.tokens),
+    )
