@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlaflow.compute.hardware import BFLOAT16, Hardware, NumberFormat
-from vlaflow.compute.shapes import LayerShape, Linear, Piece, PolicyShape
+from vlaflow.compute.shapes import Linear, Piece, PolicyShape
 from vlaflow.errors import ConfigError
 
 
@@ -144,9 +144,7 @@ def ladder(shape: PolicyShape, depths: Sequence[int], steps: int | None = None) 
     return total
 
 
-def expected(
-    shape: PolicyShape, shares: Mapping[int, float], steps: int | None = None, before: Sequence[int] = ()
-) -> Cost:
+def expected(shape: PolicyShape, shares: Mapping[int, float], steps: int | None = None, before: Sequence[int] = ()) -> Cost:
     """The mean cost of early exit.
 
     Args:

@@ -10,7 +10,7 @@ G key/value heads, E head dimension, F feed-forward width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -235,12 +235,10 @@ class PolicyShape:
 # -- read off configs ----------------------------------------------------------------------------------------------------
 
 
-def flow_codec(dim: int, width: int) -> dict[str, tuple[Linear, ...]]:
+def flow_codec(dim: int, width: int) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
     """``enter`` and ``leave`` of ``decoders.flow.ActionCodec`` for X dimensions at width W."""
-    return {
-        "enter": (Linear(dim, width), Linear(2 * width, width), Linear(width, width)),
-        "leave": (Linear(width, width), Linear(width, dim)),
-    }
+    enter = (Linear(dim, width), Linear(2 * width, width), Linear(width, width))
+    return enter, (Linear(width, width), Linear(width, dim))
 
 
 def tiny_backbone(config: TinyConfig, instruction_bytes: int) -> BackboneShape:
