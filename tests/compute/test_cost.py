@@ -26,21 +26,20 @@ from vlaflow.compute.cost import (
     prefix_pass,
     rating,
     step,
+    step_without_cache,
     words,
 )
 from vlaflow.compute.hardware import BFLOAT16, FLOAT8, FLOAT32, H200, RTX_4090, Hardware
 from vlaflow.compute.shapes import (
     BackboneShape,
     DecoderShape,
-    Grid,
     LayerShape,
     Linear,
     PolicyShape,
     RaterShape,
     flow_codec,
-    qwen_backbone,
-    tiny_backbone,
 )
+from vlaflow.compute.shapes_of import Grid, qwen_backbone, tiny_backbone
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.flow import ActionCodec
 from vlaflow.errors import ConfigError
@@ -98,6 +97,21 @@ def test_a_tiny_policy_costs_what_the_counter_says_at_every_depth(stem):
             counted(lambda p=run: model.decoder.velocity(x_BLX, clock_BL, p)), rel=SAME
         )
     assert shape.parameters == size(model)
+
+
+def test_without_a_cache_prefix_and_suffix_are_one_pass():
+    config = tiny_policy("conv")
+    model, shape = config.build(), tiny_shape(config)
+    tokens = shape.backbone.prefix + 16
+
+    def velocity():
+        hidden_BTW = torch.zeros(1, tokens, 128)
+        hidden_BTW[:, -16:] = model.decoder.codec.encode(torch.zeros(1, 16, 4), torch.zeros(1, 16))
+        for index in range(config.backbone.depth):
+            hidden_BTW, _ = model.backbone.layer(index, hidden_BTW)
+        model.decoder.codec.decode(hidden_BTW[:, -16:])
+
+    assert step_without_cache(shape).flops == pytest.approx(counted(velocity), rel=SAME)
 
 
 def test_a_rater_costs_what_the_counter_says():
@@ -324,6 +338,8 @@ def test_more_is_never_cheaper(shape, one, other, few, more):
     assert no_less(chunk(longer), chunk(shape))
     wider = replace(shape, decoder=replace(shape.decoder, tokens=shape.decoder.tokens + 1))
     assert no_less(chunk(wider), chunk(shape))
+    if shape.decoder.stack == "shared":
+        assert no_less(step_without_cache(shape), step(shape))
 
 
 @given(shapes(), depths)
@@ -391,6 +407,8 @@ def test_wrong_input_is_one_sentence():
         ladder(shape, (4, 2))
     with pytest.raises(ConfigError, match="sum to 1"):
         expected(shape, {2: 0.5, 4: 0.4})
+    with pytest.raises(ConfigError, match="shared stack"):
+        step_without_cache(shape)
     with pytest.raises(ConfigError, match="no rater"):
         rating(shape)
     with pytest.raises(ConfigError, match="no peak for float8"):

@@ -87,6 +87,19 @@ def step(shape: PolicyShape, depth: int | None = None) -> Cost:
     return Cost(tuple(pieces))
 
 
+def step_without_cache(shape: PolicyShape) -> Cost:
+    """One solver step at full depth that runs the prefix again, in one pass with the suffix.
+
+    Raises:
+        ConfigError: for a decoder whose stack is not the backbone's own.
+    """
+    own, decoder = shape.backbone, shape.decoder
+    if decoder.stack != "shared":
+        raise ConfigError("Only a decoder on the shared stack runs the prefix anew with its own tokens.")
+    tokens = own.prefix + decoder.suffix
+    return step(shape, 0) + Cost((own.layer.piece("layer", tokens, tokens, times=own.depth),))
+
+
 def once(shape: PolicyShape, depth: int | None = None) -> Cost:
     """What a decoder does once per chunk before its steps: fitting the prefix's keys and values to its own width."""
     memory, depth = shape.decoder.memory, shape.backbone.depth if depth is None else depth

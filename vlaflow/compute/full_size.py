@@ -12,15 +12,14 @@ from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.compute.shapes import (
     BackboneShape,
     DecoderShape,
-    Grid,
     LayerShape,
     Linear,
     Piece,
     PolicyShape,
     RaterShape,
     flow_codec,
-    qwen_backbone,
 )
+from vlaflow.compute.shapes_of import Grid, qwen_backbone
 
 QWEN2_7B = LayerShape(3584, 28, 4, 128, 18944, qkv_bias=True)
 """A layer of Qwen2-7B, the language part of Molmo-7B-D."""
