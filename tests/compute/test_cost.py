@@ -16,6 +16,7 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.backbones.qwen2_5_vl import QwenConfig
 from vlaflow.compute import full_size
 from vlaflow.compute.cost import (
+    Cost,
     chunk,
     embed,
     expected,
@@ -368,6 +369,17 @@ def test_the_roofline_is_no_less_than_arithmetic_or_memory_alone(shape):
     assert max(arithmetic, memory) * (1 - SAME) <= time <= (arithmetic + memory) * (1 + SAME)
     assert cost.milliseconds(replace(H200, bandwidth=2 * H200.bandwidth)) <= time
     assert cost.milliseconds(H200, FLOAT8) <= time <= cost.milliseconds(H200, FLOAT32)
+
+
+@pytest.mark.parametrize("numbers", [FLOAT32, BFLOAT16, FLOAT8])
+def test_the_bytes_of_a_layer_by_hand(numbers):
+    """Five tokens of width 8 that see seventeen keys: weights once, each result out and in, keys and values of 17 tokens in."""
+    layer = LayerShape(8, 4, 2, 3, 10)
+    per_token = {"residual, twice in and out": 4 * 8, "queries": 2 * 12, "mixed": 2 * 12, "keys and values out": 2 * 6}
+    per_token |= {"gate and up": 2 * 2 * 10, "gated": 2 * 10}
+    numbers_moved = 5 * sum(per_token.values()) + 2 * 17 * 6
+    expected_bytes = numbers.weight * layer.parameters + numbers.number * numbers_moved
+    assert Cost((layer.piece("layer", 5, 17),)).moved(numbers) == expected_bytes
 
 
 def test_a_layer_turns_from_memory_to_arithmetic_at_the_ridge():
