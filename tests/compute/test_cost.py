@@ -40,13 +40,15 @@ from vlaflow.compute.shapes import (
     RaterShape,
     flow_codec,
 )
-from vlaflow.compute.shapes_of import Grid, qwen_backbone, tiny_backbone
+from vlaflow.compute.shapes_of import Grid, flow_decoder, qwen_backbone, regression_decoder, tiny_backbone
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.decoders.flow import ActionCodec
+from vlaflow.decoders.flow import ActionCodec, FlowConfig
+from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig, make_norm
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
+from vlaflow.stacks.expert import ExpertConfig, a1_expert
 
 SAME = 1e-9
 """Both count the same products, so they agree to the last operation; the goal was 2 %."""
@@ -73,8 +75,9 @@ def tiny_policy(stem):
 
 
 def tiny_shape(config):
-    codec = flow_codec(config.decoder.action_dim, config.backbone.width)
-    return PolicyShape(tiny_backbone(config.backbone, len(SENTENCE)), DecoderShape(config.decoder.horizon, 10, *codec))
+    spec = config.backbone.build().spec
+    make = flow_decoder if isinstance(config.decoder, FlowConfig) else regression_decoder
+    return PolicyShape(tiny_backbone(config.backbone, len(SENTENCE)), make(config.decoder, spec))
 
 
 def observed(config):
@@ -96,6 +99,33 @@ def test_a_tiny_policy_costs_what_the_counter_says_at_every_depth(stem):
         assert layers(shape, depth).flops == pytest.approx(counted(lambda d=depth: model.backbone.run(prefix, d)), rel=SAME)
         assert step(shape, depth).flops == pytest.approx(
             counted(lambda p=run: model.decoder.velocity(x_BLX, clock_BL, p)), rel=SAME
+        )
+    assert shape.parameters == size(model)
+
+
+TINY_EXPERT = ExpertConfig(BlockConfig(48, 8, 4, 32, 96, norm="rms", gated=True), padded_state=6)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        FlowConfig(4, 6, expert=TINY_EXPERT),
+        FlowConfig(4, 6, padded_dim=8, expert=replace(TINY_EXPERT, padded_state=None, causal=True), head_layers=2),
+        FlowConfig(4, 6, expert=replace(TINY_EXPERT, state_token=False)),
+        RegressionConfig(4, 6),
+        RegressionConfig(4, 6, queries="action", expert=TINY_EXPERT, hidden=40, head_layers=1),
+    ],
+)
+def test_experts_and_query_tokens_cost_what_the_counter_says(decoder):
+    """At every depth, with their state token, positions, queries and heads."""
+    config = replace(tiny_policy("conv"), decoder=decoder, execute=3)
+    model, shape = config.build(), tiny_shape(config)
+    embedded = model.backbone.embed(observed(config))
+    for depth in range(1, config.backbone.depth + 1):
+        prefix = model.backbone.run(embedded, depth)
+        state = model.decoder.start(prefix, helpers.generators(1), 10)
+        assert step(shape, depth).flops == pytest.approx(
+            counted(lambda s=state, p=prefix: model.decoder.advance(s, p, 1)), rel=SAME
         )
     assert shape.parameters == size(model)
 
@@ -262,6 +292,13 @@ def test_a1_contradicts_itself():
     assert extra[10] == pytest.approx(5 * extra[2])
     first_exit = prefix_pass(counted_for, 4).flops / prefix_pass(counted_for).flops
     assert 1 - first_exit < 0.766
+
+
+def test_a1_as_built_here_costs_the_same():
+    """Its decoder config gives the very shape that the published figures were reproduced with."""
+    config = FlowConfig(7, 8, padded_dim=32, expert=a1_expert(), head_layers=2)
+    spec = replace(full_size.molmo_7b(352, 2).spec, rotary=True)
+    assert flow_decoder(config, spec) == full_size.a1_flow().decoder
 
 
 def test_a1_expert_has_the_size_of_the_code():

@@ -37,16 +37,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product with every token."""
+    """A matrix product with every token, behind a LayerNorm where ``norm`` says so."""
 
     inputs: int
     outputs: int
     bias: bool = True
+    norm: bool = False
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
-        return self.outputs * (self.inputs + self.bias)
+        """Weights and biases, the norm's included."""
+        return self.outputs * (self.inputs + self.bias) + 2 * self.inputs * self.norm
 
     def piece(self, name: str, tokens: float) -> Piece:
         """The product with T tokens."""
@@ -167,11 +168,12 @@ class DecoderShape:
         leave: products that turn each token's hidden state into its answer.
         stack: "shared" runs the backbone's own layers, a shape runs one layer of its own per backbone layer, "none" reads
             the prefix's hidden states (regression from query tokens, which then belong to the prefix).
-        context: products that make each further suffix token (a state, a time), one entry per token.
+        context: products that make each further suffix token (a state, a time), one entry per token; learned tokens have none.
         sees: prefix tokens whose keys and values the stack reads; None for all.
         memory: product that each layer applies once per chunk to the keys, and again to the values, it reads; None when
             they fit as they are.
         borrowed: ``enter`` and ``leave`` are rows of the backbone's own tables, no further parameters.
+        tables: parameters that are added rather than multiplied (positions, queries).
     """
 
     tokens: int
@@ -183,6 +185,7 @@ class DecoderShape:
     sees: int | None = None
     memory: Linear | None = None
     borrowed: bool = False
+    tables: int = 0
 
     @property
     def suffix(self) -> int:
@@ -195,7 +198,7 @@ class DecoderShape:
         linears += [] if self.borrowed else [*self.enter, *self.leave]
         linears += [] if self.memory is None else [self.memory] * depth
         own = depth * self.stack.parameters + self.stack.norm if isinstance(self.stack, LayerShape) else 0
-        return own + sum(linear.parameters for linear in linears)
+        return own + self.tables + sum(linear.parameters for linear in linears)
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,15 @@ class PolicyShape:
         return self.backbone.parameters + self.decoder.parameters(self.backbone.depth) + rater
 
 
-def flow_codec(dim: int, width: int) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
+def flow_codec(dim: int, width: int, head_layers: int | None = None) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
     """``enter`` and ``leave`` of ``decoders.flow.ActionCodec`` for X dimensions at width W."""
     enter = (Linear(dim, width), Linear(2 * width, width), Linear(width, width))
+    if head_layers is not None:
+        return enter, residual_head(width, width, dim, head_layers)
     return enter, (Linear(width, width), Linear(width, dim))
+
+
+def residual_head(inputs: int, hidden: int, outputs: int, layers: int = 2) -> tuple[Linear, ...]:
+    """``nn.resnet.ResidualMLP``."""
+    sizes = [(inputs, hidden), *[(hidden, hidden)] * layers, (hidden, outputs)]
+    return tuple(Linear(a, b, norm=True) for a, b in sizes)

@@ -1,4 +1,4 @@
-"""Shapes of the backbones that exist here, read off their configs; no network is built.
+"""Shapes of the backbones and decoders that exist here, read off their configs; no network is built.
 
 What a shape is, and its letters: ``shapes.py``.
 """
@@ -6,13 +6,17 @@ What a shape is, and its letters: ``shapes.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from vlaflow.backbones.base import BackboneSpec
 from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.compute.shapes import BackboneShape, LayerShape, Linear, Piece
+from vlaflow.compute.shapes import BackboneShape, DecoderShape, LayerShape, Linear, Piece, flow_codec, residual_head
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.nn.block import BlockConfig
+from vlaflow.stacks.expert import ExpertConfig
 
 
 def tiny_backbone(config: TinyConfig, instruction_bytes: int) -> BackboneShape:
@@ -101,4 +105,37 @@ def _qwen_tower(vision: Mapping[str, Any], images: Grid) -> tuple[Piece, ...]:
         Piece("merger norm", 0, layer.norm, 2 * patches * width),
         Linear(4 * width, 4 * width).piece("merger", images.tokens),
         Linear(4 * width, vision["out_hidden_size"]).piece("merger", images.tokens),
+    )
+
+
+def flow_decoder(config: FlowConfig, spec: BackboneSpec, steps: int = 10) -> DecoderShape:
+    """``decoders.flow`` on its expert or the shared stack of such a backbone."""
+    c = config
+    width = c.expert.block.width if c.expert else spec.width
+    enter, leave = flow_codec(c.padded_dim or c.action_dim, width, c.head_layers)
+    return _on_stack(DecoderShape(c.horizon, steps, enter, leave), c.expert, spec, c.horizon)
+
+
+def regression_decoder(config: RegressionConfig, spec: BackboneSpec) -> DecoderShape:
+    """``decoders.regression``: learned queries through the stack, then the head once per action."""
+    c = config
+    width = c.expert.block.width if c.expert else spec.width
+    head = residual_head(c.tokens // c.horizon * width, c.hidden or width, c.action_dim, c.head_layers)
+    learned = ((),) * (c.tokens - c.horizon)
+    decoder = DecoderShape(c.horizon, 1, leave=head, context=learned, tables=c.tokens * width)
+    return _on_stack(decoder, c.expert, spec, c.tokens)
+
+
+def _on_stack(decoder: DecoderShape, expert: ExpertConfig | None, spec: BackboneSpec, tokens: int) -> DecoderShape:
+    """The decoder with an expert's layers, state token and positions."""
+    if expert is None:
+        return decoder
+    width = expert.block.width
+    state = ((Linear(expert.padded_state or spec.state_dim, width),),) if expert.state_token else ()
+    positions = 0 if spec.rotary else (len(state) + tokens) * width
+    return replace(
+        decoder,
+        stack=LayerShape.of(expert.block),
+        context=(*state, *decoder.context),
+        tables=decoder.tables + positions,
     )
