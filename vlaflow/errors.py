@@ -26,6 +26,10 @@ class CheckpointError(VlaflowError):
     """A checkpoint folder is incomplete, damaged or of another shape than its config says."""
 
 
+class CalibrationError(VlaflowError):
+    """A calibration is missing, damaged, or was made for something else."""
+
+
 class ConfigError(VlaflowError):
     """A config, a recipe name or a command-line value is not valid."""
 

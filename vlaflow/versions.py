@@ -5,10 +5,12 @@ Versions are read from package metadata, so asking imports none of the packages.
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
 from importlib import metadata
+from pathlib import Path
 
 from vlaflow import __version__
 
@@ -40,3 +42,14 @@ def versions() -> dict[str, str]:
 def command_line() -> str:
     """The command that started this process, as one would type it again."""
     return shlex.join(["vlaflow", *sys.argv[1:]])
+
+
+def machine() -> str:
+    """Processor, cores that may be used, and system, in words."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name"))
+        name = next(lines, f":{name}").partition(":")[2].strip()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {cores} core{'s' if cores > 1 else ''}, {platform.system()}"

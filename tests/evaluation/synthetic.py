@@ -79,7 +79,7 @@ def results():
     )  # fmt: skip
     return r.Results(
         evaluations=evaluations,
-        minutes=r.Minutes(2.1, 1.4, 6.3, 0.9, 2.6).summed(),
+        minutes=r.Minutes(2.1, 1.4, 6.3, 0.9, None, 2.6).summed(),
         versions={"vlaflow": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "mujoco": "3.3.0"},
         command="vlaflow demo --out runs/demo",
         checkpoint="runs/demo/rater",

@@ -102,12 +102,18 @@ def test_the_demo_goes_from_nothing_to_a_report(demo):
     out, run = demo
     assert run.returncode == 0, run.stderr
     found = results.read(out / "results.json")
-    assert found.computes == ("dense", "refine", "refine-random")
+    assert found.computes == ("dense", "refine", "refine-random", "exit:adaptive")
     assert None not in (found.minutes.record, found.minutes.train, found.minutes.rater, found.minutes.evaluate)
     page = (out / "report.html").read_text()
     assert "velocity error" in page
     assert "rating error" in page
-    for command in ("vlaflow record", "vlaflow train asyncvla.demo", "vlaflow train asyncvla.rater", "vlaflow eval"):
+    for command in (
+        "vlaflow record",
+        "vlaflow train asyncvla.demo",
+        "vlaflow train asyncvla.rater",
+        "vlaflow calibrate",
+        "vlaflow eval",
+    ):
         assert f"$ {command}" in run.stdout
         assert command in page
 
@@ -116,8 +122,8 @@ def test_the_demo_repeats_nothing_and_continues_what_is_missing(demo):
     out, _ = demo
     before = results.read(out / "results.json")
     diary = json.loads((out / "demo.json").read_text())
-    diary["done"].remove("rater")
-    diary["done"].remove("evaluate")
+    for step in ("rater", "calibrate", "evaluate"):
+        diary["done"].remove(step)
     (out / "demo.json").write_text(json.dumps(diary))
     shutil.rmtree(out / "rated")
     again = _demo(out, workers=0)

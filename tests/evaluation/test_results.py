@@ -21,7 +21,7 @@ def test_the_file_has_the_promised_keys(tmp_path):
     results.write(synthetic.results(), tmp_path / "results.json")
     data = json.loads((tmp_path / "results.json").read_text())
     assert {"evaluations", "minutes", "versions", "command"} <= data.keys()
-    assert data["minutes"].keys() == {"install", "record", "train", "rater", "evaluate", "total"}
+    assert data["minutes"].keys() == {"install", "record", "train", "rater", "calibrate", "evaluate", "total"}
     entry = data["evaluations"][0]
     promised = {"env", "compute", "episodes", "successes", "interval", "first_success_steps", "latency_ms", "seeds"}
     assert promised <= entry.keys()

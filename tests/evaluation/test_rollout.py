@@ -9,7 +9,7 @@ import pytest
 from tests.evaluation.conftest import ENV
 from vlaflow.compute.parse import Knobs, parse, parse_all
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
-from vlaflow.evaluation.latency import first_observations, measure
+from vlaflow.evaluation.latency import measure, seen_on_the_way
 from vlaflow.evaluation.rollout import (
     EpisodeJob,
     RolloutConfig,
@@ -96,7 +96,9 @@ def test_impossible_settings_are_refused(checkpoint, wrong):
 
 def test_latency_parts_add_up_to_the_total(checkpoint):
     policy = Policy.from_pretrained(checkpoint)
-    seen = first_observations(policy, [ENV], [1000, 1001], "fast")
+    with one_thread():
+        seen = seen_on_the_way(policy, plan([ENV], [parse("dense")], 2), SHORT)
+    assert len(seen) > 2
     dense, refine = measure(policy, parse_all(["dense", "refine"], Knobs(2)), seen, chunks=4, warm_up=1)
     assert (dense.chunks, dense.evaluations, dense.layer_passes) == (4, 2.0, 3.0)
     assert {"prefix", "first"} <= set(dense.parts)

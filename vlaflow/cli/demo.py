@@ -1,4 +1,4 @@
-"""``vlaflow demo``: record, train, rate, evaluate, report; each step is printed as the command that does it alone.
+"""``vlaflow demo``: record, train, rate, calibrate, evaluate, report; each step is printed as the command that does it alone.
 
 The folder remembers what is done (``demo.json``), so the same command continues an interrupted demo and repeats nothing.
 """
@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
 
 ENVS = ("metaworld/drawer-open-v3", "metaworld/button-press-topdown-v3", "metaworld/window-close-v3")
-COMPUTES = ("dense", "refine", "refine-random")
+CALIBRATION = "adaptive"
+COMPUTES = ("dense", "refine", "refine-random", f"exit:{CALIBRATION}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Settings:
     latency_chunks: int
     language_episodes: int
     solver_steps: int
+    frames: int
+    validation_fraction: float | None
 
     @staticmethod
     def of(arguments: Demo) -> Settings:
@@ -75,7 +78,7 @@ class Settings:
         if min(n for n in asked if n is not None) < 1:
             raise ConfigError("episodes, eval-episodes and steps must be at least 1.")
         if arguments.quick:
-            return Settings(ENVS[:1], 2, 2, 4, 2, 8, 40, 4, 1, 2)
+            return Settings(ENVS[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 0.5)
         return Settings(
             ENVS,
             arguments.episodes,
@@ -87,6 +90,8 @@ class Settings:
             60,
             min(5, arguments.eval_episodes),
             10,
+            512,
+            None,
         )
 
 
@@ -106,11 +111,14 @@ def main(argv: list[str]) -> int:
         ("rater", "asyncvla.rater", policy, rated, settings.rater_steps),
     ):
         with diary.step(step, commands[step]) as due:
-            overrides = {"steps": steps, "batch_size": settings.batch_size}
+            overrides = {"steps": steps, "batch_size": settings.batch_size, "validation_fraction": settings.validation_fraction}
             stopped = _train(recipe, dataset, goal, policy=source, overrides=overrides, command=commands[step]) if due else None
             if stopped is not None:
                 diary.leave()
                 return stopped
+    with diary.step("calibrate", commands["calibrate"]) as due:
+        if due:
+            _calibrate(settings, rated, dataset)
     with diary.step("evaluate", commands["evaluate"]) as due:
         if due:
             _evaluate(settings, rated, arguments.out, arguments.workers)
@@ -185,6 +193,7 @@ def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
     envs = [word for env in settings.envs for word in ("--env", env)]
     computes = [word for compute in COMPUTES for word in ("--compute", compute)]
     batch = ["--batch-size", settings.batch_size] if settings.batch_size else []
+    held = ["--set", f"validation_fraction={settings.validation_fraction}"] if settings.validation_fraction else []
 
     def command(*words: Any) -> str:
         return shlex.join(["vlaflow", *map(str, words)])
@@ -194,10 +203,16 @@ def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
 
     return {
         "record": command("record", *envs, "--episodes", settings.episodes, "--out", dataset, "--workers", workers),
-        "train": command("train", "asyncvla.demo", "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch),
+        "train": command(
+            "train", "asyncvla.demo", "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch, *held
+        ),
         "rater": command(
             *("train", "asyncvla.rater", "--policy", policy, "--dataset", dataset, "--out", rated),
-            *(*steps(settings.rater_steps), *batch),
+            *(*steps(settings.rater_steps), *batch, *held),
+        ),
+        "calibrate": command(
+            *("calibrate", rated, "--dataset", dataset, "--name", CALIBRATION),
+            *("--frames", settings.frames, "--no-ladder"),
         ),
         "evaluate": command(
             *("eval", rated, *envs, *computes, "--episodes", settings.eval_episodes),
@@ -217,7 +232,7 @@ def _record(settings: Settings, dataset: Path, workers: int) -> None:
 
 
 def _train(
-    recipe: str, dataset: Path, out: Path, *, policy: Path | None, overrides: dict[str, int | None], command: str
+    recipe: str, dataset: Path, out: Path, *, policy: Path | None, overrides: Mapping[str, float | None], command: str
 ) -> int | None:
     """Train; returns an exit status when a signal ended it early."""
     from vlaflow.training.run import Options, train
@@ -228,6 +243,12 @@ def _train(
         return None
     _say(f"Stopped after step {outcome.step} of {outcome.steps}; everything is saved. Run the same command again to continue.")
     return 130 if outcome.signal == signal.SIGINT else 0
+
+
+def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
+    from vlaflow.evaluation.calibrate import ByShares, Request, run
+
+    run(checkpoint, dataset, Request(CALIBRATION, ByShares(), frames=settings.frames, ladder=False))
 
 
 def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:

@@ -21,6 +21,8 @@ COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
     "record": "let scripted experts demonstrate tasks and write a LeRobot dataset",
     "train": "train a policy, or one of its later stages, by recipe",
+    "calibrate": "measure when a checkpoint may answer before its last layer",
+    "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
     "check": "try an environment or a checkpoint against everything it promises",
     "data": "check or show a dataset",

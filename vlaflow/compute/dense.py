@@ -1,4 +1,4 @@
-"""Every layer, every step: the baseline of all compute policies (AsyncVLA's synchronous flow matching)."""
+"""A fixed number of layers and steps: the baseline of all compute policies (AsyncVLA's synchronous flow matching)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ from vlaflow.errors import ConfigError
 
 @dataclass(frozen=True)
 class Dense:
-    """``steps`` solver steps through all layers."""
+    """``steps`` solver steps through all layers, or through the first ``depth`` of a multi-exit checkpoint.
+
+    Args:
+        steps: at least 1.
+        depth: layers to run; None for all.
+        label: for tables.
+    """
 
     steps: int = 10
+    depth: int | None = None
+    label: str = "dense"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -28,20 +36,20 @@ class Dense:
     @property
     def name(self) -> str:
         """For tables."""
-        return "dense"
+        return self.label
 
     @property
     def needs(self) -> Requirements:
-        """Nothing beyond a trained decoder."""
-        return Requirements()
+        """Nothing beyond a trained decoder, for all layers."""
+        return Requirements(exits=() if self.depth is None else (self.depth,))
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
     ) -> Decoded:
         """See ``ComputePolicy``."""
-        depth = model.backbone.spec.depth
+        depth = self.depth or model.backbone.spec.depth
         with watch.part("prefix"):
-            prefix = model.backbone.run(prefix)
+            prefix = model.backbone.run(prefix, depth)
         with watch.part("first"):
             action_BLD = model.decoder.sample(prefix, generators, self.steps, given)
         batch, evaluations = prefix.batch, model.decoder.evaluations(self.steps)

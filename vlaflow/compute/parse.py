@@ -1,11 +1,24 @@
-"""Compute policies by the names that people type: dense, refine, refine-random."""
+"""Compute policies by the names that people type.
+
+dense            all layers, all solver steps
+dense:2          2 solver steps
+dense:2@3        … through the first 3 layers
+refine           the dense chunk, and what its rater doubts made anew
+refine-random    the same with random doubts
+exit:NAME        early exit by the calibration CKPT/calibration/NAME.json
+refine+exit:NAME refinement of that
+budget:20        whatever fits 20 ms on this machine (vlaflow bench latency CKPT comes first)
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.compute.budget import within
+from vlaflow.compute.calibration import Checkpoint, load_exit
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
 from vlaflow.decoders.model import Model
@@ -27,36 +40,68 @@ class Knobs:
     any_training: bool = False
 
 
-NAMES: dict[str, Callable[[Knobs], ComputePolicy]] = {
-    "dense": lambda k: Dense(k.steps),
-    "refine": lambda k: Refine(BelowThreshold(k.threshold), k.steps, Dense(k.steps), k.any_training),
-    "refine-random": lambda k: Refine(AtRandom(0.5), k.steps, Dense(k.steps), k.any_training),
+REFINEMENTS: dict[str, Callable[[Knobs], BelowThreshold | AtRandom]] = {
+    "refine": lambda k: BelowThreshold(k.threshold),
+    "refine-random": lambda k: AtRandom(0.5),
 }
+KINDS = ("dense", *REFINEMENTS, "exit", "budget")
 
 
-def parse(name: str, knobs: Knobs = Knobs()) -> ComputePolicy:
+def parse(name: str, knobs: Knobs = Knobs(), checkpoint: Checkpoint | None = None) -> ComputePolicy:
     """The compute policy of that name.
 
+    Args:
+        name: see the module text.
+        knobs: settings.
+        checkpoint: holds the calibrations and latencies that "exit" and "budget" read.
+
     Raises:
-        ConfigError: with the nearest valid name.
+        ConfigError: for an unknown name, with the nearest valid one, or a malformed one.
+        CalibrationError: for a calibration that is missing or of another checkpoint.
     """
-    if name not in NAMES:
-        raise ConfigError(f"There is no compute policy '{name}'; {nearest(name, NAMES)}")
-    return NAMES[name](knobs)
+    head, plus, inner = name.partition("+")
+    if head in REFINEMENTS:
+        first = parse(inner, knobs, checkpoint) if plus else Dense(knobs.steps)
+        return Refine(REFINEMENTS[head](knobs), knobs.steps, first, knobs.any_training)
+    kind, _, rest = name.partition(":")
+    if kind not in KINDS:
+        raise ConfigError(f"There is no compute policy '{kind}'; {nearest(kind, KINDS)}")
+    if kind == "dense":
+        return _dense(name, rest, knobs)
+    if checkpoint is None:
+        raise ConfigError(f"'{name}' is measured for one checkpoint; say which.")
+    if not rest:
+        raise ConfigError(f"'{kind}' needs more: exit:NAME of a calibration, or budget:MILLISECONDS.")
+    if kind == "exit":
+        return load_exit(checkpoint, rest)
+    try:
+        milliseconds = float(rest)
+    except ValueError:
+        raise ConfigError(f"A budget is a number of milliseconds, as in budget:20, got '{rest}'.") from None
+    return within(checkpoint, milliseconds).compute
 
 
-def parse_all(names: Sequence[str], knobs: Knobs = Knobs()) -> list[ComputePolicy]:
+def parse_all(names: Sequence[str], knobs: Knobs = Knobs(), checkpoint: Checkpoint | None = None) -> list[ComputePolicy]:
     """Several, each once, in the order given."""
-    return [parse(name, knobs) for name in dict.fromkeys(names)]
+    return [parse(name, knobs, checkpoint) for name in dict.fromkeys(names)]
 
 
 def able(model: Model, knobs: Knobs = Knobs()) -> list[ComputePolicy]:
-    """Every named compute policy that this model can run."""
+    """Every compute policy without a calibration that this model can run."""
     found = []
-    for compute in parse_all(list(NAMES), knobs):
+    for compute in parse_all(["dense", *REFINEMENTS], knobs):
         try:
             compute.needs.check(model, compute.name)
         except CapabilityError:
             continue
         found.append(compute)
     return found
+
+
+def _dense(name: str, rest: str, knobs: Knobs) -> Dense:
+    if not rest:
+        return Dense(knobs.steps)
+    found = re.fullmatch(r"(\d+)(?:@(\d+))?", rest)
+    if found is None:
+        raise ConfigError(f"dense takes steps and layers as in dense:2 or dense:2@3, got '{name}'.")
+    return Dense(int(found[1]), int(found[2]) if found[2] else None, label=name)

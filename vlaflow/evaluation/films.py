@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def _film_one(task: tuple[EpisodeJob, Episode], policy: Policy, *, folder: str, 
     episode = play(policy, open_env(policy, job.env, config.render), job, config, after=follow)
     if episode != expected:
         raise DataError(f"{job.name} did not repeat itself; results of this machine are not reproducible. Please report this.")
-    stem = f"{job.env.rpartition('/')[2]}-{job.compute.name}-{job.seed}"
+    stem = re.sub(r"[^\w.-]+", "-", f"{job.env.rpartition('/')[2]}-{job.compute.name}-{job.seed}")
     steps_shown = [min(i * every, episode.steps) for i in range(len(frames))]
     outcome = f"success at step {episode.first_success_step}" if episode.success else f"no success in {episode.steps} steps"
     lines = (job.env.rpartition("/")[2], f"{job.compute.name}, seed {job.seed}")

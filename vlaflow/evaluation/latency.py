@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.evaluation.rollout import chunk_generator, one_thread, open_env
+from vlaflow.evaluation.rollout import EpisodeJob, RolloutConfig, chunk_generator, one_thread, open_env, play
 from vlaflow.evaluation.statistics import Percentiles
 from vlaflow.policies.base import Policy
-from vlaflow.simulators.base import Render
 from vlaflow.spec import Observation
 
 PARTS = ("prefix", "first", "rater", "refine")
@@ -52,12 +51,12 @@ class Latency:
 def measure(
     policy: Policy, computes: Sequence[ComputePolicy], observations: Sequence[Observation], chunks: int = 60, warm_up: int = 3
 ) -> list[Latency]:
-    """Time ``chunks`` chunks of every compute policy, in turns, after a few that are not counted."""
+    """Time ``chunks`` chunks of every compute policy, in turns, spread over the observations, after a few uncounted ones."""
     seen: dict[str, list[dict[str, float]]] = {compute.name: [] for compute in computes}
     work: dict[str, list[tuple[int, int, float]]] = {compute.name: [] for compute in computes}
     with one_thread():
         for turn in range(-warm_up, chunks):
-            observation = observations[turn % len(observations)]
+            observation = observations[turn * len(observations) // chunks]
             for compute in computes:
                 chunk = policy.act(observation, compute, generator=chunk_generator(turn % 2**20, 0))
                 if turn < 0:
@@ -68,15 +67,18 @@ def measure(
     return [_summary(name, times, work[name]) for name, times in seen.items()]
 
 
-def first_observations(policy: Policy, envs: Sequence[str], seeds: Sequence[int], render: Render) -> list[Observation]:
-    """What the policy sees at the beginning of episodes, environments taking turns."""
-    found = []
-    for seed in seeds:
-        for name in envs:
-            env = open_env(policy, name, render)
-            env.restart(seed)
-            found.append(env.observe())
-    return found
+def seen_on_the_way(policy: Policy, jobs: Sequence[EpisodeJob], config: RolloutConfig) -> list[Observation]:
+    """What the policy is asked about in these episodes, the episodes taking turns.
+
+    Adaptive compute policies take longer where a scene is hard, so beginnings of episodes alone would not do.
+    """
+    episodes: list[list[Observation]] = []
+    for job in jobs:
+        seen: list[Observation] = []
+        play(policy, open_env(policy, job.env, config.render), job, config, look=lambda step, now, chunk: seen.append(now))  # noqa: B023
+        episodes.append(seen)
+    longest = max(map(len, episodes))
+    return [seen[i] for i in range(longest) for seen in episodes if i < len(seen)]
 
 
 def _summary(name: str, times: list[dict[str, float]], work: list[tuple[int, int, float]]) -> Latency:

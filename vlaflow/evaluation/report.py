@@ -235,9 +235,9 @@ def _chunks_per_episode(entry: Evaluation) -> float:
 
 
 def _steps(minutes: Minutes) -> int:
-    return sum(bool(getattr(minutes, name)) for name in ("install", "record", "train", "rater", "evaluate"))
+    return sum(map(bool, minutes.steps.values()))
 
 
 def _minutes(minutes: Minutes) -> str:
-    parts = [(name, getattr(minutes, name)) for name in ("install", "record", "train", "rater", "evaluate", "total")]
-    return ", ".join(f"{name} {value:.1f}" for name, value in parts if value is not None)
+    parts = minutes.steps if minutes.total is None else {**minutes.steps, "total": minutes.total}
+    return ", ".join(f"{name} {value:.1f}" for name, value in parts.items())

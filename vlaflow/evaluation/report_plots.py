@@ -166,8 +166,7 @@ def chunk(film: Film, moment: Moment) -> str:
 
 def minutes(spent: Minutes) -> str:
     """Wall time by step, one stacked bar."""
-    steps = [(name, getattr(spent, name)) for name in ("install", "record", "train", "rater", "evaluate")]
-    known = [(name, value) for name, value in steps if value]
+    known = [(name, value) for name, value in spent.steps.items() if value]
     with figure(WIDTH, 1.15) as (_, axis, done):
         left = 0.0
         for i, (name, value) in enumerate(known):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -21,6 +20,8 @@ from vlaflow.evaluation.rollout import Episode
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, mcnemar, paired_difference, wilson
 
 FORMAT = "vlaflow results 1"
+ALL_PAIRS = 3
+"""Compute policies up to which every pair is tested; with more, the number of tests would say more than their results."""
 EARLY = 400
 """Other published tables end episodes here; successes up to this step are counted beside those up to the horizon."""
 
@@ -129,13 +130,18 @@ class Minutes:
     record: float | None = None
     train: float | None = None
     rater: float | None = None
+    calibrate: float | None = None
     evaluate: float | None = None
     total: float | None = None
 
     def summed(self) -> Minutes:
         """With the total of the steps that are known."""
-        known = [m for m in (self.install, self.record, self.train, self.rater, self.evaluate) if m is not None]
-        return replace(self, total=sum(known) if known else None)
+        return replace(self, total=sum(self.steps.values()) if self.steps else None)
+
+    @property
+    def steps(self) -> dict[str, float]:
+        """The steps of this run by name, without the total."""
+        return {name: minutes for name, minutes in asdict(self).items() if name != "total" and minutes is not None}
 
 
 @dataclass(frozen=True)
@@ -232,12 +238,13 @@ def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
 
 
 def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
-    """Every pair of compute policies, in every environment and over all."""
+    """Every pair of up to three compute policies, each of more against the first; in every environment and over all."""
     envs = list(dict.fromkeys(e.env for e in evaluations))
     computes = list(dict.fromkeys(e.compute for e in evaluations))
+    pairs = list(combinations(computes, 2)) if len(computes) <= ALL_PAIRS else [(computes[0], c) for c in computes[1:]]
     found = []
     for env in [*(envs if len(envs) > 1 else []), "all"]:
-        for first, second in combinations(computes, 2):
+        for first, second in pairs:
             sides = []
             for compute in (first, second):
                 mine = [e for e in evaluations if e.compute == compute and env in (e.env, "all")]
@@ -289,17 +296,6 @@ def read(file: Path) -> Results:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise DataError(f"{file} has the format {found!r}, this version of vlaflow reads {FORMAT!r}.")
     return from_json(Results, data, str(file))
-
-
-def machine() -> str:
-    """Processor, cores that may be used, and system, in words."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name"))
-        name = next(lines, f":{name}").partition(":")[2].strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} core{'s' if cores > 1 else ''}, {platform.system()}"
 
 
 def _pair(interval: Interval) -> tuple[float, float]:

@@ -9,17 +9,18 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vlaflow.compute.calibration import Checkpoint
 from vlaflow.compute.parse import Knobs, parse, parse_all
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import films, language, results
-from vlaflow.evaluation.latency import first_observations, measure
+from vlaflow.evaluation.latency import measure, seen_on_the_way
 from vlaflow.evaluation.results import Minutes, Results
-from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, evaluate, plan, require_fit
+from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, evaluate, one_thread, plan, require_fit
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
 from vlaflow.progress import progress
 from vlaflow.simulators.base import expand_env_names, parse_env_name, simulator_spec
-from vlaflow.versions import command_line, versions
+from vlaflow.versions import command_line, machine, versions
 
 FILMS = "films"
 RESULTS = "results.json"
@@ -76,7 +77,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
     began = time.monotonic()
     folder = local_folder(checkpoint)
     envs = expand_env_names(config.envs)
-    computes = parse_all(config.computes, config.knobs)
+    home = Checkpoint(folder, fingerprint(folder))
+    computes = parse_all(config.computes, config.knobs, home)
     policy = Policy.from_pretrained(folder, config.rollout.device)
     rollout = replace(config.rollout, execute=config.rollout.execute or policy.config.execute)
     horizon = rollout.horizon or min(simulator_spec(parse_env_name(env)[0]).horizon for env in envs)
@@ -96,8 +98,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
         played = evaluate(folder, everything, rollout, workers=config.workers, progress=lambda done, total: bar.advance())
     episodes, swapped = played[: len(jobs)], played[len(jobs) :]
 
-    seeds = range(config.first_seed, config.first_seed + min(config.episodes, 8))
-    seen = first_observations(policy, envs, seeds, rollout.render)
+    with one_thread():
+        seen = seen_on_the_way(policy, plan(envs, computes[:1], 1, config.first_seed), rollout)
     latency = measure(policy, computes, seen, config.latency_chunks)
     if config.films:
         chosen, by_episode = films.choose(episodes), dict(zip(episodes, jobs, strict=True))
@@ -118,8 +120,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
         versions=versions(),
         command=command_line(),
         checkpoint=str(checkpoint),
-        fingerprint=fingerprint(folder),
-        machine=results.machine(),
+        fingerprint=home.fingerprint,
+        machine=machine(),
         overall=results.pool(evaluations),
         paired=results.compare(evaluations),
         latency=tuple(latency),

@@ -131,9 +131,13 @@ class Policy:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
+    def embed(self, observation: ObservationBatch) -> Prefix:
+        """The tokens of raw observations, before the first layer."""
+        return self.model.backbone.embed(self._prepare(observation))
+
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
-        return self.model.backbone.run(self.model.backbone.embed(self._prepare(observation)), depth)
+        return self.model.backbone.run(self.embed(observation), depth)
 
     def targets(self, batch: Batch) -> Targets:
         """Normalised actions of a training batch."""

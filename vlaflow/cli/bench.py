@@ -1,0 +1,56 @@
+"""``vlaflow bench latency``: how long each part of a chunk takes on this machine, for budgets in milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time a checkpoint on this machine, part by part, and write CKPT/latency.json, which --compute budget:MS reads.
+
+    Example: vlaflow bench latency runs/a1/policy
+
+    Nothing else should run meanwhile.
+    """
+
+    what: Annotated[Literal["latency"], tyro.conf.Positional]
+    """What to measure."""
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """Folder of a checkpoint."""
+    rounds: int = 100
+    """Times each part is measured."""
+    threads: int = 1
+    """Threads of torch; evaluation and serving take one."""
+    device: str = "cpu"
+    """Where the networks run."""
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow bench ...``; returns the exit status."""
+    given = tyro.cli(Arguments, prog="vlaflow bench", args=argv)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlaflow.compute.budget import PROFILE, save
+    from vlaflow.evaluation.profile import profile
+    from vlaflow.policies.base import Policy
+    from vlaflow.policies.checkpoint import fingerprint, local_folder
+
+    folder = local_folder(given.checkpoint)
+    found = profile(Policy.from_pretrained(folder, given.device), fingerprint(folder), given.rounds, given.threads)
+    save(found, folder / PROFILE)
+    table = Table("depth", "prefix ms", "step ms", title=f"{found.machine}, {found.threads} thread(s)", title_justify="left")
+    for depth, (prefix, step) in enumerate(zip(found.prefix, found.step, strict=True), 1):
+        table.add_row(str(depth), f"{prefix:.2f}", f"{step:.2f}" if step else "no exit")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Everything else {found.base:.2f} ms; p99 is {found.jitter:.2f} times the median. Written: {folder / PROFILE}"
+    )
+    return 0

@@ -1,0 +1,125 @@
+"""``vlaflow calibrate``: when may a checkpoint answer before its last layer, measured on held-out data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from vlaflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlaflow.compute.calibration import Calibration
+    from vlaflow.evaluation.calibrate import ByRisk, ByShares
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure when a multi-exit checkpoint may answer early, and write CKPT/calibration/NAME.json with plots beside it.
+
+    Example: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --budget 0.4
+
+    Then: vlaflow eval runs/a1/policy --env metaworld/drawer-open-v3 --compute dense --compute exit:budget-0.4
+
+    Half of the held-out episodes choose the thresholds, the other half show what these do. Give either a budget (which share of
+    the chunks leaves at which depth) or a largest deviation from the answer of full depth.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+    """Folder of a checkpoint trained with exits."""
+    dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """LeRobot data set; of the checkpoint's own, the episodes that training held out are taken."""
+    budget: float | None = None
+    """Compute budget c of the exit distribution; smaller leaves earlier. 0.4 unless a deviation is given."""
+    exit_distribution: Literal["exponential", "gaussian", "gamma"] = "exponential"
+    """Family of the exit distribution."""
+    first_exit: bool = True
+    """Whether the first exit may be taken at all."""
+    max_deviation: float | None = None
+    """Largest difference of a chunk from the full depth's, by --deviation on normalised actions; instead of --budget."""
+    confidence: float = 0.9
+    """With --max-deviation: at least this share of the chunks stays within it (holds with 95 % probability)."""
+    deviation: Literal["max_abs", "mean_abs", "l2", "cosine"] = "max_abs"
+    """How the deviation is measured; max_abs is in standard deviations of the actions."""
+    name: str | None = None
+    """Name of the calibration; made of the target by default."""
+    depths: tuple[int, ...] = ()
+    """Depths that answer, the last the full one; all that were trained by default. The first is only compared with."""
+    metric: Literal["cosine", "l2", "mean_abs", "max_abs"] = "cosine"
+    """How two answers are compared."""
+    steps: int = 2
+    """Solver steps at each depth."""
+    warm_start: Literal["fresh", "same", "anchor", "renoise"] = "same"
+    """Where the next depth's answer starts: new noise, the same noise, the answer as it is, or the answer noised again."""
+    restart: float = 0.5
+    """Clock that renoise starts from."""
+    episodes: Literal["held-out", "all"] = "held-out"
+    """Which episodes to measure on; all only for data that the checkpoint never learned from."""
+    frames: int = 1024
+    """Frames to measure, over both halves."""
+    ladder: bool = True
+    """Also measure what fixed depths and steps lose, which --compute budget:MS needs."""
+    device: str = "cpu"
+    """Where the networks run."""
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow calibrate ...``; returns the exit status."""
+    given = tyro.cli(Arguments, prog="vlaflow calibrate", args=argv)
+    if given.budget is not None and given.max_deviation is not None:
+        raise ConfigError("Give either --budget or --max-deviation: one fixes the compute, the other the risk.")
+
+    from rich.console import Console
+
+    from vlaflow.evaluation import calibrate
+    from vlaflow.policies.checkpoint import local_folder
+
+    request = calibrate.Request(
+        name=given.name or _name(given),
+        target=_target(given),
+        depths=given.depths,
+        metric=given.metric,
+        steps=given.steps,
+        warm_start=given.warm_start,
+        restart=given.restart,
+        deviation=given.deviation,
+        frames=given.frames,
+        new_data=given.episodes == "all",
+        ladder=given.ladder,
+    )
+    made, file = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device)
+    console = Console()
+    console.print(_words(made))
+    console.print(f"Written: {file} and {file.with_suffix('.html')}", soft_wrap=True)
+    return 0
+
+
+def _target(given: Arguments) -> ByRisk | ByShares:
+    from vlaflow.evaluation.calibrate import ByRisk, ByShares
+
+    if given.max_deviation is not None:
+        return ByRisk(given.max_deviation, 1 - given.confidence, metric=given.deviation)
+    return ByShares(given.exit_distribution, 0.4 if given.budget is None else given.budget, given.first_exit)
+
+
+def _name(given: Arguments) -> str:
+    if given.max_deviation is not None:
+        return f"deviation-{given.max_deviation:g}"
+    return f"budget-{0.4 if given.budget is None else given.budget:g}"
+
+
+def _words(made: Calibration) -> str:
+    seen, plan = made.seen, made.plan
+    shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, seen.shares, strict=True))
+    lines = [
+        f"Thresholds from {made.samples} frames, tried on {seen.samples} others from other episodes.",
+        f"Chunks that leave at depth {shares}; {seen.layers:.2f} of {plan.exits[-1]} layers and {seen.evaluations:.1f} "
+        "evaluations on average.",
+        f"Largest difference to the full depth {seen.deviation:.3f} standard deviations on average; distance to the "
+        f"demonstrations {seen.error:.4f}, at full depth {seen.full_error:.4f}.",
+    ]
+    if seen.above is not None:
+        lines.append(f"Above the largest deviation allowed: {100 * seen.above:.1f} % of the chunks.")
+    return "\n".join(lines)

@@ -1,0 +1,188 @@
+"""The best that fits so many milliseconds: depth, solver steps or early exit, by measured time and measured loss.
+
+Three measurements come together: how long each part takes here (``Profile``, by ``vlaflow bench latency CKPT``), what a fixed
+depth and number of steps loses (``Ladder``) and what each calibrated early exit does (both by ``vlaflow calibrate``).
+What must fit is the 99th percentile of the worst case: an early exit counts with all of its depths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlaflow.compute.base import ComputePolicy
+from vlaflow.compute.calibration import FOLDER, Calibration, Checkpoint
+from vlaflow.compute.dense import Dense
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import CalibrationError
+from vlaflow.versions import machine
+
+T = TypeVar("T")
+PROFILE, LADDER = "latency.json", "ladder.json"
+TIME = "Measure it: vlaflow bench latency CKPT"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long the parts of a chunk take for one observation; medians in milliseconds.
+
+    Args:
+        checkpoint: fingerprint.
+        machine: in words; another machine must measure again.
+        threads: of torch.
+        base: everything outside layers and solver: image resizing, embedding, units.
+        prefix: whole prefix up to each depth 1 … J.
+        step: one decoder evaluation at each depth 1 … J; 0 where no exit was trained.
+        jitter: 99th percentile of a whole chunk over its median.
+        chunks: timed.
+        versions: of the software.
+    """
+
+    checkpoint: str
+    machine: str
+    threads: int
+    base: float
+    prefix: tuple[float, ...]
+    step: tuple[float, ...]
+    jitter: float
+    chunks: int
+    versions: dict[str, str]
+
+    def dense(self, depth: int, evaluations: int) -> float:
+        """Median of a chunk at a fixed depth."""
+        return self.base + self.prefix[depth - 1] + evaluations * self.step[depth - 1]
+
+    def worst(self, depths: tuple[int, ...], evaluations: int) -> float:
+        """Median of a chunk that leaves at the last of the depths."""
+        return self.base + self.prefix[depths[-1] - 1] + evaluations * sum(self.step[depth - 1] for depth in depths)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A fixed depth and number of evaluations.
+
+    Args:
+        deviation: mean largest difference to the fullest one's chunk, in standard deviations of the actions.
+        error: mean absolute distance to the demonstrated actions, in the same units.
+    """
+
+    depth: int
+    evaluations: int
+    deviation: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Every fixed depth and number of evaluations that was measured, on ``samples`` held-out frames."""
+
+    checkpoint: str
+    dataset: str
+    samples: int
+    rungs: tuple[Rung, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What fits, and what it is expected to take and lose.
+
+    Args:
+        compute: the compute policy.
+        milliseconds: predicted 99th percentile of the worst case.
+        deviation, error: as in ``Rung``; ``full_error`` is that of everything there is.
+    """
+
+    compute: ComputePolicy
+    milliseconds: float
+    deviation: float
+    error: float
+    full_error: float
+
+    def __str__(self) -> str:
+        more = 100 * (self.error / self.full_error - 1) if self.full_error else 0.0
+        return (
+            f"{self.compute.name}: {self.milliseconds:.1f} ms at p99 in the worst case; its chunks differ from the full "
+            f"computation's by {self.deviation:.3f} standard deviations at most on average, and from the demonstrations by "
+            f"{more:+.1f} % compared with it."
+        )
+
+
+def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[str, Calibration]) -> Choice:
+    """The candidate with the smallest error that fits; of equal ones the fastest.
+
+    Raises:
+        CalibrationError: when nothing fits, saying what the fastest takes.
+    """
+    full_error = max(ladder.rungs, key=lambda r: (r.depth, r.evaluations)).error
+    candidates = [
+        Choice(
+            Dense(rung.evaluations, rung.depth, label=f"dense:{rung.evaluations}@{rung.depth}"),
+            profile.jitter * profile.dense(rung.depth, rung.evaluations),
+            rung.deviation,
+            rung.error,
+            full_error,
+        )
+        for rung in ladder.rungs
+    ]
+    for name, found in exits.items():
+        each = round(found.seen.evaluations / max(_answers(found), 1e-9))
+        worst = profile.jitter * profile.worst(found.plan.depths, each)
+        # an early exit's error is compared with its own full depth, so that both are measured on the same frames
+        error = full_error * found.seen.error / found.seen.full_error
+        candidates.append(Choice(found.early_exit(f"exit:{name}"), worst, found.seen.deviation, error, full_error))
+    fitting = [c for c in candidates if c.milliseconds <= milliseconds]
+    if not fitting:
+        fastest = min(candidates, key=lambda c: c.milliseconds)
+        raise CalibrationError(
+            f"Nothing fits {milliseconds:g} ms here; the fastest, {fastest.compute.name}, takes {fastest.milliseconds:.1f} ms "
+            "at p99. Allow more, or train with exits."
+        )
+    return min(fitting, key=lambda c: (c.error, c.milliseconds))
+
+
+def within(checkpoint: Checkpoint, milliseconds: float) -> Choice:
+    """The best that fits, by the measurements in the checkpoint folder.
+
+    Raises:
+        CalibrationError: when a measurement is missing or of other weights, or nothing fits.
+    """
+    profile = _read(checkpoint.folder / PROFILE, Profile, TIME)
+    ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, "Measure it: vlaflow calibrate CKPT --dataset DIR")
+    for file, found in ((PROFILE, profile.checkpoint), (LADDER, ladder.checkpoint)):
+        if found != checkpoint.fingerprint:
+            raise CalibrationError(f"{file} in {checkpoint.folder} was measured with other weights; measure again.")
+    if profile.machine != machine():
+        raise CalibrationError(
+            f"{PROFILE} in {checkpoint.folder} was measured on {profile.machine}; this is {machine()}. {TIME}"
+        )
+    return choose(milliseconds, profile, ladder, dict(_exits(checkpoint)))
+
+
+def save(value: Any, file: Path) -> None:
+    """Write a profile or a ladder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(to_json(value), indent=2) + "\n")
+    part.replace(file)
+
+
+def _exits(checkpoint: Checkpoint) -> Iterator[tuple[str, Calibration]]:
+    for file in sorted((checkpoint.folder / FOLDER).glob("*.json")):
+        if file.name != LADDER:
+            found = Calibration.load(file)
+            if found.checkpoint == checkpoint.fingerprint:
+                yield file.stem, found
+
+
+def _answers(found: Calibration) -> float:
+    """Mean number of depths that answered."""
+    return sum(share * (number + 2) for number, share in enumerate(found.seen.shares))
+
+
+def _read(file: Path, kind: type[T], command: str) -> T:
+    if not file.exists():
+        raise CalibrationError(f"A budget needs {file.name}, which {file.parent} lacks. {command}")
+    return from_json(kind, json.loads(file.read_text()), str(file))

@@ -1,0 +1,167 @@
+"""A calibration: the measured thresholds of an early exit, what they were measured on, and what they were seen to do.
+
+It lies in the checkpoint folder as ``calibration/NAME.json`` and is refused for anything but what it was made for. How it is
+measured is in ``evaluation.calibrate``; the mathematics in ``thresholds``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from vlaflow.compute.distance import Metric
+from vlaflow.compute.early_exit import EarlyExit, ExitPlan
+from vlaflow.compute.thresholds import Distribution
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import CalibrationError, nearest
+
+FOLDER = "calibration"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: where it lies, and the fingerprint of its content."""
+
+    folder: Path
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ShareTarget:
+    """Thresholds by target shares of the exits.
+
+    Args:
+        distribution, budget, first_exit: see ``thresholds.exit_shares``.
+        shares: the target, one per exit.
+    """
+
+    distribution: Distribution
+    budget: float
+    first_exit: bool
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RiskTarget:
+    """Thresholds by a bound on the risk; see ``thresholds.risk_controlled``.
+
+    Args:
+        max_deviation: ε, in the units of ``metric`` on normalised actions.
+        risk: largest probability of more.
+        error: probability that the guarantee fails.
+        metric: how the deviation from the full depth is measured.
+    """
+
+    max_deviation: float
+    risk: float
+    error: float
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the thresholds did on samples that they were not made from.
+
+    Args:
+        samples: how many.
+        shares: of the exits.
+        layers, layer_passes, evaluations: means per chunk.
+        deviation: mean of the largest absolute difference to the full depth's chunk, in standard deviations of the actions.
+        error, full_error: mean absolute distance to the demonstrated actions, of the chunk taken and of the full depth's.
+        above: share of chunks above the risk target's ε; None for share targets.
+    """
+
+    samples: int
+    shares: tuple[float, ...]
+    layers: float
+    layer_passes: float
+    evaluations: float
+    deviation: float
+    error: float
+    full_error: float
+    above: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds and their provenance.
+
+    Args:
+        checkpoint: fingerprint of the checkpoint.
+        dataset: fingerprint of the data set.
+        plan: exits, metric, steps and warm start that were measured.
+        thresholds: of every exit but the last, which is always taken; None is never.
+        target: how they were chosen.
+        samples: how many they were chosen from.
+        seen: what they do on others.
+        command: that made it.
+        versions: of the software.
+    """
+
+    checkpoint: str
+    dataset: str
+    plan: ExitPlan
+    thresholds: tuple[float | None, ...]
+    target: ShareTarget | RiskTarget
+    samples: int
+    seen: Seen
+    command: str
+    versions: dict[str, str]
+
+    def require(
+        self, where: str, *, checkpoint: str | None = None, dataset: str | None = None, plan: ExitPlan | None = None
+    ) -> None:
+        """Refuse to serve anything else; what is None is not compared.
+
+        Raises:
+            CalibrationError: saying what differs and what to do.
+        """
+        again = "Calibrate again: vlaflow calibrate CKPT --dataset DIR"
+        if checkpoint not in (None, self.checkpoint):
+            raise CalibrationError(f"{where} was made for checkpoint {self.checkpoint}, and this one is {checkpoint}. {again}")
+        if dataset not in (None, self.dataset):
+            raise CalibrationError(f"{where} was made on data set {self.dataset}, and this one is {dataset}. {again}")
+        if plan is not None and plan != self.plan:
+            names = ("depths", "metric", "steps", "warm_start", "restart")
+            name = next(n for n in names if getattr(plan, n) != getattr(self.plan, n))
+            mine, asked = getattr(self.plan, name), getattr(plan, name)
+            raise CalibrationError(f"{where} was made with {name} {mine}, and {asked} is asked. {again}")
+
+    def early_exit(self, label: str) -> EarlyExit:
+        """The compute policy."""
+        return EarlyExit(self.plan, (*(-inf if t is None else t for t in self.thresholds), inf), label)
+
+    def save(self, file: Path) -> None:
+        """Write as JSON."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(to_json(self), indent=2) + "\n")
+        part.replace(file)
+
+    @staticmethod
+    def load(file: Path) -> Calibration:
+        """Read strictly.
+
+        Raises:
+            CalibrationError: when there is no such calibration, with the nearest name, or it is no JSON.
+            ConfigError: for a wrong key or value in it.
+        """
+        if not file.exists():
+            others = sorted(f.stem for f in file.parent.glob("*.json"))
+            hint = nearest(file.stem, others) if others else "there are none yet: vlaflow calibrate CKPT --dataset DIR"
+            raise CalibrationError(f"There is no calibration {file}; {hint}")
+        try:
+            data = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{file} is no valid JSON ({error}); calibrate again.") from error
+        return from_json(Calibration, data, str(file))
+
+
+def load_exit(checkpoint: Checkpoint, name: str) -> EarlyExit:
+    """The early exit ``CKPT/calibration/NAME.json``, refused when it was made for other weights."""
+    file = checkpoint.folder / FOLDER / f"{name}.json"
+    found = Calibration.load(file)
+    found.require(str(file), checkpoint=checkpoint.fingerprint)
+    return found.early_exit(f"exit:{name}")

@@ -1,0 +1,319 @@
+"""Measuring an early exit on held-out data, and what a fixed depth and number of steps would lose.
+
+The episodes that training held out are divided in two: thresholds are made from one half, and what they do is reported from
+the other. For every frame all depths answer once, so any number of targets can be tried on one measurement.
+
+Shape letters: N samples, K exits, B batch, L horizon, D action dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.compute.base import Stopwatch
+from vlaflow.compute.budget import LADDER, Ladder, Rung, save
+from vlaflow.compute.calibration import FOLDER, Calibration, RiskTarget, Seen, ShareTarget
+from vlaflow.compute.distance import Metric, distance
+from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
+from vlaflow.compute.thresholds import Distribution, Table, exit_shares, filtered_quantiles, risk_controlled, taken
+from vlaflow.data.batch import Batch
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.windows import Windows, split_episodes
+from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.evaluation.calibration_page import write_page
+from vlaflow.policies.base import Policy
+from vlaflow.policies.checkpoint import fingerprint, read_json
+from vlaflow.policies.recipe import TrainConfig
+from vlaflow.progress import progress
+from vlaflow.versions import command_line, versions
+
+BATCH = 32
+LADDER_STEPS = (1, 2, 3, 5, 10)
+
+
+class Target(Protocol):
+    """What thresholds are chosen for."""
+
+    def choose(self, table: Table) -> tuple[np.ndarray, ShareTarget | RiskTarget]:
+        """Thresholds (K,) from a measurement, and the target as it is written down."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Frames to measure on: windows, the chosen rows of them, and which half each belongs to (True: thresholds)."""
+
+    windows: Windows
+    index_N: np.ndarray
+    choose_N: np.ndarray
+
+    def batches(self) -> Iterator[tuple[Batch, list[Generator]]]:
+        """Batches with a generator for every frame, which depends on the frame alone."""
+        for begin in range(0, len(self.index_N), BATCH):
+            index_B = self.index_N[begin : begin + BATCH]
+            yield self.windows.batch(index_B), [Generator().manual_seed(int(self.windows.rows[i])) for i in index_B]
+
+
+@dataclass(frozen=True)
+class ByShares:
+    """A1's way: see ``thresholds.exit_shares``."""
+
+    distribution: Distribution = "exponential"
+    budget: float = 0.4
+    first_exit: bool = True
+
+    def choose(self, table: Table) -> tuple[np.ndarray, ShareTarget]:
+        """See ``Target``."""
+        exits = table.discrepancy_NK.shape[1]
+        share_K = exit_shares(self.distribution, self.budget, exits, first_exit=self.first_exit)
+        threshold_K = filtered_quantiles(table.discrepancy_NK[table.choose_N], share_K)
+        return threshold_K, ShareTarget(self.distribution, self.budget, self.first_exit, tuple(share_K.tolist()))
+
+
+@dataclass(frozen=True)
+class ByRisk:
+    """A bound on the risk: see ``thresholds.risk_controlled``."""
+
+    max_deviation: float
+    risk: float = 0.1
+    error: float = 0.05
+    metric: Metric = "max_abs"
+
+    def choose(self, table: Table) -> tuple[np.ndarray, RiskTarget]:
+        """See ``Target``."""
+        own = table.choose_N
+        threshold_K = risk_controlled(
+            table.discrepancy_NK[own],
+            table.deviation_NK[own],
+            max_deviation=self.max_deviation,
+            risk=self.risk,
+            error=self.error,
+            tuning_N=table.tuning_N[own],
+        )
+        return threshold_K, RiskTarget(self.max_deviation, self.risk, self.error, self.metric)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One calibration of a checkpoint.
+
+    Args:
+        name: of the file ``CKPT/calibration/NAME.json``.
+        target: shares or risk.
+        depths: that answer; empty for all that were trained.
+        metric, steps, warm_start, restart: see ``ExitPlan``.
+        deviation: metric of the deviation from the full depth.
+        frames: to measure, over both halves.
+        new_data: the checkpoint never learned from any episode of the data set.
+        ladder: also measure what fixed depths and steps lose, unless that was done before.
+    """
+
+    name: str
+    target: Target
+    depths: tuple[int, ...] = ()
+    metric: Metric = "cosine"
+    steps: int = 2
+    warm_start: WarmStart = "same"
+    restart: float = 0.5
+    deviation: Metric = "max_abs"
+    frames: int = 1024
+    new_data: bool = False
+    ladder: bool = True
+
+
+def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") -> tuple[Calibration, Path]:
+    """Measure, choose thresholds, and write ``CKPT/calibration/NAME.json`` with a page of plots beside it.
+
+    Returns:
+        the calibration and its file.
+
+    Raises:
+        VlaflowError: when checkpoint, data and plan do not fit together, or the name is taken by another data set's.
+    """
+    policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
+    depths = request.depths or policy.model.depths
+    plan = ExitPlan(depths, request.metric, request.steps, request.warm_start, request.restart)
+    EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration")
+    folder = checkpoint / FOLDER
+    file = folder / f"{request.name}.json"
+    if file.name == LADDER or file.parent != folder:
+        raise ConfigError(f"A calibration cannot be called '{request.name}'; take another name.")
+    if file.exists():
+        Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
+    episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
+    frames = sample(policy, data, episodes, request.frames)
+    table = measure(policy, plan, frames, request.deviation)
+    made = calibrate(policy, plan, frames, table, target=request.target, checkpoint=mark)
+    made.save(file)
+    write_page(made, table, file.with_suffix(".html"))
+    known = folder / LADDER
+    if request.ladder and not (known.exists() and read_json(known).get("checkpoint") == mark):
+        save(ladder(policy, frames, mark), known)
+    return made, file
+
+
+def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
+    """The episodes of ``dataset`` that the checkpoint never learned from.
+
+    All of them for another data set than it was trained on; for its own those that training held out.
+
+    Raises:
+        CalibrationError: when the checkpoint does not say, or training held out fewer than two.
+    """
+    states = sorted(folder.glob("training/step-*/state.json"))
+    if not states:
+        raise CalibrationError(
+            f"{folder} lacks training/, so nobody knows which episodes it learned from. Say that {dataset.root} is new to it "
+            "with --episodes all, or calibrate in the folder where it was trained."
+        )
+    run = read_json(states[-1])["run"]
+    if run["data"] != dataset.fingerprint:
+        return tuple(range(len(dataset.episodes)))
+    config: TrainConfig = run["config"]
+    _, held = split_episodes(dataset, config["validation_fraction"], config["seed"])  # type: ignore[index]
+    if len(held) < 2:
+        raise CalibrationError(
+            f"Training held out {len(held)} episode of {dataset.root}, and calibration needs two. Train with a larger "
+            "validation_fraction, or calibrate on other data."
+        )
+    return held
+
+
+def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: int, seed: int = 0) -> Sample:
+    """``frames`` frames of the episodes, half of them for thresholds and half to see what these do; no episode is in both.
+
+    Episodes take turns between the halves in a random order of each task, so both halves hold every task.
+    """
+    if len(episodes) < 2 or frames < 4:
+        raise ConfigError(f"Calibration needs at least two episodes and four frames, got {len(episodes)} and {frames}.")
+    policy.action_spec.require_match(dataset.action_spec or policy.action_spec, "the checkpoint", f"data set {dataset.root}")
+    views = policy.model.backbone.views
+    cache = FrameCache.open(dataset, next(iter(views.values())), list(views))
+    windows = Windows(dataset, cache, policy.config.decoder.horizon, episodes)
+    random = np.random.default_rng(seed)
+    by_task: dict[str, list[int]] = {}
+    for episode in random.permutation(np.asarray(episodes)).tolist():
+        by_task.setdefault(dataset.episodes[episode].task, []).append(episode)
+    ordered = [episode for task in by_task.values() for episode in task]
+    first = set(ordered[::2])
+    episode_M = dataset.columns().episode[windows.rows]
+    choose_M = np.isin(episode_M, list(first))
+    chosen = []
+    for half_M in (choose_M, ~choose_M):
+        rows = np.flatnonzero(half_M)
+        chosen.append(np.sort(random.permutation(rows)[: frames // 2]))
+    return Sample(windows, np.concatenate(chosen), np.repeat([True, False], [len(chosen[0]), len(chosen[1])]))
+
+
+@torch.no_grad()
+def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "max_abs", seed: int = 0) -> Table:
+    """Let every depth of the plan answer at every frame."""
+    discrepancy, deviation, largest, error = [], [], [], []
+    policy.model.eval()
+    with progress(len(frames.index_N), "Measuring exits") as bar:
+        for batch, generators in frames.batches():
+            chunks = [
+                chunk
+                for _, chunk in plan.answers(
+                    policy.model, policy.embed(batch.observation), generators, Stopwatch(policy.device)
+                )
+            ]
+            target_BLD = policy.targets(batch).action_BLD.to(chunks[0].device)
+            weight_BL = batch.valid_BL.to(target_BLD.device).float()
+            pairs = list(pairwise(chunks))
+            discrepancy.append(torch.stack([distance(plan.metric, later, before) for before, later in pairs], 1))
+            deviation.append(torch.stack([distance(metric, chunk, chunks[-1]) for chunk in chunks[1:]], 1))
+            largest.append(torch.stack([distance("max_abs", chunk, chunks[-1]) for chunk in chunks[1:]], 1))
+            error.append(torch.stack([_error(chunk, target_BLD, weight_BL) for chunk in chunks[1:]], 1))
+            bar.advance(len(generators))
+    tuning_N = np.random.default_rng([seed, 1]).permutation(len(frames.index_N)) % 2 == 0
+    near_NK, far_NK, largest_NK, error_NK = (
+        torch.cat(part).double().cpu().numpy() for part in (discrepancy, deviation, largest, error)
+    )
+    return Table(near_NK, far_NK, largest_NK, error_NK, frames.choose_N, tuning_N)
+
+
+def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, target: Target, checkpoint: str) -> Calibration:
+    """Choose thresholds, and say what they do on the other half."""
+    threshold_K, written = target.choose(table)
+    fresh_N = ~table.choose_N
+    exit_F = taken(table.discrepancy_NK[fresh_N], threshold_K)
+    rows, exits = np.arange(len(exit_F)), len(plan.exits)
+    each = policy.model.decoder.evaluations(plan.steps)
+    depth_K = np.asarray(plan.exits)
+    spent_K = np.cumsum(np.asarray(plan.depths))[1:] * each + depth_K
+    above = None
+    if isinstance(written, RiskTarget):
+        above = float((table.deviation_NK[fresh_N][rows, exit_F] > written.max_deviation).mean())
+    error_FK = table.error_NK[fresh_N]
+    seen = Seen(
+        samples=len(exit_F),
+        shares=tuple((np.bincount(exit_F, minlength=exits) / len(exit_F)).tolist()),
+        layers=float(depth_K[exit_F].mean()),
+        layer_passes=float(spent_K[exit_F].mean()),
+        evaluations=float((exit_F + 2).mean() * each),
+        deviation=float(table.largest_NK[fresh_N][rows, exit_F].mean()),
+        error=float(np.nanmean(error_FK[rows, exit_F])),
+        full_error=float(np.nanmean(error_FK[:, -1])),
+        above=above,
+    )
+    return Calibration(
+        checkpoint=checkpoint,
+        dataset=frames.windows.dataset.fingerprint,
+        plan=plan,
+        thresholds=tuple(None if np.isneginf(t) else float(t) for t in threshold_K[:-1]),
+        target=written,
+        samples=int(table.choose_N.sum()),
+        seen=seen,
+        command=command_line(),
+        versions=versions(),
+    )
+
+
+@torch.no_grad()
+def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Sequence[int] = LADDER_STEPS) -> Ladder:
+    """What a fixed depth and number of solver steps would lose, from the same noise as the fullest of them."""
+    model, depths = policy.model, policy.model.depths
+    steps = sorted({model.decoder.evaluations(s) for s in steps})
+    sums = {(depth, s): np.zeros(2) for depth in depths for s in steps}
+    count = 0
+    with progress(len(frames.index_N), "Measuring steps") as bar:
+        for batch, generators in frames.batches():
+            begin = [g.get_state() for g in generators]
+            prefixes: dict[int, Prefix] = {}
+            prefix = policy.embed(batch.observation)
+            for depth in depths:
+                prefixes[depth] = prefix = model.backbone.run(prefix, depth)
+            target_BLD = policy.targets(batch).action_BLD.to(policy.device)
+            weight_BL = batch.valid_BL.to(policy.device).float()
+
+            def made(depth: int, s: int) -> Tensor:
+                for generator, state in zip(generators, begin, strict=True):  # noqa: B023
+                    generator.set_state(state)
+                return model.decoder.sample(prefixes[depth], generators, s)  # noqa: B023
+
+            full_BLD = made(depths[-1], steps[-1])
+            for depth, s in sums:
+                chunk_BLD = made(depth, s)
+                error_B = _error(chunk_BLD, target_BLD, weight_BL)
+                far_B = distance("max_abs", chunk_BLD, full_BLD)
+                sums[depth, s] += (float(far_B.sum()), float(error_B.nan_to_num(0).sum()))
+            count += len(generators)
+            bar.advance(len(generators))
+    rungs = tuple(Rung(depth, s, float(far / count), float(error / count)) for (depth, s), (far, error) in sums.items())
+    return Ladder(checkpoint, frames.windows.dataset.fingerprint, count, rungs)
+
+
+def _error(chunk_BLD: Tensor, target_BLD: Tensor, weight_BL: Tensor) -> Tensor:
+    """Mean absolute distance to the demonstration over valid actions, (B,); NaN where no action is valid."""
+    return ((chunk_BLD - target_BLD).abs().mean(-1) * weight_BL).sum(1) / weight_BL.sum(1)

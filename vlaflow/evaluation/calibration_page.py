@@ -1,0 +1,106 @@
+"""The page of a calibration: discrepancies with their thresholds, exit shares against the target, layers against deviation."""
+
+from __future__ import annotations
+
+import html
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from vlaflow.compute.calibration import Calibration, ShareTarget
+from vlaflow.compute.thresholds import Table, exit_shares, filtered_quantiles, taken
+from vlaflow.evaluation.report_plots import FAINT, INK, SERIES, WIDTH, figure
+
+BUDGETS = tuple(np.geomspace(0.02, 4, 25).tolist())
+
+
+def write_page(made: Calibration, table: Table, file: Path) -> Path:
+    """One self-contained HTML file."""
+    css = resources.files("vlaflow.evaluation").joinpath("report.css").read_text()
+    seen, plan = made.seen, made.plan
+    figures = (
+        (
+            discrepancies(made, table),
+            f"How far each depth's chunk is from the one before it ({plan.metric}), on the {made.samples} frames that the "
+            "thresholds are made from. A chunk leaves where it first lies left of a threshold (vertical line).",
+        ),
+        (shares(made), f"Share of the chunks that leave at each depth, on {seen.samples} other frames."),
+        (
+            trade_off(made, table),
+            "Mean depth against the mean largest difference to the full depth's chunk (standard deviations of the actions), on "
+            "the other frames, for exponential targets of every budget. The mark is this calibration.",
+        ),
+    )
+    drawn = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in figures)
+    facts = {
+        "checkpoint": made.checkpoint,
+        "data set": made.dataset,
+        "depths that answer": ", ".join(map(str, plan.depths)),
+        "solver steps at each": str(plan.steps),
+        "warm start": plan.warm_start + (f" from clock {plan.restart:g}" if plan.warm_start == "renoise" else ""),
+        "mean depth": f"{seen.layers:.2f} of {plan.exits[-1]}",
+        "mean evaluations": f"{seen.evaluations:.1f}",
+        "distance to the demonstrations": f"{seen.error:.4f}, at full depth {seen.full_error:.4f}",
+        "command": made.command,
+        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+    }
+    if seen.above is not None:
+        facts["above the largest deviation"] = f"{100 * seen.above:.1f} % of the chunks"
+    rows = "".join(
+        f'<tr><th class="name" style="text-align:left">{html.escape(name)}</th>'
+        f'<td style="text-align:left;white-space:normal">{html.escape(value)}</td></tr>'
+        for name, value in facts.items()
+    )
+    title = f"Calibration {html.escape(file.stem)}"
+    file.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{css}</style></head>'
+        f"<body><main><h1>{title}</h1>{drawn}<table>{rows}</table></main></body></html>\n"
+    )
+    return file
+
+
+def discrepancies(made: Calibration, table: Table) -> str:
+    """A cumulative curve for each exit but the last, with its threshold."""
+    plan, own = made.plan, table.discrepancy_NK[table.choose_N]
+    floor = max(float(own[own > 0].min()), 1e-9) if (own > 0).any() else 1e-9
+    with figure(WIDTH, 2.6) as (_, axis, done):
+        for number, depth in enumerate(plan.exits[:-1]):
+            colour, x = SERIES[number % 5], np.sort(np.maximum(own[:, number], floor))
+            axis.step(x, 100 * np.arange(1, len(x) + 1) / len(x), color=colour, lw=1.6, label=f"depth {depth}")
+            threshold = made.thresholds[number]
+            if threshold is not None:
+                axis.axvline(max(threshold, floor), color=colour, lw=1, ls="--")
+        axis.set(xscale="log", xlabel=f"discrepancy ({plan.metric})", ylabel="% of the frames", ylim=(0, 100))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+        return done()
+
+
+def shares(made: Calibration) -> str:
+    """Bars of what was seen, and the target where there is one."""
+    places = np.arange(len(made.plan.exits))
+    with figure(WIDTH, 2.2) as (_, axis, done):
+        axis.bar(places, [100 * s for s in made.seen.shares], 0.6, color=SERIES[0], label="seen")
+        if isinstance(made.target, ShareTarget):
+            target = [100 * s for s in made.target.shares]
+            axis.plot(places, target, "D", color=SERIES[1], ms=6, label="target", clip_on=False)
+        axis.set_xticks(places, [f"{depth}" for depth in made.plan.exits])
+        axis.set(xlabel="depth", ylabel="% of the chunks", ylim=(0, 100))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        return done()
+
+
+def trade_off(made: Calibration, table: Table) -> str:
+    """Mean depth against mean deviation over all budgets."""
+    own, fresh, depth_K = table.choose_N, ~table.choose_N, np.asarray(made.plan.exits)
+    rows, points = np.arange(int(fresh.sum())), []
+    for budget in BUDGETS:
+        share_K = exit_shares("exponential", budget, len(depth_K))
+        exit_N = taken(table.discrepancy_NK[fresh], filtered_quantiles(table.discrepancy_NK[own], share_K))
+        points.append((depth_K[exit_N].mean(), table.largest_NK[fresh][rows, exit_N].mean()))
+    x, y = zip(*sorted(points), strict=True)
+    with figure(WIDTH, 2.6) as (_, axis, done):
+        axis.plot(x, y, "-o", color=FAINT, ms=3, lw=1.2)
+        axis.plot(made.seen.layers, made.seen.deviation, "D", color=INK, ms=7)
+        axis.set(xlabel="mean depth, layers", ylabel="largest difference", ylim=(0, None), xlim=(0, depth_K[-1] * 1.03))
+        return done()

@@ -1,0 +1,86 @@
+"""Timing the parts of a chunk on this machine, layer by layer, for budgets in milliseconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Generator
+
+from vlaflow.compute.budget import Profile
+from vlaflow.compute.dense import Dense
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.errors import ConfigError
+from vlaflow.policies.base import Policy
+from vlaflow.spec import Observation
+from vlaflow.versions import machine, versions
+
+
+def example(policy: Policy) -> Observation:
+    """Random pixels at the size the policy reads, its mean state and a short sentence."""
+    random = np.random.default_rng(0)
+    sides = {view: size or 224 for view, size in policy.model.backbone.views.items()}
+    images = {view: random.integers(0, 256, (side, side, 3), dtype=np.uint8) for view, side in sides.items()}
+    return Observation(images, np.array(policy.stats["state"].mean, np.float32), "Open a drawer")
+
+
+def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1) -> Profile:
+    """Time embedding, every layer's prefix and a decoder evaluation at every exit, in turns; medians.
+
+    Args:
+        policy: what to time.
+        checkpoint: its fingerprint.
+        rounds: times each part is measured, at least 20.
+        threads: of torch.
+    """
+    if rounds < 20:
+        raise ConfigError(f"A 99th percentile needs some rounds; take at least 20 instead of {rounds}.")
+    model, seen = policy.model.eval(), example(policy)
+    depths = range(1, model.backbone.spec.depth + 1)
+    batch = ObservationBatch.collate([seen])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            embedded = policy.embed(batch)
+            prefixes = {depth: model.backbone.run(embedded, depth) for depth in depths}
+            steps = 4
+            parts: dict[str, Callable[[], object]] = {"embed": lambda: policy.embed(batch)}
+            for depth in depths:
+                parts[f"prefix {depth}"] = lambda depth=depth: model.backbone.run(embedded, depth)  # type: ignore[misc]
+                if depth in model.depths:
+                    parts[f"step {depth}"] = lambda depth=depth: model.decoder.sample(  # type: ignore[misc]
+                        prefixes[depth], [Generator().manual_seed(0)], steps
+                    )
+            parts["chunk"] = lambda: policy.act(seen, Dense(steps), generator=Generator().manual_seed(0))
+            times: dict[str, list[float]] = {name: [] for name in parts}
+            for turn in range(-3, rounds):
+                for name, part in parts.items():
+                    begin = _now(policy.device)
+                    part()
+                    if turn >= 0:
+                        times[name].append(1e3 * (_now(policy.device) - begin))
+    finally:
+        torch.set_num_threads(before)
+    middle = {name: float(np.median(ms)) for name, ms in times.items()}
+    each = model.decoder.evaluations(steps)
+    full = middle[f"prefix {depths[-1]}"] + middle[f"step {depths[-1]}"]
+    return Profile(
+        checkpoint=checkpoint,
+        machine=machine(),
+        threads=threads,
+        base=max(middle["chunk"] - full, middle["embed"]),
+        prefix=tuple(middle[f"prefix {depth}"] for depth in depths),
+        step=tuple(middle.get(f"step {depth}", 0.0) / each for depth in depths),
+        jitter=float(np.percentile(times["chunk"], 99)) / middle["chunk"],
+        chunks=rounds,
+        versions=versions(),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
