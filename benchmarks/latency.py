@@ -2,6 +2,7 @@
 
     python -m benchmarks.latency
     python -m benchmarks.latency --checkpoint runs/demo/rated --compile
+    python -m benchmarks.latency --checkpoint runs/a1/policy --compile --dataset runs/a1/dataset --compute exit:budget-0.4
 
 Recomputing runs the same weights through the same layers and must give the same chunk; it only forgets the prefix's keys and
 values after every solver step ("layers") or the picture's tokens as well ("everything"). Random weights serve as well as
@@ -24,14 +25,19 @@ from benchmarks._timing import Case, report, seconds_in_turns
 from benchmarks.training import make_policy
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.calibration import Checkpoint
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.parse import Knobs, parse_all
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.config import override
 from vlaflow.data.batch import ObservationBatch
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.base import Given
 from vlaflow.decoders.model import Model
 from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
+from vlaflow.policies.checkpoint import fingerprint
 from vlaflow.simulators.metaworld_tasks import ACTION, TASKS
 from vlaflow.spec import Observation
 
@@ -45,6 +51,9 @@ class Options:
 
     Args:
         checkpoint: a policy; by default the demo's, with random weights and a random rater.
+        compute: compute policies of the checkpoint to time beside the others, by the names of ``vlaflow eval``.
+        dataset: where real observations come from, which early exits need; random pixels by default.
+        only: leave out the ways that recompute the prefix and those that refine.
         set: changes to that default's config, e.g. backbone.width=384 backbone.heads=12.
         steps: solver steps.
         compile: also dense with its prefix and its solver step compiled (takes a minute or two, and a C++ compiler).
@@ -54,6 +63,9 @@ class Options:
     """
 
     checkpoint: Path | None = None
+    compute: tuple[str, ...] = ()
+    dataset: Path | None = None
+    only: bool = False
     set: tuple[str, ...] = ()
     steps: int = 10
     compile: bool = False
@@ -101,6 +113,19 @@ def make_observation(policy: Policy) -> Observation:
     return Observation(images, np.array(policy.stats["state"].mean, np.float32), TASKS["drawer-open-v3"].instruction)
 
 
+def observations(policy: Policy, dataset: Path, count: int = 200) -> list[Observation]:
+    """Frames of a data set, spread evenly, in an order that mixes episodes."""
+    opened = Dataset.open(dataset)
+    views = policy.model.backbone.views
+    cache = FrameCache.open(opened, next(iter(views.values())), list(views))
+    rows = np.random.default_rng(0).permutation(np.linspace(0, len(opened) - 1, count).astype(int))
+    columns, images = opened.columns(), cache.gather(rows)
+    return [
+        Observation({view: images[view][i].numpy() for view in views}, columns.state[row], opened.tasks[int(columns.task[row])])
+        for i, row in enumerate(rows)
+    ]
+
+
 def random_policy(changes: Sequence[str]) -> Policy:
     """The demo's policy with its rater, before any training."""
     config = override(tiny(ACTION.dim, ACTION.dim, ("corner2",)), dict(pair.split("=", 1) for pair in changes))
@@ -123,15 +148,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, description=__doc__, args=argv)
     torch.set_num_threads(options.threads)
     policy = Policy.from_pretrained(options.checkpoint) if options.checkpoint else random_policy(options.set)
-    seen, steps = make_observation(policy), options.steps
+    steps = options.steps
+    many = observations(policy, options.dataset) if options.dataset else [make_observation(policy)]
+    seen = many[0]
     batch = ObservationBatch.collate([seen])
-    ways: dict[str, tuple[Policy, ComputePolicy]] = {
-        f"dense({steps})": (policy, Dense(steps)),
-        f"dense({steps}), layers recomputed": (policy, Recomputed(steps)),
-        f"dense({steps}), everything recomputed": (policy, Recomputed(steps, lambda: policy.encode(batch))),
-        f"dense({max(steps // 2, 1)})": (policy, Dense(max(steps // 2, 1))),
-    }
-    if policy.model.rater is not None:
+    ways: dict[str, tuple[Policy, ComputePolicy]] = {f"dense({steps})": (policy, Dense(steps))}
+    if not options.only:
+        ways |= {
+            f"dense({steps}), layers recomputed": (policy, Recomputed(steps)),
+            f"dense({steps}), everything recomputed": (policy, Recomputed(steps, lambda: policy.encode(batch))),
+            f"dense({max(steps // 2, 1)})": (policy, Dense(max(steps // 2, 1))),
+        }
+    if options.checkpoint:
+        home = Checkpoint(options.checkpoint, fingerprint(options.checkpoint))
+        ways |= {c.name: (policy, c) for c in parse_all(options.compute, Knobs(steps), home)}
+    if policy.model.rater is not None and not options.only:
         ways["refine, nothing doubted"] = (policy, Refine(BelowThreshold(0.0), steps, Dense(steps)))
         ways["refine, some action doubted"] = (policy, Refine(BelowThreshold(1.0), steps, Dense(steps)))
     if options.compile:
@@ -144,7 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def arm(name: str) -> Callable[[], None]:
         chosen, compute = ways[name]
-        return lambda: parts[name].append(dict(chosen.act(seen, compute).milliseconds))
+
+        def once() -> None:
+            number = len(parts[name])  # so every way meets the same observations with the same noise
+            chunk = chosen.act(many[number % len(many)], compute, generator=torch.Generator().manual_seed(number))
+            parts[name].append(dict(chunk.milliseconds))
+
+        return once
 
     seconds = seconds_in_turns({name: arm(name) for name in ways}, options.rounds, warmup=min(options.rounds, 5))
     medians = {

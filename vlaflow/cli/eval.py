@@ -26,8 +26,9 @@ class Eval:
     Args:
         checkpoint: folder, or Hugging Face repository id.
         env: suite/task, or a group such as metaworld/easy; repeat the option for more.
-        compute: dense, refine (what is rated below ``threshold`` is made anew) or refine-random (each action with
-            probability 0.5); repeat the option for more. Dense alone when none is named.
+        compute: dense, dense:2 (solver steps), dense:2@3 (steps @ layers), refine (what is rated below ``threshold`` is made
+            anew), refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint),
+            refine+exit:NAME, or budget:MS; repeat the option for more. Dense alone when none is named.
         episodes: per environment and compute policy.
         out: folder for results.json, report.html and films.
         execute: actions executed per chunk; the checkpoint's own number by default.
@@ -86,9 +87,22 @@ def main(argv: list[str]) -> int:
     results = run(arguments.checkpoint, config, arguments.out)
     page = write_report(arguments.out)
     console = Console()
+    for name in arguments.compute:
+        if name.startswith("budget:"):
+            console.print(f"{name} took {chosen(arguments.checkpoint, name)}")
     console.print(table(results))
     console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
     return 0
+
+
+def chosen(checkpoint: str, name: str) -> str:
+    """What a budget in milliseconds picked, and what it expects to lose."""
+    from vlaflow.compute.budget import within
+    from vlaflow.compute.calibration import Checkpoint
+    from vlaflow.policies.checkpoint import fingerprint, local_folder
+
+    folder = local_folder(checkpoint)
+    return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2])))
 
 
 def table(results: Results) -> RenderableType:

@@ -21,6 +21,7 @@ from vlaflow.compute.shapes import (
     residual_head,
 )
 from vlaflow.compute.shapes_of import Grid, qwen_backbone
+from vlaflow.compute.thresholds import exit_shares
 from vlaflow.stacks.expert import a1_expert
 
 QWEN2_7B = LayerShape(3584, 28, 4, 128, 18944, qkv_bias=True)
@@ -128,5 +129,5 @@ def a1_exit_shares(budget: float) -> dict[int, float]:
     Returns:
         Probability by layers run, in the order of the exits.
     """
-    weights = [0.0] + [budget**k for k in range(2, len(A1_EXITS) + 1)]
-    return {depth: weight / sum(weights) for depth, weight in zip(A1_EXITS, weights, strict=True)}
+    share_K = exit_shares("exponential", budget, len(A1_EXITS), first_exit=False)
+    return dict(zip(A1_EXITS, share_K.tolist(), strict=True))

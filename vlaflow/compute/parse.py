@@ -83,7 +83,8 @@ def parse(name: str, knobs: Knobs = Knobs(), checkpoint: Checkpoint | None = Non
 
 def parse_all(names: Sequence[str], knobs: Knobs = Knobs(), checkpoint: Checkpoint | None = None) -> list[ComputePolicy]:
     """Several, each once, in the order given."""
-    return [parse(name, knobs, checkpoint) for name in dict.fromkeys(names)]
+    found = [parse(name, knobs, checkpoint) for name in names]
+    return list({compute.name: compute for compute in found}.values())
 
 
 def able(model: Model, knobs: Knobs = Knobs()) -> list[ComputePolicy]:

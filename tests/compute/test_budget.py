@@ -1,0 +1,123 @@
+"""Calibrations serve what they were made for, and a budget picks the best that fits."""
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, choose, save, within
+from vlaflow.compute.calibration import FOLDER, Calibration, Checkpoint, Seen, ShareTarget, load_exit
+from vlaflow.compute.dense import Dense
+from vlaflow.compute.early_exit import ExitPlan
+from vlaflow.compute.parse import Knobs, parse
+from vlaflow.compute.refine import Refine
+from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.versions import machine
+
+PLAN = ExitPlan((1, 2, 3))
+MADE = Calibration(
+    checkpoint="aa",
+    dataset="dd",
+    plan=PLAN,
+    thresholds=(None,),
+    target=ShareTarget("exponential", 0.4, True, (0.7, 0.3)),
+    samples=100,
+    seen=Seen(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, 0.5, 0.5),
+    command="vlaflow calibrate",
+    versions={"vlaflow": "0"},
+)
+TIMES = Profile("aa", machine(), 1, base=1.0, prefix=(1.0, 2.0, 3.0), step=(1.0, 2.0, 3.0), jitter=1.5, chunks=100, versions={})
+LOSS = Ladder(
+    "aa",
+    "dd",
+    100,
+    (Rung(1, 1, 0.9, 0.9), Rung(1, 10, 0.8, 0.8), Rung(3, 1, 0.4, 0.6), Rung(3, 10, 0.0, 0.5)),
+)
+
+
+def test_a_calibration_survives_its_file_and_never_means_never(tmp_path):
+    file = tmp_path / "x.json"
+    MADE.save(file)
+    assert Calibration.load(file) == MADE
+    assert MADE.early_exit("x").thresholds == (-inf, inf)
+    assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"checkpoint": "bb"}, "made for checkpoint aa, and this one is bb"),
+        ({"dataset": "ee"}, "data set dd, and this one is ee"),
+        ({"plan": replace(PLAN, metric="l2")}, "made with metric cosine, and l2 is asked"),
+        ({"plan": replace(PLAN, depths=(1, 3))}, r"depths \(1, 2, 3\), and \(1, 3\)"),
+        ({"plan": replace(PLAN, warm_start="anchor")}, "warm_start same"),
+        ({"plan": replace(PLAN, steps=10)}, "steps 2, and 10"),
+    ],
+)
+def test_what_it_was_not_made_for_is_refused_in_one_sentence(asked, words):
+    with pytest.raises(CalibrationError, match=words) as refusal:
+        MADE.require("x.json", **asked)
+    assert "\n" not in str(refusal.value)
+    MADE.require("x.json", checkpoint="aa", dataset="dd", plan=PLAN)
+
+
+def test_an_exit_is_found_by_name_and_refused_for_other_weights(tmp_path):
+    MADE.save(tmp_path / FOLDER / "fast.json")
+    home = Checkpoint(tmp_path, "aa")
+    assert parse("exit:fast", checkpoint=home) == load_exit(home, "fast")
+    both = parse("refine+exit:fast", Knobs(4), home)
+    assert isinstance(both, Refine)
+    assert both.name == "refine(exit:fast)"
+    with pytest.raises(CalibrationError, match="did you mean 'fast'"):
+        parse("exit:fats", checkpoint=home)
+    with pytest.raises(CalibrationError, match="made for checkpoint aa"):
+        parse("exit:fast", checkpoint=Checkpoint(tmp_path, "bb"))
+    (tmp_path / FOLDER / "fast.json").write_text("{")
+    with pytest.raises(CalibrationError, match="no valid JSON"):
+        parse("exit:fast", checkpoint=home)
+
+
+def test_names_that_people_type():
+    assert parse("dense:2@3") == Dense(2, 3, label="dense:2@3")
+    assert parse("dense", Knobs(steps=7)) == Dense(7)
+    for wrong in ("dense:x", "dens", "exit:fast", "budget:20", "exit"):
+        with pytest.raises(ConfigError):
+            parse(wrong)
+
+
+def test_a_budget_takes_the_smallest_error_that_fits():
+    found = {ms: choose(ms, TIMES, LOSS, {}).compute for ms in (5, 12, 60)}
+    # p99: 1.5 × (1 + prefix + evaluations × step) = 4.5, 18, 10.5 and 51 ms
+    assert [(c.steps, c.depth) for c in found.values()] == [(1, 1), (1, 3), (10, 3)]
+
+
+def test_an_early_exit_counts_with_all_its_depths():
+    worst = 1.5 * (1 + 3 + 2 * (1 + 2 + 3))
+    found = {"fast": MADE}
+    assert choose(worst + 0.1, TIMES, LOSS, found).compute.name == "exit:fast"
+    assert choose(worst - 0.1, TIMES, LOSS, found).compute.name != "exit:fast"
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    with pytest.raises(CalibrationError, match=r"Nothing fits 2 ms here; the fastest, dense:1@1, takes 4.5 ms"):
+        choose(2, TIMES, LOSS, {})
+
+
+def test_a_budget_reads_the_checkpoint_folder(tmp_path):
+    home = Checkpoint(tmp_path, "aa")
+    with pytest.raises(CalibrationError, match="vlaflow bench latency"):
+        within(home, 60)
+    save(TIMES, tmp_path / PROFILE)
+    with pytest.raises(CalibrationError, match="vlaflow calibrate"):
+        within(home, 60)
+    save(LOSS, tmp_path / FOLDER / LADDER)
+    assert parse("budget:60", checkpoint=home).steps == 10
+    assert "+0.0 %" in str(within(home, 60))
+    MADE.save(tmp_path / FOLDER / "fast.json")
+    assert parse("budget:25", checkpoint=home).name == "exit:fast"
+    save(replace(TIMES, machine="another"), tmp_path / PROFILE)
+    with pytest.raises(CalibrationError, match="measured on another"):
+        within(home, 60)
+    save(replace(TIMES, checkpoint="bb"), tmp_path / PROFILE)
+    with pytest.raises(CalibrationError, match="other weights"):
+        within(home, 60)

@@ -1,0 +1,128 @@
+"""``vlaflow calibrate`` from a trained checkpoint to a compute policy, through the public face."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.evaluation.conftest import ENV
+from vlaflow.cli.main import main
+from vlaflow.compute.budget import LADDER, PROFILE
+from vlaflow.compute.calibration import Calibration
+from vlaflow.data.lerobot import Dataset
+from vlaflow.evaluation.calibrate import ByShares, Request, held_out, run, sample
+from vlaflow.policies.base import Policy
+from vlaflow.simulators.record import RecordConfig, record
+from vlaflow.training.run import Options, train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    out = tmp_path_factory.mktemp("calibrate") / "dataset"
+    record(RecordConfig((ENV,), 4, size=64), out, workers=0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """A few steps of A1's demo, with exits."""
+    out = tmp_path_factory.mktemp("calibrate") / "policy"
+    small = {"steps": "3", "batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
+    shape = {
+        "backbone.width": "32",
+        "backbone.heads": "2",
+        "backbone.ffn": "64",
+        "backbone.depth": "3",
+        "exits.depths": "[1,2,3]",
+    }
+    expert = {"width": "24", "heads": "2", "kv_heads": "2", "head_dim": "16", "ffn": "48"}
+    changes = small | {f"policy.{k}": v for k, v in shape.items()}
+    changes |= {f"policy.decoder.expert.block.{k}": v for k, v in expert.items()} | {"policy.backbone.image_size": "64"}
+    train("a1.demo", dataset, out, options=Options(changes, tracker="none", command="test", threads=1))
+    return out
+
+
+def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, capsys):
+    folder = tmp_path / "policy"
+    shutil.copytree(trained, folder)
+    assert main(["calibrate", str(folder), "--dataset", str(dataset), "--budget", "0.4", "--frames", "40"]) == 0
+    made = Calibration.load(folder / "calibration" / "budget-0.4.json")
+    assert made.plan.depths == (1, 2, 3)
+    assert made.samples == made.seen.samples == 20
+    assert sum(made.seen.shares) == pytest.approx(1)
+    page = (folder / "calibration" / "budget-0.4.html").read_text()
+    assert page.count("<svg") == 3
+    assert made.checkpoint in page
+    assert main(["bench", "latency", str(folder), "--rounds", "20"]) == 0
+    assert {PROFILE} <= {f.name for f in folder.iterdir()}
+    names = ("dense", "dense:2@1", "exit:budget-0.4", "budget:100000")
+    computes = [word for name in names for word in ("--compute", name)]
+    arguments = ["--env", ENV, "--episodes", "1", "--horizon", "20", "--steps", "2", "--no-films", "--workers", "0"]
+    assert main(["eval", str(folder), *computes, *arguments, "--out", str(tmp_path / "eval")]) == 0
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())
+    passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["evaluations"]}
+    assert passes["dense"] == 3 + 2 * 3
+    assert passes["dense:2@1"] == 1 + 2 * 1
+    assert "ms at p99" in capsys.readouterr().out
+
+
+def test_risk_is_written_with_what_fresh_frames_show(trained, dataset, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(trained, folder)
+    words = ["--max-deviation", "100", "--confidence", "0.8", "--frames", "80", "--no-ladder", "--name", "loose"]
+    assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
+    made = Calibration.load(folder / "calibration" / "loose.json")
+    assert made.seen.above == 0
+    assert made.seen.shares[0] == 1  # nothing deviates by 100 standard deviations, so everybody leaves at once
+    words[1], words[-1] = "0.0", "strict"
+    assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
+    assert Calibration.load(folder / "calibration" / "strict.json").seen.shares[-1] == 1
+
+
+def test_no_episode_is_in_both_halves_and_none_was_learned_from(trained, dataset):
+    opened = Dataset.open(dataset)
+    held = held_out(trained, opened)
+    assert len(held) == 2
+    frames = sample(Policy.from_pretrained(trained), opened, held, 40)
+    episode_N = opened.columns().episode[frames.windows.rows[frames.index_N]]
+    assert set(episode_N) == set(held)
+    assert not set(episode_N[frames.choose_N]) & set(episode_N[~frames.choose_N])
+
+
+def test_same_seed_same_bytes(trained, dataset, tmp_path):
+    made = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        shutil.copytree(trained, folder)
+        made.append(run(folder, dataset, Request("x", ByShares(budget=0.8), frames=40, ladder=name == "one"))[0])
+    assert made[0] == made[1]
+    ladder = json.loads((tmp_path / "one" / "calibration" / LADDER).read_text())
+    full = max(ladder["rungs"], key=lambda r: (r["depth"], r["evaluations"]))
+    assert full["deviation"] == 0
+    assert len(ladder["rungs"]) == 3 * 5
+    assert np.isfinite([r["error"] for r in ladder["rungs"]]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "0.4", "--max-deviation", "1"], "either --budget or --max-deviation"),
+        (["--depths", "1", "5"], "answers at depth 5"),
+        (["--name", "ladder"], "cannot be called"),
+        (["--budget", "-1"], "positive number"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(trained, dataset, arguments, words, capsys):
+    assert main(["calibrate", str(trained), "--dataset", str(dataset), "--frames", "16", *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert words in said
+
+
+def test_a_checkpoint_without_its_training_folder_says_how_to_go_on(trained, dataset, tmp_path, capsys):
+    folder = tmp_path / "policy"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("training"))
+    arguments = ["calibrate", str(folder), "--dataset", str(dataset), "--frames", "16", "--no-ladder"]
+    assert main(arguments) == 2
+    assert "--episodes all" in capsys.readouterr().err
+    assert main([*arguments, "--episodes", "all"]) == 0
