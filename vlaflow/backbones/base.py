@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError
-from vlaflow.nn.attention import KeyValues
+from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Rotate
 
 Rotary = tuple[Tensor, Tensor]
@@ -54,6 +54,7 @@ class Prefix:
         rotary: cosines and sines of the prefix positions, for backbones that rotate.
         next_position_B: position of the first suffix token, for backbones that count positions.
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
+        mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
     """
 
     backbone: Backbone
@@ -63,6 +64,7 @@ class Prefix:
     rotary: Rotary | None = None
     next_position_B: Tensor | None = None
     state_BS: Tensor | None = None
+    mask_PP: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -119,11 +121,11 @@ class Backbone(nn.Module, ABC):
         memory: KeyValues | None = None,
         seen_BT: Tensor | None = None,
         *,
-        causal: bool = False,
+        mask_TS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """One layer on any tokens, which also read ``memory``. Returns hidden states and the tokens' own keys, values.
 
-        With ``causal`` a token sees itself and the tokens before it, else all of its own sequence; ``memory`` always.
+        Where ``mask_TS`` (bool, T × T) is True, token t sees token s of its own sequence; by default all. ``memory`` always.
         """
 
     @abstractmethod
@@ -147,10 +149,12 @@ class Backbone(nn.Module, ABC):
 
     def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
         """Continue the prefix through the layers below ``upto`` (all of them by default). Layers already run are kept."""
-        upto, causal = self.spec.depth if upto is None else upto, self.spec.attention == "causal"
+        upto, mask_PP = self.spec.depth if upto is None else upto, prefix.mask_PP
         hidden, memory = prefix.hidden_BPW, list(prefix.memory)
+        if mask_PP is None and self.spec.attention == "causal":
+            mask_PP = causal_mask(hidden.shape[1], hidden.device)
         for index in range(prefix.depth, upto):
-            hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.seen_BP, causal=causal)
+            hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.seen_BP, mask_TS=mask_PP)
             memory.append(own)
         return replace(prefix, hidden_BPW=hidden, memory=tuple(memory))
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from vlaflow.backbones.pretrained_prompt import answer_ids, in_words, open_pretrained, transformers_library, where
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.errors import CapabilityError, ConfigError, SpecError
+from vlaflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlaflow.backbones.qwen2_5_vl import QwenConfig
 
-IGNORED = -100  # an answer position without a target
+NAME = "Qwen2.5-VL"
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105
 
 
@@ -62,9 +61,9 @@ class PromptReader:
         Raises:
             ConfigError: when there is no tokenizer, image processor or chat template.
         """
-        hub = transformers_library()
-        tokenizer = open_pretrained(hub.AutoTokenizer, source)
-        pictures = open_pretrained(hub.AutoImageProcessor, source, backend="pil")
+        hub = transformers_library(NAME)
+        tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
+        pictures = open_pretrained(hub.AutoImageProcessor, source, NAME, backend="pil")
         settings, _ = hub.Qwen2_5_VLProcessor.get_processor_dict(source)
         tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
         if not tokenizer.chat_template:
@@ -91,25 +90,18 @@ class PromptReader:
             texts = [_spread(text, counts) for text in texts]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         id_BP = tokens["input_ids"]
-        image_BP, state_BP = self._where(id_BP, IMAGE_TOKEN), self._where(id_BP, config.state_token)
+        image_BP, state_BP = where(self.tokenizer, id_BP, IMAGE_TOKEN), where(self.tokenizer, id_BP, config.state_token)
         if not bool((state_BP.sum(1) == 1).all()):
             raise ConfigError(f"state_token '{config.state_token}' must be one token, used nowhere else in the conversation.")
         return Prompt(id_BP, tokens["attention_mask"].bool(), image_BP, state_BP, patches, grid_I3)
 
     def answers(self, answers: Sequence[str]) -> Tensor:
-        """See ``QwenBackbone.answer_ids``."""
-        texts = [f"{_in_words(answer)}<|im_end|>" for answer in answers]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
-        return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
-
-    def _where(self, id_BP: Tensor, token: str) -> Tensor:
-        """bool (B, P); nowhere when the tokenizer does not know the token."""
-        known = self.tokenizer.convert_tokens_to_ids(token)
-        return torch.zeros_like(id_BP, dtype=torch.bool) if known is None else id_BP == known
+        """See ``PretrainedBackbone.answer_ids``."""
+        return answer_ids(self.tokenizer, answers, "<|im_end|>")
 
     def _conversation(self, sentence: str, config: QwenConfig) -> str:
         shown = [{"type": "image"} for _ in config.views]
-        said = {"type": "text", "text": config.state_token + _in_words(sentence)}
+        said = {"type": "text", "text": config.state_token + in_words(sentence)}
         turns = [{"role": "system", "content": config.system}, {"role": "user", "content": [*shown, said]}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
@@ -118,32 +110,3 @@ def _spread(text: str, counts: Iterator[int]) -> str:
     """One placeholder per image becomes one per image token."""
     before, *after = text.split(IMAGE_TOKEN)
     return before + "".join(IMAGE_TOKEN * next(counts) + part for part in after)
-
-
-def _in_words(sentence: str) -> str:
-    if "<|" in sentence:
-        raise SpecError(f"'{sentence}' holds '<|', which begins the tokenizer's own tokens; write it in plain words.")
-    return sentence
-
-
-def transformers_library() -> ModuleType:
-    """The transformers package, imported when it is first needed.
-
-    Raises:
-        CapabilityError: when it is not installed.
-    """
-    try:
-        import transformers
-        import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
-    except ImportError as error:
-        raise CapabilityError("The Qwen2.5-VL backbone needs transformers. Install it: pip install 'vlaflow[vlm]'") from error
-    return transformers
-
-
-def open_pretrained(kind: Any, source: str, **options: Any) -> Any:
-    """``kind.from_pretrained``; what a user can mend becomes one sentence."""
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"'{source}' is no Qwen2.5-VL folder or Hub name that can be opened: {reason}") from error

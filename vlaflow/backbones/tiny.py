@@ -19,7 +19,7 @@ from torch.nn import functional
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, Rotary
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.nn.attention import KeyValues, causal_mask
+from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
 
 
@@ -160,10 +160,9 @@ class TinyBackbone(Backbone):
         memory: KeyValues | None = None,
         seen_BT: Tensor | None = None,
         *,
-        causal: bool = False,
+        mask_TS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """See the base class; positions were added by ``embed`` and ``place``, so ``rotary`` is not used."""
-        mask_TS = causal_mask(hidden_BTW.shape[1], hidden_BTW.device) if causal else None
         return self.layers[index](hidden_BTW, memory, seen_BT, mask_TS)
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:

@@ -24,18 +24,22 @@ class ObservationBatch:
         images: by view name, uint8 (B, H, W, 3); views may differ in size.
         state_BS: float32 (B, S), robot units.
         instructions: B sentences.
+        known_BS: bool; unknown state dimensions are 0 after normalisation. None when all are known.
     """
 
     images: Mapping[str, Tensor]
     state_BS: Tensor
     instructions: Sequence[str]
+    known_BS: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.instructions)
 
     def to(self, device: torch.device | str) -> ObservationBatch:
         """The same batch on another device."""
-        return ObservationBatch({k: v.to(device) for k, v in self.images.items()}, self.state_BS.to(device), self.instructions)
+        known_BS = None if self.known_BS is None else self.known_BS.to(device)
+        images = {k: v.to(device) for k, v in self.images.items()}
+        return ObservationBatch(images, self.state_BS.to(device), self.instructions, known_BS)
 
     @staticmethod
     def collate(observations: Sequence[Observation]) -> ObservationBatch:

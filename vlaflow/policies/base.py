@@ -246,6 +246,8 @@ class Policy:
             raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
         images = {view: _resize(observation.images[view], size) for view, size in views.items()}
         state_BS = self._state.forward(observation.state_BS)
+        if observation.known_BS is not None:
+            state_BS = state_BS * observation.known_BS
         return ObservationBatch(images, state_BS, observation.instructions).to(self.device)
 
     # -- files -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.quality import PauseRule
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
@@ -26,7 +27,9 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters whose name starts with ``prefix`` train at their own rate, or not at all.
+    """Parameters whose name starts with ``prefix`` train at their own rate, later than the others, or not at all.
+
+    With ``frozen_steps`` they stay as they are for so many optimiser steps and then join the schedule where it stands.
 
     The longest matching prefix wins; parameters that match none take the optimiser's own rate.
     """
@@ -34,6 +37,7 @@ class ParameterGroup:
     prefix: str
     learning_rate: float | None = None
     frozen: bool = False
+    frozen_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class TrainConfig:
         accumulate: parts a batch is split into.
         ema_decay: of the weight average that checkpoints hold; None keeps the last weights.
         shift: largest random image shift in pixels; 0 for none.
+        augment: erased and sharpened images; None for none.
+        state_mask: hidden proprioceptive states; None for none.
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
         validation_fraction: share of the episodes of every task held out.
         validate_every, checkpoint_every: steps.
@@ -86,6 +92,8 @@ class TrainConfig:
     accumulate: int = 1
     ema_decay: float | None = 0.998
     shift: int = 0
+    augment: Augment | None = None
+    state_mask: StateMask | None = None
     pauses: PauseRule | None = None
     validation_fraction: float = 0.06
     validate_every: int = 250

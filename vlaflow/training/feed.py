@@ -6,14 +6,14 @@ So a run has no position to save but the step number, and a resumed run sees exa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from vlaflow.data.batch import Batch
 from vlaflow.data.mixture import Order
@@ -93,14 +93,21 @@ class Feed:
         for number, indices in enumerate(np.split(mine, c.accumulate)):
             batch = self.source.batch(indices)
             if c.shift:
-                batch = self._moved(batch, Generator().manual_seed(mix("shift", c.seed, step, rank, number)))
+                batch = self._changed(batch, self.shift, Generator().manual_seed(mix("shift", c.seed, step, rank, number)))
+            if c.augment is not None:
+                batch = self._changed(batch, c.augment, Generator().manual_seed(mix("augment", c.seed, step, rank, number)))
+            if c.state_mask is not None:
+                own = Generator().manual_seed(mix("state mask", c.seed, step, rank, number))
+                samples, dimensions = batch.observation.state_BS.shape
+                known_BS = c.state_mask(samples, dimensions, own)
+                batch = replace(batch, observation=replace(batch.observation, known_BS=known_BS))
             generator = Generator().manual_seed(mix("loss", c.seed, step, rank, number))
             shared = Generator().manual_seed(mix("shared", c.seed, step))
             parts.append(Part(batch.to(self.device), generator, shared))
         return parts
 
-    def _moved(self, batch: Batch, generator: Generator) -> Batch:
-        images = {view: self.shift(image, generator) for view, image in batch.observation.images.items()}
+    def _changed(self, batch: Batch, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Batch:
+        images = {view: change(image, generator) for view, image in batch.observation.images.items()}
         return replace(batch, observation=replace(batch.observation, images=images))
 
 

@@ -51,6 +51,16 @@ def freeze(module: nn.Module, config: OptimConfig) -> None:
         raise ConfigError("Every parameter is frozen (optim.groups), so there is nothing to train. Leave some of them free.")
 
 
+def late_parameters(module: nn.Module, config: OptimConfig) -> list[tuple[int, nn.Parameter]]:
+    """Trainable parameters that stay frozen for so many optimiser steps."""
+    found = []
+    for name, parameter in module.named_parameters():
+        group = _group_of(name, config)
+        if group is not None and group.frozen_steps and parameter.requires_grad:
+            found.append((group.frozen_steps, parameter))
+    return found
+
+
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; the rate of each group is its peak, in ``group["peak"]``."""
     decayed = _multiplying_weights(module)

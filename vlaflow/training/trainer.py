@@ -31,7 +31,7 @@ from vlaflow.training.ema import Ema
 from vlaflow.training.feed import Feed, Held, Part, Place, Source
 from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_sentence
 from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
-from vlaflow.training.optim import build_optimizer, freeze, multiplier, set_rate
+from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
 from vlaflow.training.shards import whole
 from vlaflow.training.stages import Stage
@@ -119,6 +119,7 @@ class Trainer:
         step_module = _Step(stage, use_bf16(config.precision, self.device), self.device)
         optimizer = build_optimizer(stage.module, config.optim)
         self._model, self._optimizer = self.accelerator.prepare(step_module, optimizer)
+        self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
         self._feed = Feed(train, config, self.place, self.device)
@@ -194,6 +195,9 @@ class Trainer:
             loss = loss + total.detach().float() * share
             for name, term in terms.items():
                 named[name] = named.get(name, torch.zeros_like(loss)) + term.float() * share
+        for frozen_steps, parameter in self._late:
+            if self.step < frozen_steps:
+                parameter.grad = None  # so it neither counts in the norm nor begins its moments
         norm = self.accelerator.clip_grad_norm_(self._trained, c.optim.clip_norm)
         values = torch.stack([loss, *named.values(), torch.tensor(float(stop), device=self.device)])
         values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "mean"))

@@ -1,0 +1,227 @@
+"""What pretrained vision-language backbones share: language layers run one at a time, text positions after the prefix, files.
+
+The modules are those of transformers; only the order in which they run is ours, so that a prefix can stop at any layer and
+other tokens can read its keys and values. What a decoder adds sees the whole prefix and all of itself. transformers is
+imported when the first network is built, never before.
+
+A new policy starts from ``source`` (a local folder or a Hub name). The network it gets carries a config with the
+``architecture`` written out and no source, and copies of tokenizer and image settings; a checkpoint holds those, so it
+opens without the original, without a network connection, and with no other code than vlaflow's and transformers'.
+
+Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state, H heads, G key/value heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from vlaflow.backbones.base import Backbone, Prefix, Rotary
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.errors import CapabilityError, CheckpointError, SpecError
+from vlaflow.nn.attention import KeyValues, attend
+from vlaflow.nn.block import Rotate
+
+
+class Reader(Protocol):
+    """Tokenizer and image settings of a pretrained model."""
+
+    def answers(self, answers: Sequence[str]) -> Tensor:
+        """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that reading needs, as JSON."""
+
+
+class PretrainedBackbone(Backbone):
+    """See the module text.
+
+    Attributes:
+        network: transformers' model without the language-model head.
+        head: that head, or None where it is the embedding table itself.
+        state: from the padded state to one token.
+        reader: tokenizer and image settings; None for a network built from an architecture alone.
+    """
+
+    network: Any
+    head: nn.Module | None
+    state: nn.Linear
+    reader: Any | None
+    name: str
+    """For sentences."""
+
+    _rotate: Callable[..., tuple[Tensor, Tensor]]
+
+    @abstractmethod
+    def positions(self, position_BT: Tensor) -> Tensor:
+        """Text positions as the model's rotary embedding takes them."""
+
+    @staticmethod
+    @abstractmethod
+    def read_from(folder: Path) -> Any:
+        """The reader of what ``Reader.save`` wrote."""
+
+    @property
+    def language(self) -> Any:
+        """The language model: embedding table, layers, norm, rotary embedding."""
+        return self.network.language_model
+
+    # -- layers ------------------------------------------------------------------------------------------------------
+
+    def layer(
+        self,
+        index: int,
+        hidden_BTW: Tensor,
+        rotary: Rotary | None = None,
+        memory: KeyValues | None = None,
+        seen_BT: Tensor | None = None,
+        *,
+        mask_TS: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValues]:
+        """See the base class; ``rotary`` is required."""
+        assert rotary is not None
+        if self.config.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._layer, index, hidden_BTW, rotary, memory, seen_BT, mask_TS, use_reentrant=False)
+        return self._layer(index, hidden_BTW, rotary, memory, seen_BT, mask_TS)
+
+    def _layer(  # noqa: PLR0917
+        self,
+        index: int,
+        hidden_BTW: Tensor,
+        rotary: Rotary,
+        memory: KeyValues | None,
+        seen_BT: Tensor | None,
+        mask_TS: Tensor | None,
+    ) -> tuple[Tensor, KeyValues]:
+        block = self.language.layers[index]
+        attention, (b, t, _) = block.self_attn, hidden_BTW.shape
+        x_BTW = block.input_layernorm(hidden_BTW)
+        query_BTHE, key_BTGE, value_BTGE = (
+            project(x_BTW).view(b, t, -1, self.spec.head_dim)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):  # Qwen3's family normalises each head's queries and keys
+            query_BTHE, key_BTGE = attention.q_norm(query_BTHE), attention.k_norm(key_BTGE)
+        value_BGTE = value_BTGE.transpose(1, 2)
+        query_BHTE, key_BGTE = self._rotate(query_BTHE.transpose(1, 2), key_BTGE.transpose(1, 2), *rotary)
+        # Under autocast the rotation is float32 and the values are not; the memory keeps one, small, number format.
+        own = KeyValues(key_BGTE.to(value_BGTE.dtype), value_BGTE, seen_BT)
+        mixed_BHTE = attend(query_BHTE.to(value_BGTE.dtype), own, memory, mask_TS)
+        hidden_BTW = hidden_BTW + attention.o_proj(mixed_BHTE.transpose(1, 2).reshape(b, t, -1))
+        return hidden_BTW + block.mlp(block.post_attention_layernorm(hidden_BTW)), own
+
+    def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
+        """Text positions that continue each observation's own; draws innermost, as in ``attend``."""
+        suffix_BTW = suffix_BTW.to(prefix.hidden_BPW.dtype)
+        return suffix_BTW, self._after(prefix, *suffix_BTW.shape[:2])
+
+    def rotation(self, prefix: Prefix, batch: int, tokens: int) -> Rotate:
+        """See the base class."""
+        cosine, sine = self._after(prefix, batch, tokens)
+        return lambda query_BHTE, key_BGTE: self._rotate(query_BHTE, key_BGTE, cosine, sine)
+
+    def _after(self, prefix: Prefix, batch: int, tokens: int) -> Rotary:
+        assert prefix.next_position_B is not None
+        first_B = prefix.next_position_B.repeat_interleave(batch // prefix.batch)
+        position_BT = first_B[:, None] + torch.arange(tokens, device=first_B.device)
+        return self.language.rotary_emb(prefix.hidden_BPW, self.positions(position_BT))
+
+    def finish(self, hidden_BTW: Tensor) -> Tensor:
+        """The final RMSNorm."""
+        return self.language.norm(hidden_BTW)
+
+    # -- language ----------------------------------------------------------------------------------------------------
+
+    def state_token(self, observation: ObservationBatch, hidden_BPW: Tensor, there_BP: Tensor) -> Tensor:
+        """Put the projected state into its place among the embedded tokens.
+
+        Raises:
+            SpecError: for a state of another length.
+        """
+        c = self.config
+        if observation.state_BS.shape[1] != c.state_dim:
+            raise SpecError(f"The policy expects a state of length {c.state_dim}, got {observation.state_BS.shape[1]}.")
+        device = hidden_BPW.device
+        state_BS = functional.pad(observation.state_BS, (0, c.padded_state - c.state_dim)).to(device, self.state.weight.dtype)
+        return hidden_BPW.masked_scatter(there_BP[..., None].to(device), self.state(state_BS).to(hidden_BPW.dtype))
+
+    def logits(self, hidden_BTW: Tensor) -> Tensor:
+        """Next-token logits (B, T, vocabulary) of hidden states that have run through all layers."""
+        finished_BTW = self.finish(hidden_BTW)
+        if self.head is not None:
+            return self.head(finished_BTW)
+        return functional.linear(finished_BTW, self.language.embed_tokens.weight)
+
+    def answer_ids(self, answers: Sequence[str]) -> Tensor:
+        """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
+        return self.reading().answers(answers)
+
+    def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
+        """Mean cross-entropy of the answer's tokens, each predicted from the prefix and the answer before it.
+
+        Args:
+            prefix: observations, run to any depth.
+            answer_ids: (B, T); negative entries, which may only follow an answer's end, do not count.
+        """
+        prefix = self.run(prefix)
+        target_BT = answer_ids.to(prefix.hidden_BPW.device)
+        known_BT = target_BT >= 0
+        answer_BTW = self.language.embed_tokens(target_BT.clamp(min=0))
+        hidden_BTW, rotary = self.place(answer_BTW, prefix)
+        tokens = target_BT.shape[1]
+        mask_TS = torch.ones(tokens, tokens, dtype=torch.bool, device=target_BT.device).tril()
+        for index, memory in enumerate(prefix.memory):
+            hidden_BTW, _ = self.layer(index, hidden_BTW, rotary, memory, mask_TS=mask_TS)
+        last_B = torch.full_like(target_BT[:, 0], prefix.hidden_BPW.shape[1] - 1)
+        if prefix.seen_BP is not None:
+            last_B = prefix.seen_BP.sum(1) - 1
+        first_B1W = prefix.hidden_BPW[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
+        before_BTW = torch.cat((first_B1W, hidden_BTW[:, :-1]), 1)
+        loss = functional.cross_entropy(self.logits(before_BTW[known_BT]).float(), target_BT[known_BT], reduction="sum")
+        return loss / known_BT.sum().clamp(min=1)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save_files(self, folder: Path) -> None:
+        """Tokenizer, chat template and image settings into ``folder/processor``, all JSON."""
+        if self.reader is not None:
+            self.reader.save(folder / "processor")
+
+    def load_files(self, folder: Path) -> None:
+        """See ``save_files``.
+
+        Raises:
+            CheckpointError: when the folder is missing.
+        """
+        if not (folder / "processor").is_dir():
+            raise CheckpointError(f"{folder / 'processor'} is missing (tokenizer and image settings). Copy the whole folder.")
+        self.reader = self.read_from(folder / "processor")
+
+    def reading(self) -> Any:
+        """The reader.
+
+        Raises:
+            CapabilityError: when the network was built from an architecture alone.
+        """
+        if self.reader is None:
+            raise CapabilityError(
+                f"This {self.name} network has no tokenizer: it was built from an architecture alone. "
+                "Build it with 'source', or open a checkpoint with Policy.from_pretrained."
+            )
+        return self.reader
+
+
+def plain_architecture(data: Any) -> Any:
+    """transformers' config as JSON data; what depends on the installed version or on the folder is dropped."""
+    if isinstance(data, dict):
+        return {
+            k: plain_architecture(v) for k, v in data.items() if k not in ("transformers_version", "dtype", "architectures")
+        }
+    return data
