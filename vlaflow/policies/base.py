@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from vlaflow import __version__
 from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.molmo2 import MolmoConfig
 from vlaflow.backbones.qwen2_5_vl import QwenConfig
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.base import ComputePolicy, Stopwatch
@@ -55,7 +56,7 @@ class PolicyConfig:
     """
 
     system: str
-    backbone: TinyConfig | QwenConfig
+    backbone: TinyConfig | QwenConfig | MolmoConfig
     decoder: FlowConfig | RegressionConfig
     rater: RaterConfig | None = None
     exits: ExitTraining | None = None

@@ -1,0 +1,214 @@
+"""What Molmo2 reads: an observation as a conversation of token ids and image patches, by the model's own files.
+
+Each image is shown once, resized to the vision tower's square (A1's crop mode "resize"); Molmo2's additional high-resolution
+crops, made for documents, would multiply the tokens of a control step.
+
+Shape letters: B batch, P prompt tokens, I images, N patches of an image, C numbers of a patch, K patches pooled to a token,
+V image tokens of all images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlaflow.backbones.pretrained_prompt import answer_ids, in_words, open_pretrained, transformers_library, where
+from vlaflow.config import from_json, to_json
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.errors import CapabilityError, ConfigError
+
+if TYPE_CHECKING:
+    from vlaflow.backbones.molmo2 import MolmoConfig
+
+NAME = "Molmo2"
+SETTINGS = "vlaflow_molmo2.json"
+PLACE, PATCH, COLUMN, START, END = "<|image|>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_end>"
+END_OF_TURN = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How an image becomes patches, from the model's preprocessor_config.json and processor_config.json.
+
+    Args:
+        side: pixels of the square it is resized to.
+        patch: pixels of a patch's side.
+        pooling: rows and columns of patches that become one token.
+        mean, std: of the normalisation, per colour.
+        columns: a token ends every row of patches.
+        own_start: the overview begins with a token of its own.
+    """
+
+    side: int = 378
+    patch: int = 14
+    pooling: tuple[int, int] = (2, 2)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    columns: bool = True
+    own_start: bool = True
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        patches = self.side // self.patch
+        return -(-patches // self.pooling[0]), -(-patches // self.pooling[1])
+
+    @property
+    def words(self) -> str:
+        """The tokens of one image."""
+        rows, columns = self.grid
+        row = PATCH * columns + (COLUMN if self.columns else "")
+        return (START if self.own_start else "<im_start>") + row * rows + END
+
+    def patches(self, images_IHW3: Tensor) -> Tensor:
+        """uint8 images of one size to normalised patches (I, N, C), row by row, colours innermost."""
+        image_I3HW = images_IHW3.permute(0, 3, 1, 2).float()
+        if image_I3HW.shape[2:] != (self.side, self.side):
+            image_I3HW = functional.interpolate(image_I3HW, (self.side, self.side), mode="bilinear", align_corners=False)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        image_I3HW = (image_I3HW.round().clamp(0, 255) / 255 - mean) / std
+        n, p = self.side // self.patch, self.patch
+        return image_I3HW.view(-1, 3, n, p, n, p).permute(0, 2, 4, 3, 5, 1).reshape(len(images_IHW3), n * n, p * p * 3)
+
+    def pooled(self, images: int) -> Tensor:
+        """Which patches become each image token, (V, K) int64 into the patches of all images; −1 beyond the border."""
+        n, (high, wide) = self.side // self.patch, self.pooling
+        rows, columns = self.grid
+        index = torch.arange(n * n).view(n, n)
+        up, left = (rows * high - n) // 2, (columns * wide - n) // 2
+        index = functional.pad(index, (left, columns * wide - n - left, up, rows * high - n - up), value=-1)
+        one_VK = index.view(rows, high, columns, wide).transpose(1, 2).reshape(rows * columns, high * wide)
+        offset_I11 = (torch.arange(images) * n * n)[:, None, None]
+        return torch.where(one_VK >= 0, one_VK + offset_I11, -1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class MolmoPrompt:
+    """B conversations as the network reads them; on the CPU, padded on the right.
+
+    Args:
+        id_BP: token ids.
+        seen_BP: bool, False on padding.
+        picture_BP: bool, tokens that belong to an image, its marks included; these see each other.
+        patch_BP: bool, where image features go.
+        state_BP: bool, where the state goes; nowhere without a state token.
+        patches_INC: of all images; None without views.
+        pooled_VK: see ``Pictures.pooled``.
+    """
+
+    id_BP: Tensor
+    seen_BP: Tensor
+    picture_BP: Tensor
+    patch_BP: Tensor
+    state_BP: Tensor
+    patches_INC: Tensor | None
+    pooled_VK: Tensor | None
+
+
+class MolmoReader:
+    """Tokenizer, chat template and image settings of a Molmo2 folder.
+
+    transformers' image processor for Molmo2 needs torchvision; ``Pictures`` makes the same overview without it.
+    """
+
+    def __init__(self, tokenizer: Any, pictures: Pictures) -> None:
+        self.tokenizer, self.pictures = tokenizer, pictures
+        tokenizer.padding_side = "right"
+
+    @staticmethod
+    def open(source: str) -> MolmoReader:
+        """From a published folder or Hub name, or from what ``save`` wrote.
+
+        Raises:
+            ConfigError: when there is no tokenizer, chat template or image settings.
+        """
+        hub = transformers_library(NAME)
+        tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
+        known = Path(source) / SETTINGS
+        if known.exists():
+            pictures = from_json(Pictures, json.loads(known.read_text()), str(known))
+        else:
+            settings, _ = hub.Molmo2Processor.get_processor_dict(source)
+            tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
+            pictures = _pictures(settings, hub, source)
+        if not tokenizer.chat_template:
+            raise ConfigError(f"'{source}' has no chat template; use the instruction-tuned model.")
+        return MolmoReader(tokenizer, pictures)
+
+    def save(self, folder: Path) -> None:
+        """Everything ``open`` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder, save_jinja_files=False)
+        (folder / SETTINGS).write_text(json.dumps(to_json(self.pictures), indent=2) + "\n")
+
+    def answers(self, answers: Sequence[str]) -> Tensor:
+        """See ``PretrainedBackbone.answer_ids``."""
+        return answer_ids(self.tokenizer, answers, END_OF_TURN)
+
+    def read(self, observation: ObservationBatch, config: MolmoConfig) -> MolmoPrompt:
+        """A user turn of images, state and lower-cased instruction, and the beginning of the assistant's turn (A1)."""
+        texts = [self._conversation(sentence, config) for sentence in observation.instructions]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        id_BP = tokens["input_ids"]
+        picture_BP = torch.zeros_like(id_BP, dtype=torch.bool)
+        for token in (PATCH, COLUMN, START, "<im_start>", END):
+            picture_BP |= where(self.tokenizer, id_BP, token)
+        state_BP = torch.zeros_like(picture_BP)
+        if config.state_token is not None:
+            state_BP = where(self.tokenizer, id_BP, config.state_token)
+            if not bool((state_BP.sum(1) == 1).all()):
+                raise ConfigError(f"state_token '{config.state_token}' must be one token, used once in the conversation.")
+        if not bool((picture_BP == picture_BP[:1]).all()):
+            raise CapabilityError("This chat template shows images after words; Molmo2's own shows them first.")
+        patches_INC = pooled_VK = None
+        if config.views:
+            sides = torch.stack([self.pictures.patches(observation.images[view].cpu()) for view in config.views], 1)
+            patches_INC = sides.flatten(0, 1)
+            pooled_VK = self.pictures.pooled(len(patches_INC))
+        patch_BP = where(self.tokenizer, id_BP, PATCH)
+        return MolmoPrompt(id_BP, tokens["attention_mask"].bool(), picture_BP, patch_BP, state_BP, patches_INC, pooled_VK)
+
+    def _conversation(self, sentence: str, config: MolmoConfig) -> str:
+        shown = [{"type": "image"} for _ in config.views]
+        said = {"type": "text", "text": (config.state_token or "") + in_words(sentence.lower())}
+        turns = [{"role": "user", "content": [*shown, said]}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        begin = self.tokenizer.bos_token or self.tokenizer.eos_token
+        text = text if text.startswith(begin) else begin + text
+        if text.count(PLACE) != len(config.views):
+            raise ConfigError(f"The chat template makes {text.count(PLACE)} places for {len(config.views)} images.")
+        return text.replace(PLACE, self.pictures.words)
+
+
+def _pictures(settings: dict[str, Any], hub: Any, source: str) -> Pictures:
+    inner = settings.get("image_processor")
+    own = inner if isinstance(inner, dict) else open_pretrained(_Settings, source, NAME)
+    size = own.get("size", {"height": Pictures.side})
+    columns = settings.get("use_single_crop_col_tokens")
+    return Pictures(
+        side=size["height"],
+        patch=own.get("patch_size", Pictures.patch),
+        pooling=tuple(own.get("pooling_size", Pictures.pooling)),
+        mean=tuple(own.get("image_mean", Pictures.mean)),
+        std=tuple(own.get("image_std", Pictures.std)),
+        columns=settings.get("image_use_col_tokens", True) if columns is None else columns,
+        own_start=settings.get("use_single_crop_start_token", True),
+    )
+
+
+class _Settings:
+    """The image settings of a folder or Hub name, as JSON data."""
+
+    @staticmethod
+    def from_pretrained(source: str) -> dict[str, Any]:
+        import transformers
+
+        found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
+        return dict(found)
