@@ -1,6 +1,9 @@
 """Groups that join late, masked states and augmented images, as A1's recipes need them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from vlaflow.data.augment import Augment, StateMask
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import OptimConfig, ParameterGroup
 from vlaflow.training.feed import Feed, Held, Place
+from vlaflow.training.journal import read_log
 
 LATE = OptimConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.1, groups=(ParameterGroup("backbone.", frozen_steps=4),))
 
@@ -80,3 +84,14 @@ def test_masks_and_augmentation_are_for_training_and_follow_the_seed(tmp_path):
     run(tmp_path / "b", config)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert Policy.from_pretrained(tmp_path / "a")
+
+
+def test_processes_that_train_together_run_the_same_random_exit(tmp_path):
+    """An expert leaves the last layer without a gradient, a random exit whole layers: DDP has to know, and ranks to agree."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.training.together", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [entry["step"] for entry in read_log(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert Policy.from_pretrained(tmp_path / "out")

@@ -219,6 +219,7 @@ class MeanStage:
     def __init__(self):
         torch.manual_seed(0)
         self.module = nn.Linear(3, 2)
+        self.uneven = False
 
     def loss(self, batch, generator, shared):
         error_BLD = batch.action_BLD - self.module(batch.observation.state_BS)[:, None]

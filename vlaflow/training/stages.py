@@ -31,6 +31,10 @@ class Stage(Protocol):
     def module(self) -> nn.Module:
         """The module whose parameters train."""
 
+    @property
+    def uneven(self) -> bool:
+        """Whether some parameters may get no gradient in a step, which processes that train together must know."""
+
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Loss on one batch.
 
@@ -61,6 +65,12 @@ class PolicyStage:
         """Backbone and decoder; a policy in training has no rater yet."""
         return self.policy.model
 
+    @property
+    def uneven(self) -> bool:
+        """With an expert nothing reads the last layer's output; with a random exit nothing the layers beyond it."""
+        config = self.policy.config
+        return config.decoder.expert is not None or (config.exits is not None and config.exits.choose == "random")
+
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """See ``Policy.loss``."""
         return self.policy.loss(batch, generator, shared)
@@ -88,6 +98,11 @@ class RaterStage:
     def module(self) -> nn.Module:
         """The rater alone."""
         return self.rater
+
+    @property
+    def uneven(self) -> bool:
+        """Never."""
+        return False
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Squared error between rating and label, on a chunk the policy makes for the batch, over valid actions."""

@@ -95,7 +95,7 @@ class Trainer:
         tracker: Tracker = "auto",
         fresh: bool = False,
     ) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
         log_with = choose_tracker(tracker)
@@ -103,6 +103,7 @@ class Trainer:
             mixed_precision="no",  # the recipe's "precision" decides; see precision.py
             log_with=log_with,
             project_dir=str(self.out / "training"),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.uneven)],
         )
         if self.accelerator.is_fsdp2 is False and str(self.accelerator.distributed_type).endswith("FSDP"):
             raise CapabilityError("Only the second version of FSDP is supported; set fsdp_version: 2 in Accelerate's config.")

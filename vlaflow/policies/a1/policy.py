@@ -1,17 +1,21 @@
 """A1's assemblies: flow matching in an action expert, or regression from query tokens, each with exits at several depths.
 
-``tiny_flow`` and ``tiny_regression`` learn from scratch on a laptop.
+``tiny_flow`` and ``tiny_regression`` learn from scratch on a laptop; ``molmo_flow`` and ``molmo_regression`` are the published
+size, on Molmo2-8B in the place of Molmo-7B (docs/decisions/008).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from vlaflow.backbones.molmo2 import MolmoConfig, molmo2_8b
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.decoders.exits import ExitTraining, every
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
-from vlaflow.stacks.expert import ExpertConfig
+from vlaflow.stacks.expert import ExpertConfig, a1_expert
 
 DEPTH = 6
 
@@ -39,3 +43,54 @@ def tiny_regression(state_dim: int, action_dim: int, views: tuple[str, ...]) -> 
 
 def _tiny(state_dim: int, views: tuple[str, ...]) -> TinyConfig:
     return TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, depth=DEPTH, heads=4, ffn=512)
+
+
+MOLMO = "allenai/Molmo2-8B"
+MOLMO_DEPTH = 36
+
+
+def molmo_flow(
+    state_dim: int, action_dim: int, views: tuple[str, ...], *, horizon: int = 10, execute: int = 8, source: str | None = MOLMO
+) -> PolicyConfig:
+    """A1 with flow matching: the expert of 1024 with as many key/value heads as Molmo2 has; exits at 2, 4, …, 36.
+
+    Args:
+        state_dim, action_dim: at most 32 each; both are padded to 32.
+        views: camera views in the order of the images.
+        horizon, execute: 10 and 8 on LIBERO, 50 and 5 on VLABench.
+        source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
+    """
+    expert = a1_expert()
+    return PolicyConfig(
+        system="a1",
+        backbone=_molmo(state_dim, views, source, state_token=None),
+        decoder=FlowConfig(
+            action_dim,
+            horizon,
+            padded_dim=32,
+            masks="synchronous",
+            draws=1,
+            expert=replace(expert, block=replace(expert.block, kv_heads=8)),
+            head_layers=2,
+        ),
+        exits=ExitTraining(every(2, MOLMO_DEPTH)),
+        execute=execute,
+    )
+
+
+def molmo_regression(
+    state_dim: int, action_dim: int, views: tuple[str, ...], *, horizon: int = 10, execute: int = 8, source: str | None = MOLMO
+) -> PolicyConfig:
+    """A1 with L1 regression from one query token per action dimension; the state is a token of the prompt."""
+    return PolicyConfig(
+        system="a1",
+        backbone=_molmo(state_dim, views, source, state_token="<|vision_pad|>"),  # noqa: S106
+        decoder=RegressionConfig(action_dim, horizon),
+        exits=ExitTraining(every(2, MOLMO_DEPTH)),
+        execute=execute,
+    )
+
+
+def _molmo(state_dim: int, views: tuple[str, ...], source: str | None, state_token: str | None) -> MolmoConfig:
+    architecture = None if source else molmo2_8b()
+    return MolmoConfig(state_dim, views, source, architecture, state_token=state_token, recompute=True)
