@@ -40,7 +40,9 @@ def test_the_loss_of_all_exits_is_the_mean_of_theirs(decoder):
     ]
     together = made.model.decoder.loss(prefix, targets, generator(), (1, 2, 3))
     torch.testing.assert_close(together.total, torch.stack(single).mean())
-    assert torch.equal(together.deepest, single[2])
+    assert [float(loss) for loss in together.exits.values()] == [float(loss) for loss in single]
+    weighted = ExitTraining((1, 2, 3), shallow=0.2).total(together).total
+    torch.testing.assert_close(weighted, 0.8 * single[2] + 0.1 * single[0] + 0.1 * single[1])
     assert len(together.parts) == 4
 
 

@@ -23,19 +23,19 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A training loss and its named parts (detached, for the log); ``deepest`` is the deepest exit's own loss."""
+    """A training loss and its named parts (detached, for the log); ``exits`` are the losses of the depths it is the mean of."""
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    deepest: Tensor | None = None
+    exits: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def mean_over_exits(name: str, losses: Mapping[int, Tensor]) -> LossTerms:
     """One loss from those of several depths; each is named in the parts where there is more than one."""
     total = torch.stack(tuple(losses.values())).mean()
-    deepest = losses[max(losses)]
+    deepest = losses[max(losses)].detach()
     parts = {f"{name}@{depth}": loss.detach() for depth, loss in losses.items()} if len(losses) > 1 else {}
-    return LossTerms(total, {name: deepest.detach(), **parts}, deepest)
+    return LossTerms(total, {name: deepest, **parts}, losses)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ Depth counts layers that have run: A1's layer index 27 is depth 28.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
+from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import ConfigError
 
 
@@ -19,14 +22,26 @@ class ExitTraining:
         depths: ascending; the last is the backbone's own depth.
         choose: "all" takes the mean loss over the depths, in one pass; "random" trains one depth a step, the same on every
             process, and runs no layer beyond it. A1's code has both and its paper does not say which one made its numbers.
+        shallow: with "all", the share of the loss that the depths before the last have together; None counts all alike, as A1
+            does. Small networks learn less at full depth when shallow answers count as much (docs/log.md).
     """
 
     depths: tuple[int, ...]
     choose: Literal["all", "random"] = "all"
+    shallow: float | None = None
 
     def __post_init__(self) -> None:
         if not self.depths or self.depths[0] < 1 or list(self.depths) != sorted(set(self.depths)):
             raise ConfigError(f"Exit depths count layers and must ascend from at least 1, got {list(self.depths)}.")
+        if self.shallow is not None and not (0 <= self.shallow < 1 and self.choose == "all"):
+            raise ConfigError(f"shallow is a share in [0, 1) and goes with choose='all', got {self.shallow}.")
+
+    def total(self, terms: LossTerms) -> LossTerms:
+        """The loss of all exits, weighted."""
+        if self.shallow is None or len(terms.exits) < 2:
+            return terms
+        *before, last = terms.exits.values()
+        return replace(terms, total=(1 - self.shallow) * last + self.shallow * torch.stack(before).mean())
 
 
 def every(step: int, depth: int) -> tuple[int, ...]:

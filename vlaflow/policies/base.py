@@ -147,7 +147,7 @@ class Policy:
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Training loss of backbone and decoder on a batch in robot units.
 
-        With exits it is the mean over them, or that of the one drawn from ``shared``; in evaluation mode it is that of the
+        With exits it is the (weighted) mean over them, or that of the one drawn from ``shared``; in evaluation mode it is that of the
         full depth, and the parts name the other exits' losses.
         """
         model, exits = self.model, self.config.exits
@@ -156,7 +156,9 @@ class Policy:
             drawn = exits.depths[int(torch.randint(len(exits.depths), (), generator=shared))]
             return model.decoder.loss(self.encode(batch.observation, drawn), targets, generator)
         terms = model.decoder.loss(self.encode(batch.observation), targets, generator, exits.depths if exits else None)
-        return terms if model.training or terms.deepest is None else replace(terms, total=terms.deepest)
+        if exits is None:
+            return terms
+        return exits.total(terms) if model.training else replace(terms, total=terms.exits[exits.depths[-1]])
 
     # -- inference ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vlaflow.backbones.qwen2_5_vl import QwenConfig, qwen2_5_vl_3b
 from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.decoders.exits import ExitTraining, every
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError
@@ -29,7 +29,7 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
         system="asyncvla",
         backbone=TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, depth=DEPTH, heads=4, ffn=512),
         decoder=FlowConfig(action_dim=action_dim, horizon=16, draws=2, whole=0.5),
-        exits=ExitTraining(every(1, DEPTH)),
+        exits=ExitTraining((2, 3, 4), shallow=0.2),
     )
 
 
