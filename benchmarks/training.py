@@ -12,7 +12,7 @@ in float32 is measured too. Loading, weight averaging and logging are in neither
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads or training_threads())
     recipe = demo(DataSpec(ACTION.dim, ACTION.dim, ("corner2",)))
     assert recipe.policy is not None
-    config = override(recipe.policy, dict(pair.split("=", 1) for pair in options.set))
+    # the naive model has one answer, so ours is measured with one
+    config = override(replace(recipe.policy, exits=None), dict(pair.split("=", 1) for pair in options.set))
     size, bf16 = options.batch_size or recipe.batch_size, use_bf16(options.precision, CPU)
     batch, policy = make_batch(config, size), make_policy(config)
     styles = {"naive, bf16 autocast": Style(bf16=True), "naive, float32": Style()}

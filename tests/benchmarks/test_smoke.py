@@ -13,7 +13,17 @@ from vlaflow.simulators import gl
 TINY = {
     "loader": ["--sizes", "32", "--episodes", "2", "--frames", "6", "--batch-size", "4", "--batches", "1"],
     "operations": ["--batch", "2", "--tokens", "4", "--width", "32", "--heads", "2", "--parameters", "0.01"],
-    "training": ["--batch-size", "2", "--threads", "1", "--ladder", "--set", "backbone.depth=1", "backbone.image_size=32"],
+    "training": [
+        "--batch-size",
+        "2",
+        "--threads",
+        "1",
+        "--ladder",
+        "--set",
+        "backbone.depth=1",
+        "backbone.image_size=32",
+        "exits=none",
+    ],
     "evaluation": [
         "--envs",
         "metaworld/drawer-open-v3",
@@ -26,7 +36,7 @@ TINY = {
         "--exact-size",
         "32",
     ],
-    "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
+    "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32", "exits=none"],
     "startup": [],
     "demo_steps": [],
 }

@@ -147,7 +147,7 @@ class Policy:
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Training loss of backbone and decoder on a batch in robot units.
 
-        With exits it is the (weighted) mean over them, or that of the one drawn from ``shared``; in evaluation mode it is that of the
+        With exits it is their (weighted) mean, or that of the one drawn from ``shared``; in evaluation mode it is that of the
         full depth, and the parts name the other exits' losses.
         """
         model, exits = self.model, self.config.exits
