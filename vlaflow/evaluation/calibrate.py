@@ -34,7 +34,6 @@ from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.evaluation.calibration_page import write_page
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, read_json
-from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import progress
 from vlaflow.versions import command_line, versions
 
@@ -179,8 +178,7 @@ def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
     run = read_json(states[-1])["run"]
     if run["data"] != dataset.fingerprint:
         return tuple(range(len(dataset.episodes)))
-    config: TrainConfig = run["config"]
-    _, held = split_episodes(dataset, config["validation_fraction"], config["seed"])  # type: ignore[index]
+    _, held = split_episodes(dataset, run["config"]["validation_fraction"], run["config"]["seed"])
     if len(held) < 2:
         raise CalibrationError(
             f"Training held out {len(held)} episode of {dataset.root}, and calibration needs two. Train with a larger "
