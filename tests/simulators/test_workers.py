@@ -93,7 +93,13 @@ def test_signals_leave_no_process_behind(number, status):
     """Not even SIGKILL of the parent, which gets no chance to clean up."""
     root = Path(__file__).parents[2]
     parent = subprocess.Popen(
-        [sys.executable, "-m", "tests.simulators.jobs"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-m", "tests.simulators.jobs"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # a shell's background jobs ignore Ctrl-C, and their children would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
     )
     with parent.stdout as output:
         assert output.readline() == "ready\n"
