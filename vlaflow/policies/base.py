@@ -74,8 +74,8 @@ class PolicyConfig:
         depth = backbone.spec.depth
         if self.exits is not None and self.exits.depths[-1] != depth:
             raise ConfigError(
-                f"The last of the exits {list(self.exits.depths)} must be the backbone's depth, {depth}. Change exits.depths with "
-                "it, or set exits=none."
+                f"The last of the exits {list(self.exits.depths)} must be the backbone's depth, {depth}. Change exits.depths "
+                "with it, or set exits=none."
             )
         decoder = self.decoder.build(backbone.spec)
         rater = self.rater.build(self.decoder.action_dim, self.decoder.horizon) if self.rater else None
