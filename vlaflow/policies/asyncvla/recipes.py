@@ -13,7 +13,7 @@ def demo(data: DataSpec) -> TrainConfig:
 
     vlaflow train asyncvla.demo --dataset runs/demo/dataset --out runs/demo/policy
 
-    Two cores (AMD EPYC, AVX2, float32), 7.7 minutes, 1.0 M parameters; drawer-open, button-press-topdown, window-close from 50
+    Two cores (AMD EPYC, AVX2, float32), 8 minutes, 1.0 M parameters; drawer-open, button-press-topdown, window-close from 50
     demonstrations each: 59 of 60 episodes (seeds 1000 to 1019, 8 of 16 actions executed, dense).
     """
     return TrainConfig(
