@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from vlaflow.actions.bins import BinsFit
+from vlaflow.actions.fast import FastFit
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.stats import FeatureStats
@@ -76,3 +78,37 @@ def count_layers(monkeypatch, backbone):
 
     monkeypatch.setattr(backbone, "layer", layer)
     return calls
+
+
+def chunks(count=64, horizon=6, dim=4, seed=0):
+    """Smooth normalised chunks in [-1, 1], float32 (count, horizon, dim)."""
+    rng = np.random.default_rng(seed)
+    time = np.linspace(0, 1, horizon)[None, :, None]
+    start, speed = rng.uniform(-1, 1, (2, count, 1, dim))
+    return np.clip(start + speed * time + 0.05 * rng.normal(size=(count, horizon, dim)), -1, 1).astype(np.float32)
+
+
+FAST = FastFit(scale=4.0, vocabulary=64).fit(chunks())
+BINS = BinsFit(8).fit(chunks())
+
+
+def token_policy(decoder, tokenizer=FAST, seed=0, depth=2, exits=None, **settings):
+    """A policy whose decoder makes tokens; ``decoder`` is the config's class."""
+    backbone = TinyConfig(state_dim=4, image_size=16, cell=8, width=32, depth=depth, heads=2, ffn=64, text_bytes=32)
+    config = PolicyConfig(
+        "tokens", backbone, decoder(4, tokenizer, horizon=6, **settings), exits=exits, action_normalisation="min_max", execute=3
+    )
+    made = Policy.create(config, action_spec(), {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}, seed)
+    made.model.eval()
+    return made
+
+
+class Oracle(torch.nn.Module):
+    """A head that knows the chunk, whatever the network says."""
+
+    def __init__(self, id_BS, vocabulary):
+        super().__init__()
+        self.logits = 50.0 * torch.nn.functional.one_hot(id_BS, vocabulary).float()
+
+    def forward(self, hidden_BSW):
+        return self.logits[: len(hidden_BSW)]

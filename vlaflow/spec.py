@@ -149,6 +149,10 @@ class Chunk:
         layers: backbone layers run over the prefix.
         layer_passes: layers run in all, prefix and every solver step and the rater together.
         evaluations: velocity (or token) evaluations of the decoder.
+        tokens: (S,) ids the actions were decoded from, by decoders of tokens; else None.
+        token_probability: (S,), what the network gave each when it last looked at it.
+        revised: tokens that each solver step changed.
+        repaired: the tokens did not describe a chunk exactly, and the tokenizer's rule made one of them.
         milliseconds: wall time by part: "prefix", "first", "rater", "refine", ..., "total".
     """
 
@@ -159,4 +163,8 @@ class Chunk:
     layers: int = 0
     layer_passes: int = 0
     evaluations: int = 0
+    tokens: np.ndarray | None = None
+    token_probability: np.ndarray | None = None
+    revised: tuple[int, ...] = ()
+    repaired: bool = False
     milliseconds: Mapping[str, float] = field(default_factory=dict)

@@ -55,6 +55,7 @@ class Prefix:
         next_position_B: position of the first suffix token, for backbones that count positions.
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
+        embedded_BPW: the tokens before the first layer, for whoever runs them once more; None until one has run.
     """
 
     backbone: Backbone
@@ -65,6 +66,7 @@ class Prefix:
     next_position_B: Tensor | None = None
     state_BS: Tensor | None = None
     mask_PP: Tensor | None = None
+    embedded_BPW: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -78,7 +80,15 @@ class Prefix:
 
     def detach(self) -> Prefix:
         """The same prefix without a path back to the backbone (gradient truncation)."""
-        return replace(self, hidden_BPW=self.hidden_BPW.detach(), memory=tuple(m.detach() for m in self.memory))
+        embedded_BPW = None if self.embedded_BPW is None else self.embedded_BPW.detach()
+        memory = tuple(m.detach() for m in self.memory)
+        return replace(self, hidden_BPW=self.hidden_BPW.detach(), memory=memory, embedded_BPW=embedded_BPW)
+
+    def restart(self) -> Prefix:
+        """The same observations before the first layer."""
+        if self.embedded_BPW is None:
+            return self
+        return replace(self, hidden_BPW=self.embedded_BPW, memory=(), embedded_BPW=None)
 
     def select(self, row_R: Tensor) -> Prefix:
         """Some of the observations, in the order of the int64 indices."""
@@ -90,6 +100,7 @@ class Prefix:
             rotary=None if self.rotary is None else self.backbone.select_rotary(self.rotary, row_R),
             next_position_B=None if self.next_position_B is None else self.next_position_B[row_R],
             state_BS=None if self.state_BS is None else self.state_BS[row_R],
+            embedded_BPW=None if self.embedded_BPW is None else self.embedded_BPW[row_R],
         )
 
 
@@ -129,8 +140,8 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
-        """Give suffix tokens their positions after the prefix (added, or as a rotation for ``layer``)."""
+    def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
+        """Give suffix tokens ``offset`` and after their positions behind the prefix (added, or as a rotation for ``layer``)."""
 
     def rotation(self, prefix: Prefix, batch: int, tokens: int) -> Rotate | None:
         """How an expert rotates suffix tokens to the positions after the prefix, draws innermost in the batch.
@@ -156,7 +167,8 @@ class Backbone(nn.Module, ABC):
         for index in range(prefix.depth, upto):
             hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.seen_BP, mask_TS=mask_PP)
             memory.append(own)
-        return replace(prefix, hidden_BPW=hidden, memory=tuple(memory))
+        embedded = prefix.hidden_BPW if prefix.depth == 0 else prefix.embedded_BPW
+        return replace(prefix, hidden_BPW=hidden, memory=tuple(memory), embedded_BPW=embedded)
 
     def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
         """Language-model loss on an answer; only backbones with a vocabulary have one."""

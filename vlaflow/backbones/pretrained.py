@@ -117,19 +117,20 @@ class PretrainedBackbone(Backbone):
         hidden_BTW = hidden_BTW + attention.o_proj(mixed_BHTE.transpose(1, 2).reshape(b, t, -1))
         return hidden_BTW + block.mlp(block.post_attention_layernorm(hidden_BTW)), own
 
-    def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
+    def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
         """Text positions that continue each observation's own; draws innermost, as in ``attend``."""
         suffix_BTW = suffix_BTW.to(prefix.hidden_BPW.dtype)
-        return suffix_BTW, self._after(prefix, *suffix_BTW.shape[:2])
+        batch, tokens, _ = suffix_BTW.shape
+        return suffix_BTW, self._after(prefix, batch, tokens, offset)
 
     def rotation(self, prefix: Prefix, batch: int, tokens: int) -> Rotate:
         """See the base class."""
         cosine, sine = self._after(prefix, batch, tokens)
         return lambda query_BHTE, key_BGTE: self._rotate(query_BHTE, key_BGTE, cosine, sine)
 
-    def _after(self, prefix: Prefix, batch: int, tokens: int) -> Rotary:
+    def _after(self, prefix: Prefix, batch: int, tokens: int, offset: int = 0) -> Rotary:
         assert prefix.next_position_B is not None
-        first_B = prefix.next_position_B.repeat_interleave(batch // prefix.batch)
+        first_B = prefix.next_position_B.repeat_interleave(batch // prefix.batch) + offset
         position_BT = first_B[:, None] + torch.arange(tokens, device=first_B.device)
         return self.language.rotary_emb(prefix.hidden_BPW, self.positions(position_BT))
 

@@ -165,14 +165,14 @@ class TinyBackbone(Backbone):
         """See the base class; positions were added by ``embed`` and ``place``, so ``rotary`` is not used."""
         return self.layers[index](hidden_BTW, memory, seen_BT, mask_TS)
 
-    def place(self, suffix_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Rotary | None]:
+    def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
         """Adds a learned position to each suffix token."""
-        t = suffix_BTW.shape[1]
-        if t > self.config.suffix:
+        end = offset + suffix_BTW.shape[1]
+        if end > self.config.suffix:
             raise ConfigError(
-                f"A decoder adds {t} tokens, the tiny backbone has {self.config.suffix} positions; raise 'suffix'."
+                f"A decoder adds {end} tokens, the tiny backbone has {self.config.suffix} positions; raise 'suffix'."
             )
-        return suffix_BTW + self.suffix_position[:t], None
+        return suffix_BTW + self.suffix_position[offset:end], None
 
     def finish(self, hidden_BTW: Tensor) -> Tensor:
         """The final LayerNorm."""

@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError
 
@@ -27,6 +27,8 @@ class Requirements:
     rater: bool = False
     unified_masks: bool = False
     given: bool = False
+    tokens: bool = False
+    settles: bool = False
     exits: tuple[int, ...] = ()
 
     def check(self, model: Model, compute: str) -> None:
@@ -49,6 +51,16 @@ class Requirements:
             raise CapabilityError(
                 f"{compute} starts from an earlier answer, which a {type(model.decoder).__name__} cannot. "
                 "Use a flow decoder, or a warm start of 'fresh' or 'same'."
+            )
+        if self.tokens and not model.decoder.takes_tokens:
+            raise CapabilityError(
+                f"{compute} makes single tokens anew, which a {type(model.decoder).__name__} cannot. Use a discrete flow or "
+                "masked diffusion."
+            )
+        if self.settles and not model.decoder.settles:
+            raise CapabilityError(
+                f"{compute} ends with deterministic steps that may revise every token, which a {type(model.decoder).__name__} "
+                "does not have. Use a discrete flow."
             )
         if missing := [depth for depth in self.exits if depth not in model.depths]:
             raise CapabilityError(
@@ -98,6 +110,7 @@ class Decoded:
         confidence_BL: the rater's, where one was asked.
         regenerated_BL: bool, actions made anew.
         draft_BLD: the chunk before refinement.
+        tokens: what a decoder of tokens knows of its chunks.
     """
 
     action_BLD: Tensor
@@ -108,6 +121,7 @@ class Decoded:
     confidence_BL: Tensor | None = None
     regenerated_BL: Tensor | None = None
     draft_BLD: Tensor | None = None
+    tokens: Tokens | None = None
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from torch import Generator
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
@@ -49,14 +49,24 @@ class Dense:
         """See ``ComputePolicy``."""
         depth = self.depth or model.backbone.spec.depth
         with watch.part("prefix"):
-            prefix = model.backbone.run(prefix, depth)
+            prefix = model.decoder.read(model.backbone, prefix, depth)
         with watch.part("first"):
-            action_BLD = model.decoder.sample(prefix, generators, self.steps, given)
-        batch, evaluations = prefix.batch, model.decoder.evaluations(self.steps)
+            state = model.decoder.solve(prefix, generators, self.steps, given)
+            action_BLD, tokens = model.decoder.finish(state), model.decoder.tokens(state)
+        batch = prefix.batch
+        evaluations = tokens.evaluations if tokens else (model.decoder.evaluations(self.steps),) * batch
         return Decoded(
             action_BLD,
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
             layers=(depth,) * batch,
-            evaluations=(evaluations,) * batch,
-            layer_passes=(depth * (1 + evaluations),) * batch,
+            evaluations=evaluations,
+            layer_passes=spent(prefix, depth, evaluations, tokens),
+            tokens=tokens,
         )
+
+
+def spent(prefix: Prefix, depth: int, evaluations: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
+    """Layers run over the prefix (where it was run before the first step) and over the evaluations, per observation."""
+    before = prefix.depth
+    after = tokens.passes(depth) if tokens else tuple(depth * count for count in evaluations)
+    return tuple(before + count for count in after)

@@ -11,7 +11,7 @@ Shape letters: B batch, R observations still under way, L horizon, D action dime
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
 from vlaflow.compute.distance import Metric, distance
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
@@ -87,6 +87,7 @@ class Answers:
         self._noise = [g.get_state() for g in self.generators] if plan.warm_start == "same" else None
         self.previous_RLD: Tensor | None = None
         self.current_RLD: Tensor | None = None
+        self.tokens: Tokens | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """(depth, chunks (R, L, D)), deeper and deeper."""
@@ -98,7 +99,9 @@ class Answers:
                     for generator, begin in zip(self.generators, self._noise, strict=True):
                         generator.set_state(begin)
                 self.previous_RLD = self.current_RLD
-                action_RLD = self.model.decoder.sample(self.prefix, self.generators, self.plan.steps, self._given())
+                decoder = self.model.decoder
+                state = decoder.solve(self.prefix, self.generators, self.plan.steps, self._given())
+                action_RLD, self.tokens = decoder.finish(state), decoder.tokens(state)
                 self.current_RLD = action_RLD
             yield depth, action_RLD
 
@@ -164,11 +167,15 @@ class EarlyExit:
         row_R = torch.arange(batch, device=device)
         done: list[Tensor] = []
         groups: list[Group] = []
+        tokens: list[Tokens] = []
         layers, passes, evaluations = [0] * batch, [0] * batch, [0] * batch
-        each, spent = model.decoder.evaluations(self.plan.steps), 0
+        each, spent = model.decoder.evaluations(self.plan.steps), torch.zeros(batch, dtype=torch.long)
+        calls = torch.zeros_like(spent)
         answers = self.plan.answers(model, prefix, generators, watch, given)
         for number, (depth, action_RLD) in enumerate(answers):
-            spent += depth * each
+            took_R = torch.tensor(answers.tokens.evaluations if answers.tokens else [each] * len(row_R))
+            calls[row_R.cpu()] += took_R
+            spent[row_R.cpu()] += depth * took_R
             if answers.previous_RLD is None:
                 continue
             leave_R = distance(self.plan.metric, action_RLD, answers.previous_RLD) <= self.thresholds[number - 1]
@@ -178,12 +185,15 @@ class EarlyExit:
             everybody = len(gone_G) == len(row_R)
             done.append(action_RLD[gone_G])
             groups.append(Group(row_R[gone_G], answers.prefix if everybody else answers.prefix.select(gone_G)))
+            if answers.tokens is not None:
+                tokens.append(answers.tokens.select(gone_G))
             for row in row_R[gone_G].tolist():
-                layers[row], passes[row], evaluations[row] = depth, depth + spent, (number + 1) * each
+                layers[row], passes[row], evaluations[row] = depth, depth + int(spent[row]), int(calls[row])
             if everybody:
                 break
             stay_S = (~leave_R).nonzero()[:, 0]
             answers.keep(stay_S)
             row_R = row_R[stay_S]
-        action_BLD = torch.cat(done)[torch.cat([g.row_R for g in groups]).argsort()]
-        return Decoded(action_BLD, tuple(groups), tuple(layers), tuple(evaluations), tuple(passes))
+        order = torch.cat([g.row_R for g in groups]).argsort()
+        found = replace(Tokens.cat(tokens).select(order), evaluations=tuple(evaluations)) if tokens else None
+        return Decoded(torch.cat(done)[order], tuple(groups), tuple(layers), tuple(evaluations), tuple(passes), tokens=found)

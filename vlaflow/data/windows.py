@@ -84,6 +84,33 @@ class Windows:
         )
 
 
+def action_chunks(dataset: Dataset, horizon: int, episodes: Sequence[int]) -> np.ndarray:
+    """The chunk that begins at every frame of the episodes, in robot units, float32 (M, L, D), as ``Windows`` cuts them."""
+    action, found = dataset.columns().action, []
+    for episode in episodes:
+        rows = dataset.episode_slice(episode)
+        first_M1 = np.arange(rows.start, rows.stop)[:, None]
+        found.append(action[np.minimum(first_M1 + np.arange(horizon), rows.stop - 1)])
+    return np.concatenate(found)
+
+
+def fewer_episodes(dataset: Dataset, episodes: Sequence[int], share: float, seed: int) -> tuple[int, ...]:
+    """A share of the episodes of every task, at least one each; a smaller share is part of a larger one.
+
+    Raises:
+        ConfigError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"The share of the demonstrations must lie in (0, 1], got {share}.")
+    chosen: list[int] = []
+    tasks = [dataset.episodes[e].task for e in episodes]
+    for number, task in enumerate(dict.fromkeys(tasks)):
+        members = [e for e, t in zip(episodes, tasks, strict=True) if t == task]
+        order = np.random.default_rng([seed, number, 1]).permutation(members)
+        chosen += order[: max(1, round(share * len(members)))].tolist()
+    return tuple(sorted(chosen))
+
+
 def split_episodes(dataset: Dataset, validation_fraction: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Divide episodes into (training, validation), task by task, so that both see every task where they can.
 

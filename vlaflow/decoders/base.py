@@ -1,9 +1,9 @@
 """The contract of a decoder: ``loss`` for training; ``start``, ``advance``, ``finish`` for inference.
 
-Whatever a token is, it carries a clock: 1 is pure noise, 0 is done. What a decoder is given (``Given``) are tokens with
-clocks: committed or confident ones at 0, ones to be made at 1, warm-started ones in between.
+Whatever a token is, it carries a clock: 1 is pure noise, 0 is done. What a decoder is given are actions (``Given``) or
+tokens (``GivenTokens``) with clocks: committed or confident ones at 0, ones to be made at 1, warm-started ones in between.
 
-Shape letters: B batch, L horizon, D action dimension.
+Shape letters: B batch, L horizon, D action dimension, S token slots.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.errors import CapabilityError
 
 State = TypeVar("State")
 
@@ -62,6 +63,69 @@ class Given:
     noised: bool = False
 
 
+@dataclass(frozen=True)
+class GivenTokens:
+    """Tokens of a vocabulary known beforehand, and the clock each starts from.
+
+    Args:
+        id_BS: int64 ids.
+        clock_BS: in [0, 1]; a token at clock 0 is never changed.
+    """
+
+    id_BS: Tensor
+    clock_BS: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a decoder of tokens knows of its chunks beyond the actions.
+
+    Args:
+        id_BS: the tokens, int64.
+        probability_BS: what the network gave each when it last looked at it.
+        repaired_B: bool, chunks whose tokens did not describe one exactly (see ``actions.base.Decoding``).
+        revised_BN: int64, tokens that each of the N steps changed.
+        evaluations: network evaluations each chunk took.
+        prefix_runs: how often the prefix was run beyond the once before the first step.
+    """
+
+    id_BS: Tensor
+    probability_BS: Tensor
+    repaired_B: Tensor
+    revised_BN: Tensor
+    evaluations: tuple[int, ...]
+    prefix_runs: tuple[int, ...] = ()
+
+    def select(self, row_R: Tensor) -> Tokens:
+        """Rows of the batch."""
+        rows = row_R.tolist()
+        return Tokens(
+            self.id_BS[row_R],
+            self.probability_BS[row_R],
+            self.repaired_B[row_R],
+            self.revised_BN[row_R],
+            tuple(self.evaluations[row] for row in rows),
+            tuple(self.prefix_runs[row] for row in rows) if self.prefix_runs else (),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """One batch after the other."""
+        return Tokens(
+            torch.cat([part.id_BS for part in parts]),
+            torch.cat([part.probability_BS for part in parts]),
+            torch.cat([part.repaired_B for part in parts]),
+            torch.cat([part.revised_BN for part in parts]),
+            tuple(count for part in parts for count in part.evaluations),
+            tuple(count for part in parts for count in part.prefix_runs),
+        )
+
+    def passes(self, depth: int) -> tuple[int, ...]:
+        """Network layers run at this depth over tokens and prefix together."""
+        runs = self.prefix_runs or (0,) * len(self.evaluations)
+        return tuple(depth * (count + more) for count, more in zip(self.evaluations, runs, strict=True))
+
+
 class Decoder(nn.Module, ABC, Generic[State]):
     """Moves action tokens from noise to actions, reading a prefix at whatever depth it has reached."""
 
@@ -76,7 +140,17 @@ class Decoder(nn.Module, ABC, Generic[State]):
     @property
     @abstractmethod
     def takes_given(self) -> bool:
-        """Whether ``start`` can begin from given tokens."""
+        """Whether ``start`` can begin from given actions."""
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether ``start`` can begin from given tokens of a vocabulary."""
+        return False
+
+    @property
+    def settles(self) -> bool:
+        """Whether it has a ``settle``: deterministic steps that may still revise every token."""
+        return False
 
     @abstractmethod
     def evaluations(self, steps: int) -> int:
@@ -91,7 +165,9 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """
 
     @abstractmethod
-    def start(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> State:
+    def start(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> State:
         """Initial tokens for B observations, to be finished in ``steps`` solver steps; one generator per observation."""
 
     @abstractmethod
@@ -102,6 +178,30 @@ class Decoder(nn.Module, ABC, Generic[State]):
     def finish(self, state: State) -> Tensor:
         """Normalised actions, (B, L, D) float32."""
 
-    def sample(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> Tensor:
-        """A whole chunk at ``prefix.depth``: start, all steps, finish."""
-        return self.finish(self.advance(self.start(prefix, generators, steps, given), prefix, steps))
+    def tokens(self, state: State) -> Tokens | None:
+        """What is known of the tokens, for decoders that have a vocabulary."""
+        return None
+
+    def settle(self, state: State, prefix: Prefix, steps: int = 1) -> State:
+        """Deterministic steps that may still revise every token.
+
+        Raises:
+            CapabilityError: for decoders that have none (see ``settles``).
+        """
+        raise CapabilityError(f"A {type(self).__name__} has no deterministic steps that revise tokens; use a discrete flow.")
+
+    def read(self, backbone: Backbone, prefix: Prefix, depth: int | None = None) -> Prefix:
+        """Run the prefix as far as this decoder needs it before its first step; by default through ``depth`` layers."""
+        return backbone.run(prefix, depth)
+
+    def solve(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> State:
+        """Start, and all steps at ``prefix.depth``."""
+        return self.advance(self.start(prefix, generators, steps, given), prefix, steps)
+
+    def sample(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> Tensor:
+        """A whole chunk (B, L, D): start, all steps, finish."""
+        return self.finish(self.solve(prefix, generators, steps, given))

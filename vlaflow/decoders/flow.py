@@ -17,8 +17,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, LossTerms, Targets, mean_over_exits
-from vlaflow.errors import ConfigError
+from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets, mean_over_exits
+from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows import gaussian
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
@@ -165,8 +165,16 @@ class FlowDecoder(Decoder[FlowState]):
             losses[depth] = gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL)
         return mean_over_exits("velocity", losses)
 
-    def start(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> FlowState:
-        """Noise where nothing is given; given tokens enter at the point of the path that belongs to their clock."""
+    def start(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> FlowState:
+        """Noise where nothing is given; given actions enter at the point of the path that belongs to their clock.
+
+        Raises:
+            CapabilityError: when tokens of a vocabulary are given.
+        """
+        if isinstance(given, GivenTokens):
+            raise CapabilityError("A flow decoder has no vocabulary; give it actions.")
         c, device = self.config, prefix.hidden_BPW.device
         noise_BLX = gaussian.standard_normal(generators, (c.horizon, c.padded_dim or c.action_dim)).to(device)
         if given is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, LossTerms, Targets, mean_over_exits
+from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.stacks.base import Stack
@@ -110,7 +110,9 @@ class RegressionDecoder(Decoder[RegressionState]):
         }
         return mean_over_exits("absolute", losses)
 
-    def start(self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | None = None) -> RegressionState:
+    def start(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> RegressionState:
         """Nothing to prepare.
 
         Raises:

@@ -17,7 +17,7 @@ from vlaflow.evaluation.statistics import Percentiles
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
 
-PARTS = ("prefix", "first", "rater", "refine")
+PARTS = ("prefix", "first", "settle", "rater", "refine")
 """Parts of a chunk's time in the order they happen; a part that did not happen took 0 ms. The rest is ``other``."""
 
 

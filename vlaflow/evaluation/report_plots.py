@@ -28,9 +28,10 @@ WIDTH = 5.6
 """Inches: so much that text is readable both in a column of a desk screen and on a telephone."""
 PART_NAMES = {
     "prefix": "prefix",
-    "first": "first round (SFM)",
+    "first": "solver steps",
+    "settle": "deterministic steps",
     "rater": "rater",
-    "refine": "second round (AFM)",
+    "refine": "second round",
     "other": "other",
 }
 

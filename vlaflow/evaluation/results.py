@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 
 from vlaflow.config import from_json
@@ -41,6 +41,8 @@ class Evaluation:
         execute, horizon, render: how the episodes were run.
         solver_steps: decoder evaluations of the first round.
         evaluations_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over the episodes' chunks.
+        revised_per_chunk: tokens that each solver step changes, means; empty for decoders without tokens.
+        repaired_share: share of the chunks whose tokens did not describe one exactly.
         per_episode: everything known of each episode.
     """
 
@@ -61,6 +63,8 @@ class Evaluation:
     layer_passes_per_chunk: float
     regenerated_per_chunk: float
     per_episode: tuple[Episode, ...]
+    revised_per_chunk: tuple[float, ...] = ()
+    repaired_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,8 @@ def count(
                 layer_passes_per_chunk=sum(e.layer_passes for e in group) / chunks,
                 regenerated_per_chunk=sum(e.regenerated for e in group) / chunks,
                 per_episode=tuple(group),
+                revised_per_chunk=tuple(sum(c) / chunks for c in zip_longest(*(e.revised for e in group), fillvalue=0)),
+                repaired_share=sum(e.repaired for e in group) / chunks,
             )
         )
     return tuple(found)

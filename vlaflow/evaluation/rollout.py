@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,8 @@ class Episode:
         evaluations: decoder evaluations over all chunks.
         layer_passes: network layers run over all chunks.
         regenerated: actions made anew by refinement, over all chunks.
+        revised: tokens that each solver step changed, summed over all chunks; empty for decoders without tokens.
+        repaired: chunks whose tokens did not describe one exactly.
     """
 
     env: str
@@ -102,6 +105,8 @@ class Episode:
     evaluations: int
     layer_passes: int
     regenerated: int
+    revised: tuple[int, ...] = ()
+    repaired: int = 0
 
 
 def plan(
@@ -168,7 +173,8 @@ def play(
     execute = config.execute or policy.config.execute
     chunked = ChunkEnv(env, execute, horizon=job.horizon or config.horizon)
     chunked.restart(job.seed)
-    chunks = evaluations = layer_passes = regenerated = steps = 0
+    chunks = evaluations = layer_passes = regenerated = repaired = steps = 0
+    revised: tuple[int, ...] = ()
     while True:
         seen = chunked.observe()
         if job.instruction is not None:
@@ -182,6 +188,8 @@ def play(
         evaluations += chunk.evaluations
         layer_passes += chunk.layer_passes
         regenerated += 0 if chunk.regenerated is None else int(chunk.regenerated.sum())
+        revised = tuple(a + b for a, b in zip_longest(revised, chunk.revised, fillvalue=0))
+        repaired += chunk.repaired
         if after:
             after(steps, seen, chunk)
         if done.done:
@@ -199,6 +207,8 @@ def play(
         evaluations=evaluations,
         layer_passes=layer_passes,
         regenerated=regenerated,
+        revised=revised,
+        repaired=repaired,
     )
 
 

@@ -34,6 +34,11 @@ class KeyValues:
         """The same numbers without a path back to whoever computed them."""
         return KeyValues(self.key_CGPE.detach(), self.value_CGPE.detach(), self.mask_CP)
 
+    def with_rows(self, row_R: Tensor, new: KeyValues) -> KeyValues:
+        """These rows of the batch replaced; masks stay."""
+        key_CGPE = self.key_CGPE.index_copy(0, row_R, new.key_CGPE)
+        return KeyValues(key_CGPE, self.value_CGPE.index_copy(0, row_R, new.value_CGPE), self.mask_CP)
+
     def select(self, row_R: Tensor) -> KeyValues:
         """Rows of the batch, in the order of the int64 indices."""
         mask_CP = None if self.mask_CP is None else self.mask_CP[row_R]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -32,9 +32,12 @@ from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
-from vlaflow.decoders.base import LossTerms, Targets
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.base import LossTerms, Targets, Tokens
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.decoders.regression import RegressionConfig
@@ -57,7 +60,7 @@ class PolicyConfig:
 
     system: str
     backbone: TinyConfig | QwenConfig | MolmoConfig
-    decoder: FlowConfig | RegressionConfig
+    decoder: FlowConfig | RegressionConfig | AutoregressiveConfig | MaskedDiffusionConfig | DiscreteFlowConfig
     rater: RaterConfig | None = None
     exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"
@@ -141,7 +144,7 @@ class Policy:
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
-        return self.model.backbone.run(self.embed(observation), depth)
+        return self.model.decoder.read(self.model.backbone, self.embed(observation), depth)
 
     def targets(self, batch: Batch) -> Targets:
         """Normalised actions of a training batch."""
@@ -232,6 +235,7 @@ class Policy:
                 layer_passes=out.layer_passes[i],
                 evaluations=out.evaluations[i],
                 milliseconds=dict(watch.milliseconds),
+                **_token_report(out.tokens, i),
             )
             for i in range(len(observations))
         ]
@@ -295,6 +299,17 @@ class Policy:
         model.backbone.load_files(folder)
         card = folder / "README.md"
         return Policy(config, action_spec, stats, model.to(device).eval(), card.read_text() if card.exists() else "")
+
+
+def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:
+    if tokens is None:
+        return {}
+    return {
+        "tokens": tokens.id_BS[row].cpu().numpy(),
+        "token_probability": tokens.probability_BS[row].float().cpu().numpy(),
+        "revised": tuple(tokens.revised_BN[row].tolist()),
+        "repaired": bool(tokens.repaired_B[row]),
+    }
 
 
 def _resize(image_BHWC: Tensor, size: int | None) -> Tensor:

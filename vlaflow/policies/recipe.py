@@ -78,6 +78,7 @@ class TrainConfig:
         augment: erased and sharpened images; None for none.
         state_mask: hidden proprioceptive states; None for none.
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
+        demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
         validation_fraction: share of the episodes of every task held out.
         validate_every, checkpoint_every: steps.
         precision: "auto" is bf16 autocast where the device is fast at it (CUDA, CPUs with AMX), else float32.
@@ -95,6 +96,7 @@ class TrainConfig:
     augment: Augment | None = None
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
+    demonstrations: float = 1.0
     validation_fraction: float = 0.06
     validate_every: int = 250
     checkpoint_every: int = 500

@@ -7,18 +7,24 @@ outcome = train("asyncvla.rater", "runs/demo/dataset", "runs/demo/rated", policy
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlaflow.actions.bins import BinsFit
+from vlaflow.actions.fast import FastFit
+from vlaflow.actions.files import load_tokenizer
 from vlaflow.config import override
 from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.windows import Windows, split_episodes
+from vlaflow.data.stats import FeatureStats
+from vlaflow.data.transforms import Normalizer
+from vlaflow.data.windows import Windows, action_chunks, fewer_episodes, split_episodes
+from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
@@ -42,6 +48,7 @@ class Options:
         tracker: where the log goes besides ``training/log.jsonl``.
         fresh: start anew; an old checkpoint is moved aside.
         command: for the model card; the process's own command line by default.
+        tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
     """
 
@@ -49,6 +56,7 @@ class Options:
     tracker: Tracker = "auto"
     fresh: bool = False
     command: str | None = None
+    tokenizer: Path | str | None = None
     threads: int | None = None
 
 
@@ -100,10 +108,13 @@ def train_policy(
     if config.policy is None:
         raise ConfigError(f"'{name}' trains a rater; give it a trained policy with --policy.")
     spec = _action_spec(dataset)
-    train_episodes, _ = split_episodes(dataset, config.validation_fraction, config.seed)
+    train_episodes, _ = _episodes(dataset, config)
     if not dataset.columns().state.shape[1]:
         raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
-    policy = Policy.create(config.policy, spec, stats.compute(dataset, train_episodes), config.seed)
+    measured = stats.compute(dataset, train_episodes)
+    config = _with_tokenizer(config, dataset, measured["action"], train_episodes, options)
+    assert config.policy is not None
+    policy = Policy.create(config.policy, spec, measured, config.seed)
     return _train(PolicyStage(policy), policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
 
 
@@ -151,7 +162,7 @@ def _train(
     options: Options,
 ) -> Outcome:
     torch.set_num_threads(options.threads or training_threads())
-    train_episodes, held_episodes = split_episodes(dataset, config.validation_fraction, config.seed)
+    train_episodes, held_episodes = _episodes(dataset, config)
     views = policy.model.backbone.views
     sizes = set(views.values())
     if len(sizes) > 1:
@@ -184,6 +195,30 @@ def _train(
     if 0 < trainer.step < config.steps:
         sys.stderr.write(f"Continuing after step {trainer.step} of {config.steps}.\n")
     return trainer.run()
+
+
+def _episodes(dataset: Dataset, config: TrainConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For training and held out."""
+    train_episodes, held_episodes = split_episodes(dataset, config.validation_fraction, config.seed)
+    return fewer_episodes(dataset, train_episodes, config.demonstrations, config.seed), held_episodes
+
+
+def _with_tokenizer(
+    config: TrainConfig, dataset: Dataset, action: FeatureStats, episodes: Sequence[int], options: Options | None
+) -> TrainConfig:
+    """The config with the tokenizer of ``options``, or one fitted on the episodes where its decoder needs one."""
+    policy, file = config.policy, options.tokenizer if options else None
+    if policy is None or not isinstance(policy.decoder, TokenConfig):
+        if file is not None:
+            raise ConfigError(f"This recipe's decoder has no vocabulary, so it cannot use the tokenizer {file}.")
+        return config
+    decoder, mode = policy.decoder, policy.action_normalisation
+    if file is not None:
+        decoder = replace(decoder, tokenizer=load_tokenizer(Path(file), mode))
+    elif isinstance(decoder.tokenizer, FastFit | BinsFit):
+        chunks = torch.from_numpy(action_chunks(dataset, decoder.horizon, episodes))
+        decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
+    return replace(config, policy=replace(policy, decoder=decoder))
 
 
 def _overridden(config: TrainConfig, options: Options | None) -> TrainConfig:

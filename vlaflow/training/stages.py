@@ -22,6 +22,7 @@ from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import Policy
+from vlaflow.stacks.expert import ExpertStack
 
 
 class Stage(Protocol):
@@ -68,8 +69,8 @@ class PolicyStage:
     @property
     def uneven(self) -> bool:
         """With an expert nothing reads the last layer's output; with a random exit nothing the layers beyond it."""
-        config = self.policy.config
-        return config.decoder.expert is not None or (config.exits is not None and config.exits.choose == "random")
+        exits, stack = self.policy.config.exits, getattr(self.policy.model.decoder, "stack", None)
+        return isinstance(stack, ExpertStack) or (exits is not None and exits.choose == "random")
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """See ``Policy.loss``."""

@@ -1,0 +1,428 @@
+"""Decoders of discrete tokens: what they share, and what each promises about its tokens."""
+
+import pytest
+import torch
+
+from tests import helpers
+from vlaflow.actions.bins import BinsFit
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.base import Given, GivenTokens, Targets
+from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig, EmbeddingMetric
+from vlaflow.decoders.exits import ExitTraining
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.decoders.tokens import cross_entropy
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.masked import still_masked
+
+EQUAL = {"atol": 2e-5, "rtol": 1e-4}  # float32 products in another order
+REVISING = [
+    (MaskedDiffusionConfig, {}),
+    (DiscreteFlowConfig, {}),
+    (DiscreteFlowConfig, {"metric": EmbeddingMetric("frozen", 4), "guess": "sample", "jump": "exponential"}),
+    (DiscreteFlowConfig, {"velocity": "rate"}),
+    (DiscreteFlowConfig, {"attention": "full", "refresh": 0.3}),
+    (DiscreteFlowConfig, {"clock_input": True, "masks": "unified"}),
+]
+ALL = [(AutoregressiveConfig, {}), *REVISING, (DiscreteFlowConfig, {"metric": BinMetric(), "tokenizer": helpers.BINS})]
+every_decoder = pytest.mark.parametrize(("config", "settings"), ALL)
+every_revising = pytest.mark.parametrize(("config", "settings"), REVISING)
+
+
+def prefix_of(policy, size=3):
+    return policy.encode(helpers.batch(size).observation)
+
+
+def targets_of(policy, size=3, seed=0):
+    batch = helpers.batch(size)
+    return Targets(torch.from_numpy(helpers.chunks(size, seed=seed)), batch.valid_BL)
+
+
+def oracle(policy, size=3):
+    """The policy's decoder with a head that knows the chunks, and their ids."""
+    decoder = policy.model.decoder
+    id_BS, _ = decoder.encode(targets_of(policy, size))
+    decoder.head = helpers.Oracle(id_BS, decoder.vocabulary)
+    return decoder, id_BS
+
+
+@every_decoder
+@pytest.mark.parametrize("steps", [1, 2, 7, 16])
+def test_with_an_oracle_every_decoder_reaches_the_target(config, settings, steps):
+    policy = helpers.token_policy(config, **settings)
+    decoder, id_BS = oracle(policy)
+    if config is AutoregressiveConfig:
+        # The head sees one slot at a time, so it must be told which.
+        decoder.head = Turning(id_BS, decoder.vocabulary)
+    if settings.get("velocity") == "rate":
+        torch.nn.init.constant_(decoder.rate.bias, 50.0)
+    with torch.inference_mode():
+        state = decoder.solve(prefix_of(policy), helpers.generators(3), steps)
+    assert torch.equal(state.id_BS, id_BS)
+    made = decoder.finish(state)
+    expected = torch.from_numpy(decoder.tokenizer.decode(id_BS.numpy()).action_BLD)
+    assert torch.equal(made, expected)
+    assert not decoder.tokens(state).repaired_B.any()
+
+
+class Turning(torch.nn.Module):
+    """An oracle that answers for slot 0, 1, 2, … in turn."""
+
+    def __init__(self, id_BS, vocabulary):
+        super().__init__()
+        self.logits, self.slot = 50.0 * torch.nn.functional.one_hot(id_BS, vocabulary).float(), 0
+
+    def forward(self, hidden_B1W):
+        self.slot += 1
+        return self.logits[:, self.slot - 1 : self.slot]
+
+
+@every_decoder
+def test_same_seed_same_tokens_and_no_observation_depends_on_its_neighbours(config, settings):
+    policy = helpers.token_policy(config, **settings)
+    with torch.inference_mode():
+        whole = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 6)
+        again = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 6)
+        one = policy.model.decoder.solve(prefix_of(policy).select(torch.tensor([1])), helpers.generators(1, seed=1), 6)
+    assert torch.equal(whole.id_BS, again.id_BS)
+    assert torch.equal(whole.id_BS[1:2], one.id_BS)
+
+
+@every_decoder
+def test_the_loss_falls_on_one_batch_and_every_parameter_learns(config, settings):
+    policy = helpers.token_policy(config, **settings)
+    policy.model.train()
+    batch, generator = helpers.batch(8), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(policy.model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        terms = policy.loss(batch, generator, generator)
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        losses.append(float(terms.total.detach()))
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    still = [name for name, p in policy.model.decoder.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still
+
+
+@every_decoder
+def test_draws_are_only_corruptions_and_invalid_chunks_teach_nothing(config, settings):
+    policy = helpers.token_policy(config, **settings)
+    decoder, prefix, targets = policy.model.decoder, prefix_of(policy), targets_of(policy)
+    nothing = Targets(targets.action_BLD, torch.zeros_like(targets.valid_BL))
+    assert float(decoder.loss(prefix, nothing, torch.Generator().manual_seed(0)).total.detach()) == 0
+    some = targets.valid_BL.clone()
+    some[0] = False
+    changed = targets.action_BLD.clone()
+    changed[0] = changed[0].flip(0)
+    losses = [
+        decoder.loss(prefix, Targets(a, some), torch.Generator().manual_seed(0)).total for a in (targets.action_BLD, changed)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_with_bins_single_invalid_actions_teach_nothing():
+    policy = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
+    targets, prefix = targets_of(policy), prefix_of(policy)
+    valid_BL = targets.valid_BL.clone()
+    valid_BL[:, 4:] = False
+    _, weight_BS = policy.model.decoder.encode(Targets(targets.action_BLD, valid_BL))
+    assert weight_BS.view(3, 6, 4)[:, 4:].sum() == 0
+    assert weight_BS.sum() == 3 * 4 * 4
+    assert torch.isfinite(policy.model.decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total)
+
+
+@every_revising
+def test_given_tokens_at_clock_0_never_change_and_the_others_do(config, settings):
+    policy = helpers.token_policy(config, **settings)
+    decoder = policy.model.decoder
+    id_BS, _ = decoder.encode(targets_of(policy))
+    clock_BS = (torch.arange(decoder.slots) % 2).float().expand(3, -1)
+    with torch.inference_mode():
+        state = decoder.solve(prefix_of(policy), helpers.generators(3), 5, GivenTokens(id_BS, clock_BS))
+        if decoder.settles:
+            state = decoder.settle(state, prefix_of(policy), 2)
+    kept = clock_BS == 0
+    assert torch.equal(state.id_BS[kept], id_BS[kept])
+    assert not torch.equal(state.id_BS[~kept], id_BS[~kept])
+    assert bool((decoder.tokens(state).probability_BS[kept] == 1).all())
+
+
+@every_revising
+def test_nothing_to_make_changes_nothing(config, settings):
+    policy = helpers.token_policy(config, **settings)
+    id_BS, _ = policy.model.decoder.encode(targets_of(policy))
+    with torch.inference_mode():
+        given = GivenTokens(id_BS, torch.zeros(id_BS.shape))
+        state = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 4, given)
+    assert torch.equal(state.id_BS, id_BS)
+
+
+def test_given_actions_need_tokens_that_belong_to_one_action():
+    bins = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
+    action_BLD = torch.from_numpy(helpers.chunks(3))
+    clock_BL = torch.tensor([0.0, 0, 0, 1, 1, 1]).expand(3, -1)
+    with torch.inference_mode():
+        made = bins.model.decoder.sample(prefix_of(bins), helpers.generators(3), 4, Given(action_BLD, clock_BL))
+    ids = helpers.BINS.encode(action_BLD.numpy())
+    expected = torch.from_numpy(helpers.BINS.decode(ids).action_BLD)
+    assert torch.equal(made[:, :3], expected[:, :3])
+    fast = helpers.token_policy(DiscreteFlowConfig)
+    assert bins.model.decoder.takes_given
+    assert not fast.model.decoder.takes_given
+    with pytest.raises(CapabilityError, match="Train it with bins"):
+        fast.model.decoder.start(prefix_of(fast), helpers.generators(3), 4, Given(action_BLD, clock_BL))
+
+
+@pytest.mark.parametrize("remask", [False, True])
+@pytest.mark.parametrize("steps", [1, 3, 8, 40])
+def test_masked_diffusion_leaves_exactly_the_scheduled_numbers_masked(steps, remask):
+    policy = helpers.token_policy(MaskedDiffusionConfig, remask=remask)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    state = decoder.start(prefix, helpers.generators(3), steps)
+    count_B = torch.full((3,), decoder.slots)
+    before = state.hidden_BS
+    with torch.inference_mode():
+        for done in range(1, steps + 1):
+            state = decoder.advance(state, prefix)
+            assert torch.equal(state.hidden_BS.sum(1), still_masked(count_B, done, steps))
+            if not remask:
+                assert bool((before | ~state.hidden_BS).all()), "what is revealed stays revealed"
+            before = state.hidden_BS
+    assert not state.hidden_BS.any()
+
+
+def test_without_remasking_a_revealed_token_is_final():
+    policy = helpers.token_policy(MaskedDiffusionConfig)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    state = decoder.start(prefix, helpers.generators(3), 8)
+    with torch.inference_mode():
+        for _ in range(8):
+            known, ids = ~state.hidden_BS, state.id_BS
+            state = decoder.advance(state, prefix)
+            assert torch.equal(state.id_BS[known], ids[known])
+
+
+def test_the_autoregressive_cache_gives_what_one_causal_pass_gives():
+    """Greedy tokens from the cache are the argmax of the uncached logits over the same tokens, probabilities alike."""
+    policy = helpers.token_policy(AutoregressiveConfig)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    with torch.inference_mode():
+        state = decoder.solve(prefix, helpers.generators(3), 1)
+        logits_BSV = decoder.logits(state.id_BS, prefix)
+    for row, length in enumerate(state.length_B.tolist()):
+        assert torch.equal(logits_BSV[row, :length].argmax(-1), state.id_BS[row, :length])
+        chance = logits_BSV[row, :length].softmax(-1).amax(-1)
+        torch.testing.assert_close(chance, state.probability_BS[row, :length], **EQUAL)
+
+
+def test_an_autoregressive_token_does_not_see_later_ones():
+    policy = helpers.token_policy(AutoregressiveConfig)
+    id_BS, _ = policy.model.decoder.encode(targets_of(policy))
+    changed = id_BS.clone()
+    changed[:, 5:] = 1
+    with torch.inference_mode():
+        one, other = (policy.model.decoder.logits(ids, prefix_of(policy)) for ids in (id_BS, changed))
+    assert torch.equal(one[:, :6], other[:, :6])
+    assert not torch.equal(one[:, 6:], other[:, 6:])
+
+
+def test_a_sequence_without_an_end_stops_at_the_last_slot_and_is_counted():
+    policy = helpers.token_policy(AutoregressiveConfig)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    never = torch.zeros(decoder.vocabulary)
+    never[decoder.tokenizer.end], never[0] = -1e9, 1e9
+    decoder.head.bias.data = never
+    with torch.inference_mode():
+        state = decoder.solve(prefix, helpers.generators(3), 1)
+    report = decoder.tokens(state)
+    assert report.evaluations == (decoder.slots,) * 3
+    assert report.repaired_B.all()
+    assert torch.isfinite(decoder.finish(state)).all()
+    always = -never
+    decoder.head.bias.data = always
+    with torch.inference_mode():
+        ended = decoder.tokens(decoder.solve(prefix, helpers.generators(3), 1))
+    assert ended.evaluations == (1,) * 3
+    assert ended.repaired_B.all(), "no coefficient at all is no chunk either"
+
+
+def test_of_the_end_tokens_only_the_first_is_learned_by_autoregression():
+    policy = helpers.token_policy(AutoregressiveConfig)
+    decoder, prefix, targets = policy.model.decoder, prefix_of(policy), targets_of(policy)
+    decoder.head = helpers.Oracle(decoder.encode(targets)[0], decoder.vocabulary)
+    wrong = decoder.head.logits.clone()
+    for row, length in enumerate(decoder.tokenizer.lengths(decoder.encode(targets)[0].numpy())):
+        wrong[row, length + 1 :] = wrong[row, length + 1 :].flip(-1)
+    losses = []
+    for logits in (decoder.head.logits, wrong):
+        decoder.head.logits = logits
+        losses.append(float(decoder.loss(prefix, targets, torch.Generator()).total))
+    assert losses[0] == losses[1] < 1e-6
+
+
+def test_sampling_at_a_temperature_depends_on_the_seed_alone():
+    policy = helpers.token_policy(AutoregressiveConfig, temperature=1.0)
+    with torch.inference_mode():
+        ids = [policy.model.decoder.solve(prefix_of(policy), helpers.generators(3, s), 1).id_BS for s in (0, 0, 5)]
+    assert torch.equal(ids[0], ids[1])
+    assert not torch.equal(ids[0], ids[2])
+
+
+def test_settling_is_deterministic_and_stops_where_nothing_changes():
+    policy = helpers.token_policy(DiscreteFlowConfig)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    with torch.inference_mode():
+        state = decoder.solve(prefix, helpers.generators(3), 4)
+        one, other = decoder.settle(state, prefix, 30), decoder.settle(state, prefix, 30)
+        assert torch.equal(one.id_BS, other.id_BS)
+        if not one.revised[-1].any():
+            assert torch.equal(decoder.settle(one, prefix).id_BS, one.id_BS)
+    oracled, id_BS = oracle(policy)
+    with torch.inference_mode():
+        settled = oracled.settle(oracled.start(prefix, helpers.generators(3), 16), prefix, 1)
+        assert torch.equal(settled.id_BS, id_BS)
+        assert not oracled.settle(settled, prefix, 1).revised[-1].any()
+
+
+def test_tokens_revised_are_counted_step_by_step():
+    policy = helpers.token_policy(DiscreteFlowConfig)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    state, counted = decoder.start(prefix, helpers.generators(3), 6), []
+    with torch.inference_mode():
+        for _ in range(6):
+            before = state.id_BS
+            state = decoder.advance(state, prefix)
+            counted.append((before != state.id_BS).sum(1))
+    assert torch.equal(decoder.tokens(state).revised_BN, torch.stack(counted, 1))
+
+
+@pytest.mark.parametrize("metric", [EmbeddingMetric("live"), EmbeddingMetric("frozen")])
+def test_a_live_metric_follows_the_embeddings_and_a_frozen_one_does_not(metric):
+    decoder = helpers.token_policy(DiscreteFlowConfig, metric=metric).model.decoder
+    before = decoder.distance().clone()
+    with torch.no_grad():
+        decoder.embedding.weight.add_(torch.randn(decoder.embedding.weight.shape, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(before, decoder.distance()) == (metric.table == "frozen")
+
+
+def test_the_metric_has_no_gradient():
+    decoder = helpers.token_policy(DiscreteFlowConfig).model.decoder
+    assert not decoder.distance().requires_grad
+
+
+def test_a_frozen_metric_is_part_of_the_checkpoint(tmp_path):
+    from vlaflow.policies.base import Policy
+
+    policy = helpers.token_policy(DiscreteFlowConfig, metric=EmbeddingMetric("frozen"))
+    with torch.no_grad():
+        policy.model.decoder.embedding.weight.mul_(torch.rand(policy.model.decoder.embedding.weight.shape))
+    policy.save_pretrained(tmp_path)
+    assert torch.equal(Policy.from_pretrained(tmp_path).model.decoder.distance(), policy.model.decoder.distance())
+
+
+def test_exact_cache_equals_no_cache_and_counts_its_runs():
+    policy = helpers.token_policy(DiscreteFlowConfig)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    from dataclasses import replace
+
+    with torch.inference_mode():
+        state = decoder.start(prefix, helpers.generators(3), 6)
+        cached = decoder.advance(state, prefix, 6)
+        bare = decoder.advance(replace(decoder.start(prefix, helpers.generators(3), 6), refresh=0.0), prefix, 6)
+    assert torch.equal(cached.id_BS, bare.id_BS)
+    torch.testing.assert_close(cached.probability_BS, bare.probability_BS, **EQUAL)
+    assert decoder.tokens(cached).prefix_runs == (0, 0, 0)
+    assert decoder.tokens(bare).prefix_runs == (6, 6, 6)
+
+
+def test_full_attention_with_a_refresh_at_every_step_is_one_joint_pass_per_step():
+    policy = helpers.token_policy(DiscreteFlowConfig, attention="full")
+    decoder = policy.model.decoder
+    prefix = prefix_of(policy)
+    assert prefix.depth == 0, "nothing is run before the tokens are there"
+    with torch.inference_mode():
+        state = decoder.start(prefix, helpers.generators(3), 5)
+        for done in range(5):
+            hidden, _ = decoder.stack.joint(decoder.embedding(state.id_BS), prefix, 2)
+            guess = decoder.head(hidden).argmax(-1)
+            state = decoder.advance(state, prefix)
+            if done == 4:
+                assert torch.equal(state.id_BS, guess)
+    assert decoder.tokens(state).prefix_runs == (5, 5, 5)
+
+
+def test_with_full_attention_the_prefix_sees_the_tokens_and_with_blind_it_does_not():
+    policy = helpers.token_policy(DiscreteFlowConfig, attention="full")
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    id_BS, _ = decoder.encode(targets_of(policy))
+    with torch.inference_mode():
+        one = decoder.stack.joint(decoder.embedding(id_BS), prefix, 2)[1]
+        other = decoder.stack.joint(decoder.embedding(id_BS.flip(1)), prefix, 2)[1]
+        alone = policy.model.backbone.run(prefix)
+    assert torch.equal(one.memory[0].key_CGPE, other.memory[0].key_CGPE), "the first layer's keys are made before attention"
+    assert not torch.equal(one.memory[1].key_CGPE, other.memory[1].key_CGPE)
+    assert not torch.equal(one.memory[1].key_CGPE, alone.memory[1].key_CGPE)
+
+
+def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_the_tokens_it_saw():
+    policy = helpers.token_policy(DiscreteFlowConfig, attention="full", refresh=0.5)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    with torch.inference_mode():
+        state = decoder.advance(decoder.start(prefix, helpers.generators(3), 12), prefix, 12)
+        fresh = decoder.stack.joint(decoder.embedding(state.seen_BS), prefix, 2)[1]
+    runs = decoder.tokens(state).prefix_runs
+    assert all(1 <= r < 12 for r in runs)
+    for kept, made in zip(state.memory.memory, fresh.memory, strict=True):
+        torch.testing.assert_close(kept.key_CGPE, made.key_CGPE, **EQUAL)
+        torch.testing.assert_close(kept.value_CGPE, made.value_CGPE, **EQUAL)
+    with torch.inference_mode():
+        never = decoder.advance(decoder.start(prefix, helpers.generators(3), 12), prefix, 1)
+    assert decoder.tokens(never).prefix_runs == (1, 1, 1)
+
+
+def test_padded_prefixes_give_the_same_joint_pass_alone_and_in_a_batch():
+    policy = helpers.token_policy(DiscreteFlowConfig, attention="full")
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    assert prefix.seen_BP is not None, "the instructions differ in length"
+    id_BS, _ = decoder.encode(targets_of(policy))
+    with torch.inference_mode():
+        whole = decoder.stack.joint(decoder.embedding(id_BS), prefix, 2)[0]
+        alone = policy.embed(helpers.batch(3).observation).select(torch.tensor([1]))
+        one = decoder.stack.joint(decoder.embedding(id_BS[1:2]), alone, 2)[0]
+    torch.testing.assert_close(whole[1:2], one, **EQUAL)
+
+
+@pytest.mark.parametrize("config", [AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig])
+def test_a_decoder_of_tokens_learns_to_answer_at_several_depths(config):
+    policy = helpers.token_policy(config, exits=ExitTraining((1, 2)))
+    policy.model.train()
+    generator = torch.Generator().manual_seed(0)
+    terms = policy.loss(helpers.batch(4), generator, generator)
+    assert set(terms.exits) == {1, 2}
+    assert float(terms.total.detach()) == pytest.approx(sum(float(v.detach()) for v in terms.exits.values()) / 2)
+
+
+def test_configs_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match="BinMetric needs a tokenizer whose ids are ordered"):
+        helpers.token_policy(DiscreteFlowConfig, metric=BinMetric())
+    with pytest.raises(ConfigError, match="is not fitted yet"):
+        helpers.token_policy(DiscreteFlowConfig, BinsFit(8))
+    with pytest.raises(ConfigError, match="chunks of 6 actions of 4"):
+        DiscreteFlowConfig(4, helpers.FAST, horizon=7)
+    policy = helpers.token_policy(DiscreteFlowConfig, attention="full", exits=ExitTraining((1, 2)))
+    with pytest.raises(ConfigError, match="Full attention has one answer"):
+        policy.loss(helpers.batch(2), torch.Generator(), torch.Generator())
+    ar = helpers.token_policy(AutoregressiveConfig)
+    with pytest.raises(CapabilityError, match="cannot start from given tokens"):
+        ar.model.decoder.start(prefix_of(ar), helpers.generators(3), 1, GivenTokens(torch.zeros(3, 1), torch.zeros(3, 1)))
+    with pytest.raises(CapabilityError, match="no deterministic steps"):
+        ar.model.decoder.settle(None, None)
+
+
+def test_cross_entropy_ignores_what_has_no_weight_even_if_it_is_not_finite():
+    logits = torch.zeros(1, 2, 3, requires_grad=True)
+    bad = logits.clone()
+    bad = torch.cat((bad[:, :1], bad[:, 1:] * float("nan")), 1)
+    loss = cross_entropy(bad, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1.0, 0.0]]))
+    assert float(loss.detach()) == pytest.approx(torch.log(torch.tensor(3.0)).item())

@@ -1,0 +1,198 @@
+"""Discrete flows: paths, velocities and jumps against closed forms and the Kolmogorov equation."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlaflow.errors import ConfigError
+from vlaflow.flows import discrete, masked, metrics
+from vlaflow.flows.categorical import gumbel, pick, uniforms
+
+TABLE = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+METRICS = {
+    "euclid": metrics.embedding_distance(TABLE, 1),
+    "square": metrics.embedding_distance(TABLE, 2),
+    "fourth": metrics.embedding_distance(TABLE, 4),
+    "bins": metrics.bin_distance(5),
+    "bins and end": metrics.bin_distance(4, others=1, power=2),
+}
+every_metric = pytest.mark.parametrize("distance_VV", METRICS.values(), ids=METRICS.keys())
+schedules = st.builds(discrete.MetricSchedule, st.floats(0.5, 6), st.floats(0.5, 2))
+EXACT = 1e-5  # float32 sums of five numbers
+
+
+def rate_matrix(distance_VV, target, clock, schedule):
+    """Generator matrix (V, V) of the metric velocity at one clock: row z holds the rates out of z."""
+    size = len(distance_VV)
+    token = torch.arange(size)[:, None]
+    aim, when = torch.full_like(token, target), torch.full(token.shape, clock, dtype=distance_VV.dtype)
+    rate_VV = discrete.metric_velocity(token, aim, distance_VV, schedule.beta(when), schedule.rate(when, when / 100))[:, 0]
+    return rate_VV - torch.diag(rate_VV.sum(1))
+
+
+def path(distance_VV, target, clock, schedule):
+    beta = schedule.beta(torch.tensor([[clock]], dtype=distance_VV.dtype))
+    return discrete.metric_path(distance_VV[torch.tensor([[target]])], beta)[0, 0]
+
+
+@every_metric
+@given(clock=st.floats(0.01, 1), target=st.integers(0, 4), schedule=schedules)
+def test_the_metric_path_is_a_distribution_at_every_clock(distance_VV, clock, target, schedule):
+    p_V = path(distance_VV, target, clock, schedule)
+    assert bool((p_V >= 0).all())
+    assert float(p_V.sum()) == pytest.approx(1, abs=EXACT)
+
+
+@every_metric
+def test_the_metric_path_leads_from_uniform_noise_to_the_target_alone(distance_VV):
+    schedule = discrete.MetricSchedule()
+    torch.testing.assert_close(path(distance_VV, 2, 1.0, schedule), torch.full((5,), 0.2))
+    assert torch.equal(path(distance_VV, 2, 0.0, schedule), torch.eye(5)[2])
+    assert float(path(distance_VV, 2, 0.02, schedule)[2]) > 0.999
+
+
+def test_the_mixture_path_and_its_ends():
+    target = torch.tensor([[3, 3, 3]])
+    p_SV = discrete.mixture_path(target, 5, torch.tensor([[1.0, 0.5, 0.0]]))[0]
+    torch.testing.assert_close(p_SV[0], torch.full((5,), 0.2))
+    assert float(p_SV[1, 3]) == pytest.approx(0.6)
+    assert torch.equal(p_SV[2], torch.eye(5)[3])
+
+
+@every_metric
+@given(clock=st.floats(0.05, 0.999), target=st.integers(0, 4), schedule=schedules)
+def test_velocity_is_not_negative_and_only_moves_closer(distance_VV, clock, target, schedule):
+    matrix = rate_matrix(distance_VV, target, clock, schedule)
+    off = matrix - torch.diag(torch.diag(matrix))
+    assert bool((off >= 0).all())
+    closer = distance_VV[target][None, :] < distance_VV[target][:, None]
+    assert bool((off[~closer] == 0).all())
+    assert bool((matrix[target] == 0).all()), "at the target nothing moves"
+    assert torch.isfinite(matrix).all()
+
+
+@every_metric
+@settings(max_examples=30)
+@given(clock=st.floats(0.1, 0.95), target=st.integers(0, 4), schedule=schedules)
+def test_velocity_satisfies_the_kolmogorov_forward_equation(distance_VV, clock, target, schedule):
+    """dp/dt = pᵀ R with t = 1 − clock, the derivative by central differences in float64."""
+    distance_VV, h = distance_VV.double(), 1e-5
+    later, earlier = (path(distance_VV, target, clock + shift, schedule) for shift in (-h, h))
+    slope_V = (later - earlier) / (2 * h)
+    flow_V = path(distance_VV, target, clock, schedule) @ rate_matrix(distance_VV, target, clock, schedule)
+    torch.testing.assert_close(flow_V, slope_V, atol=1e-4, rtol=1e-3)
+
+
+@given(clock=st.floats(0.1, 0.95), target=st.integers(0, 4))
+def test_the_mixture_velocity_satisfies_it_too(clock, target):
+    token = torch.arange(5)[:, None]
+    when = torch.full(token.shape, clock, dtype=torch.float64)
+    rate_VV = discrete.mixture_velocity(token, torch.full_like(token, target), 5, when)[:, 0]
+    matrix = rate_VV - torch.diag(rate_VV.sum(1))
+    p_V = discrete.mixture_path(torch.tensor([[target]]), 5, when[:1])[0, 0]
+    slope_V = torch.full((5,), -0.2, dtype=torch.float64)
+    slope_V[target] += 1
+    torch.testing.assert_close(p_V @ matrix, slope_V)
+
+
+@every_metric
+@pytest.mark.parametrize("rule", ["linear", "exponential"])
+def test_simulated_marginals_agree_with_the_path(distance_VV, rule):
+    """Chi-square of 20 000 chains after 400 small steps, four degrees of freedom; 0.1 % of right chains exceed 18.5.
+
+    The bound leaves as much again for the error of 400 Euler steps.
+    """
+    schedule, target, chains, steps = discrete.MetricSchedule(), 1, 20_000, 400
+    generators = [torch.Generator().manual_seed(5)]
+    token = (uniforms(generators, (chains,)) * 5).long()
+    aim = torch.full_like(token, target)
+    clocks = torch.linspace(1, 0.4, steps + 1)
+    for now, after in pairwise(clocks.tolist()):
+        when, stride = torch.full(token.shape, now), torch.full(token.shape, now - after)
+        rate = discrete.metric_velocity(token, aim, distance_VV, schedule.beta(when), schedule.rate(when, stride))
+        token = discrete.jump(token, rate, stride, uniforms(generators, (2, chains)).transpose(0, 1), rule)
+    expected = path(distance_VV, target, 0.4, schedule) * chains
+    found = torch.bincount(token[0], minlength=5).float()
+    assert float(((found - expected).square() / expected).sum()) < 37
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_the_rate_is_the_derivative_of_beta_and_finite_where_the_formula_is_not(alpha):
+    schedule = discrete.MetricSchedule(c=2.0, alpha=alpha)
+    clock, h = torch.tensor([0.3, 0.7], dtype=torch.float64), 1e-6
+    slope = (schedule.beta(clock - h) - schedule.beta(clock + h)) / (2 * h)
+    torch.testing.assert_close(schedule.rate(clock, torch.full_like(clock, 0.1)), slope, rtol=1e-5, atol=0)
+    one, stride = torch.ones(1), torch.full((1,), 0.0625)
+    expected = {0.5: float(schedule.beta(one - stride) / stride), 1.0: 2.0, 2.0: 0.0}[alpha]
+    assert float(schedule.rate(one, stride)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_jump_probabilities_follow_their_rule():
+    """40 000 tokens, standard deviation of the share 0.0025; five of them are the tolerance."""
+    tokens, rate = torch.zeros(1, 40_000, dtype=torch.long), torch.zeros(1, 40_000, 3)
+    rate[..., 1], rate[..., 2] = 1.0, 3.0
+    stride = torch.full(tokens.shape, 0.1)
+    draws = uniforms([torch.Generator().manual_seed(0)], (2, 40_000)).transpose(0, 1)
+    for rule, expected in (("linear", 0.4), ("exponential", 1 - math.exp(-0.4))):
+        after = discrete.jump(tokens, rate, stride, draws, rule)
+        assert float((after != 0).float().mean()) == pytest.approx(expected, abs=0.0125)
+        assert float((after == 2).float().sum() / (after != 0).sum()) == pytest.approx(0.75, abs=0.02)
+    assert torch.equal(discrete.jump(tokens, rate, 0 * stride, draws), tokens)
+
+
+@given(seed=st.integers(0, 1000))
+def test_a_token_without_weight_is_never_drawn(seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(2, 30, 7, generator=generator) * (torch.rand(2, 30, 7, generator=generator) < 0.5)
+    drawn = pick(weight, torch.rand(2, 30, generator=generator))
+    chosen = weight.gather(-1, drawn[..., None])[..., 0]
+    assert bool(((chosen > 0) | (weight.sum(-1) == 0)).all())
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_stay_inside_the_vocabulary(uniform):
+    weight = torch.tensor([[[0.0, 0.3, 0.7, 0.0]]])
+    assert int(pick(weight, torch.tensor([[uniform]]))) in (1, 2)
+    assert torch.isfinite(gumbel(torch.tensor(uniform)))
+
+
+def test_distances_have_mean_one_and_rows_that_cannot_be_told_apart_are_refused():
+    for distance_VV in METRICS.values():
+        assert float(distance_VV.sum()) / 20 == pytest.approx(1, rel=1e-5)
+        assert bool((distance_VV.diag() == 0).all())
+    with pytest.raises(ConfigError, match="same embedding"):
+        metrics.embedding_distance(torch.ones(4, 3), 2)
+
+
+def test_nearly_parallel_rows_are_told_apart_after_rescaling():
+    """Never-trained ids (cosine 0.9975) have distances of 0.005; the path must still reach its target."""
+    table = torch.ones(64, 32) + 0.05 * torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    distance_VV = metrics.embedding_distance(table, 2)
+    assert float(path(distance_VV, 3, 0.1, discrete.MetricSchedule())[3]) > 0.99
+
+
+@given(count=st.integers(0, 64), steps=st.integers(1, 20))
+def test_masked_counts_fall_to_zero_by_the_cosine(count, steps):
+    left = [int(masked.still_masked(torch.tensor([count]), done, steps)) for done in range(1, steps + 1)]
+    before = [count, *left[:-1]]
+    assert left[-1] == 0
+    assert all(b - a >= min(1, b) for a, b in zip(left, before, strict=True)), "every step reveals one while any is masked"
+    for done, a in enumerate(left[:-1], 1):
+        assert a == min(math.floor(count * math.cos(math.pi * done / (2 * steps)) + 1e-12), max(count - done, 0))
+
+
+def test_training_masks_follow_the_cosine_of_a_uniform():
+    """The mean share is E max(cos(πr/2), 0.1), by quadrature 0.6370."""
+    mask_BS = masked.training_mask(20_000, 16, torch.Generator().manual_seed(0))
+    r = torch.linspace(0, 1, 100_001)
+    expected = float(torch.cos(r * math.pi / 2).clamp(min=0.1).mean())
+    assert float(mask_BS.float().mean()) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_lowest_are_exactly_as_many_as_asked():
+    confidence = torch.tensor([[0.3, 0.1, float("inf"), 0.2], [1.0, 1.0, 1.0, 1.0]])
+    assert masked.lowest(confidence, torch.tensor([2, 3])).tolist() == [[False, True, False, True], [True, True, True, False]]

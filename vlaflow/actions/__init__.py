@@ -1,0 +1,1 @@
+"""How a chunk of actions becomes tokens of a vocabulary, and back."""

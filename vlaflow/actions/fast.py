@@ -1,0 +1,198 @@
+"""FAST: a cosine transform along time, rounding, and byte-pair encoding (Pertsch et al. 2025).
+
+    coefficients = round(scale · DCT-II(chunk))          orthonormal, along time, per dimension
+    sequence     = low frequencies of all dimensions first, one symbol per coefficient
+    ids          = byte-pair encoding of the sequence, learned on training chunks; then end tokens up to the slots
+
+Ids 0 … symbols − 1 are single coefficients, the merged ones follow in the order in which they were learned, the end token is
+last. Two neighbouring ids have nothing in common, and one changed id may move every coefficient after it.
+
+What cannot be told exactly is decoded by rules, and counted: coefficients outside the fitted range are clipped to it; a
+sequence longer than the slots loses its end (the highest frequencies); of a decoded sequence, coefficients that are missing are
+0 and those in excess are dropped.
+
+Shape letters: B batch, L horizon, D action dimension, S token slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.fft import dct, idct
+
+from vlaflow.actions.base import Decoding, check_chunks
+from vlaflow.errors import ConfigError
+
+FIRST = 0x4E00
+"""Code point of symbol 0: from here on every code point is a letter that no text rule of a tokenizer treats apart."""
+MOST = 20_000
+"""Symbols that fit between there and the next code points with a meaning of their own."""
+
+
+@dataclass(frozen=True)
+class FastFit:
+    """What to fit.
+
+    Args:
+        scale: units of rounding; larger is finer and longer. (π0-FAST 10; UD-VLA 50 on chunks of 10.)
+        vocabulary: symbols and merges, without the end token.
+    """
+
+    scale: float = 10.0
+    vocabulary: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0 or self.vocabulary < 2:
+            raise ConfigError(f"FAST needs a scale above 0 and 2 ids or more, got {self.scale} and {self.vocabulary}.")
+
+    def fit(self, action_NLD: np.ndarray) -> FastTokenizer:
+        """A tokenizer learned from N normalised chunks; the same chunks give the same tokenizer.
+
+        Raises:
+            ConfigError: when the chunks have more different coefficients than the vocabulary has room for.
+        """
+        horizon, dim = action_NLD.shape[1:]
+        coefficient_NC = _coefficients(check_chunks(action_NLD, horizon, dim), self.scale)
+        low, high = int(coefficient_NC.min()), int(coefficient_NC.max())
+        symbols = high - low + 1
+        if symbols > min(self.vocabulary, MOST):
+            raise ConfigError(
+                f"These chunks have coefficients from {low} to {high}, which do not fit into a vocabulary of "
+                f"{self.vocabulary}. Lower the scale ({self.scale:g}) or raise the vocabulary."
+            )
+        texts = [_text(row_C - low) for row_C in coefficient_NC]
+        bare = FastTokenizer(horizon, dim, self.scale, low, symbols, (), slots=coefficient_NC.shape[1] + 1)
+        merges = _learn(texts, symbols, self.vocabulary)
+        learned = FastTokenizer(horizon, dim, self.scale, low, symbols, merges, slots=bare.slots)
+        longest = max(len(row.ids) for row in learned._bpe.encode_batch(texts))
+        return FastTokenizer(horizon, dim, self.scale, low, symbols, merges, slots=longest + 1)
+
+
+@dataclass(frozen=True)
+class FastTokenizer:
+    """See the module text.
+
+    Args:
+        horizon, dim: L and D.
+        scale: units of rounding.
+        low: coefficient that symbol 0 stands for.
+        symbols: coefficients low … low + symbols − 1 have ids of their own.
+        merges: pairs of ids, in the order learned.
+        slots: tokens per chunk, the end included, S.
+    """
+
+    horizon: int
+    dim: int
+    scale: float
+    low: int
+    symbols: int
+    merges: tuple[tuple[int, int], ...] = field(repr=False)
+    slots: int = 64
+
+    @property
+    def vocabulary(self) -> int:
+        """Symbols, different merged tokens, and the end."""
+        return len(self._pieces) + 1
+
+    @property
+    def end(self) -> int:
+        """The last id."""
+        return len(self._pieces)
+
+    @property
+    def local(self) -> bool:
+        """Never: a token speaks of frequencies."""
+        return False
+
+    def encode(self, action_BLD: np.ndarray) -> np.ndarray:
+        """Ids, int64 (B, S), filled up with end tokens."""
+        coefficient_BC = _coefficients(check_chunks(action_BLD, self.horizon, self.dim), self.scale)
+        place_BC = np.clip(coefficient_BC - self.low, 0, self.symbols - 1)
+        id_BS = np.full((len(action_BLD), self.slots), self.end, np.int64)
+        for row, encoded in enumerate(self._bpe.encode_batch([_text(p) for p in place_BC])):
+            kept = encoded.ids[: self.slots]
+            id_BS[row, : len(kept)] = kept
+        return id_BS
+
+    def exact(self, action_BLD: np.ndarray) -> np.ndarray:
+        """bool (B,): chunks whose ids lose nothing but the rounding (all in the fitted range, and within the slots)."""
+        place_BC = _coefficients(check_chunks(action_BLD, self.horizon, self.dim), self.scale) - self.low
+        inside_B = ((place_BC >= 0) & (place_BC < self.symbols)).all(1)
+        texts = [_text(np.clip(p, 0, self.symbols - 1)) for p in place_BC]
+        fits_B = np.array([len(row.ids) <= self.slots for row in self._bpe.encode_batch(texts)], bool)
+        return inside_B & fits_B
+
+    def lengths(self, id_BS: np.ndarray) -> np.ndarray:
+        """Tokens before the end, int64 (B,)."""
+        ended_BS = id_BS == self.end
+        return np.where(ended_BS.any(1), ended_BS.argmax(1), id_BS.shape[1])
+
+    def decode(self, id_BS: np.ndarray) -> Decoding:
+        """Chunks of any ids; what follows the first end token is not read."""
+        wanted = self.horizon * self.dim
+        coefficient_BC = np.zeros((len(id_BS), wanted))
+        repaired_B = np.zeros(len(id_BS), bool)
+        for row, (ids, length) in enumerate(zip(id_BS.tolist(), self.lengths(id_BS).tolist(), strict=True)):
+            found = [symbol for id_ in ids[:length] for symbol in self._pieces[id_]]
+            repaired_B[row] = len(found) != wanted
+            kept = found[:wanted]
+            coefficient_BC[row, : len(kept)] = np.add(kept, self.low)
+        spectrum_BLD = coefficient_BC.reshape(-1, self.horizon, self.dim) / self.scale
+        return Decoding(idct(spectrum_BLD, axis=1, norm="ortho").astype(np.float32), repaired_B)
+
+    @property
+    def error_bound(self) -> float:
+        """Largest root mean square error per dimension of a chunk that ``exact`` calls so: half a unit in every coefficient."""
+        return 0.5 / self.scale
+
+    @cached_property
+    def _pieces(self) -> list[tuple[int, ...]]:
+        """The symbols that each id stands for; a merge that gives an earlier string again has that string's id."""
+        pieces: list[tuple[int, ...]] = [(symbol,) for symbol in range(self.symbols)]
+        known = set(pieces)
+        for left, right in self.merges:
+            merged = pieces[left] + pieces[right]
+            if merged not in known:
+                known.add(merged)
+                pieces.append(merged)
+        return pieces
+
+    @cached_property
+    def _bpe(self) -> Any:
+        from tokenizers import Tokenizer as Library
+        from tokenizers.models import BPE
+
+        texts = [_text(np.array(piece)) for piece in self._pieces]
+        pairs = [(texts[left], texts[right]) for left, right in self.merges]
+        return Library(BPE(vocab={text: number for number, text in enumerate(texts)}, merges=pairs))
+
+
+def _coefficients(action_BLD: np.ndarray, scale: float) -> np.ndarray:
+    """Rounded coefficients, int64 (B, L·D), low frequencies of all dimensions first."""
+    return np.rint(scale * dct(action_BLD, axis=1, norm="ortho")).astype(np.int64).reshape(len(action_BLD), -1)
+
+
+def _text(symbol_C: np.ndarray) -> str:
+    return "".join(map(chr, (symbol_C + FIRST).tolist()))
+
+
+def _learn(texts: list[str], symbols: int, vocabulary: int) -> tuple[tuple[int, int], ...]:
+    """Merges as pairs of ids."""
+    import json
+
+    from tokenizers import Tokenizer as Library
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+
+    library = Library(BPE())
+    alphabet = [chr(FIRST + symbol) for symbol in range(symbols)]
+    library.train_from_iterator(texts, BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False))
+    ids = {text: number for number, text in enumerate(alphabet)}
+    merges = []
+    for left, right in json.loads(library.to_str())["model"]["merges"]:
+        merges.append((ids[left], ids[right]))
+        ids.setdefault(left + right, len(ids))
+    return tuple(merges)

@@ -1,0 +1,69 @@
+"""Action tokenizers as JSON files of their own: ``vlaflow data fit-tokenizer`` writes them, training reads them.
+
+A checkpoint holds its tokenizer in its config.json and needs no such file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlaflow import __version__
+from vlaflow.actions.bins import BinsTokenizer
+from vlaflow.actions.fast import FastTokenizer
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A fitted tokenizer and what it was fitted on.
+
+    Args:
+        tokenizer: for normalised chunks.
+        normalisation: mode of the normaliser whose chunks it was fitted on.
+        dataset: fingerprint of the data set.
+        vlaflow: version that wrote it.
+    """
+
+    tokenizer: FastTokenizer | BinsTokenizer
+    normalisation: str
+    dataset: str
+    vlaflow: str = __version__
+
+
+def save_tokenizer(file: Path, content: TokenizerFile) -> None:
+    """Write it, making folders as needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(to_json(content), indent=1) + "\n")
+
+
+def open_tokenizer(file: Path) -> TokenizerFile:
+    """Read what ``save_tokenizer`` wrote.
+
+    Raises:
+        ConfigError: for a missing or damaged file.
+    """
+    if not file.is_file():
+        raise ConfigError(f"There is no tokenizer file {file}. Make one: vlaflow data fit-tokenizer DATASET --out {file}")
+    try:
+        data = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}); fit it again: vlaflow data fit-tokenizer.") from error
+    return from_json(TokenizerFile, data, str(file))
+
+
+def load_tokenizer(file: Path, normalisation: str) -> FastTokenizer | BinsTokenizer:
+    """The tokenizer of a file, for actions normalised this way.
+
+    Raises:
+        ConfigError: also when it was fitted on actions normalised another way.
+    """
+    found = open_tokenizer(file)
+    if found.normalisation != normalisation:
+        raise ConfigError(
+            f"{file} was fitted on actions normalised by '{found.normalisation}', this policy normalises by '{normalisation}'. "
+            f"Fit it again: vlaflow data fit-tokenizer --normalisation {normalisation}"
+        )
+    return found.tokenizer

@@ -1,0 +1,158 @@
+"""Refinement in token space: tokens that are doubted get clock 1 again and are made anew with the others as context.
+
+Doubt is the network's own (a low probability) or a rater's, whose verdict on an action holds for the action's tokens.
+
+Shape letters: B batch, S token slots, L horizon, D action dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Generator, Tensor
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
+from vlaflow.compute.dense import Dense
+from vlaflow.compute.refine import BelowThreshold
+from vlaflow.decoders.base import Given, GivenTokens, Tokens
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.tokens import TokenDecoder
+from vlaflow.errors import CapabilityError, ConfigError
+
+
+@dataclass(frozen=True)
+class Improbable:
+    """Doubt the tokens to which the network gave less than ``threshold`` when it last looked at them."""
+
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"A probability lies in [0, 1], got {self.threshold}.")
+
+
+@dataclass(frozen=True)
+class RefineTokens:
+    """One round of regeneration of single tokens after any other compute policy that reports tokens.
+
+    Args:
+        doubt: which tokens; ``BelowThreshold`` asks the rater, for tokenizers whose tokens belong to one action.
+        steps: solver steps of the second round.
+        inner: makes the first chunk.
+        label: for tables.
+    """
+
+    doubt: Improbable | BelowThreshold = Improbable()
+    steps: int = 8
+    inner: ComputePolicy = field(default_factory=Dense)
+    label: str = "refine-tokens"
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return self.label if isinstance(self.inner, Dense) else f"{self.label}({self.inner.name})"
+
+    @property
+    def needs(self) -> Requirements:
+        """A decoder that starts from tokens, a rater where one is asked, and whatever the first round needs."""
+        return replace(self.inner.needs, tokens=True, rater=isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater)
+
+    def decode(
+        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+    ) -> Decoded:
+        """See ``ComputePolicy``. As with ``Refine``, what was doubted gets the whole depth."""
+        first = self.inner.decode(model, prefix, generators, watch, given)
+        decoder = model.decoder
+        if first.tokens is None or not isinstance(decoder, TokenDecoder):
+            raise CapabilityError(f"{self.inner.name} reports no tokens, so there are none to make anew.")
+        action_BLD, parts, groups = first.action_BLD.clone(), [], []
+        layers, passes = list(first.layers), list(first.layer_passes)
+        confidence_BL = first.confidence_BL
+        for group in first.groups:
+            row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
+            with watch.part("prefix"):
+                whole = decoder.read(model.backbone, group.prefix)
+            groups.append(replace(group, prefix=whole))
+            before = first.tokens.select(row_R)
+            doubt_RS, rating_RL = self._doubted(model, decoder, whole, before, action_BLD[row_R], watch)
+            if given is not None:
+                doubt_RS &= decoder.given_tokens(given).clock_BS[row_R] > 0
+            if rating_RL is not None:
+                if confidence_BL is None:
+                    confidence_BL = action_BLD.new_zeros(action_BLD.shape[:2])
+                confidence_BL[row_R] = rating_RL
+            extra = model.rater.config.depth if model.rater is not None and rating_RL is not None else 0
+            again = bool(doubt_RS.any())
+            after = self._again(decoder, whole, before, doubt_RS, mine, watch) if again else before
+            if again:
+                with watch.part("refine"):
+                    made = decoder.tokenizer.decode(after.id_BS.cpu().numpy()).action_BLD
+                    action_BLD[row_R] = torch.from_numpy(made).to(action_BLD.device)
+            parts.append(after)
+            depth = model.backbone.spec.depth
+            more = [a - b for a, b in zip(after.passes(depth), before.passes(depth), strict=True)]
+            for place, row in enumerate(row_R.tolist()):
+                passes[row] += whole.depth - group.prefix.depth + extra + more[place]
+                layers[row] = depth if again else layers[row]
+        order = torch.cat([group.row_R for group in first.groups]).argsort()
+        tokens = Tokens.cat(_padded(parts)).select(order)
+        return replace(
+            first,
+            action_BLD=action_BLD,
+            groups=tuple(groups),
+            layers=tuple(layers),
+            evaluations=tokens.evaluations,
+            layer_passes=tuple(passes),
+            confidence_BL=confidence_BL,
+            regenerated_BL=(action_BLD != first.action_BLD).any(-1),
+            draft_BLD=first.action_BLD,
+            tokens=tokens,
+        )
+
+    def _again(  # noqa: PLR0917
+        self,
+        decoder: TokenDecoder,
+        prefix: Prefix,
+        before: Tokens,
+        doubt_RS: Tensor,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+    ) -> Tokens:
+        with watch.part("refine"):
+            state = decoder.solve(prefix, generators, self.steps, GivenTokens(before.id_BS, doubt_RS.float()))
+            after = decoder.tokens(state)
+        probability_RS = torch.where(doubt_RS, after.probability_BS, before.probability_BS)
+        counts = tuple(a + b for a, b in zip(before.evaluations, after.evaluations, strict=True))
+        revised_RN = torch.cat((before.revised_BN, after.revised_BN), 1)
+        runs = tuple(a + b for a, b in zip(before.prefix_runs, after.prefix_runs, strict=True))
+        return Tokens(after.id_BS, probability_RS, after.repaired_B, revised_RN, counts, runs)
+
+    def _doubted(  # noqa: PLR0917
+        self,
+        model: Model,
+        decoder: TokenDecoder,
+        prefix: Prefix,
+        tokens: Tokens,
+        action_RLD: Tensor,
+        watch: Stopwatch,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which tokens to make anew, bool (R, S), and the rater's confidence where it was asked."""
+        if isinstance(self.doubt, Improbable):
+            return tokens.probability_BS < self.doubt.threshold, None
+        if model.rater is None or not decoder.tokenizer.local:
+            raise CapabilityError("A rater judges actions; refining tokens by it needs a rater, and tokens that belong to one.")
+        with watch.part("rater"):
+            confidence_RL = model.rater(prefix, action_RLD)
+        return (confidence_RL < self.doubt.threshold).repeat_interleave(decoder.action_dim, 1), confidence_RL
+
+
+def _padded(parts: Sequence[Tokens]) -> list[Tokens]:
+    """Groups that took fewer steps get steps that revised nothing, so that they fit into one batch."""
+    most = max(part.revised_BN.shape[1] for part in parts)
+    return [
+        replace(part, revised_BN=torch.nn.functional.pad(part.revised_BN, (0, most - part.revised_BN.shape[1])))
+        for part in parts
+    ]

@@ -1,0 +1,164 @@
+"""The autoregressive decoder: one token after the other, each seeing the ones before it, until the end token (π0-FAST).
+
+A network evaluation makes one token, so solver steps mean nothing here: a chunk takes as many as it has tokens. Keys and
+values of earlier tokens are kept. A sequence that never ends is cut at the last slot, which its report tells.
+
+Shape letters: B batch, S token slots, V vocabulary, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Generator, Tensor
+
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.base import Given, GivenTokens, LossTerms, Targets, Tokens, mean_over_exits
+from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.categorical import pick, uniforms
+from vlaflow.nn.attention import causal_mask
+from vlaflow.stacks.shared import Cache, SharedStack
+
+
+@dataclass(frozen=True)
+class AutoregressiveConfig(TokenConfig):
+    """The autoregressive decoder.
+
+    Args:
+        temperature: of sampling; 0 takes the most probable token.
+    """
+
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature < 0:
+            raise ConfigError(f"A temperature is 0 (greedy) or more, got {self.temperature}.")
+        if self.draws != 1:
+            raise ConfigError("An autoregressive decoder corrupts nothing, so draws is 1.")
+
+    def build(self, spec: BackboneSpec) -> AutoregressiveDecoder:
+        """The decoder for such a backbone, randomly initialised."""
+        return AutoregressiveDecoder(self, spec)
+
+
+@dataclass(frozen=True)
+class AutoregressiveState(TokenState):
+    """Tokens so far.
+
+    Args:
+        cache: keys and values of prefix and tokens.
+        length_B: tokens each observation has made, its end included.
+        ended_B: bool, observations that have made their end token.
+    """
+
+    cache: Cache = field(kw_only=True)
+    length_B: Tensor = field(kw_only=True)
+    ended_B: Tensor = field(kw_only=True)
+
+
+class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
+    """See the module text."""
+
+    def __init__(self, config: AutoregressiveConfig, spec: BackboneSpec) -> None:
+        super().__init__(config, spec, extra=1)
+        self.config = config
+        self.begin = self.vocabulary
+
+    @property
+    def regenerates(self) -> bool:
+        """Never: a token cannot see the later ones."""
+        return False
+
+    def evaluations(self, steps: int) -> int:
+        """One a slot, at most, whatever number of steps."""
+        return self.slots
+
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+        """Cross-entropy of every next token; of the end tokens only the first is learned. Nothing is drawn."""
+        id_BS, weight_BS = self.encode(targets)
+        if self.tokenizer.end is not None:
+            ended_BS = (id_BS == self.tokenizer.end).long()
+            weight_BS = weight_BS * (ended_BS.cumsum(1) - ended_BS == 0)
+        depths = depths or (prefix.depth,)
+        mask_SS = causal_mask(self.slots, id_BS.device)
+        hidden = self.stack.exits(self.embedding(self._shifted(id_BS)), prefix, depths, mask_SS)
+        losses = {d: cross_entropy(self.head(h_BSW), id_BS, weight_BS) for d, h_BSW in zip(depths, hidden, strict=True)}
+        return mean_over_exits("token", losses)
+
+    def start(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> AutoregressiveState:
+        """No tokens yet.
+
+        Raises:
+            CapabilityError: when tokens are given.
+        """
+        if given is not None:
+            raise CapabilityError("An autoregressive decoder cannot start from given tokens; use a discrete flow.")
+        device, b = prefix.hidden_BPW.device, prefix.batch
+        return AutoregressiveState(
+            id_BS=torch.full((b, self.slots), self.tokenizer.end or 0, device=device),
+            start_BS=torch.ones(b, self.slots, device=device),
+            probability_BS=torch.ones(b, self.slots, device=device),
+            generators=tuple(generators),
+            done=0,
+            steps=self.slots,
+            cache=self.stack.cache(prefix, self.slots),
+            length_B=torch.zeros(b, dtype=torch.long, device=device),
+            ended_B=torch.zeros(b, dtype=torch.bool, device=device),
+        )
+
+    def advance(self, state: AutoregressiveState, prefix: Prefix, steps: int = 1) -> AutoregressiveState:
+        """So many more tokens; none where the sequence has ended."""
+        for slot in range(state.done, min(state.done + steps, self.slots)):
+            if bool(state.ended_B.all()):
+                break
+            before_B = torch.full_like(state.length_B, self.begin) if slot == 0 else state.id_BS[:, slot - 1]
+            hidden_B1W = SharedStack.extend(self.embedding(before_B[:, None]), prefix, state.cache)
+            logits_B1V = self.head(hidden_B1W)
+            next_B1 = self._choose(logits_B1V, state.generators)
+            chance_B1 = probability_of(logits_B1V, next_B1)
+            free_B = ~state.ended_B
+            id_BS, probability_BS = state.id_BS.clone(), state.probability_BS.clone()
+            id_BS[free_B, slot], probability_BS[free_B, slot] = next_B1[free_B, 0], chance_B1[free_B, 0]
+            ended_B = state.ended_B
+            if self.tokenizer.end is not None:
+                ended_B = ended_B | (next_B1[:, 0] == self.tokenizer.end)
+            length_B = state.length_B + free_B
+            state = replace(
+                state, id_BS=id_BS, probability_BS=probability_BS, done=slot + 1, length_B=length_B, ended_B=ended_B
+            )
+        return state
+
+    def solve(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> AutoregressiveState:
+        """Tokens until all sequences have ended or are full."""
+        return self.advance(self.start(prefix, generators, steps, given), prefix, self.slots)
+
+    def tokens(self, state: AutoregressiveState) -> Tokens:
+        """See ``Decoder``; a sequence that filled its slots without an end counts as repaired."""
+        made = super().tokens(state)
+        repaired_B = made.repaired_B
+        if self.tokenizer.end is not None:
+            repaired_B = repaired_B | ~state.ended_B
+        return replace(made, repaired_B=repaired_B, evaluations=tuple(state.length_B.tolist()))
+
+    def logits(self, id_BS: Tensor, prefix: Prefix) -> Tensor:
+        """Logits (B, S, V) of every token given those before it, all in one pass."""
+        mask_SS = causal_mask(id_BS.shape[1], id_BS.device)
+        embedded_BSW = self.embedding(self._shifted(id_BS))
+        return self.head(self.stack.exits(embedded_BSW, prefix, (prefix.depth,), mask_SS)[0])
+
+    def _shifted(self, id_BS: Tensor) -> Tensor:
+        return torch.cat((torch.full_like(id_BS[:, :1], self.begin), id_BS[:, :-1]), 1)
+
+    def _choose(self, logits_B1V: Tensor, generators: Sequence[Generator]) -> Tensor:
+        if self.config.temperature == 0:
+            return logits_B1V.argmax(-1)
+        chance_B1V = (logits_B1V.float() / self.config.temperature).softmax(-1)
+        return pick(chance_B1V, uniforms(generators, (1,), logits_B1V.device))

@@ -1,0 +1,131 @@
+"""Masked discrete diffusion: all tokens start masked, the surest are revealed first (MaskGIT; Discrete Diffusion VLA, UD-VLA).
+
+A clock of 1 is a masked token, 0 a revealed one. Without remasking a revealed token is final.
+
+Shape letters: B batch (observations × draws, draws innermost), S token slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Generator, Tensor
+
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.base import Given, GivenTokens, LossTerms, Targets, mean_over_exits
+from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
+from vlaflow.errors import ConfigError
+from vlaflow.flows import masked
+from vlaflow.flows.categorical import gumbel, pick, uniforms
+
+
+@dataclass(frozen=True)
+class MaskedDiffusionConfig(TokenConfig):
+    """The masked diffusion decoder.
+
+    Args:
+        temperature: of drawing a masked token; 0 takes the most probable one.
+        choice_temperature: of the order: Gumbel noise of this size, falling to 0 with the share still masked, is added to the
+            log-probabilities by which tokens are revealed.
+        remask: let revealed tokens compete with new ones, so that an unsure one may be masked again. A revealed token
+            competes with the probability it had when revealed, times the share of the steps that are left (Discrete
+            Diffusion VLA).
+        floor: smallest share of tokens masked in training.
+    """
+
+    temperature: float = 1.0
+    choice_temperature: float = 1.0
+    remask: bool = False
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.temperature, self.choice_temperature) < 0 or not 0 < self.floor <= 1:
+            raise ConfigError("Temperatures are 0 or more, and floor is a share in (0, 1].")
+
+    def build(self, spec: BackboneSpec) -> MaskedDiffusionDecoder:
+        """The decoder for such a backbone, randomly initialised."""
+        return MaskedDiffusionDecoder(self, spec)
+
+
+@dataclass(frozen=True)
+class MaskedState(TokenState):
+    """Tokens under way; ``hidden_BS`` (bool) says which are still masked, whatever their id says."""
+
+    hidden_BS: Tensor = field(kw_only=True)
+
+
+class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
+    """See the module text."""
+
+    def __init__(self, config: MaskedDiffusionConfig, spec: BackboneSpec) -> None:
+        super().__init__(config, spec, extra=1)
+        self.config = config
+        self.mask = self.vocabulary
+
+    @property
+    def regenerates(self) -> bool:
+        """Always: training masks any tokens and shows the others."""
+        return True
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Always."""
+        return True
+
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+        """Cross-entropy of the masked tokens."""
+        id_BS, weight_BS = self.encode(targets)
+        id_BS, weight_BS = (x.repeat_interleave(self.draws, 0) for x in (id_BS, weight_BS))
+        masked_BS = masked.training_mask(len(id_BS), self.slots, generator, self.config.floor).to(id_BS.device)
+        depths = depths or (prefix.depth,)
+        hidden = self.hidden(id_BS.masked_fill(masked_BS, self.mask), prefix, depths)
+        losses = {
+            d: cross_entropy(self.head(h_BSW), id_BS, weight_BS * masked_BS) for d, h_BSW in zip(depths, hidden, strict=True)
+        }
+        return mean_over_exits("token", losses)
+
+    def start(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> MaskedState:
+        """Everything masked, but for what is given at clock 0."""
+        device = prefix.hidden_BPW.device
+        id_BS = torch.zeros(prefix.batch, self.slots, dtype=torch.long, device=device)
+        clock_BS = torch.ones(id_BS.shape, device=device)
+        if given is not None:
+            known = self.given_tokens(given)
+            id_BS, clock_BS = known.id_BS, (known.clock_BS > 0).float()
+        return MaskedState(
+            id_BS, clock_BS, torch.ones_like(clock_BS), tuple(generators), done=0, steps=steps, hidden_BS=clock_BS > 0
+        )
+
+    def advance(self, state: MaskedState, prefix: Prefix, steps: int = 1) -> MaskedState:
+        """Predict all masked tokens and reveal the surest, as many as the cosine schedule says."""
+        c, count_B = self.config, state.free_BS.sum(1)
+        for done in range(state.done, min(state.done + steps, state.steps)):
+            if not bool(state.hidden_BS.any()) and not c.remask:
+                break
+            logits_BSV = self._look(state, prefix)
+            uniform_B2S = uniforms(state.generators, (2, self.slots), logits_BSV.device)
+            drawn_BS = self._draw(logits_BSV, uniform_B2S[:, 0])
+            id_BS = torch.where(state.hidden_BS, drawn_BS, state.id_BS)
+            chance_BS = torch.where(state.hidden_BS, probability_of(logits_BSV, id_BS), state.probability_BS)
+            left_B = masked.still_masked(count_B, done + 1, state.steps)
+            noise_BS = gumbel(uniform_B2S[:, 1]) * c.choice_temperature * masked.masked_share((done + 1) / state.steps).float()
+            fading_BS = torch.where(state.hidden_BS, 1.0, 1 - (done + 1) / state.steps)
+            sure_BS = (chance_BS * fading_BS).clamp(min=1e-30).log() + noise_BS
+            competes_BS = state.free_BS if c.remask else state.hidden_BS
+            hidden_BS = masked.lowest(sure_BS.masked_fill(~competes_BS, float("inf")), left_B) & competes_BS
+            state = replace(state.moved(id_BS, chance_BS), hidden_BS=hidden_BS)
+        return state
+
+    def _look(self, state: MaskedState, prefix: Prefix) -> Tensor:
+        id_BS = state.id_BS.masked_fill(state.hidden_BS, self.mask)
+        return self.head(self.hidden(id_BS, prefix, (prefix.depth,))[0])
+
+    def _draw(self, logits_BSV: Tensor, uniform_BS: Tensor) -> Tensor:
+        if self.config.temperature == 0:
+            return logits_BSV.argmax(-1)
+        return pick((logits_BSV.float() / self.config.temperature).softmax(-1), uniform_BS)

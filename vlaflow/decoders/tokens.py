@@ -1,0 +1,218 @@
+"""What every decoder of discrete action tokens shares: tokenizer, embedding, output head, losses, given tokens, reports.
+
+The output projection has one row per action token and no others, whatever vocabulary the backbone was pretrained on.
+
+Shape letters: B batch (observations × draws, draws innermost), S token slots, V vocabulary, W width, L horizon, D action
+dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from vlaflow.actions.bins import BinsFit, BinsTokenizer
+from vlaflow.actions.fast import FastFit, FastTokenizer
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.base import Decoder, Given, GivenTokens, Targets, Tokens
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.stacks.shared import SharedStack
+
+Config = TypeVar("Config", bound="TokenConfig")
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """What decoders of action tokens have in common.
+
+    Args:
+        action_dim: D.
+        tokenizer: a fitted one, or what training is to fit on its demonstrations.
+        horizon: actions per chunk, L.
+        draws: corruptions of one chunk per observation and training step; they share one prefix.
+    """
+
+    action_dim: int
+    tokenizer: FastFit | BinsFit | FastTokenizer | BinsTokenizer
+    horizon: int = 16
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.action_dim, self.horizon, self.draws) < 1:
+            raise ConfigError("action_dim, horizon and draws must be at least 1.")
+        fitted = self.tokenizer
+        if isinstance(fitted, FastTokenizer | BinsTokenizer) and (fitted.horizon, fitted.dim) != (
+            self.horizon,
+            self.action_dim,
+        ):
+            raise ConfigError(
+                f"The tokenizer is for chunks of {fitted.horizon} actions of {fitted.dim} dimensions, the decoder for "
+                f"{self.horizon} of {self.action_dim}. Fit one for this horizon: vlaflow data fit-tokenizer."
+            )
+
+    def fitted(self: Config, action_NLD: np.ndarray) -> Config:
+        """The config with a fitted tokenizer; one that is fitted already stays.
+
+        Args:
+            action_NLD: normalised chunks to fit on.
+        """
+        if isinstance(self.tokenizer, FastFit | BinsFit):
+            return replace(self, tokenizer=self.tokenizer.fit(action_NLD))
+        return self
+
+    @property
+    def ready(self) -> FastTokenizer | BinsTokenizer:
+        """The fitted tokenizer.
+
+        Raises:
+            ConfigError: when it is still to be fitted.
+        """
+        if isinstance(self.tokenizer, FastTokenizer | BinsTokenizer):
+            return self.tokenizer
+        raise ConfigError("This action tokenizer is not fitted yet. Train with a data set, or see vlaflow data fit-tokenizer.")
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """Tokens under way.
+
+    Args:
+        id_BS: int64.
+        start_BS: the clock each token started from; one that started at 0 never changes.
+        probability_BS: what the network gave each token when it last looked; 1 for given ones.
+        generators: one per observation; every step draws from them.
+        done, steps: solver steps taken, and in all.
+        revised: tokens that each step changed, (B,) each.
+    """
+
+    id_BS: Tensor
+    start_BS: Tensor
+    probability_BS: Tensor
+    generators: tuple[Generator, ...]
+    done: int
+    steps: int
+    revised: tuple[Tensor, ...] = ()
+
+    @property
+    def free_BS(self) -> Tensor:
+        """bool: tokens that may change."""
+        return self.start_BS > 0
+
+    def clock_at(self, done: int) -> Tensor:
+        """Clocks after ``done`` steps: every token walks from its start to exactly 0 in ``steps`` equal strides."""
+        return self.start_BS * (1 - done / self.steps)
+
+    def moved(self: State, id_BS: Tensor, probability_BS: Tensor) -> State:
+        """After one more step; tokens that started at clock 0 stay whatever is proposed."""
+        id_BS = torch.where(self.free_BS, id_BS, self.id_BS)
+        probability_BS = torch.where(self.free_BS, probability_BS, self.probability_BS)
+        revised = (*self.revised, (id_BS != self.id_BS).sum(1))
+        return replace(self, id_BS=id_BS, probability_BS=probability_BS, done=self.done + 1, revised=revised)
+
+
+State = TypeVar("State", bound=TokenState)
+
+
+class TokenDecoder(Decoder[State]):
+    """See the module text.
+
+    Attributes:
+        tokenizer: the fitted one.
+        embedding: rows of the V action tokens, and of ``extra`` tokens that are only ever read.
+        head: hidden states to logits over the V action tokens.
+    """
+
+    def __init__(self, config: TokenConfig, spec: BackboneSpec, extra: int = 0) -> None:
+        super().__init__()
+        self.horizon, self.action_dim, self.draws = config.horizon, config.action_dim, config.draws
+        self.tokenizer = config.ready
+        self.stack = SharedStack(spec.width)
+        self.embedding = nn.Embedding(self.tokenizer.vocabulary + extra, spec.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.head = nn.Linear(spec.width, self.tokenizer.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.tokenizer.vocabulary
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.tokenizer.slots
+
+    @property
+    def takes_given(self) -> bool:
+        """Where every token belongs to one action."""
+        return self.takes_tokens and self.tokenizer.local
+
+    def evaluations(self, steps: int) -> int:
+        """One a step."""
+        return steps
+
+    def encode(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Ids (B, S) of chunks and float weights (B, S) of their tokens in the loss, on the targets' device.
+
+        A token that belongs to one action counts where that action does. One that speaks of the whole chunk counts where
+        any action does: steps past the episode's end are then learned as what they hold, the repeated last action.
+        """
+        action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
+        id_BS = torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
+        if self.tokenizer.local:
+            return id_BS, valid_BL.repeat_interleave(self.action_dim, 1).float()
+        return id_BS, valid_BL.any(1, keepdim=True).float().expand(-1, self.slots)
+
+    def hidden(self, id_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
+        """Hidden states (B, S, W) at each depth of tokens that all see each other."""
+        return self.stack.exits(self.embedding(id_BS), prefix, depths)
+
+    def finish(self, state: State) -> Tensor:
+        """The tokens as normalised actions."""
+        made = self.tokenizer.decode(state.id_BS.cpu().numpy())
+        return torch.from_numpy(made.action_BLD).to(state.id_BS.device)
+
+    def tokens(self, state: State) -> Tokens:
+        """See ``Decoder``."""
+        made = self.tokenizer.decode(state.id_BS.cpu().numpy())
+        nothing_B = state.id_BS.new_zeros(len(state.id_BS))
+        return Tokens(
+            state.id_BS,
+            state.probability_BS,
+            torch.from_numpy(made.repaired_B).to(state.id_BS.device),
+            torch.stack(state.revised or (nothing_B,), 1),
+            (len(state.revised),) * len(state.id_BS),
+        )
+
+    def given_tokens(self, given: Given | GivenTokens) -> GivenTokens:
+        """Given actions as tokens.
+
+        Raises:
+            CapabilityError: when no token belongs to one action.
+        """
+        if isinstance(given, GivenTokens):
+            return given
+        if not self.takes_given:
+            raise CapabilityError(
+                f"A {type(self).__name__} with a {type(self.tokenizer).__name__} cannot start from given actions: its tokens "
+                "describe the chunk as a whole. Train it with bins."
+            )
+        id_BS, _ = self.encode(Targets(given.action_BLD, torch.ones_like(given.clock_BL, dtype=torch.bool)))
+        return GivenTokens(id_BS, given.clock_BL.repeat_interleave(self.action_dim, 1))
+
+
+def cross_entropy(logits_BSV: Tensor, id_BS: Tensor, weight_BS: Tensor) -> Tensor:
+    """Mean of −log p(id) over tokens with weight; exactly 0, without a gradient, when there is none."""
+    loss_BS = functional.cross_entropy(logits_BSV.float().flatten(0, 1), id_BS.flatten(), reduction="none").view_as(weight_BS)
+    # where() before the product: an excluded token that is not finite must touch neither the sum nor the gradient
+    return torch.where(weight_BS > 0, loss_BS * weight_BS, 0.0).sum() / weight_BS.sum().clamp(min=1)
+
+
+def probability_of(logits_BSV: Tensor, id_BS: Tensor) -> Tensor:
+    """softmax(logits) at the ids, float32 (B, S)."""
+    return logits_BSV.float().softmax(-1).gather(-1, id_BS[..., None])[..., 0]

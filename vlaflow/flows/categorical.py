@@ -1,0 +1,40 @@
+"""Draws from categorical distributions with a generator per observation.
+
+Shape letters: B batch, S token slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+
+def uniforms(generators: Sequence[Generator], shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Uniform numbers in [0, 1), (B, *shape): every observation has its own generator, so none depends on its neighbours."""
+    return torch.stack([torch.rand(tuple(shape), generator=g) for g in generators]).to(device)
+
+
+def pick(weight_BSV: Tensor, uniform_BS: Tensor) -> Tensor:
+    """Inverse-transform sampling: token v with probability weight_v / Σ weight, one uniform number per token.
+
+    Args:
+        weight_BSV: weights ≥ 0, not necessarily normalised; a row of zeros gives token 0.
+        uniform_BS: in [0, 1).
+
+    Returns:
+        int64 (B, S). A token of weight 0 is never drawn from a row that has any weight.
+    """
+    cumulative_BSV = weight_BSV.cumsum(-1)
+    wanted_BS1 = (uniform_BS * cumulative_BSV[..., -1])[..., None]
+    # Rounding must not carry the wanted mass to the row's very end, where searchsorted would leave the vocabulary.
+    below_BS1 = torch.nextafter(cumulative_BSV[..., -1:], torch.zeros_like(wanted_BS1))
+    index_BS1 = torch.searchsorted(cumulative_BSV, torch.minimum(wanted_BS1, below_BS1).clamp(min=0), right=True)
+    return index_BS1[..., 0].clamp(max=weight_BSV.shape[-1] - 1) * (cumulative_BSV[..., -1] > 0)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise −log(−log u), finite for u in [0, 1)."""
+    tiny = torch.finfo(uniform.dtype).tiny
+    return -(-(uniform.clamp(min=tiny).log())).clamp(min=tiny).log()

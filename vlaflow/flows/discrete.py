@@ -1,0 +1,114 @@
+"""Discrete flow matching: probability paths over a vocabulary, their velocities, and the jumps of the Markov chain.
+
+A token does not glide, it jumps, and may jump again at every step. The clock is ours: 1 is uniform noise, 0 is the target.
+The papers (DFM-VLA, FUDOKI, the kinetic-optimal paths of Shaul et al. 2024) run t = 1 − clock; every equation says so.
+
+Two paths from noise to a target token y:
+
+    metric path    p(x | y) = softmax_x(−β · d(x, y)), β from 0 at clock 1 to ∞ at clock 0
+    mixture path   p(x | y) = (1 − clock)·[x = y] + clock / V
+
+Shape letters: B batch, S token slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlaflow.errors import ConfigError
+from vlaflow.flows.categorical import pick
+
+JumpRule = Literal["linear", "exponential"]
+"""Probability of leaving a token whose rate is λ within a stride h: min(1, hλ), or 1 − exp(−hλ)."""
+
+
+@dataclass(frozen=True)
+class MetricSchedule:
+    """β = c·(t/(1 − t))^α with t = 1 − clock: how sharply the path looks at the target.
+
+    Args:
+        c: β at clock 1/2; larger values arrive earlier.
+        alpha: 1 starts to move at a finite rate; below 1 the rate at clock 1 is infinite, above it is 0.
+    """
+
+    c: float = 3.0
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.c > 0 and self.alpha > 0):
+            raise ConfigError(f"A metric path needs c and alpha above 0, got {self.c} and {self.alpha}.")
+
+    def beta(self, clock: Tensor) -> Tensor:
+        """β at these clocks, in [0, ∞]."""
+        return self.c * ((1 - clock) / clock) ** self.alpha
+
+    def rate(self, clock: Tensor, stride: Tensor) -> Tensor:
+        """dβ/dt = c·α·(t/(1 − t))^(α−1)/(1 − t)² at t = 1 − clock.
+
+        Where that is infinite (clock 1 with α < 1) it is the mean over the stride, (β(clock − stride) − β(clock))/stride: the
+        first step then moves, instead of being skipped.
+        """
+        slope = self.c * self.alpha * ((1 - clock) / clock) ** (self.alpha - 1) / clock**2
+        if self.alpha >= 1:
+            return slope
+        mean = (self.beta((clock - stride).clamp(min=torch.finfo(clock.dtype).eps)) - self.beta(clock)) / stride
+        return torch.where(clock >= 1, mean, slope)
+
+
+def metric_path(distance_BSV: Tensor, beta_BS: Tensor) -> Tensor:
+    """p(x | y) = softmax_x(−β·d(x, y)), rows (B, S, V) that sum to 1 (DFM-VLA's path, Shaul et al. eq. 13).
+
+    Args:
+        distance_BSV: d from every token x to the target y, ≥ 0 and 0 only at y.
+        beta_BS: in [0, ∞]; 0 is uniform, ∞ is the target alone.
+    """
+    finite_BS1 = beta_BS.clamp(max=torch.finfo(distance_BSV.dtype).max / 1e6)[..., None]
+    return (-finite_BS1 * distance_BSV).softmax(-1)
+
+
+def metric_velocity(token_BS: Tensor, target_BS: Tensor, distance_VV: Tensor, beta_BS: Tensor, rate_BS: Tensor) -> Tensor:
+    """Kinetic-optimal velocity u(x) = p(x | y)·dβ/dt·[d(z, y) − d(x, y)]₊ from token z towards target y.
+
+    It moves only to tokens closer to the target, is 0 at the current token, and vanishes once z = y (Shaul et al. eq. 17).
+
+    Returns:
+        Rates (B, S, V) ≥ 0 per unit of t = 1 − clock.
+    """
+    distance_BSV = distance_VV[target_BS]
+    here_BS1 = distance_BSV.gather(-1, token_BS[..., None])
+    closer_BSV = (here_BS1 - distance_BSV).clamp(min=0)
+    return metric_path(distance_BSV, beta_BS) * rate_BS[..., None] * closer_BSV
+
+
+def mixture_path(target_BS: Tensor, vocabulary: int, clock_BS: Tensor) -> Tensor:
+    """p(x | y) = (1 − clock)·[x = y] + clock/V, rows (B, S, V)."""
+    one_hot_BSV = torch.nn.functional.one_hot(target_BS, vocabulary).to(clock_BS.dtype)
+    return (1 - clock_BS)[..., None] * one_hot_BSV + (clock_BS / vocabulary)[..., None]
+
+
+def mixture_velocity(token_BS: Tensor, target_BS: Tensor, vocabulary: int, clock_BS: Tensor) -> Tensor:
+    """u(y) = 1/clock from every token but the target, which stays: rates (B, S, V)."""
+    one_hot_BSV = torch.nn.functional.one_hot(target_BS, vocabulary).to(clock_BS.dtype)
+    return one_hot_BSV * ((token_BS != target_BS) / clock_BS)[..., None]
+
+
+def jump(token_BS: Tensor, rate_BSV: Tensor, stride_BS: Tensor, uniform_2BS: Tensor, rule: JumpRule = "linear") -> Tensor:
+    """One step of the continuous-time Markov chain: leave with the rule's probability, to x with probability u(x)/Σu.
+
+    Args:
+        token_BS: current tokens.
+        rate_BSV: rates ≥ 0, 0 at the current token.
+        stride_BS: how far the clock falls, ≥ 0; a token whose clock stands stays.
+        uniform_2BS: two uniform numbers per token: whether, and whereto.
+        rule: see ``JumpRule``.
+    """
+    total_BS = rate_BSV.sum(-1)
+    # A rate that has become infinite leaves for certain, but 0 · ∞ must not become a number at a clock that stands.
+    expected_BS = torch.where(stride_BS > 0, stride_BS * total_BS, 0.0)
+    leave_BS = expected_BS if rule == "linear" else -torch.expm1(-expected_BS)
+    goes_BS = (uniform_2BS[0] < leave_BS) & (total_BS > 0)
+    return torch.where(goes_BS, pick(rate_BSV, uniform_2BS[1]), token_BS)

@@ -1,0 +1,25 @@
+"""Assemblies of the baselines: the demo's backbone with the decoders that papers compare with."""
+
+from __future__ import annotations
+
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.tiny_tokens import FAST, tiny_policy
+
+
+def autoregressive(data: DataSpec) -> PolicyConfig:
+    """FAST tokens one after the other, greedily."""
+    return tiny_policy(data, "fast_ar", AutoregressiveConfig(data.action_dim, FAST))
+
+
+def masked(data: DataSpec) -> PolicyConfig:
+    """FAST tokens revealed by confidence."""
+    return tiny_policy(data, "masked_diffusion", MaskedDiffusionConfig(data.action_dim, FAST))
+
+
+def flow(data: DataSpec) -> PolicyConfig:
+    """Continuous actions, all at one clock."""
+    return tiny_policy(data, "flow", FlowConfig(data.action_dim, masks="synchronous", draws=1))

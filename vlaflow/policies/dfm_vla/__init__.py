@@ -1,0 +1,1 @@
+"""DFM-VLA: discrete flow matching over action tokens, every token revisable at every step."""
