@@ -117,6 +117,17 @@ def test_a_vocabulary_too_small_for_the_coefficients_is_refused():
         FastFit(scale=100.0, vocabulary=50).fit(TRAINED)
 
 
+def test_without_merges_every_coefficient_is_a_token_and_nothing_needs_repair():
+    plain = FastFit(scale=10.0, vocabulary=None).fit(TRAINED)
+    assert (plain.slots, plain.vocabulary, plain.end, plain.ordered) == (24, FAST.symbols, None, True)
+    np.testing.assert_array_equal(plain.decode(plain.encode(TRAINED)).action_BLD, FAST.decode(FAST.encode(TRAINED)).action_BLD)
+    ids = np.random.default_rng(0).integers(0, plain.vocabulary, (50, 24))
+    assert not plain.decode(ids).repaired_B.any()
+    np.testing.assert_array_equal(
+        plain.encode(TRAINED)[0] + plain.low, np.rint(10 * dct(TRAINED[0], axis=0, norm="ortho")).ravel()
+    )
+
+
 @pytest.mark.parametrize("spacing", ["uniform", "quantile"])
 @given(chunk=any_chunk)
 def test_a_bins_round_trip_keeps_its_bound(spacing, chunk):

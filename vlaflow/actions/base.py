@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
     def local(self) -> bool:
         """Whether slot s belongs to action s // D alone, so that single actions can be given or made anew."""
 
+    @property
+    def ordered(self) -> bool:
+        """Whether neighbouring ids mean neighbouring values, so that their difference is a distance."""
+
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
         """Ids, int64 (B, S)."""
 

@@ -95,6 +95,11 @@ class BinsTokenizer:
         """Always."""
         return True
 
+    @property
+    def ordered(self) -> bool:
+        """Always."""
+        return True
+
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
         """Ids, int64 (B, L·D)."""
         action_BLD = check_chunks(action_BLD, self.horizon, self.dim)

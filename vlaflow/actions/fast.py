@@ -5,7 +5,8 @@
     ids          = byte-pair encoding of the sequence, learned on training chunks; then end tokens up to the slots
 
 Ids 0 … symbols − 1 are single coefficients, the merged ones follow in the order in which they were learned, the end token is
-last. Two neighbouring ids have nothing in common, and one changed id may move every coefficient after it.
+last. Two merged ids with neighbouring numbers have nothing in common, and one changed id may move every coefficient after it.
+Without merges every token is one coefficient, ids are ordered, and all sequences have the same length.
 
 What cannot be told exactly is decoded by rules, and counted: coefficients outside the fitted range are clipped to it; a
 sequence longer than the slots loses its end (the highest frequencies); of a decoded sequence, coefficients that are missing are
@@ -38,14 +39,14 @@ class FastFit:
 
     Args:
         scale: units of rounding; larger is finer and longer. (π0-FAST 10; UD-VLA 50 on chunks of 10.)
-        vocabulary: symbols and merges, without the end token.
+        vocabulary: symbols and merges, without the end token; None merges nothing: every coefficient is a token.
     """
 
     scale: float = 10.0
-    vocabulary: int = 1024
+    vocabulary: int | None = 1024
 
     def __post_init__(self) -> None:
-        if not self.scale > 0 or self.vocabulary < 2:
+        if not self.scale > 0 or (self.vocabulary is not None and self.vocabulary < 2):
             raise ConfigError(f"FAST needs a scale above 0 and 2 ids or more, got {self.scale} and {self.vocabulary}.")
 
     def fit(self, action_NLD: np.ndarray) -> FastTokenizer:
@@ -58,15 +59,16 @@ class FastFit:
         coefficient_NC = _coefficients(check_chunks(action_NLD, horizon, dim), self.scale)
         low, high = int(coefficient_NC.min()), int(coefficient_NC.max())
         symbols = high - low + 1
-        if symbols > min(self.vocabulary, MOST):
+        if symbols > min(self.vocabulary or MOST, MOST):
             raise ConfigError(
                 f"These chunks have coefficients from {low} to {high}, which do not fit into a vocabulary of "
-                f"{self.vocabulary}. Lower the scale ({self.scale:g}) or raise the vocabulary."
+                f"{self.vocabulary or MOST}. Lower the scale ({self.scale:g}) or raise the vocabulary."
             )
+        if self.vocabulary is None:
+            return FastTokenizer(horizon, dim, self.scale, low, symbols, (), slots=horizon * dim)
         texts = [_text(row_C - low) for row_C in coefficient_NC]
-        bare = FastTokenizer(horizon, dim, self.scale, low, symbols, (), slots=coefficient_NC.shape[1] + 1)
         merges = _learn(texts, symbols, self.vocabulary)
-        learned = FastTokenizer(horizon, dim, self.scale, low, symbols, merges, slots=bare.slots)
+        learned = FastTokenizer(horizon, dim, self.scale, low, symbols, merges, slots=horizon * dim + 1)
         longest = max(len(row.ids) for row in learned._bpe.encode_batch(texts))
         return FastTokenizer(horizon, dim, self.scale, low, symbols, merges, slots=longest + 1)
 
@@ -95,12 +97,17 @@ class FastTokenizer:
     @property
     def vocabulary(self) -> int:
         """Symbols, different merged tokens, and the end."""
-        return len(self._pieces) + 1
+        return len(self._pieces) + (self.end is not None)
 
     @property
-    def end(self) -> int:
-        """The last id."""
-        return len(self._pieces)
+    def end(self) -> int | None:
+        """The last id; none where nothing is merged, for then all sequences have one token per coefficient."""
+        return len(self._pieces) if self.merges else None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether ids ascend with what they mean: coefficients do, merges do not."""
+        return not self.merges
 
     @property
     def local(self) -> bool:
@@ -111,7 +118,7 @@ class FastTokenizer:
         """Ids, int64 (B, S), filled up with end tokens."""
         coefficient_BC = _coefficients(check_chunks(action_BLD, self.horizon, self.dim), self.scale)
         place_BC = np.clip(coefficient_BC - self.low, 0, self.symbols - 1)
-        id_BS = np.full((len(action_BLD), self.slots), self.end, np.int64)
+        id_BS = np.full((len(action_BLD), self.slots), self.end or 0, np.int64)
         for row, encoded in enumerate(self._bpe.encode_batch([_text(p) for p in place_BC])):
             kept = encoded.ids[: self.slots]
             id_BS[row, : len(kept)] = kept
@@ -127,6 +134,8 @@ class FastTokenizer:
 
     def lengths(self, id_BS: np.ndarray) -> np.ndarray:
         """Tokens before the end, int64 (B,)."""
+        if self.end is None:
+            return np.full(len(id_BS), id_BS.shape[1])
         ended_BS = id_BS == self.end
         return np.where(ended_BS.any(1), ended_BS.argmax(1), id_BS.shape[1])
 

@@ -1,4 +1,4 @@
-"""``vlaflow data check DIR`` and ``vlaflow data show DIR``: is a data set sound, and what is in it."""
+"""``vlaflow data check DIR`` and ``vlaflow data show DIR``: is it sound, what is in it; and action tokenizers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,25 @@ def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
     import tyro
 
+    from vlaflow.cli.tokenizers import FitTokenizer, TokenizerReport, fit_tokenizer, tokenizer_report
+
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
     commands: Any = (
-        Annotated[positional(Check), tyro.conf.subcommand("check")] | Annotated[positional(Show), tyro.conf.subcommand("show")]
+        Annotated[positional(Check), tyro.conf.subcommand("check")]
+        | Annotated[positional(Show), tyro.conf.subcommand("show")]
+        | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
+        | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
     )
-    chosen: Any = tyro.cli(commands, prog="vlaflow data", description="Check or show a data set.", args=argv)
-    return _check(chosen) if isinstance(chosen, Check) else _show(chosen)
+    description = "Check or show a data set; fit and compare action tokenizers."
+    chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
+    actions: dict[type, Any] = {
+        Check: _check,
+        Show: _show,
+        FitTokenizer: fit_tokenizer,
+        TokenizerReport: tokenizer_report,
+    }
+    status: int = actions[type(chosen)](chosen)
+    return status
 
 
 def _check(arguments: Check) -> int:

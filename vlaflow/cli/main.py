@@ -25,7 +25,7 @@ COMMANDS = {
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
     "check": "try an environment or a checkpoint against everything it promises",
-    "data": "check or show a dataset",
+    "data": "check or show a dataset; fit and compare action tokenizers",
 }
 
 # Which extra brings which package, for a sentence instead of a traceback.

@@ -49,7 +49,7 @@ class EmbeddingMetric:
 
 @dataclass(frozen=True)
 class BinMetric:
-    """Differences of ordered bins; only for a bins tokenizer.
+    """Differences of ordered ids: bins, or FAST without merges.
 
     Args:
         power: of the difference.
@@ -128,8 +128,10 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     def __init__(self, config: DiscreteFlowConfig, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         self.config = c = config
-        if isinstance(c.metric, BinMetric) and not self.tokenizer.local:
-            raise ConfigError("BinMetric needs a tokenizer whose ids are ordered: use bins, or EmbeddingMetric.")
+        if isinstance(c.metric, BinMetric) and not self.tokenizer.ordered:
+            raise ConfigError(
+                "BinMetric needs a tokenizer whose ids are ordered: use bins, FAST without merges, or EmbeddingMetric."
+            )
         self.clock = nn.Linear(spec.width, spec.width) if c.clock_input else None
         self.rate = nn.Linear(spec.width, 1) if c.velocity == "rate" else None
         if c.velocity == "metric" and isinstance(c.metric, EmbeddingMetric) and c.metric.table == "frozen":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlaflow.evaluation import report_plots as plots
+from vlaflow.evaluation import revision_plot
 from vlaflow.evaluation.films import Film, read_films
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
@@ -50,14 +51,19 @@ def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
     machine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     machine.filters.update(percent=percent, short=plots.short, known=_known, chunks=_chunks_per_episode, points=signed)
     used = [part for part in (*PARTS, "other") if any(part in entry.parts for entry in results.latency)]
+    revising = [e for e in results.evaluations if e.revised_per_chunk and sum(e.revised_per_chunk)]
     drawn = {
         "success": plots.success(results),
         "first_success": plots.first_success(results),
         "latency": plots.latency(results.latency),
         "losses": [(name, plots.loss(log, name)) for name, log in logs.items() if log],
+        "revision": [revision_plot.tokens(results.revision), revision_plot.actions(results.revision)]
+        if results.revision
+        else [],
+        "revised": revision_plot.revised(revising) if revising else "",
         "minutes": plots.minutes(results.minutes) if _steps(results.minutes) > 1 else "",
     }
-    sections = ["Success", "Steps", "Latency"]
+    sections = ["Success", "Steps", "Latency"] + (["Tokens"] if results.revision or revising else [])
     sections += [name for name, there in (("Training", drawn["losses"]), ("Chunks", films), ("Films", films)) if there]
     sections += (["Language"] if results.language else []) + ["Reproduce", "Caveats"]
     envs = len(results.envs)
@@ -219,7 +225,7 @@ def _safe(drawn: Any) -> Any:
         return Markup(drawn)  # noqa: S704
     if isinstance(drawn, dict):
         return {name: _safe(value) for name, value in drawn.items()}
-    return [(name, _safe(svg)) for name, svg in drawn]
+    return [_safe(svg) if isinstance(svg, str) else (svg[0], _safe(svg[1])) for svg in drawn]
 
 
 def _rate(successes: int, n: int) -> str:

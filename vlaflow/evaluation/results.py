@@ -16,6 +16,7 @@ from pathlib import Path
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation.latency import Latency
+from vlaflow.evaluation.revision import Revision
 from vlaflow.evaluation.rollout import Episode
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, mcnemar, paired_difference, wilson
 
@@ -161,7 +162,7 @@ class Results:
         commands: the single steps, where the command ran several.
         checkpoint, fingerprint: what was evaluated, and its content hash.
         machine: processor, cores and system.
-        overall, paired, latency, language: see their classes.
+        overall, paired, latency, language, revision: see their classes.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -176,6 +177,7 @@ class Results:
     latency: tuple[Latency, ...]
     language: tuple[LanguageResult, ...] = ()
     commands: tuple[str, ...] = ()
+    revision: Revision | None = None
     format: str = field(default=FORMAT)
 
     @property

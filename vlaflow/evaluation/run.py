@@ -15,7 +15,8 @@ from vlaflow.errors import ConfigError
 from vlaflow.evaluation import films, language, results
 from vlaflow.evaluation.latency import measure, seen_on_the_way
 from vlaflow.evaluation.results import Minutes, Results
-from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, evaluate, one_thread, plan, require_fit
+from vlaflow.evaluation.revision import follow
+from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, chunk_generator, evaluate, one_thread, plan, require_fit
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
 from vlaflow.progress import progress
@@ -101,6 +102,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
     with one_thread():
         seen = seen_on_the_way(policy, plan(envs, computes[:1], 1, config.first_seed), rollout)
     latency = measure(policy, computes, seen, config.latency_chunks)
+    middle = seen[len(seen) // 2]
+    revision = follow(policy, computes, middle, chunk_generator(config.first_seed, 0))
     if config.films:
         chosen, by_episode = films.choose(episodes), dict(zip(episodes, jobs, strict=True))
         films.film(folder, [by_episode[e] for e in chosen], chosen, out / FILMS, rollout, workers=config.workers)
@@ -125,6 +128,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
         overall=results.pool(evaluations),
         paired=results.compare(evaluations),
         latency=tuple(latency),
+        revision=revision,
         language=language.count_swap(swap, dense_episodes, swapped, swap_horizon) if swap else (),
     )
     results.write(found, out / RESULTS)

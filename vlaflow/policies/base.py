@@ -222,9 +222,9 @@ class Policy:
             with watch.part("prefix"):
                 prefix = self.model.backbone.embed(self._prepare(ObservationBatch.collate(observations)))
             out = compute.decode(self.model, prefix, generators, watch)
-            action_BLD = self._to_robot(out.action_BLD)
+            action_BLD = self.to_robot(out.action_BLD)
         low, high = self.action_spec.low, self.action_spec.high
-        draft_BLD = None if out.draft_BLD is None else self._to_robot(out.draft_BLD).clip(low, high)
+        draft_BLD = None if out.draft_BLD is None else self.to_robot(out.draft_BLD).clip(low, high)
         return [
             Chunk(
                 actions=action_BLD[i].clip(low, high),
@@ -240,7 +240,8 @@ class Policy:
             for i in range(len(observations))
         ]
 
-    def _to_robot(self, action_BLD: Tensor) -> np.ndarray:
+    def to_robot(self, action_BLD: Tensor) -> np.ndarray:
+        """Normalised actions in robot units, not clipped."""
         return self._action.inverse(action_BLD.float()).cpu().numpy()
 
     def _prepare(self, observation: ObservationBatch) -> ObservationBatch:

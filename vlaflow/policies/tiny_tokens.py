@@ -14,6 +14,8 @@ from vlaflow.policies.recipe import DataSpec, OptimConfig, TrainConfig
 
 FAST = FastFit(scale=10.0, vocabulary=256)
 """On the demo's chunks of 16 × 4 numbers: 15 tokens on average, 46 at most, error 0.017 of the range's half."""
+COEFFICIENTS = FastFit(scale=10.0, vocabulary=None)
+"""The same without merges: 64 tokens of 81 ids. Decoders that make tokens in parallel need it (docs/tokens.md)."""
 
 
 def tiny_policy(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from vlaflow.actions.fast import FastFit
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
-from vlaflow.policies.tiny_tokens import FAST, tiny_policy
+from vlaflow.policies.tiny_tokens import COEFFICIENTS, FAST, tiny_policy
 
 
-def autoregressive(data: DataSpec) -> PolicyConfig:
+def autoregressive(data: DataSpec, tokenizer: FastFit = FAST) -> PolicyConfig:
     """FAST tokens one after the other, greedily."""
-    return tiny_policy(data, "fast_ar", AutoregressiveConfig(data.action_dim, FAST))
+    return tiny_policy(data, "autoregressive", AutoregressiveConfig(data.action_dim, tokenizer))
 
 
 def masked(data: DataSpec) -> PolicyConfig:
-    """FAST tokens revealed by confidence."""
-    return tiny_policy(data, "masked_diffusion", MaskedDiffusionConfig(data.action_dim, FAST))
+    """Coefficients revealed by confidence."""
+    return tiny_policy(data, "masked_diffusion", MaskedDiffusionConfig(data.action_dim, COEFFICIENTS))
 
 
 def flow(data: DataSpec) -> PolicyConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlaflow.policies.baselines import policy
 from vlaflow.policies.recipe import DataSpec, TrainConfig
-from vlaflow.policies.tiny_tokens import tiny_training
+from vlaflow.policies.tiny_tokens import COEFFICIENTS, tiny_training
 
 
 def fast_ar(data: DataSpec) -> TrainConfig:
@@ -15,8 +15,16 @@ def fast_ar(data: DataSpec) -> TrainConfig:
     return tiny_training(policy.autoregressive(data))
 
 
+def coefficients_ar(data: DataSpec) -> TrainConfig:
+    """Cosine coefficients one after the other, otherwise as ``fast_ar``: the tokens of the decoders it is compared with.
+
+    vlaflow train baselines.coefficients_ar --dataset runs/demo/dataset --out runs/baselines/coefficients
+    """
+    return tiny_training(policy.autoregressive(data, COEFFICIENTS))
+
+
 def masked_diffusion(data: DataSpec) -> TrainConfig:
-    """FAST tokens by masked discrete diffusion (as UD-VLA), otherwise as ``fast_ar``.
+    """Cosine coefficients by masked discrete diffusion (as UD-VLA), otherwise as ``fast_ar``.
 
     vlaflow train baselines.masked_diffusion --dataset runs/demo/dataset --out runs/baselines/masked
     """

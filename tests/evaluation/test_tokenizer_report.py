@@ -1,0 +1,3 @@
+"""Tokenizers as a user fits, compares and trains with them."""
+
+from tests.data.toyset import *  # noqa: F403

@@ -1,0 +1,131 @@
+"""``vlaflow data fit-tokenizer`` and ``vlaflow data tokenizer-report``: actions as tokens of a vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Normalisation = Literal["quantile", "min_max", "mean_std", "identity"]
+
+
+@dataclass(frozen=True)
+class FitTokenizer:
+    """Fit a tokenizer on a data set's training episodes and write it to a file that training takes.
+
+    Example: vlaflow data fit-tokenizer runs/demo/dataset --out runs/fast.json --scale 10 --vocabulary 256
+
+    Training fits one by itself; a file is for looking at it first (tokenizer-report), or for one tokenizer in several trainings
+    (vlaflow train ... --tokenizer FILE).
+
+    Args:
+        directory: a LeRobot data set.
+        out: the file, .json.
+        kind: "fast" (cosine transform and byte-pair encoding) or "bins".
+        horizon: actions per chunk.
+        normalisation: as in the policy's action_normalisation.
+        scale: of FAST: units of rounding per unit of the normalised actions.
+        vocabulary: of FAST: coefficients and merges; none merges nothing.
+        bins: of bins: intervals per dimension.
+        spacing: of bins: "uniform" or "quantile".
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    kind: Literal["fast", "bins"] = "fast"
+    horizon: int = 16
+    normalisation: Normalisation = "quantile"
+    scale: float = 10.0
+    vocabulary: int | None = 256
+    bins: int = 64
+    spacing: Literal["uniform", "quantile"] = "uniform"
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """Reconstruction error, length and compression of tokenizers on episodes they were not fitted on, with plots.
+
+    Example: vlaflow data tokenizer-report runs/demo/dataset --out runs/tokenizers.html
+
+    Args:
+        directory: a LeRobot data set.
+        out: the page, .html.
+        tokenizer: files to compare; by default a row of sizes of both kinds is fitted.
+        horizon: actions per chunk of the tokenizers fitted here.
+        normalisation: of the actions.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    tokenizer: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    horizon: int = 16
+    normalisation: Normalisation = "quantile"
+
+
+def fit_tokenizer(arguments: FitTokenizer) -> int:
+    """Fit, write, say what came of it."""
+    from rich.console import Console
+
+    from vlaflow.actions.bins import BinsFit
+    from vlaflow.actions.fast import FastFit
+    from vlaflow.actions.files import TokenizerFile, save_tokenizer
+    from vlaflow.data.lerobot import Dataset
+    from vlaflow.evaluation.tokenizer_report import fit, material, quality
+
+    a = arguments
+    dataset = Dataset.open(a.directory)
+    chunks = material(dataset, a.horizon, a.normalisation)
+    made = fit(FastFit(a.scale, a.vocabulary) if a.kind == "fast" else BinsFit(a.bins, a.spacing), chunks)
+    save_tokenizer(a.out, TokenizerFile(made, a.normalisation, dataset.fingerprint))
+    seen = quality(made, chunks)
+    Console().print(
+        f"{seen.name}: {seen.tokens:.1f} tokens per chunk of {a.horizon} (at most {seen.slots}), error {seen.error:.4f} rms, "
+        f"{100 * seen.inexact:.2f} % of the held-out chunks lose more than rounding.\nWritten: {a.out}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+def tokenizer_report(arguments: TokenizerReport) -> int:
+    """Measure, print the table, write the page."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlaflow.actions.files import load_tokenizer
+    from vlaflow.data.lerobot import Dataset
+    from vlaflow.evaluation import tokenizer_page as page
+    from vlaflow.evaluation.tokenizer_report import describe, fit, material, quality, standard_fits
+    from vlaflow.progress import progress
+
+    a = arguments
+    dataset = Dataset.open(a.directory)
+    loaded = [load_tokenizer(file, a.normalisation) for file in a.tokenizer]
+    horizon = loaded[0].horizon if loaded else a.horizon
+    chunks = material(dataset, horizon, a.normalisation)
+    names: list[str] = [f"{file.stem}: {describe(made)}" for file, made in zip(a.tokenizer, loaded, strict=True)]
+    made: list[Any] = list(loaded)
+    todo = () if loaded else standard_fits()
+    found = []
+    with progress(len(todo) + len(loaded), "Measuring") as bar:
+        for tokenizer, name in zip(loaded, names, strict=True):
+            found.append(quality(tokenizer, chunks, name))
+            bar.advance()
+        for what in todo:
+            made.append(fit(what, chunks))
+            name = f"{describe(made[-1])}, quantile" if getattr(what, "spacing", "") == "quantile" else describe(made[-1])
+            found.append(quality(made[-1], chunks, name))
+            bar.advance()
+    table = Table("tokenizer", "tokens", "most", "error", "id ±1", "random id", "repaired")
+    for row in found:
+        changes = (f"{row.error:.4f}", f"{row.neighbour:.3f}", f"{row.random:.3f}", f"{100 * row.repaired:.0f} %")
+        table.add_row(row.name, f"{row.tokens:.1f}", str(row.longest), *changes)
+    console = Console()
+    console.print(table)
+    console.print(page.READING, soft_wrap=True)
+    measured, labels = list(zip(found, made, strict=True)), dataset.dimension_names("action")
+    written = page.write_page(measured, chunks, labels, f"Action tokenizers on {dataset.root.name}", a.out)
+    console.print(f"Written: {written}", soft_wrap=True)
+    return 0

@@ -1,0 +1,179 @@
+"""What an action tokenizer keeps, how long its sequences are, and what one wrong token does, on demonstrations it has not seen.
+
+Shape letters: N chunks, L horizon, D action dimension, S token slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlaflow.actions.bins import BinsFit, BinsTokenizer
+from vlaflow.actions.fast import FastFit, FastTokenizer
+from vlaflow.data import stats
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.transforms import Mode, Normalizer
+from vlaflow.data.windows import action_chunks, split_episodes
+from vlaflow.errors import ConfigError, SpecError
+
+Fit = FastFit | BinsFit
+Fitted = FastTokenizer | BinsTokenizer
+CHUNKS = 4000
+"""Held-out chunks that are looked at, at most; their statistics do not move with more."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Normalised chunks (N, L, D) of the training and of the held-out episodes, and how they were normalised."""
+
+    train: np.ndarray
+    held: np.ndarray
+    normaliser: Normalizer
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One tokenizer on held-out chunks. Errors are in normalised units, where the actions lie in about [−1, 1].
+
+    Args:
+        name: for tables.
+        vocabulary, slots: of the tokenizer.
+        tokens: mean tokens per chunk, end tokens aside.
+        longest: most tokens of a held-out chunk.
+        numbers_per_token: L·D / tokens.
+        compression: bits of the float32 numbers per bit of the tokens, each worth log2 of the vocabulary.
+        error: root mean square of reconstruction.
+        error_robot: the same per dimension in robot units.
+        largest: largest error of any number.
+        inexact: share of the chunks that lost more than rounding (out of range, or longer than the slots).
+        neighbour: median root mean square change of the chunk when one token's id is raised or lowered by one.
+        random: the same when one token becomes any other.
+        repaired: share of the chunks with one random token that no longer describe a chunk exactly.
+    """
+
+    name: str
+    vocabulary: int
+    slots: int
+    tokens: float
+    longest: int
+    numbers_per_token: float
+    compression: float
+    error: float
+    error_robot: tuple[float, ...]
+    largest: float
+    inexact: float
+    neighbour: float
+    random: float
+    repaired: float
+
+
+def material(dataset: Dataset, horizon: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
+    """Chunks as training sees them: normalised by statistics of the training episodes, the same episodes held out.
+
+    Raises:
+        SpecError: a data set of a single episode per task, where nothing can be held out.
+    """
+    train, held = split_episodes(dataset, validation_fraction, seed)
+    if not held:
+        raise SpecError(f"{dataset.root} has one episode per task, so none can be held out. Record more.")
+    normaliser = Normalizer.from_stats(stats.compute(dataset, train)["action"], mode)
+
+    def normalised(episodes: Sequence[int]) -> np.ndarray:
+        return normaliser.forward(torch.from_numpy(action_chunks(dataset, horizon, episodes))).numpy()
+
+    return Material(normalised(train), normalised(held), normaliser)
+
+
+def describe(tokenizer: Fitted) -> str:
+    """A name for tables: "FAST, scale 10, 256 ids" or "64 bins"."""
+    if isinstance(tokenizer, FastTokenizer):
+        return (
+            f"FAST, scale {tokenizer.scale:g}, {tokenizer.vocabulary - 1} ids"
+            if tokenizer.merges
+            else (f"coefficients, scale {tokenizer.scale:g}")
+        )
+    return f"{tokenizer.bins} bins"
+
+
+def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: int = 0) -> Quality:
+    """Measure one tokenizer on the held-out chunks.
+
+    Raises:
+        ConfigError: a tokenizer for chunks of another shape.
+    """
+    action_NLD = chunks.held[:: -(-len(chunks.held) // CHUNKS)]
+    id_NS = tokenizer.encode(action_NLD)
+    error_NLD = tokenizer.decode(id_NS).action_BLD - action_NLD
+    length_N = lengths(tokenizer, id_NS)
+    scale_D = np.array(chunks.normaliser.scale)
+    numbers = action_NLD.shape[1] * action_NLD.shape[2]
+    near, _ = _disturbed(tokenizer, id_NS, length_N, np.random.default_rng(seed), near=True)
+    far, repaired = _disturbed(tokenizer, id_NS, length_N, np.random.default_rng(seed), near=False)
+    return Quality(
+        name=name or describe(tokenizer),
+        vocabulary=tokenizer.vocabulary,
+        slots=tokenizer.slots,
+        tokens=float(length_N.mean()),
+        longest=int(length_N.max()),
+        numbers_per_token=numbers / float(length_N.mean()),
+        compression=32 * numbers / (float(length_N.mean()) * float(np.log2(tokenizer.vocabulary))),
+        error=_rms(error_NLD),
+        error_robot=tuple((np.sqrt(np.square(error_NLD).mean((0, 1))) * scale_D).tolist()),
+        largest=float(np.abs(error_NLD).max()),
+        inexact=float(1 - tokenizer.exact(action_NLD).mean()) if isinstance(tokenizer, FastTokenizer) else 0.0,
+        neighbour=near,
+        random=far,
+        repaired=repaired,
+    )
+
+
+def lengths(tokenizer: Fitted, id_NS: np.ndarray) -> np.ndarray:
+    """Tokens per chunk, end tokens aside, int64 (N,)."""
+    if isinstance(tokenizer, FastTokenizer):
+        return tokenizer.lengths(id_NS)
+    return np.full(len(id_NS), id_NS.shape[1])
+
+
+def standard_fits() -> tuple[Fit, ...]:
+    """What a report compares when it is given no tokenizer."""
+    fast = tuple(FastFit(scale, vocabulary) for scale in (5.0, 10.0, 20.0) for vocabulary in (256, 1024))
+    return (*fast, FastFit(10.0, None), BinsFit(32), BinsFit(64), BinsFit(128), BinsFit(64, "quantile"))
+
+
+def fit(what: Fit, chunks: Material) -> Fitted:
+    """Fit on the training chunks."""
+    return what.fit(chunks.train)
+
+
+def example_chunk(chunks: Material) -> np.ndarray:
+    """The held-out chunk that moves most, (L, D): on one that stands still every tokenizer is perfect."""
+    return chunks.held[int(chunks.held.std(1).sum(1).argmax())]
+
+
+def _disturbed(
+    tokenizer: Fitted, id_NS: np.ndarray, length_N: np.ndarray, rng: np.random.Generator, near: bool
+) -> tuple[float, float]:
+    """Median change of the chunks when one of their tokens is replaced, and the share that had to be repaired."""
+    ids = tokenizer.vocabulary - (tokenizer.end is not None)
+    if ids < 2:
+        raise ConfigError("A vocabulary of one token cannot be disturbed.")
+    rows = np.flatnonzero(length_N > 0)
+    place = (rng.uniform(size=len(rows)) * length_N[rows]).astype(int)
+    before = id_NS[rows, place]
+    if near:
+        step = np.where(before == 0, 1, np.where(before == ids - 1, -1, rng.choice((-1, 1), len(rows))))
+        after = before + step
+    else:
+        after = (before + rng.integers(1, ids, len(rows))) % ids
+    wrong_NS = id_NS[rows].copy()
+    wrong_NS[np.arange(len(rows)), place] = after
+    made = tokenizer.decode(wrong_NS)
+    change_N = np.sqrt(np.square(made.action_BLD - tokenizer.decode(id_NS[rows]).action_BLD).mean((1, 2)))
+    return float(np.median(change_N)), float(made.repaired_B.mean())
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.square(x).mean()))
