@@ -146,12 +146,20 @@ class PretrainedBackbone(Backbone):
         Raises:
             SpecError: for a state of another length.
         """
-        c = self.config
-        if observation.state_BS.shape[1] != c.state_dim:
-            raise SpecError(f"The policy expects a state of length {c.state_dim}, got {observation.state_BS.shape[1]}.")
-        device = hidden_BPW.device
+        self.check_state(observation)
+        c, device = self.config, hidden_BPW.device
         state_BS = functional.pad(observation.state_BS, (0, c.padded_state - c.state_dim)).to(device, self.state.weight.dtype)
         return hidden_BPW.masked_scatter(there_BP[..., None].to(device), self.state(state_BS).to(hidden_BPW.dtype))
+
+    def check_state(self, observation: ObservationBatch) -> None:
+        """Refuse a state of another length.
+
+        Raises:
+            SpecError: with both lengths.
+        """
+        expected, found = self.config.state_dim, observation.state_BS.shape[1]
+        if found != expected:
+            raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
 
     def logits(self, hidden_BTW: Tensor) -> Tensor:
         """Next-token logits (B, T, vocabulary) of hidden states that have run through all layers."""

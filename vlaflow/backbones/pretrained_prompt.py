@@ -48,6 +48,7 @@ def transformers_library(name: str) -> ModuleType:
     """
     try:
         import transformers
+        import transformers.models.emu3.modeling_emu3
         import transformers.models.molmo2.modeling_molmo2
         import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
     except ImportError as error:

@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 from vlaflow import __version__
 from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.emu3 import EmuConfig
 from vlaflow.backbones.molmo2 import MolmoConfig
 from vlaflow.backbones.qwen2_5_vl import QwenConfig
 from vlaflow.backbones.tiny import TinyConfig
@@ -59,7 +60,7 @@ class PolicyConfig:
     """
 
     system: str
-    backbone: TinyConfig | QwenConfig | MolmoConfig
+    backbone: TinyConfig | QwenConfig | MolmoConfig | EmuConfig
     decoder: FlowConfig | RegressionConfig | AutoregressiveConfig | MaskedDiffusionConfig | DiscreteFlowConfig
     rater: RaterConfig | None = None
     exits: ExitTraining | None = None

@@ -1,0 +1,270 @@
+"""Emu3 against transformers' own forward pass, on a small random model that is written to disk like a published one."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.helpers import FAST, action_spec, count_layers, feature_stats
+from vlaflow.backbones.emu3 import EmuConfig, emu3_8b
+from vlaflow.compute.two_stage import TwoStage
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.errors import CapabilityError, ConfigError, SpecError
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.spec import Observation
+from vlaflow.stacks.shared import SharedStack
+
+transformers = pytest.importorskip("transformers")
+
+ROUNDING = {"atol": 2e-5, "rtol": 1e-4}  # float32, sums in another order
+VIEWS = ("front", "wrist")
+SENTENCES = ("Open the drawer.", "Press the red button on top, then close the window.")
+CODES = 16
+NAMED = {
+    "bos_token": "<|extra_203|>",
+    "eos_token": "<|extra_204|>",
+    "pad_token": "<|endoftext|>",
+    "boi_token": "<|image start|>",
+    "eoi_token": "<|image end|>",
+    "image_token": "<image>",
+    "image_wrapper_token": "<|image token|>",
+    "eof_token": "<|extra_201|>",
+}
+SPECIAL = [*NAMED.values(), "<|extra_200|>", *(f"<|visual token {i:06d}|>" for i in range(CODES))]
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 330,
+    "attention_dropout": 0.0,
+    "pad_token_id": 2,
+}
+VQ = {
+    "codebook_size": CODES,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "hidden_size": 32,
+    "attn_resolutions": [3],
+}
+SIDE = 32  # pixels: four codes a row
+
+
+def write_model(folder):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(SENTENCES, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=NAMED, **NAMED)
+    tokenizer.save_pretrained(folder)
+    config = transformers.Emu3Config(text_config=TEXT, vq_config=VQ, vocabulary_map=bpe.get_vocab())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = transformers.Emu3ForConditionalGeneration(config)
+        for parameter in network.parameters():  # the small standard initialisation would hide errors
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    network.save_pretrained(folder)
+    transformers.Emu3ImageProcessor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("emu"))
+
+
+def emu_config(folder, **changes):
+    return EmuConfig(**{"state_dim": 4, "views": VIEWS, "source": str(folder), "pixels": SIDE * SIDE, **changes})
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return emu_config(folder).build().eval()
+
+
+def observation(seed=0):
+    rng = np.random.default_rng(seed)
+    images = {view: rng.integers(0, 256, (48, 48, 3), dtype=np.uint8) for view in VIEWS}
+    return Observation(images, rng.normal(size=4).astype(np.float32), SENTENCES[seed % 2])
+
+
+OBSERVED = ObservationBatch.collate([observation(0), observation(1)])
+
+
+@cache
+def theirs(folder):
+    return transformers.Emu3ForConditionalGeneration.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def test_the_prompt_is_that_of_transformers_own_processor(folder, backbone):
+    """Ids, seen tokens and pixels of the published processor, with our area of the images."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    pictures = transformers.Emu3ImageProcessor(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
+    processor = transformers.Emu3Processor(pictures, tokenizer)
+    images = [[observation(i).images[view] for view in VIEWS] for i in range(2)]
+    texts = [sentence + "<image>" * len(VIEWS) for sentence in SENTENCES]
+    expected = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
+    prompt = backbone.reader.read(OBSERVED, backbone.config)
+    assert torch.equal(prompt.id_BP, expected["input_ids"])
+    assert torch.equal(prompt.seen_BP.long(), expected["attention_mask"])
+    assert torch.equal(prompt.pixels_I3HW, expected["pixel_values"])
+
+
+@torch.no_grad()
+def test_every_layer_is_that_of_transformers(folder):
+    """Causal as pretrained, two views, instructions of different lengths: all hidden states and the logits agree."""
+    ours = emu_config(folder, attention="causal").build().eval()
+    prompt = ours.reader.read(OBSERVED, ours.config)
+    assert not prompt.seen_BP.all()
+    out = theirs(folder)(
+        input_ids=prompt.id_BP,
+        attention_mask=prompt.seen_BP.long(),
+        position_ids=torch.arange(prompt.id_BP.shape[1])[None].expand(2, -1),
+        pixel_values=prompt.pixels_I3HW,
+        image_sizes=torch.tensor([[SIDE, SIDE]] * 4),
+        output_hidden_states=True,
+    )
+    prefix = ours.embed(OBSERVED)
+    for depth in range(ours.spec.depth):
+        mine = ours.run(prefix, depth).hidden_BPW
+        torch.testing.assert_close(mine[prompt.seen_BP], out.hidden_states[depth][prompt.seen_BP], **ROUNDING)
+    torch.testing.assert_close(ours.logits(ours.run(prefix).hidden_BPW)[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING)
+
+
+@torch.no_grad()
+def test_image_codes_are_those_of_transformers_and_different_images_have_different_ones(folder, backbone):
+    prompt = backbone.reader.read(OBSERVED, backbone.config)
+    codes = backbone.reader.codes(backbone._codes(prompt.pixels_I3HW))
+    sizes = torch.tensor([[SIDE, SIDE]] * 4)
+    assert torch.equal(codes.flatten(), theirs(folder).model.get_image_tokens(prompt.pixels_I3HW, sizes).long())
+    assert codes.shape == (4, 4 * 5)
+    assert len(torch.unique(codes)) > 3
+
+
+@torch.no_grad()
+def test_with_full_attention_words_see_the_images_after_them(backbone):
+    same = backbone.run(backbone.embed(OBSERVED)).hidden_BPW
+    changed = replace(OBSERVED, images={**OBSERVED.images, "wrist": 255 - OBSERVED.images["wrist"]})
+    other = backbone.run(backbone.embed(changed)).hidden_BPW
+    assert not torch.allclose(other[:, 1], same[:, 1])
+
+
+@torch.no_grad()
+def test_continuing_a_prefix_loses_nothing_and_company_changes_nothing(backbone):
+    prefix = backbone.embed(OBSERVED)
+    at_once, halves = backbone.run(prefix), backbone.run(backbone.run(prefix, 1))
+    assert torch.equal(at_once.hidden_BPW, halves.hidden_BPW)
+    suffix_BTW = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    together, jointly = SharedStack(64)(suffix_BTW, at_once), SharedStack.joint(suffix_BTW, prefix, 3)[0]
+    for row in range(2):
+        single = backbone.embed(ObservationBatch.collate([observation(row)]))
+        alone = SharedStack(64)(suffix_BTW[row : row + 1], backbone.run(single))
+        torch.testing.assert_close(together[row : row + 1], alone, **ROUNDING)
+        joint = SharedStack.joint(suffix_BTW[row : row + 1], single, 3)[0]
+        torch.testing.assert_close(jointly[row : row + 1], joint, **ROUNDING)
+
+
+@torch.no_grad()
+def test_a_joint_pass_is_the_whole_sequence_with_full_attention(folder, backbone):
+    one = backbone.embed(ObservationBatch.collate([observation(0)]))
+    p, t = one.hidden_BPW.shape[1], 5
+    suffix_BTW = torch.randn(1, t, 64, generator=torch.Generator().manual_seed(1))
+    whole = theirs(folder).model.text_model(
+        inputs_embeds=torch.cat((one.hidden_BPW, suffix_BTW), 1),
+        position_ids=torch.arange(p + t)[None],
+        attention_mask=torch.zeros(1, 1, p + t, p + t),
+    )
+    torch.testing.assert_close(SharedStack.joint(suffix_BTW, one, 3)[0], whole.last_hidden_state[:, p:], **ROUNDING)
+
+
+@torch.no_grad()
+def test_cached_tokens_are_the_whole_causal_suffix(backbone):
+    """Positions of single tokens follow the prefix and each other, rotations included."""
+    prefix = backbone.run(backbone.embed(OBSERVED))
+    suffix_BTW = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    whole = SharedStack(64).exits(suffix_BTW, prefix, (3,), mask)[0]
+    cache = SharedStack.cache(prefix, 5)
+    single = [SharedStack.extend(suffix_BTW[:, t : t + 1], prefix, cache) for t in range(5)]
+    torch.testing.assert_close(torch.cat(single, 1), whole, **ROUNDING)
+
+
+def policy(folder, decoder, **changes):
+    stats = {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}
+    config = PolicyConfig("dfm_vla", emu_config(folder, **changes), decoder(4, FAST, horizon=6), execute=3)
+    made = Policy.create(config, action_spec(4), stats, seed=0)
+    made.model.eval()
+    return made
+
+
+@pytest.mark.parametrize("decoder", [DiscreteFlowConfig, AutoregressiveConfig])
+def test_a_policy_acts_and_opens_without_its_source(folder, decoder, tmp_path, monkeypatch):
+    made = policy(folder, decoder)
+    made.save_pretrained(tmp_path / "ckpt")
+    again = Policy.from_pretrained(tmp_path / "ckpt")
+    config = json.loads((tmp_path / "ckpt/config.json").read_text())
+    assert config["backbone"]["source"] is None
+    assert "vocabulary_map" not in config["backbone"]["architecture"]
+    chunks = [p.act(observation(), generator=torch.Generator().manual_seed(0)) for p in (made, again)]
+    assert np.array_equal(chunks[0].actions, chunks[1].actions)
+    assert not any("vqmodel.decoder" in name for name in made.model.state_dict())
+    if decoder is DiscreteFlowConfig:
+        calls = count_layers(monkeypatch, made.model.backbone)
+        assert made.act(observation(), TwoStage(3, 1)).layer_passes == len(calls) == 3 * (1 + 4)
+
+
+def test_the_output_projection_has_a_row_per_action_token_and_the_image_tokenizer_stays_as_it_is(folder):
+    made = policy(folder, DiscreteFlowConfig, recompute=True)
+    made.model.train()
+    decoder = made.model.decoder
+    assert decoder.head.weight.shape == (FAST.vocabulary, 64)
+    prefix = made.encode(OBSERVED)
+    from vlaflow.decoders.base import Targets
+
+    targets = Targets(torch.zeros(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
+    decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total.backward()
+    backbone = made.model.backbone
+    assert backbone.language.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+    assert backbone.language.embed_tokens.weight.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in backbone.network.vqmodel.parameters())
+
+
+def test_answers_are_learned(folder, backbone):
+    loss = backbone.answer_loss(backbone.embed(OBSERVED), backbone.answer_ids(["Done.", "It is open now"]))
+    assert loss.isfinite()
+
+
+def test_the_published_size():
+    """8.49 B parameters in text model and head; the frozen image encoder adds 0.1 B."""
+    with torch.device("meta"):
+        network = EmuConfig(8, VIEWS, architecture=emu3_8b()).build()
+    text = sum(p.numel() for p in network.language.parameters()) + sum(p.numel() for p in network.head.parameters())
+    assert text == pytest.approx(8.49e9, rel=1e-3)
+    assert network.spec.depth == 32
+    assert sum(p.numel() for p in network.network.vqmodel.parameters()) < 0.2e9
+
+
+def test_wrong_input_is_one_sentence(folder, backbone, tmp_path):
+    with pytest.raises(SpecError, match="state of length 4, got 3"):
+        backbone.embed(replace(OBSERVED, state_BS=OBSERVED.state_BS[:, :3]))
+    with pytest.raises(SpecError, match="plain words"):
+        backbone.embed(replace(OBSERVED, instructions=["<|image start|>", "x"]))
+    with pytest.raises(ConfigError, match="no Emu3 folder"):
+        emu_config(tmp_path / "missing").build()
+    with pytest.raises(CapabilityError, match="no tokenizer"):
+        EmuConfig(4, VIEWS, architecture=backbone.config.architecture).build().embed(OBSERVED)
+    with pytest.raises(ConfigError, match="either 'source'"):
+        EmuConfig(4, VIEWS)
+    wide = replace(OBSERVED, images={**OBSERVED.images, "wrist": OBSERVED.images["wrist"][:, :, :40]})
+    with pytest.raises(ConfigError, match="views of one shape"):
+        backbone.embed(wide)

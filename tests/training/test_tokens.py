@@ -1,0 +1,153 @@
+"""Decoders of tokens trained by recipe: the tokenizer is fitted, or given; fewer demonstrations; continued to the same bytes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.small import weights
+from vlaflow.cli.main import main
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.windows import action_chunks, fewer_episodes, split_episodes
+from vlaflow.errors import ConfigError
+from vlaflow.policies.base import Policy
+from vlaflow.training.run import Options, train
+from vlaflow.training.stages import PolicyStage
+
+SMALL = {
+    f"policy.backbone.{k}": v for k, v in {"width": "32", "depth": "1", "heads": "2", "ffn": "64", "image_size": "32"}.items()
+}
+SMALL |= {"policy.decoder.horizon": "4", "policy.execute": "2", "steps": "6", "batch_size": "4", "checkpoint_every": "3"}
+SMALL |= {"validate_every": "3", "pauses": "none", "validation_fraction": "0.3"}
+FIT = {"policy.decoder.tokenizer.scale": "3"}
+RECIPES = (
+    "dfm_vla.demo",
+    "dfm_vla.demo_head",
+    "dfm_vla.demo_ordered",
+    "dfm_vla.demo_fast",
+    "baselines.fast_ar",
+    "baselines.coefficients_ar",
+    "baselines.masked_diffusion",
+)
+
+
+def run(recipe, dataset, out, *, tokenizer=None, **changes):
+    overrides = SMALL | ({} if "bins" in recipe or recipe == "baselines.flow" else FIT) | changes
+    return train(recipe, dataset, out, options=Options(overrides, "none", tokenizer=tokenizer, threads=1))
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "dfm_vla.demo_bins", "baselines.flow"])
+def test_every_demo_trains_saves_its_tokenizer_and_acts(recipe, dataset, tmp_path):
+    outcome = run(recipe, dataset, tmp_path / "policy")
+    assert outcome.finished
+    assert np.isfinite(outcome.loss)
+    policy = Policy.from_pretrained(tmp_path / "policy")
+    batch = next(_observations(dataset))
+    chunk = policy.act(batch, generator=torch.Generator().manual_seed(0))
+    assert chunk.actions.shape == (4, 2)
+    if recipe != "baselines.flow":
+        tokenizer = policy.model.decoder.tokenizer
+        assert policy.config.decoder.tokenizer == tokenizer
+        assert chunk.tokens.shape == (tokenizer.slots,)
+
+
+def _observations(dataset):
+    from vlaflow.spec import Observation
+
+    yield Observation({"front": np.zeros((32, 32, 3), np.uint8)}, np.zeros(3, np.float32), Dataset.open(dataset).tasks[0])
+
+
+def test_a_run_that_broke_off_continues_to_the_same_bytes(dataset, tmp_path, monkeypatch):
+    run("dfm_vla.demo", dataset, tmp_path / "whole")
+    calls, loss = [], PolicyStage.loss
+
+    def breaks(self, *arguments):
+        calls.append(1)
+        if len(calls) > 6:
+            raise OSError("power cut")
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(PolicyStage, "loss", breaks)
+    with pytest.raises(OSError, match="power cut"):
+        run("dfm_vla.demo", dataset, tmp_path / "halves")
+    monkeypatch.undo()
+    assert (tmp_path / "halves/training/step-000003").exists()
+    run("dfm_vla.demo", dataset, tmp_path / "halves")
+    assert weights(tmp_path / "whole") == weights(tmp_path / "halves")
+
+
+def test_a_tokenizer_file_is_used_as_it_is(dataset, tmp_path, capsys):
+    file = tmp_path / "tokens.json"
+    command = [
+        "data",
+        "fit-tokenizer",
+        str(dataset),
+        "--out",
+        str(file),
+        "--horizon",
+        "4",
+        "--scale",
+        "2",
+        "--vocabulary",
+        "64",
+    ]
+    assert main(command) == 0
+    assert "tokens per chunk of 4" in capsys.readouterr().out
+    run("baselines.fast_ar", dataset, tmp_path / "policy", tokenizer=file)
+    saved = json.loads((tmp_path / "policy/config.json").read_text())["decoder"]["tokenizer"]
+    written = json.loads(file.read_text())["tokenizer"]
+    assert saved == written
+    with pytest.raises(ConfigError, match="no vocabulary"):
+        run("baselines.flow", dataset, tmp_path / "flow", tokenizer=file)
+    with pytest.raises(ConfigError, match="chunks of 4 actions"):
+        run("baselines.fast_ar", dataset, tmp_path / "other", tokenizer=file, **{"policy.decoder.horizon": "3"})
+    with pytest.raises(ConfigError, match="normalised by 'quantile'"):
+        run("baselines.fast_ar", dataset, tmp_path / "other", tokenizer=file, **{"policy.action_normalisation": "min_max"})
+
+
+@pytest.mark.parametrize("kind", ["fast", "bins"])
+def test_fitting_by_command_twice_gives_the_same_file(kind, dataset, tmp_path):
+    files = [tmp_path / f"{i}.json" for i in range(2)]
+    for file in files:
+        assert main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--horizon", "4", "--kind", kind]) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_tokenizer_report_compares_files_and_standard_sizes(dataset, tmp_path, capsys):
+    file = tmp_path / "bins.json"
+    main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--horizon", "4", "--kind", "bins", "--bins", "16"])
+    page = tmp_path / "pages/report.html"
+    assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--tokenizer", str(file)]) == 0
+    assert "bins: 16 bins" in page.read_text()
+    assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--horizon", "4"]) == 0
+    text = page.read_text()
+    for name in ("FAST, scale 10, 256 ids", "coefficients, scale 10", "64 bins, quantile"):
+        assert name in text
+    assert text.count("<svg") == 3
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "repaired" in capsys.readouterr().out
+
+
+def test_fewer_demonstrations_are_a_part_of_more_and_leave_the_held_out_ones_alone(dataset, tmp_path):
+    opened = Dataset.open(dataset)
+    train_episodes, held = split_episodes(opened, 0.3, 0)
+    half, some = (fewer_episodes(opened, train_episodes, share, 0) for share in (0.5, 0.01))
+    assert set(some) <= set(half) <= set(train_episodes)
+    assert not set(half) & set(held)
+    assert {opened.episodes[e].task for e in some} == {opened.episodes[e].task for e in train_episodes}
+    run("baselines.flow", dataset, tmp_path / "policy", demonstrations="0.5")
+    assert f"{len(half)} for training, {len(held)} held out" in (tmp_path / "policy/README.md").read_text()
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=r"in \(0, 1\]"):
+            fewer_episodes(opened, train_episodes, wrong, 0)
+
+
+def test_chunks_are_those_of_the_windows(dataset):
+    from vlaflow.data.frames import FrameCache
+    from vlaflow.data.windows import Windows
+
+    opened = Dataset.open(dataset)
+    windows = Windows(opened, FrameCache.open(opened, 32, ["front"]), 4, episodes=(0, 2))
+    expected = windows.batch(np.arange(len(windows))).action_BLD
+    np.testing.assert_array_equal(action_chunks(opened, 4, (0, 2)), expected)
