@@ -37,6 +37,7 @@ TINY = {
         "32",
     ],
     "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32", "exits=none"],
+    "decoders": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
     "startup": [],
     "demo_steps": [],
 }

@@ -65,7 +65,9 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
     finally:
         torch.set_num_threads(before)
     middle = {name: float(np.median(ms)) for name, ms in times.items()}
-    each = model.decoder.evaluations(steps)
+    with torch.inference_mode():
+        tokens = model.decoder.tokens(model.decoder.solve(prefixes[depths[-1]], [Generator().manual_seed(0)], steps))
+    each = tokens.evaluations[0] if tokens else model.decoder.evaluations(steps)
     full = middle[f"prefix {depths[-1]}"] + middle[f"step {depths[-1]}"]
     return Profile(
         checkpoint=checkpoint,
