@@ -55,6 +55,7 @@ class TokenizerReport:
         tokenizer: files to compare; by default a row of sizes of both kinds is fitted.
         horizon: actions per chunk of the tokenizers fitted here.
         normalisation: of the actions.
+        policy: a checkpoint with a discrete flow: also say how well its own metric orders its tokens.
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
@@ -62,6 +63,7 @@ class TokenizerReport:
     tokenizer: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     horizon: int = 16
     normalisation: Normalisation = "quantile"
+    policy: Path | None = None
 
 
 def fit_tokenizer(arguments: FitTokenizer) -> int:
@@ -118,14 +120,38 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
             name = f"{describe(made[-1])}, quantile" if getattr(what, "spacing", "") == "quantile" else describe(made[-1])
             found.append(quality(made[-1], chunks, name))
             bar.advance()
-    table = Table("tokenizer", "tokens", "most", "error", "id ±1", "random id", "repaired")
+    table = Table("tokenizer", "tokens", "most", "error", "id ±1", "random id", "repaired", "order")
     for row in found:
         changes = (f"{row.error:.4f}", f"{row.neighbour:.3f}", f"{row.random:.3f}", f"{100 * row.repaired:.0f} %")
-        table.add_row(row.name, f"{row.tokens:.1f}", str(row.longest), *changes)
+        table.add_row(row.name, f"{row.tokens:.1f}", str(row.longest), *changes, f"{row.order:.2f}")
     console = Console()
     console.print(table)
     console.print(page.READING, soft_wrap=True)
+    if a.policy is not None:
+        console.print(_own_metric(a.policy, dataset), soft_wrap=True)
     measured, labels = list(zip(found, made, strict=True)), dataset.dimension_names("action")
     written = page.write_page(measured, chunks, labels, f"Action tokenizers on {dataset.root.name}", a.out)
     console.print(f"Written: {written}", soft_wrap=True)
     return 0
+
+
+def _own_metric(checkpoint: Path, dataset: Any) -> str:
+    """How well the metric of a checkpoint's discrete flow orders its tokens, in a sentence."""
+    import torch
+
+    from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
+    from vlaflow.errors import CapabilityError
+    from vlaflow.evaluation.tokenizer_report import describe, id_distance, material, metric_rank
+    from vlaflow.policies.base import Policy
+
+    policy = Policy.from_pretrained(checkpoint)
+    decoder = policy.model.decoder
+    if not isinstance(decoder, DiscreteFlowDecoder):
+        raise CapabilityError(
+            f"{checkpoint} has a {type(decoder).__name__}, which has no metric. Name one with a discrete flow."
+        )
+    chunks = material(dataset, decoder.horizon, policy.config.action_normalisation)
+    with torch.no_grad():
+        distance_VV = decoder.distance().cpu().numpy()
+    own, ids = (metric_rank(decoder.tokenizer, chunks, d) for d in (distance_VV, id_distance(decoder.tokenizer)))
+    return f"{checkpoint} ({describe(decoder.tokenizer)}): order {own:.2f} by its own metric, {ids:.2f} by the ids."

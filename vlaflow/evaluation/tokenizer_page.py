@@ -61,7 +61,8 @@ def write_page(
 
 READING = (
     "Errors are root mean squares in normalised units. “id ±1” and “random id”: how far one such change of one token moves the "
-    "chunk, median; “repaired”: random changes after which the tokens no longer describe a chunk exactly."
+    "chunk, median; “repaired”: random changes after which the tokens no longer describe a chunk exactly; “order”: rank "
+    "correlation of the difference of two ids with the change of the chunk, 1 where ids are a metric of actions."
 )
 HEADINGS = (
     "tokenizer",
@@ -76,6 +77,7 @@ HEADINGS = (
     "id ±1",
     "random id",
     "repaired",
+    "order",
 )
 
 
@@ -94,6 +96,7 @@ def cells(row: Quality) -> tuple[str, ...]:
         f"{row.neighbour:.3f}",
         f"{row.random:.3f}",
         f"{100 * row.repaired:.0f} %",
+        f"{row.order:.2f}",
     )
 
 

@@ -52,6 +52,7 @@ class Quality:
         neighbour: median root mean square change of the chunk when one token's id is raised or lowered by one.
         random: the same when one token becomes any other.
         repaired: share of the chunks with one random token that no longer describe a chunk exactly.
+        order: see ``metric_rank``, for the difference of the ids.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Quality:
     neighbour: float
     random: float
     repaired: float
+    order: float
 
 
 def material(dataset: Dataset, horizon: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
@@ -110,8 +112,7 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
     length_N = lengths(tokenizer, id_NS)
     scale_D = np.array(chunks.normaliser.scale)
     numbers = action_NLD.shape[1] * action_NLD.shape[2]
-    near, _ = _disturbed(tokenizer, id_NS, length_N, np.random.default_rng(seed), near=True)
-    far, repaired = _disturbed(tokenizer, id_NS, length_N, np.random.default_rng(seed), near=False)
+    near, far = (disturbed(tokenizer, id_NS, np.random.default_rng(seed), near) for near in (True, False))
     return Quality(
         name=name or describe(tokenizer),
         vocabulary=tokenizer.vocabulary,
@@ -124,9 +125,10 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
         error_robot=tuple((np.sqrt(np.square(error_NLD).mean((0, 1))) * scale_D).tolist()),
         largest=float(np.abs(error_NLD).max()),
         inexact=float(1 - tokenizer.exact(action_NLD).mean()) if isinstance(tokenizer, FastTokenizer) else 0.0,
-        neighbour=near,
-        random=far,
-        repaired=repaired,
+        neighbour=float(np.median(near.change_N)),
+        random=float(np.median(far.change_N)),
+        repaired=float(far.repaired_N.mean()),
+        order=metric_rank(tokenizer, chunks, id_distance(tokenizer), seed),
     )
 
 
@@ -153,26 +155,69 @@ def example_chunk(chunks: Material) -> np.ndarray:
     return chunks.held[int(chunks.held.std(1).sum(1).argmax())]
 
 
-def _disturbed(
-    tokenizer: Fitted, id_NS: np.ndarray, length_N: np.ndarray, rng: np.random.Generator, near: bool
-) -> tuple[float, float]:
-    """Median change of the chunks when one of their tokens is replaced, and the share that had to be repaired."""
+@dataclass(frozen=True)
+class Disturbed:
+    """Chunks in which one token each was replaced.
+
+    Args:
+        before_N, after_N: the token's ids.
+        change_N: root mean square change of the chunk.
+        repaired_N: bool, the tokens no longer describe a chunk exactly.
+    """
+
+    before_N: np.ndarray
+    after_N: np.ndarray
+    change_N: np.ndarray
+    repaired_N: np.ndarray
+
+
+def disturbed(tokenizer: Fitted, id_NS: np.ndarray, rng: np.random.Generator, near: bool) -> Disturbed:
+    """Replace one token of every chunk by a neighbouring id, or by any other; end tokens neither change nor appear.
+
+    Raises:
+        ConfigError: a vocabulary of a single token.
+    """
     ids = tokenizer.vocabulary - (tokenizer.end is not None)
     if ids < 2:
         raise ConfigError("A vocabulary of one token cannot be disturbed.")
+    length_N = lengths(tokenizer, id_NS)
     rows = np.flatnonzero(length_N > 0)
     place = (rng.uniform(size=len(rows)) * length_N[rows]).astype(int)
     before = id_NS[rows, place]
     if near:
-        step = np.where(before == 0, 1, np.where(before == ids - 1, -1, rng.choice((-1, 1), len(rows))))
-        after = before + step
+        after = before + np.where(before == 0, 1, np.where(before == ids - 1, -1, rng.choice((-1, 1), len(rows))))
     else:
         after = (before + rng.integers(1, ids, len(rows))) % ids
     wrong_NS = id_NS[rows].copy()
     wrong_NS[np.arange(len(rows)), place] = after
     made = tokenizer.decode(wrong_NS)
     change_N = np.sqrt(np.square(made.action_BLD - tokenizer.decode(id_NS[rows]).action_BLD).mean((1, 2)))
-    return float(np.median(change_N)), float(made.repaired_B.mean())
+    return Disturbed(before, after, change_N, made.repaired_B)
+
+
+def metric_rank(tokenizer: Fitted, chunks: Material, distance_VV: np.ndarray, seed: int = 0) -> float:
+    """Is a distance of ids one of actions? Spearman's rank correlation, over single random replacements in held-out chunks.
+
+    Args:
+        tokenizer: V ids.
+        chunks: see ``material``.
+        distance_VV: between ids.
+        seed: of the replacements.
+
+    Returns:
+        1 where a farther id always moves the chunk farther, 0 where the distance says nothing.
+    """
+    from scipy.stats import spearmanr
+
+    action_NLD = chunks.held[:: -(-len(chunks.held) // CHUNKS)]
+    found = disturbed(tokenizer, tokenizer.encode(action_NLD), np.random.default_rng(seed), near=False)
+    return float(spearmanr(distance_VV[found.before_N, found.after_N], found.change_N).statistic)
+
+
+def id_distance(tokenizer: Fitted) -> np.ndarray:
+    """|i − j|, (V, V)."""
+    place = np.arange(tokenizer.vocabulary)
+    return np.abs(place[:, None] - place)
 
 
 def _rms(x: np.ndarray) -> float:

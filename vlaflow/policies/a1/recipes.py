@@ -15,8 +15,8 @@ def demo(data: DataSpec) -> TrainConfig:
 
     vlaflow train a1.demo --dataset runs/demo/dataset --out runs/a1/policy
 
-    Two cores (AMD EPYC, AVX2, float32), 9 minutes for 3000 steps, 2.2 M parameters; five Meta-World tasks, two of them hard, from
-    50 demonstrations each: 151 of 200 episodes (seeds 1000 to 1039, 8 of 16 actions executed, dense), without exits 168.
+    Two cores (AMD EPYC, AVX2, float32), 9 minutes for 3000 steps, 2.2 M parameters; five Meta-World tasks, two of them hard,
+    from 50 demonstrations each: 151 of 200 episodes (seeds 1000 to 1039, 8 of 16 actions executed, dense), without exits 168.
     """
     return TrainConfig(
         policy=tiny_flow(data.state_dim, data.action_dim, data.views),
