@@ -1,69 +1,12 @@
-"""``vlaflow data fit-tokenizer`` and ``vlaflow data tokenizer-report``: actions as tokens of a vocabulary."""
+"""What ``vlaflow data fit-tokenizer`` and ``vlaflow data tokenizer-report`` do; their arguments are in ``data``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-Normalisation = Literal["quantile", "min_max", "mean_std", "identity"]
-
-
-@dataclass(frozen=True)
-class FitTokenizer:
-    """Fit a tokenizer on a data set's training episodes and write it to a file that training takes.
-
-    Example: vlaflow data fit-tokenizer runs/demo/dataset --out runs/fast.json --scale 10 --vocabulary 256
-
-    Training fits one by itself; a file is for looking at it first (tokenizer-report), or for one tokenizer in several trainings
-    (vlaflow train ... --tokenizer FILE).
-
-    Args:
-        directory: a LeRobot data set.
-        out: the file, .json.
-        kind: "fast" (cosine transform and byte-pair encoding) or "bins".
-        horizon: actions per chunk.
-        normalisation: as in the policy's action_normalisation.
-        scale: of FAST: units of rounding per unit of the normalised actions.
-        vocabulary: of FAST: coefficients and merges; none merges nothing.
-        bins: of bins: intervals per dimension.
-        spacing: of bins: "uniform" or "quantile".
-    """
-
-    directory: Annotated[Path, tyro.conf.Positional]
-    out: Path
-    kind: Literal["fast", "bins"] = "fast"
-    horizon: int = 16
-    normalisation: Normalisation = "quantile"
-    scale: float = 10.0
-    vocabulary: int | None = 256
-    bins: int = 64
-    spacing: Literal["uniform", "quantile"] = "uniform"
-
-
-@dataclass(frozen=True)
-class TokenizerReport:
-    """Reconstruction error, length and compression of tokenizers on episodes they were not fitted on, with plots.
-
-    Example: vlaflow data tokenizer-report runs/demo/dataset --out runs/tokenizers.html
-
-    Args:
-        directory: a LeRobot data set.
-        out: the page, .html.
-        tokenizer: files to compare; by default a row of sizes of both kinds is fitted.
-        horizon: actions per chunk of the tokenizers fitted here.
-        normalisation: of the actions.
-        policy: a checkpoint with a discrete flow: also say how well its own metric orders its tokens.
-    """
-
-    directory: Annotated[Path, tyro.conf.Positional]
-    out: Path
-    tokenizer: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    horizon: int = 16
-    normalisation: Normalisation = "quantile"
-    policy: Path | None = None
+if TYPE_CHECKING:
+    from vlaflow.cli.data import FitTokenizer, TokenizerReport
 
 
 def fit_tokenizer(arguments: FitTokenizer) -> int:
