@@ -1,7 +1,10 @@
 """FAST and bins: round trips within their bounds, the same ids always, and sequences that no chunk encodes to."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -11,11 +14,16 @@ from tests import helpers
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FIRST, FastFit, FastTokenizer
 from vlaflow.actions.files import TokenizerFile, load_tokenizer, open_tokenizer, save_tokenizer
+from vlaflow.data import stats
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.transforms import Normalizer
+from vlaflow.data.windows import action_chunks
 from vlaflow.errors import ConfigError
 
 TRAINED = helpers.chunks(200)
 FAST = FastFit(scale=10.0, vocabulary=256).fit(TRAINED)
 any_chunk = hnp.arrays(np.float32, (1, 6, 4), elements=st.floats(-1, 1, width=32))
+RECORDED = Path(__file__).parents[1] / "fixtures/lerobot_v3_tiny"
 ROUNDING = 1e-5  # float32 actions around a float64 transform
 
 
@@ -37,6 +45,23 @@ def test_fast_is_exact_on_what_it_was_fitted_on_and_shorter_than_the_numbers():
     assert not made.repaired_B.any()
     assert np.sqrt(np.square(made.action_BLD - TRAINED).mean(1)).max() <= FAST.error_bound + ROUNDING
     assert FAST.lengths(ids).mean() < 24, "fewer tokens than numbers"
+
+
+@pytest.mark.parametrize("fit", [FastFit(10.0, 256), FastFit(10.0, None), BinsFit(32), BinsFit(32, "quantile")])
+def test_recorded_actions_keep_the_bounds(fit):
+    """Chunks of a recorded data set, normalised as a policy does, cut short at the end of the episode."""
+    dataset = Dataset.open(RECORDED)
+    action = Normalizer.from_stats(stats.compute(dataset)["action"], "min_max").forward(
+        torch.from_numpy(action_chunks(dataset, 8, range(len(dataset.episodes))))
+    )
+    chunks = action.numpy()
+    tokenizer = fit.fit(chunks)
+    error = tokenizer.decode(tokenizer.encode(chunks)).action_BLD - chunks
+    if isinstance(fit, FastFit):
+        assert tokenizer.exact(chunks).all()
+        assert np.sqrt(np.square(error).mean(1)).max() <= tokenizer.error_bound + ROUNDING
+    else:
+        assert (np.abs(error).max((0, 1)) <= np.array(tokenizer.error_bound) + ROUNDING).all()
 
 
 def test_the_coefficients_are_those_of_scipy_low_frequencies_first():

@@ -158,6 +158,20 @@ def test_nothing_to_make_changes_nothing(config, settings):
     assert torch.equal(state.id_BS, id_BS)
 
 
+@every_decoder
+def test_decoding_leaves_the_prefix_as_it_was(config, settings):
+    """Words and pictures are context: neither their tokens nor their keys and values may change."""
+    policy = helpers.token_policy(config, **settings)
+    prefix = prefix_of(policy)
+    before = [x.clone() for kv in prefix.memory for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW.clone()]
+    with torch.inference_mode():
+        state = policy.model.decoder.solve(prefix, helpers.generators(3), 4)
+        if policy.model.decoder.settles:
+            policy.model.decoder.settle(state, prefix, 2)
+    after = [x for kv in prefix.memory for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_given_actions_need_tokens_that_belong_to_one_action():
     bins = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
     action_BLD = torch.from_numpy(helpers.chunks(3))

@@ -15,6 +15,7 @@ from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.evaluation import results
+from vlaflow.evaluation.latency import measure
 from vlaflow.evaluation.report import write_report
 from vlaflow.evaluation.results import count
 from vlaflow.evaluation.revision import HIDDEN, follow
@@ -72,6 +73,22 @@ def test_the_report_shows_the_revision_and_the_tokens_changed_step_by_step(tmp_p
         assert label in page
     results.write(made, tmp_path / "results.json")
     assert 'id="tokens"' not in write_report(tmp_path).read_text()
+
+
+def test_the_error_of_an_adaptive_cache_is_measured_and_told(tmp_path):
+    policy = helpers.token_policy(DiscreteFlowConfig, attention="full")
+    with torch.no_grad():  # an untrained network hardly looks at what it is given
+        for parameter in policy.model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    computes = [TwoStage(5, 1, refresh, label=f"two-stage:5+1/{refresh}") for refresh in (0.0, 1.0)]
+    exact, adaptive = measure(policy, computes, [helpers.observation(i) for i in range(4)], 4, 1)
+    assert exact.drift == 0
+    assert adaptive.drift > 0
+    blind = measure(helpers.token_policy(DiscreteFlowConfig), computes, [SEEN], 2, 1)
+    assert [entry.drift for entry in blind] == [None, None]
+    made = synthetic.results()
+    results.write(replace(made, latency=(replace(made.latency[0], drift=0.0123), *made.latency[1:])), tmp_path / "results.json")
+    assert "0.0123 on average" in write_report(tmp_path).read_text()
 
 
 def test_revisions_and_repairs_are_counted_over_chunks():

@@ -7,11 +7,13 @@ timed: they share the machine with each other and with the simulator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.compute.two_stage import TwoStage
+from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
 from vlaflow.evaluation.rollout import EpisodeJob, RolloutConfig, chunk_generator, one_thread, open_env, play
 from vlaflow.evaluation.statistics import Percentiles
 from vlaflow.policies.base import Policy
@@ -35,6 +37,8 @@ class Latency:
         layer_passes: mean network layers run per chunk.
         evaluations: mean decoder evaluations per chunk.
         regenerated_share: mean share of the actions that were made anew.
+        drift: where the prefix depends on the tokens and is not run at every step: how far the actions are from those that it
+            would make if it were, mean absolute difference in robot units; None where the cache is exact.
     """
 
     compute: str
@@ -46,6 +50,7 @@ class Latency:
     layer_passes: float
     evaluations: float
     regenerated_share: float
+    drift: float | None = None
 
 
 def measure(
@@ -64,7 +69,19 @@ def measure(
                 seen[compute.name].append(dict(chunk.milliseconds))
                 again = 0.0 if chunk.regenerated is None else float(chunk.regenerated.mean())
                 work[compute.name].append((chunk.layer_passes, chunk.evaluations, again))
-    return [_summary(name, times, work[name]) for name, times in seen.items()]
+        drifts = {compute.name: _drift(policy, compute, observations[:chunks]) for compute in computes}
+    return [replace(_summary(name, times, work[name]), drift=drifts[name]) for name, times in seen.items()]
+
+
+def _drift(policy: Policy, compute: ComputePolicy, observations: Sequence[Observation]) -> float | None:
+    decoder = policy.model.decoder
+    if not (isinstance(compute, TwoStage) and isinstance(decoder, DiscreteFlowDecoder) and decoder.config.attention == "full"):
+        return None
+    chunks = [
+        [policy.act(seen, c, generator=chunk_generator(i, 0)).actions for i, seen in enumerate(observations)]
+        for c in (compute, replace(compute, refresh=0.0))
+    ]
+    return float(np.abs(np.array(chunks[0]) - np.array(chunks[1])).mean())
 
 
 def seen_on_the_way(policy: Policy, jobs: Sequence[EpisodeJob], config: RolloutConfig) -> list[Observation]:

@@ -130,6 +130,12 @@ def costs(results: Results) -> list[str]:
             base = next((b for b in results.latency if b.compute == "dense"), None)
             ratio = f" A chunk takes {entry.total.p50 / base.total.p50:.2f} times as long as a dense one (p50)." if base else ""
             found.append(f"{entry.compute}: {shares} of a chunk's time.{ratio}")
+    found += [
+        f"{entry.compute}: the prefix is not run at every step; its actions differ from those it would make then by "
+        f"{entry.drift:.4f} on average (robot units)."
+        for entry in results.latency
+        if entry.drift is not None
+    ]
     return found
 
 
