@@ -24,7 +24,7 @@ STOREYS = (
     ("compute",),
     ("policies",),
     ("training", "evaluation", "serving"),
-    ("cli",),
+    ("cli", "client"),
     ("__main__",),
 )
 # ... except on the ground floor, and here:

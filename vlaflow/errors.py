@@ -38,6 +38,18 @@ class CapabilityError(VlaflowError):
     """A part was asked for something that it, or this machine, cannot do."""
 
 
+class RequestError(VlaflowError):
+    """A request or reply over the wire is not what the protocol says."""
+
+
+class BusyError(VlaflowError):
+    """The server has no room for another request now."""
+
+
+class DeadlineError(VlaflowError):
+    """A request waited longer than it was worth."""
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """A hint for a misspelt name: the closest valid one, or the whole list when nothing is close."""
     options = sorted(options)

@@ -118,7 +118,9 @@ class FastTokenizer:
         """Ids, int64 (B, S), filled up with end tokens."""
         coefficient_BC = _coefficients(check_chunks(action_BLD, self.horizon, self.dim), self.scale)
         place_BC = np.clip(coefficient_BC - self.low, 0, self.symbols - 1)
-        id_BS = np.full((len(action_BLD), self.slots), self.end or 0, np.int64)
+        if self.end is None:
+            return place_BC
+        id_BS = np.full((len(action_BLD), self.slots), self.end, np.int64)
         for row, encoded in enumerate(self._bpe.encode_batch([_text(p) for p in place_BC])):
             kept = encoded.ids[: self.slots]
             id_BS[row, : len(kept)] = kept
@@ -127,7 +129,9 @@ class FastTokenizer:
     def exact(self, action_BLD: np.ndarray) -> np.ndarray:
         """bool (B,): chunks whose ids lose nothing but the rounding (all in the fitted range, and within the slots)."""
         place_BC = _coefficients(check_chunks(action_BLD, self.horizon, self.dim), self.scale) - self.low
-        inside_B = ((place_BC >= 0) & (place_BC < self.symbols)).all(1)
+        inside_B = np.asarray(((place_BC >= 0) & (place_BC < self.symbols)).all(1))
+        if self.end is None:
+            return inside_B
         texts = [_text(np.clip(p, 0, self.symbols - 1)) for p in place_BC]
         fits_B = np.array([len(row.ids) <= self.slots for row in self._bpe.encode_batch(texts)], bool)
         return inside_B & fits_B

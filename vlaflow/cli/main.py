@@ -24,6 +24,7 @@ COMMANDS = {
     "calibrate": "measure when a checkpoint may answer before its last layer",
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
+    "serve": "put a checkpoint behind openpi's websocket protocol",
     "check": "try an environment or a checkpoint against everything it promises",
     "data": "check or show a dataset; fit and compare action tokenizers",
 }
@@ -38,6 +39,9 @@ EXTRAS = {
     "matplotlib": "viz",
     "jinja2": "viz",
     "transformers": "vlm",
+    "tokenizers": "tokens",
+    "websockets": "serve",
+    "msgpack": "serve",
 }
 
 

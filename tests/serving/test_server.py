@@ -1,0 +1,333 @@
+"""A server in this process, driven over real sockets: openpi's protocol, strict, and nobody sees anybody else's state."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from websockets.sync.client import connect
+
+from tests import helpers
+from vlaflow.compute.dense import Dense
+from vlaflow.config import to_json
+from vlaflow.errors import CapabilityError, ConfigError, RequestError
+from vlaflow.serving import wire
+from vlaflow.serving.client import Client
+from vlaflow.serving.engine import EngineConfig
+from vlaflow.serving.layouts import LAYOUTS, Layout, choose, read
+from vlaflow.serving.server import PolicyServer, ServerConfig
+
+POLICY = helpers.policy()
+PLACE = choose("metaworld", ("image",))
+
+
+@contextmanager
+def serving(policy=POLICY, compute=None, port=0, **settings):
+    """A running server; yields it and its address."""
+    server = PolicyServer(policy, compute or Dense(3), ServerConfig(**PLACE, port=port, **settings))
+    told = threading.Event()
+    found = {}
+
+    async def run():
+        ready = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(server.serve(ready))
+        found["port"], found["loop"] = await ready, asyncio.get_running_loop()
+        told.set()
+        await task
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
+    thread.start()
+    assert told.wait(10)
+    try:
+        yield server, f"ws://127.0.0.1:{found['port']}"
+    finally:
+        found["loop"].call_soon_threadsafe(server.stop)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with serving() as (_, found):
+        yield found
+
+
+def request(number=0, /, **more):
+    seen = helpers.observation(number)
+    return {"observation/image": seen.images["image"], "observation/state": seen.state, "prompt": seen.instruction, **more}
+
+
+def expected(seed, noise):
+    return POLICY.act(helpers.observation(seed), Dense(3), generator=torch.Generator().manual_seed(noise)).actions
+
+
+def test_the_metadata_comes_first_and_says_what_the_policy_is(address):
+    with Client(address) as client:
+        assert client.metadata["action_spec"] == to_json(POLICY.action_spec)
+        assert client.metadata["horizon"] == 6
+        assert client.metadata["images"] == {"observation/image": 16}
+        assert client.metadata["compute"] == "dense"
+
+
+def test_an_answer_is_the_policys_own_chunk(address):
+    with Client(address) as client:
+        reply = client.infer(request(1, seed=7))
+        np.testing.assert_array_equal(reply["actions"], expected(1, 7))
+        assert reply["evaluations"] == 3
+        assert reply["server_timing"]["infer_ms"] > 0
+        assert reply["server_timing"]["total_ms"] >= reply["server_timing"]["infer_ms"]
+
+
+def test_every_connection_has_its_own_noise_which_reset_starts_over(address):
+    with Client(address) as one, Client(address) as other:
+        first = [one.infer(request(0))["actions"] for _ in range(3)]
+        mixed = [other.infer(request(0))["actions"]]
+        one.reset()
+        mixed.append(one.infer(request(0))["actions"])
+    for number, actions in enumerate(first):
+        np.testing.assert_array_equal(actions, expected(0, number))
+    for actions in mixed:
+        np.testing.assert_array_equal(actions, expected(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ({"prompt": "x"}, "lacks 'observation/image'"),
+        ({**request(), "observation/image": 5}, "must be an image"),
+        ({**request(), "observation/image": np.zeros((16, 16, 3), np.float32)}, "uint8"),
+        ({**request(), "observation/state": np.zeros(9, np.float32)}, "state of length 4, got 9"),
+        ({**request(), "observation/state": np.array([np.nan] * 4, np.float32)}, "not finite"),
+        ({**request(), "observation/state": "abc"}, "vector of numbers"),
+        ({**request(), "prompt": 3}, "in words"),
+        ({**request(), "prompt": "x" * 500}, "at most 32"),
+        ({**request(), "seed": -1}, "'seed' must be a number"),
+        ({**request(), "endpoint": "delete"}, "no endpoint"),
+        ([1, 2], "A request is a map"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_the_connection_stays(address, bad, sentence):
+    with connect(address) as raw:
+        raw.recv()
+        raw.send(wire.pack(bad))
+        answer = raw.recv(10)
+        assert isinstance(answer, str)
+        assert sentence in answer
+        assert "Traceback" not in answer
+        raw.send(wire.pack(request(2, seed=1)))
+        np.testing.assert_array_equal(wire.unpack(raw.recv(10))["actions"], expected(2, 1))
+
+
+def test_hostile_frames_leave_a_well_behaved_client_alone(address):
+    rng = np.random.default_rng(0)
+    with Client(address) as good, connect(address) as bad:
+        bad.recv()
+        for number in range(200):
+            good_bytes = bytearray(wire.pack(request(0)))
+            good_bytes[rng.integers(len(good_bytes))] ^= int(rng.integers(1, 256))
+            frame = (
+                rng.bytes(int(rng.integers(0, 300))) if number % 2 else bytes(good_bytes[: rng.integers(1, len(good_bytes))])
+            )
+            bad.send(frame)
+            bad.recv(10)
+            if number % 50 == 0:
+                np.testing.assert_array_equal(good.infer(request(3, seed=2))["actions"], expected(3, 2))
+        bad.send("text")
+        assert "binary" in bad.recv(10)
+
+
+def test_roboarenas_endpoint_key(address):
+    with connect(address) as raw:
+        raw.recv()
+        raw.send(wire.pack({"endpoint": "reset"}))
+        assert raw.recv(10) == "reset successful"
+        raw.send(wire.pack(request(0, endpoint="infer")))
+        np.testing.assert_array_equal(wire.unpack(raw.recv(10))["actions"], expected(0, 0))
+
+
+def test_a_client_with_another_action_spec_is_refused(address):
+    ours = to_json(POLICY.action_spec)
+    with Client(address) as client:
+        np.testing.assert_array_equal(client.infer(request(0, action_spec=ours, seed=0))["actions"], expected(0, 0))
+        with pytest.raises(RequestError, match="do not mean the same: rate_hz is"):
+            client.infer(request(0, action_spec={**ours, "rate_hz": 20.0}))
+        with pytest.raises(RequestError, match="must be a map"):
+            client.infer(request(0, action_spec="mine"))
+
+
+def test_batched_answers_equal_single_ones():
+    with serving(engine=EngineConfig(batch=8, wait_ms=50)) as (server, address):
+
+        def ask(number):
+            with Client(address) as client:
+                return client.infer(request(number, seed=number))["actions"]
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(8)))
+        assert server.engine.counts.batches < 8
+    for number, actions in enumerate(answers):
+        np.testing.assert_allclose(actions, expected(number, number), atol=1e-5)
+
+
+def test_one_bad_request_in_a_batch_spoils_no_other():
+    with serving(engine=EngineConfig(batch=4, wait_ms=100)) as (_, address):
+
+        def ask(number):
+            words = {"prompt": "x" * 500} if number == 2 else {}
+            with Client(address) as client:
+                try:
+                    return client.infer({**request(number, seed=number), **words})["actions"]
+                except RequestError as error:
+                    return str(error)
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(ask, range(4)))
+    assert "at most 32" in answers[2]
+    for number in (0, 1, 3):
+        np.testing.assert_allclose(answers[number], expected(number, number), atol=1e-5)
+
+
+class Slow:
+    """A compute policy that takes its time."""
+
+    name, needs = "slow", Dense().needs
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def decode(self, *arguments):
+        time.sleep(self.seconds)
+        return Dense(1).decode(*arguments)
+
+
+def test_a_full_queue_is_busy_and_a_late_request_is_not_computed():
+    with serving(compute=Slow(0.3), engine=EngineConfig(batch=1, queue=1)) as (server, address), ThreadPoolExecutor(6) as pool:
+
+        def ask(_):
+            with Client(address) as client:
+                try:
+                    return client.infer(request(0, deadline_ms=350))["actions"].shape
+                except RequestError as error:
+                    return str(error)
+
+        answers = [str(a) for a in pool.map(ask, range(6))]
+        counts = server.engine.counts
+    assert any("waiting already" in a for a in answers)
+    assert "(6, 4)" in answers
+    assert counts.busy + counts.late + counts.answered == counts.requests == 6
+
+
+def test_stopping_finishes_what_runs():
+    answers = []
+    with serving(compute=Slow(0.4)) as (server, address):
+        client = Client(address)
+        asking = threading.Thread(target=lambda: answers.append(client.infer(request(0))["actions"].shape))
+        asking.start()
+        while not server.engine.counts.requests:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    asking.join(10)
+    assert answers == [(6, 4)]
+
+
+def test_health_metrics_and_the_token():
+    with serving(token="secret") as (_, address):
+        web = address.replace("ws", "http")
+        assert urllib.request.urlopen(f"{web}/healthz").read() == b"OK\n"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{web}/metrics")
+        with pytest.raises(RequestError, match="cannot be reached"):
+            Client(address)
+        with Client(address, token="secret") as client:
+            client.infer(request(0))
+        asked = urllib.request.Request(f"{web}/metrics", headers={"Authorization": "Api-Key secret"})
+        assert b"vlaflow_answered_total 1" in urllib.request.urlopen(asked).read()
+
+
+def test_other_machines_need_a_token():
+    with pytest.raises(ConfigError, match="give a --token"):
+        ServerConfig(**PLACE, host="0.0.0.0")
+    ServerConfig(**PLACE, host="0.0.0.0", token="x")
+
+
+def test_a_restarted_server_is_found_again():
+    with serving() as (_, address):
+        client = Client(address)
+        client.infer(request(0))
+        port = int(address.rsplit(":", 1)[1])
+    with serving(port=port):
+        np.testing.assert_array_equal(client.infer(request(0, seed=3))["actions"], expected(0, 3))
+        assert client.reconnected == 1
+        client.close()
+    with pytest.raises(RequestError, match="Start it: vlaflow serve"):
+        Client(address)
+
+
+def test_layouts_read_what_openpis_clients_send():
+    image = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(4, 5, 3)
+    droid = {
+        "observation/exterior_image_1_left": image,
+        "observation/wrist_image_left": image[::-1],
+        "observation/joint_position": np.arange(7.0),
+        "observation/gripper_position": np.array([0.5]),
+        "prompt": "x",
+    }
+    seen = read(droid, **choose("droid", ("left", "wrist")))
+    assert np.array_equal(seen.images["wrist"], image[::-1])
+    assert seen.state.tolist() == [*range(7), 0.5]
+    aloha = {
+        "state": np.zeros(14),
+        "images": {k.rsplit("/")[1]: image.transpose(2, 0, 1) for k in LAYOUTS["aloha"].images},
+        "prompt": "y",
+    }
+    seen = read(aloha, **choose("aloha", ("a", "b", "c", "d")))
+    assert all(np.array_equal(seen.images[v], image) for v in "abcd")
+    own = choose("libero", ("front",), images=("cam",), state=("joints", "grip"))
+    assert own["layout"] == replace(LAYOUTS["libero"], images=("cam",), state=("joints", "grip"))
+    assert read({"cam": image, "joints": [1, 2], "grip": 3, "prompt": "z"}, **own).state.tolist() == [1, 2, 3]
+    with pytest.raises(ConfigError, match="Name the keys of its images with --image"):
+        choose("libero", ("front",))
+    with pytest.raises(ConfigError, match="no layout 'libro'; did you mean 'libero'"):
+        choose("libro", ("a", "b"))
+    with pytest.raises(RequestError, match="lacks 'prompt'"):
+        read({"a": image, "s": [1]}, Layout(("a",), ("s",)), ("v",))
+
+
+def test_a_compute_policy_that_the_checkpoint_cannot_run_is_refused_at_once():
+    from vlaflow.compute.refine import Refine
+
+    with pytest.raises(CapabilityError, match="needs a confidence rater"):
+        PolicyServer(POLICY, Refine(), ServerConfig(**PLACE))
+
+
+def test_the_client_needs_no_torch():
+    code = "import sys, vlaflow.client; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'tyro')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
+    POLICY.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", "--steps", "3"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = ""
+    while "ws://" not in line:
+        line = process.stderr.readline()
+        assert line, "the server ended before it served"
+    with Client(line[line.index("ws://") :].strip()) as client:
+        np.testing.assert_array_equal(client.infer(request(1, seed=7))["actions"], expected(1, 7))
+    process.terminate()
+    with process.stderr:
+        rest = process.stderr.read()
+    assert process.wait(10) == 0
+    assert "what runs is finished" in rest
+    assert "Traceback" not in rest

@@ -1,0 +1,95 @@
+"""``vlaflow serve CKPT``: a checkpoint behind openpi's websocket protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Serve a checkpoint to robots that speak openpi's protocol.
+
+    Example: vlaflow serve runs/demo/rated --layout metaworld --compute refine
+
+    Listens on this machine alone; other machines need --host and a --token. Ctrl-C finishes what runs.
+
+    Args:
+        checkpoint: folder, or Hugging Face repository id.
+        compute: how much to compute, as in vlaflow eval.
+        budget_ms: whatever fits so many milliseconds on this machine, in place of --compute (vlaflow bench latency CKPT first).
+        steps: solver steps per round.
+        layout: which keys clients send.
+        image: key of an image, in the order of the policy's views, in place of the layout's; repeat for more.
+        state: key of a part of the state, in place of the layout's; repeat for more.
+        host: address to listen on.
+        port: of the server; 0 takes a free one.
+        token: clients must send it.
+        batch: most requests answered together.
+        wait_ms: how long the first request of a batch waits for company.
+        queue: most requests waiting.
+        device: where the networks run.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    compute: str = "dense"
+    budget_ms: float | None = None
+    steps: int = 10
+    layout: Literal["metaworld", "libero", "droid", "aloha"] = "metaworld"
+    image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    batch: int = 8
+    wait_ms: float = 2.0
+    queue: int = 32
+    device: str = "cpu"
+
+
+def main(argv: list[str]) -> int:
+    """Serve until interrupted; returns the exit status."""
+    a = tyro.cli(Arguments, args=argv, prog="vlaflow serve")
+
+    from vlaflow.compute.calibration import Checkpoint
+    from vlaflow.compute.parse import Knobs, parse
+    from vlaflow.errors import ConfigError
+    from vlaflow.evaluation.profile import example
+    from vlaflow.policies.base import Policy
+    from vlaflow.policies.checkpoint import fingerprint, local_folder
+    from vlaflow.serving.engine import EngineConfig
+    from vlaflow.serving.layouts import choose
+    from vlaflow.serving.server import PolicyServer, ServerConfig
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    folder: Path = local_folder(a.checkpoint)
+    name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"
+    compute = parse(name, Knobs(a.steps), Checkpoint(folder, fingerprint(folder)))
+    policy = Policy.from_pretrained(folder, a.device)
+    views = tuple(policy.model.backbone.views)
+    engine = EngineConfig(a.batch, a.wait_ms, a.queue)
+    config = ServerConfig(**choose(a.layout, views, a.image, a.state), host=a.host, port=a.port, token=a.token, engine=engine)
+    compute.needs.check(policy.model, compute.name)
+    for _ in range(3):  # the first chunks are slow; no client shall have them
+        policy.act(example(policy), compute)
+
+    async def serve() -> None:
+        server = PolicyServer(policy, compute, config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.stop)
+        await server.serve()
+
+    try:
+        asyncio.run(serve())
+    except OSError as error:
+        raise ConfigError(f"{a.host}:{a.port} cannot be listened on ({error.strerror}); choose another --port.") from error
+    return 0

@@ -1,0 +1,112 @@
+"""Which key of a request is what: the layouts that openpi's clients send, and mappings of one's own.
+
+A layout lists image keys in order; they are the policy's views in their order. So a policy trained on two views serves any
+robot that sends two, and one that sends another number is refused before the first request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
+from vlaflow.spec import Observation
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in a request.
+
+    Args:
+        images: keys of the images, uint8 (H, W, 3), or (3, H, W) with ``channels_first``; "a/b" may be one key or nested maps.
+        state: keys of the parts of the state, joined in this order.
+        prompt: key of the instruction.
+        channels_first: images are (3, H, W).
+    """
+
+    images: tuple[str, ...]
+    state: tuple[str, ...]
+    prompt: str = "prompt"
+    channels_first: bool = False
+
+
+LAYOUTS = {
+    "libero": Layout(("observation/image", "observation/wrist_image"), ("observation/state",)),
+    "droid": Layout(
+        ("observation/exterior_image_1_left", "observation/wrist_image_left"),
+        ("observation/joint_position", "observation/gripper_position"),
+    ),
+    "aloha": Layout(
+        ("images/cam_high", "images/cam_low", "images/cam_left_wrist", "images/cam_right_wrist"),
+        ("state",),
+        channels_first=True,
+    ),
+    "metaworld": Layout(("observation/image",), ("observation/state",)),
+}
+
+
+def choose(name: str, views: Sequence[str], images: Sequence[str] = (), state: Sequence[str] = ()) -> dict[str, Any]:
+    """The layout for these views, as keyword arguments of ``read``.
+
+    Args:
+        name: one of ``LAYOUTS``.
+        views: of the policy, in order.
+        images, state: keys in place of the layout's.
+
+    Raises:
+        ConfigError: no such layout, or another number of images than views.
+    """
+    if name not in LAYOUTS:
+        raise ConfigError(f"There is no layout '{name}'; {nearest(name, LAYOUTS)}")
+    layout = LAYOUTS[name]
+    layout = replace(layout, images=tuple(images) or layout.images, state=tuple(state) or layout.state)
+    if len(layout.images) != len(views):
+        raise ConfigError(
+            f"The layout '{name}' sends {len(layout.images)} images {list(layout.images)}, the policy looks at "
+            f"{len(views)} views {list(views)}. Name the keys of its images with --image."
+        )
+    return {"layout": layout, "views": tuple(views)}
+
+
+def read(request: Mapping[str, Any], layout: Layout, views: Sequence[str]) -> Observation:
+    """The observation of a request.
+
+    Raises:
+        RequestError: for a missing key, or one that holds something else.
+    """
+    images = {}
+    for view, key in zip(views, layout.images, strict=True):
+        image = _find(request, key)
+        if not isinstance(image, np.ndarray):
+            raise RequestError(f"'{key}' must be an image, a uint8 array of shape (height, width, 3).")
+        images[view] = np.ascontiguousarray(image.transpose(1, 2, 0)) if layout.channels_first and image.ndim == 3 else image
+    parts = []
+    for key in layout.state:
+        try:
+            parts.append(np.atleast_1d(np.asarray(_find(request, key), np.float32)))
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"'{key}' must be a vector of numbers.") from error
+    prompt = _find(request, layout.prompt)
+    if not isinstance(prompt, str):
+        raise RequestError(f"'{layout.prompt}' must be the instruction in words.")
+    if any(part.ndim != 1 for part in parts):
+        raise RequestError(f"The state ({', '.join(layout.state)}) must be vectors of numbers.")
+    try:
+        return Observation(images, np.concatenate(parts), prompt)
+    except SpecError as error:
+        raise RequestError(str(error)) from error
+
+
+def _find(request: Mapping[str, Any], key: str) -> Any:
+    if key in request:
+        return request[key]
+    found: Any = request
+    for part in key.split("/"):
+        if not isinstance(found, Mapping) or part not in found:
+            given = [str(name) for name in request if isinstance(name, str)]
+            raise RequestError(f"The request lacks '{key}'; {nearest(key, given)}" if given else f"The request lacks '{key}'.")
+        found = found[part]
+    return found

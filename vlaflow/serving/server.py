@@ -1,0 +1,279 @@
+"""The server: openpi's websocket protocol for any checkpoint and compute policy.
+
+A client connects and gets the metadata; then every request, a map in one binary frame, is answered by a map with "actions"
+(horizon, D) in robot units. Whatever is wrong with a request comes back as a text frame with one sentence, without a traceback,
+and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``.
+
+Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (the noise starts over; with nothing else the
+reply is {"reset": true}), "deadline_ms", "action_spec" (refused unless it is the policy's) and, as RoboArena's clients do,
+"endpoint": "infer" or "reset". A reply also holds "confidence" where a rater judged, "layers", "evaluations" and the
+milliseconds by part.
+
+Nothing of one connection reaches another: all it keeps is how many chunks it has had, which seeds the next one's noise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+import websockets
+from torch import Generator
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.http11 import Request, Response
+
+from vlaflow import __version__
+from vlaflow.compute.base import ComputePolicy
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
+from vlaflow.policies.base import Policy
+from vlaflow.serving import wire
+from vlaflow.serving.engine import Engine, EngineConfig
+from vlaflow.serving.layouts import Layout, read
+from vlaflow.spec import ActionSpec, Chunk
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+logger = logging.getLogger("vlaflow.serving")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where and how to serve.
+
+    Args:
+        layout, views: see ``layouts.choose``.
+        host, port: anything but loopback needs a ``token``. Port 0 takes a free one.
+        token: clients send it as "Authorization: Api-Key TOKEN".
+        engine: how requests are gathered.
+        most_bytes: largest request.
+        idle_s: a connection that does not answer pings for so long is closed.
+    """
+
+    layout: Layout
+    views: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    most_bytes: int = wire.MOST_BYTES
+    idle_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.host not in LOOPBACK and not self.token:
+            raise ConfigError(
+                f"Serving on {self.host} lets other machines move the robot; give a --token, or serve on 127.0.0.1 and tunnel."
+            )
+
+
+@dataclass
+class PolicyServer:
+    """See the module text.
+
+    >>> server = PolicyServer(policy, Dense(), ServerConfig(**choose("metaworld", ("corner2",))))
+    >>> asyncio.run(server.serve())
+    """
+
+    policy: Policy
+    compute: ComputePolicy
+    config: ServerConfig
+
+    def __post_init__(self) -> None:
+        self.compute.needs.check(self.policy.model, self.compute.name)
+        self.engine = Engine(self.policy, self.config.engine)
+        self._stop, self._idle, self._answering = asyncio.Event(), asyncio.Event(), 0
+        self._idle.set()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a client is told first."""
+        policy = self.policy
+        return {
+            "server": f"vlaflow {__version__}",
+            "system": policy.config.system,
+            "compute": self.compute.name,
+            "action_spec": to_json(policy.action_spec),
+            "horizon": policy.config.decoder.horizon,
+            "execute": policy.config.execute,
+            "rate_hz": policy.action_spec.rate_hz,
+            "images": dict(zip(self.config.layout.images, self.policy.model.backbone.views.values(), strict=True)),
+            "state": list(self.config.layout.state),
+            "state_dim": len(policy.stats["state"].mean),
+        }
+
+    async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
+        """Warm up, serve until ``stop``, then finish what runs.
+
+        Args:
+            ready: told the port once requests are taken.
+        """
+        worker = asyncio.create_task(self.engine.run())
+        try:
+            async with serve(
+                self._connection,
+                self.config.host,
+                self.config.port,
+                process_request=self._http,
+                compression=None,
+                max_size=self.config.most_bytes,
+                ping_timeout=self.config.idle_s,
+                server_header=None,
+            ) as server:
+                port = _port(server)
+                logger.info(
+                    "serving %s with %s on ws://%s:%d", self.policy.config.system, self.compute.name, self.config.host, port
+                )
+                if ready is not None:
+                    ready.set_result(port)
+                await self._stop.wait()
+                logger.info("stopping: what runs is finished")
+                server.close(close_connections=False)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._idle.wait(), self.config.engine.deadline_ms / 1e3)
+                await asyncio.gather(*(connection.close(1001) for connection in list(server.connections)))
+        finally:
+            worker.cancel()
+            await asyncio.gather(worker, return_exceptions=True)
+            self.engine.close()
+
+    def stop(self) -> None:
+        """Take no new connections and end ``serve``."""
+        self._stop.set()
+
+    # -- connections -------------------------------------------------------------------------------------------------
+
+    def _http(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        if self.config.token is not None:
+            given = request.headers.get("Authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Api-Key {self.config.token}".encode()):
+                return connection.respond(HTTPStatus.UNAUTHORIZED, "Send 'Authorization: Api-Key TOKEN'.\n")
+        if request.path == "/metrics":
+            return connection.respond(HTTPStatus.OK, self.engine.counts.text())
+        return None
+
+    async def _connection(self, connection: ServerConnection) -> None:
+        chunks, name = 0, f"{connection.remote_address}"
+        logger.info("%s connected", name)
+        try:
+            await connection.send(wire.pack(self.metadata))
+            async for frame in connection:
+                with self._busy():
+                    reply, chunks = await self._reply(frame, chunks, name)
+                    await connection.send(reply)
+        except websockets.ConnectionClosed:
+            pass
+        finally:
+            logger.info("%s left after %d chunks", name, chunks)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._answering += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._answering -= 1
+            if not self._answering:
+                self._idle.set()
+
+    async def _reply(self, frame: str | bytes, chunks: int, name: str) -> tuple[str | bytes, int]:
+        """The frame to send, and how many chunks the connection has had."""
+        began = time.perf_counter()
+        try:
+            if self._stop.is_set():
+                raise BusyError("The server is stopping.")
+            reply, chunks = await self._answer(frame, chunks)
+        except VlaflowError as error:
+            logger.info("%s refused: %s", name, error)
+            return str(error), chunks
+        except Exception:
+            logger.exception("%s: a defect of the server", name)
+            return "The server failed on this request; its log says why.", chunks
+        if isinstance(reply, str):
+            return reply, chunks
+        if "server_timing" in reply:
+            reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - began)
+        return wire.pack(reply), chunks
+
+    async def _answer(self, frame: str | bytes, chunks: int) -> tuple[dict[str, Any] | str, int]:
+        if isinstance(frame, str):
+            raise RequestError("Requests are binary msgpack frames; this was text.")
+        request = wire.unpack(frame, self.config.most_bytes)
+        if not isinstance(request, dict):
+            raise RequestError(f"A request is a map, this was a {type(request).__name__}.")
+        endpoint = request.pop("endpoint", None)
+        if endpoint not in (None, "infer", "reset"):
+            raise RequestError(f"There is no endpoint {endpoint!r:.40}; 'infer' and 'reset' are.")
+        self._require_spec(request.pop("action_spec", None))
+        if endpoint == "reset":
+            return "reset successful", 0
+        if request.pop("reset", False):
+            chunks = 0
+            if not request:
+                return {"reset": True}, 0
+        seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
+        observation = read(request, self.config.layout, self.config.views)
+        generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
+        began = time.perf_counter()
+        try:
+            chunk = await self.engine.ask(observation, self.compute, generator, deadline_ms)
+        except SpecError as error:
+            raise RequestError(str(error)) from error
+        return _reply(chunk, 1e3 * (time.perf_counter() - began)), chunks + 1
+
+    def _require_spec(self, stated: Any) -> None:
+        if stated is None:
+            return
+        if not isinstance(stated, Mapping):
+            raise RequestError("'action_spec' must be a map, as in the server's metadata.")
+        theirs = from_json(ActionSpec, _plain(stated), "the request's action_spec")
+        self.policy.action_spec.require_match(theirs, "the server's policy", "the client")
+
+
+def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
+    reply: dict[str, Any] = {
+        "actions": chunk.actions,
+        "server_timing": {"infer_ms": infer_ms},
+        "policy_timing": {"infer_ms": chunk.milliseconds.get("total", 0.0), **chunk.milliseconds},
+        "layers": chunk.layers,
+        "evaluations": chunk.evaluations,
+        "repaired": chunk.repaired,
+    }
+    if chunk.confidence is not None:
+        reply["confidence"] = chunk.confidence.astype(np.float32)
+    return reply
+
+
+def _number(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+        raise RequestError(f"'{name}' must be a number from 0 on.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Maps with text keys, as JSON would give them."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise RequestError("'action_spec' must hold texts, numbers, lists and maps.") from error
+
+
+def _port(server: Server) -> int:
+    sockets = list(server.sockets)
+    if not sockets:
+        raise CapabilityError("The server has no socket.")
+    return int(sockets[0].getsockname()[1])
