@@ -76,7 +76,9 @@ def defines(module, name):
         return False
     body = ast.parse(file.read_text(encoding="utf-8")).body
     targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
-    return name in {getattr(node, "name", None) for node in body} | {getattr(t, "id", None) for t in targets}
+    exported = next((node.value for node in body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"), None)
+    names = {getattr(node, "name", None) for node in body} | {getattr(t, "id", None) for t in targets}
+    return name in names | set(ast.literal_eval(exported) if exported else ())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
