@@ -317,6 +317,7 @@ def test_the_client_needs_no_torch():
 def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     POLICY.save_pretrained(tmp_path)
     command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", "--steps", "3"]
+    command += ["--threads", f"{torch.get_num_threads()}"]  # the bits of a product depend on it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = ""

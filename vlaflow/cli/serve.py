@@ -35,6 +35,7 @@ class Arguments:
         batch: most requests answered together.
         wait_ms: how long the first request of a batch waits for company.
         queue: most requests waiting.
+        threads: of torch, where the networks run on the CPU; vlaflow bench latency measures one.
         device: where the networks run.
     """
 
@@ -51,12 +52,15 @@ class Arguments:
     batch: int = 8
     wait_ms: float = 2.0
     queue: int = 32
+    threads: int = 1
     device: str = "cpu"
 
 
 def main(argv: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
     a = tyro.cli(Arguments, args=argv, prog="vlaflow serve")
+
+    import torch
 
     from vlaflow.compute.calibration import Checkpoint
     from vlaflow.compute.parse import Knobs, parse
@@ -70,6 +74,7 @@ def main(argv: list[str]) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.WARNING)
+    torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"
     compute = parse(name, Knobs(a.steps), Checkpoint(folder, fingerprint(folder)))
