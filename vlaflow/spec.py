@@ -138,6 +138,26 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Commitment:
+    """The chunk before, for one that is made while it is being executed (real-time chunking).
+
+    Args:
+        actions: (N, D) float32, robot units: actions of the chunk before, from the one that the new chunk's first describes.
+        count: how many of them are executed whatever comes; the new chunk begins with them, unchanged to the bit. The rest is
+            what the robot would have done; only guidance looks at it.
+    """
+
+    actions: np.ndarray
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.actions.ndim != 2 or len(self.actions) < 1 or not np.all(np.isfinite(self.actions)):
+            raise SpecError(f"Committed actions are finite and of shape (N, D) with N >= 1, got shape {self.actions.shape}.")
+        if not 1 <= self.count <= len(self.actions):
+            raise SpecError(f"Of {len(self.actions)} known actions, 1 to all can be committed, got {self.count}.")
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A policy's answer: L future actions in robot units, and how they came about.
 

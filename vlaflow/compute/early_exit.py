@@ -114,7 +114,7 @@ class Answers:
         if self._noise is not None:
             self._noise = [self._noise[row] for row in rows]
         if self.given is not None:
-            self.given = Given(self.given.action_BLD[row_R], self.given.clock_BL[row_R], self.given.noised)
+            self.given = self.given.select(row_R)
 
     def _given(self) -> Given | None:
         """What the next depth starts from; tokens that the caller committed (clock 0) stay as they are."""
@@ -126,7 +126,8 @@ class Answers:
             done_RL = self.given.clock_BL == 0
             clock_RL = clock_RL.masked_fill(done_RL, 0)
             previous_RLD = torch.where(done_RL[..., None], self.given.action_BLD, previous_RLD)
-        return Given(previous_RLD, clock_RL, noised=plan.warm_start == "anchor")
+        pull = self.given.pull if self.given is not None else None
+        return Given(previous_RLD, clock_RL, noised=plan.warm_start == "anchor", pull=pull)
 
 
 @dataclass(frozen=True)

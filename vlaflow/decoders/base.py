@@ -48,6 +48,19 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """Known actions that a flow is bent towards (``flows.guidance``) where it was not trained to be given them.
+
+    Args:
+        action_BLD: normalised actions.
+        weight_BL: how strongly each counts, in [0, 1].
+    """
+
+    action_BLD: Tensor
+    weight_BL: Tensor
+
+
+@dataclass(frozen=True)
 class Given:
     """Tokens known beforehand, and the clock each starts from.
 
@@ -56,11 +69,18 @@ class Given:
         clock_BL: in [0, 1].
         noised: the actions already are what a token at that clock looks like; nothing is mixed into them. By default they
             are clean, and fresh noise brings them to their clock.
+        pull: actions to be bent towards on the way, whatever the clocks.
     """
 
     action_BLD: Tensor
     clock_BL: Tensor
     noised: bool = False
+    pull: Pull | None = None
+
+    def select(self, row_R: Tensor) -> Given:
+        """Rows of the batch."""
+        pull = self.pull and Pull(self.pull.action_BLD[row_R], self.pull.weight_BL[row_R])
+        return Given(self.action_BLD[row_R], self.clock_BL[row_R], self.noised, pull)
 
 
 @dataclass(frozen=True)
@@ -143,6 +163,11 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """Whether ``start`` can begin from given actions."""
 
     @property
+    def longest_commitment(self) -> int:
+        """How many committed actions a chunk may begin with; 0 where it can continue none."""
+        return self.horizon if self.takes_given and self.regenerates else 0
+
+    @property
     def takes_tokens(self) -> bool:
         """Whether ``start`` can begin from given tokens of a vocabulary."""
         return False
@@ -177,6 +202,26 @@ class Decoder(nn.Module, ABC, Generic[State]):
     @abstractmethod
     def finish(self, state: State) -> Tensor:
         """Normalised actions, (B, L, D) float32."""
+
+    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Given:
+        """What ``start`` is given so that chunks continue the chunks before them (real-time chunking).
+
+        Args:
+            action_BLD: normalised actions of the chunks before, from the one that the new chunk's first describes.
+            known_B: how many of them there are; the rest is ignored.
+            committed_B: how many are executed whatever comes. They have clock 0, the others 1.
+            guided: bend the flow towards them instead, as for decoders that are not trained for it.
+
+        Raises:
+            CapabilityError: for decoders that can continue no chunk, or not so.
+        """
+        if not self.longest_commitment or guided:
+            raise CapabilityError(
+                f"A {type(self).__name__} like this cannot continue committed actions{' by guidance' * guided}. Use a flow "
+                "decoder, or a discrete flow over bins trained with masks='unified'."
+            )
+        place_1L = torch.arange(self.horizon, device=action_BLD.device)[None]
+        return Given(action_BLD, (place_1L >= committed_B[:, None]).float())
 
     def tokens(self, state: State) -> Tokens | None:
         """What is known of the tokens, for decoders that have a vocabulary."""

@@ -17,9 +17,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets, mean_over_exits
+from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Pull, Targets, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.flows import gaussian
+from vlaflow.flows import gaussian, guidance
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
 from vlaflow.stacks.base import Stack
@@ -36,6 +36,8 @@ class FlowConfig:
         horizon: actions per chunk, L.
         padded_dim: dimensions the network sees, zero beyond D (pretrained heads use 32); None for D itself.
         masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
+        committed: longest beginning of a chunk that training gives clean, its length drawn anew for every sample, so that
+            chunks can continue each other while the robot moves (real-time chunking); 0 for none.
         whole: share of the unified draws that noise every token after all; 0 is the paper.
         draws: noise, time and mask draws per observation and step, K; they share one prefix.
         time_alpha: training times are Beta(time_alpha, 1).
@@ -48,6 +50,7 @@ class FlowConfig:
     horizon: int = 16
     padded_dim: int | None = None
     masks: Literal["unified", "synchronous"] = "unified"
+    committed: int = 0
     whole: float = 0.0
     draws: int = 2
     time_alpha: float = 1.5
@@ -58,6 +61,8 @@ class FlowConfig:
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:
             raise ConfigError(f"padded_dim {self.padded_dim} is smaller than action_dim {self.action_dim}.")
+        if not 0 <= self.committed < self.horizon:
+            raise ConfigError(f"committed must leave actions to make: 0 to {self.horizon - 1}, got {self.committed}.")
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"whole is a share of the draws, in [0, 1], got {self.whole}.")
         if min(self.horizon, self.draws) < 1:
@@ -104,12 +109,14 @@ class FlowState:
         start_BL: the clock each token started from.
         done: solver steps taken.
         steps: solver steps in all.
+        pull: padded actions to be bent towards.
     """
 
     x_BLX: Tensor
     start_BL: Tensor
     done: int
     steps: int
+    pull: Pull | None = None
 
     def clock_at(self, done: int) -> Tensor:
         """Clocks after ``done`` steps: every token walks from its start to exactly 0 in ``steps`` equal strides."""
@@ -136,6 +143,11 @@ class FlowDecoder(Decoder[FlowState]):
         """Always."""
         return True
 
+    @property
+    def longest_commitment(self) -> int:
+        """As trained; with mixed clocks, or by guidance, any number that leaves actions to make."""
+        return self.config.committed or self.horizon - 1
+
     def evaluations(self, steps: int) -> int:
         """One a step."""
         return steps
@@ -153,6 +165,8 @@ class FlowDecoder(Decoder[FlowState]):
         mask_BL = torch.ones(b, c.horizon)
         if c.masks == "unified":
             mask_BL = gaussian.sample_mask(b, c.horizon, generator, c.whole)
+        if c.committed:
+            mask_BL = mask_BL * gaussian.sample_beginning(b, c.horizon, c.committed, generator)
         time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
         mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)
@@ -182,19 +196,36 @@ class FlowDecoder(Decoder[FlowState]):
         x_BLX = self._pad(given.action_BLD.float())
         if not given.noised:
             x_BLX = gaussian.interpolate(x_BLX, noise_BLX, given.clock_BL)
-        return FlowState(x_BLX, given.clock_BL, 0, steps)
+        pull = given.pull and replace(given.pull, action_BLD=self._pad(given.pull.action_BLD.float()))
+        return FlowState(x_BLX, given.clock_BL, 0, steps, pull)
+
+    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Given:
+        """See ``Decoder``; trained with committed or mixed clocks it is given them, otherwise bent towards them."""
+        if not guided and (self.config.committed or self.regenerates):
+            return super().continued(action_BLD, known_B, committed_B)
+        pull = Pull(action_BLD, guidance.soft_mask(self.horizon, committed_B, known_B))
+        return Given(torch.zeros_like(action_BLD), torch.ones_like(pull.weight_BL), pull=pull)
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
         """Euler steps; the integration stays in float32 whatever the network computes in."""
         for done in range(state.done, min(state.done + steps, state.steps)):
             now_BL, next_BL = state.clock_at(done), state.clock_at(done + 1)
-            velocity_BLX = self.velocity(state.x_BLX, now_BL, prefix).float()
+            if state.pull is None:
+                velocity_BLX = self.velocity(state.x_BLX, now_BL, prefix).float()
+            else:
+                velocity_BLX = self._guided(state, state.pull, now_BL, prefix)
             state = replace(state, x_BLX=gaussian.step(state.x_BLX, velocity_BLX, now_BL, next_BL), done=done + 1)
         return state
 
     def finish(self, state: FlowState) -> Tensor:
         """The real dimensions."""
         return state.x_BLX[..., : self.action_dim]
+
+    def _guided(self, state: FlowState, pull: Pull, now_BL: Tensor, prefix: Prefix) -> Tensor:
+        with torch.enable_grad():
+            x_BLX = state.x_BLX.detach().requires_grad_()
+            velocity_BLX = self.velocity(x_BLX, now_BL, prefix).float()
+            return guidance.guided(x_BLX, velocity_BLX, now_BL, pull.action_BLD, pull.weight_BL)
 
     def _pad(self, action_BLD: Tensor) -> Tensor:
         extra = (self.config.padded_dim or self.action_dim) - action_BLD.shape[-1]

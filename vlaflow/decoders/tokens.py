@@ -197,7 +197,7 @@ class TokenDecoder(Decoder[State]):
         """
         if isinstance(given, GivenTokens):
             return given
-        if not self.takes_given:
+        if not self.takes_given or given.pull is not None:
             raise CapabilityError(
                 f"A {type(self).__name__} with a {type(self.tokenizer).__name__} cannot start from given actions: its tokens "
                 "describe the chunk as a whole. Train it with bins."

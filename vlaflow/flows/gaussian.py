@@ -70,6 +70,16 @@ def sample_mask(batch: int, horizon: int, generator: Generator, whole: float = 0
     return (torch.rand(batch, horizon, generator=generator) < y_B1).float()
 
 
+def sample_beginning(batch: int, horizon: int, longest: int, generator: Generator) -> Tensor:
+    """Training mask of real-time chunking: the first n tokens of each sample are given clean, n uniform in 0 … ``longest``.
+
+    Returns:
+        float (B, L): 1 where a token is noised and learned, 0 on the given beginning.
+    """
+    count_B1 = torch.randint(longest + 1, (batch, 1), generator=generator)
+    return (torch.arange(horizon)[None] >= count_B1).float()
+
+
 def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor) -> Tensor:
     """Mean of error² over the tokens with weight 1; exactly 0, without a gradient, when there is none.
 

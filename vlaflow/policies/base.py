@@ -34,7 +34,7 @@ from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import LossTerms, Targets, Tokens
+from vlaflow.decoders.base import Given, LossTerms, Targets, Tokens
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
@@ -44,7 +44,8 @@ from vlaflow.decoders.rater import RaterConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.checkpoint import load_weights, local_folder, read_json, write_json
-from vlaflow.spec import ActionSpec, Chunk, Observation
+from vlaflow.policies.commitment import given_of
+from vlaflow.spec import ActionSpec, Chunk, Commitment, Observation
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,13 @@ class Policy:
 
     @overload
     def act(
-        self, observation: Observation, compute: ComputePolicy | None = None, *, generator: Generator | None = None
+        self,
+        observation: Observation,
+        compute: ComputePolicy | None = None,
+        *,
+        generator: Generator | None = None,
+        commitment: Commitment | None = None,
+        guided: bool = False,
     ) -> Chunk: ...
 
     @overload
@@ -181,6 +188,8 @@ class Policy:
         compute: ComputePolicy | None = None,
         *,
         generator: Sequence[Generator] | None = None,
+        commitment: Sequence[Commitment | None] | None = None,
+        guided: bool = False,
     ) -> list[Chunk]: ...
 
     def act(
@@ -189,6 +198,8 @@ class Policy:
         compute: ComputePolicy | None = None,
         *,
         generator: Generator | Sequence[Generator] | None = None,
+        commitment: Commitment | Sequence[Commitment | None] | None = None,
+        guided: bool = False,
     ) -> Chunk | list[Chunk]:
         """Decide what to do next.
 
@@ -196,13 +207,15 @@ class Policy:
             observation: one observation, or several of the same robot, in robot units.
             compute: how much compute to spend; ``Dense()`` by default.
             generator: one per observation; by default each is seeded with 0, so the same observation gives the same chunk.
+            commitment: what of the chunk before each new one continues; None for a fresh start.
+            guided: continue by guidance even where training gave the decoder committed actions.
 
         Returns:
             One chunk, or one per observation, in robot units, clipped to the action spec's range.
 
         Raises:
-            SpecError: for missing views or states of another length.
-            CapabilityError: when the compute policy needs something the checkpoint lacks.
+            SpecError: for missing views, states of another length, or committed actions that leave none to make.
+            CapabilityError: when the compute policy needs something the checkpoint lacks, or its decoder can continue no chunk.
         """
         single = isinstance(observation, Observation)
         observations = [observation] if isinstance(observation, Observation) else list(observation)
@@ -212,17 +225,29 @@ class Policy:
             generators = [generator] if isinstance(generator, Generator) else list(generator)
         if len(generators) != len(observations):
             raise ConfigError(f"{len(observations)} observations need as many generators, got {len(generators)}.")
-        chunks = self._decode(observations, compute or Dense(), generators)
+        commitments = [commitment] if isinstance(commitment, Commitment) or commitment is None else list(commitment)
+        if commitment is None:
+            commitments *= len(observations)
+        if len(commitments) != len(observations):
+            raise ConfigError(f"{len(observations)} observations need as many commitments, got {len(commitments)}.")
+        given = given_of(commitments, self.model.decoder, self._action, device=self.device, guided=guided)
+        # Guidance needs gradients, which tensors of the inference mode can never have.
+        with torch.no_grad() if given and given.pull else torch.inference_mode():
+            chunks = self._decode(observations, compute or Dense(), generators, given)
+        for chunk, known in zip(chunks, commitments, strict=True):
+            if known is not None:
+                chunk.actions[: known.count] = known.actions[: known.count]
         return chunks[0] if single else chunks
 
-    @torch.inference_mode()
-    def _decode(self, observations: list[Observation], compute: ComputePolicy, generators: list[Generator]) -> list[Chunk]:
+    def _decode(
+        self, observations: list[Observation], compute: ComputePolicy, generators: list[Generator], given: Given | None
+    ) -> list[Chunk]:
         compute.needs.check(self.model, compute.name)
         watch = Stopwatch(self.device)
         with watch.part("total"):
             with watch.part("prefix"):
                 prefix = self.model.backbone.embed(self._prepare(ObservationBatch.collate(observations)))
-            out = compute.decode(self.model, prefix, generators, watch)
+            out = compute.decode(self.model, prefix, generators, watch, given)
             action_BLD = self.to_robot(out.action_BLD)
         low, high = self.action_spec.low, self.action_spec.high
         draft_BLD = None if out.draft_BLD is None else self.to_robot(out.draft_BLD).clip(low, high)

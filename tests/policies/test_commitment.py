@@ -1,0 +1,152 @@
+"""Chunks that continue the chunk before them: real-time chunking, by clocks and by guidance."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests import helpers
+from vlaflow.compute.dense import Dense
+from vlaflow.compute.early_exit import EarlyExit, ExitPlan
+from vlaflow.compute.refine import AtRandom, Refine
+from vlaflow.compute.two_stage import TwoStage
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.exits import ExitTraining
+from vlaflow.errors import CapabilityError, ConfigError, SpecError
+from vlaflow.flows import gaussian
+from vlaflow.policies.base import Policy
+from vlaflow.spec import Commitment
+
+TRAINED = helpers.policy(masks="synchronous", committed=3)
+UNTRAINED = helpers.policy(masks="synchronous")
+BINS = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, masks="unified")
+
+
+def commitment(count=2, known=4, seed=5):
+    return Commitment(np.random.default_rng(seed).uniform(-0.9, 0.9, (known, 4)).astype(np.float32), count)
+
+
+def act(policy, commitment=None, compute=None, seed=1, **more):
+    return policy.act(helpers.observation(seed), compute or Dense(3), commitment=commitment, **more).actions
+
+
+@pytest.mark.parametrize(
+    ("policy", "compute", "guided"),
+    [
+        (TRAINED, Dense(3), False),
+        (TRAINED, Dense(3), True),
+        (UNTRAINED, Dense(3), False),
+        (helpers.policy(), Refine(AtRandom(0.9), 3), False),
+        (BINS, TwoStage(2, 1), False),
+    ],
+)
+def test_committed_actions_come_back_to_the_bit(policy, compute, guided):
+    given = commitment()
+    actions = act(policy, given, compute, guided=guided)
+    np.testing.assert_array_equal(actions[:2], given.actions[:2])
+    assert (actions[2:4] != given.actions[2:]).any()
+
+
+@pytest.mark.parametrize("policy", [TRAINED, UNTRAINED, helpers.policy()])
+def test_what_follows_depends_on_what_is_committed(policy):
+    assert (act(policy, commitment(seed=5))[2:] != act(policy, commitment(seed=6))[2:]).any()
+
+
+def test_only_guidance_looks_beyond_the_committed_actions():
+    one, other = commitment(), commitment()
+    other.actions[3] += 0.5
+    np.testing.assert_array_equal(act(TRAINED, one), act(TRAINED, other))
+    assert (act(TRAINED, one, guided=True)[2:] != act(TRAINED, other, guided=True)[2:]).any()
+
+
+@pytest.mark.parametrize("policy", [TRAINED, UNTRAINED])
+def test_a_neighbour_in_the_batch_changes_nothing(policy):
+    observations, given = [helpers.observation(i) for i in range(3)], [commitment(2), None, commitment(1, 1)]
+    together = policy.act(observations, Dense(3), commitment=given)
+    for observation, known, chunk in zip(observations, given, together, strict=True):
+        alone = policy.act(observation, Dense(3), commitment=known)
+        np.testing.assert_allclose(chunk.actions, alone.actions, rtol=0, atol=1e-6)
+
+
+def test_early_exit_keeps_committed_actions_in_every_warm_start():
+    config = helpers.policy_config(committed=3)
+    policy = Policy.create(replace(config, exits=ExitTraining((1, 2))), helpers.action_spec(), UNTRAINED.stats, seed=0)
+    for start in ("fresh", "same", "anchor", "renoise"):
+        for guided in (False, True):
+            compute = EarlyExit(ExitPlan((1, 2), warm_start=start, steps=2), (float("inf"),))
+            given = commitment()
+            actions = policy.act([helpers.observation(i) for i in range(2)], compute, commitment=[given, None], guided=guided)[
+                0
+            ].actions
+            np.testing.assert_array_equal(actions[:2], given.actions[:2])
+
+
+def test_guidance_leads_to_the_known_actions_where_the_velocity_is_that_of_gaussian_data(monkeypatch):
+    """For actions ~ N(0, 1) the best estimate is linear in x, so the pull can be followed all the way."""
+
+    def velocity(self, x_BLX, clock_BL, prefix):
+        t = clock_BL[..., None]
+        return (x_BLX - (1 - t) / ((1 - t) ** 2 + t**2) * x_BLX) / t.clamp(min=1e-6)
+
+    monkeypatch.setattr(type(UNTRAINED.model.decoder), "velocity", velocity)
+    known = commitment(5, 5)
+    decoder, normalizer = UNTRAINED.model.decoder, UNTRAINED._action
+    target = normalizer.forward(torch.from_numpy(known.actions))
+    padded = torch.cat((target, torch.zeros(1, 4)))[None]
+    prefix = UNTRAINED.model.backbone.embed(helpers.batch(1).observation)
+    given = decoder.continued(padded, torch.tensor([5]), torch.tensor([5]))
+    with torch.no_grad():
+        free = decoder.sample(prefix, helpers.generators(1), 40)[0, :5]
+        led = decoder.sample(prefix, helpers.generators(1), 40, given)[0, :5]
+        assert (led - target).abs().max() < 0.1 * (free - target).abs().max()
+
+
+def test_training_gives_beginnings_of_every_length_equally_often():
+    mask_BL = gaussian.sample_beginning(6000, 6, 3, torch.Generator().manual_seed(0))
+    given_B = (1 - mask_BL).sum(1)
+    assert set(given_B.tolist()) == {0, 1, 2, 3}
+    assert (mask_BL.diff(dim=1) >= 0).all()
+    shares = torch.bincount(given_B.long()) / 6000
+    assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / 6000) ** 0.5
+
+
+def test_committed_actions_give_no_loss(monkeypatch):
+    """With every beginning as long as it may be, the errors of those actions do not matter."""
+    monkeypatch.setattr(
+        gaussian, "sample_beginning", lambda b, horizon, longest, g: (torch.arange(horizon) >= longest).float().expand(b, -1)
+    )
+    seen = []
+    monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: seen.append(weight) or error.sum() * 0)
+    TRAINED.loss(helpers.batch(), *helpers.generators(2))
+    assert (seen[0][:, :3] == 0).all()
+    assert (seen[0][:, 3:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "known", "error", "sentence"),
+    [
+        (TRAINED, commitment(4), SpecError, "at most 3 committed actions"),
+        (UNTRAINED, commitment(6, 6), SpecError, "at most 5 committed"),
+        (UNTRAINED, Commitment(np.zeros((2, 3), np.float32), 1), SpecError, "4 dimensions here, got 3"),
+        (helpers.token_policy(DiscreteFlowConfig), commitment(), CapabilityError, "cannot continue committed actions"),
+        (helpers.token_policy(AutoregressiveConfig), commitment(), CapabilityError, "cannot continue committed actions"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(policy, known, error, sentence):
+    with pytest.raises(error, match=sentence):
+        act(policy, known)
+
+
+def test_impossible_commitments_are_refused():
+    with pytest.raises(CapabilityError, match="by guidance"):
+        act(BINS, commitment(), guided=True)
+    with pytest.raises(ConfigError, match="as many commitments"):
+        UNTRAINED.act([helpers.observation()] * 2, Dense(1), commitment=[commitment()])
+    with pytest.raises(SpecError, match="1 to all"):
+        commitment(5, 4)
+    with pytest.raises(SpecError, match="finite"):
+        Commitment(np.full((1, 4), np.nan, np.float32), 1)
+    with pytest.raises(ConfigError, match="must leave actions to make"):
+        helpers.policy(committed=6)
