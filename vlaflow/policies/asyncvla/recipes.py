@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vlaflow.data.quality import PauseRule
+from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
@@ -26,6 +29,18 @@ def demo(data: DataSpec) -> TrainConfig:
         validate_every=500,
         checkpoint_every=1000,
     )
+
+
+def realtime(data: DataSpec) -> TrainConfig:
+    """The demo for a robot that does not stop to think: long chunks that continue each other (real-time chunking).
+
+    vlaflow train asyncvla.realtime --dataset runs/demo/dataset --out runs/realtime
+
+    Chunks of 64 actions, 0.8 s on Meta-World; their first 0 to 40, half a second, may be committed already.
+    """
+    policy = tiny(data.state_dim, data.action_dim, data.views)
+    decoder = FlowConfig(action_dim=data.action_dim, horizon=64, draws=2, whole=0.5, committed=40)
+    return replace(demo(data), policy=replace(policy, decoder=decoder, exits=None, execute=24), steps=3000)
 
 
 def rater(policy: PolicyConfig) -> TrainConfig:
