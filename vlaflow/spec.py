@@ -153,8 +153,8 @@ class Commitment:
     def __post_init__(self) -> None:
         if self.actions.ndim != 2 or len(self.actions) < 1 or not np.all(np.isfinite(self.actions)):
             raise SpecError(f"Committed actions are finite and of shape (N, D) with N >= 1, got shape {self.actions.shape}.")
-        if not 1 <= self.count <= len(self.actions):
-            raise SpecError(f"Of {len(self.actions)} known actions, 1 to all can be committed, got {self.count}.")
+        if not 0 <= self.count <= len(self.actions):
+            raise SpecError(f"Of {len(self.actions)} known actions, none to all can be committed, got {self.count}.")
 
 
 @dataclass(frozen=True)

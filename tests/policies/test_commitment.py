@@ -144,7 +144,7 @@ def test_impossible_commitments_are_refused():
         act(BINS, commitment(), guided=True)
     with pytest.raises(ConfigError, match="as many commitments"):
         UNTRAINED.act([helpers.observation()] * 2, Dense(1), commitment=[commitment()])
-    with pytest.raises(SpecError, match="1 to all"):
+    with pytest.raises(SpecError, match="none to all"):
         commitment(5, 4)
     with pytest.raises(SpecError, match="finite"):
         Commitment(np.full((1, 4), np.nan, np.float32), 1)

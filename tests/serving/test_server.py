@@ -19,12 +19,13 @@ from websockets.sync.client import connect
 from tests import helpers
 from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
-from vlaflow.errors import CapabilityError, ConfigError, RequestError
+from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
 from vlaflow.serving import wire
 from vlaflow.serving.client import Client
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.layouts import LAYOUTS, Layout, choose, read
 from vlaflow.serving.server import PolicyServer, ServerConfig
+from vlaflow.spec import Commitment
 
 POLICY = helpers.policy()
 PLACE = choose("metaworld", ("image",))
@@ -125,6 +126,67 @@ def test_a_wrong_request_is_one_sentence_and_the_connection_stays(address, bad, 
         assert "Traceback" not in answer
         raw.send(wire.pack(request(2, seed=1)))
         np.testing.assert_array_equal(wire.unpack(raw.recv(10))["actions"], expected(2, 1))
+
+
+def test_given_actions_come_back_to_the_bit_and_shape_the_rest(address):
+    given = np.random.default_rng(0).uniform(-0.9, 0.9, (4, 4)).astype(np.float32)
+    with Client(address) as client:
+        assert client.metadata["commitment"] == 5
+        free = client.infer(request(1, seed=7))["actions"]
+        held = client.infer(request(1, seed=7, given=given, inference_delay=3))["actions"]
+        all_held = client.infer(request(1, seed=7, given=given))["actions"]
+        none_held = client.infer(request(1, seed=7, given=given, inference_delay=0))["actions"]
+    np.testing.assert_array_equal(held[:3], given[:3])
+    np.testing.assert_array_equal(all_held[:4], given)
+    np.testing.assert_array_equal(none_held, free)
+    assert (held[3:] != free[3:]).any()
+    commitment = Commitment(given, 3)
+    own = POLICY.act(helpers.observation(1), Dense(3), generator=torch.Generator().manual_seed(7), commitment=commitment)
+    np.testing.assert_array_equal(held, own.actions)
+
+
+def test_a_server_can_be_told_to_guide(address):
+    given = np.full((5, 4), 0.5, np.float32)
+    with serving(engine=EngineConfig(guided=True)) as (_, guided), Client(guided) as one, Client(address) as other:
+        asked = request(1, seed=7, given=given, inference_delay=2)
+        assert (one.infer(asked)["actions"][2:] != other.infer(asked)["actions"][2:]).any()
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ({"inference_delay": 2}, "send both"),
+        ({"given": [[1.0] * 4]}, "must be an array of actions"),
+        ({"given": np.zeros((2, 4), np.float32), "inference_delay": 1.5}, "whole number"),
+        ({"given": np.zeros((2, 4), np.float32), "inference_delay": 3}, "none to all can be committed"),
+        ({"given": np.zeros((2, 4), np.float32), "inference_delay": -1}, "none to all can be committed"),
+        ({"given": np.full((2, 4), np.inf, np.float32)}, "finite"),
+        ({"given": np.array(1.0)}, "'given'"),
+        ({"given": np.zeros((2, 3), np.float32)}, "4 dimensions here, got 3"),
+        ({"given": np.zeros((6, 4), np.float32)}, "at most 5 committed"),
+        ({"budget_ms": 5}, "does not know what fits"),
+    ],
+)
+def test_what_cannot_be_continued_or_budgeted_is_one_sentence(address, bad, sentence):
+    with Client(address) as client, pytest.raises(RequestError, match=sentence):
+        client.infer(request(1, **bad))
+
+
+def test_a_request_can_bring_its_own_budget():
+    asked = []
+
+    def budget(milliseconds):
+        asked.append(milliseconds)
+        if milliseconds < 1:
+            raise CalibrationError("Nothing fits 0.5 ms here.")
+        return Dense(1, label="budget")
+
+    with serving(budget=budget) as (_, found), Client(found) as client:
+        assert client.infer(request(budget_ms=20))["evaluations"] == 1
+        assert client.infer(request())["evaluations"] == 3
+        with pytest.raises(RequestError, match=r"Nothing fits 0\.5 ms"):
+            client.infer(request(budget_ms=0.5))
+    assert asked == [20, 0.5]
 
 
 def test_hostile_frames_leave_a_well_behaved_client_alone(address):

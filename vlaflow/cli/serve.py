@@ -35,6 +35,7 @@ class Arguments:
         batch: most requests answered together.
         wait_ms: how long the first request of a batch waits for company.
         queue: most requests waiting.
+        guided: continue committed actions by guidance even where the checkpoint was trained for them.
         threads: of torch, where the networks run on the CPU; vlaflow bench latency measures one.
         device: where the networks run.
     """
@@ -52,6 +53,7 @@ class Arguments:
     batch: int = 8
     wait_ms: float = 2.0
     queue: int = 32
+    guided: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     threads: int = 1
     device: str = "cpu"
 
@@ -77,11 +79,18 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"
-    compute = parse(name, Knobs(a.steps), Checkpoint(folder, fingerprint(folder)))
+    home, knobs = Checkpoint(folder, fingerprint(folder)), Knobs(a.steps)
+    compute = parse(name, knobs, home)
     policy = Policy.from_pretrained(folder, a.device)
     views = tuple(policy.model.backbone.views)
-    engine = EngineConfig(a.batch, a.wait_ms, a.queue)
-    config = ServerConfig(**choose(a.layout, views, a.image, a.state), host=a.host, port=a.port, token=a.token, engine=engine)
+    config = ServerConfig(
+        **choose(a.layout, views, a.image, a.state),
+        host=a.host,
+        port=a.port,
+        token=a.token,
+        engine=EngineConfig(a.batch, a.wait_ms, a.queue, guided=a.guided),
+        budget=lambda milliseconds: parse(f"budget:{milliseconds:g}", knobs, home),
+    )
     compute.needs.check(policy.model, compute.name)
     for _ in range(3):  # the first chunks are slow; no client shall have them
         policy.act(example(policy), compute)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -17,6 +18,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from vlaflow.errors import RequestError
 from vlaflow.serving import wire
+
+logger = logging.getLogger("vlaflow.client")
 
 
 class Client:
@@ -44,7 +47,7 @@ class Client:
 
         Args:
             observation: images, state and prompt under the keys of the server's layout; optionally "seed", "reset",
-                "deadline_ms", "action_spec".
+                "deadline_ms", "action_spec", "given" and "inference_delay", "budget_ms".
 
         Raises:
             RequestError: the server's sentence, or no server.
@@ -55,6 +58,7 @@ class Client:
         except ConnectionClosed:
             self._connection = self._connect()
             self.reconnected += 1
+            logger.warning("%s was lost; connected again to %s", self.address, self.metadata.get("server", "another server"))
             return self._exchange(message)
 
     def reset(self) -> None:

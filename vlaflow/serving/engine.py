@@ -18,7 +18,7 @@ from torch import Generator
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import BusyError, DeadlineError
 from vlaflow.policies.base import Policy
-from vlaflow.spec import Chunk, Observation
+from vlaflow.spec import Chunk, Commitment, Observation
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class EngineConfig:
         wait_ms: how long the first of a batch waits for company.
         queue: most requests waiting; more are refused as busy.
         deadline_ms: a request that has waited longer is given up.
+        guided: continue chunks by guidance even where training gave the decoder committed actions.
     """
 
     batch: int = 8
     wait_ms: float = 2.0
     queue: int = 32
     deadline_ms: float = 10_000.0
+    guided: bool = False
 
 
 @dataclass
@@ -64,11 +66,32 @@ class Counts:
         return "".join(f"# TYPE {name} counter\n{name} {value}\n" for name, value in rows)
 
 
-@dataclass
-class _Waiting:
+@dataclass(frozen=True)
+class Asked:
+    """A request, understood.
+
+    Args:
+        observation: what the robot sees.
+        compute: how much to compute.
+        generator: of its noise.
+        commitment: what of the chunk before the new one begins with.
+    """
+
     observation: Observation
     compute: ComputePolicy
     generator: Generator
+    commitment: Commitment | None = None
+
+    @property
+    def kind(self) -> object:
+        """Only requests of one kind can be computed together: one compute policy, one shape, all or none continued."""
+        shapes = tuple((view, image.shape) for view, image in sorted(self.observation.images.items()))
+        return repr(self.compute), shapes, self.observation.state.shape, self.commitment is None
+
+
+@dataclass
+class _Waiting:
+    asked: Asked
     until: float
     answer: asyncio.Future[Chunk]
 
@@ -86,10 +109,8 @@ class Engine:
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(self.config.queue)
         self._thread = ThreadPoolExecutor(1, "inference")
 
-    async def ask(
-        self, observation: Observation, compute: ComputePolicy, generator: Generator, deadline_ms: float | None = None
-    ) -> Chunk:
-        """The chunk for one observation.
+    async def ask(self, asked: Asked, deadline_ms: float | None = None) -> Chunk:
+        """The chunk for one request.
 
         Raises:
             BusyError: the queue is full.
@@ -98,7 +119,7 @@ class Engine:
         """
         self.counts.requests += 1
         until = self.clock() + (deadline_ms or self.config.deadline_ms) / 1e3
-        waiting = _Waiting(observation, compute, generator, until, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(asked, until, asyncio.get_running_loop().create_future())
         try:
             self._queue.put_nowait(waiting)
         except asyncio.QueueFull:
@@ -126,11 +147,9 @@ class Engine:
                 _settle(waiting, DeadlineError("The request waited longer than its deadline; it was not computed."))
             elif not waiting.answer.done():
                 alive.append(waiting)
-        # Only observations of one shape and one compute policy can be computed together.
         groups: dict[object, list[_Waiting]] = {}
         for waiting in alive:
-            shapes = tuple((view, image.shape) for view, image in sorted(waiting.observation.images.items()))
-            groups.setdefault((repr(waiting.compute), shapes, waiting.observation.state.shape), []).append(waiting)
+            groups.setdefault(waiting.asked.kind, []).append(waiting)
         for group in groups.values():
             began = self.clock()
             await self._compute(group)
@@ -138,13 +157,10 @@ class Engine:
             self.counts.seconds += self.clock() - began
 
     async def _compute(self, group: list[_Waiting]) -> None:
-        observations, generators = [w.observation for w in group], [w.generator for w in group]
-        loop, compute = asyncio.get_running_loop(), group[0].compute
-        states = [g.get_state() for g in generators]
+        asked, loop = [waiting.asked for waiting in group], asyncio.get_running_loop()
+        states = [a.generator.get_state() for a in asked]
         try:
-            chunks = await loop.run_in_executor(
-                self._thread, lambda: self.policy.act(observations, compute, generator=generators)
-            )
+            chunks = await loop.run_in_executor(self._thread, self._act, asked)
         except Exception as error:  # whatever it was, it is the answer to whoever asked
             if len(group) == 1:
                 self.counts.refused += 1
@@ -152,12 +168,21 @@ class Engine:
                 return
             # One bad request must not spoil the others: each again by itself, with its noise as it was.
             for waiting, state in zip(group, states, strict=True):
-                waiting.generator.set_state(state)
+                waiting.asked.generator.set_state(state)
                 await self._compute([waiting])
             return
         for waiting, chunk in zip(group, chunks, strict=True):
             self.counts.answered += 1
             _settle(waiting, chunk)
+
+    def _act(self, asked: list[Asked]) -> list[Chunk]:
+        return self.policy.act(
+            [a.observation for a in asked],
+            asked[0].compute,
+            generator=[a.generator for a in asked],
+            commitment=[a.commitment for a in asked],
+            guided=self.config.guided,
+        )
 
     def close(self) -> None:
         """Wait for the thread to finish what it computes."""

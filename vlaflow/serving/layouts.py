@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
-from vlaflow.spec import Observation
+from vlaflow.spec import Commitment, Observation
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,29 @@ def read(request: Mapping[str, Any], layout: Layout, views: Sequence[str]) -> Ob
         return Observation(images, np.concatenate(parts), prompt)
     except SpecError as error:
         raise RequestError(str(error)) from error
+
+
+def committed(request: dict[str, Any]) -> Commitment | None:
+    """What the request says of the chunk before, taken out of it: "given" (N, D), of which "inference_delay" are committed.
+
+    Raises:
+        RequestError: for one without the other, or something else than actions and a whole number.
+    """
+    given, delay = request.pop("given", None), request.pop("inference_delay", None)
+    if given is None:
+        if delay is not None:
+            raise RequestError("'inference_delay' says how many of the 'given' actions are committed; send both.")
+        return None
+    if not isinstance(given, np.ndarray) or given.dtype.kind not in "fiu":
+        raise RequestError("'given' must be an array of actions, (N, D), in robot units.")
+    if isinstance(delay, np.integer):
+        delay = int(delay)
+    if delay is not None and (not isinstance(delay, int) or isinstance(delay, bool)):
+        raise RequestError("'inference_delay' must be a whole number of actions.")
+    try:
+        return Commitment(given.astype(np.float32), len(given) if delay is None else delay)
+    except (SpecError, TypeError) as error:
+        raise RequestError(f"'given' with 'inference_delay': {error}") from error
 
 
 def _find(request: Mapping[str, Any], key: str) -> Any:

@@ -5,8 +5,9 @@ A client connects and gets the metadata; then every request, a map in one binary
 and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``.
 
 Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (the noise starts over; with nothing else the
-reply is {"reset": true}), "deadline_ms", "action_spec" (refused unless it is the policy's) and, as RoboArena's clients do,
-"endpoint": "infer" or "reset". A reply also holds "confidence" where a rater judged, "layers", "evaluations" and the
+reply is {"reset": true}), "given" and "inference_delay" (what the robot will have executed when the answer comes, which the
+answer begins with), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's) and, as RoboArena's clients
+do, "endpoint": "infer" or "reset". A reply also holds "confidence" where a rater judged, "layers", "evaluations" and the
 milliseconds by part.
 
 Nothing of one connection reaches another: all it keeps is how many chunks it has had, which seeds the next one's noise.
@@ -19,7 +20,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -37,8 +38,8 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
 from vlaflow.policies.base import Policy
 from vlaflow.serving import wire
-from vlaflow.serving.engine import Engine, EngineConfig
-from vlaflow.serving.layouts import Layout, read
+from vlaflow.serving.engine import Asked, Engine, EngineConfig
+from vlaflow.serving.layouts import Layout, committed, read
 from vlaflow.spec import ActionSpec, Chunk
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -56,6 +57,7 @@ class ServerConfig:
         engine: how requests are gathered.
         most_bytes: largest request.
         idle_s: a connection that does not answer pings for so long is closed.
+        budget: what fits so many milliseconds, for requests with a "budget_ms" of their own.
     """
 
     layout: Layout
@@ -66,6 +68,7 @@ class ServerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     most_bytes: int = wire.MOST_BYTES
     idle_s: float = 60.0
+    budget: Callable[[float], ComputePolicy] | None = None
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.token:
@@ -103,6 +106,8 @@ class PolicyServer:
             "action_spec": to_json(policy.action_spec),
             "horizon": policy.config.decoder.horizon,
             "execute": policy.config.execute,
+            "commitment": policy.model.decoder.longest_commitment,
+            "views": list(self.config.views),
             "rate_hz": policy.action_spec.rate_hz,
             "images": dict(zip(self.config.layout.images, self.policy.model.backbone.views.values(), strict=True)),
             "state": list(self.config.layout.state),
@@ -222,14 +227,24 @@ class PolicyServer:
             if not request:
                 return {"reset": True}, 0
         seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
+        budget_ms, commitment = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
+        compute = self.compute if budget_ms is None else self._within(budget_ms)
         observation = read(request, self.config.layout, self.config.views)
         generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
         began = time.perf_counter()
         try:
-            chunk = await self.engine.ask(observation, self.compute, generator, deadline_ms)
+            chunk = await self.engine.ask(Asked(observation, compute, generator, commitment), deadline_ms)
         except SpecError as error:
             raise RequestError(str(error)) from error
         return _reply(chunk, 1e3 * (time.perf_counter() - began)), chunks + 1
+
+    def _within(self, budget_ms: float) -> ComputePolicy:
+        if self.config.budget is None:
+            raise RequestError("This server does not know what fits a budget_ms; measure first: vlaflow bench latency CKPT")
+        try:
+            return self.config.budget(budget_ms)
+        except VlaflowError as error:
+            raise RequestError(str(error)) from error
 
     def _require_spec(self, stated: Any) -> None:
         if stated is None:

@@ -1,0 +1,125 @@
+"""The two ways to a policy that a real-time controller has: a thread beside the robot's loop, and a simulated delay."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from vlaflow.errors import RequestError
+from vlaflow.serving.realtime import Answer
+
+logger = logging.getLogger("vlaflow.realtime")
+Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+class Asks(Protocol):
+    """What a line needs of a client."""
+
+    metadata: dict[str, Any]
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """A chunk, or `RequestError`."""
+
+
+class BackgroundLine:
+    """Requests go out from a thread of their own, one after the other; the robot's loop never waits.
+
+    Args:
+        client: asked by the thread alone. It connects again by itself after a restart of the server.
+
+    >>> with BackgroundLine(client) as line: ...
+    """
+
+    def __init__(self, client: Asks) -> None:
+        self._client = client
+        self._rate_hz = float(client.metadata["rate_hz"])
+        self._requests: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue()
+        self._answers: queue.Queue[Answer] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._thread.start()
+
+    def ask(self, number: int, request: Mapping[str, Any]) -> None:
+        """See ``Line``."""
+        self._requests.put((number, request))
+
+    def poll(self) -> list[Answer]:
+        """See ``Line``."""
+        found = []
+        while True:
+            try:
+                found.append(self._answers.get_nowait())
+            except queue.Empty:
+                return found
+
+    def wait(self) -> tuple[list[Answer], float]:
+        """See ``Line``."""
+        began = time.monotonic()
+        first = self._answers.get()
+        return [first, *self.poll()], (time.monotonic() - began) * self._rate_hz
+
+    def close(self) -> None:
+        """End the thread once it has its answer."""
+        self._requests.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> BackgroundLine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while (item := self._requests.get()) is not None:
+            number, request = item
+            try:
+                answer = Answer(number, self._client.infer(request))
+            except RequestError as error:
+                answer = Answer(number, None, str(error))
+            except Exception as error:
+                logger.exception("request %d met a defect of the client", number)
+                answer = Answer(number, None, f"{type(error).__name__}: {error}")
+            self._answers.put(answer)
+
+
+class SimulatedLine:
+    """Answers are made at once and handed out so many control steps later, so that every delay is measured on one clock.
+
+    Args:
+        infer: makes an answer.
+        delay: control steps that the next one takes, 0 or more.
+
+    ``tick`` once per control step.
+    """
+
+    def __init__(self, infer: Infer, delay: Callable[[], int]) -> None:
+        self._infer, self._delay, self._now = infer, delay, 0
+        self._under_way: list[tuple[int, Answer]] = []
+
+    def ask(self, number: int, request: Mapping[str, Any]) -> None:
+        """See ``Line``."""
+        try:
+            answer = Answer(number, self._infer(request))
+        except RequestError as error:
+            answer = Answer(number, None, str(error))
+        self._under_way.append((self._now + self._delay(), answer))
+
+    def poll(self) -> list[Answer]:
+        """See ``Line``."""
+        due = [answer for when, answer in self._under_way if when <= self._now]
+        self._under_way = [(when, answer) for when, answer in self._under_way if when > self._now]
+        return due
+
+    def wait(self) -> tuple[list[Answer], float]:
+        """See ``Line``; the robot stands, so the time passes at once."""
+        began = self._now
+        self._now = max(self._now, min(when for when, _ in self._under_way))
+        return self.poll(), float(self._now - began)
+
+    def tick(self) -> None:
+        """A control step passes."""
+        self._now += 1
