@@ -28,7 +28,14 @@ STOREYS = (
     ("__main__",),
 )
 # ... except on the ground floor, and here:
-NEIGHBOURS = {("simulators", "vlaflow.data"), ("stacks", "vlaflow.backbones.base")}
+NEIGHBOURS = {
+    ("simulators", "vlaflow.data"),
+    ("stacks", "vlaflow.backbones.base"),
+    # a client and its controller need no policy; evaluation over the wire drives them
+    ("evaluation", "vlaflow.serving.client"),
+    ("evaluation", "vlaflow.serving.lines"),
+    ("evaluation", "vlaflow.serving.realtime"),
+}
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 
 # Packages that are slow to import or come with an extra, and the rooms that may import them at the top of a module.

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
     "serve": "put a checkpoint behind openpi's websocket protocol",
+    "rollout": "drive an environment over the wire, with simulated delays of inference",
     "check": "try an environment or a checkpoint against everything it promises",
     "data": "check or show a dataset; fit and compare action tokenizers",
 }

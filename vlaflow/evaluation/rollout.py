@@ -213,8 +213,13 @@ def play(
 
 
 def chunk_generator(seed: int, chunk: int) -> Generator:
-    """The noise of chunk number ``chunk`` in the episode of ``seed``; NumPy's SeedSequence keeps neighbours apart."""
-    return Generator().manual_seed(int(np.random.SeedSequence((seed, chunk)).generate_state(1, np.uint64)[0] >> 1))
+    """The noise of chunk number ``chunk`` in the episode of ``seed``."""
+    return Generator().manual_seed(chunk_seed(seed, chunk))
+
+
+def chunk_seed(seed: int, chunk: int) -> int:
+    """Seed of that noise, below 2⁶³; NumPy's SeedSequence keeps neighbours apart."""
+    return int(np.random.SeedSequence((seed, chunk)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def require_fit(

@@ -1,0 +1,210 @@
+"""Episodes over the wire: one clock for every hand-over, jerk in closed form, and a real server at the end."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from tests import helpers
+from vlaflow.compute.dense import Dense
+from vlaflow.config import to_json
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.evaluation import over_the_wire as wire
+from vlaflow.evaluation.over_the_wire_page import write_page
+from vlaflow.evaluation.over_the_wire_results import count, results
+from vlaflow.serving.layouts import choose
+from vlaflow.serving.realtime import Move
+from vlaflow.serving.server import PolicyServer, ServerConfig
+from vlaflow.simulators.metaworld_tasks import ACTION
+from vlaflow.spec import Observation
+
+HORIZON = 12
+METADATA = {
+    "horizon": HORIZON,
+    "execute": 4,
+    "commitment": 8,
+    "action_spec": to_json(ACTION),
+    "images": {"observation/image": 16},
+    "views": ["image"],
+    "state": ["observation/state"],
+    "system": "test",
+    "compute": "dense",
+}
+ENV = "metaworld/drawer-open-v3"
+
+
+class World:
+    """Ends after 40 steps; achieved when x has moved by 20, which takes 20 full steps."""
+
+    name, action_spec, _max_episode_steps = ENV, ACTION, 40
+
+    def restart(self, seed=None):
+        self.x, self.steps, self.first = 0.0, 0, -1
+        return {}
+
+    def observe(self):
+        return Observation({"image": np.zeros((16, 16, 3), np.uint8)}, np.array([self.x, 0, 0, 0], np.float32), "Go")
+
+    def advance(self, action):
+        self.x, self.steps = self.x + float(action[0]), self.steps + 1
+        if self.x >= 20 and self.first < 0:
+            self.first = self.steps
+        return 0.0, self.first > 0, self.steps >= 40, {"first_success_step": self.first}
+
+
+class Forward:
+    """A policy that always moves on; remembers its requests."""
+
+    def __init__(self):
+        self.requests = []
+
+    def __call__(self, request):
+        self.requests.append(request)
+        return {"actions": np.tile(np.array([1, 0, 0, 0], np.float32), (HORIZON, 1))}
+
+
+def play(mode, delay_ms, seed=1000, infer=None, **config):
+    job = wire.WireJob(ENV, mode, delay_ms, seed, trace=True)
+    return wire.play(infer or Forward(), METADATA, World(), job, wire.WireConfig(**config))
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("wait", 28), ("switch", 20), ("ensemble", 20), ("commit", 20)])
+def test_only_waiting_costs_time(mode, steps):
+    """25 ms are 2 steps at 80 Hz: five chunks of four actions with four waits of 2 steps between them."""
+    episode = play(mode, 25.0)
+    assert episode.success
+    assert episode.first_success_step == steps
+    assert episode.stood == steps - 20
+
+
+def test_a_delay_is_rounded_up_to_whole_steps():
+    assert play("wait", 12.5).stood == 4
+    assert play("wait", 12.6).stood == 8
+
+
+def test_jitter_only_lengthens_and_is_the_same_for_every_hand_over():
+    waits = [play("wait", 25.0, jitter_ms=50.0).stood for _ in range(2)]
+    assert waits[0] == waits[1] > play("wait", 25.0).stood
+
+
+def test_every_mode_gets_the_same_noise_for_the_same_chunk():
+    asked = {}
+    for mode in ("wait", "commit"):
+        infer = Forward()
+        play(mode, 25.0, infer=infer)
+        asked[mode] = [request["seed"] for request in infer.requests]
+    assert asked["wait"][:5] == asked["commit"][:5]
+    assert len(set(asked["wait"])) == len(asked["wait"])
+
+
+def test_a_request_has_the_keys_of_the_servers_layout():
+    infer = Forward()
+    play("wait", 0.0, infer=infer)
+    assert set(infer.requests[0]) == {"observation/image", "observation/state", "prompt", "seed", "reset"}
+    assert infer.requests[0]["prompt"] == "Go"
+
+
+def move(x, fresh=False, stood=False, gripper=0.0):
+    return Move(np.array([x, 0, 0, gripper], np.float32), 1, 0, fresh, stood)
+
+
+def test_jerk_at_a_step_of_the_velocity_is_the_step_on_both_sides_of_it():
+    """0, 0, 0, then ½ for ever: the second difference is ½ at the change, −½ after it and 0 elsewhere."""
+    moves = [move(0), move(0), move(0), move(0.5, fresh=True), move(0.5), move(0.5), move(0.5)]
+    motion = wire.Motion.of(moves, ACTION)
+    assert motion.boundaries == (3,)
+    assert motion.mean(at_boundaries=True) == pytest.approx(0.5)
+    assert motion.mean(at_boundaries=False) == 0
+
+
+def test_the_gripper_is_no_motion_and_coming_to_a_stand_is_a_boundary():
+    moves = [move(0.5, gripper=-1), move(0.5, gripper=1), move(0.5), move(0, stood=True), move(0, stood=True)]
+    motion = wire.Motion.of(moves, ACTION)
+    assert motion.boundaries == (3,)
+    assert motion.stood == (3, 4)
+    assert motion.mean(at_boundaries=False) == 0
+    assert wire.Motion.of(moves[:2], ACTION).mean(at_boundaries=True) is None
+
+
+def test_cells_and_pairs_count_what_happened():
+    jobs = wire.plan((ENV,), ("wait", "commit"), (0.0, 100.0), 3)
+    episodes = [play(job.mode, job.delay_ms, job.seed, horizon=30) for job in jobs]
+    cells, pairs = count(episodes)
+    found = {(c.mode, c.delay_ms): c for c in cells}
+    assert {key: cell.successes for key, cell in found.items()} == {
+        ("wait", 0.0): 3,
+        ("commit", 0.0): 3,
+        ("wait", 100.0): 0,  # four waits of 8 steps
+        ("commit", 100.0): 3,
+    }
+    assert found["wait", 100.0].stood_share > 0.4
+    assert [(p.first, p.second, p.delay_ms, p.success[0]) for p in pairs] == [
+        ("wait", "commit", 0.0, 0.0),
+        ("wait", "commit", 100.0, 1.0),
+    ]
+    assert [episode.trace is not None for episode in episodes] == [True] * 12
+    assert [job.trace for job in jobs] == [job.seed == 1000 for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "error", "sentence"),
+    [
+        ({"action_spec": to_json(helpers.action_spec())}, {}, SpecError, "do not mean the same"),
+        ({"views": ["wrist"]}, {}, SpecError, "looks at 'wrist'"),
+        ({"state": ["a", "b"]}, {}, SpecError, "in parts"),
+        ({"commitment": 0}, {}, ConfigError, "cannot continue"),
+        ({}, {"execute": 12}, ConfigError, "at most 11"),
+        ({}, {"horizon": 501}, ConfigError, r"1\.\.500"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, error, sentence):
+    with pytest.raises(error, match=sentence):
+        wire.require_fit(
+            {**METADATA, **change}, "ws://here", wire.plan((ENV,), ("commit",), (0.0,), 1), wire.WireConfig(**config)
+        )
+
+
+def test_impossible_plans_are_refused():
+    for episodes, delays in ((0, (0.0,)), (1, ()), (1, (-1.0,))):
+        with pytest.raises(ConfigError, match="at least one"):
+            wire.plan((ENV,), ("wait",), delays, episodes)
+
+
+def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
+    policy = helpers.Policy.create(
+        helpers.policy_config(committed=3),
+        ACTION,
+        {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)},
+        seed=0,
+    )
+    server = PolicyServer(policy, Dense(2), ServerConfig(**choose("metaworld", ("image",)), port=0))
+    ready, found = threading.Event(), {}
+
+    async def run():
+        port = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(server.serve(port))
+        found["port"], found["loop"] = await port, asyncio.get_running_loop()
+        ready.set()
+        await task
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    address = f"ws://127.0.0.1:{found['port']}"
+    jobs = wire.plan((ENV,), ("switch", "commit"), (0.0, 25.0), 1)
+    config = wire.WireConfig(execute=3, horizon=8)
+    try:
+        once = wire.evaluate(address, jobs, config, workers=0)
+        again = wire.evaluate(address, jobs, config, workers=0)
+    finally:
+        found["loop"].call_soon_threadsafe(server.stop)
+        thread.join(10)
+    assert once == again
+    assert all(episode.steps == 8 for episode in once)
+    outcome = results(address, server.metadata, config, once)
+    outcome.write(tmp_path / "results.json")
+    page = write_page(outcome, tmp_path / "report.html").read_text()
+    assert "real-time chunking" in page
+    assert "commit − switch" in page
+    assert '"delay_ms": 25.0' in (tmp_path / "results.json").read_text()

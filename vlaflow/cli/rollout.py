@@ -1,0 +1,128 @@
+"""``vlaflow rollout --server ws://...``: episodes over the wire, with simulated delays of inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vlaflow.evaluation.over_the_wire_results import WireResults
+
+Mode = Literal["wait", "switch", "ensemble", "commit"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Compare ways of handing over from chunk to chunk while inference takes time; write results.json and report.html.
+
+    Example: vlaflow rollout --server ws://127.0.0.1:8000 --env metaworld/drawer-open-v3 --delay-ms 0 --delay-ms 200
+
+    Start the server first: vlaflow serve CKPT. Every mode sees the same seeds, noise and delays.
+
+    Args:
+        env: suite/task, or a group; repeat the option for more.
+        server: address of a vlaflow server.
+        mode: wait (synchronous), switch (naive asynchronous), ensemble (temporal ensembling), commit (real-time chunking);
+            repeat the option for more. All four when none is named.
+        delay_ms: that an answer takes; repeat for more. 0 and 200 when none is named.
+        jitter_ms: every delay is longer by up to so much.
+        execute: actions executed before the next chunk is asked for; the checkpoint's own number by default.
+        fade: actions over which a new chunk is faded in (switch and commit).
+        episodes: per environment, mode and delay.
+        horizon: control steps after which an episode is cut off; the suite's own by default.
+        render: picture quality; use the one the policy was trained with.
+        seed: of the first episode; the others follow.
+        workers: processes, each with a connection of its own.
+        token: of the server.
+        out: folder for results.json and report.html.
+    """
+
+    env: tuple[str, ...]
+    server: str = "ws://127.0.0.1:8000"
+    mode: tuple[Mode, ...] = ()
+    delay_ms: tuple[float, ...] = ()
+    jitter_ms: float = 0.0
+    execute: int | None = None
+    fade: int = 0
+    episodes: int = 20
+    horizon: int | None = None
+    render: Literal["fast", "exact"] = "fast"
+    seed: int = 1000
+    workers: int = 1
+    token: str | None = None
+    out: Path = Path("runs/rollout")
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow rollout ...``; returns the exit status."""
+    a = tyro.cli(Rollout, prog="vlaflow rollout", args=argv, config=(tyro.conf.UseAppendAction,))
+
+    from rich.console import Console
+
+    from vlaflow.evaluation import over_the_wire as wire
+    from vlaflow.evaluation.over_the_wire_page import write_page
+    from vlaflow.evaluation.over_the_wire_results import results
+    from vlaflow.progress import progress
+    from vlaflow.serving.client import Client
+    from vlaflow.simulators.base import expand_env_names
+
+    envs = expand_env_names(a.env)
+    modes = tuple(dict.fromkeys(a.mode)) or ("wait", "switch", "ensemble", "commit")
+    delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
+    config = wire.WireConfig(a.execute, a.horizon, a.jitter_ms, a.fade, a.render)
+    jobs = wire.plan(envs, modes, delays, a.episodes, a.seed)
+    with Client(a.server, a.token) as client:
+        metadata = client.metadata
+    with progress(len(jobs), "Driving") as bar:
+        episodes = wire.evaluate(
+            a.server, jobs, config, token=a.token, workers=a.workers, progress=lambda done, total: bar.advance()
+        )
+    found = results(a.server, metadata, config, episodes)
+    a.out.mkdir(parents=True, exist_ok=True)
+    found.write(a.out / "results.json")
+    page = write_page(found, a.out / "report.html")
+    console = Console()
+    console.print(table(found))
+    console.print(f"Written: {a.out / 'results.json'} and {page}", soft_wrap=True)
+    return 0
+
+
+def table(found: WireResults) -> Table:
+    """Successes and jerk in brief."""
+    from rich import box
+    from rich.table import Table
+
+    grid = Table(
+        "delay ms",
+        "hand-over",
+        "success",
+        "95 % interval",
+        "steps",
+        "jerk",
+        "stood",
+        "late",
+        box=box.SIMPLE,
+        padding=0,
+        title=f"{len(found.seeds)} episodes per environment, asked after {found.execute} actions, {found.rate_hz:g} Hz",
+        title_style="",
+        title_justify="left",
+    )
+    for cell in found.cells:
+        low, high = cell.interval
+        grid.add_row(
+            f"{cell.delay_ms:g}",
+            cell.mode,
+            f"{cell.successes}/{cell.episodes}",
+            f"{100 * low:.0f} to {100 * high:.0f} %",
+            str(cell.steps or "none"),
+            f"{cell.boundary_jerk[0]:.4f}" if cell.boundary_jerk else "none",
+            f"{100 * cell.stood_share:.0f} %",
+            f"{100 * cell.late_share:.0f} %",
+            end_section=cell.mode == found.cells[-1].mode,
+        )
+    return grid

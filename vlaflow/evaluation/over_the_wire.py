@@ -1,0 +1,302 @@
+"""Episodes against a running server with stated delays: what does inference that takes time cost, and which hand-over helps?
+
+The simulation advances one control step at a time; an answer is handed out as many steps later as its delay says, however long
+it really took. So every way of handing over is compared on one clock, on the same seeds and with the same noise. The first
+chunk of an episode is waited for, as on a robot; afterwards the world does not stop.
+
+Jerk is the second difference of the commanded motion (the action's displacements, in the action's units per step²), at
+boundaries, where a chunk hands over to another one or the robot comes to a stand, and elsewhere.
+
+Shape letters: T steps, D action dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vlaflow.config import from_json
+from vlaflow.errors import ConfigError, SpecError, nearest
+from vlaflow.evaluation.rollout import FIRST_SEED, chunk_seed
+from vlaflow.serving.client import Client
+from vlaflow.serving.lines import SimulatedLine
+from vlaflow.serving.realtime import HandOver, Move, RealtimeConfig, RealtimeController
+from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec
+from vlaflow.simulators.workers import run_jobs
+from vlaflow.spec import ActionSpec, Observation
+
+Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """How episodes are run.
+
+    Args:
+        execute: actions executed before the next chunk is asked for; None takes the checkpoint's own.
+        horizon: control steps after which an episode is cut off; None takes the suite's.
+        jitter_ms: every delay is longer by up to so much, uniformly.
+        fade: actions over which a new chunk is faded in.
+        render: picture quality.
+    """
+
+    execute: int | None = None
+    horizon: int | None = None
+    jitter_ms: float = 0.0
+    fade: int = 0
+    render: Render = "fast"
+
+
+@dataclass(frozen=True)
+class WireJob:
+    """One episode to run.
+
+    Args:
+        env: "suite/task".
+        mode: how chunks hand over.
+        delay_ms: that every answer takes.
+        seed: of the reset, the noise and the jitter.
+        trace: keep the actions.
+    """
+
+    env: str
+    mode: HandOver
+    delay_ms: float
+    seed: int
+    trace: bool = False
+
+    @property
+    def name(self) -> str:
+        """For error messages."""
+        return f"{self.env}, {self.mode}, {self.delay_ms:g} ms, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was executed: actions (T, D), and the steps at which something else took over."""
+
+    actions: tuple[tuple[float, ...], ...]
+    boundaries: tuple[int, ...]
+    stood: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WireEpisode:
+    """What came of one episode.
+
+    Args:
+        env, mode, delay_ms, seed: as in the job.
+        success: at any step.
+        first_success_step: counted from 1; None without success.
+        steps: control steps until the episode ended, standing included.
+        chunks: answers used.
+        stood: control steps without an action to execute.
+        late: answers that came after more actions than had been committed.
+        beyond: requests that could not commit as much as their expected delay.
+        boundaries: steps at which something else took over.
+        boundary_jerk, inner_jerk: mean second difference there and elsewhere; None where there was none.
+        trace: the actions, where they were kept.
+    """
+
+    env: str
+    mode: HandOver
+    delay_ms: float
+    seed: int
+    success: bool
+    first_success_step: int | None
+    steps: int
+    chunks: int
+    stood: int
+    late: int
+    beyond: int
+    boundaries: int
+    boundary_jerk: float | None
+    inner_jerk: float | None
+    trace: Trace | None = None
+
+
+def plan(
+    envs: Sequence[str],
+    modes: Sequence[HandOver],
+    delays_ms: Sequence[float],
+    episodes: int,
+    first_seed: int = FIRST_SEED,
+) -> list[WireJob]:
+    """Every hand-over at every delay on the same seeds of every environment; the first seed's actions are kept."""
+    if episodes < 1 or min(delays_ms, default=-1) < 0:
+        raise ConfigError("This takes at least one episode and at least one delay, none of them negative.")
+    return [
+        WireJob(env, mode, delay, seed, trace=seed == first_seed)
+        for env in envs
+        for seed in range(first_seed, first_seed + episodes)
+        for delay in delays_ms
+        for mode in modes
+    ]
+
+
+def evaluate(
+    server: str,
+    jobs: Sequence[WireJob],
+    config: WireConfig,
+    *,
+    token: str | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[WireEpisode]:
+    """Run episodes, each worker with a connection of its own; results in the order of the jobs.
+
+    Raises:
+        RequestError: no server, or what it answered.
+        SpecError, ConfigError: before the first episode, when server, environments and settings do not fit together.
+    """
+    with Client(server, token) as client:
+        require_fit(client.metadata, server, jobs, config)
+    play_job = functools.partial(_play_job, config=config)
+    return run_jobs(play_job, jobs, workers, setup=functools.partial(Client, server, token), progress=progress)
+
+
+def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob], config: WireConfig) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        SpecError: when actions or views mean something else to an environment.
+        ConfigError: for an impossible ``execute``, ``horizon`` or mode.
+    """
+    theirs = from_json(ActionSpec, dict(metadata["action_spec"]), f"the metadata of {server}")
+    for env in sorted({job.env for job in jobs}):
+        spec = simulator_spec(parse_env_name(env)[0])
+        theirs.require_match(spec.action, f"the policy at {server}", f"environment {env}")
+        for view in metadata["views"]:
+            if view not in spec.views:
+                raise SpecError(f"The policy at {server} looks at '{view}', which {env} lacks; {nearest(view, spec.views)}")
+        if len(metadata["state"]) != 1:
+            raise SpecError(f"{server} wants the state in parts {metadata['state']}; serve with --layout metaworld.")
+        if config.horizon is not None and not 1 <= config.horizon <= spec.horizon:
+            raise ConfigError(f"The horizon of {env} must lie in 1..{spec.horizon}, got {config.horizon}.")
+    for mode in sorted({job.mode for job in jobs}):
+        RealtimeController(SimulatedLine(dict, int), metadata, settings(mode, metadata, config))
+
+
+def settings(mode: HandOver, metadata: Mapping[str, Any], config: WireConfig) -> RealtimeConfig:
+    """The controller's."""
+    return RealtimeConfig(mode, execute=config.execute or int(metadata["execute"]), fade=config.fade)
+
+
+def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJob, config: WireConfig) -> WireEpisode:
+    """One episode.
+
+    Args:
+        infer: the server.
+        metadata: what it said first.
+        env: reset here; the environment named in the job.
+        job: what to run.
+        config: how.
+    """
+    rate, asked = env.action_spec.rate_hz, 0
+    jitter = np.random.default_rng(np.random.SeedSequence((job.seed, 1)))
+
+    def delay() -> int:
+        milliseconds = job.delay_ms + config.jitter_ms * jitter.random()
+        return math.ceil(milliseconds * rate / 1e3 - 1e-9)
+
+    def look() -> dict[str, Any]:
+        nonlocal asked
+        seed, asked = chunk_seed(job.seed, asked), asked + 1
+        return {**as_request(env.observe(), metadata), "seed": seed}
+
+    line = SimulatedLine(infer, delay)
+    controller = RealtimeController(line, metadata, settings(job.mode, metadata, config))
+    env.restart(job.seed)
+    controller.begin(look())
+    moves: list[Move] = []
+    horizon, done = config.horizon or env._max_episode_steps, False
+    info: dict[str, Any] = {}
+    while not done:
+        moves.append(controller.act(look))
+        _, terminated, truncated, info = env.advance(moves[-1].action)
+        line.tick()
+        done = terminated or truncated or len(moves) >= horizon
+    first, counts = int(info["first_success_step"]), controller.counts
+    motion = Motion.of(moves, env.action_spec)
+    return WireEpisode(
+        env=job.env,
+        mode=job.mode,
+        delay_ms=job.delay_ms,
+        seed=job.seed,
+        success=first > 0,
+        first_success_step=first if first > 0 else None,
+        steps=len(moves),
+        chunks=counts.answered,
+        stood=counts.stood,
+        late=counts.late,
+        beyond=counts.beyond,
+        boundaries=len(motion.boundaries),
+        boundary_jerk=motion.mean(at_boundaries=True),
+        inner_jerk=motion.mean(at_boundaries=False),
+        trace=motion.trace if job.trace else None,
+    )
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Executed actions and where something else took over.
+
+    Args:
+        action_TD: as executed.
+        boundaries: steps (from 1 on) at which another chunk took over, or the robot came to a stand.
+        stood: steps at which it stood.
+        moving_D: which dimensions are displacements.
+    """
+
+    action_TD: np.ndarray
+    boundaries: tuple[int, ...]
+    stood: tuple[int, ...]
+    moving_D: np.ndarray = field(repr=False)
+
+    @staticmethod
+    def of(moves: Sequence[Move], spec: ActionSpec) -> Motion:
+        """From what a controller decided."""
+        stops = [i for i in range(1, len(moves)) if moves[i].stood and not moves[i - 1].stood]
+        fresh = [i for i, move in enumerate(moves) if move.fresh and i]
+        return Motion(
+            np.stack([move.action for move in moves]).clip(spec.low, spec.high),
+            tuple(sorted({*stops, *fresh})),
+            tuple(i for i, move in enumerate(moves) if move.stood),
+            np.array([d.mode == "delta" for d in spec.dimensions]),
+        )
+
+    def mean(self, *, at_boundaries: bool) -> float | None:
+        """Mean norm of a_t − 2·a_{t−1} + a_{t−2} over the displacements.
+
+        A change at step b shows in the second differences of b and b + 1; both belong to the boundary.
+        """
+        moving_TD = self.action_TD[:, self.moving_D]
+        jerk_T = np.zeros(len(moving_TD))
+        jerk_T[2:] = np.linalg.norm(np.diff(moving_TD, 2, axis=0), axis=1)
+        near_T = np.zeros(len(jerk_T), bool)
+        for boundary in self.boundaries:
+            near_T[boundary : boundary + 2] = True
+        chosen = jerk_T[2:][near_T[2:] == at_boundaries]
+        return float(chosen.mean()) if len(chosen) else None
+
+    @property
+    def trace(self) -> Trace:
+        """For the report."""
+        return Trace(tuple(tuple(map(float, row)) for row in self.action_TD), self.boundaries, self.stood)
+
+
+def as_request(seen: Observation, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """An observation under the keys of the server's layout."""
+    images = {key: seen.images[view] for key, view in zip(metadata["images"], metadata["views"], strict=True)}
+    return {**images, metadata["state"][0]: seen.state, "prompt": seen.instruction}
+
+
+def _play_job(job: WireJob, client: Client, *, config: WireConfig) -> WireEpisode:
+    size = max((s for s in client.metadata["images"].values() if s), default=None)
+    env = cached(job.env, render=config.render, size=size)
+    return play(client.infer, client.metadata, env, job, config)

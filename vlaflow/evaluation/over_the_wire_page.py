@@ -1,0 +1,181 @@
+"""The page of episodes over the wire: success and jerk against delay, what was executed, and the numbers."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlaflow.evaluation.over_the_wire import Trace
+from vlaflow.evaluation.over_the_wire_results import Cell, Comparison, WireResults
+from vlaflow.evaluation.report_plots import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure, short
+
+WORDS = {
+    "wait": "wait (synchronous)",
+    "switch": "switch (naive asynchronous)",
+    "ensemble": "ensemble (temporal ensembling)",
+    "commit": "commit (real-time chunking)",
+}
+
+
+def write_page(found: WireResults, file: Path) -> Path:
+    """One self-contained HTML file."""
+    css = resources.files("vlaflow.evaluation").joinpath("report.css").read_text()
+    figures = [
+        (success(found), "Successes against the delay of every answer; bars are 95 % Wilson intervals."),
+        (
+            jerk(found),
+            "Mean second difference of the commanded motion where chunks hand over (bars: 95 % bootstrap over episodes), and "
+            "between (faint).",
+        ),
+    ]
+    if drawn := executed(found):
+        figures.append(drawn)
+    shown = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in figures)
+    title = f"{found.system} with {found.compute} over the wire"
+    how = (
+        f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of {', '.join(map(short, found.envs))} per "
+        f"row, up to {found.horizon} control steps at {found.rate_hz:g} Hz; the next chunk is asked for after {found.execute} "
+        f"actions; jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions."
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{css}</style>'
+        f"</head><body><main><h1>{html.escape(title)}</h1><p>{html.escape(how)}</p>{shown}"
+        f"{_table(CELLS, map(_row, found.cells))}"
+        f"<h2>In pairs</h2>{_table(PAIRS, map(_pair, found.comparisons))}"
+        f"<p><code>{html.escape(found.command)}</code><br>{html.escape(found.machine)}; "
+        f"{html.escape(', '.join(f'{k} {v}' for k, v in found.versions.items()))}</p></main></body></html>\n"
+    )
+    return file
+
+
+def success(found: WireResults) -> str:
+    """Success rate against delay, one line per mode."""
+    with figure(WIDTH, 2.6) as (_, axis, done):
+        for number, cells in enumerate(_by_mode(found).values()):
+            at = _places(cells, number)
+            rate = np.array([100 * c.successes / c.episodes for c in cells])
+            bars = np.array([[r - 100 * c.interval[0], 100 * c.interval[1] - r] for r, c in zip(rate, cells, strict=True)]).T
+            _line(axis, at, rate, bars.clip(0), number)
+        axis.set(ylim=(0, 102), ylabel="success, %", xlabel="delay of an answer, ms")
+        _legend(axis, _by_mode(found))
+        return done()
+
+
+def jerk(found: WireResults) -> str:
+    """Jerk at boundaries against delay, one line per mode."""
+    with figure(WIDTH, 2.6) as (_, axis, done):
+        for number, cells in enumerate(_by_mode(found).values()):
+            known = [c for c in cells if c.boundary_jerk]
+            at, value = _places(known, number), np.array([c.boundary_jerk for c in known])
+            if known:
+                bars = np.stack([value[:, 0] - value[:, 1], value[:, 2] - value[:, 0]]).clip(0)
+                _line(axis, at, value[:, 0], bars, number)
+            inner = [c for c in cells if c.inner_jerk]
+            axis.plot(_places(inner, number), [c.inner_jerk[0] for c in inner if c.inner_jerk], color=FAINT, lw=0.8)
+        axis.set(ylabel="second difference of the motion,\naction units per step²", xlabel="delay of an answer, ms")
+        axis.set_ylim(bottom=0)
+        _legend(axis, _by_mode(found))
+        return done()
+
+
+def executed(found: WireResults) -> tuple[str, str] | None:
+    """The actions of the first seed, one panel per mode, at the upper middle of the delays: it matters and is not hopeless."""
+    delays = sorted({c.delay_ms for c in found.cells})
+    delay = delays[len(delays) // 2]
+    traces = {e.mode: e.trace for e in found.episodes if e.trace and e.delay_ms == delay and e.env == found.envs[0]}
+    if not traces:
+        return None
+    with figure(WIDTH, 1.15 * len(traces) + 0.5, len(traces), 1, sharex=True, sharey=True) as (_, axes, done):
+        for axis, (mode, trace) in zip(np.atleast_1d(axes), traces.items(), strict=True):
+            _panel(axis, trace, mode)
+        np.atleast_1d(axes)[-1].set_xlabel("control step")
+        drawn = done()
+    return drawn, (
+        f"The first seed of {short(found.envs[0])} at {delay:g} ms, as executed: one line per action dimension, a vertical "
+        "line where another chunk took over, a band where the robot stood still."
+    )
+
+
+def _panel(axis: Any, trace: Trace, mode: str) -> None:
+    values = np.array(trace.actions)
+    for dimension in range(values.shape[1]):
+        axis.plot(values[:, dimension], color=SERIES[dimension % 5], ls=LINES[dimension % 5], lw=1.1)
+    for step in trace.boundaries:
+        axis.axvline(step, color=INK, lw=0.5)
+    for step in trace.stood:
+        axis.axvspan(step - 0.5, step + 0.5, color=FAINT, alpha=0.25, lw=0)
+    axis.set_title(WORDS[mode], loc="left")
+
+
+def _by_mode(found: WireResults) -> dict[str, list[Cell]]:
+    return {mode: [c for c in found.cells if c.mode == mode] for mode in dict.fromkeys(c.mode for c in found.cells)}
+
+
+def _places(cells: list[Cell], number: int) -> np.ndarray:
+    """Delays, set apart a little so that bars do not hide each other."""
+    return np.array([c.delay_ms for c in cells]) + 3.0 * number
+
+
+def _line(axis: Any, at: np.ndarray, value: np.ndarray, bars: np.ndarray, number: int) -> None:
+    axis.errorbar(at, value, bars, color=SERIES[number], marker=MARKERS[number], ls=LINES[number], lw=1.6, ms=5)
+
+
+def _legend(axis: Any, modes: Iterable[str]) -> None:
+    marks = [axis.plot([], [], MARKERS[n], color=SERIES[n], ls=LINES[n], lw=1.6, ms=5)[0] for n, _ in enumerate(modes)]
+    axis.legend(marks, [WORDS[mode] for mode in modes], loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+
+CELLS = (
+    "delay, ms",
+    "hand-over",
+    "success",
+    "by task",
+    "steps to success",
+    "jerk at boundaries",
+    "jerk elsewhere",
+    "stood still",
+    "late answers",
+)
+PAIRS = ("delay, ms", "compared", "success, points", "p", "jerk", "smoother : rougher", "p")
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    def mean(value: tuple[float, float, float] | None) -> str:
+        return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]" if value else "none"
+
+    return (
+        f"{cell.delay_ms:g}",
+        cell.mode,
+        f"{cell.successes}/{cell.episodes} [{100 * cell.interval[0]:.0f}, {100 * cell.interval[1]:.0f}] %",
+        " + ".join(str(n) for n in cell.per_env.values()),
+        str(cell.steps or "none"),
+        mean(cell.boundary_jerk),
+        mean(cell.inner_jerk),
+        f"{100 * cell.stood_share:.0f} %",
+        f"{100 * cell.late_share:.0f} %",
+    )
+
+
+def _pair(test: Comparison) -> tuple[str, ...]:
+    difference, low, high = (100 * value for value in test.success)
+    return (
+        f"{test.delay_ms:g}",
+        f"{test.second} − {test.first}",
+        f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]",
+        f"{test.success_p:.2g}",
+        "none" if test.jerk is None else f"{test.jerk:+.3f}",
+        f"{test.smoother} : {test.rougher}",
+        f"{test.jerk_p:.2g}",
+    )
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead>{body}</table>"

@@ -1,0 +1,193 @@
+"""``results.json`` of episodes over the wire: what each hand-over does at each delay, and which is better, in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from vlaflow.config import to_json
+from vlaflow.evaluation.over_the_wire import WireConfig, WireEpisode
+from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
+from vlaflow.policies.checkpoint import write_json
+from vlaflow.serving.realtime import HandOver
+from vlaflow.simulators.base import parse_env_name, simulator_spec
+from vlaflow.versions import command_line, machine, versions
+
+FORMAT = "vlaflow results over the wire 1"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of handing over at one delay, all environments pooled.
+
+    Args:
+        mode, delay_ms: which.
+        episodes, successes, interval: with the 95 % Wilson interval of the rate.
+        per_env: successes by environment.
+        steps: median control steps to success; None without one.
+        boundary_jerk, inner_jerk: means over the episodes that have them, with 95 % bootstrap intervals; None without.
+        stood_share: share of the control steps at which the robot had nothing to execute.
+        late_share: share of the answers that came after more actions than had been committed.
+    """
+
+    mode: HandOver
+    delay_ms: float
+    episodes: int
+    successes: int
+    interval: tuple[float, float]
+    per_env: dict[str, int]
+    steps: int | None
+    boundary_jerk: tuple[float, float, float] | None
+    inner_jerk: tuple[float, float, float] | None
+    stood_share: float
+    late_share: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two ways of handing over at one delay, on the same seeds; differences are second minus first.
+
+    Args:
+        first, second, delay_ms: which.
+        success: difference of the rates, and its 95 % interval.
+        success_p: exact McNemar test.
+        jerk: mean difference of the jerk at boundaries over episodes that have both; None without.
+        smoother, rougher: episodes in which the second's is smaller, or larger.
+        jerk_p: exact sign test of these.
+    """
+
+    first: HandOver
+    second: HandOver
+    delay_ms: float
+    success: tuple[float, float, float]
+    success_p: float
+    jerk: float | None
+    smoother: int
+    rougher: int
+    jerk_p: float
+
+
+@dataclass(frozen=True)
+class WireResults:
+    """Everything.
+
+    Args:
+        server, system, compute: the policy, as its server describes it.
+        envs, seeds, execute, horizon, jitter_ms, fade, rate_hz: how the episodes were run.
+        cells, comparisons: what was found.
+        episodes: each of them.
+        versions, command, machine: what it was found with.
+    """
+
+    server: str
+    system: str
+    compute: str
+    envs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    execute: int
+    horizon: int
+    jitter_ms: float
+    fade: int
+    rate_hz: float
+    cells: tuple[Cell, ...]
+    comparisons: tuple[Comparison, ...]
+    episodes: tuple[WireEpisode, ...]
+    versions: dict[str, str]
+    command: str
+    machine: str
+
+    def write(self, file: Path) -> None:
+        """As JSON."""
+        write_json(file, {"format": FORMAT, **to_json(self)})
+
+
+def count(episodes: Sequence[WireEpisode]) -> tuple[tuple[Cell, ...], tuple[Comparison, ...]]:
+    """Cells in the order of the delays and modes, and every pair of modes at every delay."""
+    modes = list(dict.fromkeys(e.mode for e in episodes))
+    delays = list(dict.fromkeys(e.delay_ms for e in episodes))
+    of = {(m, d): [e for e in episodes if e.mode == m and e.delay_ms == d] for d in delays for m in modes}
+    cells = tuple(_cell(mode, delay, mine) for (mode, delay), mine in of.items())
+    pairs = tuple(_compare(of[a, d], of[b, d]) for d in delays for a, b in combinations(modes, 2))
+    return cells, pairs
+
+
+def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episodes: Sequence[WireEpisode]) -> WireResults:
+    """Count, and add what is needed to repeat it.
+
+    Args:
+        server, metadata: its address, and what it said first.
+        config: how the episodes were run.
+        episodes: all of them.
+    """
+    spec = simulator_spec(parse_env_name(episodes[0].env)[0])
+    cells, comparisons = count(episodes)
+    return WireResults(
+        server=server,
+        system=str(metadata["system"]),
+        compute=str(metadata["compute"]),
+        envs=tuple(dict.fromkeys(e.env for e in episodes)),
+        seeds=tuple(dict.fromkeys(e.seed for e in episodes)),
+        execute=config.execute or int(metadata["execute"]),
+        horizon=config.horizon or spec.horizon,
+        jitter_ms=config.jitter_ms,
+        fade=config.fade,
+        rate_hz=spec.action.rate_hz,
+        cells=cells,
+        comparisons=comparisons,
+        episodes=tuple(episodes),
+        versions=versions(),
+        command=command_line(),
+        machine=machine(),
+    )
+
+
+def _cell(mode: HandOver, delay_ms: float, mine: Sequence[WireEpisode]) -> Cell:
+    successes = sum(e.success for e in mine)
+    interval = wilson(successes, len(mine))
+    firsts = sorted(e.first_success_step for e in mine if e.first_success_step is not None)
+    envs = dict.fromkeys(e.env for e in mine)
+    return Cell(
+        mode,
+        delay_ms,
+        len(mine),
+        successes,
+        (interval.low, interval.high),
+        {env: sum(e.success for e in mine if e.env == env) for env in envs},
+        firsts[len(firsts) // 2] if firsts else None,
+        _mean([e.boundary_jerk for e in mine if e.boundary_jerk is not None]),
+        _mean([e.inner_jerk for e in mine if e.inner_jerk is not None]),
+        sum(e.stood for e in mine) / sum(e.steps for e in mine),
+        sum(e.late for e in mine) / max(1, sum(e.chunks for e in mine)),
+    )
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float, float] | None:
+    if not values:
+        return None
+    interval = bootstrap_mean(values)
+    return sum(values) / len(values), interval.low, interval.high
+
+
+def _compare(first: Sequence[WireEpisode], second: Sequence[WireEpisode]) -> Comparison:
+    outcomes = PairedOutcomes.of([e.success for e in first], [e.success for e in second])
+    difference = paired_difference(outcomes)
+    jerks = [
+        b.boundary_jerk - a.boundary_jerk
+        for a, b in zip(first, second, strict=True)
+        if a.boundary_jerk is not None and b.boundary_jerk is not None
+    ]
+    smoother, rougher = sum(j < 0 for j in jerks), sum(j > 0 for j in jerks)
+    return Comparison(
+        first[0].mode,
+        second[0].mode,
+        first[0].delay_ms,
+        (outcomes.difference, difference.low, difference.high),
+        mcnemar(outcomes),
+        sum(jerks) / len(jerks) if jerks else None,
+        smoother,
+        rougher,
+        sign_test(smoother, rougher),
+    )
