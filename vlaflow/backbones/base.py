@@ -56,6 +56,7 @@ class Prefix:
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
         embedded_BPW: the tokens before the first layer, for whoever runs them once more; None until one has run.
+        written: tokens that a decoder has had the backbone write after the observation; later ones take positions after them.
     """
 
     backbone: Backbone
@@ -67,6 +68,7 @@ class Prefix:
     state_BS: Tensor | None = None
     mask_PP: Tensor | None = None
     embedded_BPW: Tensor | None = None
+    written: int = 0
 
     @property
     def depth(self) -> int:
@@ -83,6 +85,10 @@ class Prefix:
         embedded_BPW = None if self.embedded_BPW is None else self.embedded_BPW.detach()
         memory = tuple(m.detach() for m in self.memory)
         return replace(self, hidden_BPW=self.hidden_BPW.detach(), memory=memory, embedded_BPW=embedded_BPW)
+
+    def reading(self, memory: tuple[KeyValues, ...], written: int = 0) -> Prefix:
+        """The same observations with other keys and values to read, after so many more written tokens."""
+        return replace(self, memory=memory, written=self.written + written)
 
     def restart(self) -> Prefix:
         """The same observations before the first layer."""

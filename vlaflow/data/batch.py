@@ -72,6 +72,7 @@ class Batch:
         valid_BL: bool; False on steps past the episode's end and on pauses. They never touch the loss.
         episode_B: int64, the episode each sample comes from (named when a loss explodes).
         frame_B: int64, the frame within that episode.
+        code_BK: int64, latent action codes of the frame, −1 where there are none; None when nobody asked for them.
     """
 
     observation: ObservationBatch
@@ -79,6 +80,7 @@ class Batch:
     valid_BL: Tensor
     episode_B: Tensor
     frame_B: Tensor
+    code_BK: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -88,4 +90,5 @@ class Batch:
             self.valid_BL.to(device),
             self.episode_B,
             self.frame_B,
+            None if self.code_BK is None else self.code_BK.to(device),
         )

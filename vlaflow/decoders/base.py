@@ -41,10 +41,14 @@ def mean_over_exits(name: str, losses: Mapping[int, Tensor]) -> LossTerms:
 
 @dataclass(frozen=True)
 class Targets:
-    """What to learn: normalised actions (B, L, D), and which of them count, bool (B, L)."""
+    """What to learn: normalised actions (B, L, D), which of them count, bool (B, L), and latent action codes (B, K).
+
+    A code of −1 is unknown and teaches nothing.
+    """
 
     action_BLD: Tensor
     valid_BL: Tensor
+    code_BK: Tensor | None = None
 
 
 @dataclass(frozen=True)

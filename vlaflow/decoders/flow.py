@@ -43,6 +43,8 @@ class FlowConfig:
         time_alpha: training times are Beta(time_alpha, 1).
         time_floor: smallest training time.
         expert: a stack of its own for the action tokens; None runs them through the backbone's layers.
+        time_token: the clock is a token of its own before the actions, as in iFlyBot's expert, and not mixed into each; all
+            tokens then share one clock, so it goes with synchronous masks.
         head_layers: residual layers of the velocity head (A1: 2); None for two linear layers (AsyncVLA).
     """
 
@@ -56,6 +58,7 @@ class FlowConfig:
     time_alpha: float = 1.5
     time_floor: float = 0.001
     expert: ExpertConfig | None = None
+    time_token: bool = False
     head_layers: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class FlowConfig:
             raise ConfigError(f"committed must leave actions to make: 0 to {self.horizon - 1}, got {self.committed}.")
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"whole is a share of the draws, in [0, 1], got {self.whole}.")
+        if self.time_token and (self.masks == "unified" or self.committed or self.expert is None):
+            raise ConfigError("A time_token is one clock for all: it needs an expert, masks='synchronous' and committed=0.")
         if min(self.horizon, self.draws) < 1:
             raise ConfigError(f"horizon and draws must be at least 1, got {self.horizon} and {self.draws}.")
 
@@ -77,27 +82,31 @@ class ActionCodec(nn.Module):
     """Noisy actions and clocks to tokens, hidden states to velocities.
 
     Token = MLP([P·x ; S(clock)]) with S the sinusoid of each token's own clock, so a clean token's embedding does not
-    depend on the time the others are at (AsyncVLA §3.1). Output head: two linear layers (as EO-1), or a residual network
+    depend on the time the others are at (AsyncVLA §3.1). With ``time_token`` S
+    passes the MLP alone and is a token before the others. Output head: two linear layers (as EO-1), or a residual network
     with ``head_layers`` layers (A1).
     """
 
-    def __init__(self, dim: int, width: int, head_layers: int | None = None) -> None:
+    def __init__(self, dim: int, width: int, head_layers: int | None = None, time_token: bool = False) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.time_token = width, time_token
         self.project = nn.Linear(dim, width)
-        self.mix = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mix = nn.Sequential(nn.Linear(width if time_token else 2 * width, width), nn.SiLU(), nn.Linear(width, width))
         self.head: nn.Module = nn.Sequential(nn.Linear(width, width), nn.Linear(width, dim))
         if head_layers is not None:
             self.head = ResidualMLP(width, width, dim, head_layers)
 
     def encode(self, x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
-        """(B, L, X) and (B, L) → (B, L, W)."""
+        """(B, L, X) and (B, L) → (B, L, W), or (B, 1 + L, W) with a time token."""
+        if self.time_token:
+            time_B1W = self.mix(clock_embedding(clock_BL.amax(1, keepdim=True), self.width).to(x_BLX.dtype))
+            return torch.cat((time_B1W, self.project(x_BLX)), 1)
         time_BLW = clock_embedding(clock_BL, self.width).to(x_BLX.dtype)
         return self.mix(torch.cat((self.project(x_BLX), time_BLW), -1))
 
     def decode(self, hidden_BLW: Tensor) -> Tensor:
-        """(B, L, W) → velocity (B, L, X)."""
-        return self.head(hidden_BLW)
+        """(B, L, W), or with a time token (B, 1 + L, W), → velocity (B, L, X)."""
+        return self.head(hidden_BLW[:, int(self.time_token) :])
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,12 @@ class FlowDecoder(Decoder[FlowState]):
         super().__init__()
         self.config = config
         self.horizon, self.action_dim = config.horizon, config.action_dim
-        self.stack: Stack = config.expert.build(spec, config.horizon) if config.expert else SharedStack(spec.width)
-        self.codec = ActionCodec(config.padded_dim or config.action_dim, self.stack.width, config.head_layers)
+        self.stack: Stack = (
+            config.expert.build(spec, config.horizon, config.time_token) if config.expert else SharedStack(spec.width)
+        )
+        self.codec = ActionCodec(
+            config.padded_dim or config.action_dim, self.stack.width, config.head_layers, config.time_token
+        )
 
     @property
     def regenerates(self) -> bool:

@@ -34,6 +34,18 @@ class KeyValues:
         """The same numbers without a path back to whoever computed them."""
         return KeyValues(self.key_CGPE.detach(), self.value_CGPE.detach(), self.mask_CP)
 
+    def cat(self, other: KeyValues) -> KeyValues:
+        """These tokens and after them those of ``other``."""
+        mask_CP = None
+        if self.mask_CP is not None or other.mask_CP is not None:
+            mask_CP = torch.cat((self._mask(), other._mask()), 1)
+        key_CGPE = torch.cat((self.key_CGPE, other.key_CGPE), 2)
+        return KeyValues(key_CGPE, torch.cat((self.value_CGPE, other.value_CGPE), 2), mask_CP)
+
+    def _mask(self) -> Tensor:
+        c, _, p, _ = self.key_CGPE.shape
+        return self.mask_CP if self.mask_CP is not None else self.key_CGPE.new_ones(c, p, dtype=torch.bool)
+
     def with_rows(self, row_R: Tensor, new: KeyValues) -> KeyValues:
         """These rows of the batch replaced; masks stay."""
         key_CGPE = self.key_CGPE.index_copy(0, row_R, new.key_CGPE)

@@ -38,6 +38,7 @@ from vlaflow.decoders.base import Given, LossTerms, Targets, Tokens
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
@@ -62,7 +63,9 @@ class PolicyConfig:
 
     system: str
     backbone: TinyConfig | QwenConfig | MolmoConfig | EmuConfig
-    decoder: FlowConfig | RegressionConfig | AutoregressiveConfig | MaskedDiffusionConfig | DiscreteFlowConfig
+    decoder: (
+        FlowConfig | RegressionConfig | AutoregressiveConfig | MaskedDiffusionConfig | DiscreteFlowConfig | LatentFlowConfig
+    )
     rater: RaterConfig | None = None
     exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"
@@ -150,7 +153,7 @@ class Policy:
 
     def targets(self, batch: Batch) -> Targets:
         """Normalised actions of a training batch."""
-        return Targets(self._action.forward(batch.action_BLD), batch.valid_BL)
+        return Targets(self._action.forward(batch.action_BLD), batch.valid_BL, batch.code_BK)
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Training loss of backbone and decoder on a batch in robot units.

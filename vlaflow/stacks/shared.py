@@ -53,19 +53,27 @@ class SharedStack(Stack):
 
     def exits(self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int], mask_TS: Tensor | None = None) -> list[Tensor]:
         """See ``Stack``; where ``mask_TS`` (bool, T × T) is True, suffix token t sees suffix token s."""
-        backbone, found = prefix.backbone, []
+        return self.write(suffix_BTW, prefix, depths, mask_TS)[0]
+
+    @staticmethod
+    def write(
+        suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int], mask_TS: Tensor | None = None
+    ) -> tuple[list[Tensor], tuple[KeyValues, ...]]:
+        """As ``exits``, and the suffix's own keys and values in every layer, for whoever reads them next."""
+        backbone, found, written = prefix.backbone, [], []
         dtype = suffix_BTW.dtype
-        hidden_BTW, rotary = backbone.place(suffix_BTW, prefix)
+        hidden_BTW, rotary = backbone.place(suffix_BTW, prefix, prefix.written)
         for index in range(depths[-1]):
-            hidden_BTW, _ = backbone.layer(index, hidden_BTW, rotary, prefix.memory[index], mask_TS=mask_TS)
+            hidden_BTW, own = backbone.layer(index, hidden_BTW, rotary, prefix.memory[index], mask_TS=mask_TS)
+            written.append(own)
             if index + 1 in depths:
                 found.append(backbone.finish(hidden_BTW).to(dtype))
-        return found
+        return found, tuple(written)
 
     @staticmethod
     def cache(prefix: Prefix, room: int) -> Cache:
         """Buffers that hold the prefix and have room for so many suffix tokens; the prefix is copied once."""
-        layers, p = [], prefix.hidden_BPW.shape[1]
+        layers, p = [], prefix.memory[0].key_CGPE.shape[2]
         for memory in prefix.memory:
             key, value = (functional.pad(x, (0, 0, 0, room)) for x in (memory.key_CGPE, memory.value_CGPE))
             mask = None if memory.mask_CP is None else functional.pad(memory.mask_CP, (0, room), value=True)
@@ -79,7 +87,7 @@ class SharedStack(Stack):
         Their keys and values are written into ``cache``.
         """
         backbone, t = prefix.backbone, token_BTW.shape[1]
-        hidden_BTW, rotary = backbone.place(token_BTW, prefix, cache.used - cache.prefix)
+        hidden_BTW, rotary = backbone.place(token_BTW, prefix, prefix.written + cache.used - cache.prefix)
         for index, layer in enumerate(cache.layers):
             hidden_BTW, own = backbone.layer(index, hidden_BTW, rotary, cache.so_far(index))
             layer.key_CGPE[:, :, cache.used : cache.used + t] = own.key_CGPE

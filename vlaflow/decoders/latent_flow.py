@@ -1,0 +1,168 @@
+"""iFlyBot-VLA's decoder: latent action tokens and FAST tokens teach the backbone, a flow expert reads the latent ones.
+
+A composition of three that exist on their own: a ``LatentReader`` (what will happen, in K codes), an autoregressive decoder of
+FAST tokens that sees prefix and codes (only while training, for what it teaches the backbone), and a flow decoder with an
+expert of its own that reads the codes' keys and values: those alone ("latent", the paper) or with the prefix ("prefix+latent",
+the public code). FAST tokens never are in what the expert reads. With ``truncate`` the expert reads them detached, so that the
+flow loss leaves the backbone as its language targets make it (the paper's second stage).
+
+Shape letters: B batch, L horizon, D action dimension, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets
+from vlaflow.decoders.flow import FlowConfig, FlowState
+from vlaflow.decoders.latent_reader import LatentConfig, Written
+from vlaflow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LatentFlowConfig:
+    """The three parts, and how they hang together.
+
+    Args:
+        flow: makes the actions; has an expert.
+        latent: the codes that are said first.
+        fast: FAST tokens as further targets of the backbone; None for none.
+        sees: what the expert reads.
+        truncate: no gradient from the flow loss into the backbone.
+        teaches: whether codes and FAST tokens are targets at all; without, the K tokens are only room to think.
+        latent_weight, fast_weight: of their losses beside the flow's, which has 1.
+    """
+
+    flow: FlowConfig
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    fast: AutoregressiveConfig | None = None
+    sees: Literal["latent", "prefix+latent"] = "latent"
+    truncate: bool = True
+    teaches: bool = True
+    latent_weight: float = 1.0
+    fast_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.flow.expert is None:
+            raise ConfigError("A latent flow needs an expert; set decoder.flow.expert.")
+        if self.fast is not None and (self.fast.horizon, self.fast.action_dim) != (self.horizon, self.action_dim):
+            raise ConfigError(
+                f"FAST tokens of {self.fast.horizon} actions of {self.fast.action_dim} dimensions do not describe the flow's "
+                f"chunks of {self.horizon} of {self.action_dim}; give both the same."
+            )
+
+    @property
+    def horizon(self) -> int:
+        """Actions per chunk, L."""
+        return self.flow.horizon
+
+    @property
+    def action_dim(self) -> int:
+        """D."""
+        return self.flow.action_dim
+
+    def fitted(self, action_NLD: np.ndarray) -> LatentFlowConfig:
+        """The config with a fitted tokenizer."""
+        return replace(self, fast=self.fast and self.fast.fitted(action_NLD))
+
+    def build(self, spec: BackboneSpec) -> LatentFlowDecoder:
+        """The decoder for such a backbone, randomly initialised."""
+        return LatentFlowDecoder(self, spec)
+
+
+@dataclass(frozen=True)
+class LatentFlowState:
+    """A chunk under way, and what its expert reads."""
+
+    flow: FlowState
+    seen: Prefix
+
+
+class LatentFlowDecoder(Decoder[LatentFlowState]):
+    """See the module text."""
+
+    def __init__(self, config: LatentFlowConfig, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.latent = config.latent.build(spec)
+        self.flow = config.flow.build(spec)
+        self.fast = config.fast.build(spec) if config.fast else None
+
+    @property
+    def regenerates(self) -> bool:
+        """As its flow."""
+        return self.flow.regenerates
+
+    @property
+    def takes_given(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def longest_commitment(self) -> int:
+        """As its flow."""
+        return self.flow.longest_commitment
+
+    def evaluations(self, steps: int) -> int:
+        """Of the expert; the latent tokens are one more pass of a few tokens through the backbone."""
+        return self.flow.evaluations(steps)
+
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+        """Flow loss, and the cross-entropies of codes and FAST tokens at the deepest exit.
+
+        Raises:
+            ConfigError: when the batch holds no codes to learn.
+        """
+        c, depths = self.config, tuple(depths or (prefix.depth,))
+        if not c.teaches:
+            written = self.latent.teach(prefix, None, depths)
+            return self.flow.loss(self._seen(prefix, written), targets, generator, depths)
+        if targets.code_BK is None:
+            raise ConfigError(
+                "This decoder learns latent actions and the batch has none; train with --latent (docs/latent.md)."
+            )
+        written = self.latent.teach(prefix, targets.code_BK, depths)
+        flow = self.flow.loss(self._seen(prefix, written), targets, generator, depths)
+        latent = self.latent.loss(written.hidden[-1], targets.code_BK)
+        total, parts = flow.total + c.latent_weight * latent, {**flow.parts, "latent": latent.detach()}
+        if self.fast is not None:
+            fast = self.fast.loss(written.after(prefix), targets, generator, depths[-1:])
+            total, parts = total + c.fast_weight * fast.total, {**parts, "fast": fast.total.detach()}
+        return LossTerms(total, parts, flow.exits)
+
+    def start(
+        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+    ) -> LatentFlowState:
+        """The latent tokens, then the flow's noise."""
+        seen = self._seen(prefix, self.latent.read(prefix))
+        return LatentFlowState(self.flow.start(seen, generators, steps, given), seen)
+
+    def advance(self, state: LatentFlowState, prefix: Prefix, steps: int = 1) -> LatentFlowState:
+        """Euler steps of the expert."""
+        return replace(state, flow=self.flow.advance(state.flow, state.seen, steps))
+
+    def finish(self, state: LatentFlowState) -> Tensor:
+        """The chunk."""
+        return self.flow.finish(state.flow)
+
+    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Given:
+        """As its flow."""
+        return self.flow.continued(action_BLD, known_B, committed_B, guided=guided)
+
+    def codes(self, prefix: Prefix) -> Tensor:
+        """The codes the backbone says, int64 (B, K)."""
+        with torch.no_grad():
+            return self.latent.logits(self.latent.read(prefix).hidden[-1]).argmax(-1)
+
+    def _seen(self, prefix: Prefix, written: Written) -> Prefix:
+        seen = written.alone(prefix) if self.config.sees == "latent" else written.after(prefix)
+        return seen.detach() if self.config.truncate else seen

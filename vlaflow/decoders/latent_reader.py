@@ -1,0 +1,132 @@
+"""Latent action tokens: the backbone says what will happen in a few codes before anybody makes an action (iFlyBot-VLA §3).
+
+The codes are those of a latent action model (``actions.latent``), K of a book of N. By default the backbone answers all of them
+in one pass, from K learned query tokens that see the prefix and one another; "autoregressive" answers one after the other, each
+seeing the ones before it, as the published code does. Either way the tokens' keys and values stay behind for an expert to read.
+
+Shape letters: B batch, K codes, N codes in the book, T tokens, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.decoders.tokens import cross_entropy
+from vlaflow.errors import ConfigError
+from vlaflow.nn.attention import KeyValues, causal_mask
+from vlaflow.stacks.shared import SharedStack
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """The latent action tokens.
+
+    Args:
+        codes: per observation, K.
+        book: codes in the book, N.
+        answer: "parallel" from query tokens in one pass, or "autoregressive".
+    """
+
+    codes: int = 8
+    book: int = 32
+    answer: Literal["parallel", "autoregressive"] = "parallel"
+
+    def __post_init__(self) -> None:
+        if self.codes < 1 or self.book < 2:
+            raise ConfigError(f"Latent actions are at least one code of a book of two, got {self.codes} of {self.book}.")
+
+    def build(self, spec: BackboneSpec) -> LatentReader:
+        """Query tokens and output head for such a backbone, randomly initialised."""
+        return LatentReader(self, spec)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Latent action tokens that the backbone has written.
+
+    Args:
+        hidden: (B, K, W) after each depth that was asked, from which each code is read.
+        memory: keys and values of the K tokens, by layer.
+    """
+
+    hidden: tuple[Tensor, ...]
+    memory: tuple[KeyValues, ...]
+
+    def after(self, prefix: Prefix) -> Prefix:
+        """The prefix with these tokens behind it."""
+        return prefix.reading(tuple(p.cat(own) for p, own in zip(prefix.memory, self.memory, strict=False)), self.count)
+
+    def alone(self, prefix: Prefix) -> Prefix:
+        """These tokens in the place of the prefix."""
+        return prefix.reading(self.memory, self.count)
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.memory[0].key_CGPE.shape[2]
+
+
+class LatentReader(nn.Module):
+    """See the module text."""
+
+    def __init__(self, config: LatentConfig, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.config = config
+        # the queries; or one token to begin with and one per code
+        rows = config.codes if config.answer == "parallel" else 1 + config.book
+        self.embedding = nn.Embedding(rows, spec.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.head = nn.Linear(spec.width, config.book)
+
+    def read(self, prefix: Prefix) -> Written:
+        """Have the tokens written, greedily where one depends on another, through as many layers as the prefix has run."""
+        if self.config.answer == "parallel":
+            return self._parallel(prefix, (prefix.depth,))
+        k, hidden = self.config.codes, []
+        cache = SharedStack.cache(prefix, 1 + k)
+        row_B1 = torch.zeros(prefix.batch, 1, dtype=torch.long, device=prefix.hidden_BPW.device)  # to begin with
+        for _ in range(k):
+            hidden.append(SharedStack.extend(self.embedding(row_B1), prefix, cache))
+            row_B1 = 1 + self.head(hidden[-1]).argmax(-1)
+        SharedStack.extend(self.embedding(row_B1), prefix, cache)
+        own = tuple(KeyValues(m.key_CGPE[:, :, -k:], m.value_CGPE[:, :, -k:]) for m in cache.layers)
+        return Written((torch.cat(hidden, 1),), own)
+
+    def teach(self, prefix: Prefix, code_BK: Tensor | None, depths: Sequence[int]) -> Written:
+        """All tokens in one pass through several depths, each seeing the true codes before it where that is how it answers.
+
+        Raises:
+            ConfigError: when it answers so and there are no codes.
+        """
+        if self.config.answer == "parallel":
+            return self._parallel(prefix, depths)
+        if code_BK is None:
+            raise ConfigError("Codes that are said one after the other cannot be left untaught; use answer='parallel'.")
+        mask_TS = causal_mask(self.config.codes + 1, code_BK.device)
+        hidden, memory = SharedStack.write(self._shifted(code_BK), prefix, depths, mask_TS)
+        # the first token says nothing of an action; hidden states are one place ahead of the codes they name
+        kept = tuple(KeyValues(m.key_CGPE[:, :, 1:], m.value_CGPE[:, :, 1:]) for m in memory)
+        return Written(tuple(h_BTW[:, :-1] for h_BTW in hidden), kept)
+
+    def logits(self, hidden_BKW: Tensor) -> Tensor:
+        """Scores of every code in the book, (B, K, N)."""
+        return self.head(hidden_BKW)
+
+    def loss(self, hidden_BKW: Tensor, code_BK: Tensor) -> Tensor:
+        """Mean cross-entropy over the known codes; exactly 0, without a gradient, when there is none."""
+        return cross_entropy(self.logits(hidden_BKW), code_BK.clamp(min=0), (code_BK >= 0).float())
+
+    def _parallel(self, prefix: Prefix, depths: Sequence[int]) -> Written:
+        query_BKW = self.embedding.weight[None].expand(prefix.batch, -1, -1)
+        hidden, memory = SharedStack.write(query_BKW, prefix, depths)
+        return Written(tuple(hidden), memory)
+
+    def _shifted(self, code_BK: Tensor) -> Tensor:
+        begin_B1 = code_BK.new_zeros(len(code_BK), 1)
+        return self.embedding(torch.cat((begin_B1, code_BK.clamp(min=0) + 1), 1))
