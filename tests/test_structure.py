@@ -17,7 +17,7 @@ EVERYTHING = sorted(
 
 # From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
 STOREYS = (
-    ("__init__", "errors", "spec", "config", "versions", "progress"),
+    ("__init__", "errors", "spec", "config", "files", "versions", "progress"),
     ("nn", "flows", "data", "actions", "simulators"),
     ("backbones", "stacks"),
     ("decoders",),
@@ -28,7 +28,7 @@ STOREYS = (
     ("__main__",),
 )
 # ... except on the ground floor, and here:
-NEIGHBOURS = {("simulators", "vlaflow.data"), ("stacks", "vlaflow.backbones.base")}
+NEIGHBOURS = {("simulators", "vlaflow.data"), ("stacks", "vlaflow.backbones.base"), ("actions", "vlaflow.nn")}
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 
 # Packages that are slow to import or come with an extra, and the rooms that may import them at the top of a module.

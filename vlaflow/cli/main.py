@@ -26,7 +26,7 @@ COMMANDS = {
     "eval": "measure a checkpoint's success rate and latency in an environment",
     "serve": "put a checkpoint behind openpi's websocket protocol",
     "check": "try an environment or a checkpoint against everything it promises",
-    "data": "check or show a dataset; fit and compare action tokenizers",
+    "data": "check or show a dataset; fit and compare action tokenizers; look at latent actions",
 }
 
 # Which extra brings which package, for a sentence instead of a traceback.
