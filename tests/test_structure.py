@@ -17,7 +17,7 @@ EVERYTHING = sorted(
 
 # From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
 STOREYS = (
-    ("__init__", "errors", "spec", "config", "versions", "progress"),
+    ("__init__", "errors", "spec", "config", "files", "versions", "progress"),
     ("nn", "flows", "data", "actions", "simulators"),
     ("backbones", "stacks"),
     ("decoders",),
@@ -31,6 +31,7 @@ STOREYS = (
 NEIGHBOURS = {
     ("simulators", "vlaflow.data"),
     ("stacks", "vlaflow.backbones.base"),
+    ("actions", "vlaflow.nn"),
     # a client and its controller need no policy; evaluation over the wire drives them
     ("evaluation", "vlaflow.serving.client"),
     ("evaluation", "vlaflow.serving.lines"),

@@ -124,6 +124,15 @@ def edit_info(root, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def without_actions(root):
+    """Turn a data set into one of video alone."""
+    path = root / "data/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["action", "observation.state"]), path)
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    kept = {key: feature for key, feature in features.items() if key not in ("action", "observation.state")}
+    edit_info(root, features=kept, x_vlaflow={})
+
+
 def edit_table(path, column, change):
     """Replace one column by ``change(list of values)``; metadata and row groups are lost, which readers must bear."""
     table = pq.read_table(path)

@@ -227,6 +227,9 @@ class MeanStage:
         total = (error_BLD.square().sum(-1) * weight).sum() / weight.sum()
         return LossTerms(total, {"error": total.detach()})
 
+    def after_step(self, step, shared):
+        pass
+
     def to(self, device):
         self.module.to(device)
 

@@ -1,9 +1,10 @@
-"""A training of a few steps that several processes share, for ``test_a1_extras``: python -m tests.training.together OUT."""
+"""Trainings of a few steps that several processes share (fixture ``together``): python -m tests.training.together OUT."""
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tests.training.latents import train_together
 from tests.training.small import Memory, new_policy, tiny_config, tiny_policy
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.nn.block import BlockConfig
@@ -12,6 +13,7 @@ from vlaflow.training.stages import PolicyStage
 from vlaflow.training.trainer import Trainer
 
 if __name__ == "__main__":
+    out = Path(sys.argv[1])
     policy = tiny_policy()
     expert = ExpertConfig(BlockConfig(16, 2, 2, 16, 32))
     policy = replace(
@@ -21,5 +23,6 @@ if __name__ == "__main__":
         exits=ExitTraining((1, 2, 3), "random"),
     )
     config = tiny_config(policy=policy, batch_size=2)
-    trainer = Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), Path(sys.argv[1]), tracker="none")
+    trainer = Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="none")
     trainer.run()
+    train_together(out / "latent")

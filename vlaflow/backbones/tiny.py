@@ -21,6 +21,7 @@ from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
+from vlaflow.nn.patches import PatchStem
 
 
 @dataclass(frozen=True)
@@ -86,22 +87,6 @@ class ConvStem(nn.Module):
         for convolution in self.convolutions:
             x_BCHW = convolution(functional.gelu(x_BCHW))
         return x_BCHW.flatten(2).mT
-
-
-class PatchStem(nn.Module):
-    """One linear projection per image cell."""
-
-    def __init__(self, cell: int, width: int) -> None:
-        super().__init__()
-        self.cell = cell
-        self.project = nn.Linear(3 * cell * cell, width)
-
-    def forward(self, image_BHW3: Tensor) -> Tensor:
-        """(B, H, W, 3) in [−1, 1] → (B, tokens, width)."""
-        b, h, w, _ = image_BHW3.shape
-        c = self.cell
-        cells = image_BHW3.reshape(b, h // c, c, w // c, c, 3).transpose(2, 3).reshape(b, -1, 3 * c * c)
-        return self.project(cells)
 
 
 class TinyBackbone(Backbone):

@@ -1,4 +1,4 @@
-"""``vlaflow data check DIR`` and ``vlaflow data show DIR``: is it sound, what is in it; and action tokenizers."""
+"""``vlaflow data check DIR`` and ``vlaflow data show DIR``: is it sound, what is in it; action tokenizers, latent actions."""
 
 from __future__ import annotations
 
@@ -104,8 +104,28 @@ class TokenizerReport:
     policy: Path | None = None
 
 
+@dataclass(frozen=True)
+class LatentReport:
+    """How a latent action model's codes are used, what they bring back of a frame, what they tell of the actions; a page.
+
+    Example: vlaflow data latent-report runs/iflybot/latent --dataset runs/demo/dataset --out runs/latent.html
+
+    Args:
+        model: folder of a latent action model (vlaflow train iflybot.latent).
+        dataset: a LeRobot data set with video; of the model's own, the episodes that training held out are measured.
+        out: the page, .html.
+        device: where the networks run.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    dataset: Path
+    out: Path
+    device: str = "cpu"
+
+
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
+    from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
     positional = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
@@ -114,14 +134,16 @@ def main(argv: list[str]) -> int:
         | Annotated[positional(Show), tyro.conf.subcommand("show")]
         | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
+        | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
     )
-    description = "Check or show a data set; fit and compare action tokenizers."
+    description = "Check or show a data set; fit and compare action tokenizers; look at latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
     actions: dict[type, Any] = {
         Check: _check,
         Show: _show,
         FitTokenizer: fit_tokenizer,
         TokenizerReport: tokenizer_report,
+        LatentReport: latent_report,
     }
     status: int = actions[type(chosen)](chosen)
     return status

@@ -27,7 +27,7 @@ COMMANDS = {
     "serve": "put a checkpoint behind openpi's websocket protocol",
     "rollout": "drive an environment over the wire, with simulated delays of inference",
     "check": "try an environment or a checkpoint against everything it promises",
-    "data": "check or show a dataset; fit and compare action tokenizers",
+    "data": "check or show a dataset; fit and compare action tokenizers; look at latent actions",
 }
 
 # Which extra brings which package, for a sentence instead of a traceback.

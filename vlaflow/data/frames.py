@@ -57,6 +57,11 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return canvas
 
 
+def cache_home(dataset: Dataset) -> Path:
+    """Where what is computed from this data set is kept: ``$VLAFLOW_CACHE``, or ``.cache`` in its own folder."""
+    return Path(os.environ["VLAFLOW_CACHE"]) if os.environ.get("VLAFLOW_CACHE") else dataset.root / ".cache"
+
+
 class FrameCache:
     """Every frame of a data set at training resolution, by row.
 
@@ -103,12 +108,12 @@ class FrameCache:
         shapes = {view: (size, size) if size else dataset.image_size(view) for view in chosen}
         what = json.dumps([LAYOUT, dataset.fingerprint, list(shapes.items())])
         key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-        home = Path(os.environ["VLAFLOW_CACHE"]) if os.environ.get("VLAFLOW_CACHE") else dataset.root / ".cache"
+        home = cache_home(dataset)
         folder = home / f"frames-{key}"
         if not folder.is_dir():
             try:
                 home.mkdir(parents=True, exist_ok=True)
-                with _locked(home / f".frames-{key}.lock"):
+                with locked(home / f".frames-{key}.lock"):
                     if not folder.is_dir():
                         _build(dataset, folder, shapes, size=size, workers=workers, progress=progress)
             except PermissionError as error:
@@ -134,7 +139,7 @@ class FrameCache:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; the kernel gives it back when the process dies, however it dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

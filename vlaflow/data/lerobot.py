@@ -68,21 +68,21 @@ class Dataset:
         fps: frames per second.
         features: as in meta/info.json.
         views: view name to feature key, cameras only (depth maps are not colour images and are left out).
-        state_key, action_key: feature keys; ``state_key`` is None where there is no 'observation.state'.
+        state_key, action_key: feature keys; None where there is no 'observation.state' or, opened as video alone, no 'action'.
         tasks: the instructions, by task index.
         episodes: one ``Episode`` each.
         action_spec: what an action means, or None where nobody stated it.
         provenance: how it was made, as recorded by the writer.
     """
 
-    def __init__(self, meta: Meta, action_spec: ActionSpec | None = None) -> None:
+    def __init__(self, meta: Meta, action_spec: ActionSpec | None = None, video: bool = False) -> None:
         info = meta.info
         self._meta = meta
         self.root, self.version, self.fps = meta.root, str(info["codebase_version"]), float(info["fps"])
         self.features: Mapping[str, Any] = info["features"]
         self.tasks, self.episodes = meta.tasks, meta.episodes
         self.views = {view_name(key): key for key, f in self.features.items() if _is_camera(f)}
-        self.action_key = "action"
+        self.action_key = None if video and "action" not in self.features else "action"
         self.state_key = "observation.state" if "observation.state" in self.features else None
         for key in filter(None, (self.action_key, self.state_key)):
             self._require_vector(key)
@@ -97,18 +97,20 @@ class Dataset:
                 self.action_spec.require_match(action_spec, f"data set {self.root}", "the given action spec")
 
     @classmethod
-    def open(cls, root: Path | str, action_spec: ActionSpec | None = None) -> Dataset:
+    def open(cls, root: Path | str, action_spec: ActionSpec | None = None, *, video: bool = False) -> Dataset:
         """Open a data set; only its meta folder is read.
 
         Args:
             root: the folder that holds meta/, data/ and videos/.
             action_spec: what an action means, for data sets that do not say so themselves.
+            video: only the video is of interest: a data set without actions is opened too, with ``columns().action`` of no
+                dimension.
 
         Raises:
             DataError: not a data set, unsupported version, files missing, meta contradicting itself.
             SpecError: the action spec does not fit the actions.
         """
-        return cls(read_meta(Path(root)), action_spec)
+        return cls(read_meta(Path(root)), action_spec, video)
 
     def __len__(self) -> int:
         """Number of rows, N."""
@@ -258,15 +260,15 @@ class Dataset:
     def _columns(self) -> Columns:
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ("state", "action", "episode", "frame", "task", "time")}
         keys = {"episode": "episode_index", "frame": "frame_index", "task": "task_index", "time": "timestamp"}
-        vectors = {"action": self.action_key} | ({"state": self.state_key} if self.state_key else {})
+        vectors = {name: key for name, key in (("action", self.action_key), ("state", self.state_key)) if key}
         for path in dict.fromkeys(files.data for files in self._meta.files):
             table = read_parquet(path, [*keys.values(), *vectors.values()])
             for name, key in keys.items():
                 parts[name].append(table[key].to_numpy())
             for name, key in vectors.items():
                 parts[name].append(self._vector(table, key, path))
-            if not self.state_key:
-                parts["state"].append(np.zeros((len(table), 0), np.float32))
+            for name in {"action", "state"} - vectors.keys():
+                parts[name].append(np.zeros((len(table), 0), np.float32))
         joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         order = np.lexsort((joined["frame"], joined["episode"]))
         if not np.array_equal(order, np.arange(len(order))):
@@ -350,7 +352,7 @@ class Dataset:
             )
 
     def _require_spec(self, spec: ActionSpec) -> None:
-        declared = int(self.features[self.action_key]["shape"][0])
+        declared = int(self.features[self.action_key]["shape"][0]) if self.action_key else 0
         if spec.dim != declared:
             raise SpecError(
                 f"The actions of {self.root} have {declared} numbers, but its action spec describes {spec.dim}. State a "

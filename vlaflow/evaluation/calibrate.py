@@ -32,8 +32,9 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import Windows, split_episodes
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.evaluation.calibration_page import write_page
+from vlaflow.files import read_json
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint, read_json
+from vlaflow.policies.checkpoint import fingerprint
 from vlaflow.progress import progress
 from vlaflow.versions import command_line, versions
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlaflow.config import to_json
 from vlaflow.evaluation.over_the_wire import WireConfig, WireEpisode
 from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
-from vlaflow.policies.checkpoint import write_json
+from vlaflow.files import write_json
 from vlaflow.serving.realtime import HandOver
 from vlaflow.simulators.base import parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions

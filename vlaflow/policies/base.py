@@ -44,7 +44,8 @@ from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError, nearest
-from vlaflow.policies.checkpoint import load_weights, local_folder, read_json, write_json
+from vlaflow.files import load_weights, read_json, write_json
+from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.commitment import given_of
 from vlaflow.spec import ActionSpec, Chunk, Commitment, Observation
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlaflow.actions.latent import LatentConfig
+from vlaflow.actions.nsvq import Replacement
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.quality import PauseRule
 from vlaflow.decoders.rater import RaterConfig
@@ -23,6 +25,33 @@ class DataSpec:
     state_dim: int
     action_dim: int
     views: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VideoSpec:
+    """What a recipe of a latent action model needs to know of a data set; ``action_dim`` is 0 where it holds no actions."""
+
+    views: tuple[str, ...]
+    action_dim: int
+
+
+@dataclass(frozen=True)
+class LatentTraining:
+    """What a latent action model learns from, and how.
+
+    Args:
+        model: the networks.
+        view: the camera view it looks at.
+        gap_s: time between the frames of a pair in seconds; pairs that would cross the end of an episode are not formed.
+        replacement: of codebook entries that are hardly used.
+        action_weight: of the action head's squared error (normalised actions) beside that of the pixels (in [−1, 1]).
+    """
+
+    model: LatentConfig
+    view: str
+    gap_s: float = 1.0
+    replacement: Replacement = field(default_factory=Replacement)
+    action_weight: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,8 @@ class TrainConfig:
 
     Args:
         policy: the assembly to train from scratch; None for stages that continue a checkpoint.
-        rater: the rater to add and train on the frozen policy; None for the policy stage.
+        rater: the rater to add and train on the frozen policy; None for the other stages.
+        latent: the latent action model to train from video alone; None for the other stages.
         steps: optimiser steps.
         batch_size: observations per optimiser step and process, over all accumulation parts.
         accumulate: parts a batch is split into.
@@ -87,6 +117,7 @@ class TrainConfig:
 
     policy: PolicyConfig | None
     rater: RaterConfig | None = None
+    latent: LatentTraining | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 1000
     batch_size: int = 64
@@ -104,8 +135,12 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.policy is None) == (self.rater is None):
-            raise ConfigError("A training stage has either a policy to train or a rater to add to a trained one.")
+        if [self.policy, self.rater, self.latent].count(None) != 2:
+            raise ConfigError("A training stage has one of policy (to train), rater (to add to a trained one) and latent.")
+        if self.latent is not None and (self.shift or self.augment or self.state_mask or self.pauses):
+            raise ConfigError(
+                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
+            )
         if self.batch_size % self.accumulate:
             raise ConfigError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}.")
         if min(self.steps, self.batch_size, self.accumulate, self.validate_every, self.checkpoint_every) < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlaflow.actions.latent import LatentActionModel
 from vlaflow.data.lerobot import Dataset
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import TrainConfig
@@ -29,9 +30,6 @@ def model_card(
     spec = policy.action_spec
     tasks = sorted(set(dataset.tasks))
     shown = [f"  - {task}" for task in tasks[:20]] + ([f"  - and {len(tasks) - 20} more"] if len(tasks) > 20 else [])
-    done = "" if outcome.finished else f" of {outcome.steps} (unfinished)"
-    loss = "-" if outcome.loss is None else f"{outcome.loss:.4f} (mean of the last hundred steps)"
-    validation = "no episodes held out" if outcome.validation is None else f"{outcome.validation:.4f} (averaged weights)"
     lines = [
         f"# {policy.config.system} policy",
         "",
@@ -52,15 +50,61 @@ def model_card(
         "",
         f"## Training of the {stage}",
         "",
+        *_training(config, outcome, recipe, command, (train, held)),
+    ]
+    if config.rater is not None and policy.card:  # the policy's own story comes first
+        return "\n".join([policy.card.rstrip(), "", *lines[lines.index(f"## Training of the {stage}") :]])
+    return "\n".join(lines)
+
+
+def latent_card(
+    model: LatentActionModel,
+    config: TrainConfig,
+    dataset: Dataset,
+    outcome: Outcome,
+    *,
+    recipe: str,
+    command: str,
+    train: int,
+    held: int,
+) -> str:
+    """The text of a latent action model's README.md; arguments as for ``model_card``."""
+    c, origin = model.config, model.origin
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    lines = [
+        "# Latent action model",
+        "",
+        f"What changed between two frames as {c.codes} codes of {c.book}, learned from video; {millions:.1f} M parameters, "
+        "trained with vlaflow.",
+        "",
+        "```python",
+        "from vlaflow.actions.latent import LatentActionModel",
+        'id_BK = LatentActionModel.from_pretrained("<this folder>").codes(earlier_BHW3, later_BHW3)',
+        "```",
+        "",
+        f"- Frames: view '{origin.view}', {c.image_size}x{c.image_size} pixels, {origin.gap_s:g} s apart ({origin.gap} frames "
+        f"at {origin.rate_hz:g} per second)",
+        f"- Data: {dataset.root.name}, {len(dataset.episodes)} episodes, {len(dataset)} frames, fingerprint {origin.dataset}",
+        "",
+        "## Training",
+        "",
+        *_training(config, outcome, recipe, command, (train, held)),
+    ]
+    return "\n".join(lines)
+
+
+def _training(config: TrainConfig, outcome: Outcome, recipe: str, command: str, episodes: tuple[int, int]) -> list[str]:
+    """What every card says of a training; ``episodes`` are those for training and held out."""
+    done = "" if outcome.finished else f" of {outcome.steps} (unfinished)"
+    loss = "-" if outcome.loss is None else f"{outcome.loss:.4f} (mean of the last hundred steps)"
+    validation = "no episodes held out" if outcome.validation is None else f"{outcome.validation:.4f} (averaged weights)"
+    return [
         f"- Recipe: {recipe}, seed {config.seed}",
         f"- Command: `{command}`",
         f"- Steps: {outcome.step}{done} of {config.batch_size} observations per process, in {duration(outcome.seconds)}",
-        f"- Episodes: {train} for training, {held} held out",
+        f"- Episodes: {episodes[0]} for training, {episodes[1]} held out",
         f"- Training loss: {loss}",
         f"- Validation loss: {validation}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
         "",
     ]
-    if config.rater is not None and policy.card:  # the policy's own story comes first
-        return "\n".join([policy.card.rstrip(), "", *lines[lines.index(f"## Training of the {stage}") :]])
-    return "\n".join(lines)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.policies.checkpoint import read_json, write_json
+from vlaflow.files import read_json, write_json
 from vlaflow.training.ema import Ema
 from vlaflow.training.shards import spread, whole
 

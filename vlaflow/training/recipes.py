@@ -54,8 +54,17 @@ class Recipe:
         """Whether it continues a trained policy (takes its ``PolicyConfig``), rather than starting one (``DataSpec``)."""
         from vlaflow.policies.base import PolicyConfig
 
-        hints = typing.get_type_hints(self.call)
-        return PolicyConfig in [hint for name, hint in hints.items() if name != "return"]
+        return self._takes(PolicyConfig)
+
+    @property
+    def from_video(self) -> bool:
+        """Whether it needs no actions (takes the data set's ``VideoSpec``): it trains a latent action model."""
+        from vlaflow.policies.recipe import VideoSpec
+
+        return self._takes(VideoSpec)
+
+    def _takes(self, kind: type) -> bool:
+        return kind in [hint for name, hint in typing.get_type_hints(self.call).items() if name != "return"]
 
 
 def list_recipes() -> dict[str, Recipe]:

@@ -17,10 +17,12 @@ import torch
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.files import load_tokenizer
+from vlaflow.actions.latent import LatentActionModel, Origin
 from vlaflow.config import override
 from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.pairs import FramePairs, chosen_view
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import Windows, action_chunks, fewer_episodes, split_episodes
@@ -28,13 +30,13 @@ from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
-from vlaflow.policies.recipe import DataSpec, TrainConfig
+from vlaflow.policies.recipe import DataSpec, TrainConfig, VideoSpec
 from vlaflow.spec import ActionSpec
-from vlaflow.training.card import model_card
+from vlaflow.training.card import latent_card, model_card
 from vlaflow.training.journal import Tracker
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import find_recipe
-from vlaflow.training.stages import PolicyStage, RaterStage, Stage
+from vlaflow.training.stages import LatentStage, PolicyStage, RaterStage, Stage
 from vlaflow.training.trainer import Outcome, Trainer
 from vlaflow.versions import command_line
 
@@ -67,7 +69,7 @@ def train(
 
     Args:
         recipe: name, e.g. "asyncvla.demo".
-        dataset: folder of a LeRobot data set that states an action spec.
+        dataset: folder of a LeRobot data set that states an action spec; for a latent action model any with video.
         out: folder of the checkpoint.
         policy: checkpoint to continue, for recipes that need one (raters).
         options: see ``Options``.
@@ -75,7 +77,13 @@ def train(
     Raises:
         VlaflowError: whatever the user can mend, in a sentence.
     """
-    found, opened = find_recipe(recipe), Dataset.open(dataset)
+    found = find_recipe(recipe)
+    if found.from_video:
+        if policy is not None:
+            raise ConfigError(f"The recipe '{recipe}' starts from video alone; leave --policy out.")
+        opened = Dataset.open(dataset, video=True)
+        return train_latent(found.call(video_spec(opened)), opened, out, name=recipe, options=options)
+    opened = Dataset.open(dataset)
     if found.continues:
         if policy is None:
             raise ConfigError(f"The recipe '{recipe}' continues a trained policy; name its checkpoint with --policy.")
@@ -90,6 +98,16 @@ def data_spec(dataset: Dataset) -> DataSpec:
     """The shape of a data set, as recipes take it."""
     spec, columns = _action_spec(dataset), dataset.columns()
     return DataSpec(columns.state.shape[1], spec.dim, tuple(dataset.views))
+
+
+def video_spec(dataset: Dataset) -> VideoSpec:
+    """The shape of a data set of video, as recipes of latent action models take it.
+
+    Raises:
+        DataError: no camera.
+    """
+    chosen_view(dataset, None)
+    return VideoSpec(tuple(dataset.views), dataset.columns().action.shape[1])
 
 
 def train_policy(
@@ -179,21 +197,72 @@ def _train(
         counts = {"train": len(train_episodes), "held": len(held_episodes)}
         return model_card(policy, config, dataset, outcome, recipe=name, command=command, **counts)
 
-    trainer = Trainer(
-        stage,
-        config,
-        windows,
-        held,
-        out,
-        identity={"recipe": name, "data": dataset.fingerprint, **identity},
-        card=card,
-        tracker=options.tracker,
-        fresh=options.fresh,
+    run = {"recipe": name, "data": dataset.fingerprint, **identity}
+    return _finish(
+        Trainer(stage, config, windows, held, out, identity=run, card=card, tracker=options.tracker, fresh=options.fresh)
     )
+
+
+def train_latent(
+    config: TrainConfig, dataset: Dataset, out: Path | str, *, name: str, options: Options | None = None
+) -> Outcome:
+    """Train a latent action model from a data set's video; actions are only read where the model has an action head.
+
+    Args:
+        config: a recipe's, with ``latent`` set.
+        dataset: what to learn from.
+        out: folder of the checkpoint.
+        name: the recipe's name, for the model card.
+        options: see ``Options``.
+
+    Raises:
+        DataError: no such view, or episodes that are all too short for the gap.
+    """
+    config, options = _overridden(config, options), options or Options()
+    if config.latent is None:
+        raise ConfigError(f"'{name}' does not train a latent action model.")
+    if options.tokenizer is not None:
+        raise ConfigError(f"A latent action model has no use for the action tokenizer {options.tokenizer}; leave it out.")
+    torch.set_num_threads(options.threads or training_threads())
+    latent = config.latent
+    train_episodes, held_episodes = _episodes(dataset, config)
+    cache = FrameCache.open(dataset, latent.model.image_size, [chosen_view(dataset, latent.view)])
+    pairs = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=train_episodes)
+    held = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=held_episodes) if held_episodes else None
+    for which, one in (("For training", pairs), ("Held out", held)):
+        if one is not None and one.short:
+            sys.stderr.write(f"{which}: {one.left_out()}\n")
+    action = None
+    if latent.model.action_dim:
+        found = dataset.columns().action.shape[1]
+        if found != latent.model.action_dim:
+            raise SpecError(
+                f"latent.model.action_dim is {latent.model.action_dim}, but the actions of {dataset.root} have {found} "
+                "dimensions."
+            )
+        action = Normalizer.from_stats(stats.compute(dataset, train_episodes)["action"], "mean_std")
+    division = (config.validation_fraction, config.seed)
+    origin = Origin(dataset.fingerprint, latent.view, dataset.fps, latent.gap_s, pairs.gap, *division)
+    model = LatentActionModel.create(latent.model, origin, config.seed)
+    stage = LatentStage(model, latent, config.steps, action)
+    command = options.command or command_line()
+
+    def card(outcome: Outcome) -> str:
+        counts = {"train": len(train_episodes), "held": len(held_episodes)}
+        return latent_card(model, config, dataset, outcome, recipe=name, command=command, **counts)
+
+    run = {"recipe": name, "data": dataset.fingerprint}
+    return _finish(
+        Trainer(stage, config, pairs, held, Path(out), identity=run, card=card, tracker=options.tracker, fresh=options.fresh)
+    )
+
+
+def _finish(trainer: Trainer) -> Outcome:
+    """Run it, saying first what it finds in its folder."""
     if trainer.aside is not None:
         sys.stderr.write(f"The old checkpoint is now {trainer.aside}.\n")
-    if 0 < trainer.step < config.steps:
-        sys.stderr.write(f"Continuing after step {trainer.step} of {config.steps}.\n")
+    if 0 < trainer.step < trainer.config.steps:
+        sys.stderr.write(f"Continuing after step {trainer.step} of {trainer.config.steps}.\n")
     return trainer.run()
 
 

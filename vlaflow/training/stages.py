@@ -1,8 +1,8 @@
-"""What a training run learns: the policy itself, or the confidence rater on the frozen policy.
+"""What a training run learns: the policy itself, the confidence rater on the frozen policy, or a latent action model.
 
 A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
 
-Shape letters: B batch, L horizon, D action dimension.
+Shape letters: B batch, L horizon (of a frame pair: frames between the two), D action dimension.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from vlaflow.actions.latent import LatentActionModel
+from vlaflow.actions.nsvq import perplexity
 from vlaflow.data.batch import Batch
+from vlaflow.data.pairs import EARLIER, LATER
+from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import Policy
+from vlaflow.policies.recipe import LatentTraining
 from vlaflow.stacks.expert import ExpertStack
 
 
@@ -42,11 +47,14 @@ class Stage(Protocol):
         All randomness comes from ``generator``, but for what every process must choose alike, which comes from ``shared``.
         """
 
+    def after_step(self, step: int, shared: Generator) -> None:
+        """What is due after the optimiser took step number ``step``, in every process; ``shared`` is alike in all of them."""
+
     def to(self, device: torch.device) -> None:
-        """Move the whole policy, what trains and what does not."""
+        """Move everything, what trains and what does not."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
-        """Write the whole policy as a checkpoint folder.
+        """Write everything as a checkpoint folder.
 
         Args:
             folder: where to.
@@ -75,6 +83,9 @@ class PolicyStage:
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """See ``Policy.loss``."""
         return self.policy.loss(batch, generator, shared)
+
+    def after_step(self, step: int, shared: Generator) -> None:
+        """Nothing."""
 
     def to(self, device: torch.device) -> None:
         """See ``Stage``."""
@@ -121,6 +132,9 @@ class RaterStage:
         total = (functional.mse_loss(rating_BL, label_BL, reduction="none") * weight_BL).sum() / weight_BL.sum().clamp(min=1)
         return LossTerms(total, {"rating": total.detach(), "error": error_BL[targets.valid_BL].mean()})
 
+    def after_step(self, step: int, shared: Generator) -> None:
+        """Nothing."""
+
     def to(self, device: torch.device) -> None:
         """See ``Stage``."""
         self.policy.model.to(device)
@@ -129,3 +143,58 @@ class RaterStage:
         """The whole policy, with the rater."""
         whole = None if weights is None else {f"rater.{name}": tensor for name, tensor in weights.items()}
         replace(self.policy, card=card or self.policy.card).save_pretrained(folder, whole)
+
+
+class LatentStage:
+    """A latent action model learns to make the later frame of a pair from the earlier one and a few codes (iFlyBot-VLA).
+
+    Args:
+        model: what trains.
+        config: how.
+        steps: of the whole run, which the care of the codebook is a share of.
+        action: normaliser of the actions, for a model with an action head.
+    """
+
+    def __init__(self, model: LatentActionModel, config: LatentTraining, steps: int, action: Normalizer | None = None) -> None:
+        if (model.act is None) != (action is None):
+            raise CapabilityError(
+                "A latent action model needs a normaliser of the actions if it has an action head, else none."
+            )
+        self.model, self.config, self.steps, self.action = model, config, steps, action
+
+    @property
+    def module(self) -> LatentActionModel:
+        """All of it."""
+        return self.model
+
+    @property
+    def uneven(self) -> bool:
+        """Never: an unused entry's gradient is 0, not missing."""
+        return False
+
+    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+        """Mean squared error of the later frame's pixels in [−1, 1]; with an action head also that of the mean action.
+
+        In evaluation mode the codes are the entries themselves, without noise, so the loss is what a user of the model gets.
+        """
+        earlier, later = batch.observation.images[EARLIER], batch.observation.images[LATER]
+        passed = self.model(earlier, later, generator)
+        total = pixels = functional.mse_loss(passed.later_BHW3.float(), later.float() / 127.5 - 1)
+        parts = {"pixels": pixels.detach(), "perplexity": perplexity(passed.id_BK, self.model.config.book)}
+        if passed.action_BD is not None and self.action is not None:
+            wanted_BD = self.action.forward(batch.action_BLD).mean(1)
+            parts["action"] = functional.mse_loss(passed.action_BD.float(), wanted_BD)
+            total = total + self.config.action_weight * parts["action"]
+        return LossTerms(total, {name: part.detach() for name, part in parts.items()})
+
+    def after_step(self, step: int, shared: Generator) -> None:
+        """Move codebook entries that are hardly used."""
+        self.model.book.tend(self.config.replacement, step, self.steps, shared)
+
+    def to(self, device: torch.device) -> None:
+        """See ``Stage``."""
+        self.model.to(device)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
+        """See ``LatentActionModel.save_pretrained``."""
+        self.model.save_pretrained(folder, weights, card)

@@ -28,7 +28,7 @@ from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
 from vlaflow.training.ema import Ema
-from vlaflow.training.feed import Feed, Held, Part, Place, Source
+from vlaflow.training.feed import Feed, Held, Part, Place, Source, mix
 from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_sentence
 from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
@@ -207,6 +207,7 @@ class Trainer:
         if complaint := self._guard.complaint(self.step, mean_loss, gradient):
             raise DivergedError(self._diverged(complaint, parts))
         self._optimizer.step()
+        self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
         if self._ema is not None:
             self._ema.update()
         samples = c.batch_size * self.place.world

@@ -1,0 +1,165 @@
+"""Training a latent action model: by recipe, resumed, in two processes; what it refuses."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.data.toyset import edit_info, without_actions
+from tests.training.latents import SMALL, Pairs, latent_config, latent_stage, train
+from tests.training.small import weights
+from vlaflow.actions.latent import LatentActionModel
+from vlaflow.cli import train as command
+from vlaflow.data.lerobot import Dataset
+from vlaflow.errors import CapabilityError, ConfigError, DataError, SpecError
+from vlaflow.training.journal import read_log
+from vlaflow.training.recipes import find_recipe
+from vlaflow.training.stages import LatentStage
+
+
+class Cut(Pairs):
+    """Breaks down at the sixth batch."""
+
+    calls = 0
+
+    def batch(self, indices):
+        self.calls += 1
+        if self.calls == 6:
+            raise RuntimeError("cut")
+        return super().batch(indices)
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_run_that_was_cut_ends_with_the_same_bytes(tmp_path, every):
+    """After step 4 the statistics are fresh with every = 2 and half gathered with every = 5; both must be restored."""
+    config = latent_config(steps=10)
+    config = replace(config, latent=replace(config.latent, replacement=replace(config.latent.replacement, every=every)))
+    train(tmp_path / "whole", config)
+    with pytest.raises(RuntimeError, match="cut"):
+        train(tmp_path / "cut", config, Cut())
+    train(tmp_path / "cut", config)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    for name in ("weights", "optimizer", "average"):
+        whole, cut = ((tmp_path / run / f"training/step-000010/{name}.safetensors").read_bytes() for run in ("whole", "cut"))
+        assert whole == cut
+
+
+def test_entries_move_in_training(tmp_path):
+    """Where they never move, unused ones keep their first values to the bit (they get no gradient and do not decay)."""
+    fixed = latent_config(ema_decay=None)
+    fixed = replace(fixed, latent=replace(fixed.latent, replacement=replace(fixed.latent.replacement, until=0.0)))
+    first = latent_stage(fixed).module.book.entry_VE.detach().clone()
+    kept = [
+        torch.equal(row, before)
+        for row, before in zip(train(tmp_path / "a", fixed)[0].module.book.entry_VE, first, strict=True)
+    ]
+    moved = train(tmp_path / "b", latent_config(ema_decay=None))[0].module.book.entry_VE
+    assert any(kept)
+    assert not any(torch.equal(row, before) for row, before in zip(moved, first, strict=True))
+
+
+def test_two_processes_keep_one_book(together):
+    """Uses are counted over both, and every draw is the same in both."""
+    ranks = [load_file(together / f"latent/rank-{rank}.safetensors") for rank in (0, 1)]
+    for name, tensor in ranks[0].items():
+        assert torch.equal(tensor, ranks[1][name]), name
+    assert ranks[0]["moved"] == 0
+    alone = latent_stage(latent_config()).module.book.entry_VE
+    assert not torch.equal(ranks[0]["book.entry_VE"], alone)
+    assert [entry["step"] for entry in read_log(together / "latent")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_learns(tmp_path):
+    """The pictures roll by three rows; forty steps on eight of them lower the error by a quarter."""
+    config = latent_config(steps=40, batch_size=8, ema_decay=None, checkpoint_every=100, validate_every=100)
+    config = replace(config, optim=replace(config.optim, learning_rate=5e-3))
+    train(tmp_path / "p", config, Pairs(8))
+    pixels = [entry["parts"]["pixels"] for entry in read_log(tmp_path / "p")]
+    assert sum(pixels[-5:]) < 0.75 * sum(pixels[:5])
+
+
+def test_an_action_head_adds_its_error_and_teaches_the_encoder(tmp_path):
+    config = latent_config(model=replace(SMALL, action_dim=2, predict="frame"))
+    stage = latent_stage(config)
+    torch.nn.init.zeros_(stage.module.decoder.leave.weight)  # no gradient from the pixels
+    terms = stage.loss(Pairs().batch(torch.arange(4).numpy()), torch.Generator().manual_seed(0), torch.Generator())
+    assert terms.total.item() == pytest.approx(float(terms.parts["pixels"] + 0.01 * terms.parts["action"]), rel=1e-5)
+    terms.total.backward()
+    assert stage.module.encoder.project.weight.grad.abs().sum() > 0
+    train(tmp_path / "p", config)
+    assert "action" in read_log(tmp_path / "p")[-1]["parts"]
+
+
+def test_an_action_head_needs_a_normaliser():
+    model = latent_stage(latent_config(model=replace(SMALL, action_dim=2))).model
+    with pytest.raises(CapabilityError, match="needs a normaliser"):
+        LatentStage(model, latent_config().latent, 10)
+
+
+TINY = ("image_size=32", "patch=4", "width=16", "heads=2", "ffn=32", "spatial=1", "decoder=1", "code_dim=4")
+
+
+def arguments(dataset, out, *more):
+    small = [word for value in TINY for word in ("--set", f"latent.model.{value}")]
+    places = ["--dataset", str(dataset), "--out", str(out), "--tracker", "none", "--steps", "3", "--batch-size", "4"]
+    return ["iflybot.latent", *places, *small, *more]
+
+
+def test_the_recipe_makes_a_model_that_says_where_it_comes_from(dataset, tmp_path, capsys):
+    assert command.main(arguments(dataset, tmp_path / "m", "--set", "latent.gap_s=0.3")) == 0
+    model = LatentActionModel.from_pretrained(tmp_path / "m")
+    origin, opened = model.origin, Dataset.open(dataset)
+    assert (origin.dataset, origin.view, origin.rate_hz, origin.gap_s, origin.gap) == (opened.fingerprint, "front", 10, 0.3, 3)
+    assert (origin.held_out, origin.seed) == (0.06, 0)
+    card = (tmp_path / "m/README.md").read_text()
+    for part in ("8 codes of 32", "0.3 s apart (3 frames at 10 per second)", "iflybot.latent", "Steps: 3 of 4", origin.dataset):
+        assert part in card
+    entry = read_log(tmp_path / "m")[-1]
+    assert 1 <= entry["parts"]["perplexity"] <= 32
+    assert entry["validation"]["loss"] == pytest.approx(entry["validation"]["pixels"])
+
+
+def test_episodes_without_a_pair_are_counted_aloud(dataset, tmp_path, capsys):
+    """Of lengths 9 … 14 at 10 per second."""
+    assert command.main(arguments(dataset, tmp_path / "m", "--set", "latent.gap_s=1.1", "--set", "validation_fraction=0")) == 0
+    assert "For training: 3 of 6 episodes are not longer than the gap of 1.1 s (11 frames)" in capsys.readouterr().err
+
+
+def test_video_alone_is_enough(dataset, tmp_path, monkeypatch):
+    """A data set that says neither what its actions mean nor holds any."""
+    copy = shutil.copytree(dataset, tmp_path / "video")
+    without_actions(copy)
+    assert command.main(arguments(copy, tmp_path / "m")) == 0
+    assert LatentActionModel.from_pretrained(tmp_path / "m").origin.view == "front"
+    with pytest.raises(SpecError, match=r"action_dim is 2, but the actions of .* have 0 dimensions"):
+        command.main(arguments(copy, tmp_path / "n", "--set", "latent.model.action_dim=2"))
+    with pytest.raises(DataError, match="has no feature 'action'"):
+        command.main(["asyncvla.demo", "--dataset", str(copy), "--out", str(tmp_path / "p")])
+    edit_info(copy, features={})
+    with pytest.raises(DataError, match="has no camera"):
+        command.main(arguments(copy, tmp_path / "o"))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (["--policy", "nowhere"], ConfigError, "starts from video alone; leave --policy out"),
+        (["--tokenizer", "x.json"], ConfigError, "no use for the action tokenizer"),
+        (["--set", "latent.gap_s=60"], DataError, "No episode of .* is longer than the gap of 60 s"),
+        (["--set", "latent.gap_s=0.01"], ConfigError, "less than one frame"),
+        (["--set", "latent.view=frnt"], DataError, "did you mean 'front'"),
+        (["--set", "shift=2"], ConfigError, "taken as they are"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(dataset, tmp_path, change, kind, message):
+    with pytest.raises(kind, match=message):
+        command.main(arguments(dataset, tmp_path / "m", *change))
+
+
+def test_the_signature_tells_that_a_recipe_needs_no_actions():
+    assert find_recipe("iflybot.latent").from_video
+    assert find_recipe("iflybot.latent_full").from_video
+    assert not find_recipe("asyncvla.demo").from_video
+    assert not find_recipe("iflybot.latent").continues

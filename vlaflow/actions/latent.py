@@ -1,0 +1,341 @@
+"""The latent action model: what changed between two frames as K codes of a small book, learned from video alone.
+
+    model = LatentActionModel.from_pretrained("runs/iflybot/latent")
+    id_BK = model.codes(earlier_BHW3, later_BHW3)              # int64 in 0 … book − 1
+    image_BHW3 = model.apply_codes(another_BHW3, id_BK)        # the same change, seen from another first frame
+
+iFlyBot-VLA's first stage, after LAPA. Both frames are cut into patches. Spatial blocks mix the patches of one frame, then
+causal temporal blocks let the later frame see the earlier one. The difference of the two frames' features, later minus
+earlier, is projected to a few dimensions, pooled to K vectors and quantised (``nsvq``). The decoder has the earlier frame's
+patches, whose gradient is cut off, and reads the codes as further keys and values; it must make the later frame. Whatever it
+cannot see in the earlier frame has to pass through the codes.
+
+Nothing here knows of data sets: ``data.pairs`` makes the frame pairs, ``training.stages.LatentStage`` trains.
+
+Shape letters: B batch, H, W height and width of a picture, P patches, C channels of the network, K codes, V entries of the
+book, E dimension of an entry, D action dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from vlaflow import __version__
+from vlaflow.actions.nsvq import Codebook
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.files import load_weights, read_json, write_json
+from vlaflow.nn.attention import KeyValues, causal_mask
+from vlaflow.nn.block import Block, BlockConfig
+from vlaflow.nn.patches import PatchStem, from_patches
+from vlaflow.nn.resnet import ResidualMLP
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """The networks of a latent action model.
+
+    Args:
+        image_size: side of the square frames in pixels; a multiple of ``patch``.
+        patch: side of a patch in pixels.
+        width, heads, ffn: of all blocks.
+        spatial, temporal, decoder: how many blocks mix the patches of a frame, mix the two frames, make the later frame.
+        grid: rows and columns that the difference is pooled to, each at most half the patches along a side (rounded up); their
+            product is the number of codes, K.
+        code_dim: dimension of an entry, E.
+        book: entries, V.
+        predict: "change" adds the decoder's output to the earlier frame, "frame" does not.
+        action_dim: where it is not 0, a head also predicts the mean action between the frames from the codes, with so many
+            dimensions.
+    """
+
+    image_size: int = 56
+    patch: int = 8
+    width: int = 96
+    heads: int = 4
+    ffn: int = 384
+    spatial: int = 3
+    temporal: int = 1
+    decoder: int = 3
+    grid: tuple[int, int] = (4, 2)
+    code_dim: int = 32
+    book: int = 32
+    predict: Literal["change", "frame"] = "change"
+    action_dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch or self.image_size // self.patch < 2:
+            raise ConfigError(f"image_size {self.image_size} must be a multiple of patch {self.patch}, at least two of them.")
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} must be a multiple of heads {self.heads}.")
+        if min(self.spatial, self.temporal, self.decoder, self.code_dim, *self.grid) < 1 or self.action_dim < 0:
+            raise ConfigError("spatial, temporal, decoder, code_dim and both numbers of the grid must be at least 1.")
+        pooled = (self.side + 1) // 2  # after the convolution of stride 2
+        if max(self.grid) > pooled:
+            raise ConfigError(
+                f"A grid of {self.grid[0]}x{self.grid[1]} is finer than the {pooled}x{pooled} places that are pooled, so codes "
+                "would only repeat each other. Take smaller patches or a smaller grid."
+            )
+        if not 2 <= self.book < 2**15:
+            raise ConfigError(f"A book has from 2 to 32767 entries, got {self.book}.")
+
+    @property
+    def codes(self) -> int:
+        """Codes of a frame pair, K."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a frame."""
+        return self.image_size // self.patch
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a latent action model learned from; codes mean something for pairs like these.
+
+    Args:
+        dataset: fingerprint of the data set.
+        view: the camera view.
+        rate_hz: frames per second there.
+        gap_s: time between the frames of a pair in seconds, as asked for.
+        gap: the same in frames.
+        held_out, seed: the share of each task's episodes that training did not see, and the seed of that division.
+    """
+
+    dataset: str
+    view: str
+    rate_hz: float
+    gap_s: float
+    gap: int
+    held_out: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """The content of a checkpoint's config.json."""
+
+    model: LatentConfig
+    origin: Origin
+    vlaflow: str = field(default=__version__)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What came out of a pass over frame pairs.
+
+    Args:
+        later_BHW3: the later frame as decoded, float in about [−1, 1].
+        id_BK: the codes' ids.
+        action_BD: normalised mean action between the frames, where the model has an action head.
+    """
+
+    later_BHW3: Tensor
+    id_BK: Tensor
+    action_BD: Tensor | None
+
+
+class Encoder(nn.Module):
+    """A frame pair to K vectors."""
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.place = nn.Parameter(torch.randn(c.side**2, c.width) * 0.02)
+        self.time = nn.Parameter(torch.randn(2, c.width) * 0.02)
+        self.spatial = nn.ModuleList(Block(_block(c)) for _ in range(c.spatial))
+        self.temporal = nn.ModuleList(Block(_block(c)) for _ in range(c.temporal))
+        self.norm = nn.LayerNorm(c.width)
+        self.project = nn.Linear(c.width, c.code_dim)
+        self.pool = nn.Conv2d(c.code_dim, c.code_dim, 3, stride=2, padding=1)
+
+    def features(self, earlier_BPC: Tensor, later_BPC: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded patches (B, P, C) of both frames to features of both; the earlier's do not depend on the later frame."""
+        b, c = len(earlier_BPC), self.config
+        x_BPC = torch.cat((earlier_BPC, later_BPC)) + self.place
+        for block in self.spatial:
+            x_BPC, _ = block(x_BPC)
+        x_B2C = x_BPC.view(2, b * c.side**2, c.width).transpose(0, 1) + self.time
+        for block in self.temporal:
+            x_B2C, _ = block(x_B2C, mask_TS=causal_mask(2, x_B2C.device))
+        earlier_BPC, later_BPC = self.norm(x_B2C).view(b, c.side**2, 2, c.width).unbind(2)
+        return earlier_BPC, later_BPC
+
+    def forward(self, earlier_BPC: Tensor, later_BPC: Tensor) -> Tensor:
+        """Embedded patches of both frames → (B, K, E), not quantised."""
+        c = self.config
+        earlier_BPC, later_BPC = self.features(earlier_BPC, later_BPC)
+        change_BPE = self.project(later_BPC - earlier_BPC)
+        pooled = self.pool(change_BPE.mT.unflatten(2, (c.side, c.side)))
+        return functional.adaptive_avg_pool2d(pooled, c.grid).flatten(2).mT
+
+
+class ImageDecoder(nn.Module):
+    """The earlier frame's patches and K codes to the later frame."""
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.place = nn.Parameter(torch.randn(c.side**2, c.width) * 0.02)
+        self.slot = nn.Parameter(torch.randn(c.codes, c.width) * 0.02)
+        self.enter = nn.Linear(c.code_dim, c.width)
+        self.norm_code = nn.LayerNorm(c.width)
+        self.read = nn.ModuleList(nn.Linear(c.width, 2 * c.width) for _ in range(c.decoder))
+        self.blocks = nn.ModuleList(Block(_block(c)) for _ in range(c.decoder))
+        self.norm = nn.LayerNorm(c.width)
+        self.leave = nn.Linear(c.width, 3 * c.patch**2)
+
+    def forward(self, patch_BPC: Tensor, code_BKE: Tensor) -> Tensor:
+        """(B, P, C) without a gradient and (B, K, E) → (B, H, W, 3)."""
+        c, b = self.config, len(code_BKE)
+        code_BKC = self.norm_code(self.enter(code_BKE) + self.slot)
+        x_BPC = patch_BPC + self.place
+        for read, block in zip(self.read, self.blocks, strict=True):
+            # to (B, keys and values, heads, K, head dimension)
+            both = read(code_BKC).view(b, c.codes, 2, c.heads, c.width // c.heads).permute(0, 2, 3, 1, 4)
+            x_BPC, _ = block(x_BPC, KeyValues(both[:, 0], both[:, 1]))
+        return from_patches(self.leave(self.norm(x_BPC)), c.patch, c.image_size)
+
+
+class LatentActionModel(nn.Module):
+    """See the module text.
+
+    Attributes:
+        config, origin: as given.
+        book: the codebook.
+    """
+
+    def __init__(self, config: LatentConfig, origin: Origin) -> None:
+        super().__init__()
+        self.config, self.origin = config, origin
+        self.patches = PatchStem(config.patch, config.width)
+        self.encoder = Encoder(config)
+        self.book = Codebook(config.book, config.code_dim)
+        self.decoder = ImageDecoder(config)
+        self.act: ResidualMLP | None = None
+        if config.action_dim:
+            self.act = ResidualMLP(config.codes * config.code_dim, config.width, config.action_dim)
+
+    @staticmethod
+    def create(config: LatentConfig, origin: Origin, seed: int) -> LatentActionModel:
+        """A new model with weights drawn from ``seed``; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LatentActionModel(config, origin)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        return self.patches.project.weight.device
+
+    def forward(self, earlier_BHW3: Tensor, later_BHW3: Tensor, generator: Generator | None = None) -> Passed:
+        """Encode, quantise, decode.
+
+        Args:
+            earlier_BHW3, later_BHW3: uint8 frames of the model's size.
+            generator: of the quantisation's noise; needed in training.
+        """
+        earlier_BHW3, later_BHW3 = self._prepare(earlier_BHW3), self._prepare(later_BHW3)
+        earlier_BPC, later_BPC = self.patches(earlier_BHW3), self.patches(later_BHW3)
+        value_BKE, id_BK = self.book(self.encoder(earlier_BPC, later_BPC), generator)
+        action_BD = None if self.act is None else self.act(value_BKE.flatten(1))
+        return Passed(self._decode(earlier_BHW3, earlier_BPC, value_BKE), id_BK, action_BD)
+
+    @torch.no_grad()
+    def vectors(self, earlier_BHW3: Tensor, later_BHW3: Tensor) -> Tensor:
+        """What is quantised: float32 (B, K, E) of uint8 frames of the model's size."""
+        earlier_BHW3, later_BHW3 = self._prepare(earlier_BHW3), self._prepare(later_BHW3)
+        return self.encoder(self.patches(earlier_BHW3), self.patches(later_BHW3))
+
+    @torch.no_grad()
+    def codes(self, earlier_BHW3: Tensor, later_BHW3: Tensor) -> Tensor:
+        """The latent action of frame pairs.
+
+        Args:
+            earlier_BHW3, later_BHW3: uint8 frames of the model's size, ``origin.gap_s`` apart.
+
+        Returns:
+            Ids, int64 (B, K), each in [0, book), on the model's device.
+        """
+        return self.book.nearest(self.vectors(earlier_BHW3, later_BHW3))
+
+    @torch.no_grad()
+    def apply_codes(self, earlier_BHW3: Tensor, id_BK: Tensor) -> Tensor:
+        """What a latent action makes of a frame.
+
+        Args:
+            earlier_BHW3: uint8 frames of the model's size.
+            id_BK: int64, each in [0, book).
+
+        Returns:
+            uint8 (B, H, W, 3).
+        """
+        image_BHW3 = self._prepare(earlier_BHW3)
+        made_BHW3 = self._decode(image_BHW3, self.patches(image_BHW3), self.book.entry_VE[id_BK.to(self.device)])
+        return ((made_BHW3.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def _decode(self, earlier_BHW3: Tensor, earlier_BPC: Tensor, code_BKE: Tensor) -> Tensor:
+        made_BHW3 = self.decoder(earlier_BPC.detach(), code_BKE)
+        return made_BHW3 + earlier_BHW3 if self.config.predict == "change" else made_BHW3
+
+    def _prepare(self, image_BHW3: Tensor) -> Tensor:
+        size = self.config.image_size
+        if image_BHW3.shape[1:] != (size, size, 3):
+            found = "x".join(map(str, image_BHW3.shape[1:3]))
+            raise SpecError(
+                f"The latent action model reads frames of {size}x{size} pixels, got {found}; use data.frames.resize."
+            )
+        return image_BHW3.to(self.device).float() / 127.5 - 1
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """16 hex digits of config, origin and weights: two models with the same one give the same codes."""
+        digest = hashlib.sha256(json.dumps(to_json(LatentFile(self.config, self.origin, ""))).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, folder: Path | str, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
+        """Write ``config.json``, ``model.safetensors`` and ``README.md``.
+
+        Args:
+            folder: where to.
+            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+            card: text of the README.md.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", to_json(LatentFile(self.config, self.origin)))
+        (folder / "README.md").write_text(card or f"# Latent action model, vlaflow {__version__}\n")
+        chosen = {**self.state_dict(), **(weights or {})}
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in chosen.items()}, folder / "model.safetensors")
+
+    @staticmethod
+    def from_pretrained(folder: Path | str, device: str = "cpu") -> LatentActionModel:
+        """Open what ``save_pretrained`` wrote, ready for inference.
+
+        Raises:
+            CheckpointError: for missing or damaged files, or weights that do not fit the config.
+            ConfigError: a config.json of something else, such as a policy.
+        """
+        folder = Path(folder)
+        found = from_json(LatentFile, read_json(folder / "config.json"), str(folder / "config.json"))
+        model = LatentActionModel.create(found.model, found.origin, 0)
+        load_weights(model, folder / "model.safetensors")
+        return model.to(device).eval()
+
+
+def _block(config: LatentConfig) -> BlockConfig:
+    return BlockConfig(config.width, config.heads, config.heads, config.width // config.heads, config.ffn)

@@ -1,0 +1,142 @@
+"""A codebook that learns by noise substitution (NSVQ: Vali and Bäckström, IEEE Access 2022), and the care of unused entries.
+
+In training a vector is not replaced by its nearest entry but by itself plus noise as long as its error would be. So the decoder
+sees what quantisation costs, the encoder gets its gradient straight, and the entry gets one through that length: it moves
+towards its vectors where a smaller error helps. No commitment loss, no codebook loss, no straight-through estimate.
+
+An entry that nothing is near gets no gradient and would stay unused for ever, so rarely used entries are moved beside much
+used ones from time to time. Uses are counted over all processes and the draws are the same in each: the book stays one book.
+
+Shape letters: B batch, K codes of a pair, V entries of the book, E dimension of an entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Generator, Tensor, nn
+
+from vlaflow.errors import CapabilityError, ConfigError
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """When an entry counts as unused, and what becomes of it.
+
+    Every ``every`` steps, while less than ``until`` of the run is over, the uses since the last such step are looked at. An
+    entry with less than ``threshold`` times its fair share 1/V of them is moved to an entry drawn by how often it is used,
+    plus normal noise of ``noise`` times that entry's length.
+
+    (NSVQ's own code replaces below a share of 0.01, whatever V is. LAPA's and iFlyBot's divide by the batch size in place of
+    the steps, so their threshold is not what it says; they also count and draw in each process, and the books drift apart.)
+
+    Args:
+        every: steps.
+        until: share of the run, in [0, 1]; the end is left to settle. 0 never replaces.
+        threshold: of the fair share, below 1.
+        noise: positive, or a moved entry would stay its neighbour's double.
+    """
+
+    every: int = 50
+    until: float = 0.7
+    threshold: float = 0.1
+    noise: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.until <= 1 or not 0 <= self.threshold < 1 or self.noise <= 0:
+            raise ConfigError(f"A replacement needs every ≥ 1, until in [0, 1], threshold in [0, 1) and noise > 0, got {self}.")
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether entries are replaced after step number ``step`` (0, 1, ...) of ``steps``."""
+        return (step + 1) % self.every == 0 and step + 1 < self.until * steps
+
+
+class Codebook(nn.Module):
+    """V entries of dimension E.
+
+    Attributes:
+        entry_VE: the entries.
+        used_V: int64, uses since the last replacement over all processes; part of a training state, not of a saved model.
+    """
+
+    used_V: Tensor
+
+    def __init__(self, entries: int, dim: int) -> None:
+        super().__init__()
+        self.entry_VE = nn.Parameter(torch.randn(entries, dim) * dim**-0.5)
+        self.register_buffer("used_V", torch.zeros(entries, dtype=torch.long), persistent=False)
+        # Not a buffer: processes that train together copy the first one's buffers before every forward pass.
+        self._step_V: Tensor | None = None
+
+    def nearest(self, x_BKE: Tensor) -> Tensor:
+        """The nearest entry of each vector, int64 (B, K); of equally near ones the first."""
+        return torch.cdist(x_BKE.float(), self.entry_VE.float(), compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+
+    def forward(self, x_BKE: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Quantise.
+
+        Args:
+            x_BKE: vectors.
+            generator: of the noise, needed in training.
+
+        Returns:
+            In training v = x + (|x − c*| / |z|) z with z ~ N(0, I), so |v − x| = |x − c*|; otherwise c* itself. And the ids
+            of c*, int64 (B, K).
+        """
+        id_BK = self.nearest(x_BKE.detach())
+        code_BKE = self.entry_VE[id_BK]
+        if not self.training:
+            return code_BKE, id_BK
+        if generator is None:
+            raise ConfigError("A codebook in training needs a generator for its noise.")
+        self._count(id_BK)
+        noise_BKE = torch.randn(x_BKE.shape, generator=generator).to(x_BKE)
+        unit_BKE = noise_BKE / torch.linalg.vector_norm(noise_BKE, dim=-1, keepdim=True)
+        return x_BKE + torch.linalg.vector_norm(x_BKE - code_BKE, dim=-1, keepdim=True) * unit_BKE, id_BK
+
+    def _count(self, id_BK: Tensor) -> None:
+        count_V = torch.bincount(id_BK.flatten(), minlength=len(self.entry_VE))
+        self._step_V = count_V if self._step_V is None else self._step_V + count_V
+
+    @torch.no_grad()
+    def tend(self, rule: Replacement, step: int, steps: int, generator: Generator) -> int:
+        """Take in what a training step used and, where the rule says so, move the entries that are hardly used.
+
+        Every process that trains must call it after every step.
+
+        Args:
+            rule: see ``Replacement``.
+            step, steps: number of the step, from 0, and of all steps.
+            generator: a CPU generator in the same state in every process.
+
+        Returns:
+            How many entries were moved.
+        """
+        if type(self.entry_VE) is not nn.Parameter or type(self.entry_VE.data) is not Tensor:
+            raise CapabilityError("A codebook cannot be spread over processes; train latent actions with DDP, not with FSDP.")
+        step_V = torch.zeros_like(self.used_V) if self._step_V is None else self._step_V
+        self._step_V = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(step_V)
+        self.used_V += step_V
+        if not rule.due(step, steps):
+            return 0
+        share_V = self.used_V.cpu().double() / max(int(self.used_V.sum()), 1)
+        self.used_V.zero_()
+        dead_N = (share_V < rule.threshold / len(share_V)).nonzero()[:, 0]
+        if not len(dead_N) or not share_V.any():
+            return 0
+        share_V[dead_N] = 0
+        parent_NE = self.entry_VE[torch.multinomial(share_V, len(dead_N), replacement=True, generator=generator)]
+        noise_NE = torch.randn(parent_NE.shape, generator=generator).to(parent_NE) * parent_NE.shape[-1] ** -0.5
+        length_N1 = torch.linalg.vector_norm(parent_NE, dim=-1, keepdim=True)
+        self.entry_VE[dead_N] = parent_NE + rule.noise * length_N1 * noise_NE
+        return len(dead_N)
+
+
+def perplexity(id_BK: Tensor, entries: int) -> Tensor:
+    """exp of the entropy of how often each entry occurs: V where all are used alike, 1 where one alone is."""
+    share_V = torch.bincount(id_BK.flatten(), minlength=entries).float() / max(id_BK.numel(), 1)
+    return torch.special.entr(share_V).sum().exp()

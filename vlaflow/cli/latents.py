@@ -1,0 +1,55 @@
+"""What ``vlaflow data latent-report`` does; its arguments are in ``data``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlaflow.cli.data import LatentReport
+
+
+def latent_report(arguments: LatentReport) -> int:
+    """Measure, print, write the page."""
+    from rich.console import Console
+
+    from vlaflow.actions.latent import LatentActionModel
+    from vlaflow.data.lerobot import Dataset
+    from vlaflow.evaluation import latent_page as page
+    from vlaflow.evaluation.latent_report import look, pixels, probes, usage
+    from vlaflow.versions import command_line, versions
+
+    a = arguments
+    dataset = Dataset.open(a.dataset, video=True)
+    model = LatentActionModel.from_pretrained(a.model, a.device)
+    console = Console()
+    train, held = look(model, dataset)
+    for seen in (train, held):
+        if seen.pairs.short:
+            console.print(seen.pairs.left_out(), soft_wrap=True, highlight=False)
+    book, origin = model.config.book, model.origin
+    found = page.Found(
+        usage(held.id_MK, book),
+        pixels(model, held),
+        probes(train, held, book, len(dataset.tasks)),
+        dataset.dimension_names("action"),
+        {
+            "model": f"{a.model}, fingerprint {model.fingerprint()}",
+            "trained on": f"data set {origin.dataset}, view '{origin.view}', pairs {origin.gap_s:g} s apart",
+            "measured on": f"{dataset.root.name}, fingerprint {dataset.fingerprint}: {len(held.index_M)} of the "
+            f"{len(held.pairs)} pairs of {len(held.pairs.episodes)} held-out episodes; probes learn from {len(train.index_M)}",
+            "codes": f"{model.config.codes} of {book}",
+            "command": command_line(),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        },
+    )
+    told = f" The codes tell {found.probes['codes'].mean():.2f} of the actions' variance." if found.probes else ""
+    console.print(
+        f"{found.usage.used} of {book} entries used, perplexity {found.usage.perplexity:.1f}; the codes bring back "
+        f"{100 * found.pixels.explained:.0f} % of the change (another pair's: "
+        f"{100 * (1 - found.pixels.other / found.pixels.copy) if found.pixels.copy else 0:.0f} %).{told}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    written = page.write_page(model, held, found, f"Latent actions on {dataset.root.name}", a.out)
+    console.print(f"Written: {written}", soft_wrap=True)
+    return 0

@@ -1,0 +1,204 @@
+"""Frame pairs: what one view showed, and what it showed a moment later. Actions are not needed, only video.
+
+    pairs = FramePairs(dataset, FrameCache.open(dataset, 64, ["image"]), "image", gap_s=1.0)
+    batch = pairs.batch(np.array([0, 5, 9]))          # batch.observation.images: {"earlier": ..., "later": ...}
+
+**Ends of episodes.** A pair is formed where both its frames lie in one episode, exactly the gap apart. So the last ``gap``
+frames of an episode begin no pair, and an episode of ``gap`` frames or fewer gives none; ``short`` names such episodes.
+Nothing is padded.
+
+Shape letters: N rows of the data set, M pairs, B batch, H height, W width, K numbers of a pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.frames import FrameCache, cache_home, locked
+from vlaflow.data.lerobot import Dataset
+from vlaflow.errors import ConfigError, DataError, nearest
+
+EARLIER, LATER = "earlier", "later"
+"""Names of the two pictures of a pair in a batch."""
+TABLE_LAYOUT = 1
+"""Raise when the content of a pair table changes."""
+
+
+def gap_in_frames(gap_s: float, rate_hz: float) -> int:
+    """Seconds to frames, rounded to the nearest.
+
+    Raises:
+        ConfigError: less than one frame.
+    """
+    gap = round(gap_s * rate_hz)
+    if gap < 1:
+        raise ConfigError(f"A gap of {gap_s:g} s is less than one frame at {rate_hz:g} frames per second. Choose a longer one.")
+    return gap
+
+
+def chosen_view(dataset: Dataset, view: str | None) -> str:
+    """The view of this name, or the first one.
+
+    Raises:
+        DataError: a data set without video, or without this view.
+    """
+    if not dataset.views:
+        raise DataError(f"{dataset.root} has no camera, and frame pairs are made of video. Choose a data set with a view.")
+    if view is not None and view not in dataset.views:
+        raise DataError(f"{dataset.root} has no view '{view}'; {nearest(view, dataset.views)}")
+    return view if view is not None else next(iter(dataset.views))
+
+
+class FramePairs:
+    """Every frame of the chosen episodes that has another one ``gap`` frames later in its episode.
+
+    Args:
+        dataset: with video.
+        cache: of its frames; one that holds ``view``.
+        view: the view that is looked at.
+        gap_s: time between the frames in seconds.
+        episodes: all by default.
+
+    Attributes:
+        gap: the same in frames.
+        rows: int64 (M,), the row of each pair's earlier frame in ``Dataset.columns``.
+        short: the chosen episodes that are too short for a pair.
+
+    Raises:
+        ConfigError: a gap of less than one frame.
+        DataError: no such view, or no episode longer than the gap.
+    """
+
+    def __init__(
+        self, dataset: Dataset, cache: FrameCache, view: str, gap_s: float, *, episodes: Sequence[int] | None = None
+    ) -> None:
+        self.dataset, self.cache, self.view, self.gap_s = dataset, cache, chosen_view(dataset, view), gap_s
+        self.gap = gap_in_frames(gap_s, dataset.fps)
+        self.episodes = tuple(range(len(dataset.episodes)) if episodes is None else episodes)
+        slices = {episode: dataset.episode_slice(episode) for episode in self.episodes}
+        self.short = tuple(e for e, s in slices.items() if s.stop - s.start <= self.gap)
+        if len(self.short) == len(self.episodes):
+            longest = max((s.stop - s.start for s in slices.values()), default=0)
+            raise DataError(
+                f"No episode of {dataset.root} is longer than the gap of {gap_s:g} s ({self.gap} frames at {dataset.fps:g} per "
+                f"second); the longest has {longest} frames. Choose a shorter gap: --set latent.gap_s=..."
+            )
+        self.rows = np.concatenate([np.arange(s.start, s.stop - self.gap) for e, s in slices.items() if e not in self.short])
+
+    def __len__(self) -> int:
+        """Number of pairs, M."""
+        return len(self.rows)
+
+    def left_out(self) -> str:
+        """A sentence on the episodes without a pair; empty where there are none."""
+        if not self.short:
+            return ""
+        return (
+            f"{len(self.short)} of {len(self.episodes)} episodes are not longer than the gap of {self.gap_s:g} s ({self.gap} "
+            f"frames) and give no pair; the others give {len(self)} pairs."
+        )
+
+    def frames(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The earlier and the later frames of the pairs at ``indices`` (B,): uint8 (B, H, W, 3) each."""
+        rows = self.rows[indices]
+        both = self.cache.gather(np.concatenate((rows, rows + self.gap)))[self.view]
+        return both[: len(rows)], both[len(rows) :]
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The pairs at ``indices`` (B,) as a training batch.
+
+        Its pictures are named "earlier" and "later"; its chunk is made of the ``gap`` actions that led from one to the other
+        (of no dimension where the data set holds none), all of them valid; all else is as at the earlier frame.
+        """
+        first_B, columns = self.rows[indices], self.dataset.columns()
+        earlier, later = self.frames(indices)
+        observation = ObservationBatch(
+            {EARLIER: earlier, LATER: later},
+            torch.from_numpy(columns.state[first_B]),
+            [self.dataset.tasks[task] for task in columns.task[first_B]],
+        )
+        return Batch(
+            observation,
+            torch.from_numpy(columns.action[first_B[:, None] + np.arange(self.gap)]),
+            torch.ones(len(first_B), self.gap, dtype=torch.bool),
+            torch.from_numpy(columns.episode[first_B]),
+            torch.from_numpy(columns.frame[first_B]),
+        )
+
+
+def pair_table(
+    pairs: FramePairs,
+    encode: Callable[[Tensor, Tensor], Tensor],
+    key: str,
+    progress: Callable[[int, int], None] | None = None,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """Numbers of every pair, computed once and kept beside the frame cache.
+
+    Args:
+        pairs: of all episodes.
+        encode: earlier and later frames, uint8 (B, H, W, 3), to int64 (B, K), each in [0, 32767].
+        key: names what ``encode`` does (a model's fingerprint); together with data set, view, gap and frame size it decides
+            which table is read.
+        progress: called with (pairs done, pairs in all) while computing.
+        batch_size: pairs encoded together.
+
+    Returns:
+        int64 (N, K), by row of ``Dataset.columns``; −1 in rows that begin no pair.
+
+    Raises:
+        DataError: a damaged table, or no right to write one.
+    """
+    dataset = pairs.dataset
+    what = json.dumps([TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, pairs.cache.shapes[pairs.view], key])
+    home = cache_home(dataset)
+    name = f"codes-{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}"
+    file = home / f"{name}.safetensors"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with locked(home / f".{name}.lock"):
+            if not file.exists():
+                _write(file, _encode_all(pairs, encode, progress, batch_size))
+        return load_file(file)["value_NK"].astype(np.int64)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(
+            f"The table {file} cannot be read or written ({error}). Delete it to have it made again, or set VLAFLOW_CACHE to "
+            f"a folder of yours."
+        ) from error
+
+
+def _encode_all(
+    pairs: FramePairs,
+    encode: Callable[[Tensor, Tensor], Tensor],
+    progress: Callable[[int, int], None] | None,
+    batch_size: int,
+) -> np.ndarray:
+    value_NK: np.ndarray | None = None
+    for start in range(0, len(pairs), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(pairs)))
+        value_BK = encode(*pairs.frames(indices)).cpu().numpy()
+        if value_NK is None:
+            value_NK = np.full((len(pairs.dataset), value_BK.shape[1]), -1, np.int16)
+        value_NK[pairs.rows[indices]] = value_BK
+        if progress:
+            progress(int(indices[-1]) + 1, len(pairs))
+    assert value_NK is not None
+    return value_NK
+
+
+def _write(file: Path, value_NK: np.ndarray) -> None:
+    """Complete or absent."""
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
+        save_file({"value_NK": value_NK}, Path(folder) / "table")
+        (Path(folder) / "table").replace(file)

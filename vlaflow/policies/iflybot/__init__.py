@@ -1,0 +1,1 @@
+"""iFlyBot-VLA."""

@@ -1,0 +1,84 @@
+"""The latent actions of a whole data set: what the language model is taught to name, and what reports look at.
+
+    codes = dataset_codes(LatentActionModel.from_pretrained("runs/iflybot/latent"), Dataset.open("runs/demo/dataset"))
+    id_BK = codes.id_NK[rows]      # −1 in the rows of the last frames of an episode, which begin no pair
+
+Shape letters: N rows of the data set, K codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlaflow.actions.latent import LatentActionModel
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.pairs import FramePairs, chosen_view, pair_table
+
+
+@dataclass(frozen=True)
+class DatasetCodes:
+    """Latent actions by row of ``Dataset.columns``.
+
+    Args:
+        id_NK: int64, in [0, book); all −1 where a row begins no pair.
+        gap: frames between the two frames of a pair.
+        short: episodes that are too short for a pair.
+    """
+
+    id_NK: np.ndarray
+    gap: int
+    short: tuple[int, ...]
+
+    @property
+    def known_N(self) -> np.ndarray:
+        """bool, the rows that have codes."""
+        return self.id_NK[:, 0] >= 0
+
+
+def model_pairs(
+    model: LatentActionModel, dataset: Dataset, *, view: str | None = None, episodes: Sequence[int] | None = None
+) -> FramePairs:
+    """The frame pairs of a data set as the model was trained on them: its size, its gap in seconds.
+
+    Args:
+        model: the latent action model.
+        dataset: any data set with video; at another rate the gap has another number of frames.
+        view: by default the one the model was trained on.
+        episodes: all by default.
+
+    Raises:
+        DataError: no such view, or no episode longer than the gap.
+    """
+    view = chosen_view(dataset, view or model.origin.view)
+    cache = FrameCache.open(dataset, model.config.image_size, [view])
+    return FramePairs(dataset, cache, view, model.origin.gap_s, episodes=episodes)
+
+
+def dataset_codes(
+    model: LatentActionModel,
+    dataset: Dataset,
+    *,
+    view: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DatasetCodes:
+    """The codes of every frame of a data set, computed once per model and data set and kept beside the frame cache.
+
+    Args:
+        model: the latent action model.
+        dataset: any data set with video.
+        view: by default the one the model was trained on.
+        progress: called with (pairs done, pairs in all) while computing.
+
+    Raises:
+        DataError: see ``model_pairs``; also a damaged table.
+    """
+    pairs = model_pairs(model, dataset, view=view)
+    if pairs.short:
+        sys.stderr.write(f"{dataset.root}: {pairs.left_out()}\n")
+    id_NK = pair_table(pairs, model.codes, model.fingerprint(), progress)
+    return DatasetCodes(id_NK, pairs.gap, pairs.short)
