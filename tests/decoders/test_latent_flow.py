@@ -11,7 +11,7 @@ from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Targets
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.latent_flow import LatentFlowConfig
-from vlaflow.decoders.latent_reader import LatentConfig
+from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.errors import ConfigError
 from vlaflow.flows import gaussian
 from vlaflow.nn.block import BlockConfig
@@ -25,7 +25,7 @@ FLOW = FlowConfig(4, 6, masks="synchronous", expert=EXPERT, time_token=True)
 
 def policy(answer="parallel", fast=True, flow=FLOW, **settings):
     tokens = AutoregressiveConfig(4, helpers.FAST, horizon=6) if fast else None
-    decoder = LatentFlowConfig(flow, LatentConfig(K, BOOK, answer), tokens, **settings)
+    decoder = LatentFlowConfig(flow, LatentTokensConfig(K, BOOK, answer), tokens, **settings)
     config = replace(helpers.policy_config(), system="iflybot", decoder=decoder)
     made = Policy.create(
         config, helpers.action_spec(), {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}, 0
@@ -202,7 +202,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path, answer):
         (lambda: learn(policy("autoregressive", teaches=False)), "cannot be left untaught"),
         (lambda: policy(flow=FlowConfig(4, 6)), "needs an expert"),
         (lambda: policy(flow=replace(FLOW, horizon=5)), "give both the same"),
-        (lambda: LatentConfig(0), "at least one code"),
+        (lambda: LatentTokensConfig(0), "at least one code"),
         (lambda: FlowConfig(4, 6, time_token=True, masks="synchronous"), "needs an expert"),
         (lambda: replace(FLOW, masks="unified"), "one clock for all"),
     ],

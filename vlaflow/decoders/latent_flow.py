@@ -23,7 +23,7 @@ from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets
 from vlaflow.decoders.flow import FlowConfig, FlowState
-from vlaflow.decoders.latent_reader import LatentConfig, Written
+from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ class LatentFlowConfig:
     """
 
     flow: FlowConfig
-    latent: LatentConfig = field(default_factory=LatentConfig)
+    latent: LatentTokensConfig = field(default_factory=LatentTokensConfig)
     fast: AutoregressiveConfig | None = None
     sees: Literal["latent", "prefix+latent"] = "latent"
     truncate: bool = True

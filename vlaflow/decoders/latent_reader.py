@@ -24,7 +24,7 @@ from vlaflow.stacks.shared import SharedStack
 
 
 @dataclass(frozen=True)
-class LatentConfig:
+class LatentTokensConfig:
     """The latent action tokens.
 
     Args:
@@ -75,7 +75,7 @@ class Written:
 class LatentReader(nn.Module):
     """See the module text."""
 
-    def __init__(self, config: LatentConfig, spec: BackboneSpec) -> None:
+    def __init__(self, config: LatentTokensConfig, spec: BackboneSpec) -> None:
         super().__init__()
         self.config = config
         # the queries; or one token to begin with and one per code
