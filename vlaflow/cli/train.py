@@ -29,9 +29,11 @@ class Arguments:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the checkpoint; an unfinished run in it is continued."""
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
-    """Trained policy to continue, for a rater's recipe."""
+    """Trained policy to continue, for the recipes of raters and of later stages."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Action tokenizer of vlaflow data fit-tokenizer, for decoders of tokens; by default one is fitted."""
+    latent: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Latent action model of iflybot.latent, for decoders that learn to name its codes."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Optimiser steps, in place of the recipe's."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.training.run import Options, train
 
-    options = Options(overrides, given.tracker, given.fresh, tokenizer=given.tokenizer)
+    options = Options(overrides, given.tracker, given.fresh, tokenizer=given.tokenizer, latent=given.latent)
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # launched several times over, one process speaks
         sys.stdout.write(_sentence(outcome, given.out) + "\n")

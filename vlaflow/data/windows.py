@@ -29,6 +29,7 @@ class Windows:
         action_spec: the data set's, cut into chunks of ``horizon``; None where it states none.
         rows: int64 (M,), the row of each sample's first action in ``Dataset.columns``.
         pause_N: bool (N,), rows that a pause rule marked.
+        code_NK: int64, latent action codes by row, −1 where there are none; None when batches hold none.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Windows:
         horizon: int,
         episodes: Sequence[int] | None = None,
         pause_rule: PauseRule | None = None,
+        *,
+        code_NK: np.ndarray | None = None,
     ) -> None:
         if horizon < 1:
             raise ConfigError(f"The horizon must be at least one action, got {horizon}.")
         if len(cache) != len(dataset):
             raise SpecError(f"The frame cache {cache.folder} holds {len(cache)} frames, but {dataset.root} has {len(dataset)}.")
-        self.dataset, self.cache, self.horizon = dataset, cache, horizon
+        self.dataset, self.cache, self.horizon, self.code_NK = dataset, cache, horizon, code_NK
         self.episodes = tuple(range(len(dataset.episodes)) if episodes is None else episodes)
         if not self.episodes:
             raise ConfigError(f"No episode of {dataset.root} was chosen. Give at least one.")
@@ -81,6 +84,7 @@ class Windows:
             torch.from_numpy(valid_BL),
             torch.from_numpy(columns.episode[first_B]),
             torch.from_numpy(columns.frame[first_B]),
+            None if self.code_NK is None else torch.from_numpy(self.code_NK[first_B]),
         )
 
 

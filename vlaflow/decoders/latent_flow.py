@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from vlaflow.actions.bins import BinsTokenizer
+from vlaflow.actions.fast import FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets
@@ -68,6 +70,21 @@ class LatentFlowConfig:
     def action_dim(self) -> int:
         """D."""
         return self.flow.action_dim
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether the FAST tokenizer is to be fitted first."""
+        return self.fast is not None and self.fast.unfitted
+
+    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> LatentFlowConfig:
+        """The config with this tokenizer.
+
+        Raises:
+            ConfigError: without FAST targets.
+        """
+        if self.fast is None:
+            raise ConfigError("This decoder has no FAST targets, so it cannot use an action tokenizer; leave --tokenizer out.")
+        return replace(self, fast=self.fast.with_tokenizer(tokenizer))
 
     def fitted(self, action_NLD: np.ndarray) -> LatentFlowConfig:
         """The config with a fitted tokenizer."""

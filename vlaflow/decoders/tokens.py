@@ -56,6 +56,15 @@ class TokenConfig:
                 f"{self.horizon} of {self.action_dim}. Fit one for this horizon: vlaflow data fit-tokenizer."
             )
 
+    @property
+    def unfitted(self) -> bool:
+        """Whether there is a tokenizer to be fitted first."""
+        return isinstance(self.tokenizer, FastFit | BinsFit)
+
+    def with_tokenizer(self: Config, tokenizer: FastTokenizer | BinsTokenizer) -> Config:
+        """The config with this one."""
+        return replace(self, tokenizer=tokenizer)
+
     def fitted(self: Config, action_NLD: np.ndarray) -> Config:
         """The config with a fitted tokenizer; one that is fitted already stays.
 

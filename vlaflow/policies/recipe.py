@@ -6,6 +6,7 @@ trainer reads these configs; nothing here trains.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,11 +94,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """Several stages, each with what the ones before it have made.
+
+    Args:
+        stages: recipes; the last one's checkpoint is the whole's, the others lie in folders of their names inside it.
+    """
+
+    stages: tuple[Callable[..., TrainConfig], ...]
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training stage.
 
     Args:
-        policy: the assembly to train from scratch; None for stages that continue a checkpoint.
+        policy: the assembly to train, from scratch or (by recipes that take a ``PolicyConfig``) from a checkpoint's weights.
         rater: the rater to add and train on the frozen policy; None for the other stages.
         latent: the latent action model to train from video alone; None for the other stages.
         steps: optimiser steps.

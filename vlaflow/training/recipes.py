@@ -1,6 +1,7 @@
 """Finding recipes by name: 'asyncvla.demo' is the function ``demo`` of ``vlaflow/policies/asyncvla/recipes.py``.
 
-A recipe is a public function there whose return type is ``TrainConfig``. There is no registry to keep up to date; listing reads
+A recipe is a public function
+there that returns a ``TrainConfig``, or a ``Pipeline`` of several. There is no registry to keep up to date; listing reads
 the source files and imports nothing.
 """
 
@@ -13,12 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import vlaflow
 from vlaflow.errors import ConfigError, nearest
-
-if typing.TYPE_CHECKING:
-    from vlaflow.policies.recipe import TrainConfig
 
 POLICIES = Path(vlaflow.__file__).parent / "policies"
 
@@ -42,12 +41,16 @@ class Recipe:
         return f"{self.system}.{self.function}"
 
     @cached_property
-    def call(self) -> Callable[..., TrainConfig]:
+    def call(self) -> Callable[..., Any]:
         """The function itself."""
-        return typing.cast(
-            "Callable[..., TrainConfig]",
-            getattr(importlib.import_module(f"vlaflow.policies.{self.system}.recipes"), self.function),
-        )
+        return getattr(importlib.import_module(f"vlaflow.policies.{self.system}.recipes"), self.function)
+
+    @property
+    def several(self) -> bool:
+        """Whether it is a pipeline of several stages."""
+        from vlaflow.policies.recipe import Pipeline
+
+        return typing.get_type_hints(self.call)["return"] is Pipeline
 
     @property
     def continues(self) -> bool:
@@ -74,7 +77,7 @@ def list_recipes() -> dict[str, Recipe]:
         for node in ast.parse(file.read_text()).body:
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
                 continue
-            if isinstance(node.returns, ast.Name) and node.returns.id == "TrainConfig":
+            if isinstance(node.returns, ast.Name) and node.returns.id in ("TrainConfig", "Pipeline"):
                 lines = (ast.get_docstring(node) or "").splitlines()
                 recipe = Recipe(file.parent.name, node.name, lines[0] if lines else "")
                 found[recipe.name] = recipe

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from vlaflow.actions.bins import BinsFit
-from vlaflow.actions.fast import FastFit
 from vlaflow.actions.files import load_tokenizer
 from vlaflow.actions.latent import LatentActionModel, Origin
 from vlaflow.config import override
@@ -26,16 +25,19 @@ from vlaflow.data.pairs import FramePairs, chosen_view
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import Windows, action_chunks, fewer_episodes, split_episodes
+from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.policies.iflybot.codes import dataset_codes
 from vlaflow.policies.recipe import DataSpec, TrainConfig, VideoSpec
+from vlaflow.progress import progress
 from vlaflow.spec import ActionSpec
 from vlaflow.training.card import latent_card, model_card
 from vlaflow.training.journal import Tracker
 from vlaflow.training.precision import training_threads
-from vlaflow.training.recipes import find_recipe
+from vlaflow.training.recipes import Recipe, find_recipe
 from vlaflow.training.stages import LatentStage, PolicyStage, RaterStage, Stage
 from vlaflow.training.trainer import Outcome, Trainer
 from vlaflow.versions import command_line
@@ -51,6 +53,7 @@ class Options:
         fresh: start anew; an old checkpoint is moved aside.
         command: for the model card; the process's own command line by default.
         tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
+        latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
     """
 
@@ -59,6 +62,7 @@ class Options:
     fresh: bool = False
     command: str | None = None
     tokenizer: Path | str | None = None
+    latent: Path | str | None = None
     threads: int | None = None
 
 
@@ -71,13 +75,17 @@ def train(
         recipe: name, e.g. "asyncvla.demo".
         dataset: folder of a LeRobot data set that states an action spec; for a latent action model any with video.
         out: folder of the checkpoint.
-        policy: checkpoint to continue, for recipes that need one (raters).
+        policy: checkpoint to continue, for recipes that need one (raters, later stages).
         options: see ``Options``.
 
     Raises:
         VlaflowError: whatever the user can mend, in a sentence.
     """
     found = find_recipe(recipe)
+    if found.several:
+        if policy is not None:
+            raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out.")
+        return train_pipeline(found, dataset, Path(out), options or Options())
     if found.from_video:
         if policy is not None:
             raise ConfigError(f"The recipe '{recipe}' starts from video alone; leave --policy out.")
@@ -88,10 +96,42 @@ def train(
         if policy is None:
             raise ConfigError(f"The recipe '{recipe}' continues a trained policy; name its checkpoint with --policy.")
         base = Policy.from_pretrained(policy)
-        return train_rater(base, found.call(base.config), opened, out, name=recipe, policy_path=policy, options=options)
+        config = found.call(base.config)
+        further = train_rater if config.rater is not None else train_further
+        return further(base, config, opened, out, name=recipe, policy_path=policy, options=options)
     if policy is not None:
-        raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out, or choose a rater's recipe.")
+        raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out, or choose one that continues.")
     return train_policy(found.call(data_spec(opened)), opened, out, name=recipe, options=options)
+
+
+def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> Outcome:
+    """Every stage of a pipeline, continued where it was left; each gets the checkpoints of the ones before it.
+
+    Overrides name their stage first: {"joint.steps": "500"}.
+
+    Raises:
+        ConfigError: for an override that names no stage.
+    """
+    names = [stage.__name__ for stage in pipeline.call().stages]
+    for key in options.overrides or ():
+        if key.partition(".")[0] not in names:
+            raise ConfigError(
+                f"'{pipeline.name}' has several stages; say which '{key}' is for, e.g. --set {names[-1]}.{key}=..."
+            )
+    policy: Path | None = None
+    for name in names:
+        stage, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
+        own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
+        mine = replace(options, overrides=own, latent=None if stage.from_video else options.latent)
+        sys.stderr.write(f"Stage {names.index(name) + 1} of {len(names)}: {stage.name} into {folder}\n")
+        outcome = train(stage.name, dataset, folder, policy=policy if stage.continues else None, options=mine)
+        if outcome.signal is not None:
+            break
+        if stage.from_video:
+            options = replace(options, latent=folder)
+        else:
+            policy = folder
+    return outcome
 
 
 def data_spec(dataset: Dataset) -> DataSpec:
@@ -134,6 +174,50 @@ def train_policy(
     assert config.policy is not None
     policy = Policy.create(config.policy, spec, measured, config.seed)
     return _train(PolicyStage(policy), policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
+
+
+def train_further(
+    policy: Policy,
+    config: TrainConfig,
+    dataset: Dataset,
+    out: Path | str,
+    *,
+    name: str,
+    policy_path: Path | str,
+    options: Options | None = None,
+) -> Outcome:
+    """Train a policy further, by a config whose networks have the same weights; normalisation stays the checkpoint's.
+
+    Args:
+        policy: the trained policy.
+        config: a recipe's, with ``policy`` set.
+        dataset: of the same robot.
+        out: folder of the new checkpoint.
+        name: the recipe's name, for the model card.
+        policy_path: where the policy was opened.
+        options: see ``Options``.
+
+    Raises:
+        ConfigError: when the config's networks are others than the checkpoint's.
+    """
+    config = _overridden(config, options)
+    if config.policy is None:
+        raise ConfigError(f"'{name}' does not train a policy.")
+    policy.action_spec.require_match(_action_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
+    if Path(out).resolve() == Path(policy_path).resolve():
+        raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
+    further = Policy.create(config.policy, policy.action_spec, policy.stats, config.seed)
+    try:
+        further.model.load_state_dict(policy.model.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The networks of '{name}' are not those of {policy_path}, so they cannot start from its weights "
+            f"({str(error).splitlines()[-1].strip()}). Leave out the --set that changes them."
+        ) from error
+    base = {"policy": fingerprint(local_folder(policy_path))}
+    return _train(
+        PolicyStage(further), further, config, dataset, Path(out), name=name, identity=base, options=options or Options()
+    )
 
 
 def train_rater(
@@ -187,10 +271,12 @@ def _train(
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
     horizon = policy.config.decoder.horizon
-    windows = Windows(dataset, cache, horizon, episodes=train_episodes, pause_rule=config.pauses)
+    code_NK, latent = _codes(policy, dataset, options.latent)
+    identity = {**identity, **latent}
+    windows = Windows(dataset, cache, horizon, episodes=train_episodes, pause_rule=config.pauses, code_NK=code_NK)
     held = None
     if held_episodes:
-        held = Windows(dataset, cache, horizon, episodes=held_episodes, pause_rule=config.pauses)
+        held = Windows(dataset, cache, horizon, episodes=held_episodes, pause_rule=config.pauses, code_NK=code_NK)
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
@@ -266,6 +352,39 @@ def _finish(trainer: Trainer) -> Outcome:
     return trainer.run()
 
 
+def _codes(policy: Policy, dataset: Dataset, path: Path | str | None) -> tuple[np.ndarray | None, dict[str, str]]:
+    """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity."""
+    decoder = policy.config.decoder
+    wants = isinstance(decoder, LatentFlowConfig) and decoder.teaches
+    if not wants:
+        if path is not None:
+            raise ConfigError(f"This recipe's decoder names no latent actions, so it cannot use {path}; leave --latent out.")
+        return None, {}
+    assert isinstance(decoder, LatentFlowConfig)
+    if path is None:
+        raise ConfigError(
+            "This decoder learns to name latent actions; give it a latent action model with --latent (train one: vlaflow train "
+            "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
+        )
+    model = LatentActionModel.from_pretrained(path)
+    theirs, ours = (model.config.codes, model.config.book), (decoder.latent.codes, decoder.latent.book)
+    if theirs != ours:
+        raise ConfigError(
+            f"{path} has {theirs[0]} codes of a book of {theirs[1]}, the decoder {ours[0]} of {ours[1]}. "
+            f"--set policy.decoder.latent.codes={theirs[0]} --set policy.decoder.latent.book={theirs[1]}"
+        )
+    with progress(len(dataset), "Latent actions") as bar:
+        done = 0
+
+        def tell(now: int, total: int) -> None:
+            nonlocal done
+            bar.advance(now - done)
+            done = now
+
+        codes = dataset_codes(model, dataset, progress=tell)
+    return codes.id_NK, {"latent": model.fingerprint()}
+
+
 def _episodes(dataset: Dataset, config: TrainConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For training and held out."""
     train_episodes, held_episodes = split_episodes(dataset, config.validation_fraction, config.seed)
@@ -277,14 +396,14 @@ def _with_tokenizer(
 ) -> TrainConfig:
     """The config with the tokenizer of ``options``, or one fitted on the episodes where its decoder needs one."""
     policy, file = config.policy, options.tokenizer if options else None
-    if policy is None or not isinstance(policy.decoder, TokenConfig):
+    if policy is None or not isinstance(policy.decoder, TokenConfig | LatentFlowConfig):
         if file is not None:
             raise ConfigError(f"This recipe's decoder has no vocabulary, so it cannot use the tokenizer {file}.")
         return config
     decoder, mode = policy.decoder, policy.action_normalisation
     if file is not None:
-        decoder = replace(decoder, tokenizer=load_tokenizer(Path(file), mode))
-    elif isinstance(decoder.tokenizer, FastFit | BinsFit):
+        decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
+    elif decoder.unfitted:
         chunks = torch.from_numpy(action_chunks(dataset, decoder.horizon, episodes))
         decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
     return replace(config, policy=replace(policy, decoder=decoder))

@@ -1,8 +1,18 @@
-"""iFlyBot-VLA's assemblies. So far its first stage: the latent action model, small for a laptop and at the published size."""
+"""iFlyBot-VLA's assemblies: the latent action model and the policy, small for a laptop and at the published size."""
 
 from __future__ import annotations
 
+from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentConfig
+from vlaflow.backbones.qwen2_5_vl import QwenConfig, qwen2_5_vl_3b
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.decoders.latent_flow import LatentFlowConfig
+from vlaflow.decoders.latent_reader import LatentTokensConfig
+from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.base import PolicyConfig
+from vlaflow.stacks.expert import ExpertConfig
 
 
 def tiny_latent() -> LatentConfig:
@@ -22,4 +32,63 @@ def full_latent() -> LatentConfig:
         temporal=8,
         decoder=8,
         predict="frame",
+    )
+
+
+def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfig:
+    """A policy that learns from scratch on a laptop CPU: chunks of 16, 8 executed, an expert that reads eight latent tokens."""
+    block = BlockConfig(width=128, heads=4, kv_heads=4, head_dim=32, ffn=128)
+    return PolicyConfig(
+        system="iflybot",
+        backbone=TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, depth=4, heads=4, ffn=512, suffix=96),
+        decoder=LatentFlowConfig(
+            FlowConfig(
+                action_dim,
+                masks="synchronous",
+                draws=1,
+                expert=ExpertConfig(block, projected=True),
+                time_token=True,
+                head_layers=2,
+            ),
+            LatentTokensConfig(),
+            AutoregressiveConfig(action_dim, FastFit(scale=10.0, vocabulary=256)),
+        ),
+    )
+
+
+def qwen3b(
+    state_dim: int,
+    action_dim: int,
+    views: tuple[str, ...],
+    *,
+    horizon: int = 30,
+    execute: int = 30,
+    source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct",
+) -> PolicyConfig:
+    """iFlyBot-VLA as published: Qwen2.5-VL-3B and an expert of 36 layers of 1024 that reads the latent tokens.
+
+    Args:
+        state_dim, action_dim: at most 20 each, for two arms; both are padded to 20.
+        views: head, left wrist and right wrist camera, at 448 pixels.
+        horizon, execute: 30, one second; 7 and 7 on LIBERO.
+        source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
+    """
+    block = BlockConfig(1024, heads=16, kv_heads=16, head_dim=64, ffn=1024, norm="rms")
+    return PolicyConfig(
+        system="iflybot",
+        backbone=QwenConfig(state_dim, views, source, None if source else qwen2_5_vl_3b(), recompute=True),
+        decoder=LatentFlowConfig(
+            FlowConfig(
+                action_dim,
+                horizon,
+                padded_dim=20,
+                masks="synchronous",
+                draws=1,
+                expert=ExpertConfig(block, padded_state=20, projected=True),
+                time_token=True,
+            ),
+            LatentTokensConfig(),
+            AutoregressiveConfig(action_dim, FastFit(scale=10.0, vocabulary=2048), horizon),
+        ),
+        execute=execute,
     )

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from vlaflow.policies.iflybot.policy import full_latent, tiny_latent
-from vlaflow.policies.recipe import LatentTraining, OptimConfig, TrainConfig, VideoSpec
+from dataclasses import replace
+
+from vlaflow.data.quality import PauseRule
+from vlaflow.decoders.latent_flow import LatentFlowConfig
+from vlaflow.errors import CapabilityError
+from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.iflybot.policy import full_latent, qwen3b, tiny, tiny_latent
+from vlaflow.policies.recipe import DataSpec, LatentTraining, OptimConfig, Pipeline, TrainConfig, VideoSpec
+
+
+def demo() -> Pipeline:
+    """iFlyBot-VLA on a few Meta-World tasks, its three stages one after the other, from scratch on a CPU.
+
+    vlaflow train iflybot.demo --dataset runs/demo/dataset --out runs/iflybot
+    """
+    return Pipeline((latent, joint, fine))
 
 
 def latent(data: VideoSpec) -> TrainConfig:
@@ -18,6 +32,40 @@ def latent(data: VideoSpec) -> TrainConfig:
         steps=1500,
         batch_size=32,
         ema_decay=0.99,
+        validate_every=250,
+        checkpoint_every=500,
+    )
+
+
+def joint(data: DataSpec) -> TrainConfig:
+    """Second stage: the backbone learns codes and FAST tokens, an expert beside it the actions; truncated gradients.
+
+    vlaflow train iflybot.joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out runs/iflybot/joint
+    """
+    return TrainConfig(
+        policy=tiny(data.state_dim, data.action_dim, data.views),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, final_fraction=0.3),
+        steps=2500,
+        batch_size=32,
+        ema_decay=0.998,
+        pauses=PauseRule(),
+        validate_every=500,
+        checkpoint_every=1000,
+    )
+
+
+def fine(policy: PolicyConfig) -> TrainConfig:
+    """Third stage: the flow's gradient reaches the backbone, and each observation is learned with five noise draws.
+
+    vlaflow train iflybot.fine --policy runs/iflybot/joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out DIR
+    """
+    return TrainConfig(
+        policy=_whole(policy, draws=5),
+        optim=OptimConfig(learning_rate=3e-4, warmup_steps=50),
+        steps=1000,
+        batch_size=32,
+        ema_decay=0.998,
+        pauses=PauseRule(),
         validate_every=250,
         checkpoint_every=500,
     )
@@ -42,3 +90,54 @@ def latent_full(data: VideoSpec) -> TrainConfig:
         checkpoint_every=5000,
         precision="bf16",
     )
+
+
+def joint3b(data: DataSpec) -> TrainConfig:
+    """Second stage at the published size; eight GPUs of 80 GB. No run has been made with it yet.
+
+    accelerate launch -m vlaflow train iflybot.joint3b --dataset DIR --latent DIR --out DIR
+
+    Constant 2e-6 with four observations per GPU and no decay, as the published code's defaults; steps are not told.
+    """
+    return TrainConfig(
+        policy=qwen3b(data.state_dim, data.action_dim, data.views),
+        optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
+        steps=200_000,
+        batch_size=4,
+        ema_decay=None,
+        validate_every=5000,
+        checkpoint_every=5000,
+        precision="bf16",
+    )
+
+
+def fine3b(policy: PolicyConfig) -> TrainConfig:
+    """Third stage at the published size; eight GPUs of 80 GB. No run has been made with it yet.
+
+    accelerate launch -m vlaflow train iflybot.fine3b --policy DIR --dataset DIR --latent DIR --out DIR
+    """
+    return TrainConfig(
+        policy=_whole(policy, draws=5),
+        optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
+        steps=50_000,
+        batch_size=4,
+        ema_decay=None,
+        validate_every=5000,
+        checkpoint_every=5000,
+        precision="bf16",
+    )
+
+
+def libero(data: DataSpec) -> TrainConfig:
+    """Second stage on LIBERO: chunks of seven, all executed. No run has been made with it yet.
+
+    accelerate launch -m vlaflow train iflybot.libero --dataset DIR --latent DIR --out DIR
+    """
+    return replace(joint3b(data), policy=qwen3b(data.state_dim, data.action_dim, data.views, horizon=7, execute=7))
+
+
+def _whole(policy: PolicyConfig, draws: int) -> PolicyConfig:
+    decoder = policy.decoder
+    if not isinstance(decoder, LatentFlowConfig):
+        raise CapabilityError("This stage continues a policy of iflybot.joint; train that first.")
+    return replace(policy, decoder=replace(decoder, truncate=False, flow=replace(decoder.flow, draws=draws)))
