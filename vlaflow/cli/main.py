@@ -20,6 +20,7 @@ from vlaflow.errors import ConfigError, VlaflowError, nearest
 COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
     "record": "let scripted experts demonstrate tasks and write a LeRobot dataset",
+    "record-qa": "ask about simulated scenes and write a question set",
     "train": "train a policy, or one of its later stages, by recipe",
     "calibrate": "measure when a checkpoint may answer before its last layer",
     "bench": "time a checkpoint on this machine, part by part",
@@ -75,7 +76,7 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise ConfigError(f"There is no command '{name}'; {nearest(name, COMMANDS)} (vlaflow --help lists them)")
-    command = importlib.import_module(f"vlaflow.cli.{name}")
+    command = importlib.import_module(f"vlaflow.cli.{name.replace('-', '_')}")
     status: int = command.main(rest)
     return status
 
