@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
 from vlaflow.data.stats import FeatureStats
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.base import Policy, PolicyConfig
@@ -24,8 +24,8 @@ SPEC = ActionSpec(
 WIDTHS = {"width": 32, "depth": 1, "heads": 2, "ffn": 64}
 
 
-def tiny_policy(views=("front",)) -> PolicyConfig:
-    backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS)
+def tiny_policy(views=("front",), **backbone) -> PolicyConfig:
+    backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS, **backbone)
     return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, horizon=4), execute=2)
 
 
@@ -65,6 +65,23 @@ class Memory:
         valid_BL = torch.ones(len(indices), 4, dtype=torch.bool)
         episode_B = torch.from_numpy(indices // 10)
         return Batch(observation, action_BLD, valid_BL, episode_B, torch.from_numpy(indices % 10))
+
+
+@dataclass
+class Asked:
+    """Questions as a function of their number: is the picture dark or bright?"""
+
+    count: int = 20
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, indices):
+        value = np.where(indices % 2, 40, 210).astype(np.uint8)[:, None, None, None]
+        image = torch.from_numpy(np.broadcast_to(value, (len(indices), 32, 32, 3)).copy())
+        known_BS = torch.zeros(len(indices), 3, dtype=torch.bool)
+        observation = ObservationBatch({"front": image}, torch.zeros(len(indices), 3), ["How is it?"] * len(indices), known_BS)
+        return QuestionBatch(observation, ["dark" if i % 2 else "bright" for i in indices], [f"q{i}" for i in indices])
 
 
 def tiny_stats():

@@ -32,6 +32,14 @@ class Answers:
     ended_B: Tensor
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was said, and whether its end came within the limit."""
+
+    text: str
+    ended: bool
+
+
 @torch.no_grad()
 def greedy(prefix: Prefix, limit: int = 32, allowed_V: Tensor | None = None) -> Answers:
     """The most probable id at every place, given those before it.

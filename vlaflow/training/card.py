@@ -11,7 +11,16 @@ from vlaflow.versions import versions
 
 
 def model_card(
-    policy: Policy, config: TrainConfig, dataset: Dataset, outcome: Outcome, *, recipe: str, command: str, train: int, held: int
+    policy: Policy,
+    config: TrainConfig,
+    dataset: Dataset,
+    outcome: Outcome,
+    *,
+    recipe: str,
+    command: str,
+    train: int,
+    held: int,
+    questions: str = "",
 ) -> str:
     """The text of README.md, in Markdown.
 
@@ -23,6 +32,7 @@ def model_card(
         recipe: the recipe's name.
         command: the command line, to repeat it.
         train, held: episodes trained on and held out.
+        questions: what it learned to answer, in words.
     """
     stage = "confidence rater" if config.rater is not None else "policy"
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
@@ -56,6 +66,7 @@ def model_card(
         f"- Command: `{command}`",
         f"- Steps: {outcome.step}{done} of {config.batch_size} observations per process, in {duration(outcome.seconds)}",
         f"- Episodes: {train} for training, {held} held out",
+        *([f"- Questions: {questions}"] if questions else []),
         f"- Training loss: {loss}",
         f"- Validation loss: {validation}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",

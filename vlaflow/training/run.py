@@ -21,6 +21,8 @@ from vlaflow.config import override
 from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.pictures import PictureCache, Questions
+from vlaflow.data.questions import QuestionSet
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import Windows, action_chunks, fewer_episodes, split_episodes
@@ -28,13 +30,13 @@ from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
-from vlaflow.policies.recipe import DataSpec, TrainConfig
+from vlaflow.policies.recipe import DataSpec, QuestionTraining, TrainConfig
 from vlaflow.spec import ActionSpec
 from vlaflow.training.card import model_card
 from vlaflow.training.journal import Tracker
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import find_recipe
-from vlaflow.training.stages import PolicyStage, RaterStage, Stage
+from vlaflow.training.stages import AnsweringStage, PolicyStage, RaterStage, Stage
 from vlaflow.training.trainer import Outcome, Trainer
 from vlaflow.versions import command_line
 
@@ -48,6 +50,7 @@ class Options:
         tracker: where the log goes besides ``training/log.jsonl``.
         fresh: start anew; an old checkpoint is moved aside.
         command: for the model card; the process's own command line by default.
+        questions: file or folder of a question set to learn from beside (docs/qa.md).
         tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
     """
@@ -56,6 +59,7 @@ class Options:
     tracker: Tracker = "auto"
     fresh: bool = False
     command: str | None = None
+    questions: Path | str | None = None
     tokenizer: Path | str | None = None
     threads: int | None = None
 
@@ -115,7 +119,10 @@ def train_policy(
     config = _with_tokenizer(config, dataset, measured["action"], train_episodes, options)
     assert config.policy is not None
     policy = Policy.create(config.policy, spec, measured, config.seed)
-    return _train(PolicyStage(policy), policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
+    stage: Stage = PolicyStage(policy)
+    if config.questions is not None:
+        stage = AnsweringStage(stage, policy, config.questions.weight)
+    return _train(stage, policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
 
 
 def train_rater(
@@ -142,6 +149,8 @@ def train_rater(
     config = _overridden(config, options)
     if config.rater is None:
         raise ConfigError(f"'{name}' trains a policy from scratch; leave --policy out.")
+    if options is not None and options.questions is not None:
+        raise ConfigError("A rater learns no questions; leave --qa out.")
     policy.action_spec.require_match(_action_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
     if Path(out).resolve() == Path(policy_path).resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the rated policy a folder of its own.")
@@ -173,11 +182,13 @@ def _train(
     held = None
     if held_episodes:
         held = Windows(dataset, cache, horizon, episodes=held_episodes, pause_rule=config.pauses)
+    asked = _questions(policy, config, options.questions) if config.questions is not None else None
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
         counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        return model_card(policy, config, dataset, outcome, recipe=name, command=command, **counts)
+        words = asked.words if asked is not None else ""
+        return model_card(policy, config, dataset, outcome, recipe=name, command=command, questions=words, **counts)
 
     trainer = Trainer(
         stage,
@@ -185,7 +196,8 @@ def _train(
         windows,
         held,
         out,
-        identity={"recipe": name, "data": dataset.fingerprint, **identity},
+        questions=(asked.train, asked.held) if asked is not None else None,
+        identity={"recipe": name, "data": dataset.fingerprint, **(asked.identity if asked is not None else {}), **identity},
         card=card,
         tracker=options.tracker,
         fresh=options.fresh,
@@ -195,6 +207,34 @@ def _train(
     if 0 < trainer.step < config.steps:
         sys.stderr.write(f"Continuing after step {trainer.step} of {config.steps}.\n")
     return trainer.run()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The questions of a run: those to train on, those held out, and what to say of them."""
+
+    train: Questions
+    held: Questions | None
+    words: str
+    identity: Mapping[str, Any]
+
+
+def _questions(policy: Policy, config: TrainConfig, path: Path | str | None) -> _Asked:
+    asks, views = config.questions, policy.model.backbone.views
+    assert asks is not None
+    assert path is not None
+    found = QuestionSet.open(path, asks.turns)
+    pictures = PictureCache.open(found, next(iter(views.values())) or asks.size)
+    state_dim = len(policy.stats["state"].mean)
+    train, held = (
+        Questions(found, pictures, tuple(views), state_dim, part) if part else None for part in found.split(asks.held_out)
+    )
+    assert train is not None  # a part of every set stays
+    words = (
+        f"{found.root.name}, {len(train)} for training, {len(held or ())} held out, on {asks.share:g} of the steps, "
+        f"fingerprint {found.fingerprint}"
+    )
+    return _Asked(train, held, words, {"questions": found.fingerprint})
 
 
 def _episodes(dataset: Dataset, config: TrainConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -222,7 +262,16 @@ def _with_tokenizer(
 
 
 def _overridden(config: TrainConfig, options: Options | None) -> TrainConfig:
-    return override(config, options.overrides) if options and options.overrides else config
+    """The config with the run's own values; a question set brings ``QuestionTraining`` along, which they may change."""
+    options = options or Options()
+    if options.questions is not None and config.questions is None and config.policy is not None:
+        config = replace(config, questions=QuestionTraining())
+    config = override(config, options.overrides) if options.overrides else config
+    if config.questions is not None and options.questions is None:
+        raise ConfigError("This recipe also learns from questions; name a set of them with --qa, or --set questions=none.")
+    if config.questions is None and options.questions is not None and config.policy is not None:
+        raise ConfigError(f"questions is none, so {options.questions} would not be looked at; leave --qa out.")
+    return config
 
 
 def _action_spec(dataset: Dataset) -> ActionSpec:
