@@ -9,6 +9,7 @@ import torch
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
 from vlaflow.data.stats import FeatureStats
+from vlaflow.data.writer import Writer
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import OptimConfig, TrainConfig
@@ -87,6 +88,27 @@ class Asked:
 def tiny_stats():
     rows = np.random.default_rng(0).standard_normal((50, 3))
     return {"state": FeatureStats.of(rows), "action": FeatureStats.of(rows[:, :2])}
+
+
+def write_dataset(root: Path) -> Path:
+    """Six episodes of two tasks, noise in one view."""
+    with Writer(
+        root,
+        fps=10,
+        action_spec=SPEC,
+        state_names=("x", "y", "z"),
+        views={"front": (32, 32)},
+        robot_type="test",
+        provenance={},
+    ) as writer:
+        for episode in range(6):
+            rng = np.random.default_rng(episode)
+            length = 9 + episode
+            images = rng.integers(0, 256, (length, 32, 32, 3), np.uint8)
+            state = rng.standard_normal((length, 3)).astype(np.float32)
+            action = rng.uniform(-1, 1, (length, 2)).astype(np.float32)
+            writer.add({"front": images}, state, action, ("push the puck", "open the drawer")[episode % 2])
+    return root
 
 
 def new_policy(config: TrainConfig) -> Policy:

@@ -15,6 +15,7 @@ from tests.training.test_run import arguments
 from vlaflow.cli import train as command
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.policies.a1.policy import tiny_flow
+from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import QuestionTraining, TrainConfig
 from vlaflow.spec import Observation
@@ -166,7 +167,7 @@ def test_the_log_keeps_the_two_losses_apart(tmp_path):
 
 def test_both_are_learned(tmp_path):
     """Eight samples, two answers: the actions' loss falls, and both answers are right."""
-    config = asking_config(0.5, steps=120, batch_size=8, shift=0, ema_decay=0.9, checkpoint_every=1000, validate_every=1000)
+    config = asking_config(0.5, steps=80, batch_size=8, shift=0, ema_decay=0.9, checkpoint_every=1000, validate_every=1000)
     run(tmp_path / "p", replace(config, optim=replace(config.optim, learning_rate=1e-2)), Memory(8))
     losses = [e["loss"] for e in read_log(tmp_path / "p") if "loss" in e]
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3
@@ -220,17 +221,16 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     given = arguments(dataset, tmp_path / "p")
     with pytest.raises(CapabilityError, match=r"no language-model head.*answers=true"):
         command.main([*given, "--qa", str(asked)])
-    with pytest.raises(ConfigError, match="questions is none, so .* would not be looked at"):
+    with pytest.raises(ConfigError, match=r"questions is none, so .* would not be looked at"):
         command.main([*given, "--qa", str(asked), "--set", "questions=none"])
     with pytest.raises(ConfigError, match="name a set of them with --qa"):
         command.main([*given, "--set", 'questions={"share": 0.5}'])
+    small = ["--set", "policy.backbone.answers=true", "--set", "policy.backbone.text_bytes=8"]
     with pytest.raises(SpecError, match="at most 8"):
-        small = ["--set", "policy.backbone.answers=true", "--set", "policy.backbone.text_bytes=8"]
         command.main([*given, "--qa", str(asked), *small, "--set", "questions.share=0.9"])
     for wrong in ({"share": 0.0}, {"share": 1.0}, {"held_out": 1.0}, {"weight": 0.0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="questions"):
             QuestionTraining(**wrong)
+    rater = tiny_rater(tiny(3, 2, ("front",)))
     with pytest.raises(ConfigError, match="A rater learns no questions"):
-        from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
-
-        TrainConfig(None, tiny_rater(tiny(3, 2, ("front",))), questions=QuestionTraining())
+        TrainConfig(None, rater, questions=QuestionTraining())

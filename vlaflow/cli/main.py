@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "measure when a checkpoint may answer before its last layer",
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
+    "eval-qa": "count a checkpoint's right answers to questions about pictures",
     "serve": "put a checkpoint behind openpi's websocket protocol",
     "check": "try an environment or a checkpoint against everything it promises",
     "data": "check or show a dataset; fit and compare action tokenizers",
