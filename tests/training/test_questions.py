@@ -231,6 +231,9 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     for wrong in ({"share": 0.0}, {"share": 1.0}, {"held_out": 1.0}, {"weight": 0.0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="questions"):
             QuestionTraining(**wrong)
+    policy = new_policy(asking_config())
+    with pytest.raises(ConfigError, match="needs a set of them"):
+        Trainer(PolicyStage(policy), asking_config(), Memory(), None, tmp_path / "q", tracker="none")
     rater = tiny_rater(tiny(3, 2, ("front",)))
     with pytest.raises(ConfigError, match="A rater learns no questions"):
         TrainConfig(None, rater, questions=QuestionTraining())

@@ -57,7 +57,7 @@ class PretrainedBackbone(LanguageBackbone):
     """
 
     network: Any
-    head: nn.Module | None
+    head: nn.Linear | None
     appended: nn.Embedding | None
     state: nn.Linear
     reader: Any | None
@@ -184,8 +184,9 @@ class PretrainedBackbone(LanguageBackbone):
 
     @property
     def text_vocabulary(self) -> int:
-        """Rows of the published table; there are more of them than the tokenizer knows."""
-        return self.language.embed_tokens.weight.shape[0]
+        """Ids the published head can name: more than the tokenizer knows, fewer than the table holds (Molmo2)."""
+        head = self.language.embed_tokens if self.head is None else self.head
+        return head.weight.shape[0]
 
     @property
     def extra_ids(self) -> int:

@@ -29,7 +29,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Question:
+class StateQuestion:
     """A state and what it is called.
 
     Args:
@@ -65,11 +65,11 @@ class Scene:
 
     subject: str
     things: Mapping[str, Point]
-    questions: tuple[Question, ...] = ()
+    questions: tuple[StateQuestion, ...] = ()
 
 
-def _open(what: str, joint: str, above: float, below: float, sign: int = 1) -> Question:
-    return Question(f"Is the {what} open or closed?", "open", "closed", above, below, joint=joint, sign=sign)
+def _open(what: str, joint: str, above: float, below: float, sign: int = 1) -> StateQuestion:
+    return StateQuestion(f"Is the {what} open or closed?", "open", "closed", above, below, joint=joint, sign=sign)
 
 
 _PEG, _PUCK, _DOT = Point("site", "pegGrasp"), Point("body", "obj"), Point("site", "goal")
@@ -87,7 +87,7 @@ _DOOR = Scene(  # a right angle is 1.57
 _BUTTON = Scene(
     "button",
     {"button": Point("body", "button", (0.0, 0.0, 0.193))},
-    (Question("Is the button pressed?", "yes", "no", 0.05, 0.005, joint="btnbox_joint", sign=-1),),
+    (StateQuestion("Is the button pressed?", "yes", "no", 0.05, 0.005, joint="btnbox_joint", sign=-1),),
 )
 
 SCENES: dict[str, Scene] = {
@@ -101,13 +101,13 @@ SCENES: dict[str, Scene] = {
     "peg-insert-side-v3": Scene(
         "peg",
         {"peg": _PEG, "box": Point("body", "box", (0.0, 0.0, 0.13))},
-        (Question("Is the peg on the table or lifted?", "lifted", "on the table", 0.07, 0.035, height=_PEG),),
+        (StateQuestion("Is the peg on the table or lifted?", "lifted", "on the table", 0.07, 0.035, height=_PEG),),
     ),
     "push-v3": Scene("puck", {"puck": _PUCK, "green dot": _DOT}),
     "pick-place-v3": Scene(
         "puck",
         {"puck": _PUCK, "green dot": _DOT},
-        (Question("Is the puck on the table or lifted?", "lifted", "on the table", 0.07, 0.035, height=_PUCK),),
+        (StateQuestion("Is the puck on the table or lifted?", "lifted", "on the table", 0.07, 0.035, height=_PUCK),),
     ),
 }
 

@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
 from vlaflow.data.batch import QuestionBatch
-from vlaflow.errors import CapabilityError
+from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
@@ -99,6 +99,8 @@ class Trainer:
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
+        if (config.questions is None) != (questions is None):
+            raise ConfigError("A config with 'questions' needs a set of them, and one without has no use for it.")
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
         log_with = choose_tracker(tracker)
         self.accelerator = Accelerator(
