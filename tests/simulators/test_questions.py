@@ -256,7 +256,7 @@ def test_the_set_is_what_the_reader_reads_and_the_readme_counts(recorded):
     opened = QuestionSet.open(root)
     meta = json.loads((root / "metadata.json").read_text())
     assert len(opened) == summary.questions > 0
-    assert {q.kind for q in opened.questions} == set(meta["counts"]) <= set(KINDS)
+    assert {q.kind for q in opened.questions} == set(meta["counts"]) <= set(KINDS) - {"gripper"}
     counted = Counter((q.kind, q.question, q.answer) for q in opened.questions)
     assert counted == Counter(
         {(k, q, a): n for k, wordings in meta["counts"].items() for q, said in wordings.items() for a, n in said.items()}
@@ -318,14 +318,15 @@ def test_wrong_requests_are_one_sentence_and_leave_nothing(recorded, tmp_path):
     with pytest.raises(DataError, match="two answers"):
         record_questions(replace(CONFIG, envs=ENVS[:1], episodes=1, frames=1), tmp_path / "x", workers=0)
     assert not list(tmp_path.iterdir())
-    for wrong in ({"seed": 200}, {"frames": 0}, {"wander": 11}, {"episodes": 0}):
+    for wrong in ({"seed": 200}, {"frames": 0}, {"wander": 11}, {"episodes": 0}, {"kinds": ("sides",)}):
         with pytest.raises(ConfigError):
             replace(CONFIG, **wrong)
     assert max(episode_seed(FIRST_RUN + 199, 9_999, 98), 0) < 2**32
 
 
 def test_the_command_records(tmp_path, capsys):
-    words = f"--env {ENVS[0]} --episodes 1 --frames 6 --wander 0 --workers 0 --size 16 --out {tmp_path / 'd'}"
+    words = f"--env {ENVS[0]} --episodes 1 --frames 6 --wander 0 --workers 0 --size 16 --kind gripper --out {tmp_path / 'd'}"
     assert main(words.split()) == 0
-    assert "state: " in capsys.readouterr().out
+    assert "gripper: " in capsys.readouterr().out
+    assert {q.kind for q in QuestionSet.open(tmp_path / "d").questions} == {"gripper"}
     assert len(QuestionSet.open(tmp_path / "d")) > 0

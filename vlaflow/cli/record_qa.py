@@ -21,6 +21,8 @@ class RecordQa:
         out: folder of the new set; must not exist.
         episodes: per environment.
         frames: looked at in each episode.
+        kind: of questions: what, side, height, near, nearer, state, gripper, count; repeat the option for more. All but
+            gripper when none is named; that one asks for a larger picture than 96.
         most: questions kept of one wording with one answer, in one environment.
         workers: recording processes; one per core is best.
         size: side of the picture in pixels; use the one the policy looks at.
@@ -34,6 +36,7 @@ class RecordQa:
     out: Path
     episodes: int = 50
     frames: int = 16
+    kind: tuple[str, ...] = ()
     most: int = 150
     workers: int = 2
     size: int = 96
@@ -54,11 +57,13 @@ def main(argv: list[str]) -> int:
     from vlaflow.simulators.base import expand_env_names
     from vlaflow.simulators.experts import Noise
     from vlaflow.simulators.record_questions import QuestionConfig, record_questions
+    from vlaflow.simulators.scenes import USUAL
 
     config = QuestionConfig(
         envs=arguments.env,
         episodes=arguments.episodes,
         frames=arguments.frames,
+        kinds=arguments.kind or USUAL,
         most=arguments.most,
         size=arguments.size,
         render=arguments.render,

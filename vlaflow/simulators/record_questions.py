@@ -28,11 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from vlaflow.errors import ConfigError, DataError
+from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise
 from vlaflow.simulators.record import RecordConfig, find_episode
-from vlaflow.simulators.scenes import KINDS, Asked, Margins, ask, facts_of
+from vlaflow.simulators.scenes import KINDS, USUAL, Asked, Margins, ask, facts_of
 from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.versions import versions
 
@@ -50,6 +50,7 @@ class QuestionConfig:
         envs: "suite/task" or groups; all of one suite.
         episodes: per environment.
         frames: looked at in each episode.
+        kinds: of questions, see ``scenes.KINDS``.
         most: questions kept of one wording with one answer, in one environment.
         size, render: of the pictures, as recorded data sets have them.
         seed: another seed gives other episodes, 0 to 199.
@@ -61,6 +62,7 @@ class QuestionConfig:
     envs: tuple[str, ...]
     episodes: int = 50
     frames: int = 16
+    kinds: tuple[str, ...] = USUAL
     most: int = 150
     size: int | None = 96
     render: Any = "fast"
@@ -70,6 +72,9 @@ class QuestionConfig:
     margins: Margins = field(default_factory=Margins)
 
     def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ConfigError(f"There is no kind of question '{kind}'; {nearest(kind, KINDS)}")
         if not 0 <= self.seed < 200:
             raise ConfigError(f"seed must lie in 0..199, got {self.seed}.")
         if self.frames < 1 or self.most < 1 or not 0 <= self.wander <= 10:
@@ -209,7 +214,7 @@ def _look(job: _Job, config: QuestionConfig, size: int, root: Path) -> list[Look
         if number in chosen:
             image = f"{_folder(job.env)}/{job.episode:05d}-{number:03d}.png"
             Image.fromarray(env.render()).save(root / image)
-            asked = tuple(ask(facts_of(env), config.margins))
+            asked = tuple(each for each in ask(facts_of(env), config.margins) if each.kind in config.kinds)
             looks.append(Look(job.env, job.episode, found.seed, number, image, asked))
         env.advance(step.executed)
     return looks

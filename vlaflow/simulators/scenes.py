@@ -105,6 +105,9 @@ KINDS = {
     "count": "how many of gripper and thing are in the left half of the picture",
 }
 
+USUAL = tuple(kind for kind in KINDS if kind != "gripper")
+"""Kinds that can be seen in a picture of 96 pixels. Whether the fingers are open hardly can: they are 2 to 8 pixels apart."""
+
 
 def facts_of(env: Any) -> Facts:
     """The facts of the scene an environment is in.
