@@ -96,7 +96,7 @@ def test_what_the_python_imports_from_us_is_there(page):
 
 def fields_of(command):
     """Names of the options that a command's dataclasses declare, positional arguments included."""
-    body = ast.parse((ROOT / f"vlaflow/cli/{command}.py").read_text(encoding="utf-8")).body
+    body = ast.parse((ROOT / f"vlaflow/cli/{command.replace('-', '_')}.py").read_text(encoding="utf-8")).body
     classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name != "Settings"]
     return {f.target.id.replace("_", "-") for c in classes for f in c.body if isinstance(f, ast.AnnAssign)}
 

@@ -286,3 +286,16 @@ def test_wrong_input_is_one_sentence(folder, backbone, tmp_path):
         MolmoConfig(4, VIEWS, architecture=olmo).build()
     with pytest.raises(ConfigError, match="either 'source'"):
         MolmoConfig(4, VIEWS)
+
+
+def test_extra_ids_come_after_what_the_head_can_name(folder):
+    """The table of embeddings has more rows than the head; the ids of the answers are the head's."""
+    backbone = policy(folder).model.backbone
+    more = replace(backbone.config, extra_ids=3).build()
+    named = backbone.head.weight.shape[0]
+    assert backbone.language.embed_tokens.weight.shape[0] > named
+    assert (more.text_vocabulary, more.vocabulary) == (named, named + 3)
+    state_NW = torch.randn(2, more.spec.width)
+    assert more.name_ids(state_NW).shape == (2, named + 3)
+    ids = torch.tensor([[named, named + 2]])
+    assert torch.equal(more.embed_ids(ids)[0], more.appended.weight[[0, 2]])

@@ -128,7 +128,7 @@ def test_a_reader_that_goes_away_is_no_error():
 @pytest.mark.skipif(importlib.util.find_spec("vlaflow.cli.demo") is None, reason="commands are still being written")
 @pytest.mark.parametrize("name", dispatcher.COMMANDS)
 def test_every_listed_command_has_a_module_with_main(name):
-    assert callable(importlib.import_module(f"vlaflow.cli.{name}").main)
+    assert callable(importlib.import_module(f"vlaflow.cli.{name.replace('-', '_')}").main)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vlaflow.cli.demo") is None, reason="commands are still being written")

@@ -5,7 +5,7 @@ import pytest
 
 from vlaflow.errors import ConfigError
 from vlaflow.simulators import make, simulator_spec
-from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
+from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 
 DEMO = ("drawer-open-v3", "button-press-topdown-v3", "window-close-v3")
 GRIPPER = np.array([False, False, False, True])
@@ -86,3 +86,26 @@ def test_impossible_noise_is_refused():
     """A memory of 1 would be a constant push."""
     with pytest.raises(ConfigError):
         Noise(memory=1.0)
+
+
+def test_a_wandering_expert_sees_other_places_first_and_then_does_the_task():
+    """Pictures of an expert alone show the hand on one side of everything."""
+    env = make("metaworld/drawer-open-v3")
+    expert = expert_for(env.name)
+    wandering, hands = Wandering(expert, episode_generator(env.name, 10_000), points=2), []
+    env.restart(10_000)
+    for step in range(300):
+        action = wandering(env)
+        assert np.abs(action).max() <= 1
+        assert np.array_equal(action, expert(env)) == (step >= 2 * Wandering.STEPS)
+        _, done, _, _ = env.advance(action)
+        hands.append(env.state[:3])
+        if done:
+            break
+    assert done
+    alone = []
+    env.restart(10_000)
+    for _ in range(len(hands) - 2 * Wandering.STEPS):
+        env.advance(expert(env))
+        alone.append(env.state[:3])
+    assert np.ptp(hands, axis=0).prod() > 3 * np.ptp(alone, axis=0).prod()

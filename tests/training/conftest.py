@@ -5,12 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tests.training.small import SPEC
-from vlaflow.data.writer import Writer
+from tests.training.small import write_dataset
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,21 +32,4 @@ def together(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """Six episodes of two tasks, a moving square in one view."""
-    root = tmp_path_factory.mktemp("data") / "dataset"
-    with Writer(
-        root,
-        fps=10,
-        action_spec=SPEC,
-        state_names=("x", "y", "z"),
-        views={"front": (32, 32)},
-        robot_type="test",
-        provenance={},
-    ) as writer:
-        for episode in range(6):
-            rng = np.random.default_rng(episode)
-            length = 9 + episode
-            images = rng.integers(0, 256, (length, 32, 32, 3), np.uint8)
-            state = rng.standard_normal((length, 3)).astype(np.float32)
-            action = rng.uniform(-1, 1, (length, 2)).astype(np.float32)
-            writer.add({"front": images}, state, action, ("push the puck", "open the drawer")[episode % 2])
-    return root
+    return write_dataset(tmp_path_factory.mktemp("data") / "dataset")

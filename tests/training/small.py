@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
 from vlaflow.data.stats import FeatureStats
+from vlaflow.data.writer import Writer
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import OptimConfig, TrainConfig
@@ -24,8 +25,8 @@ SPEC = ActionSpec(
 WIDTHS = {"width": 32, "depth": 1, "heads": 2, "ffn": 64}
 
 
-def tiny_policy(views=("front",)) -> PolicyConfig:
-    backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS)
+def tiny_policy(views=("front",), **backbone) -> PolicyConfig:
+    backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS, **backbone)
     return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, horizon=4), execute=2)
 
 
@@ -67,9 +68,47 @@ class Memory:
         return Batch(observation, action_BLD, valid_BL, episode_B, torch.from_numpy(indices % 10))
 
 
+@dataclass
+class Asked:
+    """Questions as a function of their number: is the picture dark or bright?"""
+
+    count: int = 20
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, indices):
+        value = np.where(indices % 2, 40, 210).astype(np.uint8)[:, None, None, None]
+        image = torch.from_numpy(np.broadcast_to(value, (len(indices), 32, 32, 3)).copy())
+        known_BS = torch.zeros(len(indices), 3, dtype=torch.bool)
+        observation = ObservationBatch({"front": image}, torch.zeros(len(indices), 3), ["How is it?"] * len(indices), known_BS)
+        return QuestionBatch(observation, ["dark" if i % 2 else "bright" for i in indices], [f"q{i}" for i in indices])
+
+
 def tiny_stats():
     rows = np.random.default_rng(0).standard_normal((50, 3))
     return {"state": FeatureStats.of(rows), "action": FeatureStats.of(rows[:, :2])}
+
+
+def write_dataset(root: Path) -> Path:
+    """Six episodes of two tasks, noise in one view."""
+    with Writer(
+        root,
+        fps=10,
+        action_spec=SPEC,
+        state_names=("x", "y", "z"),
+        views={"front": (32, 32)},
+        robot_type="test",
+        provenance={},
+    ) as writer:
+        for episode in range(6):
+            rng = np.random.default_rng(episode)
+            length = 9 + episode
+            images = rng.integers(0, 256, (length, 32, 32, 3), np.uint8)
+            state = rng.standard_normal((length, 3)).astype(np.float32)
+            action = rng.uniform(-1, 1, (length, 2)).astype(np.float32)
+            writer.add({"front": images}, state, action, ("push the puck", "open the drawer")[episode % 2])
+    return root
 
 
 def new_policy(config: TrainConfig) -> Policy:

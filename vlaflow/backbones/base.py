@@ -177,8 +177,8 @@ class Backbone(nn.Module, ABC):
         return replace(prefix, hidden_BPW=hidden, memory=tuple(memory), embedded_BPW=embedded)
 
     def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
-        """Language-model loss on an answer; only backbones with a vocabulary have one."""
-        raise CapabilityError(f"{type(self).__name__} has no language-model head; use a pretrained vision-language backbone.")
+        """Language-model loss on an answer; only backbones with a vocabulary have one (see ``language``)."""
+        raise CapabilityError(f"{type(self).__name__} has no language-model head; use a backbone that has one.")
 
     def save_files(self, folder: Path) -> None:
         """Write what the network needs beside its weights (a tokenizer, say) into a checkpoint folder; nothing by default."""

@@ -8,7 +8,6 @@ Shape letters: B batch, P prompt tokens, I images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlaflow.backbones.pretrained_prompt import answer_ids, in_words, open_pretrained, transformers_library, where
+from vlaflow.backbones.pretrained_prompt import in_words, open_pretrained, transformers_library, where
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError
 
@@ -96,9 +95,10 @@ class EmuReader:
         ends_IH1 = torch.full_like(code_IHW[..., :1], self.end_of_line)
         return torch.cat((code_IHW + self.first_code, ends_IH1), -1).flatten(1)
 
-    def answers(self, answers: Sequence[str]) -> Tensor:
-        """See ``PretrainedBackbone.answer_ids``."""
-        return answer_ids(self.tokenizer, answers, self.tokenizer.eos_token)
+    @property
+    def end(self) -> str:
+        """The token that ends an assistant turn."""
+        return self.tokenizer.eos_token
 
     def _known(self, token: str) -> int:
         found = self.tokenizer.get_vocab().get(token)

@@ -10,7 +10,6 @@ V image tokens of all images.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaflow.backbones.pretrained_prompt import answer_ids, in_words, open_pretrained, transformers_library, where
+from vlaflow.backbones.pretrained_prompt import in_words, open_pretrained, transformers_library, where
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError, ConfigError
@@ -148,9 +147,10 @@ class MolmoReader:
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
         (folder / SETTINGS).write_text(json.dumps(to_json(self.pictures), indent=2) + "\n")
 
-    def answers(self, answers: Sequence[str]) -> Tensor:
-        """See ``PretrainedBackbone.answer_ids``."""
-        return answer_ids(self.tokenizer, answers, END_OF_TURN)
+    @property
+    def end(self) -> str:
+        """The token that ends an assistant turn."""
+        return END_OF_TURN
 
     def read(self, observation: ObservationBatch, config: MolmoConfig) -> MolmoPrompt:
         """A user turn of images, state and lower-cased instruction, and the beginning of the assistant's turn (A1)."""

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from vlaflow.backbones.base import Backbone, Prefix, Rotary
+from vlaflow.backbones.base import Prefix, Rotary
+from vlaflow.backbones.language import LanguageBackbone
+from vlaflow.backbones.pretrained_prompt import answer_ids, answer_texts
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.errors import CapabilityError, CheckpointError, SpecError
+from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, SpecError
 from vlaflow.nn.attention import KeyValues, attend
 from vlaflow.nn.block import Rotate
 
@@ -33,25 +35,30 @@ from vlaflow.nn.block import Rotate
 class Reader(Protocol):
     """Tokenizer and image settings of a pretrained model."""
 
-    def answers(self, answers: Sequence[str]) -> Tensor:
-        """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
+    tokenizer: Any
+
+    @property
+    def end(self) -> str:
+        """The token that ends an assistant turn."""
 
     def save(self, folder: Path) -> None:
         """Write everything that reading needs, as JSON."""
 
 
-class PretrainedBackbone(Backbone):
+class PretrainedBackbone(LanguageBackbone):
     """See the module text.
 
     Attributes:
         network: transformers' model without the language-model head.
         head: that head, or None where it is the embedding table itself.
+        appended: rows of the ids appended to the model's own, read and answered alike; None where there are none.
         state: from the padded state to one token.
         reader: tokenizer and image settings; None for a network built from an architecture alone.
     """
 
     network: Any
-    head: nn.Module | None
+    head: nn.Linear | None
+    appended: nn.Embedding | None
     state: nn.Linear
     reader: Any | None
     name: str
@@ -161,40 +168,63 @@ class PretrainedBackbone(Backbone):
         if found != expected:
             raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
 
+    def append_ids(self) -> None:
+        """Make room for ``config.extra_ids`` more ids; the model's own table stays as published.
+
+        Raises:
+            ConfigError: for less than none.
+        """
+        if self.config.extra_ids < 0:
+            raise ConfigError(f"extra_ids is 0 or more, got {self.config.extra_ids}.")
+        table = self.language.embed_tokens.weight
+        self.appended = None
+        if self.config.extra_ids:
+            self.appended = nn.Embedding(self.config.extra_ids, table.shape[1], dtype=table.dtype)
+            nn.init.normal_(self.appended.weight, std=0.02)
+
+    @property
+    def text_vocabulary(self) -> int:
+        """Ids the published head can name: more than the tokenizer knows, fewer than the table holds (Molmo2)."""
+        head = self.language.embed_tokens if self.head is None else self.head
+        return head.weight.shape[0]
+
+    @property
+    def extra_ids(self) -> int:
+        """See ``LanguageBackbone``."""
+        return self.config.extra_ids
+
+    @property
+    def end_id(self) -> int:
+        """The end of an assistant turn."""
+        return int(self.answer_ids([""])[0, -1])
+
+    def embed_ids(self, id_BT: Tensor) -> Tensor:
+        """See ``LanguageBackbone``."""
+        table, own = self.language.embed_tokens, self.text_vocabulary
+        if self.appended is None:
+            return table(id_BT)
+        extra_BTW = self.appended((id_BT - own).clamp(min=0))
+        return torch.where((id_BT < own)[..., None], table(id_BT.clamp(max=own - 1)), extra_BTW)
+
+    def name_ids(self, state_NW: Tensor) -> Tensor:
+        """See ``LanguageBackbone``."""
+        table = self.language.embed_tokens.weight
+        logits_NV = self.head(state_NW) if self.head is not None else functional.linear(state_NW, table)
+        if self.appended is None:
+            return logits_NV
+        return torch.cat((logits_NV, functional.linear(state_NW, self.appended.weight)), -1)
+
     def logits(self, hidden_BTW: Tensor) -> Tensor:
-        """Next-token logits (B, T, vocabulary) of hidden states that have run through all layers."""
-        finished_BTW = self.finish(hidden_BTW)
-        if self.head is not None:
-            return self.head(finished_BTW)
-        return functional.linear(finished_BTW, self.language.embed_tokens.weight)
+        """Next-token logits (B, T, V) of hidden states that have run through all layers."""
+        return self.name_ids(self.finish(hidden_BTW))
 
     def answer_ids(self, answers: Sequence[str]) -> Tensor:
         """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
-        return self.reading().answers(answers)
+        return answer_ids(self.reading().tokenizer, answers, self.reading().end)
 
-    def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
-        """Mean cross-entropy of the answer's tokens, each predicted from the prefix and the answer before it.
-
-        Args:
-            prefix: observations, run to any depth.
-            answer_ids: (B, T); negative entries, which may only follow an answer's end, do not count.
-        """
-        prefix = self.run(prefix)
-        target_BT = answer_ids.to(prefix.hidden_BPW.device)
-        known_BT = target_BT >= 0
-        answer_BTW = self.language.embed_tokens(target_BT.clamp(min=0))
-        hidden_BTW, rotary = self.place(answer_BTW, prefix)
-        tokens = target_BT.shape[1]
-        mask_TS = torch.ones(tokens, tokens, dtype=torch.bool, device=target_BT.device).tril()
-        for index, memory in enumerate(prefix.memory):
-            hidden_BTW, _ = self.layer(index, hidden_BTW, rotary, memory, mask_TS=mask_TS)
-        last_B = torch.full_like(target_BT[:, 0], prefix.hidden_BPW.shape[1] - 1)
-        if prefix.seen_BP is not None:
-            last_B = prefix.seen_BP.sum(1) - 1
-        first_B1W = prefix.hidden_BPW[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
-        before_BTW = torch.cat((first_B1W, hidden_BTW[:, :-1]), 1)
-        loss = functional.cross_entropy(self.logits(before_BTW[known_BT]).float(), target_BT[known_BT], reduction="sum")
-        return loss / known_BT.sum().clamp(min=1)
+    def answer_texts(self, id_BT: Tensor) -> list[str]:
+        """Words up to the end of the turn; extra ids as <+n>."""
+        return answer_texts(self.reading().tokenizer, id_BT, self.end_id, self.text_vocabulary)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -6,15 +6,15 @@ Shape letters: B batch, P prompt tokens, T answer tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlaflow.backbones.language import IGNORED
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
-
-IGNORED = -100  # an answer position without a target
 
 
 def in_words(sentence: str) -> str:
@@ -38,6 +38,17 @@ def answer_ids(tokenizer: Any, answers: Sequence[str], end: str) -> Tensor:
     """Tokens of each answer and its end, (B, T) int64, padded with −100."""
     tokens = tokenizer([in_words(answer) + end for answer in answers], padding=True, return_tensors="pt")
     return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+
+
+def answer_texts(tokenizer: Any, id_BT: Tensor, end: int, extra: int) -> list[str]:
+    """What each row says up to its end; ids from ``extra`` on, which no tokenizer knows, as <+0>, <+1>, ..."""
+    found = []
+    for row in id_BT.tolist():
+        said = row[: row.index(end)] if end in row else [number for number in row if number >= 0]
+        runs = groupby(said, key=lambda number: number >= extra)
+        texts = ("".join(f"<+{n - extra}>" for n in run) if beyond else tokenizer.decode(list(run)) for beyond, run in runs)
+        found.append("".join(texts))
+    return found
 
 
 def transformers_library(name: str) -> ModuleType:

@@ -5,14 +5,14 @@ Shape letters: B batch, P prompt tokens, I images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vlaflow.backbones.pretrained_prompt import answer_ids, in_words, open_pretrained, transformers_library, where
+from vlaflow.backbones.pretrained_prompt import in_words, open_pretrained, transformers_library, where
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError
 
@@ -95,9 +95,10 @@ class PromptReader:
             raise ConfigError(f"state_token '{config.state_token}' must be one token, used nowhere else in the conversation.")
         return Prompt(id_BP, tokens["attention_mask"].bool(), image_BP, state_BP, patches, grid_I3)
 
-    def answers(self, answers: Sequence[str]) -> Tensor:
-        """See ``PretrainedBackbone.answer_ids``."""
-        return answer_ids(self.tokenizer, answers, "<|im_end|>")
+    @property
+    def end(self) -> str:
+        """The token that ends an assistant turn."""
+        return "<|im_end|>"
 
     def _conversation(self, sentence: str, config: QwenConfig) -> str:
         shown = [{"type": "image"} for _ in config.views]

@@ -2,12 +2,12 @@
 
 Images pass a convolution stem (or a patch projection) to a coarse grid of tokens, the instruction is read as UTF-8 bytes
 a few at a time, the state is one token; pre-norm blocks with full attention follow. The prefix never sees the suffix, so
-its keys and values are exact for every solver step.
+its keys and values are exact for every solver step. With ``answers`` it can also be asked: it answers byte by byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.base import BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.language import IGNORED, LanguageBackbone
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.nn.attention import KeyValues
@@ -37,7 +38,9 @@ class TinyConfig:
         width, depth, heads, ffn: of the blocks.
         text_bytes: longest instruction in bytes.
         text_patch: bytes per text token.
-        suffix: most suffix tokens a decoder may add.
+        suffix: most suffix tokens a decoder or an answer may add.
+        answers: give it a table of bytes, an end and ``extra_ids``, which answers are read and named with.
+        extra_ids: ids appended to the bytes, for answers that are not text.
     """
 
     state_dim: int
@@ -52,6 +55,8 @@ class TinyConfig:
     text_bytes: int = 96
     text_patch: int = 8
     suffix: int = 64
+    answers: bool = False
+    extra_ids: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.views) <= 3:
@@ -60,10 +65,16 @@ class TinyConfig:
             raise ConfigError(f"image_size {self.image_size} must be a multiple of cell {self.cell}, a power of two from 4 on.")
         if self.width % self.heads or self.text_bytes % self.text_patch:
             raise ConfigError("width must be a multiple of heads, and text_bytes of text_patch.")
+        if self.extra_ids < 0 or (self.extra_ids and not self.answers):
+            raise ConfigError(f"extra_ids is 0 or more, and needs answers=true; got {self.extra_ids}, answers={self.answers}.")
 
     def build(self) -> TinyBackbone:
         """The network, randomly initialised."""
         return TinyBackbone(self)
+
+
+END = 256
+"""The id after those of the 256 bytes ends an answer."""
 
 
 class ConvStem(nn.Module):
@@ -89,7 +100,7 @@ class ConvStem(nn.Module):
         return x_BCHW.flatten(2).mT
 
 
-class TinyBackbone(Backbone):
+class TinyBackbone(LanguageBackbone):
     """See the module text."""
 
     def __init__(self, config: TinyConfig) -> None:
@@ -107,6 +118,9 @@ class TinyBackbone(Backbone):
         block = BlockConfig(c.width, c.heads, c.heads, c.width // c.heads, c.ffn)
         self.layers = nn.ModuleList(Block(block) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)
+        self.answer = nn.Embedding(END + 1 + c.extra_ids, c.width) if c.answers else None
+        if self.answer is not None:  # one table reads and names; logits of a normed state begin at a deviation of 1
+            nn.init.normal_(self.answer.weight, std=c.width**-0.5)
 
     @property
     def views(self) -> Mapping[str, int | None]:
@@ -162,6 +176,50 @@ class TinyBackbone(Backbone):
     def finish(self, hidden_BTW: Tensor) -> Tensor:
         """The final LayerNorm."""
         return self.norm(hidden_BTW)
+
+    # -- language ----------------------------------------------------------------------------------------------------
+
+    @property
+    def text_vocabulary(self) -> int:
+        """256 bytes and the end."""
+        return END + 1 if self.config.answers else 0
+
+    @property
+    def extra_ids(self) -> int:
+        """See ``LanguageBackbone``."""
+        return self.config.extra_ids
+
+    @property
+    def end_id(self) -> int:
+        """See ``LanguageBackbone``."""
+        return END
+
+    def embed_ids(self, id_BT: Tensor) -> Tensor:
+        """See ``LanguageBackbone``."""
+        return self._table()(id_BT)
+
+    def name_ids(self, state_NW: Tensor) -> Tensor:
+        """See ``LanguageBackbone``."""
+        return functional.linear(state_NW, self._table().weight)
+
+    def answer_ids(self, answers: Sequence[str]) -> Tensor:
+        """UTF-8 bytes and the end."""
+        rows = [torch.tensor([*answer.encode(), END]) for answer in answers]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+    def answer_texts(self, id_BT: Tensor) -> list[str]:
+        """Bytes up to the end, wrong UTF-8 as the replacement character; extra ids as <+n>."""
+        found = []
+        for row in id_BT.tolist():
+            said = row[: row.index(END)] if END in row else [number for number in row if number >= 0]
+            raw = b"".join(bytes([n]) if n < END else f"<+{n - END - 1}>".encode() for n in said)
+            found.append(raw.decode(errors="replace"))
+        return found
+
+    def _table(self) -> nn.Embedding:
+        self.require_head()
+        assert self.answer is not None
+        return self.answer
 
     def _bytes(self, observation: ObservationBatch) -> tuple[Tensor, Tensor]:
         """Bytes (B, N) padded with 256 to the batch's longest sentence, and which text tokens hold any, (B, N / patch)."""

@@ -20,10 +20,12 @@ from vlaflow.errors import ConfigError, VlaflowError, nearest
 COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
     "record": "let scripted experts demonstrate tasks and write a LeRobot dataset",
+    "record-qa": "ask about simulated scenes and write a question set",
     "train": "train a policy, or one of its later stages, by recipe",
     "calibrate": "measure when a checkpoint may answer before its last layer",
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
+    "eval-qa": "count a checkpoint's right answers to questions about pictures",
     "serve": "put a checkpoint behind openpi's websocket protocol",
     "rollout": "drive an environment over the wire, with simulated delays of inference",
     "check": "try an environment or a checkpoint against everything it promises",
@@ -76,7 +78,7 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise ConfigError(f"There is no command '{name}'; {nearest(name, COMMANDS)} (vlaflow --help lists them)")
-    command = importlib.import_module(f"vlaflow.cli.{name}")
+    command = importlib.import_module(f"vlaflow.cli.{name.replace('-', '_')}")
     status: int = command.main(rest)
     return status
 

@@ -82,6 +82,11 @@ class Batch:
     frame_B: Tensor
     code_BK: Tensor | None = None
 
+    @property
+    def targets(self) -> int:
+        """What an average over the batch stands for: valid actions."""
+        return int(self.valid_BL.sum())
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(
@@ -92,3 +97,27 @@ class Batch:
             self.frame_B,
             None if self.code_BK is None else self.code_BK.to(device),
         )
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Questions about pictures, with their answers.
+
+    Args:
+        observation: pictures by view; the instructions are the questions; no state dimension is known.
+        answers: B sentences.
+        names: of the questions, e.g. for a loss that explodes.
+    """
+
+    observation: ObservationBatch
+    answers: Sequence[str]
+    names: Sequence[str]
+
+    @property
+    def targets(self) -> int:
+        """What an average over the batch stands for: answers."""
+        return len(self.answers)
+
+    def to(self, device: torch.device | str) -> QuestionBatch:
+        """The same batch on another device."""
+        return QuestionBatch(self.observation.to(device), self.answers, self.names)

@@ -57,9 +57,9 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return canvas
 
 
-def cache_home(dataset: Dataset) -> Path:
-    """Where what is computed from this data set is kept: ``$VLAFLOW_CACHE``, or ``.cache`` in its own folder."""
-    return Path(os.environ["VLAFLOW_CACHE"]) if os.environ.get("VLAFLOW_CACHE") else dataset.root / ".cache"
+def cache_home(root: Path) -> Path:
+    """Where what is computed from the data in this folder is kept: ``$VLAFLOW_CACHE``, or ``.cache`` in it."""
+    return Path(os.environ["VLAFLOW_CACHE"]) if os.environ.get("VLAFLOW_CACHE") else root / ".cache"
 
 
 class FrameCache:
@@ -108,19 +108,13 @@ class FrameCache:
         shapes = {view: (size, size) if size else dataset.image_size(view) for view in chosen}
         what = json.dumps([LAYOUT, dataset.fingerprint, list(shapes.items())])
         key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-        home = cache_home(dataset)
-        folder = home / f"frames-{key}"
-        if not folder.is_dir():
-            try:
-                home.mkdir(parents=True, exist_ok=True)
-                with locked(home / f".frames-{key}.lock"):
-                    if not folder.is_dir():
-                        _build(dataset, folder, shapes, size=size, workers=workers, progress=progress)
-            except PermissionError as error:
-                raise DataError(
-                    f"The frame cache cannot be written to {home}. Set VLAFLOW_CACHE to a folder of yours."
-                ) from error
-        return cls(folder, len(dataset), shapes)
+
+        def build(partial: Path) -> None:
+            _build(dataset, partial, shapes, size=size, workers=workers, progress=progress)
+
+        rows = len(dataset)
+        folder = build_once(dataset.root, f"frames-{key}", sum(rows * h * w * 3 for h, w in shapes.values()), build)
+        return cls(folder, rows, shapes)
 
     def __len__(self) -> int:
         """Number of rows, N."""
@@ -136,6 +130,50 @@ class FrameCache:
         if len(rows) and (rows.min() < 0 or rows.max() >= self._rows):
             raise IndexError(f"Rows must lie in 0 .. {self._rows - 1}, got {rows.min()} .. {rows.max()}.")
         return {view: torch.from_numpy(np.take(array, rows, axis=0)) for view, array in self._arrays.items()}
+
+
+def build_once(root: Path, name: str, nbytes: int, build: Callable[[Path], None]) -> Path:
+    """A folder of derived data beside its origin, built where there is none; complete or absent, whoever else wants it.
+
+    Args:
+        root: the data set's folder; the result lies in its ``.cache``, or in ``$VLAFLOW_CACHE``.
+        name: of the folder; it must say everything that decides the content.
+        nbytes: size of what will be written.
+        build: fills the (empty) folder it is given.
+
+    Raises:
+        DataError: no room or right to write there.
+    """
+    home = cache_home(root)
+    folder = home / name
+    if folder.is_dir():
+        return folder
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with locked(home / f".{name}.lock"):
+            if not folder.is_dir():
+                _build_whole(root, folder, nbytes, build)
+    except PermissionError as error:
+        raise DataError(f"The frame cache cannot be written to {home}. Set VLAFLOW_CACHE to a folder of yours.") from error
+    return folder
+
+
+def _build_whole(root: Path, folder: Path, nbytes: int, build: Callable[[Path], None]) -> None:
+    """Build in a folder of another name, then rename it; the caller holds the lock."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: nobody else can be writing under the lock
+    free = shutil.disk_usage(folder.parent).free
+    if nbytes > free:
+        raise DataError(
+            f"The frame cache of {root} needs {nbytes / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left. "
+            f"Choose a smaller size, or set VLAFLOW_CACHE to a larger disk."
+        )
+    partial.mkdir()
+    try:
+        build(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -155,19 +193,9 @@ def _build(
     workers: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Decode everything into a folder of another name, then rename it; the caller holds the lock."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: nobody else can be writing under the lock
+    """Decode everything into ``folder``."""
     rows = len(dataset)
-    needed = sum(rows * height * width * 3 for height, width in shapes.values())
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise DataError(
-            f"The frame cache of {dataset.root} needs {needed / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left. "
-            f"Choose a smaller size, or set VLAFLOW_CACHE to a larger disk."
-        )
-    partial.mkdir()
-    arrays = {v: np.memmap(partial / f"{v}.u8", np.uint8, "w+", shape=(rows, *s, 3)) for v, s in shapes.items()}
+    arrays = {v: np.memmap(folder / f"{v}.u8", np.uint8, "w+", shape=(rows, *s, 3)) for v, s in shapes.items()}
 
     def fill(episode: int) -> None:
         first = dataset.episodes[episode].start
@@ -175,19 +203,15 @@ def _build(
             for i, image in enumerate(dataset.iter_frames(episode, view)):
                 array[first + i] = resize(image, size) if size else image
 
-    try:
-        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-            futures = [pool.submit(fill, episode.index) for episode in dataset.episodes]
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    if progress:
-                        progress(done, len(futures))
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        for array in arrays.values():
-            array.flush()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(fill, episode.index) for episode in dataset.episodes]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                if progress:
+                    progress(done, len(futures))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    for array in arrays.values():
+        array.flush()

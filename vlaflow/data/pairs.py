@@ -162,7 +162,7 @@ def pair_table(
     """
     dataset = pairs.dataset
     what = json.dumps([TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, pairs.cache.shapes[pairs.view], key])
-    home = cache_home(dataset)
+    home = cache_home(dataset.root)
     name = f"codes-{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}"
     file = home / f"{name}.safetensors"
     try:

@@ -109,8 +109,13 @@ def latency(entries: Sequence[Latency]) -> str:
 
 
 def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
-    """Training loss, its running mean, and the loss on held-out episodes; entries as in ``training/log.jsonl``."""
+    """Training loss, its running mean, and the loss on held-out episodes; entries as in ``training/log.jsonl``.
+
+    Steps on questions have a loss of another kind and are left out.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
+
+    entries = [e for e in entries if "loss" in e]
 
     steps = np.array([e["step"] for e in entries], float)
     values = np.array([e["loss"] for e in entries], float)
@@ -120,7 +125,7 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
         if window > 1:
             smooth = np.convolve(values, np.ones(window) / window, "valid")
             axis.plot(steps[window - 1 :], smooth, color=SERIES[0], lw=1.8, label=f"training, mean of {window} steps")
-        held = [(e["step"], e["validation"]["loss"]) for e in entries if e.get("validation") is not None]
+        held = [(e["step"], e["validation"]["loss"]) for e in entries if "loss" in (e.get("validation") or ())]
         if held:
             axis.plot(*zip(*held, strict=True), color=SERIES[1], marker="s", ms=4, ls="--", lw=1.2, label="held-out episodes")
         axis.set(xlabel="optimiser steps", ylabel=label)

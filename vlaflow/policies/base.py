@@ -23,16 +23,18 @@ from torch import Generator, Tensor
 from vlaflow import __version__
 from vlaflow.backbones.base import Prefix
 from vlaflow.backbones.emu3 import EmuConfig
+from vlaflow.backbones.language import speaking
 from vlaflow.backbones.molmo2 import MolmoConfig
 from vlaflow.backbones.qwen2_5_vl import QwenConfig
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
-from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
 from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
+from vlaflow.decoders.answers import Answer, greedy
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Given, LossTerms, Targets, Tokens
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
@@ -172,6 +174,15 @@ class Policy:
             return terms
         return exits.total(terms) if model.training else replace(terms, total=terms.exits[exits.depths[-1]])
 
+    def answer_loss(self, batch: QuestionBatch) -> Tensor:
+        """Language-model loss on a batch of questions; decoder and rater have no part in it.
+
+        Raises:
+            CapabilityError: when the backbone has no language-model head.
+        """
+        backbone = speaking(self.model.backbone)
+        return backbone.answer_loss(self.embed(batch.observation), backbone.answer_ids(batch.answers))
+
     # -- inference ---------------------------------------------------------------------------------------------------
 
     @overload
@@ -269,6 +280,28 @@ class Policy:
             )
             for i in range(len(observations))
         ]
+
+    def answer(self, observations: Sequence[Observation], limit: int = 32) -> list[Answer]:
+        """Answer the questions that the observations' instructions are; their states are not looked at.
+
+        Args:
+            observations: pictures and questions.
+            limit: most tokens of an answer, its end included.
+
+        Raises:
+            SpecError: for missing views or states of another length.
+            CapabilityError: when the backbone has no language-model head.
+        """
+        batch = ObservationBatch.collate(observations)
+        return self.reply(replace(batch, known_BS=torch.zeros_like(batch.state_BS, dtype=torch.bool)), limit)
+
+    @torch.inference_mode()
+    def reply(self, observation: ObservationBatch, limit: int = 32) -> list[Answer]:
+        """``answer`` for a batch as data sets give it."""
+        backbone = speaking(self.model.backbone)
+        made = greedy(self.embed(observation), limit)
+        pairs = zip(backbone.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
+        return [Answer(text, ended) for text, ended in pairs]
 
     def to_robot(self, action_BLD: Tensor) -> np.ndarray:
         """Normalised actions in robot units, not clipped."""

@@ -61,6 +61,35 @@ def expert_for(name: str) -> Expert:
     return _MetaWorldExpert(task)
 
 
+class Wandering:
+    """An expert whose hand first visits random points of Meta-World's workspace, opening and closing, above most things.
+
+    An expert alone takes one way only: pictures of it show the hand on one side of everything.
+
+    Args:
+        expert: takes over after the last point; it must depend on the current state only.
+        generator: of this episode.
+        points: to visit, each for ``STEPS`` steps (the hand moves 1 cm a step).
+    """
+
+    STEPS = 30
+    LOW, HIGH = (-0.45, 0.42, 0.08), (0.45, 0.9, 0.42)  # metres; the hand reaches to 0.5, 1 and 0.5
+
+    def __init__(self, expert: Expert, generator: np.random.Generator, points: int) -> None:
+        self._expert, self._done = expert, 0
+        self._goals = generator.uniform(self.LOW, self.HIGH, (points, 3))
+        self._grips = generator.choice([-1.0, 1.0], points)
+
+    def __call__(self, env: Any) -> np.ndarray:
+        """The action for the state ``env`` is in, (4,) float32."""
+        number = self._done // self.STEPS
+        self._done += 1
+        if number >= len(self._goals):
+            return self._expert(env)
+        action = np.append((self._goals[number] - env.raw_observation[:3]) / 0.01, self._grips[number])
+        return np.clip(action.astype(np.float32), env.action_spec.low, env.action_spec.high)
+
+
 @dataclass(frozen=True)
 class Noise:
     """Noise added to the executed action, in the action's own units (±1 is the full range).

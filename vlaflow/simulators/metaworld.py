@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import SpecError
-from vlaflow.simulators import gl
+from vlaflow.simulators import gl, metaworld_scenes
 from vlaflow.simulators.base import Render
 from vlaflow.simulators.metaworld_tasks import ACTION, SPEC
+from vlaflow.simulators.scenes import Facts
 from vlaflow.spec import Observation
 
 gl.prepare()  # before mujoco is first imported, two lines below
@@ -160,6 +161,14 @@ class MetaWorldEnv(gymnasium.Env):
     def observe(self) -> Observation:
         """What a policy sees now."""
         return Observation({self.view: self.render()}, self.state, self.task_description)
+
+    def facts(self) -> Facts:
+        """Where things are and in which state; see ``scenes``.
+
+        Raises:
+            CapabilityError: for a task that cannot be asked about.
+        """
+        return metaworld_scenes.facts(self.task, self._sim, CAMERA, self.raw_observation[3])
 
     def close(self) -> None:
         """Release the picture's buffers; the environment may still be used."""

@@ -24,7 +24,7 @@ from vlaflow.data.video import Segment, encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.simulators.base import Environment, Render, cached, expand_env_names, simulator_spec
-from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
+from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.spec import Observation
 from vlaflow.versions import versions
@@ -203,56 +203,87 @@ def _record_episode(job: _Job, config: RecordConfig, size: int, scratch: Path) -
     The expert plays without pictures first, and what it executed is then repeated with pictures: physics costs a twentieth
     of rendering, and an episode that fails runs to the horizon.
     """
-    env: Any = cached(job.env, render=config.render, size=size)
-    is_gripper = np.array([dimension.frame == "gripper" for dimension in env.action_spec.dimensions])
-    for attempt in range(config.attempts):
-        seed = episode_seed(config.seed, job.episode, attempt)
-        expert = Noisy(expert_for(job.env), config.noise, episode_generator(job.env, seed), is_gripper)
-        env.restart(seed)
-        steps = _play(env, expert, config.after_success)
-        if steps is None:
-            continue
-        env.restart(seed)
-        frames = [_look_and_act(env, step) for step in steps]
-        videos = {
-            view: encode_video(
-                (frame.images[view] for frame in frames),
-                scratch / f"{job.env.replace('/', '_')}-{job.episode}-{view}.mp4",
-                env.action_spec.rate_hz,
-            )
-            for view in env.views
-        }
-        return Demonstration(
-            name=job.env,
-            instruction=env.task_description,
-            seed=seed,
-            attempts=attempt + 1,
-            state=np.stack([frame.state for frame in frames]).astype(np.float32),
-            action=np.stack([step.label for step in steps]),
-            success=np.array([step.success for step in steps]),
-            videos=videos,
+    found = find_episode(job.env, job.episode, config, config.seed, size)
+    env = found.env
+    env.restart(found.seed)
+    frames = [_look_and_act(env, step) for step in found.steps]
+    videos = {
+        view: encode_video(
+            (frame.images[view] for frame in frames),
+            scratch / f"{job.env.replace('/', '_')}-{job.episode}-{view}.mp4",
+            env.action_spec.rate_hz,
         )
-    raise DataError(
-        f"The expert of {job.env} failed with {config.attempts} seeds in a row, the last being {seed}, under {config.noise}. "
-        f"Use less noise."
+        for view in env.views
+    }
+    return Demonstration(
+        name=job.env,
+        instruction=env.task_description,
+        seed=found.seed,
+        attempts=found.attempts,
+        state=np.stack([frame.state for frame in frames]).astype(np.float32),
+        action=np.stack([step.label for step in found.steps]),
+        success=np.array([step.success for step in found.steps]),
+        videos=videos,
     )
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
+    """An executed action, its clean label, and whether it ended in success."""
+
     executed: np.ndarray
     label: np.ndarray
     success: bool
 
 
-def _play(env: Environment, expert: Noisy, after_success: int) -> list[_Step] | None:
+@dataclass(frozen=True)
+class Found:
+    """An episode in which the expert succeeds; ``env`` is somewhere in it, and ``env.restart(seed)`` brings it back."""
+
+    env: Any
+    seed: int
+    attempts: int
+    steps: list[Step]
+
+
+def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: int, *, wander: int = 0) -> Found:
+    """Play, without pictures, until the expert succeeds from the start of an episode.
+
+    Args:
+        name: "suite/task".
+        episode: number.
+        config: noise, rendering and attempts.
+        run: see ``episode_seed``.
+        size: side of the picture that the environment will take.
+        wander: random points that the hand visits before the expert begins.
+
+    Raises:
+        DataError: when all attempts fail.
+    """
+    env: Any = cached(name, render=config.render, size=size)
+    is_gripper = np.array([dimension.frame == "gripper" for dimension in env.action_spec.dimensions])
+    for attempt in range(config.attempts):
+        seed = episode_seed(run, episode, attempt)
+        generator, clean = episode_generator(name, seed), expert_for(name)
+        expert = Noisy(Wandering(clean, generator, wander) if wander else clean, config.noise, generator, is_gripper)
+        env.restart(seed)
+        steps = _play(env, expert, config.after_success)
+        if steps is not None:
+            return Found(env, seed, attempt + 1, steps)
+    raise DataError(
+        f"The expert of {name} failed with {config.attempts} seeds in a row, the last being {seed}, under {config.noise}. "
+        f"Use less noise."
+    )
+
+
+def _play(env: Environment, expert: Noisy, after_success: int) -> list[Step] | None:
     """Let the expert act from the start of an episode; None when the horizon comes before success."""
-    steps: list[_Step] = []
+    steps: list[Step] = []
     left: int | None = None
     while True:
         executed, label = expert(env)
         _, success, truncated, _ = env.advance(executed)
-        steps.append(_Step(executed, label, success))
+        steps.append(Step(executed, label, success))
         if left is not None:
             left -= 1
         elif success:
@@ -263,7 +294,7 @@ def _play(env: Environment, expert: Noisy, after_success: int) -> list[_Step] | 
             return None
 
 
-def _look_and_act(env: Environment, step: _Step) -> Observation:
+def _look_and_act(env: Environment, step: Step) -> Observation:
     seen = env.observe()
     _, success, _, _ = env.advance(step.executed)
     if success != step.success:

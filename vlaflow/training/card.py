@@ -12,7 +12,16 @@ from vlaflow.versions import versions
 
 
 def model_card(
-    policy: Policy, config: TrainConfig, dataset: Dataset, outcome: Outcome, *, recipe: str, command: str, train: int, held: int
+    policy: Policy,
+    config: TrainConfig,
+    dataset: Dataset,
+    outcome: Outcome,
+    *,
+    recipe: str,
+    command: str,
+    train: int,
+    held: int,
+    questions: str = "",
 ) -> str:
     """The text of README.md, in Markdown.
 
@@ -24,6 +33,7 @@ def model_card(
         recipe: the recipe's name.
         command: the command line, to repeat it.
         train, held: episodes trained on and held out.
+        questions: what it learned to answer, in words.
     """
     stage = "confidence rater" if config.rater is not None else "policy"
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
@@ -45,6 +55,7 @@ def model_card(
         f"- Views: {', '.join(policy.model.backbone.views)}",
         f"- Data: {dataset.root.name}, {len(dataset.episodes)} episodes, {len(dataset)} frames, "
         f"fingerprint {dataset.fingerprint}",
+        *([f"- Questions: {questions}"] if questions else []),
         "- Instructions:",
         *shown,
         "",

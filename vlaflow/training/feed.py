@@ -9,25 +9,28 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.data.batch import Batch
+from vlaflow.data.batch import Batch, QuestionBatch
 from vlaflow.data.mixture import Order
 from vlaflow.data.transforms import RandomShift
 from vlaflow.policies.recipe import TrainConfig
 
+Sample = Batch | QuestionBatch
+
 
 class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, or anything like it."""
+    """Numbered samples: ``data.windows.Windows``, ``data.pictures.Questions``, or anything like them."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
-    def batch(self, indices: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray) -> Sample:
         """The samples at ``indices``."""
 
 
@@ -43,7 +46,7 @@ class Place:
 class Part:
     """One part of a step's batch, the generator its loss draws from, and one whose numbers all processes and parts share."""
 
-    batch: Batch
+    batch: Sample
     generator: Generator
     shared: Generator
 
@@ -106,9 +109,53 @@ class Feed:
             parts.append(Part(batch.to(self.device), generator, shared))
         return parts
 
-    def _changed(self, batch: Batch, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Batch:
+    def _changed(self, batch: Sample, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Sample:
         images = {view: change(image, generator) for view, image in batch.observation.images.items()}
         return replace(batch, observation=replace(batch.observation, images=images))
+
+
+class Alternating:
+    """Some steps are taken on questions, all others on actions, each from its own feed.
+
+    Of the first n steps, floor(n · share) are on questions, for every n: the two are as evenly mixed as whole steps allow.
+    Which of its own steps a feed is at follows from the step's number alone, so nothing needs to be saved, and the actions'
+    samples are the same, in the same order, as without questions.
+
+    Args:
+        acting: feed of the actions.
+        asking: feed of the questions.
+        share: of the steps on questions, in (0, 1).
+    """
+
+    def __init__(self, acting: Feed, asking: Feed, share: float) -> None:
+        self.acting, self.asking, self.share = acting, asking, Fraction(str(share))
+
+    def questions_before(self, step: int) -> int:
+        """How many of the steps 0 .. step − 1 are on questions."""
+        return int(step * self.share)
+
+    def step(self, step: int) -> list[Part]:
+        """The parts of step 0, 1, 2, ...: all actions or all questions."""
+        asked = self.questions_before(step)
+        return self.asking.step(asked) if self.questions_before(step + 1) > asked else self.acting.step(step - asked)
+
+    def close(self) -> None:
+        """End the loading threads."""
+        self.acting.close()
+        self.asking.close()
+
+
+def alternating(acting: Feed, questions: Source) -> Alternating:
+    """The feed of a config with ``questions``: state masks are for actions, everything else holds for both."""
+    asks = acting.config.questions
+    assert asks is not None
+    config = replace(
+        acting.config,
+        batch_size=asks.batch_size or acting.config.batch_size,
+        state_mask=None,
+        seed=mix("questions", acting.config.seed),
+    )
+    return Alternating(acting, Feed(questions, config, acting.place, acting.device), asks.share)
 
 
 class Held:

@@ -11,7 +11,7 @@ from statistics import median
 from types import FrameType, TracebackType
 from typing import Any
 
-from vlaflow.data.batch import Batch
+from vlaflow.data.batch import Batch, QuestionBatch
 from vlaflow.errors import VlaflowError
 
 
@@ -44,11 +44,15 @@ class LossGuard:
         return None
 
 
-def samples_sentence(batches: Iterable[Batch], most: int = 64) -> str:
-    """The episodes and frames of a step's samples: "episode 3 frames 12, 40; episode 7 frame 5"."""
+def samples_sentence(batches: Iterable[Batch | QuestionBatch], most: int = 64) -> str:
+    """The episodes and frames of a step's samples, "episode 3 frames 12, 40; episode 7 frame 5", or its questions."""
     frames: dict[int, list[int]] = {}
+    asked: list[str] = []
     count = 0
     for batch in batches:
+        if isinstance(batch, QuestionBatch):
+            asked += batch.names
+            continue
         for episode, frame in zip(batch.episode_B.tolist(), batch.frame_B.tolist(), strict=True):
             count += 1
             if count <= most:
@@ -57,6 +61,9 @@ def samples_sentence(batches: Iterable[Batch], most: int = 64) -> str:
         f"episode {episode} frame{'s' if len(at) > 1 else ''} {', '.join(map(str, sorted(at)))}"
         for episode, at in sorted(frames.items())
     ]
+    if asked:
+        named.append(f"questions {', '.join(asked[:most])}")
+        count += len(asked)
     return "; ".join(named) + (f"; and {count - most} more" if count > most else "")
 
 

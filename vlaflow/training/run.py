@@ -8,62 +8,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vlaflow.actions.files import load_tokenizer
-from vlaflow.actions.latent import LatentActionModel, Origin
-from vlaflow.config import override
 from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.pairs import FramePairs, chosen_view
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
-from vlaflow.data.windows import Windows, action_chunks, fewer_episodes, split_episodes
+from vlaflow.data.windows import Windows, action_chunks
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
-from vlaflow.policies.iflybot.codes import dataset_codes
-from vlaflow.policies.recipe import DataSpec, TrainConfig, VideoSpec
-from vlaflow.progress import progress
+from vlaflow.policies.recipe import DataSpec, TrainConfig
 from vlaflow.spec import ActionSpec
-from vlaflow.training.card import latent_card, model_card
-from vlaflow.training.journal import Tracker
+from vlaflow.training.asked import questions_of
+from vlaflow.training.card import model_card
+from vlaflow.training.latents import codes_of, train_latent, video_spec
+from vlaflow.training.options import Options, episodes_of, finish, overridden
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
-from vlaflow.training.stages import LatentStage, PolicyStage, RaterStage, Stage
+from vlaflow.training.stages import AnsweringStage, PolicyStage, RaterStage, Stage
 from vlaflow.training.trainer import Outcome, Trainer
 from vlaflow.versions import command_line
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run may be told besides recipe, data and place.
-
-    Args:
-        overrides: values by dotted key of the ``TrainConfig``, as text: {"optim.learning_rate": "3e-4"}.
-        tracker: where the log goes besides ``training/log.jsonl``.
-        fresh: start anew; an old checkpoint is moved aside.
-        command: for the model card; the process's own command line by default.
-        tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
-        latent: folder of a latent action model, for decoders that learn to name its codes.
-        threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
-    """
-
-    overrides: Mapping[str, str] | None = None
-    tracker: Tracker = "auto"
-    fresh: bool = False
-    command: str | None = None
-    tokenizer: Path | str | None = None
-    latent: Path | str | None = None
-    threads: int | None = None
 
 
 def train(
@@ -122,7 +95,9 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
     for name in names:
         stage, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
-        mine = replace(options, overrides=own, latent=None if stage.from_video else options.latent)
+        mine = replace(options, overrides=own)
+        if stage.from_video:  # the others' affair
+            mine = replace(mine, latent=None, questions=None, tokenizer=None)
         sys.stderr.write(f"Stage {names.index(name) + 1} of {len(names)}: {stage.name} into {folder}\n")
         outcome = train(stage.name, dataset, folder, policy=policy if stage.continues else None, options=mine)
         if outcome.signal is not None:
@@ -140,16 +115,6 @@ def data_spec(dataset: Dataset) -> DataSpec:
     return DataSpec(columns.state.shape[1], spec.dim, tuple(dataset.views))
 
 
-def video_spec(dataset: Dataset) -> VideoSpec:
-    """The shape of a data set of video, as recipes of latent action models take it.
-
-    Raises:
-        DataError: no camera.
-    """
-    chosen_view(dataset, None)
-    return VideoSpec(tuple(dataset.views), dataset.columns().action.shape[1])
-
-
 def train_policy(
     config: TrainConfig, dataset: Dataset, out: Path | str, *, name: str, options: Options | None = None
 ) -> Outcome:
@@ -162,18 +127,19 @@ def train_policy(
         name: the recipe's name, for the model card.
         options: see ``Options``.
     """
-    config = _overridden(config, options)
+    config = overridden(config, options)
     if config.policy is None:
         raise ConfigError(f"'{name}' trains a rater; give it a trained policy with --policy.")
     spec = _action_spec(dataset)
-    train_episodes, _ = _episodes(dataset, config)
+    train_episodes, _ = episodes_of(dataset, config)
     if not dataset.columns().state.shape[1]:
         raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
     measured = stats.compute(dataset, train_episodes)
     config = _with_tokenizer(config, dataset, measured["action"], train_episodes, options)
     assert config.policy is not None
     policy = Policy.create(config.policy, spec, measured, config.seed)
-    return _train(PolicyStage(policy), policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
+    stage = _policy_stage(policy, config)
+    return _train(stage, policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
 
 
 def train_further(
@@ -200,7 +166,7 @@ def train_further(
     Raises:
         ConfigError: when the config's networks are others than the checkpoint's.
     """
-    config = _overridden(config, options)
+    config = overridden(config, options)
     if config.policy is None:
         raise ConfigError(f"'{name}' does not train a policy.")
     policy.action_spec.require_match(_action_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
@@ -216,8 +182,20 @@ def train_further(
         ) from error
     base = {"policy": fingerprint(local_folder(policy_path))}
     return _train(
-        PolicyStage(further), further, config, dataset, Path(out), name=name, identity=base, options=options or Options()
+        _policy_stage(further, config),
+        further,
+        config,
+        dataset,
+        Path(out),
+        name=name,
+        identity=base,
+        options=options or Options(),
     )
+
+
+def _policy_stage(policy: Policy, config: TrainConfig) -> Stage:
+    stage = PolicyStage(policy)
+    return stage if config.questions is None else AnsweringStage(stage, policy, config.questions.weight)
 
 
 def train_rater(
@@ -241,9 +219,11 @@ def train_rater(
         policy_path: where the policy was opened.
         options: see ``Options``.
     """
-    config = _overridden(config, options)
+    config = overridden(config, options)
     if config.rater is None:
         raise ConfigError(f"'{name}' trains a policy from scratch; leave --policy out.")
+    if options is not None and options.questions is not None:
+        raise ConfigError("A rater learns no questions; leave --qa out.")
     policy.action_spec.require_match(_action_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
     if Path(out).resolve() == Path(policy_path).resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the rated policy a folder of its own.")
@@ -264,131 +244,42 @@ def _train(
     options: Options,
 ) -> Outcome:
     torch.set_num_threads(options.threads or training_threads())
-    train_episodes, held_episodes = _episodes(dataset, config)
+    train_episodes, held_episodes = episodes_of(dataset, config)
     views = policy.model.backbone.views
     sizes = set(views.values())
     if len(sizes) > 1:
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
     horizon = policy.config.decoder.horizon
-    code_NK, latent = _codes(policy, dataset, options.latent)
+    code_NK, latent = codes_of(policy, dataset, options.latent)
     identity = {**identity, **latent}
     windows = Windows(dataset, cache, horizon, episodes=train_episodes, pause_rule=config.pauses, code_NK=code_NK)
     held = None
     if held_episodes:
         held = Windows(dataset, cache, horizon, episodes=held_episodes, pause_rule=config.pauses, code_NK=code_NK)
+    asked = questions_of(policy, config, options.questions) if config.questions is not None else None
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
         counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        return model_card(policy, config, dataset, outcome, recipe=name, command=command, **counts)
+        words = asked.words if asked is not None else ""
+        return model_card(policy, config, dataset, outcome, recipe=name, command=command, questions=words, **counts)
 
-    run = {"recipe": name, "data": dataset.fingerprint, **identity}
-    return _finish(
-        Trainer(stage, config, windows, held, out, identity=run, card=card, tracker=options.tracker, fresh=options.fresh)
-    )
-
-
-def train_latent(
-    config: TrainConfig, dataset: Dataset, out: Path | str, *, name: str, options: Options | None = None
-) -> Outcome:
-    """Train a latent action model from a data set's video; actions are only read where the model has an action head.
-
-    Args:
-        config: a recipe's, with ``latent`` set.
-        dataset: what to learn from.
-        out: folder of the checkpoint.
-        name: the recipe's name, for the model card.
-        options: see ``Options``.
-
-    Raises:
-        DataError: no such view, or episodes that are all too short for the gap.
-    """
-    config, options = _overridden(config, options), options or Options()
-    if config.latent is None:
-        raise ConfigError(f"'{name}' does not train a latent action model.")
-    if options.tokenizer is not None:
-        raise ConfigError(f"A latent action model has no use for the action tokenizer {options.tokenizer}; leave it out.")
-    torch.set_num_threads(options.threads or training_threads())
-    latent = config.latent
-    train_episodes, held_episodes = _episodes(dataset, config)
-    cache = FrameCache.open(dataset, latent.model.image_size, [chosen_view(dataset, latent.view)])
-    pairs = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=train_episodes)
-    held = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=held_episodes) if held_episodes else None
-    for which, one in (("For training", pairs), ("Held out", held)):
-        if one is not None and one.short:
-            sys.stderr.write(f"{which}: {one.left_out()}\n")
-    action = None
-    if latent.model.action_dim:
-        found = dataset.columns().action.shape[1]
-        if found != latent.model.action_dim:
-            raise SpecError(
-                f"latent.model.action_dim is {latent.model.action_dim}, but the actions of {dataset.root} have {found} "
-                "dimensions."
-            )
-        action = Normalizer.from_stats(stats.compute(dataset, train_episodes)["action"], "mean_std")
-    division = (config.validation_fraction, config.seed)
-    origin = Origin(dataset.fingerprint, latent.view, dataset.fps, latent.gap_s, pairs.gap, *division)
-    model = LatentActionModel.create(latent.model, origin, config.seed)
-    stage = LatentStage(model, latent, config.steps, action)
-    command = options.command or command_line()
-
-    def card(outcome: Outcome) -> str:
-        counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        return latent_card(model, config, dataset, outcome, recipe=name, command=command, **counts)
-
-    run = {"recipe": name, "data": dataset.fingerprint}
-    return _finish(
-        Trainer(stage, config, pairs, held, Path(out), identity=run, card=card, tracker=options.tracker, fresh=options.fresh)
-    )
-
-
-def _finish(trainer: Trainer) -> Outcome:
-    """Run it, saying first what it finds in its folder."""
-    if trainer.aside is not None:
-        sys.stderr.write(f"The old checkpoint is now {trainer.aside}.\n")
-    if 0 < trainer.step < trainer.config.steps:
-        sys.stderr.write(f"Continuing after step {trainer.step} of {trainer.config.steps}.\n")
-    return trainer.run()
-
-
-def _codes(policy: Policy, dataset: Dataset, path: Path | str | None) -> tuple[np.ndarray | None, dict[str, str]]:
-    """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity."""
-    decoder = policy.config.decoder
-    wants = isinstance(decoder, LatentFlowConfig) and decoder.teaches
-    if not wants:
-        if path is not None:
-            raise ConfigError(f"This recipe's decoder names no latent actions, so it cannot use {path}; leave --latent out.")
-        return None, {}
-    assert isinstance(decoder, LatentFlowConfig)
-    if path is None:
-        raise ConfigError(
-            "This decoder learns to name latent actions; give it a latent action model with --latent (train one: vlaflow train "
-            "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
+    run = {"recipe": name, "data": dataset.fingerprint, **identity, **(asked.identity if asked else {})}
+    return finish(
+        Trainer(
+            stage,
+            config,
+            windows,
+            held,
+            out,
+            questions=(asked.train, asked.held) if asked else None,
+            identity=run,
+            card=card,
+            tracker=options.tracker,
+            fresh=options.fresh,
         )
-    model = LatentActionModel.from_pretrained(path)
-    theirs, ours = (model.config.codes, model.config.book), (decoder.latent.codes, decoder.latent.book)
-    if theirs != ours:
-        raise ConfigError(
-            f"{path} has {theirs[0]} codes of a book of {theirs[1]}, the decoder {ours[0]} of {ours[1]}. "
-            f"--set policy.decoder.latent.codes={theirs[0]} --set policy.decoder.latent.book={theirs[1]}"
-        )
-    with progress(len(dataset), "Latent actions") as bar:
-        done = 0
-
-        def tell(now: int, total: int) -> None:
-            nonlocal done
-            bar.advance(now - done)
-            done = now
-
-        codes = dataset_codes(model, dataset, progress=tell)
-    return codes.id_NK, {"latent": model.fingerprint()}
-
-
-def _episodes(dataset: Dataset, config: TrainConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For training and held out."""
-    train_episodes, held_episodes = split_episodes(dataset, config.validation_fraction, config.seed)
-    return fewer_episodes(dataset, train_episodes, config.demonstrations, config.seed), held_episodes
+    )
 
 
 def _with_tokenizer(
@@ -407,10 +298,6 @@ def _with_tokenizer(
         chunks = torch.from_numpy(action_chunks(dataset, decoder.horizon, episodes))
         decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
     return replace(config, policy=replace(policy, decoder=decoder))
-
-
-def _overridden(config: TrainConfig, options: Options | None) -> TrainConfig:
-    return override(config, options.overrides) if options and options.overrides else config
 
 
 def _action_spec(dataset: Dataset) -> ActionSpec:

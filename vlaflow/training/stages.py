@@ -1,4 +1,4 @@
-"""What a training run learns: the policy itself, the confidence rater on the frozen policy, or a latent action model.
+"""What a training run learns: the policy itself, answers beside it, the confidence rater, or a latent action model.
 
 A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.actions.nsvq import perplexity
-from vlaflow.data.batch import Batch
+from vlaflow.backbones.language import speaking
+from vlaflow.data.batch import Batch, QuestionBatch
 from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LossTerms
@@ -41,8 +42,8 @@ class Stage(Protocol):
     def uneven(self) -> bool:
         """Whether some parameters may get no gradient in a step, which processes that train together must know."""
 
-    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
-        """Loss on one batch.
+    def loss(self, batch: Any, generator: Generator, shared: Generator) -> LossTerms:
+        """Loss on one batch of the kind that the stage learns from.
 
         All randomness comes from ``generator``, but for what every process must choose alike, which comes from ``shared``.
         """
@@ -94,6 +95,52 @@ class PolicyStage:
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """A checkpoint without a rater."""
         replace(self.policy, card=card or self.policy.card).save_pretrained(folder, weights)
+
+
+class AnsweringStage:
+    """Another stage, which also learns from questions: they train the backbone's language model and nothing else.
+
+    Args:
+        stage: what everything but questions is for.
+        policy: whose backbone is asked.
+        weight: of the language-model loss.
+
+    Raises:
+        CapabilityError: when the backbone has no language-model head.
+    """
+
+    def __init__(self, stage: Stage, policy: Policy, weight: float) -> None:
+        speaking(policy.model.backbone)
+        self.stage, self.policy, self.weight = stage, policy, weight
+
+    @property
+    def module(self) -> nn.Module:
+        """The other stage's."""
+        return self.stage.module
+
+    @property
+    def uneven(self) -> bool:
+        """Always: decoders get no gradient from questions, language-model heads none from actions."""
+        return True
+
+    def after_step(self, step: int, shared: Generator) -> None:
+        """What the other stage does."""
+        self.stage.after_step(step, shared)
+
+    def loss(self, batch: Batch | QuestionBatch, generator: Generator, shared: Generator) -> LossTerms:
+        """The language-model loss of questions, the other stage's loss of anything else; never both."""
+        if not isinstance(batch, QuestionBatch):
+            return self.stage.loss(batch, generator, shared)
+        loss = self.policy.answer_loss(batch)
+        return LossTerms(self.weight * loss, {"answer": loss.detach()})
+
+    def to(self, device: torch.device) -> None:
+        """See ``Stage``."""
+        self.stage.to(device)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
+        """See ``Stage``."""
+        self.stage.save(folder, weights, card)
 
 
 class RaterStage:

@@ -22,13 +22,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
-from vlaflow.data.batch import Batch
-from vlaflow.errors import CapabilityError
+from vlaflow.data.batch import QuestionBatch
+from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
 from vlaflow.training.ema import Ema
-from vlaflow.training.feed import Feed, Held, Part, Place, Source, mix
+from vlaflow.training.feed import Feed, Held, Part, Place, Sample, Source, alternating, mix
 from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_sentence
 from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
@@ -71,6 +71,7 @@ class Trainer:
         config: how.
         train: training samples.
         validation: held-out samples, or None.
+        questions: (training, held-out) questions of a config that has ``questions``; the held-out ones may be None.
         out: folder of the checkpoint; an unfinished run in it is continued.
         identity: JSON data that must be the same for a run to be continued (the data set's fingerprint, ...); the config
             and the number of processes are added.
@@ -90,6 +91,7 @@ class Trainer:
         validation: Source | None,
         out: Path | str,
         *,
+        questions: tuple[Source, Source | None] | None = None,
         identity: Mapping[str, Any] | None = None,
         card: Callable[[Outcome], str] | None = None,
         tracker: Tracker = "auto",
@@ -97,6 +99,8 @@ class Trainer:
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
+        if (config.questions is None) != (questions is None):
+            raise ConfigError("A config with 'questions' needs a set of them, and one without has no use for it.")
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
         log_with = choose_tracker(tracker)
         self.accelerator = Accelerator(
@@ -123,9 +127,12 @@ class Trainer:
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        self._feed = Feed(train, config, self.place, self.device)
-        self._held = Held(validation, config.batch_size // config.accumulate, config.seed) if validation is not None else None
-        self._guard = LossGuard(config.optim.warmup_steps)
+        acting = Feed(train, config, self.place, self.device)
+        self._feed = alternating(acting, questions[0]) if questions else acting
+        self._held = self._hold(validation)
+        self._held_questions = self._hold(questions[1]) if questions else None
+        # Losses of two kinds have two sizes, so each is compared with its own past.
+        self._guard, self._answer_guard = LossGuard(config.optim.warmup_steps), LossGuard(config.optim.warmup_steps)
         self.step, self._seconds, self._saved = 0, 0.0, -1
         self._validation: float | None = None
         self._resume()
@@ -155,9 +162,9 @@ class Trainer:
                     entry, stopped = self._one_step(interrupt.signal is not None)
                     self.step += 1
                     last = self.step == self.config.steps
-                    if self._held is not None and (last or self.step % self.config.validate_every == 0):
-                        entry["validation"] = self._validate(self._held)
-                        self._validation = entry["validation"]["loss"]
+                    if (self._held or self._held_questions) and (last or self.step % self.config.validate_every == 0):
+                        entry["validation"] = self._validate()
+                        self._validation = entry["validation"].get("loss")
                     self._seconds = time.monotonic() - began
                     entry["seconds"] = round(self._seconds, 3)
                     if journal is not None:
@@ -204,15 +211,17 @@ class Trainer:
         values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "mean"))
         mean_loss, *mean_terms, stopped = values.tolist()
         gradient = float(whole(norm))
-        if complaint := self._guard.complaint(self.step, mean_loss, gradient):
+        asked = isinstance(parts[0].batch, QuestionBatch)
+        guard = self._answer_guard if asked else self._guard
+        if complaint := guard.complaint(self.step, mean_loss, gradient):
             raise DivergedError(self._diverged(complaint, parts))
         self._optimizer.step()
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
         if self._ema is not None:
             self._ema.update()
-        samples = c.batch_size * self.place.world
+        samples = sum(len(part.batch.observation) for part in parts) * self.place.world
         return {
-            "loss": mean_loss,
+            "answer_loss" if asked else "loss": mean_loss,
             "parts": dict(zip(named, mean_terms, strict=True)),
             "rate": c.optim.learning_rate * share_of_peak,
             "gradient": gradient,
@@ -221,15 +230,26 @@ class Trainer:
 
     def _diverged(self, complaint: str, parts: list[Part]) -> str:
         found = checkpoint.newest(self.out)
+        look = "Look at them" if isinstance(parts[0].batch, QuestionBatch) else "Look at them (vlaflow data show)"
         kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
         return (
             f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: "
-            f"{samples_sentence(p.batch for p in parts)}. Look at them (vlaflow data show), or lower optim.learning_rate. "
+            f"{samples_sentence(p.batch for p in parts)}. {look}, or lower optim.learning_rate. "
             f"{kept}: {self.out}."
         )
 
+    def _hold(self, source: Source | None) -> Held | None:
+        return Held(source, self.config.batch_size // self.config.accumulate, self.config.seed) if source is not None else None
+
+    def _validate(self) -> dict[str, float]:
+        """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions."""
+        found = self._measure(self._held) if self._held is not None else {}
+        if self._held_questions is not None:
+            found["answer"] = self._measure(self._held_questions)["answer"]
+        return found
+
     @torch.no_grad()
-    def _validate(self, held: Held) -> dict[str, float]:
+    def _measure(self, held: Held) -> dict[str, float]:
         """Losses on the held-out samples with the averaged weights."""
         module = self.stage.module
         module.eval()
@@ -237,7 +257,7 @@ class Trainer:
         with self._ema.in_module() if self._ema is not None else nullcontext():
             for part, counted in held.parts(self.place, self.device):
                 total, terms = self._model(part.batch, part.generator, part.shared)
-                weight = part.batch.valid_BL.sum() * counted
+                weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
         module.train()
@@ -263,6 +283,7 @@ class Trainer:
                 "seconds": self._seconds,
                 "validation": self._validation,
                 "losses": list(self._guard.losses),
+                "answer_losses": list(self._answer_guard.losses),
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
                 "run": self.identity,
@@ -281,6 +302,7 @@ class Trainer:
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._guard.losses.extend(state["losses"])
+        self._answer_guard.losses.extend(state.get("answer_losses", ()))
 
     def _outcome(self, signal: int | None) -> Outcome:
         losses = list(self._guard.losses)[-100:]
@@ -296,7 +318,8 @@ class Trainer:
 
     def _note(self, entry: Mapping[str, Any]) -> str:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"
-        return f"loss {entry['loss']:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
+        name = "loss" if "loss" in entry else "answer_loss"
+        return f"{name.replace('_', ' ')} {entry[name]:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
 
 
 class _Step(nn.Module):
@@ -306,7 +329,7 @@ class _Step(nn.Module):
         super().__init__()
         self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
 
-    def forward(self, batch: Batch, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Sample, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
         with autocast(self._bf16, self._device):
             terms = self._loss(batch, generator, shared)
@@ -321,8 +344,8 @@ class _Silent:
 
 
 def _shares(parts: list[Part]) -> list[float]:
-    """Each part's weight in the step, by valid actions; they add up to 1."""
-    counts = [int(part.batch.valid_BL.sum()) for part in parts]
+    """Each part's weight in the step, by valid actions (or answers); they add up to 1."""
+    counts = [part.batch.targets for part in parts]
     total = sum(counts)
     return [count / total for count in counts] if total else [1 / len(parts)] * len(parts)
 

@@ -1,0 +1,162 @@
+"""Right answers: what counts as one, the baselines, which questions are asked, and the command."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.training.small import new_policy, tiny_config, tiny_policy, write_dataset
+from tests.training.test_run import arguments
+from vlaflow.cli import eval_qa
+from vlaflow.cli import train as training
+from vlaflow.data.pictures import PictureCache, Questions
+from vlaflow.data.questions import Question, QuestionSet
+from vlaflow.decoders.answers import Answer
+from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from vlaflow.evaluation.questions import AnswerConfig, AnsweredQuestion, ask, count, exchange, held_out, read, run
+from vlaflow.evaluation.statistics import wilson
+
+
+def said(answer, text, kind="state", question="Open?", ended=True, blind=None):
+    return AnsweredQuestion("n", kind, question, answer, text, ended, blind)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "ended", "right"),
+    [
+        ("on the table", " On  the\nTable ", True, True),
+        ("open", "opened", True, False),
+        ("open", "open", False, False),  # nobody knows what would have followed
+        ("Öffnen", "öffnen", True, True),
+        ("open", "", True, False),
+    ],
+)
+def test_an_answer_is_right_but_for_case_and_spaces_and_only_when_it_has_ended(answer, text, ended, right):
+    assert said(answer, text, ended=ended).right is right
+
+
+def test_accuracies_by_kind_in_closed_form():
+    answered = [
+        *(said("open", "open", blind="closed") for _ in range(6)),
+        *(said("closed", "open", blind="closed") for _ in range(2)),
+        *(said("two", "two", "count", "How many?", blind="two") for _ in range(3)),
+        said("one", "one on", "count", "How many?", ended=False, blind="one"),
+    ]
+    state, number, everything = count(answered)
+    assert (state.question_kind, state.questions, state.right, state.commonest, state.blind, state.unended) == (
+        "state",
+        8,
+        6,
+        6,
+        2,
+        0,
+    )
+    assert (number.question_kind, number.questions, number.right, number.commonest, number.blind) == ("count", 4, 3, 3, 4)
+    assert number.unended == 1
+    assert (everything.question_kind, everything.questions, everything.right, everything.commonest) == ("all", 12, 9, 9)
+    interval = wilson(9, 12)
+    assert everything.interval == (interval.low, interval.high)
+    assert everything.difference == pytest.approx((9 - 6) / 12)
+    assert state.p_value == pytest.approx(2 * (1 + 8 + 28) / 2**8)  # six to two, of fair coins
+    assert count([replace(each, blind=None) for each in answered])[0].p_value is None
+
+
+def test_the_commonest_answer_is_that_of_the_wording_and_not_of_the_kind():
+    answered = [said("open", "", question="A?"), said("open", "", question="A?"), said("closed", "", question="B?")]
+    assert count(answered)[-1].commonest == 3
+
+
+def test_pictures_are_exchanged_within_a_wording_and_never_for_the_same():
+    questions = [Question(f"n{i}", (f"{i % 5}.png",), "A?" if i % 2 else "B?", "") for i in range(20)]
+    questions.append(Question("alone", ("9.png",), "C?", ""))
+    partner = exchange(questions, 0)
+    for question, j in zip(questions[:-1], partner, strict=False):
+        assert questions[j].question == question.question
+        assert questions[j].images != question.images
+    assert partner[-1] == -1
+    assert not np.array_equal(partner, exchange(questions, 1))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Dark and bright pictures, two of each brightness per episode."""
+    root = tmp_path_factory.mktemp("questions")
+    lines = []
+    for i in range(16):
+        Image.fromarray(np.full((32, 32, 3), 30 if i % 2 else 220, np.uint8)).save(root / f"{i}.png")
+        turns = [("human", "<image>\nDark or bright?"), ("gpt", "dark" if i % 2 else "bright")]
+        record = {"id": i, "image": f"{i}.png", "kind": "light", "group": f"{i // 4}"}
+        lines.append(json.dumps({**record, "conversations": [{"from": who, "value": text} for who, text in turns]}))
+    (root / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_a_policy_that_sees_is_told_from_one_that_does_not(asked, monkeypatch):
+    """One names the brightness, and with exchanged pictures names theirs; one always says the same."""
+    opened, policy = QuestionSet.open(asked), new_policy(tiny_config(policy=tiny_policy(answers=True)))
+    source = Questions(opened, PictureCache.open(opened, 32), ("front",), 3)
+    shown = []
+
+    def reply(observation, limit):
+        shown.extend(observation.images["front"][:, 0, 0, 0].tolist())
+        return [Answer("Dark" if pixel < 128 else "bright", True) for pixel in observation.images["front"][:, 0, 0, 0].tolist()]
+
+    monkeypatch.setattr(policy, "reply", reply)
+    ticks = []
+    seeing = count(ask(policy, source, AnswerConfig(batch_size=5), lambda done, total: ticks.append((done, total))))[-1]
+    assert (seeing.questions, seeing.right, seeing.commonest) == (16, 16, 8)
+    partners = exchange(list(opened.questions), 0)
+    assert shown[16:] == [shown[j] for j in partners]
+    assert seeing.blind == sum(i % 2 == j % 2 for i, j in enumerate(partners))
+    assert ticks[-1] == (32, 32)
+    monkeypatch.setattr(policy, "reply", lambda observation, limit: [Answer("dark", True)] * len(observation))
+    constant = count(ask(policy, source, AnswerConfig()))[-1]
+    assert (constant.right, constant.blind, constant.difference, constant.p_value) == (8, 8, 0.0, 1.0)
+
+
+def test_batches_do_not_change_answers(asked):
+    policy = new_policy(tiny_config(policy=tiny_policy(answers=True)))
+    policy.model.eval()
+    opened = QuestionSet.open(asked)
+    source = Questions(opened, PictureCache.open(opened, 32), ("front",), 3, range(6))
+    one, many = (ask(policy, source, AnswerConfig(batch_size=size, limit=4)) for size in (1, 6))
+    assert one == many
+
+
+def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked, tmp_path, capsys):
+    dataset, out = write_dataset(tmp_path / "data"), tmp_path / "policy"
+    more = ["--qa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "6", "--set", "questions.held_out=0.25"]
+    assert training.main([*arguments(dataset, out), *more]) == 0
+    assert eval_qa.main([str(out), "--qa", str(asked), "--out", str(tmp_path / "a"), "--limit", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "light" in shown
+    results = read(tmp_path / "a/answers.json")
+    opened = QuestionSet.open(asked)
+    assert [each.name for each in results.per_question] == [opened.questions[i].name for i in opened.split(0.25)[1]]
+    assert (results.overall.questions, results.part, results.limit) == (4, "held-out", 4)
+    assert results.questions_fingerprint == opened.fingerprint
+    again = run(out, asked, AnswerConfig(part="all", blind=False, limit=4), tmp_path / "b")
+    assert (again.overall.questions, again.overall.blind) == (16, None)
+    other = replace(opened, questions=opened.questions[:5])
+    assert held_out(out, other) == tuple(range(5))  # another set: it learned from none of it
+    bare = new_policy(tiny_config())
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="nobody knows which questions"):
+        run(tmp_path / "bare", asked, AnswerConfig(), tmp_path / "c")
+    with pytest.raises(CapabilityError, match="no language-model head"):
+        run(tmp_path / "bare", asked, AnswerConfig(part="all"), tmp_path / "c")
+
+
+def test_damaged_results_and_impossible_requests_are_refused(tmp_path):
+    with pytest.raises(DataError, match="There is no"):
+        read(tmp_path / "answers.json")
+    (tmp_path / "answers.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        read(tmp_path / "answers.json")
+    (tmp_path / "answers.json").write_text('{"format": "vlaflow results 1"}')
+    with pytest.raises(DataError, match="this version of vlaflow reads 'vlaflow answers 1'"):
+        read(tmp_path / "answers.json")
+    with pytest.raises(ConfigError, match="at least 1"):
+        AnswerConfig(limit=0)

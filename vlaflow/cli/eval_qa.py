@@ -1,0 +1,103 @@
+"""``vlaflow eval-qa``: how well a checkpoint answers questions about pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vlaflow.evaluation.questions import AnswerResults
+
+
+@dataclass(frozen=True)
+class EvalQa:
+    """Count right answers by kind of question, beside always the commonest answer and answers without the right picture.
+
+    Example: vlaflow eval-qa runs/co/policy --qa runs/qa --out runs/co/answers
+
+    Writes answers.json. An answer is right when it equals the true one but for case and spaces.
+
+    Args:
+        checkpoint: folder, or Hugging Face repository id.
+        qa: file or folder of a question set.
+        out: folder for answers.json.
+        part: the questions that training held out, or all of a set that is new to the checkpoint.
+        turns: of conversations: all, or the first alone; as in training by default.
+        limit: most tokens of an answer, its end included.
+        batch_size: questions answered together.
+        blind: also ask with the pictures of other questions of the same wording.
+        seed: of the exchange of pictures.
+        device: where the networks run.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    qa: Path
+    out: Path = Path("runs/eval-qa")
+    part: Literal["held-out", "all"] = "held-out"
+    turns: Literal["all", "first"] | None = None
+    limit: int = 32
+    batch_size: int = 64
+    blind: bool = True
+    seed: int = 0
+    device: str = "cpu"
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow eval-qa ...``; returns the exit status."""
+    given = tyro.cli(EvalQa, prog="vlaflow eval-qa", args=argv)
+
+    from rich.console import Console
+
+    from vlaflow.evaluation.questions import FILE, AnswerConfig, run
+    from vlaflow.progress import progress
+
+    config = AnswerConfig(
+        part=given.part,
+        turns=given.turns,
+        limit=given.limit,
+        batch_size=given.batch_size,
+        blind=given.blind,
+        seed=given.seed,
+        device=given.device,
+    )
+    with progress(100, "Asking") as bar:
+        shown = [0]
+
+        def report(done: int, total: int) -> None:
+            percent = 100 * done // total
+            bar.advance(percent - shown[0])
+            shown[0] = percent
+
+        results = run(given.checkpoint, given.qa, config, given.out, report)
+    console = Console()
+    console.print(table(results))
+    console.print(f"Written: {given.out / FILE}", soft_wrap=True)
+    return 0
+
+
+def table(results: AnswerResults) -> RenderableType:
+    """Right answers, interval and baselines of each kind."""
+    from rich import box
+    from rich.table import Table
+
+    grid = Table("kind", "right", "95 % interval", "commonest", "blind", "p", box=box.SIMPLE, padding=0)
+    for entry in results.kinds:
+        low, high = (100 * side for side in entry.interval)
+        grid.add_row(
+            entry.question_kind,
+            f"{entry.right}/{entry.questions}",
+            f"{low:.0f} to {high:.0f} %",
+            f"{entry.commonest}",
+            "" if entry.blind is None else f"{entry.blind}",
+            "" if entry.p_value is None else f"{entry.p_value:.2g}",
+            end_section=entry is results.kinds[-2] if len(results.kinds) > 1 else False,
+        )
+    unended = results.overall.unended
+    if unended:
+        grid.caption = f"{unended} answer(s) had not ended after {results.limit} tokens and count as wrong."
+    return grid

@@ -1,0 +1,83 @@
+"""``vlaflow record-qa``: questions about simulated scenes, with pictures and true answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RecordQa:
+    """Ask about pictures along scripted experts' episodes and write a question set in LLaVA's layout.
+
+    Example: vlaflow record-qa --env metaworld/drawer-open-v3 --env metaworld/window-close-v3 --episodes 50 --out runs/qa
+
+    Answers come from the simulator's state and are balanced, so always saying the commonest one is no better than chance. The
+    same arguments give the same bytes with any number of workers.
+
+    Args:
+        env: suite/task, or a group; repeat the option for more.
+        out: folder of the new set; must not exist.
+        episodes: per environment.
+        frames: looked at in each episode.
+        kind: of questions: what, side, height, near, nearer, state, gripper, count; repeat the option for more. All but
+            gripper when none is named; that one asks for a larger picture than 96.
+        most: questions kept of one wording with one answer, in one environment.
+        workers: recording processes; one per core is best.
+        size: side of the picture in pixels; use the one the policy looks at.
+        render: use the one of the robot's data.
+        seed: another seed gives other episodes, never those of a recording or an evaluation.
+        wander: random points that the gripper visits before the expert begins.
+        noise: standard deviation of what is added to the movement (1 is the full range).
+    """
+
+    env: tuple[str, ...]
+    out: Path
+    episodes: int = 50
+    frames: int = 16
+    kind: tuple[str, ...] = ()
+    most: int = 150
+    workers: int = 2
+    size: int = 96
+    render: Literal["fast", "exact"] = "fast"
+    seed: int = 0
+    wander: int = 4
+    noise: float = 0.1
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow record-qa ...``; returns the exit status."""
+    import tyro
+    from rich.console import Console
+
+    arguments = tyro.cli(RecordQa, prog="vlaflow record-qa", args=argv, config=(tyro.conf.UseAppendAction,))
+
+    from vlaflow.progress import progress
+    from vlaflow.simulators.base import expand_env_names
+    from vlaflow.simulators.experts import Noise
+    from vlaflow.simulators.record_questions import QuestionConfig, record_questions
+    from vlaflow.simulators.scenes import USUAL
+
+    config = QuestionConfig(
+        envs=arguments.env,
+        episodes=arguments.episodes,
+        frames=arguments.frames,
+        kinds=arguments.kind or USUAL,
+        most=arguments.most,
+        size=arguments.size,
+        render=arguments.render,
+        seed=arguments.seed,
+        wander=arguments.wander,
+        noise=Noise(arguments.noise),
+    )
+    total = len(expand_env_names(config.envs)) * config.episodes
+    with progress(total, "Recording") as bar:
+        summary = record_questions(config, arguments.out, arguments.workers, lambda *_: bar.advance())
+    console = Console()
+    console.print(f"Written: {summary.root}: {summary.questions} questions, {summary.images} pictures.", soft_wrap=True)
+    for kind, wordings in summary.counts.items():
+        number = sum(n for answers in wordings.values() for n in answers.values())
+        said = sorted({answer for answers in wordings.values() for answer in answers})
+        console.print(f"  {kind}: {number} ({', '.join(said)})", soft_wrap=True)
+    return 0

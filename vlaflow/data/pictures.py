@@ -1,0 +1,149 @@
+"""The pictures of a question set, decoded once, and batches of its questions.
+
+    pictures = PictureCache.open(questions, size=96)
+    source = Questions(questions, pictures, views=("image",), state_dim=4, indices=train)
+    batch = source.batch(np.array([0, 5, 9]))
+
+A question's pictures fill the policy's views in their order; views that are left are black. A question has no proprioceptive
+state: every dimension of it is unknown. Building the cache decodes every picture, so a damaged one is named before anything
+trains. In which order the samples come is decided in ``mixture.Order``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlaflow.data.batch import ObservationBatch, QuestionBatch
+from vlaflow.data.frames import LAYOUT, build_once, resize
+from vlaflow.data.questions import QuestionSet
+from vlaflow.errors import ConfigError, DataError, SpecError
+
+
+class PictureCache:
+    """Every picture of a question set as a square of one size, memory-mapped, by its path.
+
+    Attributes:
+        size: side in pixels; pictures that are not square keep their shape between black bars (``frames.resize``).
+    """
+
+    def __init__(self, folder: Path, images: Sequence[str], size: int) -> None:
+        self.size = size
+        self._row = {image: row for row, image in enumerate(images)}
+        # A set without any picture has no file to map; "c": private pages, as in FrameCache.
+        shape = (len(images), size, size, 3)
+        self._array = np.memmap(folder / "pictures.u8", np.uint8, "c", shape=shape) if images else np.zeros(shape, np.uint8)
+
+    @staticmethod
+    def open(questions: QuestionSet, size: int, progress: Callable[[int, int], None] | None = None) -> PictureCache:
+        """Open the cache of this set, building it first where there is none.
+
+        Args:
+            questions: a set.
+            size: side in pixels.
+            progress: called with (pictures done, pictures in all) while building.
+
+        Raises:
+            DataError: a picture that cannot be decoded, or no room or right to write the cache.
+        """
+        images = questions.images
+        what = json.dumps([LAYOUT, questions.fingerprint, size])
+        key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+
+        def build(folder: Path) -> None:
+            if not images:
+                return
+            array = np.memmap(folder / "pictures.u8", np.uint8, "w+", shape=(len(images), size, size, 3))
+            for row, image in enumerate(images):
+                array[row] = resize(decode(questions.root / image), size)
+                if progress:
+                    progress(row + 1, len(images))
+            array.flush()
+
+        folder = build_once(questions.root, f"pictures-{key}", len(images) * size * size * 3, build)
+        return PictureCache(folder, images, size)
+
+    def picture(self, image: str) -> np.ndarray:
+        """uint8 (size, size, 3), a view."""
+        return self._array[self._row[image]]
+
+
+def decode(file: Path) -> np.ndarray:
+    """uint8 (H, W, 3) of a PNG, JPEG, ...; turned as its EXIF data say, transparency on black.
+
+    Raises:
+        DataError: when it cannot be decoded.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise DataError(f"The picture {file} cannot be decoded ({error}). Replace it, or take its questions out.") from error
+
+
+class Questions:
+    """Some of a set's questions as training or evaluation samples.
+
+    Args:
+        questions: the set.
+        pictures: its cache.
+        views: of the policy, in order.
+        state_dim: length of the policy's state, S.
+        indices: which questions; all by default.
+
+    Raises:
+        SpecError: when a question shows more pictures than the policy has views.
+        ConfigError: when no question was chosen.
+    """
+
+    def __init__(
+        self,
+        questions: QuestionSet,
+        pictures: PictureCache,
+        views: Sequence[str],
+        state_dim: int,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        self.questions, self.pictures, self.views, self.state_dim = questions, pictures, tuple(views), state_dim
+        self.indices = np.array(range(len(questions)) if indices is None else indices, np.int64)
+        if not len(self.indices):
+            raise ConfigError(f"No question of {questions.file} was chosen. Give at least one.")
+        for index in self.indices:
+            question = questions.questions[index]
+            if len(question.images) > len(self.views):
+                raise SpecError(
+                    f"Question '{question.name}' of {questions.file} shows {len(question.images)} pictures, the policy looks "
+                    f"at {len(self.views)} view(s). Take it out, or use a policy with more views."
+                )
+
+    def __len__(self) -> int:
+        """Number of samples, M."""
+        return len(self.indices)
+
+    def batch(self, indices: np.ndarray) -> QuestionBatch:
+        """The samples at ``indices`` (B,), each in 0 .. M-1."""
+        chosen = [self.questions.questions[self.indices[i]] for i in indices]
+        side = self.pictures.size
+        images = {view: np.zeros((len(chosen), side, side, 3), np.uint8) for view in self.views}
+        for row, question in enumerate(chosen):
+            for view, image in zip(self.views, question.images, strict=False):
+                images[view][row] = self.pictures.picture(image)
+        shape = (len(chosen), self.state_dim)
+        observation = ObservationBatch(
+            {view: torch.from_numpy(image) for view, image in images.items()},
+            torch.zeros(shape),
+            [question.question for question in chosen],
+            known_BS=torch.zeros(shape, dtype=torch.bool),
+        )
+        return QuestionBatch(observation, [q.answer for q in chosen], [q.name for q in chosen])

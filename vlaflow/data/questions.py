@@ -1,0 +1,264 @@
+r"""Questions about pictures and their answers, in the layout that LLaVA made common.
+
+    questions.jsonl      one record per line (or questions.json: one list of records)
+    pictures/...         wherever the records say, relative to that file
+
+    {"id": "7", "image": "pictures/7.png", "conversations": [
+        {"from": "human", "value": "<image>\nIs the drawer open or closed?"}, {"from": "gpt", "value": "closed"}]}
+
+"image" is a path, a list of paths, or absent; ``<image>`` stands once for each in the human turns. Of further keys two are
+read: "kind" (accuracies are counted by it) and "group" (records of one group are held out together). Reading is strict:
+whatever cannot be understood is refused with its line, and nothing is skipped.
+
+A conversation of several turns becomes one question per turn: the earlier questions and answers, a line each, and then its
+own question; it is shown the pictures that were named up to there. With ``turns="first"`` only the first one is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from vlaflow.errors import ConfigError, DataError
+
+Turns = Literal["all", "first"]
+MARK = "<image>"
+NAMES = ("questions.jsonl", "questions.json")
+SPEAKERS = ("human", "gpt")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and its answer.
+
+    Args:
+        name: id of the record, with the turn where there are several: "7", "7/2".
+        images: paths relative to the set's folder; none for a question about words alone.
+        question: what is asked, earlier turns included, without ``<image>``.
+        answer: what is to be said.
+        kind: of question; "" where the set does not say.
+        group: what it is held out with besides all that shows the same picture; "" for nothing.
+    """
+
+    name: str
+    images: tuple[str, ...]
+    question: str
+    answer: str
+    kind: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A file of questions that has been read and checked, its pictures' presence included.
+
+    Args:
+        file: of the records.
+        questions: in the order of the file.
+    """
+
+    file: Path
+    questions: tuple[Question, ...]
+
+    @staticmethod
+    def open(path: Path | str, turns: Turns = "all") -> QuestionSet:
+        """Read a file, or the ``questions.jsonl`` or ``questions.json`` of a folder.
+
+        Raises:
+            DataError: naming file, line and cure.
+        """
+        file = _file(Path(path))
+        found: list[Question] = []
+        present: set[str] = set()
+        for where, record in _records(file):
+            for question in _questions(record, turns, where):
+                found.append(question)
+                for image in question.images:
+                    if image not in present and not (file.parent / image).is_file():
+                        raise DataError(
+                            f"{where} shows {file.parent / image}, which is missing. Copy it there, or take it out."
+                        )
+                    present.add(image)
+        if not found:
+            raise DataError(f"{file} holds no questions. Write a record per line; docs/qa.md shows one.")
+        return QuestionSet(file, tuple(found))
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def root(self) -> Path:
+        """The folder that pictures are looked for in."""
+        return self.file.parent
+
+    @cached_property
+    def images(self) -> tuple[str, ...]:
+        """Every picture once, in the order of the questions."""
+        return tuple(dict.fromkeys(image for question in self.questions for image in question.images))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits of the questions in full and of each picture's path and size in bytes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for q in self.questions:
+            digest.update(json.dumps([q.name, q.images, q.question, q.answer, q.kind, q.group]).encode())
+        for image in self.images:
+            digest.update(f"{image}\0{(self.root / image).stat().st_size}\0".encode())
+        return digest.hexdigest()
+
+    def split(self, held_out: float, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Divide the questions into (training, held out): int indices, ascending.
+
+        What shares a picture or a group stays together. The families that arise are ordered by a hash of their group or
+        picture (or name), and the first ``round(held_out · families)`` are held out, at least one (where the share is not 0
+        and there are two or more) and never all. So a family's place does not depend on the order of the file, and a smaller
+        share holds out a part of what a larger one does.
+
+        Raises:
+            ConfigError: the share is not in [0, 1).
+        """
+        if not 0 <= held_out < 1:
+            raise ConfigError(f"The held-out share of the questions must lie in [0, 1), got {held_out}.")
+        families = self._families()
+        count = round(held_out * len(families))
+        if held_out > 0:
+            count = min(max(count, 1), len(families) - 1)
+
+        def place(name: str) -> bytes:
+            return hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+
+        held = {i for name in sorted(families, key=place)[:count] for i in families[name]}
+        return tuple(i for i in range(len(self)) if i not in held), tuple(sorted(held))
+
+    def _families(self) -> dict[str, list[int]]:
+        """Indices of the questions that hang together, by the smallest of their labels."""
+        parent: dict[str, str] = {}
+
+        def root(label: str) -> str:
+            while parent.setdefault(label, label) != label:
+                parent[label] = label = parent[parent[label]]
+            return label
+
+        labels = [_labels(question) for question in self.questions]
+        for own in labels:
+            roots = sorted(root(label) for label in own)
+            for other in roots[1:]:
+                parent[root(other)] = root(roots[0])
+        families: dict[str, list[int]] = {}
+        for i, own in enumerate(labels):
+            families.setdefault(root(own[0]), []).append(i)
+        return {min(label for i in members for label in labels[i]): members for members in families.values()}
+
+
+def _labels(question: Question) -> list[str]:
+    found = [f"image {image}" for image in question.images]
+    if question.group:
+        found.append(f"group {question.group}")
+    return found or [f"words {question.name.partition('/')[0]}"]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    here = [path / name for name in NAMES if (path / name).is_file()]
+    if len(here) == 1:
+        return here[0]
+    if here:
+        raise DataError(f"{path} holds {' and '.join(NAMES)}; name the one that is meant.")
+    raise DataError(f"There is no {path / NAMES[0]}. Name a file of questions, or make a set with vlaflow record-qa.")
+
+
+def _records(file: Path) -> Iterator[tuple[str, Any]]:
+    """Every record with the words that say where it stands."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}). Write it as UTF-8, one JSON record per line.") from error
+    if file.suffix == ".json":
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}). Mend the line.") from error
+        if not isinstance(records, list):
+            raise DataError(f"{file} must be a list of records. Put them in [ ], or one per line into a .jsonl file.")
+        yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
+        return
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # splitlines would also cut inside a JSON text
+        where = f"{file}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not a JSON record ({error.msg}). Mend the line, or take it out.") from error
+
+
+def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: a record is an object with id, image and conversations, not {type(record).__name__}.")
+    name = record.get("id")
+    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+        raise DataError(f"{where}: 'id' must be a text or a number, got {name!r}. Give the record one.")
+    images = _images(record.get("image"), where)
+    kind, group = (_text(record.get(key, ""), key, where) for key in ("kind", "group"))
+    exchanges = list(_exchanges(record.get("conversations"), where))
+    marks = sum(asked.count(MARK) for asked, _ in exchanges)
+    if marks != len(images):
+        raise DataError(f"{where}: {len(images)} image(s) and {marks} {MARK} in the human turns. Write one {MARK} per image.")
+    earlier: list[str] = []
+    shown = 0
+    for turn, (asked, answer) in enumerate(exchanges[: 1 if turns == "first" else None], 1):
+        shown += asked.count(MARK)
+        words = " ".join(asked.replace(MARK, " ").split())
+        if not words:
+            raise DataError(f"{where}: turn {2 * turn - 1} asks nothing beside its pictures. Put the question into words.")
+        question = "\n".join((*earlier, words))
+        earlier += [words, answer]
+        yield Question(f"{name}/{turn}" if len(exchanges) > 1 else str(name), images[:shown], question, answer, kind, group)
+
+
+def _images(given: Any, where: str) -> tuple[str, ...]:
+    paths = [] if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(paths, Sequence) or not all(isinstance(path, str) and path for path in paths):
+        raise DataError(f"{where}: 'image' must be a path or a list of paths, got {given!r}.")
+    for path in paths:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise DataError(f"{where}: the image '{path}' lies outside the set's folder. Put it beside the file of questions.")
+    return tuple(Path(path).as_posix() for path in paths)
+
+
+def _exchanges(turns: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Question and answer, again and again."""
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: 'conversations' must be a list of turns, got {turns!r}.")
+    said: list[str] = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
+            raise DataError(f"{where}: turn {number + 1} must be an object with 'from' and 'value', got {turn!r}.")
+        expected = SPEAKERS[number % 2]
+        if turn["from"] != expected:
+            fault = "an answer before its question" if turn["from"] == "gpt" else f"from {turn['from']!r}"
+            raise DataError(
+                f"{where}: turn {number + 1} is {fault}; human and gpt take turns, human first. Here {expected} is due."
+            )
+        text = _text(turn["value"], f"turn {number + 1}", where).strip()
+        if not text:
+            raise DataError(f"{where}: turn {number + 1}, of {expected}, is empty. Fill it, or take the record out.")
+        if expected == "gpt" and MARK in text:
+            raise DataError(f"{where}: the answer in turn {number + 1} holds {MARK}. Pictures belong into the human turns.")
+        said.append(text)
+    if len(said) % 2:
+        raise DataError(f"{where}: the last question has no answer. Add a turn from gpt, or take the question out.")
+    yield from zip(said[::2], said[1::2], strict=True)
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {what} must be a text, got {value!r}.")
+    return value

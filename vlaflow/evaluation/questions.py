@@ -1,0 +1,355 @@
+"""How well a checkpoint answers questions about pictures, by kind, beside what can be had without looking.
+
+An answer is right when it has ended and equals the true one but for case and spaces. Two baselines belong to every accuracy:
+
+    commonest   always the commonest of the true answers to the same wording: the most that words alone can give
+    blind       the checkpoint itself, shown the picture of another question with the same wording
+
+Both are measured on the very same questions, so seeing and blind answers are compared in pairs (McNemar's exact test).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vlaflow.backbones.language import speaking
+from vlaflow.config import from_json
+from vlaflow.data.batch import QuestionBatch
+from vlaflow.data.pictures import PictureCache, Questions
+from vlaflow.data.questions import Question, QuestionSet, Turns
+from vlaflow.decoders.answers import Answer
+from vlaflow.errors import CheckpointError, ConfigError, DataError
+from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
+from vlaflow.files import read_json, write_json
+from vlaflow.policies.base import Policy
+from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.versions import command_line, machine, versions
+
+FORMAT = "vlaflow answers 1"
+FILE = "answers.json"
+EVERYTHING = "all"
+Part = Literal["held-out", "all"]
+
+
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """One question, and what was said.
+
+    Args:
+        name, question_kind, question, answer: as in the set.
+        said: with its picture.
+        ended: whether the answer came to its end within the limit; one that did not is wrong.
+        blind: said with another question's picture; None where that was not tried.
+    """
+
+    name: str
+    question_kind: str
+    question: str
+    answer: str
+    said: str
+    ended: bool
+    blind: str | None = None
+
+    @property
+    def right(self) -> bool:
+        """Said and true are the same but for case and spaces."""
+        return self.ended and normal(self.said) == normal(self.answer)
+
+    @property
+    def right_blind(self) -> bool:
+        """The same of what was said blindly."""
+        return self.blind is not None and normal(self.blind) == normal(self.answer)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One kind of question, or all.
+
+    Args:
+        question_kind: "all" for all of them.
+        questions, right: counts.
+        interval: of the accuracy, Wilson, 95 %.
+        commonest: right answers of who always gives the commonest of the true answers to the same wording.
+        blind: right answers with other questions' pictures; None where that was not tried.
+        difference: accuracy minus blind accuracy.
+        difference_interval: Newcombe's method 10, 95 %.
+        p_value: exact McNemar test of seeing against blind.
+        unended: answers that had not ended within the limit.
+    """
+
+    question_kind: str
+    questions: int
+    right: int
+    interval: tuple[float, float]
+    commonest: int
+    unended: int
+    blind: int | None = None
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class AnswerResults:
+    """The whole file.
+
+    Args:
+        kinds: by kind, and all together last.
+        per_question: everything that was said.
+        part: which questions were asked.
+        questions, questions_fingerprint: the set.
+        checkpoint, fingerprint: who was asked.
+        limit: most tokens of an answer.
+        seed: of the exchange of pictures.
+        command, machine, versions: how this file came about.
+        format: of this file.
+    """
+
+    kinds: tuple[Accuracy, ...]
+    per_question: tuple[AnsweredQuestion, ...]
+    part: str
+    questions: str
+    questions_fingerprint: str
+    checkpoint: str
+    fingerprint: str
+    limit: int
+    seed: int
+    command: str
+    machine: str
+    versions: dict[str, str]
+    format: str = field(default=FORMAT)
+
+    @property
+    def overall(self) -> Accuracy:
+        """All questions together."""
+        return self.kinds[-1]
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """What is asked.
+
+    Args:
+        part: the questions that training held out, or all of a set that the checkpoint never learned from.
+        turns: as in ``QuestionSet.open``; None as in training, or all.
+        limit: most tokens of an answer.
+        batch_size: questions answered together.
+        blind: also ask with exchanged pictures.
+        seed: of the exchange.
+        size: side at which pictures are shown to backbones that look at any size.
+        device: where the networks run.
+    """
+
+    part: Part = "held-out"
+    turns: Turns | None = None
+    limit: int = 32
+    batch_size: int = 64
+    blind: bool = True
+    seed: int = 0
+    size: int = 448
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.batch_size < 1:
+            raise ConfigError(f"limit and batch_size are at least 1, got {self.limit} and {self.batch_size}.")
+
+
+def run(
+    checkpoint: Path | str,
+    questions: Path | str,
+    config: AnswerConfig,
+    out: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> AnswerResults:
+    """Ask, and write ``answers.json`` into ``out``.
+
+    Args:
+        checkpoint: folder or Hugging Face repository id.
+        questions: file or folder of a set.
+        config: what is asked.
+        out: folder.
+        progress: called with (questions done, questions in all); asking again blindly counts too.
+
+    Raises:
+        VlaflowError: when the parts do not fit together.
+    """
+    folder = local_folder(checkpoint)
+    trained = _training(folder)
+    asks = (trained or {}).get("config", {}).get("questions") or {}
+    found = QuestionSet.open(questions, config.turns or asks.get("turns", "all"))
+    chosen = tuple(range(len(found))) if config.part == "all" else held_out(folder, found)
+    policy = Policy.from_pretrained(folder, config.device)
+    speaking(policy.model.backbone)
+    views = policy.model.backbone.views
+    pictures = PictureCache.open(found, next(iter(views.values())) or asks.get("size", config.size))
+    source = Questions(found, pictures, tuple(views), len(policy.stats["state"].mean), chosen)
+    answered = ask(policy, source, config, progress)
+    results = AnswerResults(
+        kinds=count(answered),
+        per_question=tuple(answered),
+        part=config.part,
+        questions=str(questions),
+        questions_fingerprint=found.fingerprint,
+        checkpoint=str(checkpoint),
+        fingerprint=fingerprint(folder),
+        limit=config.limit,
+        seed=config.seed,
+        command=command_line(),
+        machine=machine(),
+        versions=versions(),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / FILE, asdict(results))
+    return results
+
+
+def held_out(folder: Path, questions: QuestionSet) -> tuple[int, ...]:
+    """The questions that the checkpoint never learned from: all of another set, of its own those that training held out.
+
+    Raises:
+        CheckpointError: when the checkpoint does not say, or training held out none.
+    """
+    trained = _training(folder)
+    if trained is None:
+        raise CheckpointError(
+            f"{folder} lacks training/, so nobody knows which questions it learned from. Say that {questions.file} is new "
+            "to it with --part all, or evaluate in the folder where it was trained."
+        )
+    if trained.get("questions") != questions.fingerprint:
+        return tuple(range(len(questions)))
+    _, held = questions.split(trained["config"]["questions"]["held_out"])
+    if not held:
+        raise CheckpointError(f"Training held out no question of {questions.file}. Train with a larger questions.held_out.")
+    return held
+
+
+def ask(
+    policy: Policy, source: Questions, config: AnswerConfig, progress: Callable[[int, int], None] | None = None
+) -> list[AnsweredQuestion]:
+    """What a policy says to every question of a source, with its picture and, where ``config.blind``, with another's."""
+    asked = [source.questions.questions[i] for i in source.indices]
+    total = len(asked) * (1 + config.blind)
+    seen = _answers(policy, source, None, config, lambda done: progress and progress(done, total))
+    blind: Sequence[Answer | None] = [None] * len(asked)
+    if config.blind:
+        partners = exchange(asked, config.seed)
+        blind = _answers(policy, source, partners, config, lambda done: progress and progress(len(asked) + done, total))
+    return [
+        AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, None if b is None else b.text)
+        for q, s, b in zip(asked, seen, blind, strict=True)
+    ]
+
+
+def exchange(questions: Sequence[Question], seed: int) -> np.ndarray:
+    """For each question another one with the same wording and other pictures, int64; −1 where there is none.
+
+    Those of one wording are put in a random order, in which each takes the next one's pictures that differ from its own.
+    """
+    partner = np.full(len(questions), -1, np.int64)
+    wordings: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        wordings.setdefault(question.question, []).append(i)
+    for number, members in enumerate(wordings.values()):
+        order = np.random.default_rng([seed, number]).permutation(members).tolist()
+        for place, i in enumerate(order):
+            others = (*order[place + 1 :], *order[:place])
+            partner[i] = next((j for j in others if questions[j].images != questions[i].images), -1)
+    return partner
+
+
+def count(answered: Sequence[AnsweredQuestion]) -> tuple[Accuracy, ...]:
+    """Accuracies by kind in the order of their first questions, and of all together."""
+    kinds = list(dict.fromkeys(each.question_kind for each in answered))
+    groups = {kind or "unnamed": [each for each in answered if each.question_kind == kind] for kind in kinds}
+    return tuple(_accuracy(name, group) for name, group in (*groups.items(), (EVERYTHING, list(answered))))
+
+
+def normal(text: str) -> str:
+    """Without case, and with single spaces."""
+    return " ".join(text.casefold().split())
+
+
+def read(file: Path) -> AnswerResults:
+    """Read ``answers.json`` strictly.
+
+    Raises:
+        DataError: when it is missing, damaged or of another format.
+        ConfigError: naming an unknown or missing key.
+    """
+    if not file.exists():
+        raise DataError(f"There is no {file}. Write it: vlaflow eval-qa CKPT --qa DIR --out {file.parent}")
+    try:
+        data = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} is not valid JSON ({error}); it is damaged. Run the evaluation again.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise DataError(f"{file} has the format {found!r}, this version of vlaflow reads {FORMAT!r}.")
+    return from_json(AnswerResults, data, str(file))
+
+
+def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:
+    n, right = len(group), sum(each.right for each in group)
+    wordings: dict[str, Counter[str]] = {}
+    for each in group:
+        wordings.setdefault(each.question, Counter())[normal(each.answer)] += 1
+    interval = wilson(right, n)
+    done = Accuracy(
+        kind,
+        n,
+        right,
+        (interval.low, interval.high),
+        commonest=sum(max(answers.values()) for answers in wordings.values()),
+        unended=sum(not each.ended for each in group),
+    )
+    if any(each.blind is None for each in group):
+        return done
+    table = PairedOutcomes.of([each.right_blind for each in group], [each.right for each in group])
+    gain = paired_difference(table)
+    return replace(
+        done,
+        blind=sum(each.right_blind for each in group),
+        difference=table.difference,
+        difference_interval=(gain.low, gain.high),
+        p_value=mcnemar(table),
+    )
+
+
+def _answers(
+    policy: Policy,
+    source: Questions,
+    partners: np.ndarray | None,
+    config: AnswerConfig,
+    progress: Callable[[int], object],
+) -> list[Answer]:
+    said: list[Answer] = []
+    for start in range(0, len(source), config.batch_size):
+        indices = np.arange(start, min(start + config.batch_size, len(source)))
+        batch = source.batch(indices)
+        if partners is not None:
+            batch = _with_pictures_of(batch, source, partners[indices])
+        said += policy.reply(batch.observation, config.limit)
+        progress(len(said))
+    return said
+
+
+def _with_pictures_of(batch: QuestionBatch, source: Questions, partners: np.ndarray) -> QuestionBatch:
+    """The questions with others' pictures; black where there is no other."""
+    images = source.batch(np.maximum(partners, 0)).observation.images
+    lonely_B = torch.from_numpy(partners < 0)
+    images = {view: image.masked_fill(lonely_B[:, None, None, None], 0) for view, image in images.items()}
+    return replace(batch, observation=replace(batch.observation, images=images))
+
+
+def _training(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's training was a function of; None where it does not say."""
+    states = sorted(folder.glob("training/step-*/state.json"))
+    return read_json(states[-1])["run"] if states else None

@@ -1,0 +1,297 @@
+"""Recording a question set: pictures along experts' episodes, and what is true in them.
+
+An episode is found and repeated as in ``record``, with seeds of its own, so no picture comes from a recorded demonstration
+or an evaluation. The gripper first visits some random points, then the expert does the task. Of the frames some, evenly
+spaced, are looked at and asked about (``scenes.ask``).
+
+Of all these candidates a balanced part is kept: in every environment, of each question as many with one answer as with any
+other, drawn at random, at most ``most``. So who knows only the words, or also the environment, does no better than chance.
+The question of what stands on the table has one answer per environment; it is balanced over all of them. A question that has
+only one answer left is dropped, which the README says.
+
+The layout is that of ``data.questions``; "group" is the episode, so that episodes are held out as a whole. The same config
+gives the same bytes with any number of workers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlaflow.errors import ConfigError, DataError, nearest
+from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
+from vlaflow.simulators.experts import Noise
+from vlaflow.simulators.record import RecordConfig, find_episode
+from vlaflow.simulators.scenes import KINDS, USUAL, Asked, Margins, ask, facts_of
+from vlaflow.simulators.workers import Progress, iterate_jobs
+from vlaflow.versions import versions
+
+FIRST_RUN = 4001
+"""``record_seed`` runs from here on are those of question sets; recordings end at 4000."""
+EVERYWHERE = ("what",)
+"""Kinds that are balanced over all environments together."""
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """What to record.
+
+    Args:
+        envs: "suite/task" or groups; all of one suite.
+        episodes: per environment.
+        frames: looked at in each episode.
+        kinds: of questions, see ``scenes.KINDS``.
+        most: questions kept of one wording with one answer, in one environment.
+        size, render: of the pictures, as recorded data sets have them.
+        seed: another seed gives other episodes, 0 to 199.
+        wander: random points that the gripper visits before the expert begins.
+        noise: disturbance of the expert.
+        margins: how clear an answer must be.
+    """
+
+    envs: tuple[str, ...]
+    episodes: int = 50
+    frames: int = 16
+    kinds: tuple[str, ...] = USUAL
+    most: int = 150
+    size: int | None = 96
+    render: Any = "fast"
+    seed: int = 0
+    wander: int = 4
+    noise: Noise = field(default_factory=Noise)
+    margins: Margins = field(default_factory=Margins)
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ConfigError(f"There is no kind of question '{kind}'; {nearest(kind, KINDS)}")
+        if not 0 <= self.seed < 200:
+            raise ConfigError(f"seed must lie in 0..199, got {self.seed}.")
+        if self.frames < 1 or self.most < 1 or not 0 <= self.wander <= 10:
+            raise ConfigError(f"frames and most are at least 1, wander 0 to 10: {self.frames}, {self.most}, {self.wander}.")
+        self.episode_config()
+
+    def episode_config(self) -> RecordConfig:
+        """How episodes are found."""
+        return RecordConfig(self.envs, self.episodes, self.size, self.render, noise=self.noise)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One frame that was looked at."""
+
+    env: str
+    episode: int
+    seed: int
+    step: int
+    image: str
+    asked: tuple[Asked, ...]
+
+
+@dataclass(frozen=True)
+class QuestionSummary:
+    """What ``record_questions`` did.
+
+    Args:
+        root: the set.
+        counts: questions by kind, wording and answer.
+        dropped: wordings that had one answer only, by environment.
+        images: pictures written.
+    """
+
+    root: Path
+    counts: Mapping[str, Mapping[str, Mapping[str, int]]]
+    dropped: Mapping[str, Sequence[str]]
+    images: int
+
+    @property
+    def questions(self) -> int:
+        """In all."""
+        return sum(n for wordings in self.counts.values() for answers in wordings.values() for n in answers.values())
+
+
+@dataclass(frozen=True)
+class _Job:
+    env: str
+    episode: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.env}, episode {self.episode}"
+
+
+def record_questions(config: QuestionConfig, out: Path, workers: int = 2, progress: Progress | None = None) -> QuestionSummary:
+    """Record and write a question set.
+
+    Args:
+        config: what to record.
+        out: the set's folder; appears only when complete.
+        workers: processes; 0 records in this one.
+        progress: called as ``progress(done, total)`` after each episode.
+
+    Raises:
+        ConfigError: for an unknown environment or several suites at once.
+        CapabilityError: for an environment that nothing can be asked about.
+        DataError: when ``out`` exists, an expert keeps failing, or no question has two answers.
+    """
+    names = expand_env_names(config.envs)
+    suites = {name.partition("/")[0] for name in names}
+    if len(suites) > 1:
+        raise ConfigError(f"A question set holds one robot, and these are several suites: {', '.join(sorted(suites))}.")
+    if out.exists():
+        raise DataError(f"{out} exists already. Choose another --out, or remove it first.")
+    side = config.size or simulator_spec(suites.pop()).size[config.render]
+    jobs = [_Job(name, episode) for name in names for episode in range(config.episodes)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        for name in names:
+            (partial / _folder(name)).mkdir(parents=True)
+        work = functools.partial(_look, config=config, size=side, root=partial)
+        looks = [look for episode in iterate_jobs(work, jobs, workers, progress=progress) for look in episode]
+        kept, dropped = balance(looks, config)
+        if not kept:
+            raise DataError(f"No question about {', '.join(names)} has two answers. Record more episodes, or other tasks.")
+        shown = {look.image for look, _ in kept}
+        for look in looks:
+            if look.image not in shown:
+                (partial / look.image).unlink()
+        counts = _count(kept)
+        (partial / "questions.jsonl").write_text("".join(_line(look, asked) for look, asked in kept), encoding="utf-8")
+        meta = _metadata(config, side, looks, counts, dropped)
+        (partial / "metadata.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(_readme(meta, len(shown)), encoding="utf-8")
+        partial.chmod(0o755)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return QuestionSummary(out, counts, dropped, len(shown))
+
+
+def balance(looks: Sequence[Look], config: QuestionConfig) -> tuple[list[tuple[Look, Asked]], dict[str, list[str]]]:
+    """The questions that are kept, in the order of the looks, and the wordings that had one answer only, by environment."""
+    pools: dict[tuple[str, str], dict[str, list[tuple[int, int]]]] = {}
+    for i, look in enumerate(looks):
+        for j, asked in enumerate(look.asked):
+            where = "all environments" if asked.kind in EVERYWHERE else look.env
+            pools.setdefault((where, asked.question), {}).setdefault(asked.answer, []).append((i, j))
+    kept: list[tuple[int, int]] = []
+    dropped: dict[str, list[str]] = {}
+    for (where, question), answers in pools.items():
+        if len(answers) < 2:
+            dropped.setdefault(where, []).append(question)
+            continue
+        number = min(config.most, *(len(places) for places in answers.values()))
+        for answer, places in answers.items():
+            salt = zlib.crc32(f"{where}\0{question}\0{answer}".encode())
+            order = np.random.default_rng([config.seed, salt]).permutation(len(places))
+            kept += [places[k] for k in order[:number]]
+    return [(looks[i], looks[i].asked[j]) for i, j in sorted(kept)], dropped
+
+
+def _look(job: _Job, config: QuestionConfig, size: int, root: Path) -> list[Look]:
+    """Look at some frames of one episode; runs in a worker."""
+    from PIL import Image
+
+    env: Any = cached(job.env, render=config.render, size=size)
+    env.restart(0)
+    facts_of(env)  # refused before an expert plays
+    found = find_episode(job.env, job.episode, config.episode_config(), FIRST_RUN + config.seed, size, wander=config.wander)
+    env.restart(found.seed)
+    chosen = set(np.linspace(0, len(found.steps) - 1, min(config.frames, len(found.steps))).round().astype(int).tolist())
+    looks = []
+    for number, step in enumerate(found.steps):
+        if number in chosen:
+            image = f"{_folder(job.env)}/{job.episode:05d}-{number:03d}.png"
+            Image.fromarray(env.render()).save(root / image)
+            asked = tuple(each for each in ask(facts_of(env), config.margins) if each.kind in config.kinds)
+            looks.append(Look(job.env, job.episode, found.seed, number, image, asked))
+        env.advance(step.executed)
+    return looks
+
+
+def _folder(env: str) -> str:
+    return f"pictures/{env.partition('/')[2]}"
+
+
+def _line(look: Look, asked: Asked) -> str:
+    task = look.env.partition("/")[2]
+    record = {
+        "id": f"{task}-{look.episode}-{look.step}-{asked.kind}-{zlib.crc32(asked.question.encode()):08x}",
+        "image": look.image,
+        "conversations": [{"from": "human", "value": f"<image>\n{asked.question}"}, {"from": "gpt", "value": asked.answer}],
+        "kind": asked.kind,
+        "group": f"{look.env}, seed {look.seed}",
+        "env": look.env,
+        "seed": look.seed,
+        "step": look.step,
+    }
+    return json.dumps(record) + "\n"
+
+
+def _count(kept: Sequence[tuple[Look, Asked]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Questions by kind, wording and answer, sorted by name within the order of the kinds."""
+    numbers = Counter((asked.kind, asked.question, asked.answer) for _, asked in kept)
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for kind, question, answer in sorted(numbers, key=lambda key: (list(KINDS).index(key[0]), *key[1:])):
+        counts.setdefault(kind, {}).setdefault(question, {})[answer] = numbers[kind, question, answer]
+    return counts
+
+
+def _metadata(
+    config: QuestionConfig, side: int, looks: Sequence[Look], counts: Mapping[str, Any], dropped: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    seeds: dict[str, list[int]] = {}
+    for look in looks:
+        seeds.setdefault(look.env, []).append(look.seed)
+    return {
+        "how": "pictures along scripted experts' episodes; answers from the simulator's state; answers balanced by wording",
+        "size": side,
+        "render": config.render,
+        "seed": config.seed,
+        "episodes": config.episodes,
+        "frames": config.frames,
+        "most": config.most,
+        "wander": config.wander,
+        "noise": asdict(config.noise),
+        "margins": asdict(config.margins),
+        "kinds": {kind: KINDS[kind] for kind in counts},
+        "counts": counts,
+        "dropped": dropped,
+        "seeds": {env: list(dict.fromkeys(own)) for env, own in seeds.items()},
+        "versions": versions(),
+    }
+
+
+def _readme(meta: Mapping[str, Any], images: int) -> str:
+    total = sum(n for wordings in meta["counts"].values() for answers in wordings.values() for n in answers.values())
+    lines = [
+        "# Questions about simulated scenes",
+        "",
+        f"{total} questions about {images} pictures of {meta['size']} × {meta['size']} pixels ({meta['render']} rendering), "
+        f"recorded with vlaflow {meta['versions']['vlaflow']}, seed {meta['seed']}. Environments: {', '.join(meta['seeds'])}.",
+        "",
+        "`questions.jsonl` is in LLaVA's conversation layout; `metadata.json` states seeds, margins, counts and versions.",
+        "Answers come from the simulator's state. In every environment each wording has as many questions with one answer as",
+        "with any other, so always saying the commonest is right as often as chance: one in as many as there are answers.",
+        "",
+        "| kind | wording | answers |",
+        "|---|---|---|",
+    ]
+    for kind, wordings in meta["counts"].items():
+        for question, answers in wordings.items():
+            lines.append(f"| {kind} | {question} | {', '.join(f'{answer}: {n}' for answer, n in answers.items())} |")
+    if meta["dropped"]:
+        lines += ["", "Left out, because only one answer occurred:", ""]
+        lines += [f"- {where}: {' '.join(questions)}" for where, questions in meta["dropped"].items()]
+    return "\n".join(lines) + "\n"

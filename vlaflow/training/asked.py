@@ -1,0 +1,42 @@
+"""Question sets in training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlaflow.data.pictures import PictureCache, Questions
+from vlaflow.data.questions import QuestionSet
+from vlaflow.policies.base import Policy
+from vlaflow.policies.recipe import TrainConfig
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions of a run: those to train on, those held out, and what to say of them."""
+
+    train: Questions
+    held: Questions | None
+    words: str
+    identity: Mapping[str, Any]
+
+
+def questions_of(policy: Policy, config: TrainConfig, path: Path | str | None) -> Asked:
+    """The questions of a config that has some, divided, with their pictures at the size that the policy looks at."""
+    asks, views = config.questions, policy.model.backbone.views
+    assert asks is not None
+    assert path is not None
+    found = QuestionSet.open(path, asks.turns)
+    pictures = PictureCache.open(found, next(iter(views.values())) or asks.size)
+    state_dim = len(policy.stats["state"].mean)
+    train, held = (
+        Questions(found, pictures, tuple(views), state_dim, part) if part else None for part in found.split(asks.held_out)
+    )
+    assert train is not None  # a part of every set stays
+    words = (
+        f"{found.root.name}, {len(train)} for training, {len(held or ())} held out, on {asks.share:g} of the steps, "
+        f"fingerprint {found.fingerprint}"
+    )
+    return Asked(train, held, words, {"questions": found.fingerprint})

@@ -1,0 +1,125 @@
+"""Latent action models in training runs: learning one from video, and the codes of one as something to learn."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlaflow.actions.latent import LatentActionModel, Origin
+from vlaflow.data import stats
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.pairs import FramePairs, chosen_view
+from vlaflow.data.transforms import Normalizer
+from vlaflow.decoders.latent_flow import LatentFlowConfig
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.policies.base import Policy
+from vlaflow.policies.iflybot.codes import dataset_codes
+from vlaflow.policies.recipe import TrainConfig, VideoSpec
+from vlaflow.progress import progress
+from vlaflow.training.card import latent_card
+from vlaflow.training.options import Options, episodes_of, finish, overridden
+from vlaflow.training.precision import training_threads
+from vlaflow.training.stages import LatentStage
+from vlaflow.training.trainer import Outcome, Trainer
+from vlaflow.versions import command_line
+
+
+def video_spec(dataset: Dataset) -> VideoSpec:
+    """The shape of a data set of video, as recipes of latent action models take it.
+
+    Raises:
+        DataError: no camera.
+    """
+    chosen_view(dataset, None)
+    return VideoSpec(tuple(dataset.views), dataset.columns().action.shape[1])
+
+
+def train_latent(
+    config: TrainConfig, dataset: Dataset, out: Path | str, *, name: str, options: Options | None = None
+) -> Outcome:
+    """Train a latent action model from a data set's video; actions are only read where the model has an action head.
+
+    Args:
+        config: a recipe's, with ``latent`` set.
+        dataset: what to learn from.
+        out: folder of the checkpoint.
+        name: the recipe's name, for the model card.
+        options: see ``Options``.
+
+    Raises:
+        DataError: no such view, or episodes that are all too short for the gap.
+    """
+    config, options = overridden(config, options), options or Options()
+    if config.latent is None:
+        raise ConfigError(f"'{name}' does not train a latent action model.")
+    if options.tokenizer is not None:
+        raise ConfigError(f"A latent action model has no use for the action tokenizer {options.tokenizer}; leave it out.")
+    torch.set_num_threads(options.threads or training_threads())
+    latent = config.latent
+    train_episodes, held_episodes = episodes_of(dataset, config)
+    cache = FrameCache.open(dataset, latent.model.image_size, [chosen_view(dataset, latent.view)])
+    pairs = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=train_episodes)
+    held = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=held_episodes) if held_episodes else None
+    for which, one in (("For training", pairs), ("Held out", held)):
+        if one is not None and one.short:
+            sys.stderr.write(f"{which}: {one.left_out()}\n")
+    action = None
+    if latent.model.action_dim:
+        found = dataset.columns().action.shape[1]
+        if found != latent.model.action_dim:
+            raise SpecError(
+                f"latent.model.action_dim is {latent.model.action_dim}, but the actions of {dataset.root} have {found} "
+                "dimensions."
+            )
+        action = Normalizer.from_stats(stats.compute(dataset, train_episodes)["action"], "mean_std")
+    division = (config.validation_fraction, config.seed)
+    origin = Origin(dataset.fingerprint, latent.view, dataset.fps, latent.gap_s, pairs.gap, *division)
+    model = LatentActionModel.create(latent.model, origin, config.seed)
+    stage = LatentStage(model, latent, config.steps, action)
+    command = options.command or command_line()
+
+    def card(outcome: Outcome) -> str:
+        counts = {"train": len(train_episodes), "held": len(held_episodes)}
+        return latent_card(model, config, dataset, outcome, recipe=name, command=command, **counts)
+
+    run = {"recipe": name, "data": dataset.fingerprint}
+    return finish(
+        Trainer(stage, config, pairs, held, Path(out), identity=run, card=card, tracker=options.tracker, fresh=options.fresh)
+    )
+
+
+def codes_of(policy: Policy, dataset: Dataset, path: Path | str | None) -> tuple[np.ndarray | None, dict[str, str]]:
+    """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity."""
+    decoder = policy.config.decoder
+    wants = isinstance(decoder, LatentFlowConfig) and decoder.teaches
+    if not wants:
+        if path is not None:
+            raise ConfigError(f"This recipe's decoder names no latent actions, so it cannot use {path}; leave --latent out.")
+        return None, {}
+    assert isinstance(decoder, LatentFlowConfig)
+    if path is None:
+        raise ConfigError(
+            "This decoder learns to name latent actions; give it a latent action model with --latent (train one: vlaflow train "
+            "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
+        )
+    model = LatentActionModel.from_pretrained(path)
+    theirs, ours = (model.config.codes, model.config.book), (decoder.latent.codes, decoder.latent.book)
+    if theirs != ours:
+        raise ConfigError(
+            f"{path} has {theirs[0]} codes of a book of {theirs[1]}, the decoder {ours[0]} of {ours[1]}. "
+            f"--set policy.decoder.latent.codes={theirs[0]} --set policy.decoder.latent.book={theirs[1]}"
+        )
+    with progress(len(dataset), "Latent actions") as bar:
+        done = 0
+
+        def tell(now: int, total: int) -> None:
+            nonlocal done
+            bar.advance(now - done)
+            done = now
+
+        codes = dataset_codes(model, dataset, progress=tell)
+    return codes.id_NK, {"latent": model.fingerprint()}

@@ -1,0 +1,69 @@
+"""What every kind of training run is told and asks: options, overrides, episodes, and how a run begins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlaflow.config import override
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.windows import fewer_episodes, split_episodes
+from vlaflow.errors import ConfigError
+from vlaflow.policies.recipe import QuestionTraining, TrainConfig
+from vlaflow.training.journal import Tracker
+from vlaflow.training.trainer import Outcome, Trainer
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may be told besides recipe, data and place.
+
+    Args:
+        overrides: values by dotted key of the ``TrainConfig``, as text: {"optim.learning_rate": "3e-4"}.
+        tracker: where the log goes besides ``training/log.jsonl``.
+        fresh: start anew; an old checkpoint is moved aside.
+        command: for the model card; the process's own command line by default.
+        questions: file or folder of a question set to learn from beside (docs/qa.md).
+        tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
+        latent: folder of a latent action model, for decoders that learn to name its codes.
+        threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
+    """
+
+    overrides: Mapping[str, str] | None = None
+    tracker: Tracker = "auto"
+    fresh: bool = False
+    command: str | None = None
+    questions: Path | str | None = None
+    tokenizer: Path | str | None = None
+    latent: Path | str | None = None
+    threads: int | None = None
+
+
+def overridden(config: TrainConfig, options: Options | None) -> TrainConfig:
+    """The config with the run's own values; a question set brings ``QuestionTraining`` along, which they may change."""
+    options = options or Options()
+    if options.questions is not None and config.questions is None and config.policy is not None:
+        config = replace(config, questions=QuestionTraining())
+    config = override(config, options.overrides) if options.overrides else config
+    if config.questions is not None and options.questions is None:
+        raise ConfigError("This recipe also learns from questions; name a set of them with --qa, or --set questions=none.")
+    if config.questions is None and options.questions is not None and config.policy is not None:
+        raise ConfigError(f"questions is none, so {options.questions} would not be looked at; leave --qa out.")
+    return config
+
+
+def episodes_of(dataset: Dataset, config: TrainConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For training and held out."""
+    train_episodes, held_episodes = split_episodes(dataset, config.validation_fraction, config.seed)
+    return fewer_episodes(dataset, train_episodes, config.demonstrations, config.seed), held_episodes
+
+
+def finish(trainer: Trainer) -> Outcome:
+    """Run it, saying first what it finds in its folder."""
+    if trainer.aside is not None:
+        sys.stderr.write(f"The old checkpoint is now {trainer.aside}.\n")
+    if 0 < trainer.step < trainer.config.steps:
+        sys.stderr.write(f"Continuing after step {trainer.step} of {trainer.config.steps}.\n")
+    return trainer.run()
