@@ -18,6 +18,7 @@ from websockets.sync.client import connect
 
 from tests import helpers
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.config import to_json
 from vlaflow.errors import CapabilityError, ConfigError, RequestError
 from vlaflow.serving import wire
@@ -31,9 +32,9 @@ PLACE = choose("metaworld", ("image",))
 
 
 @contextmanager
-def serving(policy=POLICY, compute=None, port=0, **settings):
+def serving(policy=POLICY, compute=None, port=0, place=PLACE, **settings):
     """A running server; yields it and its address."""
-    server = PolicyServer(policy, compute or Dense(3), ServerConfig(**PLACE, port=port, **settings))
+    server = PolicyServer(policy, compute or Dense(3), ServerConfig(**place, port=port, **settings))
     told = threading.Event()
     found = {}
 
@@ -145,13 +146,56 @@ def test_hostile_frames_leave_a_well_behaved_client_alone(address):
         assert "binary" in bad.recv(10)
 
 
-def test_roboarenas_endpoint_key(address):
+def test_an_endpoint_may_be_named(address):
     with connect(address) as raw:
         raw.recv()
         raw.send(wire.pack({"endpoint": "reset"}))
         assert raw.recv(10) == "reset successful"
         raw.send(wire.pack(request(0, endpoint="infer")))
         np.testing.assert_array_equal(wire.unpack(raw.recv(10))["actions"], expected(0, 0))
+
+
+def test_roboarenas_clients_get_their_metadata_and_a_bare_array_of_what_is_to_be_executed():
+    """They build a config of exactly these fields, and execute all that they are sent."""
+    keys = {"images": ("observation/exterior_image_0_left",), "state": ("observation/joint_position",)}
+    seen = helpers.observation(1)
+    asked = {"observation/exterior_image_0_left": seen.images["image"], "observation/joint_position": seen.state}
+    with serving(place=choose("roboarena", ("image",), **keys)) as (_, address), connect(address) as raw:
+        assert wire.unpack(raw.recv(10)) == {
+            "image_resolution": [16, 16],
+            "needs_wrist_camera": False,
+            "n_external_cameras": 1,
+            "needs_stereo_camera": False,
+            "needs_session_id": False,
+            "action_space": "test arm",
+        }
+        raw.send(wire.pack({**asked, "prompt": seen.instruction, "session_id": "a", "endpoint": "infer"}))
+        answer = wire.unpack(raw.recv(10))
+        assert len(answer) == POLICY.config.execute < POLICY.config.decoder.horizon
+        np.testing.assert_array_equal(answer, expected(1, 0)[: POLICY.config.execute])
+
+
+@pytest.mark.parametrize(("mode", "space"), [("absolute", "joint_position"), ("delta", "joint_velocity")])
+def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, space):
+    dimensions = [{"mode": mode}] * 7 + [{"mode": "absolute"}]
+    spec = {"robot": "arm", "dimensions": dimensions}
+    images = dict.fromkeys(LAYOUTS["roboarena"].images, 224)
+    found = LAYOUTS["roboarena"].dialect.hello({"images": images, "action_spec": spec})
+    assert found["action_space"] == space
+    assert found["needs_wrist_camera"]
+    other = LAYOUTS["roboarena"].dialect.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
+    assert other["action_space"] == "arm"
+
+
+def test_every_array_of_a_reply_begins_with_the_horizon():
+    """openpi's broker cuts all arrays of a reply into steps, so one of another length would break it."""
+    with (
+        serving(policy=helpers.policy(rater=True), compute=Refine(BelowThreshold(0.5), 3, Dense(3))) as (_, address),
+        Client(address) as client,
+    ):
+        reply = client.infer(request(0))
+    arrays = {name: value.shape[0] for name, value in reply.items() if isinstance(value, np.ndarray)}
+    assert arrays == {"actions": 6, "confidence": 6}
 
 
 def test_a_client_with_another_action_spec_is_refused(address):
@@ -303,8 +347,6 @@ def test_layouts_read_what_openpis_clients_send():
 
 
 def test_a_compute_policy_that_the_checkpoint_cannot_run_is_refused_at_once():
-    from vlaflow.compute.refine import Refine
-
     with pytest.raises(CapabilityError, match="needs a confidence rater"):
         PolicyServer(POLICY, Refine(), ServerConfig(**PLACE))
 

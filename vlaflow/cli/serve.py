@@ -43,7 +43,7 @@ class Arguments:
     compute: str = "dense"
     budget_ms: float | None = None
     steps: int = 10
-    layout: Literal["metaworld", "libero", "droid", "aloha"] = "metaworld"
+    layout: Literal["metaworld", "libero", "droid", "aloha", "roboarena"] = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     host: str = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Which key of a request is what: the layouts that openpi's clients send, and mappings of one's own.
+"""Which key of a request is what: the layouts that openpi's and RoboArena's clients send, and mappings of one's own.
 
 A layout lists image keys in order; they are the policy's views in their order. So a policy trained on two views serves any
 robot that sends two, and one that sends another number is refused before the first request.
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
+from vlaflow.serving.dialects import OPENPI, ROBOARENA, Dialect
 from vlaflow.spec import Observation
 
 
@@ -25,12 +26,14 @@ class Layout:
         state: keys of the parts of the state, joined in this order.
         prompt: key of the instruction.
         channels_first: images are (3, H, W).
+        dialect: what is said first, and what an answer looks like.
     """
 
     images: tuple[str, ...]
     state: tuple[str, ...]
     prompt: str = "prompt"
     channels_first: bool = False
+    dialect: Dialect = OPENPI
 
 
 LAYOUTS = {
@@ -45,6 +48,11 @@ LAYOUTS = {
         channels_first=True,
     ),
     "metaworld": Layout(("observation/image",), ("observation/state",)),
+    "roboarena": Layout(
+        ("observation/exterior_image_0_left", "observation/wrist_image_left"),
+        ("observation/joint_position", "observation/gripper_position"),
+        dialect=ROBOARENA,
+    ),
 }
 
 

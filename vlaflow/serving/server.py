@@ -165,7 +165,7 @@ class PolicyServer:
         chunks, name = 0, f"{connection.remote_address}"
         logger.info("%s connected", name)
         try:
-            await connection.send(wire.pack(self.metadata))
+            await connection.send(wire.pack(self.config.layout.dialect.hello(self.metadata)))
             async for frame in connection:
                 with self._busy():
                     reply, chunks = await self._reply(frame, chunks, name)
@@ -203,7 +203,11 @@ class PolicyServer:
             return reply, chunks
         if "server_timing" in reply:
             reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - began)
-        return wire.pack(reply), chunks
+        return wire.pack(self._said(reply)), chunks
+
+    def _said(self, reply: dict[str, Any]) -> Any:
+        """The reply in the words of the client's protocol."""
+        return self.config.layout.dialect.answer(reply, self.policy.config.execute) if "actions" in reply else reply
 
     async def _answer(self, frame: str | bytes, chunks: int) -> tuple[dict[str, Any] | str, int]:
         if isinstance(frame, str):
