@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo test test-clients lint format bench clean setup-demo setup-dev setup-clients
+.PHONY: help demo test test-clients fuzz lint format bench clean setup-demo setup-dev setup-clients
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
 
 test-clients: setup-dev setup-clients ## stock openpi and RoboArena clients against a trained checkpoint; CKPT=DIR ARGS="--env NAME"
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.end_to_end.stock_clients "$(CKPT)" $(ARGS)
+
+fuzz: setup-dev ## a hundred thousand hostile frames against a server; ARGS="--frames N --seed N"
+	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)
 
 lint: setup-dev ## style, types, spelling
 	@.venv/bin/ruff check .

@@ -35,6 +35,7 @@ class Arguments:
         batch: most requests answered together.
         wait_ms: how long the first request of a batch waits for company.
         queue: most requests waiting.
+        connections: most clients at a time.
         threads: of torch, where the networks run on the CPU; vlaflow bench latency measures one.
         device: where the networks run.
     """
@@ -52,6 +53,7 @@ class Arguments:
     batch: int = 8
     wait_ms: float = 2.0
     queue: int = 32
+    connections: int = 32
     threads: int = 1
     device: str = "cpu"
 
@@ -73,7 +75,6 @@ def main(argv: list[str]) -> int:
     from vlaflow.serving.server import PolicyServer, ServerConfig
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("websockets").setLevel(logging.WARNING)
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"
@@ -81,7 +82,8 @@ def main(argv: list[str]) -> int:
     policy = Policy.from_pretrained(folder, a.device)
     views = tuple(policy.model.backbone.views)
     engine = EngineConfig(a.batch, a.wait_ms, a.queue)
-    config = ServerConfig(**choose(a.layout, views, a.image, a.state), host=a.host, port=a.port, token=a.token, engine=engine)
+    place = choose(a.layout, views, a.image, a.state)
+    config = ServerConfig(**place, host=a.host, port=a.port, token=a.token, engine=engine, connections=a.connections)
     compute.needs.check(policy.model, compute.name)
     for _ in range(3):  # the first chunks are slow; no client shall have them
         policy.act(example(policy), compute)
