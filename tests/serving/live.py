@@ -50,6 +50,17 @@ def expected(seed, noise):
     return POLICY.act(helpers.observation(seed), Dense(3), generator=torch.Generator().manual_seed(noise)).actions
 
 
+def port_of(address):
+    return int(address.rsplit(":", 1)[1])
+
+
+def until(condition, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
 class Slow:
     """A compute policy that takes its time."""
 

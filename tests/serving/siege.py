@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from tests.serving import hostile
-from tests.serving.live import expected, request, serving
+from tests.serving.live import expected, port_of, request, serving
 from vlaflow.serving.client import Client
 from vlaflow.serving.engine import EngineConfig
 
@@ -47,10 +47,10 @@ class Seen:
 def siege(frames, seed):
     """Attack from another process, over four connections.
 
-    One request is computed at a time: in company a product may be rounded in another order, and the answers are compared to the bit.
+    One request is computed at a time: in company a product may be rounded in another order, and bits are compared.
     """
     with serving(engine=EngineConfig(batch=1, queue=1000)) as (_, address), Client(address) as good:
-        port = int(address.rsplit(":", 1)[1])
+        port = port_of(address)
         hostile.attacks(port, 400, seed + 1)  # what is allocated once
         known = [expected(number, number) for number in range(4)]
         gc.collect()

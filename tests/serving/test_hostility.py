@@ -18,7 +18,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.serving import hostile
-from tests.serving.live import PLACE, POLICY, expected, request, serving
+from tests.serving.live import PLACE, POLICY, expected, port_of, request, serving, until
 from tests.serving.siege import siege
 from vlaflow.compute.dense import Dense
 from vlaflow.errors import RequestError
@@ -114,17 +114,6 @@ def test_any_value_under_any_key_is_answered_by_a_sentence_or_a_chunk(answer, ch
         assert len(said) < 500
     else:
         assert isinstance(wire.unpack(said), dict)
-
-
-def port_of(address):
-    return int(address.rsplit(":", 1)[1])
-
-
-def until(condition, seconds=5):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
 
 
 def test_a_frame_beyond_the_limit_ends_its_connection_and_no_other():

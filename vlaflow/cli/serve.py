@@ -36,6 +36,7 @@ class Arguments:
         wait_ms: how long the first request of a batch waits for company.
         queue: most requests waiting.
         connections: most clients at a time.
+        dashboard: serve a page to watch and instruct the policy at /dashboard.
         threads: of torch, where the networks run on the CPU; vlaflow bench latency measures one.
         device: where the networks run.
     """
@@ -54,6 +55,7 @@ class Arguments:
     wait_ms: float = 2.0
     queue: int = 32
     connections: int = 32
+    dashboard: bool = False
     threads: int = 1
     device: str = "cpu"
 
@@ -83,7 +85,15 @@ def main(argv: list[str]) -> int:
     views = tuple(policy.model.backbone.views)
     engine = EngineConfig(a.batch, a.wait_ms, a.queue)
     place = choose(a.layout, views, a.image, a.state)
-    config = ServerConfig(**place, host=a.host, port=a.port, token=a.token, engine=engine, connections=a.connections)
+    config = ServerConfig(
+        **place,
+        host=a.host,
+        port=a.port,
+        token=a.token,
+        engine=engine,
+        connections=a.connections,
+        dashboard=a.dashboard,
+    )
     compute.needs.check(policy.model, compute.name)
     for _ in range(3):  # the first chunks are slow; no client shall have them
         policy.act(example(policy), compute)

@@ -11,7 +11,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,14 +19,14 @@ from typing import Any, Literal
 
 from vlaflow.errors import BusyError, DeadlineError, VlaflowError
 from vlaflow.serving.engine import Engine
-from vlaflow.spec import Chunk
+from vlaflow.spec import Chunk, Observation
 
 logger = logging.getLogger("vlaflow.serving")
 
 Outcome = Literal["answered", "reset", "refused", "busy", "late", "failed"]
 OUTCOMES: tuple[Outcome, ...] = ("answered", "reset", "refused", "busy", "late", "failed")
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-RECENT = 1024
+RECENT, LINES = 1024, 50
 MOST_SENTENCE = 400
 
 
@@ -43,7 +43,8 @@ class Event:
     """One line of the log.
 
     Args:
-        event: what happened: an outcome of a request, or "serving", "connected", "left", "turned away", "stopping".
+        event: what happened: an outcome of a request, or "serving", "connected", "left", "turned away", "watching",
+            "watched", "instruction", "stopping".
         client: address and port, where one is concerned.
         request: number of the request, counted over the server's life.
         ms: from the frame's arrival to its answer.
@@ -75,6 +76,7 @@ class Entry:
     began: float
     outcome: Outcome = "failed"
     note: str | None = None
+    observation: Observation | None = None
     chunk: Chunk | None = None
 
     def refused(self, error: VlaflowError) -> str:
@@ -93,6 +95,8 @@ class Journal:
         connections: connections that were taken and those turned away.
         clients: connected now.
         recent: (when it ended, milliseconds, outcome) of the last requests.
+        lines: the last of the log.
+        observer: told of every request that has ended.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -103,6 +107,8 @@ class Journal:
     seconds: float = 0.0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
     recent: deque[tuple[float, float, str]] = field(default_factory=lambda: deque(maxlen=RECENT))
+    lines: deque[Event] = field(default_factory=lambda: deque(maxlen=LINES))
+    observer: Callable[[Entry], None] | None = None
     _requests: int = 0
 
     def say(self, event: str, client: str | None = None, note: str | None = None, **more: Any) -> None:
@@ -145,8 +151,11 @@ class Journal:
                 self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
             work = {"layers": chunk.layers, "evaluations": chunk.evaluations} if chunk is not None else {}
             self._log(Event(entry.outcome, client, entry.number, 1e3 * seconds, note=entry.note, **work))
+            if self.observer is not None:
+                self.observer(entry)
 
     def _log(self, event: Event) -> None:
+        self.lines.append(event)
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", event, extra={"event": event})
 

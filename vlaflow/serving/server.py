@@ -5,9 +5,9 @@ A client connects and gets the metadata; then every request, a map in one binary
 and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are turned away.
 
 Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (the noise starts over; with nothing else the
-reply is {"reset": true}), "deadline_ms", "action_spec" (refused unless it is the policy's) and, as RoboArena's clients do,
-"endpoint": "infer" or "reset". A reply also holds "confidence" where a rater judged, "layers", "evaluations" and the
-milliseconds by part.
+reply is {"reset": true}), "deadline_ms", "action_spec" (refused unless it is the policy's), "follow_operator" (see
+``dashboard``) and, as RoboArena's clients do, "endpoint": "infer" or "reset". A reply also holds "confidence" where a rater
+judged, "layers", "evaluations" and the milliseconds by part.
 
 Nothing of one connection reaches another: all it keeps is how many chunks it has had, which seeds the next one's noise.
 """
@@ -37,12 +37,12 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
 from vlaflow.policies.base import Policy
 from vlaflow.serving import wire
+from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard
 from vlaflow.serving.engine import Engine, EngineConfig
 from vlaflow.serving.journal import Entry, Journal, OneLine
 from vlaflow.serving.layouts import Layout, read
 from vlaflow.spec import ActionSpec, Chunk
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 logger = logging.getLogger("vlaflow.serving")
 _ONE_LINE = OneLine()
 _CLOSE_S = 2.0
@@ -63,6 +63,7 @@ class ServerConfig:
         connections: most clients at a time; more are turned away.
         open_s: a client that has not sent its headers after so long is dropped.
         idle_s: a connection that does not answer pings for so long is closed.
+        dashboard: serve the operator's page, too.
     """
 
     layout: Layout
@@ -75,6 +76,7 @@ class ServerConfig:
     connections: int = 32
     open_s: float = 10.0
     idle_s: float = 60.0
+    dashboard: bool = False
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.token:
@@ -98,6 +100,7 @@ class PolicyServer:
     def __post_init__(self) -> None:
         self.compute.needs.check(self.policy.model, self.compute.name)
         self.engine, self.journal = Engine(self.policy, self.config.engine), Journal()
+        self.dashboard = self._dashboard() if self.config.dashboard else None
         self._stop, self._idle, self._answering = asyncio.Event(), asyncio.Event(), 0
         self._idle.set()
 
@@ -118,6 +121,21 @@ class PolicyServer:
             "state_dim": len(policy.stats["state"].mean),
         }
 
+    def _dashboard(self) -> Dashboard:
+        policy, spec = self.policy, self.policy.action_spec
+        hello = {
+            "system": policy.config.system,
+            "compute": self.compute.name,
+            "robot": spec.robot,
+            "dimensions": [to_json(dimension) for dimension in spec.dimensions],
+            "execute": policy.config.execute,
+            "rate_hz": spec.rate_hz,
+            "depth": policy.model.backbone.spec.depth,
+        }
+        page = Dashboard(self.journal, self.engine, hello, self.config.token)
+        self.journal.observer = page.saw
+        return page
+
     async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
         """Warm up, serve until ``stop``, then finish what runs.
 
@@ -133,6 +151,7 @@ class PolicyServer:
                 self.config.host,
                 self.config.port,
                 process_request=self._http,
+                select_subprotocol=lambda _, offered: SUBPROTOCOL if SUBPROTOCOL in offered else None,
                 compression=None,
                 max_size=self.config.most_bytes,
                 max_queue=_FRAMES_AHEAD,
@@ -146,6 +165,8 @@ class PolicyServer:
             port = _port(server)
             what = f"{self.policy.config.system} with {self.compute.name}"
             self.journal.say("serving", note=f"{what} on ws://{self.config.host}:{port}")
+            if self.dashboard is not None:
+                self.journal.say("dashboard", note=f"http://{self.config.host}:{port}{PAGE}")
             if ready is not None:
                 ready.set_result(port)
             await self._stop.wait()
@@ -175,6 +196,12 @@ class PolicyServer:
         """Answer plain HTTP, and turn away who may not connect."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
+        if self.dashboard is not None:
+            if page := self.dashboard.http(request):
+                return page
+            if request.path == STREAM:
+                why = self.dashboard.refusal(request)
+                return None if why is None else self._turn_away(connection, HTTPStatus.FORBIDDEN, why)
         if self.config.token is not None:
             given = request.headers.get_all("Authorization")
             if not hmac.compare_digest(" ".join(given).encode(errors="replace"), f"Api-Key {self.config.token}".encode()):
@@ -197,6 +224,9 @@ class PolicyServer:
 
     async def _connection(self, connection: ServerConnection) -> None:
         chunks, name = 0, _name(connection)
+        if self.dashboard is not None and connection.request is not None and connection.request.path == STREAM:
+            await self.dashboard.watch(connection, name)
+            return
         if len(self.journal.clients) >= self.config.connections:  # several came at once
             self.journal.turned_away(name, self._full)
             await connection.close(1013, self._full)
@@ -260,14 +290,19 @@ class PolicyServer:
             if not request:
                 return {"reset": True}, 0
         seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
+        follows = _flag(request.pop("follow_operator", False), "follow_operator")
         observation = read(request, self.config.layout, self.config.views)
+        if self.dashboard is not None:
+            observation = self.dashboard.instruct(observation, follows)
+        entry.observation = observation
         generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
         began = time.perf_counter()
         try:
             chunk = entry.chunk = await self.engine.ask(observation, self.compute, generator, deadline_ms)
         except SpecError as error:
             raise RequestError(str(error)) from error
-        return _reply(chunk, 1e3 * (time.perf_counter() - began)), chunks + 1
+        told = {"instruction": observation.instruction} if follows else {}
+        return {**_reply(chunk, 1e3 * (time.perf_counter() - began)), **told}, chunks + 1
 
     def _require_spec(self, stated: Any) -> None:
         if stated is None:
