@@ -22,7 +22,6 @@ import numpy as np
 import tyro
 
 from vlaflow.errors import CapabilityError, CheckpointError, VlaflowError
-from vlaflow.evaluation.rollout import FIRST_SEED
 from vlaflow.serving import wire
 from vlaflow.simulators.base import Environment, make
 
@@ -37,7 +36,8 @@ class Options:
         checkpoint: folder of a trained policy with one view.
         env: one of the environments it was trained in.
         clients: Python of the robot's environment, which tools/setup-clients.sh makes.
-        episodes: per client, seeds from 1000 on; one success is enough.
+        episodes: per client; one success is enough.
+        seed: of the first episode.
         execute: actions per chunk that openpi's broker executes.
     """
 
@@ -45,6 +45,7 @@ class Options:
     env: str = "metaworld/drawer-open-v3"
     clients: Path = Path(".venv-clients/bin/python")
     episodes: int = 4
+    seed: int = 1000
     execute: int = 8
 
 
@@ -73,13 +74,14 @@ class Body:
 
     env: Environment
     client: Client
+    seed: int
     successes: list[bool] = field(default_factory=list)
     steps: int = 0
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """What the robot asked for."""
         if question["do"] == "reset":
-            self.env.restart(seed=FIRST_SEED + len(self.successes))
+            self.env.restart(seed=self.seed + len(self.successes))
             return self._seen(done=False)
         _, success, truncated, _ = self.env.advance(np.asarray(question["action"]))
         self.steps += 1
@@ -115,7 +117,7 @@ def serving(checkpoint: Path, layout: tuple[str, ...]) -> Iterator[str]:
 
 def drive(client: Client, address: str, options: Options) -> Body:
     """All episodes of one client."""
-    body = Body(make(options.env), client)
+    body = Body(make(options.env), client, options.seed)
     command = [str(options.clients), str(ROBOT), client.name, address]
     command += ["--episodes", str(options.episodes), "--execute", str(options.execute)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as robot:

@@ -1,5 +1,6 @@
 """A server in this process, driven over real sockets: openpi's protocol, strict, and nobody sees anybody else's state."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -289,7 +290,7 @@ def test_the_client_needs_no_torch():
 
 def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     POLICY.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", "--steps", "3"]
+    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", "--steps", "3", "--log-format", "json"]
     command += ["--threads", f"{torch.get_num_threads()}"]  # the bits of a product depend on it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -297,11 +298,13 @@ def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     while "ws://" not in line:
         line = process.stderr.readline()
         assert line, "the server ended before it served"
-    with Client(line[line.index("ws://") :].strip()) as client:
+    note = json.loads(line)["note"]
+    with Client(note[note.index("ws://") :]) as client:
         np.testing.assert_array_equal(client.infer(request(1, seed=7))["actions"], expected(1, 7))
     process.terminate()
     with process.stderr:
-        rest = process.stderr.read()
+        rest = [json.loads(line) for line in process.stderr]
     assert process.wait(10) == 0
-    assert "what runs is finished" in rest
-    assert "Traceback" not in rest
+    assert "answered" in [line["event"] for line in rest]
+    assert rest[-1]["event"] in ("stopping", "left")
+    assert not any("traceback" in line for line in rest)

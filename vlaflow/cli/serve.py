@@ -37,6 +37,7 @@ class Arguments:
         queue: most requests waiting.
         connections: most clients at a time.
         dashboard: serve a page to watch and instruct the policy at /dashboard.
+        log_format: a sentence per event, or a JSON object.
         threads: of torch, where the networks run on the CPU; vlaflow bench latency measures one.
         device: where the networks run.
     """
@@ -56,6 +57,7 @@ class Arguments:
     queue: int = 32
     connections: int = 32
     dashboard: bool = False
+    log_format: Literal["text", "json"] = "text"
     threads: int = 1
     device: str = "cpu"
 
@@ -73,10 +75,13 @@ def main(argv: list[str]) -> int:
     from vlaflow.policies.base import Policy
     from vlaflow.policies.checkpoint import fingerprint, local_folder
     from vlaflow.serving.engine import EngineConfig
+    from vlaflow.serving.journal import JsonLines
     from vlaflow.serving.layouts import choose
     from vlaflow.serving.server import PolicyServer, ServerConfig
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if a.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"

@@ -11,10 +11,11 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any, Literal
 
 from vlaflow.errors import BusyError, DeadlineError, VlaflowError
@@ -161,40 +162,32 @@ class Journal:
 
     def exposition(self, engine: Engine) -> str:
         """Everything that is counted, in Prometheus' text format."""
-        counts, cumulative, total = engine.counts, [], 0
-        for number in self.buckets:
-            total += number
-            cumulative.append(total)
+        counts, times = engine.counts, "vlaflow_request_seconds"
         edges = [*(f"{edge:g}" for edge in BUCKETS_S), "+Inf"]
-        name = "vlaflow_request_seconds"
-        histogram: list[tuple[str, float]] = [
-            (f'{name}_bucket{{le="{edge}"}}', n) for edge, n in zip(edges, cumulative, strict=True)
-        ]
-        histogram += [(f"{name}_sum", round(self.seconds, 6)), (f"{name}_count", total)]
-        requests = [(f'vlaflow_requests_total{{outcome="{o}"}}', self.outcomes[o]) for o in OUTCOMES]
-        connections = [
-            (f'vlaflow_connections_total{{outcome="{o}"}}', self.connections[o.replace("_", " ")])
-            for o in ("taken", "turned_away")
-        ]
-        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
+        cumulative = list(accumulate(self.buckets))
+        histogram: dict[str, float] = {f'{times}_bucket{{le="{e}"}}': n for e, n in zip(edges, cumulative, strict=True)}
+        histogram |= {f"{times}_sum": round(self.seconds, 6), f"{times}_count": cumulative[-1]}
+        requests = {f'vlaflow_requests_total{{outcome="{o}"}}': self.outcomes[o] for o in OUTCOMES}
+        connections = {
+            'vlaflow_connections_total{outcome="taken"}': self.connections["taken"],
+            'vlaflow_connections_total{outcome="turned_away"}': self.connections["turned away"],
+        }
+        families: list[tuple[str, str, str, Mapping[str, float] | float]] = [
             ("vlaflow_requests_total", "counter", "Frames received, by what came of them.", requests),
-            (name, "histogram", "From a frame's arrival to its answer, of answered requests.", histogram),
+            (times, "histogram", "From a frame's arrival to its answer, of answered requests.", histogram),
             ("vlaflow_connections_total", "counter", "Connections, taken and turned away.", connections),
-            _single("vlaflow_clients", "gauge", "Clients connected now.", len(self.clients)),
-            _single("vlaflow_queue_depth", "gauge", "Requests waiting for the next batch.", engine.waiting),
-            _single("vlaflow_batches_total", "counter", "Batches computed.", counts.batches),
-            _single("vlaflow_inference_seconds_total", "counter", "Time spent computing batches.", round(counts.seconds, 6)),
-            _single("vlaflow_layers_total", "counter", "Backbone layers run, over answered requests.", self.layers),
-            _single("vlaflow_evaluations_total", "counter", "Decoder evaluations, over answered requests.", self.evaluations),
+            ("vlaflow_clients", "gauge", "Clients connected now.", len(self.clients)),
+            ("vlaflow_queue_depth", "gauge", "Requests waiting for the next batch.", engine.waiting),
+            ("vlaflow_batches_total", "counter", "Batches computed.", counts.batches),
+            ("vlaflow_inference_seconds_total", "counter", "Time spent computing batches.", round(counts.seconds, 6)),
+            ("vlaflow_layers_total", "counter", "Backbone layers run, over answered requests.", self.layers),
+            ("vlaflow_evaluations_total", "counter", "Decoder evaluations, over answered requests.", self.evaluations),
         ]
         lines = []
-        for family, kind, text, rows in families:
-            lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}", *(f"{row} {value}" for row, value in rows)]
+        for family, kind, text, found in families:
+            rows = found if isinstance(found, Mapping) else {family: found}
+            lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}", *(f"{row} {value}" for row, value in rows.items())]
         return "\n".join(lines) + "\n"
-
-
-def _single(name: str, kind: str, text: str, value: float) -> tuple[str, str, str, Sequence[tuple[str, float]]]:
-    return name, kind, text, [(name, value)]
 
 
 class JsonLines(logging.Formatter):
