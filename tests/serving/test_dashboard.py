@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from websockets.sync.client import connect
 
 from tests import helpers
 from tests.serving import browser, hostile
-from tests.serving.live import POLICY, expected, port_of, request, serving, until
+from tests.serving.live import POLICY, Slow, expected, port_of, request, serving, until
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.errors import RequestError
+from vlaflow.serving import dashboard
 from vlaflow.serving.client import Client
 from vlaflow.serving.dashboard import SUBPROTOCOL
 from vlaflow.spec import Observation
@@ -130,7 +132,7 @@ def test_setting_and_clearing_an_instruction_is_logged(live, caplog):
     assert any(line.endswith("instruction: cleared") for line in said)
 
 
-LONG = json.dumps({"instruction": "x" * 501})
+LONG = json.dumps({"instruction": "x" * 301})
 
 
 @pytest.mark.parametrize("frame", ["", "[", "[" * 5000, "{}", '{"instruction": 5}', '{"instruction": " "}', LONG, b"\xff"])
@@ -220,6 +222,29 @@ def test_watchers_take_no_place_of_a_client():
             Client(address)
 
 
+def test_an_answer_that_is_no_number_is_told_as_such():
+    """When a policy has diverged is no moment for the page to fail; JSON knows neither NaN nor infinity."""
+
+    class Diverged(Slow):
+        def decode(self, *arguments):
+            out = super().decode(*arguments)
+            return replace(out, action_BLD=out.action_BLD * float("nan"))
+
+    with serving(compute=Diverged(0), dashboard=True) as (_, address), watching(address) as stream, Client(address) as client:
+        client.infer(request(0))
+        raw = next(text for text in iter(stream.recv, None) if '"chunk"' in text)
+    assert "NaN" not in raw
+    assert json.loads(raw)["chunk"]["actions"] == [[None] * 4] * 6
+
+
+MANY = [99.5 + i / 4096 for i in range(1024)]
+
+
+@pytest.mark.parametrize(("moments", "rate"), [([], 0.0), ([10.0, 95.0, 99.0], 0.2), (MANY, 2048.0)])
+def test_the_rate_is_right_when_more_come_than_are_kept(moments, rate):
+    assert dashboard._rate(moments, 100.0) == pytest.approx(rate, rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory):
     with browser.browsing(tmp_path_factory.mktemp("chromium")) as page:
@@ -261,6 +286,10 @@ def test_what_is_typed_into_the_browser_is_what_the_policy_is_told(shown):
     page.run("document.getElementById('clear').click()")
     assert page.until("document.getElementById('standing').textContent.startsWith('Off')")
     assert page.run("document.getElementById('clear').disabled")
+    page.run(
+        "const box = document.getElementById('words'); box.value = 'x'.repeat(301); document.getElementById('set').click()"
+    )
+    assert page.until("document.getElementById('refusal').textContent.includes('1 to 300 characters')")
     assert client.infer(request(0, follow_operator=True))["instruction"] == "Open a drawer"
 
 

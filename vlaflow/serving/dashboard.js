@@ -53,14 +53,18 @@ const path = (points) => "M" + points.map(([x, y]) => `${x.toFixed(1)} ${y.toFix
 function curve(chunk, at) {
   const dimension = hello.dimensions[at], values = chunk.actions.map((row) => row[at]);
   const seconds = (step) => step / hello.rate_hz, last = seconds(values.length - 1);
+  const known = values.filter((value) => value !== null);
+  const low = dimension.low ?? Math.min(0, ...known), high = dimension.high ?? Math.max(0, ...known);
   const words = `${dimension.name} in ${dimension.unit}, ${values.length} actions over ${short(last)} seconds, ` +
-    `from ${short(values[0])} to ${short(values[values.length - 1])}`;
-  const { svg, where } = chart(dimension.name, dimension.unit, [0, last], [dimension.low, dimension.high], "time, s", words);
-  const [x0, top] = where(0, dimension.high), [x1, bottom] = where(seconds(hello.execute - 1), dimension.low);
+    (known.length < values.length ? "some of them no numbers" : `from ${short(values[0])} to ${short(values[values.length - 1])}`);
+  const { svg, where } = chart(dimension.name, dimension.unit, [0, last], [low, high], "time, s", words);
+  const [x0, top] = where(0, high), [x1, bottom] = where(seconds(hello.execute - 1), low);
+  const line = (column) => path(column.map((value, i) => [seconds(i), value]).filter(([, y]) => y !== null).map(([x, y]) => where(x, y)));
   svg.append(draw("rect", { class: "band", x: x0, y: top, width: Math.max(x1 - x0, 1), height: bottom - top }));
-  if (chunk.draft) svg.append(draw("path", { class: "draft", d: path(chunk.draft.map((row, i) => where(seconds(i), row[at]))) }));
-  svg.append(draw("path", { class: "line", d: path(values.map((value, i) => where(seconds(i), value))) }));
+  if (chunk.draft) svg.append(draw("path", { class: "draft", d: line(chunk.draft.map((row) => row[at])) }));
+  if (known.length) svg.append(draw("path", { class: "line", d: line(values) }));
   values.forEach((value, i) => {
+    if (value === null) return;
     const [cx, cy] = where(seconds(i), value), anew = chunk.regenerated && chunk.regenerated[i];
     const sure = chunk.confidence ? 0.25 + 0.75 * chunk.confidence[i] : 1;
     svg.append(draw("circle", { class: anew ? "anew" : "dot", cx, cy, r: 2.6, opacity: anew ? 1 : sure }));
@@ -103,7 +107,7 @@ function showChunk(chunk, pictures) {
   head.append(...columns.map((name) => make("th", name, { scope: "col" })));
   $("table").replaceChildren(head, ...chunk.actions.map((row, i) => {
     const line = make("tr", null), cells = chunk.confidence ? [...row, chunk.confidence[i]] : row;
-    line.append(make("th", i + 1, { scope: "row" }), ...cells.map((x) => make("td", Number(x).toFixed(3))));
+    line.append(make("th", i + 1, { scope: "row" }), ...cells.map((x) => make("td", x === null ? "no number" : x.toFixed(3))));
     return line;
   }));
 }
@@ -158,7 +162,7 @@ function take(message) {
     $("ask").hidden = true;
     status("live", false);
   } else if (message.kind === "refused") {
-    $("standing").textContent = message.sentence;
+    $("refusal").textContent = message.sentence;
   } else {
     if (message.chunk) showChunk(message.chunk, message.pictures);
     showNow(message);
@@ -193,6 +197,7 @@ $("ask").onsubmit = (event) => {
 $("operator").onsubmit = (event) => {
   event.preventDefault();
   const words = $("words").value.trim();
+  $("refusal").textContent = "";
   if (words) socket.send(JSON.stringify({ instruction: words }));
 };
 $("clear").onclick = () => { socket.send(JSON.stringify({ instruction: null })); $("words").value = ""; };

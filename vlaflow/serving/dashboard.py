@@ -20,9 +20,10 @@ import binascii
 import hmac
 import io
 import json
+import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -38,7 +39,7 @@ from websockets.typing import Subprotocol
 
 from vlaflow.errors import RequestError
 from vlaflow.serving.engine import Engine
-from vlaflow.serving.journal import OUTCOMES, Entry, Event, Journal, sentence
+from vlaflow.serving.journal import OUTCOMES, RECENT, Entry, Event, Journal, sentence
 from vlaflow.spec import Chunk, Observation
 
 PAGE, STREAM = "/dashboard", "/dashboard/stream"
@@ -51,7 +52,7 @@ _FILES = {
 }
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; frame-ancestors 'none'"
 _WRONG = frozenset({"refused", "busy", "late", "failed", "turned away"})
-_LONGEST_INSTRUCTION = 500
+_LONGEST_INSTRUCTION = 300
 _SIDE = 480
 """Pixels of a picture on the page; larger ones are made smaller."""
 
@@ -143,7 +144,7 @@ class Dashboard:
         self.journal.say("watching", name)
         listening = asyncio.create_task(self._listen(connection, name))
         try:
-            await connection.send(json.dumps({"kind": "hello", **self.hello}))
+            await connection.send(json.dumps(_finite({"kind": "hello", **self.hello})))
             shown: Entry | None = None
             while not listening.done():
                 last = self._last if self._last is not None and self._last[0] is not shown else None
@@ -176,7 +177,7 @@ class Dashboard:
         recent = list(journal.recent)
         answered = [ms for at, ms, outcome in recent if outcome == "answered" and at > now - 60]
         return {
-            "per_second": sum(at > now - 10 for at, _, _ in recent) / 10,
+            "per_second": _rate([at for at, _, _ in recent], now),
             "latency_ms": np.percentile(answered, [50, 99]).round(2).tolist() if answered else None,
             "latency_of": len(answered),
             "clients": sorted(journal.clients),
@@ -191,11 +192,23 @@ class Dashboard:
 
 
 def _line(event: Event) -> dict[str, Any]:
-    return {
-        "event": event.event,
-        "text": str(event),
-        "wrong": event.event in ("refused", "busy", "late", "failed", "turned away"),
-    }
+    return {"text": str(event), "wrong": event.event in _WRONG}
+
+
+def _rate(moments: Sequence[float], now: float, seconds: float = 10.0) -> float:
+    """Events per second over the last seconds, or over as far back as the moments go where they are cut short."""
+    if len(moments) == RECENT:
+        seconds = max(min(seconds, now - moments[0]), 1e-3)
+    return round(sum(at > now - seconds for at in moments) / seconds, 2)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities; what is no number is null there."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _message(now: dict[str, Any], lines: list[dict[str, Any]], last: tuple[Entry, Observation, Chunk, float] | None) -> str:
@@ -216,7 +229,7 @@ def _message(now: dict[str, Any], lines: list[dict[str, Any]], last: tuple[Entry
             "milliseconds": {part: round(ms, 2) for part, ms in chunk.milliseconds.items()},
         }
         message["pictures"] = {view: _picture(image) for view, image in observation.images.items()}
-    return json.dumps(message)
+    return json.dumps(_finite(message))
 
 
 def _picture(image: np.ndarray) -> str:
@@ -240,7 +253,7 @@ def _instruction(frame: str | bytes) -> str | None:
         return None
     if not isinstance(words, str) or not words.strip() or len(words) > _LONGEST_INSTRUCTION:
         raise RequestError(f"An instruction has 1 to {_LONGEST_INSTRUCTION} characters.")
-    return sentence(words.strip())
+    return sentence(words.strip())  # on one line
 
 
 def _same(encoded: str, token: str) -> bool:
