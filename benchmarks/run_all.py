@@ -21,8 +21,10 @@ import tyro
 
 from benchmarks._timing import machine_line, say, table_of
 
-Name = Literal["loader", "operations", "training", "evaluation", "latency", "decoders", "startup", "demo_steps"]
-NAMES: tuple[Name, ...] = ("loader", "operations", "training", "evaluation", "latency", "decoders", "startup", "demo_steps")
+Name = Literal["loader", "operations", "training", "evaluation", "latency", "decoders", "serving", "startup", "demo_steps"]
+NAMES: tuple[Name, ...] = (
+    *("loader", "operations", "training", "evaluation", "latency", "decoders", "serving", "startup", "demo_steps"),
+)
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Make .venv ready: tools/setup.sh demo|dev
 #
-# "demo" is what `make demo` needs, "dev" adds transformers and the development tools. Everything is pinned by
+# "demo" is what `make demo` needs, "dev" adds transformers, the development tools and a browser. Everything is pinned by
 # constraints.txt. Run again it does nothing; after an interrupted run it starts over, because a package that was killed
-# half-way can look complete to pip. Here live Python, packages and GL libraries; what is then run is in the Makefile.
+# half-way can look complete to pip. Here live Python, packages, GL libraries and the browser; what is then run is in the
+# Makefile.
 #
 #   .venv/.vlaflow-installing       present while an installation is under way, so left behind by one that was killed
 #   .venv/.vlaflow-stamp-LEVEL      hash of what was installed, written last
 #   .venv/.vlaflow-install-seconds  how long installing into this .venv took in all, GL libraries included
 #   .venv/.vlaflow-gl               the value of MUJOCO_GL that drew a picture on this machine
+#   .venv/.vlaflow-no-browser       there is no Chromium and none could be installed; remove it to have it tried again
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -152,9 +154,24 @@ setup_gl() {
     [ "$level" = dev ] # developers may go on: most tests need no picture
 }
 
+# For the tests of the page of `vlaflow serve --dashboard`; without one they are skipped, and say so.
+setup_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        if command -v $name >/dev/null; then return; fi
+    done
+    [ -e $venv/.vlaflow-no-browser ] && return
+    say "Installing Chromium, for the tests of the dashboard ..."
+    changed=yes
+    if apt_install chromium && command -v chromium >/dev/null; then return; fi
+    touch $venv/.vlaflow-no-browser
+    say "There is no Chromium: the tests of the dashboard's page will be skipped (Debian, Ubuntu: sudo apt install chromium)."
+}
+
 changed=
 is_done dev || is_done "$level" || install
 setup_gl
+if [ "$level" = dev ]; then setup_browser; fi
 if [ -n "$changed" ]; then
     before=$(cat $venv/.vlaflow-install-seconds 2>/dev/null || echo 0)
     echo $((before + SECONDS)) >$venv/.vlaflow-install-seconds

@@ -38,6 +38,18 @@ TINY = {
     ],
     "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32", "exits=none"],
     "decoders": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
+    "serving": [
+        "--clients",
+        "2",
+        "--requests",
+        "4",
+        "--steps",
+        "1",
+        "--set",
+        "backbone.depth=1",
+        "backbone.image_size=32",
+        "exits=none",
+    ],
     "startup": [],
     "demo_steps": [],
 }

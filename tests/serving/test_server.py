@@ -1,6 +1,6 @@
 """A server in this process, driven over real sockets: openpi's protocol, strict, and nobody sees anybody else's state."""
 
-import asyncio
+import json
 import subprocess
 import sys
 import threading
@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,9 @@ import torch
 from websockets.sync.client import connect
 
 from tests import helpers
+from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.config import to_json
 from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
 from vlaflow.serving import wire
@@ -27,48 +28,11 @@ from vlaflow.serving.layouts import LAYOUTS, Layout, choose, read
 from vlaflow.serving.server import PolicyServer, ServerConfig
 from vlaflow.spec import Commitment
 
-POLICY = helpers.policy()
-PLACE = choose("metaworld", ("image",))
-
-
-@contextmanager
-def serving(policy=POLICY, compute=None, port=0, **settings):
-    """A running server; yields it and its address."""
-    server = PolicyServer(policy, compute or Dense(3), ServerConfig(**PLACE, port=port, **settings))
-    told = threading.Event()
-    found = {}
-
-    async def run():
-        ready = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(server.serve(ready))
-        found["port"], found["loop"] = await ready, asyncio.get_running_loop()
-        told.set()
-        await task
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
-    thread.start()
-    assert told.wait(10)
-    try:
-        yield server, f"ws://127.0.0.1:{found['port']}"
-    finally:
-        found["loop"].call_soon_threadsafe(server.stop)
-        thread.join(10)
-        assert not thread.is_alive()
-
 
 @pytest.fixture(scope="module")
 def address():
     with serving() as (_, found):
         yield found
-
-
-def request(number=0, /, **more):
-    seen = helpers.observation(number)
-    return {"observation/image": seen.images["image"], "observation/state": seen.state, "prompt": seen.instruction, **more}
-
-
-def expected(seed, noise):
-    return POLICY.act(helpers.observation(seed), Dense(3), generator=torch.Generator().manual_seed(noise)).actions
 
 
 def test_the_metadata_comes_first_and_says_what_the_policy_is(address):
@@ -189,31 +153,56 @@ def test_a_request_can_bring_its_own_budget():
     assert asked == [20, 0.5]
 
 
-def test_hostile_frames_leave_a_well_behaved_client_alone(address):
-    rng = np.random.default_rng(0)
-    with Client(address) as good, connect(address) as bad:
-        bad.recv()
-        for number in range(200):
-            good_bytes = bytearray(wire.pack(request(0)))
-            good_bytes[rng.integers(len(good_bytes))] ^= int(rng.integers(1, 256))
-            frame = (
-                rng.bytes(int(rng.integers(0, 300))) if number % 2 else bytes(good_bytes[: rng.integers(1, len(good_bytes))])
-            )
-            bad.send(frame)
-            bad.recv(10)
-            if number % 50 == 0:
-                np.testing.assert_array_equal(good.infer(request(3, seed=2))["actions"], expected(3, 2))
-        bad.send("text")
-        assert "binary" in bad.recv(10)
-
-
-def test_roboarenas_endpoint_key(address):
+def test_an_endpoint_may_be_named(address):
     with connect(address) as raw:
         raw.recv()
         raw.send(wire.pack({"endpoint": "reset"}))
         assert raw.recv(10) == "reset successful"
         raw.send(wire.pack(request(0, endpoint="infer")))
         np.testing.assert_array_equal(wire.unpack(raw.recv(10))["actions"], expected(0, 0))
+
+
+def test_roboarenas_clients_get_their_metadata_and_a_bare_array_of_what_is_to_be_executed():
+    """They build a config of exactly these fields, and execute all that they are sent."""
+    keys = {"images": ("observation/exterior_image_0_left",), "state": ("observation/joint_position",)}
+    seen = helpers.observation(1)
+    asked = {"observation/exterior_image_0_left": seen.images["image"], "observation/joint_position": seen.state}
+    with serving(place=choose("roboarena", ("image",), **keys)) as (_, address), connect(address) as raw:
+        assert wire.unpack(raw.recv(10)) == {
+            "image_resolution": [16, 16],
+            "needs_wrist_camera": False,
+            "n_external_cameras": 1,
+            "needs_stereo_camera": False,
+            "needs_session_id": False,
+            "action_space": "test arm",
+        }
+        raw.send(wire.pack({**asked, "prompt": seen.instruction, "session_id": "a", "endpoint": "infer"}))
+        answer = wire.unpack(raw.recv(10))
+        assert len(answer) == POLICY.config.execute < POLICY.config.decoder.horizon
+        np.testing.assert_array_equal(answer, expected(1, 0)[: POLICY.config.execute])
+
+
+@pytest.mark.parametrize(("mode", "space"), [("absolute", "joint_position"), ("delta", "joint_velocity")])
+def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, space):
+    dimensions = [{"mode": mode}] * 7 + [{"mode": "absolute"}]
+    spec = {"robot": "arm", "dimensions": dimensions}
+    images = dict.fromkeys(LAYOUTS["roboarena"].images, 224)
+    found = LAYOUTS["roboarena"].dialect.hello({"images": images, "action_spec": spec})
+    assert found["action_space"] == space
+    assert found["needs_wrist_camera"]
+    other = LAYOUTS["roboarena"].dialect.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
+    assert other["action_space"] == "arm"
+
+
+def test_every_array_of_a_reply_begins_with_the_horizon():
+    """openpi's broker cuts all arrays of a reply into steps, so one of another length would break it."""
+    with (
+        serving(policy=helpers.policy(rater=True), compute=Refine(BelowThreshold(0.5), 3, Dense(3))) as (_, address),
+        Client(address) as client,
+    ):
+        reply = client.infer(request(0))
+    arrays = {name: value.shape[0] for name, value in reply.items() if isinstance(value, np.ndarray)}
+    assert arrays == {"actions": 6, "confidence": 6}
 
 
 def test_a_client_with_another_action_spec_is_refused(address):
@@ -258,19 +247,6 @@ def test_one_bad_request_in_a_batch_spoils_no_other():
         np.testing.assert_allclose(answers[number], expected(number, number), atol=1e-5)
 
 
-class Slow:
-    """A compute policy that takes its time."""
-
-    name, needs = "slow", Dense().needs
-
-    def __init__(self, seconds):
-        self.seconds = seconds
-
-    def decode(self, *arguments):
-        time.sleep(self.seconds)
-        return Dense(1).decode(*arguments)
-
-
 def test_a_full_queue_is_busy_and_a_late_request_is_not_computed():
     with serving(compute=Slow(0.3), engine=EngineConfig(batch=1, queue=1)) as (server, address), ThreadPoolExecutor(6) as pool:
 
@@ -307,12 +283,12 @@ def test_health_metrics_and_the_token():
         assert urllib.request.urlopen(f"{web}/healthz").read() == b"OK\n"
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{web}/metrics")
-        with pytest.raises(RequestError, match="cannot be reached"):
+        with pytest.raises(RequestError, match="does not take this client: Send 'Authorization: Api-Key TOKEN'"):
             Client(address)
         with Client(address, token="secret") as client:
             client.infer(request(0))
         asked = urllib.request.Request(f"{web}/metrics", headers={"Authorization": "Api-Key secret"})
-        assert b"vlaflow_answered_total 1" in urllib.request.urlopen(asked).read()
+        assert b'vlaflow_requests_total{outcome="answered"} 1' in urllib.request.urlopen(asked).read()
 
 
 def test_other_machines_need_a_token():
@@ -365,8 +341,6 @@ def test_layouts_read_what_openpis_clients_send():
 
 
 def test_a_compute_policy_that_the_checkpoint_cannot_run_is_refused_at_once():
-    from vlaflow.compute.refine import Refine
-
     with pytest.raises(CapabilityError, match="needs a confidence rater"):
         PolicyServer(POLICY, Refine(), ServerConfig(**PLACE))
 
@@ -378,7 +352,7 @@ def test_the_client_needs_no_torch():
 
 def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     POLICY.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", "--steps", "3"]
+    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", "--steps", "3", "--log-format", "json"]
     command += ["--threads", f"{torch.get_num_threads()}"]  # the bits of a product depend on it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -386,11 +360,13 @@ def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     while "ws://" not in line:
         line = process.stderr.readline()
         assert line, "the server ended before it served"
-    with Client(line[line.index("ws://") :].strip()) as client:
+    note = json.loads(line)["note"]
+    with Client(note[note.index("ws://") :]) as client:
         np.testing.assert_array_equal(client.infer(request(1, seed=7))["actions"], expected(1, 7))
     process.terminate()
     with process.stderr:
-        rest = process.stderr.read()
+        rest = [json.loads(line) for line in process.stderr]
     assert process.wait(10) == 0
-    assert "what runs is finished" in rest
-    assert "Traceback" not in rest
+    assert "answered" in [line["event"] for line in rest]
+    assert rest[-1]["event"] in ("stopping", "left")
+    assert not any("traceback" in line for line in rest)

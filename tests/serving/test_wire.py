@@ -97,6 +97,11 @@ def marker(**changes):
         msgpack.packb(msgpack.ExtType(5, b"x")),
         b"\x81" * 5000,
         b"\x91" * 100_000,
+        b"\x91" * wire.MOST_DEPTH + b"\xc0",
+        msgpack.packb([None] * wire.MOST_VALUES),
+        msgpack.packb("x" * (wire.MOST_TEXT + 1)),
+        msgpack.packb({1: 2}),
+        b"\xc1",
         b"\xdd\xff\xff\xff\xff",
         b"\xc6\xff\xff\xff\xff",
         b"",
@@ -108,6 +113,25 @@ def test_hostile_messages_are_one_sentence(message):
         wire.unpack(message)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+packed = plain.map(msgpack.packb) | plain.map(lambda found: msgpack.packb(found, use_bin_type=False)) | st.binary(max_size=40)
+
+
+@given(data=packed, cut=st.integers(1, 100))
+def test_the_survey_refuses_no_message_that_msgpack_can_read_and_passes_none_that_ends_too_early(data, cut):
+    """It walks over heads by a table of its own; one wrong entry, and one of the two would be false."""
+    with suppress(ValueError, TypeError, msgpack.exceptions.UnpackException):
+        msgpack.unpackb(data, strict_map_key=False, raw=True, ext_hook=lambda code, found: None)
+        wire._survey(data)
+        with pytest.raises(RequestError, match="ends too early"):
+            wire._survey(data[: len(data) - 1 - cut % len(data)])
+
+
+def test_what_the_limits_allow_is_decoded():
+    assert wire.unpack(msgpack.packb([None] * (wire.MOST_VALUES - 1))) == [None] * (wire.MOST_VALUES - 1)
+    assert wire.unpack(b"\x91" * (wire.MOST_DEPTH - 1) + b"\xc0")
+    assert wire.unpack(msgpack.packb("x" * wire.MOST_TEXT)) == "x" * wire.MOST_TEXT
 
 
 def test_what_the_protocol_does_not_have_is_not_sent():

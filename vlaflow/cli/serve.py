@@ -36,6 +36,9 @@ class Arguments:
         wait_ms: how long the first request of a batch waits for company.
         queue: most requests waiting.
         guided: continue committed actions by guidance even where the checkpoint was trained for them.
+        connections: most clients at a time.
+        dashboard: serve a page to watch and instruct the policy at /dashboard.
+        log_format: a sentence per event, or a JSON object.
         threads: of torch, where the networks run on the CPU; vlaflow bench latency measures one.
         device: where the networks run.
     """
@@ -44,7 +47,7 @@ class Arguments:
     compute: str = "dense"
     budget_ms: float | None = None
     steps: int = 10
-    layout: Literal["metaworld", "libero", "droid", "aloha"] = "metaworld"
+    layout: Literal["metaworld", "libero", "droid", "aloha", "roboarena"] = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     host: str = "127.0.0.1"
@@ -54,6 +57,9 @@ class Arguments:
     wait_ms: float = 2.0
     queue: int = 32
     guided: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    connections: int = 32
+    dashboard: bool = False
+    log_format: Literal["text", "json"] = "text"
     threads: int = 1
     device: str = "cpu"
 
@@ -71,11 +77,13 @@ def main(argv: list[str]) -> int:
     from vlaflow.policies.base import Policy
     from vlaflow.policies.checkpoint import fingerprint, local_folder
     from vlaflow.serving.engine import EngineConfig
+    from vlaflow.serving.journal import JsonLines
     from vlaflow.serving.layouts import choose
     from vlaflow.serving.server import PolicyServer, ServerConfig
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("websockets").setLevel(logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if a.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"
@@ -89,7 +97,9 @@ def main(argv: list[str]) -> int:
         port=a.port,
         token=a.token,
         engine=EngineConfig(a.batch, a.wait_ms, a.queue, guided=a.guided),
+        connections=a.connections,
         budget=lambda milliseconds: parse(f"budget:{milliseconds:g}", knobs, home),
+        dashboard=a.dashboard,
     )
     compute.needs.check(policy.model, compute.name)
     for _ in range(3):  # the first chunks are slow; no client shall have them

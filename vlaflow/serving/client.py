@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from vlaflow.errors import RequestError
@@ -100,6 +100,9 @@ class Client:
                 )
             )
             first = connection.recv(self.timeout_s)
+        except InvalidStatus as error:
+            said = error.response.body.decode(errors="replace").strip() or f"HTTP status {error.response.status_code}"
+            raise RequestError(f"{self.address} does not take this client: {said:.200}") from error
         except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
             raise RequestError(f"{self.address} cannot be reached: {error}. Start it: vlaflow serve CKPT") from error
         if isinstance(first, str):

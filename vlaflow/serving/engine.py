@@ -42,7 +42,7 @@ class EngineConfig:
 
 @dataclass
 class Counts:
-    """For ``/metrics``."""
+    """What the engine has done."""
 
     requests: int = 0
     answered: int = 0
@@ -51,19 +51,6 @@ class Counts:
     refused: int = 0
     batches: int = 0
     seconds: float = 0.0
-
-    def text(self) -> str:
-        """In Prometheus' format."""
-        rows = [
-            ("vlaflow_requests_total", self.requests),
-            ("vlaflow_answered_total", self.answered),
-            ("vlaflow_busy_total", self.busy),
-            ("vlaflow_late_total", self.late),
-            ("vlaflow_refused_total", self.refused),
-            ("vlaflow_batches_total", self.batches),
-            ("vlaflow_inference_seconds_total", round(self.seconds, 6)),
-        ]
-        return "".join(f"# TYPE {name} counter\n{name} {value}\n" for name, value in rows)
 
 
 @dataclass(frozen=True)
@@ -108,6 +95,11 @@ class Engine:
     def __post_init__(self) -> None:
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(self.config.queue)
         self._thread = ThreadPoolExecutor(1, "inference")
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self._queue.qsize()
 
     async def ask(self, asked: Asked, deadline_ms: float | None = None) -> Chunk:
         """The chunk for one request.

@@ -1,4 +1,4 @@
-"""Which key of a request is what: the layouts that openpi's clients send, and mappings of one's own.
+"""Which key of a request is what: the layouts that openpi's and RoboArena's clients send, and mappings of one's own.
 
 A layout lists image keys in order; they are the policy's views in their order. So a policy trained on two views serves any
 robot that sends two, and one that sends another number is refused before the first request.
@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
+from vlaflow.serving.dialects import OPENPI, ROBOARENA, Dialect
 from vlaflow.spec import Commitment, Observation
+
+MOST_STATE = 4096
+MOST_SIDE = 4096
+_NAMED_KEYS = 50
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,14 @@ class Layout:
         state: keys of the parts of the state, joined in this order.
         prompt: key of the instruction.
         channels_first: images are (3, H, W).
+        dialect: what is said first, and what an answer looks like.
     """
 
     images: tuple[str, ...]
     state: tuple[str, ...]
     prompt: str = "prompt"
     channels_first: bool = False
+    dialect: Dialect = OPENPI
 
 
 LAYOUTS = {
@@ -45,6 +53,11 @@ LAYOUTS = {
         channels_first=True,
     ),
     "metaworld": Layout(("observation/image",), ("observation/state",)),
+    "roboarena": Layout(
+        ("observation/exterior_image_0_left", "observation/wrist_image_left"),
+        ("observation/joint_position", "observation/gripper_position"),
+        dialect=ROBOARENA,
+    ),
 }
 
 
@@ -82,18 +95,15 @@ def read(request: Mapping[str, Any], layout: Layout, views: Sequence[str]) -> Ob
         image = _find(request, key)
         if not isinstance(image, np.ndarray):
             raise RequestError(f"'{key}' must be an image, a uint8 array of shape (height, width, 3).")
+        if image.size == 0 or max(image.shape, default=0) > MOST_SIDE:
+            raise RequestError(f"'{key}' must be an image of 1 to {MOST_SIDE} pixels a side, this was {list(image.shape)}.")
         images[view] = np.ascontiguousarray(image.transpose(1, 2, 0)) if layout.channels_first and image.ndim == 3 else image
-    parts = []
-    for key in layout.state:
-        try:
-            parts.append(np.atleast_1d(np.asarray(_find(request, key), np.float32)))
-        except (TypeError, ValueError) as error:
-            raise RequestError(f"'{key}' must be a vector of numbers.") from error
+    parts = [_vector(_find(request, key), key) for key in layout.state]
     prompt = _find(request, layout.prompt)
     if not isinstance(prompt, str):
         raise RequestError(f"'{layout.prompt}' must be the instruction in words.")
-    if any(part.ndim != 1 for part in parts):
-        raise RequestError(f"The state ({', '.join(layout.state)}) must be vectors of numbers.")
+    if sum(map(len, parts)) > MOST_STATE:
+        raise RequestError(f"The state ({', '.join(layout.state)}) may have {MOST_STATE} numbers at most.")
     try:
         return Observation(images, np.concatenate(parts), prompt)
     except SpecError as error:
@@ -123,13 +133,25 @@ def committed(request: dict[str, Any]) -> Commitment | None:
         raise RequestError(f"'given' with 'inference_delay': {error}") from error
 
 
+def _vector(value: Any, key: str) -> np.ndarray:
+    """A part of the state; what float32 cannot hold becomes infinite, which an observation refuses."""
+    try:
+        found = np.atleast_1d(np.asarray(value))
+    except ValueError:  # lists of unequal lengths
+        found = np.empty((0, 0))
+    if found.ndim != 1 or found.dtype.kind not in "biuf":
+        raise RequestError(f"'{key}' must be a vector of numbers.")
+    with np.errstate(over="ignore"):
+        return found.astype(np.float32)
+
+
 def _find(request: Mapping[str, Any], key: str) -> Any:
     if key in request:
         return request[key]
     found: Any = request
     for part in key.split("/"):
         if not isinstance(found, Mapping) or part not in found:
-            given = [str(name) for name in request if isinstance(name, str)]
+            given = [name for name in islice(request, _NAMED_KEYS) if isinstance(name, str) and len(name) < 80]
             raise RequestError(f"The request lacks '{key}'; {nearest(key, given)}" if given else f"The request lacks '{key}'.")
         found = found[part]
     return found

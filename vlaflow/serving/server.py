@@ -2,13 +2,13 @@
 
 A client connects and gets the metadata; then every request, a map in one binary frame, is answered by a map with "actions"
 (horizon, D) in robot units. Whatever is wrong with a request comes back as a text frame with one sentence, without a traceback,
-and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``.
+and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are turned away.
 
 Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (the noise starts over; with nothing else the
 reply is {"reset": true}), "given" and "inference_delay" (what the robot will have executed when the answer comes, which the
-answer begins with), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's) and, as RoboArena's clients
-do, "endpoint": "infer" or "reset". A reply also holds "confidence" where a rater judged, "layers", "evaluations" and the
-milliseconds by part.
+answer begins with), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's), "follow_operator" (see
+``dashboard``) and, as RoboArena's clients do, "endpoint": "infer" or "reset". A reply also holds "confidence" where a rater
+judged, "layers", "evaluations" and the milliseconds by part.
 
 Nothing of one connection reaches another: all it keeps is how many chunks it has had, which seeds the next one's noise.
 """
@@ -38,12 +38,17 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
 from vlaflow.policies.base import Policy
 from vlaflow.serving import wire
+from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard
 from vlaflow.serving.engine import Asked, Engine, EngineConfig
+from vlaflow.serving.journal import Entry, Journal, OneLine
 from vlaflow.serving.layouts import Layout, committed, read
 from vlaflow.spec import ActionSpec, Chunk
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 logger = logging.getLogger("vlaflow.serving")
+_ONE_LINE = OneLine()
+_CLOSE_S = 2.0
+_FRAMES_AHEAD = 1
+"""Requests that a client may have under way while one is answered; more stay in its socket."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,11 @@ class ServerConfig:
         token: clients send it as "Authorization: Api-Key TOKEN".
         engine: how requests are gathered.
         most_bytes: largest request.
+        connections: most clients at a time; more are turned away.
+        open_s: a client that has not sent its headers after so long is dropped.
         idle_s: a connection that does not answer pings for so long is closed.
         budget: what fits so many milliseconds, for requests with a "budget_ms" of their own.
+        dashboard: serve the operator's page, too.
     """
 
     layout: Layout
@@ -67,8 +75,11 @@ class ServerConfig:
     token: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     most_bytes: int = wire.MOST_BYTES
+    connections: int = 32
+    open_s: float = 10.0
     idle_s: float = 60.0
     budget: Callable[[float], ComputePolicy] | None = None
+    dashboard: bool = False
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.token:
@@ -91,7 +102,8 @@ class PolicyServer:
 
     def __post_init__(self) -> None:
         self.compute.needs.check(self.policy.model, self.compute.name)
-        self.engine = Engine(self.policy, self.config.engine)
+        self.engine, self.journal = Engine(self.policy, self.config.engine), Journal()
+        self.dashboard = self._dashboard() if self.config.dashboard else None
         self._stop, self._idle, self._answering = asyncio.Event(), asyncio.Event(), 0
         self._idle.set()
 
@@ -114,6 +126,21 @@ class PolicyServer:
             "state_dim": len(policy.stats["state"].mean),
         }
 
+    def _dashboard(self) -> Dashboard:
+        policy, spec = self.policy, self.policy.action_spec
+        hello = {
+            "system": policy.config.system,
+            "compute": self.compute.name,
+            "robot": spec.robot,
+            "dimensions": [to_json(dimension) for dimension in spec.dimensions],
+            "execute": policy.config.execute,
+            "rate_hz": spec.rate_hz,
+            "depth": policy.model.backbone.spec.depth,
+        }
+        page = Dashboard(self.journal, self.engine, hello, self.config.token)
+        self.journal.observer = page.saw
+        return page
+
     async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
         """Warm up, serve until ``stop``, then finish what runs.
 
@@ -121,33 +148,48 @@ class PolicyServer:
             ready: told the port once requests are taken.
         """
         worker = asyncio.create_task(self.engine.run())
+        quiet = logging.getLogger("vlaflow.serving.websockets")
+        quiet.addFilter(_ONE_LINE)
         try:
-            async with serve(
+            server = await serve(
                 self._connection,
                 self.config.host,
                 self.config.port,
                 process_request=self._http,
+                select_subprotocol=lambda _, offered: SUBPROTOCOL if SUBPROTOCOL in offered else None,
                 compression=None,
                 max_size=self.config.most_bytes,
+                max_queue=_FRAMES_AHEAD,
+                open_timeout=self.config.open_s,
+                ping_interval=min(20.0, self.config.idle_s),
                 ping_timeout=self.config.idle_s,
+                close_timeout=_CLOSE_S,
                 server_header=None,
-            ) as server:
-                port = _port(server)
-                logger.info(
-                    "serving %s with %s on ws://%s:%d", self.policy.config.system, self.compute.name, self.config.host, port
-                )
-                if ready is not None:
-                    ready.set_result(port)
-                await self._stop.wait()
-                logger.info("stopping: what runs is finished")
-                server.close(close_connections=False)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._idle.wait(), self.config.engine.deadline_ms / 1e3)
-                await asyncio.gather(*(connection.close(1001) for connection in list(server.connections)))
+                logger=quiet,
+            )
+            port = _port(server)
+            what = f"{self.policy.config.system} with {self.compute.name}"
+            self.journal.say("serving", note=f"{what} on ws://{self.config.host}:{port}")
+            if self.dashboard is not None:
+                self.journal.say("dashboard", note=f"http://{self.config.host}:{port}{PAGE}")
+            if ready is not None:
+                ready.set_result(port)
+            await self._stop.wait()
+            await self._finish(server)
         finally:
             worker.cancel()
             await asyncio.gather(worker, return_exceptions=True)
             self.engine.close()
+
+    async def _finish(self, server: Server) -> None:
+        """Answer what was asked, then close; who does not let go is not waited for."""
+        self.journal.say("stopping", note="what runs is finished")
+        server.close(close_connections=False)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.config.engine.deadline_ms / 1e3)
+        await asyncio.gather(*(connection.close(1001) for connection in list(server.connections)))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(server.wait_closed(), _CLOSE_S)
 
     def stop(self) -> None:
         """Take no new connections and end ``serve``."""
@@ -156,29 +198,51 @@ class PolicyServer:
     # -- connections -------------------------------------------------------------------------------------------------
 
     def _http(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answer plain HTTP, and turn away who may not connect."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
+        if self.dashboard is not None:
+            if page := self.dashboard.http(request):
+                return page
+            if request.path == STREAM:
+                why = self.dashboard.refusal(request)
+                return None if why is None else self._turn_away(connection, HTTPStatus.FORBIDDEN, why)
         if self.config.token is not None:
-            given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Api-Key {self.config.token}".encode()):
-                return connection.respond(HTTPStatus.UNAUTHORIZED, "Send 'Authorization: Api-Key TOKEN'.\n")
+            given = request.headers.get_all("Authorization")
+            if not hmac.compare_digest(" ".join(given).encode(errors="replace"), f"Api-Key {self.config.token}".encode()):
+                return self._turn_away(connection, HTTPStatus.UNAUTHORIZED, "Send 'Authorization: Api-Key TOKEN'.")
         if request.path == "/metrics":
-            return connection.respond(HTTPStatus.OK, self.engine.counts.text())
+            return connection.respond(HTTPStatus.OK, self.journal.exposition(self.engine))
+        if request.headers.get_all("Origin"):
+            return self._turn_away(connection, HTTPStatus.FORBIDDEN, "Robots connect here, web pages do not.")
+        if len(self.journal.clients) >= self.config.connections:
+            return self._turn_away(connection, HTTPStatus.SERVICE_UNAVAILABLE, self._full)
         return None
 
+    @property
+    def _full(self) -> str:
+        return f"{self.config.connections} clients are connected already, more are not taken; try again later."
+
+    def _turn_away(self, connection: ServerConnection, status: HTTPStatus, why: str) -> Response:
+        self.journal.turned_away(_name(connection), why)
+        return connection.respond(status, f"{why}\n")
+
     async def _connection(self, connection: ServerConnection) -> None:
-        chunks, name = 0, f"{connection.remote_address}"
-        logger.info("%s connected", name)
-        try:
-            await connection.send(wire.pack(self.metadata))
+        chunks, name = 0, _name(connection)
+        if self.dashboard is not None and connection.request is not None and connection.request.path == STREAM:
+            await self.dashboard.watch(connection, name)
+            return
+        if len(self.journal.clients) >= self.config.connections:  # several came at once
+            self.journal.turned_away(name, self._full)
+            await connection.close(1013, self._full)
+            return
+        with self.journal.connected(name), suppress(websockets.ConnectionClosed):
+            await connection.send(wire.pack(self.config.layout.dialect.hello(self.metadata)))
             async for frame in connection:
                 with self._busy():
                     reply, chunks = await self._reply(frame, chunks, name)
                     await connection.send(reply)
-        except websockets.ConnectionClosed:
-            pass
-        finally:
-            logger.info("%s left after %d chunks", name, chunks)
+                await asyncio.sleep(0)  # whoever sends ahead of the answers must not keep the others waiting
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -193,50 +257,62 @@ class PolicyServer:
 
     async def _reply(self, frame: str | bytes, chunks: int, name: str) -> tuple[str | bytes, int]:
         """The frame to send, and how many chunks the connection has had."""
-        began = time.perf_counter()
-        try:
-            if self._stop.is_set():
-                raise BusyError("The server is stopping.")
-            reply, chunks = await self._answer(frame, chunks)
-        except VlaflowError as error:
-            logger.info("%s refused: %s", name, error)
-            return str(error), chunks
-        except Exception:
-            logger.exception("%s: a defect of the server", name)
-            return "The server failed on this request; its log says why.", chunks
-        if isinstance(reply, str):
-            return reply, chunks
-        if "server_timing" in reply:
-            reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - began)
-        return wire.pack(reply), chunks
+        with self.journal.request(name) as entry:
+            try:
+                if self._stop.is_set():
+                    raise BusyError("The server is stopping.")
+                reply, chunks = await self._answer(frame, chunks, entry)
+            except VlaflowError as error:
+                return entry.refused(error), chunks
+            except Exception:
+                logger.exception("%s: a defect of the server", name)
+                return "The server failed on this request; its log says why.", chunks
+            entry.outcome = "answered" if entry.chunk is not None else "reset"
+            if isinstance(reply, str):
+                return reply, chunks
+            if "server_timing" in reply:
+                reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
+            return wire.pack(self._said(reply)), chunks
 
-    async def _answer(self, frame: str | bytes, chunks: int) -> tuple[dict[str, Any] | str, int]:
+    def _said(self, reply: dict[str, Any]) -> Any:
+        """The reply in the words of the client's protocol."""
+        return self.config.layout.dialect.answer(reply, self.policy.config.execute) if "actions" in reply else reply
+
+    async def _answer(self, frame: str | bytes, chunks: int, entry: Entry) -> tuple[dict[str, Any] | str, int]:
         if isinstance(frame, str):
             raise RequestError("Requests are binary msgpack frames; this was text.")
         request = wire.unpack(frame, self.config.most_bytes)
         if not isinstance(request, dict):
             raise RequestError(f"A request is a map, this was a {type(request).__name__}.")
         endpoint = request.pop("endpoint", None)
-        if endpoint not in (None, "infer", "reset"):
+        if endpoint is not None and (not isinstance(endpoint, str) or endpoint not in ("infer", "reset")):
             raise RequestError(f"There is no endpoint {endpoint!r:.40}; 'infer' and 'reset' are.")
         self._require_spec(request.pop("action_spec", None))
         if endpoint == "reset":
             return "reset successful", 0
-        if request.pop("reset", False):
+        if _flag(request.pop("reset", False), "reset"):
             chunks = 0
             if not request:
                 return {"reset": True}, 0
         seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
         budget_ms, commitment = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
         compute = self.compute if budget_ms is None else self._within(budget_ms)
+        follows = _flag(request.pop("follow_operator", False), "follow_operator")
         observation = read(request, self.config.layout, self.config.views)
+        if self.dashboard is not None:
+            observation = self.dashboard.instruct(observation, follows)
+        entry.observation = observation
         generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
         began = time.perf_counter()
         try:
-            chunk = await self.engine.ask(Asked(observation, compute, generator, commitment), deadline_ms)
+            asked = Asked(observation, compute, generator, commitment)
+            chunk = entry.chunk = await self.engine.ask(asked, deadline_ms)
+            if not np.isfinite(chunk.actions).all():
+                raise RequestError("The policy made an action that is not finite; it was not sent.")
         except SpecError as error:
             raise RequestError(str(error)) from error
-        return _reply(chunk, 1e3 * (time.perf_counter() - began)), chunks + 1
+        told = {"instruction": observation.instruction} if follows else {}
+        return {**_reply(chunk, 1e3 * (time.perf_counter() - began)), **told}, chunks + 1
 
     def _within(self, budget_ms: float) -> ComputePolicy:
         if self.config.budget is None:
@@ -279,10 +355,22 @@ def _number(value: Any, name: str) -> float | None:
     return value
 
 
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"'{name}' must be true or false.")
+    return bool(value)
+
+
+def _name(connection: ServerConnection) -> str:
+    """A client's address and port, as in the log."""
+    address = connection.remote_address
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"{address}"
+
+
 def _plain(value: Any) -> Any:
     """Maps with text keys, as JSON would give them."""
     try:
-        return json.loads(json.dumps(value))
+        return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RequestError("'action_spec' must hold texts, numbers, lists and maps.") from error
 

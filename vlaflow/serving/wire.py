@@ -2,7 +2,11 @@
 
 An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": text, b"shape": ints}; a NumPy scalar is a map
 {b"__npgeneric__": True, b"data": number, b"dtype": text}. Booleans, integers and floats of 1 to 8 bytes pass, nothing else: no
-objects, no records, no complex numbers, no extension types. Nothing is executed, and no allocation is larger than the message.
+objects, no records, no complex numbers, no extension types. Nothing is executed.
+
+msgpack makes a container before it has seen what is in it, and an empty map of one byte becomes sixty-four: a small message can
+ask for a lot of memory. So a message is surveyed before it is decoded, header by header, and one with too many values, too
+deep, with too long a text or with less than it announces is refused. What is left to decode takes little more than its bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ from vlaflow.errors import RequestError
 DTYPES = frozenset(np.dtype(code).str for code in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 MOST_BYTES = 64 * 2**20
 MOST_DIMENSIONS = 8
+MOST_VALUES = 10_000
+MOST_DEPTH = 32
+MOST_TEXT = 2**16
+"""Bytes of one text or key; arrays are not texts."""
 
 
 def pack(message: Any) -> bytes:
@@ -33,19 +41,73 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
-    """Decode one message; arrays are read-only views of ``data``.
+    """Decode one message; its arrays are read-only.
 
     Raises:
         RequestError: for a message that is too large, damaged, or holds what the protocol does not have.
     """
     if len(data) > most_bytes:
         raise RequestError(f"The message has {len(data)} bytes, at most {most_bytes} are taken. Send smaller images.")
+    _survey(data)
     try:
-        return msgpack.unpackb(data, object_hook=_decode, ext_hook=_refuse, strict_map_key=False)
+        return msgpack.unpackb(data, object_hook=_decode, ext_hook=_refuse, strict_map_key=True)
     except RequestError:
         raise
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise RequestError(f"The message is not valid msgpack ({type(error).__name__}).") from error
+
+
+def _heads() -> tuple[tuple[int, int, int], ...]:
+    """By first byte: (bytes of the head that give a length, values per unit of it, bytes otherwise), from msgpack's format.
+
+    A length in the first byte itself is given as the negative number of its bits; -1 values stand for text, 0 for bytes.
+    """
+    text, plain = -1, 0
+    heads = [(0, 0, 0)] * 0x80 + [(-4, 2, 0)] * 16 + [(-4, 1, 0)] * 16 + [(-5, text, 0)] * 32
+    heads += [(0, 0, 0)] * 4  # nil, one that is never used, false, true
+    heads += [(1, plain, 0), (2, plain, 0), (4, plain, 0)]  # bin
+    heads += [(1, plain, 1), (2, plain, 1), (4, plain, 1)]  # ext
+    heads += [(0, 0, n) for n in (4, 8, 1, 2, 4, 8, 1, 2, 4, 8)]  # float, uint, int
+    heads += [(0, 0, 1 + n) for n in (1, 2, 4, 8, 16)]  # fixext
+    heads += [(1, text, 0), (2, text, 0), (4, text, 0), (2, 1, 0), (4, 1, 0), (2, 2, 0), (4, 2, 0)]
+    return (*heads, *[(0, 0, 0)] * 32)
+
+
+_HEADS = _heads()
+
+
+def _survey(data: bytes) -> None:
+    """Walk over the heads of all values, and refuse what would take more than it looks like."""
+    size, at, values = len(data), 0, 0
+    open_ = [1]  # values that are still to come, by container
+    while open_:
+        if not open_[-1]:
+            open_.pop()
+            continue
+        open_[-1] -= 1
+        values += 1
+        if at >= size:
+            raise RequestError("The message is not valid msgpack (it ends too early).")
+        first = data[at]
+        width, unit, length = _HEADS[first]
+        at += 1
+        if width < 0:
+            count = first & (1 << -width) - 1
+        else:
+            count = int.from_bytes(data[at : at + width], "big")
+            at += width
+        if unit > 0:
+            open_.append(count * unit)
+            if values + count * unit > MOST_VALUES:
+                raise RequestError(f"The message holds more than {MOST_VALUES} values; send pictures and states as arrays.")
+            if len(open_) > MOST_DEPTH:
+                raise RequestError(f"The message is nested more than {MOST_DEPTH} deep.")
+            continue
+        if unit < 0 and count > MOST_TEXT:
+            raise RequestError(f"A text of the message has {count} bytes, at most {MOST_TEXT} are taken.")
+        at += length + count
+    if at > size:
+        raise RequestError("The message is not valid msgpack (it ends too early).")
 
 
 def _encode(value: Any) -> Any:
@@ -68,8 +130,9 @@ def _decode(found: dict[Any, Any]) -> Any:
         if not isinstance(data, bool | int | float):
             raise RequestError("A NumPy scalar of a message holds no number.")
         try:
-            return _dtype(found).type(data)
-        except OverflowError as error:
+            with np.errstate(over="raise"):
+                return _dtype(found).type(data)
+        except (OverflowError, FloatingPointError, ValueError) as error:
             raise RequestError("A NumPy scalar of a message does not fit its own type.") from error
     return found
 

@@ -1,0 +1,222 @@
+"""What happens at the server, written down once: for the log, for ``/metrics`` and for whoever watches.
+
+A line of the log is a sentence, or with ``JsonLines`` a JSON object. No line holds a picture or a token. A refusal may quote a
+few words of a request, cut and stripped of what would break a line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import accumulate
+from typing import Any, Literal
+
+from vlaflow.errors import BusyError, DeadlineError, VlaflowError
+from vlaflow.serving.engine import Engine
+from vlaflow.spec import Chunk, Observation
+
+logger = logging.getLogger("vlaflow.serving")
+
+Outcome = Literal["answered", "reset", "refused", "busy", "late", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("answered", "reset", "refused", "busy", "late", "failed")
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+RECENT, LINES = 1024, 50
+MOST_SENTENCE = 400
+
+
+def sentence(error: object) -> str:
+    """An error's text on one line, without control characters, and without its middle where it is long."""
+    text = str(error)
+    if len(text) > MOST_SENTENCE:
+        text = f"{text[: MOST_SENTENCE // 2]} ... {text[-MOST_SENTENCE // 2 :]}"
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of the log.
+
+    Args:
+        event: what happened: an outcome of a request, or "serving", "dashboard", "connected", "left", "turned away",
+            "watching", "watched", "instruction", "stopping".
+        client: address and port, where one is concerned.
+        request: number of the request, counted over the server's life.
+        ms: from the frame's arrival to its answer.
+        layers, evaluations: computed for it.
+        note: the rest, in words.
+    """
+
+    event: str
+    client: str | None = None
+    request: int | None = None
+    ms: float | None = None
+    layers: int | None = None
+    evaluations: int | None = None
+    note: str | None = None
+
+    def __str__(self) -> str:
+        who = " ".join(part for part in (self.client, f"#{self.request}" if self.request else None) if part)
+        spent = f" in {self.ms:.1f} ms" if self.ms is not None else ""
+        work = f", {self.layers} layers, {self.evaluations} evaluations" if self.layers is not None else ""
+        return f"{who + ': ' if who else ''}{self.event}{spent}{work}{': ' + self.note if self.note else ''}"
+
+
+@dataclass
+class Entry:
+    """A request under way; whoever answers it says what came of it."""
+
+    client: str
+    number: int
+    began: float
+    outcome: Outcome = "failed"
+    note: str | None = None
+    observation: Observation | None = None
+    chunk: Chunk | None = None
+
+    def refused(self, error: VlaflowError) -> str:
+        """Take down an error and return its sentence for the client."""
+        self.outcome = "busy" if isinstance(error, BusyError) else "late" if isinstance(error, DeadlineError) else "refused"
+        self.note = sentence(error)
+        return self.note
+
+
+@dataclass
+class Journal:
+    """Counts, times and the log.
+
+    Attributes:
+        outcomes: requests by what came of them.
+        connections: connections that were taken and those turned away.
+        clients: connected now.
+        recent: (when it ended, milliseconds, outcome) of the last requests.
+        lines: the last of the log.
+        observer: told of every request that has ended.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    connections: Counter[str] = field(default_factory=Counter)
+    clients: set[str] = field(default_factory=set)
+    layers: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
+    recent: deque[tuple[float, float, str]] = field(default_factory=lambda: deque(maxlen=RECENT))
+    lines: deque[Event] = field(default_factory=lambda: deque(maxlen=LINES))
+    observer: Callable[[Entry], None] | None = None
+    _requests: int = 0
+
+    def say(self, event: str, client: str | None = None, note: str | None = None, **more: Any) -> None:
+        """Write a line."""
+        self._log(Event(event, client, note=note, **more))
+
+    @contextmanager
+    def connected(self, client: str) -> Iterator[None]:
+        """A client, from its coming to its leaving."""
+        self.clients.add(client)
+        self.connections["taken"] += 1
+        self.say("connected", client)
+        try:
+            yield
+        finally:
+            self.clients.discard(client)
+            self.say("left", client)
+
+    def turned_away(self, client: str, why: str) -> None:
+        """A connection that was not taken."""
+        self.connections["turned away"] += 1
+        self.say("turned away", client, why)
+
+    @contextmanager
+    def request(self, client: str) -> Iterator[Entry]:
+        """A request, from its frame to its answer."""
+        self._requests += 1
+        entry = Entry(client, self._requests, time.perf_counter())
+        try:
+            yield entry
+        finally:
+            seconds = time.perf_counter() - entry.began
+            self.outcomes[entry.outcome] += 1
+            self.recent.append((time.monotonic(), 1e3 * seconds, entry.outcome))
+            chunk = entry.chunk
+            if entry.outcome == "answered" and chunk is not None:
+                self.layers += chunk.layers
+                self.evaluations += chunk.evaluations
+                self.seconds += seconds
+                self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
+            work = {"layers": chunk.layers, "evaluations": chunk.evaluations} if chunk is not None else {}
+            self._log(Event(entry.outcome, client, entry.number, 1e3 * seconds, note=entry.note, **work))
+            if self.observer is not None:
+                self.observer(entry)
+
+    def _log(self, event: Event) -> None:
+        self.lines.append(event)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s", event, extra={"event": event})
+
+    def exposition(self, engine: Engine) -> str:
+        """Everything that is counted, in Prometheus' text format."""
+        counts, times = engine.counts, "vlaflow_request_seconds"
+        edges = [*(f"{edge:g}" for edge in BUCKETS_S), "+Inf"]
+        cumulative = list(accumulate(self.buckets))
+        histogram: dict[str, float] = {f'{times}_bucket{{le="{e}"}}': n for e, n in zip(edges, cumulative, strict=True)}
+        histogram |= {f"{times}_sum": round(self.seconds, 6), f"{times}_count": cumulative[-1]}
+        requests = {f'vlaflow_requests_total{{outcome="{o}"}}': self.outcomes[o] for o in OUTCOMES}
+        connections = {
+            'vlaflow_connections_total{outcome="taken"}': self.connections["taken"],
+            'vlaflow_connections_total{outcome="turned_away"}': self.connections["turned away"],
+        }
+        families: list[tuple[str, str, str, Mapping[str, float] | float]] = [
+            ("vlaflow_requests_total", "counter", "Frames received, by what came of them.", requests),
+            (times, "histogram", "From a frame's arrival to its answer, of answered requests.", histogram),
+            ("vlaflow_connections_total", "counter", "Connections, taken and turned away.", connections),
+            ("vlaflow_clients", "gauge", "Clients connected now.", len(self.clients)),
+            ("vlaflow_queue_depth", "gauge", "Requests waiting for the next batch.", engine.waiting),
+            ("vlaflow_batches_total", "counter", "Batches computed.", counts.batches),
+            ("vlaflow_inference_seconds_total", "counter", "Time spent computing batches.", round(counts.seconds, 6)),
+            ("vlaflow_layers_total", "counter", "Backbone layers run, over answered requests.", self.layers),
+            ("vlaflow_evaluations_total", "counter", "Decoder evaluations, over answered requests.", self.evaluations),
+        ]
+        lines = []
+        for family, kind, text, found in families:
+            rows = found if isinstance(found, Mapping) else {family: found}
+            lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}", *(f"{row} {value}" for row, value in rows.items())]
+        return "\n".join(lines) + "\n"
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per line: time, level, and the event's fields or, of other records, the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See ``logging.Formatter``."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+        }
+        event = getattr(record, "event", None)
+        if isinstance(event, Event):
+            line |= {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(event).items() if v is not None}
+        else:
+            line |= {"event": "message", "logger": record.name, "note": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class OneLine(logging.Filter):
+    """For the websocket library's log: its small talk is left out, and what strangers send is worth a line, not a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See ``logging.Filter``."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            record.msg, record.args = "%s (%s)", (sentence(record.getMessage()), type(error).__name__)
+            record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
+            return True
+        return record.levelno >= logging.WARNING
