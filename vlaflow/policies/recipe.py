@@ -97,7 +97,7 @@ class TrainConfig:
     """One training stage.
 
     Args:
-        policy: the assembly to train from scratch; None for stages that continue a checkpoint.
+        policy: the assembly to train from scratch; None for the other stages.
         rater: the rater to add and train on the frozen policy; None for the other stages.
         latent: the latent action model to train from video alone; None for the other stages.
         steps: optimiser steps.

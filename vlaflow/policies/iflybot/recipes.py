@@ -15,11 +15,11 @@ def latent(data: VideoSpec) -> TrainConfig:
         policy=None,
         latent=LatentTraining(tiny_latent(), data.views[0], gap_s=0.2),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
-        steps=1500,
+        steps=1200,
         batch_size=32,
         ema_decay=0.99,
-        validate_every=250,
-        checkpoint_every=500,
+        validate_every=200,
+        checkpoint_every=400,
     )
 
 
