@@ -12,7 +12,7 @@ def latent(data: VideoSpec) -> TrainConfig:
     vlaflow train iflybot.latent --dataset runs/demo/dataset --out runs/iflybot/latent
 
     0.9 M parameters; on five Meta-World tasks, 50 demonstrations each, all 32 entries are used (perplexity 28.6), and on
-    held-out episodes the codes bring back 76 % of the change in pixels and tell 0.83 of the mean action's variance (docs/log.md).
+    held-out episodes the codes bring back 76 % of the change in pixels and tell 0.83 of the mean action's variance (log).
     Pairs are 0.2 s apart, the span of the demo's chunks of 16: at 80 frames per second whole episodes last about a second.
     """
     return TrainConfig(
