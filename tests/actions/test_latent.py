@@ -71,15 +71,6 @@ def test_the_later_frame_reaches_the_decoder_through_the_codes_alone():
     assert torch.equal(one, other)
 
 
-def test_a_decoder_that_says_nothing_leaves_the_earlier_frame_as_it_is():
-    """With predict="change" the decoder adds to the earlier frame; with "frame" it does not."""
-    for predict, wanted in (("change", frames(0)), ("frame", torch.full_like(frames(0), 128))):
-        made = model(replace(SMALL, predict=predict))
-        torch.nn.init.zeros_(made.decoder.leave.weight)
-        torch.nn.init.zeros_(made.decoder.leave.bias)
-        assert torch.equal(made.apply_codes(frames(0), torch.zeros(3, 8, dtype=torch.long)), wanted)
-
-
 def test_other_codes_make_another_frame():
     made = model()
     one, other = (made.apply_codes(frames(0), torch.full((3, 8), code)) for code in (0, 5))

@@ -114,6 +114,8 @@ def test_a_table_holds_every_pair_once_and_is_computed_once(cached):
     pair_table(pairs, brightness(calls), "another model")
     pair_table(FramePairs(*cached, "image", 1 / FPS), brightness(calls), "mean")
     assert sum(calls) > 3 * len(pairs)
+    part = FramePairs(*cached, "image", 9 / FPS, episodes=[0])
+    assert (pair_table(part, brightness(calls), "mean")[:, 0] >= 0).sum() == len(part) < len(pairs)
 
 
 def test_a_damaged_table_is_one_sentence(cached, tmp_path):

@@ -46,15 +46,17 @@ def test_a_line_is_explained_and_noise_is_not():
     assert (latent_report.explained(x, noise, new_x, rng.normal(size=(200, 2))) < 0.02).all()
 
 
-def test_a_model_that_does_nothing_brings_nothing_back(root, tmp_path):
-    """Its decoder adds 0 to the earlier frame, whatever the codes."""
+def test_a_model_that_ignores_its_codes_does_as_well_with_other_ones(root, tmp_path):
+    """Its decoder says mid-grey, whatever it is shown."""
     model, dataset = saved(root, tmp_path / "m")
     model.decoder.leave.weight.data.zero_()
     model.decoder.leave.bias.data.zero_()
     _, held = latent_report.look(model, dataset)
     found = latent_report.pixels(model, held)
-    assert found.copy == found.decoded == found.other > 0
-    assert found.explained == 0
+    earlier, later = (frames.double() / 255 for frames in held.pairs.frames(held.index_M))
+    assert found.copy == pytest.approx((earlier - later).square().mean().item(), rel=1e-5)
+    assert found.decoded == found.other == pytest.approx((later - 128 / 255).square().mean().item(), rel=1e-5)
+    assert found.explained == pytest.approx(1 - found.decoded / found.copy)
 
 
 def test_training_and_held_out_episodes_are_apart_and_divided_as_in_training(root, tmp_path):

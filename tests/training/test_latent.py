@@ -81,7 +81,7 @@ def test_training_learns(tmp_path):
 
 
 def test_an_action_head_adds_its_error_and_teaches_the_encoder(tmp_path):
-    config = latent_config(model=replace(SMALL, action_dim=2, predict="frame"))
+    config = latent_config(model=replace(SMALL, action_dim=2))
     stage = latent_stage(config)
     torch.nn.init.zeros_(stage.module.decoder.leave.weight)  # no gradient from the pixels
     terms = stage.loss(Pairs().batch(torch.arange(4).numpy()), torch.Generator().manual_seed(0), torch.Generator())

@@ -21,9 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -54,7 +53,6 @@ class LatentConfig:
             product is the number of codes, K.
         code_dim: dimension of an entry, E.
         book: entries, V.
-        predict: "change" adds the decoder's output to the earlier frame, "frame" does not.
         action_dim: where it is not 0, a head also predicts the mean action between the frames from the codes, with so many
             dimensions.
     """
@@ -70,7 +68,6 @@ class LatentConfig:
     grid: tuple[int, int] = (4, 2)
     code_dim: int = 32
     book: int = 32
-    predict: Literal["change", "frame"] = "change"
     action_dim: int = 0
 
     def __post_init__(self) -> None:
@@ -128,7 +125,7 @@ class LatentFile:
 
     model: LatentConfig
     origin: Origin
-    vlaflow: str = field(default=__version__)
+    vlaflow: str = __version__
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,7 @@ class LatentActionModel(nn.Module):
         earlier_BPC, later_BPC = self.patches(earlier_BHW3), self.patches(later_BHW3)
         value_BKE, id_BK = self.book(self.encoder(earlier_BPC, later_BPC), generator)
         action_BD = None if self.act is None else self.act(value_BKE.flatten(1))
-        return Passed(self._decode(earlier_BHW3, earlier_BPC, value_BKE), id_BK, action_BD)
+        return Passed(self.decoder(earlier_BPC.detach(), value_BKE), id_BK, action_BD)
 
     @torch.no_grad()
     def vectors(self, earlier_BHW3: Tensor, later_BHW3: Tensor) -> Tensor:
@@ -281,13 +278,9 @@ class LatentActionModel(nn.Module):
         Returns:
             uint8 (B, H, W, 3).
         """
-        image_BHW3 = self._prepare(earlier_BHW3)
-        made_BHW3 = self._decode(image_BHW3, self.patches(image_BHW3), self.book.entry_VE[id_BK.to(self.device)])
+        patch_BPC = self.patches(self._prepare(earlier_BHW3))
+        made_BHW3 = self.decoder(patch_BPC, self.book.entry_VE[id_BK.to(self.device)])
         return ((made_BHW3.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-    def _decode(self, earlier_BHW3: Tensor, earlier_BPC: Tensor, code_BKE: Tensor) -> Tensor:
-        made_BHW3 = self.decoder(earlier_BPC.detach(), code_BKE)
-        return made_BHW3 + earlier_BHW3 if self.config.predict == "change" else made_BHW3
 
     def _prepare(self, image_BHW3: Tensor) -> Tensor:
         size = self.config.image_size

@@ -1,8 +1,8 @@
 """A codebook that learns by noise substitution (NSVQ: Vali and Bäckström, IEEE Access 2022), and the care of unused entries.
 
 In training a vector is not replaced by its nearest entry but by itself plus noise as long as its error would be. So the decoder
-sees what quantisation costs, the encoder gets its gradient straight, and the entry gets one through that length: it moves
-towards its vectors where a smaller error helps. No commitment loss, no codebook loss, no straight-through estimate.
+sees what quantisation costs, the encoder's gradient passes through the sum, and the entry gets one through that length: it
+moves towards its vectors where a smaller error helps. No commitment loss, no codebook loss, no straight-through estimate.
 
 An entry that nothing is near gets no gradient and would stay unused for ever, so rarely used entries are moved beside much
 used ones from time to time. Uses are counted over all processes and the draws are the same in each: the book stays one book.

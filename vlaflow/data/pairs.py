@@ -147,10 +147,10 @@ def pair_table(
     """Numbers of every pair, computed once and kept beside the frame cache.
 
     Args:
-        pairs: of all episodes.
+        pairs: of all episodes, as a rule.
         encode: earlier and later frames, uint8 (B, H, W, 3), to int64 (B, K), each in [0, 32767].
-        key: names what ``encode`` does (a model's fingerprint); together with data set, view, gap and frame size it decides
-            which table is read.
+        key: names what ``encode`` does (a model's fingerprint); together with data set, view, frame size and pairs it
+            decides which table is read.
         progress: called with (pairs done, pairs in all) while computing.
         batch_size: pairs encoded together.
 
@@ -163,7 +163,7 @@ def pair_table(
     dataset = pairs.dataset
     what = json.dumps([TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, pairs.cache.shapes[pairs.view], key])
     home = cache_home(dataset.root)
-    name = f"codes-{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}"
+    name = f"codes-{hashlib.blake2b(what.encode() + pairs.rows.tobytes(), digest_size=8).hexdigest()}"
     file = home / f"{name}.safetensors"
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,6 @@ def full_latent() -> LatentConfig:
         spatial=8,
         temporal=8,
         decoder=8,
-        predict="frame",
     )
 
 
