@@ -43,6 +43,23 @@ def realtime(data: DataSpec) -> TrainConfig:
     return replace(demo(data), policy=replace(policy, decoder=decoder, exits=None, execute=24), steps=3000)
 
 
+def finetune(policy: PolicyConfig) -> TrainConfig:
+    """A trained policy of the demo's size further, on more data or on fewer tasks; its networks stay as they are.
+
+    vlaflow train asyncvla.finetune --policy runs/realtime --dataset runs/demo/dataset --out runs/realtime-3
+    """
+    return TrainConfig(
+        policy=policy,
+        optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
+        steps=3000,
+        batch_size=32,
+        ema_decay=0.998,
+        pauses=PauseRule(),
+        validate_every=500,
+        checkpoint_every=1000,
+    )
+
+
 def rater(policy: PolicyConfig) -> TrainConfig:
     """The confidence rater on a frozen tiny policy.
 
