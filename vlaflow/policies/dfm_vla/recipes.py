@@ -24,6 +24,8 @@ def demo(data: DataSpec) -> TrainConfig:
     """DFM-VLA, embedding-guided, on a few Meta-World tasks, from scratch on a CPU.
 
     vlaflow train dfm_vla.demo --dataset runs/demo/dataset --out runs/dfm/policy
+
+    Five Meta-World tasks, 2000 steps: 50 of 100 episodes, 38 with a tenth of the demonstrations (docs/log.md).
     """
     return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, schedule=GRADUAL)))
 
@@ -32,6 +34,8 @@ def demo_head(data: DataSpec) -> TrainConfig:
     """DFM-VLA with a rate head, otherwise as ``demo``.
 
     vlaflow train dfm_vla.demo_head --dataset runs/demo/dataset --out runs/dfm/head
+
+    Five Meta-World tasks, 2000 steps: 49 of 100 episodes, 34 with a tenth of the demonstrations (docs/log.md).
     """
     return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, velocity="rate")))
 
