@@ -186,6 +186,7 @@ class RealtimeController:
             raise ConfigError("This server's policy cannot continue committed actions; use mode 'switch' or 'ensemble'.")
         self._number = self._step = self._moved = self._origin = 0
         self._asked: _Asked | None = None
+        self._failing = False
         self._chunks: list[_Chunk] = []
         self._last_D = np.zeros(len(dimensions), np.float32)
         self._delays: deque[float] = deque(maxlen=self.config.memory)
@@ -263,8 +264,13 @@ class RealtimeController:
                 action_LD = self._actions(answer)
             except RequestError as error:
                 self.counts.failed += 1
-                logger.warning("request %d failed, asking again: %s", answer.number, error)
+                if not self._failing:  # once for a row of failures, which come as fast as the robot steps
+                    logger.warning("request %d failed, asking again: %s", answer.number, error)
+                self._failing = True
                 continue
+            if self._failing:
+                self._failing = False
+                logger.warning("request %d is answered again", answer.number)
             if not measured:
                 self._delays.append(self._step - asked.step)
             self.counts.answered += 1
