@@ -151,6 +151,7 @@ def test_cells_and_pairs_count_what_happened():
     ("change", "config", "error", "sentence"),
     [
         ({"action_spec": to_json(helpers.action_spec())}, {}, SpecError, "do not mean the same"),
+        ({"horizon": None}, {}, SpecError, "does not say horizon"),
         ({"views": ["wrist"]}, {}, SpecError, "looks at 'wrist'"),
         ({"state": ["a", "b"]}, {}, SpecError, "in parts"),
         ({"commitment": 0}, {}, ConfigError, "cannot continue"),
@@ -159,10 +160,10 @@ def test_cells_and_pairs_count_what_happened():
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, error, sentence):
+    jobs = wire.plan((ENV,), ("commit",), (0.0,), 1)
+    metadata = {key: value for key, value in {**METADATA, **change}.items() if value is not None}
     with pytest.raises(error, match=sentence):
-        wire.require_fit(
-            {**METADATA, **change}, "ws://here", wire.plan((ENV,), ("commit",), (0.0,), 1), wire.WireConfig(**config)
-        )
+        wire.require_fit(metadata, "ws://here", jobs, wire.WireConfig(**config))
 
 
 def test_impossible_plans_are_refused():

@@ -258,6 +258,7 @@ def test_jitter_never_makes_committing_jump_within_what_it_remembers():
         ({"execute": 0}, METADATA, "at least 1"),
         ({"execute": HORIZON}, METADATA, "execute is at most 11"),
         ({"mode": "commit"}, {**METADATA, "commitment": 0}, "cannot continue committed actions"),
+        ({}, {"rate_hz": 50.0}, "does not say its 'horizon'"),
     ],
 )
 def test_impossible_settings_are_refused(config, metadata, sentence):

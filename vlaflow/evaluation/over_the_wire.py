@@ -167,6 +167,11 @@ def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob
         SpecError: when actions or views mean something else to an environment.
         ConfigError: for an impossible ``execute``, ``horizon`` or mode.
     """
+    if missing := {"action_spec", "views", "state", "images", "horizon", "execute"} - metadata.keys():
+        raise SpecError(
+            f"{server} does not say {', '.join(sorted(missing))}; this drives servers of vlaflow alone: vlaflow serve CKPT --layout "
+            "metaworld."
+        )
     theirs = from_json(ActionSpec, dict(metadata["action_spec"]), f"the metadata of {server}")
     for env in sorted({job.env for job in jobs}):
         spec = simulator_spec(parse_env_name(env)[0])

@@ -173,6 +173,11 @@ class RealtimeController:
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
+        if not {"horizon", "action_spec"} <= self.metadata.keys():
+            raise ConfigError(
+                "This server does not say its 'horizon' and 'action_spec', which real-time control needs; add them to the metadata, "
+                "or use vlaflow serve."
+            )
         self._horizon = int(self.metadata["horizon"])
         self._longest = int(self.metadata.get("commitment", 0))
         dimensions = self.metadata["action_spec"]["dimensions"]
