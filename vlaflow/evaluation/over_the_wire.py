@@ -169,8 +169,8 @@ def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob
     """
     if missing := {"action_spec", "views", "state", "images", "horizon", "execute"} - metadata.keys():
         raise SpecError(
-            f"{server} does not say {', '.join(sorted(missing))}; this drives servers of vlaflow alone: vlaflow serve CKPT --layout "
-            "metaworld."
+            f"{server} does not say {', '.join(sorted(missing))}; this drives servers of vlaflow alone: vlaflow serve CKPT "
+            "--layout metaworld."
         )
     theirs = from_json(ActionSpec, dict(metadata["action_spec"]), f"the metadata of {server}")
     for env in sorted({job.env for job in jobs}):

@@ -175,8 +175,8 @@ class RealtimeController:
     def __post_init__(self) -> None:
         if not {"horizon", "action_spec"} <= self.metadata.keys():
             raise ConfigError(
-                "This server does not say its 'horizon' and 'action_spec', which real-time control needs; add them to the metadata, "
-                "or use vlaflow serve."
+                "This server does not say its 'horizon' and 'action_spec', which real-time control needs; add them to the "
+                "metadata, or use vlaflow serve."
             )
         self._horizon = int(self.metadata["horizon"])
         self._longest = int(self.metadata.get("commitment", 0))
