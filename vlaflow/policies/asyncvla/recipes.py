@@ -39,8 +39,8 @@ def realtime(data: DataSpec) -> TrainConfig:
     Chunks of 64 actions, 0.8 s on Meta-World; their first 0 to 40, half a second, may be committed already.
     """
     policy = tiny(data.state_dim, data.action_dim, data.views)
-    decoder = FlowConfig(action_dim=data.action_dim, horizon=64, draws=2, whole=0.5, committed=40)
-    return replace(demo(data), policy=replace(policy, decoder=decoder, exits=None, execute=24), steps=3000)
+    decoder = FlowConfig(action_dim=data.action_dim, horizon=64, draws=1, whole=0.5, committed=40)
+    return replace(demo(data), policy=replace(policy, decoder=decoder, exits=None, execute=16), steps=2500)
 
 
 def finetune(policy: PolicyConfig) -> TrainConfig:
@@ -50,7 +50,7 @@ def finetune(policy: PolicyConfig) -> TrainConfig:
     """
     return TrainConfig(
         policy=policy,
-        optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
+        optim=OptimConfig(learning_rate=8e-4, warmup_steps=50),
         steps=3000,
         batch_size=32,
         ema_decay=0.998,
