@@ -31,7 +31,7 @@ import numpy as np
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise
-from vlaflow.simulators.record import RecordJob, RecordConfig, find_episode
+from vlaflow.simulators.record import RecordConfig, RecordJob, find_episode
 from vlaflow.simulators.scenes import KINDS, USUAL, Asked, Margins, ask, facts_of
 from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.versions import versions
