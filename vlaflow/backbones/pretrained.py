@@ -187,10 +187,6 @@ class PretrainedBackbone(LanguageBackbone):
             return self.head(state_NW)
         return functional.linear(state_NW, self.language.embed_tokens.weight)
 
-    def logits(self, hidden_BTW: Tensor) -> Tensor:
-        """Next-token logits (B, T, V) of hidden states that have run through all layers."""
-        return self.name_ids(self.finish(hidden_BTW))
-
     def answer_ids(self, answers: Sequence[str]) -> Tensor:
         """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
         return answer_ids(self.reading().tokenizer, answers, self.reading().end)
