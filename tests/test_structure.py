@@ -4,6 +4,7 @@ Everything is read from the source text with ``ast``; nothing is imported, so a 
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ HEAVY = {
     "metaworld": {"simulators"},
     "gymnasium": {"simulators"},
     "matplotlib": set(),
+    "scipy": {"actions"},
     "accelerate": {"training"},
     "tensorboard": set(),
 }
@@ -58,6 +60,7 @@ def relative(path):
     return str(path.relative_to(ROOT))
 
 
+@cache
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 

@@ -138,7 +138,9 @@ def test_every_layer_is_that_of_transformers(folder):
     for depth in range(ours.spec.depth):
         mine = ours.run(prefix, depth).hidden_BPW
         torch.testing.assert_close(mine[prompt.seen_BP], out.hidden_states[depth][prompt.seen_BP], **ROUNDING)
-    torch.testing.assert_close(ours.logits(ours.run(prefix).hidden_BPW)[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING)
+    torch.testing.assert_close(
+        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING
+    )
 
 
 @torch.no_grad()

@@ -1,6 +1,4 @@
-"""Answers: their loss, what it refuses, greedy decoding, extra ids, and queries answered in one pass."""
-
-import dataclasses
+"""Answers: their loss, what it refuses, and greedy decoding."""
 
 import pytest
 import torch
@@ -51,13 +49,6 @@ def test_answers_of_different_lengths_are_masked():
     torch.testing.assert_close(together, total / count, **ROUNDING)
 
 
-def test_padding_of_a_short_answer_is_hidden_from_whoever_reads_its_keys():
-    backbone = speaker()
-    memory = backbone.read(backbone.embed(observe()), backbone.answer_ids(["no", "maybe"])).memory
-    assert len(memory) == backbone.spec.depth
-    assert memory[0].mask_CP.sum(1).tolist() == [3, 6]
-
-
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -79,8 +70,8 @@ def test_greedy_with_kept_keys_is_greedy_recomputed():
     made = greedy(prefix, limit=12)
     ids, ended = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.bool)
     for _ in range(made.id_BT.shape[1]):
-        passed = backbone.read(prefix, torch.cat((ids, torch.zeros(2, 1, dtype=torch.long)), 1))
-        next_B = backbone.name_ids(passed.state_BTW[:, -1]).argmax(-1)
+        state_BTW = backbone.read(prefix, torch.cat((ids, torch.zeros(2, 1, dtype=torch.long)), 1))
+        next_B = backbone.name_ids(state_BTW[:, -1]).argmax(-1)
         ids = torch.cat((ids, next_B[:, None]), 1)
     for row in range(2):
         known = made.id_BT[row] >= 0
@@ -119,32 +110,6 @@ def test_it_learns_to_name_what_it_sees():
     assert made.ended_B.all()
 
 
-def test_extra_ids_are_learned_and_read_like_any_other():
-    """They come after the text's ids, may be mixed with them, and a wrong one costs as much as a wrong letter."""
-    backbone = speaker(extra_ids=3)
-    assert (backbone.text_vocabulary, backbone.vocabulary) == (END + 1, END + 4)
-    ids = torch.tensor([[END + 1, END + 3, 65, END], [END + 2, END, -100, -100]])
-    backbone.answer_loss(backbone.embed(observe()), ids).backward()
-    assert backbone.answer.weight.grad[END + 1 :].abs().sum(1).gt(0).all()
-    assert backbone.answer_texts(ids) == ["<+0><+2>A", "<+1>"]
-
-
-def test_queries_are_answered_in_one_pass_and_see_each_other():
-    """One loss for both ways to answer; a later query changes what an earlier one says, a later answer token never does."""
-    backbone, query_TW = speaker(extra_ids=4), torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
-    prefix, ids = backbone.embed(observe()), torch.tensor([[257, 258, 259], [260, 257, 258]])
-    passed = backbone.ask(prefix, query_TW)
-    logits = passed.state_BTW @ backbone.answer.weight.T
-    expected = functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
-    torch.testing.assert_close(backbone.score(passed, ids), expected, **ROUNDING)
-    other = query_TW.clone()
-    other[2] = -other[2]
-    assert not torch.allclose(backbone.ask(prefix, other).state_BTW[:, 0], passed.state_BTW[:, 0])
-    first, second = (backbone.read(prefix, torch.tensor([[65, 66, last]] * 2)).state_BTW for last in (67, 68))
-    assert torch.equal(first, second)  # the last token names nothing
-    assert [m.key_CGPE.shape[2] for m in passed.memory] == [3, 3, 3]
-
-
 def test_a_backbone_without_answers_is_as_it_was():
     """The same weights from the same seed, a config of before still opens, and asking says what to set."""
     quiet, loud = build(), speaker()
@@ -152,7 +117,7 @@ def test_a_backbone_without_answers_is_as_it_was():
     assert {name for name, _ in loud.named_parameters()} - names == {"answer.weight"}
     assert all(torch.equal(p, loud.get_parameter(name)) for name, p in quiet.named_parameters())
     written = to_json(CONFIG)
-    before = {key: value for key, value in written.items() if key not in ("answers", "extra_ids")}
+    before = {key: value for key, value in written.items() if key != "answers"}
     assert from_json(TinyConfig, before, "config.json") == CONFIG
     for asked in (lambda: greedy(quiet.embed(observe())), lambda: speaking(quiet), lambda: quiet.embed_ids(torch.zeros(1, 1))):
         with pytest.raises(CapabilityError, match=r"no language-model head.*policy\.backbone\.answers=true"):
@@ -165,5 +130,3 @@ def test_impossible_limits_and_sizes_are_refused():
         greedy(backbone.embed(observe()), limit=0)
     with pytest.raises(ConfigError, match="raise 'suffix'"):
         backbone.answer_loss(backbone.embed(observe()), backbone.answer_ids(["a long", "answer"]))
-    with pytest.raises(ConfigError, match="needs answers=true"):
-        dataclasses.replace(CONFIG, extra_ids=2)

@@ -157,7 +157,9 @@ def test_every_layer_is_that_of_transformers(folder):
     for depth in range(ours.spec.depth):
         mine = ours.run(prefix, depth).hidden_BPW
         torch.testing.assert_close(mine[prompt.seen_BP], out.hidden_states[depth][prompt.seen_BP], **ROUNDING)
-    torch.testing.assert_close(ours.logits(ours.run(prefix).hidden_BPW)[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING)
+    torch.testing.assert_close(
+        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING
+    )
 
 
 def test_patches_are_cut_row_by_row_and_pooled_by_neighbourhood():
@@ -288,14 +290,10 @@ def test_wrong_input_is_one_sentence(folder, backbone, tmp_path):
         MolmoConfig(4, VIEWS)
 
 
-def test_extra_ids_come_after_what_the_head_can_name(folder):
+def test_an_answer_holds_what_the_head_can_name(folder):
     """The table of embeddings has more rows than the head; the ids of the answers are the head's."""
     backbone = policy(folder).model.backbone
-    more = replace(backbone.config, extra_ids=3).build()
-    named = backbone.head.weight.shape[0]
-    assert backbone.language.embed_tokens.weight.shape[0] > named
-    assert (more.text_vocabulary, more.vocabulary) == (named, named + 3)
-    state_NW = torch.randn(2, more.spec.width)
-    assert more.name_ids(state_NW).shape == (2, named + 3)
-    ids = torch.tensor([[named, named + 2]])
-    assert torch.equal(more.embed_ids(ids)[0], more.appended.weight[[0, 2]])
+    assert backbone.language.embed_tokens.weight.shape[0] > backbone.vocabulary
+    assert backbone.name_ids(torch.randn(2, backbone.spec.width)).shape == (2, backbone.vocabulary)
+    with pytest.raises(SpecError, match=f"vocabulary ends at {backbone.vocabulary - 1}"):
+        backbone.answer_loss(backbone.embed(OBSERVED), torch.full((2, 1), backbone.vocabulary))

@@ -181,7 +181,7 @@ def test_every_layer_is_that_of_transformers(folder, untied, tied):
         )
     last_BPW = ours.run(prefix).hidden_BPW
     torch.testing.assert_close(ours.finish(last_BPW)[prompt.seen_BP], out.hidden_states[-1][prompt.seen_BP], **ROUNDING)
-    torch.testing.assert_close(ours.logits(last_BPW)[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING)
+    torch.testing.assert_close(ours.name_ids(ours.finish(last_BPW))[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING)
 
 
 def test_the_prompt_is_that_of_the_models_own_processor(backbone):

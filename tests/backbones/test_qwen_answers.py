@@ -1,4 +1,4 @@
-"""Answers of Qwen2.5-VL against transformers' own generation, and ids appended to its vocabulary."""
+"""Answers of Qwen2.5-VL against transformers' own generation, and tokens after tokens."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from tests.backbones.test_qwen2_5_vl import OBSERVED, ROUNDING, build, observati
 from tests.backbones.test_qwen2_5_vl import write_placeholder as write_state
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.answers import greedy
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import SpecError
+from vlaflow.nn.attention import causal_mask
 
 pytest.importorskip("transformers")
 
@@ -33,21 +34,27 @@ def test_greedy_answers_are_those_of_transformers(folder):
         assert bool(made.ended_B[row]) == (ours.end_id in said.tolist())
 
 
-def test_extra_ids_leave_the_published_table_alone(folder):
-    """Text keeps its logits, an answer may mix both kinds, and both get gradients; a checkpoint without them is as before."""
-    plain, more = build(folder), build(folder, extra_ids=5)
-    assert {n for n, _ in more.named_parameters()} - {n for n, _ in plain.named_parameters()} == {"appended.weight"}
-    assert (more.text_vocabulary, more.vocabulary) == (336, 341)
-    state_NW = torch.randn(2, 64)
-    torch.testing.assert_close(more.name_ids(state_NW)[:, :336], plain.name_ids(state_NW), **ROUNDING)
-    text = more.answer_ids(["Done"])[0]
-    ids = torch.cat((torch.tensor([336, 340, 337]), text)).expand(2, -1)
-    more.answer_loss(more.embed(OBSERVED), ids).backward()
-    assert more.appended.weight.grad.abs().sum() > 0
-    assert more.language.embed_tokens.weight.grad.abs().sum() > 0
-    assert more.answer_texts(ids) == ["<+0><+4><+1>Done"] * 2
-    assert plain.answer_texts(plain.answer_ids(["Open the drawer.", "close"])) == ["Open the drawer.", "close"]
+def test_an_answer_says_its_words_again(folder):
+    ours, said = build(folder), ["Open the drawer.", "close"]
+    ids = ours.answer_ids(said)
+    assert ours.answer_texts(ids) == said
+    ids[0, 0] = ours.vocabulary
     with pytest.raises(SpecError, match="vocabulary ends at 335"):
-        plain.answer_loss(plain.embed(OBSERVED), ids)
-    with pytest.raises(ConfigError, match="extra_ids is 0 or more"):
-        build(folder, extra_ids=-1)
+        ours.answer_loss(ours.embed(OBSERVED), ids)
+
+
+@torch.no_grad()
+def test_tokens_after_written_ones_take_the_next_places(folder):
+    """Tokens written in two passes, the second reading the first's keys, have the states of one causal pass."""
+    ours = build(folder)
+    prefix, token_BTW = ours.run(ours.embed(OBSERVED)), ours.embed_ids(ours.answer_ids(["Open the drawer."])).expand(2, -1, -1)
+    t, depths, mask_TS = token_BTW.shape[1], (prefix.depth,), causal_mask(token_BTW.shape[1])
+    (whole_BTW,), _ = ours.follow(token_BTW, prefix, depths, mask_TS)
+    (first_BTW,), own = ours.follow(token_BTW[:, :2], prefix, depths, mask_TS[:2, :2])
+    seen = prefix.reading(tuple(p.cat(new) for p, new in zip(prefix.memory, own, strict=True)), 2)
+    (rest_BTW,), _ = ours.follow(token_BTW[:, 2:], seen, depths, mask_TS[2:, 2:])
+    torch.testing.assert_close(torch.cat((first_BTW, rest_BTW), 1), whole_BTW, **ROUNDING)
+    here, there = (ours.rotation(seen, 2, t - 2), ours.rotation(prefix, 2, t))
+    x_BHTE = torch.ones(2, 4, t, ours.spec.head_dim)
+    expected = there(x_BHTE, x_BHTE[:, :2])[0][:, :, 2:]
+    torch.testing.assert_close(here(x_BHTE[:, :, 2:], x_BHTE[:, :2, 2:])[0], expected)

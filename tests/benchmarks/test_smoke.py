@@ -1,5 +1,6 @@
 """Every benchmark runs, at sizes that say nothing about speed, and writes what it promises."""
 
+import gc
 import importlib
 import json
 
@@ -57,9 +58,12 @@ ROUNDS = 2
 
 
 @pytest.fixture(autouse=True)
-def _threads_of_the_other_tests():
+def _among_other_tests():
+    """They get their threads back, and what they left in memory is not collected before every round."""
     threads = torch.get_num_threads()
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

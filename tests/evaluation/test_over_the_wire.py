@@ -1,21 +1,17 @@
 """Episodes over the wire: one clock for every hand-over, jerk in closed form, and a real server at the end."""
 
-import asyncio
-import threading
-
 import numpy as np
 import pytest
 
 from tests import helpers
+from tests.serving.live import serving
 from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.evaluation import over_the_wire as wire
 from vlaflow.evaluation.over_the_wire_page import write_page
 from vlaflow.evaluation.over_the_wire_results import count, results
-from vlaflow.serving.layouts import choose
 from vlaflow.serving.realtime import Move
-from vlaflow.serving.server import PolicyServer, ServerConfig
 from vlaflow.simulators.metaworld_tasks import ACTION
 from vlaflow.spec import Observation
 
@@ -179,28 +175,11 @@ def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
         {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)},
         seed=0,
     )
-    server = PolicyServer(policy, Dense(2), ServerConfig(**choose("metaworld", ("image",)), port=0))
-    ready, found = threading.Event(), {}
-
-    async def run():
-        port = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(server.serve(port))
-        found["port"], found["loop"] = await port, asyncio.get_running_loop()
-        ready.set()
-        await task
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
-    thread.start()
-    assert ready.wait(10)
-    address = f"ws://127.0.0.1:{found['port']}"
     jobs = wire.plan((ENV,), ("switch", "commit"), (0.0, 25.0), 1)
     config = wire.WireConfig(execute=3, horizon=8)
-    try:
+    with serving(policy, Dense(2)) as (server, address):
         once = wire.evaluate(address, jobs, config, workers=0)
         again = wire.evaluate(address, jobs, config, workers=0)
-    finally:
-        found["loop"].call_soon_threadsafe(server.stop)
-        thread.join(10)
     assert once == again
     assert all(episode.steps == 8 for episode in once)
     outcome = results(address, server.metadata, config, once)

@@ -24,7 +24,7 @@ def digests(root):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     root = tmp_path_factory.mktemp("record") / "one"
-    summary = record(RecordConfig(ENVS, episodes=1, size=48, noise=Noise(0.2)), root, workers=1)
+    summary = record(RecordConfig(ENVS, episodes=1, size=48, noise=Noise(0.2)), root, workers=0)
     return root, summary
 
 

@@ -69,6 +69,24 @@ class Memory:
 
 
 @dataclass
+class Cut:
+    """A source that breaks down at its batch number ``at``."""
+
+    source: object
+    at: int = 6
+    calls: int = 0
+
+    def __len__(self):
+        return len(self.source)
+
+    def batch(self, indices):
+        self.calls += 1
+        if self.calls == self.at:
+            raise RuntimeError("cut")
+        return self.source.batch(indices)
+
+
+@dataclass
 class Asked:
     """Questions as a function of their number: is the picture dark or bright?"""
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.small import Memory, new_policy, tiny_config, weights
-from tests.training.test_trainer import Cut, run
+from tests.training.small import Cut, Memory, new_policy, tiny_config, weights
+from tests.training.test_trainer import run
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import OptimConfig, ParameterGroup
@@ -25,7 +25,7 @@ def test_a_late_group_does_not_move_before_its_time_and_begins_its_moments_then(
     config = tiny_config(optim=LATE, ema_decay=None)
     start = {name: tensor.clone() for name, tensor in new_policy(config).model.state_dict().items()}
     with pytest.raises(RuntimeError, match="cut"):
-        run(tmp_path / "p", config, source=Cut())  # the sixth batch, so step 4 is saved
+        run(tmp_path / "p", config, source=Cut(Memory()))  # the sixth batch, so step 4 is saved
     saved, moments = state(tmp_path / "p", 4, "weights"), state(tmp_path / "p", 4, "optimizer")
     for name, tensor in saved.items():
         assert torch.equal(tensor, start[name]) == name.startswith("backbone."), name
@@ -41,7 +41,7 @@ def test_resuming_across_the_moment_of_joining_is_bitwise_equal(tmp_path):
     config = tiny_config(optim=LATE)
     run(tmp_path / "whole", config)
     with pytest.raises(RuntimeError, match="cut"):
-        run(tmp_path / "cut", config, source=Cut())
+        run(tmp_path / "cut", config, source=Cut(Memory()))
     run(tmp_path / "cut", config)
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
 
@@ -77,7 +77,7 @@ def test_masks_and_augmentation_are_for_training_and_follow_the_seed(tmp_path):
         assert part.batch.observation.known_BS is None
     run(tmp_path / "a", config)
     with pytest.raises(RuntimeError, match="cut"):
-        run(tmp_path / "b", config, source=Cut())
+        run(tmp_path / "b", config, source=Cut(Memory()))
     run(tmp_path / "b", config)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert Policy.from_pretrained(tmp_path / "a")

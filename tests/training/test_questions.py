@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.training.small import SPEC, Asked, Memory, new_policy, tiny_config, tiny_policy, tiny_stats, weights
+from tests.training.small import SPEC, Asked, Cut, Memory, new_policy, tiny_config, tiny_policy, tiny_stats, weights
 from tests.training.test_run import arguments
 from vlaflow.cli import train as command
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
@@ -127,23 +127,11 @@ def test_the_weight_scales_the_loss_and_not_what_is_logged():
 # -- runs ----------------------------------------------------------------------------------------------------------------------
 
 
-class Cut(Asked):
-    """Breaks down at the third batch."""
-
-    calls = 0
-
-    def batch(self, indices):
-        self.calls += 1
-        if self.calls == 3:
-            raise RuntimeError("cut")
-        return super().batch(indices)
-
-
 def test_a_run_that_broke_down_continues_to_the_same_bytes(tmp_path):
     config = asking_config(0.4, steps=12, checkpoint_every=3)
     run(tmp_path / "whole", config)
     with pytest.raises(RuntimeError, match="cut"):
-        run(tmp_path / "cut", config, asked=Cut())
+        run(tmp_path / "cut", config, asked=Cut(Asked(), 3))
     run(tmp_path / "cut", config)
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     for name in ("weights", "average", "optimizer"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.small import Memory, new_policy, tiny_config, weights
+from tests.training.small import Cut, Memory, new_policy, tiny_config, weights
 from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.policies.base import Policy
@@ -192,25 +192,13 @@ def test_the_log_has_one_line_per_step_and_resumes_without_a_seam(tmp_path):
 
     crashed = tmp_path / "crashed"
     with pytest.raises(RuntimeError, match="cut"):
-        run(crashed, source=Cut(), held=Memory(9))
+        run(crashed, source=Cut(Memory()), held=Memory(9))
     with (crashed / "training/log.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a line the kill cut short
     run(crashed, held=Memory(9))
     timeless = [{k: v for k, v in e.items() if k not in ("seconds", "samples_per_second")} for e in whole]
     again = [{k: v for k, v in e.items() if k not in ("seconds", "samples_per_second")} for e in read_log(crashed)]
     assert json.dumps(again) == json.dumps(timeless)
-
-
-class Cut(Memory):
-    """Breaks down at the sixth batch."""
-
-    calls = 0
-
-    def batch(self, indices):
-        self.calls += 1
-        if self.calls == 6:
-            raise RuntimeError("cut")
-        return super().batch(indices)
 
 
 class MeanStage:

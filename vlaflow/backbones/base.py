@@ -9,7 +9,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +94,7 @@ class Prefix:
         """The same observations before the first layer."""
         if self.embedded_BPW is None:
             return self
-        return replace(self, hidden_BPW=self.embedded_BPW, memory=(), embedded_BPW=None)
+        return replace(self, hidden_BPW=self.embedded_BPW, memory=(), embedded_BPW=None, written=0)
 
     def select(self, row_R: Tensor) -> Prefix:
         """Some of the observations, in the order of the int64 indices."""
@@ -147,10 +147,13 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
-        """Give suffix tokens ``offset`` and after their positions behind the prefix (added, or as a rotation for ``layer``)."""
+        """Give suffix tokens their positions, added or as a rotation for ``layer``.
+
+        The first stands ``offset`` places behind the prefix and the tokens written after it (``Prefix.written``).
+        """
 
     def rotation(self, prefix: Prefix, batch: int, tokens: int) -> Rotate | None:
-        """How an expert rotates suffix tokens to the positions after the prefix, draws innermost in the batch.
+        """How an expert rotates suffix tokens to the positions that ``place`` gives, draws innermost in the batch.
 
         None where this backbone's positions are not rotations: the expert then learns positions of its own.
         """
@@ -175,6 +178,30 @@ class Backbone(nn.Module, ABC):
             memory.append(own)
         embedded = prefix.hidden_BPW if prefix.depth == 0 else prefix.embedded_BPW
         return replace(prefix, hidden_BPW=hidden, memory=tuple(memory), embedded_BPW=embedded)
+
+    def follow(
+        self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int], mask_TS: Tensor | None = None
+    ) -> tuple[list[Tensor], tuple[KeyValues, ...]]:
+        """Suffix tokens behind the prefix through the layers below the last of ``depths``, in one pass.
+
+        Args:
+            suffix_BTW: embedded tokens without their positions; several noise draws per observation innermost.
+            prefix: run to the last depth at least.
+            depths: ascending.
+            mask_TS: bool (T, T), True where token t sees token s; None for full attention. All see the prefix.
+
+        Returns:
+            States (B, T, W) after each depth and the final norm, in the suffix's number format; and the suffix's own keys and
+            values in every layer, for whoever reads them next.
+        """
+        found, written = [], []
+        hidden_BTW, rotary = self.place(suffix_BTW, prefix)
+        for index in range(depths[-1]):
+            hidden_BTW, own = self.layer(index, hidden_BTW, rotary, prefix.memory[index], mask_TS=mask_TS)
+            written.append(own)
+            if index + 1 in depths:
+                found.append(self.finish(hidden_BTW).to(suffix_BTW.dtype))
+        return found, tuple(written)
 
     def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
         """Language-model loss on an answer; only backbones with a vocabulary have one (see ``language``)."""

@@ -53,7 +53,6 @@ class EmuConfig:
         architecture: transformers' text and VQ config as JSON data, for random weights or those of a checkpoint.
         pixels: area that an image is resized to, its shape kept; 200 × 200 (UniVLA) are 25 × 26 tokens.
         attention: which prefix tokens see each other: "full", or "causal".
-        extra_ids: ids appended to the vocabulary, for answers that are not text.
         dtype: of the pretrained parts. Train in float32 under bf16 autocast; bfloat16 halves the memory of serving.
         recompute: forget activations in training and compute them again, layer by layer (less memory, a third more time).
     """
@@ -64,7 +63,6 @@ class EmuConfig:
     architecture: dict[str, Any] | None = field(default=None, repr=False)
     pixels: int = 200 * 200
     attention: Literal["full", "causal"] = "full"
-    extra_ids: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
 
@@ -115,7 +113,6 @@ class EmuBackbone(PretrainedBackbone):
             rotary=True,
         )
         self._rotate = hub.models.emu3.modeling_emu3.apply_rotary_pos_emb
-        self.append_ids()
 
     @property
     def language(self) -> Any:

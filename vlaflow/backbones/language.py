@@ -1,23 +1,15 @@
-"""Backbones with a vocabulary: what follows a prefix as tokens, how it is learned, and what the tokens say.
+"""Backbones with a vocabulary: what they say behind a prefix, how it is learned, and what the ids mean.
 
-An answer is a row of ids: text, its end, or *extra* ids that a policy appends to the vocabulary for what is not text (latent
-actions, FAST tokens). There are two ways to answer, and both end in an ``AnswerPass``, the states that name each token:
+An answer is a row of ids: text and its end. Each id is named by the token before it, the first by the last of the prefix.
+Greedy answers are in ``decoders.answers``. Actions have no part in this vocabulary: decoders of tokens embed and name theirs.
 
-    read     autoregressive: token t is named by the token before it, which the network reads (the first by the prefix's last)
-    ask      in parallel: T query tokens are read at once, see each other, and token t is named by query t
-
-So one loss, ``score``, serves both; ``answer_loss`` is ``score(read(...))``. An answer that is partly the one and partly the
-other is ``follow`` with the tokens of both and a mask of who sees whom. ``AnswerPass.memory`` holds the keys and values of
-the answer's own tokens, layer by layer, for an action expert that reads them. Greedy answers are in ``decoders.answers``.
-
-Shape letters: B batch, P prefix tokens, T answer tokens, N tokens with a target, V vocabulary, W width.
+Shape letters: B batch, T answer tokens, N tokens with a target, V vocabulary, W width.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,23 +17,10 @@ from torch.nn import functional
 
 from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.nn.attention import KeyValues, causal_mask
+from vlaflow.nn.attention import causal_mask
 
 IGNORED = -100
 """An answer position without a target."""
-
-
-@dataclass(frozen=True)
-class AnswerPass:
-    """An answer's tokens after one pass through all layers.
-
-    Args:
-        state_BTW: the state that names token t, after the final norm; ``LanguageBackbone.name_ids`` turns it into logits.
-        memory: keys and values of the tokens that were read, layer by layer; their mask hides padding.
-    """
-
-    state_BTW: Tensor
-    memory: tuple[KeyValues, ...]
 
 
 class LanguageBackbone(Backbone):
@@ -49,13 +28,8 @@ class LanguageBackbone(Backbone):
 
     @property
     @abstractmethod
-    def text_vocabulary(self) -> int:
-        """Ids of its own, ends included; extra ids begin here. 0 where it has no language-model head."""
-
-    @property
-    @abstractmethod
-    def extra_ids(self) -> int:
-        """Ids appended to its own, for targets that are not text."""
+    def vocabulary(self) -> int:
+        """Ids an answer may hold, ends included, V; 0 where there is no language-model head."""
 
     @property
     @abstractmethod
@@ -64,7 +38,7 @@ class LanguageBackbone(Backbone):
 
     @abstractmethod
     def embed_ids(self, id_BT: Tensor) -> Tensor:
-        """Embedded answer tokens (B, T, W) of ids in 0 .. vocabulary − 1."""
+        """Embedded answer tokens (B, T, W) of ids in 0 .. V − 1."""
 
     @abstractmethod
     def name_ids(self, state_NW: Tensor) -> Tensor:
@@ -78,54 +52,19 @@ class LanguageBackbone(Backbone):
     def answer_texts(self, id_BT: Tensor) -> list[str]:
         """What rows of ids say, up to their end."""
 
-    @property
-    def vocabulary(self) -> int:
-        """All ids an answer may hold, V."""
-        return self.text_vocabulary + self.extra_ids
-
-    # -- passes ------------------------------------------------------------------------------------------------------
-
-    def follow(
-        self, prefix: Prefix, token_BTW: Tensor, mask_TS: Tensor | None = None, seen_BT: Tensor | None = None
-    ) -> AnswerPass:
-        """Embedded tokens behind the prefix, through all layers; they see the prefix, and each other where ``mask_TS`` says.
-
-        Args:
-            prefix: observations, run to any depth.
-            token_BTW: embedded tokens.
-            mask_TS: bool (T, T), True where token t sees token s; None for full attention.
-            seen_BT: bool, False on padding.
-        """
-        prefix = self.run(prefix)
-        hidden_BTW, rotary = self.place(token_BTW, prefix)
-        found = []
-        for index, memory in enumerate(prefix.memory):
-            hidden_BTW, own = self.layer(index, hidden_BTW, rotary, memory, seen_BT, mask_TS=mask_TS)
-            found.append(own)
-        return AnswerPass(self.finish(hidden_BTW), tuple(found))
-
-    def read(self, prefix: Prefix, answer_ids: Tensor) -> AnswerPass:
-        """The autoregressive pass over known answers.
+    def read(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
+        """The states (B, T, W) that name each id of known answers, in one pass; ``name_ids`` turns them into logits.
 
         Raises:
             CapabilityError, SpecError: see ``answer_loss``.
         """
-        known_BT = self._known(answer_ids).to(prefix.hidden_BPW.device)
+        self._check(answer_ids)
         prefix = self.run(prefix)
-        token_BTW = self.embed_ids(answer_ids.to(known_BT.device).clamp(min=0))
-        seen_BT = None if bool(known_BT.all()) else known_BT
-        passed = self.follow(prefix, token_BTW, causal_mask(known_BT.shape[1], known_BT.device), seen_BT)
-        before_BTW = torch.cat((self.before_answer(prefix)[:, None], passed.state_BTW[:, :-1]), 1)
-        return AnswerPass(before_BTW, passed.memory)
-
-    def ask(self, prefix: Prefix, query_TW: Tensor) -> AnswerPass:
-        """The parallel pass over query tokens, (T, W) for all observations or (B, T, W); queries see each other.
-
-        Raises:
-            CapabilityError: without a language-model head.
-        """
-        self.require_head()
-        return self.follow(prefix, query_TW.expand(prefix.batch, *query_TW.shape[-2:]))
+        token_BTW = self.embed_ids(answer_ids.to(prefix.hidden_BPW.device).clamp(min=0))
+        # what pads a short answer comes after it, so nothing that counts sees it
+        mask_TS = causal_mask(token_BTW.shape[1], token_BTW.device)
+        (state_BTW,), _ = self.follow(token_BTW, prefix, (prefix.depth,), mask_TS)
+        return torch.cat((self.before_answer(prefix)[:, None], state_BTW[:, :-1]), 1)
 
     def before_answer(self, prefix: Prefix) -> Tensor:
         """The state (B, W) that names an answer's first token: the last token of the prefix, after all layers and the norm."""
@@ -135,20 +74,8 @@ class LanguageBackbone(Backbone):
         last_B = prefix.seen_BP.shape[1] - 1 - prefix.seen_BP.flip(1).int().argmax(1)
         return self.finish(prefix.hidden_BPW[torch.arange(len(last_B), device=last_B.device), last_B])
 
-    # -- losses ------------------------------------------------------------------------------------------------------
-
-    def score(self, passed: AnswerPass, answer_ids: Tensor) -> Tensor:
-        """Mean cross-entropy of the ids that have a target, each with the same weight, whichever answer it is part of.
-
-        Raises:
-            CapabilityError, SpecError: see ``answer_loss``.
-        """
-        known_BT = self._known(answer_ids).to(passed.state_BTW.device)
-        target_N = answer_ids.to(known_BT.device)[known_BT]
-        return functional.cross_entropy(self.name_ids(passed.state_BTW[known_BT]).float(), target_N)
-
     def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
-        """Mean cross-entropy of the answers' ids, each named from the prefix and the answer before it.
+        """Mean cross-entropy of the answers' ids, each with the same weight, named from the prefix and the answer before it.
 
         Args:
             prefix: observations, run to any depth.
@@ -158,9 +85,10 @@ class LanguageBackbone(Backbone):
             CapabilityError: without a language-model head.
             SpecError: for an answer without any id, with a hole, or with an id beyond the vocabulary.
         """
-        return self.score(self.read(prefix, answer_ids), answer_ids)
-
-    # -- checks ------------------------------------------------------------------------------------------------------
+        state_BTW = self.read(prefix, answer_ids)
+        target_BT = answer_ids.to(state_BTW.device)
+        known_BT = target_BT >= 0
+        return functional.cross_entropy(self.name_ids(state_BTW[known_BT]).float(), target_BT[known_BT])
 
     def require_head(self) -> None:
         """Nothing, where there is a vocabulary.
@@ -174,7 +102,7 @@ class LanguageBackbone(Backbone):
                 "Train one that has: --set policy.backbone.answers=true."
             )
 
-    def _known(self, answer_ids: Tensor) -> Tensor:
+    def _check(self, answer_ids: Tensor) -> None:
         self.require_head()
         known_BT = answer_ids >= 0
         if not bool(known_BT[:, :1].all()) or not answer_ids.shape[1]:
@@ -185,9 +113,8 @@ class LanguageBackbone(Backbone):
         if int(answer_ids.max()) >= self.vocabulary:
             raise SpecError(
                 f"An answer holds id {int(answer_ids.max())}, the vocabulary ends at {self.vocabulary - 1}. "
-                "Raise the backbone's extra_ids."
+                "Have this backbone's own answer_ids make the ids."
             )
-        return known_BT
 
 
 def speaking(backbone: Backbone) -> LanguageBackbone:

@@ -58,7 +58,6 @@ class MolmoConfig:
         padded_state: state dimensions the network sees, zero beyond S.
         state_token: a token that stands for the state in the user turn, one that no instruction uses; None leaves the state
             to the action expert (A1 with flow matching).
-        extra_ids: ids appended to the vocabulary, for answers that are not text.
         dtype: of the pretrained parts. Train in float32 under bf16 autocast; bfloat16 halves the memory of serving.
         recompute: forget activations in training and compute them again, layer by layer (less memory, a third more time).
     """
@@ -69,7 +68,6 @@ class MolmoConfig:
     architecture: dict[str, Any] | None = field(default=None, repr=False)
     padded_state: int = 32
     state_token: str | None = "<|vision_pad|>"  # noqa: S105
-    extra_ids: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
 
@@ -121,7 +119,6 @@ class MolmoBackbone(PretrainedBackbone):
         )
         self.state = nn.Linear(config.padded_state, text.hidden_size)
         self._rotate = hub.models.molmo2.modeling_molmo2.apply_rotary_pos_emb
-        self.append_ids()
         if config.recompute:
             self.network.vision_tower.gradient_checkpointing_enable()
 

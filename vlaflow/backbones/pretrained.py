@@ -27,7 +27,7 @@ from vlaflow.backbones.base import Prefix, Rotary
 from vlaflow.backbones.language import LanguageBackbone
 from vlaflow.backbones.pretrained_prompt import answer_ids, answer_texts
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, SpecError
+from vlaflow.errors import CapabilityError, CheckpointError, SpecError
 from vlaflow.nn.attention import KeyValues, attend
 from vlaflow.nn.block import Rotate
 
@@ -51,14 +51,12 @@ class PretrainedBackbone(LanguageBackbone):
     Attributes:
         network: transformers' model without the language-model head.
         head: that head, or None where it is the embedding table itself.
-        appended: rows of the ids appended to the model's own, read and answered alike; None where there are none.
         state: from the padded state to one token.
         reader: tokenizer and image settings; None for a network built from an architecture alone.
     """
 
     network: Any
     head: nn.Linear | None
-    appended: nn.Embedding | None
     state: nn.Linear
     reader: Any | None
     name: str
@@ -137,7 +135,7 @@ class PretrainedBackbone(LanguageBackbone):
 
     def _after(self, prefix: Prefix, batch: int, tokens: int, offset: int = 0) -> Rotary:
         assert prefix.next_position_B is not None
-        first_B = prefix.next_position_B.repeat_interleave(batch // prefix.batch) + offset
+        first_B = prefix.next_position_B.repeat_interleave(batch // prefix.batch) + prefix.written + offset
         position_BT = first_B[:, None] + torch.arange(tokens, device=first_B.device)
         return self.language.rotary_emb(prefix.hidden_BPW, self.positions(position_BT))
 
@@ -168,30 +166,11 @@ class PretrainedBackbone(LanguageBackbone):
         if found != expected:
             raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
 
-    def append_ids(self) -> None:
-        """Make room for ``config.extra_ids`` more ids; the model's own table stays as published.
-
-        Raises:
-            ConfigError: for less than none.
-        """
-        if self.config.extra_ids < 0:
-            raise ConfigError(f"extra_ids is 0 or more, got {self.config.extra_ids}.")
-        table = self.language.embed_tokens.weight
-        self.appended = None
-        if self.config.extra_ids:
-            self.appended = nn.Embedding(self.config.extra_ids, table.shape[1], dtype=table.dtype)
-            nn.init.normal_(self.appended.weight, std=0.02)
-
     @property
-    def text_vocabulary(self) -> int:
+    def vocabulary(self) -> int:
         """Ids the published head can name: more than the tokenizer knows, fewer than the table holds (Molmo2)."""
         head = self.language.embed_tokens if self.head is None else self.head
         return head.weight.shape[0]
-
-    @property
-    def extra_ids(self) -> int:
-        """See ``LanguageBackbone``."""
-        return self.config.extra_ids
 
     @property
     def end_id(self) -> int:
@@ -200,31 +179,21 @@ class PretrainedBackbone(LanguageBackbone):
 
     def embed_ids(self, id_BT: Tensor) -> Tensor:
         """See ``LanguageBackbone``."""
-        table, own = self.language.embed_tokens, self.text_vocabulary
-        if self.appended is None:
-            return table(id_BT)
-        extra_BTW = self.appended((id_BT - own).clamp(min=0))
-        return torch.where((id_BT < own)[..., None], table(id_BT.clamp(max=own - 1)), extra_BTW)
+        return self.language.embed_tokens(id_BT)
 
     def name_ids(self, state_NW: Tensor) -> Tensor:
         """See ``LanguageBackbone``."""
-        table = self.language.embed_tokens.weight
-        logits_NV = self.head(state_NW) if self.head is not None else functional.linear(state_NW, table)
-        if self.appended is None:
-            return logits_NV
-        return torch.cat((logits_NV, functional.linear(state_NW, self.appended.weight)), -1)
-
-    def logits(self, hidden_BTW: Tensor) -> Tensor:
-        """Next-token logits (B, T, V) of hidden states that have run through all layers."""
-        return self.name_ids(self.finish(hidden_BTW))
+        if self.head is not None:
+            return self.head(state_NW)
+        return functional.linear(state_NW, self.language.embed_tokens.weight)
 
     def answer_ids(self, answers: Sequence[str]) -> Tensor:
         """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
         return answer_ids(self.reading().tokenizer, answers, self.reading().end)
 
     def answer_texts(self, id_BT: Tensor) -> list[str]:
-        """Words up to the end of the turn; extra ids as <+n>."""
-        return answer_texts(self.reading().tokenizer, id_BT, self.end_id, self.text_vocabulary)
+        """Words up to the end of the turn."""
+        return answer_texts(self.reading().tokenizer, id_BT, self.end_id)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

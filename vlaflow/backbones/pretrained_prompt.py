@@ -6,7 +6,6 @@ Shape letters: B batch, P prompt tokens, T answer tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from types import ModuleType
 from typing import Any
 
@@ -40,15 +39,10 @@ def answer_ids(tokenizer: Any, answers: Sequence[str], end: str) -> Tensor:
     return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
 
 
-def answer_texts(tokenizer: Any, id_BT: Tensor, end: int, extra: int) -> list[str]:
-    """What each row says up to its end; ids from ``extra`` on, which no tokenizer knows, as <+0>, <+1>, ..."""
-    found = []
-    for row in id_BT.tolist():
-        said = row[: row.index(end)] if end in row else [number for number in row if number >= 0]
-        runs = groupby(said, key=lambda number: number >= extra)
-        texts = ("".join(f"<+{n - extra}>" for n in run) if beyond else tokenizer.decode(list(run)) for beyond, run in runs)
-        found.append("".join(texts))
-    return found
+def answer_texts(tokenizer: Any, id_BT: Tensor, end: int) -> list[str]:
+    """What each row says up to its end."""
+    rows = ([number for number in row if number >= 0] for row in id_BT.tolist())
+    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
 
 
 def transformers_library(name: str) -> ModuleType:

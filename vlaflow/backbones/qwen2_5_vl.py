@@ -67,7 +67,6 @@ class QwenConfig:
         padded_state: state dimensions the network sees, zero beyond S.
         system: the system turn.
         state_token: a token that stands for the state in the user turn; one that no instruction uses.
-        extra_ids: ids appended to the vocabulary, for answers that are not text.
         dtype: of the pretrained parts. Train in float32 under bf16 autocast; bfloat16 halves the memory of serving.
         recompute: forget activations in training and compute them again, layer by layer (less memory, a third more time).
     """
@@ -81,7 +80,6 @@ class QwenConfig:
     padded_state: int = 32
     system: str = "You move a robot. Look at the images and its state, and do what the user asks."
     state_token: str = "<|vision_pad|>"  # noqa: S105
-    extra_ids: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
 
@@ -136,7 +134,6 @@ class QwenBackbone(PretrainedBackbone):
         )
         self.state = nn.Linear(config.padded_state, width)
         self._rotate = hub.models.qwen2_5_vl.modeling_qwen2_5_vl.apply_rotary_pos_emb
-        self.append_ids()
         if config.recompute:
             self.network.visual.activation_checkpointing_enable()
 

@@ -39,8 +39,7 @@ class TinyConfig:
         text_bytes: longest instruction in bytes.
         text_patch: bytes per text token.
         suffix: most suffix tokens a decoder or an answer may add.
-        answers: give it a table of bytes, an end and ``extra_ids``, which answers are read and named with.
-        extra_ids: ids appended to the bytes, for answers that are not text.
+        answers: give it a table of bytes and an end, which answers are read and named with.
     """
 
     state_dim: int
@@ -56,7 +55,6 @@ class TinyConfig:
     text_patch: int = 8
     suffix: int = 64
     answers: bool = False
-    extra_ids: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.views) <= 3:
@@ -65,8 +63,6 @@ class TinyConfig:
             raise ConfigError(f"image_size {self.image_size} must be a multiple of cell {self.cell}, a power of two from 4 on.")
         if self.width % self.heads or self.text_bytes % self.text_patch:
             raise ConfigError("width must be a multiple of heads, and text_bytes of text_patch.")
-        if self.extra_ids < 0 or (self.extra_ids and not self.answers):
-            raise ConfigError(f"extra_ids is 0 or more, and needs answers=true; got {self.extra_ids}, answers={self.answers}.")
 
     def build(self) -> TinyBackbone:
         """The network, randomly initialised."""
@@ -118,7 +114,7 @@ class TinyBackbone(LanguageBackbone):
         block = BlockConfig(c.width, c.heads, c.heads, c.width // c.heads, c.ffn)
         self.layers = nn.ModuleList(Block(block) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)
-        self.answer = nn.Embedding(END + 1 + c.extra_ids, c.width) if c.answers else None
+        self.answer = nn.Embedding(END + 1, c.width) if c.answers else None
         if self.answer is not None:  # one table reads and names; logits of a normed state begin at a deviation of 1
             nn.init.normal_(self.answer.weight, std=c.width**-0.5)
 
@@ -166,12 +162,13 @@ class TinyBackbone(LanguageBackbone):
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
         """Adds a learned position to each suffix token."""
-        end = offset + suffix_BTW.shape[1]
+        first = prefix.written + offset
+        end = first + suffix_BTW.shape[1]
         if end > self.config.suffix:
             raise ConfigError(
                 f"A decoder adds {end} tokens, the tiny backbone has {self.config.suffix} positions; raise 'suffix'."
             )
-        return suffix_BTW + self.suffix_position[offset:end], None
+        return suffix_BTW + self.suffix_position[first:end], None
 
     def finish(self, hidden_BTW: Tensor) -> Tensor:
         """The final LayerNorm."""
@@ -180,14 +177,9 @@ class TinyBackbone(LanguageBackbone):
     # -- language ----------------------------------------------------------------------------------------------------
 
     @property
-    def text_vocabulary(self) -> int:
+    def vocabulary(self) -> int:
         """256 bytes and the end."""
         return END + 1 if self.config.answers else 0
-
-    @property
-    def extra_ids(self) -> int:
-        """See ``LanguageBackbone``."""
-        return self.config.extra_ids
 
     @property
     def end_id(self) -> int:
@@ -208,13 +200,9 @@ class TinyBackbone(LanguageBackbone):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
     def answer_texts(self, id_BT: Tensor) -> list[str]:
-        """Bytes up to the end, wrong UTF-8 as the replacement character; extra ids as <+n>."""
-        found = []
-        for row in id_BT.tolist():
-            said = row[: row.index(END)] if END in row else [number for number in row if number >= 0]
-            raw = b"".join(bytes([n]) if n < END else f"<+{n - END - 1}>".encode() for n in said)
-            found.append(raw.decode(errors="replace"))
-        return found
+        """Bytes up to the end, wrong UTF-8 as the replacement character."""
+        rows = ([number for number in row if number >= 0] for row in id_BT.tolist())
+        return [bytes(row[: row.index(END)] if END in row else row).decode(errors="replace") for row in rows]
 
     def _table(self) -> nn.Embedding:
         self.require_head()

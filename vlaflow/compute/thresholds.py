@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from vlaflow.errors import ConfigError
 
@@ -66,7 +65,9 @@ def exit_shares(distribution: Distribution, budget: float, exits: int, *, first_
     elif distribution == "gaussian":
         log_K = -((k_K - 1 - budget) ** 2) / 2
     else:
-        log_K = stats.gamma.logpdf(k_K, budget, scale=2)
+        from scipy.stats import gamma
+
+        log_K = gamma.logpdf(k_K, budget, scale=2)
     share_K = np.exp(log_K - log_K.max())
     if not first_exit:
         share_K[0] = 0
@@ -126,6 +127,8 @@ def risk_controlled(
         error: probability that the guarantee itself fails, in (0, 1).
         tuning_N: bool, which samples define the sequence; the others test it.
     """
+    from scipy.stats import binom
+
     _require(discrepancy_NK)
     if not (0 < risk < 1 and 0 < error < 1):
         raise ConfigError(f"risk and error are probabilities between 0 and 1, got {risk} and {error}.")
@@ -143,7 +146,7 @@ def risk_controlled(
         threshold_K[-1] = ALWAYS
         exit_N = taken(discrepancy_NK[testing_N], threshold_K)
         bad = int((deviation_NK[testing_N][rows, exit_N] > max_deviation).sum())
-        if stats.binom.cdf(bad, tests, risk) > error:
+        if binom.cdf(bad, tests, risk) > error:
             break
         best_K = threshold_K
     return best_K

@@ -109,7 +109,7 @@ class LatentReader(nn.Module):
         if code_BK is None:
             raise ConfigError("Codes that are said one after the other cannot be left untaught; use answer='parallel'.")
         mask_TS = causal_mask(self.config.codes + 1, code_BK.device)
-        hidden, memory = SharedStack.write(self._shifted(code_BK), prefix, depths, mask_TS)
+        hidden, memory = prefix.backbone.follow(self._shifted(code_BK), prefix, depths, mask_TS)
         # the first token says nothing of an action; hidden states are one place ahead of the codes they name
         kept = tuple(KeyValues(m.key_CGPE[:, :, 1:], m.value_CGPE[:, :, 1:]) for m in memory)
         return Written(tuple(h_BTW[:, :-1] for h_BTW in hidden), kept)
@@ -124,7 +124,7 @@ class LatentReader(nn.Module):
 
     def _parallel(self, prefix: Prefix, depths: Sequence[int]) -> Written:
         query_BKW = self.embedding.weight[None].expand(prefix.batch, -1, -1)
-        hidden, memory = SharedStack.write(query_BKW, prefix, depths)
+        hidden, memory = prefix.backbone.follow(query_BKW, prefix, depths)
         return Written(tuple(hidden), memory)
 
     def _shifted(self, code_BK: Tensor) -> Tensor:

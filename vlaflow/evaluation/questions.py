@@ -10,7 +10,6 @@ Both are measured on the very same questions, so seeing and blind answers are co
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 
 from vlaflow.backbones.language import speaking
-from vlaflow.config import from_json
 from vlaflow.data.batch import QuestionBatch
 from vlaflow.data.pictures import PictureCache, Questions
 from vlaflow.data.questions import Question, QuestionSet, Turns
 from vlaflow.decoders.answers import Answer
-from vlaflow.errors import CheckpointError, ConfigError, DataError
+from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
 from vlaflow.files import read_json, write_json
 from vlaflow.policies.base import Policy
@@ -284,16 +283,7 @@ def read(file: Path) -> AnswerResults:
         DataError: when it is missing, damaged or of another format.
         ConfigError: naming an unknown or missing key.
     """
-    if not file.exists():
-        raise DataError(f"There is no {file}. Write it: vlaflow eval-qa CKPT --qa DIR --out {file.parent}")
-    try:
-        data = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not valid JSON ({error}); it is damaged. Run the evaluation again.") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise DataError(f"{file} has the format {found!r}, this version of vlaflow reads {FORMAT!r}.")
-    return from_json(AnswerResults, data, str(file))
+    return read_as(AnswerResults, file, FORMAT, f"vlaflow eval-qa CKPT --qa DIR --out {file.parent}")
 
 
 def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:

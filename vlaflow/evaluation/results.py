@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, DataError
@@ -20,6 +21,7 @@ from vlaflow.evaluation.revision import Revision
 from vlaflow.evaluation.rollout import Episode
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, mcnemar, paired_difference, wilson
 
+T = TypeVar("T")
 FORMAT = "vlaflow results 1"
 ALL_PAIRS = 3
 """Compute policies up to which every pair is tested; with more, the number of tests would say more than their results."""
@@ -294,16 +296,31 @@ def read(file: Path) -> Results:
         DataError: when it is missing, damaged or of another format.
         ConfigError: naming an unknown or missing key.
     """
+    return read_as(Results, file, FORMAT, f"vlaflow eval CKPT --env metaworld/drawer-open-v3 --out {file.parent}")
+
+
+def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:
+    """Read what an evaluation wrote, strictly.
+
+    Args:
+        kind: the dataclass it was written from.
+        file: JSON with a "format".
+        expected: that format.
+        command: that writes the file, for who has none.
+
+    Raises:
+        DataError, ConfigError: see ``read``.
+    """
     if not file.exists():
-        raise DataError(f"There is no {file}. Write it: vlaflow eval CKPT --env metaworld/drawer-open-v3 --out {file.parent}")
+        raise DataError(f"There is no {file}. Write it: {command}")
     try:
         data = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is not valid JSON ({error}); it is damaged. Run the evaluation again.") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != expected:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise DataError(f"{file} has the format {found!r}, this version of vlaflow reads {FORMAT!r}.")
-    return from_json(Results, data, str(file))
+        raise DataError(f"{file} has the format {found!r}, this version of vlaflow reads {expected!r}.")
+    return from_json(kind, data, str(file))
 
 
 def _pair(interval: Interval) -> tuple[float, float]:

@@ -163,7 +163,7 @@ class PolicyServer:
                 open_timeout=self.config.open_s,
                 ping_interval=min(20.0, self.config.idle_s),
                 ping_timeout=self.config.idle_s,
-                close_timeout=_CLOSE_S,
+                close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
                 logger=quiet,
             )

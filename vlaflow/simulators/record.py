@@ -112,12 +112,15 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _Job:
+class RecordJob:
+    """One episode to record, for a pool of workers."""
+
     env: str
     episode: int
 
     @property
     def name(self) -> str:
+        """For errors."""
         return f"{self.env}, episode {self.episode}"
 
 
@@ -149,7 +152,7 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
         raise ConfigError(f"A data set holds one robot, and these are several suites: {', '.join(sorted(suites))}.")
     spec = simulator_spec(suites.pop())
     side = config.size or spec.size[config.render]
-    jobs = [_Job(name, episode) for name in names for episode in range(config.episodes)]
+    jobs = [RecordJob(name, episode) for name in names for episode in range(config.episodes)]
     seeds: dict[str, list[int]] = {name: [] for name in names}
     failed = dict.fromkeys(names, 0)
     frames = 0
@@ -197,7 +200,7 @@ def _provenance(
     }
 
 
-def _record_episode(job: _Job, config: RecordConfig, size: int, scratch: Path) -> Demonstration:
+def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Path) -> Demonstration:
     """Record one successful episode; runs in a worker.
 
     The expert plays without pictures first, and what it executed is then repeated with pictures: physics costs a twentieth

@@ -31,7 +31,7 @@ import numpy as np
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise
-from vlaflow.simulators.record import RecordConfig, find_episode
+from vlaflow.simulators.record import RecordConfig, RecordJob, find_episode
 from vlaflow.simulators.scenes import KINDS, USUAL, Asked, Margins, ask, facts_of
 from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.versions import versions
@@ -120,16 +120,6 @@ class QuestionSummary:
         return sum(n for wordings in self.counts.values() for answers in wordings.values() for n in answers.values())
 
 
-@dataclass(frozen=True)
-class _Job:
-    env: str
-    episode: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.env}, episode {self.episode}"
-
-
 def record_questions(config: QuestionConfig, out: Path, workers: int = 2, progress: Progress | None = None) -> QuestionSummary:
     """Record and write a question set.
 
@@ -151,7 +141,7 @@ def record_questions(config: QuestionConfig, out: Path, workers: int = 2, progre
     if out.exists():
         raise DataError(f"{out} exists already. Choose another --out, or remove it first.")
     side = config.size or simulator_spec(suites.pop()).size[config.render]
-    jobs = [_Job(name, episode) for name in names for episode in range(config.episodes)]
+    jobs = [RecordJob(name, episode) for name in names for episode in range(config.episodes)]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
@@ -199,7 +189,7 @@ def balance(looks: Sequence[Look], config: QuestionConfig) -> tuple[list[tuple[L
     return [(looks[i], looks[i].asked[j]) for i, j in sorted(kept)], dropped
 
 
-def _look(job: _Job, config: QuestionConfig, size: int, root: Path) -> list[Look]:
+def _look(job: RecordJob, config: QuestionConfig, size: int, root: Path) -> list[Look]:
     """Look at some frames of one episode; runs in a worker."""
     from PIL import Image
 

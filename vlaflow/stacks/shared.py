@@ -53,22 +53,7 @@ class SharedStack(Stack):
 
     def exits(self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int], mask_TS: Tensor | None = None) -> list[Tensor]:
         """See ``Stack``; where ``mask_TS`` (bool, T × T) is True, suffix token t sees suffix token s."""
-        return self.write(suffix_BTW, prefix, depths, mask_TS)[0]
-
-    @staticmethod
-    def write(
-        suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int], mask_TS: Tensor | None = None
-    ) -> tuple[list[Tensor], tuple[KeyValues, ...]]:
-        """As ``exits``, and the suffix's own keys and values in every layer, for whoever reads them next."""
-        backbone, found, written = prefix.backbone, [], []
-        dtype = suffix_BTW.dtype
-        hidden_BTW, rotary = backbone.place(suffix_BTW, prefix, prefix.written)
-        for index in range(depths[-1]):
-            hidden_BTW, own = backbone.layer(index, hidden_BTW, rotary, prefix.memory[index], mask_TS=mask_TS)
-            written.append(own)
-            if index + 1 in depths:
-                found.append(backbone.finish(hidden_BTW).to(dtype))
-        return found, tuple(written)
+        return prefix.backbone.follow(suffix_BTW, prefix, depths, mask_TS)[0]
 
     @staticmethod
     def cache(prefix: Prefix, room: int) -> Cache:
@@ -87,7 +72,7 @@ class SharedStack(Stack):
         Their keys and values are written into ``cache``.
         """
         backbone, t = prefix.backbone, token_BTW.shape[1]
-        hidden_BTW, rotary = backbone.place(token_BTW, prefix, prefix.written + cache.used - cache.prefix)
+        hidden_BTW, rotary = backbone.place(token_BTW, prefix, cache.used - cache.prefix)
         for index, layer in enumerate(cache.layers):
             hidden_BTW, own = backbone.layer(index, hidden_BTW, rotary, cache.so_far(index))
             layer.key_CGPE[:, :, cache.used : cache.used + t] = own.key_CGPE

@@ -1,8 +1,7 @@
 """Finding recipes by name: 'asyncvla.demo' is the function ``demo`` of ``vlaflow/policies/asyncvla/recipes.py``.
 
-A recipe is a public function
-there that returns a ``TrainConfig``, or a ``Pipeline`` of several. There is no registry to keep up to date; listing reads
-the source files and imports nothing.
+A recipe is a public function there that returns a ``TrainConfig``, or a ``Pipeline`` of several. There is no registry to keep
+up to date; listing reads the source files and imports nothing.
 """
 
 from __future__ import annotations
