@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -11,16 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.backbones.test_qwen2_5_vl import write_model
 from tests.training import flybot
-from tests.training.small import Asked, Memory, weights
+from tests.training.small import SPEC, Asked, Memory, tiny_stats, weights
 from vlaflow.actions.latent import LatentActionModel
+from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CapabilityError, ConfigError, SpecError, VlaflowError
 from vlaflow.evaluation.check_policy import check_policy, fake_observations
+from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import model_pairs
+from vlaflow.policies.iflybot.policy import qwen3b
 from vlaflow.training.checkpoint import newest
 from vlaflow.training.journal import read_log
 from vlaflow.training.stages import AnsweringStage, PolicyStage
@@ -300,6 +305,25 @@ def test_a_policy_without_latent_actions_has_no_third_stage(dataset, latent, tmp
         command.main(flybot.fine(dataset, tmp_path / "p", tmp_path / "plain", latent))
 
 
+def test_a_pretrained_backbone_keeps_its_tokenizer_and_image_settings(dataset, latent, tmp_path):
+    """The checkpoint of the third stage opens and acts without the second's."""
+    pytest.importorskip("transformers")
+    source = write_model(tmp_path / "qwen", tied=True)
+    config = qwen3b(3, 2, ("front",), horizon=4, execute=4)
+    backbone = QwenConfig(3, ("front",), str(source), min_pixels=PATCH, max_pixels=4 * PATCH)
+    block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
+    expert = replace(config.decoder.flow.expert, block=block)
+    decoder = replace(config.decoder, fast=None, flow=replace(config.decoder.flow, expert=expert))
+    second = Policy.create(replace(config, backbone=backbone, decoder=decoder), SPEC, tiny_stats(), 0)
+    second.save_pretrained(tmp_path / "joint")
+    third = flybot.places(dataset, tmp_path / "p", "--policy", tmp_path / "joint", "--latent", latent)
+    assert command.main(["iflybot.fine3b", *third, "--steps", "1", "--batch-size", "2", "--set", "precision=fp32"]) == 0
+    shutil.rmtree(tmp_path / "joint")
+    shutil.rmtree(source)
+    policy = Policy.from_pretrained(tmp_path / "p")
+    assert policy.act(fake_observations(policy, 1)[0], Dense(2)).actions.shape == (4, 2)
+
+
 # -- all stages ----------------------------------------------------------------------------------------------------------------
 
 
@@ -343,20 +367,23 @@ def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, 
 
 
 def test_started_anew_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset, tmp_path, cut, capsys):
-    """The old checkpoints of all stages are moved aside together, also after a run that was cut in the first one."""
-    out = tmp_path / "demo"
+    """The old checkpoints of all stages are moved aside together: a finished run's, then one's that was cut in stage one."""
+    out = shutil.copytree(whole, tmp_path / "demo")
     cut("iflybot.latent", 3, break_down)
     with pytest.raises(RuntimeError, match="cut"):
-        command.main(flybot.demo(dataset, out))
+        command.main(flybot.demo(dataset, out, "--fresh"))
+    cut(None, None, break_down)
+    assert command.main(flybot.demo(dataset, out, "--fresh")) == 0
+    said = capsys.readouterr().err
+    for number, held in ((1, STAGES), (2, STAGES[:1])):
+        aside = tmp_path / f"demo.before-{number}"
+        assert f"The old checkpoints are now in {aside}" in said
+        assert [stage for stage in STAGES if newest(folder_of(aside, stage))] == list(held)
+    assert all(same(folder_of(whole, stage), folder_of(out, stage)) for stage in STAGES)
     begun = cut(None, None, break_down)
     begun.clear()
-    assert command.main(flybot.demo(dataset, out, "--fresh")) == 0
-    assert f"The old checkpoints are now in {tmp_path / 'demo.before-1'}" in capsys.readouterr().err
-    assert len(begun) == 12
-    assert newest(tmp_path / "demo.before-1/latent")[0] == 2
-    assert all(same(folder_of(whole, stage), folder_of(out, stage)) for stage in STAGES)
     assert command.main(flybot.demo(dataset, out)) == 0
-    assert len(begun) == 12
+    assert not begun
 
 
 def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):

@@ -144,7 +144,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     depths = request.depths or policy.model.depths
     if len(policy.model.depths) < 2:
         raise ConfigError(
-            f"{checkpoint} learned to answer at its full depth alone, {depths[-1]} layers, so there is nothing to calibrate. "
+            f"{checkpoint} learned to answer at its full depth alone ({depths[-1]}), so there is nothing to calibrate. "
             "Train it with exits (docs/concepts.md)."
         )
     plan = ExitPlan(depths, request.metric, request.steps, request.warm_start, request.restart)
