@@ -130,5 +130,5 @@ def test_a_checkpoint_without_its_training_folder_says_how_to_go_on(trained, dat
 
 
 def test_a_policy_without_exits_has_nothing_to_calibrate(bare_checkpoint, dataset):
-    with pytest.raises(ConfigError, match="learned to answer at its full depth alone .1., so there is nothing to calibrate"):
+    with pytest.raises(ConfigError, match=r"at its full depth alone \(1\), so there is nothing to calibrate"):
         run(bare_checkpoint, dataset, Request("any", ByShares()))
