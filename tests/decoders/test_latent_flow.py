@@ -118,6 +118,20 @@ def test_an_autoregressive_answer_with_kept_keys_and_values_equals_the_recompute
         torch.testing.assert_close(kept.value_CGPE, computed.value_CGPE)
 
 
+def test_where_no_code_is_known_the_expert_reads_the_codes_it_would_read_in_action():
+    """Frames at the end of an episode teach actions behind the backbone's own answer, not behind a made-up code."""
+    made = policy("autoregressive")
+    prefix, latent, code_BK = encoded(made), made.model.decoder.latent, codes()
+    code_BK[1] = -1
+    with torch.no_grad():
+        said, taught = latent.read(prefix), latent.teach(prefix, code_BK, (prefix.depth,))
+        true = latent.teach(prefix, codes(), (prefix.depth,))
+    for acted, learned, known in zip(said.memory, taught.memory, true.memory, strict=True):
+        torch.testing.assert_close(learned.key_CGPE[1], acted.key_CGPE[1])
+        torch.testing.assert_close(learned.key_CGPE[[0, 2]], known.key_CGPE[[0, 2]], rtol=0, atol=0)
+    assert not torch.equal(made.model.decoder.codes(prefix)[1], torch.zeros(K))
+
+
 def test_a_later_code_cannot_be_seen_by_an_earlier_one():
     made = policy("autoregressive")
     prefix, latent, one = encoded(made), made.model.decoder.latent, codes()
@@ -199,7 +213,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path, answer):
     ("make", "sentence"),
     [
         (lambda: learn(policy(), None), "the batch has none"),
-        (lambda: learn(policy("autoregressive", teaches=False)), "cannot be left untaught"),
+        (lambda: policy("autoregressive", teaches=False), "cannot be left untaught"),
         (lambda: policy(flow=FlowConfig(4, 6)), "needs an expert"),
         (lambda: policy(flow=replace(FLOW, horizon=5)), "give both the same"),
         (lambda: LatentTokensConfig(0), "at least one code"),

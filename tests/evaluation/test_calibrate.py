@@ -11,6 +11,7 @@ from vlaflow.cli.main import main
 from vlaflow.compute.budget import LADDER, PROFILE
 from vlaflow.compute.calibration import Calibration
 from vlaflow.data.lerobot import Dataset
+from vlaflow.errors import ConfigError
 from vlaflow.evaluation.calibrate import ByShares, Request, held_out, run, sample
 from vlaflow.policies.base import Policy
 from vlaflow.simulators.record import RecordConfig, record
@@ -126,3 +127,8 @@ def test_a_checkpoint_without_its_training_folder_says_how_to_go_on(trained, dat
     assert main(arguments) == 2
     assert "--episodes all" in capsys.readouterr().err
     assert main([*arguments, "--episodes", "all"]) == 0
+
+
+def test_a_policy_without_exits_has_nothing_to_calibrate(bare_checkpoint, dataset):
+    with pytest.raises(ConfigError, match=r"at its full depth alone \(1\), so there is nothing to calibrate"):
+        run(bare_checkpoint, dataset, Request("any", ByShares()))

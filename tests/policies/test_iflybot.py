@@ -1,14 +1,36 @@
-"""iFlyBot-VLA's first stage as the others use it: codes of a whole data set."""
+"""iFlyBot-VLA: codes of a whole data set, the assemblies at full size on the meta device, and small ones that act."""
+
+from dataclasses import replace
+from math import inf
 
 import numpy as np
 import pytest
 import torch
 
+from tests import helpers
+from tests.backbones.test_qwen2_5_vl import write_model
 from tests.data.toyset import FPS, LENGTHS, write_v3
+from tests.serving.live import request, serving
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
+from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
+from vlaflow.compute.dense import Dense
+from vlaflow.compute.early_exit import EarlyExit, ExitPlan
+from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.shapes_of import flow_decoder
+from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.lerobot import Dataset
-from vlaflow.errors import DataError
+from vlaflow.decoders.exits import ExitTraining
+from vlaflow.errors import CapabilityError, DataError
+from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.base import Policy
+from vlaflow.policies.iflybot import recipes
 from vlaflow.policies.iflybot.codes import dataset_codes, model_pairs
+from vlaflow.policies.iflybot.policy import qwen3b, tiny
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.serving.client import Client
+from vlaflow.spec import Commitment
+from vlaflow.stacks.expert import ExpertConfig
+from vlaflow.training.optim import freeze, late_parameters
 
 SMALL = LatentConfig(image_size=28, patch=4, width=16, heads=2, ffn=32, spatial=1, temporal=1, decoder=1, code_dim=4, book=16)
 GAP = 9
@@ -55,3 +77,160 @@ def test_another_view_is_another_question(dataset):
     assert not np.array_equal(dataset_codes(model(), dataset, view="corner").id_NK, dataset_codes(model(), dataset).id_NK)
     with pytest.raises(DataError, match="no view 'wrist'"):
         dataset_codes(model("wrist"), dataset)
+
+
+# -- assemblies ----------------------------------------------------------------------------------------------------------------
+
+DATA = DataSpec(8, 7, ("head", "left", "right"))
+
+
+def millions(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def full_size(horizon=30, draws=1, truncate=True):
+    """As published, with a FAST tokenizer that is fitted, for fitting needs data."""
+    config = qwen3b(8, 7, DATA.views, horizon=horizon, execute=horizon, source=None)
+    decoder = config.decoder.fitted(helpers.chunks(horizon=horizon, dim=7))
+    return replace(config, decoder=replace(decoder, truncate=truncate, flow=replace(decoder.flow, draws=draws)))
+
+
+def test_the_published_sizes():
+    """3.755 B pretrained parameters, an expert of 236 M over 36 layers, of which 9.5 M map keys and values."""
+    with torch.device("meta"):
+        model = full_size().build()
+    flow = model.decoder.flow
+    assert millions(model.backbone) == pytest.approx(3754.7, abs=0.1)
+    assert millions(flow.stack) == pytest.approx(236.3, abs=0.1)
+    assert millions(flow.stack.projections) == pytest.approx(9.47, abs=0.01)
+    assert millions(flow.codec) == pytest.approx(3.19, abs=0.01)
+    assert len(flow.stack.layers) == len(flow.stack.projections) == 36
+    assert flow.stack.position.shape == (1 + 1 + 30, 1024)
+    assert model.decoder.latent.embedding.weight.shape == (8, 2048)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "horizon"),
+    [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).policy), 30)],
+    ids=["joint3b", "libero", "fine3b"],
+)
+def test_the_recipes_name_parts_that_exist(recipe, horizon):
+    """Everything trains from the first step; what a recipe says of the decoder is what the full size has."""
+    config = recipe(DATA)
+    decoder = config.policy.decoder
+    own = full_size(horizon, decoder.flow.draws, decoder.truncate)
+    assert replace(decoder, fast=None) == replace(own.decoder, fast=None)
+    assert (decoder.fast.horizon, decoder.fast.action_dim, decoder.fast.tokenizer.vocabulary) == (horizon, 7, 2048)
+    assert config.policy.execute == horizon
+    with torch.device("meta"):
+        model = own.build()
+    freeze(model, config.optim)
+    assert not late_parameters(model, config.optim)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_third_stage_differs_from_the_second_in_truncation_and_draws_alone():
+    for joint, fine in ((recipes.joint, recipes.fine), (recipes.joint3b, recipes.fine3b)):
+        before, after = joint(DATA).policy, fine(joint(DATA).policy).policy
+        assert (before.decoder.truncate, before.decoder.flow.draws) == (True, 1)
+        assert (after.decoder.truncate, after.decoder.flow.draws) == (False, 5)
+        flow = replace(after.decoder.flow, draws=1)
+        assert replace(after, decoder=replace(after.decoder, truncate=True, flow=flow)) == before
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """The published assembly around a small random Qwen2.5-VL."""
+    pytest.importorskip("transformers")
+    source = write_model(tmp_path_factory.mktemp("qwen"), tied=True)
+    config = qwen3b(4, 4, ("image",), horizon=6, execute=6)
+    decoder = config.decoder
+    block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
+    flow = replace(decoder.flow, expert=replace(decoder.flow.expert, block=block))
+    backbone = QwenConfig(4, ("image",), str(source), min_pixels=PATCH, max_pixels=4 * PATCH, recompute=True)
+    config = replace(
+        config, backbone=backbone, decoder=replace(decoder, flow=flow, fast=replace(decoder.fast, tokenizer=helpers.FAST))
+    )
+    stats = {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}
+    return Policy.create(config, helpers.action_spec(), stats, 0)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_a_small_qwen_learns_and_acts(qwen, truncate):
+    """Every parameter that can learn does, through layers whose activations are computed again."""
+    qwen.model.decoder.config = replace(qwen.config.decoder, truncate=truncate)
+    qwen.model.train()
+    batch = replace(helpers.batch(), code_BK=torch.randint(32, (3, 8), generator=torch.Generator().manual_seed(0)))
+    terms = qwen.loss(batch, *helpers.generators(2))
+    assert set(terms.parts) == {"velocity", "latent", "fast"}
+    qwen.model.zero_grad(set_to_none=True)
+    terms.total.backward()
+    still = {n for n, p in qwen.model.named_parameters() if p.grad is None}
+    assert not still
+    qwen.model.eval()
+    chunk = qwen.act(helpers.observation(), Dense(5))
+    assert chunk.actions.shape == (6, 4)
+    assert np.isfinite(chunk.actions).all()
+
+
+# -- what such a policy cannot do ----------------------------------------------------------------------------------------------
+
+
+def small(**changes):
+    config = tiny(4, 4, ("image",))
+    fast = replace(config.decoder.fast, tokenizer=helpers.FAST, horizon=6)
+    decoder = replace(config.decoder, fast=fast, flow=replace(config.decoder.flow, horizon=6))
+    backbone = replace(config.backbone, image_size=32, depth=2, width=32, heads=2, ffn=32)
+    stats = {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}
+    config = replace(config, backbone=backbone, decoder=decoder, execute=3, **changes)
+    made = Policy.create(config, helpers.action_spec(), stats, 0)
+    made.model.eval()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (Refine(BelowThreshold(0.5)), "regenerates single actions, which this checkpoint was not trained for"),
+        (TwoStage(2, 2), "may revise every token, which a LatentFlowDecoder does not have"),
+        (EarlyExit(ExitPlan((1, 2)), (inf,)), r"learned to answer only at \[2\]"),
+    ],
+)
+def test_a_compute_policy_it_cannot_run_is_one_sentence(compute, message):
+    with pytest.raises(CapabilityError, match=message):
+        small().act(helpers.observation(), compute)
+
+
+def test_with_exits_it_answers_at_every_depth():
+    """Each depth reads the codes that depth names, never those of a depth before it."""
+    made = small(exits=ExitTraining((1, 2)))
+    chunk = made.act(helpers.observation(), EarlyExit(ExitPlan((1, 2), steps=2), (inf,)))
+    assert np.array_equal(chunk.actions, made.act(helpers.observation(), Dense(2)).actions)
+    assert chunk.layers == 2
+
+
+def test_committed_actions_are_continued_by_guidance_through_the_latent_tokens():
+    made = small()
+    given = Commitment(np.random.default_rng(5).uniform(-0.9, 0.9, (4, 4)).astype(np.float32), 2)
+    free, continued = (made.act(helpers.observation(), Dense(3), commitment=c).actions for c in (None, given))
+    assert np.array_equal(continued[:2], given.actions[:2])
+    assert (continued[2:] != free[2:]).any()
+
+
+def test_it_is_served():
+    made = small()
+    with serving(made) as (_, address), Client(address) as client:
+        reply = client.infer(request(1, seed=7))
+    wanted = made.act(helpers.observation(1), Dense(3), generator=torch.Generator().manual_seed(7)).actions
+    np.testing.assert_allclose(reply["actions"], wanted, atol=1e-6)
+
+
+def test_the_cost_model_refuses_what_it_does_not_count():
+    made = small()
+    flow, spec = made.config.decoder.flow, made.model.backbone.spec
+    with pytest.raises(CapabilityError, match="knows no time token"):
+        flow_decoder(flow, spec)
+    with pytest.raises(CapabilityError, match="knows no expert with projected keys and values"):
+        flow_decoder(replace(flow, time_token=False), spec)
+    plain = ExpertConfig(replace(flow.expert.block, kv_heads=spec.kv_heads, head_dim=spec.head_dim))
+    assert flow_decoder(replace(flow, time_token=False, expert=plain), spec).tokens == 6

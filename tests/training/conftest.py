@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training import flybot
 from tests.training.small import write_dataset
 
 
@@ -21,6 +22,8 @@ def _one_thread():
 def together(tmp_path_factory) -> Path:
     """What two processes left that trained together; one start for all tests, for it takes longer than the trainings."""
     out = tmp_path_factory.mktemp("together")
+    write_dataset(out / "flybot/dataset")
+    flybot.write_latent(out / "flybot/latent")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.training.together", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

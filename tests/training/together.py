@@ -1,16 +1,34 @@
 """Trainings of a few steps that several processes share (fixture ``together``): python -m tests.training.together OUT."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
+from tests.training import flybot
 from tests.training.latents import train_together
 from tests.training.small import Memory, new_policy, tiny_config, tiny_policy
+from vlaflow.cli import train as command
+from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.base import Policy
 from vlaflow.stacks.expert import ExpertConfig
+from vlaflow.training.latents import codes_of
 from vlaflow.training.stages import PolicyStage
 from vlaflow.training.trainer import Trainer
+
+
+def train_codes_together(out):
+    """A policy that learns latent actions, by the command; each process leaves the codes it saw."""
+    dataset, latent = out / "dataset", out / "latent"
+    assert command.main(flybot.joint(dataset, out / "policy", latent)) == 0
+    code_NK, _ = codes_of(Policy.from_pretrained(out / "policy"), Dataset.open(dataset), latent)
+    save_file({"code_NK": torch.from_numpy(code_NK)}, out / f"rank-{os.environ['RANK']}.safetensors")
+
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
@@ -26,3 +44,4 @@ if __name__ == "__main__":
     trainer = Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="none")
     trainer.run()
     train_together(out / "latent")
+    train_codes_together(out / "flybot")

@@ -37,15 +37,15 @@ class Requirements:
         Raises:
             CapabilityError: saying what is missing and how to get it.
         """
-        if self.rater and model.rater is None:
-            raise CapabilityError(
-                f"{compute} needs a confidence rater and this checkpoint has none. "
-                "Train one: vlaflow train asyncvla.rater --policy CKPT --dataset DIR --out DIR"
-            )
         if self.unified_masks and not model.decoder.regenerates:
             raise CapabilityError(
                 f"{compute} regenerates single actions, which this checkpoint was not trained for. Train a flow decoder with "
                 f"masks='unified'."
+            )
+        if self.rater and model.rater is None:
+            raise CapabilityError(
+                f"{compute} needs a confidence rater and this checkpoint has none. "
+                "Train one: vlaflow train asyncvla.rater --policy CKPT --dataset DIR --out DIR"
             )
         if self.given and not model.decoder.takes_given:
             raise CapabilityError(

@@ -15,6 +15,7 @@ from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.shapes import BackboneShape, DecoderShape, LayerShape, Linear, Piece, flow_codec, residual_head
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
+from vlaflow.errors import CapabilityError
 from vlaflow.nn.block import BlockConfig
 from vlaflow.stacks.expert import ExpertConfig
 
@@ -109,8 +110,14 @@ def _qwen_tower(vision: Mapping[str, Any], images: Grid) -> tuple[Piece, ...]:
 
 
 def flow_decoder(config: FlowConfig, spec: BackboneSpec, steps: int = 10) -> DecoderShape:
-    """``decoders.flow`` on its expert or the shared stack of such a backbone."""
+    """``decoders.flow`` on its expert or the shared stack of such a backbone.
+
+    Raises:
+        CapabilityError: for a time token, or an expert that projects keys and values, as iFlyBot-VLA's does.
+    """
     c = config
+    if c.time_token:
+        raise CapabilityError("The cost model knows no time token; count decoders whose clock is mixed into the actions.")
     width = c.expert.block.width if c.expert else spec.width
     enter, leave = flow_codec(c.padded_dim or c.action_dim, width, c.head_layers)
     return _on_stack(DecoderShape(c.horizon, steps, enter, leave), c.expert, spec, c.horizon)
@@ -130,6 +137,10 @@ def _on_stack(decoder: DecoderShape, expert: ExpertConfig | None, spec: Backbone
     """The decoder with an expert's layers, state token and positions."""
     if expert is None:
         return decoder
+    if expert.projected:
+        raise CapabilityError(
+            "The cost model knows no expert with projected keys and values; count one that reads them as they are."
+        )
     width = expert.block.width
     state = ((Linear(expert.padded_state or spec.state_dim, width),),) if expert.state_token else ()
     positions = 0 if spec.rotary else (len(state) + tokens) * width

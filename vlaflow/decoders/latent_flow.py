@@ -55,6 +55,8 @@ class LatentFlowConfig:
     def __post_init__(self) -> None:
         if self.flow.expert is None:
             raise ConfigError("A latent flow needs an expert; set decoder.flow.expert.")
+        if not self.teaches and self.latent.answer == "autoregressive":
+            raise ConfigError("Codes that are said one after the other cannot be left untaught; use answer='parallel'.")
         if self.fast is not None and (self.fast.horizon, self.fast.action_dim) != (self.horizon, self.action_dim):
             raise ConfigError(
                 f"FAST tokens of {self.fast.horizon} actions of {self.fast.action_dim} dimensions do not describe the flow's "

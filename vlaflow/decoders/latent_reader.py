@@ -99,15 +99,16 @@ class LatentReader(nn.Module):
         return Written((torch.cat(hidden, 1),), own)
 
     def teach(self, prefix: Prefix, code_BK: Tensor | None, depths: Sequence[int]) -> Written:
-        """All tokens in one pass through several depths, each seeing the true codes before it where that is how it answers.
+        """All tokens in one pass through several depths, each seeing the codes before it where that is how it answers.
 
-        Raises:
-            ConfigError: when it answers so and there are no codes.
+        These are the true ones; where a row has none (−1), those that ``read`` answers, as when it acts.
         """
         if self.config.answer == "parallel":
             return self._parallel(prefix, depths)
-        if code_BK is None:
-            raise ConfigError("Codes that are said one after the other cannot be left untaught; use answer='parallel'.")
+        assert code_BK is not None  # see LatentFlowConfig
+        if bool((code_BK < 0).any()):
+            # with gradients, which nobody asks for: autocast keeps the weights it casts, and must not keep them without
+            code_BK = torch.where(code_BK < 0, self.logits(self.read(prefix).hidden[-1]).argmax(-1), code_BK)
         mask_TS = causal_mask(self.config.codes + 1, code_BK.device)
         hidden, memory = prefix.backbone.follow(self._shifted(code_BK), prefix, depths, mask_TS)
         # the first token says nothing of an action; hidden states are one place ahead of the codes they name
@@ -129,4 +130,4 @@ class LatentReader(nn.Module):
 
     def _shifted(self, code_BK: Tensor) -> Tensor:
         begin_B1 = code_BK.new_zeros(len(code_BK), 1)
-        return self.embedding(torch.cat((begin_B1, code_BK.clamp(min=0) + 1), 1))
+        return self.embedding(torch.cat((begin_B1, code_BK + 1), 1))

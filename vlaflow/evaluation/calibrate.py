@@ -142,6 +142,11 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     """
     policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
     depths = request.depths or policy.model.depths
+    if len(policy.model.depths) < 2:
+        raise ConfigError(
+            f"{checkpoint} learned to answer at its full depth alone ({depths[-1]}), so there is nothing to calibrate. "
+            "Train it with exits (docs/concepts.md)."
+        )
     plan = ExitPlan(depths, request.metric, request.steps, request.warm_start, request.restart)
     EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration")
     folder = checkpoint / FOLDER

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.data.lerobot import Dataset
 from vlaflow.policies.base import Policy
@@ -21,9 +23,9 @@ def model_card(
     command: str,
     train: int,
     held: int,
-    questions: str = "",
+    beside: Mapping[str, str] | None = None,
 ) -> str:
-    """The text of README.md, in Markdown.
+    """The text of README.md, in Markdown; that of a stage which continues a policy begins with the policy's own.
 
     Args:
         policy: what was trained.
@@ -33,9 +35,15 @@ def model_card(
         recipe: the recipe's name.
         command: the command line, to repeat it.
         train, held: episodes trained on and held out.
-        questions: what it learned to answer, in words.
+        beside: what it learned from beside the data set, by name, in words.
     """
-    stage = "confidence rater" if config.rater is not None else "policy"
+    size = f"{len(dataset.episodes)} episodes, {len(dataset)} frames"
+    facts = [f"- Data: {dataset.root.name}, {size}, fingerprint {dataset.fingerprint}"]
+    facts += [f"- {name}: {words}" for name, words in (beside or {}).items()]
+    training = _training(config, outcome, recipe, command, (train, held))
+    if policy.card:
+        what = "Training of the confidence rater" if config.rater is not None else "Further training of the policy"
+        return "\n".join([policy.card.rstrip(), "", f"## {what}", "", *facts, *training])
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
     spec = policy.action_spec
     tasks = sorted(set(dataset.tasks))
@@ -53,18 +61,14 @@ def model_card(
         f"- Robot: {spec.robot}, {spec.rate_hz:g} actions per second",
         f"- Actions: {', '.join(f'{d.name} ({d.unit}, {d.mode})' for d in spec.dimensions)}; chunks of {spec.horizon}",
         f"- Views: {', '.join(policy.model.backbone.views)}",
-        f"- Data: {dataset.root.name}, {len(dataset.episodes)} episodes, {len(dataset)} frames, "
-        f"fingerprint {dataset.fingerprint}",
-        *([f"- Questions: {questions}"] if questions else []),
+        *facts,
         "- Instructions:",
         *shown,
         "",
-        f"## Training of the {stage}",
+        "## Training of the policy",
         "",
-        *_training(config, outcome, recipe, command, (train, held)),
+        *training,
     ]
-    if config.rater is not None and policy.card:  # the policy's own story comes first
-        return "\n".join([policy.card.rstrip(), "", *lines[lines.index(f"## Training of the {stage}") :]])
     return "\n".join(lines)
 
 

@@ -130,17 +130,41 @@ def prepare(out: Path, fresh: bool) -> Path | None:
     found = newest(out)
     if found is not None:
         _move_up(out, found[1])
-    held = (out / "config.json").exists() or found is not None
-    if held and fresh:
-        aside = next(p for n in range(1, 1_000_000) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
-        out.rename(aside)
-        return aside
-    if held and found is None:
+    if fresh and held(out):
+        return move_aside(out)
+    if found is None and held(out):
         raise ConfigError(
             f"{out} holds a policy without a training state, so it cannot be continued and would be overwritten. "
             f"Choose another --out, or give --fresh to move it aside."
         )
     return None
+
+
+def held(out: Path) -> bool:
+    """Whether there is a checkpoint in ``out``."""
+    return (out / "config.json").exists() or newest(out) is not None
+
+
+def move_aside(out: Path) -> Path:
+    """Give a folder another name beside its own, which is free afterwards; returns the new one."""
+    aside = next(p for n in range(1, 1_000_000) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
+    out.rename(aside)
+    return aside
+
+
+def require_run_of(out: Path, recipe: str) -> None:
+    """Refuse a folder in which another recipe has left a checkpoint; it is only looked at.
+
+    Raises:
+        ConfigError: naming that recipe.
+    """
+    found = newest(out)
+    before = read_json(found[1] / "state.json").get("run", {}).get("recipe") if found is not None else None
+    if held(out) and before != recipe:
+        raise ConfigError(
+            f"{out} holds a checkpoint of {before or 'an unknown recipe'}, where that of {recipe} is to be. Choose another "
+            "--out, or give --fresh to move everything in it aside."
+        )
 
 
 def read_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

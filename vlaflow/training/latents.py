@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vlaflow.actions.latent import LatentActionModel, Origin
+from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
@@ -16,10 +17,10 @@ from vlaflow.data.pairs import FramePairs, chosen_view
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.base import Policy
+from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.iflybot.codes import dataset_codes
 from vlaflow.policies.recipe import TrainConfig, VideoSpec
-from vlaflow.progress import progress
+from vlaflow.progress import Progress, progress
 from vlaflow.training.card import latent_card
 from vlaflow.training.options import Options, episodes_of, finish, overridden
 from vlaflow.training.precision import training_threads
@@ -58,6 +59,9 @@ def train_latent(
         raise ConfigError(f"'{name}' does not train a latent action model.")
     if options.tokenizer is not None:
         raise ConfigError(f"A latent action model has no use for the action tokenizer {options.tokenizer}; leave it out.")
+    for flag, given in (("--latent", options.latent), ("--qa", options.questions)):
+        if given is not None:
+            raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
     torch.set_num_threads(options.threads or training_threads())
     latent = config.latent
     train_episodes, held_episodes = episodes_of(dataset, config)
@@ -94,32 +98,54 @@ def train_latent(
 
 def codes_of(policy: Policy, dataset: Dataset, path: Path | str | None) -> tuple[np.ndarray | None, dict[str, str]]:
     """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity."""
-    decoder = policy.config.decoder
-    wants = isinstance(decoder, LatentFlowConfig) and decoder.teaches
-    if not wants:
+    decoder = names_codes(policy.config)
+    if decoder is None:
         if path is not None:
             raise ConfigError(f"This recipe's decoder names no latent actions, so it cannot use {path}; leave --latent out.")
         return None, {}
-    assert isinstance(decoder, LatentFlowConfig)
     if path is None:
         raise ConfigError(
             "This decoder learns to name latent actions; give it a latent action model with --latent (train one: vlaflow train "
             "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
         )
     model = LatentActionModel.from_pretrained(path)
-    theirs, ours = (model.config.codes, model.config.book), (decoder.latent.codes, decoder.latent.book)
-    if theirs != ours:
-        raise ConfigError(
-            f"{path} has {theirs[0]} codes of a book of {theirs[1]}, the decoder {ours[0]} of {ours[1]}. "
-            f"--set policy.decoder.latent.codes={theirs[0]} --set policy.decoder.latent.book={theirs[1]}"
-        )
-    with progress(len(dataset), "Latent actions") as bar:
+    fit_codes(model.config, decoder, str(path))
+    with ExitStack() as stack:
+        bar: Progress | None = None
         done = 0
 
         def tell(now: int, total: int) -> None:
-            nonlocal done
+            nonlocal bar, done
+            bar = bar or stack.enter_context(progress(total, "Latent actions"))
             bar.advance(now - done)
             done = now
 
         codes = dataset_codes(model, dataset, progress=tell)
     return codes.id_NK, {"latent": model.fingerprint()}
+
+
+def names_codes(policy: PolicyConfig) -> LatentFlowConfig | None:
+    """The decoder, where it learns to name the codes of a latent action model."""
+    decoder = policy.decoder
+    return decoder if isinstance(decoder, LatentFlowConfig) and decoder.teaches else None
+
+
+def fit_codes(model: LatentConfig, decoder: LatentFlowConfig, where: str, stage: str = "") -> None:
+    """Refuse a decoder that names other codes than a latent action model has.
+
+    Args:
+        model: of the latent action model.
+        decoder: of the policy.
+        where: the model is from.
+        stage: of a pipeline and a dot, before the keys that mend it.
+
+    Raises:
+        ConfigError: with the keys.
+    """
+    theirs, ours = (model.codes, model.book), (decoder.latent.codes, decoder.latent.book)
+    if theirs != ours:
+        key = f"--set {stage}policy.decoder.latent"
+        raise ConfigError(
+            f"{where} has {theirs[0]} codes of a book of {theirs[1]}, the decoder {ours[0]} of {ours[1]}. "
+            f"Train the decoder for them: {key}.codes={theirs[0]} {key}.book={theirs[1]}"
+        )

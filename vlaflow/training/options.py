@@ -10,8 +10,9 @@ from pathlib import Path
 from vlaflow.config import override
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import fewer_episodes, split_episodes
-from vlaflow.errors import ConfigError
-from vlaflow.policies.recipe import QuestionTraining, TrainConfig
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.policies.recipe import DataSpec, QuestionTraining, TrainConfig
+from vlaflow.spec import ActionSpec
 from vlaflow.training.journal import Tracker
 from vlaflow.training.trainer import Outcome, Trainer
 
@@ -52,6 +53,30 @@ def overridden(config: TrainConfig, options: Options | None) -> TrainConfig:
     if config.questions is None and options.questions is not None and config.policy is not None:
         raise ConfigError(f"questions is none, so {options.questions} would not be looked at; leave --qa out.")
     return config
+
+
+def data_spec(dataset: Dataset) -> DataSpec:
+    """The shape of a data set, as recipes take it.
+
+    Raises:
+        SpecError: the data set does not say what its actions mean.
+    """
+    spec, columns = stated_spec(dataset), dataset.columns()
+    return DataSpec(columns.state.shape[1], spec.dim, tuple(dataset.views))
+
+
+def stated_spec(dataset: Dataset) -> ActionSpec:
+    """The data set's action spec.
+
+    Raises:
+        SpecError: it states none.
+    """
+    if dataset.action_spec is None:
+        raise SpecError(
+            f"{dataset.root} does not say what its actions mean, and a policy must know. "
+            f"Add an action spec to its meta/info.json (docs/datasets.md), or open it with Dataset.open(root, action_spec=...)."
+        )
+    return dataset.action_spec
 
 
 def episodes_of(dataset: Dataset, config: TrainConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -26,12 +26,12 @@ from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
-from vlaflow.policies.recipe import DataSpec, TrainConfig
-from vlaflow.spec import ActionSpec
+from vlaflow.policies.recipe import TrainConfig
 from vlaflow.training.asked import questions_of
 from vlaflow.training.card import model_card
 from vlaflow.training.latents import codes_of, train_latent, video_spec
-from vlaflow.training.options import Options, episodes_of, finish, overridden
+from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, stated_spec
+from vlaflow.training.pipeline import plan, start_anew
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
 from vlaflow.training.stages import AnsweringStage, PolicyStage, RaterStage, Stage
@@ -83,36 +83,24 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
     Overrides name their stage first: {"joint.steps": "500"}.
 
     Raises:
-        ConfigError: for an override that names no stage.
+        VlaflowError: see ``pipeline.plan``; nothing is trained then.
     """
-    names = [stage.__name__ for stage in pipeline.call().stages]
-    for key in options.overrides or ():
-        if key.partition(".")[0] not in names:
-            raise ConfigError(
-                f"'{pipeline.name}' has several stages; say which '{key}' is for, e.g. --set {names[-1]}.{key}=..."
-            )
+    stages = plan(pipeline, dataset, out, options)
+    if options.fresh:
+        start_anew(stages)
     policy: Path | None = None
-    for name in names:
-        stage, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
-        own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
-        mine = replace(options, overrides=own)
-        if stage.from_video:  # the others' affair
-            mine = replace(mine, latent=None, questions=None, tokenizer=None)
-        sys.stderr.write(f"Stage {names.index(name) + 1} of {len(names)}: {stage.name} into {folder}\n")
-        outcome = train(stage.name, dataset, folder, policy=policy if stage.continues else None, options=mine)
+    latent: Path | None = None
+    for number, stage in enumerate(stages, 1):
+        recipe, mine = stage.recipe, replace(stage.options, latent=latent if stage.names_codes else None)
+        sys.stderr.write(f"Stage {number} of {len(stages)}: {recipe.name} into {stage.folder}\n")
+        outcome = train(recipe.name, dataset, stage.folder, policy=policy if recipe.continues else None, options=mine)
         if outcome.signal is not None:
             break
-        if stage.from_video:
-            options = replace(options, latent=folder)
+        if recipe.from_video:
+            latent = stage.folder
         else:
-            policy = folder
+            policy = stage.folder
     return outcome
-
-
-def data_spec(dataset: Dataset) -> DataSpec:
-    """The shape of a data set, as recipes take it."""
-    spec, columns = _action_spec(dataset), dataset.columns()
-    return DataSpec(columns.state.shape[1], spec.dim, tuple(dataset.views))
 
 
 def train_policy(
@@ -130,7 +118,7 @@ def train_policy(
     config = overridden(config, options)
     if config.policy is None:
         raise ConfigError(f"'{name}' trains a rater; give it a trained policy with --policy.")
-    spec = _action_spec(dataset)
+    spec = stated_spec(dataset)
     train_episodes, _ = episodes_of(dataset, config)
     if not dataset.columns().state.shape[1]:
         raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
@@ -169,10 +157,20 @@ def train_further(
     config = overridden(config, options)
     if config.policy is None:
         raise ConfigError(f"'{name}' does not train a policy.")
-    policy.action_spec.require_match(_action_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
-    if Path(out).resolve() == Path(policy_path).resolve():
-        raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
-    further = Policy.create(config.policy, policy.action_spec, policy.stats, config.seed)
+    _require_continuable(policy, dataset, Path(out), Path(policy_path), options)
+    if policy.model.rater is not None:
+        raise ConfigError(
+            f"{policy_path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
+            "checkpoint that the rater was trained for, and train another rater afterwards."
+        )
+    for key in ("state_normalisation", "action_normalisation"):
+        ours, theirs = getattr(config.policy, key), getattr(policy.config, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"policy.{key} is '{ours}', but {policy_path} was trained with '{theirs}', which its weights take for granted. "
+                "Leave out the --set that changes it."
+            )
+    further = replace(Policy.create(config.policy, policy.action_spec, policy.stats, config.seed), card=policy.card)
     try:
         further.model.load_state_dict(policy.model.state_dict())
     except RuntimeError as error:
@@ -180,6 +178,7 @@ def train_further(
             f"The networks of '{name}' are not those of {policy_path}, so they cannot start from its weights "
             f"({str(error).splitlines()[-1].strip()}). Leave out the --set that changes them."
         ) from error
+    further.model.backbone.load_files(local_folder(policy_path))
     base = {"policy": fingerprint(local_folder(policy_path))}
     return _train(
         _policy_stage(further, config),
@@ -191,6 +190,15 @@ def train_further(
         identity=base,
         options=options or Options(),
     )
+
+
+def _require_continuable(policy: Policy, dataset: Dataset, out: Path, policy_path: Path, options: Options | None) -> None:
+    """Refuse what no stage that starts from a checkpoint can use."""
+    policy.action_spec.require_match(stated_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
+    if out.resolve() == policy_path.resolve():
+        raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
+    if options is not None and options.tokenizer is not None:
+        raise ConfigError(f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {options.tokenizer} out.")
 
 
 def _policy_stage(policy: Policy, config: TrainConfig) -> Stage:
@@ -224,9 +232,9 @@ def train_rater(
         raise ConfigError(f"'{name}' trains a policy from scratch; leave --policy out.")
     if options is not None and options.questions is not None:
         raise ConfigError("A rater learns no questions; leave --qa out.")
-    policy.action_spec.require_match(_action_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
-    if Path(out).resolve() == Path(policy_path).resolve():
-        raise ConfigError(f"--out and --policy are both {out}; give the rated policy a folder of its own.")
+    if options is not None and options.latent is not None:
+        raise ConfigError("A rater learns no latent actions; leave --latent out.")
+    _require_continuable(policy, dataset, Path(out), Path(policy_path), options)
     rated = policy.with_rater(config.rater, config.seed)
     base = {"policy": fingerprint(local_folder(policy_path))}
     return _train(RaterStage(rated), rated, config, dataset, Path(out), name=name, identity=base, options=options or Options())
@@ -251,7 +259,7 @@ def _train(
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
     horizon = policy.config.decoder.horizon
-    code_NK, latent = codes_of(policy, dataset, options.latent)
+    code_NK, latent = codes_of(policy, dataset, options.latent) if config.policy is not None else (None, {})
     identity = {**identity, **latent}
     windows = Windows(dataset, cache, horizon, episodes=train_episodes, pause_rule=config.pauses, code_NK=code_NK)
     held = None
@@ -262,8 +270,10 @@ def _train(
 
     def card(outcome: Outcome) -> str:
         counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        words = asked.words if asked is not None else ""
-        return model_card(policy, config, dataset, outcome, recipe=name, command=command, questions=words, **counts)
+        beside = {"Questions": asked.words} if asked is not None else {}
+        if latent and options.latent is not None:
+            beside["Latent actions"] = f"codes of {Path(options.latent).name}, fingerprint {latent['latent']}"
+        return model_card(policy, config, dataset, outcome, recipe=name, command=command, beside=beside, **counts)
 
     run = {"recipe": name, "data": dataset.fingerprint, **identity, **(asked.identity if asked else {})}
     return finish(
@@ -298,12 +308,3 @@ def _with_tokenizer(
         chunks = torch.from_numpy(action_chunks(dataset, decoder.horizon, episodes))
         decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
     return replace(config, policy=replace(policy, decoder=decoder))
-
-
-def _action_spec(dataset: Dataset) -> ActionSpec:
-    if dataset.action_spec is None:
-        raise SpecError(
-            f"{dataset.root} does not say what its actions mean, and a policy must know. "
-            f"Add an action spec to its meta/info.json (docs/datasets.md), or open it with Dataset.open(root, action_spec=...)."
-        )
-    return dataset.action_spec

@@ -78,8 +78,8 @@ class PolicyStage:
     @property
     def uneven(self) -> bool:
         """With an expert nothing reads the last layer's output; with a random exit nothing the layers beyond it."""
-        exits, stack = self.policy.config.exits, getattr(self.policy.model.decoder, "stack", None)
-        return isinstance(stack, ExpertStack) or (exits is not None and exits.choose == "random")
+        exits, parts = self.policy.config.exits, self.policy.model.decoder.modules()
+        return any(isinstance(part, ExpertStack) for part in parts) or (exits is not None and exits.choose == "random")
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """See ``Policy.loss``."""
