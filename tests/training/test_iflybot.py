@@ -279,6 +279,9 @@ def test_another_network_is_one_sentence(dataset, latent, joint, tmp_path, more,
 def test_another_policy_place_or_robot_is_one_sentence(dataset, latent, joint, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"--out and --policy are both .*; give the new checkpoint a folder of its own"):
         command.main(flybot.fine(dataset, joint, joint, latent))
+    other = flybot.write_latent(tmp_path / "other", seed=1)
+    with pytest.raises(ConfigError, match=r"has learned to name the codes of the latent action model \w+, and .*other is"):
+        command.main(flybot.fine(dataset, tmp_path / "p", joint, other))
     with pytest.raises(ConfigError, match="name its checkpoint with --policy"):
         command.main(["iflybot.fine", *flybot.places(dataset, tmp_path / "p")])
     with pytest.raises(ConfigError, match="starts from scratch; leave --policy out"):
@@ -412,9 +415,12 @@ def test_a_stage_may_name_no_codes(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--steps", "5"], r"'steps' names no stage of 'iflybot.demo'; its stages are latent, joint, fine. .*fine\.steps="),
-        (["--batch-size", "5"], r"Write --set fine\.batch_size=\.\.\., also in place of --steps and --batch-size"),
-        (["--set", "jiont.steps=5"], r"'jiont.steps' names no stage of .* did you mean 'joint'\? Write --set fine.steps="),
+        (
+            ["--steps", "5"],
+            r"'steps' names no stage of 'iflybot.demo', as --set fine\.steps=.* would .*its stages: latent, joint, fine",
+        ),
+        (["--batch-size", "5"], r"as --set fine\.batch_size=\.\.\. would \(also in place of --steps and --batch-size\)"),
+        (["--set", "jiont.steps=5"], r"'jiont.steps' names no stage of .*; did you mean 'joint'\?"),
         (["--set", "latent=none"], "'latent' names no stage"),
         (["--set", "fine.stpes=5"], "Unknown key 'stpes' in --set; did you mean 'steps'"),
         (["--set", "fine.policy.decoder.fsat=none"], "did you mean 'fast'"),

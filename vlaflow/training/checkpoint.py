@@ -152,14 +152,19 @@ def move_aside(out: Path) -> Path:
     return aside
 
 
+def run_of(out: Path) -> dict[str, Any]:
+    """What the run in ``out`` was told (recipe, data, config, ...); empty where there is no training state."""
+    found = newest(out)
+    return {} if found is None else read_json(found[1] / "state.json").get("run", {})
+
+
 def require_run_of(out: Path, recipe: str) -> None:
     """Refuse a folder in which another recipe has left a checkpoint; it is only looked at.
 
     Raises:
         ConfigError: naming that recipe.
     """
-    found = newest(out)
-    before = read_json(found[1] / "state.json").get("run", {}).get("recipe") if found is not None else None
+    before = run_of(out).get("recipe")
     if held(out) and before != recipe:
         raise ConfigError(
             f"{out} holds a checkpoint of {before or 'an unknown recipe'}, where that of {recipe} is to be. Choose another "

@@ -124,6 +124,27 @@ def codes_of(policy: Policy, dataset: Dataset, path: Path | str | None) -> tuple
     return codes.id_NK, {"latent": model.fingerprint()}
 
 
+def require_same_model(before: str | None, path: Path | str | None, policy_path: Path | str) -> None:
+    """Refuse a latent action model whose codes are not those that a checkpoint has learned to name.
+
+    Args:
+        before: fingerprint of the checkpoint's; None where it is unknown.
+        path: folder of the model; None for none.
+        policy_path: the checkpoint.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if before is None or path is None:
+        return
+    now = LatentActionModel.from_pretrained(path).fingerprint()
+    if now != before:
+        raise ConfigError(
+            f"{policy_path} has learned to name the codes of the latent action model {before}, and {path} is {now}, whose "
+            "codes mean something else. Give --latent the one it was trained with."
+        )
+
+
 def names_codes(policy: PolicyConfig) -> LatentFlowConfig | None:
     """The decoder, where it learns to name the codes of a latent action model."""
     decoder = policy.decoder

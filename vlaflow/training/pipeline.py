@@ -49,10 +49,10 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
     for key in options.overrides or ():
         stage, _, rest = key.partition(".")
         if stage not in names or not rest:
-            hint = nearest(stage, names) if rest else f"its stages are {', '.join(names)}."
+            hint = nearest(stage, names) if rest else f"its stages: {', '.join(names)}"
             raise ConfigError(
-                f"'{key}' names no stage of '{pipeline.name}'; {hint} Write --set {names[-1]}.{rest or key}=..., "
-                "also in place of --steps and --batch-size."
+                f"'{key}' names no stage of '{pipeline.name}', as --set {names[-1]}.{rest or key}=... would (also in place of "
+                f"--steps and --batch-size); {hint}"
             )
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")

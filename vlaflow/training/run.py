@@ -29,7 +29,8 @@ from vlaflow.policies.checkpoint import fingerprint, local_folder
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.training.asked import questions_of
 from vlaflow.training.card import model_card
-from vlaflow.training.latents import codes_of, train_latent, video_spec
+from vlaflow.training.checkpoint import run_of
+from vlaflow.training.latents import codes_of, require_same_model, train_latent, video_spec
 from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, stated_spec
 from vlaflow.training.pipeline import plan, start_anew
 from vlaflow.training.precision import training_threads
@@ -170,6 +171,7 @@ def train_further(
                 f"policy.{key} is '{ours}', but {policy_path} was trained with '{theirs}', which its weights take for granted. "
                 "Leave out the --set that changes it."
             )
+    require_same_model(run_of(local_folder(policy_path)).get("latent"), (options or Options()).latent, policy_path)
     further = replace(Policy.create(config.policy, policy.action_spec, policy.stats, config.seed), card=policy.card)
     try:
         further.model.load_state_dict(policy.model.state_dict())
