@@ -152,7 +152,7 @@ def report(benchmark: str, settings: object, cases: Sequence[Case], file: Path |
     console.print(machine_line(data["machine"]), highlight=False, soft_wrap=True)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        file.write_text(json.dumps(data, indent=1, allow_nan=False, default=os.fspath) + "\n")
     return 0
 
 
