@@ -38,9 +38,9 @@ def write_page(found: WireResults, file: Path) -> Path:
     shown = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in figures)
     title = f"{found.system} with {found.compute} over the wire"
     how = (
-        f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of {', '.join(map(short, found.envs))} per "
-        f"row, up to {found.horizon} control steps at {found.rate_hz:g} Hz; the next chunk is asked for after {found.execute} "
-        f"actions; jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions."
+        f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of each of "
+        f"{', '.join(map(short, found.envs))}, up to {found.horizon} control steps at {found.rate_hz:g} Hz; the next chunk is "
+        f"asked for after {found.execute} actions; jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions."
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
@@ -178,4 +178,4 @@ def _pair(test: Comparison) -> tuple[str, ...]:
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead>{body}</table>"
+    return f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead>{body}</table></div>'
