@@ -223,16 +223,16 @@ while time.monotonic() < until:
 def test_a_flood_of_requests_from_one_client_keeps_no_other_waiting():
     """Thousands of frames come in one piece from the socket; they are not answered in one go."""
     with serving() as (server, address), Client(address) as good:
-        waits, number = [], 0
-        with subprocess.Popen([sys.executable, "-c", FLOOD, str(port_of(address)), "1"]) as flood:
-            until(lambda: server.journal.outcomes["refused"])
-            while flood.poll() is None:
-                began, number = time.monotonic(), number + 1
+        waits = []
+        with subprocess.Popen([sys.executable, "-c", FLOOD, str(port_of(address)), "60"]) as flood:
+            assert until(lambda: server.journal.outcomes["refused"], 20)
+            while len(waits) < 10 or server.journal.outcomes["refused"] <= 1000:
+                began = time.monotonic()
                 np.testing.assert_array_equal(good.infer(request(0, seed=1))["actions"], expected(0, 1))
                 waits.append(time.monotonic() - began)
-        assert server.journal.outcomes["refused"] > 1000
+            assert flood.poll() is None  # it lasted all the while
+            flood.kill()
         assert max(waits) < 1.0
-        assert len(waits) > 5
 
 
 def test_more_connections_than_the_limit_are_turned_away_with_a_sentence():
