@@ -157,6 +157,8 @@ class Raw:
             opcode, payload = self.read()
             if opcode in (1, 2):
                 answers.append((opcode, payload))
+            elif opcode == 9:  # hostile or not, who is alive says so
+                self.socket.sendall(frame(payload, 10))
             elif opcode == 8:
                 raise ConnectionError(f"closed by the server: {payload!r}")
         return answers
