@@ -112,11 +112,21 @@ def test_training_gives_beginnings_of_every_length_equally_often():
     assert (shares - 0.25).abs().max() < 4 * (0.25 * 0.75 / 6000) ** 0.5
 
 
+def test_a_share_of_the_training_commits_nothing():
+    mask_BL = gaussian.sample_beginning(6000, 6, 3, torch.Generator().manual_seed(0), whole=0.5)
+    shares = torch.bincount((1 - mask_BL).sum(1).long()) / 6000
+    expected = torch.tensor([0.625, 0.125, 0.125, 0.125])
+    assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / 6000).sqrt()).all()
+    assert gaussian.sample_beginning(100, 6, 3, torch.Generator().manual_seed(0), whole=1.0).all()
+
+
 def test_committed_actions_give_no_loss(monkeypatch):
     """With every beginning as long as it may be, the errors of those actions do not matter."""
-    monkeypatch.setattr(
-        gaussian, "sample_beginning", lambda b, horizon, longest, g: (torch.arange(horizon) >= longest).float().expand(b, -1)
-    )
+
+    def longest_beginning(batch, horizon, longest, generator, whole):
+        return (torch.arange(horizon) >= longest).float().expand(batch, -1)
+
+    monkeypatch.setattr(gaussian, "sample_beginning", longest_beginning)
     seen = []
     monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: seen.append(weight) or error.sum() * 0)
     TRAINED.loss(helpers.batch(), *helpers.generators(2))

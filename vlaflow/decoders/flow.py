@@ -38,7 +38,7 @@ class FlowConfig:
         masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
         committed: longest beginning of a chunk that training gives clean, its length drawn anew for every sample, so that
             chunks can continue each other while the robot moves (real-time chunking); 0 for none.
-        whole: share of the unified draws that noise every token after all; 0 is the paper.
+        whole: share of the unified masks, and of the committed beginnings, that noise every token after all; 0 is the paper.
         draws: noise, time and mask draws per observation and step, K; they share one prefix.
         time_alpha: training times are Beta(time_alpha, 1).
         time_floor: smallest training time.
@@ -179,7 +179,7 @@ class FlowDecoder(Decoder[FlowState]):
         if c.masks == "unified":
             mask_BL = gaussian.sample_mask(b, c.horizon, generator, c.whole)
         if c.committed:
-            mask_BL = mask_BL * gaussian.sample_beginning(b, c.horizon, c.committed, generator)
+            mask_BL = mask_BL * gaussian.sample_beginning(b, c.horizon, c.committed, generator, c.whole)
         time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
         mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)

@@ -70,14 +70,22 @@ def sample_mask(batch: int, horizon: int, generator: Generator, whole: float = 0
     return (torch.rand(batch, horizon, generator=generator) < y_B1).float()
 
 
-def sample_beginning(batch: int, horizon: int, longest: int, generator: Generator) -> Tensor:
+def sample_beginning(batch: int, horizon: int, longest: int, generator: Generator, whole: float = 0.0) -> Tensor:
     """Training mask of real-time chunking: the first n tokens of each sample are given clean, n uniform in 0 … ``longest``.
+
+    Args:
+        batch, horizon: B and L.
+        longest: at most L.
+        generator: of all randomness.
+        whole: probability that a sample is given nothing. Without it the first actions of a chunk are hardly ever learned:
+            action i is noised in i of ``longest`` + 1 samples.
 
     Returns:
         float (B, L): 1 where a token is noised and learned, 0 on the given beginning.
     """
     count_B1 = torch.randint(longest + 1, (batch, 1), generator=generator)
-    return (torch.arange(horizon)[None] >= count_B1).float()
+    given_B1 = torch.rand(batch, 1, generator=generator) >= whole
+    return (torch.arange(horizon)[None] >= count_B1 * given_B1).float()
 
 
 def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor) -> Tensor:

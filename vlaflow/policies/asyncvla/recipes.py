@@ -36,11 +36,12 @@ def realtime(data: DataSpec) -> TrainConfig:
 
     vlaflow train asyncvla.realtime --dataset runs/demo/dataset --out runs/realtime
 
-    Chunks of 64 actions, 0.8 s on Meta-World; their first 0 to 40, half a second, may be committed already.
+    Chunks of 48 actions, 0.6 s on Meta-World; their first 0 to 32, 0.4 s, may be committed already. Half of the draws commit
+    nothing: chunks of 64 that were learned without such draws were imprecise (docs/log.md).
     """
     policy = tiny(data.state_dim, data.action_dim, data.views)
-    decoder = FlowConfig(action_dim=data.action_dim, horizon=64, draws=1, whole=0.5, committed=40)
-    return replace(demo(data), policy=replace(policy, decoder=decoder, exits=None, execute=16), steps=2500)
+    decoder = FlowConfig(action_dim=data.action_dim, horizon=48, masks="synchronous", whole=0.5, committed=32)
+    return replace(demo(data), policy=replace(policy, decoder=decoder, exits=None, execute=16))
 
 
 def finetune(policy: PolicyConfig) -> TrainConfig:
