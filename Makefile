@@ -19,7 +19,7 @@ demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another plac
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --out "$(OUT)" $(ARGS)
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
-	@$(GL) $(OFFLINE) .venv/bin/python -m pytest $(ARGS)
+	@$(GL) $(OFFLINE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-clients: setup-dev setup-clients ## stock openpi and RoboArena clients against a trained checkpoint; CKPT=DIR ARGS="--env NAME"
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.end_to_end.stock_clients "$(CKPT)" $(ARGS)
