@@ -328,3 +328,11 @@ def test_a_defect_of_the_client_is_an_answer_too(caplog):
         line.ask(1, {"defect": True})
         answers, _ = line.wait()
     assert "ZeroDivisionError" in answers[0].error
+
+
+def test_a_server_that_does_not_say_its_rate_is_one_sentence():
+    """openpi's own server says nothing of it."""
+    client = Slow()
+    client.metadata = {}
+    with pytest.raises(ConfigError, match="'rate_hz'"):
+        BackgroundLine(client)
