@@ -16,7 +16,7 @@ import torch
 from websockets.sync.client import connect
 
 from tests import helpers
-from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving
+from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving, until
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.config import to_json
@@ -262,6 +262,39 @@ def test_a_full_queue_is_busy_and_a_late_request_is_not_computed():
     assert any("waiting already" in a for a in answers)
     assert "(6, 4)" in answers
     assert counts.busy + counts.late + counts.answered == counts.requests == 6
+
+
+@pytest.mark.parametrize("deadline_ms", [0, 50])
+def test_a_deadline_is_told_when_it_passes_and_not_when_the_request_comes_up(deadline_ms):
+    with serving(compute=Slow(1.0), engine=EngineConfig(batch=1)) as (server, address), ThreadPoolExecutor(1) as pool:
+        with Client(address) as first, Client(address) as second:
+            asked = pool.submit(first.infer, request(0))
+            assert until(lambda: server.engine.counts.requests and not server.engine.waiting)
+            with pytest.raises(RequestError, match="longer than its deadline"):
+                second.infer(request(0, deadline_ms=deadline_ms))
+            assert not asked.done()
+            assert asked.result()["actions"].shape == (6, 4)
+        assert server.engine.counts.late == 1
+
+
+def test_requests_that_wait_already_go_together_however_little_is_waited():
+    with serving(compute=Slow(0.3), engine=EngineConfig(wait_ms=0)) as (server, address), ThreadPoolExecutor(4) as pool:
+        clients = [Client(address) for _ in range(4)]
+        asked = [pool.submit(clients[0].infer, request(0))]
+        assert until(lambda: server.engine.counts.requests and not server.engine.waiting)
+        asked += [pool.submit(client.infer, request(0)) for client in clients[1:]]
+        for future in asked:
+            future.result()
+        assert server.engine.counts.batches == 2
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"queue": 0}, {"wait_ms": -1}, {"deadline_ms": 0}])
+def test_a_queue_without_end_and_other_impossible_settings_are_refused(wrong):
+    """asyncio takes a size of 0 for one without a limit."""
+    with pytest.raises(ConfigError, match="at least 1"):
+        EngineConfig(**wrong)
 
 
 def test_stopping_finishes_what_runs():
