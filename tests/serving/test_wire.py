@@ -122,7 +122,7 @@ packed = plain.map(msgpack.packb) | plain.map(lambda found: msgpack.packb(found,
 
 @given(data=packed, cut=st.integers(1, 100))
 def test_the_survey_refuses_no_message_that_msgpack_can_read_and_passes_none_that_ends_too_early(data, cut):
-    """It walks over heads by a table of its own; one wrong entry, and one of the two would be false. Extensions are not read."""
+    """It walks over heads by a table of its own; one wrong entry, and one of the two would be false. Extensions aside."""
 
     def none(code, found):
         raise ValueError
