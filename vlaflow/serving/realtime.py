@@ -163,12 +163,17 @@ class RealtimeController:
         line: to the policy.
         metadata: the server's: "horizon", "action_spec", and "commitment", the longest it can continue.
         config: how chunks hand over.
+
+    Attributes:
+        counts: what happened.
+        failure: why the latest of the answers that failed did; "" where none did in this episode.
     """
 
     line: Line
     metadata: Mapping[str, Any]
     config: RealtimeConfig = field(default_factory=RealtimeConfig)
     counts: Counts = field(default_factory=Counts)
+    failure: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if not {"horizon", "action_spec"} <= self.metadata.keys():
@@ -190,7 +195,7 @@ class RealtimeController:
             raise ConfigError("This server's policy cannot continue committed actions; use mode 'switch' or 'ensemble'.")
         self._number = self._step = self._moved = self._origin = 0
         self._asked: _Asked | None = None
-        self._failure = ""
+        self._failing = False
         self._chunks: list[_Chunk] = []
         self._last_D = np.zeros(len(dimensions), np.float32)
         self._delays: deque[float] = deque(maxlen=self.config.memory)
@@ -209,7 +214,7 @@ class RealtimeController:
         Raises:
             RequestError: when there is no first chunk: the server's sentence, or what is wrong with its answer.
         """
-        self._chunks, self._step, self._moved, self._failure = [], 0, 0, ""
+        self._chunks, self._step, self._moved, self._failing, self.failure = [], 0, 0, False, ""
         self._ask({**request, "reset": True})
         while not self._chunks:
             answers, waited = self.line.wait()
@@ -217,7 +222,7 @@ class RealtimeController:
                 self._delays.append(waited)
             self._take(answers, measured=True)
             if self._asked is None and not self._chunks:
-                raise RequestError(self._failure)
+                raise RequestError(self.failure)
 
     def act(self, look: Look) -> Move:
         """The action for this control period.
@@ -272,12 +277,12 @@ class RealtimeController:
                 action_LD = self._actions(answer)
             except RequestError as error:
                 self.counts.failed += 1
-                if not self._failure and self._chunks:  # once for a row of failures, which come as fast as the robot steps
+                if not self._failing and self._chunks:  # once for a row of failures, which come as fast as the robot steps
                     logger.warning("request %d failed, asking again: %s", answer.number, error)
-                self._failure = str(error) or "no reason was given"
+                self._failing, self.failure = True, str(error)
                 continue
-            if self._failure:
-                self._failure = ""
+            if self._failing:
+                self._failing = False
                 logger.warning("request %d is answered again", answer.number)
             if not measured:
                 self._delays.append(self._step - asked.step)
