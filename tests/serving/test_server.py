@@ -1,6 +1,7 @@
 """A server in this process, driven over real sockets: openpi's protocol, strict, and nobody sees anybody else's state."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -322,6 +323,37 @@ def test_health_metrics_and_the_token():
             client.infer(request(0))
         asked = urllib.request.Request(f"{web}/metrics", headers={"Authorization": "Api-Key secret"})
         assert b'vlaflow_requests_total{outcome="answered"} 1' in urllib.request.urlopen(asked).read()
+
+
+def test_a_spec_with_endless_ranges_matches_itself():
+    spec = POLICY.action_spec
+    endless = replace(spec, dimensions=tuple(replace(d, low=-np.inf, high=np.inf) for d in spec.dimensions))
+    with serving(policy=replace(POLICY, action_spec=endless)) as (_, address), Client(address) as client:
+        assert client.infer(request(0, action_spec=client.metadata["action_spec"]))["actions"].shape == (6, 4)
+        with pytest.raises(RequestError, match="low of action dimension"):
+            client.infer(request(0, action_spec=to_json(spec)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"token": ""}, "token is empty"), ({"port": 70_000}, r"0\.\.65535"), ({"connections": 0}, "at least one connection")],
+)
+def test_impossible_places_are_refused(wrong, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ServerConfig(**PLACE, **wrong)
+
+
+def test_an_address_with_colons_can_be_connected_to_as_the_log_says_it(caplog):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    caplog.set_level("INFO")
+    with serving(host="::1"):
+        (note,) = [record.getMessage() for record in caplog.records if "ws://" in record.getMessage()]
+    with pytest.raises(RequestError, match="cannot be reached"):
+        Client(note[note.index("ws://") :])  # it is over, but the address is one
+    assert "ws://[::1]:" in note
 
 
 def test_other_machines_need_a_token():

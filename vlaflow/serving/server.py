@@ -84,6 +84,10 @@ class ServerConfig:
     dashboard: bool = False
 
     def __post_init__(self) -> None:
+        if self.token is not None and not self.token.strip():
+            raise ConfigError("The token is empty, which no client can send; give one, or none to serve this machine alone.")
+        if not 0 <= self.port < 2**16 or min(self.connections, self.most_bytes) < 1:
+            raise ConfigError("A port lies in 0..65535, and there is at least one connection and one byte in a request.")
         if self.host not in LOOPBACK and not self.token:
             raise ConfigError(
                 f"Serving on {self.host} lets other machines move the robot; give a --token, or serve on 127.0.0.1 and tunnel."
@@ -144,7 +148,7 @@ class PolicyServer:
         return page
 
     async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
-        """Warm up, serve until ``stop``, then finish what runs.
+        """Serve until ``stop``, then finish what runs. A policy's first chunks are slow; make a few before.
 
         Args:
             ready: told the port once requests are taken.
@@ -170,10 +174,11 @@ class PolicyServer:
                 logger=quiet,
             )
             port = _port(server)
-            what = f"{self.policy.config.system} with {self.compute.name}"
-            self.journal.say("serving", note=f"{what} on ws://{self.config.host}:{port}")
+            what, host = f"{self.policy.config.system} with {self.compute.name}", self.config.host
+            place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            self.journal.say("serving", note=f"{what} on ws://{place}")
             if self.dashboard is not None:
-                self.journal.say("dashboard", note=f"http://{self.config.host}:{port}{PAGE}")
+                self.journal.say("dashboard", note=f"http://{place}{PAGE}")
             if ready is not None:
                 ready.set_result(port)
             await self._stop.wait()
@@ -375,7 +380,7 @@ def _name(connection: ServerConnection) -> str:
 def _plain(value: Any) -> Any:
     """Maps with text keys, as JSON would give them."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        return json.loads(json.dumps(value))  # as Python writes it: a range may be infinite
     except (TypeError, ValueError) as error:
         raise RequestError("'action_spec' must hold texts, numbers, lists and maps.") from error
 
