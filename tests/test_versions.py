@@ -20,3 +20,10 @@ def test_a_package_that_is_not_installed_is_left_out(monkeypatch):
 def test_the_command_line_can_be_typed_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/vlaflow", "eval", "a folder/x", "--episodes", "20"])
     assert command_line() == "vlaflow eval 'a folder/x' --episodes 20"
+
+
+def test_no_record_holds_a_token(monkeypatch):
+    """Results and reports are shown around."""
+    for words in (["--token", "secret"], ["--token=secret"]):
+        monkeypatch.setattr(sys, "argv", ["vlaflow", "rollout", *words, "--seed", "3"])
+        assert command_line().replace("=", " ") == "vlaflow rollout --token TOKEN --seed 3"

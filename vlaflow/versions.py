@@ -40,8 +40,14 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that started this process, as one would type it again."""
-    return shlex.join(["vlaflow", *sys.argv[1:]])
+    """The command that started this process, as one would type it again; but for a token, which no record may hold."""
+    words = list(sys.argv[1:])
+    for place, word in enumerate(words):
+        if word == "--token" and place + 1 < len(words):
+            words[place + 1] = "TOKEN"
+        elif word.startswith("--token="):
+            words[place] = "--token=TOKEN"
+    return shlex.join(["vlaflow", *words])
 
 
 def machine() -> str:

@@ -7,7 +7,7 @@ from tests import helpers
 from tests.serving.live import serving
 from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import ConfigError, RequestError, SpecError
 from vlaflow.evaluation import over_the_wire as wire
 from vlaflow.evaluation.over_the_wire_page import write_page
 from vlaflow.evaluation.over_the_wire_results import count, results
@@ -94,6 +94,18 @@ def test_every_mode_gets_the_same_noise_for_the_same_chunk():
     assert len(set(asked["wait"])) == len(asked["wait"])
 
 
+@pytest.mark.parametrize("delay_ms", [0.0, 25.0])
+def test_an_episode_in_which_a_request_failed_is_no_result(delay_ms):
+    class Busy(Forward):
+        def __call__(self, request):
+            if len(self.requests) == 2:
+                raise RequestError("32 requests are waiting already; try again later.")
+            return super().__call__(request)
+
+    with pytest.raises(RequestError, match=r"in the middle of an episode.*: 32 requests are waiting"):
+        play("switch", delay_ms, infer=Busy())
+
+
 def test_a_request_has_the_keys_of_the_servers_layout():
     infer = Forward()
     play("wait", 0.0, infer=infer)
@@ -152,6 +164,7 @@ def test_cells_and_pairs_count_what_happened():
         ({"state": ["a", "b"]}, {}, SpecError, "in parts"),
         ({"commitment": 0}, {}, ConfigError, "cannot continue"),
         ({}, {"execute": 12}, ConfigError, "at most 11"),
+        ({}, {"execute": 0}, ConfigError, "at least 1"),
         ({}, {"horizon": 501}, ConfigError, r"1\.\.500"),
     ],
 )

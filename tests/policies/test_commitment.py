@@ -54,6 +54,13 @@ def test_what_follows_depends_on_what_is_committed(policy):
     assert (act(policy, commitment(seed=5))[2:] != act(policy, commitment(seed=6))[2:]).any()
 
 
+def test_what_is_made_anew_is_guided_like_the_first_round():
+    """Made anew without it, the chunk would continue nothing, and its committed beginning would end in a jump."""
+    policy, compute = helpers.policy(), Refine(AtRandom(1.0), 3)
+    one, other = (act(policy, commitment(seed=seed), compute, guided=True) for seed in (5, 6))
+    assert (one[2:] != other[2:]).any()
+
+
 def test_only_guidance_looks_beyond_the_committed_actions():
     one, other = commitment(), commitment()
     other.actions[3] += 0.5

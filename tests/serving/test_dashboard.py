@@ -359,3 +359,17 @@ def test_the_browser_asks_for_the_token_and_keeps_it_out_of_the_address(tab):
         tab.run("document.getElementById('token').value = 'a secret/é'; document.querySelector('#ask button').click()")
         assert tab.until("document.getElementById('link').textContent == 'live'")
         assert "secret" not in tab.run("location.href + document.documentElement.outerHTML")
+
+
+@chromium
+def test_an_instruction_that_cannot_be_sent_is_said_to_be_lost(tab):
+    """The button of a robot that is to stop must not do nothing without a word."""
+    with serving(dashboard=True) as (_, address):
+        tab.open(address.replace("ws", "http") + "/dashboard")
+        tab.until("document.getElementById('link').textContent == 'live'")
+        tab.run("document.getElementById('words').value = 'Stop'; document.getElementById('set').click()")
+        tab.until("!document.getElementById('clear').disabled")
+    tab.until("document.getElementById('link').textContent != 'live'")
+    tab.run("document.getElementById('clear').click()")
+    assert tab.until("document.getElementById('refusal').textContent.includes('was not told')")
+    assert tab.run("document.getElementById('words').value") == "Stop"

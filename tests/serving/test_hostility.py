@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -18,7 +19,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.serving import hostile
-from tests.serving.live import PLACE, POLICY, expected, port_of, request, serving, until
+from tests.serving.live import PLACE, POLICY, Slow, expected, port_of, request, serving, until
 from tests.serving.siege import siege
 from vlaflow.compute.dense import Dense
 from vlaflow.errors import RequestError
@@ -252,6 +253,55 @@ def test_web_pages_of_other_origins_cannot_reach_a_robot():
     """A browser names the page's origin and would connect to this machine for any page; robots name none."""
     with serving() as (_, address), pytest.raises(InvalidStatus, match="403"), connect(address, origin="http://example.org"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("127.0.0.1:1", "http://127.0.0.1:1", 101),
+        ("localhost", "http://localhost", 101),
+        ("127.0.0.1:1", "http://127.0.0.1:2", 403),
+        ("127.0.0.1:1", "null", 403),
+        ("example.org:1", "http://example.org:1", 403),
+    ],
+)
+def test_an_origin_is_taken_only_where_it_is_the_servers_own_name_on_this_machine(host, origin, status):
+    """Some websocket libraries name the server itself; a page with another name for it was pointed here by a stranger."""
+    hello = hostile.HELLO.replace(b"127.0.0.1", host.encode()).replace(b"\r\n\r\n", f"\r\nOrigin: {origin}\r\n\r\n".encode())
+    with serving() as (_, address), hostile.Raw(port_of(address), hello) as stranger:
+        assert f" {status} ".encode() in stranger.head
+
+
+def test_who_sends_the_token_in_a_header_is_no_web_page_whatever_origin_it_names():
+    headers = {"Authorization": "Api-Key secret"}
+    with serving(token="secret") as (_, address):
+        with connect(address, origin="http://robot.example.org", additional_headers=headers) as robot:
+            assert wire.unpack(robot.recv(10))["horizon"] == 6
+        with pytest.raises(InvalidStatus, match="401"), connect(address, origin="http://robot.example.org"):
+            pass
+
+
+def test_no_more_than_one_request_of_a_client_is_held_while_another_is_answered(monkeypatch):
+    """A request may be large; what is not taken stays in the client's socket."""
+    connections, take = [], PolicyServer._connection
+
+    async def seen(self, connection):
+        connections.append(connection)
+        await take(self, connection)
+
+    monkeypatch.setattr(PolicyServer, "_connection", seen)
+    frame = hostile.frame(wire.pack(request(0, more=bytes(1_000_000))))
+    with (
+        serving(compute=Slow(0.4)) as (server, address),
+        hostile.Raw(port_of(address)) as eager,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        eager.read()
+        pool.submit(eager.socket.sendall, frame * 4)
+        assert until(lambda: server.engine.counts.requests == 1)
+        time.sleep(0.2)
+        assert server.engine.counts.requests == len(connections[0].recv_messages.frames) == 1
+        assert [eager.read()[0] for _ in range(4)] == [2] * 4
 
 
 def test_strangers_headers_leave_no_traceback_in_the_log(caplog):

@@ -125,6 +125,16 @@ def test_a_fade_goes_from_the_old_chunk_to_the_new_in_equal_steps():
         assert move.action[0] == pytest.approx(1 + share)
 
 
+def test_what_is_said_to_be_committed_is_executed_while_a_chunk_is_faded_in():
+    """Asked again before the fade is over: the policy is told the actions as they will be, not those of either chunk."""
+    robot = Robot([0, 3, 0] + [3] * 9, mode="commit", execute=4, fade=4).begin()
+    executed = [move.action.tolist() for move in robot.run(23)]
+    assert len(robot.looks) == 6
+    for now, request in zip(robot.looks[1:], robot.policy.requests[1:], strict=True):
+        count = request["inference_delay"]
+        assert executed[now : now + count] == request["given"][:count].tolist()
+
+
 def test_a_spike_at_the_start_is_forgotten():
     """The longest delay remembered decides what is committed: 6 at first, 1 once five later answers took 1."""
     robot = Robot([6] + [1] * 20, mode="commit", execute=4, memory=5).begin()
@@ -232,6 +242,21 @@ def test_no_first_chunk_is_an_error():
         robot.begin()
 
 
+@pytest.mark.parametrize("actions", [np.zeros((3, DIM)), np.full((HORIZON, DIM), np.nan), None])
+def test_a_first_answer_that_is_no_chunk_is_an_error_and_not_waited_for_again(actions):
+    line = Scripted()
+    line.due.append(Answer(1, {"actions": actions}))
+    controller = RealtimeController(line, METADATA, RealtimeConfig())
+    with pytest.raises(RequestError, match="not a finite chunk"):
+        controller.begin({})
+    assert len(line.asked) == 1
+
+
+def test_acting_before_an_episode_was_begun_is_one_sentence():
+    with pytest.raises(ConfigError, match="begin"):
+        RealtimeController(Scripted(), METADATA, RealtimeConfig()).act(dict)
+
+
 def test_a_chunk_of_another_shape_is_not_executed():
     line = Scripted()
     controller = begun(line, mode="switch", execute=1)
@@ -257,6 +282,7 @@ def test_jitter_never_makes_committing_jump_within_what_it_remembers():
     [
         ({"execute": 0}, METADATA, "at least 1"),
         ({"execute": HORIZON}, METADATA, "execute is at most 11"),
+        ({"execute": HORIZON + 1, "mode": "wait"}, METADATA, "execute is at most 12"),
         ({"mode": "commit"}, {**METADATA, "commitment": 0}, "cannot continue committed actions"),
         ({}, {"rate_hz": 50.0}, "does not say its 'horizon'"),
     ],
@@ -302,3 +328,11 @@ def test_a_defect_of_the_client_is_an_answer_too(caplog):
         line.ask(1, {"defect": True})
         answers, _ = line.wait()
     assert "ZeroDivisionError" in answers[0].error
+
+
+def test_a_server_that_does_not_say_its_rate_is_one_sentence():
+    """openpi's own server says nothing of it."""
+    client = Slow()
+    client.metadata = {}
+    with pytest.raises(ConfigError, match="'rate_hz'"):
+        BackgroundLine(client)

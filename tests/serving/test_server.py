@@ -1,6 +1,7 @@
 """A server in this process, driven over real sockets: openpi's protocol, strict, and nobody sees anybody else's state."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import torch
 from websockets.sync.client import connect
 
 from tests import helpers
-from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving
+from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving, until
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.config import to_json
@@ -264,6 +265,39 @@ def test_a_full_queue_is_busy_and_a_late_request_is_not_computed():
     assert counts.busy + counts.late + counts.answered == counts.requests == 6
 
 
+@pytest.mark.parametrize("deadline_ms", [0, 50])
+def test_a_deadline_is_told_when_it_passes_and_not_when_the_request_comes_up(deadline_ms):
+    with serving(compute=Slow(1.0), engine=EngineConfig(batch=1)) as (server, address), ThreadPoolExecutor(1) as pool:
+        with Client(address) as first, Client(address) as second:
+            asked = pool.submit(first.infer, request(0))
+            assert until(lambda: server.engine.counts.requests and not server.engine.waiting)
+            with pytest.raises(RequestError, match="longer than its deadline"):
+                second.infer(request(0, deadline_ms=deadline_ms))
+            assert not asked.done()
+            assert asked.result()["actions"].shape == (6, 4)
+        assert server.engine.counts.late == 1
+
+
+def test_requests_that_wait_already_go_together_however_little_is_waited():
+    with serving(compute=Slow(0.3), engine=EngineConfig(wait_ms=0)) as (server, address), ThreadPoolExecutor(4) as pool:
+        clients = [Client(address) for _ in range(4)]
+        asked = [pool.submit(clients[0].infer, request(0))]
+        assert until(lambda: server.engine.counts.requests and not server.engine.waiting)
+        asked += [pool.submit(client.infer, request(0)) for client in clients[1:]]
+        for future in asked:
+            future.result()
+        assert server.engine.counts.batches == 2
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"queue": 0}, {"wait_ms": -1}, {"deadline_ms": 0}])
+def test_a_queue_without_end_and_other_impossible_settings_are_refused(wrong):
+    """asyncio takes a size of 0 for one without a limit."""
+    with pytest.raises(ConfigError, match="at least 1"):
+        EngineConfig(**wrong)
+
+
 def test_stopping_finishes_what_runs():
     answers = []
     with serving(compute=Slow(0.4)) as (server, address):
@@ -289,6 +323,37 @@ def test_health_metrics_and_the_token():
             client.infer(request(0))
         asked = urllib.request.Request(f"{web}/metrics", headers={"Authorization": "Api-Key secret"})
         assert b'vlaflow_requests_total{outcome="answered"} 1' in urllib.request.urlopen(asked).read()
+
+
+def test_a_spec_with_endless_ranges_matches_itself():
+    spec = POLICY.action_spec
+    endless = replace(spec, dimensions=tuple(replace(d, low=-np.inf, high=np.inf) for d in spec.dimensions))
+    with serving(policy=replace(POLICY, action_spec=endless)) as (_, address), Client(address) as client:
+        assert client.infer(request(0, action_spec=client.metadata["action_spec"]))["actions"].shape == (6, 4)
+        with pytest.raises(RequestError, match="low of action dimension"):
+            client.infer(request(0, action_spec=to_json(spec)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"token": ""}, "token is empty"), ({"port": 70_000}, r"0\.\.65535"), ({"connections": 0}, "at least one connection")],
+)
+def test_impossible_places_are_refused(wrong, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ServerConfig(**PLACE, **wrong)
+
+
+def test_an_address_with_colons_can_be_connected_to_as_the_log_says_it(caplog):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    caplog.set_level("INFO")
+    with serving(host="::1"):
+        (note,) = [record.getMessage() for record in caplog.records if "ws://" in record.getMessage()]
+    with pytest.raises(RequestError, match="cannot be reached"):
+        Client(note[note.index("ws://") :])  # it is over, but the address is one
+    assert "ws://[::1]:" in note
 
 
 def test_other_machines_need_a_token():

@@ -5,7 +5,7 @@ from contextlib import suppress
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -95,6 +95,8 @@ def marker(**changes):
         msgpack.packb({b"__npgeneric__": True, b"data": [1], b"dtype": "<f4"}),
         msgpack.packb({b"__npgeneric__": True, b"data": 2**40, b"dtype": "|i1"}),
         msgpack.packb(msgpack.ExtType(5, b"x")),
+        msgpack.packb({"prompt": msgpack.Timestamp(5)}),
+        msgpack.packb([msgpack.Timestamp(2**40, 5)]),
         b"\x81" * 5000,
         b"\x91" * 100_000,
         b"\x91" * wire.MOST_DEPTH + b"\xc0",
@@ -120,9 +122,14 @@ packed = plain.map(msgpack.packb) | plain.map(lambda found: msgpack.packb(found,
 
 @given(data=packed, cut=st.integers(1, 100))
 def test_the_survey_refuses_no_message_that_msgpack_can_read_and_passes_none_that_ends_too_early(data, cut):
-    """It walks over heads by a table of its own; one wrong entry, and one of the two would be false."""
+    """It walks over heads by a table of its own; one wrong entry, and one of the two would be false. Extensions aside."""
+
+    def none(code, found):
+        raise ValueError
+
     with suppress(ValueError, TypeError, msgpack.exceptions.UnpackException):
-        msgpack.unpackb(data, strict_map_key=False, raw=True, ext_hook=lambda code, found: None)
+        found = msgpack.unpackb(data, strict_map_key=False, raw=True, ext_hook=none)
+        assume("Timestamp(" not in repr(found))
         wire._survey(data)
         with pytest.raises(RequestError, match="ends too early"):
             wire._survey(data[: len(data) - 1 - cut % len(data)])

@@ -35,6 +35,8 @@ class Arguments:
         batch: most requests answered together.
         wait_ms: how long the first request of a batch waits for company.
         queue: most requests waiting.
+        deadline_ms: a request that has waited so long is not computed, unless it brings a deadline of its own.
+        most_mib: largest request; a client can make the server hold two of them.
         guided: continue committed actions by guidance even where the checkpoint was trained for them.
         connections: most clients at a time.
         dashboard: serve a page to watch and instruct the policy at /dashboard.
@@ -56,6 +58,8 @@ class Arguments:
     batch: int = 8
     wait_ms: float = 2.0
     queue: int = 32
+    deadline_ms: float = 10_000.0
+    most_mib: float = 64.0
     guided: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     connections: int = 32
     dashboard: bool = False
@@ -96,7 +100,8 @@ def main(argv: list[str]) -> int:
         host=a.host,
         port=a.port,
         token=a.token,
-        engine=EngineConfig(a.batch, a.wait_ms, a.queue, guided=a.guided),
+        engine=EngineConfig(a.batch, a.wait_ms, a.queue, a.deadline_ms, a.guided),
+        most_bytes=int(a.most_mib * 2**20),
         connections=a.connections,
         budget=lambda milliseconds: parse(f"budget:{milliseconds:g}", knobs, home),
         dashboard=a.dashboard,

@@ -77,7 +77,7 @@ class Refine:
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
     ) -> Decoded:
-        """See ``ComputePolicy``. Actions given at clock 0 are never doubted.
+        """See ``ComputePolicy``. Actions given at clock 0 are never doubted, and what bends the first round bends the second.
 
         Where the first round ended early, doubt and regeneration have the whole depth: what was not sure gets everything.
         """
@@ -93,8 +93,9 @@ class Refine:
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
             doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
-            if given is not None:
-                doubt_RL = doubt_RL & (given.clock_BL[row_R] > 0)
+            kept = given.select(row_R) if given is not None else None
+            if kept is not None:
+                doubt_RL = doubt_RL & (kept.clock_BL > 0)
             doubted_BL[row_R] = doubt_RL
             if confidence_BL is not None and rating_RL is not None:
                 confidence_BL[row_R] = rating_RL
@@ -103,7 +104,8 @@ class Refine:
             )
             if again := bool(doubt_RL.any()):
                 with watch.part("refine"):
-                    action_BLD[row_R] = model.decoder.sample(prefix, mine, self.steps, Given(draft_RLD, doubt_RL.float()))
+                    again_from = Given(draft_RLD, doubt_RL.float(), pull=kept.pull if kept is not None else None)
+                    action_BLD[row_R] = model.decoder.sample(prefix, mine, self.steps, again_from)
             for row in row_R.tolist():
                 passes[row] += extra + again * self.steps * prefix.depth
                 evaluations[row] += again * self.steps

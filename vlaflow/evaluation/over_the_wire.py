@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.config import from_json
-from vlaflow.errors import ConfigError, SpecError, nearest
+from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
 from vlaflow.evaluation.rollout import FIRST_SEED, chunk_seed
 from vlaflow.serving.client import Client
 from vlaflow.serving.lines import SimulatedLine
@@ -189,7 +189,8 @@ def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob
 
 def settings(mode: HandOver, metadata: Mapping[str, Any], config: WireConfig) -> RealtimeConfig:
     """The controller's."""
-    return RealtimeConfig(mode, execute=config.execute or int(metadata["execute"]), fade=config.fade)
+    execute = int(metadata["execute"]) if config.execute is None else config.execute
+    return RealtimeConfig(mode, execute=execute, fade=config.fade)
 
 
 def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJob, config: WireConfig) -> WireEpisode:
@@ -201,6 +202,9 @@ def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJ
         env: reset here; the environment named in the job.
         job: what to run.
         config: how.
+
+    Raises:
+        RequestError: when a request fails; a robot that stands for a busy server would look like one that hands over badly.
     """
     rate, asked = env.action_spec.rate_hz, 0
     jitter = np.random.default_rng(np.random.SeedSequence((job.seed, 1)))
@@ -223,6 +227,8 @@ def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJ
     info: dict[str, Any] = {}
     while not done:
         moves.append(controller.act(look))
+        if controller.counts.failed:
+            raise RequestError(f"A request failed in the middle of an episode, which says nothing then: {controller.failure}")
         _, terminated, truncated, info = env.advance(moves[-1].action)
         line.tick()
         done = terminated or truncated or len(moves) >= horizon

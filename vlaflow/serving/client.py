@@ -20,10 +20,15 @@ from vlaflow.errors import RequestError
 from vlaflow.serving import wire
 
 logger = logging.getLogger("vlaflow.client")
+_CLOSE_S = 2.0
+"""Longest wait for a server to say goodbye."""
 
 
 class Client:
     """One connection, one request at a time. Connects again by itself when the server was started anew.
+
+    A server that was started anew for another robot, or with chunks of another length, is refused: whoever asks took its
+    actions for those of the first.
 
     Args:
         address: "ws://HOST:PORT".
@@ -40,7 +45,7 @@ class Client:
     def __init__(self, address: str, token: str | None = None, timeout_s: float = 30.0) -> None:
         self.address, self.token, self.timeout_s, self.reconnected = address, token, timeout_s, 0
         self._open = ExitStack()
-        self._connection = self._connect()
+        self._connection, self.metadata = self._connect()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Ask for a chunk.
@@ -50,16 +55,17 @@ class Client:
                 "deadline_ms", "action_spec", "given" and "inference_delay", "budget_ms".
 
         Raises:
-            RequestError: the server's sentence, or no server.
+            RequestError: the server's sentence, no server, or one whose actions mean something else than the first one's.
         """
         message = wire.pack(dict(observation))
         try:
             return self._exchange(message)
         except ConnectionClosed:
-            self._connection = self._connect()
-            self.reconnected += 1
-            logger.warning("%s was lost; connected again to %s", self.address, self.metadata.get("server", "another server"))
+            self._reconnect()
+        try:
             return self._exchange(message)
+        except ConnectionClosed as error:
+            raise RequestError(f"{self.address} ended the connection twice at this request: {error}.") from error
 
     def reset(self) -> None:
         """Begin an episode: the noise starts over."""
@@ -86,26 +92,43 @@ class Client:
             raise RequestError(reply)
         return wire.unpack(reply)
 
-    def _connect(self) -> ClientConnection:
-        headers = {"Authorization": f"Api-Key {self.token}"} if self.token else {}
-        try:
-            self._open.close()
-            connection = self._open.enter_context(
-                connect(
-                    self.address,
-                    additional_headers=headers,
-                    compression=None,
-                    max_size=wire.MOST_BYTES,
-                    open_timeout=self.timeout_s,
+    def _reconnect(self) -> None:
+        self._connection, metadata = self._connect()
+        for part in ("action_spec", "horizon"):
+            if metadata.get(part) != self.metadata.get(part):
+                self._open.close()
+                raise RequestError(
+                    f"{self.address} was started anew with another {part.replace('_', ' ')} than this client began with; make "
+                    "a new client for it, or start the server with the checkpoint of before."
                 )
-            )
-            first = connection.recv(self.timeout_s)
-        except InvalidStatus as error:
-            said = error.response.body.decode(errors="replace").strip() or f"HTTP status {error.response.status_code}"
-            raise RequestError(f"{self.address} does not take this client: {said:.200}") from error
-        except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
-            raise RequestError(f"{self.address} cannot be reached: {error}. Start it: vlaflow serve CKPT") from error
-        if isinstance(first, str):
-            raise RequestError(f"{self.address} sent text instead of its metadata: {first:.200}")
-        self.metadata = wire.unpack(first)
-        return connection
+        self.metadata, self.reconnected = metadata, self.reconnected + 1
+        logger.warning("%s was lost; connected again to %s", self.address, metadata.get("server", "another server"))
+
+    def _connect(self) -> tuple[ClientConnection, dict[str, Any]]:
+        headers = {"Authorization": f"Api-Key {self.token}"} if self.token else {}
+        self._open.close()
+        with ExitStack() as opening:
+            try:
+                connection = opening.enter_context(
+                    connect(
+                        self.address,
+                        additional_headers=headers,
+                        compression=None,
+                        max_size=wire.MOST_BYTES,
+                        open_timeout=self.timeout_s,
+                        close_timeout=min(_CLOSE_S, self.timeout_s),
+                    )
+                )
+                first = connection.recv(self.timeout_s)
+            except InvalidStatus as error:
+                said = error.response.body.decode(errors="replace").strip() or f"HTTP status {error.response.status_code}"
+                raise RequestError(f"{self.address} does not take this client: {said:.200}") from error
+            except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
+                raise RequestError(f"{self.address} cannot be reached: {error}. Start it: vlaflow serve CKPT") from error
+            if isinstance(first, str):
+                raise RequestError(f"{self.address} sent text instead of its metadata: {first:.200}")
+            metadata = wire.unpack(first)
+            if not isinstance(metadata, dict):
+                raise RequestError(f"{self.address} began with a {type(metadata).__name__} instead of its metadata.")
+            self._open = opening.pop_all()
+        return connection, metadata

@@ -194,11 +194,18 @@ $("ask").onsubmit = (event) => {
   $("token").value = "";
   connect();
 };
+// A closed socket drops what it is given without a word, and an operator must not believe that the robot was told.
+function instruct(words) {
+  const open = socket.readyState === WebSocket.OPEN;
+  $("refusal").textContent = open ? "" : "The connection is lost: the server was not told.";
+  if (open) socket.send(JSON.stringify({ instruction: words }));
+  return open;
+}
+
 $("operator").onsubmit = (event) => {
   event.preventDefault();
   const words = $("words").value.trim();
-  $("refusal").textContent = "";
-  if (words) socket.send(JSON.stringify({ instruction: words }));
+  if (words) instruct(words);
 };
-$("clear").onclick = () => { socket.send(JSON.stringify({ instruction: null })); $("words").value = ""; };
+$("clear").onclick = () => { if (instruct(null)) $("words").value = ""; };
 connect();

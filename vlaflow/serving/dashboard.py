@@ -125,12 +125,10 @@ class Dashboard:
 
     def refusal(self, request: Request) -> str | None:
         """Why this request may not open the stream; None where it may."""
-        origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
-        if len(origins) != 1 or len(hosts) != 1 or origins[0].partition("://")[2] != hosts[0]:
+        if not same_origin(request):
             return "Only the page of this server may watch it."
         if self.token is None:
-            name = hosts[0].rpartition(":")[0] if not hosts[0].endswith("]") and ":" in hosts[0] else hosts[0]
-            return None if name.strip("[]") in LOOPBACK else "Without a token the page opens on this machine alone."
+            return None if named_here(request) else "Without a token the page opens on this machine alone."
         offered = ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).split(",")
         tokens = [word.strip().removeprefix("token.") for word in offered if word.strip().startswith("token.")]
         return None if any(_same(token, self.token) for token in tokens) else "This page needs the server's token."
@@ -189,6 +187,19 @@ class Dashboard:
             "ignored": self._ignored,
             "age_s": None if self._last is None else round(now - self._last[3], 1),
         }
+
+
+def same_origin(request: Request) -> bool:
+    """Whether the origin that a browser names is the address that it asks."""
+    origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
+    return len(origins) == len(hosts) == 1 and origins[0].partition("://")[2] == hosts[0]
+
+
+def named_here(request: Request) -> bool:
+    """Whether this machine is asked by a name of its own, and not by one that a stranger pointed at it."""
+    host = "".join(request.headers.get_all("Host"))
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    return name.strip("[]") in LOOPBACK
 
 
 def _line(event: Event) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Inference off the event loop: requests of several clients in one bounded queue, answered together by one thread.
 
-A batch is closed when it is full or its first request has waited long enough. Batching changes no answer: every request has its
-own noise, and a policy answers an observation alone as in company. A request whose deadline passes while it waits is not
-computed.
+A batch is closed when it is full, or when its first request has waited long enough and no other is there. Batching changes no
+answer: every request has its own noise, and a policy answers an observation alone as in company. A request whose deadline
+passes while it waits is told so then, and not computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.errors import BusyError, DeadlineError
+from vlaflow.errors import BusyError, ConfigError, DeadlineError
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Chunk, Commitment, Observation
 
@@ -38,6 +38,10 @@ class EngineConfig:
     queue: int = 32
     deadline_ms: float = 10_000.0
     guided: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.queue) < 1 or self.wait_ms < 0 or not self.deadline_ms > 0:
+            raise ConfigError("batch and queue are at least 1, wait_ms at least 0 and deadline_ms more.")
 
 
 @dataclass
@@ -81,6 +85,7 @@ class _Waiting:
     asked: Asked
     until: float
     answer: asyncio.Future[Chunk]
+    begun: bool = False
 
 
 @dataclass
@@ -110,43 +115,60 @@ class Engine:
             VlaflowError: whatever is wrong with the observation.
         """
         self.counts.requests += 1
-        until = self.clock() + (deadline_ms or self.config.deadline_ms) / 1e3
-        waiting = _Waiting(asked, until, asyncio.get_running_loop().create_future())
+        seconds, loop = (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3, asyncio.get_running_loop()
+        waiting = _Waiting(asked, self.clock() + seconds, loop.create_future())
         try:
             self._queue.put_nowait(waiting)
         except asyncio.QueueFull:
             self.counts.busy += 1
             raise BusyError(f"{self.config.queue} requests are waiting already; try again later.") from None
-        return await waiting.answer
+        timer = loop.call_later(seconds, self._expire, waiting)
+        try:
+            return await waiting.answer
+        finally:
+            timer.cancel()
 
     async def run(self) -> None:
         """Answer requests until cancelled; what is being computed then is still answered."""
         while True:
             batch = [await self._queue.get()]
             closes = self.clock() + self.config.wait_ms / 1e3
-            while len(batch) < self.config.batch and (left := closes - self.clock()) > 0:
+            while len(batch) < self.config.batch:
+                if not self._queue.empty():  # who is there already goes along, however little is waited
+                    batch.append(self._queue.get_nowait())
+                    continue
                 try:
-                    batch.append(await asyncio.wait_for(self._queue.get(), left))
+                    batch.append(await asyncio.wait_for(self._queue.get(), closes - self.clock()))
                 except TimeoutError:
                     break
             await asyncio.shield(self._answer(batch))
 
     async def _answer(self, batch: list[_Waiting]) -> None:
-        alive = []
-        for waiting in batch:
-            if self.clock() > waiting.until:
-                self.counts.late += 1
-                _settle(waiting, DeadlineError("The request waited longer than its deadline; it was not computed."))
-            elif not waiting.answer.done():
-                alive.append(waiting)
         groups: dict[object, list[_Waiting]] = {}
-        for waiting in alive:
+        for waiting in batch:
             groups.setdefault(waiting.asked.kind, []).append(waiting)
         for group in groups.values():
+            alive = [waiting for waiting in group if self._in_time(waiting)]
+            if not alive:
+                continue
+            for waiting in alive:
+                waiting.begun = True
             began = self.clock()
-            await self._compute(group)
+            await self._compute(alive)
             self.counts.batches += 1
             self.counts.seconds += self.clock() - began
+
+    def _in_time(self, waiting: _Waiting) -> bool:
+        """Whether somebody still waits for it."""
+        if self.clock() > waiting.until:
+            self._expire(waiting)
+        return not waiting.answer.done()
+
+    def _expire(self, waiting: _Waiting) -> None:
+        if waiting.begun or waiting.answer.done():
+            return
+        self.counts.late += 1
+        _settle(waiting, DeadlineError("The request waited longer than its deadline; it was not computed."))
 
     async def _compute(self, group: list[_Waiting]) -> None:
         asked, loop = [waiting.asked for waiting in group], asyncio.get_running_loop()

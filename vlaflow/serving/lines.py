@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-from vlaflow.errors import RequestError
+from vlaflow.errors import ConfigError, RequestError
 from vlaflow.serving.realtime import Answer
 
 logger = logging.getLogger("vlaflow.realtime")
@@ -32,10 +32,15 @@ class BackgroundLine:
     Args:
         client: asked by the thread alone. It connects again by itself after a restart of the server.
 
+    Raises:
+        ConfigError: when the server does not say its control rate.
+
     >>> with BackgroundLine(client) as line: ...
     """
 
     def __init__(self, client: Asks) -> None:
+        if "rate_hz" not in client.metadata:
+            raise ConfigError("This server does not say its 'rate_hz', which real-time control needs; use vlaflow serve.")
         self._client = client
         self._rate_hz = float(client.metadata["rate_hz"])
         self._requests: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue()

@@ -136,16 +136,14 @@ class Move:
 
 @dataclass
 class _Chunk:
-    """A chunk being executed: ``origin_L`` says by which request each action was decided, ``start`` is the count of executed
-    actions at which its first was due, ``entered`` and ``committed`` are indices in it.
+    """A chunk as it is executed: ``origin_L`` says by which request each action was decided, ``start`` is the count of
+    executed actions at which its first was due.
     """
 
     number: int
     action_LD: np.ndarray
     origin_L: np.ndarray
     start: int
-    entered: int
-    committed: int
 
 
 @dataclass(frozen=True)
@@ -165,12 +163,17 @@ class RealtimeController:
         line: to the policy.
         metadata: the server's: "horizon", "action_spec", and "commitment", the longest it can continue.
         config: how chunks hand over.
+
+    Attributes:
+        counts: what happened.
+        failure: why the latest of the answers that failed did; "" where none did in this episode.
     """
 
     line: Line
     metadata: Mapping[str, Any]
     config: RealtimeConfig = field(default_factory=RealtimeConfig)
     counts: Counts = field(default_factory=Counts)
+    failure: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if not {"horizon", "action_spec"} <= self.metadata.keys():
@@ -182,10 +185,11 @@ class RealtimeController:
         self._longest = int(self.metadata.get("commitment", 0))
         dimensions = self.metadata["action_spec"]["dimensions"]
         self._stays_D = np.array([d.get("mode", "delta") == "absolute" for d in dimensions])
-        if not self.config.execute < self._horizon and self.config.mode != "wait":
+        most = self._horizon if self.config.mode == "wait" else self._horizon - 1
+        if self.config.execute > most:
+            before = "" if self.config.mode == "wait" else "; ask for the next one before they are used up"
             raise ConfigError(
-                f"Chunks have {self._horizon} actions; ask for the next one before they are used up: execute is at most "
-                f"{self._horizon - 1}, got {self.config.execute}."
+                f"Chunks have {self._horizon} actions{before}: execute is at most {most}, got {self.config.execute}."
             )
         if self.config.mode == "commit" and not self._longest:
             raise ConfigError("This server's policy cannot continue committed actions; use mode 'switch' or 'ensemble'.")
@@ -208,25 +212,29 @@ class RealtimeController:
             request: the first observation.
 
         Raises:
-            RequestError: the server's sentence, when there is no first chunk.
+            RequestError: when there is no first chunk: the server's sentence, or what is wrong with its answer.
         """
-        self._chunks, self._step, self._moved = [], 0, 0
+        self._chunks, self._step, self._moved, self._failing, self.failure = [], 0, 0, False, ""
         self._ask({**request, "reset": True})
         while not self._chunks:
             answers, waited = self.line.wait()
             if any(answer.number == self._number for answer in answers):
                 self._delays.append(waited)
-            for answer in answers:
-                if answer.number == self._number and answer.reply is None:
-                    raise RequestError(answer.error)
             self._take(answers, measured=True)
+            if self._asked is None and not self._chunks:
+                raise RequestError(self.failure)
 
     def act(self, look: Look) -> Move:
         """The action for this control period.
 
         Args:
             look: takes the observation; called only when a chunk is asked for.
+
+        Raises:
+            ConfigError: before an episode was begun.
         """
+        if not self._chunks:
+            raise ConfigError("There is no chunk to execute; begin(request) waits for an episode's first one.")
         self._take(self.line.poll())
         if self._asked is None and self._place() >= self.config.execute:
             self._ask(look())
@@ -269,9 +277,9 @@ class RealtimeController:
                 action_LD = self._actions(answer)
             except RequestError as error:
                 self.counts.failed += 1
-                if not self._failing:  # once for a row of failures, which come as fast as the robot steps
+                if not self._failing and self._chunks:  # once for a row of failures, which come as fast as the robot steps
                     logger.warning("request %d failed, asking again: %s", answer.number, error)
-                self._failing = True
+                self._failing, self.failure = True, str(error)
                 continue
             if self._failing:
                 self._failing = False
@@ -282,8 +290,8 @@ class RealtimeController:
             self.counts.late += self.config.mode == "commit" and self._moved - asked.moved > asked.committed
             origin_L = np.full(self._horizon, answer.number)
             origin_L[: asked.committed] = asked.origin_N[: asked.committed]
-            entered = self._moved - asked.moved
-            self._chunks.append(_Chunk(answer.number, action_LD, origin_L, asked.moved, entered, asked.committed))
+            action_LD = self._faded(action_LD, asked.moved, max(self._moved - asked.moved, asked.committed))
+            self._chunks.append(_Chunk(answer.number, action_LD, origin_L, asked.moved))
             self._chunks = [c for c in self._chunks if self._moved - c.start < self._horizon]
 
     def _actions(self, answer: Answer) -> np.ndarray:
@@ -301,7 +309,7 @@ class RealtimeController:
         waiting = self.config.mode == "wait" and self._asked is not None and place >= self.config.execute
         if waiting or place >= self._horizon:
             return Move(np.where(self._stays_D, self._last_D, np.float32(0)), newest.number, place, fresh=False, stood=True)
-        action_D = self._ensemble() if self.config.mode == "ensemble" else self._faded(newest, place)
+        action_D = self._ensemble() if self.config.mode == "ensemble" else newest.action_LD[place]
         origin = int(newest.origin_L[place])
         fresh, self._origin = origin != self._origin, origin
         return Move(action_D, newest.number, place, fresh, stood=False)
@@ -312,13 +320,13 @@ class RealtimeController:
         said_CD = np.stack([c.action_LD[self._moved - c.start] for c in chunks])
         return ((weight_C[:, None] * said_CD).sum(0) / weight_C.sum()).astype(np.float32)
 
-    def _faded(self, newest: _Chunk, place: int) -> np.ndarray:
-        action_D = newest.action_LD[place]
-        if not self.config.fade or len(self._chunks) < 2:
-            return action_D
-        before = self._chunks[-2]
-        there, since = self._moved - before.start, place - max(newest.entered, newest.committed)
-        if there >= self._horizon or not 0 <= since < self.config.fade:
-            return action_D
-        share = np.float32((since + 1) / (self.config.fade + 1))
-        return share * action_D + (1 - share) * before.action_LD[there]
+    def _faded(self, action_LD: np.ndarray, start: int, enters: int) -> np.ndarray:
+        """The new chunk as it will be executed: from ``enters`` on it takes over from the newest one in equal steps."""
+        if not self.config.fade or not self._chunks or self.config.mode not in ("switch", "commit"):
+            return action_LD
+        before, action_LD = self._chunks[-1], action_LD.copy()
+        ahead = start - before.start  # where the new chunk begins in the one before
+        for place in range(enters, min(enters + self.config.fade, self._horizon - ahead)):
+            share = np.float32((place - enters + 1) / (self.config.fade + 1))
+            action_LD[place] = share * action_LD[place] + (1 - share) * before.action_LD[place + ahead]
+        return action_LD

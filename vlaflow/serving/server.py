@@ -2,7 +2,8 @@
 
 A client connects and gets the metadata; then every request, a map in one binary frame, is answered by a map with "actions"
 (horizon, D) in robot units. Whatever is wrong with a request comes back as a text frame with one sentence, without a traceback,
-and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are turned away.
+and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are turned away: a browser names
+the page's origin, and can send no token in a header.
 
 Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (the noise starts over; with nothing else the
 reply is {"reset": true}), "given" and "inference_delay" (what the robot will have executed when the answer comes, which the
@@ -38,7 +39,7 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
 from vlaflow.policies.base import Policy
 from vlaflow.serving import wire
-from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard
+from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import Asked, Engine, EngineConfig
 from vlaflow.serving.journal import Entry, Journal, OneLine
 from vlaflow.serving.layouts import Layout, committed, read
@@ -48,7 +49,8 @@ logger = logging.getLogger("vlaflow.serving")
 _ONE_LINE = OneLine()
 _CLOSE_S = 2.0
 _FRAMES_AHEAD = 1
-"""Requests that a client may have under way while one is answered; more stay in its socket."""
+"""Requests that a client may have under way while one is answered; more stay in its socket. The websocket library stops reading
+when there is one more than its ``max_queue``."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class ServerConfig:
     dashboard: bool = False
 
     def __post_init__(self) -> None:
+        if self.token is not None and not self.token.strip():
+            raise ConfigError("The token is empty, which no client can send; give one, or none to serve this machine alone.")
+        if not 0 <= self.port < 2**16 or min(self.connections, self.most_bytes) < 1:
+            raise ConfigError("A port lies in 0..65535, and there is at least one connection and one byte in a request.")
         if self.host not in LOOPBACK and not self.token:
             raise ConfigError(
                 f"Serving on {self.host} lets other machines move the robot; give a --token, or serve on 127.0.0.1 and tunnel."
@@ -142,7 +148,7 @@ class PolicyServer:
         return page
 
     async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
-        """Warm up, serve until ``stop``, then finish what runs.
+        """Serve until ``stop``, then finish what runs. A policy's first chunks are slow; make a few before.
 
         Args:
             ready: told the port once requests are taken.
@@ -159,7 +165,7 @@ class PolicyServer:
                 select_subprotocol=lambda _, offered: SUBPROTOCOL if SUBPROTOCOL in offered else None,
                 compression=None,
                 max_size=self.config.most_bytes,
-                max_queue=_FRAMES_AHEAD,
+                max_queue=_FRAMES_AHEAD - 1,
                 open_timeout=self.config.open_s,
                 ping_interval=min(20.0, self.config.idle_s),
                 ping_timeout=self.config.idle_s,
@@ -168,10 +174,11 @@ class PolicyServer:
                 logger=quiet,
             )
             port = _port(server)
-            what = f"{self.policy.config.system} with {self.compute.name}"
-            self.journal.say("serving", note=f"{what} on ws://{self.config.host}:{port}")
+            what, host = f"{self.policy.config.system} with {self.compute.name}", self.config.host
+            place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            self.journal.say("serving", note=f"{what} on ws://{place}")
             if self.dashboard is not None:
-                self.journal.say("dashboard", note=f"http://{self.config.host}:{port}{PAGE}")
+                self.journal.say("dashboard", note=f"http://{place}{PAGE}")
             if ready is not None:
                 ready.set_result(port)
             await self._stop.wait()
@@ -201,19 +208,22 @@ class PolicyServer:
         """Answer plain HTTP, and turn away who may not connect."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
-        if self.dashboard is not None:
-            if page := self.dashboard.http(request):
-                return page
-            if request.path == STREAM:
-                why = self.dashboard.refusal(request)
-                return None if why is None else self._turn_away(connection, HTTPStatus.FORBIDDEN, why)
+        if self.dashboard is not None and (page := self.dashboard.http(request)):
+            return page
+        if request.path == STREAM:
+            why = self.dashboard.refusal(request) if self.dashboard is not None else "Serve with --dashboard to watch."
+            return None if why is None else self._turn_away(connection, HTTPStatus.FORBIDDEN, why)
         if self.config.token is not None:
             given = request.headers.get_all("Authorization")
             if not hmac.compare_digest(" ".join(given).encode(errors="replace"), f"Api-Key {self.config.token}".encode()):
                 return self._turn_away(connection, HTTPStatus.UNAUTHORIZED, "Send 'Authorization: Api-Key TOKEN'.")
         if request.path == "/metrics":
             return connection.respond(HTTPStatus.OK, self.journal.exposition(self.engine))
-        if request.headers.get_all("Origin"):
+        if (
+            self.config.token is None
+            and request.headers.get_all("Origin")
+            and not (same_origin(request) and named_here(request))
+        ):
             return self._turn_away(connection, HTTPStatus.FORBIDDEN, "Robots connect here, web pages do not.")
         if len(self.journal.clients) >= self.config.connections:
             return self._turn_away(connection, HTTPStatus.SERVICE_UNAVAILABLE, self._full)
@@ -370,7 +380,7 @@ def _name(connection: ServerConnection) -> str:
 def _plain(value: Any) -> Any:
     """Maps with text keys, as JSON would give them."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        return json.loads(json.dumps(value))  # as Python writes it: a range may be infinite
     except (TypeError, ValueError) as error:
         raise RequestError("'action_spec' must hold texts, numbers, lists and maps.") from error
 
