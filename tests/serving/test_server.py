@@ -278,6 +278,20 @@ def test_a_deadline_is_told_when_it_passes_and_not_when_the_request_comes_up(dea
         assert server.engine.counts.late == 1
 
 
+def test_what_nobody_waits_for_any_more_is_not_computed():
+    with serving(compute=Slow(0.5), engine=EngineConfig(batch=1)) as (server, address):
+        for number in range(4):
+            with connect(address) as connection:
+                connection.recv()
+                connection.send(wire.pack(request(number)))
+                assert until(lambda number=number: server.engine.counts.requests == number + 1)
+        assert until(lambda: server.journal.outcomes["gone"] == 4)
+        with Client(address) as patient:
+            patient.infer(request(4))
+        assert server.engine.counts.batches == 2
+        assert server.journal.outcomes["answered"] == 1
+
+
 def test_requests_that_wait_already_go_together_however_little_is_waited():
     with serving(compute=Slow(0.3), engine=EngineConfig(wait_ms=0)) as (server, address), ThreadPoolExecutor(4) as pool:
         clients = [Client(address) for _ in range(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -38,7 +39,7 @@ class Rollout:
         render: picture quality; use the one the policy was trained with.
         seed: of the first episode; the others follow.
         workers: processes, each with a connection of its own.
-        token: of the server.
+        token: of the server; by default VLAFLOW_TOKEN of the environment.
         out: folder for results.json and report.html.
     """
 
@@ -76,11 +77,12 @@ def main(argv: list[str]) -> int:
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
     config = wire.WireConfig(a.execute, a.horizon, a.jitter_ms, a.fade, a.render)
     jobs = wire.plan(envs, modes, delays, a.episodes, a.seed)
-    with Client(a.server, a.token) as client:
+    token = a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN")
+    with Client(a.server, token) as client:
         metadata = client.metadata
     with progress(len(jobs), "Driving") as bar:
         episodes = wire.evaluate(
-            a.server, jobs, config, token=a.token, workers=a.workers, progress=lambda done, total: bar.advance()
+            a.server, jobs, config, token=token, workers=a.workers, progress=lambda done, total: bar.advance()
         )
     found = results(a.server, metadata, config, episodes)
     a.out.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from vlaflow.compute.base import ComputePolicy
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Arguments:
         state: key of a part of the state, in place of the layout's; repeat for more.
         host: address to listen on.
         port: of the server; 0 takes a free one.
-        token: clients must send it.
+        token: clients must send it; by default VLAFLOW_TOKEN of the environment, which no list of processes shows.
         batch: most requests answered together.
         wait_ms: how long the first request of a batch waits for company.
         queue: most requests waiting.
@@ -95,15 +100,20 @@ def main(argv: list[str]) -> int:
     compute = parse(name, knobs, home)
     policy = Policy.from_pretrained(folder, a.device)
     views = tuple(policy.model.backbone.views)
+
+    @lru_cache(maxsize=64)  # which policy fits is read from files
+    def within(milliseconds: float) -> ComputePolicy:
+        return parse(f"budget:{milliseconds:g}", knobs, home)
+
     config = ServerConfig(
         **choose(a.layout, views, a.image, a.state),
         host=a.host,
         port=a.port,
-        token=a.token,
+        token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),
         engine=EngineConfig(a.batch, a.wait_ms, a.queue, a.deadline_ms, a.guided),
         most_bytes=int(a.most_mib * 2**20),
         connections=a.connections,
-        budget=lambda milliseconds: parse(f"budget:{milliseconds:g}", knobs, home),
+        budget=within,
         dashboard=a.dashboard,
     )
     compute.needs.check(policy.model, compute.name)

@@ -6,6 +6,7 @@ few words of a request, cut and stripped of what would break a line.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -24,8 +25,8 @@ from vlaflow.spec import Chunk, Observation
 
 logger = logging.getLogger("vlaflow.serving")
 
-Outcome = Literal["answered", "reset", "refused", "busy", "late", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("answered", "reset", "refused", "busy", "late", "failed")
+Outcome = Literal["answered", "reset", "refused", "busy", "late", "gone", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("answered", "reset", "refused", "busy", "late", "gone", "failed")
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RECENT, LINES = 1024, 50
 MOST_SENTENCE = 400
@@ -140,6 +141,9 @@ class Journal:
         entry = Entry(client, self._requests, time.perf_counter())
         try:
             yield entry
+        except asyncio.CancelledError:
+            entry.outcome = "gone"
+            raise
         finally:
             seconds = time.perf_counter() - entry.began
             self.outcomes[entry.outcome] += 1

@@ -21,11 +21,11 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import websockets
@@ -46,6 +46,7 @@ from vlaflow.serving.layouts import Layout, committed, read
 from vlaflow.spec import ActionSpec, Chunk
 
 logger = logging.getLogger("vlaflow.serving")
+T = TypeVar("T")
 _ONE_LINE = OneLine()
 _CLOSE_S = 2.0
 _FRAMES_AHEAD = 1
@@ -250,7 +251,7 @@ class PolicyServer:
             await connection.send(wire.pack(self.config.layout.dialect.hello(self.metadata)))
             async for frame in connection:
                 with self._busy():
-                    reply, chunks = await self._reply(frame, chunks, name)
+                    reply, chunks = await _while_there(connection, self._reply(frame, chunks, name))
                     await connection.send(reply)
                 await asyncio.sleep(0)  # whoever sends ahead of the answers must not keep the others waiting
 
@@ -353,6 +354,25 @@ def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
     if chunk.confidence is not None:
         reply["confidence"] = chunk.confidence.astype(np.float32)
     return reply
+
+
+async def _while_there(connection: ServerConnection, answering: Coroutine[Any, Any, T]) -> T:
+    """What comes of ``answering``; when the client leaves first it is cancelled, for nobody waits for it any more.
+
+    Raises:
+        websockets.ConnectionClosed: the client has left.
+    """
+    task, leaving = asyncio.ensure_future(answering), asyncio.ensure_future(connection.wait_closed())
+    try:
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+            raise connection.protocol.close_exc
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
 
 
 def _number(value: Any, name: str) -> float | None:
