@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlaflow.config import to_json
 from vlaflow.data.pictures import PictureCache, Questions
 from vlaflow.data.questions import QuestionSet
 from vlaflow.policies.base import Policy
@@ -21,6 +22,28 @@ class Asked:
     held: Questions | None
     words: str
     identity: Mapping[str, Any]
+
+
+def asked_before(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The questions behind a checkpoint: those of its own training and of the checkpoints that it continues.
+
+    Args:
+        run: what its training was told (``checkpoint.run_of``).
+
+    Returns:
+        For each set its fingerprint ("questions"), how conversations were read ("turns") and the share held out ("held_out").
+    """
+    own, earlier = (run.get("config") or {}).get("questions"), list(run.get("asked_before", ()))
+    if own is None:
+        return earlier
+    return [*earlier, {"questions": run.get("questions"), "turns": own["turns"], "held_out": own["held_out"]}]
+
+
+def with_ancestors(run: Mapping[str, Any], config: TrainConfig, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's identity with what its ancestors were asked, where its own questions do not say the same."""
+    own = asked_before({**run, "config": to_json(config)})
+    others = [dict(each) for number, each in enumerate(before) if each not in own and each not in before[:number]]
+    return {**run, **({"asked_before": others} if others else {})}
 
 
 def questions_of(policy: Policy, config: TrainConfig, path: Path | str | None) -> Asked:
