@@ -39,6 +39,7 @@ def said(answer, text, kind="state", question="Open?", ended=True, blind=None):
 )
 def test_an_answer_is_right_but_for_case_and_spaces_and_only_when_it_has_ended(answer, text, ended, right):
     assert said(answer, text, ended=ended).right is right
+    assert replace(said(answer, "", blind=text), blind_ended=ended).right_blind is right
 
 
 def test_accuracies_by_kind_in_closed_form():
@@ -115,6 +116,10 @@ def test_a_policy_that_sees_is_told_from_one_that_does_not(asked, monkeypatch):
     assert shown[16:] == [shown[j] for j in partners]
     assert seeing.blind == sum(i % 2 == j % 2 for i, j in enumerate(partners))
     assert ticks[-1] == (32, 32)
+    cut = [Answer("dark", False)]
+    monkeypatch.setattr(policy, "reply", lambda observation, limit: cut * len(observation))
+    unended = count(ask(policy, source, AnswerConfig()))[-1]
+    assert (unended.right, unended.blind) == (0, 0)
     monkeypatch.setattr(policy, "reply", lambda observation, limit: [Answer("dark", True)] * len(observation))
     constant = count(ask(policy, source, AnswerConfig()))[-1]
     assert (constant.right, constant.blind, constant.difference, constant.p_value) == (8, 8, 0.0, 1.0)

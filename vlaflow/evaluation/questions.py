@@ -47,6 +47,7 @@ class AnsweredQuestion:
         said: with its picture.
         ended: whether the answer came to its end within the limit; one that did not is wrong.
         blind: said with another question's picture; None where that was not tried.
+        blind_ended: as ``ended``, of ``blind``.
     """
 
     name: str
@@ -56,6 +57,7 @@ class AnsweredQuestion:
     said: str
     ended: bool
     blind: str | None = None
+    blind_ended: bool = True
 
     @property
     def right(self) -> bool:
@@ -65,7 +67,7 @@ class AnsweredQuestion:
     @property
     def right_blind(self) -> bool:
         """The same of what was said blindly."""
-        return self.blind is not None and normal(self.blind) == normal(self.answer)
+        return self.blind is not None and self.blind_ended and normal(self.blind) == normal(self.answer)
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def ask(
         partners = exchange(asked, config.seed)
         blind = _answers(policy, source, partners, config, lambda done: progress and progress(len(asked) + done, total))
     return [
-        AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, None if b is None else b.text)
+        AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, *((b.text, b.ended) if b else ()))
         for q, s, b in zip(asked, seen, blind, strict=True)
     ]
 
