@@ -355,9 +355,11 @@ def test_a_pipeline_that_broke_down_in_every_stage_continues_where_it_was(whole,
     assert all(same(folder_of(whole, stage), folder_of(out, stage)) for stage in STAGES)
 
 
-def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, capsys):
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, capsys, step):
+    """Also in the stage's last step, when there is nothing of that stage left to cut short."""
     out = tmp_path / "ended"
-    begun = cut("iflybot.joint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    begun = cut("iflybot.joint", step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert command.main(flybot.demo(dataset, out)) == 0
     said = capsys.readouterr().out
     assert "Stopped by SIGTERM after step" in said
@@ -366,6 +368,22 @@ def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, 
     assert not (out / "config.json").exists()
     cut(None, None, break_down)
     assert command.main(flybot.demo(dataset, out)) == 0
+    assert same(whole, out)
+
+
+def test_a_signal_to_one_process_ends_the_run_in_all_of_them(together):
+    """Or one would wait for the other in the next stage."""
+    told = [load_file(together / f"ended/rank-{rank}.safetensors") for rank in (0, 1)]
+    assert [(int(t["signal"]), int(t["step"])) for t in told] == [(signal.SIGTERM, 2)] * 2
+
+
+def test_a_signal_in_the_very_last_step_changes_nothing(whole, dataset, tmp_path, cut, capsys):
+    out = shutil.copytree(whole, tmp_path / "demo")
+    for left in (out / "config.json", out / "training"):
+        left.unlink() if left.is_file() else shutil.rmtree(left)
+    cut("iflybot.fine", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert command.main(flybot.demo(dataset, out)) == 0
+    assert "Trained 4 steps" in capsys.readouterr().out
     assert same(whole, out)
 
 

@@ -96,7 +96,7 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
         sys.stderr.write(f"Stage {number} of {len(stages)}: {recipe.name} into {stage.folder}\n")
         outcome = train(recipe.name, dataset, stage.folder, policy=policy if recipe.continues else None, options=mine)
         if outcome.signal is not None:
-            break
+            return replace(outcome, more=number < len(stages))
         if recipe.from_video:
             latent = stage.folder
         else:
