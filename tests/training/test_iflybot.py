@@ -407,20 +407,44 @@ def test_started_anew_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset,
     assert not begun
 
 
-def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):
-    root = tmp_path / "questions"
+def write_questions(root):
     root.mkdir()
     for i in range(8):
         Image.fromarray(np.full((32, 32, 3), 30 * i, np.uint8)).save(root / f"{i}.png")
     said = [{"from": "human", "value": "<image>\nDark or bright?"}, {"from": "gpt", "value": "dark"}]
     lines = [json.dumps({"id": i, "image": f"{i}.png", "conversations": said}) for i in range(8)]
     (root / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):
+    root = write_questions(tmp_path / "questions")
     shares = flybot.sets(("joint.questions.share=0.5", "fine.questions.share=0.5"))
     assert command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(root), *shares)) == 0
     asked = {stage: sum("answer_loss" in e for e in read_log(folder_of(tmp_path / "p", stage))) for stage in STAGES}
     assert asked == {"latent": 0, "joint": 2, "fine": 2}
+    alone = flybot.sets(("joint.questions.share=0.5", "fine.questions=none"))
+    assert command.main(flybot.demo(dataset, tmp_path / "q", "--qa", str(root), *alone)) == 0
+    assert not any("answer_loss" in entry for entry in read_log(tmp_path / "q"))
+    assert (tmp_path / "q/joint/model.safetensors").read_bytes() == (tmp_path / "p/joint/model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="learns from video alone; leave --qa"):
         command.main(["iflybot.latent", *flybot.places(dataset, tmp_path / "l", "--qa", root)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["joint.policy.backbone.answers=false"], r"no language-model head.*answers=true"),
+        (["joint.policy.backbone.text_bytes=8"], r"has 15 bytes, the policy takes at most 8"),
+    ],
+)
+def test_questions_that_do_not_fit_are_refused_before_anything_is_trained(dataset, tmp_path, change, message):
+    root = write_questions(tmp_path / "questions")
+    with pytest.raises(VlaflowError, match=message):
+        command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(root), *flybot.sets(change)))
+    with pytest.raises(VlaflowError, match=r"There is no .*nowhere"):
+        command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(tmp_path / "nowhere")))
+    assert not (tmp_path / "p").exists()
 
 
 def test_a_stage_may_name_no_codes(dataset, tmp_path):

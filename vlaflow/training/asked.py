@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.config import to_json
-from vlaflow.data.pictures import PictureCache, Questions
+from vlaflow.data.pictures import PictureCache, Questions, require_shown
 from vlaflow.data.questions import QuestionSet
-from vlaflow.policies.base import Policy
+from vlaflow.errors import CapabilityError, SpecError
+from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import TrainConfig
 
 
@@ -46,12 +48,41 @@ def with_ancestors(run: Mapping[str, Any], config: TrainConfig, before: Sequence
     return {**run, **({"asked_before": others} if others else {})}
 
 
+def require_askable(policy: PolicyConfig, questions: QuestionSet) -> None:
+    """Refuse a policy that cannot learn these questions, before it is built.
+
+    Raises:
+        CapabilityError: it has no language-model head.
+        SpecError: a question shows more pictures than it has views, or is longer than it can read or say.
+    """
+    backbone = policy.backbone
+    if isinstance(backbone, TinyConfig) and not backbone.answers:
+        raise CapabilityError(
+            "This backbone has no language-model head, so it can neither learn nor give answers. Train one that has: --set "
+            "policy.backbone.answers=true."
+        )
+    for question in questions.questions:
+        require_shown(question, questions, backbone.views)
+        if not isinstance(backbone, TinyConfig):
+            continue
+        for text, most, key in (
+            (question.question, backbone.text_bytes, "text_bytes"),
+            (question.answer, backbone.suffix - 1, "suffix"),
+        ):
+            if (size := len(text.encode())) > most:
+                raise SpecError(
+                    f"'{text}' of question '{question.name}' in {questions.file} has {size} bytes, the policy takes at most "
+                    f"{most}. Take it out, or raise policy.backbone.{key}; questions.turns=first leaves later turns out."
+                )
+
+
 def questions_of(policy: Policy, config: TrainConfig, path: Path | str | None) -> Asked:
     """The questions of a config that has some, divided, with their pictures at the size that the policy looks at."""
     asks, views = config.questions, policy.model.backbone.views
     assert asks is not None
     assert path is not None
     found = QuestionSet.open(path, asks.turns)
+    require_askable(policy.config, found)
     pictures = PictureCache.open(found, next(iter(views.values())) or asks.size)
     state_dim = len(policy.stats["state"].mean)
     train, held = (
