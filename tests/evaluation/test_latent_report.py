@@ -46,6 +46,29 @@ def test_a_line_is_explained_and_noise_is_not():
     assert (latent_report.explained(x, noise, new_x, rng.normal(size=(200, 2))) < 0.02).all()
 
 
+def test_of_a_dimension_that_stands_still_nothing_is_told():
+    """Neither 1, which padding would get, nor the minus millions of a residual over no variance."""
+    rng = np.random.default_rng(0)
+    x, new_x = rng.normal(size=(400, 3)), rng.normal(size=(200, 3))
+    for stays in (0.0, 0.3):
+        y, new_y = np.full((400, 2), stays, np.float32), np.full((200, 2), stays, np.float32)
+        y[:, 0], new_y[:, 0] = x[:, 0], new_x[:, 0]
+        found = latent_report.explained(x, y, new_x, new_y)
+        assert found == pytest.approx([1, np.nan], abs=1e-3, nan_ok=True)
+        y[:, 1] += rng.normal(size=400)  # it moved in training
+        assert np.isnan(latent_report.explained(x, y, new_x, new_y)[1])
+
+
+def test_the_page_averages_over_dimensions_that_move(root, tmp_path, capsys, monkeypatch):
+    saved(root, tmp_path / "m")
+    told = {name: np.array([0.5, np.nan, 0.25]) for name in ("codes", "vectors", "task", "chance")}
+    monkeypatch.setattr(latent_report, "probes", lambda *given: told)
+    out = tmp_path / "page.html"
+    assert command.main(["latent-report", str(tmp_path / "m"), "--dataset", str(root), "--out", str(out)]) == 0
+    assert "<td>0.50</td><td></td><td>0.25</td><td>0.38</td>" in out.read_text()
+    assert "0.38 of the actions' variance" in "".join(capsys.readouterr().out)
+
+
 def test_a_model_that_ignores_its_codes_does_as_well_with_other_ones(root, tmp_path):
     """Its decoder says mid-grey, whatever it is shown."""
     model, dataset = saved(root, tmp_path / "m")

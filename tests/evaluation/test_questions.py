@@ -11,12 +11,16 @@ from tests.training.small import new_policy, tiny_config, tiny_policy, write_dat
 from tests.training.test_run import arguments
 from vlaflow.cli import eval_qa
 from vlaflow.cli import train as training
+from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pictures import PictureCache, Questions
 from vlaflow.data.questions import Question, QuestionSet
 from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from vlaflow.evaluation.questions import AnswerConfig, AnsweredQuestion, ask, count, exchange, held_out, read, run
 from vlaflow.evaluation.statistics import wilson
+from vlaflow.policies.base import Policy
+from vlaflow.training.options import Options
+from vlaflow.training.run import train_further
 
 
 def said(answer, text, kind="state", question="Open?", ended=True, blind=None):
@@ -35,6 +39,7 @@ def said(answer, text, kind="state", question="Open?", ended=True, blind=None):
 )
 def test_an_answer_is_right_but_for_case_and_spaces_and_only_when_it_has_ended(answer, text, ended, right):
     assert said(answer, text, ended=ended).right is right
+    assert replace(said(answer, "", blind=text), blind_ended=ended).right_blind is right
 
 
 def test_accuracies_by_kind_in_closed_form():
@@ -111,6 +116,10 @@ def test_a_policy_that_sees_is_told_from_one_that_does_not(asked, monkeypatch):
     assert shown[16:] == [shown[j] for j in partners]
     assert seeing.blind == sum(i % 2 == j % 2 for i, j in enumerate(partners))
     assert ticks[-1] == (32, 32)
+    cut = [Answer("dark", False)]
+    monkeypatch.setattr(policy, "reply", lambda observation, limit: cut * len(observation))
+    unended = count(ask(policy, source, AnswerConfig()))[-1]
+    assert (unended.right, unended.blind) == (0, 0)
     monkeypatch.setattr(policy, "reply", lambda observation, limit: [Answer("dark", True)] * len(observation))
     constant = count(ask(policy, source, AnswerConfig()))[-1]
     assert (constant.right, constant.blind, constant.difference, constant.p_value) == (8, 8, 0.0, 1.0)
@@ -147,6 +156,44 @@ def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked,
         run(tmp_path / "bare", asked, AnswerConfig(), tmp_path / "c")
     with pytest.raises(CapabilityError, match="no language-model head"):
         run(tmp_path / "bare", asked, AnswerConfig(part="all"), tmp_path / "c")
+
+
+def co_trained(asked, tmp_path, *more):
+    dataset, out = write_dataset(tmp_path / "data"), tmp_path / "policy"
+    qa = ["--qa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "2", "--set", "questions.share=0.5"]
+    assert training.main([*arguments(dataset, out), *qa, *more]) == 0
+    return dataset, out
+
+
+def test_a_checkpoint_that_continues_another_has_learned_from_its_questions_too(asked, tmp_path):
+    """What is held out of them is asked, whether a rater was added or the policy trained further, with questions or without."""
+    dataset, out = co_trained(asked, tmp_path)
+    opened = QuestionSet.open(asked)
+    held = opened.split(0.1)[1]
+    rater = ["asyncvla.rater", "--dataset", str(dataset), "--out", str(tmp_path / "rated"), "--policy", str(out)]
+    assert training.main([*rater, "--tracker", "none", "--steps", "1", "--batch-size", "4"]) == 0
+    assert held_out(tmp_path / "rated", opened) == held
+    base, folder = Policy.from_pretrained(out), out
+    more = {"further": Options(tracker="none"), "again": Options({"questions.held_out": "0.5"}, "none", questions=asked)}
+    for name, options in more.items():
+        config = tiny_config(policy=base.config, steps=1, questions=None)
+        train_further(base, config, Dataset.open(dataset), tmp_path / name, name=name, policy_path=folder, options=options)
+        folder = tmp_path / name
+        assert held_out(folder, opened) == held
+    assert len(opened.split(0.5)[1]) > len(held)
+
+
+def test_conversations_read_in_another_way_are_not_new(tmp_path):
+    """Their first turns were trained on with the others."""
+    root = tmp_path / "talks"
+    root.mkdir()
+    said = [("human", "Dark or bright?"), ("gpt", "dark"), ("human", "Really?"), ("gpt", "yes")]
+    turns = [{"from": who, "value": text} for who, text in said]
+    (root / "questions.jsonl").write_text("".join(json.dumps({"id": i, "conversations": turns}) + "\n" for i in range(8)))
+    _, out = co_trained(root, tmp_path)
+    with pytest.raises(ConfigError, match=r"learned from .* with turns=all.* Give --turns all"):
+        run(out, root, AnswerConfig(turns="first"), tmp_path / "a")
+    assert run(out, root, AnswerConfig(turns="first", part="all", limit=2), tmp_path / "a").overall.questions == 8
 
 
 def test_damaged_results_and_impossible_requests_are_refused(tmp_path):

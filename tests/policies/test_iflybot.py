@@ -155,6 +155,16 @@ def qwen(tmp_path_factory):
     return Policy.create(config, helpers.action_spec(), stats, 0)
 
 
+def test_the_published_assembly_sees_448_pixels(qwen):
+    """256 tokens a picture, by the processor's own rounding, whatever size the camera gives."""
+    config, reader = qwen3b(4, 4, ("image",)).backbone, qwen.model.backbone.reading()
+    for side in (224, 448, 640):
+        seen = replace(helpers.batch(1).observation, images={"image": torch.zeros(1, side, side, 3, dtype=torch.uint8)})
+        prompt = reader.read(seen, config)
+        assert prompt.grid_I3.tolist() == [[1, 448 // 14, 448 // 14]]
+        assert int(prompt.image_BP.sum()) == 256
+
+
 @pytest.mark.parametrize("truncate", [True, False])
 def test_a_small_qwen_learns_and_acts(qwen, truncate):
     """Every parameter that can learn does, through layers whose activations are computed again."""

@@ -355,9 +355,11 @@ def test_a_pipeline_that_broke_down_in_every_stage_continues_where_it_was(whole,
     assert all(same(folder_of(whole, stage), folder_of(out, stage)) for stage in STAGES)
 
 
-def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, capsys):
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, capsys, step):
+    """Also in the stage's last step, when there is nothing of that stage left to cut short."""
     out = tmp_path / "ended"
-    begun = cut("iflybot.joint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    begun = cut("iflybot.joint", step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert command.main(flybot.demo(dataset, out)) == 0
     said = capsys.readouterr().out
     assert "Stopped by SIGTERM after step" in said
@@ -366,6 +368,22 @@ def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, 
     assert not (out / "config.json").exists()
     cut(None, None, break_down)
     assert command.main(flybot.demo(dataset, out)) == 0
+    assert same(whole, out)
+
+
+def test_a_signal_to_one_process_ends_the_run_in_all_of_them(together):
+    """Or one would wait for the other in the next stage."""
+    told = [load_file(together / f"ended/rank-{rank}.safetensors") for rank in (0, 1)]
+    assert [(int(t["signal"]), int(t["step"])) for t in told] == [(signal.SIGTERM, 2)] * 2
+
+
+def test_a_signal_in_the_very_last_step_changes_nothing(whole, dataset, tmp_path, cut, capsys):
+    out = shutil.copytree(whole, tmp_path / "demo")
+    for left in (out / "config.json", out / "training"):
+        left.unlink() if left.is_file() else shutil.rmtree(left)
+    cut("iflybot.fine", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert command.main(flybot.demo(dataset, out)) == 0
+    assert "Trained 4 steps" in capsys.readouterr().out
     assert same(whole, out)
 
 
@@ -389,20 +407,44 @@ def test_started_anew_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset,
     assert not begun
 
 
-def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):
-    root = tmp_path / "questions"
+def write_questions(root):
     root.mkdir()
     for i in range(8):
         Image.fromarray(np.full((32, 32, 3), 30 * i, np.uint8)).save(root / f"{i}.png")
     said = [{"from": "human", "value": "<image>\nDark or bright?"}, {"from": "gpt", "value": "dark"}]
     lines = [json.dumps({"id": i, "image": f"{i}.png", "conversations": said}) for i in range(8)]
     (root / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):
+    root = write_questions(tmp_path / "questions")
     shares = flybot.sets(("joint.questions.share=0.5", "fine.questions.share=0.5"))
     assert command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(root), *shares)) == 0
     asked = {stage: sum("answer_loss" in e for e in read_log(folder_of(tmp_path / "p", stage))) for stage in STAGES}
     assert asked == {"latent": 0, "joint": 2, "fine": 2}
+    alone = flybot.sets(("joint.questions.share=0.5", "fine.questions=none"))
+    assert command.main(flybot.demo(dataset, tmp_path / "q", "--qa", str(root), *alone)) == 0
+    assert not any("answer_loss" in entry for entry in read_log(tmp_path / "q"))
+    assert (tmp_path / "q/joint/model.safetensors").read_bytes() == (tmp_path / "p/joint/model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="learns from video alone; leave --qa"):
         command.main(["iflybot.latent", *flybot.places(dataset, tmp_path / "l", "--qa", root)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["joint.policy.backbone.answers=false"], r"no language-model head.*answers=true"),
+        (["joint.policy.backbone.text_bytes=8"], r"has 15 bytes, the policy takes at most 8"),
+    ],
+)
+def test_questions_that_do_not_fit_are_refused_before_anything_is_trained(dataset, tmp_path, change, message):
+    root = write_questions(tmp_path / "questions")
+    with pytest.raises(VlaflowError, match=message):
+        command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(root), *flybot.sets(change)))
+    with pytest.raises(VlaflowError, match=r"There is no .*nowhere"):
+        command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(tmp_path / "nowhere")))
+    assert not (tmp_path / "p").exists()
 
 
 def test_a_stage_may_name_no_codes(dataset, tmp_path):

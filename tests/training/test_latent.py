@@ -13,6 +13,7 @@ from tests.training.small import Cut, weights
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.windows import split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError, SpecError
 from vlaflow.training.journal import read_log
 from vlaflow.training.recipes import find_recipe
@@ -115,6 +116,20 @@ def test_episodes_without_a_pair_are_counted_aloud(dataset, tmp_path, capsys):
     assert "For training: 3 of 6 episodes are not longer than the gap of 1.1 s (11 frames)" in capsys.readouterr().err
 
 
+def test_held_out_episodes_without_a_pair_stop_no_training(dataset, tmp_path, capsys):
+    """Seeds decide which are held out; where the long ones are, it is the training that has none, and says of how many."""
+    opened, gap = Dataset.open(dataset), ["--set", "latent.gap_s=1.2"]
+    lengths = [episode.length for episode in opened.episodes]
+    longest = {seed: [max(lengths[e] for e in part) for part in split_episodes(opened, 0.06, seed)] for seed in range(9)}
+    seed = next(seed for seed, (_, held) in longest.items() if held <= 12)
+    assert command.main(arguments(dataset, tmp_path / "m", *gap, "--set", f"seed={seed}")) == 0
+    assert "Held out: none of the 2 episodes is longer than the gap" in capsys.readouterr().err
+    assert "validation" not in read_log(tmp_path / "m")[-1]
+    seed = next(seed for seed, (train, _) in longest.items() if train <= 12)
+    with pytest.raises(DataError, match=r"None of the 4 chosen episodes of .* is longer than .*; the longest has 12 frames"):
+        command.main(arguments(dataset, tmp_path / "n", *gap, "--set", f"seed={seed}"))
+
+
 def test_video_alone_is_enough(dataset, tmp_path, monkeypatch):
     """A data set that says neither what its actions mean nor holds any."""
     copy = shutil.copytree(dataset, tmp_path / "video")
@@ -135,7 +150,7 @@ def test_video_alone_is_enough(dataset, tmp_path, monkeypatch):
     [
         (["--policy", "nowhere"], ConfigError, "starts from video alone; leave --policy out"),
         (["--tokenizer", "x.json"], ConfigError, "no use for the action tokenizer"),
-        (["--set", "latent.gap_s=60"], DataError, "No episode of .* is longer than the gap of 60 s"),
+        (["--set", "latent.gap_s=60"], DataError, "None of the 4 chosen episodes of .* is longer than the gap of 60 s"),
         (["--set", "latent.gap_s=0.01"], ConfigError, "less than one frame"),
         (["--set", "latent.view=frnt"], DataError, "did you mean 'front'"),
         (["--set", "shift=2"], ConfigError, "taken as they are"),

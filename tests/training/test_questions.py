@@ -213,9 +213,11 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
         command.main([*given, "--qa", str(asked), "--set", "questions=none"])
     with pytest.raises(ConfigError, match="name a set of them with --qa"):
         command.main([*given, "--set", 'questions={"share": 0.5}'])
-    small = ["--set", "policy.backbone.answers=true", "--set", "policy.backbone.text_bytes=8"]
-    with pytest.raises(SpecError, match="at most 8"):
-        command.main([*given, "--qa", str(asked), *small, "--set", "questions.share=0.9"])
+    for short, message in (("text_bytes=8", "text_bytes"), ("suffix=4", "suffix")):
+        small = ["--set", "policy.backbone.answers=true", "--set", f"policy.backbone.{short}"]
+        with pytest.raises(SpecError, match=rf"of question '.*' in .* bytes, the policy takes at most .*\.{message}"):
+            command.main([*given, "--qa", str(asked), *small])
+    assert not (tmp_path / "p").exists()
     for wrong in ({"share": 0.0}, {"share": 1.0}, {"held_out": 1.0}, {"weight": 0.0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="questions"):
             QuestionTraining(**wrong)

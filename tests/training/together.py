@@ -1,6 +1,7 @@
 """Trainings of a few steps that several processes share (fixture ``together``): python -m tests.training.together OUT."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,26 @@ def train_codes_together(out):
     save_file({"code_NK": torch.from_numpy(code_NK)}, out / f"rank-{os.environ['RANK']}.safetensors")
 
 
+class Ended(Memory):
+    """Sends the second process a SIGTERM with the first batch; a second one would end it at once."""
+
+    told = False
+
+    def batch(self, indices):
+        if os.environ["RANK"] == "1" and not self.told:
+            self.told = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch(indices)
+
+
+def end_together(out):
+    """A run that only one process is told to end; each leaves what it makes of that."""
+    config = tiny_config(batch_size=2)
+    outcome = Trainer(PolicyStage(new_policy(config)), config, Ended(), None, out, tracker="none").run()
+    told = {"signal": torch.tensor(outcome.signal or 0), "step": torch.tensor(outcome.step)}
+    save_file(told, out / f"rank-{os.environ['RANK']}.safetensors")
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     policy = tiny_policy()
@@ -43,5 +64,6 @@ if __name__ == "__main__":
     config = tiny_config(policy=policy, batch_size=2)
     trainer = Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="none")
     trainer.run()
+    end_together(out / "ended")
     train_together(out / "latent")
     train_codes_together(out / "flybot")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 def latent_report(arguments: LatentReport) -> int:
     """Measure, print, write the page."""
+    from numpy import nanmean
     from rich.console import Console
 
     from vlaflow.actions.latent import LatentActionModel
@@ -42,7 +43,7 @@ def latent_report(arguments: LatentReport) -> int:
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
     )
-    told = f" The codes tell {found.probes['codes'].mean():.2f} of the actions' variance." if found.probes else ""
+    told = f" The codes tell {nanmean(found.probes['codes']):.2f} of the actions' variance." if found.probes else ""
     console.print(
         f"{found.usage.used} of {book} entries used, perplexity {found.usage.perplexity:.1f}; the codes bring back "
         f"{100 * found.pixels.explained:.0f} % of the change (another pair's: "

@@ -64,13 +64,13 @@ def main(argv: list[str]) -> int:
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # launched several times over, one process speaks
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
-    return 130 if outcome.signal == signal.SIGINT else 0
+    return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
 
 
 def _sentence(outcome: Outcome, out: Path) -> str:
     from vlaflow.progress import duration
 
-    if outcome.signal is not None:
+    if outcome.signal is not None and not outcome.finished:
         return (
             f"Stopped by {signal.Signals(outcome.signal).name} after step {outcome.step} of {outcome.steps}; "
             f"everything is saved in {out}. Run the same command again to continue."

@@ -90,8 +90,9 @@ class FramePairs:
         self.short = tuple(e for e, s in slices.items() if s.stop - s.start <= self.gap)
         if len(self.short) == len(self.episodes):
             longest = max((s.stop - s.start for s in slices.values()), default=0)
+            which = "No episode" if len(slices) == len(dataset.episodes) else f"None of the {len(slices)} chosen episodes"
             raise DataError(
-                f"No episode of {dataset.root} is longer than the gap of {gap_s:g} s ({self.gap} frames at {dataset.fps:g} per "
+                f"{which} of {dataset.root} is longer than the gap of {gap_s:g} s ({self.gap} frames at {dataset.fps:g} per "
                 f"second); the longest has {longest} frames. Choose a shorter gap: --set latent.gap_s=..."
             )
         self.rows = np.concatenate([np.arange(s.start, s.stop - self.gap) for e, s in slices.items() if e not in self.short])

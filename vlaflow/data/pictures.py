@@ -21,7 +21,7 @@ import torch
 
 from vlaflow.data.batch import ObservationBatch, QuestionBatch
 from vlaflow.data.frames import LAYOUT, build_once, resize
-from vlaflow.data.questions import QuestionSet
+from vlaflow.data.questions import Question, QuestionSet
 from vlaflow.errors import ConfigError, DataError, SpecError
 
 
@@ -92,6 +92,19 @@ def decode(file: Path) -> np.ndarray:
         raise DataError(f"The picture {file} cannot be decoded ({error}). Replace it, or take its questions out.") from error
 
 
+def require_shown(question: Question, questions: QuestionSet, views: Sequence[str]) -> None:
+    """Refuse a question that shows more pictures than there are views.
+
+    Raises:
+        SpecError: with both numbers.
+    """
+    if len(question.images) > len(views):
+        raise SpecError(
+            f"Question '{question.name}' of {questions.file} shows {len(question.images)} pictures, the policy looks at "
+            f"{len(views)} view(s). Take it out, or use a policy with more views."
+        )
+
+
 class Questions:
     """Some of a set's questions as training or evaluation samples.
 
@@ -120,12 +133,7 @@ class Questions:
         if not len(self.indices):
             raise ConfigError(f"No question of {questions.file} was chosen. Give at least one.")
         for index in self.indices:
-            question = questions.questions[index]
-            if len(question.images) > len(self.views):
-                raise SpecError(
-                    f"Question '{question.name}' of {questions.file} shows {len(question.images)} pictures, the policy looks "
-                    f"at {len(self.views)} view(s). Take it out, or use a policy with more views."
-                )
+            require_shown(questions.questions[index], questions, self.views)
 
     def __len__(self) -> int:
         """Number of samples, M."""

@@ -62,7 +62,7 @@ def write_page(model: LatentActionModel, seen: Seen, found: Found, title: str, f
         (f"{100 * pixels.explained:.0f} %", "of the change in pixels is brought back by the codes"),
     ]
     if found.probes:
-        tiles.append((f"{found.probes['codes'].mean():.2f}", "of the actions' variance is told by the codes (0: none)"))
+        tiles.append((f"{np.nanmean(found.probes['codes']):.2f}", "of the actions' variance is told by the codes (0: none)"))
     shown = examples(seen)
     body = [
         f"<h1>{html.escape(title)}</h1>",
@@ -183,11 +183,14 @@ def _probe_table(found: Found) -> str:
         "task": "the task alone",
         "chance": "other pairs' codes",
     }
-    rows = "".join(
-        f"<tr><td>{words[name]}</td>" + "".join(f"<td>{value:.2f}</td>" for value in (*value_D, value_D.mean())) + "</tr>"
-        for name, value_D in found.probes.items()
+    rows = ""
+    for name, value_D in found.probes.items():
+        cells = ("" if np.isnan(value) else f"{value:.2f}" for value in (*value_D, np.nanmean(value_D)))
+        rows += f"<tr><td>{words[name]}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    caption = (
+        "Share of the variance of the mean action between the frames that ridge regression explains on held-out episodes; "
+        "empty for a dimension that stands still in them."
     )
-    caption = "Share of the variance of the mean action between the frames that ridge regression explains on held-out episodes."
     return f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>{rows}</table></div>'
 
 

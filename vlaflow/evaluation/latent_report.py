@@ -153,9 +153,10 @@ def probes(train: Seen, held: Seen, book: int, tasks: int, seed: int = 0) -> Map
 
     Returns:
         By what it is told from, share of the variance explained on held-out pairs, (D,): "codes"; "vectors", before
-        quantisation; "task", its number alone; "chance", codes of other pairs. Empty where the data set holds no actions.
+        quantisation; "task", its number alone; "chance", codes of other pairs. NaN for a dimension that stands still in the
+        held-out pairs; empty where there is no other.
     """
-    if not train.action_MD.shape[1]:
+    if still(held.action_MD).all():
         return {}
     shuffled = np.random.default_rng(seed).permutation(len(train.index_M))
     codes = [_one_hot(seen.id_MK, book) for seen in (train, held)]
@@ -169,13 +170,23 @@ def probes(train: Seen, held: Seen, book: int, tasks: int, seed: int = 0) -> Map
 
 
 def explained(x_MF: np.ndarray, y_MD: np.ndarray, new_x_MF: np.ndarray, new_y_MD: np.ndarray, ridge: float = 1.0) -> np.ndarray:
-    """1 − residual / variance of a ridge regression on new data, (D,); 0 is what the training mean explains, or less."""
+    """1 − residual / variance of a ridge regression on new data, (D,); 0 is what the training mean explains, or less.
+
+    NaN where the new data stand still: there is nothing to tell.
+    """
     x_mean_F, y_mean_D = x_MF.mean(0), y_MD.mean(0)
     scale_F = np.maximum(x_MF.std(0), 1e-6)
     x_MF, new_x_MF = (x_MF - x_mean_F) / scale_F, (new_x_MF - x_mean_F) / scale_F
     weight_FD = np.linalg.solve(x_MF.T @ x_MF + ridge * np.eye(x_MF.shape[1]), x_MF.T @ (y_MD - y_mean_D))
     residual_D = np.square(new_y_MD - y_mean_D - new_x_MF @ weight_FD).mean(0)
-    return 1 - residual_D / np.maximum(new_y_MD.var(0), 1e-12)
+    still_D = still(new_y_MD)
+    return np.where(still_D, np.nan, 1 - residual_D / np.where(still_D, 1, new_y_MD.var(0)))
+
+
+def still(y_MD: np.ndarray) -> np.ndarray:
+    """Dimensions that do not vary but for rounding, bool (D,), such as those a shorter action was padded with."""
+    y_MD = y_MD.astype(np.float64)
+    return y_MD.var(0) <= 1e-10 * np.square(y_MD).mean(0)
 
 
 def _one_hot(id_MK: np.ndarray, entries: int) -> np.ndarray:

@@ -11,7 +11,7 @@ Both are measured on the very same questions, so seeing and blind answers are co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,7 @@ class AnsweredQuestion:
         said: with its picture.
         ended: whether the answer came to its end within the limit; one that did not is wrong.
         blind: said with another question's picture; None where that was not tried.
+        blind_ended: as ``ended``, of ``blind``.
     """
 
     name: str
@@ -56,6 +57,7 @@ class AnsweredQuestion:
     said: str
     ended: bool
     blind: str | None = None
+    blind_ended: bool = True
 
     @property
     def right(self) -> bool:
@@ -65,7 +67,7 @@ class AnsweredQuestion:
     @property
     def right_blind(self) -> bool:
         """The same of what was said blindly."""
-        return self.blind is not None and normal(self.blind) == normal(self.answer)
+        return self.blind is not None and self.blind_ended and normal(self.blind) == normal(self.answer)
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,10 @@ def run(
     """
     folder = local_folder(checkpoint)
     trained = _training(folder)
-    asks = (trained or {}).get("config", {}).get("questions") or {}
-    found = QuestionSet.open(questions, config.turns or asks.get("turns", "all"))
-    chosen = tuple(range(len(found))) if config.part == "all" else held_out(folder, found)
+    asks = (_asks(trained or {}) or [{}])[-1]
+    turns = config.turns or asks.get("turns", "all")
+    found = QuestionSet.open(questions, turns)
+    chosen = tuple(range(len(found))) if config.part == "all" else held_out(folder, found, turns)
     policy = Policy.from_pretrained(folder, config.device)
     speaking(policy.model.backbone)
     views = policy.model.backbone.views
@@ -210,11 +213,19 @@ def run(
     return results
 
 
-def held_out(folder: Path, questions: QuestionSet) -> tuple[int, ...]:
-    """The questions that the checkpoint never learned from: all of another set, of its own those that training held out.
+def held_out(folder: Path, questions: QuestionSet, turns: Turns = "all") -> tuple[int, ...]:
+    """The questions that neither the checkpoint nor one that it continues has learned from.
+
+    Those that training held out of a set of its own, all of another one.
+
+    Args:
+        folder: of the checkpoint.
+        questions: the set.
+        turns: how it was opened.
 
     Raises:
         CheckpointError: when the checkpoint does not say, or training held out none.
+        ConfigError: when training read the conversations of this set in another way.
     """
     trained = _training(folder)
     if trained is None:
@@ -222,12 +233,18 @@ def held_out(folder: Path, questions: QuestionSet) -> tuple[int, ...]:
             f"{folder} lacks training/, so nobody knows which questions it learned from. Say that {questions.file} is new "
             "to it with --part all, or evaluate in the folder where it was trained."
         )
-    if trained.get("questions") != questions.fingerprint:
-        return tuple(range(len(questions)))
-    _, held = questions.split(trained["config"]["questions"]["held_out"])
-    if not held:
+    left = set(range(len(questions)))
+    for asks in _asks(trained):
+        if asks["questions"] == questions.fingerprint:
+            left &= set(questions.split(asks["held_out"])[1])
+        elif asks["turns"] != turns and asks["questions"] == QuestionSet.open(questions.file, asks["turns"]).fingerprint:
+            raise ConfigError(
+                f"{folder} learned from {questions.file} with turns={asks['turns']}, so nobody knows what of it is new with "
+                f"turns={turns}. Give --turns {asks['turns']}, or ask everything with --part all."
+            )
+    if not left:
         raise CheckpointError(f"Training held out no question of {questions.file}. Train with a larger questions.held_out.")
-    return held
+    return tuple(sorted(left))
 
 
 def ask(
@@ -242,7 +259,7 @@ def ask(
         partners = exchange(asked, config.seed)
         blind = _answers(policy, source, partners, config, lambda done: progress and progress(len(asked) + done, total))
     return [
-        AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, None if b is None else b.text)
+        AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, *((b.text, b.ended) if b else ()))
         for q, s, b in zip(asked, seen, blind, strict=True)
     ]
 
@@ -343,3 +360,9 @@ def _training(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint's training was a function of; None where it does not say."""
     states = sorted(folder.glob("training/step-*/state.json"))
     return read_json(states[-1])["run"] if states else None
+
+
+def _asks(trained: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sets that a training and those before it learned from: "questions" (fingerprint), "turns" and "held_out" of each."""
+    own = (trained.get("config") or {}).get("questions")
+    return [*trained.get("asked_before", ()), *([{**own, "questions": trained.get("questions")}] if own else [])]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlaflow.data.pictures import PictureCache, Questions
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.config import to_json
+from vlaflow.data.pictures import PictureCache, Questions, require_shown
 from vlaflow.data.questions import QuestionSet
-from vlaflow.policies.base import Policy
+from vlaflow.errors import CapabilityError, SpecError
+from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import TrainConfig
 
 
@@ -23,12 +26,63 @@ class Asked:
     identity: Mapping[str, Any]
 
 
+def asked_before(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The questions behind a checkpoint: those of its own training and of the checkpoints that it continues.
+
+    Args:
+        run: what its training was told (``checkpoint.run_of``).
+
+    Returns:
+        For each set its fingerprint ("questions"), how conversations were read ("turns") and the share held out ("held_out").
+    """
+    own, earlier = (run.get("config") or {}).get("questions"), list(run.get("asked_before", ()))
+    if own is None:
+        return earlier
+    return [*earlier, {"questions": run.get("questions"), "turns": own["turns"], "held_out": own["held_out"]}]
+
+
+def with_ancestors(run: Mapping[str, Any], config: TrainConfig, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's identity with what its ancestors were asked, where its own questions do not say the same."""
+    own = asked_before({**run, "config": to_json(config)})
+    others = [dict(each) for number, each in enumerate(before) if each not in own and each not in before[:number]]
+    return {**run, **({"asked_before": others} if others else {})}
+
+
+def require_askable(policy: PolicyConfig, questions: QuestionSet) -> None:
+    """Refuse a policy that cannot learn these questions, before it is built.
+
+    Raises:
+        CapabilityError: it has no language-model head.
+        SpecError: a question shows more pictures than it has views, or is longer than it can read or say.
+    """
+    backbone = policy.backbone
+    if isinstance(backbone, TinyConfig) and not backbone.answers:
+        raise CapabilityError(
+            "This backbone has no language-model head, so it can neither learn nor give answers. Train one that has: --set "
+            "policy.backbone.answers=true."
+        )
+    for question in questions.questions:
+        require_shown(question, questions, backbone.views)
+        if not isinstance(backbone, TinyConfig):
+            continue
+        for text, most, key in (
+            (question.question, backbone.text_bytes, "text_bytes"),
+            (question.answer, backbone.suffix - 1, "suffix"),
+        ):
+            if (size := len(text.encode())) > most:
+                raise SpecError(
+                    f"'{text}' of question '{question.name}' in {questions.file} has {size} bytes, the policy takes at most "
+                    f"{most}. Take it out, or raise policy.backbone.{key}; questions.turns=first leaves later turns out."
+                )
+
+
 def questions_of(policy: Policy, config: TrainConfig, path: Path | str | None) -> Asked:
     """The questions of a config that has some, divided, with their pictures at the size that the policy looks at."""
     asks, views = config.questions, policy.model.backbone.views
     assert asks is not None
     assert path is not None
     found = QuestionSet.open(path, asks.turns)
+    require_askable(policy.config, found)
     pictures = PictureCache.open(found, next(iter(views.values())) or asks.size)
     state_dim = len(policy.stats["state"].mean)
     train, held = (

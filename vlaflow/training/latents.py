@@ -67,7 +67,11 @@ def train_latent(
     train_episodes, held_episodes = episodes_of(dataset, config)
     cache = FrameCache.open(dataset, latent.model.image_size, [chosen_view(dataset, latent.view)])
     pairs = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=train_episodes)
-    held = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=held_episodes) if held_episodes else None
+    held: FramePairs | None = None
+    if any(dataset.episodes[e].length > pairs.gap for e in held_episodes):
+        held = FramePairs(dataset, cache, latent.view, latent.gap_s, episodes=held_episodes)
+    elif held_episodes:
+        sys.stderr.write(f"Held out: none of the {len(held_episodes)} episodes is longer than the gap; nothing is measured.\n")
     for which, one in (("For training", pairs), ("Held out", held)):
         if one is not None and one.short:
             sys.stderr.write(f"{which}: {one.left_out()}\n")

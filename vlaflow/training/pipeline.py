@@ -13,9 +13,11 @@ from pathlib import Path
 
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.questions import QuestionSet
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.training import checkpoint
+from vlaflow.training.asked import require_askable
 from vlaflow.training.latents import fit_codes, names_codes, video_spec
 from vlaflow.training.options import Options, data_spec, overridden
 from vlaflow.training.recipes import Recipe, find_recipe
@@ -43,7 +45,7 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
 
     Raises:
         VlaflowError: an override without a stage or of an unknown key, a latent action model given from outside, stages that
-            do not fit together, a folder that holds another recipe's run.
+            do not fit together or questions that do not fit a stage, a folder that holds another recipe's run.
     """
     names = [stage.__name__ for stage in pipeline.call().stages]
     for key in options.overrides or ():
@@ -61,11 +63,13 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
         mine = replace(options, overrides=own, fresh=False)
-        if recipe.from_video:
+        if recipe.from_video or own.get("questions") in ("none", "null"):
             mine = replace(mine, questions=None)
         if recipe.from_video or recipe.continues:
             mine = replace(mine, tokenizer=None)
         config = overridden(recipe.call(_given(recipe, dataset, policy)), mine)
+        if config.policy is not None and config.questions is not None and mine.questions is not None:
+            require_askable(config.policy, QuestionSet.open(mine.questions, config.questions.turns))
         policy, latent = config.policy or policy, config.latent.model if config.latent else latent
         wants = config.policy is not None and _wants(config.policy, latent, name)
         planned.append(Planned(recipe, folder, mine, wants))

@@ -27,7 +27,7 @@ from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
 from vlaflow.policies.recipe import TrainConfig
-from vlaflow.training.asked import questions_of
+from vlaflow.training.asked import asked_before, questions_of, with_ancestors
 from vlaflow.training.card import model_card
 from vlaflow.training.checkpoint import run_of
 from vlaflow.training.latents import codes_of, require_same_model, train_latent, video_spec
@@ -96,7 +96,7 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
         sys.stderr.write(f"Stage {number} of {len(stages)}: {recipe.name} into {stage.folder}\n")
         outcome = train(recipe.name, dataset, stage.folder, policy=policy if recipe.continues else None, options=mine)
         if outcome.signal is not None:
-            break
+            return replace(outcome, more=number < len(stages))
         if recipe.from_video:
             latent = stage.folder
         else:
@@ -171,7 +171,8 @@ def train_further(
                 f"policy.{key} is '{ours}', but {policy_path} was trained with '{theirs}', which its weights take for granted. "
                 "Leave out the --set that changes it."
             )
-    require_same_model(run_of(local_folder(policy_path)).get("latent"), (options or Options()).latent, policy_path)
+    before = run_of(local_folder(policy_path))
+    require_same_model(before.get("latent"), (options or Options()).latent, policy_path)
     further = replace(Policy.create(config.policy, policy.action_spec, policy.stats, config.seed), card=policy.card)
     try:
         further.model.load_state_dict(policy.model.state_dict())
@@ -191,6 +192,7 @@ def train_further(
         name=name,
         identity=base,
         options=options or Options(),
+        asked=asked_before(before),
     )
 
 
@@ -239,7 +241,17 @@ def train_rater(
     _require_continuable(policy, dataset, Path(out), Path(policy_path), options)
     rated = policy.with_rater(config.rater, config.seed)
     base = {"policy": fingerprint(local_folder(policy_path))}
-    return _train(RaterStage(rated), rated, config, dataset, Path(out), name=name, identity=base, options=options or Options())
+    return _train(
+        RaterStage(rated),
+        rated,
+        config,
+        dataset,
+        Path(out),
+        name=name,
+        identity=base,
+        options=options or Options(),
+        asked=asked_before(run_of(local_folder(policy_path))),
+    )
 
 
 def _train(
@@ -252,6 +264,7 @@ def _train(
     name: str,
     identity: Mapping[str, Any],
     options: Options,
+    asked: Sequence[Mapping[str, Any]] = (),
 ) -> Outcome:
     torch.set_num_threads(options.threads or training_threads())
     train_episodes, held_episodes = episodes_of(dataset, config)
@@ -267,17 +280,17 @@ def _train(
     held = None
     if held_episodes:
         held = Windows(dataset, cache, horizon, episodes=held_episodes, pause_rule=config.pauses, code_NK=code_NK)
-    asked = questions_of(policy, config, options.questions) if config.questions is not None else None
+    own = questions_of(policy, config, options.questions) if config.questions is not None else None
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
         counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        beside = {"Questions": asked.words} if asked is not None else {}
+        beside = {"Questions": own.words} if own is not None else {}
         if latent and options.latent is not None:
             beside["Latent actions"] = f"codes of {Path(options.latent).name}, fingerprint {latent['latent']}"
         return model_card(policy, config, dataset, outcome, recipe=name, command=command, beside=beside, **counts)
 
-    run = {"recipe": name, "data": dataset.fingerprint, **identity, **(asked.identity if asked else {})}
+    run = {"recipe": name, "data": dataset.fingerprint, **identity, **(own.identity if own else {})}
     return finish(
         Trainer(
             stage,
@@ -285,8 +298,8 @@ def _train(
             windows,
             held,
             out,
-            questions=(asked.train, asked.held) if asked else None,
-            identity=run,
+            questions=(own.train, own.held) if own else None,
+            identity=with_ancestors(run, config, asked),
             card=card,
             tracker=options.tracker,
             fresh=options.fresh,

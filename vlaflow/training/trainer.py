@@ -47,7 +47,8 @@ class Outcome:
         loss: mean training loss of the last hundred steps; None before the first.
         validation: last validation loss, with averaged weights; None without held-out episodes.
         seconds: of training, over all attempts.
-        signal: the signal that ended it early, or None.
+        signal: the signal that asked for its end, or None; it may have come when nothing was left to cut short.
+        more: whether stages of a pipeline are still to come.
     """
 
     step: int
@@ -56,11 +57,12 @@ class Outcome:
     validation: float | None
     seconds: float
     signal: int | None = None
+    more: bool = False
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken."""
-        return self.step >= self.steps
+        """Whether all steps were taken, and all stages."""
+        return self.step >= self.steps and not self.more
 
 
 class Trainer:
@@ -176,7 +178,7 @@ class Trainer:
                         self._save()
                     if stopped:
                         break
-                return self._outcome(interrupt.signal if self.step < self.config.steps else None)
+                return self._outcome(self._agreed(interrupt.signal))
         finally:
             if journal is not None:
                 journal.close()
@@ -303,6 +305,13 @@ class Trainer:
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._guard.losses.extend(state["losses"])
         self._answer_guard.losses.extend(state.get("answer_losses", ()))
+
+    def _agreed(self, signal: int | None) -> int | None:
+        """The signal that any process noted, in all of them: none may go on to another stage alone."""
+        if self.place.world == 1:
+            return signal
+        noted = cast(Tensor, self.accelerator.gather(torch.tensor([signal or 0], device=self.device)))
+        return int(noted.max()) or None
 
     def _outcome(self, signal: int | None) -> Outcome:
         losses = list(self._guard.losses)[-100:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentConfig
-from vlaflow.backbones.qwen2_5_vl import QwenConfig, qwen2_5_vl_3b
+from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig, qwen2_5_vl_3b
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.flow import FlowConfig
@@ -71,14 +71,23 @@ def qwen3b(
 
     Args:
         state_dim, action_dim: at most 20 each, for two arms; both are padded to 20.
-        views: head, left wrist and right wrist camera, at 448 pixels.
+        views: head, left wrist and right wrist camera; each is brought to the area of 448 × 448 pixels, 256 tokens.
         horizon, execute: 30, one second; 7 and 7 on LIBERO.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     block = BlockConfig(1024, heads=16, kv_heads=16, head_dim=64, ffn=1024, norm="rms")
+    area = 256 * PATCH
     return PolicyConfig(
         system="iflybot",
-        backbone=QwenConfig(state_dim, views, source, None if source else qwen2_5_vl_3b(), recompute=True),
+        backbone=QwenConfig(
+            state_dim,
+            views,
+            source,
+            None if source else qwen2_5_vl_3b(),
+            min_pixels=area,
+            max_pixels=area,
+            recompute=True,
+        ),
         decoder=LatentFlowConfig(
             FlowConfig(
                 action_dim,
