@@ -65,7 +65,11 @@ def parts(pristine, tmp_path_factory):
         patch.setenv("VLAFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
         dataset = Dataset.open(pristine)
         cache = FrameCache.open(dataset, 16)
-        yield {"a": Windows(dataset, cache, 4, (0, 1, 2)), "b": Windows(dataset, cache, 4, (3, 4))}
+        code_NK = np.arange(2 * len(dataset)).reshape(-1, 2)
+        yield {
+            "a": Windows(dataset, cache, 4, (0, 1, 2), code_NK=code_NK),
+            "b": Windows(dataset, cache, 4, (3, 4), code_NK=code_NK),
+        }
 
 
 def drawn(mixture, steps):
@@ -96,6 +100,13 @@ def test_mixture_is_a_function_of_the_step(parts):
     assert not np.array_equal(walked[0], walked[1])
 
 
+def test_latent_action_codes_are_given_for_all_parts_or_for_none(parts):
+    bare = Windows(parts["b"].dataset, parts["b"].cache, 4, (3, 4))
+    with pytest.raises(SpecError, match="Data set 'c' has no latent action codes"):
+        Mixture({"a": parts["a"], "c": bare}, {"a": 1, "c": 1}, 4, 0)
+    assert Mixture({"c": bare}, {"c": 1}, 4, 0).batch(0).code_BK is None
+
+
 def test_members_of_a_mixed_batch_are_those_of_indices(parts):
     mixture = Mixture(parts, {"a": 1, "b": 1}, 16, 0)
     batch, (part, index) = mixture.batch(3), mixture.indices(3)
@@ -104,6 +115,7 @@ def test_members_of_a_mixed_batch_are_those_of_indices(parts):
         one = parts["ab"[part[place]]].batch(index[place : place + 1])
         assert torch.equal(batch.action_BLD[place], one.action_BLD[0])
         assert torch.equal(batch.valid_BL[place], one.valid_BL[0])
+        assert torch.equal(batch.code_BK[place], one.code_BK[0])
         assert torch.equal(batch.observation.state_BS[place], one.observation.state_BS[0])
         assert torch.equal(batch.observation.images["corner"][place], one.observation.images["corner"][0])
         assert batch.observation.instructions[place] == one.observation.instructions[0]

@@ -149,7 +149,7 @@ def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked,
     again = run(out, asked, AnswerConfig(part="all", blind=False, limit=4), tmp_path / "b")
     assert (again.overall.questions, again.overall.blind) == (16, None)
     other = replace(opened, questions=opened.questions[:5])
-    assert held_out(out, other) == tuple(range(5))  # another set: it learned from none of it
+    assert held_out(out, other) == tuple(range(5))  # known by its fingerprint, so another set
     bare = new_policy(tiny_config())
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(CheckpointError, match="nobody knows which questions"):

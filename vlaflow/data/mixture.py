@@ -125,7 +125,9 @@ class Mixture:
             torch.cat([s.state_BS for s in seen])[back],
             [words[i] for i in back.tolist()],
         )
-        rest = ("action_BLD", "valid_BL", "episode_B", "frame_B")
+        rest = ["action_BLD", "valid_BL", "episode_B", "frame_B"]
+        if batches[0].code_BK is not None:
+            rest.append("code_BK")
         return Batch(observation, **{name: torch.cat([getattr(b, name) for b in batches])[back] for name in rest})
 
 
@@ -180,3 +182,8 @@ def _require_alike(parts: Mapping[str, Windows]) -> None:
         widths = [w.dataset.columns().state.shape[1] for w in (first, windows)]
         if widths[0] != widths[1]:
             raise SpecError(f"The state has {widths[0]} numbers in data set '{first_name}' and {widths[1]} in '{name}'.")
+        if (first.code_NK is None) != (windows.code_NK is None):
+            lacking = first_name if first.code_NK is None else name
+            raise SpecError(
+                f"Data set '{lacking}' has no latent action codes and another has; give all of them codes, or none."
+            )
