@@ -1,4 +1,4 @@
-"""One thread, as the killed and continued runs have, and a data set on disk."""
+"""Two processes that trained together, and a data set on disk."""
 
 import os
 import subprocess
@@ -6,16 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.training import flybot
 from tests.training.small import write_dataset
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
