@@ -78,7 +78,7 @@ def sample_beginning(batch: int, horizon: int, longest: int, generator: Generato
         longest: at most L.
         generator: of all randomness.
         whole: probability that a sample is given nothing. Without it the first actions of a chunk are hardly ever learned:
-            action i is noised in i of ``longest`` + 1 samples.
+            the i-th is noised in i of ``longest`` + 1 samples.
 
     Returns:
         float (B, L): 1 where a token is noised and learned, 0 on the given beginning.
