@@ -11,6 +11,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.refine import AtRandom, Refine
 from vlaflow.compute.two_stage import TwoStage
+from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
@@ -139,6 +140,47 @@ def test_committed_actions_give_no_loss(monkeypatch):
     TRAINED.loss(helpers.batch(), *helpers.generators(2))
     assert (seen[0][:, :3] == 0).all()
     assert (seen[0][:, 3:] == 1).all()
+
+
+def executed_batch(action_BLD, departed=()):
+    batch = helpers.batch()
+    departed_BL = torch.zeros_like(batch.valid_BL)
+    departed_BL[:, list(departed)] = True
+    executed = Executed(action_BLD, departed_BL, batch.valid_BL)
+    return replace(batch, valid_BL=executed.valid_after(0), executed=executed)
+
+
+def test_a_beginning_is_what_was_executed(monkeypatch):
+    """The network is given executed actions where they are committed, noted ones elsewhere; only the latter are learned."""
+    monkeypatch.setattr(gaussian, "sample_beginning", lambda b, *_: (torch.arange(6) >= 3).float().expand(b, -1))
+    batch, policy = helpers.batch(), TRAINED
+    other = batch.action_BLD + 0.3
+    seen, wanted = [], []
+    interpolate, target = gaussian.interpolate, gaussian.velocity_target
+    monkeypatch.setattr(gaussian, "interpolate", lambda a, *rest: seen.append(a) or interpolate(a, *rest))
+    monkeypatch.setattr(gaussian, "velocity_target", lambda a, noise: wanted.append(a) or target(a, noise))
+    policy.loss(executed_batch(other), *helpers.generators(2))
+    noted, executed = (policy._action.forward(a).repeat_interleave(2, 0) for a in (batch.action_BLD, other))
+    assert torch.equal(seen[0][:, :3], executed[:, :3])
+    assert torch.equal(seen[0][:, 3:], noted[:, 3:])
+    assert torch.equal(wanted[0], noted)
+
+
+@pytest.mark.parametrize(("departed", "counts"), [((1,), [3, 4, 5]), ((3,), [3]), ((1, 4), [3, 4])])
+def test_a_departure_is_excused_where_it_was_committed(departed, counts, monkeypatch):
+    """Of six actions the first three are committed. What follows a departure among them is learned; after a later one not."""
+    monkeypatch.setattr(gaussian, "sample_beginning", lambda b, *_: (torch.arange(6) >= 3).float().expand(b, -1))
+    weights = []
+    monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: weights.append(weight) or error.sum() * 0)
+    TRAINED.loss(executed_batch(helpers.batch().action_BLD, departed), *helpers.generators(2))
+    assert all(np.flatnonzero(row).tolist() == counts for row in weights[0].numpy())
+
+
+def test_executing_what_was_noted_changes_nothing():
+    """The same loss to the bit as without the column."""
+    batch = helpers.batch()
+    with_it, without = (TRAINED.loss(b, *helpers.generators(2)).total for b in (executed_batch(batch.action_BLD), batch))
+    assert torch.equal(with_it, without)
 
 
 @pytest.mark.parametrize(

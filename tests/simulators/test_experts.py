@@ -61,6 +61,47 @@ def test_without_noise_the_label_is_what_is_executed():
     assert np.array_equal(executed, label)
 
 
+def test_an_expert_that_misjudges_acts_as_from_elsewhere_and_is_labelled_from_here():
+    """One error for a stretch of 8 to 32 steps, then 16 to 48 sound ones."""
+    env = make("metaworld/window-open-v3")
+    expert = expert_for(env.name)
+    noisy = Noisy(expert, Noise(0.0, misjudge=0.05), episode_generator(env.name, 10_000), GRIPPER)
+    env.restart(10_000)
+    wrong, lengths = [], []
+    for _ in range(300):
+        executed, label = noisy(env)
+        assert np.array_equal(label, expert(env))
+        error = noisy.error
+        wrong.append(error is not None)
+        assert np.array_equal(executed, expert(env, error))
+        if error is not None:
+            elsewhere = env.raw_observation.copy()
+            elsewhere[:3] += error
+            assert np.array_equal(executed, np.clip(expert._policy.get_action(elsewhere), -1, 1).astype(np.float32))
+        env.advance(executed)
+    edges = np.flatnonzero(np.diff(np.array(wrong, int)))
+    lengths = np.diff(edges)
+    assert not wrong[0]
+    assert len(lengths) > 4
+    assert all(8 <= length <= 32 for length in lengths[::2])  # the first edge begins a wrong stretch
+    assert all(16 <= length <= 48 for length in lengths[1::2])
+
+
+def test_misjudging_has_its_size():
+    """Of 2000 errors, in metres along each axis."""
+    env = make("metaworld/window-open-v3")
+    env.restart(10_000)
+    errors = []
+    for seed in range(2000):
+        noisy = Noisy(
+            lambda _, __=None: np.zeros(4, np.float32), Noise(0.0, misjudge=0.03), episode_generator("x", seed), GRIPPER
+        )
+        while noisy.error is None:
+            noisy(env)
+        errors.append(noisy.error)
+    assert np.all(np.abs(np.std(errors, axis=0) / 0.03 - 1) < 0.08)
+
+
 @pytest.mark.parametrize("memory", [0.0, 0.9])
 def test_memory_keeps_the_size_of_the_noise(memory):
     """The autoregression is stationary: standard deviation `scale` at every step (500 episodes of 20 steps, within 8 %)."""
@@ -86,6 +127,8 @@ def test_impossible_noise_is_refused():
     """A memory of 1 would be a constant push."""
     with pytest.raises(ConfigError):
         Noise(memory=1.0)
+    with pytest.raises(ConfigError):
+        Noise(misjudge=-0.01)
 
 
 def test_a_wandering_expert_sees_other_places_first_and_then_does_the_task():

@@ -49,19 +49,21 @@ def test_frame_state_and_label_belong_together(recorded):
     env.restart(episode_seed(0, 0, 0))
     noisy = Noisy(expert, Noise(0.2), episode_generator(ENVS[0], episode_seed(0, 0, 0)), np.array([0, 0, 0, 1], bool))
     pictures = []
-    for state, action in zip(states, actions, strict=True):
+    for state, action, given in zip(states, actions, columns.executed[rows], strict=True):
         assert np.array_equal(state, env.state)
         assert np.array_equal(action, expert(env))
         assert np.abs(action).max() <= 1
         pictures.append(env.render().astype(int))
-        env.advance(noisy(env)[0])
+        executed = noisy(env)[0]
+        assert np.array_equal(given, executed)
+        env.advance(executed)
     here, shifted = np.abs(frames - pictures).mean(), np.abs(frames[1:] - np.stack(pictures[:-1])).mean()
     assert here < shifted  # H.264 loses some, a frame too early or too late loses more
     assert here < np.abs(frames[:-1] - np.stack(pictures[1:])).mean()
     assert dataset.episodes[0].task == "Push and close a window"
 
 
-def test_noise_is_executed_and_not_stored(recorded, tmp_path):
+def test_noise_is_executed_and_not_learned(recorded, tmp_path):
     """With and without noise the first labels agree and the next states do not."""
     record(RecordConfig(ENVS[:1], episodes=1, size=48, noise=Noise(0.0)), tmp_path / "clean", workers=0)
     noisy, clean = (Dataset.open(p).columns() for p in (recorded[0], tmp_path / "clean"))

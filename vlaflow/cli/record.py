@@ -25,6 +25,8 @@ class Record:
         seed: another seed gives other episodes, and never those of an evaluation.
         noise: standard deviation of what is added to the executed movement (1 is the full range); the label stays clean.
         noise_memory: correlation of the noise from one step to the next, 0 to below 1.
+        misjudge: metres by which the expert is at times wrong about where its hand is (standard deviation per axis), and acts
+            on it; the label stays clean. 0.03 for real-time chunking, see docs/serving.md.
         after_success: frames kept after the first success.
     """
 
@@ -37,6 +39,7 @@ class Record:
     seed: int = 0
     noise: float = 0.1
     noise_memory: float = 0.0
+    misjudge: float = 0.0
     after_success: int = 4
 
 
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
         size=arguments.size,
         render=arguments.render,
         seed=arguments.seed,
-        noise=Noise(arguments.noise, memory=arguments.noise_memory),
+        noise=Noise(arguments.noise, memory=arguments.noise_memory, misjudge=arguments.misjudge),
         after_success=arguments.after_success,
     )
     total = len(expand_env_names(config.envs)) * config.episodes

@@ -63,16 +63,50 @@ class ObservationBatch:
 
 
 @dataclass(frozen=True)
+class Executed:
+    """What the robot was given while other actions were noted as those to be learned.
+
+    Where the two are far apart, the robot departed from what it should have done. Actions noted after that answer to a
+    place that the observation did not foretell: they are to be learned only by whoever is told what was executed until then.
+
+    Args:
+        action_BLD: float32, what was executed.
+        departed_BL: bool, steps at which it was far from the action to be learned.
+        present_BL: bool, steps that are neither past the episode's end nor a pause.
+    """
+
+    action_BLD: Tensor
+    departed_BL: Tensor
+    present_BL: Tensor
+
+    def valid_after(self, known_B1: Tensor | int) -> Tensor:
+        """Steps that count when the first ``known_B1`` executed actions are given: no departure lies between; bool (B, L)."""
+        place_1L = torch.arange(self.departed_BL.shape[1], device=self.departed_BL.device)[None]
+        departed_BL = self.departed_BL & (place_1L >= known_B1)
+        return self.present_BL & (departed_BL.cumsum(1) - departed_BL.long() == 0)
+
+    def repeat(self, times: int) -> Executed:
+        """Every sample so many times, one after the other."""
+        return Executed(*(x.repeat_interleave(times, 0) for x in (self.action_BLD, self.departed_BL, self.present_BL)))
+
+    def to(self, device: torch.device | str) -> Executed:
+        """The same on another device."""
+        return Executed(self.action_BLD.to(device), self.departed_BL.to(device), self.present_BL.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Training samples.
 
     Args:
         observation: what the policy saw.
         action_BLD: float32, robot units; steps past the episode's end repeat its last action.
-        valid_BL: bool; False on steps past the episode's end and on pauses. They never touch the loss.
+        valid_BL: bool; False on steps past the episode's end, on pauses, and on all that follow a departure (see
+            ``Executed``). They never touch the loss.
         episode_B: int64, the episode each sample comes from (named when a loss explodes).
         frame_B: int64, the frame within that episode.
         code_BK: int64, latent action codes of the frame, −1 where there are none; None when nobody asked for them.
+        executed: what the robot was given at these steps; None when it was ``action_BLD``.
     """
 
     observation: ObservationBatch
@@ -81,6 +115,7 @@ class Batch:
     episode_B: Tensor
     frame_B: Tensor
     code_BK: Tensor | None = None
+    executed: Executed | None = None
 
     @property
     def targets(self) -> int:
@@ -96,6 +131,7 @@ class Batch:
             self.episode_B,
             self.frame_B,
             None if self.code_BK is None else self.code_BK.to(device),
+            None if self.executed is None else self.executed.to(device),
         )
 
 

@@ -35,13 +35,20 @@ EXTRA_KEY = "x_vlaflow"
 """Our own block in meta/info.json; LeRobot passes over keys it does not know with a warning."""
 
 
+EXECUTED_KEY = "executed_action"
+"""Column with what the robot was really given, where that is not the action to be learned. LeRobot trains on every column whose
+name begins with "action", so this one's does not."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """Every row's numbers, in episode order.
 
     Args:
         state: float32 (N, S), robot units; S is 0 where the data set has no state.
-        action: float32 (N, D), robot units.
+        action: float32 (N, D), robot units; what is to be learned.
+        executed: float32 (N, D), what the robot was given: noise and corrections included where the data set keeps them
+            (``EXECUTED_KEY``), otherwise ``action`` itself.
         episode: int64 (N,).
         frame: int64 (N,), counted from 0 within the episode.
         task: int64 (N,), index into ``Dataset.tasks``.
@@ -49,6 +56,7 @@ class Columns:
 
     state: np.ndarray
     action: np.ndarray
+    executed: np.ndarray
     episode: np.ndarray
     frame: np.ndarray
     task: np.ndarray
@@ -69,6 +77,7 @@ class Dataset:
         features: as in meta/info.json.
         views: view name to feature key, cameras only (depth maps are not colour images and are left out).
         state_key, action_key: feature keys; None where there is no 'observation.state' or, opened as video alone, no 'action'.
+        executed_key: feature key of the actions that the robot was given; None where the data set does not keep them apart.
         tasks: the instructions, by task index.
         episodes: one ``Episode`` each.
         action_spec: what an action means, or None where nobody stated it.
@@ -84,8 +93,14 @@ class Dataset:
         self.views = {view_name(key): key for key, f in self.features.items() if _is_camera(f)}
         self.action_key = None if video and "action" not in self.features else "action"
         self.state_key = "observation.state" if "observation.state" in self.features else None
-        for key in filter(None, (self.action_key, self.state_key)):
+        self.executed_key = EXECUTED_KEY if self.action_key and EXECUTED_KEY in self.features else None
+        for key in filter(None, (self.action_key, self.state_key, self.executed_key)):
             self._require_vector(key)
+        if self.executed_key and self.features[self.executed_key]["shape"] != self.features["action"]["shape"]:
+            raise DataError(
+                f"'{EXECUTED_KEY}' of {self.root} has {self.features[EXECUTED_KEY]['shape'][0]} numbers, 'action' has "
+                f"{self.features['action']['shape'][0]}. Rename the column, or record the data set again."
+            )
         own = info.get(EXTRA_KEY, {})
         where = str(self.root / "meta/info.json")
         stated = own.get("action_spec")
@@ -134,10 +149,10 @@ class Dataset:
         return int(height), int(width)
 
     def dimension_names(self, name: str) -> tuple[str, ...]:
-        """One name per number of the "state" or the "action"; "0", "1", ... where the data set gives none."""
-        key = self.action_key if name == "action" else self.state_key
-        if key is None:
+        """One name per number of the "state", "action" or "executed"; "0", "1", ... where the data set gives none."""
+        if name not in self._vectors:
             return ()
+        key = self._vectors[name]
         names, width = self.features[key].get("names"), int(self.features[key]["shape"][0])
         if isinstance(names, dict):  # some recorders group them: {"motors": [...]}
             names = [one for group in names.values() for one in (group if isinstance(group, list) else [group])]
@@ -258,9 +273,10 @@ class Dataset:
 
     @cached_property
     def _columns(self) -> Columns:
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("state", "action", "episode", "frame", "task", "time")}
+        names = ("state", "action", "executed", "episode", "frame", "task", "time")
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         keys = {"episode": "episode_index", "frame": "frame_index", "task": "task_index", "time": "timestamp"}
-        vectors = {name: key for name, key in (("action", self.action_key), ("state", self.state_key)) if key}
+        vectors = self._vectors
         for path in dict.fromkeys(files.data for files in self._meta.files):
             table = read_parquet(path, [*keys.values(), *vectors.values()])
             for name, key in keys.items():
@@ -269,13 +285,21 @@ class Dataset:
                 parts[name].append(self._vector(table, key, path))
             for name in {"action", "state"} - vectors.keys():
                 parts[name].append(np.zeros((len(table), 0), np.float32))
+            if "executed" not in vectors:
+                parts["executed"].append(parts["action"][-1])
         joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         order = np.lexsort((joined["frame"], joined["episode"]))
         if not np.array_equal(order, np.arange(len(order))):
             joined = {name: array[order] for name, array in joined.items()}
         self._check_rows(joined)
         whole = {name: joined[name].astype(np.int64, copy=False) for name in ("episode", "frame", "task")}
-        return Columns(joined["state"], joined["action"], **whole)
+        return Columns(joined["state"], joined["action"], joined["executed"], **whole)
+
+    @property
+    def _vectors(self) -> dict[str, str]:
+        """Name in ``Columns`` and feature key of the vectors that there are."""
+        keys = {"action": self.action_key, "executed": self.executed_key, "state": self.state_key}
+        return {name: key for name, key in keys.items() if key}
 
     def _vector(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
         """One vector column as float32 (rows, width), refusing rows of another length than declared."""
@@ -320,7 +344,7 @@ class Dataset:
         off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
         late = off >= TOLERANCE_S + np.abs(rows["time"]) * np.finfo(np.float32).eps
         self._refuse(rows, late, "timestamp", f"disagrees with fps = {self.fps:g} in meta/info.json")
-        for name, key in (("action", self.action_key), ("state", self.state_key)):
+        for name, key in self._vectors.items():
             bad = ~np.isfinite(rows[name])
             if bad.any():
                 row, dimension = (int(i) for i in np.argwhere(bad)[0])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.batch import Batch, Executed, ObservationBatch
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, SpecError, nearest
 
@@ -128,7 +129,12 @@ class Mixture:
         rest = ["action_BLD", "valid_BL", "episode_B", "frame_B"]
         if batches[0].code_BK is not None:
             rest.append("code_BK")
-        return Batch(observation, **{name: torch.cat([getattr(b, name) for b in batches])[back] for name in rest})
+        known = [b.executed for b in batches if b.executed is not None]  # Windows always say it
+        executed = Executed(
+            *(torch.cat([getattr(e, f.name) for e in known])[back] for f in dataclasses.fields(Executed)),
+        )
+        joined = {name: torch.cat([getattr(b, name) for b in batches])[back] for name in rest}
+        return Batch(observation, **joined, executed=executed)
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:

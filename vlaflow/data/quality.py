@@ -1,4 +1,5 @@
-"""Which recorded steps are worth learning from: pauses, where the demonstrator did nothing.
+"""Which recorded steps are worth learning from: pauses, where the demonstrator did nothing, and departures, where the robot
+did something else than it should have done.
 
 AsyncVLA "marks pause intervals and excludes them from the loss" without giving the rule; this one is our choice, and a
 config field wherever it is used.
@@ -64,3 +65,14 @@ def pauses(action_ND: np.ndarray, action_spec: ActionSpec, rule: PauseRule) -> n
         if end - start < rule.minimum_length:
             still_N[start:end] = False
     return still_N
+
+
+DEPARTURE = 0.5
+"""Share of half a dimension's range by which an executed action differs from the one to be learned when the robot departs.
+Five standard deviations of the noise that ``vlaflow record`` adds by default, so that noise alone is no departure."""
+
+
+def departures(action_ND: np.ndarray, executed_ND: np.ndarray, action_spec: ActionSpec) -> np.ndarray:
+    """Mark the steps, (N,) bool, at which an executed action differs from the one to be learned by more than ``DEPARTURE``."""
+    half_range_D = (action_spec.high.astype(np.float64) - action_spec.low) / 2
+    return (np.abs(executed_ND.astype(np.float64) - action_ND) > DEPARTURE * half_range_D).any(axis=1)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vlaflow.data.batch import Batch, ObservationBatch
+from vlaflow.data.batch import Batch, Executed, ObservationBatch
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import PauseRule, pauses
+from vlaflow.data.quality import PauseRule, departures, pauses
 from vlaflow.errors import ConfigError, SpecError
 
 
@@ -29,6 +29,7 @@ class Windows:
         action_spec: the data set's, cut into chunks of ``horizon``; None where it states none.
         rows: int64 (M,), the row of each sample's first action in ``Dataset.columns``.
         pause_N: bool (N,), rows that a pause rule marked.
+        departed_N: bool (N,), rows at which the robot was given something else than the action to be learned.
         code_NK: int64, latent action codes by row, −1 where there are none; None when batches hold none.
     """
 
@@ -61,6 +62,11 @@ class Windows:
                 raise SpecError(f"A pause rule needs to know what the actions of {dataset.root} mean. State an action spec.")
             for s in slices:
                 self.pause_N[s] = pauses(self._columns.action[s], dataset.action_spec, pause_rule)
+        self.departed_N = np.zeros(len(dataset), bool)
+        if dataset.executed_key is not None:
+            if dataset.action_spec is None:
+                raise SpecError(f"{dataset.root} holds executed actions, but not what they mean. State an action spec.")
+            self.departed_N = departures(self._columns.action, self._columns.executed, dataset.action_spec)
 
     def __len__(self) -> int:
         """Number of samples, M."""
@@ -71,8 +77,9 @@ class Windows:
         first_B, last_B = self.rows[indices], self._last[indices]
         wanted_BL = first_B[:, None] + np.arange(self.horizon)
         row_BL = np.minimum(wanted_BL, last_B[:, None])
-        valid_BL = (wanted_BL == row_BL) & ~self.pause_N[row_BL]
         columns = self._columns
+        present_BL = (wanted_BL == row_BL) & ~self.pause_N[row_BL]
+        executed = Executed(*map(torch.from_numpy, (columns.executed[row_BL], self.departed_N[row_BL], present_BL)))
         observation = ObservationBatch(
             self.cache.gather(first_B),
             torch.from_numpy(columns.state[first_B]),
@@ -81,10 +88,11 @@ class Windows:
         return Batch(
             observation,
             torch.from_numpy(columns.action[row_BL]),
-            torch.from_numpy(valid_BL),
+            executed.valid_after(0),
             torch.from_numpy(columns.episode[first_B]),
             torch.from_numpy(columns.frame[first_B]),
             None if self.code_NK is None else torch.from_numpy(self.code_NK[first_B]),
+            executed,
         )
 
 

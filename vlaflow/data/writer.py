@@ -225,6 +225,9 @@ class Writer:
                     f"Episode {index}: the extra column '{key}' must be numbers of shape ({length},) or ({length}, k) and its "
                     f"name free of '/', got {values.dtype} {values.shape}."
                 )
+            if not np.isfinite(values).all():
+                frame = int(np.argwhere(~np.isfinite(values))[0, 0])
+                raise SpecError(f"Episode {index}: the extra column '{key}' is not finite at frame {frame}.")
             kinds[key] = (kind, 1 if values.ndim == 1 else values.shape[1])
             vectors[key] = values.astype(NUMPY[kind])
         if index and kinds != self._extra:

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.data.batch import Executed
 from vlaflow.errors import CapabilityError
 
 State = TypeVar("State")
@@ -41,14 +42,20 @@ def mean_over_exits(name: str, losses: Mapping[int, Tensor]) -> LossTerms:
 
 @dataclass(frozen=True)
 class Targets:
-    """What to learn: normalised actions (B, L, D), which of them count, bool (B, L), and latent action codes (B, K).
+    """What to learn.
 
-    A code of −1 is unknown and teaches nothing.
+    Args:
+        action_BLD: normalised actions.
+        valid_BL: bool, which of them count.
+        code_BK: latent action codes; one of −1 is unknown and teaches nothing.
+        executed: what the robot was given instead, normalised: a committed beginning consists of it. None when it was
+            ``action_BLD``.
     """
 
     action_BLD: Tensor
     valid_BL: Tensor
     code_BK: Tensor | None = None
+    executed: Executed | None = None
 
 
 @dataclass(frozen=True)

@@ -178,12 +178,19 @@ class FlowDecoder(Decoder[FlowState]):
         mask_BL = torch.ones(b, c.horizon)
         if c.masks == "unified":
             mask_BL = gaussian.sample_mask(b, c.horizon, generator, c.whole)
+        known_BLX = action_BLX
         if c.committed:
-            mask_BL = mask_BL * gaussian.sample_beginning(b, c.horizon, c.committed, generator, c.whole)
+            free_BL = gaussian.sample_beginning(b, c.horizon, c.committed, generator, c.whole)
+            mask_BL = mask_BL * free_BL
+            if targets.executed is not None:  # what a robot commits to is what it executes
+                executed = targets.executed.repeat(c.draws)
+                free_BL = free_BL.to(device)
+                known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, self._pad(executed.action_BLD.float()))
+                valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
         time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
         mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)
-        token_BLW = self.codec.encode(gaussian.interpolate(action_BLX, noise_BLX, clock_BL), clock_BL)
+        token_BLW = self.codec.encode(gaussian.interpolate(known_BLX, noise_BLX, clock_BL), clock_BL)
         target_BLX = gaussian.velocity_target(action_BLX, noise_BLX)
         losses = {}
         depths = depths or (prefix.depth,)

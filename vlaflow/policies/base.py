@@ -156,7 +156,8 @@ class Policy:
 
     def targets(self, batch: Batch) -> Targets:
         """Normalised actions of a training batch."""
-        return Targets(self._action.forward(batch.action_BLD), batch.valid_BL, batch.code_BK)
+        executed = batch.executed and replace(batch.executed, action_BLD=self._action.forward(batch.executed.action_BLD))
+        return Targets(self._action.forward(batch.action_BLD), batch.valid_BL, batch.code_BK, executed)
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Training loss of backbone and decoder on a batch in robot units.

@@ -1,9 +1,12 @@
-"""Scripted demonstrators: Meta-World's own policies, and noise that is executed but not learned.
+"""Scripted demonstrators: Meta-World's own policies, and mistakes that are executed but not learned.
 
 A demonstration of a perfect expert never shows how to get back after a mistake. So noise is added to the action that is
 *executed*, while the *label* stays the expert's clean action for the state the noise led to (as in DART, Laskey et al.
-2017). Experts answer actions as large as 24; the simulator cuts them to ±1, and the cut action is what is stored, or else
-one wild number would set the scale of the normalisation.
+2017). Noise is forgotten within a few steps, but a policy that sees its goal in the wrong place errs for a whole chunk. An
+expert that misjudges does so too: for a while it acts as if its hand were somewhere else.
+
+Experts answer actions as large as 24; the simulator cuts them to ±1, and the cut action is what is stored, or else one wild
+number would set the scale of the normalisation.
 """
 
 from __future__ import annotations
@@ -23,8 +26,13 @@ from vlaflow.simulators.base import Environment, parse_env_name, simulator_spec
 class Expert(Protocol):
     """Maps the privileged state of its simulator to an action."""
 
-    def __call__(self, env: Environment) -> np.ndarray:
-        """The clean action for the state ``env`` is in, (D,) float32, within the action's range."""
+    def __call__(self, env: Environment, error: np.ndarray | None = None) -> np.ndarray:
+        """The clean action for the state ``env`` is in, (D,) float32, within the action's range.
+
+        Args:
+            env: the environment.
+            error: (3,), metres by which the expert is wrong about where its hand is.
+        """
         ...
 
 
@@ -38,10 +46,14 @@ class _MetaWorldExpert:
         kind: Any = ENV_POLICY_MAP[task]
         self._policy = kind()
 
-    def __call__(self, env: Any) -> np.ndarray:
+    def __call__(self, env: Any, error: np.ndarray | None = None) -> np.ndarray:
+        seen = env.raw_observation
+        if error is not None:
+            seen = seen.copy()
+            seen[:3] += error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Constant(s) may be too high": they are, and are cut below
-            action = self._policy.get_action(env.raw_observation)
+            action = self._policy.get_action(seen)
         return np.clip(np.asarray(action, np.float32), env.action_spec.low, env.action_spec.high)
 
 
@@ -80,34 +92,41 @@ class Wandering:
         self._goals = generator.uniform(self.LOW, self.HIGH, (points, 3))
         self._grips = generator.choice([-1.0, 1.0], points)
 
-    def __call__(self, env: Any) -> np.ndarray:
-        """The action for the state ``env`` is in, (4,) float32."""
+    def __call__(self, env: Any, error: np.ndarray | None = None) -> np.ndarray:
+        """The action for the state ``env`` is in, (4,) float32; on the way to a point nothing is misjudged."""
         number = self._done // self.STEPS
         self._done += 1
         if number >= len(self._goals):
-            return self._expert(env)
+            return self._expert(env, error)
         action = np.append((self._goals[number] - env.raw_observation[:3]) / 0.01, self._grips[number])
         return np.clip(action.astype(np.float32), env.action_spec.low, env.action_spec.high)
 
 
+SOUND, WRONG = (16, 49), (8, 33)
+"""Steps, from and up to but without the second, for which an expert that misjudges is right, then wrong."""
+
+
 @dataclass(frozen=True)
 class Noise:
-    """Noise added to the executed action, in the action's own units (±1 is the full range).
+    """What makes the executed action differ from the label, in the action's own units (±1 is the full range).
 
     Args:
         scale: standard deviation on the movement dimensions; 0 executes the clean action.
         gripper: standard deviation on the gripper. 0 by default: a disturbed gripper drops what it holds.
         memory: correlation ρ of consecutive steps, in [0, 1). The noise is n_t = ρ n_{t−1} + sqrt(1 − ρ²) ε_t, whose
             standard deviation is the same at every step; a larger ρ pushes the hand further off the path.
+        misjudge: standard deviation, in metres along each axis, of where the expert believes its hand to be. It is sound for
+            ``SOUND`` steps, then wrong for ``WRONG`` with one error, and so on, each number drawn anew.
     """
 
     scale: float = 0.1
     gripper: float = 0.0
     memory: float = 0.0
+    misjudge: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.scale >= 0 and self.gripper >= 0 and 0 <= self.memory < 1):
-            raise ConfigError(f"Noise needs scale >= 0, gripper >= 0 and memory in [0, 1), got {self}.")
+        if not (min(self.scale, self.gripper, self.misjudge) >= 0 and 0 <= self.memory < 1):
+            raise ConfigError(f"Noise needs scale, gripper and misjudge of 0 or more and memory in [0, 1), got {self}.")
 
 
 class Noisy:
@@ -118,6 +137,9 @@ class Noisy:
         noise: how much.
         generator: of this episode; see `episode_generator`.
         is_gripper: (D,) bool, the dimensions that take ``noise.gripper`` instead of ``noise.scale``.
+
+    Attributes:
+        error: (3,) metres by which the latest action's expert was wrong about its hand; None where it was not.
     """
 
     def __init__(self, expert: Expert, noise: Noise, generator: np.random.Generator, is_gripper: np.ndarray) -> None:
@@ -126,14 +148,21 @@ class Noisy:
         self._generator = generator
         self._deviation = np.where(is_gripper, noise.gripper, noise.scale)
         self._state: np.ndarray | None = None
+        self.error: np.ndarray | None = None
+        self._left = int(generator.integers(*SOUND)) if noise.misjudge else -1
 
     def __call__(self, env: Environment) -> tuple[np.ndarray, np.ndarray]:
         """(action to execute, action to label), both (D,) float32 within the action's range."""
+        if self._left == 0:
+            self.error = self._noise.misjudge * self._generator.standard_normal(3) if self.error is None else None
+            self._left = int(self._generator.integers(*(SOUND if self.error is None else WRONG)))
+        self._left -= 1
         clean = self._expert(env)
+        done = clean if self.error is None else self._expert(env, self.error)
         fresh = self._generator.standard_normal(clean.shape)
         memory = self._noise.memory
         self._state = fresh if self._state is None else memory * self._state + np.sqrt(1 - memory**2) * fresh
-        executed = np.clip(clean + self._deviation * self._state, env.action_spec.low, env.action_spec.high)
+        executed = np.clip(done + self._deviation * self._state, env.action_spec.low, env.action_spec.high)
         return executed.astype(np.float32), clean
 
 

@@ -1,8 +1,8 @@
 """Recording demonstrations of scripted experts as a LeRobot data set.
 
 Frame t holds the picture and the state *before* action t, and the action label is the expert's clean action for exactly
-that state; with noise, what was executed differs from the label (see ``experts``). Only successful episodes are kept, with
-a few frames after the first success, so that a policy also sees what the end looks like.
+that state; with noise, what was executed differs from the label (see ``experts``), and is stored beside it. Only successful
+episodes are kept, with a few frames after the first success, so that a policy also sees what the end looks like.
 
 Workers record, and encode their videos, in parallel; the parent only joins. The same config gives the same bytes with any
 number of workers, because an episode is a function of its environment and seed alone.
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vlaflow.data.lerobot import EXECUTED_KEY
 from vlaflow.data.video import Segment, encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
@@ -80,6 +81,7 @@ class Demonstration:
         attempts: seeds tried, this one included.
         state: (T, S) float32.
         action: (T, D) float32, the clean labels.
+        executed: (T, D) float32, what the simulator was given.
         success: (T,) bool, whether the step taken at frame t ended in success.
         videos: encoded segments by view, T frames each.
     """
@@ -90,6 +92,7 @@ class Demonstration:
     attempts: int
     state: np.ndarray
     action: np.ndarray
+    executed: np.ndarray
     success: np.ndarray
     videos: dict[str, Segment]
 
@@ -171,9 +174,8 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
     ):
         work = functools.partial(_record_episode, config=config, size=side, scratch=Path(scratch))
         for demo in iterate_jobs(work, jobs, workers, progress=progress):
-            writer.add(
-                None, demo.state, demo.action, demo.instruction, extra={"next.success": demo.success}, videos=demo.videos
-            )
+            extra = {EXECUTED_KEY: demo.executed, "next.success": demo.success}
+            writer.add(None, demo.state, demo.action, demo.instruction, extra=extra, videos=demo.videos)
             for segment in demo.videos.values():
                 segment.path.unlink()
             seeds[demo.name].append(demo.seed)
@@ -225,6 +227,7 @@ def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Pa
         attempts=found.attempts,
         state=np.stack([frame.state for frame in frames]).astype(np.float32),
         action=np.stack([step.label for step in found.steps]),
+        executed=np.stack([step.executed for step in found.steps]),
         success=np.array([step.success for step in found.steps]),
         videos=videos,
     )

@@ -1,0 +1,120 @@
+"""Data sets that keep what the robot was given apart from what is to be learned."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.toyset import LENGTHS, TASKS, edit_table, episode, writer
+from vlaflow.data.batch import Executed
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import EXECUTED_KEY, Dataset
+from vlaflow.data.mixture import Mixture
+from vlaflow.data.windows import Windows
+from vlaflow.errors import DataError, SpecError
+
+
+def executed_of(number):
+    """Mostly what was noted, with a few steps far from it and a little noise everywhere."""
+    action, rng = episode(number)[2], np.random.default_rng([number, 1])
+    other = action + rng.uniform(-0.1, 0.1, action.shape).astype(np.float32)
+    far = rng.random(len(action)) < 0.2
+    other[far, 0] += 0.9
+    return other, far
+
+
+def write(root, change=lambda values: values):
+    with writer(root) as out:
+        for number, task in enumerate(TASKS):
+            out.add(*episode(number), task, extra={EXECUTED_KEY: change(executed_of(number)[0])})
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLAFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        dataset = Dataset.open(write(tmp_path_factory.mktemp("executed") / "toy"))
+        yield dataset, FrameCache.open(dataset, 16)
+
+
+def test_both_are_read(written):
+    columns = written[0].columns()
+    assert np.array_equal(columns.action, np.concatenate([episode(n)[2] for n in range(len(TASKS))]))
+    assert np.array_equal(columns.executed, np.concatenate([executed_of(n)[0] for n in range(len(TASKS))]))
+
+
+def test_where_the_column_is_missing_the_actions_were_executed(dataset):
+    columns = dataset.columns()
+    assert dataset.executed_key is None
+    assert np.array_equal(columns.executed, columns.action)
+
+
+def test_a_column_of_another_width_is_refused(tmp_path):
+    root = write(tmp_path / "wide", lambda values: np.tile(values, 2))
+    with pytest.raises(DataError, match=re.escape(f"'executed_action' of {root} has 6 numbers, 'action' has 3.")):
+        Dataset.open(root)
+
+
+def test_a_value_that_is_not_finite_is_refused(tmp_path):
+    root = write(tmp_path / "nan")
+    edit_table(
+        root / "data/chunk-000/file-000.parquet",
+        EXECUTED_KEY,
+        lambda rows: [row if i != 5 else [0.0, np.nan, 0.0] for i, row in enumerate(rows)],
+    )
+    with pytest.raises(DataError, match=r"Episode 0 of .* holds nan in 'executed_action' at frame 5"):
+        Dataset.open(root).columns()
+
+
+def test_nobody_knows_what_is_far_without_the_meaning_of_the_actions(written, monkeypatch):
+    monkeypatch.setattr(written[0], "action_spec", None)
+    with pytest.raises(SpecError, match="State an action spec"):
+        Windows(*written, 4)
+
+
+def test_actions_noted_after_a_departure_do_not_count(written):
+    """The slow and plain way, for every frame: a step counts up to the first departure, that one included."""
+    windows = Windows(*written, 6)
+    batch = windows.batch(np.arange(len(windows)))
+    sample, ended = 0, 0
+    for number, length in enumerate(LENGTHS):
+        far = executed_of(number)[1]
+        for frame in range(length):
+            counts = [frame + j < length and not far[frame : frame + j].any() for j in range(6)]
+            assert batch.valid_BL[sample].tolist() == counts
+            ended += sum(frame + j < length for j in range(6)) - sum(counts)
+            sample += 1
+    assert ended > 20
+
+
+def test_what_is_given_excuses_its_departures():
+    """With the first three actions given, only a departure after them ends what counts."""
+    departed = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    present = torch.ones(3, 7, dtype=torch.bool)
+    present[1, 5:] = False
+    executed = Executed(torch.zeros(3, 7, 2), departed, present)
+    assert executed.valid_after(0).int().tolist() == [[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]]
+    given_B1 = torch.tensor([[3], [0], [3]])
+    assert executed.valid_after(given_B1).int().tolist() == [
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+    ]
+    assert torch.equal(executed.repeat(2).valid_after(given_B1.repeat_interleave(2, 0))[::2], executed.valid_after(given_B1))
+
+
+def test_a_mixture_takes_it_along(written, dataset, tmp_path, monkeypatch):
+    """From one data set that keeps it and one that does not, in the order of the samples."""
+    monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path / "cache"))
+    parts = {"a": Windows(*written, 4), "b": Windows(dataset, FrameCache.open(dataset, 16), 4)}
+    mixture = Mixture(parts, {"a": 1.0, "b": 1.0}, 24, 0)
+    part_B, index_B = mixture.indices(0)
+    batch = mixture.batch(0)
+    for place, (part, index) in enumerate(zip(part_B, index_B, strict=True)):
+        alone = list(parts.values())[part].batch(np.array([index]))
+        assert torch.equal(batch.executed.action_BLD[place], alone.executed.action_BLD[0])
+        assert torch.equal(batch.executed.departed_BL[place], alone.executed.departed_BL[0])
+        assert torch.equal(batch.valid_BL[place], alone.valid_BL[0])
+    assert set(part_B) == {0, 1}
