@@ -119,7 +119,7 @@ class FramePairs:
     def batch(self, indices: np.ndarray) -> Batch:
         """The pairs at ``indices`` (B,) as a training batch.
 
-        Its pictures are named "earlier" and "later"; its chunk is made of the ``gap`` actions that led from one to the other
+        Its pictures are named "earlier" and "later"; its chunk is made of the ``gap`` executed actions that led from one to the other
         (of no dimension where the data set holds none), all of them valid; all else is as at the earlier frame.
         """
         first_B, columns = self.rows[indices], self.dataset.columns()
@@ -131,7 +131,7 @@ class FramePairs:
         )
         return Batch(
             observation,
-            torch.from_numpy(columns.action[first_B[:, None] + np.arange(self.gap)]),
+            torch.from_numpy(columns.executed[first_B[:, None] + np.arange(self.gap)]),
             torch.ones(len(first_B), self.gap, dtype=torch.bool),
             torch.from_numpy(columns.episode[first_B]),
             torch.from_numpy(columns.frame[first_B]),

@@ -114,7 +114,7 @@ def _see(model: LatentActionModel, dataset: Dataset, episodes: Sequence[int]) ->
         ids.append(model.book.nearest(vector_BKE).cpu().numpy())
         vectors.append(vector_BKE.flatten(1).float().cpu().numpy())
     rows, columns = pairs.rows[index_M], dataset.columns()
-    action_MD = columns.action[rows[:, None] + np.arange(pairs.gap)].mean(1)
+    action_MD = columns.executed[rows[:, None] + np.arange(pairs.gap)].mean(1)
     return Seen(pairs, index_M, np.concatenate(ids), np.concatenate(vectors), action_MD, columns.task[rows])
 
 
