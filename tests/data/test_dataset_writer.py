@@ -226,7 +226,7 @@ def test_an_extra_column_that_is_not_finite_is_refused_at_once(tmp_path):
     """Not after hours, when its statistics cannot be written."""
     images, state, action = episode(0)
     with writer(tmp_path / "set") as out:
-        with pytest.raises(SpecError, match="Episode 0: the extra column 'next.reward' is not finite at frame 7"):
+        with pytest.raises(SpecError, match=r"Episode 0: the extra column 'next\.reward' is not finite at frame 7"):
             out.add(images, state, action, "go", {"next.reward": np.where(np.arange(12) == 7, np.inf, 0.0)})
         out.add(images, state, action, "go")
     assert len(Dataset.open(tmp_path / "set")) == 12

@@ -17,9 +17,9 @@ PLACE = choose("metaworld", ("image",))
 
 
 @contextmanager
-def serving(policy=POLICY, compute=None, port=0, place=PLACE, **settings):
+def serving(policy=POLICY, compute=None, port=0, place=PLACE, warm_up=0, **settings):
     """A running server; yields it and its address."""
-    server = PolicyServer(policy, compute or Dense(3), ServerConfig(**place, port=port, **settings))
+    server = PolicyServer(policy, compute or Dense(3), ServerConfig(**place, port=port, warm_up=warm_up, **settings))
     told = threading.Event()
     found = {}
 

@@ -335,7 +335,7 @@ from vlaflow.serving.server import PolicyServer, ServerConfig
 
 async def main():
     ready = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(PolicyServer(POLICY, Slow(60), ServerConfig(**PLACE, port=0)).serve(ready))
+    serving = asyncio.create_task(PolicyServer(POLICY, Slow(60), ServerConfig(**PLACE, port=0, warm_up=0)).serve(ready))
     print(await ready, flush=True)
     await serving
 

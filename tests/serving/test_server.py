@@ -449,3 +449,31 @@ def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     assert "answered" in [line["event"] for line in rest]
     assert rest[-1]["event"] in ("stopping", "left")
     assert not any("traceback" in line for line in rest)
+
+
+class Watched:
+    """A compute policy that notes who computes how many, and continuing what."""
+
+    name, needs = "watched", Dense().needs
+
+    def __init__(self):
+        self.seen = []
+
+    def decode(self, model, prefix, generators, watch, given=None):
+        self.seen.append((threading.current_thread().name, len(generators), given is not None))
+        return Dense(1).decode(model, prefix, generators, watch, given)
+
+
+def test_the_first_chunks_are_made_before_the_first_client_is_let_in():
+    """In the thread that computes, alone and as many as are batched, new and continued; nothing of it is counted."""
+    watched = Watched()
+    with serving(compute=watched, warm_up=2, engine=EngineConfig(batch=4)) as (server, _):
+        assert {name for name, *_ in watched.seen} == {"inference_0"}
+        assert sorted(rest for _, *rest in watched.seen) == sorted([[1, False], [1, True], [4, False], [4, True]] * 2)
+        assert server.engine.counts.requests == server.engine.counts.answered == 0
+
+
+def test_by_default_there_is_a_warm_up():
+    assert ServerConfig(**PLACE).warm_up > 0
+    with pytest.raises(ConfigError, match="warm_up at least 0"):
+        ServerConfig(**PLACE, warm_up=-1)

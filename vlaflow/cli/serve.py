@@ -82,7 +82,6 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.calibration import Checkpoint
     from vlaflow.compute.parse import Knobs, parse
     from vlaflow.errors import ConfigError
-    from vlaflow.evaluation.profile import example
     from vlaflow.policies.base import Policy
     from vlaflow.policies.checkpoint import fingerprint, local_folder
     from vlaflow.serving.engine import EngineConfig
@@ -116,9 +115,6 @@ def main(argv: list[str]) -> int:
         budget=within,
         dashboard=a.dashboard,
     )
-    compute.needs.check(policy.model, compute.name)
-    for _ in range(3):  # the first chunks are slow; no client shall have them
-        policy.act(example(policy), compute)
 
     async def serve() -> None:
         server = PolicyServer(policy, compute, config)

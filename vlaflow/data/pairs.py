@@ -119,8 +119,8 @@ class FramePairs:
     def batch(self, indices: np.ndarray) -> Batch:
         """The pairs at ``indices`` (B,) as a training batch.
 
-        Its pictures are named "earlier" and "later"; its chunk is made of the ``gap`` executed actions that led from one to the other
-        (of no dimension where the data set holds none), all of them valid; all else is as at the earlier frame.
+        Its pictures are named "earlier" and "later"; its chunk is made of the ``gap`` executed actions that led from one to
+        the other (of no dimension where the data set holds none), all of them valid; all else is as at the earlier frame.
         """
         first_B, columns = self.rows[indices], self.dataset.columns()
         earlier, later = self.frames(indices)

@@ -14,16 +14,8 @@ from vlaflow.compute.dense import Dense
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError
 from vlaflow.policies.base import Policy
-from vlaflow.spec import Observation
+from vlaflow.policies.example import example
 from vlaflow.versions import machine, versions
-
-
-def example(policy: Policy) -> Observation:
-    """Random pixels at the size the policy reads, its mean state and a short sentence."""
-    random = np.random.default_rng(0)
-    sides = {view: size or 224 for view, size in policy.model.backbone.views.items()}
-    images = {view: random.integers(0, 256, (side, side, 3), dtype=np.uint8) for view, side in sides.items()}
-    return Observation(images, np.array(policy.stats["state"].mean, np.float32), "Open a drawer")
 
 
 def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1) -> Profile:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import BusyError, ConfigError, DeadlineError
 from vlaflow.policies.base import Policy
+from vlaflow.policies.example import example
 from vlaflow.spec import Chunk, Commitment, Observation
 
 
@@ -127,6 +129,21 @@ class Engine:
             return await waiting.answer
         finally:
             timer.cancel()
+
+    async def warm_up(self, compute: ComputePolicy, rounds: int) -> None:
+        """Make chunks that nobody asked for, ``rounds`` times alone and as many as are batched, new and continued.
+
+        The first chunks of a process and of a thread are slow (lazy initialisation, memory that grows, kernels that are chosen
+        or compiled); no client shall have them.
+        """
+        seen, policy = example(self.policy), self.policy
+        continues = self.config.guided or policy.model.decoder.longest_commitment
+        before = Commitment(np.array([policy.stats["action"].mean], np.float32), 1)
+        for size in {1, self.config.batch}:
+            for commitment in (None, before) if continues else (None,):
+                asked = [Asked(seen, compute, Generator().manual_seed(i), commitment) for i in range(size)]
+                for _ in range(rounds):
+                    await asyncio.get_running_loop().run_in_executor(self._thread, self._act, asked)
 
     async def run(self) -> None:
         """Answer requests until cancelled; what is being computed then is still answered."""

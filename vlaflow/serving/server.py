@@ -69,6 +69,7 @@ class ServerConfig:
         idle_s: a connection that does not answer pings for so long is closed.
         budget: what fits so many milliseconds, for requests with a "budget_ms" of their own.
         dashboard: serve the operator's page, too.
+        warm_up: chunks of each kind that are made before the first client is let in; 0 for none.
     """
 
     layout: Layout
@@ -83,12 +84,15 @@ class ServerConfig:
     idle_s: float = 60.0
     budget: Callable[[float], ComputePolicy] | None = None
     dashboard: bool = False
+    warm_up: int = 3
 
     def __post_init__(self) -> None:
         if self.token is not None and not self.token.strip():
             raise ConfigError("The token is empty, which no client can send; give one, or none to serve this machine alone.")
-        if not 0 <= self.port < 2**16 or min(self.connections, self.most_bytes) < 1:
-            raise ConfigError("A port lies in 0..65535, and there is at least one connection and one byte in a request.")
+        if not 0 <= self.port < 2**16 or min(self.connections, self.most_bytes, self.warm_up + 1) < 1:
+            raise ConfigError(
+                "A port lies in 0..65535; there is at least one connection and one byte in a request, and warm_up at least 0."
+            )
         if self.host not in LOOPBACK and not self.token:
             raise ConfigError(
                 f"Serving on {self.host} lets other machines move the robot; give a --token, or serve on 127.0.0.1 and tunnel."
@@ -149,7 +153,7 @@ class PolicyServer:
         return page
 
     async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
-        """Serve until ``stop``, then finish what runs. A policy's first chunks are slow; make a few before.
+        """Make the first, slow chunks, then serve until ``stop``, then finish what runs.
 
         Args:
             ready: told the port once requests are taken.
@@ -158,6 +162,7 @@ class PolicyServer:
         quiet = logging.getLogger("vlaflow.serving.websockets")
         quiet.addFilter(_ONE_LINE)
         try:
+            await self.engine.warm_up(self.compute, self.config.warm_up)
             server = await serve(
                 self._connection,
                 self.config.host,
