@@ -23,7 +23,7 @@ from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles,
 
 T = TypeVar("T")
 FORMAT = "vlaflow results 1"
-ALL_PAIRS = 3
+ALL_PAIRS = 4
 """Compute policies up to which every pair is tested; with more, the number of tests would say more than their results."""
 EARLY = 400
 """Other published tables end episodes here; successes up to this step are counted beside those up to the horizon."""
@@ -248,7 +248,7 @@ def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
 
 
 def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
-    """Every pair of up to three compute policies, each of more against the first; in every environment and over all."""
+    """Every pair of up to four compute policies, each of more against the first; in every environment and over all."""
     envs = list(dict.fromkeys(e.env for e in evaluations))
     computes = list(dict.fromkeys(e.compute for e in evaluations))
     pairs = list(combinations(computes, 2)) if len(computes) <= ALL_PAIRS else [(computes[0], c) for c in computes[1:]]
