@@ -1,6 +1,7 @@
 """results.json comes back as it was written, and the counting in it is right."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,16 @@ def test_every_paired_test_accounts_for_every_seed():
         n = 60 if test.env == "all" else 20
         assert test.both + test.only_first + test.only_second + test.neither == n
         assert test.difference == pytest.approx((test.only_second - test.only_first) / n)
+
+
+@pytest.mark.parametrize(("count", "pairs"), [(2, 1), (4, 6), (5, 4)])
+def test_few_compute_policies_are_tested_in_every_pair_and_many_against_the_first(count, pairs):
+    """The demo's four, so that regeneration meets its control."""
+    dense = [e for e in synthetic.results().evaluations if e.compute == "dense"]
+    named = [replace(e, compute=f"c{i}") for i in range(count) for e in dense]
+    found = [(test.first, test.second) for test in results.compare(named) if test.env == "all"]
+    assert len(found) == len(set(found)) == pairs
+    assert all(first == "c0" for first, _ in found) == (count != 4)
 
 
 def test_other_seeds_cannot_be_paired():
