@@ -11,8 +11,9 @@ from vlaflow.data.batch import Executed
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import EXECUTED_KEY, Dataset
 from vlaflow.data.mixture import Mixture
+from vlaflow.data.quality import DEPARTURES, DepartureRule, departures
 from vlaflow.data.windows import Windows
-from vlaflow.errors import DataError, SpecError
+from vlaflow.errors import ConfigError, DataError
 
 
 def executed_of(number):
@@ -22,6 +23,9 @@ def executed_of(number):
     far = rng.random(len(action)) < 0.2
     other[far, 0] += 0.9
     return other, far
+
+
+ABRUPT = DepartureRule(0.5, 1)
 
 
 def write(root, change=lambda values: values):
@@ -68,15 +72,65 @@ def test_a_value_that_is_not_finite_is_refused(tmp_path):
         Dataset.open(root).columns()
 
 
-def test_nobody_knows_what_is_far_without_the_meaning_of_the_actions(written, monkeypatch):
-    monkeypatch.setattr(written[0], "action_spec", None)
-    with pytest.raises(SpecError, match="State an action spec"):
-        Windows(*written, 4)
+def test_video_alone_takes_no_interest_in_the_column(tmp_path):
+    root = write(tmp_path / "wide", lambda values: np.tile(values, 2))
+    assert Dataset.open(root, video=True).executed_key is None
+
+
+def marked(executed, rule=DEPARTURES, half_span=(1.0, 1.0, 0.0)):
+    noted = np.zeros((12, 3), np.float32)
+    return np.flatnonzero(departures(noted, noted + np.array(executed, np.float32), np.array(half_span), rule)).tolist()
+
+
+def row(value, *places):
+    rows = np.zeros((12, 3))
+    rows[list(places), 1] = value
+    return rows
+
+
+def test_a_lasting_difference_is_a_departure():
+    """Of 0.6 half-spans from the step on around which most of five differ, and of less than the threshold never."""
+    assert marked(row(0.6, *range(12))) == list(range(12))
+    assert marked(row(0.9, 5, 6, 7, 8)) == [5, 6, 7, 8]
+    assert marked(row(-0.9, 5, 6, 7, 8)) == [5, 6, 7, 8]
+    assert marked(row(0.49, *range(12))) == []
+
+
+def test_noise_averages_out_and_one_step_is_none():
+    assert marked(row(1.9, 5)) == []
+    assert marked(row(1.9, 5), ABRUPT) == [5]
+    assert marked(row(1.4, *range(0, 12, 2)) - row(1.4, *range(1, 12, 2))) == []
+
+
+def test_the_measure_is_what_the_dimension_spans():
+    assert marked(row(0.6, *range(12)), half_span=(1.0, 2.0, 0.0)) == []
+    rows = np.zeros((12, 3))
+    rows[:, 2] = 5.0  # a dimension that never varies among the noted actions tells nothing
+    assert marked(rows) == []
+
+
+def test_noise_of_the_default_size_is_no_departure_and_three_times_as_much_hardly():
+    noise = np.random.default_rng(0).standard_normal((100_000, 3))
+    share = [departures(0 * noise, scale * noise, np.ones(3), DEPARTURES).mean() for scale in (0.1, 0.3)]
+    assert share[0] == 0
+    assert share[1] < 0.002
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 0}, {"steps": 0}])
+def test_impossible_rules_are_refused(wrong):
+    with pytest.raises(ConfigError, match="A departure needs"):
+        DepartureRule(**wrong)
+
+
+def test_without_a_rule_everything_counts(written):
+    batch = Windows(*written, 6, departure_rule=None).batch(np.arange(20))
+    assert torch.equal(batch.valid_BL, batch.executed.present_BL)
+    assert not batch.executed.departed_BL.any()
 
 
 def test_actions_noted_after_a_departure_do_not_count(written):
     """The slow and plain way, for every frame: a step counts up to the first departure, that one included."""
-    windows = Windows(*written, 6)
+    windows = Windows(*written, 6, departure_rule=ABRUPT)
     batch = windows.batch(np.arange(len(windows)))
     sample, ended = 0, 0
     for number, length in enumerate(LENGTHS):
@@ -108,7 +162,7 @@ def test_what_is_given_excuses_its_departures():
 def test_a_mixture_takes_it_along(written, dataset, tmp_path, monkeypatch):
     """From one data set that keeps it and one that does not, in the order of the samples."""
     monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path / "cache"))
-    parts = {"a": Windows(*written, 4), "b": Windows(dataset, FrameCache.open(dataset, 16), 4)}
+    parts = {"a": Windows(*written, 4, departure_rule=ABRUPT), "b": Windows(dataset, FrameCache.open(dataset, 16), 4)}
     mixture = Mixture(parts, {"a": 1.0, "b": 1.0}, 24, 0)
     part_B, index_B = mixture.indices(0)
     batch = mixture.batch(0)

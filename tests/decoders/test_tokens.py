@@ -1,10 +1,13 @@
 """Decoders of discrete tokens: what they share, and what each promises about its tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests import helpers
 from vlaflow.actions.bins import BinsFit
+from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Given, GivenTokens, Targets
 from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig, EmbeddingMetric
@@ -119,6 +122,22 @@ def test_draws_are_only_corruptions_and_invalid_chunks_teach_nothing(config, set
         decoder.loss(prefix, Targets(a, some), torch.Generator().manual_seed(0)).total for a in (targets.action_BLD, changed)
     ]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("tokenizer", [helpers.FAST, helpers.BINS])
+def test_tokens_of_a_whole_chunk_teach_nothing_once_a_departure_leaves_out_a_part(tokenizer):
+    """The end of an episode leaves out a part as well, but repeats the last action; noted actions after a departure mislead."""
+    policy = helpers.token_policy(DiscreteFlowConfig, tokenizer)
+    targets, decoder = targets_of(policy), policy.model.decoder
+    departed_BL, present_BL = torch.zeros_like(targets.valid_BL), targets.valid_BL.clone()
+    departed_BL[0, 2] = True
+    present_BL[1, 4:] = False
+    executed = Executed(targets.action_BLD, departed_BL, present_BL)
+    _, weight_BS = decoder.encode(replace(targets, valid_BL=executed.valid_after(0), executed=executed))
+    if decoder.tokenizer.local:
+        assert weight_BS.view(3, 6, 4).any(2).int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1] * 6]
+    else:
+        assert weight_BS.any(1).tolist() == [False, True, True]
 
 
 def test_with_bins_single_invalid_actions_teach_nothing():

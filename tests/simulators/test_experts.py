@@ -87,6 +87,18 @@ def test_an_expert_that_misjudges_acts_as_from_elsewhere_and_is_labelled_from_he
     assert all(16 <= length <= 48 for length in lengths[1::2])
 
 
+def test_a_wandering_expert_takes_no_step_for_what_it_would_do_if_it_were_wrong():
+    """Label and execution speak of the same point, and points last as long as without misjudging."""
+    env = make("metaworld/drawer-open-v3")
+    env.restart(10_000)
+    plain, asked = (Wandering(expert_for(env.name), episode_generator(env.name, 1), points=2) for _ in range(2))
+    for _ in range(70):
+        label = asked(env)
+        other = asked(env, np.full(3, 0.01))
+        assert np.array_equal(label, plain(env))
+        env.advance(other)
+
+
 def test_misjudging_has_its_size():
     """Of 2000 errors, in metres along each axis."""
     env = make("metaworld/window-open-v3")

@@ -17,8 +17,9 @@ import av
 import numpy as np
 
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import PauseRule, pauses
+from vlaflow.data.quality import DEPARTURES, PauseRule, pauses
 from vlaflow.data.stats import compute
+from vlaflow.data.windows import departed
 from vlaflow.errors import DataError
 
 
@@ -115,6 +116,12 @@ def _about_numbers(dataset: Dataset) -> list[str]:
         share = np.concatenate(paused).mean()
         if share > 0:
             remarks.append(f"{share:.1%} of the frames are pauses by the default rule (vlaflow.data.quality.PauseRule).")
+    share = departed(dataset, DEPARTURES).mean()
+    if share > 0:
+        remarks.append(
+            f"In {share:.1%} of the frames something else was executed (vlaflow.data.quality.DepartureRule); what follows in a "
+            "chunk is not learned."
+        )
     path = dataset.root / "meta/stats.json"
     if dataset.version == "v3.0":
         try:

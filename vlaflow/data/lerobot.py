@@ -93,7 +93,7 @@ class Dataset:
         self.views = {view_name(key): key for key, f in self.features.items() if _is_camera(f)}
         self.action_key = None if video and "action" not in self.features else "action"
         self.state_key = "observation.state" if "observation.state" in self.features else None
-        self.executed_key = EXECUTED_KEY if self.action_key and EXECUTED_KEY in self.features else None
+        self.executed_key = EXECUTED_KEY if self.action_key and not video and EXECUTED_KEY in self.features else None
         for key in filter(None, (self.action_key, self.state_key, self.executed_key)):
             self._require_vector(key)
         if self.executed_key and self.features[self.executed_key]["shape"] != self.features["action"]["shape"]:

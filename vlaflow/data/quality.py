@@ -67,12 +67,42 @@ def pauses(action_ND: np.ndarray, action_spec: ActionSpec, rule: PauseRule) -> n
     return still_N
 
 
-DEPARTURE = 0.5
-"""Share of half a dimension's range by which an executed action differs from the one to be learned when the robot departs.
-Five standard deviations of the noise that ``vlaflow record`` adds by default, so that noise alone is no departure."""
+@dataclass(frozen=True)
+class DepartureRule:
+    """When the robot departs from what is to be learned; see ``batch.Executed``.
+
+    Args:
+        threshold: largest mean difference between executed and noted action that is none, as a share of half of what the
+            dimension spans between its 1 % and 99 % quantile.
+        steps: over which the difference is averaged, so that noise, which averages out, is no departure.
+    """
+
+    threshold: float = 0.5
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0 or self.steps < 1:
+            raise ConfigError(f"A departure needs a threshold above 0 and at least one step, got {self}.")
 
 
-def departures(action_ND: np.ndarray, executed_ND: np.ndarray, action_spec: ActionSpec) -> np.ndarray:
-    """Mark the steps, (N,) bool, at which an executed action differs from the one to be learned by more than ``DEPARTURE``."""
-    half_range_D = (action_spec.high.astype(np.float64) - action_spec.low) / 2
-    return (np.abs(executed_ND.astype(np.float64) - action_ND) > DEPARTURE * half_range_D).any(axis=1)
+DEPARTURES = DepartureRule()
+"""The rule that holds unless another is given."""
+
+
+def departures(action_ND: np.ndarray, executed_ND: np.ndarray, half_span_D: np.ndarray, rule: DepartureRule) -> np.ndarray:
+    """Mark the departures in one episode.
+
+    Args:
+        action_ND, executed_ND: one episode's noted and executed actions, robot units.
+        half_span_D: half of what each dimension spans; one that spans nothing says nothing.
+        rule: threshold, and the steps centred on each over which the difference is averaged (fewer at the ends).
+
+    Returns:
+        bool (N,), True where the robot was given something else.
+    """
+    before = np.cumsum(np.pad(executed_ND.astype(np.float64) - action_ND, ((1, 0), (0, 0))), axis=0)
+    place_N = np.arange(len(action_ND))
+    first_N = np.maximum(place_N - rule.steps // 2, 0)
+    end_N = np.minimum(place_N + (rule.steps + 1) // 2, len(action_ND))
+    mean_ND = (before[end_N] - before[first_N]) / (end_N - first_N)[:, None]
+    return (np.abs(mean_ND[:, half_span_D > 0]) > rule.threshold * half_span_D[half_span_D > 0]).any(axis=1)

@@ -169,13 +169,17 @@ class TokenDecoder(Decoder[State]):
         """Ids (B, S) of chunks and float weights (B, S) of their tokens in the loss, on the targets' device.
 
         A token that belongs to one action counts where that action does. One that speaks of the whole chunk counts where
-        any action does: steps past the episode's end are then learned as what they hold, the repeated last action.
+        any action does: steps past the episode's end are then learned as what they hold, the repeated last action. It does not
+        count where a departure leaves out a part of the chunk.
         """
         action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
         id_BS = torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
         if self.tokenizer.local:
             return id_BS, valid_BL.repeat_interleave(self.action_dim, 1).float()
-        return id_BS, valid_BL.any(1, keepdim=True).float().expand(-1, self.slots)
+        counts_B1 = valid_BL.any(1, keepdim=True)
+        if targets.executed is not None:
+            counts_B1 &= ~(targets.executed.present_BL & ~valid_BL).any(1, keepdim=True)
+        return id_BS, counts_B1.float().expand(-1, self.slots)
 
     def hidden(self, id_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Hidden states (B, S, W) at each depth of tokens that all see each other."""

@@ -13,7 +13,7 @@ from typing import Literal
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.data.augment import Augment, StateMask
-from vlaflow.data.quality import PauseRule
+from vlaflow.data.quality import DEPARTURES, DepartureRule, PauseRule
 from vlaflow.data.questions import Turns
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
@@ -152,6 +152,8 @@ class TrainConfig:
         augment: erased and sharpened images; None for none.
         state_mask: hidden proprioceptive states; None for none.
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
+        departures: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
+            are left out of the loss; None keeps all.
         questions: questions to learn to answer beside; None for none.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
         validation_fraction: share of the episodes of every task held out.
@@ -172,6 +174,7 @@ class TrainConfig:
     augment: Augment | None = None
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
+    departures: DepartureRule | None = DEPARTURES
     questions: QuestionTraining | None = None
     demonstrations: float = 1.0
     validation_fraction: float = 0.06

@@ -14,7 +14,9 @@ from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs, chosen_view
+from vlaflow.data.quality import DepartureRule
 from vlaflow.data.transforms import Normalizer
+from vlaflow.data.windows import departed
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig
@@ -100,8 +102,13 @@ def train_latent(
     )
 
 
-def codes_of(policy: Policy, dataset: Dataset, path: Path | str | None) -> tuple[np.ndarray | None, dict[str, str]]:
-    """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity."""
+def codes_of(
+    policy: Policy, dataset: Dataset, path: Path | str | None, rule: DepartureRule | None
+) -> tuple[np.ndarray | None, dict[str, str]]:
+    """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity.
+
+    A code that tells of a departure, which the observation did not foretell, is left out.
+    """
     decoder = names_codes(policy.config)
     if decoder is None:
         if path is not None:
@@ -125,7 +132,10 @@ def codes_of(policy: Policy, dataset: Dataset, path: Path | str | None) -> tuple
             done = now
 
         codes = dataset_codes(model, dataset, progress=tell)
-    return codes.id_NK, {"latent": model.fingerprint()}
+    before = np.concatenate(([0], np.cumsum(departed(dataset, rule))))
+    end_N = np.minimum(np.arange(len(dataset)) + codes.gap, len(dataset))
+    foretold_N = before[end_N] == before[:-1]
+    return np.where(foretold_N[:, None], codes.id_NK, -1), {"latent": model.fingerprint()}
 
 
 def require_same_model(before: str | None, path: Path | str | None, policy_path: Path | str) -> None:

@@ -6,6 +6,7 @@ outcome = train("asyncvla.rater", "runs/demo/dataset", "runs/demo/rated", policy
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -274,12 +275,15 @@ def _train(
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
     horizon = policy.config.decoder.horizon
-    code_NK, latent = codes_of(policy, dataset, options.latent) if config.policy is not None else (None, {})
+    code_NK, latent = codes_of(policy, dataset, options.latent, config.departures) if config.policy is not None else (None, {})
     identity = {**identity, **latent}
-    windows = Windows(dataset, cache, horizon, episodes=train_episodes, pause_rule=config.pauses, code_NK=code_NK)
+    cut = functools.partial(
+        Windows, dataset, cache, horizon, pause_rule=config.pauses, departure_rule=config.departures, code_NK=code_NK
+    )
+    windows = cut(episodes=train_episodes)
     held = None
     if held_episodes:
-        held = Windows(dataset, cache, horizon, episodes=held_episodes, pause_rule=config.pauses, code_NK=code_NK)
+        held = cut(episodes=held_episodes)
     own = questions_of(policy, config, options.questions) if config.questions is not None else None
     command = options.command or command_line()
 
