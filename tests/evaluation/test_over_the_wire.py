@@ -1,5 +1,8 @@
 """Episodes over the wire: one clock for every hand-over, jerk in closed form, and a real server at the end."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -79,9 +82,22 @@ def test_a_delay_is_rounded_up_to_whole_steps():
     assert play("wait", 12.6).stood == 8
 
 
-def test_jitter_only_lengthens_and_is_the_same_for_every_hand_over():
-    waits = [play("wait", 25.0, jitter_ms=50.0).stood for _ in range(2)]
-    assert waits[0] == waits[1] > play("wait", 25.0).stood
+def test_jitter_only_lengthens_and_is_the_same_for_every_hand_over(monkeypatch):
+    delays: dict[str, list[int]] = {}
+
+    class Noting(wire.SimulatedLine):
+        def __init__(self, infer, delay):
+            steps = delays.setdefault(mode, [])
+            super().__init__(infer, lambda: steps.append(delay()) or steps[-1])
+
+    monkeypatch.setattr(wire, "SimulatedLine", Noting)
+    for mode in ("wait", "switch", "commit"):
+        play(mode, 25.0, jitter_ms=50.0)
+    shortest = min(map(len, delays.values()))
+    assert shortest > 3
+    assert len({tuple(steps[:shortest]) for steps in delays.values()}) == 1
+    assert all(2 <= step <= 6 for steps in delays.values() for step in steps)
+    assert len(set(delays["wait"])) > 1
 
 
 def test_every_mode_gets_the_same_noise_for_the_same_chunk():
@@ -175,8 +191,66 @@ def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, e
         wire.require_fit(metadata, "ws://here", jobs, wire.WireConfig(**config))
 
 
+def test_two_tasks_are_compared_apart_and_together():
+    """What one gains and the other loses is no difference over all, and must not be hidden by it."""
+    episodes = [
+        replace(play(mode, 0.0, seed), env=env, success=(mode == "commit") == (env == "a"))
+        for env in ("a", "b")
+        for seed in (1000, 1001)
+        for mode in ("switch", "commit")
+    ]
+    _, pairs = count(episodes)
+    assert {p.env: p.success[0] for p in pairs} == {"a": 1.0, "b": -1.0, "all": 0.0}
+
+
+def test_steps_to_success_are_the_median_of_those_that_succeeded():
+    episodes = [replace(play("wait", 0.0, seed), first_success_step=step) for seed, step in enumerate((10, None, 30))]
+    assert count(episodes)[0][0].steps == 20
+
+
+class Sometimes(Forward):
+    """A client whose server was busy at the third request, or was exchanged after it."""
+
+    def __init__(self, fails=0, becomes=None):
+        super().__init__()
+        self.fails, self.becomes, self.metadata = fails, becomes, METADATA
+
+    def infer(self, request):
+        if self.fails and len(self.requests) == 2:
+            self.fails, self.requests = self.fails - 1, []
+            raise RequestError("busy")
+        if self.becomes:
+            self.metadata = self.becomes
+        return self(request)
+
+
+@pytest.mark.parametrize(
+    ("client", "sentence"),
+    [
+        (Sometimes(), None),
+        (Sometimes(fails=2), None),
+        (Sometimes(fails=3), "busy"),
+        (Sometimes(becomes={**METADATA, "fingerprint": "other"}), "started anew with another policy"),
+    ],
+)
+def test_a_failed_episode_is_begun_again_and_one_of_another_policy_counts_for_nothing(client, sentence, monkeypatch):
+    monkeypatch.setattr(wire, "cached", lambda *_, **__: World())
+    job = wire.WireJob(ENV, "switch", 25.0, 1000)
+    with pytest.raises(RequestError, match=sentence) if sentence else nullcontext():
+        episode = wire._play_job(job, client, config=wire.WireConfig(), metadata=METADATA)
+        assert episode == replace(play("switch", 25.0), trace=None)
+
+
+@pytest.mark.parametrize("jitter_ms", [-1.0, float("nan"), float("inf")])
+def test_jitter_that_is_none_is_refused(jitter_ms):
+    with pytest.raises(ConfigError, match="Jitter makes answers later"):
+        wire.WireConfig(jitter_ms=jitter_ms)
+
+
 def test_impossible_plans_are_refused():
-    for episodes, delays in ((0, (0.0,)), (1, ()), (1, (-1.0,))):
+    with pytest.raises(ConfigError, match="name at least one environment"):
+        wire.plan((), ("wait",), (0.0,), 1)
+    for episodes, delays in ((0, (0.0,)), (1, ()), (1, (-1.0,)), (1, (float("inf"),))):
         with pytest.raises(ConfigError, match="at least one"):
             wire.plan((ENV,), ("wait",), delays, episodes)
 
@@ -200,4 +274,5 @@ def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
     page = write_page(outcome, tmp_path / "report.html").read_text()
     assert "real-time chunking" in page
     assert "commit − switch" in page
+    assert "Dense(steps=2" in page
     assert '"delay_ms": 25.0' in (tmp_path / "results.json").read_text()

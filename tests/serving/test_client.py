@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve
 
+from tests import helpers
 from tests.serving.live import POLICY, expected, port_of, request, serving, until
 from vlaflow.errors import RequestError
 from vlaflow.serving import wire
@@ -93,6 +94,26 @@ def test_a_server_that_hangs_up_at_every_request_is_one_sentence():
         with pytest.raises(RequestError, match="ended the connection twice"):
             client.infer({})
         assert client.reconnected == 1
+
+
+def test_a_server_that_was_started_anew_and_continues_less_is_refused():
+    """Every request of a robot that commits more would fail, and it would stand for ever."""
+    with serving(policy=helpers.policy(masks="synchronous", committed=3)) as (_, address):
+        client = Client(address)
+        client.infer(request(0))
+    with client:
+        less = serving(policy=helpers.policy(masks="synchronous", committed=2), port=port_of(address))
+        with less, pytest.raises(RequestError, match="another commitment than this client began with"):
+            client.infer(request(0))
+        with serving(policy=helpers.policy(masks="synchronous", committed=4), port=port_of(address)):
+            client.infer(request(0))
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone has it")
+def test_data_that_nobody_acknowledges_ends_the_connection_after_the_timeout():
+    """The option is the kernel's; that a cut cable is noticed cannot be tried here."""
+    with serving() as (_, address), Client(address, timeout_s=2.5) as client:
+        assert client._connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2500
 
 
 def test_a_server_that_was_started_anew_for_another_robot_does_not_move_this_one():

@@ -118,6 +118,12 @@ def test_an_ensemble_averages_what_all_chunks_say_of_this_moment():
     assert moves[5].action[1] == pytest.approx((5 + 1 * weight) / (1 + weight))
 
 
+def test_a_chunk_that_leaves_the_average_is_a_boundary_as_one_that_enters_it():
+    """Chunks of 12 are asked for at 0, 5, 10 and 15 and come a step later; the first has ended at 12, the second at 17."""
+    moves = Robot(1, mode="ensemble", execute=5).begin().run(18)
+    assert [i for i, move in enumerate(moves) if move.fresh] == [0, 6, 11, 12, 16, 17]
+
+
 def test_a_fade_goes_from_the_old_chunk_to_the_new_in_equal_steps():
     moves = Robot(2, mode="switch", execute=4, fade=3).begin().run(10)
     shares = [0.25, 0.5, 0.75, 1.0]
@@ -242,12 +248,24 @@ def test_no_first_chunk_is_an_error():
         robot.begin()
 
 
-@pytest.mark.parametrize("actions", [np.zeros((3, DIM)), np.full((HORIZON, DIM), np.nan), None])
-def test_a_first_answer_that_is_no_chunk_is_an_error_and_not_waited_for_again(actions):
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"actions": np.zeros((3, DIM))},
+        {"actions": np.full((HORIZON, DIM), np.nan)},
+        {"actions": None},
+        {"actions": "none"},
+        {"actions": [[0.0, 0.0], [0.0]]},
+        {},
+        np.zeros((HORIZON, DIM)),
+        [],
+    ],
+)
+def test_a_first_answer_that_is_no_chunk_is_an_error_and_not_waited_for_again(reply):
     line = Scripted()
-    line.due.append(Answer(1, {"actions": actions}))
+    line.due.append(Answer(1, reply))
     controller = RealtimeController(line, METADATA, RealtimeConfig())
-    with pytest.raises(RequestError, match="not a finite chunk"):
+    with pytest.raises(RequestError, match=r"not a finite chunk|no array of numbers"):
         controller.begin({})
     assert len(line.asked) == 1
 

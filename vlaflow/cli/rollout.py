@@ -77,6 +77,7 @@ def main(argv: list[str]) -> int:
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
     config = wire.WireConfig(a.execute, a.horizon, a.jitter_ms, a.fade, a.render)
     jobs = wire.plan(envs, modes, delays, a.episodes, a.seed)
+    a.out.mkdir(parents=True, exist_ok=True)  # better now than after the last episode
     token = a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN")
     with Client(a.server, token) as client:
         metadata = client.metadata
@@ -85,7 +86,6 @@ def main(argv: list[str]) -> int:
             a.server, jobs, config, token=token, workers=a.workers, progress=lambda done, total: bar.advance()
         )
     found = results(a.server, metadata, config, episodes)
-    a.out.mkdir(parents=True, exist_ok=True)
     found.write(a.out / "results.json")
     page = write_page(found, a.out / "report.html")
     console = Console()
@@ -121,7 +121,7 @@ def table(found: WireResults) -> Table:
             cell.mode,
             f"{cell.successes}/{cell.episodes}",
             f"{100 * low:.0f} to {100 * high:.0f} %",
-            str(cell.steps or "none"),
+            f"{cell.steps:g}" if cell.steps else "none",
             f"{cell.boundary_jerk[0]:.4f}" if cell.boundary_jerk else "none",
             f"{100 * cell.stood_share:.0f} %",
             f"{100 * cell.late_share:.0f} %",

@@ -114,6 +114,8 @@ def main(argv: list[str]) -> int:
         connections=a.connections,
         budget=within,
         dashboard=a.dashboard,
+        checkpoint=str(a.checkpoint),
+        fingerprint=home.fingerprint,
     )
 
     async def serve() -> None:

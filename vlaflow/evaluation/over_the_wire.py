@@ -30,6 +30,7 @@ from vlaflow.simulators.base import Environment, Render, cached, parse_env_name,
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import ActionSpec, Observation
 
+_TRIES = 3
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -50,6 +51,10 @@ class WireConfig:
     jitter_ms: float = 0.0
     fade: int = 0
     render: Render = "fast"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.jitter_ms < math.inf:
+            raise ConfigError(f"Jitter makes answers later, by 0 ms or more, got {self.jitter_ms:g}.")
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,10 @@ def plan(
     first_seed: int = FIRST_SEED,
 ) -> list[WireJob]:
     """Every hand-over at every delay on the same seeds of every environment; the first seed's actions are kept."""
-    if episodes < 1 or min(delays_ms, default=-1) < 0:
-        raise ConfigError("This takes at least one episode and at least one delay, none of them negative.")
+    if not envs:
+        raise ConfigError("Nothing to drive: name at least one environment, e.g. --env metaworld/drawer-open-v3.")
+    if episodes < 1 or not all(0 <= delay < math.inf for delay in delays_ms or (-1,)):
+        raise ConfigError("This takes at least one episode and at least one delay, each of 0 ms or more.")
     return [
         WireJob(env, mode, delay, seed, trace=seed == first_seed)
         for env in envs
@@ -155,8 +162,9 @@ def evaluate(
         SpecError, ConfigError: before the first episode, when server, environments and settings do not fit together.
     """
     with Client(server, token) as client:
-        require_fit(client.metadata, server, jobs, config)
-    play_job = functools.partial(_play_job, config=config)
+        metadata = client.metadata
+    require_fit(metadata, server, jobs, config)
+    play_job = functools.partial(_play_job, config=config, metadata=metadata)
     return run_jobs(play_job, jobs, workers, setup=functools.partial(Client, server, token), progress=progress)
 
 
@@ -307,7 +315,17 @@ def as_request(seen: Observation, metadata: Mapping[str, Any]) -> dict[str, Any]
     return {**images, metadata["state"][0]: seen.state, "prompt": seen.instruction}
 
 
-def _play_job(job: WireJob, client: Client, *, config: WireConfig) -> WireEpisode:
-    size = max((s for s in client.metadata["images"].values() if s), default=None)
+def _play_job(job: WireJob, client: Client, *, config: WireConfig, metadata: Mapping[str, Any]) -> WireEpisode:
+    """One episode; begun again when a request fails, for it is the same one whenever it is run."""
+    size = max((s for s in metadata["images"].values() if s), default=None)
     env = cached(job.env, render=config.render, size=size)
-    return play(client.infer, client.metadata, env, job, config)
+    for left in reversed(range(_TRIES)):
+        try:
+            episode = play(client.infer, metadata, env, job, config)
+            break
+        except RequestError:
+            if not left:
+                raise
+    if client.metadata != metadata:
+        raise RequestError("The server was started anew with another policy or other settings in the middle; begin anew.")
+    return episode

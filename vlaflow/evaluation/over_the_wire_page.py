@@ -36,18 +36,21 @@ def write_page(found: WireResults, file: Path) -> Path:
     if drawn := executed(found):
         figures.append(drawn)
     shown = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in figures)
-    title = f"{found.system} with {found.compute} over the wire"
+    guided = ", continued by guidance" if found.guided else ""
+    title = f"{found.system} with {found.compute}{guided} over the wire"
     how = (
         f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of each of "
         f"{', '.join(map(short, found.envs))}, up to {found.horizon} control steps at {found.rate_hz:g} Hz; the next chunk is "
-        f"asked for after {found.execute} actions; jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions."
+        f"asked for after {found.execute} actions; {found.compute_settings}; checkpoint {found.checkpoint} "
+        f"({found.fingerprint[:12]}); jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions."
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{css}</style>'
         f"</head><body><main><h1>{html.escape(title)}</h1><p>{html.escape(how)}</p>{shown}"
         f"{_table(CELLS, map(_row, found.cells))}"
-        f"<h2>In pairs</h2>{_table(PAIRS, map(_pair, found.comparisons))}"
+        f"<h2>In pairs</h2><p>The same seeds and noise under both. The p-values are of single tests; of twenty, one falls "
+        f"below 0.05 by chance.</p>{_table(PAIRS, map(_pair, found.comparisons))}"
         f"<p><code>{html.escape(found.command)}</code><br>{html.escape(found.machine)}; "
         f"{html.escape(', '.join(f'{k} {v}' for k, v in found.versions.items()))}</p></main></body></html>\n"
     )
@@ -142,7 +145,7 @@ CELLS = (
     "stood still",
     "late answers",
 )
-PAIRS = ("delay, ms", "compared", "success, points", "p", "jerk", "smoother : rougher", "p")
+PAIRS = ("delay, ms", "task", "compared", "success, points", "p", "jerk", "smoother : rougher", "p")
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
@@ -154,7 +157,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
         cell.mode,
         f"{cell.successes}/{cell.episodes} [{100 * cell.interval[0]:.0f}, {100 * cell.interval[1]:.0f}] %",
         " + ".join(str(n) for n in cell.per_env.values()),
-        str(cell.steps or "none"),
+        f"{cell.steps:g}" if cell.steps else "none",
         mean(cell.boundary_jerk),
         mean(cell.inner_jerk),
         f"{100 * cell.stood_share:.0f} %",
@@ -166,6 +169,7 @@ def _pair(test: Comparison) -> tuple[str, ...]:
     difference, low, high = (100 * value for value in test.success)
     return (
         f"{test.delay_ms:g}",
+        short(test.env),
         f"{test.second} − {test.first}",
         f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]",
         f"{test.success_p:.2g}",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vlaflow.config import to_json
@@ -27,7 +28,7 @@ class Cell:
         mode, delay_ms: which.
         episodes, successes, interval: with the 95 % Wilson interval of the rate.
         per_env: successes by environment.
-        steps: median control steps to success; None without one.
+        steps: median control steps to success, of the episodes that succeeded; None without one.
         boundary_jerk, inner_jerk: means over the episodes that have them, with 95 % bootstrap intervals; None without.
         stood_share: share of the control steps at which the robot had nothing to execute.
         late_share: share of the answers that came after more actions than had been committed.
@@ -39,7 +40,7 @@ class Cell:
     successes: int
     interval: tuple[float, float]
     per_env: dict[str, int]
-    steps: int | None
+    steps: float | None
     boundary_jerk: tuple[float, float, float] | None
     inner_jerk: tuple[float, float, float] | None
     stood_share: float
@@ -51,6 +52,7 @@ class Comparison:
     """Two ways of handing over at one delay, on the same seeds; differences are second minus first.
 
     Args:
+        env: environment, or "all".
         first, second, delay_ms: which.
         success: difference of the rates, and its 95 % interval.
         success_p: exact McNemar test.
@@ -59,6 +61,7 @@ class Comparison:
         jerk_p: exact sign test of these.
     """
 
+    env: str
     first: HandOver
     second: HandOver
     delay_ms: float
@@ -75,7 +78,7 @@ class WireResults:
     """Everything.
 
     Args:
-        server, system, compute: the policy, as its server describes it.
+        server, system, compute, compute_settings, guided, checkpoint, fingerprint: the policy, as its server describes it.
         envs, seeds, execute, horizon, jitter_ms, fade, rate_hz: how the episodes were run.
         cells, comparisons: what was found.
         episodes: each of them.
@@ -85,6 +88,10 @@ class WireResults:
     server: str
     system: str
     compute: str
+    compute_settings: str
+    guided: bool
+    checkpoint: str
+    fingerprint: str
     envs: tuple[str, ...]
     seeds: tuple[int, ...]
     execute: int
@@ -105,13 +112,20 @@ class WireResults:
 
 
 def count(episodes: Sequence[WireEpisode]) -> tuple[tuple[Cell, ...], tuple[Comparison, ...]]:
-    """Cells in the order of the delays and modes, and every pair of modes at every delay."""
+    """Cells in the order of the delays and modes, and every pair of modes at every delay, by environment and over all."""
     modes = list(dict.fromkeys(e.mode for e in episodes))
     delays = list(dict.fromkeys(e.delay_ms for e in episodes))
     of = {(m, d): [e for e in episodes if e.mode == m and e.delay_ms == d] for d in delays for m in modes}
     cells = tuple(_cell(mode, delay, mine) for (mode, delay), mine in of.items())
-    pairs = tuple(_compare(of[a, d], of[b, d]) for d in delays for a, b in combinations(modes, 2))
-    return cells, pairs
+    envs = list(dict.fromkeys(e.env for e in episodes))
+    groups = [*({env} for env in envs if len(envs) > 1), set(envs)]
+    pairs = [
+        _compare("all" if len(group) == len(envs) else min(group), *([e for e in of[m, d] if e.env in group] for m in pair))
+        for d in delays
+        for pair in combinations(modes, 2)
+        for group in groups
+    ]
+    return cells, tuple(pairs)
 
 
 def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episodes: Sequence[WireEpisode]) -> WireResults:
@@ -128,6 +142,10 @@ def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episod
         server=server,
         system=str(metadata["system"]),
         compute=str(metadata["compute"]),
+        compute_settings=str(metadata["compute_settings"]),
+        guided=bool(metadata["guided"]),
+        checkpoint=str(metadata["checkpoint"]),
+        fingerprint=str(metadata["fingerprint"]),
         envs=tuple(dict.fromkeys(e.env for e in episodes)),
         seeds=tuple(dict.fromkeys(e.seed for e in episodes)),
         execute=config.execute or int(metadata["execute"]),
@@ -147,7 +165,7 @@ def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episod
 def _cell(mode: HandOver, delay_ms: float, mine: Sequence[WireEpisode]) -> Cell:
     successes = sum(e.success for e in mine)
     interval = wilson(successes, len(mine))
-    firsts = sorted(e.first_success_step for e in mine if e.first_success_step is not None)
+    firsts = [e.first_success_step for e in mine if e.first_success_step is not None]
     envs = dict.fromkeys(e.env for e in mine)
     return Cell(
         mode,
@@ -156,7 +174,7 @@ def _cell(mode: HandOver, delay_ms: float, mine: Sequence[WireEpisode]) -> Cell:
         successes,
         (interval.low, interval.high),
         {env: sum(e.success for e in mine if e.env == env) for env in envs},
-        firsts[len(firsts) // 2] if firsts else None,
+        median(firsts) if firsts else None,
         _mean([e.boundary_jerk for e in mine if e.boundary_jerk is not None]),
         _mean([e.inner_jerk for e in mine if e.inner_jerk is not None]),
         sum(e.stood for e in mine) / sum(e.steps for e in mine),
@@ -171,7 +189,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float, float] | None:
     return sum(values) / len(values), interval.low, interval.high
 
 
-def _compare(first: Sequence[WireEpisode], second: Sequence[WireEpisode]) -> Comparison:
+def _compare(env: str, first: Sequence[WireEpisode], second: Sequence[WireEpisode]) -> Comparison:
     outcomes = PairedOutcomes.of([e.success for e in first], [e.success for e in second])
     difference = paired_difference(outcomes)
     jerks = [
@@ -181,6 +199,7 @@ def _compare(first: Sequence[WireEpisode], second: Sequence[WireEpisode]) -> Com
     ]
     smoother, rougher = sum(j < 0 for j in jerks), sum(j > 0 for j in jerks)
     return Comparison(
+        env,
         first[0].mode,
         second[0].mode,
         first[0].delay_ms,

@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
@@ -27,8 +28,8 @@ _CLOSE_S = 2.0
 class Client:
     """One connection, one request at a time. Connects again by itself when the server was started anew.
 
-    A server that was started anew for another robot, or with chunks of another length, is refused: whoever asks took its
-    actions for those of the first.
+    A server that was started anew for another robot, with chunks of another length, or for a policy that can continue less of
+    them is refused: whoever asks took it for the first.
 
     Args:
         address: "ws://HOST:PORT".
@@ -94,13 +95,15 @@ class Client:
 
     def _reconnect(self) -> None:
         self._connection, metadata = self._connect()
-        for part in ("action_spec", "horizon"):
-            if metadata.get(part) != self.metadata.get(part):
-                self._open.close()
-                raise RequestError(
-                    f"{self.address} was started anew with another {part.replace('_', ' ')} than this client began with; make "
-                    "a new client for it, or start the server with the checkpoint of before."
-                )
+        changed = [part for part in ("action_spec", "horizon") if metadata.get(part) != self.metadata.get(part)]
+        if metadata.get("commitment", 0) < self.metadata.get("commitment", 0):
+            changed.append("commitment")
+        if changed:
+            self._open.close()
+            raise RequestError(
+                f"{self.address} was started anew with another {changed[0].replace('_', ' ')} than this client began with; "
+                "make a new client for it, or start the server with the checkpoint of before."
+            )
         self.metadata, self.reconnected = metadata, self.reconnected + 1
         logger.warning("%s was lost; connected again to %s", self.address, metadata.get("server", "another server"))
 
@@ -119,6 +122,7 @@ class Client:
                         close_timeout=min(_CLOSE_S, self.timeout_s),
                     )
                 )
+                _give_up_after(connection.socket, self.timeout_s)
                 first = connection.recv(self.timeout_s)
             except InvalidStatus as error:
                 said = error.response.body.decode(errors="replace").strip() or f"HTTP status {error.response.status_code}"
@@ -132,3 +136,10 @@ class Client:
                 raise RequestError(f"{self.address} began with a {type(metadata).__name__} instead of its metadata.")
             self._open = opening.pop_all()
         return connection, metadata
+
+
+def _give_up_after(connection: socket.socket, seconds: float) -> None:
+    """A cut cable is noticed while sending, too: data that nobody acknowledges for so long ends the connection."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        with suppress(OSError):  # closed already: whoever reads is told
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(1e3 * seconds)))

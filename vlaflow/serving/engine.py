@@ -8,6 +8,7 @@ passes while it waits is told so then, and not computed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from vlaflow.errors import BusyError, ConfigError, DeadlineError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.spec import Chunk, Commitment, Observation
+
+logger = logging.getLogger("vlaflow.serving")
 
 
 @dataclass(frozen=True)
@@ -131,19 +134,26 @@ class Engine:
             timer.cancel()
 
     async def warm_up(self, compute: ComputePolicy, rounds: int) -> None:
-        """Make chunks that nobody asked for, ``rounds`` times alone and as many as are batched, new and continued.
+        """Make chunks that nobody asked for: ``rounds`` times alone, and once as many as are batched, new and continued.
 
         The first chunks of a process and of a thread are slow (lazy initialisation, memory that grows, kernels that are chosen
-        or compiled); no client shall have them.
+        or compiled); no client shall have them. Where so many at once fail, for want of memory say, they will be computed one
+        by one when clients ask.
         """
         seen, policy = example(self.policy), self.policy
         continues = self.config.guided or policy.model.decoder.longest_commitment
         before = Commitment(np.array([policy.stats["action"].mean], np.float32), 1)
-        for size in {1, self.config.batch}:
+        loop = asyncio.get_running_loop()
+        for size, times in ((1, rounds), (self.config.batch, 1)):
             for commitment in (None, before) if continues else (None,):
                 asked = [Asked(seen, compute, Generator().manual_seed(i), commitment) for i in range(size)]
-                for _ in range(rounds):
-                    await asyncio.get_running_loop().run_in_executor(self._thread, self._act, asked)
+                for _ in range(times):
+                    try:
+                        await loop.run_in_executor(self._thread, self._act, asked)
+                    except Exception:
+                        if size == 1:
+                            raise
+                        logger.warning("%d requests at once cannot be computed together", size, exc_info=True)
 
     async def run(self) -> None:
         """Answer requests until cancelled; what is being computed then is still answered."""

@@ -45,8 +45,8 @@ class Event:
     """One line of the log.
 
     Args:
-        event: what happened: an outcome of a request, or "serving", "dashboard", "connected", "left", "turned away",
-            "watching", "watched", "instruction", "stopping".
+        event: what happened: an outcome of a request, or "warming up", "serving", "dashboard", "connected", "left",
+            "turned away", "watching", "watched", "instruction", "stopping".
         client: address and port, where one is concerned.
         request: number of the request, counted over the server's life.
         ms: from the frame's arrival to its answer.

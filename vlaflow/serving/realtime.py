@@ -123,7 +123,8 @@ class Move:
         action: (D,) float32, robot units.
         chunk: number of the request whose chunk it is from; of the newest one in an ensemble.
         place: index in that chunk.
-        fresh: decided by another request than the action before: where a chunk really hands over to the next.
+        fresh: decided by other requests than the action before: where a chunk really hands over to the next, or enters or
+            leaves the average of an ensemble.
         stood: nothing was left; the robot stands still.
     """
 
@@ -193,7 +194,8 @@ class RealtimeController:
             )
         if self.config.mode == "commit" and not self._longest:
             raise ConfigError("This server's policy cannot continue committed actions; use mode 'switch' or 'ensemble'.")
-        self._number = self._step = self._moved = self._origin = 0
+        self._number = self._step = self._moved = 0
+        self._origin: tuple[int, ...] = ()
         self._asked: _Asked | None = None
         self._failing = False
         self._chunks: list[_Chunk] = []
@@ -297,7 +299,10 @@ class RealtimeController:
     def _actions(self, answer: Answer) -> np.ndarray:
         if answer.reply is None:
             raise RequestError(answer.error)
-        action_LD = np.asarray(answer.reply.get("actions"), np.float32)
+        try:
+            action_LD = np.asarray(answer.reply["actions"], np.float32)
+        except (TypeError, ValueError, LookupError) as error:
+            raise RequestError("The server's answer has no array of numbers named 'actions'.") from error
         if action_LD.shape != (self._horizon, len(self._stays_D)) or not np.isfinite(action_LD).all():
             raise RequestError(f"The server's actions are not a finite chunk of shape {(self._horizon, len(self._stays_D))}.")
         return action_LD
@@ -309,13 +314,15 @@ class RealtimeController:
         waiting = self.config.mode == "wait" and self._asked is not None and place >= self.config.execute
         if waiting or place >= self._horizon:
             return Move(np.where(self._stays_D, self._last_D, np.float32(0)), newest.number, place, fresh=False, stood=True)
-        action_D = self._ensemble() if self.config.mode == "ensemble" else newest.action_LD[place]
-        origin = int(newest.origin_L[place])
+        if self.config.mode == "ensemble":
+            chunks = [c for c in self._chunks if self._moved - c.start < self._horizon]
+            action_D, origin = self._mean(chunks), tuple(c.number for c in chunks)
+        else:
+            action_D, origin = newest.action_LD[place], (int(newest.origin_L[place]),)
         fresh, self._origin = origin != self._origin, origin
         return Move(action_D, newest.number, place, fresh, stood=False)
 
-    def _ensemble(self) -> np.ndarray:
-        chunks = [c for c in self._chunks if self._moved - c.start < self._horizon]
+    def _mean(self, chunks: list[_Chunk]) -> np.ndarray:
         weight_C = np.exp(-self.config.rate * np.arange(len(chunks)))
         said_CD = np.stack([c.action_LD[self._moved - c.start] for c in chunks])
         return ((weight_C[:, None] * said_CD).sum(0) / weight_C.sum()).astype(np.float32)

@@ -69,7 +69,8 @@ class ServerConfig:
         idle_s: a connection that does not answer pings for so long is closed.
         budget: what fits so many milliseconds, for requests with a "budget_ms" of their own.
         dashboard: serve the operator's page, too.
-        warm_up: chunks of each kind that are made before the first client is let in; 0 for none.
+        warm_up: chunks that are made before the first client is let in; 0 for none.
+        checkpoint, fingerprint: what the policy was loaded from, and its content hash, for the metadata.
     """
 
     layout: Layout
@@ -85,6 +86,8 @@ class ServerConfig:
     budget: Callable[[float], ComputePolicy] | None = None
     dashboard: bool = False
     warm_up: int = 3
+    checkpoint: str = ""
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if self.token is not None and not self.token.strip():
@@ -126,6 +129,10 @@ class PolicyServer:
             "server": f"vlaflow {__version__}",
             "system": policy.config.system,
             "compute": self.compute.name,
+            "compute_settings": repr(self.compute),
+            "guided": self.config.engine.guided,
+            "checkpoint": self.config.checkpoint,
+            "fingerprint": self.config.fingerprint,
             "action_spec": to_json(policy.action_spec),
             "horizon": policy.config.decoder.horizon,
             "execute": policy.config.execute,
@@ -162,7 +169,8 @@ class PolicyServer:
         quiet = logging.getLogger("vlaflow.serving.websockets")
         quiet.addFilter(_ONE_LINE)
         try:
-            await self.engine.warm_up(self.compute, self.config.warm_up)
+            if not await self._warmed_up():
+                return
             server = await serve(
                 self._connection,
                 self.config.host,
@@ -193,6 +201,22 @@ class PolicyServer:
             worker.cancel()
             await asyncio.gather(worker, return_exceptions=True)
             self.engine.close()
+
+    async def _warmed_up(self) -> bool:
+        """Make the first chunks; False when it is told to stop meanwhile."""
+        if not self.config.warm_up:
+            return True
+        self.journal.say("warming up", note=f"the first chunks of {self.compute.name} are slow")
+        warming = asyncio.create_task(self.engine.warm_up(self.compute, self.config.warm_up))
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((warming, stopped), return_when=asyncio.FIRST_COMPLETED)
+        for task in (warming, stopped):
+            task.cancel()
+        if self._stop.is_set():
+            await asyncio.gather(warming, return_exceptions=True)
+            return False
+        await warming
+        return True
 
     async def _finish(self, server: Server) -> None:
         """Answer what was asked, then close; who does not let go is not waited for."""
