@@ -67,7 +67,7 @@ def test_an_expert_that_misjudges_acts_as_from_elsewhere_and_is_labelled_from_he
     expert = expert_for(env.name)
     noisy = Noisy(expert, Noise(0.0, misjudge=0.05), episode_generator(env.name, 10_000), GRIPPER)
     env.restart(10_000)
-    wrong, lengths = [], []
+    wrong = []
     for _ in range(300):
         executed, label = noisy(env)
         assert np.array_equal(label, expert(env))

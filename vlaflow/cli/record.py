@@ -25,8 +25,8 @@ class Record:
         seed: another seed gives other episodes, and never those of an evaluation.
         noise: standard deviation of what is added to the executed movement (1 is the full range); the label stays clean.
         noise_memory: correlation of the noise from one step to the next, 0 to below 1.
-        misjudge: metres by which the expert is at times wrong about where its hand is (standard deviation per axis), and acts
-            on it; the label stays clean. 0.03 for real-time chunking, see docs/simulators.md.
+        misjudge: metres by which the expert, in half of the episodes, is at times wrong about where its hand is (standard
+            deviation per axis), and acts on it; the label stays clean. 0.03 for real-time chunking, see docs/simulators.md.
         after_success: frames kept after the first success.
     """
 

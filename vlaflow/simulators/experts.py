@@ -106,6 +106,9 @@ class Wandering:
 SOUND, WRONG = (16, 49), (8, 33)
 """Steps, from and up to but without the second, for which an expert that misjudges is right, then wrong."""
 
+MISJUDGED = 0.5
+"""Share of the episodes in which it misjudges."""
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -116,8 +119,9 @@ class Noise:
         gripper: standard deviation on the gripper. 0 by default: a disturbed gripper drops what it holds.
         memory: correlation ρ of consecutive steps, in [0, 1). The noise is n_t = ρ n_{t−1} + sqrt(1 − ρ²) ε_t, whose
             standard deviation is the same at every step; a larger ρ pushes the hand further off the path.
-        misjudge: standard deviation, in metres along each axis, of where the expert believes its hand to be. It is sound for
-            ``SOUND`` steps, then wrong for ``WRONG`` with one error, and so on, each number drawn anew.
+        misjudge: standard deviation, in metres along each axis, of where the expert believes its hand to be, in half of the
+            episodes. It is sound for ``SOUND`` steps, then wrong for ``WRONG`` with one error, and so on, each number drawn
+            anew. The other episodes show long stretches of what is right, without which a policy stays imprecise.
     """
 
     scale: float = 0.1
@@ -150,7 +154,7 @@ class Noisy:
         self._deviation = np.where(is_gripper, noise.gripper, noise.scale)
         self._state: np.ndarray | None = None
         self.error: np.ndarray | None = None
-        self._left = int(generator.integers(*SOUND)) if noise.misjudge else -1
+        self._left = int(generator.integers(*SOUND)) if noise.misjudge and generator.random() < MISJUDGED else -1
 
     def __call__(self, env: Environment) -> tuple[np.ndarray, np.ndarray]:
         """(action to execute, action to label), both (D,) float32 within the action's range."""
