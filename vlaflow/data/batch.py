@@ -119,7 +119,7 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """What an average over the batch stands for: valid actions."""
+        """What an average over the batch stands for: valid actions (a decoder that draws masks counts them by its draw)."""
         return int(self.valid_BL.sum())
 
     def to(self, device: torch.device | str) -> Batch:
