@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -85,6 +87,37 @@ def test_fresh_moves_the_old_checkpoint_aside(tmp_path):
     run(tmp_path / "p", tiny_config(seed=1), fresh=True)
     assert weights(tmp_path / "p.before-1") == before
     assert weights(tmp_path / "p") != before
+
+
+@pytest.mark.parametrize("options", [{}, {"fresh": True}])
+def test_two_runs_do_not_train_into_one_folder(tmp_path, options):
+    """Neither sweeps away what the other is writing; a run that was killed keeps nobody out."""
+    run(tmp_path / "p", tiny_config(steps=2))
+    held = weights(tmp_path / "p")
+    code = "import os, sys, time; from pathlib import Path; from vlaflow.training.checkpoint import claimed\n"
+    code += "with claimed(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "p")], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        (tmp_path / "p/.partial-other").mkdir()
+        with pytest.raises(ConfigError, match="Another run is training into"):
+            run(tmp_path / "p", **options)
+        assert (tmp_path / "p/.partial-other").exists()
+        assert weights(tmp_path / "p") == held
+        other.kill()
+    run(tmp_path / "p", tiny_config(steps=2), **options)
+
+
+def test_a_run_keeps_others_out_until_it_ends(tmp_path, monkeypatch):
+    loss = PolicyStage.loss
+
+    def tried(self, *arguments):
+        with pytest.raises(ConfigError, match="Another run"):
+            checkpoint.require_free(tmp_path / "p")
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(PolicyStage, "loss", tried)
+    run(tmp_path / "p", tiny_config(steps=2))
+    checkpoint.require_free(tmp_path / "p")
 
 
 def test_a_foreign_policy_is_not_overwritten(tmp_path):

@@ -13,11 +13,14 @@ earlier checkpoint or the new one. Only the newest training state is kept. No pi
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from vlaflow.files import read_json, write_json
 from vlaflow.training.ema import Ema
 from vlaflow.training.shards import spread, whole
 
+logger = logging.getLogger("vlaflow.training")
 PARTIAL = ".partial-"
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -71,6 +75,35 @@ def restore(folder: Path, updates: int, module: nn.Module, optimizer: torch.opti
         raise CheckpointError(
             f"The training state in {folder} belongs to another network ({error}). Start anew with --fresh."
         ) from error
+
+
+def require_free(out: Path) -> None:
+    """Refuse a folder that another run is training into; raises as ``claimed``."""
+    if out.exists():
+        with claimed(out):
+            pass
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; a run that is killed lets go of it by itself.
+
+    Raises:
+        ConfigError: another run is training into it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    place = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise ConfigError(f"Another run is training into {out}. Wait for it, or give another --out.") from error
+    except OSError as error:  # a network folder without locks
+        logger.warning("%s cannot be locked (%s); start no second run in it.", out, error.strerror)
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, save_policy: Callable[[Path], None]) -> None:
@@ -121,10 +154,12 @@ def prepare(out: Path, fresh: bool) -> Path | None:
         Where the old checkpoint went, or None.
 
     Raises:
-        ConfigError: ``out`` holds a policy that no training run of ours left, which would be overwritten.
+        ConfigError: ``out`` holds a policy that no training run of ours left, which would be overwritten; or another run is
+            training into it.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out must name a folder.")
+    require_free(out)
     for leftover in out.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     found = newest(out)

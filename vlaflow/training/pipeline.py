@@ -88,6 +88,8 @@ def start_anew(stages: Sequence[Planned]) -> None:
 
     together = Accelerator(mixed_precision="no")
     if together.is_main_process and any(checkpoint.held(stage.folder) for stage in stages):
+        for stage in stages:
+            checkpoint.require_free(stage.folder)
         sys.stderr.write(f"The old checkpoints are now in {checkpoint.move_aside(stages[-1].folder)}.\n")
     together.wait_for_everyone()
 

@@ -148,9 +148,14 @@ class Trainer:
         """Train to the end, or until a signal or an error.
 
         Raises:
+            ConfigError: another run is training into the same folder.
             DivergedError: naming the step and its samples; nothing is saved.
             CheckpointError: the disk is full; the last checkpoint is whole.
         """
+        with checkpoint.claimed(self.out) if self._is_main else nullcontext():
+            return self._run()
+
+    def _run(self) -> Outcome:
         if self.step >= self.config.steps:
             return self._outcome(None)
         journal = Journal(self.out, self.step) if self._is_main else None
