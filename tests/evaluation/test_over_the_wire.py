@@ -29,6 +29,10 @@ METADATA = {
     "state": ["observation/state"],
     "system": "test",
     "compute": "dense",
+    "compute_settings": "Dense()",
+    "guided": False,
+    "checkpoint": "runs/test",
+    "fingerprint": "0123",
 }
 ENV = "metaworld/drawer-open-v3"
 
@@ -176,6 +180,7 @@ def test_cells_and_pairs_count_what_happened():
     [
         ({"action_spec": to_json(helpers.action_spec())}, {}, SpecError, "do not mean the same"),
         ({"horizon": None}, {}, SpecError, "does not say horizon"),
+        ({"fingerprint": None}, {}, SpecError, "does not say fingerprint"),
         ({"views": ["wrist"]}, {}, SpecError, "looks at 'wrist'"),
         ({"state": ["a", "b"]}, {}, SpecError, "in parts"),
         ({"commitment": 0}, {}, ConfigError, "cannot continue"),

@@ -273,10 +273,9 @@ class Dataset:
 
     @cached_property
     def _columns(self) -> Columns:
-        names = ("state", "action", "executed", "episode", "frame", "task", "time")
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         keys = {"episode": "episode_index", "frame": "frame_index", "task": "task_index", "time": "timestamp"}
         vectors = self._vectors
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("state", "action", *vectors, *keys)}
         for path in dict.fromkeys(files.data for files in self._meta.files):
             table = read_parquet(path, [*keys.values(), *vectors.values()])
             for name, key in keys.items():
@@ -285,15 +284,13 @@ class Dataset:
                 parts[name].append(self._vector(table, key, path))
             for name in {"action", "state"} - vectors.keys():
                 parts[name].append(np.zeros((len(table), 0), np.float32))
-            if "executed" not in vectors:
-                parts["executed"].append(parts["action"][-1])
         joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         order = np.lexsort((joined["frame"], joined["episode"]))
         if not np.array_equal(order, np.arange(len(order))):
             joined = {name: array[order] for name, array in joined.items()}
         self._check_rows(joined)
         whole = {name: joined[name].astype(np.int64, copy=False) for name in ("episode", "frame", "task")}
-        return Columns(joined["state"], joined["action"], joined["executed"], **whole)
+        return Columns(joined["state"], joined["action"], joined.get("executed", joined["action"]), **whole)
 
     @property
     def _vectors(self) -> dict[str, str]:

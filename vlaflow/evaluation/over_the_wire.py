@@ -31,6 +31,11 @@ from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import ActionSpec, Observation
 
 _TRIES = 3
+SAID = {
+    *("action_spec", "views", "state", "images", "horizon", "execute"),
+    *("system", "compute", "compute_settings", "guided", "checkpoint", "fingerprint"),
+}
+"""What must be in a server's metadata."""
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -175,7 +180,7 @@ def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob
         SpecError: when actions or views mean something else to an environment.
         ConfigError: for an impossible ``execute``, ``horizon`` or mode.
     """
-    if missing := {"action_spec", "views", "state", "images", "horizon", "execute"} - metadata.keys():
+    if missing := SAID - metadata.keys():
         raise SpecError(
             f"{server} does not say {', '.join(sorted(missing))}; this drives servers of vlaflow alone: vlaflow serve CKPT "
             "--layout metaworld."
