@@ -50,6 +50,14 @@ def command_line() -> str:
     return shlex.join(["vlaflow", *words])
 
 
+def device_name(device: str) -> str:
+    """What a torch device is: "cpu", or the accelerator's name."""
+    import torch
+
+    found = torch.device(device)
+    return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
+
+
 def machine() -> str:
     """Processor, cores that may be used, and system, in words."""
     name = platform.processor() or platform.machine()

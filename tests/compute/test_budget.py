@@ -26,12 +26,14 @@ MADE = Calibration(
     command="vlaflow calibrate",
     versions={"vlaflow": "0"},
 )
+BETTER = replace(MADE, seen=replace(MADE.seen, error=0.4))
+"""Lucky: nearer to the demonstrations than its own full depth."""
 TIMES = Profile("aa", machine(), 1, base=1.0, prefix=(1.0, 2.0, 3.0), step=(1.0, 2.0, 3.0), jitter=1.5, chunks=100, versions={})
 LOSS = Ladder(
     "aa",
     "dd",
     100,
-    (Rung(1, 1, 0.9, 0.9), Rung(1, 10, 0.8, 0.8), Rung(3, 1, 0.4, 0.6), Rung(3, 10, 0.0, 0.5)),
+    (Rung(1, 1, 0.9, 0.9), Rung(1, 10, 0.8, 0.8), Rung(3, 1, 0.4, 0.6), Rung(3, 2, 0.2, 0.55), Rung(3, 10, 0.0, 0.5)),
 )
 
 
@@ -87,15 +89,31 @@ def test_names_that_people_type():
 
 def test_a_budget_takes_the_smallest_error_that_fits():
     found = {ms: choose(ms, TIMES, LOSS, {}).compute for ms in (5, 12, 60)}
-    # p99: 1.5 × (1 + prefix + evaluations × step) = 4.5, 18, 10.5 and 51 ms
+    # p99: 1.5 × (1 + prefix + evaluations × step) = 4.5, 18, 10.5, 15 and 51 ms
     assert [(c.steps, c.depth) for c in found.values()] == [(1, 1), (1, 3), (10, 3)]
 
 
 def test_an_early_exit_counts_with_all_its_depths():
     worst = 1.5 * (1 + 3 + 2 * (1 + 2 + 3))
-    found = {"fast": MADE}
+    found = {"fast": BETTER}
     assert choose(worst + 0.1, TIMES, LOSS, found).compute.name == "exit:fast"
     assert choose(worst - 0.1, TIMES, LOSS, found).compute.name != "exit:fast"
+
+
+def test_what_an_early_exit_loses_by_its_few_steps_counts():
+    """Its own full depth is compared at as many steps; what these lose comes on top."""
+    taken = choose(25, TIMES, LOSS, {"fast": BETTER})
+    assert taken.error == pytest.approx(0.55 * 0.4 / 0.5)
+    assert taken.deviation == pytest.approx(0.2 + 0.1)
+    assert choose(25, TIMES, LOSS, {"fast": MADE}).compute.name == "dense:2@3"  # as good, and sooner at worst
+    lost = replace(LOSS, rungs=(*LOSS.rungs[:3], Rung(3, 2, 0.4, 0.9), LOSS.rungs[4]))
+    assert choose(25, TIMES, lost, {"fast": BETTER}).compute.name == "dense:1@3"
+
+
+def test_a_ladder_without_the_steps_of_an_early_exit_is_measured_again():
+    lacking = replace(LOSS, rungs=tuple(rung for rung in LOSS.rungs if rung.evaluations != 2))
+    with pytest.raises(CalibrationError, match="what 2 evaluations at full depth lose, which exit:fast makes"):
+        choose(60, TIMES, lacking, {"fast": MADE})
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
@@ -113,8 +131,16 @@ def test_a_budget_reads_the_checkpoint_folder(tmp_path):
     save(LOSS, tmp_path / FOLDER / LADDER)
     assert parse("budget:60", checkpoint=home).steps == 10
     assert "+0.0 %" in str(within(home, 60))
-    MADE.save(tmp_path / FOLDER / "fast.json")
+    BETTER.save(tmp_path / FOLDER / "fast.json")
     assert parse("budget:25", checkpoint=home).name == "exit:fast"
+    for other in ({"threads": 2}, {"device": "a GPU"}):
+        save(replace(TIMES, **other), tmp_path / PROFILE)
+        with pytest.raises(CalibrationError, match=r"this is cpu with 1\. .*--device cpu --threads 1"):
+            within(home, 60)
+        with pytest.raises(CalibrationError, match="was measured on"):
+            parse("budget:60", Knobs(threads=3), home)
+    save(replace(TIMES, threads=2), tmp_path / PROFILE)
+    assert parse("budget:60", Knobs(threads=2), home).name == "exit:fast"
     save(replace(TIMES, machine="another"), tmp_path / PROFILE)
     with pytest.raises(CalibrationError, match="measured on another"):
         within(home, 60)

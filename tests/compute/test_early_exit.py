@@ -55,6 +55,16 @@ def exit_at(warm="same", thresholds=NEVER, steps=3, **plan):
     return EarlyExit(ExitPlan(DEPTHS, steps=steps, warm_start=warm, **plan), thresholds)
 
 
+def test_chunks_that_are_no_numbers_are_taken_at_the_last_exit_and_keep_their_row():
+    """They are nobody's neighbour's business, and whoever serves them sees what they are."""
+    made = policy()
+    torch.nn.init.constant_(made.model.decoder.codec.head[-1].weight, float("nan"))
+    found = decode(made, exit_at(thresholds=(inf, inf, inf)))
+    assert found.action_BLD.shape == (3, 6, 4)
+    assert found.action_BLD.isnan().all()
+    assert found.layers == (4, 4, 4)
+
+
 DECODERS = {
     "shared": None,
     "expert": FlowConfig(4, horizon=6, expert=EXPERT, head_layers=1),

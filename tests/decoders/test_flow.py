@@ -128,6 +128,36 @@ def test_padding_dimensions_take_no_part_in_the_loss():
     assert decoder.finish(decoder.start(prefix, helpers.generators(2), 5)).shape == (2, 6, 4)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_padding_dimensions_stay_what_training_showed_and_touch_nothing(guided):
+    """They are t·noise all the way, end at exactly nothing, and what the head says of them bends no action."""
+    policy = helpers.policy(padded_dim=9, masks="synchronous")
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    given = None
+    if guided:
+        known_B, committed_B = torch.tensor([5, 4]), torch.tensor([2, 1])
+        given = decoder.continued(torch.randn(2, 6, 4), known_B, committed_B, guided=True)
+    with torch.no_grad():
+        state = begun = decoder.start(prefix, helpers.generators(2), 5, given)
+        for done in range(1, 6):
+            state = decoder.advance(state, prefix)
+            expected = state.clock_at(done)[..., None] * begun.x_BLX[..., 4:]
+            torch.testing.assert_close(state.x_BLX[..., 4:], expected, atol=1e-6, rtol=1e-5)
+        decoder.codec.head[-1].bias[4:] += 5
+        again = decoder.advance(begun, prefix, 5)
+    torch.testing.assert_close(decoder.finish(again), decoder.finish(state), atol=1e-6, rtol=1e-5)
+
+
+def test_padding_of_actions_that_are_noised_already_is_noised_too():
+    policy = helpers.policy(padded_dim=9)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    clock = torch.full((2, 6), 0.5)
+    clock[:, :2] = 0
+    fresh = decoder.start(prefix, helpers.generators(2), 5).x_BLX[..., 4:]
+    state = decoder.start(prefix, helpers.generators(2), 5, Given(torch.randn(2, 6, 4), clock, noised=True))
+    assert torch.equal(state.x_BLX[..., 4:], clock[..., None] * fresh)
+
+
 def test_a_detached_prefix_gives_the_backbone_no_gradient_through_its_keys_and_values():
     """Gradient truncation: only what the suffix itself runs through may train."""
     policy = helpers.policy()

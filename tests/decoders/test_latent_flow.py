@@ -9,6 +9,7 @@ from tests import helpers
 from vlaflow.compute.dense import Dense
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Targets
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
@@ -53,6 +54,37 @@ def gradients(made, total):
 
 def encoded(made, seed=0):
     return made.encode(helpers.batch(seed=seed).observation)
+
+
+@pytest.mark.parametrize("shallow", [None, 0.2])
+@pytest.mark.parametrize("answer", ["parallel", "autoregressive"])
+def test_exits_weigh_the_answers_and_leave_codes_and_tokens_in_the_loss(answer, shallow):
+    made = policy(answer, flow=replace(FLOW, expert=EXPERT))
+    made = Policy(replace(made.config, exits=ExitTraining((1, 2), shallow=shallow)), made.action_spec, made.stats, made.model)
+    terms = learn(made)
+    first, last = terms.exits.values()
+    answers = (first + last) / 2 if shallow is None else 0.2 * first + 0.8 * last
+    torch.testing.assert_close(
+        terms.total, answers + terms.parts["latent"] + made.config.decoder.fast_weight * terms.parts["fast"]
+    )
+    reached = gradients(made, terms.total)
+    assert "decoder.latent.head.weight" in reached
+    assert any(name.startswith("backbone") for name in reached)
+    made.model.eval()
+    held_out = made.loss(replace(helpers.batch(), code_BK=codes()), *helpers.generators(2))
+    assert float(held_out.total) > float(held_out.exits[2])
+
+
+def test_codes_that_follow_each_other_are_learned_at_every_exit():
+    """A shallow exit reads the codes that its own depth answers."""
+    made = policy("autoregressive")
+    decoder, prefix = made.model.decoder, encoded(made)
+    targets = Targets(torch.randn(3, 6, 4), torch.ones(3, 6, dtype=torch.bool), codes())
+    terms = decoder.loss(prefix, targets, torch.Generator().manual_seed(0), (1, 2))
+    hidden = decoder.latent.teach(prefix, codes(), (1, 2)).hidden
+    expected = torch.stack([decoder.latent.loss(hidden_BKW, codes()) for hidden_BKW in hidden]).mean()
+    assert len(hidden) == 2
+    torch.testing.assert_close(terms.parts["latent"], expected.detach())
 
 
 def test_truncation_leaves_the_flow_loss_exactly_no_gradient_in_backbone_and_codes():

@@ -1,5 +1,6 @@
 """Decoders of discrete tokens: what they share, and what each promises about its tokens."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from tests import helpers
 from vlaflow.actions.bins import BinsFit
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Given, GivenTokens, Targets
+from vlaflow.decoders.base import Given, GivenTokens, Targets, Tokens
 from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig, EmbeddingMetric
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
@@ -149,6 +150,42 @@ def test_with_bins_single_invalid_actions_teach_nothing():
     assert weight_BS.view(3, 6, 4)[:, 4:].sum() == 0
     assert weight_BS.sum() == 3 * 4 * 4
     assert torch.isfinite(policy.model.decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total)
+
+
+@every_decoder
+def test_scores_that_are_no_numbers_become_no_chunk(config, settings):
+    """Every id decodes to an ordinary chunk, which a robot would execute."""
+    policy = helpers.token_policy(config, **settings)
+    torch.nn.init.constant_(policy.model.decoder.head.weight, float("nan"))
+    with torch.inference_mode():
+        assert policy.model.decoder.sample(prefix_of(policy), helpers.generators(3), 3).isnan().all()
+
+
+def test_groups_that_took_other_numbers_of_steps_fit_into_one_batch():
+    policy = helpers.token_policy(MaskedDiffusionConfig)
+    decoder = policy.model.decoder
+    with torch.inference_mode():
+        parts = [decoder.tokens(decoder.solve(prefix_of(policy), helpers.generators(3), steps)) for steps in (2, 5)]
+    joined = Tokens.cat(parts)
+    assert joined.revised_BN.shape == (6, 5)
+    assert torch.equal(joined.revised_BN[:3, :2], parts[0].revised_BN)
+    assert not joined.revised_BN[:3, 2:].any()
+    assert torch.equal(joined.revised_BN[3:], parts[1].revised_BN)
+
+
+@pytest.mark.parametrize("doubt", [-2.0, 0.5, 3.0])
+def test_how_often_a_token_leaves_is_the_rate_heads_alone(doubt):
+    """However probable the network holds the token itself: with rho = 1 and one step every token goes to another."""
+    policy = helpers.token_policy(DiscreteFlowConfig, velocity="rate", jump="linear")
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    begun = decoder.start(prefix, helpers.generators(3), 1)
+    torch.nn.init.zeros_(decoder.rate.weight)
+    torch.nn.init.constant_(decoder.rate.bias, math.log(math.e - 1))  # softplus is 1
+    decoder.head = helpers.Oracle(begun.id_BS, decoder.vocabulary)
+    decoder.head.logits *= doubt / 50
+    with torch.inference_mode():
+        moved = decoder.advance(begun, prefix)
+    assert (moved.id_BS != begun.id_BS).all()
 
 
 @every_revising

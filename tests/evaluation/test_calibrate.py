@@ -10,9 +10,10 @@ from tests.evaluation.conftest import ENV
 from vlaflow.cli.main import main
 from vlaflow.compute.budget import LADDER, PROFILE
 from vlaflow.compute.calibration import Calibration
+from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError
-from vlaflow.evaluation.calibrate import ByShares, Request, held_out, run, sample
+from vlaflow.evaluation.calibrate import ByShares, Request, held_out, measure, run, sample
 from vlaflow.policies.base import Policy
 from vlaflow.simulators.record import RecordConfig, record
 from vlaflow.training.run import Options, train
@@ -71,14 +72,44 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
 def test_risk_is_written_with_what_fresh_frames_show(trained, dataset, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(trained, folder)
-    words = ["--max-deviation", "100", "--confidence", "0.8", "--frames", "80", "--no-ladder", "--name", "loose"]
+    words = ["--max-deviation", "100", "--confidence", "0.8", "--frames", "80", "--no-ladder", "--episodes", "all"]
+    words += ["--name", "loose"]
     assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
     made = Calibration.load(folder / "calibration" / "loose.json")
     assert made.seen.above == 0
     assert made.seen.shares[0] == 1  # nothing deviates by 100 standard deviations, so everybody leaves at once
-    words[1], words[-1] = "0.0", "strict"
+    words[1], words[3], words[-1] = "0.0", "0.99", "strict"
     assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
     assert Calibration.load(folder / "calibration" / "strict.json").seen.shares[-1] == 1
+
+
+def test_risk_is_tuned_on_some_episodes_and_tested_on_others(trained, dataset):
+    opened, policy = Dataset.open(dataset), Policy.from_pretrained(trained)
+    frames = sample(policy, opened, range(len(opened.episodes)), 80)
+    table = measure(policy, ExitPlan((1, 2, 3)), frames)
+    episode_N = opened.columns().episode[frames.windows.rows[frames.index_N]]
+    tuning, testing = (set(episode_N[table.choose_N & which]) for which in (table.tuning_N, ~table.tuning_N))
+    assert tuning
+    assert testing
+    assert not tuning & testing
+
+
+def test_a_ladder_knows_the_steps_of_every_calibration(trained, dataset, tmp_path):
+    """Measured again where it does not, and left alone where it does."""
+    folder = tmp_path / "policy"
+    shutil.copytree(trained, folder)
+    ladder = folder / "calibration/ladder.json"
+
+    def calibrated(steps, name):
+        words = ["--steps", str(steps), "--frames", "16", "--name", name]
+        assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
+        return {rung["evaluations"] for rung in json.loads(ladder.read_text())["rungs"]}
+
+    assert 4 not in calibrated(2, "two")
+    before = ladder.stat().st_mtime_ns
+    calibrated(1, "one")
+    assert ladder.stat().st_mtime_ns == before
+    assert 4 in calibrated(4, "four")
 
 
 def test_no_episode_is_in_both_halves_and_none_was_learned_from(trained, dataset):
@@ -110,6 +141,8 @@ def test_same_seed_same_bytes(trained, dataset, tmp_path):
     [
         (["--budget", "0.4", "--max-deviation", "1"], "either --budget or --max-deviation"),
         (["--depths", "1", "5"], "answers at depth 5"),
+        (["--depths", "1", "2"], "The last of the depths must be the full one, 3, got [1, 2]"),
+        (["--max-deviation", "1"], "take more episodes"),
         (["--name", "ladder"], "cannot be called"),
         (["--budget", "-1"], "positive number"),
     ],

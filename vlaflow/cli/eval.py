@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         computes=arguments.compute or ("dense",),
         episodes=arguments.episodes,
         first_seed=arguments.seed,
-        knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training),
+        knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device),
         rollout=RolloutConfig(arguments.execute, arguments.horizon, arguments.render, arguments.device),
         language_episodes=arguments.language,
         films=arguments.films,
@@ -89,20 +89,20 @@ def main(argv: list[str]) -> int:
     console = Console()
     for name in arguments.compute:
         if name.startswith("budget:"):
-            console.print(f"{name} took {chosen(arguments.checkpoint, name)}")
+            console.print(f"{name} took {chosen(arguments.checkpoint, name, arguments.device)}")
     console.print(table(results))
     console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
     return 0
 
 
-def chosen(checkpoint: str, name: str) -> str:
+def chosen(checkpoint: str, name: str, device: str) -> str:
     """What a budget in milliseconds picked, and what it expects to lose."""
     from vlaflow.compute.budget import within
     from vlaflow.compute.calibration import Checkpoint
     from vlaflow.policies.checkpoint import fingerprint, local_folder
 
     folder = local_folder(checkpoint)
-    return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2])))
+    return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), device))
 
 
 def table(results: Results) -> RenderableType:

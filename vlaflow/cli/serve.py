@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"
-    home, knobs = Checkpoint(folder, fingerprint(folder)), Knobs(a.steps)
+    home, knobs = Checkpoint(folder, fingerprint(folder)), Knobs(a.steps, device=a.device, threads=a.threads)
     compute = parse(name, knobs, home)
     policy = Policy.from_pretrained(folder, a.device)
     views = tuple(policy.model.backbone.views)

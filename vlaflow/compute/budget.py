@@ -18,7 +18,7 @@ from vlaflow.compute.calibration import FOLDER, Calibration, Checkpoint
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError
-from vlaflow.versions import machine
+from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
 PROFILE, LADDER = "latency.json", "ladder.json"
@@ -39,6 +39,7 @@ class Profile:
         jitter: 99th percentile of a whole chunk over its median.
         chunks: timed.
         versions: of the software.
+        device: "cpu", or the accelerator's name.
     """
 
     checkpoint: str
@@ -50,6 +51,7 @@ class Profile:
     jitter: float
     chunks: int
     versions: dict[str, str]
+    device: str = "cpu"
 
     def dense(self, depth: int, evaluations: int) -> float:
         """Median of a chunk at a fixed depth."""
@@ -130,9 +132,16 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
     for name, found in exits.items():
         each = round(found.seen.evaluations / max(_answers(found), 1e-9))
         worst = profile.jitter * profile.worst(found.plan.depths, each)
-        # an early exit's error is compared with its own full depth, so that both are measured on the same frames
-        error = full_error * found.seen.error / found.seen.full_error
-        candidates.append(Choice(found.early_exit(f"exit:{name}"), worst, found.seen.deviation, error, full_error))
+        base = next((r for r in ladder.rungs if (r.depth, r.evaluations) == (found.plan.depths[-1], each)), None)
+        if base is None:
+            raise CalibrationError(
+                f"{LADDER} does not say what {each} evaluations at full depth lose, which exit:{name} makes; measure again: "
+                "vlaflow calibrate CKPT --dataset DIR"
+            )
+        # an early exit is compared with its own full depth on the same frames, and that with everything there is
+        error = base.error * found.seen.error / found.seen.full_error
+        deviation = base.deviation + found.seen.deviation  # at most, by the triangle inequality
+        candidates.append(Choice(found.early_exit(f"exit:{name}"), worst, deviation, error, full_error))
     fitting = [c for c in candidates if c.milliseconds <= milliseconds]
     if not fitting:
         fastest = min(candidates, key=lambda c: c.milliseconds)
@@ -143,11 +152,17 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
     return min(fitting, key=lambda c: (c.error, c.milliseconds))
 
 
-def within(checkpoint: Checkpoint, milliseconds: float) -> Choice:
+def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", threads: int = 1) -> Choice:
     """The best that fits, by the measurements in the checkpoint folder.
 
+    Args:
+        checkpoint: holds them.
+        milliseconds: that must suffice.
+        device, threads: what it will be computed with.
+
     Raises:
-        CalibrationError: when a measurement is missing or of other weights, or nothing fits.
+        CalibrationError: when a measurement is missing, of other weights or of another machine, device or number of threads;
+            or nothing fits.
     """
     profile = _read(checkpoint.folder / PROFILE, Profile, TIME)
     ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, "Measure it: vlaflow calibrate CKPT --dataset DIR")
@@ -157,6 +172,12 @@ def within(checkpoint: Checkpoint, milliseconds: float) -> Choice:
     if profile.machine != machine():
         raise CalibrationError(
             f"{PROFILE} in {checkpoint.folder} was measured on {profile.machine}; this is {machine()}. {TIME}"
+        )
+    measured, now = (profile.device, profile.threads), (device_name(device), threads)
+    if measured != now:
+        raise CalibrationError(
+            f"{PROFILE} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s); this is {now[0]} "
+            f"with {now[1]}. {TIME} --device {device} --threads {threads}"
         )
     return choose(milliseconds, profile, ladder, dict(_exits(checkpoint)))
 

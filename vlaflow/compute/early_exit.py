@@ -180,6 +180,8 @@ class EarlyExit:
             if answers.previous_RLD is None:
                 continue
             leave_R = distance(self.plan.metric, action_RLD, answers.previous_RLD) <= self.thresholds[number - 1]
+            if number == len(self.plan.exits):  # whatever it is, even if it is no number
+                leave_R = torch.ones_like(leave_R)
             if not bool(leave_R.any()):
                 continue
             gone_G = leave_R.nonzero()[:, 0]

@@ -38,11 +38,14 @@ class Knobs:
         steps: solver steps per round.
         threshold: confidence below which "refine" makes an action anew.
         any_training: see ``Refine``.
+        device, threads: what is computed with, for budgets.
     """
 
     steps: int = 10
     threshold: float = 0.5
     any_training: bool = False
+    device: str = "cpu"
+    threads: int = 1
 
 
 REFINEMENTS: dict[str, Callable[[Knobs], BelowThreshold | AtRandom]] = {
@@ -87,7 +90,7 @@ def parse(name: str, knobs: Knobs = Knobs(), checkpoint: Checkpoint | None = Non
         milliseconds = float(rest)
     except ValueError:
         raise ConfigError(f"A budget is a number of milliseconds, as in budget:20, got '{rest}'.") from None
-    return within(checkpoint, milliseconds).compute
+    return within(checkpoint, milliseconds, knobs.device, knobs.threads).compute
 
 
 def parse_all(names: Sequence[str], knobs: Knobs = Knobs(), checkpoint: Checkpoint | None = None) -> list[ComputePolicy]:

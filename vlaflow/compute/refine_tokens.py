@@ -98,7 +98,7 @@ class RefineTokens:
                 passes[row] += whole.depth - group.prefix.depth + extra + more[place]
                 layers[row] = depth if again else layers[row]
         order = torch.cat([group.row_R for group in first.groups]).argsort()
-        tokens = Tokens.cat(_padded(parts)).select(order)
+        tokens = Tokens.cat(parts).select(order)
         return replace(
             first,
             action_BLD=action_BLD,
@@ -147,12 +147,3 @@ class RefineTokens:
         with watch.part("rater"):
             confidence_RL = model.rater(prefix, action_RLD)
         return (confidence_RL < self.doubt.threshold).repeat_interleave(decoder.action_dim, 1), confidence_RL
-
-
-def _padded(parts: Sequence[Tokens]) -> list[Tokens]:
-    """Groups that took fewer steps get steps that revised nothing, so that they fit into one batch."""
-    most = max(part.revised_BN.shape[1] for part in parts)
-    return [
-        replace(part, revised_BN=torch.nn.functional.pad(part.revised_BN, (0, most - part.revised_BN.shape[1])))
-        for part in parts
-    ]

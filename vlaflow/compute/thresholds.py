@@ -85,7 +85,7 @@ def filtered_quantiles(discrepancy_NK: np.ndarray, share_K: np.ndarray) -> np.nd
     Everybody at a threshold leaves with it, so ties may let more leave than asked; later exits then let fewer. An exit
     without a share, or whose share was already used up, is never taken; the last always.
     """
-    _require(discrepancy_NK)
+    require_finite(discrepancy_NK)
     samples, exits = discrepancy_NK.shape
     threshold_K, gone_N = np.full(exits, NEVER), np.zeros(samples, bool)
     for exit_ in range(exits - 1):
@@ -129,14 +129,14 @@ def risk_controlled(
     """
     from scipy.stats import binom
 
-    _require(discrepancy_NK)
+    require_finite(discrepancy_NK)
     if not (0 < risk < 1 and 0 < error < 1):
         raise ConfigError(f"risk and error are probabilities between 0 and 1, got {risk} and {error}.")
     if deviation_NK[:, -1].any():
         raise ConfigError("The full depth must not deviate from itself: the last column of the deviations is not 0.")
     testing_N = ~tuning_N
     if not tuning_N.any() or not testing_N.any():
-        raise ConfigError("Risk control needs samples to tune on and others to test on; take more.")
+        raise ConfigError("Risk control tunes on some episodes and tests on others; take more episodes.")
     exits, tests = discrepancy_NK.shape[1], int(testing_N.sum())
     best_K = np.full(exits, NEVER)
     best_K[-1] = ALWAYS
@@ -152,7 +152,12 @@ def risk_controlled(
     return best_K
 
 
-def _require(discrepancy_NK: np.ndarray) -> None:
+def require_finite(discrepancy_NK: np.ndarray) -> None:
+    """Refuse what is no table of numbers.
+
+    Raises:
+        ConfigError: for an empty table, or chunks that are not finite.
+    """
     if discrepancy_NK.ndim != 2 or 0 in discrepancy_NK.shape:
         raise ConfigError(f"Discrepancies are a table of samples and exits, got the shape {discrepancy_NK.shape}.")
     if not np.isfinite(discrepancy_NK).all():

@@ -18,7 +18,7 @@ from vlaflow.compute.dense import spent
 from vlaflow.decoders.base import Given
 from vlaflow.decoders.discrete_flow import DiscreteFlowState
 from vlaflow.decoders.model import Model
-from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TwoStage:
 
     @property
     def needs(self) -> Requirements:
-        """A decoder with deterministic steps, where any are asked."""
-        return Requirements(settles=self.settling > 0)
+        """A discrete flow: no other decoder's solver steps may be cut into two stages."""
+        return Requirements(settles=True)
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
@@ -68,8 +68,7 @@ class TwoStage:
         with watch.part("first"):
             state = decoder.start(prefix, generators, self.steps, given)
             if self.refresh is not None:
-                if not isinstance(state, DiscreteFlowState):
-                    raise CapabilityError(f"A {type(decoder).__name__} never runs its prefix again: leave 'refresh' out.")
+                assert isinstance(state, DiscreteFlowState)  # see needs
                 state = replace(state, refresh=self.refresh)
             state = decoder.advance(state, prefix, self.stochastic)
         if self.settling:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -25,11 +25,23 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A training loss and its named parts (detached, for the log); ``exits`` are the losses of the depths it is the mean of."""
+    """A training loss.
+
+    Args:
+        total: the mean of ``exits``, where there are any, and ``beside``.
+        parts: named parts, detached, for the log.
+        exits: loss of each depth that answers.
+        beside: what is learned beside the answers and belongs to no depth.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     exits: Mapping[int, Tensor] = field(default_factory=dict)
+    beside: Tensor | None = None
+
+    def answering(self, answers: Tensor) -> LossTerms:
+        """The same with another loss of the answers in place of the mean of the exits."""
+        return replace(self, total=answers if self.beside is None else answers + self.beside)
 
 
 def mean_over_exits(name: str, losses: Mapping[int, Tensor]) -> LossTerms:
@@ -141,12 +153,13 @@ class Tokens:
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
-        """One batch after the other."""
+        """One batch after the other; those that took fewer steps get steps that revised nothing."""
+        most = max(part.revised_BN.shape[1] for part in parts)
         return Tokens(
             torch.cat([part.id_BS for part in parts]),
             torch.cat([part.probability_BS for part in parts]),
             torch.cat([part.repaired_B for part in parts]),
-            torch.cat([part.revised_BN for part in parts]),
+            torch.cat([nn.functional.pad(part.revised_BN, (0, most - part.revised_BN.shape[1])) for part in parts]),
             tuple(count for part in parts for count in part.evaluations),
             tuple(count for part in parts for count in part.prefix_runs),
         )

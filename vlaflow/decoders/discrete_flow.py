@@ -33,6 +33,9 @@ from vlaflow.flows import discrete, gaussian, metrics
 from vlaflow.flows.categorical import pick, uniforms
 from vlaflow.nn.time import clock_embedding
 
+_SMALLEST = 1e-9
+"""Probability below which nothing is left."""
+
 
 @dataclass(frozen=True)
 class EmbeddingMetric:
@@ -263,7 +266,11 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         )
 
     def advance(self, state: DiscreteFlowState, prefix: Prefix, steps: int = 1) -> DiscreteFlowState:
-        """Stochastic steps: guess the final chunk, jump towards it. The step that ends at clock 0 takes the guess itself."""
+        """Stochastic steps: guess the final chunk, jump towards it. The step that ends at clock 0 takes the guess itself.
+
+        With a rate head a token leaves at λ = ρ/t for another one, drawn as the network's scores have it among the others (Edit
+        Flows, substitutions alone); what the network still holds to be right at the end stays.
+        """
         for done in range(state.done, min(state.done + steps, state.steps)):
             # A token that started at 0 never moves; a clock of 1 keeps its unused rates finite.
             now_BS = state.clock_at(done).masked_fill(~state.free_BS, 1.0)
@@ -275,7 +282,9 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             guess_BS = chance_BSV.argmax(-1) if self.config.guess == "top" else pick(chance_BSV, uniform_3BS[0])
             if self.rate is not None:
                 rho_BS = functional.softplus(self.rate(hidden_BSW)[..., 0].float())
-                rate_BSV = (chance_BSV * (rho_BS / now_BS)[..., None]).scatter(-1, state.id_BS[..., None], 0.0)
+                other_BSV = chance_BSV.scatter(-1, state.id_BS[..., None], 0.0)
+                other_BSV = other_BSV / other_BSV.sum(-1, keepdim=True).clamp(min=_SMALLEST)  # given that it is wrong
+                rate_BSV = other_BSV * (rho_BS / now_BS)[..., None]
                 id_BS = discrete.jump(state.id_BS, rate_BSV, now_BS - next_BS, uniform_3BS[1:], self.config.jump)
             elif done + 1 == state.steps:
                 id_BS = guess_BS

@@ -5,7 +5,7 @@ Depth counts layers that have run: A1's layer index 27 is depth 28.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -41,7 +41,7 @@ class ExitTraining:
         if self.shallow is None or len(terms.exits) < 2:
             return terms
         *before, last = terms.exits.values()
-        return replace(terms, total=(1 - self.shallow) * last + self.shallow * torch.stack(before).mean())
+        return terms.answering((1 - self.shallow) * last + self.shallow * torch.stack(before).mean())
 
 
 def every(step: int, depth: int) -> tuple[int, ...]:

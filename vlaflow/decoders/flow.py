@@ -26,6 +26,9 @@ from vlaflow.stacks.base import Stack
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.stacks.shared import SharedStack
 
+_SMALLEST = 1e-6
+"""Clock below which a token is done."""
+
 
 @dataclass(frozen=True)
 class FlowConfig:
@@ -166,8 +169,16 @@ class FlowDecoder(Decoder[FlowState]):
         return steps
 
     def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix) -> Tensor:
-        """Predicted dx/dt (B, L, X) of tokens at their clocks."""
-        return self.codec.decode(self.stack(self.codec.encode(x_BLX, clock_BL), prefix))
+        """Predicted dx/dt (B, L, X) of tokens at their clocks.
+
+        Padding dimensions are 0 in every action and take no part in the loss. Their velocity is known, x/t, and keeps them
+        what training showed: t·noise.
+        """
+        made_BLX = self.codec.decode(self.stack(self.codec.encode(x_BLX, clock_BL), prefix))
+        if x_BLX.shape[-1] == self.action_dim:
+            return made_BLX
+        known_BLX = x_BLX[..., self.action_dim :] / clock_BL[..., None].clamp(min=_SMALLEST)
+        return torch.cat((made_BLX[..., : self.action_dim].float(), known_BLX), -1)
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K draws a prefix."""
@@ -214,8 +225,11 @@ class FlowDecoder(Decoder[FlowState]):
         if given is None:
             return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, steps)
         x_BLX = self._pad(given.action_BLD.float())
+        d = c.action_dim
         if not given.noised:
             x_BLX = gaussian.interpolate(x_BLX, noise_BLX, given.clock_BL)
+        elif x_BLX.shape[-1] > d:
+            x_BLX = torch.cat((x_BLX[..., :d], given.clock_BL[..., None] * noise_BLX[..., d:]), -1)
         pull = given.pull and replace(given.pull, action_BLD=self._pad(given.pull.action_BLD.float()))
         return FlowState(x_BLX, given.clock_BL, 0, steps, pull)
 
@@ -245,7 +259,8 @@ class FlowDecoder(Decoder[FlowState]):
         with torch.enable_grad():
             x_BLX = state.x_BLX.detach().requires_grad_()
             velocity_BLX = self.velocity(x_BLX, now_BL, prefix).float()
-            return guidance.guided(x_BLX, velocity_BLX, now_BL, pull.action_BLD, pull.weight_BL)
+            bent_BLX = guidance.guided(x_BLX, velocity_BLX, now_BL, pull.action_BLD, pull.weight_BL)
+        return torch.cat((bent_BLX[..., : self.action_dim], velocity_BLX.detach()[..., self.action_dim :]), -1)
 
     def _pad(self, action_BLD: Tensor) -> Tensor:
         extra = (self.config.padded_dim or self.action_dim) - action_BLD.shape[-1]

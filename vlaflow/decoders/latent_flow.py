@@ -138,6 +138,8 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Flow loss, and the cross-entropies of codes and FAST tokens at the deepest exit.
 
+        Codes that are answered one after the other are learned at every exit, for what is read next depends on the answer.
+
         Raises:
             ConfigError: when the batch holds no codes to learn.
         """
@@ -151,12 +153,13 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
             )
         written = self.latent.teach(prefix, targets.code_BK, depths)
         flow = self.flow.loss(self._seen(prefix, written), targets, generator, depths)
-        latent = self.latent.loss(written.hidden[-1], targets.code_BK)
-        total, parts = flow.total + c.latent_weight * latent, {**flow.parts, "latent": latent.detach()}
+        answered = written.hidden if c.latent.answer == "autoregressive" else written.hidden[-1:]
+        latent = torch.stack([self.latent.loss(hidden_BKW, targets.code_BK) for hidden_BKW in answered]).mean()
+        beside, parts = c.latent_weight * latent, {**flow.parts, "latent": latent.detach()}
         if self.fast is not None:
             fast = self.fast.loss(written.after(prefix), targets, generator, depths[-1:])
-            total, parts = total + c.fast_weight * fast.total, {**parts, "fast": fast.total.detach()}
-        return LossTerms(total, parts, flow.exits)
+            beside, parts = beside + c.fast_weight * fast.total, {**parts, "fast": fast.total.detach()}
+        return LossTerms(flow.total + beside, parts, flow.exits, beside)
 
     def start(
         self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None

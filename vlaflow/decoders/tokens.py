@@ -186,9 +186,11 @@ class TokenDecoder(Decoder[State]):
         return self.stack.exits(self.embedding(id_BS), prefix, depths)
 
     def finish(self, state: State) -> Tensor:
-        """The tokens as normalised actions."""
+        """The tokens as normalised actions; NaN where the network's scores were no numbers, for every id decodes to a chunk."""
         made = self.tokenizer.decode(state.id_BS.cpu().numpy())
-        return torch.from_numpy(made.action_BLD).to(state.id_BS.device)
+        sound_B = state.probability_BS.isfinite().all(1)
+        action_BLD = torch.from_numpy(made.action_BLD).to(state.id_BS.device)
+        return torch.where(sound_B[:, None, None], action_BLD, float("nan"))
 
     def tokens(self, state: State) -> Tokens:
         """See ``Decoder``."""

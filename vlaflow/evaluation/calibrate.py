@@ -8,7 +8,7 @@ Shape letters: N samples, K exits, B batch, L horizon, D action dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -25,7 +25,15 @@ from vlaflow.compute.budget import LADDER, Ladder, Rung, save
 from vlaflow.compute.calibration import FOLDER, Calibration, RiskTarget, Seen, ShareTarget
 from vlaflow.compute.distance import Metric, distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
-from vlaflow.compute.thresholds import Distribution, Table, exit_shares, filtered_quantiles, risk_controlled, taken
+from vlaflow.compute.thresholds import (
+    Distribution,
+    Table,
+    exit_shares,
+    filtered_quantiles,
+    require_finite,
+    risk_controlled,
+    taken,
+)
 from vlaflow.data.batch import Batch
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
@@ -149,6 +157,8 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
         )
     plan = ExitPlan(depths, request.metric, request.steps, request.warm_start, request.restart)
     EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration")
+    if depths[-1] != policy.model.depths[-1]:
+        raise ConfigError(f"The last of the depths must be the full one, {policy.model.depths[-1]}, got {list(depths)}.")
     folder = checkpoint / FOLDER
     file = folder / f"{request.name}.json"
     if file.name == LADDER or file.parent != folder:
@@ -162,9 +172,18 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     made.save(file)
     write_page(made, table, file.with_suffix(".html"))
     known = folder / LADDER
-    if request.ladder and not (known.exists() and read_json(known).get("checkpoint") == mark):
-        save(ladder(policy, frames, mark), known)
+    if request.ladder and not _measured(known, mark, policy, plan):
+        save(ladder(policy, frames, mark, {*LADDER_STEPS, plan.steps}), known)
     return made, file
+
+
+def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
+    """Whether there is a ladder of this checkpoint that knows what the plan's number of steps loses."""
+    if not file.exists():
+        return False
+    found = read_json(file)
+    known = {rung["evaluations"] for rung in found.get("rungs", ())}
+    return found.get("checkpoint") == mark and policy.model.decoder.evaluations(plan.steps) in known
 
 
 def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
@@ -240,11 +259,19 @@ def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "ma
             largest.append(torch.stack([distance("max_abs", chunk, chunks[-1]) for chunk in chunks[1:]], 1))
             error.append(torch.stack([_error(chunk, target_BLD, weight_BL) for chunk in chunks[1:]], 1))
             bar.advance(len(generators))
-    tuning_N = np.random.default_rng([seed, 1]).permutation(len(frames.index_N)) % 2 == 0
     near_NK, far_NK, largest_NK, error_NK = (
         torch.cat(part).double().cpu().numpy() for part in (discrepancy, deviation, largest, error)
     )
-    return Table(near_NK, far_NK, largest_NK, error_NK, frames.choose_N, tuning_N)
+    require_finite(near_NK)
+    return Table(near_NK, far_NK, largest_NK, error_NK, frames.choose_N, _tuning(frames, seed))
+
+
+def _tuning(frames: Sample, seed: int) -> np.ndarray:
+    """Frames that define the sequence of thresholds, (N,) bool; the others of their half test it. No episode does both."""
+    windows = frames.windows
+    episode_N = windows.dataset.columns().episode[windows.rows[frames.index_N]]
+    choosing = np.unique(episode_N[frames.choose_N])
+    return np.isin(episode_N, np.random.default_rng([seed, 1]).permutation(choosing)[::2])
 
 
 def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, target: Target, checkpoint: str) -> Calibration:
@@ -285,7 +312,7 @@ def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, t
 
 
 @torch.no_grad()
-def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Sequence[int] = LADDER_STEPS) -> Ladder:
+def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[int] = LADDER_STEPS) -> Ladder:
     """What a fixed depth and number of solver steps would lose, from the same noise as the fullest of them."""
     model, depths = policy.model, policy.model.depths
     steps = sorted({model.decoder.evaluations(s) for s in steps})
@@ -311,7 +338,9 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Sequence[int]
                 chunk_BLD = made(depth, s)
                 error_B = _error(chunk_BLD, target_BLD, weight_BL)
                 far_B = distance("max_abs", chunk_BLD, full_BLD)
-                sums[depth, s] += (float(far_B.sum()), float(error_B.nan_to_num(0).sum()))
+                if not bool(far_B.isfinite().all()):
+                    raise ConfigError("Some chunks are not finite; the checkpoint makes chunks that are no numbers.")
+                sums[depth, s] += (float(far_B.sum()), float(error_B.nan_to_num(0).sum()))  # NaN: no action is valid
             count += len(generators)
             bar.advance(len(generators))
     rungs = tuple(Rung(depth, s, float(far / count), float(error / count)) for (depth, s), (far, error) in sums.items())

@@ -15,7 +15,7 @@ from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
-from vlaflow.versions import machine, versions
+from vlaflow.versions import device_name, machine, versions
 
 
 def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1) -> Profile:
@@ -71,6 +71,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
         jitter=float(np.percentile(times["chunk"], 99)) / middle["chunk"],
         chunks=rounds,
         versions=versions(),
+        device=device_name(str(policy.device)),
     )
 
 

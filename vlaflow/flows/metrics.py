@@ -27,9 +27,10 @@ def embedding_distance(table_VW: Tensor, power: Power = 2) -> Tensor:
     The papers speak of the Euclidean distance; FUDOKI's code takes the fourth power. The power acts as a hidden schedule:
     the larger, the earlier the chain arrives.
     """
-    unit_VW = torch.nn.functional.normalize(table_VW.float(), dim=-1)
-    square_VV = (2 - 2 * unit_VW @ unit_VW.T).clamp(min=0)
-    return _rescaled(square_VV ** (power / 2))
+    with torch.autocast(table_VW.device.type, enabled=False):  # in bfloat16 near rows would fall together
+        unit_VW = torch.nn.functional.normalize(table_VW.float(), dim=-1)
+        square_VV = (2 - 2 * unit_VW @ unit_VW.T).clamp(min=0)
+        return _rescaled(square_VV ** (power / 2))
 
 
 def bin_distance(bins: int, others: int = 0, power: Power = 1) -> Tensor:

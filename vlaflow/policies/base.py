@@ -173,7 +173,7 @@ class Policy:
         terms = model.decoder.loss(self.encode(batch.observation), targets, generator, exits.depths if exits else None)
         if exits is None:
             return terms
-        return exits.total(terms) if model.training else replace(terms, total=terms.exits[exits.depths[-1]])
+        return exits.total(terms) if model.training else terms.answering(terms.exits[exits.depths[-1]])
 
     def answer_loss(self, batch: QuestionBatch) -> Tensor:
         """Language-model loss on a batch of questions; decoder and rater have no part in it.
