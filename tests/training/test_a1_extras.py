@@ -87,3 +87,9 @@ def test_processes_that_train_together_run_the_same_random_exit(together):
     """An expert leaves the last layer without a gradient, a random exit whole layers: DDP has to know, and ranks to agree."""
     assert [entry["step"] for entry in read_log(together / "exits")] == [1, 2, 3, 4, 5, 6]
     assert Policy.from_pretrained(together / "exits")
+
+
+def test_a_tracker_that_ends_leaves_the_processes_together(together):
+    """The runs after the one with a tracker share their steps as well."""
+    assert list((together / "exits/training").glob("**/events.out.tfevents.*"))
+    assert [entry["step"] for entry in read_log(together / "latent")] == [1, 2, 3, 4, 5, 6]

@@ -63,8 +63,8 @@ if __name__ == "__main__":
         exits=ExitTraining((1, 2, 3), "random"),
     )
     config = tiny_config(policy=policy, batch_size=2)
-    trainer = Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="none")
-    trainer.run()
+    # with a tracker: what ends it must leave the processes' group to the runs below
+    Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="tensorboard").run()
     end_together(out / "ended")
     train_together(out / "latent")
     train_codes_together(out / "flybot")

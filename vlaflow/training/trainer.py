@@ -188,7 +188,9 @@ class Trainer:
             if journal is not None:
                 journal.close()
             if self._log_with:
-                self.accelerator.end_training()
+                # end_training() would also take the processes' group away, which the next stage of a pipeline needs.
+                for one in self.accelerator.trackers:
+                    one.finish()
             self._feed.close()
 
     # -- one step ----------------------------------------------------------------------------------------------------
