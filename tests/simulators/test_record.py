@@ -104,6 +104,12 @@ def test_an_existing_folder_is_not_overwritten(recorded):
         record(RecordConfig(ENVS, episodes=1), recorded[0], workers=0)
 
 
+def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made .* Choose another --out"):
+        record(RecordConfig(ENVS, episodes=1), tmp_path / "file/deeper/set", workers=0)
+
+
 @pytest.mark.parametrize("wrong", [{"envs": ()}, {"episodes": 0}, {"seed": -1}, {"attempts": 0}])
 def test_an_impossible_config_is_refused(wrong):
     """Before anything is built."""

@@ -120,6 +120,17 @@ def test_a_run_keeps_others_out_until_it_ends(tmp_path, monkeypatch):
     checkpoint.require_free(tmp_path / "p")
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"folder .*p cannot be made \(.*file is a file\)\. Choose another --out"):
+        run(tmp_path / "file/deeper/p")
+    with (
+        pytest.raises(ConfigError, match=r"cannot be made \(Not a directory\)"),
+        checkpoint.claimed(tmp_path / "file/deeper/p"),
+    ):
+        pass
+
+
 def test_a_foreign_policy_is_not_overwritten(tmp_path):
     new_policy(tiny_config()).save_pretrained(tmp_path / "p")
     with pytest.raises(ConfigError, match="would be overwritten"):

@@ -24,6 +24,7 @@ from vlaflow.data.lerobot import EXECUTED_KEY
 from vlaflow.data.video import Segment, encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.folders import make_folder
 from vlaflow.simulators.base import Environment, Render, cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 from vlaflow.simulators.workers import Progress, iterate_jobs
@@ -146,7 +147,7 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
         progress: called as ``progress(done, total)`` after each episode.
 
     Raises:
-        ConfigError: for an unknown environment or several suites at once.
+        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be made.
         DataError: when ``out`` exists, or an expert keeps failing.
     """
     names = expand_env_names(config.envs)
@@ -159,7 +160,7 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
     seeds: dict[str, list[int]] = {name: [] for name in names}
     failed = dict.fromkeys(names, 0)
     frames = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.segments-", dir=out.parent) as scratch,
         Writer(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.files import read_json, write_json
+from vlaflow.folders import make_folder, require_makeable
 from vlaflow.training.ema import Ema
 from vlaflow.training.shards import spread, whole
 
@@ -89,9 +90,9 @@ def claimed(out: Path) -> Iterator[None]:
     """Keep other runs out of a folder; a run that is killed lets go of it by itself.
 
     Raises:
-        ConfigError: another run is training into it.
+        ConfigError: another run is training into it, or it cannot be made.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     place = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,11 +156,12 @@ def prepare(out: Path, fresh: bool) -> Path | None:
 
     Raises:
         ConfigError: ``out`` holds a policy that no training run of ours left, which would be overwritten; or another run is
-            training into it.
+            training into it; or it cannot be made.
         CheckpointError: what is left there cannot be moved.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out must name a folder.")
+    require_makeable(out)
     require_free(out)
     try:
         for leftover in out.glob(f"{PARTIAL}*"):
