@@ -253,8 +253,7 @@ class Dataset:
         from PIL import Image
 
         path = self._meta.files[episode.index].data
-        first = next(e.start for e, f in zip(self.episodes, self._meta.files, strict=True) if f.data == path)
-        rows = _read_rows(path, key, episode.start - first, episode.length)
+        rows = _read_cells(path, key, episode.index)
         if len(rows) != episode.length:
             raise DataError(
                 f"Episode {episode.index} of {self.root} has {episode.length} actions but '{key}' holds {len(rows)} images "
@@ -403,16 +402,24 @@ def _is_camera(feature: Mapping[str, Any]) -> bool:
     return feature["dtype"] in ("video", "image") and not depth
 
 
-def _read_rows(path: Path, key: str, start: int, count: int) -> list[Any]:
-    """Rows [start, start + count) of one column, reading only the row groups that hold them."""
+def _read_cells(path: Path, key: str, episode: int) -> list[Any]:
+    """One column's cells of one episode, by frame, wherever its rows lie; one row group is held at a time."""
+    places = read_parquet(path, ["episode_index", "frame_index"])
+    rows = np.flatnonzero(places["episode_index"].to_numpy() == episode)
+    rows = rows[np.argsort(places["frame_index"].to_numpy()[rows], kind="stable")]
+    cells: list[Any] = [None] * len(rows)
     try:
         file = pq.ParquetFile(path)
-        sizes = np.array([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+        if key not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column '{key}'. Copy or record the file again.")
+        sizes = np.array([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], np.int64)
         ends = np.cumsum(sizes)
-        groups = [g for g in range(len(sizes)) if ends[g] > start and ends[g] - sizes[g] < start + count]
-        if not groups:
-            return []
-        table = file.read_row_groups(groups, columns=[key])
-        return table[key].slice(start - int(ends[groups[0]] - sizes[groups[0]]), count).to_pylist()
+        groups = np.searchsorted(ends, rows, side="right")
+        for group in np.unique(groups):
+            column = file.read_row_group(int(group), columns=[key])[key]
+            start = int(ends[group] - sizes[group])
+            for place in np.flatnonzero(groups == group):
+                cells[place] = column[int(rows[place]) - start].as_py()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged or cut off ({str(error).splitlines()[0]}). Copy or record it again.") from error
+    return cells
