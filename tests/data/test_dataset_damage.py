@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode
 from vlaflow.data.lerobot import Dataset
@@ -104,6 +105,36 @@ def test_missing_episode_table(copy):
 def test_fewer_episodes_than_counted(copy):
     edit_info(copy, total_episodes=7)
     refused(r"counts 7 episodes but .* describes 5", Dataset.open, copy)
+
+
+@pytest.mark.parametrize("key", ["data_path", "video_path"])
+@pytest.mark.parametrize("path", ["/etc/hostname", "../other/file.parquet", "data/../../file.parquet"])
+def test_path_that_leads_out_of_the_folder(copy, key, path):
+    edit_info(copy, **{key: path})
+    refused(f"'{key}' in meta/info.json of .* leads out of the data set", Dataset.open, copy)
+
+
+@pytest.mark.parametrize("key", ["data_path", "video_path"])
+@pytest.mark.parametrize("path", ["{chunk}.x", "{0}.x", "{chunk_index:q}.x", "{chunk_index", 7])
+def test_path_that_cannot_be_filled_in(copy, key, path):
+    edit_info(copy, **{key: path})
+    refused(f"meta/info.json of .* states '{key}' = .*cannot be filled in.*chunk_index, file_index", Dataset.open, copy)
+
+
+def test_path_that_leads_out_of_the_older_layout(pristine_v21, tmp_path):
+    root = shutil.copytree(pristine_v21, tmp_path / "copy")
+    edit_info(root, data_path="../{episode_index}.parquet")
+    refused("'data_path' in meta/info.json of .* leads out of the data set", Dataset.open, root)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../picture.png"])
+def test_stored_image_outside_the_folder(copy, path):
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(copy.parent / "picture.png")
+    table = pq.read_table(copy / DATA)
+    cells = pa.array([{"bytes": None, "path": path}] * len(table), pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(table.append_column("observation.images.corner", cells), copy / DATA)
+    feature(copy, "observation.images.corner", dtype="image")
+    refused("The path of image 0 of .*corner' in episode 1 of .* leads out", Dataset.open(copy).frames, 1, "corner")
 
 
 def test_episode_without_a_task(copy):

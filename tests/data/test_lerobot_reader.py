@@ -80,6 +80,16 @@ def test_unnamed_task_index_of_converted_data_sets_is_understood(copy):
     assert Dataset.open(copy).tasks == ("push the puck", "open the drawer")
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()], ids=str)
+def test_words_of_any_string_type_are_tasks(copy, kind):
+    """Other writers of parquet than LeRobot's choose their own."""
+    path = copy / "meta/tasks.parquet"
+    words = pa.array(["push the puck", "open the drawer"], kind)
+    pq.write_table(pa.table({"task_index": [0, 1], "task": words}), path)
+    assert pq.read_table(path)["task"].type == kind
+    assert Dataset.open(copy).tasks == ("push the puck", "open the drawer")
+
+
 def test_rows_out_of_order_are_put_in_order(copy):
     """Tools that merge data sets do not promise an order of rows."""
     path = copy / "data/chunk-000/file-000.parquet"

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlaflow.config import from_json
-from vlaflow.data.lerobot_meta import Episode, Meta, read_meta, read_parquet
+from vlaflow.data.lerobot_meta import Episode, Meta, inside, read_meta, read_parquet
 from vlaflow.data.video import TOLERANCE_S, VideoError, decode_frames
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec
@@ -261,7 +261,8 @@ class Dataset:
             )
         for i, row in enumerate(rows):
             try:
-                source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else self.root / row["path"]
+                where = f"The path of image {i} of '{key}' in episode {episode.index}"
+                source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else inside(self.root, row["path"], where)
                 with Image.open(source) as image:
                     yield np.asarray(image.convert("RGB"))
             except (TypeError, OSError) as error:
