@@ -152,6 +152,22 @@ def test_row_with_an_unknown_task(copy):
     refused(f"Episode 1 of .*'task_index' is 9 at frame 2 .*{DATA}", Dataset.open(copy).columns)
 
 
+def test_row_with_another_task_than_its_episode(copy):
+    """Row 14 is frame 2 of episode 1, in which a drawer is opened."""
+    edit_table(copy / DATA, "task_index", lambda tasks: [t if i != 14 else 0 for i, t in enumerate(tasks)])
+    sentence = r"Episode 1 of .*'task_index' is 0 \('push the puck'\) at frame 2 .*the task 'open the drawer'"
+    refused(sentence, Dataset.open(copy).columns)
+
+
+def test_an_episode_may_have_several_tasks(copy):
+    """Its own is the first, and a row may have any of them."""
+    edit_table(copy / EPISODES, "tasks", lambda tasks: [[*t, "push the puck"] if i == 1 else t for i, t in enumerate(tasks)])
+    edit_table(copy / DATA, "task_index", lambda tasks: [t if i != 14 else 0 for i, t in enumerate(tasks)])
+    dataset = Dataset.open(copy)
+    assert dataset.episodes[1].task == "open the drawer"
+    assert dataset.columns().task[13:16].tolist() == [1, 0, 1]
+
+
 @pytest.mark.parametrize(("key", "value", "name"), [("action", np.nan, "gripper"), ("observation.state", -np.inf, "y")])
 def test_value_that_is_not_finite(copy, key, value, name):
     """Row 24 is frame 3 of episode 2; the last dimension of either vector is spoilt."""

@@ -190,7 +190,7 @@ class Dataset:
 
         Raises:
             DataError: a damaged file; rows missing; a value that is not finite; a vector of the wrong length; timestamps
-                that disagree with fps; a task that does not exist. Each names file and episode.
+                that disagree with fps; a task that does not exist, or is not the episode's. Each names file and episode.
         """
         return self._columns
 
@@ -337,6 +337,7 @@ class Dataset:
         starts = np.repeat([e.start for e in self.episodes], lengths)
         self._refuse(rows, rows["frame"] != np.arange(len(starts)) - starts, "frame_index", "does not count 0, 1, 2, ...")
         self._refuse(rows, (rows["task"] < 0) | (rows["task"] >= len(self.tasks)), "task_index", "names no task in meta")
+        self._check_tasks(rows)
         # float32 seconds: half a unit in the last place grows past the tolerance after half an hour of one episode.
         off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
         late = off >= TOLERANCE_S + np.abs(rows["time"]) * np.finfo(np.float32).eps
@@ -349,6 +350,18 @@ class Dataset:
                     f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in '{key}' at frame "
                     f"{rows['frame'][row]}, dimension {dimension} ('{self.dimension_names(name)[dimension]}') "
                     f"({self._data_path(int(rows['episode'][row]))}). Record the episode again."
+                )
+
+    def _check_tasks(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Every row's instruction must be one of its episode's."""
+        for episode, task in np.unique(np.stack([rows["episode"], rows["task"]], axis=1), axis=0).astype(int).tolist():
+            own, found = self.episodes[episode].tasks, self.tasks[task]
+            if found not in own:
+                row = int(np.argmax((rows["episode"] == episode) & (rows["task"] == task)))
+                raise DataError(
+                    f"Episode {episode} of {self.root}: 'task_index' is {task} ('{found}') at frame {rows['frame'][row]} "
+                    f"({self._data_path(episode)}), but meta gives the episode the task "
+                    f"{' or '.join(repr(one) for one in own)}. Correct the one that is wrong."
                 )
 
     def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str) -> None:

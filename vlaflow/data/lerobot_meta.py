@@ -29,12 +29,14 @@ class Episode:
         task: the instruction (of its first frame, where frames differ).
         length: frames, T.
         start: row of its first frame in ``Columns``.
+        tasks: every instruction that its frames may have.
     """
 
     index: int
     task: str
     length: int
     start: int
+    tasks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def read_meta(root: Path) -> Meta:
             raise DataError(
                 f"Episode {index} of {root} names the task '{missing[0]}', which {_task_table(modern)} lacks. Add it there."
             )
-        episodes.append(Episode(index, names[0], int(row["length"]), start))
+        episodes.append(Episode(index, names[0], int(row["length"]), start, tuple(names)))
         files.append((_files_v3 if modern else _files_v21)(root, info, keys, row))
         start += int(row["length"])
     _require_files(root, files)
