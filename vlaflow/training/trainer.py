@@ -323,8 +323,8 @@ class Trainer:
         if len(set(found)) > 1:
             steps = ", ".join("none" if one < 0 else str(one) for one in sorted(set(found), reverse=True))
             raise ConfigError(
-                f"The processes of this run find checkpoints of different steps ({steps}) in {self.out}. --out must be a folder "
-                f"that all nodes share."
+                f"The processes of this run find checkpoints of different steps ({steps}) in {self.out}. "
+                f"--out must be a folder that all nodes share."
             )
 
     def _agreed(self, signal: int | None) -> int | None:
