@@ -11,7 +11,7 @@ import pytest
 
 from vlaflow import __version__
 from vlaflow.cli import main as dispatcher
-from vlaflow.errors import DataError
+from vlaflow.errors import ConfigError, DataError
 
 HEAVY = ("torch", "numpy", "tyro", "rich", "transformers", "mujoco", "pyarrow")
 
@@ -137,3 +137,11 @@ def test_every_command_shows_an_example_in_its_help(name):
     answer = run(name, "--help")
     assert answer.returncode == 0, answer.stderr
     assert f"vlaflow {name}" in answer.stdout
+
+
+def test_a_demo_in_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
+    from vlaflow.cli.demo import Demo, Diary, Settings
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be made .* Choose another --out"):
+        Diary(tmp_path / "file/deeper/demo", Settings.of(Demo(quick=True)))

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, episode
 from vlaflow.data.lerobot import Dataset
@@ -106,6 +107,36 @@ def test_fewer_episodes_than_counted(copy):
     refused(r"counts 7 episodes but .* describes 5", Dataset.open, copy)
 
 
+@pytest.mark.parametrize("key", ["data_path", "video_path"])
+@pytest.mark.parametrize("path", ["/etc/hostname", "../other/file.parquet", "data/../../file.parquet"])
+def test_path_that_leads_out_of_the_folder(copy, key, path):
+    edit_info(copy, **{key: path})
+    refused(f"'{key}' in meta/info.json of .* leads out of the data set", Dataset.open, copy)
+
+
+@pytest.mark.parametrize("key", ["data_path", "video_path"])
+@pytest.mark.parametrize("path", ["{chunk}.x", "{0}.x", "{chunk_index:q}.x", "{chunk_index", 7])
+def test_path_that_cannot_be_filled_in(copy, key, path):
+    edit_info(copy, **{key: path})
+    refused(f"meta/info.json of .* states '{key}' = .*cannot be filled in.*chunk_index, file_index", Dataset.open, copy)
+
+
+def test_path_that_leads_out_of_the_older_layout(pristine_v21, tmp_path):
+    root = shutil.copytree(pristine_v21, tmp_path / "copy")
+    edit_info(root, data_path="../{episode_index}.parquet")
+    refused("'data_path' in meta/info.json of .* leads out of the data set", Dataset.open, root)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../picture.png"])
+def test_stored_image_outside_the_folder(copy, path):
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(copy.parent / "picture.png")
+    table = pq.read_table(copy / DATA)
+    cells = pa.array([{"bytes": None, "path": path}] * len(table), pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(table.append_column("observation.images.corner", cells), copy / DATA)
+    feature(copy, "observation.images.corner", dtype="image")
+    refused("The path of image 0 of .*corner' in episode 1 of .* leads out", Dataset.open(copy).frames, 1, "corner")
+
+
 def test_episode_without_a_task(copy):
     edit_table(copy / EPISODES, "tasks", lambda tasks: [t if i != 2 else [] for i, t in enumerate(tasks)])
     refused("Episode 2 of .* has no task", Dataset.open, copy)
@@ -119,6 +150,22 @@ def test_episode_with_an_unknown_task(copy):
 def test_row_with_an_unknown_task(copy):
     edit_table(copy / DATA, "task_index", lambda tasks: [t if i != 14 else 9 for i, t in enumerate(tasks)])
     refused(f"Episode 1 of .*'task_index' is 9 at frame 2 .*{DATA}", Dataset.open(copy).columns)
+
+
+def test_row_with_another_task_than_its_episode(copy):
+    """Row 14 is frame 2 of episode 1, in which a drawer is opened."""
+    edit_table(copy / DATA, "task_index", lambda tasks: [t if i != 14 else 0 for i, t in enumerate(tasks)])
+    sentence = r"Episode 1 of .*'task_index' is 0 \('push the puck'\) at frame 2 .*the task 'open the drawer'"
+    refused(sentence, Dataset.open(copy).columns)
+
+
+def test_an_episode_may_have_several_tasks(copy):
+    """Its own is the first, and a row may have any of them."""
+    edit_table(copy / EPISODES, "tasks", lambda tasks: [[*t, "push the puck"] if i == 1 else t for i, t in enumerate(tasks)])
+    edit_table(copy / DATA, "task_index", lambda tasks: [t if i != 14 else 0 for i, t in enumerate(tasks)])
+    dataset = Dataset.open(copy)
+    assert dataset.episodes[1].task == "open the drawer"
+    assert dataset.columns().task[13:16].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(("key", "value", "name"), [("action", np.nan, "gripper"), ("observation.state", -np.inf, "y")])

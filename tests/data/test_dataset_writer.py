@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from multiprocessing import get_context
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.toyset import FPS, LENGTHS, SPEC, TASKS, VIEWS, episode, files_of, write_v3, writer
+from tests.data.toyset import FPS, LENGTHS, SPEC, TASKS, VIEWS, episode, files_of, full_disk, write_v3, writer
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.video import encode_video, exact_rate
 from vlaflow.data.writer import Writer
@@ -214,6 +215,51 @@ def test_interrupted_writing_leaves_nothing_that_looks_like_a_data_set(tmp_path)
     with pytest.raises(RuntimeError, match="cable"):
         record()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_and_is_told_as_it_was(tmp_path):
+    """Closing the files writes again, and fails again."""
+
+    def record():
+        with writer(tmp_path / "set") as out:
+            out.add(*episode(0), "go")
+            with full_disk():
+                try:
+                    out.add(*episode(1), "go")
+                except Exception as error:
+                    first.append(error)
+                    out.abort()
+                    raise
+
+    first = []
+    with pytest.raises(Exception, match="too large") as caught:
+        record()
+    assert caught.value is first[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path):
+    def record():
+        with writer(tmp_path / "set") as out:
+            out.add(*episode(0), "go")
+            stack.enter_context(full_disk())
+
+    with ExitStack() as stack, pytest.raises(Exception, match="too large"):
+        record()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_data_set_that_cannot_be_renamed_is_kept(tmp_path):
+    def record():
+        with writer(tmp_path / "set") as out:
+            out.add(*episode(0), "go")
+            (tmp_path / "set").mkdir()
+            (tmp_path / "set/somebody").write_text("else's")
+
+    with pytest.raises(DataError, match="Rename it by hand"):
+        record()
+    (kept,) = tmp_path.glob(".set.partial-*")
+    assert len(Dataset.open(kept)) == LENGTHS[0]
 
 
 def test_no_episode_is_no_data_set(tmp_path):

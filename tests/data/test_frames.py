@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -125,6 +127,58 @@ def test_full_disk_is_said_beforehand(dataset, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 1000}))
     with pytest.raises(DataError, match=r"needs 0\.0 GB.*VLAFLOW_CACHE"):
         FrameCache.open(dataset)
+
+
+def test_room_is_taken_before_a_frame_is_written(dataset):
+    """A file with holes on a disk that fills up ends the process with SIGBUS."""
+    taken = []
+
+    def look(done, total):
+        if done == 1:
+            files = (dataset.root / ".cache").glob(".*.partial/*.u8")
+            taken.extend((stat.st_blocks * 512, stat.st_size) for stat in (file.stat() for file in files))
+
+    FrameCache.open(dataset, size=200, progress=look)
+    assert [size for _, size in taken] == [ROWS * 200 * 200 * 3] * 2
+    assert all(room >= size for room, size in taken)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_meanwhile_is_the_same_sentence(dataset, monkeypatch, number):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"needs 0\.0 GB.*VLAFLOW_CACHE"):
+        FrameCache.open(dataset)
+    assert not list((dataset.root / ".cache").glob("*frames*/*"))
+
+
+def test_a_cache_folder_that_is_a_file_is_one_sentence(dataset, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/deeper"):
+        monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path / place))
+        with pytest.raises(DataError, match=r"cannot be written to .*file.*\. Set VLAFLOW_CACHE to a folder of yours"):
+            FrameCache.open(dataset)
+
+
+def test_a_read_only_disk_is_one_sentence(dataset, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(type(dataset.root), "mkdir", refused)
+    with pytest.raises(DataError, match=r"cannot be written to .*Read-only file system.*VLAFLOW_CACHE"):
+        FrameCache.open(dataset)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_a_warning(dataset, monkeypatch, caplog, number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert len(FrameCache.open(dataset, size=16)) == ROWS
+    assert "cannot be locked" in caplog.text
 
 
 BUILDER = """

@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.data.toyset import FPS, LENGTHS, SPEC, TASKS, VIEWS, edit_info, episode
+from tests.data.toyset import FPS, LENGTHS, SPEC, TASKS, VIEWS, edit_info, edit_table, episode
 from vlaflow.data.lerobot import Dataset, view_name
 from vlaflow.errors import SpecError
 
 TINY = Path(__file__).parent.parent / "fixtures/lerobot_v3_tiny"
+DATA = "data/chunk-000/file-000.parquet"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 CODEC = 12.0  # mean absolute error of crf 20 to 30 with halved chroma on noise and hard edges, in levels; measured 4 to 10
 ONE_OFF = 20.0  # a picture that is one frame away differs by more; measured 24 (two rows of a coarse pattern) to 57 (noise)
@@ -78,6 +80,16 @@ def test_unnamed_task_index_of_converted_data_sets_is_understood(copy):
     assert Dataset.open(copy).tasks == ("push the puck", "open the drawer")
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()], ids=str)
+def test_words_of_any_string_type_are_tasks(copy, kind):
+    """Other writers of parquet than LeRobot's choose their own."""
+    path = copy / "meta/tasks.parquet"
+    words = pa.array(["push the puck", "open the drawer"], kind)
+    pq.write_table(pa.table({"task_index": [0, 1], "task": words}), path)
+    assert pq.read_table(path)["task"].type == kind
+    assert Dataset.open(copy).tasks == ("push the puck", "open the drawer")
+
+
 def test_rows_out_of_order_are_put_in_order(copy):
     """Tools that merge data sets do not promise an order of rows."""
     path = copy / "data/chunk-000/file-000.parquet"
@@ -89,8 +101,8 @@ def test_rows_out_of_order_are_put_in_order(copy):
     assert np.array_equal(before.frame, after.frame)
 
 
-def test_images_kept_in_parquet_come_back_exactly(copy):
-    """PNG is lossless, so these frames must be equal; rows of several episodes share one row group here."""
+def with_stored_images(root):
+    """Keep one view as PNG in the table; returns the table and the exact frames by episode."""
     exact = [episode(i)[0]["corner"] for i in range(len(LENGTHS))]
 
     def png(image):
@@ -98,15 +110,42 @@ def test_images_kept_in_parquet_come_back_exactly(copy):
         Image.fromarray(image).save(stream, "png")
         return {"bytes": stream.getvalue(), "path": None}
 
-    path = copy / "data/chunk-000/file-000.parquet"
     cells = pa.array([png(image) for images in exact for image in images])
-    pq.write_table(pq.read_table(path).append_column("observation.images.corner", cells), path, row_group_size=7)
-    info = json.loads((copy / "meta/info.json").read_text())
+    info = json.loads((root / "meta/info.json").read_text())
     info["features"]["observation.images.corner"]["dtype"] = "image"
-    edit_info(copy, features=info["features"])
+    edit_info(root, features=info["features"])
+    return pq.read_table(root / DATA).append_column("observation.images.corner", cells), exact
+
+
+def test_images_kept_in_parquet_come_back_exactly(copy):
+    """PNG is lossless, so these frames must be equal; rows of several episodes share one row group here."""
+    table, exact = with_stored_images(copy)
+    pq.write_table(table, copy / DATA, row_group_size=7)
     dataset = Dataset.open(copy)
     for i, images in enumerate(exact):
         assert np.array_equal(dataset.frames(i, "corner"), images)
+
+
+def test_stored_images_stay_with_their_actions_when_rows_are_out_of_order(copy):
+    table, exact = with_stored_images(copy)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), copy / DATA, row_group_size=7)
+    dataset = Dataset.open(copy)
+    for i, images in enumerate(exact):
+        assert np.array_equal(dataset.frames(i, "corner"), images)
+        assert np.array_equal(dataset.columns().action[dataset.episode_slice(i)], episode(i)[2])
+
+
+def test_stored_images_of_episodes_that_do_not_follow_each_other_in_a_file(copy):
+    """Episode 1 lies in a file of its own, so episode 2 comes right after episode 0."""
+    table, exact = with_stored_images(copy)
+    alone = np.asarray(table["episode_index"]) == 1
+    pq.write_table(table.filter(pa.array(~alone)), copy / DATA)
+    pq.write_table(table.filter(pa.array(alone)), copy / DATA.replace("file-000", "file-001"))
+    edit_table(copy / EPISODES, "data/file_index", lambda files: [int(i == 1) for i, _ in enumerate(files)])
+    dataset = Dataset.open(copy)
+    for i, images in enumerate(exact):
+        assert np.array_equal(dataset.frames(i, "corner"), images)
+        assert np.array_equal(dataset.columns().action[dataset.episode_slice(i)], episode(i)[2])
 
 
 def test_view_names_drop_the_prefix():

@@ -1,6 +1,8 @@
 """Small data sets for the tests of this folder, and ways to damage them."""
 
 import json
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,17 @@ def write_v21(root):
 def cut_in_half(path: Path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+
+
+@contextmanager
+def full_disk(room=1000):
+    """No file may grow past so many bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def edit_info(root, **changes):

@@ -330,3 +330,9 @@ def test_the_command_records(tmp_path, capsys):
     assert "gripper: " in capsys.readouterr().out
     assert {q.kind for q in QuestionSet.open(tmp_path / "d").questions} == {"gripper"}
     assert len(QuestionSet.open(tmp_path / "d")) > 0
+
+
+def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be made .* Choose another --out"):
+        record_questions(QuestionConfig(ENVS, episodes=1), tmp_path / "file/deeper/set", workers=0)

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from tests.data.toyset import full_disk
 from vlaflow.cli.record import main
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, DataError
@@ -102,6 +103,18 @@ def test_an_existing_folder_is_not_overwritten(recorded):
     """Nobody loses a recording by repeating a command."""
     with pytest.raises(DataError, match="exists already"):
         record(RecordConfig(ENVS, episodes=1), recorded[0], workers=0)
+
+
+def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be made .* Choose another --out"):
+        record(RecordConfig(ENVS, episodes=1), tmp_path / "file/deeper/set", workers=0)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(recorded, tmp_path):
+    with full_disk(), pytest.raises(DataError, match=r"could not be written into .*too large.* Make room"):
+        record(RecordConfig(ENVS[:1], episodes=1, size=48), tmp_path / "set", workers=0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("wrong", [{"envs": ()}, {"episodes": 0}, {"seed": -1}, {"attempts": 0}])

@@ -87,3 +87,17 @@ def test_processes_that_train_together_run_the_same_random_exit(together):
     """An expert leaves the last layer without a gradient, a random exit whole layers: DDP has to know, and ranks to agree."""
     assert [entry["step"] for entry in read_log(together / "exits")] == [1, 2, 3, 4, 5, 6]
     assert Policy.from_pretrained(together / "exits")
+
+
+def test_a_tracker_that_ends_leaves_the_processes_together(together):
+    """The runs after the one with a tracker share their steps as well."""
+    assert list((together / "exits/training").glob("**/events.out.tfevents.*"))
+    assert [entry["step"] for entry in read_log(together / "latent")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_processes_that_find_different_checkpoints_all_refuse(together):
+    """--out on each node's own disk: otherwise one would continue, and the others begin."""
+    for rank in (0, 1):
+        told = (together / f"ended/rank-{rank}.txt").read_text()
+        assert "checkpoints of different steps (2, none)" in told
+        assert "--out must be a folder that all nodes share" in told

@@ -391,7 +391,7 @@ def test_a_signal_ends_the_pipeline_in_its_stage(whole, dataset, tmp_path, cut, 
 
 def test_a_signal_to_one_process_ends_the_run_in_all_of_them(together):
     """Or one would wait for the other in the next stage."""
-    told = [load_file(together / f"ended/rank-{rank}.safetensors") for rank in (0, 1)]
+    told = [load_file(together / f"ended/of-0/rank-{rank}.safetensors") for rank in (0, 1)]
     assert [(int(t["signal"]), int(t["step"])) for t in told] == [(signal.SIGTERM, 2)] * 2
 
 

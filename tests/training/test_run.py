@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,14 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
 def test_wrong_arguments_are_one_sentence(dataset, tmp_path, change, kind, message):
     with pytest.raises(kind, match=message):
         command.main([*arguments(dataset, tmp_path / "p"), *change])
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_a_frame_is_decoded(dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "dataset", ignore=shutil.ignore_patterns(".cache"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be made \(.*is a file\)\. Choose another --out"):
+        command.main(arguments(copy, tmp_path / "file/p"))
+    assert not (copy / ".cache").exists()
 
 
 def test_a_rater_needs_a_policy(dataset, tmp_path):

@@ -120,6 +120,17 @@ def test_a_run_keeps_others_out_until_it_ends(tmp_path, monkeypatch):
     checkpoint.require_free(tmp_path / "p")
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"folder .*p cannot be made \(.*file is a file\)\. Choose another --out"):
+        run(tmp_path / "file/deeper/p")
+    with (
+        pytest.raises(ConfigError, match=r"cannot be made \(Not a directory\)"),
+        checkpoint.claimed(tmp_path / "file/deeper/p"),
+    ):
+        pass
+
+
 def test_a_foreign_policy_is_not_overwritten(tmp_path):
     new_policy(tiny_config()).save_pretrained(tmp_path / "p")
     with pytest.raises(ConfigError, match="would be overwritten"):
@@ -212,6 +223,73 @@ def test_a_kill_while_the_last_policy_moves_into_place_loses_nothing(tmp_path, m
     run(tmp_path / "whole")
     assert weights(out) == weights(tmp_path / "whole")
     assert not (out / "training/step-000006/policy").exists()
+
+
+def publish(out, step):
+    """A checkpoint whose policy keeps a folder beside its files, as those with a tokenizer do."""
+
+    def save_policy(folder):
+        (folder / "processor").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "processor/tokenizer.json", f"processor/only-{step}.json"):
+            (folder / name).write_text(str(step))
+
+    checkpoint.publish(out, step, {"step": step}, {}, save_policy)
+
+
+def published(out):
+    files = [path for path in out.rglob("*") if path.is_file() and "training" not in path.parts[len(out.parts) :]]
+    return {path.relative_to(out).as_posix(): path.read_text() for path in files}
+
+
+def whole_policy(step):
+    names = ("config.json", "model.safetensors", "processor/tokenizer.json", f"processor/only-{step}.json")
+    return dict.fromkeys(names, str(step))
+
+
+def test_a_policy_that_keeps_a_folder_is_replaced_whole(tmp_path):
+    """The old folder's files go with it."""
+    for step in (1, 2, 3):
+        publish(tmp_path / "p", step)
+        assert published(tmp_path / "p") == whole_policy(step)
+
+
+@pytest.mark.parametrize("moved", range(4))
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_kill_while_a_policys_folder_moves_into_place_loses_nothing(tmp_path, monkeypatch, moved, fresh):
+    """A kill before any rename: of the old folder out of the way, and of each new thing into place."""
+    out, done = tmp_path / "p", {"renames": 0}
+
+    class Killed(BaseException):
+        pass
+
+    def killed_late(real):
+        def rename(self, target):
+            if self.parent == out or self.parent.name == "policy":
+                if done["renames"] == moved:
+                    raise Killed
+                done["renames"] += 1
+            return real(self, target)
+
+        return rename
+
+    publish(out, 1)
+    monkeypatch.setattr(type(out), "replace", killed_late(type(out).replace))
+    monkeypatch.setattr(type(out), "rename", killed_late(type(out).rename))
+    with pytest.raises(Killed):
+        publish(out, 2)
+    monkeypatch.undo()
+    aside = checkpoint.prepare(out, fresh)
+    assert published(aside if fresh else out) == whole_policy(2)
+
+
+def test_a_checkpoint_that_cannot_be_moved_is_one_sentence(tmp_path, monkeypatch):
+    def refused(self, target):
+        raise OSError(errno.EACCES, "Permission denied", str(self))
+
+    publish(tmp_path / "p", 1)
+    monkeypatch.setattr(type(tmp_path), "rename", refused)
+    with pytest.raises(CheckpointError, match=r"cannot be put in order \(Permission denied.*choose another --out"):
+        checkpoint.prepare(tmp_path / "p", fresh=True)
 
 
 def test_the_log_has_one_line_per_step_and_resumes_without_a_seam(tmp_path):

@@ -16,6 +16,7 @@ from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import DEPARTURES
 from vlaflow.decoders.exits import ExitTraining
+from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.stacks.expert import ExpertConfig
@@ -52,6 +53,16 @@ def end_together(out):
     save_file(told, out / f"rank-{os.environ['RANK']}.safetensors")
 
 
+def look_apart(out):
+    """Two processes that look for the checkpoint in folders of their own, as --out on each node's disk; one has it."""
+    config = tiny_config(batch_size=2)
+    rank = os.environ["RANK"]
+    try:
+        Trainer(PolicyStage(new_policy(config)), config, Memory(), None, out / f"of-{rank}", tracker="none")
+    except ConfigError as error:
+        (out / f"rank-{rank}.txt").write_text(str(error))
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     policy = tiny_policy()
@@ -63,8 +74,9 @@ if __name__ == "__main__":
         exits=ExitTraining((1, 2, 3), "random"),
     )
     config = tiny_config(policy=policy, batch_size=2)
-    trainer = Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="none")
-    trainer.run()
-    end_together(out / "ended")
+    # with a tracker: what ends it must leave the processes' group to the runs below
+    Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="tensorboard").run()
+    end_together(out / "ended/of-0")
+    look_apart(out / "ended")
     train_together(out / "latent")
     train_codes_together(out / "flybot")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.folders import make_folder, require_makeable
 
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
@@ -129,10 +130,11 @@ class Diary:
     """What is done in a folder and how long it took.
 
     Raises:
-        ConfigError: when the folder was begun with other settings.
+        ConfigError: when the folder was begun with other settings, or cannot be made.
     """
 
     def __init__(self, out: Path, settings: Settings) -> None:
+        require_makeable(out)
         self.file, self._left = out / "demo.json", False
         self.done: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -152,7 +154,7 @@ class Diary:
         elif out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} holds something that is not a demo. Choose another --out.")
         self._settings = plain
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         self._save()
 
     @contextmanager

@@ -11,9 +11,12 @@ data set's content, the size and the layout, so a changed data set gets a new ca
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +29,8 @@ from torch import Tensor
 
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import DataError, SpecError
+
+logger = logging.getLogger("vlaflow.data")
 
 LAYOUT = 1
 """Raise when the bytes of a cache, or what ``resize`` answers, change."""
@@ -153,21 +158,41 @@ def build_once(root: Path, name: str, nbytes: int, build: Callable[[Path], None]
         with locked(home / f".{name}.lock"):
             if not folder.is_dir():
                 _build_whole(root, folder, nbytes, build)
-    except PermissionError as error:
-        raise DataError(f"The frame cache cannot be written to {home}. Set VLAFLOW_CACHE to a folder of yours.") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _too_large(root, home, nbytes) from error
+        raise DataError(
+            f"The frame cache cannot be written to {home} ({error.strerror}). Set VLAFLOW_CACHE to a folder of yours."
+        ) from error
     return folder
+
+
+def allocated(file: Path, shape: Sequence[int]) -> np.memmap:
+    """A new file of zeros as a uint8 array that can be written. Its room is taken at once: writing to a file with holes ends
+    the process (SIGBUS) when the disk is full.
+
+    Raises:
+        OSError: no room.
+    """
+    with file.open("wb") as opened:
+        os.posix_fallocate(opened.fileno(), 0, math.prod(shape))
+    return np.memmap(file, np.uint8, "r+", shape=tuple(shape))
+
+
+def _too_large(root: Path, home: Path, nbytes: int) -> DataError:
+    free = shutil.disk_usage(home).free
+    return DataError(
+        f"The frame cache of {root} needs {nbytes / 1e9:.1f} GB, but {home} has {free / 1e9:.1f} GB left. "
+        f"Choose a smaller size, or set VLAFLOW_CACHE to a larger disk."
+    )
 
 
 def _build_whole(root: Path, folder: Path, nbytes: int, build: Callable[[Path], None]) -> None:
     """Build in a folder of another name, then rename it; the caller holds the lock."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: nobody else can be writing under the lock
-    free = shutil.disk_usage(folder.parent).free
-    if nbytes > free:
-        raise DataError(
-            f"The frame cache of {root} needs {nbytes / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left. "
-            f"Choose a smaller size, or set VLAFLOW_CACHE to a larger disk."
-        )
+    if nbytes > shutil.disk_usage(folder.parent).free:
+        raise _too_large(root, folder.parent, nbytes)
     partial.mkdir()
     try:
         build(partial)
@@ -180,7 +205,10 @@ def _build_whole(root: Path, folder: Path, nbytes: int, build: Callable[[Path], 
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; the kernel gives it back when the process dies, however it dies."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # a network folder without locks
+            logger.warning("%s cannot be locked (%s); start no second process that needs it now.", path, error.strerror)
         yield
 
 
@@ -195,7 +223,7 @@ def _build(
 ) -> None:
     """Decode everything into ``folder``."""
     rows = len(dataset)
-    arrays = {v: np.memmap(folder / f"{v}.u8", np.uint8, "w+", shape=(rows, *s, 3)) for v, s in shapes.items()}
+    arrays = {v: allocated(folder / f"{v}.u8", (rows, *s, 3)) for v, s in shapes.items()}
 
     def fill(episode: int) -> None:
         first = dataset.episodes[episode].start

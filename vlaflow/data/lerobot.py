@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlaflow.config import from_json
-from vlaflow.data.lerobot_meta import Episode, Meta, read_meta, read_parquet
+from vlaflow.data.lerobot_meta import Episode, Meta, inside, read_meta, read_parquet
 from vlaflow.data.video import TOLERANCE_S, VideoError, decode_frames
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec
@@ -190,7 +190,7 @@ class Dataset:
 
         Raises:
             DataError: a damaged file; rows missing; a value that is not finite; a vector of the wrong length; timestamps
-                that disagree with fps; a task that does not exist. Each names file and episode.
+                that disagree with fps; a task that does not exist, or is not the episode's. Each names file and episode.
         """
         return self._columns
 
@@ -253,8 +253,7 @@ class Dataset:
         from PIL import Image
 
         path = self._meta.files[episode.index].data
-        first = next(e.start for e, f in zip(self.episodes, self._meta.files, strict=True) if f.data == path)
-        rows = _read_rows(path, key, episode.start - first, episode.length)
+        rows = _read_cells(path, key, episode.index)
         if len(rows) != episode.length:
             raise DataError(
                 f"Episode {episode.index} of {self.root} has {episode.length} actions but '{key}' holds {len(rows)} images "
@@ -262,7 +261,8 @@ class Dataset:
             )
         for i, row in enumerate(rows):
             try:
-                source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else self.root / row["path"]
+                where = f"The path of image {i} of '{key}' in episode {episode.index}"
+                source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else inside(self.root, row["path"], where)
                 with Image.open(source) as image:
                     yield np.asarray(image.convert("RGB"))
             except (TypeError, OSError) as error:
@@ -337,6 +337,7 @@ class Dataset:
         starts = np.repeat([e.start for e in self.episodes], lengths)
         self._refuse(rows, rows["frame"] != np.arange(len(starts)) - starts, "frame_index", "does not count 0, 1, 2, ...")
         self._refuse(rows, (rows["task"] < 0) | (rows["task"] >= len(self.tasks)), "task_index", "names no task in meta")
+        self._check_tasks(rows)
         # float32 seconds: half a unit in the last place grows past the tolerance after half an hour of one episode.
         off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
         late = off >= TOLERANCE_S + np.abs(rows["time"]) * np.finfo(np.float32).eps
@@ -349,6 +350,18 @@ class Dataset:
                     f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in '{key}' at frame "
                     f"{rows['frame'][row]}, dimension {dimension} ('{self.dimension_names(name)[dimension]}') "
                     f"({self._data_path(int(rows['episode'][row]))}). Record the episode again."
+                )
+
+    def _check_tasks(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Every row's instruction must be one of its episode's."""
+        for episode, task in np.unique(np.stack([rows["episode"], rows["task"]], axis=1), axis=0).astype(int).tolist():
+            own, found = self.episodes[episode].tasks, self.tasks[task]
+            if found not in own:
+                row = int(np.argmax((rows["episode"] == episode) & (rows["task"] == task)))
+                raise DataError(
+                    f"Episode {episode} of {self.root}: 'task_index' is {task} ('{found}') at frame {rows['frame'][row]} "
+                    f"({self._data_path(episode)}), but meta gives the episode the task "
+                    f"{' or '.join(repr(one) for one in own)}. Correct the one that is wrong."
                 )
 
     def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str) -> None:
@@ -403,16 +416,24 @@ def _is_camera(feature: Mapping[str, Any]) -> bool:
     return feature["dtype"] in ("video", "image") and not depth
 
 
-def _read_rows(path: Path, key: str, start: int, count: int) -> list[Any]:
-    """Rows [start, start + count) of one column, reading only the row groups that hold them."""
+def _read_cells(path: Path, key: str, episode: int) -> list[Any]:
+    """One column's cells of one episode, by frame, wherever its rows lie; one row group is held at a time."""
+    places = read_parquet(path, ["episode_index", "frame_index"])
+    rows = np.flatnonzero(places["episode_index"].to_numpy() == episode)
+    rows = rows[np.argsort(places["frame_index"].to_numpy()[rows], kind="stable")]
+    cells: list[Any] = [None] * len(rows)
     try:
         file = pq.ParquetFile(path)
-        sizes = np.array([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+        if key not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column '{key}'. Copy or record the file again.")
+        sizes = np.array([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], np.int64)
         ends = np.cumsum(sizes)
-        groups = [g for g in range(len(sizes)) if ends[g] > start and ends[g] - sizes[g] < start + count]
-        if not groups:
-            return []
-        table = file.read_row_groups(groups, columns=[key])
-        return table[key].slice(start - int(ends[groups[0]] - sizes[groups[0]]), count).to_pylist()
+        groups = np.searchsorted(ends, rows, side="right")
+        for group in np.unique(groups):
+            column = file.read_row_group(int(group), columns=[key])[key]
+            start = int(ends[group] - sizes[group])
+            for place in np.flatnonzero(groups == group):
+                cells[place] = column[int(rows[place]) - start].as_py()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged or cut off ({str(error).splitlines()[0]}). Copy or record it again.") from error
+    return cells

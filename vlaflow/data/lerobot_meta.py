@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,14 @@ class Episode:
         task: the instruction (of its first frame, where frames differ).
         length: frames, T.
         start: row of its first frame in ``Columns``.
+        tasks: every instruction that its frames may have.
     """
 
     index: int
     task: str
     length: int
     start: int
+    tasks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def read_meta(root: Path) -> Meta:
     """Read and cross-check the meta folder; every data and video file it points to must exist.
 
     Raises:
-        DataError: not a data set, an unsupported version, a damaged or missing file, an episode without a task.
+        DataError: not a data set, an unsupported version, a damaged or missing file, a path that leads out of the folder, an
+            episode without a task.
     """
     info = _read_info(root)
     modern = info["codebase_version"] == "v3.0"
@@ -95,7 +98,7 @@ def read_meta(root: Path) -> Meta:
             raise DataError(
                 f"Episode {index} of {root} names the task '{missing[0]}', which {_task_table(modern)} lacks. Add it there."
             )
-        episodes.append(Episode(index, names[0], int(row["length"]), start))
+        episodes.append(Episode(index, names[0], int(row["length"]), start, tuple(names)))
         files.append((_files_v3 if modern else _files_v21)(root, info, keys, row))
         start += int(row["length"])
     _require_files(root, files)
@@ -128,6 +131,17 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str 
         raise DataError(f"{path} is damaged or cut off ({str(error).splitlines()[0]}). Copy or record it again.") from error
 
 
+def inside(root: Path, path: str, where: str) -> Path:
+    """A file of the data set, by its path in there as ``where`` states it.
+
+    Raises:
+        DataError: the path leads out of the folder.
+    """
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise DataError(f"{where} of {root} leads out of the data set ({path}). Give a path inside it, without '..'.")
+    return root / path
+
+
 def _read_info(root: Path) -> dict[str, Any]:
     path = root / "meta/info.json"
     if not root.is_dir():
@@ -154,12 +168,16 @@ def _read_info(root: Path) -> dict[str, Any]:
 def _tasks_v3(root: Path) -> tuple[tuple[str, ...], list[Path]]:
     path = root / "meta/tasks.parquet"
     table = read_parquet(path)
-    text = [name for name in table.schema.names if pa.types.is_string(table.schema.field(name).type)]
+    text = [name for name in table.schema.names if _is_text(table.schema.field(name).type)]
     if "task_index" not in table.schema.names or not text:
         raise DataError(f"{path} needs a column 'task_index' and one with the task in words. Copy the file again.")
     # Converted data sets leave the pandas index unnamed, so the words may be in '__index_level_0__'.
     words = table["task" if "task" in text else text[0]].to_pylist()
     return _numbered(path, table["task_index"].to_pylist(), words), [path]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _tasks_v21(root: Path) -> tuple[tuple[str, ...], list[Path]]:
@@ -225,9 +243,10 @@ def _files_v3(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Map
                 f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes). "
                 f"Copy the meta folder again."
             )
-        path = video.format(video_key=key, chunk_index=pointers[0], file_index=pointers[1])
-        videos[key] = (root / path, float(pointers[2] or 0.0))
-    return EpisodeFiles(root / data.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]), videos)
+        path = _filled(root, "video_path", video, video_key=key, chunk_index=pointers[0], file_index=pointers[1])
+        videos[key] = (path, float(pointers[2] or 0.0))
+    where = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+    return EpisodeFiles(_filled(root, "data_path", data, **where), videos)
 
 
 def _files_v21(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Mapping[str, Any]) -> EpisodeFiles:
@@ -235,7 +254,20 @@ def _files_v21(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Ma
     data = info.get("data_path") or "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
     video = info.get("video_path") or "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
     where = {"episode_chunk": index // int(info.get("chunks_size", 1000)), "episode_index": index}
-    return EpisodeFiles(root / data.format(**where), {key: (root / video.format(video_key=key, **where), 0.0) for key in keys})
+    videos = {key: (_filled(root, "video_path", video, video_key=key, **where), 0.0) for key in keys}
+    return EpisodeFiles(_filled(root, "data_path", data, **where), videos)
+
+
+def _filled(root: Path, name: str, template: Any, **values: Any) -> Path:
+    """A file of the data set by its template in meta/info.json."""
+    try:
+        path = template.format(**values)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"meta/info.json of {root} states '{name}' = {template!r}, which cannot be filled in "
+            f"({type(error).__name__}: {error}); it may name {', '.join(values)}. Correct it there."
+        ) from error
+    return inside(root, path, f"'{name}' in meta/info.json")
 
 
 def _require_files(root: Path, files: Sequence[EpisodeFiles]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vlaflow.data.batch import ObservationBatch, QuestionBatch
-from vlaflow.data.frames import LAYOUT, build_once, resize
+from vlaflow.data.frames import LAYOUT, allocated, build_once, resize
 from vlaflow.data.questions import Question, QuestionSet
 from vlaflow.errors import ConfigError, DataError, SpecError
 
@@ -58,7 +58,7 @@ class PictureCache:
         def build(folder: Path) -> None:
             if not images:
                 return
-            array = np.memmap(folder / "pictures.u8", np.uint8, "w+", shape=(len(images), size, size, 3))
+            array = allocated(folder / "pictures.u8", (len(images), size, size, 3))
             for row, image in enumerate(images):
                 array[row] = resize(decode(questions.root / image), size)
                 if progress:

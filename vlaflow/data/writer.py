@@ -11,6 +11,7 @@ is joined packet by packet; frames handed to ``add`` directly take the same way.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -97,6 +98,7 @@ class Writer:
         self._table: pq.ParquetWriter | None = None
         self._table_file: Any = None
         self._table_number = -1
+        self._whole = False
         self._joiners: dict[str, Joiner] = {}
         self._joiner_numbers = dict.fromkeys(views, -1)
         self.root.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +109,15 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.finalize()
-        else:
+        if kind is not None:
             self.abort()
+            return
+        try:
+            self.finalize()
+        except BaseException:
+            if not self._whole:
+                self.abort()
+            raise
 
     def add(
         self,
@@ -178,6 +185,7 @@ class Writer:
         meta.write_episodes(self._folder / "meta/episodes", self._rows, self._limits[0])
         meta.write_json(self._folder / "meta/info.json", self._info())
         self._folder.chmod(0o755)  # the hidden folder was private
+        self._whole = True
         try:
             self._folder.rename(self.root)
         except OSError as error:
@@ -189,7 +197,11 @@ class Writer:
 
     def abort(self) -> None:
         """Throw away what was written so far."""
-        self._close()
+        files: list[Any] = [self._table, self._table_file, *self._joiners.values()]
+        for file in filter(None, files):
+            with contextlib.suppress(Exception):  # closing writes what is left, which a full disk refuses again
+                file.close()
+        self._table, self._table_file, self._joiners = None, None, {}
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _declare(self) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from vlaflow.data.lerobot import EXECUTED_KEY
 from vlaflow.data.video import Segment, encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.folders import make_folder, storing
 from vlaflow.simulators.base import Environment, Render, cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 from vlaflow.simulators.workers import Progress, iterate_jobs
@@ -146,8 +147,8 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
         progress: called as ``progress(done, total)`` after each episode.
 
     Raises:
-        ConfigError: for an unknown environment or several suites at once.
-        DataError: when ``out`` exists, or an expert keeps failing.
+        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be made.
+        DataError: when ``out`` exists, an expert keeps failing, or the disk is full or may not be written.
     """
     names = expand_env_names(config.envs)
     suites = {name.partition("/")[0] for name in names}
@@ -159,8 +160,9 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
     seeds: dict[str, list[int]] = {name: [] for name in names}
     failed = dict.fromkeys(names, 0)
     frames = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with (
+        storing(out.parent),
         tempfile.TemporaryDirectory(prefix=f".{out.name}.segments-", dir=out.parent) as scratch,
         Writer(
             out,
@@ -212,14 +214,15 @@ def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Pa
     env = found.env
     env.restart(found.seed)
     frames = [_look_and_act(env, step) for step in found.steps]
-    videos = {
-        view: encode_video(
-            (frame.images[view] for frame in frames),
-            scratch / f"{job.env.replace('/', '_')}-{job.episode}-{view}.mp4",
-            env.action_spec.rate_hz,
-        )
-        for view in env.views
-    }
+    with storing(scratch.parent):
+        videos = {
+            view: encode_video(
+                (frame.images[view] for frame in frames),
+                scratch / f"{job.env.replace('/', '_')}-{job.episode}-{view}.mp4",
+                env.action_spec.rate_hz,
+            )
+            for view in env.views
+        }
     return Demonstration(
         name=job.env,
         instruction=env.task_description,

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import ConfigError, DataError, nearest
+from vlaflow.folders import make_folder
 from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise
 from vlaflow.simulators.record import RecordConfig, RecordJob, find_episode
@@ -130,7 +131,7 @@ def record_questions(config: QuestionConfig, out: Path, workers: int = 2, progre
         progress: called as ``progress(done, total)`` after each episode.
 
     Raises:
-        ConfigError: for an unknown environment or several suites at once.
+        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be made.
         CapabilityError: for an environment that nothing can be asked about.
         DataError: when ``out`` exists, an expert keeps failing, or no question has two answers.
     """
@@ -142,7 +143,7 @@ def record_questions(config: QuestionConfig, out: Path, workers: int = 2, progre
         raise DataError(f"{out} exists already. Choose another --out, or remove it first.")
     side = config.size or simulator_spec(suites.pop()).size[config.render]
     jobs = [RecordJob(name, episode) for name in names for episode in range(config.episodes)]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         for name in names:

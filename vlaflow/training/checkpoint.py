@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.files import read_json, write_json
+from vlaflow.folders import make_folder, require_makeable
 from vlaflow.training.ema import Ema
 from vlaflow.training.shards import spread, whole
 
@@ -89,9 +90,9 @@ def claimed(out: Path) -> Iterator[None]:
     """Keep other runs out of a folder; a run that is killed lets go of it by itself.
 
     Raises:
-        ConfigError: another run is training into it.
+        ConfigError: another run is training into it, or it cannot be made.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     place = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,18 +156,26 @@ def prepare(out: Path, fresh: bool) -> Path | None:
 
     Raises:
         ConfigError: ``out`` holds a policy that no training run of ours left, which would be overwritten; or another run is
-            training into it.
+            training into it; or it cannot be made.
+        CheckpointError: what is left there cannot be moved.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out must name a folder.")
+    require_makeable(out)
     require_free(out)
-    for leftover in out.glob(f"{PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    found = newest(out)
-    if found is not None:
-        _move_up(out, found[1])
-    if fresh and held(out):
-        return move_aside(out)
+    try:
+        for leftover in out.glob(f"{PARTIAL}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        found = newest(out)
+        if found is not None:
+            _move_up(out, found[1])
+        if fresh and held(out):
+            return move_aside(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"The checkpoint in {out} cannot be put in order ({error.strerror}: {error.filename}). Make room and see that you "
+            f"may write there, or choose another --out."
+        ) from error
     if found is None and held(out):
         raise ConfigError(
             f"{out} holds a policy without a training state, so it cannot be continued and would be overwritten. "
@@ -257,9 +266,22 @@ def _move_up(out: Path, step_folder: Path) -> None:
     policy = step_folder / "policy"
     if policy.is_dir():
         for file in sorted(policy.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
-            file.replace(out / file.name)
+            _replace(file, out / file.name)
         _sync_folder(out)
         policy.rmdir()
+
+
+def _replace(new: Path, place: Path) -> None:
+    """Move a file or a folder to where an older one may be; again after a kill."""
+    if not place.is_dir() or place.is_symlink():
+        new.replace(place)
+        return
+    # A rename cannot take the place of a folder that holds something, so there is a moment without one.
+    older = place.with_name(f"{PARTIAL}{place.name}")
+    shutil.rmtree(older, ignore_errors=True)
+    place.rename(older)
+    new.replace(place)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def _forget_all_but(out: Path, step: int) -> None:

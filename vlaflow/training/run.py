@@ -25,6 +25,7 @@ from vlaflow.data.windows import Windows, action_chunks
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
+from vlaflow.folders import require_makeable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint, local_folder
 from vlaflow.policies.recipe import TrainConfig
@@ -57,6 +58,7 @@ def train(
         VlaflowError: whatever the user can mend, in a sentence.
     """
     found = find_recipe(recipe)
+    require_makeable(Path(out))
     if found.several:
         if policy is not None:
             raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out.")

@@ -82,7 +82,8 @@ class Trainer:
         fresh: start anew; an old checkpoint in ``out`` is moved aside.
 
     Raises:
-        ConfigError: ``out`` holds another run, a parameter group matches nothing, an unknown tracker.
+        ConfigError: ``out`` holds another run or is not the same folder for all processes, a parameter group matches nothing,
+            an unknown tracker.
     """
 
     def __init__(
@@ -188,7 +189,9 @@ class Trainer:
             if journal is not None:
                 journal.close()
             if self._log_with:
-                self.accelerator.end_training()
+                # end_training() would also take the processes' group away, which the next stage of a pipeline needs.
+                for one in self.accelerator.trackers:
+                    one.finish()
             self._feed.close()
 
     # -- one step ----------------------------------------------------------------------------------------------------
@@ -302,6 +305,7 @@ class Trainer:
 
     def _resume(self) -> None:
         found = checkpoint.newest(self.out)
+        self._require_same_step(found[0] if found else -1)
         if found is None:
             return
         state = checkpoint.read_state(found[1], self.identity)
@@ -310,6 +314,18 @@ class Trainer:
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._guard.losses.extend(state["losses"])
         self._answer_guard.losses.extend(state.get("answer_losses", ()))
+
+    def _require_same_step(self, step: int) -> None:
+        """Refuse, in every process, checkpoints of different steps; −1 is none."""
+        if self.place.world == 1:
+            return
+        found = cast(Tensor, self.accelerator.gather(torch.tensor([step], device=self.device))).tolist()
+        if len(set(found)) > 1:
+            steps = ", ".join("none" if one < 0 else str(one) for one in sorted(set(found), reverse=True))
+            raise ConfigError(
+                f"The processes of this run find checkpoints of different steps ({steps}) in {self.out}. "
+                f"--out must be a folder that all nodes share."
+            )
 
     def _agreed(self, signal: int | None) -> int | None:
         """The signal that any process noted, in all of them: none may go on to another stage alone."""
