@@ -20,7 +20,6 @@ from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DEPARTURES
 from vlaflow.errors import CapabilityError, ConfigError, SpecError, VlaflowError
 from vlaflow.evaluation.check_policy import check_policy, fake_observations
 from vlaflow.nn.block import BlockConfig
@@ -29,7 +28,6 @@ from vlaflow.policies.iflybot.codes import model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b
 from vlaflow.training.checkpoint import newest
 from vlaflow.training.journal import read_log
-from vlaflow.training.latents import codes_of
 from vlaflow.training.stages import AnsweringStage, PolicyStage
 from vlaflow.training.trainer import Trainer
 
@@ -119,22 +117,6 @@ def test_batches_carry_the_codes_of_the_frames_they_begin_at(dataset, latent, tm
             seen.add((episode, frame))
     assert any(key not in known for key in seen)
     assert any(key in known for key in seen)
-
-
-def test_codes_that_tell_of_a_departure_are_left_out(dataset, latent, tmp_path, monkeypatch):
-    """Those of the pairs that reach over it; the others stay."""
-    assert command.main(flybot.joint(dataset, tmp_path / "p", latent)) == 0
-    policy, opened = Policy.from_pretrained(tmp_path / "p"), Dataset.open(dataset)
-    all_NK, _ = codes_of(policy, opened, latent, None)
-    departed_N = np.zeros(len(opened), bool)
-    departed_N[5] = True
-    monkeypatch.setattr("vlaflow.training.latents.departed", lambda *_: departed_N)
-    some_NK, _ = codes_of(policy, opened, latent, DEPARTURES)
-    gap = model_pairs(LatentActionModel.from_pretrained(latent), opened).gap
-    over = list(range(6 - gap, 6))
-    assert (all_NK[over] >= 0).all()
-    assert (some_NK[over] == -1).all()
-    assert np.array_equal(np.delete(some_NK, over, 0), np.delete(all_NK, over, 0))
 
 
 def test_two_processes_see_the_same_codes_and_train_together(together):
