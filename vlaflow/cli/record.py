@@ -26,7 +26,7 @@ class Record:
         noise: standard deviation of what is added to the executed movement (1 is the full range); the label stays clean.
         noise_memory: correlation of the noise from one step to the next, 0 to below 1.
         misjudge: metres by which the expert, in half of the episodes, is at times wrong about where its hand is (standard
-            deviation per axis), and acts on it; the label stays clean. 0.03 is a policy's own error.
+            deviation per axis), and acts on it; the label stays clean.
         after_success: frames kept after the first success.
     """
 
