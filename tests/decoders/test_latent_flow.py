@@ -72,7 +72,7 @@ def test_exits_weigh_the_answers_and_leave_codes_and_tokens_in_the_loss(answer, 
     assert any(name.startswith("backbone") for name in reached)
     made.model.eval()
     held_out = made.loss(replace(helpers.batch(), code_BK=codes()), *helpers.generators(2))
-    assert float(held_out.total) > float(held_out.exits[2])
+    assert held_out.total.item() > held_out.exits[2].item()
 
 
 def test_codes_that_follow_each_other_are_learned_at_every_exit():

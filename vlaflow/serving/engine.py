@@ -150,7 +150,7 @@ class Engine:
                 for _ in range(times):
                     try:
                         await loop.run_in_executor(self._thread, self._act, asked)
-                    except Exception:
+                    except (RuntimeError, MemoryError):  # as torch says that memory is short; anything else is a defect
                         if size == 1:
                             raise
                         logger.warning("%d requests at once cannot be computed together", size, exc_info=True)

@@ -159,8 +159,6 @@ def prepare(out: Path, fresh: bool) -> Path | None:
             training into it; or it cannot be made.
         CheckpointError: what is left there cannot be moved.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; --out must name a folder.")
     require_makeable(out)
     require_free(out)
     try:
