@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation.over_the_wire_page import write_page
     from vlaflow.evaluation.over_the_wire_results import results
     from vlaflow.progress import progress
-    from vlaflow.serving.client import Client
+    from vlaflow.robot.client import Client
     from vlaflow.simulators.base import expand_env_names
 
     envs = expand_env_names(a.env)
