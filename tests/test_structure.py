@@ -25,6 +25,7 @@ STOREYS = (
     ("compute",),
     ("policies",),
     ("training", "evaluation", "serving"),
+    ("reports",),
     ("cli",),
     ("__main__",),
 )
@@ -138,6 +139,8 @@ def test_imports_point_down():
         ("stacks", "vlaflow.backbones.base_extra", False),
         ("policies", "vlaflow.training.trainer", False),
         ("cli", "vlaflow.evaluation", True),
+        ("reports", "vlaflow.evaluation.results", True),
+        ("evaluation", "vlaflow.reports", False),
         ("errors", "vlaflow.spec", True),
         ("spec", "vlaflow.__version__", True),
         ("evaluation", "vlaflow.robot.client", True),

@@ -12,8 +12,8 @@ from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError, RequestError, SpecError
 from vlaflow.evaluation import over_the_wire as wire
-from vlaflow.evaluation.over_the_wire_page import write_page
 from vlaflow.evaluation.over_the_wire_results import count, results
+from vlaflow.reports.realtime import write_page
 from vlaflow.robot.realtime import Move
 from vlaflow.simulators.metaworld_tasks import ACTION
 from vlaflow.spec import Observation
