@@ -87,7 +87,7 @@ def pauses(episodes: Sequence[np.ndarray], action_spec: ActionSpec, rule: PauseR
 
 
 def _movement(action_ND: np.ndarray, action_spec: ActionSpec, steps: int) -> np.ndarray:
-    """How far each dimension moves in every window of ``steps`` steps, float32 (W, D); W is 0 in an episode too short for one."""
+    """How far each dimension moves in every window of ``steps`` steps, float32 (W, D); no window fits a shorter episode."""
     if len(action_ND) <= steps:
         return np.zeros((0, action_spec.dim), np.float32)
     summed_D = [d.mode == "delta" and not _is_gripper(d) for d in action_spec.dimensions]
