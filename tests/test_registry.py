@@ -114,9 +114,7 @@ def test_a_part_that_cannot_be_imported_stops_only_those_who_name_it(install):
     install("broken", [("decoders", "BrokenConfig", "broken_part:BrokenConfig")], {"broken_part": "import nowhere_at_all"})
     assert load("decoders", "FlowConfig") is FlowConfig
     assert "BrokenConfig" in installed("decoders")
-    with pytest.raises(
-        CapabilityError, match=r"comes with broken 1\.0 .*No module named 'nowhere_at_all'"
-    ):
+    with pytest.raises(CapabilityError, match=r"comes with broken 1\.0 .*No module named 'nowhere_at_all'"):
         load("decoders", "BrokenConfig")
 
 
