@@ -33,7 +33,7 @@ from vlaflow.policies.recipe import TrainConfig
 from vlaflow.training.asked import questions_of
 from vlaflow.training.card import model_card
 from vlaflow.training.latents import codes_of, require_same_model, train_latent, video_spec
-from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, stated_spec
+from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, require_enough, stated_spec
 from vlaflow.training.pipeline import plan, start_anew
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
@@ -267,13 +267,16 @@ def _train(
     options: Options,
 ) -> Outcome:
     torch.set_num_threads(options.threads or training_threads())
+    horizon = policy.config.decoder.horizon
+    excluded = require_enough(config, dataset, horizon)
+    if excluded.shares:
+        sys.stderr.write(f"Left out of the loss, as shares of the actions: {excluded.shares}.\n")
     train_episodes, held_episodes = episodes_of(dataset, config)
     views = policy.model.backbone.views
     sizes = set(views.values())
     if len(sizes) > 1:
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
-    horizon = policy.config.decoder.horizon
     code_NK, latent = codes_of(policy, dataset, options.latent, config.departures) if config.policy is not None else (None, {})
     identity = {**identity, **latent}
     cut = functools.partial(
