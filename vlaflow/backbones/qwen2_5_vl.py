@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlaflow.backbones.base import BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.backbones.pretrained import PretrainedBackbone, plain_architecture
 from vlaflow.backbones.pretrained_prompt import open_pretrained, transformers_library
 from vlaflow.backbones.qwen2_5_vl_prompt import NAME, PromptReader
@@ -177,10 +177,6 @@ class QwenBackbone(PretrainedBackbone):
     def positions(self, position_BT: Tensor) -> Tensor:
         """Words have the same time, height and width: (3, B, T)."""
         return position_BT.expand(3, -1, -1)
-
-    def select_rotary(self, rotary: Rotary, row_R: Tensor) -> Rotary:
-        """The first dimension is the kind of position (time, height, width)."""
-        return rotary[0][:, row_R], rotary[1][:, row_R]
 
     @staticmethod
     def read_from(folder: Path) -> PromptReader:
