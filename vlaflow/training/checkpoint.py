@@ -71,8 +71,8 @@ def restore(
     # A parameter that got no gradient yet has no moments, so only their number tells whether some are missing.
     if len(moments) != state["moments"]:
         raise CheckpointError(
-            f"{folder / 'optimizer.safetensors'} holds {len(moments)} of the optimizer's {state['moments']} moments, so the run "
-            f"would not continue as it began. Start again with --fresh."
+            f"{folder / 'optimizer.safetensors'} holds {len(moments)} of the optimizer's {state['moments']} moments, so "
+            f"the run would not continue as it began. Start again with --fresh."
         )
     average = _read(folder / "average.safetensors") if ema is not None else {}
     try:
