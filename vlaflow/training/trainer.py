@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.config import to_json
 from vlaflow.data.batch import QuestionBatch
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
@@ -239,7 +240,7 @@ class Trainer:
         }, stopped > 0
 
     def _diverged(self, complaint: str, parts: list[Part]) -> str:
-        found = checkpoint.newest(self.out)
+        found = newest_state(self.out)
         look = "Look at them" if isinstance(parts[0].batch, QuestionBatch) else "Look at them (vlaflow data show)"
         kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
         return (
@@ -306,7 +307,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        found = checkpoint.newest(self.out)
+        found = newest_state(self.out)
         self._require_same_step(found[0] if found else -1)
         if found is None:
             return
