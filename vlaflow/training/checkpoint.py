@@ -42,22 +42,38 @@ Tensors = dict[str, dict[str, Tensor]]
 
 def collect(module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Tensors:
     """All tensors a run needs to continue, by file and name, whole on the CPU. With FSDP every process calls it."""
+    named = dict(module.named_parameters())
+    if strangers := optimizer.state.keys() - set(named.values()):
+        raise RuntimeError(f"{len(strangers)} parameters of the optimizer are not the module's, so their moments have no name.")
     moments: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             moments[f"{key}.{name}"] = whole(value)
     tensors = {"weights": {name: whole(tensor) for name, tensor in _named(module)}, "optimizer": moments}
     return tensors if ema is None else {**tensors, "average": ema.state_dict()}
 
 
-def restore(folder: Path, updates: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+def restore(
+    folder: Path, state: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+) -> None:
     """Put what ``collect`` found back.
 
+    Args:
+        folder: of the training state.
+        state: its ``state.json``; "moments" is the number of tensors that the optimizer had.
+        module, optimizer, ema: what is filled.
+
     Raises:
-        CheckpointError: a file that is missing, damaged or of another network.
+        CheckpointError: a file that is missing, damaged, incomplete or of another network.
     """
     weights = _read(folder / "weights.safetensors")
     moments = _read(folder / "optimizer.safetensors")
+    # A parameter that got no gradient yet has no moments, so only their number tells whether some are missing.
+    if len(moments) != state["moments"]:
+        raise CheckpointError(
+            f"{folder / 'optimizer.safetensors'} holds {len(moments)} of the optimizer's {state['moments']} moments, so "
+            f"the run would not continue as it began. Start again with --fresh."
+        )
     average = _read(folder / "average.safetensors") if ema is not None else {}
     try:
         with torch.no_grad():
@@ -65,13 +81,13 @@ def restore(folder: Path, updates: int, module: nn.Module, optimizer: torch.opti
                 spread(weights[name], tensor)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and f"step.{name}" in moments:
-                state = optimizer.state[parameter]
-                state["step"] = moments[f"step.{name}"].to(parameter.device)
+                own = optimizer.state[parameter]
+                own["step"] = moments[f"step.{name}"].to(parameter.device)
                 for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros_like(parameter)
-                    spread(moments[f"{key}.{name}"], state[key])
+                    own[key] = torch.zeros_like(parameter)
+                    spread(moments[f"{key}.{name}"], own[key])
         if ema is not None:
-            ema.load_state_dict(average, updates)
+            ema.load_state_dict(average, state["step"])
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"The training state in {folder} belongs to another network ({error}). Start anew with --fresh."

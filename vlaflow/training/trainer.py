@@ -34,7 +34,7 @@ from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_
 from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
-from vlaflow.training.shards import whole
+from vlaflow.training.shards import reshard, whole
 from vlaflow.training.stages import Stage
 from vlaflow.versions import versions
 
@@ -271,6 +271,7 @@ class Trainer:
                 weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
+            reshard(self._model)  # before the weights come back in place of the average
         module.train()
         values = torch.stack(list(sums.values()))
         values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "sum"))
@@ -297,6 +298,7 @@ class Trainer:
                 "answer_losses": list(self._answer_guard.losses),
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
+                "moments": len(tensors["optimizer"]),
                 "run": self.identity,
             }
             card = self._card(outcome) if self._card is not None else ""
@@ -310,7 +312,7 @@ class Trainer:
         if found is None:
             return
         state = checkpoint.read_state(found[1], self.identity)
-        checkpoint.restore(found[1], state["step"], self.stage.module, self._optimizer.optimizer, self._ema)
+        checkpoint.restore(found[1], state, self.stage.module, self._optimizer.optimizer, self._ema)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._guard.losses.extend(state["losses"])
