@@ -18,15 +18,15 @@ EVERYTHING = sorted(
 
 # From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
 STOREYS = (
-    ("__init__", "errors", "spec", "config", "files", "folders", "versions", "progress"),
-    ("nn", "flows", "data", "actions", "simulators"),
+    ("__init__", "errors", "registry", "spec", "config", "files", "folders", "versions", "progress"),
+    ("nn", "flows", "data", "actions", "simulators", "robot"),
     ("backbones", "stacks"),
     ("decoders",),
     ("compute",),
     ("policies",),
     ("training", "evaluation", "serving"),
     ("reports",),
-    ("cli", "client"),
+    ("cli",),
     ("__main__",),
 )
 # ... except on the ground floor, and here:
@@ -34,10 +34,6 @@ NEIGHBOURS = {
     ("simulators", "vlaflow.data"),
     ("stacks", "vlaflow.backbones.base"),
     ("actions", "vlaflow.nn"),
-    # a client and its controller need no policy; evaluation over the wire drives them
-    ("evaluation", "vlaflow.serving.client"),
-    ("evaluation", "vlaflow.serving.lines"),
-    ("evaluation", "vlaflow.serving.realtime"),
 }
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 
@@ -147,6 +143,10 @@ def test_imports_point_down():
         ("evaluation", "vlaflow.reports", False),
         ("errors", "vlaflow.spec", True),
         ("spec", "vlaflow.__version__", True),
+        ("evaluation", "vlaflow.robot.client", True),
+        ("serving", "vlaflow.robot.wire", True),
+        ("robot", "vlaflow.data.batch", False),
+        ("evaluation", "vlaflow.serving.server", False),
     ],
 )
 def test_the_import_rule_means_what_the_design_says(room, target, allowed):

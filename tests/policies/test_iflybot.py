@@ -27,7 +27,7 @@ from vlaflow.policies.iflybot import recipes
 from vlaflow.policies.iflybot.codes import dataset_codes, model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b, tiny
 from vlaflow.policies.recipe import DataSpec
-from vlaflow.serving.client import Client
+from vlaflow.robot.client import Client
 from vlaflow.spec import Commitment
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training.optim import freeze, late_parameters
@@ -201,7 +201,7 @@ def small(**changes):
 @pytest.mark.parametrize(
     ("compute", "message"),
     [
-        (Refine(BelowThreshold(0.5)), "regenerates single actions, which this checkpoint was not trained for"),
+        (Refine(BelowThreshold(0.5)), "regenerates parts of a chunk, which this checkpoint was not trained for"),
         (TwoStage(2, 2), "may revise every token, which a LatentFlowDecoder does not have"),
         (EarlyExit(ExitPlan((1, 2)), (inf,)), r"learned to answer only at \[2\]"),
     ],

@@ -12,14 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues, causal_mask
-from vlaflow.nn.block import Rotate
+from vlaflow.nn.block import BlockConfig, Rotate
+from vlaflow.registry import Group, Part
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -43,6 +44,68 @@ class BackboneSpec:
 
 
 @dataclass(frozen=True)
+class TextLimit:
+    """How much text a backbone takes.
+
+    Args:
+        size: bytes of UTF-8.
+        key: the config's field that raises it.
+    """
+
+    size: int
+    key: str
+
+
+class BackboneConfig(Part, ABC):
+    """All that is needed to build a backbone, weights aside; a checkpoint holds it as JSON.
+
+    A kind is a frozen dataclass with the fields ``state_dim`` and ``views``, registered by its class's name under
+    ``vlaflow.backbones`` (docs/extending.md). What other parts must know before the network is built, they ask here.
+    """
+
+    group: ClassVar[Group] = "backbones"
+
+    if TYPE_CHECKING:  # a dataclass would take an inherited property for the default of its field
+
+        @property
+        def state_dim(self) -> int:
+            """Length of the proprioceptive state, S."""
+
+        @property
+        def views(self) -> tuple[str, ...]:
+            """Camera views in the order of their tokens."""
+
+    @abstractmethod
+    def build(self) -> Backbone:
+        """The network, initialised from torch's global generator."""
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether the network has a language-model head, so that it can learn and give answers in words."""
+        return False
+
+    @property
+    def longest_instruction(self) -> TextLimit | None:
+        """The longest instruction it reads; None where there is no fixed limit."""
+        return None
+
+    @property
+    def longest_answer(self) -> TextLimit | None:
+        """The longest answer it learns to give; None where there is no fixed limit."""
+        return None
+
+    def rater_block(self) -> BlockConfig:
+        """The transformer block of a rater that reads this backbone's hidden states, so of the same width.
+
+        Raises:
+            CapabilityError: by default; a backbone whose policies are to be rated overrides it.
+        """
+        raise CapabilityError(
+            f"{type(self).__name__} does not say what a rater of its states is made of (rater_block), so none can be added."
+        )
+
+
+@dataclass(frozen=True)
 class Prefix:
     """An encoded observation, and how far it has been encoded.
 
@@ -51,7 +114,7 @@ class Prefix:
         hidden_BPW: hidden states after ``depth`` layers.
         seen_BP: bool, False on padding; None when there is none.
         memory: keys and values of every layer that has run.
-        rotary: cosines and sines of the prefix positions, for backbones that rotate.
+        rotary: cosines and sines of the prefix positions, (B, P, E) each, for backbones that rotate.
         next_position_B: position of the first suffix token, for backbones that count positions.
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
@@ -103,7 +166,7 @@ class Prefix:
             hidden_BPW=self.hidden_BPW[row_R],
             seen_BP=None if self.seen_BP is None else self.seen_BP[row_R],
             memory=tuple(m.select(row_R) for m in self.memory),
-            rotary=None if self.rotary is None else self.backbone.select_rotary(self.rotary, row_R),
+            rotary=None if self.rotary is None else (self.rotary[0][row_R], self.rotary[1][row_R]),
             next_position_B=None if self.next_position_B is None else self.next_position_B[row_R],
             state_BS=None if self.state_BS is None else self.state_BS[row_R],
             embedded_BPW=None if self.embedded_BPW is None else self.embedded_BPW[row_R],
@@ -119,6 +182,7 @@ class Backbone(nn.Module, ABC):
 
     spec: BackboneSpec
     config: Any
+    """Its ``BackboneConfig``."""
 
     @property
     @abstractmethod
@@ -158,10 +222,6 @@ class Backbone(nn.Module, ABC):
         None where this backbone's positions are not rotations: the expert then learns positions of its own.
         """
         return None
-
-    def select_rotary(self, rotary: Rotary, row_R: Tensor) -> Rotary:
-        """Rows of the rotation of the prefix positions, whose first dimension is the batch unless a backbone says otherwise."""
-        return rotary[0][row_R], rotary[1][row_R]
 
     @abstractmethod
     def finish(self, hidden_BTW: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation.over_the_wire_results import results
     from vlaflow.folders import require_writable, storing
     from vlaflow.reports.realtime import write_page
-    from vlaflow.serving.client import Client
+    from vlaflow.robot.client import Client
     from vlaflow.simulators.base import expand_env_names
     from vlaflow.versions import versions
 

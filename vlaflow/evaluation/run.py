@@ -32,7 +32,8 @@ from vlaflow.evaluation.rollout import (
 )
 from vlaflow.folders import require_writable, storing
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.provenance import fingerprint
 from vlaflow.simulators.base import expand_env_names, parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions
 

@@ -38,7 +38,7 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
 from vlaflow.policies.base import Policy
-from vlaflow.serving import wire
+from vlaflow.robot import wire
 from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import Asked, Engine, EngineConfig
 from vlaflow.serving.journal import Entry, Journal, OneLine
@@ -347,8 +347,6 @@ class PolicyServer:
         try:
             asked = Asked(observation, compute, generator, commitment)
             chunk = entry.chunk = await self.engine.ask(asked, deadline_ms)
-            if not np.isfinite(chunk.actions).all():
-                raise RequestError("The policy made an action that is not finite; it was not sent.")
         except SpecError as error:
             raise RequestError(str(error)) from error
         told = {"instruction": observation.instruction} if follows else {}

@@ -18,8 +18,8 @@ from vlaflow.errors import ConfigError, nearest
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.training import checkpoint
 from vlaflow.training.asked import require_askable
-from vlaflow.training.latents import fit_codes, names_codes, video_spec
-from vlaflow.training.options import Options, data_spec, overridden
+from vlaflow.training.latents import fit_codes, video_spec
+from vlaflow.training.options import Options, data_spec, overridden, require_enough
 from vlaflow.training.recipes import Recipe, find_recipe
 
 
@@ -70,6 +70,8 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
         config = overridden(recipe.call(_given(recipe, dataset, policy)), mine)
         if config.policy is not None and config.questions is not None and mine.questions is not None:
             require_askable(config.policy, QuestionSet.open(mine.questions, config.questions.turns))
+        if config.policy is not None:
+            require_enough(config, Dataset.open(dataset), config.policy.decoder.horizon, f"{name}.")
         policy, latent = config.policy or policy, config.latent.model if config.latent else latent
         wants = config.policy is not None and _wants(config.policy, latent, name)
         planned.append(Planned(recipe, folder, mine, wants))
@@ -102,7 +104,7 @@ def _given(recipe: Recipe, dataset: Path | str, policy: PolicyConfig | None) -> 
 
 
 def _wants(policy: PolicyConfig, latent: LatentConfig | None, stage: str) -> bool:
-    decoder = names_codes(policy)
-    if decoder is not None and latent is not None:
-        fit_codes(latent, decoder, "The latent action model of this pipeline", f"{stage}.")
-    return decoder is not None
+    wanted = policy.decoder.latent_codes
+    if wanted is not None and latent is not None:
+        fit_codes(latent, wanted, "The latent action model of this pipeline", f"{stage}.")
+    return wanted is not None
