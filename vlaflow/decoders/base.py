@@ -11,14 +11,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.actions.bins import BinsTokenizer
+from vlaflow.actions.fast import FastTokenizer
+from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
 from vlaflow.data.batch import Executed
-from vlaflow.errors import CapabilityError
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.registry import Group, Part
 
 State = TypeVar("State")
 
@@ -168,6 +172,64 @@ class Tokens:
         """Network layers run at this depth over tokens and prefix together."""
         runs = self.prefix_runs or (0,) * len(self.evaluations)
         return tuple(depth * (count + more) for count, more in zip(self.evaluations, runs, strict=True))
+
+
+@dataclass(frozen=True)
+class LatentCodes:
+    """Latent action codes that a decoder learns to name: ``codes`` per observation, out of a book of ``book``."""
+
+    codes: int
+    book: int
+
+
+class DecoderConfig(Part, ABC):
+    """All that is needed to build a decoder, weights aside; a checkpoint holds it as JSON.
+
+    A kind is a frozen dataclass with ``action_dim`` and ``horizon``, registered by its class's name under
+    ``vlaflow.decoders`` (docs/extending.md). What training must prepare for it, it asks here.
+    """
+
+    group: ClassVar[Group] = "decoders"
+
+    if TYPE_CHECKING:  # a dataclass would take an inherited property for the default of its field
+
+        @property
+        def action_dim(self) -> int:
+            """Dimensions of an action, D."""
+
+        @property
+        def horizon(self) -> int:
+            """Actions per chunk, L."""
+
+    @abstractmethod
+    def build(self, spec: BackboneSpec) -> Decoder[Any]:
+        """The decoder for such a backbone, initialised from torch's global generator."""
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether its action tokenizer is still to be fitted on the training data."""
+        return False
+
+    def fitted(self, action_NLD: np.ndarray) -> Self:
+        """The config with a fitted tokenizer; one that is fitted already stays.
+
+        Args:
+            action_NLD: normalised chunks to fit on.
+        """
+        return self
+
+    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
+        """The config with this action tokenizer.
+
+        Raises:
+            ConfigError: for decoders that read and write no action tokens.
+        """
+        raise ConfigError(f"A {type(self).__name__} has no vocabulary for an action tokenizer; leave --tokenizer out.")
+
+    @property
+    def latent_codes(self) -> LatentCodes | None:
+        """The latent action codes that training teaches it to name; None where it needs none."""
+        return None
 
 
 class Decoder(nn.Module, ABC, Generic[State]):

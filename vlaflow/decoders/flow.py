@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Pull, Targets, mean_over_exits
+from vlaflow.decoders.base import Decoder, DecoderConfig, Given, GivenTokens, LossTerms, Pull, Targets, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows import gaussian, guidance
 from vlaflow.nn.resnet import ResidualMLP
@@ -31,7 +31,7 @@ _SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(DecoderConfig):
     """The flow decoder.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +20,13 @@ from torch.nn import functional
 from vlaflow.actions.bins import BinsFit, BinsTokenizer
 from vlaflow.actions.fast import FastFit, FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, GivenTokens, Targets, Tokens
+from vlaflow.decoders.base import Decoder, DecoderConfig, Given, GivenTokens, Targets, Tokens
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.stacks.shared import SharedStack
 
-Config = TypeVar("Config", bound="TokenConfig")
-
 
 @dataclass(frozen=True)
-class TokenConfig:
+class TokenConfig(DecoderConfig):
     """What decoders of action tokens have in common.
 
     Args:
@@ -61,11 +59,11 @@ class TokenConfig:
         """Whether there is a tokenizer to be fitted first."""
         return isinstance(self.tokenizer, FastFit | BinsFit)
 
-    def with_tokenizer(self: Config, tokenizer: FastTokenizer | BinsTokenizer) -> Config:
+    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
         """The config with this one."""
         return replace(self, tokenizer=tokenizer)
 
-    def fitted(self: Config, action_NLD: np.ndarray) -> Config:
+    def fitted(self, action_NLD: np.ndarray) -> Self:
         """The config with a fitted tokenizer; one that is fitted already stays.
 
         Args:

@@ -21,12 +21,8 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from vlaflow import __version__
-from vlaflow.backbones.base import Prefix
-from vlaflow.backbones.emu3 import EmuConfig
+from vlaflow.backbones.base import BackboneConfig, Prefix
 from vlaflow.backbones.language import speaking
-from vlaflow.backbones.molmo2 import MolmoConfig
-from vlaflow.backbones.qwen2_5_vl import QwenConfig
-from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
@@ -35,16 +31,10 @@ from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Given, LossTerms, Targets, Tokens
-from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.base import DecoderConfig, Given, LossTerms, Targets, Tokens
 from vlaflow.decoders.exits import ExitTraining
-from vlaflow.decoders.flow import FlowConfig
-from vlaflow.decoders.latent_flow import LatentFlowConfig
-from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.files import load_weights, read_json, write_json
 from vlaflow.policies.checkpoint import local_folder
@@ -58,17 +48,15 @@ class PolicyConfig:
 
     Args:
         system: the system this assembly follows, e.g. "asyncvla".
-        backbone, decoder, rater: configs of the parts; no rater until one is trained.
+        backbone, decoder, rater: configs of the parts, vlaflow's or another package's; no rater until one is trained.
         state_normalisation, action_normalisation: modes of the normalisers.
         exits: depths at which the decoder also learns to answer; None for the full depth alone.
         execute: actions executed per chunk unless the caller says otherwise.
     """
 
     system: str
-    backbone: TinyConfig | QwenConfig | MolmoConfig | EmuConfig
-    decoder: (
-        FlowConfig | RegressionConfig | AutoregressiveConfig | MaskedDiffusionConfig | DiscreteFlowConfig | LatentFlowConfig
-    )
+    backbone: BackboneConfig
+    decoder: DecoderConfig
     rater: RaterConfig | None = None
     exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"

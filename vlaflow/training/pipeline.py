@@ -19,7 +19,7 @@ from vlaflow.packages import packages_of, require
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.training import checkpoint
 from vlaflow.training.asked import require_askable
-from vlaflow.training.latents import fit_codes, names_codes, video_spec
+from vlaflow.training.latents import fit_codes, video_spec
 from vlaflow.training.options import Options, data_spec, overridden, require_enough
 from vlaflow.training.recipes import Recipe, find_recipe
 
@@ -107,7 +107,7 @@ def _given(recipe: Recipe, dataset: Path | str, policy: PolicyConfig | None) -> 
 
 
 def _wants(policy: PolicyConfig, latent: LatentConfig | None, stage: str) -> bool:
-    decoder = names_codes(policy)
-    if decoder is not None and latent is not None:
-        fit_codes(latent, decoder, "The latent action model of this pipeline", f"{stage}.")
-    return decoder is not None
+    wanted = policy.decoder.latent_codes
+    if wanted is not None and latent is not None:
+        fit_codes(latent, wanted, "The latent action model of this pipeline", f"{stage}.")
+    return wanted is not None
