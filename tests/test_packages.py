@@ -34,7 +34,9 @@ def test_the_demo_brings_every_package_that_its_recipes_need():
 
 def test_a_package_that_is_installed_is_accepted_and_one_that_is_not_is_named_with_its_cure(monkeypatch):
     require("numpy", "sys")
-    with pytest.raises(CapabilityError, match=r"^Training needs the package 'no_such_package', .*: pip install no_such_package$"):
+    with pytest.raises(
+        CapabilityError, match=r"^Training needs the package 'no_such_package', .*: pip install no_such_package$"
+    ):
         require("numpy", "no_such_package", what="Training")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(CapabilityError, match=r"pip install 'vlaflow\[train\]'$"):

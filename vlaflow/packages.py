@@ -1,7 +1,7 @@
 """Packages that come with an extra: which extra brings which, and one sentence where one is missing.
 
-A config or tokenizer that needs such a package names it in an attribute or property ``packages``, a tuple of import names, so that
-a run can be refused before hours are spent.
+A config or tokenizer that needs such a package names it in an attribute or property ``packages``, a tuple of import names, so
+that a run can be refused before hours are spent.
 """
 
 from __future__ import annotations
