@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 
 from vlaflow.compute.distance import Metric
@@ -145,7 +145,8 @@ class Calibration:
         """Read strictly.
 
         Raises:
-            CalibrationError: when there is no such calibration, with the nearest name, or it is no JSON.
+            CalibrationError: when there is no such calibration, with the nearest name, it is no JSON, or a threshold is no
+                number.
             ConfigError: for a wrong key or value in it.
         """
         if not file.exists():
@@ -156,7 +157,10 @@ class Calibration:
             data = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{file} is no valid JSON ({error}); calibrate again.") from error
-        return from_json(Calibration, data, str(file))
+        found = from_json(Calibration, data, str(file))
+        if not all(t is None or isfinite(t) for t in found.thresholds):
+            raise CalibrationError(f"{file} holds a threshold that is not finite ({list(found.thresholds)}); calibrate again.")
+        return found
 
 
 def load_exit(checkpoint: Checkpoint, name: str) -> EarlyExit:
