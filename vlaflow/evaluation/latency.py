@@ -61,7 +61,7 @@ def measure(
     work: dict[str, list[tuple[int, int, float]]] = {compute.name: [] for compute in computes}
     with one_thread():
         for turn in range(-warm_up, chunks):
-            observation = observations[turn * len(observations) // chunks]
+            observation = observations[turn % chunks * len(observations) // chunks]
             for compute in computes:
                 chunk = policy.act(observation, compute, generator=chunk_generator(turn % 2**20, 0))
                 if turn < 0:
