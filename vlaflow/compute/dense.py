@@ -9,14 +9,14 @@ import torch
 from torch import Generator
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
 from vlaflow.decoders.base import Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(ComputePolicy):
     """``steps`` solver steps through all layers, or through the first ``depth`` of a multi-exit checkpoint.
 
     Args:
@@ -42,6 +42,11 @@ class Dense:
     def needs(self) -> Requirements:
         """Nothing beyond a trained decoder, for all layers."""
         return Requirements(exits=() if self.depth is None else (self.depth,))
+
+    @property
+    def stages(self) -> Stages | None:
+        """All stochastic."""
+        return Stages(self.steps) if self.depth is None else None
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Capability, Given
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
 
@@ -42,7 +42,7 @@ class AtRandom:
 
 
 @dataclass(frozen=True)
-class Refine:
+class Refine(ComputePolicy):
     """One round of regeneration after any other compute policy.
 
     Args:
@@ -67,12 +67,8 @@ class Refine:
     @property
     def needs(self) -> Requirements:
         """A rater where one is asked, unified training unless waived, and whatever the first round needs."""
-        return replace(
-            self.inner.needs,
-            given=True,
-            rater=isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater,
-            unified_masks=not self.any_training or self.inner.needs.unified_masks,
-        )
+        needs = self.inner.needs.also(Capability.CONDITIONING, rater=isinstance(self.doubt, BelowThreshold))
+        return needs if self.any_training else needs.also(Capability.REGENERATION)
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
