@@ -95,13 +95,13 @@ def test_its_recipe_is_listed_with_its_summary(command):
 def test_its_policy_is_evaluated_with_its_compute_policy(command, trained, tmp_path):
     """Trained on its expert, the policy walks to the end that it is told to walk to."""
     computes = ("--compute", "dense", "--compute", "averaged:3")
-    settings = ("--episodes", 3, "--no-films", "--workers", 1, "--out", tmp_path / "eval")
+    settings = ("--episodes", 3, "--no-videos", "--workers", 1, "--out", tmp_path / "eval")
     command("eval", trained, "--env", "corridor/all", *computes, *settings)
     found = json.loads((tmp_path / "eval/results.json").read_text())
-    successes = {(one["env"], one["compute"]): one["successes"] for one in found["evaluations"]}
+    successes = {(one["env"], one["compute"]): one["successes"] for one in found["nfe"]}
     assert set(successes) == {(f"corridor/{end}", name) for end in ("left", "right") for name in ("dense", "averaged:3")}
     assert sum(successes.values()) >= 10
-    assert [one["evaluations"] for one in found["latency"]] == [1, 3]
+    assert [one["nfe"] for one in found["latency"]] == [1, 3]
 
 
 def test_its_compute_policy_is_among_those_that_a_check_runs(command, trained):
@@ -113,7 +113,7 @@ def test_its_policy_is_served_to_its_client(site, trained):
     image = np.full((16, 16, 3), 40, np.uint8)
     image[7:10, 6:9] = 255
     with (
-        served(trained, "--layout", "corridor", "--compute", "averaged", env=environment(site)) as address,
+        served(trained, "--observation-keys", "corridor", "--compute", "averaged", env=environment(site)) as address,
         Client(address) as client,
     ):
         ways = [
@@ -127,7 +127,7 @@ def test_its_policy_is_served_to_its_client(site, trained):
 def test_its_checkpoint_is_refused_in_one_sentence_where_it_is_not_installed(trained, tmp_path):
     for arguments in (
         ("eval", trained, "--env", "metaworld/reach-v3", "--out", tmp_path / "eval"),
-        ("serve", trained, "--layout", "libero", "--port", "0"),
+        ("serve", trained, "--observation-keys", "libero", "--port", "0"),
     ):
         done = vlaflow(*arguments, env=environment())
         assert done.returncode == 2, done.stderr

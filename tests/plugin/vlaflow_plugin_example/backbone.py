@@ -1,4 +1,4 @@
-"""A backbone that takes one glance: a few large patches of each picture, the instruction's bytes, the state."""
+"""A backbone that takes one glance: a few large patches of each image, the instruction's bytes, the state."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ class GlanceBackbone(Backbone):
         index: int,
         hidden_BTW: Tensor,
         rotary: Rotary | None = None,
-        memory: KeyValues | None = None,
-        seen_BT: Tensor | None = None,
+        kv_cache: KeyValues | None = None,
+        padding_mask_BT: Tensor | None = None,
         *,
         mask_TS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """One block."""
-        return self.layers[index](hidden_BTW, memory, seen_BT, mask_TS)
+        return self.layers[index](hidden_BTW, kv_cache, padding_mask_BT, mask_TS)
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
         """Suffix tokens bring positions of their own."""

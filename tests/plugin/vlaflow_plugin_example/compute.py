@@ -12,7 +12,7 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
@@ -31,17 +31,22 @@ class Averaged(ComputePolicy):
         return self.label
 
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``. The first chunk runs the prefix, the others find it done."""
-        first = Dense(self.steps).decode(model, prefix, generators, watch, given)
+        first = Dense(self.steps).decode(model, prefix, generators, watch, conditioning)
         made, encoded = [first.action_BLD], first.groups[0].prefix
         with watch.part("first"):
-            made += [model.decoder.sample(encoded, generators, self.steps, given) for _ in range(self.chunks - 1)]
-        evaluations = tuple(count * self.chunks for count in first.evaluations)
-        more = [(total - once) * first.layers[0] for total, once in zip(evaluations, first.evaluations, strict=True)]
+            made += [model.decoder.sample(encoded, generators, self.steps, conditioning) for _ in range(self.chunks - 1)]
+        nfe = tuple(count * self.chunks for count in first.nfe)
+        more = [(total - once) * first.layers[0] for total, once in zip(nfe, first.nfe, strict=True)]
         passes = tuple(a + b for a, b in zip(first.layer_passes, more, strict=True))
-        return replace(first, action_BLD=torch.stack(made).mean(0), evaluations=evaluations, layer_passes=passes)
+        return replace(first, action_BLD=torch.stack(made).mean(0), nfe=nfe, layer_passes=passes)
 
 
 def _parse(typed: Spelling) -> Averaged:

@@ -22,7 +22,7 @@ class CorridorEnv(gymnasium.Env):
     def __init__(self, task: str, render: Render, size: int | None) -> None:
         self.name, self.task, self.task_description = f"corridor/{task}", task, SPEC.tasks[task]
         self.view, self.render_quality, self.render_mode = SPEC.views[0], render, "rgb_array"
-        self.action_spec, self.state_names, self._max_episode_steps = SPEC.action, SPEC.state_names, SPEC.horizon
+        self.action_spec, self.state_names, self._max_episode_steps = SPEC.action, SPEC.state_names, SPEC.chunk_size
         self.side = size or SPEC.size[render]
         self.goal = float(task == "right")
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -48,16 +48,16 @@ class CorridorEnv(gymnasium.Env):
         return self._info(False)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """``restart``, and a picture."""
+        """``restart``, and an image."""
         info = self.restart(seed)
         return self._observation(), info
 
     def advance(self, action: np.ndarray) -> tuple[float, bool, bool, dict[str, Any]]:
         """Move the dot."""
-        given = np.asarray(action, np.float32)
-        if given.shape != (1,) or not np.isfinite(given).all():
+        conditioning = np.asarray(action, np.float32)
+        if conditioning.shape != (1,) or not np.isfinite(conditioning).all():
             raise SpecError(f"{self.name} expects one finite number as an action, got {np.asarray(action)!r}.")
-        self.position = float(np.clip(self.position + np.clip(given[0], -1, 1) / 10, 0, 1))
+        self.position = float(np.clip(self.position + np.clip(conditioning[0], -1, 1) / 10, 0, 1))
         self.steps, self._image = self.steps + 1, None
         success = abs(self.position - self.goal) < 0.05
         if success and self.first_success < 0:
@@ -65,7 +65,7 @@ class CorridorEnv(gymnasium.Env):
         return -abs(self.position - self.goal), success, self.steps >= self._max_episode_steps, self._info(success)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """``advance``, and a picture."""
+        """``advance``, and an image."""
         reward, terminated, truncated, info = self.advance(action)
         return self._observation(), reward, terminated, truncated, info
 

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, DecoderConfig, Given, GivenTokens, LossTerms, Targets, mean_over_exits
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LossTerms, Targets, TokenConditioning, mean_over_exits
 from vlaflow.stacks.shared import SharedStack
 
 
@@ -22,11 +22,11 @@ class LineConfig(DecoderConfig):
 
     Args:
         action_dim: D.
-        horizon: L.
+        chunk_size: L.
     """
 
     action_dim: int
-    horizon: int = 4
+    chunk_size: int = 4
 
     def build(self, spec: BackboneSpec) -> LineDecoder:
         """The network."""
@@ -40,11 +40,11 @@ class LineDecoder(Decoder[Tensor | None]):
 
     def __init__(self, config: LineConfig, spec: BackboneSpec) -> None:
         super().__init__()
-        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.chunk_size, self.action_dim = config.chunk_size, config.action_dim
         self.stack = SharedStack(spec.width)
         self.ends = nn.Parameter(torch.randn(2, spec.width) * 0.02)
         self.head = nn.Linear(spec.width, config.action_dim)
-        self.register_buffer("share_L1", torch.linspace(0, 1, config.horizon)[:, None], persistent=False)
+        self.register_buffer("share_L1", torch.linspace(0, 1, config.chunk_size)[:, None], persistent=False)
 
     def lines(self, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Chunks (B, L, D) at each of the depths."""
@@ -54,7 +54,7 @@ class LineDecoder(Decoder[Tensor | None]):
             found.append(torch.lerp(first_BD[:, None], last_BD[:, None], self.share_L1))
         return found
 
-    def evaluations(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int:
         """One, whatever number of steps."""
         return 1
 
@@ -68,7 +68,11 @@ class LineDecoder(Decoder[Tensor | None]):
         return mean_over_exits("line", errors)
 
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> None:
         """Nothing yet."""
 

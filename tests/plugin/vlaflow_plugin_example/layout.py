@@ -1,5 +1,5 @@
 """The keys that a corridor's client sends."""
 
-from vlaflow.serving.layouts import Layout
+from vlaflow.serving.observation_keys import ObservationKeys
 
-CORRIDOR = Layout(images=("camera",), state=("position",), prompt="task")
+CORRIDOR = ObservationKeys(images=("camera",), state=("position",), prompt="task")

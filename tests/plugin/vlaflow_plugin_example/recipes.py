@@ -18,7 +18,7 @@ def demo(data: DataSpec) -> TrainConfig:
             system="corridor",
             backbone=GlanceConfig(data.state_dim, data.views),
             decoder=LineConfig(data.action_dim),
-            execute=4,
+            n_action_steps=4,
         ),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=10),
         steps=120,
