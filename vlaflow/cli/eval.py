@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from vlaflow.compute.parse import Knobs
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
     from vlaflow.reports.evaluation import write_report
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
 def chosen(checkpoint: str, name: str, device: str) -> str:
     """What a budget in milliseconds picked, and what it expects to lose."""
     from vlaflow.compute.budget import within
-    from vlaflow.compute.calibration import Checkpoint
+    from vlaflow.compute.spelling import Checkpoint
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
 
