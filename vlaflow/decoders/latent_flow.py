@@ -23,7 +23,7 @@ from vlaflow.actions.bins import BinsTokenizer
 from vlaflow.actions.fast import FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Decoder, DecoderConfig, Given, GivenTokens, LatentCodes, LossTerms, Targets
+from vlaflow.decoders.base import Capability, Decoder, DecoderConfig, Given, GivenTokens, LatentCodes, LossTerms, Targets
 from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.errors import ConfigError
@@ -122,14 +122,9 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         self.fast = config.fast.build(spec) if config.fast else None
 
     @property
-    def regenerates(self) -> bool:
+    def capabilities(self) -> frozenset[Capability]:
         """As its flow."""
-        return self.flow.regenerates
-
-    @property
-    def takes_given(self) -> bool:
-        """Always."""
-        return True
+        return self.flow.capabilities
 
     @property
     def longest_commitment(self) -> int:

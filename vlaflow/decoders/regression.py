@@ -79,16 +79,6 @@ class RegressionDecoder(Decoder[RegressionState]):
             config.tokens // config.horizon * width, config.hidden or width, config.action_dim, config.head_layers
         )
 
-    @property
-    def regenerates(self) -> bool:
-        """Never: there are no clocks."""
-        return False
-
-    @property
-    def takes_given(self) -> bool:
-        """Never."""
-        return False
-
     def evaluations(self, steps: int) -> int:
         """One, whatever number of steps."""
         return 1
