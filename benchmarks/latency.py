@@ -25,10 +25,10 @@ from benchmarks._timing import Case, report, seconds_in_turns
 from benchmarks.training import make_policy
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Stopwatch
-from vlaflow.compute.calibration import Checkpoint
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.parse import Knobs, parse_all
+from vlaflow.compute.parse import parse_all
 from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import override
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.data.frames import FrameCache

@@ -3,6 +3,7 @@
 import ast
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -10,12 +11,16 @@ import vlaflow
 from vlaflow import registry
 from vlaflow.backbones.base import BackboneConfig
 from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.compute.spelling import ComputeKind
 from vlaflow.config import from_json, to_json
 from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.registry import OURS, Entry, find, installed, kind_of, load
+from vlaflow.registry import OURS, Entry, find, installed, kind_of
+from vlaflow.serving.layouts import Layout
+from vlaflow.simulators.base import Suite
 
+KINDS = {"compute": ComputeKind, "simulators": Suite, "layouts": Layout, "recipes": ModuleType}
 BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig}
 
 FOREIGN = """
@@ -66,10 +71,12 @@ def install(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in OURS.items() for name in names])
 def test_every_part_of_ours_is_where_the_table_says(group, name):
-    found = load(group, name)
+    found = find(group, name).load()
     if group in BASES:
         assert issubclass(found, BASES[group])
         assert found.__name__ == name
+    else:
+        assert isinstance(found, KINDS[group])
 
 
 @pytest.mark.parametrize(("group", "base"), BASES.items())
@@ -94,7 +101,10 @@ def test_a_config_of_another_distribution_is_written_and_read(install):
 
 
 def test_a_kind_that_nothing_provides_is_one_sentence_with_what_is_installed():
-    with pytest.raises(ConfigError, match=r"'config.kind' in c.json is 'OtherConfig', which nothing installed.*FlowConfig"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'config.kind' in c.json is 'OtherConfig', which nothing installed provides; installed: .*FlowConfig",
+    ):
         from_json(DecoderConfig, {"kind": "OtherConfig", "action_dim": 2}, "c.json")
 
 
@@ -112,16 +122,16 @@ def test_a_config_that_nothing_declares_is_refused_before_it_is_written():
 
 def test_a_part_that_cannot_be_imported_stops_only_those_who_name_it(install):
     install("broken", [("decoders", "BrokenConfig", "broken_part:BrokenConfig")], {"broken_part": "import nowhere_at_all"})
-    assert load("decoders", "FlowConfig") is FlowConfig
+    assert kind_of(DecoderConfig, "FlowConfig") is FlowConfig
     assert "BrokenConfig" in installed("decoders")
     with pytest.raises(CapabilityError, match=r"comes with broken 1\.0 .*No module named 'nowhere_at_all'"):
-        load("decoders", "BrokenConfig")
+        kind_of(DecoderConfig, "BrokenConfig")
 
 
 def test_an_entry_without_its_attribute_names_its_distribution(install):
     install("empty", [("backbones", "NoConfig", "empty_part:NoConfig")], {"empty_part": ""})
     with pytest.raises(CapabilityError, match=r"empty 1\.0 .*NoConfig"):
-        load("backbones", "NoConfig")
+        kind_of(BackboneConfig, "NoConfig")
 
 
 def test_a_name_that_two_distributions_claim_is_refused_with_both(install):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.evaluation.conftest import ENV
 from vlaflow.cli.main import main
-from vlaflow.compute.parse import Knobs
+from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation import run as module
 from vlaflow.evaluation.episode_log import FILE, EpisodeLog

@@ -21,6 +21,7 @@ import tyro
 
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.folders import make_folder, require_makeable
+from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
@@ -101,6 +102,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.reports.page import require_packages
 
     arguments = tyro.cli(Demo, prog="vlaflow demo", args=argv)
+    require("metaworld", "mujoco", "accelerate", "psutil", *PAGES, what="The demo", extra="demo")
     settings = Settings.of(arguments)
     require_packages()
     diary = Diary(arguments.out, settings)
@@ -259,7 +261,7 @@ def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
 
 
 def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:
-    from vlaflow.compute.parse import Knobs
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
 

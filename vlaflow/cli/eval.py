@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -67,10 +69,11 @@ class Eval:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval ...``; returns the exit status."""
     arguments = tyro.cli(Eval, prog="vlaflow eval", args=argv, config=(tyro.conf.UseAppendAction,))
+    require(*PAGES)  # the report comes last, and should not be what fails
 
     from rich.console import Console
 
-    from vlaflow.compute.parse import Knobs
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
     from vlaflow.reports.evaluation import write_report
@@ -102,7 +105,7 @@ def main(argv: list[str]) -> int:
 def chosen(checkpoint: str, name: str, device: str) -> str:
     """What a budget in milliseconds picked, and what it expects to lose."""
     from vlaflow.compute.budget import within
-    from vlaflow.compute.calibration import Checkpoint
+    from vlaflow.compute.spelling import Checkpoint
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from vlaflow.cli.data import LatentReport
 
@@ -23,6 +25,7 @@ def latent_report(arguments: LatentReport) -> int:
 
     require_packages()
     a = arguments
+    require(*PAGES)
     dataset = Dataset.open(a.dataset, video=True)
     require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)

@@ -13,19 +13,12 @@ from pathlib import Path
 
 from vlaflow.compute.distance import Metric
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
+from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
 from vlaflow.compute.thresholds import Distribution
 from vlaflow.config import from_json, to_json
-from vlaflow.errors import CalibrationError, nearest
+from vlaflow.errors import CalibrationError, ConfigError, nearest
 
 FOLDER = "calibration"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk: where it lies, and the fingerprint of its content."""
-
-    folder: Path
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -169,3 +162,14 @@ def load_exit(checkpoint: Checkpoint, name: str) -> EarlyExit:
     found = Calibration.load(file)
     found.require(str(file), checkpoint=checkpoint.fingerprint)
     return found.early_exit(f"exit:{name}")
+
+
+def _parse(typed: Spelling) -> EarlyExit:
+    typed.require(more=True, usage="an early exit is typed as exit:NAME.")
+    checkpoint = typed.measured()
+    if not typed.more:
+        raise ConfigError("'exit' needs the name of a calibration, as in exit:NAME.")
+    return load_exit(checkpoint, typed.more)
+
+
+EXIT = ComputeKind(_parse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Generator
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
+from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
@@ -75,3 +77,16 @@ def spent(prefix: Prefix, depth: int, evaluations: Sequence[int], tokens: Tokens
     before = prefix.depth
     after = tokens.passes(depth) if tokens else tuple(depth * count for count in evaluations)
     return tuple(before + count for count in after)
+
+
+def _parse(typed: Spelling) -> Dense:
+    typed.require(more=True, usage="dense takes steps and layers as in dense:2 or dense:2@3.")
+    if not typed.more:
+        return Dense(typed.knobs.steps)
+    found = re.fullmatch(r"(\d+)(?:@(\d+))?", typed.more)
+    if found is None:
+        raise ConfigError(f"dense takes steps and layers as in dense:2 or dense:2@3, got '{typed.name}'.")
+    return Dense(int(found[1]), int(found[2]) if found[2] else None, label=typed.name)
+
+
+DENSE = ComputeKind(_parse, example="dense")

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Given
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
@@ -129,3 +130,12 @@ class Refine(ComputePolicy):
         with watch.part("rater"):
             confidence_BL = model.rater(prefix, draft_BLD)
             return confidence_BL < self.doubt.threshold, confidence_BL
+
+
+def _parse(typed: Spelling, doubt: BelowThreshold | AtRandom) -> Refine:
+    typed.require(inner=True, usage="refine and refine-random may be followed by another one, as in refine+exit:NAME.")
+    return Refine(doubt, typed.knobs.steps, typed.inner or Dense(typed.knobs.steps), typed.knobs.any_training)
+
+
+REFINE = ComputeKind(lambda typed: _parse(typed, BelowThreshold(typed.knobs.threshold)), example="refine")
+REFINE_RANDOM = ComputeKind(lambda typed: _parse(typed, AtRandom()), example="refine-random")

@@ -19,6 +19,7 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold
+from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Decoder, Given, GivenTokens, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
@@ -152,3 +153,12 @@ class RefineTokens(ComputePolicy):
         with watch.part("rater"):
             confidence_RL = model.rater(prefix, action_RLD)
         return (confidence_RL < self.doubt.threshold).repeat_interleave(tokenizer.dim, 1), confidence_RL
+
+
+def _parse(typed: Spelling) -> RefineTokens:
+    typed.require(inner=True, usage="refine-tokens may be followed by another one, as in refine-tokens+two-stage:14+2.")
+    knobs = typed.knobs
+    return RefineTokens(Improbable(knobs.threshold), knobs.steps, typed.inner or Dense(knobs.steps))
+
+
+REFINE_TOKENS = ComputeKind(_parse, example="refine-tokens")

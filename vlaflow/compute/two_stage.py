@@ -6,6 +6,7 @@ chunk from there to the end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from torch import Generator
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
 from vlaflow.compute.dense import spent
+from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Given
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
@@ -92,3 +94,13 @@ class TwoStage(ComputePolicy):
             layer_passes=spent(prefix, depth, evaluations, tokens),
             tokens=tokens,
         )
+
+
+def _parse(typed: Spelling) -> TwoStage:
+    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?", typed.more)
+    if found is None:
+        raise ConfigError(f"two-stage takes stochastic and deterministic steps as in two-stage:14+2, got '{typed.name}'.")
+    return TwoStage(int(found[1]), int(found[2]), float(found[3]) if found[3] else None, label=typed.name)
+
+
+TWO_STAGE = ComputeKind(_parse, example="two-stage:14+2")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.calibration import Checkpoint
-from vlaflow.compute.parse import Knobs, parse, parse_all
+from vlaflow.compute.parse import parse, parse_all
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import JSON, to_json
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import films, language, results

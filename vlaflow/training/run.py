@@ -24,6 +24,7 @@ from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import Windows, action_chunks
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.folders import require_makeable
+from vlaflow.packages import require
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import ancestry, fingerprint, run_of
@@ -56,6 +57,7 @@ def train(
         VlaflowError: whatever the user can mend, in a sentence.
     """
     found = find_recipe(recipe)
+    require("accelerate", "psutil", what="Training")
     require_makeable(Path(out))
     if found.several:
         if policy is not None:
