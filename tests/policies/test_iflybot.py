@@ -201,7 +201,7 @@ def small(**changes):
 @pytest.mark.parametrize(
     ("compute", "message"),
     [
-        (Refine(BelowThreshold(0.5)), "regenerates single actions, which this checkpoint was not trained for"),
+        (Refine(BelowThreshold(0.5)), "regenerates parts of a chunk, which this checkpoint was not trained for"),
         (TwoStage(2, 2), "may revise every token, which a LatentFlowDecoder does not have"),
         (EarlyExit(ExitPlan((1, 2)), (inf,)), r"learned to answer only at \[2\]"),
     ],

@@ -15,6 +15,7 @@ from tests.training.small import Cut, Memory, new_policy, tiny_config, weights
 from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.policies.base import Policy
+from vlaflow.policies.provenance import newest_state
 from vlaflow.training import checkpoint
 from vlaflow.training.feed import Feed, Held, Place, mix
 from vlaflow.training.guard import DivergedError, LossGuard
@@ -148,7 +149,7 @@ def test_nan_stops_with_step_and_episodes_and_leaves_the_checkpoint(tmp_path):
     ) as error:
         run(tmp_path / "p", config, source)
     assert "The checkpoint of step 4 is untouched" in str(error.value)
-    assert checkpoint.newest(tmp_path / "p")[0] == 4
+    assert newest_state(tmp_path / "p")[0] == 4
     assert np.isfinite(Policy.from_pretrained(tmp_path / "p").model.backbone.state.weight.detach().numpy()).all()
 
 

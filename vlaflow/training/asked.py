@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.config import to_json
 from vlaflow.data.pictures import PictureCache, Questions, require_shown
 from vlaflow.data.questions import QuestionSet
 from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.provenance import TrainedQuestions
 from vlaflow.policies.recipe import TrainConfig
 
 
@@ -26,28 +26,6 @@ class Asked:
     identity: Mapping[str, Any]
 
 
-def asked_before(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The questions behind a checkpoint: those of its own training and of the checkpoints that it continues.
-
-    Args:
-        run: what its training was told (``checkpoint.run_of``).
-
-    Returns:
-        For each set its fingerprint ("questions"), how conversations were read ("turns") and the share held out ("held_out").
-    """
-    own, earlier = (run.get("config") or {}).get("questions"), list(run.get("asked_before", ()))
-    if own is None:
-        return earlier
-    return [*earlier, {"questions": run.get("questions"), "turns": own["turns"], "held_out": own["held_out"]}]
-
-
-def with_ancestors(run: Mapping[str, Any], config: TrainConfig, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A run's identity with what its ancestors were asked, where its own questions do not say the same."""
-    own = asked_before({**run, "config": to_json(config)})
-    others = [dict(each) for number, each in enumerate(before) if each not in own and each not in before[:number]]
-    return {**run, **({"asked_before": others} if others else {})}
-
-
 def require_askable(policy: PolicyConfig, questions: QuestionSet) -> None:
     """Refuse a policy that cannot learn these questions, before it is built.
 
@@ -56,23 +34,22 @@ def require_askable(policy: PolicyConfig, questions: QuestionSet) -> None:
         SpecError: a question shows more pictures than it has views, or is longer than it can read or say.
     """
     backbone = policy.backbone
-    if isinstance(backbone, TinyConfig) and not backbone.answers:
+    if not backbone.can_answer:
         raise CapabilityError(
             "This backbone has no language-model head, so it can neither learn nor give answers. Train one that has: --set "
             "policy.backbone.answers=true."
         )
     for question in questions.questions:
         require_shown(question, questions, backbone.views)
-        if not isinstance(backbone, TinyConfig):
-            continue
-        for text, most, key in (
-            (question.question, backbone.text_bytes, "text_bytes"),
-            (question.answer, backbone.suffix - 1, "suffix"),
+        for text, limit in (
+            (question.question, backbone.longest_instruction),
+            (question.answer, backbone.longest_answer),
         ):
-            if (size := len(text.encode())) > most:
+            if limit is not None and (size := len(text.encode())) > limit.size:
                 raise SpecError(
                     f"'{text}' of question '{question.name}' in {questions.file} has {size} bytes, the policy takes at most "
-                    f"{most}. Take it out, or raise policy.backbone.{key}; questions.turns=first leaves later turns out."
+                    f"{limit.size}. Take it out, or raise policy.backbone.{limit.key}; questions.turns=first leaves "
+                    "later turns out."
                 )
 
 
@@ -93,4 +70,5 @@ def questions_of(policy: Policy, config: TrainConfig, path: Path | str | None) -
         f"{found.root.name}, {len(train)} for training, {len(held or ())} held out, on {asks.share:g} of the steps, "
         f"fingerprint {found.fingerprint}"
     )
-    return Asked(train, held, words, {"questions": found.fingerprint})
+    trained = TrainedQuestions(found.fingerprint, asks.turns, asks.held_out, asks.size)
+    return Asked(train, held, words, {"questions": to_json(trained)})
