@@ -39,7 +39,7 @@ def write_page(made: Calibration, table: Table, file: Path) -> Path:
     )
     tiles = [
         (f"{seen.layers:.2f} of {plan.exits[-1]}", "layers on average"),
-        (f"{seen.evaluations:.1f}", "network evaluations per chunk on average"),
+        (f"{seen.nfe:.1f}", "network evaluations per chunk on average"),
         (f"{seen.error:.4f}", f"distance to the demonstrations, at full depth {seen.full_error:.4f}"),
     ]
     if seen.above is not None:

@@ -1,7 +1,8 @@
 """``report.html`` of an evaluation: one page with everything in it, images and videos too; it asks no server for anything.
 
 It opens with the robot doing the task, the success rate and the latency; what only repeats is folded. The page is filled from
-``results.json`` and ``films/`` and can be made again from them at any time. Its layout is in ``templates/evaluation.html``, its
+``results.json`` and ``videos/`` and can be made again from them at any time. Its layout is in ``templates/evaluation.html``,
+its
 plots in ``evaluation_plots``; here is what it says in words and tables.
 """
 
@@ -11,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlaflow.evaluation.films import Film, read_films
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
 from vlaflow.evaluation.results import EARLY, Minutes, PairedTest, Results, read
-from vlaflow.evaluation.run import FILMS, RESULTS
+from vlaflow.evaluation.run import RESULTS, VIDEOS
+from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports import page, revision_plots
 from vlaflow.reports.page import Figure, Table
@@ -30,29 +31,30 @@ def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | 
     """Make ``report.html`` from what an evaluation left in ``out``.
 
     Args:
-        out: folder with ``results.json`` and, where films were made, ``films/``.
+        out: folder with ``results.json`` and, where videos were made, ``videos/``.
         logs: entries of training logs (step, loss, validation) by the name of the loss.
         title: of the page.
 
     Returns:
         the page's path.
     """
-    return page.write(out / "report.html", "evaluation.html", **values(read(out / RESULTS), out / FILMS, logs or {}, title))
+    return page.write(out / "report.html", "evaluation.html", **values(read(out / RESULTS), out / VIDEOS, logs or {}, title))
 
 
 def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str | None = None) -> dict[str, Any]:
     """What the template shows."""
-    films, first, envs = read_films(folder), results.evaluations[0], len(results.envs)
-    lead = next((film for film in films if film.episode.success), films[0] if films else None)
+    videos, first, envs = read_videos(folder), results.evaluations[0], len(results.envs)
+    lead = next((video for video in videos if video.episode.success), videos[0] if videos else None)
     revising = [e for e in results.evaluations if e.revised_per_chunk and sum(e.revised_per_chunk)]
     shown: dict[str, Any] = {
         "title": title or f"{results.checkpoint} in {envs} environment{'s' if envs > 1 else ''}",
         "headline": headline(results),
         "tile_entries": tiles(results),
         "lead_clip": _clip(lead, folder) if lead else None,
-        "more_clips": [_clip(film, folder) for film in films if film is not lead],
+        "more_clips": [_clip(video, folder) for video in videos if video is not lead],
         "protocol": f"{first.episodes} episodes per environment and compute policy on the same seeds, {first.seeds[0]} to "
-        f"{first.seeds[-1]}; {first.execute} actions of each chunk executed; at most {first.horizon} steps; a success at any "
+        f"{first.seeds[-1]}; {first.n_action_steps} actions of each chunk executed; at most {first.max_steps} "
+        "steps; a success at any "
         "step counts and ends the episode.",
         "success": Figure(plots.success(results)),
         "success_table": success_table(results),
@@ -63,13 +65,13 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "latency": Figure(plots.latency(results.latency)),
         "latency_table": latency_table(results),
         "costs": costs(results),
-        "early": first.horizon > EARLY,
+        "early": first.max_steps > EARLY,
         "first_success": Figure(plots.first_success(results)),
         "steps_table": steps_table(results),
         "revised": Figure(revision_plots.revised(revising)) if revising else None,
         "revision": revision(results),
         "losses": [Figure(plots.loss(log, name), f"{name}.") for name, log in logs.items() if log],
-        "moments": [m for film in films if _telling(film, films) for m in _moments(film, folder)],
+        "moments": [m for video in videos if _telling(video, videos) for m in _moments(video, folder)],
         "language": language(results),
         "minutes": Figure(plots.minutes(results.minutes)) if _steps(results.minutes) > 1 else None,
         "commands": results.commands or (results.command,),
@@ -174,7 +176,7 @@ def latency_table(results: Results) -> Table:
             f"{e.total.p99:.1f}",
             *(f"{e.parts[part].p50:.1f}" if part in e.parts else "–" for part in parts),
             f"{e.layer_passes:.1f}",
-            f"{e.evaluations:.1f}",
+            f"{e.nfe:.1f}",
             f"{100 * e.regenerated_share:.0f} %",
         ]
         for e in results.latency
@@ -186,7 +188,7 @@ def latency_table(results: Results) -> Table:
 
 def steps_table(results: Results) -> Table:
     """How many steps a success takes."""
-    early = results.evaluations[0].horizon > EARLY
+    early = results.evaluations[0].max_steps > EARLY
     rows = []
     for e in results.evaluations:
         known = sorted(step for step in e.first_success_steps if step is not None)
@@ -228,7 +230,7 @@ def language(results: Results) -> dict[str, Any] | None:
     ]
     text = (
         "The dense policy on the same seeds, told the right sentence, another task's, or nothing. A success is the "
-        f"environment's own task within {results.language[0].horizon} steps. A policy that succeeds whatever it is told "
+        f"environment's own task within {results.language[0].max_steps} steps. A policy that succeeds whatever it is told "
         "goes by what it sees."
     )
     return {"text": text, "table": Table(("environment", *KINDS, "the other sentence"), rows, (0, 1 + len(KINDS)))}
@@ -240,8 +242,8 @@ def facts(results: Results) -> dict[str, str]:
     return {
         "checkpoint": f"{results.checkpoint}, content {results.fingerprint}",
         "seeds": f"{', '.join(map(str, first.seeds))}; the noise of chunk k of an episode is drawn from (seed, k)",
-        "settings": f"{first.solver_steps} solver steps per round, {first.execute} actions executed per chunk, at most "
-        f"{first.horizon} steps, {first.render} rendering",
+        "settings": f"{first.solver_steps} solver steps per round, {first.n_action_steps} actions executed per chunk, at most "
+        f"{first.max_steps} steps, {first.render} rendering",
         "machine": results.machine,
         "minutes": _minutes(results.minutes),
         "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
@@ -278,7 +280,8 @@ def caveats(results: Results) -> list[str]:
         f"{n} episodes per environment: the intervals are up to {width:.0f} points wide. Intervals and p-values are for one "
         "trained checkpoint; another training seed would give another policy.",
         "Several pairs are compared and the p-values are not corrected for that.",
-        f"Number of executed actions ({some.execute}), camera, picture size and rendering ({some.render}) all move success "
+        f"Number of executed actions ({some.n_action_steps}), camera, image size and rendering "
+        f"({some.render}) all move success "
         "rates: compare only numbers that agree in them.",
         "p99 of so few chunks is close to the slowest one seen.",
     ]
@@ -292,18 +295,18 @@ def caveats(results: Results) -> list[str]:
     return found
 
 
-def _clip(film: Film, folder: Path) -> dict[str, str]:
-    e = film.episode
+def _clip(video: EpisodeVideo, folder: Path) -> dict[str, str]:
+    e = video.episode
     outcome = f"success at step {e.first_success_step}" if e.success else f"no success in {e.steps} steps"
     return {
-        "source": page.data_url((folder / film.file).read_bytes(), "video/mp4"),
-        "text": f"{short(e.env)}, {e.compute}, seed {e.seed}: {outcome}. One frame in {film.frame_every} steps.",
+        "source": page.data_url((folder / video.file).read_bytes(), "video/mp4"),
+        "text": f"{short(e.env)}, {e.compute}, seed {e.seed}: {outcome}. One frame in {video.frame_every} steps.",
     }
 
 
-def _moments(film: Film, folder: Path) -> list[dict[str, Any]]:
-    e, found = film.episode, []
-    for moment in film.moments:
+def _moments(video: EpisodeVideo, folder: Path) -> list[dict[str, Any]]:
+    e, found = video.episode, []
+    for moment in video.moments:
         detail = f"{e.compute}, seed {e.seed}, step {moment.step}"
         if moment.regenerated is not None:
             detail += f"; {sum(moment.regenerated)} of {len(moment.actions)} actions regenerated"
@@ -312,15 +315,15 @@ def _moments(film: Film, folder: Path) -> list[dict[str, Any]]:
                 "title": short(e.env),
                 "detail": detail,
                 "image": page.data_url((folder / moment.picture).read_bytes(), "image/png"),
-                "svg": plots.chunk(film, moment),
+                "svg": plots.chunk(video, moment),
             }
         )
     return found
 
 
-def _telling(film: Film, films: Sequence[Film]) -> bool:
+def _telling(video: EpisodeVideo, videos: Sequence[EpisodeVideo]) -> bool:
     """Whether its chunks are shown: those of a success, or of a failure where the environment has no success."""
-    return film.episode.success or not any(f.episode.success for f in films if f.episode.env == film.episode.env)
+    return video.episode.success or not any(f.episode.success for f in videos if f.episode.env == video.episode.env)
 
 
 def _steps(minutes: Minutes) -> int:

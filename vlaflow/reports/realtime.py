@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vlaflow.evaluation.over_the_wire import Trace
-from vlaflow.evaluation.over_the_wire_results import Cell, Comparison, WireResults
+from vlaflow.evaluation.realtime import Trace
+from vlaflow.evaluation.realtime_results import Cell, Comparison, RealtimeResults
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
@@ -25,7 +25,7 @@ WORDS = {
 }
 
 
-def write_page(found: WireResults, file: Path) -> Path:
+def write_page(found: RealtimeResults, file: Path) -> Path:
     """One self-contained HTML file."""
     figures = [
         Figure(success(found), "Successes against the delay of every answer; bars are 95 % Wilson intervals."),
@@ -44,8 +44,10 @@ def write_page(found: WireResults, file: Path) -> Path:
         "realtime.html",
         title=f"{found.system} with {found.compute}{guided} in real time",
         protocol=f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of each of "
-        f"{', '.join(map(short, found.envs))}, up to {found.horizon} control steps at {found.rate_hz:g} Hz; the next chunk is "
-        f"requested after {found.execute} actions; {found.compute_settings}; jitter up to {found.jitter_ms:g} ms, fade over "
+        f"{', '.join(map(short, found.envs))}, up to {found.max_steps} control steps at {found.rate_hz:g} Hz; "
+        "the next chunk is "
+        f"requested after {found.n_action_steps} actions; {found.compute_settings}; jitter up to "
+        f"{found.jitter_ms:g} ms, fade over "
         f"{found.fade} actions.",
         figures=figures,
         cells=Table(CELLS, [_row(cell) for cell in found.cells], (1,)),
@@ -61,7 +63,7 @@ def write_page(found: WireResults, file: Path) -> Path:
     )
 
 
-def success(found: WireResults) -> str:
+def success(found: RealtimeResults) -> str:
     """Success rate against delay, one line per mode."""
     with figure(WIDTH, 2.6) as (_, axis, done):
         for number, cells in enumerate(_by_mode(found).values()):
@@ -74,7 +76,7 @@ def success(found: WireResults) -> str:
         return done()
 
 
-def jerk(found: WireResults) -> str:
+def jerk(found: RealtimeResults) -> str:
     """Jerk at boundaries against delay, one line per mode."""
     with figure(WIDTH, 2.6) as (_, axis, done):
         for number, cells in enumerate(_by_mode(found).values()):
@@ -91,7 +93,7 @@ def jerk(found: WireResults) -> str:
         return done()
 
 
-def executed(found: WireResults) -> Figure | None:
+def executed(found: RealtimeResults) -> Figure | None:
     """The actions of the first seed, one panel per mode, at the upper middle of the delays: it matters and is not hopeless."""
     delays = sorted({c.delay_ms for c in found.cells})
     delay = delays[len(delays) // 2]
@@ -121,7 +123,7 @@ def _panel(axis: Any, trace: Trace, mode: str) -> None:
     axis.set_title(WORDS[mode], loc="left")
 
 
-def _by_mode(found: WireResults) -> dict[str, list[Cell]]:
+def _by_mode(found: RealtimeResults) -> dict[str, list[Cell]]:
     return {mode: [c for c in found.cells if c.mode == mode] for mode in dict.fromkeys(c.mode for c in found.cells)}
 
 
