@@ -1,13 +1,11 @@
 """The page needs nothing but itself, and holds every number."""
 
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 
 from tests.reports import synthetic
-from vlaflow.cli.main import main
 from vlaflow.evaluation import results
 from vlaflow.reports.evaluation import write_report
 from vlaflow.reports.words import percent
@@ -107,10 +105,3 @@ def test_the_same_results_give_the_same_page(tmp_path):
     """No counter and no time finds its way into the page."""
     synthetic.write(tmp_path)
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
-
-
-@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_a_missing_package_is_said_before_the_first_episode(package, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, package, None)
-    assert main(["eval", "./nowhere", "--env", "metaworld/drawer-open-v3", "--out", str(tmp_path)]) == 2
-    assert "pip install 'vlaflow[viz]'" in capsys.readouterr().err

@@ -78,9 +78,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation import calibrate
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.reports.calibration import write_page
-    from vlaflow.reports.page import require_packages
 
-    require_packages()
     request = calibrate.Request(
         name=given.name or _name(given),
         target=_target(given),

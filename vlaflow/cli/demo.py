@@ -99,12 +99,9 @@ class Settings:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow demo ...``; returns the exit status."""
-    from vlaflow.reports.page import require_packages
-
     arguments = tyro.cli(Demo, prog="vlaflow demo", args=argv)
     require("metaworld", "mujoco", "accelerate", "psutil", *PAGES, what="The demo", extra="demo")
     settings = Settings.of(arguments)
-    require_packages()
     diary = Diary(arguments.out, settings)
     dataset, policy, rated = (arguments.out / name for name in ("dataset", "policy", "rated"))
     commands = equivalent(settings, arguments.out, arguments.workers)

@@ -77,9 +77,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
     from vlaflow.reports.evaluation import write_report
-    from vlaflow.reports.page import require_packages
 
-    require_packages()
     config = EvaluationConfig(
         envs=arguments.env,
         computes=arguments.compute or ("dense",),

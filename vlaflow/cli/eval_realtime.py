@@ -79,13 +79,11 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
     from vlaflow.evaluation.realtime_results import results
     from vlaflow.io import require_writable, storing
-    from vlaflow.reports.page import require_packages
     from vlaflow.reports.realtime import write_page
     from vlaflow.robot.client import Client
     from vlaflow.simulators.base import expand_env_names
     from vlaflow.versions import versions
 
-    require_packages()
     envs = expand_env_names(a.env)
     modes = tuple(dict.fromkeys(a.mode)) or ("wait", "switch", "ensemble", "commit")
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)

@@ -20,10 +20,8 @@ def latent_report(arguments: LatentReport) -> int:
     from vlaflow.evaluation.latent_report import examples, look, pixels, probes, usage
     from vlaflow.io import require_writable
     from vlaflow.reports import latent_actions as page
-    from vlaflow.reports.page import require_packages
     from vlaflow.versions import command_line, versions
 
-    require_packages()
     a = arguments
     require(*PAGES)
     dataset = Dataset.open(a.dataset, video=True)

@@ -50,9 +50,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     from vlaflow.io import require_writable
     from vlaflow.progress import progress
     from vlaflow.reports import tokenizers as page
-    from vlaflow.reports.page import require_packages
 
-    require_packages()
     a = arguments
     require(*PAGES, "tokenizers")
     dataset = Dataset.open(a.directory)

@@ -54,16 +54,6 @@ class Figure:
     caption: str = ""
 
 
-def require_packages() -> None:
-    """Import what pages need, so that a command that lacks it says so before it works for hours.
-
-    Raises:
-        ModuleNotFoundError: naming the package; the command line answers with the extra that brings it.
-    """
-    import jinja2  # noqa: F401
-    import matplotlib as mpl  # noqa: F401
-
-
 def write(file: Path, template: str, **values: Any) -> Path:
     """Fill a template and write the page whole or not at all; returns the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
