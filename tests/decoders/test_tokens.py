@@ -49,6 +49,17 @@ def oracle(policy, size=3):
     return decoder, id_BS
 
 
+def test_an_untrained_clock_input_changes_nothing_and_learns_from_the_first_step():
+    """A random projection would be twenty times larger than the tokens' embeddings and hide which tokens they are."""
+    policy = helpers.token_policy(DiscreteFlowConfig, clock_input=True)
+    decoder, prefix = policy.model.decoder, prefix_of(policy)
+    id_BS, _ = decoder.encode(targets_of(policy))
+    early, late = (decoder._layers(id_BS, torch.full(id_BS.shape, clock), prefix, (2,))[0] for clock in (0.9, 0.1))
+    assert torch.equal(early, late)
+    decoder.loss(prefix, targets_of(policy), torch.Generator().manual_seed(0)).total.backward()
+    assert decoder.clock.weight.grad.abs().max() > 0
+
+
 @every_decoder
 @pytest.mark.parametrize("steps", [1, 2, 7, 16])
 def test_with_an_oracle_every_decoder_reaches_the_target(config, settings, steps):
