@@ -98,7 +98,7 @@ def test_its_policy_is_evaluated_with_its_compute_policy(command, trained, tmp_p
     settings = ("--episodes", 3, "--no-videos", "--workers", 1, "--out", tmp_path / "eval")
     command("eval", trained, "--env", "corridor/all", *computes, *settings)
     found = json.loads((tmp_path / "eval/results.json").read_text())
-    successes = {(one["env"], one["compute"]): one["successes"] for one in found["nfe"]}
+    successes = {(one["env"], one["compute"]): one["successes"] for one in found["evaluations"]}
     assert set(successes) == {(f"corridor/{end}", name) for end in ("left", "right") for name in ("dense", "averaged:3")}
     assert sum(successes.values()) >= 10
     assert [one["nfe"] for one in found["latency"]] == [1, 3]

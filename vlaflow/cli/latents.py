@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from vlaflow.cli.data import LatentReport
 
@@ -15,12 +17,13 @@ def latent_report(arguments: LatentReport) -> int:
 
     from vlaflow.actions.latent import LatentActionModel
     from vlaflow.data.lerobot import Dataset
-    from vlaflow.evaluation.latent_report import look, pixels, probes, usage
+    from vlaflow.evaluation.latent_report import examples, look, pixels, probes, usage
     from vlaflow.io import require_writable
     from vlaflow.reports import latent_actions as page
     from vlaflow.versions import command_line, versions
 
     a = arguments
+    require(*PAGES)
     dataset = Dataset.open(a.dataset, video=True)
     require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)
@@ -34,6 +37,7 @@ def latent_report(arguments: LatentReport) -> int:
         usage(held.id_MK, book),
         pixels(model, held),
         probes(train, held, book, len(dataset.tasks)),
+        examples(model, held),
         dataset.dimension_names("action"),
         {
             "model": f"{a.model}, fingerprint {model.fingerprint()}",
@@ -53,6 +57,6 @@ def latent_report(arguments: LatentReport) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    written = page.write_page(model, held, found, f"Latent actions on {dataset.root.name}", a.out)
+    written = page.write_page(found, f"Latent actions on {dataset.root.name}", a.out)
     console.print(f"Written: {written}", soft_wrap=True)
     return 0

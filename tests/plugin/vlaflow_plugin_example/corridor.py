@@ -19,7 +19,7 @@ SPEC = SimulatorSpec(
     ),
     state_names=("position",),
     views=("above",),
-    chunk_size=30,
+    max_steps=30,
     size={"fast": 16, "exact": 16},
     lazy=True,
     protocol="an example",

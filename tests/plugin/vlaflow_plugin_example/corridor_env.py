@@ -22,7 +22,7 @@ class CorridorEnv(gymnasium.Env):
     def __init__(self, task: str, render: Render, size: int | None) -> None:
         self.name, self.task, self.task_description = f"corridor/{task}", task, SPEC.tasks[task]
         self.view, self.render_quality, self.render_mode = SPEC.views[0], render, "rgb_array"
-        self.action_spec, self.state_names, self._max_episode_steps = SPEC.action, SPEC.state_names, SPEC.chunk_size
+        self.action_spec, self.state_names, self._max_episode_steps = SPEC.action, SPEC.state_names, SPEC.max_steps
         self.side = size or SPEC.size[render]
         self.goal = float(task == "right")
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
