@@ -235,7 +235,7 @@ def test_asyncvla_at_full_size_has_the_parameters_of_the_network():
     assert replace(full_size.asyncvla(), rater=rater).parameters == size(model)
 
 
-# -- an expert beside the backbone -----------------------------------------------------------------------------------------
+# -- an expert next to the backbone -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_keys_are_fitted_once_per_chunk():
     assert difference == pytest.approx(step(shape).flops)
 
 
-# -- what a user can mend ----------------------------------------------------------------------------------------------------
+# -- what a user can fix ----------------------------------------------------------------------------------------------------
 
 
 def test_wrong_input_is_one_sentence():

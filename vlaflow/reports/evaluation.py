@@ -157,7 +157,7 @@ def caveats(results: Results) -> list[str]:
     if any(compute.startswith("refine") for compute in results.computes):
         found.append(
             "The rater learned relative errors: within a chunk a low rating says worse than its neighbours, not wrong. Some "
-            "action of a perfect chunk can still be made anew."
+            "action of a perfect chunk can still be regenerated."
         )
     if results.language:
         found.append(f"The language-swap test has n = {results.language[0].episodes} per cell and tells only large effects.")
@@ -205,7 +205,7 @@ def _moments(video: EpisodeVideo, folder: Path) -> list[dict[str, Any]]:
         again = sum(moment.regenerated or ())
         detail = f"{e.compute}, seed {e.seed}, step {moment.step}"
         if moment.regenerated is not None:
-            detail += f"; {again} of {len(moment.actions)} actions made anew"
+            detail += f"; {again} of {len(moment.actions)} actions regenerated"
         found.append(
             {
                 "title": plots.short(e.env),
