@@ -105,7 +105,7 @@ TINY_EXPERT = ExpertConfig(BlockConfig(48, 8, 4, 32, 96, norm="rms", gated=True)
 )
 def test_experts_and_query_tokens_cost_what_the_counter_says(decoder):
     """At every depth, with their state token, positions, queries and heads."""
-    config = replace(tiny_policy("conv"), decoder=decoder, execute=3)
+    config = replace(tiny_policy("conv"), decoder=decoder, n_action_steps=3)
     model, shape = config.build(), tiny_shape(config)
     embedded = model.backbone.embed(observed(config))
     for depth in range(1, config.backbone.depth + 1):
