@@ -193,9 +193,9 @@ def test_qwen_layers_cost_what_the_counter_says(qwen):
         run = network.run(prefix, depth)
         assert layers(shape, depth).flops == pytest.approx(counted(lambda d=depth: network.run(prefix, d)), rel=SAME)
 
-        def velocity(memories=run.memory):
+        def velocity(caches=run.kv_cache):
             hidden_BTW = codec.encode(torch.zeros(1, 8, 32), torch.zeros(1, 8))
-            for index, memory in enumerate(memories):
+            for index, memory in enumerate(caches):
                 hidden_BTW, _ = network.layer(index, hidden_BTW, after, memory)
             codec.decode(hidden_BTW)
 
