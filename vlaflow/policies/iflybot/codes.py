@@ -61,7 +61,7 @@ def dataset_codes(
     view: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetCodes:
-    """The codes of every frame of a data set, computed once per model and data set and kept beside the frame cache.
+    """The codes of every frame of a data set, computed once per model and data set and kept next to the frame cache.
 
     Args:
         model: the latent action model.
