@@ -45,7 +45,7 @@ class Made:
 def untimed(folder):
     """Everything in the results file but measured times and the words of the command."""
     found = {name: value for name, value in json.loads((folder / RESULTS).read_text()).items() if name not in TIMES}
-    for entry in found["nfe"]:
+    for entry in found["evaluations"]:
         entry.pop("latency_ms")
     return found
 

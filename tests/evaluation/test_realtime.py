@@ -189,7 +189,7 @@ def test_cells_and_pairs_count_what_happened():
         ({"max_action_prefix": 0}, {}, ConfigError, "cannot continue"),
         ({}, {"n_action_steps": 12}, ConfigError, "at most 11"),
         ({}, {"n_action_steps": 0}, ConfigError, "at least 1"),
-        ({}, {"chunk_size": 501}, ConfigError, r"1\.\.500"),
+        ({}, {"max_steps": 501}, ConfigError, r"1\.\.500"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, error, sentence):
