@@ -34,11 +34,6 @@ class DatasetCodes:
     gap: int
     short: tuple[int, ...]
 
-    @property
-    def known_N(self) -> np.ndarray:
-        """bool, the rows that have codes."""
-        return self.id_NK[:, 0] >= 0
-
 
 def model_pairs(
     model: LatentActionModel, dataset: Dataset, *, view: str | None = None, episodes: Sequence[int] | None = None
