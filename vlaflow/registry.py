@@ -7,7 +7,7 @@ vlaflow.backbones   its class's, as in config.json    a frozen dataclass derived
 vlaflow.decoders    its class's, as in config.json    a frozen dataclass derived from ``decoders.base.DecoderConfig``
 vlaflow.compute     the word of ``--compute``         a ``compute.spelling.ComputeKind``
 vlaflow.simulators  the suite, before the slash       a ``simulators.base.Suite``
-vlaflow.layouts     the word of ``--observation-keys``          a ``serving.observation_keys.ObservationKeys``
+vlaflow.layouts     as in ``--observation-keys``      a ``serving.observation_keys.ObservationKeys``
 vlaflow.recipes     the system, before the dot        a module whose public functions are recipes
 ==================  ================================  ================================================================
 
