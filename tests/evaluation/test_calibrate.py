@@ -63,7 +63,7 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
     arguments = ["--env", ENV, "--episodes", "1", "--max-steps", "20", "--steps", "2", "--no-videos", "--workers", "0"]
     assert main(["eval", str(folder), *computes, *arguments, "--out", str(tmp_path / "eval")]) == 0
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
-    passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["nfe"]}
+    passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["evaluations"]}
     assert passes["dense"] == 3 + 2 * 3
     assert passes["dense:2@1"] == 1 + 2 * 1
     assert "ms at p99" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_same_seed_same_bytes(trained, dataset, tmp_path):
         (["--depths", "1", "2"], "The last of the depths must be the full one, 3, got [1, 2]"),
         (["--max-deviation", "1"], "take more episodes"),
         (["--name", "ladder"], "cannot be called"),
-        (["--budget", "-1"], "positive number"),
+        (["--exit-budget", "-1"], "positive number"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(trained, dataset, arguments, words, capsys):
