@@ -26,6 +26,7 @@ from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import LatentTraining
 from vlaflow.stacks.expert import ExpertStack
@@ -149,7 +150,7 @@ class RaterStage:
     def __init__(self, policy: Policy, steps: int = 10) -> None:
         if policy.model.rater is None:
             raise CapabilityError("The rater stage needs a policy with a rater; use policy.with_rater(config, seed).")
-        self.policy, self.steps, self.rater = policy, steps, policy.model.rater
+        self.policy, self.sampling, self.rater = policy, Sampling(steps), policy.model.rater
         policy.model.backbone.requires_grad_(False)
         policy.model.decoder.requires_grad_(False)
 
@@ -171,7 +172,7 @@ class RaterStage:
             prefix = policy.encode(batch.observation)
             targets = policy.targets(batch)
             seeds = torch.randint(2**62, (len(batch.observation),), generator=generator).tolist()
-            made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.steps)
+            made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.sampling)
             error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
         rating_BL = self.rater(prefix, made_BLD)
