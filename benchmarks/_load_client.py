@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from vlaflow.client import Client
-from vlaflow.serving import wire
+from vlaflow.robot import Client, wire
 
 
 def main() -> int:

@@ -27,9 +27,8 @@ import tyro
 
 from benchmarks._timing import Case, report, say, seconds_in_turns
 from benchmarks.latency import make_observation, random_policy
-from vlaflow.client import Client
 from vlaflow.policies.base import Policy
-from vlaflow.serving import wire
+from vlaflow.robot import Client, wire
 
 SAME_CHUNK = 1e-4
 """Robot units: in company a product may be rounded in another order."""

@@ -19,13 +19,14 @@ EVERYTHING = sorted(
 # From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
 STOREYS = (
     ("__init__", "errors", "spec", "config", "files", "folders", "versions", "progress"),
-    ("nn", "flows", "data", "actions", "simulators"),
+    ("nn", "flows", "data", "actions", "simulators", "robot"),
     ("backbones", "stacks"),
     ("decoders",),
     ("compute",),
     ("policies",),
     ("training", "evaluation", "serving"),
-    ("cli", "client"),
+    ("reports",),
+    ("cli",),
     ("__main__",),
 )
 # ... except on the ground floor, and here:
@@ -33,10 +34,6 @@ NEIGHBOURS = {
     ("simulators", "vlaflow.data"),
     ("stacks", "vlaflow.backbones.base"),
     ("actions", "vlaflow.nn"),
-    # a client and its controller need no policy; evaluation over the wire drives them
-    ("evaluation", "vlaflow.serving.client"),
-    ("evaluation", "vlaflow.serving.lines"),
-    ("evaluation", "vlaflow.serving.realtime"),
 }
 STOREY = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
 
@@ -142,8 +139,14 @@ def test_imports_point_down():
         ("stacks", "vlaflow.backbones.base_extra", False),
         ("policies", "vlaflow.training.trainer", False),
         ("cli", "vlaflow.evaluation", True),
+        ("reports", "vlaflow.evaluation.results", True),
+        ("evaluation", "vlaflow.reports", False),
         ("errors", "vlaflow.spec", True),
         ("spec", "vlaflow.__version__", True),
+        ("evaluation", "vlaflow.robot.client", True),
+        ("serving", "vlaflow.robot.wire", True),
+        ("robot", "vlaflow.data.batch", False),
+        ("evaluation", "vlaflow.serving.server", False),
     ],
 )
 def test_the_import_rule_means_what_the_design_says(room, target, allowed):

@@ -9,9 +9,9 @@ from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, 
 from vlaflow.cli.data import main
 from vlaflow.data.check import check
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.show import chosen_episodes
 from vlaflow.data.video import encode_video
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.reports.dataset import chosen_episodes
 
 
 def test_sound_data_set_has_no_problems(dataset):

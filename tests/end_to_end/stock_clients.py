@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from vlaflow.errors import CapabilityError, CheckpointError, VlaflowError
-from vlaflow.serving import wire
+from vlaflow.robot import wire
 from vlaflow.simulators.base import Environment, make
 
 ROBOT = Path(__file__).with_name("stock_robot.py")

@@ -127,7 +127,7 @@ def test_same_seed_same_bytes(trained, dataset, tmp_path):
     for name in ("one", "two"):
         folder = tmp_path / name
         shutil.copytree(trained, folder)
-        made.append(run(folder, dataset, Request("x", ByShares(budget=0.8), frames=40, ladder=name == "one"))[0])
+        made.append(run(folder, dataset, Request("x", ByShares(budget=0.8), frames=40, ladder=name == "one")).calibration)
     assert made[0] == made[1]
     ladder = json.loads((tmp_path / "one" / "calibration" / LADDER).read_text())
     full = max(ladder["rungs"], key=lambda r: (r["depth"], r["evaluations"]))

@@ -10,7 +10,8 @@ from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.cli import data as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import SpecError
-from vlaflow.evaluation import latent_page, latent_report
+from vlaflow.evaluation import latent_report
+from vlaflow.reports import latent_actions as latent_page
 
 SMALL = LatentConfig(image_size=28, patch=4, width=16, heads=2, ffn=32, spatial=1, temporal=1, decoder=1, code_dim=4, book=16)
 

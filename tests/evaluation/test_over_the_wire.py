@@ -12,9 +12,9 @@ from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError, RequestError, SpecError
 from vlaflow.evaluation import over_the_wire as wire
-from vlaflow.evaluation.over_the_wire_page import write_page
 from vlaflow.evaluation.over_the_wire_results import count, results
-from vlaflow.serving.realtime import Move
+from vlaflow.reports.realtime import write_page
+from vlaflow.robot.realtime import Move
 from vlaflow.simulators.metaworld_tasks import ACTION
 from vlaflow.spec import Observation
 
@@ -89,12 +89,12 @@ def test_a_delay_is_rounded_up_to_whole_steps():
 def test_jitter_only_lengthens_and_is_the_same_for_every_hand_over(monkeypatch):
     delays: dict[str, list[int]] = {}
 
-    class Noting(wire.SimulatedLine):
+    class Noting(wire.SimulatedTransport):
         def __init__(self, infer, delay):
             steps = delays.setdefault(mode, [])
             super().__init__(infer, lambda: steps.append(delay()) or steps[-1])
 
-    monkeypatch.setattr(wire, "SimulatedLine", Noting)
+    monkeypatch.setattr(wire, "SimulatedTransport", Noting)
     for mode in ("wait", "switch", "commit"):
         play(mode, 25.0, jitter_ms=50.0)
     shortest = min(map(len, delays.values()))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.evaluation import synthetic
+from tests.reports import synthetic
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation import language, results
 from vlaflow.evaluation.statistics import wilson

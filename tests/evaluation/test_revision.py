@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.evaluation import synthetic
+from tests.reports import synthetic
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine_tokens import RefineTokens
 from vlaflow.compute.two_stage import TwoStage
@@ -16,10 +16,10 @@ from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.evaluation import results
 from vlaflow.evaluation.latency import measure
-from vlaflow.evaluation.report import write_report
 from vlaflow.evaluation.results import count
 from vlaflow.evaluation.revision import HIDDEN, follow
 from vlaflow.evaluation.rollout import Episode
+from vlaflow.reports.evaluation import write_report
 
 SEEN = helpers.observation(3)
 

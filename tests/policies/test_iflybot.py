@@ -27,7 +27,7 @@ from vlaflow.policies.iflybot import recipes
 from vlaflow.policies.iflybot.codes import dataset_codes, model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b, tiny
 from vlaflow.policies.recipe import DataSpec
-from vlaflow.serving.client import Client
+from vlaflow.robot.client import Client
 from vlaflow.spec import Commitment
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training.optim import freeze, late_parameters

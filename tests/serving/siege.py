@@ -17,7 +17,7 @@ import psutil
 
 from tests.serving import hostile
 from tests.serving.live import expected, port_of, request, serving
-from vlaflow.serving.client import Client
+from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
 
 MOST_GROWTH = 32 * 2**20

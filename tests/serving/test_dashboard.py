@@ -21,8 +21,8 @@ from tests.serving.live import POLICY, Slow, expected, port_of, request, serving
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.errors import RequestError
+from vlaflow.robot.client import Client
 from vlaflow.serving import dashboard
-from vlaflow.serving.client import Client
 from vlaflow.serving.dashboard import SUBPROTOCOL
 from vlaflow.spec import Observation
 

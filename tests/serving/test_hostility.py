@@ -23,8 +23,8 @@ from tests.serving.live import PLACE, POLICY, Slow, expected, port_of, request, 
 from tests.serving.siege import siege
 from vlaflow.compute.dense import Dense
 from vlaflow.errors import RequestError
-from vlaflow.serving import wire
-from vlaflow.serving.client import Client
+from vlaflow.robot import wire
+from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.journal import OneLine
 from vlaflow.serving.server import PolicyServer, ServerConfig

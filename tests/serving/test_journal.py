@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.serving.live import Slow, request, serving, until
 from vlaflow.errors import RequestError
-from vlaflow.serving.client import Client
+from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.journal import BUCKETS_S, MOST_SENTENCE, Event, JsonLines, sentence
 

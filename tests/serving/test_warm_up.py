@@ -9,7 +9,7 @@ import pytest
 from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving
 from vlaflow.compute.dense import Dense
 from vlaflow.errors import ConfigError
-from vlaflow.serving.client import Client
+from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.server import PolicyServer, ServerConfig
 

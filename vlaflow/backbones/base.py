@@ -50,7 +50,7 @@ class Prefix:
         hidden_BPW: hidden states after ``depth`` layers.
         seen_BP: bool, False on padding; None when there is none.
         memory: keys and values of every layer that has run.
-        rotary: cosines and sines of the prefix positions, for backbones that rotate.
+        rotary: cosines and sines of the prefix positions, (B, P, E) each, for backbones that rotate.
         next_position_B: position of the first suffix token, for backbones that count positions.
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
@@ -102,7 +102,7 @@ class Prefix:
             hidden_BPW=self.hidden_BPW[row_R],
             seen_BP=None if self.seen_BP is None else self.seen_BP[row_R],
             memory=tuple(m.select(row_R) for m in self.memory),
-            rotary=None if self.rotary is None else self.backbone.select_rotary(self.rotary, row_R),
+            rotary=None if self.rotary is None else (self.rotary[0][row_R], self.rotary[1][row_R]),
             next_position_B=None if self.next_position_B is None else self.next_position_B[row_R],
             state_BS=None if self.state_BS is None else self.state_BS[row_R],
             embedded_BPW=None if self.embedded_BPW is None else self.embedded_BPW[row_R],
@@ -158,10 +158,6 @@ class Backbone(nn.Module, ABC):
         None where this backbone's positions are not rotations: the expert then learns positions of its own.
         """
         return None
-
-    def select_rotary(self, rotary: Rotary, row_R: Tensor) -> Rotary:
-        """Rows of the rotation of the prefix positions, whose first dimension is the batch unless a backbone says otherwise."""
-        return rotary[0][row_R], rotary[1][row_R]
 
     @abstractmethod
     def finish(self, hidden_BTW: Tensor) -> Tensor:

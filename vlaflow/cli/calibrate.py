@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.evaluation import calibrate
     from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.reports.calibration import write_page
 
     request = calibrate.Request(
         name=given.name or _name(given),
@@ -89,10 +90,11 @@ def main(argv: list[str]) -> int:
         new_data=given.episodes == "all",
         ladder=given.ladder,
     )
-    made, file = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device)
+    made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device)
+    page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))
     console = Console()
-    console.print(_words(made))
-    console.print(f"Written: {file} and {file.with_suffix('.html')}", soft_wrap=True)
+    console.print(_words(made.calibration))
+    console.print(f"Written: {made.file} and {page}", soft_wrap=True)
     return 0
 
 

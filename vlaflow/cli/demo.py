@@ -249,8 +249,10 @@ def _train(
 
 def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
     from vlaflow.evaluation.calibrate import ByShares, Request, run
+    from vlaflow.reports.calibration import write_page
 
-    run(checkpoint, dataset, Request(CALIBRATION, ByShares(), frames=settings.frames, ladder=False))
+    made = run(checkpoint, dataset, Request(CALIBRATION, ByShares(), frames=settings.frames, ladder=False))
+    write_page(made.calibration, made.table, made.file.with_suffix(".html"))
 
 
 def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:
@@ -276,8 +278,8 @@ def _report(out: Path, diary: Diary, settings: Settings, commands: tuple[str, ..
 
     from vlaflow.cli.eval import table
     from vlaflow.evaluation import results
-    from vlaflow.evaluation.report import write_report
     from vlaflow.evaluation.run import RESULTS
+    from vlaflow.reports.evaluation import write_report
     from vlaflow.training.journal import read_log
     from vlaflow.versions import command_line
 

@@ -69,9 +69,9 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from vlaflow.compute.parse import Knobs
-    from vlaflow.evaluation.report import write_report
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
+    from vlaflow.reports.evaluation import write_report
 
     config = EvaluationConfig(
         envs=arguments.env,
@@ -111,7 +111,7 @@ def table(results: Results) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from vlaflow.evaluation.report_plots import short
+    from vlaflow.reports.plots import short
 
     first = results.evaluations[0]
     grid = Table(

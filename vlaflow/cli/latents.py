@@ -15,8 +15,8 @@ def latent_report(arguments: LatentReport) -> int:
 
     from vlaflow.actions.latent import LatentActionModel
     from vlaflow.data.lerobot import Dataset
-    from vlaflow.evaluation import latent_page as page
     from vlaflow.evaluation.latent_report import look, pixels, probes, usage
+    from vlaflow.reports import latent_actions as page
     from vlaflow.versions import command_line, versions
 
     a = arguments

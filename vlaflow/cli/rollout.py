@@ -66,10 +66,10 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from vlaflow.evaluation import over_the_wire as wire
-    from vlaflow.evaluation.over_the_wire_page import write_page
     from vlaflow.evaluation.over_the_wire_results import results
     from vlaflow.progress import progress
-    from vlaflow.serving.client import Client
+    from vlaflow.reports.realtime import write_page
+    from vlaflow.robot.client import Client
     from vlaflow.simulators.base import expand_env_names
 
     envs = expand_env_names(a.env)

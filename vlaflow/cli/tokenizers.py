@@ -41,9 +41,9 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
 
     from vlaflow.actions.files import load_tokenizer
     from vlaflow.data.lerobot import Dataset
-    from vlaflow.evaluation import tokenizer_page as page
     from vlaflow.evaluation.tokenizer_report import describe, fit, material, quality, standard_fits
     from vlaflow.progress import progress
+    from vlaflow.reports import tokenizers as page
 
     a = arguments
     dataset = Dataset.open(a.directory)

@@ -1,1 +1,1 @@
-"""Measuring policies: paired rollouts, intervals and tests, latency by part, results.json and the report."""
+"""Measuring policies: paired rollouts, intervals and tests, latency by part, ``results.json``. Pages are in ``reports``."""

@@ -39,7 +39,6 @@ from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import Windows, split_episodes
 from vlaflow.errors import CalibrationError, ConfigError
-from vlaflow.evaluation.calibration_page import write_page
 from vlaflow.files import read_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint
@@ -139,11 +138,17 @@ class Request:
     ladder: bool = True
 
 
-def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") -> tuple[Calibration, Path]:
-    """Measure, choose thresholds, and write ``CKPT/calibration/NAME.json`` with a page of plots beside it.
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration, the measurement it was made from, and its file ``CKPT/calibration/NAME.json``."""
 
-    Returns:
-        the calibration and its file.
+    calibration: Calibration
+    table: Table
+    file: Path
+
+
+def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") -> Calibrated:
+    """Measure, choose thresholds, and write ``CKPT/calibration/NAME.json``.
 
     Raises:
         VlaflowError: when checkpoint, data and plan do not fit together, or the name is taken by another data set's.
@@ -170,11 +175,10 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     table = measure(policy, plan, frames, request.deviation)
     made = calibrate(policy, plan, frames, table, target=request.target, checkpoint=mark)
     made.save(file)
-    write_page(made, table, file.with_suffix(".html"))
     known = folder / LADDER
     if request.ladder and not _measured(known, mark, policy, plan):
         save(ladder(policy, frames, mark, {*LADDER_STEPS, plan.steps}), known)
-    return made, file
+    return Calibrated(made, table, file)
 
 
 def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:

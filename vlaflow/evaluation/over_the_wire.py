@@ -23,9 +23,9 @@ import numpy as np
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
 from vlaflow.evaluation.rollout import FIRST_SEED, chunk_seed
-from vlaflow.serving.client import Client
-from vlaflow.serving.lines import SimulatedLine
-from vlaflow.serving.realtime import HandOver, Move, RealtimeConfig, RealtimeController
+from vlaflow.robot.client import Client
+from vlaflow.robot.realtime import HandOver, Move, RealtimeConfig, RealtimeController
+from vlaflow.robot.transports import SimulatedTransport
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import ActionSpec, Observation
@@ -197,7 +197,7 @@ def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob
         if config.horizon is not None and not 1 <= config.horizon <= spec.horizon:
             raise ConfigError(f"The horizon of {env} must lie in 1..{spec.horizon}, got {config.horizon}.")
     for mode in sorted({job.mode for job in jobs}):
-        RealtimeController(SimulatedLine(dict, int), metadata, settings(mode, metadata, config))
+        RealtimeController(SimulatedTransport(dict, int), metadata, settings(mode, metadata, config))
 
 
 def settings(mode: HandOver, metadata: Mapping[str, Any], config: WireConfig) -> RealtimeConfig:
@@ -231,8 +231,8 @@ def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJ
         seed, asked = chunk_seed(job.seed, asked), asked + 1
         return {**as_request(env.observe(), metadata), "seed": seed}
 
-    line = SimulatedLine(infer, delay)
-    controller = RealtimeController(line, metadata, settings(job.mode, metadata, config))
+    transport = SimulatedTransport(infer, delay)
+    controller = RealtimeController(transport, metadata, settings(job.mode, metadata, config))
     env.restart(job.seed)
     controller.begin(look())
     moves: list[Move] = []
@@ -243,7 +243,7 @@ def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJ
         if controller.counts.failed:
             raise RequestError(f"A request failed in the middle of an episode, which says nothing then: {controller.failure}")
         _, terminated, truncated, info = env.advance(moves[-1].action)
-        line.tick()
+        transport.tick()
         done = terminated or truncated or len(moves) >= horizon
     first, counts = int(info["first_success_step"]), controller.counts
     motion = Motion.of(moves, env.action_spec)

@@ -13,7 +13,7 @@ from vlaflow.config import to_json
 from vlaflow.evaluation.over_the_wire import WireConfig, WireEpisode
 from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
 from vlaflow.files import write_json
-from vlaflow.serving.realtime import HandOver
+from vlaflow.robot.realtime import HandOver
 from vlaflow.simulators.base import parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions
 

@@ -38,7 +38,7 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
 from vlaflow.policies.base import Policy
-from vlaflow.serving import wire
+from vlaflow.robot import wire
 from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import Asked, Engine, EngineConfig
 from vlaflow.serving.journal import Entry, Journal, OneLine

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.evaluation import synthetic
-from vlaflow.evaluation.report import percent, write_report
+from tests.reports import synthetic
+from vlaflow.reports.evaluation import percent, write_report
 
 
 @pytest.fixture(scope="module")

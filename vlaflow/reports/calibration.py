@@ -10,14 +10,14 @@ import numpy as np
 
 from vlaflow.compute.calibration import Calibration, ShareTarget
 from vlaflow.compute.thresholds import Table, exit_shares, filtered_quantiles, taken
-from vlaflow.evaluation.report_plots import FAINT, INK, SERIES, WIDTH, figure
+from vlaflow.reports.plots import FAINT, INK, SERIES, WIDTH, figure
 
 BUDGETS = tuple(np.geomspace(0.02, 4, 25).tolist())
 
 
 def write_page(made: Calibration, table: Table, file: Path) -> Path:
     """One self-contained HTML file."""
-    css = resources.files("vlaflow.evaluation").joinpath("report.css").read_text()
+    css = resources.files("vlaflow.reports").joinpath("templates", "report.css").read_text()
     seen, plan = made.seen, made.plan
     figures = (
         (

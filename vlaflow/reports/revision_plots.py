@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlaflow.evaluation.report_plots import FAINT, INK, LINES, SERIES, WIDTH, figure
 from vlaflow.evaluation.results import Evaluation
 from vlaflow.evaluation.revision import HIDDEN, Revision
+from vlaflow.reports.plots import FAINT, INK, LINES, SERIES, WIDTH, figure
 
 
 def tokens(found: Revision) -> str:

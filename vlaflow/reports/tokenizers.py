@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from vlaflow.actions.fast import FastTokenizer
-from vlaflow.evaluation.report_plots import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 from vlaflow.evaluation.tokenizer_report import Fitted, Material, Quality, describe, example_chunk, lengths
+from vlaflow.reports.plots import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 
 SHOWN = 3
 """Tokenizers whose example chunk is drawn; more lines cannot be told apart."""
@@ -30,7 +30,7 @@ def write_page(
         file: where to.
     """
     found, tokenizers = [quality for quality, _ in measured], [tokenizer for _, tokenizer in measured]
-    css = resources.files("vlaflow.evaluation").joinpath("report.css").read_text()
+    css = resources.files("vlaflow.reports").joinpath("templates", "report.css").read_text()
     figures = (
         (trade_off(found), "Error of reconstruction against tokens per chunk: left and low is better."),
         (

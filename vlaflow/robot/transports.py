@@ -11,14 +11,14 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from vlaflow.errors import ConfigError, RequestError
-from vlaflow.serving.realtime import Answer
+from vlaflow.robot.realtime import Answer
 
-logger = logging.getLogger("vlaflow.realtime")
+logger = logging.getLogger("vlaflow.robot")
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class Asks(Protocol):
-    """What a line needs of a client."""
+    """What a transport needs of a client."""
 
     metadata: dict[str, Any]
 
@@ -26,7 +26,7 @@ class Asks(Protocol):
         """A chunk, or `RequestError`."""
 
 
-class BackgroundLine:
+class BackgroundTransport:
     """Requests go out from a thread of their own, one after the other; the robot's loop never waits.
 
     Args:
@@ -35,7 +35,7 @@ class BackgroundLine:
     Raises:
         ConfigError: when the server does not say its control rate.
 
-    >>> with BackgroundLine(client) as line: ...
+    >>> with BackgroundTransport(client) as transport: ...
     """
 
     def __init__(self, client: Asks) -> None:
@@ -49,11 +49,11 @@ class BackgroundLine:
         self._thread.start()
 
     def ask(self, number: int, request: Mapping[str, Any]) -> None:
-        """See ``Line``."""
+        """See ``Transport``."""
         self._requests.put((number, request))
 
     def poll(self) -> list[Answer]:
-        """See ``Line``."""
+        """See ``Transport``."""
         found = []
         while True:
             try:
@@ -62,7 +62,7 @@ class BackgroundLine:
                 return found
 
     def wait(self) -> tuple[list[Answer], float]:
-        """See ``Line``."""
+        """See ``Transport``."""
         began = time.monotonic()
         first = self._answers.get()
         return [first, *self.poll()], (time.monotonic() - began) * self._rate_hz
@@ -72,7 +72,7 @@ class BackgroundLine:
         self._requests.put(None)
         self._thread.join()
 
-    def __enter__(self) -> BackgroundLine:
+    def __enter__(self) -> BackgroundTransport:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -91,7 +91,7 @@ class BackgroundLine:
             self._answers.put(answer)
 
 
-class SimulatedLine:
+class SimulatedTransport:
     """Answers are made at once and handed out so many control steps later, so that every delay is measured on one clock.
 
     Args:
@@ -106,7 +106,7 @@ class SimulatedLine:
         self._under_way: list[tuple[int, Answer]] = []
 
     def ask(self, number: int, request: Mapping[str, Any]) -> None:
-        """See ``Line``."""
+        """See ``Transport``."""
         try:
             answer = Answer(number, self._infer(request))
         except RequestError as error:
@@ -114,13 +114,13 @@ class SimulatedLine:
         self._under_way.append((self._now + self._delay(), answer))
 
     def poll(self) -> list[Answer]:
-        """See ``Line``."""
+        """See ``Transport``."""
         due = [answer for when, answer in self._under_way if when <= self._now]
         self._under_way = [(when, answer) for when, answer in self._under_way if when > self._now]
         return due
 
     def wait(self) -> tuple[list[Answer], float]:
-        """See ``Line``; the robot stands, so the time passes at once."""
+        """See ``Transport``; the robot stands, so the time passes at once."""
         began = self._now
         self._now = max(self._now, min(when for when, _ in self._under_way))
         return self.poll(), float(self._now - began)

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlaflow.evaluation.over_the_wire import Trace
 from vlaflow.evaluation.over_the_wire_results import Cell, Comparison, WireResults
-from vlaflow.evaluation.report_plots import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure, short
+from vlaflow.reports.plots import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure, short
 
 WORDS = {
     "wait": "wait (synchronous)",
@@ -24,7 +24,7 @@ WORDS = {
 
 def write_page(found: WireResults, file: Path) -> Path:
     """One self-contained HTML file."""
-    css = resources.files("vlaflow.evaluation").joinpath("report.css").read_text()
+    css = resources.files("vlaflow.reports").joinpath("templates", "report.css").read_text()
     figures = [
         (success(found), "Successes against the delay of every answer; bars are 95 % Wilson intervals."),
         (

@@ -18,7 +18,7 @@ import torch
 
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.evaluation.latent_report import Pixels, Seen, Usage
-from vlaflow.evaluation.report_plots import INK, SERIES, WIDTH, figure
+from vlaflow.reports.plots import INK, SERIES, WIDTH, figure
 
 ROWS = 6
 """Pairs that are shown."""
@@ -54,7 +54,7 @@ def write_page(model: LatentActionModel, seen: Seen, found: Found, title: str, f
         title: of the page.
         file: where to.
     """
-    css = resources.files("vlaflow.evaluation").joinpath("report.css").read_text()
+    css = resources.files("vlaflow.reports").joinpath("templates", "report.css").read_text()
     usage, pixels = found.usage, found.pixels
     tiles = [
         (f"{usage.used} of {len(usage.share_V)}", "entries used at a tenth of their fair share or more"),

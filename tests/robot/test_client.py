@@ -15,8 +15,8 @@ from websockets.sync.server import serve
 from tests import helpers
 from tests.serving.live import POLICY, expected, port_of, request, serving, until
 from vlaflow.errors import RequestError
-from vlaflow.serving import wire
-from vlaflow.serving.client import Client
+from vlaflow.robot import wire
+from vlaflow.robot.client import Client
 
 MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 

@@ -18,9 +18,9 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection, connect
 
 from vlaflow.errors import RequestError
-from vlaflow.serving import wire
+from vlaflow.robot import wire
 
-logger = logging.getLogger("vlaflow.client")
+logger = logging.getLogger("vlaflow.robot")
 _CLOSE_S = 2.0
 """Longest wait for a server to say goodbye."""
 

@@ -4,17 +4,17 @@ import logging
 import time
 
 from tests.serving.live import request, serving
-from vlaflow.client import BackgroundLine, Client, RealtimeConfig, RealtimeController
+from vlaflow.robot import BackgroundTransport, Client, RealtimeConfig, RealtimeController
 
 
 def test_the_controller_goes_on_through_a_restart_and_the_client_says_so(caplog):
     with serving() as (_, address):
         port = int(address.rpartition(":")[2])
         client = Client(address, timeout_s=5)
-        line = BackgroundLine(client)
-        controller = RealtimeController(line, client.metadata, RealtimeConfig("commit", execute=2))
+        transport = BackgroundTransport(client)
+        controller = RealtimeController(transport, client.metadata, RealtimeConfig("commit", execute=2))
         controller.begin(request(1))
-    with client, line, caplog.at_level(logging.WARNING):
+    with client, transport, caplog.at_level(logging.WARNING):
         drive(controller, lambda: controller.counts.failed)
         before = controller.counts.answered
         with serving(port=port):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vlaflow.errors import ConfigError, RequestError
-from vlaflow.serving.lines import BackgroundLine, SimulatedLine
-from vlaflow.serving.realtime import Answer, RealtimeConfig, RealtimeController
+from vlaflow.robot.realtime import Answer, RealtimeConfig, RealtimeController
+from vlaflow.robot.transports import BackgroundTransport, SimulatedTransport
 
 HORIZON, DIM = 12, 2
 METADATA = {
@@ -38,13 +38,13 @@ class Policy:
 
 
 class Robot:
-    """A controller on a simulated line; ``run`` goes through control steps."""
+    """A controller on a simulated transport; ``run`` goes through control steps."""
 
     def __init__(self, delays=0, **config):
         delays = iter(delays) if isinstance(delays, list) else itertools.repeat(delays)
         self.policy = Policy()
-        self.line = SimulatedLine(self.policy, lambda: next(delays))
-        self.controller = RealtimeController(self.line, METADATA, RealtimeConfig(**config))
+        self.transport = SimulatedTransport(self.policy, lambda: next(delays))
+        self.controller = RealtimeController(self.transport, METADATA, RealtimeConfig(**config))
         self.looks, self.now = [], 0
 
     def look(self):
@@ -59,7 +59,7 @@ class Robot:
         moves = []
         for _ in range(steps):
             moves.append(self.controller.act(self.look))
-            self.line.tick()
+            self.transport.tick()
             self.now += 1
         return moves
 
@@ -175,7 +175,7 @@ def test_a_robot_with_nothing_left_stands_and_loses_no_action():
 
 
 class Scripted:
-    """A line whose answers the test hands out."""
+    """A transport whose answers the test hands out."""
 
     def __init__(self):
         self.asked, self.due = [], []
@@ -194,37 +194,37 @@ class Scripted:
         self.due.append(Answer(number, {"actions": np.full((HORIZON, DIM), value, np.float32)}))
 
 
-def begun(line, **config):
-    controller = RealtimeController(line, METADATA, RealtimeConfig(**config))
-    line.answer(1, 1.0)
+def begun(transport, **config):
+    controller = RealtimeController(transport, METADATA, RealtimeConfig(**config))
+    transport.answer(1, 1.0)
     controller.begin({})
     return controller
 
 
 def test_answers_out_of_order_are_dropped():
-    line = Scripted()
-    controller = begun(line, mode="switch", execute=1)
+    transport = Scripted()
+    controller = begun(transport, mode="switch", execute=1)
     controller.act(dict)
     controller.act(dict)  # asks for number 2
-    line.answer(1, 9.0)
-    line.answer(7, 9.0)
+    transport.answer(1, 9.0)
+    transport.answer(7, 9.0)
     assert controller.act(dict).action.tolist() == [1, 1]
-    line.answer(2, 2.0)
+    transport.answer(2, 2.0)
     assert controller.act(dict).action.tolist() == [2, 2]
-    line.answer(2, 9.0)
+    transport.answer(2, 9.0)
     assert controller.act(dict).action.tolist() == [2, 2]
     assert controller.counts.dropped == 3
 
 
 def test_a_reset_in_mid_flight_drops_the_answer_of_the_episode_before():
-    line = Scripted()
-    controller = begun(line, mode="commit", execute=1)
+    transport = Scripted()
+    controller = begun(transport, mode="commit", execute=1)
     controller.act(dict)
     controller.act(dict)
-    line.answer(2, 9.0)  # on its way when the episode ends
-    line.answer(3, 3.0)
+    transport.answer(2, 9.0)  # on its way when the episode ends
+    transport.answer(3, 3.0)
     controller.begin({})
-    assert line.asked[-1][1] == {"reset": True}
+    assert transport.asked[-1][1] == {"reset": True}
     move = controller.act(dict)
     assert move.action.tolist() == [3, 3]
     assert (move.place, controller.counts.dropped) == (0, 1)
@@ -262,12 +262,12 @@ def test_no_first_chunk_is_an_error():
     ],
 )
 def test_a_first_answer_that_is_no_chunk_is_an_error_and_not_waited_for_again(reply):
-    line = Scripted()
-    line.due.append(Answer(1, reply))
-    controller = RealtimeController(line, METADATA, RealtimeConfig())
+    transport = Scripted()
+    transport.due.append(Answer(1, reply))
+    controller = RealtimeController(transport, METADATA, RealtimeConfig())
     with pytest.raises(RequestError, match=r"not a finite chunk|no array of numbers"):
         controller.begin({})
-    assert len(line.asked) == 1
+    assert len(transport.asked) == 1
 
 
 def test_acting_before_an_episode_was_begun_is_one_sentence():
@@ -276,11 +276,11 @@ def test_acting_before_an_episode_was_begun_is_one_sentence():
 
 
 def test_a_chunk_of_another_shape_is_not_executed():
-    line = Scripted()
-    controller = begun(line, mode="switch", execute=1)
+    transport = Scripted()
+    controller = begun(transport, mode="switch", execute=1)
     controller.act(dict)
     controller.act(dict)
-    line.due.append(Answer(2, {"actions": np.full((HORIZON, DIM), np.nan)}))
+    transport.due.append(Answer(2, {"actions": np.full((HORIZON, DIM), np.nan)}))
     assert controller.act(dict).chunk == 1
     assert controller.counts.failed == 1
 
@@ -327,8 +327,8 @@ class Slow:
 
 def test_the_robots_loop_never_waits_for_a_background_line():
     client = Slow()
-    with BackgroundLine(client) as line:
-        controller = RealtimeController(line, METADATA, RealtimeConfig("switch", execute=2))
+    with BackgroundTransport(client) as transport:
+        controller = RealtimeController(transport, METADATA, RealtimeConfig("switch", execute=2))
         client.gate.release()
         controller.begin({})
         assert [controller.act(dict).chunk for _ in range(6)] == [1] * 6
@@ -342,9 +342,9 @@ def test_the_robots_loop_never_waits_for_a_background_line():
 def test_a_defect_of_the_client_is_an_answer_too(caplog):
     client = Slow()
     client.gate.release()
-    with BackgroundLine(client) as line:
-        line.ask(1, {"defect": True})
-        answers, _ = line.wait()
+    with BackgroundTransport(client) as transport:
+        transport.ask(1, {"defect": True})
+        answers, _ = transport.wait()
     assert "ZeroDivisionError" in answers[0].error
 
 
@@ -353,4 +353,4 @@ def test_a_server_that_does_not_say_its_rate_is_one_sentence():
     client = Slow()
     client.metadata = {}
     with pytest.raises(ConfigError, match="'rate_hz'"):
-        BackgroundLine(client)
+        BackgroundTransport(client)

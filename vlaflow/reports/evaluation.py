@@ -1,7 +1,7 @@
 """``report.html``: one page that holds everything, pictures and films included, and asks no server for anything.
 
-The page is filled from ``results.json`` and ``films/`` and can be made again from them. Its looks are in ``report.html`` and
-``report.css``, its plots in ``report_plots``; here is what it says in words.
+The page is filled from ``results.json`` and ``films/`` and can be made again from them. Its layout is in
+``templates/``, its plots in ``plots``; here is what it says in words.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vlaflow.evaluation import report_plots as plots
-from vlaflow.evaluation import revision_plot
 from vlaflow.evaluation.films import Film, read_films
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
 from vlaflow.evaluation.results import EARLY, Evaluation, Minutes, PairedTest, Results, read
 from vlaflow.evaluation.run import FILMS, RESULTS
+from vlaflow.reports import plots, revision_plots
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -47,7 +46,7 @@ def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
     import jinja2
 
     films = read_films(folder)
-    home = resources.files("vlaflow.evaluation")
+    home = resources.files("vlaflow.reports").joinpath("templates")
     machine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     machine.filters.update(percent=percent, short=plots.short, known=_known, chunks=_chunks_per_episode, points=signed)
     used = [part for part in (*PARTS, "other") if any(part in entry.parts for entry in results.latency)]
@@ -57,17 +56,17 @@ def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "first_success": plots.first_success(results),
         "latency": plots.latency(results.latency),
         "losses": [(name, plots.loss(log, name)) for name, log in logs.items() if log],
-        "revision": [revision_plot.tokens(results.revision), revision_plot.actions(results.revision)]
+        "revision": [revision_plots.tokens(results.revision), revision_plots.actions(results.revision)]
         if results.revision
         else [],
-        "revised": revision_plot.revised(revising) if revising else "",
+        "revised": revision_plots.revised(revising) if revising else "",
         "minutes": plots.minutes(results.minutes) if _steps(results.minutes) > 1 else "",
     }
     sections = ["Success", "Steps", "Latency"] + (["Tokens"] if results.revision or revising else [])
     sections += [name for name, there in (("Training", drawn["losses"]), ("Chunks", films), ("Films", films)) if there]
     sections += (["Language"] if results.language else []) + ["Reproduce", "Caveats"]
     envs = len(results.envs)
-    return machine.from_string(home.joinpath("report.html").read_text()).render(
+    return machine.from_string(home.joinpath("evaluation.html").read_text()).render(
         title=title or f"{results.checkpoint} in {envs} environment{'s' if envs > 1 else ''}",
         css=_safe(home.joinpath("report.css").read_text()),
         headline=headline(results),

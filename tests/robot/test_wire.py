@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vlaflow.errors import RequestError
-from vlaflow.serving import wire
+from vlaflow.robot import wire
 
 DTYPES = st.sampled_from(sorted(wire.DTYPES))
 arrays = hnp.arrays(DTYPES, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))

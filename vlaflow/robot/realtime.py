@@ -1,7 +1,7 @@
 """Control that need not stop for inference: the next chunk is made while this one is being executed.
 
->>> with Client("ws://127.0.0.1:8000") as client, BackgroundLine(client) as line:
-...     controller = RealtimeController(line, client.metadata, RealtimeConfig("commit"))
+>>> with Client("ws://127.0.0.1:8000") as client, BackgroundTransport(client) as transport:
+...     controller = RealtimeController(transport, client.metadata, RealtimeConfig("commit"))
 ...     controller.begin(look())             # waits for the first chunk
 ...     while True:                          # once per control period
 ...         robot.move(controller.act(look).action)
@@ -31,7 +31,7 @@ import numpy as np
 
 from vlaflow.errors import ConfigError, RequestError
 
-logger = logging.getLogger("vlaflow.realtime")
+logger = logging.getLogger("vlaflow.robot")
 HandOver = Literal["wait", "switch", "ensemble", "commit"]
 Look = Callable[[], Mapping[str, Any]]
 """Takes the observation now, as a request."""
@@ -80,8 +80,8 @@ class Answer:
     error: str = ""
 
 
-class Line(Protocol):
-    """The way to the policy and back; ``lines`` has them."""
+class Transport(Protocol):
+    """The way to the policy and back; ``transports`` has them."""
 
     def ask(self, number: int, request: Mapping[str, Any]) -> None:
         """Send a request; never blocks."""
@@ -161,7 +161,7 @@ class RealtimeController:
     """See the module text.
 
     Args:
-        line: to the policy.
+        transport: to the policy.
         metadata: the server's: "horizon", "action_spec", and "commitment", the longest it can continue.
         config: how chunks hand over.
 
@@ -170,7 +170,7 @@ class RealtimeController:
         failure: why the latest of the answers that failed did; "" where none did in this episode.
     """
 
-    line: Line
+    transport: Transport
     metadata: Mapping[str, Any]
     config: RealtimeConfig = field(default_factory=RealtimeConfig)
     counts: Counts = field(default_factory=Counts)
@@ -219,7 +219,7 @@ class RealtimeController:
         self._chunks, self._step, self._moved, self._failing, self.failure = [], 0, 0, False, ""
         self._ask({**request, "reset": True})
         while not self._chunks:
-            answers, waited = self.line.wait()
+            answers, waited = self.transport.wait()
             if any(answer.number == self._number for answer in answers):
                 self._delays.append(waited)
             self._take(answers, measured=True)
@@ -237,10 +237,10 @@ class RealtimeController:
         """
         if not self._chunks:
             raise ConfigError("There is no chunk to execute; begin(request) waits for an episode's first one.")
-        self._take(self.line.poll())
+        self._take(self.transport.poll())
         if self._asked is None and self._place() >= self.config.execute:
             self._ask(look())
-            self._take(self.line.poll())  # an answer that takes no time is used at once
+            self._take(self.transport.poll())  # an answer that takes no time is used at once
         move = self._move()
         self._step += 1
         self._last_D = move.action
@@ -266,7 +266,7 @@ class RealtimeController:
         self._number += 1
         self._asked = _Asked(self._number, self._step, self._moved, committed, origin_N)
         self.counts.asked += 1
-        self.line.ask(self._number, message)
+        self.transport.ask(self._number, message)
 
     def _take(self, answers: list[Answer], measured: bool = False) -> None:
         for answer in answers:
