@@ -12,7 +12,7 @@ from vlaflow.errors import CapabilityError, ConfigError
 
 
 def decode(policy, compute, count=2, given=None):
-    prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(count).observation))
+    prefix = policy.embed(helpers.batch(count).observation)
     with torch.no_grad():
         return compute.decode(policy.model, prefix, helpers.generators(count), Stopwatch(policy.device), given)
 

@@ -127,7 +127,8 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def embed(self, inputs: Inputs) -> Prefix:
         """Tokens of B observations before the first layer. All is on the device but what ``Inputs`` keeps on the CPU, and
-        nothing is fetched back from it."""
+        nothing is fetched back from it.
+        """
 
     @abstractmethod
     def layer(

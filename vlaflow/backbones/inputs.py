@@ -107,7 +107,7 @@ class Processor(ABC):
         """What rows of ids say, up to their end."""
         raise self._speechless()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:  # noqa: B027
         """Write what it needs besides the backbone's config into a checkpoint folder; nothing by default."""
 
     def _speechless(self) -> CapabilityError:

@@ -104,7 +104,8 @@ class MolmoBackbone(PretrainedBackbone):
 
     def _pool(self, patches_INC: Tensor, pooled_VK: Tensor) -> Tensor:
         """Features of image tokens (V, W). transformers' own adapter drops tokens without a patch, which never are, and has the
-        host wait for the device to find them."""
+        host wait for the device to find them.
+        """
         states = self.network.vision_tower(patches_INC, output_hidden_states=True).hidden_states
         layers = self.network.config.adapter_config.vision_feature_layer
         feature_PF = torch.cat([states[i + 1 if i >= 0 else i] for i in layers], -1).flatten(0, 1)

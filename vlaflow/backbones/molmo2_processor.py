@@ -136,9 +136,7 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
         reader, views, state_dim, state_token: see ``ChatProcessor``.
     """
 
-    def __init__(
-        self, reader: MolmoReader | None, views: Sequence[str], state_dim: int, *, state_token: str | None
-    ) -> None:
+    def __init__(self, reader: MolmoReader | None, views: Sequence[str], state_dim: int, *, state_token: str | None) -> None:
         super().__init__(NAME, reader, views, state_dim, state_token=state_token)
 
     def conversation(self, sentence: str) -> str:

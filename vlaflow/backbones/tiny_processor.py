@@ -46,7 +46,8 @@ class TinyProcessor(Processor):
         written_BT = (byte_BN < PAD).view(len(observation), -1, self.text_patch).any(-1)
         padding_mask_BP = None
         if not bool(written_BT.all()):
-            padding_mask_BP = functional.pad(written_BT, (sum(self.cells.values()), 1), value=True)  # images before, state after
+            images_before, state_after = sum(self.cells.values()), 1
+            padding_mask_BP = functional.pad(written_BT, (images_before, state_after), value=True)
         images = {view: observation.images[view] for view in self.cells}
         return Inputs(observation.state_BS, byte_BN, padding_mask_BP, images)
 

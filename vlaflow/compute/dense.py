@@ -49,7 +49,7 @@ class Dense:
         """See ``ComputePolicy``."""
         depth = self.depth or model.backbone.spec.depth
         with watch.part("prefix"):
-            prefix = model.decoder.read(model.backbone, prefix, depth)
+            prefix = model.read(prefix, depth)
         with watch.part("first"):
             state = model.decoder.solve(prefix, generators, self.steps, given)
             action_BLD, tokens = model.decoder.finish(state), model.decoder.tokens(state)

@@ -86,10 +86,11 @@ class Refine:
         action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
         confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if isinstance(self.doubt, BelowThreshold) else None
         layers, passes, evaluations, groups = list(first.layers), list(first.layer_passes), list(first.evaluations), []
+        depth = model.backbone.spec.depth
         for group in first.groups:
             row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
             with watch.part("prefix"):
-                prefix = model.backbone.run(group.prefix)
+                prefix = model.read(group.prefix)
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
             doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
@@ -107,9 +108,9 @@ class Refine:
                     again_from = Given(draft_RLD, doubt_RL.float(), pull=kept.pull if kept is not None else None)
                     action_BLD[row_R] = model.decoder.sample(prefix, mine, self.steps, again_from)
             for row in row_R.tolist():
-                passes[row] += extra + again * self.steps * prefix.depth
+                passes[row] += extra + again * self.steps * depth
                 evaluations[row] += again * self.steps
-                layers[row] = prefix.depth if again else layers[row]
+                layers[row] = depth if again else layers[row]
         return Decoded(
             action_BLD,
             groups=tuple(groups),

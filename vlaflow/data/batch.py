@@ -35,11 +35,11 @@ class ObservationBatch:
     def __len__(self) -> int:
         return len(self.instructions)
 
-    def to(self, device: torch.device | str) -> ObservationBatch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ObservationBatch:
         """The same batch on another device."""
-        known_BS = None if self.known_BS is None else self.known_BS.to(device)
-        images = {k: v.to(device) for k, v in self.images.items()}
-        return ObservationBatch(images, self.state_BS.to(device), self.instructions, known_BS)
+        known_BS = None if self.known_BS is None else self.known_BS.to(device, non_blocking=non_blocking)
+        images = {k: v.to(device, non_blocking=non_blocking) for k, v in self.images.items()}
+        return ObservationBatch(images, self.state_BS.to(device, non_blocking=non_blocking), self.instructions, known_BS)
 
     @staticmethod
     def collate(observations: Sequence[Observation]) -> ObservationBatch:
@@ -89,9 +89,11 @@ class Executed:
         """Every sample so many times, one after the other."""
         return Executed(*(x.repeat_interleave(times, 0) for x in (self.action_BLD, self.departed_BL, self.present_BL)))
 
-    def to(self, device: torch.device | str) -> Executed:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Executed:
         """The same on another device."""
-        return Executed(self.action_BLD.to(device), self.departed_BL.to(device), self.present_BL.to(device))
+        return Executed(
+            *(x.to(device, non_blocking=non_blocking) for x in (self.action_BLD, self.departed_BL, self.present_BL))
+        )
 
 
 @dataclass(frozen=True)
@@ -122,16 +124,16 @@ class Batch:
         """What an average over the batch stands for: valid actions (a decoder that draws masks counts them by its draw)."""
         return int(self.valid_BL.sum())
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         return Batch(
-            self.observation.to(device),
-            self.action_BLD.to(device),
-            self.valid_BL.to(device),
+            self.observation.to(device, non_blocking=non_blocking),
+            self.action_BLD.to(device, non_blocking=non_blocking),
+            self.valid_BL.to(device, non_blocking=non_blocking),
             self.episode_B,
             self.frame_B,
-            None if self.code_BK is None else self.code_BK.to(device),
-            None if self.executed is None else self.executed.to(device),
+            None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
+            None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
         )
 
 
@@ -153,7 +155,3 @@ class QuestionBatch:
     def targets(self) -> int:
         """What an average over the batch stands for: answers."""
         return len(self.answers)
-
-    def to(self, device: torch.device | str) -> QuestionBatch:
-        """The same batch on another device."""
-        return QuestionBatch(self.observation.to(device), self.answers, self.names)

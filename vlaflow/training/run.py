@@ -176,7 +176,9 @@ def train_further(
             )
     before = run_of(local_folder(policy_path))
     require_same_model(before.get("latent"), (options or Options()).latent, policy_path)
-    further = replace(Policy.create(config.policy, policy.action_spec, policy.stats, config.seed), card=policy.card)
+    folder = local_folder(policy_path)
+    further = Policy.create(config.policy, policy.action_spec, policy.stats, config.seed, folder=folder)
+    further.card = policy.card
     try:
         further.model.load_state_dict(policy.model.state_dict())
     except RuntimeError as error:
@@ -184,8 +186,7 @@ def train_further(
             f"The networks of '{name}' are not those of {policy_path}, so they cannot start from its weights "
             f"({str(error).splitlines()[-1].strip()}). Leave out the --set that changes them."
         ) from error
-    further.model.backbone.load_files(local_folder(policy_path))
-    base = {"policy": fingerprint(local_folder(policy_path))}
+    base = {"policy": fingerprint(folder)}
     return _train(
         _policy_stage(further, config),
         further,

@@ -28,7 +28,7 @@ from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
 from vlaflow.training.ema import Ema
-from vlaflow.training.feed import Feed, Held, Part, Place, Sample, Source, alternating, mix
+from vlaflow.training.feed import Feed, Held, Part, Place, Ready, Source, alternating, mix
 from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_sentence
 from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
@@ -130,7 +130,7 @@ class Trainer:
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        acting = Feed(train, config, self.place, self.device)
+        acting = Feed(train, config, self.place, self.device, stage.prepare)
         self._feed = alternating(acting, questions[0]) if questions else acting
         self._held = self._hold(validation)
         self._held_questions = self._hold(questions[1]) if questions else None
@@ -208,7 +208,7 @@ class Trainer:
         for number, (part, share) in enumerate(zip(parts, _shares(parts), strict=True)):
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
-                total, terms = self._model(part.batch, part.generator, part.shared)
+                total, terms = self._model(part.ready, part.generator, part.shared)
                 self.accelerator.backward(total * share if len(parts) > 1 else total)
             loss = loss + total.detach().float() * share
             for name, term in terms.items():
@@ -265,8 +265,8 @@ class Trainer:
         module.eval()
         sums: dict[str, Tensor] = {}
         with self._ema.in_module() if self._ema is not None else nullcontext():
-            for part, counted in held.parts(self.place, self.device):
-                total, terms = self._model(part.batch, part.generator, part.shared)
+            for part, counted in held.parts(self.place, self.device, self.stage.prepare):
+                total, terms = self._model(part.ready, part.generator, part.shared)
                 weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
@@ -359,7 +359,7 @@ class _Step(nn.Module):
         super().__init__()
         self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
 
-    def forward(self, batch: Sample, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Ready, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
         with autocast(self._bf16, self._device):
             terms = self._loss(batch, generator, shared)
