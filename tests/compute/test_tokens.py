@@ -117,7 +117,7 @@ def test_a_rater_rejects_the_tokens_of_the_actions_it_doubts():
     doubted = (refined.confidence_BL < 0.5).repeat_interleave(4, 1)
     assert torch.equal(refined.tokens.id_BS[~doubted], dense.tokens.id_BS[~doubted])
     with pytest.raises(CapabilityError, match="needs a confidence rater"):
-        helpers.token_policy(DiscreteFlowConfig).act(SIX[0], compute)
+        helpers.token_policy(DiscreteFlowConfig, masks="unified").act(SIX[0], compute)
 
 
 def test_given_actions_are_never_doubted():
@@ -190,7 +190,27 @@ def test_what_each_decoder_is_able_to():
     }
     assert names[AutoregressiveConfig] == ["dense"]
     assert names[MaskedDiffusionConfig] == ["dense", "refine-tokens"]
-    assert names[DiscreteFlowConfig] == ["dense", "two-stage:14+2", "refine-tokens"]
+    assert names[DiscreteFlowConfig] == ["dense", "two-stage:14+2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered"),
+    [
+        ({}, False),
+        ({"clock_input": True}, False),
+        ({"masks": "unified"}, True),
+        ({"masks": "unified", "clock_input": True}, True),
+        ({"velocity": "rate"}, True),
+        ({"velocity": "rate", "clock_input": True}, False),
+    ],
+)
+def test_tokens_are_refined_where_training_showed_noise_among_clean_tokens(settings, offered):
+    """Unified masks give some tokens clean. So does the mixture path, unless the network is told one clock for all tokens."""
+    policy = helpers.token_policy(DiscreteFlowConfig, **settings)
+    assert ("refine-tokens" in [c.name for c in able(policy.model)]) is offered
+    if not offered:
+        with pytest.raises(CapabilityError, match="masks=unified"):
+            policy.act(SIX[0], RefineTokens())
 
 
 def test_a_chunk_reports_its_tokens():

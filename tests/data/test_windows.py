@@ -62,7 +62,7 @@ def test_only_the_chosen_episodes_are_sampled(cached):
 def test_pauses_are_not_valid_but_keep_their_actions(cached):
     """A rule so coarse that whole runs of these random actions are pauses; the mask follows the rows into every window."""
     dataset, cache = cached
-    windows = Windows(dataset, cache, 6, pause_rule=PauseRule(threshold=0.8, minimum_length=1))
+    windows = Windows(dataset, cache, 6, pause_rule=PauseRule(threshold=0.8, minimum_s=0.05))
     plain = Windows(dataset, cache, 6)
     assert 0 < windows.pause_N.mean() < 1
     assert not windows.pause_N[[e.start for e in dataset.episodes]].any()

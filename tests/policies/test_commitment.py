@@ -179,7 +179,9 @@ def test_a_departure_is_excused_where_it_was_committed(departed, counts, monkeyp
 def test_executing_what_was_noted_changes_nothing():
     """The same loss to the bit as without the column."""
     batch = helpers.batch()
-    with_it, without = (TRAINED.loss(TRAINED.prepare(b), *helpers.generators(2)).total for b in (executed_batch(batch.action_BLD), batch))
+    with_it, without = (
+        TRAINED.loss(TRAINED.prepare(b), *helpers.generators(2)).total for b in (executed_batch(batch.action_BLD), batch)
+    )
     assert torch.equal(with_it, without)
 
 

@@ -26,7 +26,7 @@ from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b
-from vlaflow.training.checkpoint import newest
+from vlaflow.policies.provenance import newest_state
 from vlaflow.training.journal import read_log
 from vlaflow.training.stages import AnsweringStage, PolicyStage
 from vlaflow.training.trainer import Trainer
@@ -40,7 +40,7 @@ def folder_of(out, stage):
 
 def same(a, b):
     """Weights and training state are the same bytes."""
-    (step, state_a), (other, state_b) = newest(a), newest(b)
+    (step, state_a), (other, state_b) = newest_state(a), newest_state(b)
     files = sorted(f.name for f in state_a.glob("*.safetensors"))
     return (
         step == other
@@ -333,7 +333,7 @@ def test_a_pretrained_backbone_keeps_its_tokenizer_and_image_settings(dataset, l
 def test_the_stages_lie_where_they_belong_and_each_learned_from_the_one_before(whole, capsys, dataset):
     model = LatentActionModel.from_pretrained(whole / "latent")
     for stage in STAGES:
-        run = json.loads((newest(folder_of(whole, stage))[1] / "state.json").read_text())["run"]
+        run = json.loads((newest_state(folder_of(whole, stage))[1] / "state.json").read_text())["run"]
         assert run["recipe"] == f"iflybot.{stage}"
         assert run.get("latent") == (None if stage == "latent" else model.fingerprint())
     assert Policy.from_pretrained(whole).card.startswith(Policy.from_pretrained(whole / "joint").card.rstrip())
@@ -399,7 +399,7 @@ def test_started_anew_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset,
     for number, held in ((1, STAGES), (2, STAGES[:1])):
         aside = tmp_path / f"demo.before-{number}"
         assert f"The old checkpoints are now in {aside}" in said
-        assert [stage for stage in STAGES if newest(folder_of(aside, stage))] == list(held)
+        assert [stage for stage in STAGES if newest_state(folder_of(aside, stage))] == list(held)
     assert all(same(folder_of(whole, stage), folder_of(out, stage)) for stage in STAGES)
     begun = cut(None, None, break_down)
     begun.clear()

@@ -18,7 +18,7 @@ from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
 from vlaflow.policies.base import Policy
-from vlaflow.training import checkpoint
+from vlaflow.policies.provenance import newest_state
 from vlaflow.training.journal import read_log
 from vlaflow.training.stages import RaterStage
 
@@ -75,7 +75,7 @@ def test_a_killed_run_continues_to_the_same_bytes(trained, dataset, tmp_path):
             process.send_signal(signal.SIGKILL)
             process.communicate()
             break
-    print(f"killed after {delay:.4f} s, newest state {checkpoint.newest(out)}")  # noqa: T201
+    print(f"killed after {delay:.4f} s, newest state {newest_state(out)}")  # noqa: T201
     assert process.returncode == -signal.SIGKILL
     if (out / "config.json").exists():
         Policy.from_pretrained(out)
@@ -94,7 +94,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(trained, dataset, tmp_path)
     assert step < STEPS
     assert f"Stopped by SIGTERM after step {step} of {STEPS}" in said
     assert "Run the same command again" in said
-    assert checkpoint.newest(out)[0] == step
+    assert newest_state(out)[0] == step
     assert command.main(arguments(dataset, out)) == 0
     assert same_end(trained, out)
 
@@ -106,7 +106,7 @@ def test_control_c_saves_and_exits_130(dataset, tmp_path):
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Stopped by SIGINT" in said
-    assert checkpoint.newest(out) is not None
+    assert newest_state(out) is not None
 
 
 def test_the_card_says_what_it_is_and_how_to_repeat_it(trained):
@@ -140,7 +140,8 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
     batch = type(batch)(
         batch.observation, batch.action_BLD.repeat(1, 4, 1), batch.valid_BL.repeat(1, 4), batch.episode_B, batch.frame_B
     )
-    RaterStage(policy, steps=2)  .loss(batch, torch.Generator().manual_seed(0), torch.Generator()).total.backward()
+    stage = RaterStage(policy, steps=2)
+    stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator()).total.backward()
     assert all(p.grad is None for p in policy.model.backbone.parameters())
     assert all(p.grad is None for p in policy.model.decoder.parameters())
     assert all(p.grad is not None for p in policy.model.rater.parameters())

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.training import flybot
 from tests.training.latents import train_together
+from tests.training.sharded import train_sharded
 from tests.training.small import Memory, new_policy, tiny_config, tiny_policy
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
@@ -80,3 +81,4 @@ if __name__ == "__main__":
     look_apart(out / "ended")
     train_together(out / "latent")
     train_codes_together(out / "flybot")
+    train_sharded(out / "sharded")

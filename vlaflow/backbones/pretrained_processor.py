@@ -150,7 +150,7 @@ class ChatProcessor(PretrainedProcessor[R]):
             return None
         state_BP = where(self.reader.tokenizer, id_BP, self.state_token)
         if not bool((state_BP.sum(1) == 1).all()):
-            raise ConfigError(f"state_token '{self.state_token}' must be one token, used nowhere else in the conversation.")
+            raise ConfigError(f"state_token '{self.state_token}' must be one token, used once in the conversation.")
         return state_BP
 
 

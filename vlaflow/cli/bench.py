@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.budget import PROFILE, save
     from vlaflow.evaluation.profile import profile
     from vlaflow.policies.base import Policy
-    from vlaflow.policies.checkpoint import fingerprint, local_folder
+    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.provenance import fingerprint
 
     folder = local_folder(given.checkpoint)
     found = profile(Policy.from_pretrained(folder, given.device), fingerprint(folder), given.rounds, given.threads)

@@ -99,7 +99,8 @@ def chosen(checkpoint: str, name: str, device: str) -> str:
     """What a budget in milliseconds picked, and what it expects to lose."""
     from vlaflow.compute.budget import within
     from vlaflow.compute.calibration import Checkpoint
-    from vlaflow.policies.checkpoint import fingerprint, local_folder
+    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.provenance import fingerprint
 
     folder = local_folder(checkpoint)
     return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), device))

@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import Knobs, parse
     from vlaflow.errors import ConfigError
     from vlaflow.policies.base import Policy
-    from vlaflow.policies.checkpoint import fingerprint, local_folder
+    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.provenance import fingerprint
     from vlaflow.serving.engine import EngineConfig
     from vlaflow.serving.journal import JsonLines
     from vlaflow.serving.layouts import choose

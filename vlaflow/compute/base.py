@@ -37,10 +37,15 @@ class Requirements:
         Raises:
             CapabilityError: saying what is missing and how to get it.
         """
+        if self.tokens and not model.decoder.takes_tokens:
+            raise CapabilityError(
+                f"{compute} makes single tokens anew, which a {type(model.decoder).__name__} cannot. Use a discrete flow or "
+                "masked diffusion."
+            )
         if self.unified_masks and not model.decoder.regenerates:
             raise CapabilityError(
-                f"{compute} regenerates single actions, which this checkpoint was not trained for. Train a flow decoder with "
-                f"masks='unified'."
+                f"{compute} regenerates parts of a chunk, which this checkpoint was not trained for. "
+                "Train a flow decoder with masks='unified' (--set policy.decoder.masks=unified)."
             )
         if self.rater and model.rater is None:
             raise CapabilityError(
@@ -51,11 +56,6 @@ class Requirements:
             raise CapabilityError(
                 f"{compute} starts from an earlier answer, which a {type(model.decoder).__name__} cannot. "
                 "Use a flow decoder, or a warm start of 'fresh' or 'same'."
-            )
-        if self.tokens and not model.decoder.takes_tokens:
-            raise CapabilityError(
-                f"{compute} makes single tokens anew, which a {type(model.decoder).__name__} cannot. Use a discrete flow or "
-                "masked diffusion."
             )
         if self.settles and not model.decoder.settles:
             raise CapabilityError(

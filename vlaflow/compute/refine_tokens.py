@@ -57,8 +57,11 @@ class RefineTokens:
 
     @property
     def needs(self) -> Requirements:
-        """A decoder that starts from tokens, a rater where one is asked, and whatever the first round needs."""
-        return replace(self.inner.needs, tokens=True, rater=isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater)
+        """A decoder that starts from tokens and has seen noise among clean ones, a rater where one is asked, and whatever the
+        first round needs.
+        """
+        rater = isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater
+        return replace(self.inner.needs, tokens=True, unified_masks=True, rater=rater)
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None

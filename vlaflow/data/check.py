@@ -16,10 +16,10 @@ from functools import partial
 import av
 import numpy as np
 
+from vlaflow.data.exclusions import departed, paused
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DEPARTURES, PauseRule, pauses
+from vlaflow.data.quality import DEPARTURES, PauseRule
 from vlaflow.data.stats import compute
-from vlaflow.data.windows import departed
 from vlaflow.errors import DataError
 
 
@@ -112,10 +112,13 @@ def _about_numbers(dataset: Dataset) -> list[str]:
                 f"action '{dimension.name}' leaves its range [{dimension.low:g}, {dimension.high:g}] in "
                 f"{outside[:, d].mean():.1%} of the frames, first in episode {episode}."
             )
-        paused = [pauses(columns.action[dataset.episode_slice(e.index)], spec, PauseRule()) for e in dataset.episodes]
-        share = np.concatenate(paused).mean()
+        share = paused(dataset, PauseRule()).mean()
         if share > 0:
-            remarks.append(f"{share:.1%} of the frames are pauses by the default rule (vlaflow.data.quality.PauseRule).")
+            remarks.append(
+                f"{share:.1%} of the frames are pauses by the default rule (vlaflow.data.quality.PauseRule); recipes with a "
+                "pause rule leave them out of the loss"
+                + (", and refuse to train while that is more than max_excluded." if share > 0.5 else ".")
+            )
     share = departed(dataset, DEPARTURES).mean()
     if share > 0:
         remarks.append(

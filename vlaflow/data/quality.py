@@ -7,64 +7,97 @@ config field wherever it is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.spec import ActionSpec
+from vlaflow.spec import ActionSpec, Dimension
+
+FAST = 0.95
+"""Which quantile of a dimension's movement in the data set counts as fast."""
 
 
 @dataclass(frozen=True)
 class PauseRule:
-    """When a step is a pause.
+    """When a demonstrator pauses: nothing moves for a while.
+
+    What counts as movement is measured against the data set itself, over windows of a fixed duration, so the rule depends
+    neither on the frame rate nor on the range of a dimension (joint limits are far wider than what one step covers, and a
+    step at 50 Hz covers a fifth of one at 10 Hz).
 
     Args:
-        threshold: largest movement that still counts as none, as a share of half the dimension's range
-            (0.02 of a delta in [-1, 1] is 0.02).
-        minimum_length: shorter runs of still steps are kept: a demonstrator who turns round stands still for a moment.
+        threshold: largest movement that still counts as none, as a share of the dimension's fast movement: the 95 % quantile,
+            over the whole data set, of how far it moves within ``minimum_s``.
+        minimum_s: shortest pause in seconds; shorter stops are kept, because a demonstrator who reverses direction stands
+            still for a moment.
     """
 
     threshold: float = 0.02
-    minimum_length: int = 3
+    minimum_s: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ConfigError(f"The pause threshold must lie between 0 and 1, got {self.threshold}.")
-        if self.minimum_length < 1:
-            raise ConfigError(f"A pause is at least one step long, got minimum_length = {self.minimum_length}.")
+        if not 0 < self.minimum_s < float("inf"):
+            raise ConfigError(f"A pause needs a positive, finite duration in seconds, got minimum_s = {self.minimum_s}.")
+
+    def steps(self, rate_hz: float) -> int:
+        """Steps of the shortest pause at this rate, K >= 1."""
+        return max(1, round(self.minimum_s * rate_hz))
 
 
-def pauses(action_ND: np.ndarray, action_spec: ActionSpec, rule: PauseRule) -> np.ndarray:
-    """Mark the pauses in one episode.
+def pauses(episodes: Sequence[np.ndarray], action_spec: ActionSpec, rule: PauseRule) -> list[np.ndarray]:
+    """Mark the pauses in a data set.
 
-    A step is still when every delta dimension is below the threshold, every absolute dimension changed by less than it
-    since the step before, and the gripper command (any dimension with "gripper" in its name, delta or absolute) did not
-    change. The first step has no step before and is never a pause.
+    A step belongs to a pause when it lies in some window of K steps (``rule.steps``) within which no dimension moves by more
+    than its tolerance. The movement of an absolute dimension is the distance between its extremes in the window, that of a
+    delta dimension the same of its running sum; jitter that averages out is therefore no movement. The tolerance is
+    ``rule.threshold`` times the dimension's fast movement. A gripper (any dimension with "gripper" in its name, delta or
+    absolute) holds a command and changes it rarely, so its value is compared, with half of what it spans between its 1 % and
+    99 % quantile. The first step of an episode has no step before it and is never a pause.
 
     Args:
-        action_ND: one episode's actions, (N, D), robot units.
-        action_spec: tells delta from absolute dimensions, and their ranges.
-        rule: threshold and shortest length.
+        episodes: the actions of every episode of the data set, (N, D) each, robot units; they set the tolerances.
+        action_spec: tells delta from absolute dimensions and grippers, and the rate.
+        rule: threshold and shortest duration.
 
     Returns:
-        bool (N,), True on pauses.
+        bool (N,) per episode, True on pauses.
     """
-    if action_ND.ndim != 2 or action_ND.shape[1] != action_spec.dim:
-        raise SpecError(f"Actions must have shape (N, {action_spec.dim}) for this action spec, got {action_ND.shape}.")
-    if not len(action_ND):
-        return np.zeros(0, bool)
-    half_range_D = (action_spec.high.astype(np.float64) - action_spec.low) / 2
-    compared = [d.mode == "absolute" or "gripper" in d.name.lower() for d in action_spec.dimensions]
-    change_ND = np.diff(action_ND, axis=0, prepend=action_ND[:1])
-    moved_ND = np.where(compared, change_ND, action_ND)
-    still_N = (np.abs(moved_ND) < rule.threshold * half_range_D).all(axis=1)
-    still_N[0] = False
-    edges = np.flatnonzero(np.diff(still_N.astype(np.int8), prepend=0, append=0))
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        if end - start < rule.minimum_length:
-            still_N[start:end] = False
-    return still_N
+    for action_ND in episodes:
+        if action_ND.ndim != 2 or action_ND.shape[1] != action_spec.dim:
+            raise SpecError(f"Actions must have shape (N, {action_spec.dim}) for this action spec, got {action_ND.shape}.")
+    steps = rule.steps(action_spec.rate_hz)
+    movements = [_movement(action_ND, action_spec, steps) for action_ND in episodes]
+    marked = [np.zeros(len(action_ND), bool) for action_ND in episodes]
+    if not any(map(len, movements)):
+        return marked
+    fast_D = np.quantile(np.concatenate(movements), FAST, axis=0)
+    for d, dimension in enumerate(action_spec.dimensions):
+        if _is_gripper(dimension):
+            low, high = np.quantile(np.concatenate([action_ND[:, d] for action_ND in episodes]), (0.01, 0.99))
+            fast_D[d] = (high - low) / 2
+    for mark_N, movement_WD in zip(marked, movements, strict=True):
+        still_W = (movement_WD <= rule.threshold * fast_D).all(axis=1)
+        for step in range(steps):  # window w holds the steps w + 1 to w + K
+            mark_N[1 + step : 1 + step + len(still_W)] |= still_W
+    return marked
+
+
+def _movement(action_ND: np.ndarray, action_spec: ActionSpec, steps: int) -> np.ndarray:
+    """How far each dimension moves in every window of ``steps`` steps, float32 (W, D); no window fits a shorter episode."""
+    if len(action_ND) <= steps:
+        return np.zeros((0, action_spec.dim), np.float32)
+    summed_D = [d.mode == "delta" and not _is_gripper(d) for d in action_spec.dimensions]
+    path_ND = np.where(summed_D, np.cumsum(action_ND, axis=0, dtype=np.float64), action_ND)
+    window_WDK = np.lib.stride_tricks.sliding_window_view(path_ND, steps + 1, axis=0)
+    return (window_WDK.max(axis=2) - window_WDK.min(axis=2)).astype(np.float32)
+
+
+def _is_gripper(dimension: Dimension) -> bool:
+    return "gripper" in dimension.name.lower()
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from vlaflow.data.batch import Batch, Executed, ObservationBatch
+from vlaflow.data.exclusions import departed, paused
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DEPARTURES, DepartureRule, PauseRule, departures, pauses
+from vlaflow.data.quality import DEPARTURES, DepartureRule, PauseRule
 from vlaflow.errors import ConfigError, SpecError
 
 
@@ -57,12 +58,7 @@ class Windows:
         self._columns = dataset.columns()
         self.rows = np.concatenate([np.arange(s.start, s.stop) for s in slices])
         self._last = np.concatenate([np.full(s.stop - s.start, s.stop - 1) for s in slices])
-        self.pause_N = np.zeros(len(dataset), bool)
-        if pause_rule is not None:
-            if dataset.action_spec is None:
-                raise SpecError(f"A pause rule needs to know what the actions of {dataset.root} mean. State an action spec.")
-            for s in slices:
-                self.pause_N[s] = pauses(self._columns.action[s], dataset.action_spec, pause_rule)
+        self.pause_N = paused(dataset, pause_rule)
         self.departed_N = departed(dataset, departure_rule)
 
     def __len__(self) -> int:
@@ -91,19 +87,6 @@ class Windows:
             None if self.code_NK is None else torch.from_numpy(self.code_NK[first_B]),
             executed,
         )
-
-
-def departed(dataset: Dataset, rule: DepartureRule | None) -> np.ndarray:
-    """Rows, (N,) bool, at which the robot departed from what is to be learned; none without a rule or executed actions."""
-    found_N = np.zeros(len(dataset), bool)
-    if rule is None or dataset.executed_key is None:
-        return found_N
-    columns = dataset.columns()
-    low_D, high_D = np.quantile(columns.action, (0.01, 0.99), axis=0)
-    for episode in dataset.episodes:
-        rows = dataset.episode_slice(episode.index)
-        found_N[rows] = departures(columns.action[rows], columns.executed[rows], (high_D - low_D) / 2, rule)
-    return found_N
 
 
 def action_chunks(dataset: Dataset, horizon: int, episodes: Sequence[int]) -> np.ndarray:

@@ -143,8 +143,11 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
 
     @property
     def regenerates(self) -> bool:
-        """After training with mixed clocks."""
-        return self.config.masks == "unified"
+        """After training with mixed clocks, and on the mixture path, where a token is either clean or noise at any clock: a
+        network that does not see the clocks cannot tell the two apart.
+        """
+        c = self.config
+        return c.masks == "unified" or (c.velocity == "rate" and not c.clock_input)
 
     @property
     def takes_tokens(self) -> bool:

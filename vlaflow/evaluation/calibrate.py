@@ -37,11 +37,11 @@ from vlaflow.compute.thresholds import (
 from vlaflow.data.batch import Batch
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.windows import Windows, split_episodes
+from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.files import read_json
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint
+from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.progress import progress
 from vlaflow.versions import command_line, versions
 
@@ -191,24 +191,21 @@ def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
 
 
 def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
-    """The episodes of ``dataset`` that the checkpoint never learned from.
+    """The episodes of ``dataset`` that neither the checkpoint nor one that it continues has learned from.
 
-    All of them for another data set than it was trained on; for its own those that training held out.
+    All of them for another data set than they were trained on; for their own those that training held out.
 
     Raises:
         CalibrationError: when the checkpoint does not say, or training held out fewer than two.
     """
-    states = sorted(folder.glob("training/step-*/state.json"))
-    if not states:
+    trained = trained_on(folder)
+    if not trained:
         raise CalibrationError(
             f"{folder} lacks training/, so nobody knows which episodes it learned from. Say that {dataset.root} is new to it "
             "with --episodes all, or calibrate in the folder where it was trained."
         )
-    run = read_json(states[-1])["run"]
-    if run["data"] != dataset.fingerprint:
-        return tuple(range(len(dataset.episodes)))
-    _, held = split_episodes(dataset, run["config"]["validation_fraction"], run["config"]["seed"])
-    if len(held) < 2:
+    held = new_episodes(dataset, trained)
+    if len(held) < 2 and any(each.data == dataset.fingerprint for each in trained):
         raise CalibrationError(
             f"Training held out {len(held)} episode of {dataset.root}, and calibration needs two. Train with a larger "
             "validation_fraction, or calibrate on other data."

@@ -11,10 +11,10 @@ Both are measured on the very same questions, so seeing and blind answers are co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
-from vlaflow.files import read_json, write_json
+from vlaflow.files import write_json
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.provenance import fingerprint, new_questions, trained_on
 from vlaflow.versions import command_line, machine, versions
 
 FORMAT = "vlaflow answers 1"
@@ -183,15 +184,14 @@ def run(
         VlaflowError: when the parts do not fit together.
     """
     folder = local_folder(checkpoint)
-    trained = _training(folder)
-    asks = (_asks(trained or {}) or [{}])[-1]
-    turns = config.turns or asks.get("turns", "all")
+    asked = next((each.questions for each in reversed(trained_on(folder)) if each.questions is not None), None)
+    turns = config.turns or (asked.turns if asked else "all")
     found = QuestionSet.open(questions, turns)
     chosen = tuple(range(len(found))) if config.part == "all" else held_out(folder, found, turns)
     policy = Policy.from_pretrained(folder, config.device)
     speaking(policy.model.backbone)
     views = policy.model.backbone.views
-    pictures = PictureCache.open(found, next(iter(views.values())) or asks.get("size", config.size))
+    pictures = PictureCache.open(found, next(iter(views.values())) or (asked.size if asked else config.size))
     source = Questions(found, pictures, tuple(views), len(policy.stats["state"].mean), chosen)
     answered = ask(policy, source, config, progress)
     results = AnswerResults(
@@ -227,24 +227,16 @@ def held_out(folder: Path, questions: QuestionSet, turns: Turns = "all") -> tupl
         CheckpointError: when the checkpoint does not say, or training held out none.
         ConfigError: when training read the conversations of this set in another way.
     """
-    trained = _training(folder)
-    if trained is None:
+    trained = trained_on(folder)
+    if not trained:
         raise CheckpointError(
             f"{folder} lacks training/, so nobody knows which questions it learned from. Say that {questions.file} is new "
             "to it with --part all, or evaluate in the folder where it was trained."
         )
-    left = set(range(len(questions)))
-    for asks in _asks(trained):
-        if asks["questions"] == questions.fingerprint:
-            left &= set(questions.split(asks["held_out"])[1])
-        elif asks["turns"] != turns and asks["questions"] == QuestionSet.open(questions.file, asks["turns"]).fingerprint:
-            raise ConfigError(
-                f"{folder} learned from {questions.file} with turns={asks['turns']}, so nobody knows what of it is new with "
-                f"turns={turns}. Give --turns {asks['turns']}, or ask everything with --part all."
-            )
-    if not left:
+    new = new_questions(questions, turns, trained, folder)
+    if not new:
         raise CheckpointError(f"Training held out no question of {questions.file}. Train with a larger questions.held_out.")
-    return tuple(sorted(left))
+    return new
 
 
 def ask(
@@ -354,15 +346,3 @@ def _with_pictures_of(batch: QuestionBatch, source: Questions, partners: np.ndar
     lonely_B = torch.from_numpy(partners < 0)
     images = {view: image.masked_fill(lonely_B[:, None, None, None], 0) for view, image in images.items()}
     return replace(batch, observation=replace(batch.observation, images=images))
-
-
-def _training(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint's training was a function of; None where it does not say."""
-    states = sorted(folder.glob("training/step-*/state.json"))
-    return read_json(states[-1])["run"] if states else None
-
-
-def _asks(trained: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The sets that a training and those before it learned from: "questions" (fingerprint), "turns" and "held_out" of each."""
-    own = (trained.get("config") or {}).get("questions")
-    return [*trained.get("asked_before", ()), *([{**own, "questions": trained.get("questions")}] if own else [])]

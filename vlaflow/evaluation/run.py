@@ -18,7 +18,8 @@ from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import follow
 from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, chunk_generator, evaluate, one_thread, plan, require_fit
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.provenance import fingerprint
 from vlaflow.progress import progress
 from vlaflow.simulators.base import expand_env_names, parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions

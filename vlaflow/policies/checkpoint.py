@@ -1,19 +1,10 @@
-"""Which checkpoint it is: its folder, fetched where it lies on the Hub, and the fingerprint of what is in it."""
+"""Where a checkpoint is: its folder, fetched where it lies on the Hub. What it has learned from is in ``provenance``."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from vlaflow.errors import CheckpointError
-
-
-def fingerprint(folder: Path) -> str:
-    """Content hash of a checkpoint's config and weights, for provenance."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "action_spec.json", "stats.json", "model.safetensors"):
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def local_folder(path: Path | str) -> Path:

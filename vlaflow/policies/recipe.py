@@ -154,6 +154,8 @@ class TrainConfig:
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
         departures: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
             are left out of the loss; None keeps all.
+        max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
+            refused.
         questions: questions to learn to answer beside; None for none.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
         validation_fraction: share of the episodes of every task held out.
@@ -175,6 +177,7 @@ class TrainConfig:
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
     departures: DepartureRule | None = DEPARTURES
+    max_excluded: float = 0.5
     questions: QuestionTraining | None = None
     demonstrations: float = 1.0
     validation_fraction: float = 0.06
@@ -192,6 +195,8 @@ class TrainConfig:
             )
         if self.questions is not None and self.policy is None:
             raise ConfigError("Only a policy learns from questions; leave 'questions' out.")
+        if not 0 < self.max_excluded <= 1:
+            raise ConfigError(f"max_excluded is a share in (0, 1], got {self.max_excluded}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}.")
         if min(self.steps, self.batch_size, self.accumulate, self.validate_every, self.checkpoint_every) < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from vlaflow.data.pictures import PictureCache, Questions, require_shown
 from vlaflow.data.questions import QuestionSet
 from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.provenance import TrainedQuestions
 from vlaflow.policies.recipe import TrainConfig
 
 
@@ -24,28 +25,6 @@ class Asked:
     held: Questions | None
     words: str
     identity: Mapping[str, Any]
-
-
-def asked_before(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The questions behind a checkpoint: those of its own training and of the checkpoints that it continues.
-
-    Args:
-        run: what its training was told (``checkpoint.run_of``).
-
-    Returns:
-        For each set its fingerprint ("questions"), how conversations were read ("turns") and the share held out ("held_out").
-    """
-    own, earlier = (run.get("config") or {}).get("questions"), list(run.get("asked_before", ()))
-    if own is None:
-        return earlier
-    return [*earlier, {"questions": run.get("questions"), "turns": own["turns"], "held_out": own["held_out"]}]
-
-
-def with_ancestors(run: Mapping[str, Any], config: TrainConfig, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A run's identity with what its ancestors were asked, where its own questions do not say the same."""
-    own = asked_before({**run, "config": to_json(config)})
-    others = [dict(each) for number, each in enumerate(before) if each not in own and each not in before[:number]]
-    return {**run, **({"asked_before": others} if others else {})}
 
 
 def require_askable(policy: PolicyConfig, questions: QuestionSet) -> None:
@@ -93,4 +72,5 @@ def questions_of(policy: Policy, config: TrainConfig, path: Path | str | None) -
         f"{found.root.name}, {len(train)} for training, {len(held or ())} held out, on {asks.share:g} of the steps, "
         f"fingerprint {found.fingerprint}"
     )
-    return Asked(train, held, words, {"questions": found.fingerprint})
+    trained = TrainedQuestions(found.fingerprint, asks.turns, asks.held_out, asks.size)
+    return Asked(train, held, words, {"questions": to_json(trained)})

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.files import read_json, write_json
 from vlaflow.folders import make_folder, require_makeable
+from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
 from vlaflow.training.shards import spread, whole
 
@@ -42,22 +42,38 @@ Tensors = dict[str, dict[str, Tensor]]
 
 def collect(module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Tensors:
     """All tensors a run needs to continue, by file and name, whole on the CPU. With FSDP every process calls it."""
+    named = dict(module.named_parameters())
+    if strangers := optimizer.state.keys() - set(named.values()):
+        raise RuntimeError(f"{len(strangers)} parameters of the optimizer are not the module's, so their moments have no name.")
     moments: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             moments[f"{key}.{name}"] = whole(value)
     tensors = {"weights": {name: whole(tensor) for name, tensor in _named(module)}, "optimizer": moments}
     return tensors if ema is None else {**tensors, "average": ema.state_dict()}
 
 
-def restore(folder: Path, updates: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+def restore(
+    folder: Path, state: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+) -> None:
     """Put what ``collect`` found back.
 
+    Args:
+        folder: of the training state.
+        state: its ``state.json``; "moments" is the number of tensors that the optimizer had.
+        module, optimizer, ema: what is filled.
+
     Raises:
-        CheckpointError: a file that is missing, damaged or of another network.
+        CheckpointError: a file that is missing, damaged, incomplete or of another network.
     """
     weights = _read(folder / "weights.safetensors")
     moments = _read(folder / "optimizer.safetensors")
+    # A parameter that got no gradient yet has no moments, so only their number tells whether some are missing.
+    if len(moments) != state["moments"]:
+        raise CheckpointError(
+            f"{folder / 'optimizer.safetensors'} holds {len(moments)} of the optimizer's {state['moments']} moments, so "
+            f"the run would not continue as it began. Start again with --fresh."
+        )
     average = _read(folder / "average.safetensors") if ema is not None else {}
     try:
         with torch.no_grad():
@@ -65,13 +81,13 @@ def restore(folder: Path, updates: int, module: nn.Module, optimizer: torch.opti
                 spread(weights[name], tensor)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and f"step.{name}" in moments:
-                state = optimizer.state[parameter]
-                state["step"] = moments[f"step.{name}"].to(parameter.device)
+                own = optimizer.state[parameter]
+                own["step"] = moments[f"step.{name}"].to(parameter.device)
                 for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros_like(parameter)
-                    spread(moments[f"{key}.{name}"], state[key])
+                    own[key] = torch.zeros_like(parameter)
+                    spread(moments[f"{key}.{name}"], own[key])
         if ema is not None:
-            ema.load_state_dict(average, updates)
+            ema.load_state_dict(average, state["step"])
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"The training state in {folder} belongs to another network ({error}). Start anew with --fresh."
@@ -113,7 +129,7 @@ def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, sa
     Raises:
         CheckpointError: the disk is full or cannot be written; the earlier checkpoint is as it was.
     """
-    earlier = newest(out)
+    earlier = newest_state(out)
     partial: Path | None = None
     try:
         training = out / "training"
@@ -124,11 +140,11 @@ def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, sa
         save_policy(own / "policy")
         for name, group in tensors.items():
             save_file(group, own / f"{name}.safetensors")
-        write_json(own / "state.json", state)
+        write_json(own / STATE, state)
         _sync(partial)
-        own.rename(training / f"step-{step:06d}")
+        own.rename(state_folder(out, step))
         _sync_folder(training)
-        _move_up(out, training / f"step-{step:06d}")
+        _move_up(out, state_folder(out, step))
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         kept = f"the one of step {earlier[0]} is untouched" if earlier else "there was none before it"
@@ -140,12 +156,6 @@ def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, sa
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     _forget_all_but(out, step)
-
-
-def newest(out: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest training state, if there is any."""
-    found = [(int(m[1]), folder) for folder in out.glob("training/step-*") if (m := re.fullmatch(r"step-(\d+)", folder.name))]
-    return max(found, default=None)
 
 
 def prepare(out: Path, fresh: bool) -> Path | None:
@@ -164,7 +174,7 @@ def prepare(out: Path, fresh: bool) -> Path | None:
     try:
         for leftover in out.glob(f"{PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        found = newest(out)
+        found = newest_state(out)
         if found is not None:
             _move_up(out, found[1])
         if fresh and held(out):
@@ -184,7 +194,7 @@ def prepare(out: Path, fresh: bool) -> Path | None:
 
 def held(out: Path) -> bool:
     """Whether there is a checkpoint in ``out``."""
-    return (out / "config.json").exists() or newest(out) is not None
+    return (out / "config.json").exists() or newest_state(out) is not None
 
 
 def move_aside(out: Path) -> Path:
@@ -192,12 +202,6 @@ def move_aside(out: Path) -> Path:
     aside = next(p for n in range(1, 1_000_000) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
     out.rename(aside)
     return aside
-
-
-def run_of(out: Path) -> dict[str, Any]:
-    """What the run in ``out`` was told (recipe, data, config, ...); empty where there is no training state."""
-    found = newest(out)
-    return {} if found is None else read_json(found[1] / "state.json").get("run", {})
 
 
 def require_run_of(out: Path, recipe: str) -> None:
@@ -221,7 +225,7 @@ def read_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: naming the first key in which the runs differ.
         CheckpointError: a damaged file.
     """
-    state = read_json(folder / "state.json")
+    state = read_json(folder / STATE)
     if found := difference(state.get("run", {}), identity):
         key, before, now = found
         raise ConfigError(
@@ -283,8 +287,8 @@ def _replace(new: Path, place: Path) -> None:
 
 
 def _forget_all_but(out: Path, step: int) -> None:
-    for folder in out.glob("training/step-*"):
-        if folder.name != f"step-{step:06d}":
+    for other, folder in training_states(out):
+        if other != step:
             shutil.rmtree(folder, ignore_errors=True)
 
 

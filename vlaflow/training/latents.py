@@ -11,12 +11,12 @@ import torch
 
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.data import stats
+from vlaflow.data.exclusions import departed
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs, chosen_view
 from vlaflow.data.quality import DepartureRule
 from vlaflow.data.transforms import Normalizer
-from vlaflow.data.windows import departed
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig

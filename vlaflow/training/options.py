@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlaflow.config import override
+from vlaflow.data.exclusions import Exclusions, exclusions
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import ConfigError, SpecError
@@ -83,6 +84,30 @@ def episodes_of(dataset: Dataset, config: TrainConfig) -> tuple[tuple[int, ...],
     """For training and held out."""
     train_episodes, held_episodes = split_episodes(dataset, config.validation_fraction, config.seed)
     return fewer_episodes(dataset, train_episodes, config.demonstrations, config.seed), held_episodes
+
+
+def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage: str = "") -> Exclusions:
+    """How much of the training episodes the config's rules leave out of the loss.
+
+    Args:
+        config: the rules, and the largest share they may leave out.
+        dataset: what to learn from.
+        chunk_size: actions per chunk.
+        stage: of a pipeline and a dot, before the keys that the error suggests.
+
+    Raises:
+        ConfigError: they leave out more.
+    """
+    found = exclusions(dataset, episodes_of(dataset, config)[0], chunk_size, config.pauses, config.departures)
+    if found.total > config.max_excluded:
+        keys = {"pauses": found.paused, "departures": found.departed}
+        largest = max(keys, key=lambda key: keys[key] or 0.0)
+        raise ConfigError(
+            f"The rules for pauses and departures leave {found.total:.1%} of the actions of {dataset.root} out of the loss "
+            f"({found.shares}), more than max_excluded = {config.max_excluded:g} allows. Keep these actions with --set "
+            f"{stage}{largest}=none, or train on the rest with --set {stage}max_excluded=1."
+        )
+    return found
 
 
 def finish(trainer: Trainer) -> Outcome:

@@ -19,7 +19,7 @@ from vlaflow.policies.base import PolicyConfig
 from vlaflow.training import checkpoint
 from vlaflow.training.asked import require_askable
 from vlaflow.training.latents import fit_codes, names_codes, video_spec
-from vlaflow.training.options import Options, data_spec, overridden
+from vlaflow.training.options import Options, data_spec, overridden, require_enough
 from vlaflow.training.recipes import Recipe, find_recipe
 
 
@@ -70,6 +70,8 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
         config = overridden(recipe.call(_given(recipe, dataset, policy)), mine)
         if config.policy is not None and config.questions is not None and mine.questions is not None:
             require_askable(config.policy, QuestionSet.open(mine.questions, config.questions.turns))
+        if config.policy is not None:
+            require_enough(config, Dataset.open(dataset), config.policy.decoder.horizon, f"{name}.")
         policy, latent = config.policy or policy, config.latent.model if config.latent else latent
         wants = config.policy is not None and _wants(config.policy, latent, name)
         planned.append(Planned(recipe, folder, mine, wants))

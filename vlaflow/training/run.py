@@ -27,13 +27,13 @@ from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.folders import require_makeable
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint, local_folder
+from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.provenance import ancestry, fingerprint, run_of
 from vlaflow.policies.recipe import TrainConfig
-from vlaflow.training.asked import asked_before, questions_of, with_ancestors
+from vlaflow.training.asked import questions_of
 from vlaflow.training.card import model_card
-from vlaflow.training.checkpoint import run_of
 from vlaflow.training.latents import codes_of, require_same_model, train_latent, video_spec
-from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, stated_spec
+from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, require_enough, stated_spec
 from vlaflow.training.pipeline import plan, start_anew
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
@@ -186,7 +186,7 @@ def train_further(
             f"The networks of '{name}' are not those of {policy_path}, so they cannot start from its weights "
             f"({str(error).splitlines()[-1].strip()}). Leave out the --set that changes them."
         ) from error
-    base = {"policy": fingerprint(folder)}
+    base = {"policy": fingerprint(folder), **ancestry(folder)}
     return _train(
         _policy_stage(further, config),
         further,
@@ -196,7 +196,6 @@ def train_further(
         name=name,
         identity=base,
         options=options or Options(),
-        asked=asked_before(before),
     )
 
 
@@ -244,7 +243,7 @@ def train_rater(
         raise ConfigError("A rater learns no latent actions; leave --latent out.")
     _require_continuable(policy, dataset, Path(out), Path(policy_path), options)
     rated = policy.with_rater(config.rater, config.seed)
-    base = {"policy": fingerprint(local_folder(policy_path))}
+    base = {"policy": fingerprint(local_folder(policy_path)), **ancestry(local_folder(policy_path))}
     return _train(
         RaterStage(rated),
         rated,
@@ -254,7 +253,6 @@ def train_rater(
         name=name,
         identity=base,
         options=options or Options(),
-        asked=asked_before(run_of(local_folder(policy_path))),
     )
 
 
@@ -268,16 +266,18 @@ def _train(
     name: str,
     identity: Mapping[str, Any],
     options: Options,
-    asked: Sequence[Mapping[str, Any]] = (),
 ) -> Outcome:
     torch.set_num_threads(options.threads or training_threads())
+    horizon = policy.config.decoder.horizon
+    excluded = require_enough(config, dataset, horizon)
+    if excluded.shares:
+        sys.stderr.write(f"Left out of the loss, as shares of the actions: {excluded.shares}.\n")
     train_episodes, held_episodes = episodes_of(dataset, config)
     views = policy.model.backbone.views
     sizes = set(views.values())
     if len(sizes) > 1:
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
-    horizon = policy.config.decoder.horizon
     code_NK, latent = codes_of(policy, dataset, options.latent, config.departures) if config.policy is not None else (None, {})
     identity = {**identity, **latent}
     cut = functools.partial(
@@ -306,7 +306,7 @@ def _train(
             held,
             out,
             questions=(own.train, own.held) if own else None,
-            identity=with_ancestors(run, config, asked),
+            identity=run,
             card=card,
             tracker=options.tracker,
             fresh=options.fresh,

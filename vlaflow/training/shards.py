@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -21,3 +22,14 @@ def spread(full: Tensor, target: Tensor) -> None:
     if isinstance(target, DTensor):
         full = distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
     target.copy_(full)
+
+
+def reshard(module: nn.Module) -> None:
+    """Leave only this process's shards in a module after a forward pass that no backward pass followed.
+
+    FSDP2 gathers the root's parameters in the forward pass and drops them in the backward pass. Without one the module would
+    keep the gathered copies: they are other parameters than the optimiser's, and the next pass would not read new weights.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

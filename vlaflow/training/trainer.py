@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.config import to_json
 from vlaflow.data.batch import QuestionBatch
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
@@ -33,7 +34,7 @@ from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_
 from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
-from vlaflow.training.shards import whole
+from vlaflow.training.shards import reshard, whole
 from vlaflow.training.stages import Stage
 from vlaflow.versions import versions
 
@@ -239,7 +240,7 @@ class Trainer:
         }, stopped > 0
 
     def _diverged(self, complaint: str, parts: list[Part]) -> str:
-        found = checkpoint.newest(self.out)
+        found = newest_state(self.out)
         look = "Look at them" if isinstance(parts[0].batch, QuestionBatch) else "Look at them (vlaflow data show)"
         kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
         return (
@@ -270,6 +271,7 @@ class Trainer:
                 weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
+            reshard(self._model)  # before the weights come back in place of the average
         module.train()
         values = torch.stack(list(sums.values()))
         values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "sum"))
@@ -296,6 +298,7 @@ class Trainer:
                 "answer_losses": list(self._answer_guard.losses),
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
+                "moments": len(tensors["optimizer"]),
                 "run": self.identity,
             }
             card = self._card(outcome) if self._card is not None else ""
@@ -304,12 +307,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        found = checkpoint.newest(self.out)
+        found = newest_state(self.out)
         self._require_same_step(found[0] if found else -1)
         if found is None:
             return
         state = checkpoint.read_state(found[1], self.identity)
-        checkpoint.restore(found[1], state["step"], self.stage.module, self._optimizer.optimizer, self._ema)
+        checkpoint.restore(found[1], state, self.stage.module, self._optimizer.optimizer, self._ema)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._guard.losses.extend(state["losses"])

@@ -1,0 +1,143 @@
+"""Where a checkpoint comes from: its fingerprint, and what it and those before it learned from, so what is new to it.
+
+    trained = trained_on(Path("runs/demo/rated"))       # of the policy first, then of the rater
+    new_episodes(Dataset.open("runs/demo/dataset"), trained)    # those that none of them learned from
+
+Training writes it (``training.checkpoint``), evaluation and later stages read it. Where a checkpoint is fetched from is in
+``checkpoint``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlaflow.config import from_json, to_json
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.questions import QuestionSet, Turns
+from vlaflow.data.windows import split_episodes
+from vlaflow.errors import ConfigError
+from vlaflow.files import read_json
+
+STATE = "state.json"
+
+
+def fingerprint(folder: Path) -> str:
+    """Content hash of a checkpoint's config and weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "action_spec.json", "stats.json", "model.safetensors"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def state_folder(folder: Path, step: int) -> Path:
+    """Where the training state after so many steps belongs."""
+    return folder / "training" / f"step-{step:06d}"
+
+
+def training_states(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the training states in a checkpoint folder, by step: 9, 10, 100 000, 1 000 000."""
+    pattern = re.compile(r"step-(\d+)")
+    return sorted((int(m[1]), each) for each in folder.glob("training/step-*") if (m := pattern.fullmatch(each.name)))
+
+
+def newest_state(folder: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest training state, if there is any."""
+    return next(reversed(training_states(folder)), None)
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """What the run in a checkpoint folder was told (recipe, data, config, ...); empty where there is no training state."""
+    found = newest_state(folder)
+    return {} if found is None else read_json(found[1] / STATE).get("run", {})
+
+
+@dataclass(frozen=True)
+class TrainedQuestions:
+    """The questions of one training.
+
+    Args:
+        fingerprint: of the set.
+        turns: how its conversations were read.
+        held_out: share that was never trained on.
+        size: side in pixels at which pictures were shown to a backbone that looks at any size.
+    """
+
+    fingerprint: str
+    turns: Turns
+    held_out: float
+    size: int
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What one training learned from.
+
+    Args:
+        data: fingerprint of the data set.
+        validation_fraction, seed: which of its episodes were held out; see ``split_episodes``.
+        questions: None for none.
+    """
+
+    data: str
+    validation_fraction: float
+    seed: int
+    questions: TrainedQuestions | None = None
+
+
+def trained_on(folder: Path) -> tuple[TrainedOn, ...]:
+    """What a checkpoint's training and those of the checkpoints that it continues learned from, its own last.
+
+    Empty where the folder does not say, as one that was published without ``training/``.
+    """
+    found = newest_state(folder)
+    return () if found is None else _trained_on(run_of(folder), str(found[1] / STATE))
+
+
+def ancestry(folder: Path) -> dict[str, Any]:
+    """What a run that continues a checkpoint is told of it, so that ``trained_on`` finds it there; JSON data."""
+    before = trained_on(folder)
+    return {"ancestors": [to_json(each) for each in before]} if before else {}
+
+
+def new_episodes(dataset: Dataset, trained: Sequence[TrainedOn]) -> tuple[int, ...]:
+    """The episodes that no training learned from: those that all trainings on this data set held out."""
+    new = set(range(len(dataset.episodes)))
+    for each in trained:
+        if each.data == dataset.fingerprint:
+            new &= set(split_episodes(dataset, each.validation_fraction, each.seed)[1])
+    return tuple(sorted(new))
+
+
+def new_questions(questions: QuestionSet, turns: Turns, trained: Sequence[TrainedOn], folder: Path) -> tuple[int, ...]:
+    """The questions that no training learned from: those that all trainings on this set held out.
+
+    Args:
+        questions: the set.
+        turns: how it was opened.
+        trained: what was learned from.
+        folder: of the checkpoint, for the error.
+
+    Raises:
+        ConfigError: a training read the conversations of this set in another way.
+    """
+    new = set(range(len(questions)))
+    for asked in (each.questions for each in trained if each.questions is not None):
+        if asked.fingerprint == questions.fingerprint:
+            new &= set(questions.split(asked.held_out)[1])
+        elif asked.turns != turns and asked.fingerprint == QuestionSet.open(questions.file, asked.turns).fingerprint:
+            raise ConfigError(
+                f"{folder} learned from {questions.file} with turns={asked.turns}, so nobody knows what of it is new with "
+                f"turns={turns}. Give --turns {asked.turns}, or ask everything with --part all."
+            )
+    return tuple(sorted(new))
+
+
+def _trained_on(run: Mapping[str, Any], where: str) -> tuple[TrainedOn, ...]:
+    before = tuple(from_json(TrainedOn, each, where) for each in run.get("ancestors", ()))
+    asked = from_json(TrainedQuestions, run["questions"], where) if "questions" in run else None
+    return (*before, TrainedOn(run["data"], run["config"]["validation_fraction"], run["config"]["seed"], asked))
