@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class as_it_is:  # noqa: N801
+class as_it_is:
     """For loaders whose samples no stage prepares."""
 
     batch: object

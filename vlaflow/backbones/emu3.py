@@ -58,7 +58,6 @@ class EmuConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "Emu3ForConditionalGeneration"
-    config_class: ClassVar[str] = "Emu3Config"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,7 +61,6 @@ class MolmoConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "Molmo2ForConditionalGeneration"
-    config_class: ClassVar[str] = "Molmo2Config"
 
     def build(self) -> MolmoBackbone:
         """See the base class."""

@@ -13,7 +13,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state, H he
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from vlaflow.backbones.base import BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
 from vlaflow.backbones.pretrained_processor import PretrainedProcessor, open_pretrained, transformers_library
@@ -35,7 +35,7 @@ from vlaflow.nn.block import Rotate
 
 
 @dataclass(frozen=True)
-class PretrainedConfig(ABC):
+class PretrainedConfig(BackboneConfig):
     """What the configs of all pretrained backbones hold.
 
     Args:
@@ -59,8 +59,7 @@ class PretrainedConfig(ABC):
     family: ClassVar[str]
     """transformers' module, as in ``transformers.models``."""
     model_class: ClassVar[str]
-    config_class: ClassVar[str]
-    """transformers' classes."""
+    """transformers' class of the model with its language-model head."""
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.architecture is None):
@@ -76,7 +75,12 @@ class PretrainedConfig(ABC):
 
     @abstractmethod
     def processor(self, folder: Path | None = None) -> PretrainedProcessor[Any]:
-        """What makes the network's inputs, read from ``source`` or from a checkpoint folder (see ``BackboneConfig``)."""
+        """See the base class. Tokenizer and image settings are read from ``source`` or from the checkpoint."""
+
+    @property
+    def can_answer(self) -> bool:
+        """With the published model's head."""
+        return True
 
     @property
     def state_width(self) -> int:
@@ -111,13 +115,13 @@ class PretrainedBackbone(LanguageBackbone):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         hub, dtype = transformers_library(config.name, config.family), getattr(torch, config.dtype)
+        kind = getattr(hub, config.model_class)
         if config.source is not None:
-            kind = getattr(hub, config.model_class)
             full = open_pretrained(kind, config.source, config.name, dtype=dtype, use_safetensors=True)
             config = replace(config, source=None, architecture=self.architecture_of(full.config))
         else:
             options = {**(config.architecture or {}), **config.transformers_options}
-            full = hub.AutoModelForImageTextToText.from_config(getattr(hub, config.config_class)(**options), dtype=dtype)
+            full = hub.AutoModelForImageTextToText.from_config(kind.config_class(**options), dtype=dtype)
         self.config = config
         self.network = full.model
         self.head = None if full.config.tie_word_embeddings else full.lm_head

@@ -19,6 +19,7 @@ from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import checkpoint_source
 from vlaflow.backbones.qwen2_5_vl_processor import FAMILY, NAME, QwenProcessor, QwenReader
 from vlaflow.errors import ConfigError
+from vlaflow.nn.block import BlockConfig
 
 PATCH = 28 * 28  # pixels of one image token: 2 × 2 patches of 14 × 14
 
@@ -73,7 +74,6 @@ class QwenConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
-    config_class: ClassVar[str] = "Qwen2_5_VLConfig"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +100,12 @@ class QwenConfig(PretrainedConfig):
     def state_width(self) -> int:
         """See the base class."""
         return self.padded_state
+
+    def rater_block(self) -> BlockConfig:
+        """Like the blocks of Qwen2.5-VL-3B, whose sizes ``architecture`` may replace."""
+        text = qwen2_5_vl_3b()["text_config"] | (self.architecture or {}).get("text_config", {})
+        width, heads, kv_heads = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
+        return BlockConfig(width, heads, kv_heads, width // heads, text["intermediate_size"], norm="rms", gated=True)
 
 
 class QwenBackbone(PretrainedBackbone):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary, TextLimit
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
 from vlaflow.backbones.tiny_processor import END, PAD, TinyProcessor
@@ -28,7 +28,7 @@ from vlaflow.nn.patches import PatchStem
 
 
 @dataclass(frozen=True)
-class TinyConfig:
+class TinyConfig(BackboneConfig):
     """The tiny backbone.
 
     Args:
@@ -74,6 +74,25 @@ class TinyConfig:
         """See the base class; it needs no files."""
         cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
         return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch)
+
+    @property
+    def can_answer(self) -> bool:
+        """With a table of bytes."""
+        return self.answers
+
+    @property
+    def longest_instruction(self) -> TextLimit:
+        """A byte each."""
+        return TextLimit(self.text_bytes, "text_bytes")
+
+    @property
+    def longest_answer(self) -> TextLimit:
+        """A byte each, and the end."""
+        return TextLimit(self.suffix - 1, "suffix")
+
+    def rater_block(self) -> BlockConfig:
+        """A block like its own, with four times the width in between."""
+        return BlockConfig(self.width, self.heads, self.heads, self.width // self.heads, 4 * self.width)
 
 
 class ConvStem(nn.Module):

@@ -256,7 +256,7 @@ def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
 
 
 def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:
-    from vlaflow.compute.parse import Knobs
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
 

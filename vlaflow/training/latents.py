@@ -17,9 +17,9 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs, chosen_view
 from vlaflow.data.quality import DepartureRule
 from vlaflow.data.transforms import Normalizer
-from vlaflow.decoders.latent_flow import LatentFlowConfig
+from vlaflow.decoders.base import LatentCodes
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import dataset_codes
 from vlaflow.policies.recipe import TrainConfig, VideoSpec
 from vlaflow.progress import Progress, progress
@@ -109,8 +109,8 @@ def codes_of(
 
     A code that tells of a departure, which the observation did not foretell, is left out.
     """
-    decoder = names_codes(policy.config)
-    if decoder is None:
+    wanted = policy.config.decoder.latent_codes
+    if wanted is None:
         if path is not None:
             raise ConfigError(f"This recipe's decoder names no latent actions, so it cannot use {path}; leave --latent out.")
         return None, {}
@@ -120,7 +120,7 @@ def codes_of(
             "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
         )
     model = LatentActionModel.from_pretrained(path)
-    fit_codes(model.config, decoder, str(path))
+    fit_codes(model.config, wanted, str(path))
     with ExitStack() as stack:
         bar: Progress | None = None
         done = 0
@@ -159,25 +159,19 @@ def require_same_model(before: str | None, path: Path | str | None, policy_path:
         )
 
 
-def names_codes(policy: PolicyConfig) -> LatentFlowConfig | None:
-    """The decoder, where it learns to name the codes of a latent action model."""
-    decoder = policy.decoder
-    return decoder if isinstance(decoder, LatentFlowConfig) and decoder.teaches else None
-
-
-def fit_codes(model: LatentConfig, decoder: LatentFlowConfig, where: str, stage: str = "") -> None:
+def fit_codes(model: LatentConfig, wanted: LatentCodes, where: str, stage: str = "") -> None:
     """Refuse a decoder that names other codes than a latent action model has.
 
     Args:
         model: of the latent action model.
-        decoder: of the policy.
+        wanted: by the policy's decoder.
         where: the model is from.
         stage: of a pipeline and a dot, before the keys that mend it.
 
     Raises:
         ConfigError: with the keys.
     """
-    theirs, ours = (model.codes, model.book), (decoder.latent.codes, decoder.latent.book)
+    theirs, ours = (model.codes, model.book), (wanted.codes, wanted.book)
     if theirs != ours:
         key = f"--set {stage}policy.decoder.latent"
         raise ConfigError(

@@ -15,10 +15,11 @@ from vlaflow.actions.latent import LatentConfig
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.questions import QuestionSet
 from vlaflow.errors import ConfigError, nearest
+from vlaflow.packages import packages_of, require
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.training import checkpoint
 from vlaflow.training.asked import require_askable
-from vlaflow.training.latents import fit_codes, names_codes, video_spec
+from vlaflow.training.latents import fit_codes, video_spec
 from vlaflow.training.options import Options, data_spec, overridden, require_enough
 from vlaflow.training.recipes import Recipe, find_recipe
 
@@ -44,8 +45,9 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
     """The stages of a pipeline, the last one's checkpoint in ``out`` itself, the others' in folders of their names inside it.
 
     Raises:
-        VlaflowError: an override without a stage or of an unknown key, a latent action model given from outside, stages that
-            do not fit together or questions that do not fit a stage, a folder that holds another recipe's run.
+        VlaflowError: an override without a stage or of an unknown key, a package that a stage needs and that is not
+            installed, a latent action model given from outside, stages that do not fit together or questions that do not fit a
+            stage, a folder that holds another recipe's run.
     """
     names = [stage.__name__ for stage in pipeline.call().stages]
     for key in options.overrides or ():
@@ -68,6 +70,7 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
         if recipe.from_video or recipe.continues:
             mine = replace(mine, tokenizer=None)
         config = overridden(recipe.call(_given(recipe, dataset, policy)), mine)
+        require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
         if config.policy is not None and config.questions is not None and mine.questions is not None:
             require_askable(config.policy, QuestionSet.open(mine.questions, config.questions.turns))
         if config.policy is not None:
@@ -104,7 +107,7 @@ def _given(recipe: Recipe, dataset: Path | str, policy: PolicyConfig | None) -> 
 
 
 def _wants(policy: PolicyConfig, latent: LatentConfig | None, stage: str) -> bool:
-    decoder = names_codes(policy)
-    if decoder is not None and latent is not None:
-        fit_codes(latent, decoder, "The latent action model of this pipeline", f"{stage}.")
-    return decoder is not None
+    wanted = policy.decoder.latent_codes
+    if wanted is not None and latent is not None:
+        fit_codes(latent, wanted, "The latent action model of this pipeline", f"{stage}.")
+    return wanted is not None

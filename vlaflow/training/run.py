@@ -22,10 +22,9 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import Windows, action_chunks
-from vlaflow.decoders.latent_flow import LatentFlowConfig
-from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.folders import require_makeable
+from vlaflow.packages import require
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import ancestry, fingerprint, run_of
@@ -58,6 +57,7 @@ def train(
         VlaflowError: whatever the user can mend, in a sentence.
     """
     found = find_recipe(recipe)
+    require("accelerate", "psutil", what="Training")
     require_makeable(Path(out))
     if found.several:
         if policy is not None:
@@ -319,11 +319,9 @@ def _with_tokenizer(
 ) -> TrainConfig:
     """The config with the tokenizer of ``options``, or one fitted on the episodes where its decoder needs one."""
     policy, file = config.policy, options.tokenizer if options else None
-    if policy is None or not isinstance(policy.decoder, TokenConfig | LatentFlowConfig):
-        if file is not None:
-            raise ConfigError(f"This recipe's decoder has no vocabulary, so it cannot use the tokenizer {file}.")
-        return config
-    decoder, mode = policy.decoder, policy.action_normalisation
+    assert policy is not None  # train_policy has seen to it
+    decoder = policy.decoder
+    mode = policy.action_normalisation
     if file is not None:
         decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
     elif decoder.unfitted:

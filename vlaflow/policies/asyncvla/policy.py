@@ -10,8 +10,6 @@ from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import CapabilityError
-from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
 
 DEPTH = 4
@@ -34,11 +32,8 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
 
 
 def tiny_rater(policy: PolicyConfig) -> RaterConfig:
-    """Two blocks of the tiny backbone's own width."""
-    tiny = policy.backbone
-    if not isinstance(tiny, TinyConfig):
-        raise CapabilityError("This rater reads the tiny backbone; train a Qwen2.5-VL policy's with asyncvla.rater3b.")
-    return RaterConfig(BlockConfig(tiny.width, tiny.heads, tiny.heads, tiny.width // tiny.heads, 4 * tiny.width), 2)
+    """Two blocks like the backbone's own."""
+    return RaterConfig(policy.backbone.rater_block(), depth=2)
 
 
 def qwen3b(
@@ -65,8 +60,5 @@ def qwen3b(
 
 
 def qwen3b_rater(policy: PolicyConfig) -> RaterConfig:
-    """Four blocks like those of Qwen2.5-VL-3B, 308 M parameters (the paper's 32 heads and 6144 would be 168 or 218 M)."""
-    if not isinstance(policy.backbone, QwenConfig):
-        raise CapabilityError("This rater reads Qwen2.5-VL-3B; train a tiny policy's with asyncvla.rater.")
-    block = BlockConfig(width=2048, heads=16, kv_heads=2, head_dim=128, ffn=11008, norm="rms", gated=True, qkv_bias=True)
-    return RaterConfig(block, depth=4)
+    """Four blocks; like those of Qwen2.5-VL-3B they have 308 M parameters (the paper's 32 heads and 6144: 168 or 218 M)."""
+    return RaterConfig(policy.backbone.rater_block(), depth=4)
