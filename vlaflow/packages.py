@@ -26,26 +26,31 @@ EXTRAS = {
     "msgpack": "serve",
 }
 
+PAGES = ("jinja2", "matplotlib")
+"""What every page with plots needs."""
 
-def missing(package: str, what: str = "This") -> str:
+
+def missing(package: str, what: str = "This", extra: str | None = None) -> str:
     """The sentence for a package that is not installed; a package of no extra is installed by its own name."""
-    source = f"'vlaflow[{EXTRAS[package]}]'" if package in EXTRAS else package
+    extra = extra or EXTRAS.get(package)
+    source = f"'vlaflow[{extra}]'" if extra else package
     return f"{what} needs the package '{package}', which is not installed: pip install {source}"
 
 
-def require(*packages: str, what: str = "This") -> None:
+def require(*packages: str, what: str = "This", extra: str | None = None) -> None:
     """Refuse to begin what will need a package that is not installed; nothing is imported.
 
     Args:
         packages: import names.
         what: that needs them, as the sentence begins.
+        extra: that brings them all; by default each package's own.
 
     Raises:
         CapabilityError: naming the first that is missing, and the extra that brings it.
     """
     for package in packages:
         if not _installed(package):
-            raise CapabilityError(missing(package, what))
+            raise CapabilityError(missing(package, what, extra))
 
 
 def packages_of(config: object) -> tuple[str, ...]:

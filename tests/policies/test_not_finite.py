@@ -13,6 +13,7 @@ from tests import helpers
 from tests.decoders import test_latent_flow as latent
 from tests.serving.live import request, serving
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
+from vlaflow.compute.calibration import Calibration, RiskTarget, Seen
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.parse import able
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
@@ -20,7 +21,7 @@ from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.regression import RegressionConfig
-from vlaflow.errors import CheckpointError, NotFiniteError, RequestError
+from vlaflow.errors import CalibrationError, CheckpointError, NotFiniteError, RequestError
 from vlaflow.policies.base import Policy
 from vlaflow.robot.client import Client
 
@@ -170,3 +171,16 @@ def test_a_latent_action_model_that_is_not_finite_is_refused(tmp_path):
     rewrite(tmp_path, {"book.entry_VE": poison(nan)})
     with pytest.raises(CheckpointError, match=r"'book\.entry_VE' in .* NaN"):
         LatentActionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+def test_a_calibration_with_a_threshold_that_is_not_finite_is_refused(tmp_path, value):
+    """NaN would never leave early and an infinite one always, whatever was measured."""
+    target = RiskTarget(0.1, 0.1, 0.05, "max")
+    seen = Seen(9, (0.5, 0.5), 2.0, 3.0, 3.0, 0.1, 0.2, 0.2, 0.0)
+    made = Calibration("c", "d", ExitPlan((1, 2)), (0.5,), target, 9, seen, "vlaflow calibrate", {})
+    made.save(tmp_path / "good.json")
+    assert Calibration.load(tmp_path / "good.json") == made
+    replace(made, thresholds=(value,)).save(tmp_path / "bad.json")
+    with pytest.raises(CalibrationError, match=r"bad\.json holds a threshold that is not finite"):
+        Calibration.load(tmp_path / "bad.json")

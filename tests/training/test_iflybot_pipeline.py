@@ -6,13 +6,12 @@ import shutil
 import signal
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
 
 from tests.training import flybot
 from tests.training.flybot import STAGES, break_down, folder_of, same
+from tests.training.small import write_questions
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
@@ -98,16 +97,6 @@ def test_started_anew_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset,
     begun.clear()
     assert command.main(flybot.demo(dataset, out)) == 0
     assert not begun
-
-
-def write_questions(root):
-    root.mkdir()
-    for i in range(8):
-        Image.fromarray(np.full((32, 32, 3), 30 * i, np.uint8)).save(root / f"{i}.png")
-    said = [{"from": "human", "value": "<image>\nDark or bright?"}, {"from": "gpt", "value": "dark"}]
-    lines = [json.dumps({"id": i, "image": f"{i}.png", "conversations": said}) for i in range(8)]
-    (root / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    return root
 
 
 def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -67,6 +69,7 @@ class Eval:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval ...``; returns the exit status."""
     arguments = tyro.cli(Eval, prog="vlaflow eval", args=argv, config=(tyro.conf.UseAppendAction,))
+    require(*PAGES)  # the report comes last, and should not be what fails
 
     from rich.console import Console
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from vlaflow.cli.data import LatentReport
 
@@ -21,6 +23,7 @@ def latent_report(arguments: LatentReport) -> int:
     from vlaflow.versions import command_line, versions
 
     a = arguments
+    require(*PAGES)
     dataset = Dataset.open(a.dataset, video=True)
     require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -68,6 +70,7 @@ class Rollout:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow rollout ...``; returns the exit status."""
     a = tyro.cli(Rollout, prog="vlaflow rollout", args=argv, config=(tyro.conf.UseAppendAction,))
+    require("websockets", "msgpack", *PAGES)
 
     from rich.console import Console
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from vlaflow.cli.data import FitTokenizer, TokenizerReport
 
@@ -49,6 +51,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     from vlaflow.reports import tokenizers as page
 
     a = arguments
+    require(*PAGES, "tokenizers")
     dataset = Dataset.open(a.directory)
     require_writable(a.out)
     loaded = [load_tokenizer(file, a.normalisation) for file in a.tokenizer]
