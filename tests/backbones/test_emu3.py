@@ -222,7 +222,7 @@ def test_cached_tokens_are_the_whole_causal_suffix(backbone):
 
 def policy(folder, decoder, **changes):
     stats = {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}
-    config = PolicyConfig("dfm_vla", emu_config(folder, **changes), decoder(4, FAST, horizon=6), execute=3)
+    config = PolicyConfig("dfm_vla", emu_config(folder, **changes), decoder(4, FAST, chunk_size=6), n_action_steps=3)
     made = Policy.create(config, action_spec(4), stats, seed=0)
     made.model.eval()
     return made

@@ -239,9 +239,9 @@ def test_a_suffix_on_the_cached_prefix_is_the_whole_sequence_recomputed(folder, 
 def policy(folder, **changes):
     block = BlockConfig(48, 4, 2, 16, 64, norm="rms", gated=True)
     decoder = FlowConfig(
-        4, horizon=6, padded_dim=8, masks="synchronous", expert=ExpertConfig(block, padded_state=8), head_layers=2
+        4, chunk_size=6, padded_dim=8, masks="synchronous", expert=ExpertConfig(block, padded_state=8), head_layers=2
     )
-    config = PolicyConfig("a1", molmo_config(folder, **changes), decoder, exits=ExitTraining((1, 2, 3)), execute=3)
+    config = PolicyConfig("a1", molmo_config(folder, **changes), decoder, exits=ExitTraining((1, 2, 3)), n_action_steps=3)
     made = Policy.create(config, action_spec(4), {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}, seed=0)
     made.model.eval()
     return made

@@ -225,7 +225,7 @@ def test_a_prefix_continued_is_a_prefix_run_at_once(backbone):
     prefix = helpers.embed(backbone, ObservationBatch.collate(observations()))
     at_once, halves = backbone.run(prefix), backbone.run(backbone.run(prefix, 1))
     assert torch.equal(at_once.hidden_BPW, halves.hidden_BPW)
-    assert all(torch.equal(a.key_CGPE, b.key_CGPE) for a, b in zip(at_once.memory, halves.memory, strict=True))
+    assert all(torch.equal(a.key_CGPE, b.key_CGPE) for a, b in zip(at_once.kv_cache, halves.kv_cache, strict=True))
 
 
 def suffix_reference(folder, prefix, suffix_BTW):
@@ -234,7 +234,7 @@ def suffix_reference(folder, prefix, suffix_BTW):
     sees = torch.ones(p + t, p + t, dtype=torch.bool).tril()
     sees[p:, p:] = True
     sees = sees.repeat(prefix.batch, 1, 1)
-    sees[:, :, :p] &= prefix.seen_BP[:, None, :]
+    sees[:, :, :p] &= prefix.padding_mask_BP[:, None, :]
     mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
     language, prompt = theirs(folder).model.language_model, prefix.backbone.processor(OBSERVED)
     position_3BP, deltas_B1 = theirs(folder).model.get_rope_index(
@@ -270,7 +270,7 @@ def test_draws_share_one_prefix(backbone):
     together_BTW = SharedStack(64)(suffix_BTW, prefix)
     for draw in range(3):
         torch.testing.assert_close(together_BTW[draw::3], SharedStack(64)(suffix_BTW[draw::3], prefix), **ROUNDING)
-    assert all(m.key_CGPE.shape[0] == 2 for m in prefix.memory)
+    assert all(m.key_CGPE.shape[0] == 2 for m in prefix.kv_cache)
 
 
 @torch.no_grad()
@@ -280,13 +280,13 @@ def test_company_changes_nothing(backbone):
     together_BTW = SharedStack(64)(suffix_BTW, backbone.run(helpers.embed(backbone, OBSERVED)))
     for i, one in enumerate(observations()):
         alone = backbone.run(helpers.embed(backbone, ObservationBatch.collate([one])))
-        assert alone.seen_BP is None
+        assert alone.padding_mask_BP is None
         torch.testing.assert_close(together_BTW[i : i + 1], SharedStack(64)(suffix_BTW[i : i + 1], alone), **ROUNDING)
 
 
 @torch.no_grad()
 def test_state_and_views_are_seen(folder, backbone):
-    """Another state or another picture in either view gives another prefix; without views it still reads the rest."""
+    """Another state or another image in either view gives another prefix; without views it still reads the rest."""
     last_W = backbone.run(helpers.embed(backbone, OBSERVED)).hidden_BPW[1, -1]
     changed = replace(OBSERVED, state_BS=OBSERVED.state_BS + 1)
     assert not torch.allclose(backbone.run(helpers.embed(backbone, changed)).hidden_BPW[1, -1], last_W)
@@ -329,8 +329,8 @@ def test_answer_loss_is_that_of_transformers(folder, untied, tied):
 
 def policy(folder, **changes):
     block = BlockConfig(64, 4, 2, 16, 96, norm="rms", gated=True)
-    decoder = FlowConfig(action_dim=4, horizon=6, padded_dim=8)
-    config = PolicyConfig("asyncvla", qwen_config(folder, **changes), decoder, RaterConfig(block, depth=1), execute=3)
+    decoder = FlowConfig(action_dim=4, chunk_size=6, padded_dim=8)
+    config = PolicyConfig("asyncvla", qwen_config(folder, **changes), decoder, RaterConfig(block, depth=1), n_action_steps=3)
     made = Policy.create(config, action_spec(4), {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}, seed=0)
     made.model.eval()
     return made
@@ -409,7 +409,7 @@ def test_bfloat16_serves_and_trains(folder):
     np.testing.assert_allclose(small.act(observation()).actions, exact.actions, atol=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         made = policy(folder)
-        assert all(m.key_CGPE.dtype == torch.bfloat16 for m in made.encode(OBSERVED).memory)
+        assert all(m.key_CGPE.dtype == torch.bfloat16 for m in made.encode(OBSERVED).kv_cache)
         assert all(g.isfinite().all() for g in gradients(made).values())
 
 

@@ -42,7 +42,7 @@ def test_the_published_numbers():
     assert optim.learning_rate * optim.final_fraction == pytest.approx(5e-6)
     assert (optim.warmup_steps, optim.clip_norm, config.batch_size, config.accumulate) == (50, 5.0, 256, 4)
     assert config.policy.decoder.tokenizer == FastFit(50.0, 1024)
-    assert config.policy.execute == config.policy.decoder.horizon == 10
+    assert config.policy.n_action_steps == config.policy.decoder.chunk_size == 10
     assert recipes.calvin(DATA).steps == 24_000
 
 

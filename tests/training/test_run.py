@@ -19,7 +19,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
-from vlaflow.training.journal import read_log
+from vlaflow.training.metrics_log import read_log
 from vlaflow.training.stages import RaterStage
 
 ROOT = Path(__file__).parents[2]

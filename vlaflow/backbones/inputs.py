@@ -3,7 +3,7 @@
     inputs = config.processor()(observation)                # in the loader's thread, or in the server's worker
     prefix = backbone.embed(inputs.to(device))
 
-A processor resizes pictures, cuts patches, tokenizes and counts positions; the network only computes. It holds values and no
+A processor resizes images, cuts patches, tokenizes and counts positions; the network only computes. It holds values and no
 network, so training and serving share it and any thread may run it.
 
 Shape letters: B batch, P prefix tokens, S state dimension, I images of the whole batch, N patches of all images, C numbers of
@@ -39,7 +39,7 @@ class Inputs:
         padding_mask_BP: bool, False on padding; None when there is none.
         images: by view, uint8 (B, H, W, 3).
         patches: float32, what the vision tower reads of all images, in the order of their tokens: patches (N, C) or
-            (I, N, C), or whole pictures (I, 3, H, W).
+            (I, N, C), or whole images (I, 3, H, W).
         grid_I3: int64, frames (1), rows and columns of patches of every image. It stays on the CPU.
         patch_position_N2: int64, row and column of every patch.
         pooled_VK: int64, the patches that become each image token; −1 beyond the border.

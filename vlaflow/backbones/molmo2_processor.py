@@ -90,7 +90,7 @@ class Pictures:
 class MolmoReader:
     """Tokenizer, chat template and image settings of a Molmo2 folder.
 
-    transformers' image processor for Molmo2 needs torchvision; ``Pictures`` makes the same overview without it.
+    transformers' image processor for Molmo2 needs torchvision; ``Images`` makes the same overview without it.
     """
 
     def __init__(self, tokenizer: Any, pictures: Pictures) -> None:

@@ -1,4 +1,4 @@
-"""What the tiny backbone reads: pictures of one size, the instruction as UTF-8 bytes, the state; answers are bytes too.
+"""What the tiny backbone reads: images of one size, the instruction as UTF-8 bytes, the state; answers are bytes too.
 
 Shape letters: B batch, N bytes, P prefix tokens, T answer tokens.
 """

@@ -24,7 +24,7 @@ from vlaflow.errors import SpecError, nearest
 
 @dataclass(frozen=True)
 class PolicyProcessor:
-    """Checks views, resizes pictures, normalises the state, and has the backbone's processor make the inputs.
+    """Checks views, resizes images, normalises the state, and has the backbone's processor make the inputs.
 
     Args:
         views: with the square image size each is resized to; None leaves the size to the backbone's processor.
@@ -79,7 +79,7 @@ class PreparedAnswers:
     """Questions and their answers as the networks take them.
 
     Args:
-        inputs: of the questions and their pictures.
+        inputs: of the questions and their images.
         answer_BT: int64 ids of the answers and their ends, padded with −100. They stay on the CPU, which checks them.
     """
 

@@ -13,8 +13,8 @@ from typing import Literal
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.data.augment import Augment, StateMask
-from vlaflow.data.quality import DEPARTURES, DepartureRule, PauseRule
-from vlaflow.data.questions import Turns
+from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
+from vlaflow.data.vqa import Turns
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
 from vlaflow.policies.base import PolicyConfig
@@ -106,16 +106,16 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class QuestionTraining:
-    """Learning to answer questions about pictures beside learning to act: some optimiser steps are taken on questions alone.
+class VqaTraining:
+    """Learning to answer questions about images beside learning to act: some optimiser steps are taken on questions alone.
 
     Args:
         share: of the optimiser steps, evenly spread among the others; in (0, 1).
         weight: of the language-model loss.
         batch_size: questions per such step and process; None takes as many as observations.
         turns: of conversations: all, each with the earlier ones before it, or the first alone.
-        held_out: share of the questions, by picture and group, that is never trained on.
-        size: side in pixels at which pictures are shown to backbones that look at any size.
+        held_out: share of the questions, by image and group, that is never trained on.
+        size: side in pixels at which images are shown to backbones that look at any size.
     """
 
     share: float = 0.25
@@ -127,11 +127,11 @@ class QuestionTraining:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise ConfigError(f"questions.share must lie between 0 and 1, both excluded, got {self.share}.")
+            raise ConfigError(f"vqa.share must lie between 0 and 1, both excluded, got {self.share}.")
         sizes = self.size if self.batch_size is None else min(self.size, self.batch_size)
         if not 0 <= self.held_out < 1 or self.weight <= 0 or sizes < 1:
             raise ConfigError(
-                "questions.held_out lies in [0, 1), weight is above 0, size and batch_size are at least 1; got "
+                "vqa.held_out lies in [0, 1), weight is above 0, size and batch_size are at least 1; got "
                 f"{self.held_out}, {self.weight}, {self.size}, {self.batch_size}."
             )
 
@@ -152,11 +152,11 @@ class TrainConfig:
         augment: erased and sharpened images; None for none.
         state_mask: hidden proprioceptive states; None for none.
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
-        departures: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
+        interventions: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
             are left out of the loss; None keeps all.
         max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
             refused.
-        questions: questions to learn to answer beside; None for none.
+        vqa: questions to learn to answer beside; None for none.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
         validation_fraction: share of the episodes of every task held out.
         validate_every, checkpoint_every: steps.
@@ -176,9 +176,9 @@ class TrainConfig:
     augment: Augment | None = None
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
-    departures: DepartureRule | None = DEPARTURES
+    interventions: InterventionRule | None = INTERVENTIONS
     max_excluded: float = 0.5
-    questions: QuestionTraining | None = None
+    vqa: VqaTraining | None = None
     demonstrations: float = 1.0
     validation_fraction: float = 0.06
     validate_every: int = 250
@@ -193,7 +193,7 @@ class TrainConfig:
             raise ConfigError(
                 "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
             )
-        if self.questions is not None and self.policy is None:
+        if self.vqa is not None and self.policy is None:
             raise ConfigError("Only a policy learns from questions; leave 'questions' out.")
         if not 0 < self.max_excluded <= 1:
             raise ConfigError(f"max_excluded is a share in (0, 1], got {self.max_excluded}.")

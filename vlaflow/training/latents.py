@@ -11,11 +11,11 @@ import torch
 
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.data import stats
-from vlaflow.data.exclusions import departed
+from vlaflow.data.exclusions import intervened
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs, chosen_view
-from vlaflow.data.quality import DepartureRule
+from vlaflow.data.quality import InterventionRule
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LatentCodes
 from vlaflow.errors import ConfigError, SpecError
@@ -61,7 +61,7 @@ def train_latent(
         raise ConfigError(f"'{name}' does not train a latent action model.")
     if options.tokenizer is not None:
         raise ConfigError(f"A latent action model has no use for the action tokenizer {options.tokenizer}; leave it out.")
-    for flag, given in (("--latent", options.latent), ("--qa", options.questions)):
+    for flag, given in (("--latent", options.latent), ("--vqa", options.vqa)):
         if given is not None:
             raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
     torch.set_num_threads(options.threads or training_threads())
@@ -103,11 +103,11 @@ def train_latent(
 
 
 def codes_of(
-    policy: Policy, dataset: Dataset, path: Path | str | None, rule: DepartureRule | None
+    policy: Policy, dataset: Dataset, path: Path | str | None, rule: InterventionRule | None
 ) -> tuple[np.ndarray | None, dict[str, str]]:
     """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity.
 
-    A code that tells of a departure, which the observation did not foretell, is left out.
+    A code that tells of an intervention, which the observation did not foretell, is left out.
     """
     wanted = policy.config.decoder.latent_codes
     if wanted is None:
@@ -132,7 +132,7 @@ def codes_of(
             done = now
 
         codes = dataset_codes(model, dataset, progress=tell)
-    before = np.concatenate(([0], np.cumsum(departed(dataset, rule))))
+    before = np.concatenate(([0], np.cumsum(intervened(dataset, rule))))
     end_N = np.minimum(np.arange(len(dataset)) + codes.gap, len(dataset))
     foretold_N = before[end_N] == before[:-1]
     return np.where(foretold_N[:, None], codes.id_NK, -1), {"latent": model.fingerprint()}

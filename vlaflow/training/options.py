@@ -12,9 +12,9 @@ from vlaflow.data.exclusions import Exclusions, exclusions
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.recipe import DataSpec, QuestionTraining, TrainConfig
+from vlaflow.policies.recipe import DataSpec, TrainConfig, VqaTraining
 from vlaflow.spec import ActionSpec
-from vlaflow.training.journal import Tracker
+from vlaflow.training.metrics_log import Tracker
 from vlaflow.training.trainer import Outcome, Trainer
 
 
@@ -27,7 +27,7 @@ class Options:
         tracker: where the log goes besides ``training/log.jsonl``.
         fresh: start anew; an old checkpoint is moved aside.
         command: for the model card; the process's own command line by default.
-        questions: file or folder of a question set to learn from beside (docs/qa.md).
+        vqa: file or folder of a question set to learn from beside (docs/vqa.md).
         tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
@@ -37,22 +37,22 @@ class Options:
     tracker: Tracker = "auto"
     fresh: bool = False
     command: str | None = None
-    questions: Path | str | None = None
+    vqa: Path | str | None = None
     tokenizer: Path | str | None = None
     latent: Path | str | None = None
     threads: int | None = None
 
 
 def overridden(config: TrainConfig, options: Options | None) -> TrainConfig:
-    """The config with the run's own values; a question set brings ``QuestionTraining`` along, which they may change."""
+    """The config with the run's own values; a question set brings ``VqaTraining`` along, which they may change."""
     options = options or Options()
-    if options.questions is not None and config.questions is None and config.policy is not None:
-        config = replace(config, questions=QuestionTraining())
+    if options.vqa is not None and config.vqa is None and config.policy is not None:
+        config = replace(config, vqa=VqaTraining())
     config = override(config, options.overrides) if options.overrides else config
-    if config.questions is not None and options.questions is None:
-        raise ConfigError("This recipe also learns from questions; name a set of them with --qa, or --set questions=none.")
-    if config.questions is None and options.questions is not None and config.policy is not None:
-        raise ConfigError(f"questions is none, so {options.questions} would not be looked at; leave --qa out.")
+    if config.vqa is not None and options.vqa is None:
+        raise ConfigError("This recipe also learns from questions; name a set of them with --vqa, or --set vqa=none.")
+    if config.vqa is None and options.vqa is not None and config.policy is not None:
+        raise ConfigError(f"vqa is none, so {options.vqa} would not be looked at; leave --vqa out.")
     return config
 
 
@@ -98,12 +98,12 @@ def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage
     Raises:
         ConfigError: they leave out more.
     """
-    found = exclusions(dataset, episodes_of(dataset, config)[0], chunk_size, config.pauses, config.departures)
+    found = exclusions(dataset, episodes_of(dataset, config)[0], chunk_size, config.pauses, config.interventions)
     if found.total > config.max_excluded:
-        keys = {"pauses": found.paused, "departures": found.departed}
+        keys = {"pauses": found.paused, "interventions": found.intervened}
         largest = max(keys, key=lambda key: keys[key] or 0.0)
         raise ConfigError(
-            f"The rules for pauses and departures leave {found.total:.1%} of the actions of {dataset.root} out of the loss "
+            f"The rules for pauses and interventions leave {found.total:.1%} of the actions of {dataset.root} out of the loss "
             f"({found.shares}), more than max_excluded = {config.max_excluded:g} allows. Keep these actions with --set "
             f"{stage}{largest}=none, or train on the rest with --set {stage}max_excluded=1."
         )

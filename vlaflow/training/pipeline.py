@@ -13,15 +13,15 @@ from pathlib import Path
 
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.questions import QuestionSet
+from vlaflow.data.vqa import VqaDataset
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.packages import packages_of, require
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.training import checkpoint
-from vlaflow.training.asked import require_askable
 from vlaflow.training.latents import fit_codes, video_spec
 from vlaflow.training.options import Options, data_spec, overridden, require_enough
 from vlaflow.training.recipes import Recipe, find_recipe
+from vlaflow.training.vqa import require_askable
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
         mine = replace(options, overrides=own, fresh=False)
-        if recipe.from_video or own.get("questions") in ("none", "null"):
-            mine = replace(mine, questions=None)
+        if recipe.from_video or own.get("vqa") in ("none", "null"):
+            mine = replace(mine, vqa=None)
         if recipe.from_video or recipe.continues:
             mine = replace(mine, tokenizer=None)
         config = overridden(recipe.call(_given(recipe, dataset, policy)), mine)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
-        if config.policy is not None and config.questions is not None and mine.questions is not None:
-            require_askable(config.policy, QuestionSet.open(mine.questions, config.questions.turns))
+        if config.policy is not None and config.vqa is not None and mine.vqa is not None:
+            require_askable(config.policy, VqaDataset.open(mine.vqa, config.vqa.turns))
         if config.policy is not None:
-            require_enough(config, Dataset.open(dataset), config.policy.decoder.horizon, f"{name}.")
+            require_enough(config, Dataset.open(dataset), config.policy.decoder.chunk_size, f"{name}.")
         policy, latent = config.policy or policy, config.latent.model if config.latent else latent
         wants = config.policy is not None and _wants(config.policy, latent, name)
         planned.append(Planned(recipe, folder, mine, wants))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vlaflow.actions.files import load_tokenizer
+from vlaflow.actions.io import load_tokenizer
 from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
@@ -23,13 +23,12 @@ from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import Windows, action_chunks
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.folders import require_makeable
+from vlaflow.io import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import ancestry, fingerprint, run_of
 from vlaflow.policies.recipe import TrainConfig
-from vlaflow.training.asked import questions_of
 from vlaflow.training.card import model_card
 from vlaflow.training.latents import codes_of, require_same_model, train_latent, video_spec
 from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, require_enough, stated_spec
@@ -38,6 +37,7 @@ from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
 from vlaflow.training.stages import AnsweringStage, PolicyStage, RaterStage, Stage
 from vlaflow.training.trainer import Outcome, Trainer
+from vlaflow.training.vqa import vqa_of
 from vlaflow.versions import command_line
 
 
@@ -210,7 +210,7 @@ def _require_continuable(policy: Policy, dataset: Dataset, out: Path, policy_pat
 
 def _policy_stage(policy: Policy, config: TrainConfig) -> Stage:
     stage = PolicyStage(policy)
-    return stage if config.questions is None else AnsweringStage(stage, policy, config.questions.weight)
+    return stage if config.vqa is None else AnsweringStage(stage, policy, config.vqa.weight)
 
 
 def train_rater(
@@ -237,8 +237,8 @@ def train_rater(
     config = overridden(config, options)
     if config.rater is None:
         raise ConfigError(f"'{name}' trains a policy from scratch; leave --policy out.")
-    if options is not None and options.questions is not None:
-        raise ConfigError("A rater learns no questions; leave --qa out.")
+    if options is not None and options.vqa is not None:
+        raise ConfigError("A rater learns no questions; leave --vqa out.")
     if options is not None and options.latent is not None:
         raise ConfigError("A rater learns no latent actions; leave --latent out.")
     _require_continuable(policy, dataset, Path(out), Path(policy_path), options)
@@ -268,8 +268,8 @@ def _train(
     options: Options,
 ) -> Outcome:
     torch.set_num_threads(options.threads or training_threads())
-    horizon = policy.config.decoder.horizon
-    excluded = require_enough(config, dataset, horizon)
+    chunk_size = policy.config.decoder.chunk_size
+    excluded = require_enough(config, dataset, chunk_size)
     if excluded.shares:
         sys.stderr.write(f"Left out of the loss, as shares of the actions: {excluded.shares}.\n")
     train_episodes, held_episodes = episodes_of(dataset, config)
@@ -278,21 +278,23 @@ def _train(
     if len(sizes) > 1:
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
-    code_NK, latent = codes_of(policy, dataset, options.latent, config.departures) if config.policy is not None else (None, {})
+    code_NK, latent = (
+        codes_of(policy, dataset, options.latent, config.interventions) if config.policy is not None else (None, {})
+    )
     identity = {**identity, **latent}
     cut = functools.partial(
-        Windows, dataset, cache, horizon, pause_rule=config.pauses, departure_rule=config.departures, code_NK=code_NK
+        Windows, dataset, cache, chunk_size, pause_rule=config.pauses, intervention_rule=config.interventions, code_NK=code_NK
     )
     windows = cut(episodes=train_episodes)
     held = None
     if held_episodes:
         held = cut(episodes=held_episodes)
-    own = questions_of(policy, config, options.questions) if config.questions is not None else None
+    own = vqa_of(policy, config, options.vqa) if config.vqa is not None else None
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
         counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        beside = {"Questions": own.words} if own is not None else {}
+        beside = {"VqaSource": own.words} if own is not None else {}
         if latent and options.latent is not None:
             beside["Latent actions"] = f"codes of {Path(options.latent).name}, fingerprint {latent['latent']}"
         return model_card(policy, config, dataset, outcome, recipe=name, command=command, beside=beside, **counts)
@@ -305,7 +307,7 @@ def _train(
             windows,
             held,
             out,
-            questions=(own.train, own.held) if own else None,
+            vqa=(own.train, own.held) if own else None,
             identity=run,
             card=card,
             tracker=options.tracker,
@@ -325,6 +327,6 @@ def _with_tokenizer(
     if file is not None:
         decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
     elif decoder.unfitted:
-        chunks = torch.from_numpy(action_chunks(dataset, decoder.horizon, episodes))
+        chunks = torch.from_numpy(action_chunks(dataset, decoder.chunk_size, episodes))
         decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
     return replace(config, policy=replace(policy, decoder=decoder))

@@ -2,7 +2,7 @@
 
 A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
 
-Shape letters: B batch, L horizon (of a frame pair: frames between the two), D action dimension.
+Shape letters: B batch, L chunk size (of a frame pair: frames between the two), D action dimension.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.actions.nsvq import perplexity
 from vlaflow.backbones.language import speaking
-from vlaflow.data.batch import Batch, QuestionBatch
+from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LossTerms
@@ -30,7 +30,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.processor import Prepared, PreparedAnswers
 from vlaflow.policies.recipe import LatentTraining
 from vlaflow.stacks.expert import ExpertStack
-from vlaflow.training.feed import Ready
+from vlaflow.training.loader import Ready
 
 
 class Stage(Protocol):
@@ -136,9 +136,9 @@ class AnsweringStage:
         """What the other stage does."""
         self.stage.after_step(step, shared)
 
-    def prepare(self, batch: Batch | QuestionBatch) -> Ready:
+    def prepare(self, batch: Batch | VqaBatch) -> Ready:
         """Questions for the language model, anything else for the other stage."""
-        if isinstance(batch, QuestionBatch):
+        if isinstance(batch, VqaBatch):
             return self.policy.prepare_answers(batch)
         return self.stage.prepare(batch)
 
@@ -238,7 +238,7 @@ class LatentStage:
         return False
 
     def prepare(self, batch: Batch) -> Batch:
-        """The pictures as they are: the model turns them into numbers itself."""
+        """The images as they are: the model turns them into numbers itself."""
         return batch
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:

@@ -26,7 +26,7 @@ def tiny_flow(state_dim: int, action_dim: int, views: tuple[str, ...]) -> Policy
     return PolicyConfig(
         system="a1",
         backbone=_tiny(state_dim, views),
-        decoder=FlowConfig(action_dim, masks="synchronous", draws=2, expert=ExpertConfig(block), head_layers=2),
+        decoder=FlowConfig(action_dim, masks="synchronous", noise_samples=2, expert=ExpertConfig(block), head_layers=2),
         exits=ExitTraining(every(1, DEPTH)),
     )
 
@@ -50,14 +50,20 @@ MOLMO_DEPTH = 36
 
 
 def molmo_flow(
-    state_dim: int, action_dim: int, views: tuple[str, ...], *, horizon: int = 10, execute: int = 8, source: str | None = MOLMO
+    state_dim: int,
+    action_dim: int,
+    views: tuple[str, ...],
+    *,
+    chunk_size: int = 10,
+    n_action_steps: int = 8,
+    source: str | None = MOLMO,
 ) -> PolicyConfig:
     """A1 with flow matching: the expert of 1024 with as many key/value heads as Molmo2 has; exits at 2, 4, …, 36.
 
     Args:
         state_dim, action_dim: at most 32 each; both are padded to 32.
         views: camera views in the order of the images.
-        horizon, execute: 10 and 8 on LIBERO, 50 and 5 on VLABench.
+        chunk size, n_action_steps: 10 and 8 on LIBERO, 50 and 5 on VLABench.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     expert = a1_expert()
@@ -66,28 +72,34 @@ def molmo_flow(
         backbone=_molmo(state_dim, views, source, state_token=None),
         decoder=FlowConfig(
             action_dim,
-            horizon,
+            chunk_size,
             padded_dim=32,
             masks="synchronous",
-            draws=1,
+            noise_samples=1,
             expert=replace(expert, block=replace(expert.block, kv_heads=8)),
             head_layers=2,
         ),
         exits=ExitTraining(every(2, MOLMO_DEPTH)),
-        execute=execute,
+        n_action_steps=n_action_steps,
     )
 
 
 def molmo_regression(
-    state_dim: int, action_dim: int, views: tuple[str, ...], *, horizon: int = 10, execute: int = 8, source: str | None = MOLMO
+    state_dim: int,
+    action_dim: int,
+    views: tuple[str, ...],
+    *,
+    chunk_size: int = 10,
+    n_action_steps: int = 8,
+    source: str | None = MOLMO,
 ) -> PolicyConfig:
     """A1 with L1 regression from one query token per action dimension; the state is a token of the prompt."""
     return PolicyConfig(
         system="a1",
         backbone=_molmo(state_dim, views, source, state_token="<|vision_pad|>"),  # noqa: S106
-        decoder=RegressionConfig(action_dim, horizon),
+        decoder=RegressionConfig(action_dim, chunk_size),
         exits=ExitTraining(every(2, MOLMO_DEPTH)),
-        execute=execute,
+        n_action_steps=n_action_steps,
     )
 
 

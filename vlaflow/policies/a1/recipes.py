@@ -89,7 +89,7 @@ def vlabench(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.vlabench --dataset DIR --out DIR
     """
-    policy = molmo_flow(data.state_dim, data.action_dim, data.views, horizon=50, execute=5)
+    policy = molmo_flow(data.state_dim, data.action_dim, data.views, chunk_size=50, n_action_steps=5)
     return replace(libero(data), policy=policy, batch_size=64)
 
 
@@ -98,7 +98,7 @@ def pretrain(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.pretrain --dataset DIR --out DIR
     """
-    policy = molmo_flow(data.state_dim, data.action_dim, data.views, horizon=50)
+    policy = molmo_flow(data.state_dim, data.action_dim, data.views, chunk_size=50)
     return replace(
         libero(data), policy=policy, batch_size=1024, accumulate=16, steps=200_000, state_mask=StateMask(0.5), augment=Augment()
     )

@@ -26,7 +26,7 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
     return PolicyConfig(
         system="asyncvla",
         backbone=TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, depth=DEPTH, heads=4, ffn=512),
-        decoder=FlowConfig(action_dim=action_dim, horizon=16, draws=2, whole=0.5),
+        decoder=FlowConfig(action_dim=action_dim, chunk_size=16, noise_samples=2, whole=0.5),
         exits=ExitTraining((2, 3, 4), shallow=0.2),
     )
 
@@ -40,7 +40,7 @@ def qwen3b(
     state_dim: int,
     action_dim: int,
     views: tuple[str, ...],
-    horizon: int = 8,
+    chunk_size: int = 8,
     source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct",
 ) -> PolicyConfig:
     """AsyncVLA as published: 3.755 B pretrained parameters and a head of 17.0 M; ``qwen3b_rater`` makes it 4.08 B.
@@ -48,14 +48,14 @@ def qwen3b(
     Args:
         state_dim, action_dim: at most 32 each; the head is padded to 32.
         views: camera views in the order of the images.
-        horizon: actions per chunk (8 on LIBERO, 4 on Bridge and Fractal), all of them executed.
+        chunk_size: actions per chunk (8 on LIBERO, 4 on Bridge and Fractal), all of them executed.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     return PolicyConfig(
         system="asyncvla",
         backbone=QwenConfig(state_dim, views, source, None if source else qwen2_5_vl_3b(), recompute=True),
-        decoder=FlowConfig(action_dim=action_dim, horizon=horizon, padded_dim=32, draws=1),
-        execute=horizon,
+        decoder=FlowConfig(action_dim=action_dim, chunk_size=chunk_size, padded_dim=32, noise_samples=1),
+        n_action_steps=chunk_size,
     )
 
 

@@ -44,7 +44,7 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
             FlowConfig(
                 action_dim,
                 masks="synchronous",
-                draws=1,
+                noise_samples=1,
                 expert=ExpertConfig(block, projected=True),
                 time_token=True,
                 head_layers=2,
@@ -60,8 +60,8 @@ def qwen3b(
     action_dim: int,
     views: tuple[str, ...],
     *,
-    horizon: int = 30,
-    execute: int = 30,
+    chunk_size: int = 30,
+    n_action_steps: int = 30,
     source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct",
 ) -> PolicyConfig:
     """iFlyBot-VLA as published: Qwen2.5-VL-3B and an expert of 36 layers of 1024 that reads the latent tokens.
@@ -72,7 +72,7 @@ def qwen3b(
     Args:
         state_dim, action_dim: at most 20 each, for two arms; both are padded to 20.
         views: head, left wrist and right wrist camera; each is brought to the area of 448 × 448 pixels, 256 tokens.
-        horizon, execute: 30, one second; 7 and 7 on LIBERO.
+        chunk size, n_action_steps: 30, one second; 7 and 7 on LIBERO.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     block = BlockConfig(1024, heads=16, kv_heads=16, head_dim=64, ffn=1024, norm="rms")
@@ -91,15 +91,15 @@ def qwen3b(
         decoder=LatentFlowConfig(
             FlowConfig(
                 action_dim,
-                horizon,
+                chunk_size,
                 padded_dim=20,
                 masks="synchronous",
-                draws=1,
+                noise_samples=1,
                 expert=ExpertConfig(block, padded_state=20, projected=True),
                 time_token=True,
             ),
             LatentTokensConfig(),
-            AutoregressiveConfig(action_dim, FastFit(scale=10.0, vocabulary=2048), horizon),
+            AutoregressiveConfig(action_dim, FastFit(scale=10.0, vocabulary=2048), chunk_size),
         ),
-        execute=execute,
+        n_action_steps=n_action_steps,
     )

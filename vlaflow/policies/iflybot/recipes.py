@@ -63,12 +63,12 @@ def joint(data: DataSpec) -> TrainConfig:
 
 
 def fine(policy: PolicyConfig) -> TrainConfig:
-    """Third stage: the flow's gradient reaches the backbone, and each observation is learned with five noise draws.
+    """Third stage: the flow's gradient reaches the backbone, and each observation is learned with five noise samples.
 
     vlaflow train iflybot.fine --policy runs/iflybot/joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out DIR
     """
     return TrainConfig(
-        policy=_whole(policy, draws=5),
+        policy=_whole(policy, noise_samples=5),
         optim=OptimConfig(learning_rate=3e-4, warmup_steps=50),
         steps=1000,
         batch_size=32,
@@ -125,7 +125,7 @@ def fine3b(policy: PolicyConfig) -> TrainConfig:
     accelerate launch -m vlaflow train iflybot.fine3b --policy DIR --dataset DIR --latent DIR --out DIR
     """
     return TrainConfig(
-        policy=_whole(policy, draws=5),
+        policy=_whole(policy, noise_samples=5),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=50_000,
         batch_size=4,
@@ -141,11 +141,11 @@ def libero(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train iflybot.libero --dataset DIR --latent DIR --out DIR
     """
-    return replace(joint3b(data), policy=qwen3b(data.state_dim, data.action_dim, data.views, horizon=7, execute=7))
+    return replace(joint3b(data), policy=qwen3b(data.state_dim, data.action_dim, data.views, chunk_size=7, n_action_steps=7))
 
 
-def _whole(policy: PolicyConfig, draws: int) -> PolicyConfig:
+def _whole(policy: PolicyConfig, noise_samples: int) -> PolicyConfig:
     decoder = policy.decoder
     if not isinstance(decoder, LatentFlowConfig):
         raise CapabilityError("This stage continues a policy of iflybot.joint; train that first.")
-    return replace(policy, decoder=replace(decoder, truncate=False, flow=replace(decoder.flow, draws=draws)))
+    return replace(policy, decoder=replace(decoder, truncate=False, flow=replace(decoder.flow, noise_samples=noise_samples)))

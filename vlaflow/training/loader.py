@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.data.batch import Batch, QuestionBatch
+from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.mixture import Order
 from vlaflow.data.transforms import RandomShift
 from vlaflow.policies.recipe import TrainConfig
 
-Sample = Batch | QuestionBatch
+Sample = Batch | VqaBatch
 
 
 class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, ``data.pictures.Questions``, or anything like them."""
+    """Numbered samples: ``data.windows.Windows``, ``data.image_cache.VqaSource``, or anything like them."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -76,7 +76,7 @@ def mix(*numbers: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Feed:
+class Loader:
     """The parts of every step.
 
     Every process takes ``batch_size`` samples of the step's ``world · batch_size``, and splits them into ``accumulate``
@@ -153,17 +153,17 @@ class Alternating:
         share: of the steps on questions, in (0, 1).
     """
 
-    def __init__(self, acting: Feed, asking: Feed, share: float) -> None:
+    def __init__(self, acting: Loader, asking: Loader, share: float) -> None:
         self.acting, self.asking, self.share = acting, asking, Fraction(str(share))
 
-    def questions_before(self, step: int) -> int:
+    def vqa_steps_before(self, step: int) -> int:
         """How many of the steps 0 .. step − 1 are on questions."""
         return int(step * self.share)
 
     def step(self, step: int) -> list[Part]:
         """The parts of step 0, 1, 2, ...: all actions or all questions."""
-        asked = self.questions_before(step)
-        return self.asking.step(asked) if self.questions_before(step + 1) > asked else self.acting.step(step - asked)
+        asked = self.vqa_steps_before(step)
+        return self.asking.step(asked) if self.vqa_steps_before(step + 1) > asked else self.acting.step(step - asked)
 
     def close(self) -> None:
         """End the loading threads."""
@@ -171,9 +171,9 @@ class Alternating:
         self.asking.close()
 
 
-def alternating(acting: Feed, questions: Source) -> Alternating:
-    """The feed of a config with ``questions``: state masks are for actions, everything else holds for both."""
-    asks = acting.config.questions
+def alternating(acting: Loader, vqa: Source) -> Alternating:
+    """The feed of a config with ``vqa``: state masks are for actions, everything else holds for both."""
+    asks = acting.config.vqa
     assert asks is not None
     config = replace(
         acting.config,
@@ -181,7 +181,7 @@ def alternating(acting: Feed, questions: Source) -> Alternating:
         state_mask=None,
         seed=mix("questions", acting.config.seed),
     )
-    return Alternating(acting, Feed(questions, config, acting.place, acting.device, acting.prepare), asks.share)
+    return Alternating(acting, Loader(vqa, config, acting.place, acting.device, acting.prepare), asks.share)
 
 
 class Held:
