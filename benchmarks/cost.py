@@ -3,7 +3,7 @@
     python -m benchmarks.cost
     python -m benchmarks.cost --numbers float8
 
-Nothing is measured and no network is built; see ``vlaflow.compute.cost`` for what is counted and what is not.
+Nothing is measured and no network is built; see ``benchmarks.cost_model.cost`` for what is counted and what is not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 
 import tyro
 
-from vlaflow.compute import full_size
-from vlaflow.compute.cost import (
+from benchmarks.cost_model import full_size
+from benchmarks.cost_model.cost import (
     Cost,
     chunk,
     embed,
@@ -29,8 +29,8 @@ from vlaflow.compute.cost import (
     step_without_cache,
     words,
 )
-from vlaflow.compute.hardware import BFLOAT16, FLOAT8, H200, RTX_4090, NumberFormat
-from vlaflow.compute.shapes import PolicyShape
+from benchmarks.cost_model.hardware import BFLOAT16, FLOAT8, H200, RTX_4090, NumberFormat
+from benchmarks.cost_model.shapes import PolicyShape
 
 FORMATS = {f.name: f for f in (BFLOAT16, FLOAT8)}
 MACHINES = (H200, RTX_4090)

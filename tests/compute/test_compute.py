@@ -64,7 +64,7 @@ def test_a_chunk_without_doubts_costs_nothing_more_whatever_its_neighbours(monke
     assert torch.equal(out.action_BLD[1], dense.action_BLD[1])
     for row in range(3):
         rate(monkeypatch, policy, confidence[row : row + 1])
-        prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(3).observation)).select(torch.tensor([row]))
+        prefix = policy.embed(helpers.batch(3).observation).select(torch.tensor([row]))
         with torch.no_grad():
             alone = Refine(steps=4, inner=Dense(5)).decode(
                 policy.model, prefix, [helpers.generators(3)[row]], Stopwatch(policy.device)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.cost_model.shapes_of import flow_decoder
 from tests import helpers
 from tests.backbones.test_qwen2_5_vl import write_model
 from tests.data.toyset import FPS, LENGTHS, write_v3
@@ -17,7 +18,6 @@ from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.refine import BelowThreshold, Refine
-from vlaflow.compute.shapes_of import flow_decoder
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.exits import ExitTraining

@@ -117,7 +117,7 @@ def table(results: Results) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from vlaflow.reports.plots import short
+    from vlaflow.reports.words import middle, percent, short
 
     first = results.evaluations[0]
     grid = Table(
@@ -151,17 +151,6 @@ def table(results: Results) -> RenderableType:
             rate = f"{overall.successes}/{overall.episodes}"
             grid.add_row("all", overall.compute, rate, percent(overall.interval))
     return Group(grid, *(sentence(test) for test in results.paired if test.env == "all"))
-
-
-def percent(interval: tuple[float, float]) -> str:
-    """As in 84 to 100 %."""
-    return f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %"
-
-
-def middle(steps: tuple[int | None, ...]) -> str:
-    """The median over the successes."""
-    known = sorted(s for s in steps if s is not None)
-    return f"{known[len(known) // 2]}" if known else "none"
 
 
 def sentence(test: PairedTest) -> str:

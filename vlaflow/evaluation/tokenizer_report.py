@@ -5,7 +5,7 @@ Shape letters: N chunks, L chunk size, D action dimension, S token slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ from vlaflow.errors import ConfigError, SpecError
 
 Fit = FastFit | BinsFit
 Fitted = FastTokenizer | BinsTokenizer
+SHOWN = 3
+"""Tokenizers whose example chunk is drawn; more lines cannot be told apart."""
 CHUNKS = 4000
 """Held-out chunks that are looked at, at most; their statistics do not move with more."""
 
@@ -70,6 +72,23 @@ class Quality:
     random: float
     repaired: float
     order: float
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is drawn next to the numbers.
+
+    Args:
+        length_share: by tokenizer whose sequences differ in length, share of the held-out chunks that take 0, 1, 2, … tokens.
+        chunk_LD: the held-out chunk that moves most, normalised.
+        decoded: that chunk as decoded from the tokens of a few tokenizers, (L, D) each.
+        dimensions: names of the action dimensions.
+    """
+
+    length_share: Mapping[str, np.ndarray]
+    chunk_LD: np.ndarray
+    decoded: Mapping[str, np.ndarray]
+    dimensions: tuple[str, ...]
 
 
 def material(dataset: Dataset, chunk_size: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
@@ -153,6 +172,17 @@ def fit(what: Fit, chunks: Material) -> Fitted:
 def example_chunk(chunks: Material) -> np.ndarray:
     """The held-out chunk that moves most, (L, D): on one that stands still every tokenizer is perfect."""
     return chunks.held[int(chunks.held.std(1).sum(1).argmax())]
+
+
+def examples(tokenizers: Sequence[Fitted], chunks: Material, dimensions: Sequence[str]) -> Examples:
+    """Lengths of sequences, and one chunk as a few tokenizers bring it back."""
+    chunk_LD, shares = example_chunk(chunks), {}
+    for tokenizer in [t for t in tokenizers if isinstance(t, FastTokenizer)][:5]:
+        length_N = lengths(tokenizer, tokenizer.encode(chunks.held))
+        shares[describe(tokenizer)] = np.bincount(length_N) / len(length_N)
+    chosen = tokenizers[:: -(-len(tokenizers) // SHOWN)]
+    decoded = {describe(t): t.decode(t.encode(chunk_LD[None])).action_BLD[0] for t in chosen}
+    return Examples(shares, chunk_LD, decoded, tuple(dimensions))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
-from vlaflow.compute.shapes import (
+from benchmarks.cost_model.shapes import (
     BackboneShape,
     DecoderShape,
     LayerShape,
@@ -20,7 +19,8 @@ from vlaflow.compute.shapes import (
     flow_codec,
     residual_head,
 )
-from vlaflow.compute.shapes_of import Grid, qwen_backbone
+from benchmarks.cost_model.shapes_of import Grid, qwen_backbone
+from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.compute.thresholds import exit_shares
 from vlaflow.stacks.expert import a1_expert
 

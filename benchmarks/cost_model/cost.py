@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vlaflow.compute.hardware import BFLOAT16, Hardware, NumberFormat
-from vlaflow.compute.shapes import Linear, Piece, PolicyShape
+from benchmarks.cost_model.hardware import BFLOAT16, Hardware, NumberFormat
+from benchmarks.cost_model.shapes import Linear, Piece, PolicyShape
 from vlaflow.errors import ConfigError
 
 
