@@ -95,7 +95,7 @@ def step_without_cache(shape: PolicyShape) -> Cost:
     """
     own, decoder = shape.backbone, shape.decoder
     if decoder.stack != "shared":
-        raise ConfigError("Only a decoder on the shared stack runs the prefix anew with its own tokens.")
+        raise ConfigError("Only a decoder on the shared stack runs the prefix again with its own tokens.")
     tokens = own.prefix + decoder.suffix
     return step(shape, 0) + Cost((own.layer.piece("layer", tokens, tokens, times=own.depth),))
 

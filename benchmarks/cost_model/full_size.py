@@ -27,7 +27,7 @@ from vlaflow.stacks.expert import a1_expert
 QWEN2_7B = LayerShape(3584, 28, 4, 128, 18944, qkv_bias=True)
 """A layer of Qwen2-7B, the language part of Molmo-7B-D."""
 A1_EXPERT = LayerShape.of(a1_expert().block)
-"""A layer of A1's action expert, a Qwen2 network that reads the keys and values of the layer beside it."""
+"""A layer of A1's action expert, a Qwen2 network that reads the keys and values of the layer next to it."""
 A1_TOKENS = 352
 """Prefix of two views of 144 tokens with their markers, and a sentence, as A1's text says."""
 A1_EXITS = tuple(range(2, 29, 2))

@@ -129,7 +129,7 @@ class Prefix:
         next_position_B: position of the first suffix token, for backbones that count positions.
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
-        embedded_BPW: the tokens before the first layer, for whoever runs them once more; None until one has run.
+        embedded_BPW: the tokens before the first layer, for running them once more; None until one has run.
         written: tokens that a decoder has had the backbone write after the observation; later ones take positions after them.
     """
 
@@ -265,7 +265,7 @@ class Backbone(nn.Module, ABC):
 
         Returns:
             States (B, T, W) after each depth and the final norm, in the suffix's number format; and the suffix's own keys and
-            values in every layer, for whoever reads them next.
+            values in every layer, for later tokens that read them.
         """
         found, written = [], []
         hidden_BTW, rotary = self.place(suffix_BTW, prefix)

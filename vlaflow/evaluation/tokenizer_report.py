@@ -48,7 +48,6 @@ class Quality:
         numbers_per_token: L·D / tokens.
         compression: bits of the float32 numbers per bit of the tokens, each worth log2 of the vocabulary.
         error: root mean square of reconstruction.
-        error_robot: the same per dimension in robot units.
         largest: largest error of any number.
         inexact: share of the chunks that lost more than rounding (out of range, or longer than the slots).
         neighbour: median root mean square change of the chunk when one token's id is raised or lowered by one.
@@ -65,7 +64,6 @@ class Quality:
     numbers_per_token: float
     compression: float
     error: float
-    error_robot: tuple[float, ...]
     largest: float
     inexact: float
     neighbour: float
@@ -129,7 +127,6 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
     id_NS = tokenizer.encode(action_NLD)
     error_NLD = tokenizer.decode(id_NS).action_BLD - action_NLD
     length_N = lengths(tokenizer, id_NS)
-    scale_D = np.array(chunks.normaliser.scale)
     numbers = action_NLD.shape[1] * action_NLD.shape[2]
     near, far = (disturbed(tokenizer, id_NS, np.random.default_rng(seed), near) for near in (True, False))
     return Quality(
@@ -141,7 +138,6 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
         numbers_per_token=numbers / float(length_N.mean()),
         compression=32 * numbers / (float(length_N.mean()) * float(np.log2(tokenizer.vocabulary))),
         error=_rms(error_NLD),
-        error_robot=tuple((np.sqrt(np.square(error_NLD).mean((0, 1))) * scale_D).tolist()),
         largest=float(np.abs(error_NLD).max()),
         inexact=float(1 - tokenizer.exact(action_NLD).mean()) if isinstance(tokenizer, FastTokenizer) else 0.0,
         neighbour=float(np.median(near.change_N)),

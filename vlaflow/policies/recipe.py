@@ -1,6 +1,6 @@
 """What a recipe returns: one frozen config for one training stage, with nothing left to guess.
 
-Recipes live beside their system (``policies/<system>/recipes.py``) and are plain functions of the data set's shape. The
+Recipes live next to their system (``policies/<system>/recipes.py``) and are plain functions of the data set's shape. The
 trainer reads these configs; nothing here trains.
 """
 
@@ -46,7 +46,7 @@ class LatentTraining:
         view: the camera view it looks at.
         gap_s: time between the frames of a pair in seconds; pairs that would cross the end of an episode are not formed.
         replacement: of codebook entries that are hardly used.
-        action_weight: of the action head's squared error (normalised actions) beside that of the pixels (in [−1, 1]).
+        action_weight: of the action head's squared error (normalised actions) relative to that of the pixels (in [−1, 1]).
     """
 
     model: LatentConfig
@@ -107,7 +107,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class VqaTraining:
-    """Learning to answer questions about images beside learning to act: some optimiser steps are taken on questions alone.
+    """VQA co-training: some optimiser steps are taken on questions alone.
 
     Args:
         share: of the optimiser steps, evenly spread among the others; in (0, 1).
@@ -156,7 +156,7 @@ class TrainConfig:
             are left out of the loss; None keeps all.
         max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
             refused.
-        vqa: questions to learn to answer beside; None for none.
+        vqa: VQA co-training; None for none.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
         validation_fraction: share of the episodes of every task held out.
         validate_every, checkpoint_every: steps.

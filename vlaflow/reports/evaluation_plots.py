@@ -128,7 +128,7 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
 
 
 def chunk(video: EpisodeVideo, moment: Moment) -> str:
-    """One chunk: every dimension over the step limit, draft beside answer, confidence below."""
+    """One chunk: every dimension over the step limit, draft and answer, confidence below."""
     actions = np.array(moment.actions)
     draft = None if moment.draft is None else np.array(moment.draft)
     doubted = np.flatnonzero(moment.regenerated) if moment.regenerated else np.array([], int)

@@ -23,7 +23,7 @@ def model_card(
     command: str,
     train: int,
     held: int,
-    beside: Mapping[str, str] | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> str:
     """The text of README.md, in Markdown; that of a stage which continues a policy begins with the policy's own.
 
@@ -35,11 +35,11 @@ def model_card(
         recipe: the recipe's name.
         command: the command line, to repeat it.
         train, held: episodes trained on and held out.
-        beside: what it learned from beside the data set, by name, in words.
+        sources: what it learned from in addition to the data set, by name, in words.
     """
     size = f"{len(dataset.episodes)} episodes, {len(dataset)} frames"
     facts = [f"- Data: {dataset.root.name}, {size}, fingerprint {dataset.fingerprint}"]
-    facts += [f"- {name}: {words}" for name, words in (beside or {}).items()]
+    facts += [f"- {name}: {words}" for name, words in (sources or {}).items()]
     training = _training(config, outcome, recipe, command, (train, held))
     if policy.card:
         what = "Training of the confidence rater" if config.rater is not None else "Further training of the policy"

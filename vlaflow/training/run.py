@@ -32,7 +32,7 @@ from vlaflow.policies.recipe import TrainConfig
 from vlaflow.training.card import model_card
 from vlaflow.training.latents import codes_of, require_same_model, train_latent, video_spec
 from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, require_enough, stated_spec
-from vlaflow.training.pipeline import plan, start_anew
+from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
 from vlaflow.training.stages import AnsweringStage, PolicyStage, RaterStage, Stage
@@ -54,7 +54,7 @@ def train(
         options: see ``Options``.
 
     Raises:
-        VlaflowError: whatever the user can mend, in a sentence.
+        VlaflowError: whatever the user can fix, in a sentence.
     """
     found = find_recipe(recipe)
     require("accelerate", "psutil", what="Training")
@@ -91,7 +91,7 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
     """
     stages = plan(pipeline, dataset, out, options)
     if options.fresh:
-        start_anew(stages)
+        start_over(stages)
     policy: Path | None = None
     latent: Path | None = None
     for number, stage in enumerate(stages, 1):
@@ -294,10 +294,10 @@ def _train(
 
     def card(outcome: Outcome) -> str:
         counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        beside = {"VqaSource": own.words} if own is not None else {}
+        sources = {"VQA": own.words} if own is not None else {}
         if latent and options.latent is not None:
-            beside["Latent actions"] = f"codes of {Path(options.latent).name}, fingerprint {latent['latent']}"
-        return model_card(policy, config, dataset, outcome, recipe=name, command=command, beside=beside, **counts)
+            sources["Latent actions"] = f"codes of {Path(options.latent).name}, fingerprint {latent['latent']}"
+        return model_card(policy, config, dataset, outcome, recipe=name, command=command, sources=sources, **counts)
 
     run = {"recipe": name, "data": dataset.fingerprint, **identity, **(own.identity if own else {})}
     return finish(

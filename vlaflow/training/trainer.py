@@ -82,7 +82,7 @@ class Trainer:
             and the number of processes are added.
         card: text of the checkpoint's README.md for an outcome.
         tracker: where the log goes besides ``training/log.jsonl``.
-        fresh: start anew; an old checkpoint in ``out`` is moved aside.
+        fresh: start over; an old checkpoint in ``out`` is moved aside.
 
     Raises:
         ConfigError: ``out`` holds another run or is not the same folder for all processes, a parameter group matches nothing,
