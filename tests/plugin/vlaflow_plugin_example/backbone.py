@@ -59,7 +59,7 @@ class GlanceProcessor(Processor):
 
     def __call__(self, observation: ObservationBatch) -> Inputs:
         """On the CPU, in the loader's thread or the server's worker."""
-        texts = [torch.tensor(list(text.encode()), dtype=torch.long) for text in observation.instructions]
+        texts = [torch.tensor(list(text.encode()) or [PAD]) for text in observation.instructions]
         id_BP = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=PAD)
         return Inputs(observation.state_BS, id_BP, images={view: observation.images[view] for view in self.views})
 
