@@ -1,4 +1,4 @@
-"""The model card: what a stranger who finds the checkpoint needs to know to judge and repeat it."""
+"""The model card: what someone else needs to know to judge a checkpoint and to reproduce it."""
 
 from __future__ import annotations
 
