@@ -11,7 +11,6 @@ from tests.training.small import new_policy, tiny_config, tiny_policy, write_dat
 from tests.training.test_run import arguments
 from vlaflow.cli import eval_qa
 from vlaflow.cli import train as training
-from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pictures import PictureCache, Questions
 from vlaflow.data.questions import Question, QuestionSet
 from vlaflow.decoders.answers import Answer
@@ -19,8 +18,9 @@ from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataEr
 from vlaflow.evaluation.questions import AnswerConfig, AnsweredQuestion, ask, count, exchange, held_out, read, run
 from vlaflow.evaluation.statistics import wilson
 from vlaflow.policies.base import Policy
+from vlaflow.policies.recipe import Base
 from vlaflow.training.options import Options
-from vlaflow.training.run import train_further
+from vlaflow.training.run import train_stage
 
 
 def said(answer, text, kind="state", question="Open?", ended=True, blind=None):
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_continues_another_has_learned_from_its_questions_too(
     more = {"further": Options(tracker="none"), "again": Options({"questions.held_out": "0.5"}, "none", questions=asked)}
     for name, options in more.items():
         config = tiny_config(policy=base.config, steps=1, questions=None)
-        train_further(base, config, Dataset.open(dataset), tmp_path / name, name=name, policy_path=folder, options=options)
+        train_stage(config, dataset, tmp_path / name, name=name, base=Base.open(folder), options=options)
         folder = tmp_path / name
         assert held_out(folder, opened) == held
     assert len(opened.split(0.5)[1]) > len(held)

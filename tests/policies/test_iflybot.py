@@ -90,7 +90,7 @@ def millions(module):
 
 def full_size(horizon=30, draws=1, truncate=True):
     """As published, with a FAST tokenizer that is fitted, for fitting needs data."""
-    config = qwen3b(8, 7, DATA.views, horizon=horizon, execute=horizon, source=None)
+    config = qwen3b(DATA, horizon=horizon, execute=horizon, source=None)
     decoder = config.decoder.fitted(helpers.chunks(horizon=horizon, dim=7))
     return replace(config, decoder=replace(decoder, truncate=truncate, flow=replace(decoder.flow, draws=draws)))
 
@@ -111,17 +111,17 @@ def test_the_published_sizes():
 
 @pytest.mark.parametrize(
     ("recipe", "horizon"),
-    [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).policy), 30)],
+    [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).objective.policy), 30)],
     ids=["joint3b", "libero", "fine3b"],
 )
 def test_the_recipes_name_parts_that_exist(recipe, horizon):
     """Everything trains from the first step; what a recipe says of the decoder is what the full size has."""
     config = recipe(DATA)
-    decoder = config.policy.decoder
+    decoder = config.objective.policy.decoder
     own = full_size(horizon, decoder.flow.draws, decoder.truncate)
     assert replace(decoder, fast=None) == replace(own.decoder, fast=None)
     assert (decoder.fast.horizon, decoder.fast.action_dim, decoder.fast.tokenizer.vocabulary) == (horizon, 7, 2048)
-    assert config.policy.execute == horizon
+    assert config.objective.policy.execute == horizon
     with torch.device("meta"):
         model = own.build()
     freeze(model, config.optim)
@@ -131,7 +131,8 @@ def test_the_recipes_name_parts_that_exist(recipe, horizon):
 
 def test_the_third_stage_differs_from_the_second_in_truncation_and_draws_alone():
     for joint, fine in ((recipes.joint, recipes.fine), (recipes.joint3b, recipes.fine3b)):
-        before, after = joint(DATA).policy, fine(joint(DATA).policy).policy
+        before = joint(DATA).objective.policy
+        after = fine(before).objective.policy
         assert (before.decoder.truncate, before.decoder.flow.draws) == (True, 1)
         assert (after.decoder.truncate, after.decoder.flow.draws) == (False, 5)
         flow = replace(after.decoder.flow, draws=1)
@@ -143,7 +144,7 @@ def qwen(tmp_path_factory):
     """The published assembly around a small random Qwen2.5-VL."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path_factory.mktemp("qwen"), tied=True)
-    config = qwen3b(4, 4, ("image",), horizon=6, execute=6)
+    config = qwen3b(DataSpec(4, 4, ("image",)), horizon=6, execute=6)
     decoder = config.decoder
     block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
     flow = replace(decoder.flow, expert=replace(decoder.flow.expert, block=block))
@@ -157,7 +158,7 @@ def qwen(tmp_path_factory):
 
 def test_the_published_assembly_sees_448_pixels(qwen):
     """256 tokens a picture, by the processor's own rounding, whatever size the camera gives."""
-    config, reader = qwen3b(4, 4, ("image",)).backbone, qwen.model.backbone.reading()
+    config, reader = qwen3b(DataSpec(4, 4, ("image",))).backbone, qwen.model.backbone.reading()
     for side in (224, 448, 640):
         seen = replace(helpers.batch(1).observation, images={"image": torch.zeros(1, side, side, 3, dtype=torch.uint8)})
         prompt = reader.read(seen, config)
@@ -187,7 +188,7 @@ def test_a_small_qwen_learns_and_acts(qwen, truncate):
 
 
 def small(**changes):
-    config = tiny(4, 4, ("image",))
+    config = tiny(DataSpec(4, 4, ("image",)))
     fast = replace(config.decoder.fast, tokenizer=helpers.FAST, horizon=6)
     decoder = replace(config.decoder, fast=fast, flow=replace(config.decoder.flow, horizon=6))
     backbone = replace(config.backbone, image_size=32, depth=2, width=32, heads=2, ffn=32)

@@ -9,7 +9,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import DEPARTURES
 from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import model_pairs
-from vlaflow.training.latents import codes_of
+from vlaflow.policies.latent_codes import codes_of
 
 
 def test_codes_that_tell_of_a_departure_are_left_out(dataset, tmp_path, monkeypatch):
@@ -20,7 +20,7 @@ def test_codes_that_tell_of_a_departure_are_left_out(dataset, tmp_path, monkeypa
     all_NK, _ = codes_of(policy, opened, latent, None)
     departed_N = np.zeros(len(opened), bool)
     departed_N[5] = True
-    monkeypatch.setattr("vlaflow.training.latents.departed", lambda *_: departed_N)
+    monkeypatch.setattr("vlaflow.policies.latent_codes.departed", lambda *_: departed_N)
     some_NK, _ = codes_of(policy, opened, latent, DEPARTURES)
     gap = model_pairs(LatentActionModel.from_pretrained(latent), opened).gap
     over = list(range(6 - gap, 6))

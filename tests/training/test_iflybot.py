@@ -27,8 +27,9 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b
 from vlaflow.policies.provenance import newest_state
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.stages import AnsweringStage, PolicyStage
 from vlaflow.training.journal import read_log
-from vlaflow.training.stages import AnsweringStage, PolicyStage
 from vlaflow.training.trainer import Trainer
 
 STAGES = ("latent", "joint", "fine")
@@ -294,7 +295,7 @@ def test_another_policy_place_or_robot_is_one_sentence(dataset, latent, joint, t
         command.main(flybot.fine(dataset, tmp_path / "p", tmp_path / "rated", latent))
     opened = Dataset.open(dataset)
     opened.action_spec = replace(opened.action_spec, robot="other arm")
-    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root: opened))
+    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root, **_: opened))
     with pytest.raises(SpecError, match="robot is 'test arm' in the first and 'other arm' in the second"):
         command.main(flybot.fine(dataset, tmp_path / "p", joint, latent))
     assert not (tmp_path / "p").exists()
@@ -312,7 +313,7 @@ def test_a_pretrained_backbone_keeps_its_tokenizer_and_image_settings(dataset, l
     """The checkpoint of the third stage opens and acts without the second's."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path / "qwen", tied=True)
-    config = qwen3b(3, 2, ("front",), horizon=4, execute=4)
+    config = qwen3b(DataSpec(3, 2, ("front",)), horizon=4, execute=4)
     backbone = QwenConfig(3, ("front",), str(source), min_pixels=PATCH, max_pixels=4 * PATCH)
     block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
     expert = replace(config.decoder.flow.expert, block=block)
@@ -466,7 +467,7 @@ def test_a_stage_may_name_no_codes(dataset, tmp_path):
         (["--set", "latent=none"], "'latent' names no stage"),
         (["--set", "fine.stpes=5"], "Unknown key 'stpes' in --set; did you mean 'steps'"),
         (["--set", "fine.policy.decoder.fsat=none"], "did you mean 'fast'"),
-        (["--set", "latent.latent.model.book=16"], r"8 codes of a book of 16, .*--set joint\.policy\.decoder\.latent\.codes=8"),
+        (["--set", "latent.model.book=16"], r"8 codes of a book of 16, .*--set joint\.policy\.decoder\.latent\.codes=8"),
         (["--latent", "runs/latent"], "trains a latent action model of its own; leave --latent out"),
         (["--policy", "runs/policy"], "starts from scratch; leave --policy out"),
     ],

@@ -17,12 +17,14 @@ from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.policies.a1.policy import tiny_flow
 from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
-from vlaflow.policies.recipe import QuestionTraining, TrainConfig
+from vlaflow.policies.objectives import RaterObjective
+from vlaflow.policies.recipe import Assets, DataSpec
+from vlaflow.policies.stages import AnsweringStage, CoTraining, PolicyStage
+from vlaflow.policies.vqa import QuestionTraining
 from vlaflow.spec import Observation
 from vlaflow.training.feed import Alternating, Feed, Place, alternating
 from vlaflow.training.guard import DivergedError
 from vlaflow.training.journal import read_log
-from vlaflow.training.stages import AnsweringStage, PolicyStage
 from vlaflow.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -35,8 +37,8 @@ def asking_config(share=0.5, questions=None, **changes):
 
 def run(out, config, source=None, asked=None, held=None, **options):
     policy = new_policy(config)
-    stage = AnsweringStage(PolicyStage(policy), policy, config.questions.weight)
-    questions = (asked or Asked(), held)
+    stage = AnsweringStage(PolicyStage(policy), policy, config.objective.questions.weight)
+    questions = CoTraining(asked or Asked(), held, config.objective.questions.share)
     return Trainer(stage, config, source or Memory(), None, out, questions=questions, tracker="none", **options).run()
 
 
@@ -55,7 +57,7 @@ def test_actions_and_their_noise_are_those_of_a_run_without_questions():
     """Step after step, only with questions in between; and the questions walk epochs of their own."""
     config = asking_config(0.25)
     alone = Feed(Memory(), config, Place(), CPU)
-    feed = alternating(Feed(Memory(), config, Place(), CPU), Asked(6))
+    feed = alternating(Feed(Memory(), config, Place(), CPU), CoTraining(Asked(6), None, 0.25))
     plain = iter([alone.step(s)[0] for s in range(9)])
     names = []
     for step in range(12):
@@ -73,13 +75,13 @@ def test_actions_and_their_noise_are_those_of_a_run_without_questions():
 def test_a_state_mask_never_makes_up_a_state_for_a_question():
     from vlaflow.data.augment import StateMask
 
-    feed = alternating(Feed(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU), Asked())
+    feed = alternating(Feed(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU), CoTraining(Asked(), None, 0.5))
     assert not feed.step(1)[0].batch.observation.known_BS.any()
 
 
 def test_questions_may_come_in_batches_of_another_size():
-    config = asking_config(questions=QuestionTraining(share=0.5, batch_size=6), accumulate=2)
-    feed = alternating(Feed(Memory(), config, Place(), CPU), Asked())
+    config = asking_config(accumulate=2)
+    feed = alternating(Feed(Memory(), config, Place(), CPU), CoTraining(Asked(), None, 0.5, batch_size=6))
     assert [[len(p.batch.observation) for p in feed.step(s)] for s in (0, 1)] == [[2, 2], [3, 3]]
 
 
@@ -87,7 +89,7 @@ def test_questions_may_come_in_batches_of_another_size():
 
 
 def expert_policy():
-    config = tiny_flow(3, 2, ("front",))
+    config = tiny_flow(DataSpec(3, 2, ("front",)))
     backbone = replace(config.backbone, image_size=32, answers=True, depth=2)
     decoder = replace(config.decoder, horizon=4)
     exits = replace(config.exits, depths=(1, 2)) if config.exits else None
@@ -172,7 +174,7 @@ def test_a_loss_that_is_not_finite_names_its_questions(tmp_path):
         policy.model.backbone.answer.weight.fill_(float("nan"))
     stage = AnsweringStage(PolicyStage(policy), policy, 1.0)
     with pytest.raises(DivergedError, match=r"at step 2 of 6. Its samples: questions q\d+, q\d+"):
-        Trainer(stage, config, Memory(), None, tmp_path / "p", questions=(Asked(), None), tracker="none").run()
+        Trainer(stage, config, Memory(), None, tmp_path / "p", questions=CoTraining(Asked(), None, 0.5), tracker="none").run()
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------------
@@ -221,9 +223,8 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     for wrong in ({"share": 0.0}, {"share": 1.0}, {"held_out": 1.0}, {"weight": 0.0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="questions"):
             QuestionTraining(**wrong)
-    policy = new_policy(asking_config())
-    with pytest.raises(ConfigError, match="needs a set of them"):
-        Trainer(PolicyStage(policy), asking_config(), Memory(), None, tmp_path / "q", tracker="none")
-    rater = tiny_rater(tiny(3, 2, ("front",)))
-    with pytest.raises(ConfigError, match="Only a policy learns from questions"):
-        TrainConfig(None, rater, questions=QuestionTraining())
+    with pytest.raises(ConfigError, match="name a set of them with --qa"):
+        asking_config().objective.require(Assets())
+    rater = tiny_rater(tiny(DataSpec(3, 2, ("front",))))
+    with pytest.raises(ConfigError, match="A rater learns no questions"):
+        RaterObjective(rater).require(Assets(questions=asked))

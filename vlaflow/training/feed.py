@@ -10,28 +10,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.data.batch import Batch, QuestionBatch
 from vlaflow.data.mixture import Order
+from vlaflow.data.source import Sample, Source
 from vlaflow.data.transforms import RandomShift
 from vlaflow.policies.recipe import TrainConfig
-
-Sample = Batch | QuestionBatch
-
-
-class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, ``data.pictures.Questions``, or anything like them."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def batch(self, indices: np.ndarray) -> Sample:
-        """The samples at ``indices``."""
+from vlaflow.policies.stages import CoTraining
 
 
 @dataclass(frozen=True)
@@ -145,17 +133,15 @@ class Alternating:
         self.asking.close()
 
 
-def alternating(acting: Feed, questions: Source) -> Alternating:
-    """The feed of a config with ``questions``: state masks are for actions, everything else holds for both."""
-    asks = acting.config.questions
-    assert asks is not None
+def alternating(acting: Feed, questions: CoTraining) -> Alternating:
+    """Actions and questions in turns: state masks are for actions, everything else holds for both."""
     config = replace(
         acting.config,
-        batch_size=asks.batch_size or acting.config.batch_size,
+        batch_size=questions.batch_size or acting.config.batch_size,
         state_mask=None,
         seed=mix("questions", acting.config.seed),
     )
-    return Alternating(acting, Feed(questions, config, acting.place, acting.device), asks.share)
+    return Alternating(acting, Feed(questions.train, config, acting.place, acting.device), questions.share)
 
 
 class Held:

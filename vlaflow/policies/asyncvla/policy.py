@@ -13,22 +13,21 @@ from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.tiny import tiny_backbone
 
-DEPTH = 4
 
-
-def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfig:
+def tiny(data: DataSpec) -> PolicyConfig:
     """A policy of 1.0 M parameters that learns from scratch on a laptop CPU: chunks of 16, 8 executed.
 
-    Nine tokens per view (cells of 32 pixels) and width 128: at equal processor time, 36 tokens or width 192 ended at a
-    higher validation loss (docs/log.md). Half of the draws noise every action: with the paper's masks alone a short
-    training learns to copy neighbouring actions before it learns to look. It also answers after
-    two and three of its four layers, for early exit; these answers count a fifth of the loss, so that the last loses little.
+    Half of the draws noise every action: with the paper's masks alone a short training learns to copy neighbouring actions
+    before it learns to look. It also answers after two and three of its four layers, for early exit; these answers count a
+    fifth of the loss, so that the last loses little.
     """
     return PolicyConfig(
         system="asyncvla",
-        backbone=TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, depth=DEPTH, heads=4, ffn=512),
-        decoder=FlowConfig(action_dim=action_dim, horizon=16, draws=2, whole=0.5),
+        backbone=tiny_backbone(data),
+        decoder=FlowConfig(action_dim=data.action_dim, horizon=16, draws=2, whole=0.5),
         exits=ExitTraining((2, 3, 4), shallow=0.2),
     )
 
@@ -41,25 +40,18 @@ def tiny_rater(policy: PolicyConfig) -> RaterConfig:
     return RaterConfig(BlockConfig(tiny.width, tiny.heads, tiny.heads, tiny.width // tiny.heads, 4 * tiny.width), 2)
 
 
-def qwen3b(
-    state_dim: int,
-    action_dim: int,
-    views: tuple[str, ...],
-    horizon: int = 8,
-    source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct",
-) -> PolicyConfig:
+def qwen3b(data: DataSpec, *, horizon: int = 8, source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct") -> PolicyConfig:
     """AsyncVLA as published: 3.755 B pretrained parameters and a head of 17.0 M; ``qwen3b_rater`` makes it 4.08 B.
 
     Args:
-        state_dim, action_dim: at most 32 each; the head is padded to 32.
-        views: camera views in the order of the images.
+        data: at most 32 dimensions of state and action each; the head is padded to 32.
         horizon: actions per chunk (8 on LIBERO, 4 on Bridge and Fractal), all of them executed.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     return PolicyConfig(
         system="asyncvla",
-        backbone=QwenConfig(state_dim, views, source, None if source else qwen2_5_vl_3b(), recompute=True),
-        decoder=FlowConfig(action_dim=action_dim, horizon=horizon, padded_dim=32, draws=1),
+        backbone=QwenConfig(data.state_dim, data.views, source, None if source else qwen2_5_vl_3b(), recompute=True),
+        decoder=FlowConfig(action_dim=data.action_dim, horizon=horizon, padded_dim=32, draws=1),
         execute=horizon,
     )
 

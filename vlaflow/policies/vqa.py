@@ -1,0 +1,96 @@
+"""Learning to answer questions about pictures, in turns with learning to act (VQA co-training)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.data.pictures import PictureCache, Questions, require_shown
+from vlaflow.data.questions import QuestionSet, Turns
+from vlaflow.errors import CapabilityError, ConfigError, SpecError
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.provenance import TrainedQuestions
+from vlaflow.policies.stages import CoTraining
+
+
+@dataclass(frozen=True)
+class QuestionTraining:
+    """Learning to answer questions about pictures beside learning to act: some optimiser steps are taken on questions alone.
+
+    Args:
+        share: of the optimiser steps, evenly spread among the others; in (0, 1).
+        weight: of the language-model loss.
+        batch_size: questions per such step and process; None takes as many as observations.
+        turns: of conversations: all, each with the earlier ones before it, or the first alone.
+        held_out: share of the questions, by picture and group, that is never trained on.
+        size: side in pixels at which pictures are shown to backbones that look at any size.
+    """
+
+    share: float = 0.25
+    weight: float = 1.0
+    batch_size: int | None = None
+    turns: Turns = "all"
+    held_out: float = 0.1
+    size: int = 448
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(f"questions.share must lie between 0 and 1, both excluded, got {self.share}.")
+        sizes = self.size if self.batch_size is None else min(self.size, self.batch_size)
+        if not 0 <= self.held_out < 1 or self.weight <= 0 or sizes < 1:
+            raise ConfigError(
+                "questions.held_out lies in [0, 1), weight is above 0, size and batch_size are at least 1; got "
+                f"{self.held_out}, {self.weight}, {self.size}, {self.batch_size}."
+            )
+
+
+def require_askable(policy: PolicyConfig, questions: QuestionSet) -> None:
+    """Refuse a policy that cannot learn these questions, before it is built.
+
+    Raises:
+        CapabilityError: it has no language-model head.
+        SpecError: a question shows more pictures than it has views, or is longer than it can read or say.
+    """
+    backbone = policy.backbone
+    if isinstance(backbone, TinyConfig) and not backbone.answers:
+        raise CapabilityError(
+            "This backbone has no language-model head, so it can neither learn nor give answers. Train one that has: --set "
+            "policy.backbone.answers=true."
+        )
+    for question in questions.questions:
+        require_shown(question, questions, backbone.views)
+        if not isinstance(backbone, TinyConfig):
+            continue
+        for text, most, key in (
+            (question.question, backbone.text_bytes, "text_bytes"),
+            (question.answer, backbone.suffix - 1, "suffix"),
+        ):
+            if (size := len(text.encode())) > most:
+                raise SpecError(
+                    f"'{text}' of question '{question.name}' in {questions.file} has {size} bytes, the policy takes at most "
+                    f"{most}. Take it out, or raise policy.backbone.{key}; questions.turns=first leaves later turns out."
+                )
+
+
+def questions_of(policy: Policy, how: QuestionTraining, path: Path | str) -> tuple[CoTraining, TrainedQuestions, str]:
+    """A question set divided, with its pictures at the size that the policy looks at.
+
+    Returns:
+        what is learned from, what later evaluations need to know of it, and a line for the model card.
+    """
+    views = policy.model.backbone.views
+    found = QuestionSet.open(path, how.turns)
+    require_askable(policy.config, found)
+    pictures = PictureCache.open(found, next(iter(views.values())) or how.size)
+    state_dim = len(policy.stats["state"].mean)
+    train, held = (
+        Questions(found, pictures, tuple(views), state_dim, part) if part else None for part in found.split(how.held_out)
+    )
+    assert train is not None  # a part of every set stays
+    line = (
+        f"{found.root.name}, {len(train)} for training, {len(held or ())} held out, on {how.share:g} of the steps, "
+        f"fingerprint {found.fingerprint}"
+    )
+    trained = TrainedQuestions(found.fingerprint, how.turns, how.held_out, how.size)
+    return CoTraining(train, held, how.share, how.batch_size), trained, line
