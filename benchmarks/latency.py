@@ -24,11 +24,11 @@ from torch import Generator
 from benchmarks._timing import Case, report, seconds_in_turns
 from benchmarks.training import make_policy
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stopwatch
-from vlaflow.compute.calibration import Checkpoint
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Stopwatch
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.parse import Knobs, parse_all
+from vlaflow.compute.parse import parse_all
 from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import override
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.data.frames import FrameCache
@@ -76,7 +76,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Recomputed:
+class Recomputed(ComputePolicy):
     """Dense without a memory: every solver step encodes the observation again.
 
     Args:
@@ -87,7 +87,6 @@ class Recomputed:
     steps: int
     encode: Callable[[], Prefix] | None = None
     name = "recomputed"
-    needs = Requirements()
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None

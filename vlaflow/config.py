@@ -1,8 +1,8 @@
 """Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is one clear sentence, never ignored.
 
 Every dataclass is written with a "kind" key, its class name, which picks the member where a field is a union of
-dataclasses: nothing has to be registered, nothing is imported by name, and a field that becomes a union later still opens
-older files.
+dataclasses, or one of the installed kinds where it is open to other distributions (``registry.Part``). No file can name a
+module, and a field that becomes a union later still opens older files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from vlaflow.errors import ConfigError, nearest
+from vlaflow.registry import Part, kind_of, require_registered
 
 T = TypeVar("T")
 INLINE: Mapping[str, Any] = {"inline": True}
@@ -23,7 +24,13 @@ JSON = Any
 
 
 def to_json(value: Any) -> JSON:
-    """Plain JSON data of a (nested) dataclass."""
+    """Plain JSON data of a (nested) dataclass.
+
+    Raises:
+        ConfigError: for a config of a kind that is not registered, which ``from_json`` could not find again.
+    """
+    if isinstance(value, Part):
+        require_registered(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__} | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
@@ -70,6 +77,12 @@ def _decode(annotation: Any, data: JSON, where: str, key: str) -> Any:
                 if option is plain[-1]:
                     raise
         raise ConfigError(f"'{key}' in {where} cannot be {data!r}.")
+    if _is_open(annotation):
+        _require(isinstance(data, dict), key, where, f"an object ({annotation.__name__})", data)
+        _require(isinstance(data.get("kind"), str), f"{key}.kind", where, "a name", data.get("kind"))
+        unknown = f"'{key}.kind' in {where} is {data['kind']!r}, which nothing installed provides"
+        kind = kind_of(annotation, data["kind"], unknown)
+        return _decode_dataclass(kind, data, where, key)
     if dataclasses.is_dataclass(annotation):
         return _decode_dataclass(annotation, data, where, key)
     if origin is tuple:
@@ -106,9 +119,12 @@ def _decode_dataclass(cls: Any, data: JSON, where: str, key: str) -> Any:
 
 
 def _dataclasses_in(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return [a for a in typing.get_args(annotation) if dataclasses.is_dataclass(a)]
-    return [annotation] if dataclasses.is_dataclass(annotation) else []
+    return [a for a in typing.get_args(annotation) if dataclasses.is_dataclass(a) or _is_open(a)]
+
+
+def _is_open(annotation: Any) -> bool:
+    """Whether it stands for every installed kind, as the bases of parts do, which are no dataclasses themselves."""
+    return isinstance(annotation, type) and issubclass(annotation, Part) and not dataclasses.is_dataclass(annotation)
 
 
 def _require(condition: bool, key: str, where: str, wanted: str, found: Any) -> None:

@@ -38,6 +38,10 @@ class CapabilityError(VlaflowError):
     """A part was asked for something that it, or this machine, cannot do."""
 
 
+class NotFiniteError(VlaflowError):
+    """A network computed NaN or an infinite value."""
+
+
 class RequestError(VlaflowError):
     """A request or reply over the wire is not what the protocol says."""
 

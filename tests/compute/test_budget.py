@@ -6,11 +6,12 @@ from math import inf
 import pytest
 
 from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, choose, save, within
-from vlaflow.compute.calibration import FOLDER, Calibration, Checkpoint, Seen, ShareTarget, load_exit
+from vlaflow.compute.calibration import FOLDER, Calibration, Seen, ShareTarget, load_exit
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
-from vlaflow.compute.parse import Knobs, parse
+from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import Refine
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.versions import machine
 

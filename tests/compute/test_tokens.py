@@ -8,9 +8,10 @@ from tests import helpers
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
-from vlaflow.compute.parse import Knobs, able, parse
+from vlaflow.compute.parse import able, parse
 from vlaflow.compute.refine import BelowThreshold
 from vlaflow.compute.refine_tokens import Improbable, RefineTokens
+from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Given

@@ -10,7 +10,7 @@ from tests import helpers
 from vlaflow.actions.bins import BinsFit
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Given, GivenTokens, Targets, Tokens
+from vlaflow.decoders.base import Capability, Given, GivenTokens, Targets, Tokens
 from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig, EmbeddingMetric
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
@@ -196,7 +196,7 @@ def test_given_tokens_at_clock_0_never_change_and_the_others_do(config, settings
     clock_BS = (torch.arange(decoder.slots) % 2).float().expand(3, -1)
     with torch.inference_mode():
         state = decoder.solve(prefix_of(policy), helpers.generators(3), 5, GivenTokens(id_BS, clock_BS))
-        if decoder.settles:
+        if Capability.DETERMINISTIC_STEPS in decoder.capabilities:
             state = decoder.settle(state, prefix_of(policy), 2)
     kept = clock_BS == 0
     assert torch.equal(state.id_BS[kept], id_BS[kept])
@@ -222,7 +222,7 @@ def test_decoding_leaves_the_prefix_as_it_was(config, settings):
     before = [x.clone() for kv in prefix.memory for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW.clone()]
     with torch.inference_mode():
         state = policy.model.decoder.solve(prefix, helpers.generators(3), 4)
-        if policy.model.decoder.settles:
+        if Capability.DETERMINISTIC_STEPS in policy.model.decoder.capabilities:
             policy.model.decoder.settle(state, prefix, 2)
     after = [x for kv in prefix.memory for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -238,8 +238,8 @@ def test_given_actions_need_tokens_that_belong_to_one_action():
     expected = torch.from_numpy(helpers.BINS.decode(ids).action_BLD)
     assert torch.equal(made[:, :3], expected[:, :3])
     fast = helpers.token_policy(DiscreteFlowConfig)
-    assert bins.model.decoder.takes_given
-    assert not fast.model.decoder.takes_given
+    assert Capability.CONDITIONING in bins.model.decoder.capabilities
+    assert Capability.CONDITIONING not in fast.model.decoder.capabilities
     with pytest.raises(CapabilityError, match="Train it with bins"):
         fast.model.decoder.start(prefix_of(fast), helpers.generators(3), 4, Given(action_BLD, clock_BL))
 

@@ -153,6 +153,16 @@ def test_what_cannot_be_is_one_sentence(trained, dataset, arguments, words, caps
     assert words in said
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence_before_anything_is_measured(trained, dataset, tmp_path, capsys):
+    folder = tmp_path / "policy"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("calibration"))
+    (folder / "calibration").write_text("a file")
+    assert main(["calibrate", str(folder), "--dataset", str(dataset), "--frames", "16"]) == 2
+    said = capsys.readouterr().err
+    assert "calibrate a copy of the checkpoint" in said
+    assert said.count("\n") == 1
+
+
 def test_a_checkpoint_without_its_training_folder_says_how_to_go_on(trained, dataset, tmp_path, capsys):
     folder = tmp_path / "policy"
     shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("training"))

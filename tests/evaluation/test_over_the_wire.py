@@ -1,5 +1,6 @@
 """Episodes over the wire: one clock for every hand-over, jerk in closed form, and a real server at the end."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -8,10 +9,12 @@ import pytest
 
 from tests import helpers
 from tests.serving.live import serving
+from vlaflow.cli.main import main as command
 from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError, RequestError, SpecError
 from vlaflow.evaluation import over_the_wire as wire
+from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.over_the_wire_results import count, results
 from vlaflow.reports.realtime import write_page
 from vlaflow.robot.realtime import Move
@@ -281,3 +284,34 @@ def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
     assert "commit − switch" in page
     assert "Dense(steps=2" in page
     assert '"delay_ms": 25.0' in (tmp_path / "results.json").read_text()
+
+
+def test_an_unusable_out_is_one_sentence_before_anything_is_driven(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command(["rollout", "--env", ENV, "--server", "ws://127.0.0.1:9", "--out", str(tmp_path / "file/out")]) == 2
+    said = capsys.readouterr().err
+    assert "Choose another --out." in said
+    assert said.count("\n") == 1
+
+
+def test_an_interrupted_comparison_continues_to_the_same_episodes(tmp_path, monkeypatch):
+    policy = helpers.Policy.create(
+        helpers.policy_config(), ACTION, {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}, seed=0
+    )
+    add = EpisodeLog.add
+
+    def and_stop(self, number, episode):
+        add(self, number, episode)
+        raise KeyboardInterrupt
+
+    with serving(policy, Dense(2)) as (_, address):
+        words = ["rollout", "--env", ENV, "--server", address, "--mode", "switch", "--delay-ms", "0", "--delay-ms", "25"]
+        words += ["--execute", "3", "--horizon", "6", "--episodes", "1", "--workers", "0"]
+        assert command([*words, "--out", str(tmp_path / "whole")]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(EpisodeLog, "add", and_stop)
+            assert command([*words, "--out", str(tmp_path / "parts")]) == 130
+        assert command([*words, "--out", str(tmp_path / "parts")]) == 0
+    whole, parts = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts"))
+    assert parts["episodes"] == whole["episodes"]
+    assert len(parts["episodes"]) == 2

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.evaluation.conftest import ENV
-from vlaflow.compute.parse import Knobs, parse, parse_all
+from vlaflow.compute.parse import parse, parse_all
+from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.evaluation.latency import measure, seen_on_the_way
 from vlaflow.evaluation.rollout import (

@@ -24,8 +24,9 @@ from vlaflow.config import to_json
 from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
+from vlaflow.serving import layouts
 from vlaflow.serving.engine import EngineConfig
-from vlaflow.serving.layouts import LAYOUTS, Layout, choose, read
+from vlaflow.serving.layouts import Layout, choose, read
 from vlaflow.serving.server import PolicyServer, ServerConfig
 from vlaflow.spec import Commitment
 
@@ -187,11 +188,11 @@ def test_roboarenas_clients_get_their_metadata_and_a_bare_array_of_what_is_to_be
 def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, space):
     dimensions = [{"mode": mode}] * 7 + [{"mode": "absolute"}]
     spec = {"robot": "arm", "dimensions": dimensions}
-    images = dict.fromkeys(LAYOUTS["roboarena"].images, 224)
-    found = LAYOUTS["roboarena"].dialect.hello({"images": images, "action_spec": spec})
+    images = dict.fromkeys(layouts.ROBOARENA.images, 224)
+    found = layouts.ROBOARENA.dialect.hello({"images": images, "action_spec": spec})
     assert found["action_space"] == space
     assert found["needs_wrist_camera"]
-    other = LAYOUTS["roboarena"].dialect.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
+    other = layouts.ROBOARENA.dialect.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
     assert other["action_space"] == "arm"
 
 
@@ -403,13 +404,13 @@ def test_layouts_read_what_openpis_clients_send():
     assert seen.state.tolist() == [*range(7), 0.5]
     aloha = {
         "state": np.zeros(14),
-        "images": {k.rsplit("/")[1]: image.transpose(2, 0, 1) for k in LAYOUTS["aloha"].images},
+        "images": {k.rsplit("/")[1]: image.transpose(2, 0, 1) for k in layouts.ALOHA.images},
         "prompt": "y",
     }
     seen = read(aloha, **choose("aloha", ("a", "b", "c", "d")))
     assert all(np.array_equal(seen.images[v], image) for v in "abcd")
     own = choose("libero", ("front",), images=("cam",), state=("joints", "grip"))
-    assert own["layout"] == replace(LAYOUTS["libero"], images=("cam",), state=("joints", "grip"))
+    assert own["layout"] == replace(layouts.LIBERO, images=("cam",), state=("joints", "grip"))
     assert read({"cam": image, "joints": [1, 2], "grip": 3, "prompt": "z"}, **own).state.tolist() == [1, 2, 3]
     with pytest.raises(ConfigError, match="Name the keys of its images with --image"):
         choose("libero", ("front",))

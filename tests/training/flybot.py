@@ -1,7 +1,10 @@
 """iFlyBot-VLA's stages, small enough to train in a moment, as the command is given them."""
 
+from tests.training.small import weights
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
+from vlaflow.policies.provenance import newest_state
 
+STAGES = ("latent", "joint", "fine")
 LATENT = ("image_size=32", "patch=4", "width=16", "heads=2", "ffn=32", "spatial=1", "temporal=1", "decoder=1", "code_dim=4")
 SMALL = LatentConfig(image_size=32, patch=4, width=16, heads=2, ffn=32, spatial=1, temporal=1, decoder=1, code_dim=4)
 BACKBONE = ("image_size=32", "cell=16", "width=32", "depth=2", "heads=2", "ffn=64", "text_bytes=32", "answers=true")
@@ -50,3 +53,22 @@ def write_latent(folder, gap=2, seed=0, **changes):
     model = LatentActionModel.create(config, Origin("", "front", 10.0, gap / 10, gap), seed).eval()
     model.save_pretrained(folder)
     return folder
+
+
+def folder_of(out, stage):
+    return out if stage == "fine" else out / stage
+
+
+def same(a, b):
+    """Weights and training state are the same bytes."""
+    (step, state_a), (other, state_b) = newest_state(a), newest_state(b)
+    files = sorted(f.name for f in state_a.glob("*.safetensors"))
+    return (
+        step == other
+        and weights(a) == weights(b)
+        and all((state_a / name).read_bytes() == (state_b / name).read_bytes() for name in files)
+    )
+
+
+def break_down():
+    raise RuntimeError("cut")

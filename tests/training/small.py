@@ -1,10 +1,12 @@
 """Small things to train on: samples in memory, a data set on disk, a policy of a few thousand weights."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
@@ -136,3 +138,13 @@ def new_policy(config: TrainConfig) -> Policy:
 
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
+
+
+def write_questions(root):
+    root.mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((32, 32, 3), 30 * i, np.uint8)).save(root / f"{i}.png")
+    said = [{"from": "human", "value": "<image>\nDark or bright?"}, {"from": "gpt", "value": "dark"}]
+    lines = [json.dumps({"id": i, "image": f"{i}.png", "conversations": said}) for i in range(8)]
+    (root / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return root

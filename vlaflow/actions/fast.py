@@ -49,6 +49,11 @@ class FastFit:
         if not self.scale > 0 or (self.vocabulary is not None and self.vocabulary < 2):
             raise ConfigError(f"FAST needs a scale above 0 and 2 ids or more, got {self.scale} and {self.vocabulary}.")
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Merges are learned by the tokenizers package."""
+        return () if self.vocabulary is None else ("tokenizers",)
+
     def fit(self, action_NLD: np.ndarray) -> FastTokenizer:
         """A tokenizer learned from N normalised chunks; the same chunks give the same tokenizer.
 
@@ -93,6 +98,11 @@ class FastTokenizer:
     symbols: int
     merges: tuple[tuple[int, int], ...] = field(repr=False)
     slots: int = 64
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Merges are applied by the tokenizers package."""
+        return ("tokenizers",) if self.merges else ()
 
     @property
     def vocabulary(self) -> int:

@@ -12,14 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues, causal_mask
-from vlaflow.nn.block import Rotate
+from vlaflow.nn.block import BlockConfig, Rotate
+from vlaflow.registry import Group, Part
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -40,6 +41,68 @@ class BackboneSpec:
     attention: Literal["full", "causal"] = "full"
     state_dim: int = 0
     rotary: bool = False
+
+
+@dataclass(frozen=True)
+class TextLimit:
+    """How much text a backbone takes.
+
+    Args:
+        size: bytes of UTF-8.
+        key: the config's field that raises it.
+    """
+
+    size: int
+    key: str
+
+
+class BackboneConfig(Part, ABC):
+    """All that is needed to build a backbone, weights aside; a checkpoint holds it as JSON.
+
+    A kind is a frozen dataclass with the fields ``state_dim`` and ``views``, registered by its class's name under
+    ``vlaflow.backbones`` (docs/extending.md). What other parts must know before the network is built, they ask here.
+    """
+
+    group: ClassVar[Group] = "backbones"
+
+    if TYPE_CHECKING:  # a dataclass would take an inherited property for the default of its field
+
+        @property
+        def state_dim(self) -> int:
+            """Length of the proprioceptive state, S."""
+
+        @property
+        def views(self) -> tuple[str, ...]:
+            """Camera views in the order of their tokens."""
+
+    @abstractmethod
+    def build(self) -> Backbone:
+        """The network, initialised from torch's global generator."""
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether the network has a language-model head, so that it can learn and give answers in words."""
+        return False
+
+    @property
+    def longest_instruction(self) -> TextLimit | None:
+        """The longest instruction it reads; None where there is no fixed limit."""
+        return None
+
+    @property
+    def longest_answer(self) -> TextLimit | None:
+        """The longest answer it learns to give; None where there is no fixed limit."""
+        return None
+
+    def rater_block(self) -> BlockConfig:
+        """The transformer block of a rater that reads this backbone's hidden states, so of the same width.
+
+        Raises:
+            CapabilityError: by default; a backbone whose policies are to be rated overrides it.
+        """
+        raise CapabilityError(
+            f"{type(self).__name__} does not say what a rater of its states is made of (rater_block), so none can be added."
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +182,7 @@ class Backbone(nn.Module, ABC):
 
     spec: BackboneSpec
     config: Any
+    """Its ``BackboneConfig``."""
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix
 from vlaflow.backbones.emu3_prompt import NAME, EmuReader
 from vlaflow.backbones.pretrained import PretrainedBackbone, plain_architecture
 from vlaflow.backbones.pretrained_prompt import open_pretrained, transformers_library
@@ -43,7 +43,7 @@ def emu3_8b() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class EmuConfig:
+class EmuConfig(BackboneConfig):
     """The Emu3 backbone.
 
     Args:
@@ -77,6 +77,11 @@ class EmuConfig:
     def build(self) -> EmuBackbone:
         """The network: pretrained where ``source`` is given, else random, to be filled from a checkpoint."""
         return EmuBackbone(self)
+
+    @property
+    def can_answer(self) -> bool:
+        """The published model's head."""
+        return True
 
 
 class EmuBackbone(PretrainedBackbone):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix
 from vlaflow.backbones.molmo2_prompt import NAME, MolmoReader
 from vlaflow.backbones.pretrained import PretrainedBackbone, plain_architecture
 from vlaflow.backbones.pretrained_prompt import open_pretrained, transformers_library
@@ -47,7 +47,7 @@ def molmo2_8b() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class MolmoConfig:
+class MolmoConfig(BackboneConfig):
     """The Molmo2 backbone.
 
     Args:
@@ -82,6 +82,11 @@ class MolmoConfig:
     def build(self) -> MolmoBackbone:
         """The network: pretrained where ``source`` is given, else random, to be filled from a checkpoint."""
         return MolmoBackbone(self)
+
+    @property
+    def can_answer(self) -> bool:
+        """The published model's head."""
+        return True
 
 
 class MolmoBackbone(PretrainedBackbone):

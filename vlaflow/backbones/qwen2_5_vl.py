@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix
 from vlaflow.backbones.pretrained import PretrainedBackbone, plain_architecture
 from vlaflow.backbones.pretrained_prompt import open_pretrained, transformers_library
 from vlaflow.backbones.qwen2_5_vl_prompt import NAME, PromptReader
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError
+from vlaflow.nn.block import BlockConfig
 
 PATCH = 28 * 28  # pixels of one image token: 2 × 2 patches of 14 × 14
 
@@ -55,7 +56,7 @@ def qwen2_5_vl_3b() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class QwenConfig:
+class QwenConfig(BackboneConfig):
     """The Qwen2.5-VL backbone.
 
     Args:
@@ -96,6 +97,17 @@ class QwenConfig:
     def build(self) -> QwenBackbone:
         """The network: pretrained where ``source`` is given, else random, to be filled from a checkpoint."""
         return QwenBackbone(self)
+
+    @property
+    def can_answer(self) -> bool:
+        """The published model's head."""
+        return True
+
+    def rater_block(self) -> BlockConfig:
+        """Like the blocks of Qwen2.5-VL-3B, whose sizes ``architecture`` may replace."""
+        text = qwen2_5_vl_3b()["text_config"] | (self.architecture or {}).get("text_config", {})
+        width, heads, kv_heads = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
+        return BlockConfig(width, heads, kv_heads, width // heads, text["intermediate_size"], norm="rms", gated=True)
 
 
 class QwenBackbone(PretrainedBackbone):

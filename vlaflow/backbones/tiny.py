@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary, TextLimit
 from vlaflow.backbones.language import IGNORED, LanguageBackbone
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
@@ -26,7 +26,7 @@ from vlaflow.nn.patches import PatchStem
 
 
 @dataclass(frozen=True)
-class TinyConfig:
+class TinyConfig(BackboneConfig):
     """The tiny backbone.
 
     Args:
@@ -67,6 +67,25 @@ class TinyConfig:
     def build(self) -> TinyBackbone:
         """The network, randomly initialised."""
         return TinyBackbone(self)
+
+    @property
+    def can_answer(self) -> bool:
+        """With a table of bytes."""
+        return self.answers
+
+    @property
+    def longest_instruction(self) -> TextLimit:
+        """A byte each."""
+        return TextLimit(self.text_bytes, "text_bytes")
+
+    @property
+    def longest_answer(self) -> TextLimit:
+        """A byte each, and the end."""
+        return TextLimit(self.suffix - 1, "suffix")
+
+    def rater_block(self) -> BlockConfig:
+        """A block like its own, with four times the width in between."""
+        return BlockConfig(self.width, self.heads, self.heads, self.width // self.heads, 4 * self.width)
 
 
 END = 256

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlaflow.errors import ConfigError
+from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
     from vlaflow.compute.calibration import Calibration
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
     given = tyro.cli(Arguments, prog="vlaflow calibrate", args=argv)
     if given.budget is not None and given.max_deviation is not None:
         raise ConfigError("Give either --budget or --max-deviation: one fixes the compute, the other the risk.")
+    require(*PAGES)  # the page comes last, and should not be what fails
 
     from rich.console import Console
 

@@ -195,8 +195,10 @@ def _show(arguments: Show) -> int:
             numbers.add_row(name, label, *(f"{v[d]:.4g}" for v in values))
     console.print(numbers)
     if arguments.out is not None:
+        from vlaflow.folders import require_writable
         from vlaflow.reports.dataset import write_page
 
+        require_writable(arguments.out)
         console.print(f"Written: {write_page(dataset, arguments.out, arguments.episodes)}", soft_wrap=True)
     return 0
 

@@ -21,6 +21,7 @@ import tyro
 
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.folders import make_folder, require_makeable
+from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
@@ -99,6 +100,7 @@ class Settings:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow demo ...``; returns the exit status."""
     arguments = tyro.cli(Demo, prog="vlaflow demo", args=argv)
+    require("metaworld", "mujoco", "accelerate", "psutil", *PAGES, what="The demo", extra="demo")
     settings = Settings.of(arguments)
     diary = Diary(arguments.out, settings)
     dataset, policy, rated = (arguments.out / name for name in ("dataset", "policy", "rated"))
@@ -256,7 +258,7 @@ def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
 
 
 def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:
-    from vlaflow.compute.parse import Knobs
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
 

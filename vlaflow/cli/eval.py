@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -21,7 +23,7 @@ class Eval:
     Example: vlaflow eval runs/demo/rated --env metaworld/drawer-open-v3 --episodes 20 --compute dense --compute refine
 
     All compute policies see the same seeds and start from the same noise, so they are compared in pairs. The same arguments
-    give the same successes with any number of workers.
+    give the same successes with any number of workers. Run the same command again to continue after an interruption.
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
@@ -42,6 +44,7 @@ class Eval:
         language: episodes per environment and wrong instruction of the language-swap test; 0 leaves it out.
         films: film a success and a failure per environment.
         device: where the networks run.
+        fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -60,15 +63,17 @@ class Eval:
     language: int = 0
     films: bool = True
     device: str = "cpu"
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval ...``; returns the exit status."""
     arguments = tyro.cli(Eval, prog="vlaflow eval", args=argv, config=(tyro.conf.UseAppendAction,))
+    require(*PAGES)  # the report comes last, and should not be what fails
 
     from rich.console import Console
 
-    from vlaflow.compute.parse import Knobs
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
     from vlaflow.reports.evaluation import write_report
@@ -84,7 +89,7 @@ def main(argv: list[str]) -> int:
         films=arguments.films,
         workers=arguments.workers,
     )
-    results = run(arguments.checkpoint, config, arguments.out)
+    results = run(arguments.checkpoint, config, arguments.out, fresh=arguments.fresh)
     page = write_report(arguments.out)
     console = Console()
     for name in arguments.compute:
@@ -98,7 +103,7 @@ def main(argv: list[str]) -> int:
 def chosen(checkpoint: str, name: str, device: str) -> str:
     """What a budget in milliseconds picked, and what it expects to lose."""
     from vlaflow.compute.budget import within
-    from vlaflow.compute.calibration import Checkpoint
+    from vlaflow.compute.spelling import Checkpoint
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from vlaflow.cli.data import LatentReport
 
@@ -16,11 +18,14 @@ def latent_report(arguments: LatentReport) -> int:
     from vlaflow.actions.latent import LatentActionModel
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.latent_report import look, pixels, probes, usage
+    from vlaflow.folders import require_writable
     from vlaflow.reports import latent_actions as page
     from vlaflow.versions import command_line, versions
 
     a = arguments
+    require(*PAGES)
     dataset = Dataset.open(a.dataset, video=True)
+    require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)
     console = Console()
     train, held = look(model, dataset)

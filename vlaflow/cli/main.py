@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from vlaflow import __version__
 from vlaflow.errors import ConfigError, VlaflowError, nearest
+from vlaflow.packages import EXTRAS, missing
 
 COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
@@ -32,21 +33,6 @@ COMMANDS = {
     "data": "check or show a dataset; fit and compare action tokenizers; look at latent actions",
 }
 
-# Which extra brings which package, for a sentence instead of a traceback.
-EXTRAS = {
-    "metaworld": "metaworld",
-    "mujoco": "metaworld",
-    "gymnasium": "metaworld",
-    "accelerate": "train",
-    "tensorboard": "train",
-    "matplotlib": "viz",
-    "jinja2": "viz",
-    "transformers": "vlm",
-    "tokenizers": "tokens",
-    "websockets": "serve",
-    "msgpack": "serve",
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the console script and ``python -m vlaflow`` end with what this returns."""
@@ -59,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        return _refuse(f"This needs the package '{package}', which is not installed: pip install 'vlaflow[{EXTRAS[package]}]'")
+        return _refuse(missing(package))
     except KeyboardInterrupt:
         _refuse("Interrupted.")
         return 130

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from rich.table import Table
 
     from vlaflow.evaluation.over_the_wire_results import WireResults
 
 Mode = Literal["wait", "switch", "ensemble", "commit"]
+POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", "execute")
+"""What a server's metadata says about its policy."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Rollout:
         workers: processes, each with a connection of its own.
         token: of the server; by default VLAFLOW_TOKEN of the environment.
         out: folder for results.json and report.html.
+        fresh: discard an unfinished comparison in ``out``; without it, the same command continues one.
     """
 
     env: tuple[str, ...]
@@ -57,36 +64,55 @@ class Rollout:
     workers: int = 1
     token: str | None = None
     out: Path = Path("runs/rollout")
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow rollout ...``; returns the exit status."""
     a = tyro.cli(Rollout, prog="vlaflow rollout", args=argv, config=(tyro.conf.UseAppendAction,))
+    require("websockets", "msgpack", *PAGES)
 
     from rich.console import Console
 
+    from vlaflow.config import to_json
     from vlaflow.evaluation import over_the_wire as wire
+    from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
     from vlaflow.evaluation.over_the_wire_results import results
-    from vlaflow.progress import progress
+    from vlaflow.folders import require_writable, storing
     from vlaflow.reports.realtime import write_page
     from vlaflow.robot.client import Client
     from vlaflow.simulators.base import expand_env_names
+    from vlaflow.versions import versions
 
     envs = expand_env_names(a.env)
     modes = tuple(dict.fromkeys(a.mode)) or ("wait", "switch", "ensemble", "commit")
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
     config = wire.WireConfig(a.execute, a.horizon, a.jitter_ms, a.fade, a.render)
     jobs = wire.plan(envs, modes, delays, a.episodes, a.seed)
-    a.out.mkdir(parents=True, exist_ok=True)  # better now than after the last episode
+    require_writable(a.out / "results.json")
     token = a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN")
     with Client(a.server, token) as client:
         metadata = client.metadata
-    with progress(len(jobs), "Driving") as bar:
-        episodes = wire.evaluate(
-            a.server, jobs, config, token=token, workers=a.workers, progress=lambda done, total: bar.advance()
-        )
-    found = results(a.server, metadata, config, episodes)
-    found.write(a.out / "results.json")
+    settings = {
+        "policy": {name: metadata.get(name) for name in POLICY},
+        "envs": envs,
+        "modes": modes,
+        "delays_ms": delays,
+        "episodes": a.episodes,
+        "first_seed": a.seed,
+        "config": to_json(config),
+        "versions": versions(),
+    }
+    with EpisodeLog(a.out, wire.WireEpisode, settings, fresh=a.fresh) as log:
+
+        def play(left: Sequence[wire.WireJob], finished: Callable[[int, wire.WireEpisode], None]) -> None:
+            wire.evaluate(a.server, left, config, token=token, workers=a.workers, finished=finished)
+
+        episodes = log.complete(jobs, play, "Driving")
+        found = results(a.server, metadata, config, episodes)
+        with storing(a.out, "The results", KEPT):
+            found.write(a.out / "results.json")
+        log.remove()
     page = write_page(found, a.out / "report.html")
     console = Console()
     console.print(table(found))

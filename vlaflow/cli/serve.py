@@ -31,7 +31,7 @@ class Arguments:
         compute: how much to compute, as in vlaflow eval.
         budget_ms: whatever fits so many milliseconds on this machine, in place of --compute (vlaflow bench latency CKPT first).
         steps: solver steps per round.
-        layout: which keys clients send.
+        layout: which keys clients send: metaworld, libero, droid, aloha, roboarena, or one that another package brings.
         image: key of an image, in the order of the policy's views, in place of the layout's; repeat for more.
         state: key of a part of the state, in place of the layout's; repeat for more.
         host: address to listen on.
@@ -54,7 +54,7 @@ class Arguments:
     compute: str = "dense"
     budget_ms: float | None = None
     steps: int = 10
-    layout: Literal["metaworld", "libero", "droid", "aloha", "roboarena"] = "metaworld"
+    layout: str = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     host: str = "127.0.0.1"
@@ -79,8 +79,8 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from vlaflow.compute.calibration import Checkpoint
-    from vlaflow.compute.parse import Knobs, parse
+    from vlaflow.compute.parse import parse
+    from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
     from vlaflow.policies.base import Policy
     from vlaflow.policies.checkpoint import local_folder

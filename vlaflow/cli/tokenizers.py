@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlaflow.packages import PAGES, require
+
 if TYPE_CHECKING:
     from vlaflow.cli.data import FitTokenizer, TokenizerReport
 
@@ -18,9 +20,11 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     from vlaflow.actions.files import TokenizerFile, save_tokenizer
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import fit, material, quality
+    from vlaflow.folders import require_writable
 
     a = arguments
     dataset = Dataset.open(a.directory)
+    require_writable(a.out)
     chunks = material(dataset, a.horizon, a.normalisation)
     made = fit(FastFit(a.scale, a.vocabulary) if a.kind == "fast" else BinsFit(a.bins, a.spacing), chunks)
     save_tokenizer(a.out, TokenizerFile(made, a.normalisation, dataset.fingerprint))
@@ -42,11 +46,14 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     from vlaflow.actions.files import load_tokenizer
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import describe, fit, material, quality, standard_fits
+    from vlaflow.folders import require_writable
     from vlaflow.progress import progress
     from vlaflow.reports import tokenizers as page
 
     a = arguments
+    require(*PAGES, "tokenizers")
     dataset = Dataset.open(a.directory)
+    require_writable(a.out)
     loaded = [load_tokenizer(file, a.normalisation) for file in a.tokenizer]
     horizon = loaded[0].horizon if loaded else a.horizon
     chunks = material(dataset, horizon, a.normalisation)

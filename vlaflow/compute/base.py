@@ -6,30 +6,60 @@ Shape letters: B batch, L horizon, D action dimension.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.decoders.base import Given, Tokens
+from vlaflow.decoders.base import Capability, Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError
+
+_WITHOUT = {
+    Capability.TOKEN_CONDITIONING: (
+        "{compute} makes single tokens anew, which a {decoder} cannot. Use a discrete flow or masked diffusion."
+    ),
+    Capability.REGENERATION: (
+        "{compute} regenerates parts of a chunk, which this checkpoint was not trained for. Train a flow decoder with "
+        "masks='unified' (--set policy.decoder.masks=unified)."
+    ),
+    Capability.CONDITIONING: (
+        "{compute} starts from an earlier answer, which a {decoder} cannot. Use a flow decoder, or a warm start of 'fresh' or "
+        "'same'."
+    ),
+    Capability.DETERMINISTIC_STEPS: (
+        "{compute} ends with deterministic steps that may revise every token, which a {decoder} does not have. Use a discrete "
+        "flow."
+    ),
+    Capability.PREFIX_REFRESH: (
+        "{compute} says when the prefix is run again, and a {decoder} runs it once. Leave the share of changed tokens out."
+    ),
+    Capability.JOINT_ATTENTION: "{compute} needs a decoder whose prefix reads the action tokens, which a {decoder}'s does not.",
+}
+"""What is said where a capability is missing, in the order in which they are looked for."""
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a model must have been trained for; checked before anything runs."""
+    """What a model must offer; checked before anything runs.
 
+    Args:
+        capabilities: of the decoder.
+        rater: whether there must be a confidence rater.
+        exits: depths at which the model must have learned to answer.
+    """
+
+    capabilities: frozenset[Capability] = frozenset()
     rater: bool = False
-    unified_masks: bool = False
-    given: bool = False
-    tokens: bool = False
-    settles: bool = False
     exits: tuple[int, ...] = ()
+
+    def also(self, *capabilities: Capability, rater: bool = False) -> Requirements:
+        """These, and more."""
+        return replace(self, capabilities=self.capabilities | set(capabilities), rater=self.rater or rater)
 
     def check(self, model: Model, compute: str) -> None:
         """Refuse a model that lacks something.
@@ -37,35 +67,19 @@ class Requirements:
         Raises:
             CapabilityError: saying what is missing and how to get it.
         """
-        if self.tokens and not model.decoder.takes_tokens:
-            raise CapabilityError(
-                f"{compute} makes single tokens anew, which a {type(model.decoder).__name__} cannot. Use a discrete flow or "
-                "masked diffusion."
-            )
-        if self.unified_masks and not model.decoder.regenerates:
-            raise CapabilityError(
-                f"{compute} regenerates parts of a chunk, which this checkpoint was not trained for. "
-                "Train a flow decoder with masks='unified' (--set policy.decoder.masks=unified)."
-            )
+        missing = self.capabilities - model.decoder.capabilities
+        for capability, sentence in _WITHOUT.items():
+            if capability in missing:
+                raise CapabilityError(sentence.format(compute=compute, decoder=type(model.decoder).__name__))
         if self.rater and model.rater is None:
             raise CapabilityError(
                 f"{compute} needs a confidence rater and this checkpoint has none. "
                 "Train one: vlaflow train asyncvla.rater --policy CKPT --dataset DIR --out DIR"
             )
-        if self.given and not model.decoder.takes_given:
+        if untaught := [depth for depth in self.exits if depth not in model.depths]:
             raise CapabilityError(
-                f"{compute} starts from an earlier answer, which a {type(model.decoder).__name__} cannot. "
-                "Use a flow decoder, or a warm start of 'fresh' or 'same'."
-            )
-        if self.settles and not model.decoder.settles:
-            raise CapabilityError(
-                f"{compute} ends with deterministic steps that may revise every token, which a {type(model.decoder).__name__} "
-                "does not have. Use a discrete flow."
-            )
-        if missing := [depth for depth in self.exits if depth not in model.depths]:
-            raise CapabilityError(
-                f"{compute} answers at depth {missing[0]}, and this checkpoint learned to answer only at {list(model.depths)}. "
-                "Train with exits (policy.exits), or choose among these."
+                f"{compute} answers at depth {untaught[0]}, and this checkpoint learned to answer only at {list(model.depths)}."
+                " Train with exits (policy.exits), or choose among these."
             )
 
 
@@ -87,6 +101,14 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Solver steps of one chunk: stochastic ones, then deterministic ones (``Decoder.settle``)."""
+
+    stochastic: int
+    settling: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,19 +146,30 @@ class Decoded:
     tokens: Tokens | None = None
 
 
-@runtime_checkable
-class ComputePolicy(Protocol):
-    """Decides which layers, steps and tokens to spend on."""
+class ComputePolicy(ABC):
+    """Decides which layers, steps and tokens to spend on. A kind is a frozen dataclass."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Short name for tables and file names."""
 
     @property
     def needs(self) -> Requirements:
-        """What the model must offer."""
+        """What the model must offer; by default nothing beyond a trained decoder."""
+        return Requirements()
 
+    @abstractmethod
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
     ) -> Decoded:
         """Chunks for B embedded observations, one generator each."""
+
+    @property
+    def stages(self) -> Stages | None:
+        """Its solver steps, where it takes all of them at full depth, one after the other; None where it does more or less."""
+        return None
+
+    def exact(self, model: Model) -> ComputePolicy | None:
+        """What it approximates on this model, where keys and values of the prefix are kept that should have changed."""
+        return None

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.calibration import FOLDER, Calibration, Checkpoint
+from vlaflow.compute.calibration import FOLDER, Calibration
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
 from vlaflow.config import from_json, to_json
-from vlaflow.errors import CalibrationError
+from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -207,3 +208,16 @@ def _read(file: Path, kind: type[T], command: str) -> T:
     if not file.exists():
         raise CalibrationError(f"A budget needs {file.name}, which {file.parent} lacks. {command}")
     return from_json(kind, json.loads(file.read_text()), str(file))
+
+
+def _parse(typed: Spelling) -> ComputePolicy:
+    typed.require(more=True, usage="a budget is typed as budget:MILLISECONDS.")
+    checkpoint = typed.measured()
+    try:
+        milliseconds = float(typed.more)
+    except ValueError:
+        raise ConfigError(f"A budget is a number of milliseconds, as in budget:20, got '{typed.more}'.") from None
+    return within(checkpoint, milliseconds, typed.knobs.device, typed.knobs.threads).compute
+
+
+BUDGET = ComputeKind(_parse)

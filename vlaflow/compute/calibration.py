@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 
 from vlaflow.compute.distance import Metric
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
+from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
 from vlaflow.compute.thresholds import Distribution
 from vlaflow.config import from_json, to_json
-from vlaflow.errors import CalibrationError, nearest
+from vlaflow.errors import CalibrationError, ConfigError, nearest
 
 FOLDER = "calibration"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk: where it lies, and the fingerprint of its content."""
-
-    folder: Path
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,8 @@ class Calibration:
         """Read strictly.
 
         Raises:
-            CalibrationError: when there is no such calibration, with the nearest name, or it is no JSON.
+            CalibrationError: when there is no such calibration, with the nearest name, it is no JSON, or a threshold is no
+                number.
             ConfigError: for a wrong key or value in it.
         """
         if not file.exists():
@@ -156,7 +150,10 @@ class Calibration:
             data = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{file} is no valid JSON ({error}); calibrate again.") from error
-        return from_json(Calibration, data, str(file))
+        found = from_json(Calibration, data, str(file))
+        if not all(t is None or isfinite(t) for t in found.thresholds):
+            raise CalibrationError(f"{file} holds a threshold that is not finite ({list(found.thresholds)}); calibrate again.")
+        return found
 
 
 def load_exit(checkpoint: Checkpoint, name: str) -> EarlyExit:
@@ -165,3 +162,14 @@ def load_exit(checkpoint: Checkpoint, name: str) -> EarlyExit:
     found = Calibration.load(file)
     found.require(str(file), checkpoint=checkpoint.fingerprint)
     return found.early_exit(f"exit:{name}")
+
+
+def _parse(typed: Spelling) -> EarlyExit:
+    typed.require(more=True, usage="an early exit is typed as exit:NAME.")
+    checkpoint = typed.measured()
+    if not typed.more:
+        raise ConfigError("'exit' needs the name of a calibration, as in exit:NAME.")
+    return load_exit(checkpoint, typed.more)
+
+
+EXIT = ComputeKind(_parse)

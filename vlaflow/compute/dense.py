@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,14 +10,15 @@ import torch
 from torch import Generator
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
+from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(ComputePolicy):
     """``steps`` solver steps through all layers, or through the first ``depth`` of a multi-exit checkpoint.
 
     Args:
@@ -42,6 +44,11 @@ class Dense:
     def needs(self) -> Requirements:
         """Nothing beyond a trained decoder, for all layers."""
         return Requirements(exits=() if self.depth is None else (self.depth,))
+
+    @property
+    def stages(self) -> Stages | None:
+        """All stochastic."""
+        return Stages(self.steps) if self.depth is None else None
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
@@ -70,3 +77,16 @@ def spent(prefix: Prefix, depth: int, evaluations: Sequence[int], tokens: Tokens
     before = prefix.depth
     after = tokens.passes(depth) if tokens else tuple(depth * count for count in evaluations)
     return tuple(before + count for count in after)
+
+
+def _parse(typed: Spelling) -> Dense:
+    typed.require(more=True, usage="dense takes steps and layers as in dense:2 or dense:2@3.")
+    if not typed.more:
+        return Dense(typed.knobs.steps)
+    found = re.fullmatch(r"(\d+)(?:@(\d+))?", typed.more)
+    if found is None:
+        raise ConfigError(f"dense takes steps and layers as in dense:2 or dense:2@3, got '{typed.name}'.")
+    return Dense(int(found[1]), int(found[2]) if found[2] else None, label=typed.name)
+
+
+DENSE = ComputeKind(_parse, example="dense")

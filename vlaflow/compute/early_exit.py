@@ -19,9 +19,9 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stopwatch
 from vlaflow.compute.distance import Metric, distance
-from vlaflow.decoders.base import Given, Tokens
+from vlaflow.decoders.base import Capability, Given, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
@@ -131,7 +131,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class EarlyExit:
+class EarlyExit(ComputePolicy):
     """Take the first chunk that agrees with the one before it.
 
     Args:
@@ -158,7 +158,8 @@ class EarlyExit:
     @property
     def needs(self) -> Requirements:
         """A checkpoint that learned to answer at every depth of the plan."""
-        return Requirements(given=self.plan.warm_start in ("anchor", "renoise"), exits=self.plan.depths)
+        needs = Requirements(exits=self.plan.depths)
+        return needs.also(Capability.CONDITIONING) if self.plan.warm_start in ("anchor", "renoise") else needs
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None

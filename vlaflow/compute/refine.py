@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
-from vlaflow.decoders.base import Given
+from vlaflow.compute.spelling import ComputeKind, Spelling
+from vlaflow.decoders.base import Capability, Given
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
 
@@ -42,7 +43,7 @@ class AtRandom:
 
 
 @dataclass(frozen=True)
-class Refine:
+class Refine(ComputePolicy):
     """One round of regeneration after any other compute policy.
 
     Args:
@@ -67,12 +68,8 @@ class Refine:
     @property
     def needs(self) -> Requirements:
         """A rater where one is asked, unified training unless waived, and whatever the first round needs."""
-        return replace(
-            self.inner.needs,
-            given=True,
-            rater=isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater,
-            unified_masks=not self.any_training or self.inner.needs.unified_masks,
-        )
+        needs = self.inner.needs.also(Capability.CONDITIONING, rater=isinstance(self.doubt, BelowThreshold))
+        return needs if self.any_training else needs.also(Capability.REGENERATION)
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
@@ -133,3 +130,12 @@ class Refine:
         with watch.part("rater"):
             confidence_BL = model.rater(prefix, draft_BLD)
             return confidence_BL < self.doubt.threshold, confidence_BL
+
+
+def _parse(typed: Spelling, doubt: BelowThreshold | AtRandom) -> Refine:
+    typed.require(inner=True, usage="refine and refine-random may be followed by another one, as in refine+exit:NAME.")
+    return Refine(doubt, typed.knobs.steps, typed.inner or Dense(typed.knobs.steps), typed.knobs.any_training)
+
+
+REFINE = ComputeKind(lambda typed: _parse(typed, BelowThreshold(typed.knobs.threshold)), example="refine")
+REFINE_RANDOM = ComputeKind(lambda typed: _parse(typed, AtRandom()), example="refine-random")

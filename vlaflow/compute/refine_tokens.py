@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from vlaflow.actions.base import Tokenizer
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold
-from vlaflow.decoders.base import Given, GivenTokens, Tokens
+from vlaflow.compute.spelling import ComputeKind, Spelling
+from vlaflow.decoders.base import Capability, Decoder, Given, GivenTokens, Tokens
 from vlaflow.decoders.model import Model
-from vlaflow.decoders.tokens import TokenDecoder
 from vlaflow.errors import CapabilityError, ConfigError
 
 
@@ -35,7 +37,7 @@ class Improbable:
 
 
 @dataclass(frozen=True)
-class RefineTokens:
+class RefineTokens(ComputePolicy):
     """One round of regeneration of single tokens after any other compute policy that reports tokens.
 
     Args:
@@ -60,16 +62,16 @@ class RefineTokens:
         """A decoder that starts from tokens and has seen noise among clean ones, a rater where one is asked, and whatever the
         first round needs.
         """
-        rater = isinstance(self.doubt, BelowThreshold) or self.inner.needs.rater
-        return replace(self.inner.needs, tokens=True, unified_masks=True, rater=rater)
+        rater = isinstance(self.doubt, BelowThreshold)
+        return self.inner.needs.also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=rater)
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
     ) -> Decoded:
         """See ``ComputePolicy``. As with ``Refine``, what was doubted gets the whole depth."""
         first = self.inner.decode(model, prefix, generators, watch, given)
-        decoder = model.decoder
-        if first.tokens is None or not isinstance(decoder, TokenDecoder):
+        decoder, tokenizer = model.decoder, model.decoder.tokenizer
+        if first.tokens is None or tokenizer is None:
             raise CapabilityError(f"{self.inner.name} reports no tokens, so there are none to make anew.")
         action_BLD, parts, groups = first.action_BLD.clone(), [], []
         layers, passes = list(first.layers), list(first.layer_passes)
@@ -80,7 +82,7 @@ class RefineTokens:
                 whole = decoder.read(model.backbone, group.prefix)
             groups.append(replace(group, prefix=whole))
             before = first.tokens.select(row_R)
-            doubt_RS, rating_RL = self._doubted(model, decoder, whole, before, action_BLD[row_R], watch)
+            doubt_RS, rating_RL = self._doubted(model, tokenizer, whole, before, action_BLD[row_R], watch)
             if given is not None:
                 doubt_RS &= decoder.given_tokens(given).clock_BS[row_R] > 0
             if rating_RL is not None:
@@ -92,7 +94,7 @@ class RefineTokens:
             after = self._again(decoder, whole, before, doubt_RS, mine, watch) if again else before
             if again:
                 with watch.part("refine"):
-                    made = decoder.tokenizer.decode(after.id_BS.cpu().numpy()).action_BLD
+                    made = tokenizer.decode(after.id_BS.cpu().numpy()).action_BLD
                     action_BLD[row_R] = torch.from_numpy(made).to(action_BLD.device)
             parts.append(after)
             depth = model.backbone.spec.depth
@@ -117,7 +119,7 @@ class RefineTokens:
 
     def _again(  # noqa: PLR0917
         self,
-        decoder: TokenDecoder,
+        decoder: Decoder[Any],
         prefix: Prefix,
         before: Tokens,
         doubt_RS: Tensor,
@@ -127,16 +129,17 @@ class RefineTokens:
         with watch.part("refine"):
             state = decoder.solve(prefix, generators, self.steps, GivenTokens(before.id_BS, doubt_RS.float()))
             after = decoder.tokens(state)
+        assert after is not None  # it has a tokenizer
         probability_RS = torch.where(doubt_RS, after.probability_BS, before.probability_BS)
         counts = tuple(a + b for a, b in zip(before.evaluations, after.evaluations, strict=True))
         revised_RN = torch.cat((before.revised_BN, after.revised_BN), 1)
         runs = tuple(a + b for a, b in zip(before.prefix_runs, after.prefix_runs, strict=True))
-        return Tokens(after.id_BS, probability_RS, after.repaired_B, revised_RN, counts, runs)
+        return replace(after, probability_BS=probability_RS, revised_BN=revised_RN, evaluations=counts, prefix_runs=runs)
 
     def _doubted(  # noqa: PLR0917
         self,
         model: Model,
-        decoder: TokenDecoder,
+        tokenizer: Tokenizer,
         prefix: Prefix,
         tokens: Tokens,
         action_RLD: Tensor,
@@ -145,8 +148,17 @@ class RefineTokens:
         """Which tokens to make anew, bool (R, S), and the rater's confidence where it was asked."""
         if isinstance(self.doubt, Improbable):
             return tokens.probability_BS < self.doubt.threshold, None
-        if model.rater is None or not decoder.tokenizer.local:
+        if model.rater is None or not tokenizer.local:
             raise CapabilityError("A rater judges actions; refining tokens by it needs a rater, and tokens that belong to one.")
         with watch.part("rater"):
             confidence_RL = model.rater(prefix, action_RLD)
-        return (confidence_RL < self.doubt.threshold).repeat_interleave(decoder.action_dim, 1), confidence_RL
+        return (confidence_RL < self.doubt.threshold).repeat_interleave(tokenizer.dim, 1), confidence_RL
+
+
+def _parse(typed: Spelling) -> RefineTokens:
+    typed.require(inner=True, usage="refine-tokens may be followed by another one, as in refine-tokens+two-stage:14+2.")
+    knobs = typed.knobs
+    return RefineTokens(Improbable(knobs.threshold), knobs.steps, typed.inner or Dense(knobs.steps))
+
+
+REFINE_TOKENS = ComputeKind(_parse, example="refine-tokens")

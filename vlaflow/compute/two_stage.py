@@ -6,6 +6,7 @@ chunk from there to the end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,16 +14,16 @@ import torch
 from torch import Generator
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
 from vlaflow.compute.dense import spent
-from vlaflow.decoders.base import Given
-from vlaflow.decoders.discrete_flow import DiscreteFlowState
+from vlaflow.compute.spelling import ComputeKind, Spelling
+from vlaflow.decoders.base import Capability, Given
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class TwoStage:
+class TwoStage(ComputePolicy):
     """``stochastic`` solver steps and ``settling`` deterministic ones.
 
     Args:
@@ -56,7 +57,17 @@ class TwoStage:
     @property
     def needs(self) -> Requirements:
         """A discrete flow: no other decoder's solver steps may be cut into two stages."""
-        return Requirements(settles=True)
+        needs = Requirements(frozenset({Capability.DETERMINISTIC_STEPS}))
+        return needs if self.refresh is None else needs.also(Capability.PREFIX_REFRESH)
+
+    @property
+    def stages(self) -> Stages:
+        """Both."""
+        return Stages(self.stochastic, self.settling)
+
+    def exact(self, model: Model) -> TwoStage | None:
+        """The same with the prefix run at every step, where it reads the tokens."""
+        return replace(self, refresh=0.0) if Capability.JOINT_ATTENTION in model.decoder.capabilities else None
 
     def decode(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
@@ -68,8 +79,7 @@ class TwoStage:
         with watch.part("first"):
             state = decoder.start(prefix, generators, self.steps, given)
             if self.refresh is not None:
-                assert isinstance(state, DiscreteFlowState)  # see needs
-                state = replace(state, refresh=self.refresh)
+                state = decoder.refreshing(state, self.refresh)
             state = decoder.advance(state, prefix, self.stochastic)
         if self.settling:
             with watch.part("settle"):
@@ -84,3 +94,13 @@ class TwoStage:
             layer_passes=spent(prefix, depth, evaluations, tokens),
             tokens=tokens,
         )
+
+
+def _parse(typed: Spelling) -> TwoStage:
+    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?", typed.more)
+    if found is None:
+        raise ConfigError(f"two-stage takes stochastic and deterministic steps as in two-stage:14+2, got '{typed.name}'.")
+    return TwoStage(int(found[1]), int(found[2]), float(found[3]) if found[3] else None, label=typed.name)
+
+
+TWO_STAGE = ComputeKind(_parse, example="two-stage:14+2")

@@ -20,6 +20,7 @@ from vlaflow.data.exclusions import departed, paused
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import DEPARTURES, PauseRule
 from vlaflow.data.stats import compute
+from vlaflow.data.video import TOLERANCE_S
 from vlaflow.errors import DataError
 
 
@@ -124,6 +125,11 @@ def _about_numbers(dataset: Dataset) -> list[str]:
         remarks.append(
             f"In {share:.1%} of the frames something else was executed (vlaflow.data.quality.DepartureRule); what follows in a "
             "chunk is not learned."
+        )
+    if dataset.video_drift_s >= TOLERANCE_S:
+        remarks.append(
+            f"Episodes begin up to {dataset.video_drift_s * 1000:.2g} ms away from a frame of their video "
+            "('from_timestamp' in meta/episodes); the nearest frame is taken."
         )
     path = dataset.root / "meta/stats.json"
     if dataset.version == "v3.0":

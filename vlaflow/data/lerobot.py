@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from vlaflow.config import from_json
 from vlaflow.data.lerobot_meta import Episode, Meta, inside, read_meta, read_parquet
 from vlaflow.data.video import TOLERANCE_S, VideoError, decode_frames
+from vlaflow.data.video_offsets import largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec
 
@@ -163,6 +164,11 @@ class Dataset:
         """The mp4 that holds this episode, by feature key."""
         return {key: path for key, (path, _) in self._meta.files[self._episode(episode).index].videos.items()}
 
+    @property
+    def video_drift_s(self) -> float:
+        """How far the stated beginning of an episode in its video lies from a frame at most, in seconds."""
+        return largest_drift_s(self.fps, [one.videos for one in self._meta.files])
+
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits of the content: meta and data files in full, of each video its size and its first and last 64 KiB.
@@ -225,28 +231,33 @@ class Dataset:
         try:
             yield from decode_frames(path, start_s, episode.length, self.fps)
         except VideoError as error:
-            raise DataError(self._video_sentence(episode, key, path, error)) from error
+            raise DataError(self._video_sentence(episode, key, path, start_s, error)) from error
 
-    def _video_sentence(self, episode: Episode, key: str, path: Path, error: VideoError) -> str:
-        where = path.relative_to(self.root)
+    def _video_sentence(self, episode: Episode, key: str, path: Path, start_s: float, error: VideoError) -> str:
+        which, where = f"Episode {episode.index} of {self.root}", path.relative_to(self.root)
+        if error.kind == "start":
+            cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, or copy the meta folder again."
+            if self.version != "v3.0":
+                cure = "The video begins late: encode it again with its first frame at 0 s, or record the episode again."
+            return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":
             return (
-                f"Episode {episode.index} of {self.root}: video '{key}' ({where}) runs at {error.detail}, but meta/info.json "
-                f"states fps = {self.fps:g}. Correct fps there, or encode the video again at that rate."
+                f"{which}: video '{key}' ({where}) runs at {error.detail}, but meta/info.json states fps = {self.fps:g}. "
+                f"Correct fps there, or encode the video again at that rate."
             )
         if error.kind == "time":
             return (
-                f"Episode {episode.index} of {self.root}: in video '{key}' ({where}) {error.detail}, so frames are missing or "
-                f"fps = {self.fps:g} in meta/info.json is wrong. Correct fps, or record the episode again."
+                f"{which}: in video '{key}' ({where}) {error.detail}, so frames are missing or fps = {self.fps:g} in "
+                f"meta/info.json is wrong. Correct fps, or record the episode again."
             )
         if error.kind == "unreadable":
             return (
-                f"Episode {episode.index} of {self.root}: video '{key}' ({where}) cannot be decoded after {error.found} of "
-                f"{episode.length} frames ({error.detail}). Copy the file again, or record the episode again."
+                f"{which}: video '{key}' ({where}) cannot be decoded after {error.found} of {episode.length} frames "
+                f"({error.detail}). Copy the file again, or record the episode again."
             )
         return (
-            f"Episode {episode.index} of {self.root} has {episode.length} actions but video '{key}' holds {error.found} frames "
-            f"of it ({where}). Copy the file again, or record the episode again."
+            f"{which} has {episode.length} actions but video '{key}' holds {error.found} frames of it ({where}). "
+            f"Copy the file again, or record the episode again."
         )
 
     def _stored_images(self, episode: Episode, key: str) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlaflow.data.video_offsets import require_sound_offsets, seconds
 from vlaflow.errors import DataError
 
 VERSIONS = ("v2.1", "v3.0")
@@ -69,7 +70,7 @@ def read_meta(root: Path) -> Meta:
 
     Raises:
         DataError: not a data set, an unsupported version, a damaged or missing file, a path that leads out of the folder, an
-            episode without a task.
+            episode without a task, video offsets that cannot be right.
     """
     info = _read_info(root)
     modern = info["codebase_version"] == "v3.0"
@@ -102,6 +103,7 @@ def read_meta(root: Path) -> Meta:
         files.append((_files_v3 if modern else _files_v21)(root, info, keys, row))
         start += int(row["length"])
     _require_files(root, files)
+    require_sound_offsets(root, float(info["fps"]), rows, [one.videos for one in files])
     return Meta(root, info, tasks, tuple(episodes), tuple(files), (root / "meta/info.json", *task_paths, *episode_paths))
 
 
@@ -237,14 +239,15 @@ def _files_v3(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Map
     video = info.get("video_path") or "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
     videos = {}
     for key in keys:
-        pointers = [row.get(f"videos/{key}/{part}") for part in ("chunk_index", "file_index", "from_timestamp")]
+        start = f"videos/{key}/from_timestamp"
+        pointers = [row.get(name) for name in (f"videos/{key}/chunk_index", f"videos/{key}/file_index", start)]
         if None in pointers:
             raise DataError(
                 f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes). "
                 f"Copy the meta folder again."
             )
         path = _filled(root, "video_path", video, video_key=key, chunk_index=pointers[0], file_index=pointers[1])
-        videos[key] = (path, float(pointers[2] or 0.0))
+        videos[key] = (path, seconds(root, row, start))
     where = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
     return EpisodeFiles(_filled(root, "data_path", data, **where), videos)
 

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from vlaflow.data.lerobot import Dataset
-from vlaflow.errors import DataError
+from vlaflow.errors import CheckpointError, DataError
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
@@ -38,6 +38,27 @@ class FeatureStats:
     def dim(self) -> int:
         """Number of dimensions."""
         return len(self.min)
+
+    def require_sound(self, where: str) -> None:
+        """Refuse what cannot normalise anything.
+
+        Args:
+            where: the statistics are from, e.g. "'action' in stats.json".
+
+        Raises:
+            CheckpointError: numbers that are not finite in float32, or of unequal count.
+        """
+        for part in fields(self):
+            numbers = getattr(self, part.name)
+            if part.name == "count":
+                continue
+            if len(numbers) != self.dim:
+                raise CheckpointError(f"{where} has {self.dim} minima, but '{part.name}' is of length {len(numbers)}.")
+            if not np.all(np.abs(numbers) <= np.finfo(np.float32).max):
+                raise CheckpointError(
+                    f"{where} holds a '{part.name}' that is not finite ({list(numbers)}), so nothing could be normalised with "
+                    "it; the file is damaged. Copy it again, or train again."
+                )
 
     @staticmethod
     def of(values: np.ndarray) -> FeatureStats:

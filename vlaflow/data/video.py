@@ -20,6 +20,10 @@ from vlaflow.errors import DataError, SpecError
 TOLERANCE_S = 1e-4
 """How far a frame may lie from the time its row states, in seconds; the same bound as LeRobot's."""
 
+START_TOLERANCE = 0.25
+"""How far an episode's first frame may lie from where it should begin, in frames. Recorders that sum up rounded durations
+drift by fractions of a millisecond per episode; at half a frame it would be uncertain which frame is meant."""
+
 ENCODER = {
     # Every second frame a key frame and no B-frames: one random frame costs at most two decodes (0.4 ms at 256x256
     # against 3.2 ms with a key frame every 30). One thread, because x264's slices, and so the bytes, depend on the count.
@@ -172,7 +176,7 @@ class VideoError(Exception):
     """Why a video does not hold what the table says; ``lerobot`` turns it into a sentence that names the episode.
 
     Args:
-        kind: "unreadable", "rate", "short" or "time".
+        kind: "unreadable", "rate", "start", "short" or "time".
         detail: what was found.
         found: frames that were good.
     """
@@ -183,12 +187,15 @@ class VideoError(Exception):
 
 
 def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterator[np.ndarray]:
-    """Yield the ``count`` frames shown at start_s + i / fps, each uint8 (H, W, 3), decoding forward from one seek.
+    """Yield ``count`` frames, each uint8 (H, W, 3), decoding forward from one seek.
+
+    The first is the frame nearest to ``start_s``, at most ``START_TOLERANCE`` away; the others follow it at i / fps.
 
     Raises:
-        VideoError: when the file is unreadable, runs at another rate, ends early or leaves a frame out.
+        VideoError: when the file is unreadable, runs at another rate, has no frame at ``start_s``, ends early or leaves a
+            frame out.
     """
-    found = 0
+    found, slack_s = 0, START_TOLERANCE / fps
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -197,12 +204,21 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
             stream.codec_context.thread_count = 1  # callers decode several episodes side by side
             rate = stream.average_rate
             time_base = float(stream.time_base or 0)
+            end_s = ((container.start_time or 0) + container.duration) / av.time_base if container.duration else float("inf")
+            if start_s >= end_s:
+                raise VideoError("start", f"which ends at {end_s:.4f} s", 0)
             if start_s > TOLERANCE_S:
-                container.seek(int((start_s + TOLERANCE_S) / time_base), stream=stream, backward=True)
+                container.seek(max(0, int((start_s - slack_s) / time_base)), stream=stream, backward=True)
+            begin = start_s
             for frame in container.decode(stream):
-                at, wanted = (frame.pts or 0) * time_base, start_s + found / fps
-                if at < wanted - TOLERANCE_S and found == 0:
-                    continue
+                at = (frame.pts or 0) * time_base
+                if found == 0:
+                    if at <= start_s - slack_s:
+                        continue
+                    if at >= start_s + slack_s:
+                        raise VideoError("start", f"which shows no frame there; the next one follows at {at:.4f} s", 0)
+                    begin = at
+                wanted = begin + found / fps
                 if abs(at - wanted) >= TOLERANCE_S:
                     # A wrong rate shows in the first step; later it is a gap, whatever the average rate then says.
                     if found <= 1 and rate is not None and abs(float(rate) / fps - 1) > 0.01:

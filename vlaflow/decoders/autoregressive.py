@@ -68,11 +68,6 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         self.config = config
         self.begin = self.vocabulary
 
-    @property
-    def regenerates(self) -> bool:
-        """Never: a token cannot see the later ones."""
-        return False
-
     def evaluations(self, steps: int) -> int:
         """One a slot, at most, whatever number of steps."""
         return self.slots

@@ -11,14 +11,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.actions.base import Tokenizer
+from vlaflow.actions.bins import BinsTokenizer
+from vlaflow.actions.fast import FastTokenizer
+from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
 from vlaflow.data.batch import Executed
-from vlaflow.errors import CapabilityError
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.registry import Group, Part
 
 State = TypeVar("State")
 
@@ -130,6 +136,7 @@ class Tokens:
         revised_BN: int64, tokens that each of the N steps changed.
         evaluations: network evaluations each chunk took.
         prefix_runs: how often the prefix was run beyond the once before the first step.
+        masked_BS: bool, tokens that stand for nothing yet; None where there are never any.
     """
 
     id_BS: Tensor
@@ -138,6 +145,7 @@ class Tokens:
     revised_BN: Tensor
     evaluations: tuple[int, ...]
     prefix_runs: tuple[int, ...] = ()
+    masked_BS: Tensor | None = None
 
     def select(self, row_R: Tensor) -> Tokens:
         """Rows of the batch."""
@@ -149,6 +157,7 @@ class Tokens:
             self.revised_BN[row_R],
             tuple(self.evaluations[row] for row in rows),
             tuple(self.prefix_runs[row] for row in rows) if self.prefix_runs else (),
+            None if self.masked_BS is None else self.masked_BS[row_R],
         )
 
     @staticmethod
@@ -162,6 +171,7 @@ class Tokens:
             torch.cat([nn.functional.pad(part.revised_BN, (0, most - part.revised_BN.shape[1])) for part in parts]),
             tuple(count for part in parts for count in part.evaluations),
             tuple(count for part in parts for count in part.prefix_runs),
+            None if parts[0].masked_BS is None else torch.cat([p.masked_BS for p in parts if p.masked_BS is not None]),
         )
 
     def passes(self, depth: int) -> tuple[int, ...]:
@@ -170,36 +180,98 @@ class Tokens:
         return tuple(depth * (count + more) for count, more in zip(self.evaluations, runs, strict=True))
 
 
+@dataclass(frozen=True)
+class LatentCodes:
+    """Latent action codes that a decoder learns to name: ``codes`` per observation, out of a book of ``book``."""
+
+    codes: int
+    book: int
+
+
+class DecoderConfig(Part, ABC):
+    """All that is needed to build a decoder, weights aside; a checkpoint holds it as JSON.
+
+    A kind is a frozen dataclass with ``action_dim`` and ``horizon``, registered by its class's name under
+    ``vlaflow.decoders`` (docs/extending.md). What training must prepare for it, it asks here.
+    """
+
+    group: ClassVar[Group] = "decoders"
+
+    if TYPE_CHECKING:  # a dataclass would take an inherited property for the default of its field
+
+        @property
+        def action_dim(self) -> int:
+            """Dimensions of an action, D."""
+
+        @property
+        def horizon(self) -> int:
+            """Actions per chunk, L."""
+
+    @abstractmethod
+    def build(self, spec: BackboneSpec) -> Decoder[Any]:
+        """The decoder for such a backbone, initialised from torch's global generator."""
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether its action tokenizer is still to be fitted on the training data."""
+        return False
+
+    def fitted(self, action_NLD: np.ndarray) -> Self:
+        """The config with a fitted tokenizer; one that is fitted already stays.
+
+        Args:
+            action_NLD: normalised chunks to fit on.
+        """
+        return self
+
+    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
+        """The config with this action tokenizer.
+
+        Raises:
+            ConfigError: for decoders that read and write no action tokens.
+        """
+        raise ConfigError(f"A {type(self).__name__} has no vocabulary for an action tokenizer; leave --tokenizer out.")
+
+    @property
+    def latent_codes(self) -> LatentCodes | None:
+        """The latent action codes that training teaches it to name; None where it needs none."""
+        return None
+
+
+class Capability(StrEnum):
+    """What a decoder can do beyond making whole chunks from noise; compute policies say which of these they need."""
+
+    CONDITIONING = "conditioning"
+    """``start`` can begin from given actions."""
+    TOKEN_CONDITIONING = "token-conditioning"  # noqa: S105
+    """``start`` can begin from given tokens of a vocabulary, and every solver step may revise tokens."""
+    REGENERATION = "regeneration"
+    """It was trained to make some actions or tokens while the others are given clean."""
+    DETERMINISTIC_STEPS = "deterministic-steps"
+    """It has a ``settle``: deterministic steps that may still revise every token."""
+    PREFIX_REFRESH = "prefix-refresh"
+    """It has a ``refreshing``: the share of changed tokens from which the prefix is run again can be chosen."""
+    JOINT_ATTENTION = "joint-attention"
+    """The prefix reads the action tokens too, so keys and values kept from an earlier step are an approximation."""
+
+
 class Decoder(nn.Module, ABC, Generic[State]):
     """Moves action tokens from noise to actions, reading a prefix at whatever depth it has reached."""
 
     horizon: int
     action_dim: int
+    tokenizer: Tokenizer | None = None
+    """The fitted action tokenizer, for decoders that have a vocabulary."""
 
     @property
-    @abstractmethod
-    def regenerates(self) -> bool:
-        """Whether it was trained to make some actions anew with the others as context."""
-
-    @property
-    @abstractmethod
-    def takes_given(self) -> bool:
-        """Whether ``start`` can begin from given actions."""
+    def capabilities(self) -> frozenset[Capability]:
+        """What this decoder can do, by construction and by training."""
+        return frozenset()
 
     @property
     def longest_commitment(self) -> int:
         """How many committed actions a chunk may begin with; 0 where it can continue none."""
-        return self.horizon if self.takes_given and self.regenerates else 0
-
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether ``start`` can begin from given tokens of a vocabulary."""
-        return False
-
-    @property
-    def settles(self) -> bool:
-        """Whether it has a ``settle``: deterministic steps that may still revise every token."""
-        return False
+        return self.horizon if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
 
     @abstractmethod
     def evaluations(self, steps: int) -> int:
@@ -255,9 +327,29 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """Deterministic steps that may still revise every token.
 
         Raises:
-            CapabilityError: for decoders that have none (see ``settles``).
+            CapabilityError: without ``Capability.DETERMINISTIC_STEPS``.
         """
         raise CapabilityError(f"A {type(self).__name__} has no deterministic steps that revise tokens; use a discrete flow.")
+
+    def refreshing(self, state: State, share: float) -> State:
+        """The same chunk under way, its prefix to be run again whenever more than this share of the tokens has changed.
+
+        Args:
+            state: before its first step.
+            share: in [0, 1]; at 0 the prefix is run at every step.
+
+        Raises:
+            CapabilityError: without ``Capability.PREFIX_REFRESH``.
+        """
+        raise CapabilityError(f"A {type(self).__name__} never runs the prefix again; use a discrete flow.")
+
+    def given_tokens(self, given: Given | GivenTokens) -> GivenTokens:
+        """Given actions as tokens.
+
+        Raises:
+            CapabilityError: without a vocabulary, or when no token belongs to one action.
+        """
+        raise CapabilityError(f"A {type(self).__name__} has no vocabulary; use a decoder of tokens.")
 
     def read(self, backbone: Backbone, prefix: Prefix, depth: int | None = None) -> Prefix:
         """Run the prefix as far as this decoder needs it before its first step; by default through ``depth`` layers."""

@@ -26,7 +26,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
-from vlaflow.decoders.base import Given, GivenTokens, LossTerms, Targets, Tokens, mean_over_exits
+from vlaflow.decoders.base import Capability, Given, GivenTokens, LossTerms, Targets, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import discrete, gaussian, metrics
@@ -142,22 +142,23 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         self._distance: tuple[object, Tensor] | None = None
 
     @property
-    def regenerates(self) -> bool:
-        """After training with mixed clocks, and on the mixture path, where a token is either clean or noise at any clock: a
-        network that does not see the clocks cannot tell the two apart.
+    def capabilities(self) -> frozenset[Capability]:
+        """Everything a decoder of tokens can do; regeneration after training with mixed clocks.
+
+        And regeneration on the mixture path, where a token is either clean or noise at any clock: a network that does not see
+        the clocks cannot tell the two apart.
         """
         c = self.config
-        return c.masks == "unified" or (c.velocity == "rate" and not c.clock_input)
+        found = {Capability.DETERMINISTIC_STEPS, Capability.PREFIX_REFRESH}
+        if c.masks == "unified" or (c.velocity == "rate" and not c.clock_input):
+            found.add(Capability.REGENERATION)
+        if c.attention == "full":
+            found.add(Capability.JOINT_ATTENTION)
+        return self.conditioning | found
 
-    @property
-    def takes_tokens(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def settles(self) -> bool:
-        """Always."""
-        return True
+    def refreshing(self, state: DiscreteFlowState, share: float) -> DiscreteFlowState:
+        """See ``Decoder``. With a prefix that is blind to the tokens, 0 is no cache at all: the same chunk, later."""
+        return replace(state, refresh=share)
 
     def read(self, backbone: Backbone, prefix: Prefix, depth: int | None = None) -> Prefix:
         """With full attention nothing is run before the tokens are there."""

@@ -17,7 +17,17 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Pull, Targets, mean_over_exits
+from vlaflow.decoders.base import (
+    Capability,
+    Decoder,
+    DecoderConfig,
+    Given,
+    GivenTokens,
+    LossTerms,
+    Pull,
+    Targets,
+    mean_over_exits,
+)
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows import gaussian, guidance
 from vlaflow.nn.resnet import ResidualMLP
@@ -31,7 +41,7 @@ _SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(DecoderConfig):
     """The flow decoder.
 
     Args:
@@ -150,14 +160,10 @@ class FlowDecoder(Decoder[FlowState]):
         )
 
     @property
-    def regenerates(self) -> bool:
-        """After training with mixed clocks."""
-        return self.config.masks == "unified"
-
-    @property
-    def takes_given(self) -> bool:
-        """Always."""
-        return True
+    def capabilities(self) -> frozenset[Capability]:
+        """Conditioning always; regeneration after training with mixed clocks."""
+        trained = {Capability.REGENERATION} if self.config.masks == "unified" else set()
+        return frozenset({Capability.CONDITIONING} | trained)
 
     @property
     def longest_commitment(self) -> int:
@@ -235,7 +241,7 @@ class FlowDecoder(Decoder[FlowState]):
 
     def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Given:
         """See ``Decoder``; trained with committed or mixed clocks it is given them, otherwise bent towards them."""
-        if not guided and (self.config.committed or self.regenerates):
+        if not guided and (self.config.committed or Capability.REGENERATION in self.capabilities):
             return super().continued(action_BLD, known_B, committed_B)
         pull = Pull(action_BLD, guidance.soft_mask(self.horizon, committed_B, known_B))
         return Given(torch.zeros_like(action_BLD), torch.ones_like(pull.weight_BL), pull=pull)

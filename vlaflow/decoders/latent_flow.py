@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -23,14 +23,14 @@ from vlaflow.actions.bins import BinsTokenizer
 from vlaflow.actions.fast import FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets
+from vlaflow.decoders.base import Capability, Decoder, DecoderConfig, Given, GivenTokens, LatentCodes, LossTerms, Targets
 from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class LatentFlowConfig:
+class LatentFlowConfig(DecoderConfig):
     """The three parts, and how they hang together.
 
     Args:
@@ -78,7 +78,7 @@ class LatentFlowConfig:
         """Whether the FAST tokenizer is to be fitted first."""
         return self.fast is not None and self.fast.unfitted
 
-    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> LatentFlowConfig:
+    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
         """The config with this tokenizer.
 
         Raises:
@@ -88,9 +88,14 @@ class LatentFlowConfig:
             raise ConfigError("This decoder has no FAST targets, so it cannot use an action tokenizer; leave --tokenizer out.")
         return replace(self, fast=self.fast.with_tokenizer(tokenizer))
 
-    def fitted(self, action_NLD: np.ndarray) -> LatentFlowConfig:
+    def fitted(self, action_NLD: np.ndarray) -> Self:
         """The config with a fitted tokenizer."""
         return replace(self, fast=self.fast and self.fast.fitted(action_NLD))
+
+    @property
+    def latent_codes(self) -> LatentCodes | None:
+        """Those that are said first, where they are targets at all."""
+        return LatentCodes(self.latent.codes, self.latent.book) if self.teaches else None
 
     def build(self, spec: BackboneSpec) -> LatentFlowDecoder:
         """The decoder for such a backbone, randomly initialised."""
@@ -117,14 +122,9 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         self.fast = config.fast.build(spec) if config.fast else None
 
     @property
-    def regenerates(self) -> bool:
+    def capabilities(self) -> frozenset[Capability]:
         """As its flow."""
-        return self.flow.regenerates
-
-    @property
-    def takes_given(self) -> bool:
-        """Always."""
-        return True
+        return self.flow.capabilities
 
     @property
     def longest_commitment(self) -> int:

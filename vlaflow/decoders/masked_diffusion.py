@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Given, GivenTokens, LossTerms, Targets, mean_over_exits
+from vlaflow.decoders.base import Capability, Given, GivenTokens, LossTerms, Targets, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import masked
@@ -65,15 +65,14 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
         self.config = config
         self.mask = self.vocabulary
 
-    @property
-    def regenerates(self) -> bool:
-        """Always: training masks any tokens and shows the others."""
-        return True
+    def tokens(self, state: MaskedState) -> Tokens:
+        """See ``Decoder``."""
+        return replace(super().tokens(state), masked_BS=state.hidden_BS)
 
     @property
-    def takes_tokens(self) -> bool:
-        """Always."""
-        return True
+    def capabilities(self) -> frozenset[Capability]:
+        """Conditioning, and regeneration: training masks any tokens and shows the others."""
+        return self.conditioning | {Capability.REGENERATION}
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Cross-entropy of the masked tokens."""

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, GivenTokens, LossTerms, Targets, mean_over_exits
+from vlaflow.decoders.base import Decoder, DecoderConfig, Given, GivenTokens, LossTerms, Targets, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.stacks.base import Stack
@@ -25,7 +25,7 @@ from vlaflow.stacks.shared import SharedStack
 
 
 @dataclass(frozen=True)
-class RegressionConfig:
+class RegressionConfig(DecoderConfig):
     """The regression decoder.
 
     Args:
@@ -78,16 +78,6 @@ class RegressionDecoder(Decoder[RegressionState]):
         self.head = ResidualMLP(
             config.tokens // config.horizon * width, config.hidden or width, config.action_dim, config.head_layers
         )
-
-    @property
-    def regenerates(self) -> bool:
-        """Never: there are no clocks."""
-        return False
-
-    @property
-    def takes_given(self) -> bool:
-        """Never."""
-        return False
 
     def evaluations(self, steps: int) -> int:
         """One, whatever number of steps."""

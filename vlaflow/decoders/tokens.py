@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +20,13 @@ from torch.nn import functional
 from vlaflow.actions.bins import BinsFit, BinsTokenizer
 from vlaflow.actions.fast import FastFit, FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, Given, GivenTokens, Targets, Tokens
+from vlaflow.decoders.base import Capability, Decoder, DecoderConfig, Given, GivenTokens, Targets, Tokens
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.stacks.shared import SharedStack
 
-Config = TypeVar("Config", bound="TokenConfig")
-
 
 @dataclass(frozen=True)
-class TokenConfig:
+class TokenConfig(DecoderConfig):
     """What decoders of action tokens have in common.
 
     Args:
@@ -61,11 +59,11 @@ class TokenConfig:
         """Whether there is a tokenizer to be fitted first."""
         return isinstance(self.tokenizer, FastFit | BinsFit)
 
-    def with_tokenizer(self: Config, tokenizer: FastTokenizer | BinsTokenizer) -> Config:
+    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
         """The config with this one."""
         return replace(self, tokenizer=tokenizer)
 
-    def fitted(self: Config, action_NLD: np.ndarray) -> Config:
+    def fitted(self, action_NLD: np.ndarray) -> Self:
         """The config with a fitted tokenizer; one that is fitted already stays.
 
         Args:
@@ -137,6 +135,8 @@ class TokenDecoder(Decoder[State]):
         head: hidden states to logits over the V action tokens.
     """
 
+    tokenizer: FastTokenizer | BinsTokenizer
+
     def __init__(self, config: TokenConfig, spec: BackboneSpec, extra: int = 0) -> None:
         super().__init__()
         self.horizon, self.action_dim, self.draws = config.horizon, config.action_dim, config.draws
@@ -157,9 +157,12 @@ class TokenDecoder(Decoder[State]):
         return self.tokenizer.slots
 
     @property
-    def takes_given(self) -> bool:
-        """Where every token belongs to one action."""
-        return self.takes_tokens and self.tokenizer.local
+    def conditioning(self) -> frozenset[Capability]:
+        """How a chunk can be conditioned where tokens can be given at all: by tokens, and by actions where each token
+        belongs to one action.
+        """
+        by_action = {Capability.CONDITIONING} if self.tokenizer.local else set()
+        return frozenset({Capability.TOKEN_CONDITIONING} | by_action)
 
     def evaluations(self, steps: int) -> int:
         """One a step."""
@@ -212,7 +215,7 @@ class TokenDecoder(Decoder[State]):
         """
         if isinstance(given, GivenTokens):
             return given
-        if not self.takes_given or given.pull is not None:
+        if not self.tokenizer.local or given.pull is not None:
             raise CapabilityError(
                 f"A {type(self).__name__} with a {type(self.tokenizer).__name__} cannot start from given actions: its tokens "
                 "describe the chunk as a whole. Train it with bins."

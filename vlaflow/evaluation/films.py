@@ -24,6 +24,7 @@ from vlaflow.simulators.base import cached
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
 
+FILE = "films.json"
 FRAMES_PER_SECOND = 15
 MOST_FRAMES = 75
 
@@ -104,13 +105,13 @@ def film(
     with one_thread():
         setup = functools.partial(Policy.from_pretrained, str(source), config.device)
         films = run_jobs(run, tasks, min(workers, len(tasks)), setup=setup)
-    (folder / "films.json").write_text(json.dumps([to_json(f) for f in films], indent=1) + "\n")
+    (folder / FILE).write_text(json.dumps([to_json(f) for f in films], indent=1) + "\n")
     return films
 
 
 def read_films(folder: Path) -> list[Film]:
     """The films of a folder, or none where there is no ``films.json``."""
-    file = folder / "films.json"
+    file = folder / FILE
     if not file.exists():
         return []
     try:

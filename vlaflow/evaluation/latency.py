@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.two_stage import TwoStage
-from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
 from vlaflow.evaluation.rollout import EpisodeJob, RolloutConfig, chunk_generator, one_thread, open_env, play
 from vlaflow.evaluation.statistics import Percentiles
 from vlaflow.policies.base import Policy
@@ -61,7 +59,7 @@ def measure(
     work: dict[str, list[tuple[int, int, float]]] = {compute.name: [] for compute in computes}
     with one_thread():
         for turn in range(-warm_up, chunks):
-            observation = observations[turn * len(observations) // chunks]
+            observation = observations[turn % chunks * len(observations) // chunks]
             for compute in computes:
                 chunk = policy.act(observation, compute, generator=chunk_generator(turn % 2**20, 0))
                 if turn < 0:
@@ -74,12 +72,12 @@ def measure(
 
 
 def _drift(policy: Policy, compute: ComputePolicy, observations: Sequence[Observation]) -> float | None:
-    decoder = policy.model.decoder
-    if not (isinstance(compute, TwoStage) and isinstance(decoder, DiscreteFlowDecoder) and decoder.config.attention == "full"):
+    exact = compute.exact(policy.model)
+    if exact is None:
         return None
     chunks = [
         [policy.act(seen, c, generator=chunk_generator(i, 0)).actions for i, seen in enumerate(observations)]
-        for c in (compute, replace(compute, refresh=0.0))
+        for c in (compute, exact)
     ]
     return float(np.abs(np.array(chunks[0]) - np.array(chunks[1])).mean())
 

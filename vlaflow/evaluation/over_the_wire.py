@@ -158,9 +158,17 @@ def evaluate(
     *,
     token: str | None = None,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    finished: Callable[[int, WireEpisode], None] | None = None,
 ) -> list[WireEpisode]:
     """Run episodes, each worker with a connection of its own; results in the order of the jobs.
+
+    Args:
+        server: its address.
+        jobs: see ``plan``.
+        config: the same for all jobs.
+        token: of the server.
+        workers: processes; 0 runs in this one.
+        finished: called with a job's number and its episode as soon as it has ended.
 
     Raises:
         RequestError: no server, or what it answered.
@@ -170,7 +178,7 @@ def evaluate(
         metadata = client.metadata
     require_fit(metadata, server, jobs, config)
     play_job = functools.partial(_play_job, config=config, metadata=metadata)
-    return run_jobs(play_job, jobs, workers, setup=functools.partial(Client, server, token), progress=progress)
+    return run_jobs(play_job, jobs, workers, setup=functools.partial(Client, server, token), finished=finished)
 
 
 def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob], config: WireConfig) -> None:

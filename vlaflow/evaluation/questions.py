@@ -28,6 +28,7 @@ from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
 from vlaflow.files import write_json
+from vlaflow.folders import require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint, new_questions, trained_on
@@ -193,6 +194,7 @@ def run(
     views = policy.model.backbone.views
     pictures = PictureCache.open(found, next(iter(views.values())) or (asked.size if asked else config.size))
     source = Questions(found, pictures, tuple(views), len(policy.stats["state"].mean), chosen)
+    require_writable(out / FILE)
     answered = ask(policy, source, config, progress)
     results = AnswerResults(
         kinds=count(answered),
@@ -208,7 +210,6 @@ def run(
         machine=machine(),
         versions=versions(),
     )
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / FILE, asdict(results))
     return results
 

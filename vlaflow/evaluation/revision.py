@@ -12,11 +12,8 @@ import torch
 from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.dense import Dense
-from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.decoders.masked_diffusion import MaskedState
-from vlaflow.decoders.tokens import TokenDecoder
+from vlaflow.decoders.base import Capability
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
 
@@ -51,14 +48,17 @@ class Revision:
 def follow(
     policy: Policy, computes: Sequence[ComputePolicy], observation: Observation, generator: Generator
 ) -> Revision | None:
-    """The steps of the first two-stage (or else dense) compute policy; None for decoders that do not revise tokens."""
+    """The steps of the first compute policy with deterministic ones, or else of the first that has nothing but steps.
+
+    None for decoders that do not revise tokens.
+    """
     decoder = policy.model.decoder
-    chosen = next((c for c in computes if isinstance(c, TwoStage)), None) or next(
-        (c for c in computes if isinstance(c, Dense)), None
-    )
-    if not isinstance(decoder, TokenDecoder) or not decoder.takes_tokens or chosen is None:
+    stepping = [(c, c.stages) for c in computes if c.stages is not None]
+    stepping.sort(key=lambda each: not each[1].settling)  # stable: of equal ones the first
+    if Capability.TOKEN_CONDITIONING not in decoder.capabilities or decoder.tokenizer is None or not stepping:
         return None
-    stochastic, settling = (chosen.stochastic, chosen.settling) if isinstance(chosen, TwoStage) else (chosen.steps, 0)
+    chosen, stages = stepping[0]
+    stochastic, settling = stages.stochastic, stages.settling
     tokens, probability, actions = [], [], []
     with torch.inference_mode():
         prefix = policy.encode(ObservationBatch.collate([observation]))
@@ -66,11 +66,11 @@ def follow(
         for step in range(stochastic + settling + 1):
             if step:
                 state = (decoder.advance if step <= stochastic else decoder.settle)(state, prefix)
-            id_S = state.id_BS[0]
-            tokens.append(
-                tuple((id_S.masked_fill(state.hidden_BS[0], HIDDEN) if isinstance(state, MaskedState) else id_S).tolist())
-            )
-            probability.append(tuple(state.probability_BS[0].tolist()) if step else (0.0,) * decoder.slots)
+            found = decoder.tokens(state)
+            assert found is not None  # it has a tokenizer
+            id_S = found.id_BS[0] if found.masked_BS is None else found.id_BS[0].masked_fill(found.masked_BS[0], HIDDEN)
+            tokens.append(tuple(id_S.tolist()))
+            probability.append(tuple(found.probability_BS[0].tolist()) if step else (0.0,) * decoder.tokenizer.slots)
             actions.append(tuple(map(tuple, policy.to_robot(decoder.finish(state))[0].tolist())))
     names = tuple(dimension.name for dimension in policy.action_spec.dimensions)
     return Revision(

@@ -126,6 +126,7 @@ def evaluate(
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    finished: Callable[[int, Episode], None] | None = None,
 ) -> list[Episode]:
     """Run episodes on several processes; results in the order of the jobs, the same at any number of workers.
 
@@ -135,6 +136,7 @@ def evaluate(
         config: the same for all jobs.
         workers: processes; 0 runs in this one.
         progress: called with (done, total).
+        finished: called with a job's number and its episode as soon as it has ended.
 
     Raises:
         SpecError, CapabilityError, ConfigError: before the first episode, when checkpoint, environment and compute policy do
@@ -146,7 +148,8 @@ def evaluate(
     config = replace(config, execute=config.execute or policy.config.execute)
     play = functools.partial(_play_job, config=config)
     with one_thread():
-        return run_jobs(play, jobs, workers, setup=functools.partial(_open, str(folder), config.device), progress=progress)
+        setup = functools.partial(_open, str(folder), config.device)
+        return run_jobs(play, jobs, workers, setup=setup, progress=progress, finished=finished)
 
 
 def play(

@@ -5,22 +5,35 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vlaflow.compute.calibration import Checkpoint
-from vlaflow.compute.parse import Knobs, parse, parse_all
+from vlaflow.compute.base import ComputePolicy
+from vlaflow.compute.parse import parse, parse_all
+from vlaflow.compute.spelling import Checkpoint, Knobs
+from vlaflow.config import JSON, to_json
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import films, language, results
-from vlaflow.evaluation.latency import measure, seen_on_the_way
+from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
+from vlaflow.evaluation.latency import Latency, measure, seen_on_the_way
 from vlaflow.evaluation.results import Minutes, Results
-from vlaflow.evaluation.revision import follow
-from vlaflow.evaluation.rollout import FIRST_SEED, RolloutConfig, chunk_generator, evaluate, one_thread, plan, require_fit
+from vlaflow.evaluation.revision import Revision, follow
+from vlaflow.evaluation.rollout import (
+    FIRST_SEED,
+    Episode,
+    EpisodeJob,
+    RolloutConfig,
+    chunk_generator,
+    evaluate,
+    one_thread,
+    plan,
+    require_fit,
+)
+from vlaflow.folders import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.progress import progress
 from vlaflow.simulators.base import expand_env_names, parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions
 
@@ -70,13 +83,23 @@ class EvaluationConfig:
             )
 
 
-def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
+def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: bool = False) -> Results:
     """Measure, and write ``results.json`` and ``films/`` into ``out``.
 
+    Every finished episode is kept in ``episodes.jsonl`` until the results are written. An evaluation that was interrupted
+    continues from there and comes to the same results, measured times aside.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        config: what to measure.
+        out: folder.
+        fresh: discard an unfinished evaluation in ``out`` instead of continuing it.
+
     Raises:
-        VlaflowError: before the first episode, when the parts do not fit together.
+        VlaflowError: before the first episode, when the parts do not fit together, ``out`` cannot be written, or it holds an
+            unfinished evaluation with other settings.
+        DataError: the disk is full; finished episodes are kept.
     """
-    began = time.monotonic()
     folder = local_folder(checkpoint)
     envs = expand_env_names(config.envs)
     home = Checkpoint(folder, fingerprint(folder))
@@ -96,41 +119,71 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path) -> Results:
         if "dense" not in config.computes:
             raise ConfigError("The language-swap test compares with the dense policy: add --compute dense.")
     everything = [*jobs, *(swap.jobs if swap else ())]
-    with progress(len(everything), "Evaluating") as bar:
-        played = evaluate(folder, everything, rollout, workers=config.workers, progress=lambda done, total: bar.advance())
-    episodes, swapped = played[: len(jobs)], played[len(jobs) :]
+    require_writable(out / RESULTS)
+    if config.films:
+        require_writable(out / FILMS / films.FILE)
+    with EpisodeLog(out, Episode, _settings(config, home, computes, rollout), fresh=fresh) as log:
 
+        def play(left: Sequence[EpisodeJob], finished: Callable[[int, Episode], None]) -> None:
+            evaluate(folder, left, rollout, workers=config.workers, finished=finished)
+
+        played = log.complete(everything, play, "Evaluating")
+        episodes, swapped = played[: len(jobs)], played[len(jobs) :]
+        latency, revision = _timed(policy, envs, computes, config, rollout)
+        with storing(out, "The results", KEPT):
+            if config.films:
+                chosen, by_episode = films.choose(episodes), dict(zip(episodes, jobs, strict=True))
+                films.film(folder, [by_episode[e] for e in chosen], chosen, out / FILMS, rollout, workers=config.workers)
+            evaluations = results.count(
+                episodes,
+                latency,
+                execute=rollout.execute or 0,
+                horizon=horizon,
+                render=rollout.render,
+                solver_steps=config.knobs.steps,
+            )
+            dense_episodes = [e for e in episodes if e.compute == "dense"]
+            found = Results(
+                evaluations=evaluations,
+                minutes=Minutes(evaluate=log.spent / 60).summed(),
+                versions=versions(),
+                command=command_line(),
+                checkpoint=str(checkpoint),
+                fingerprint=home.fingerprint,
+                machine=machine(),
+                overall=results.pool(evaluations),
+                paired=results.compare(evaluations),
+                latency=tuple(latency),
+                revision=revision,
+                language=language.count_swap(swap, dense_episodes, swapped, swap_horizon) if swap else (),
+            )
+            results.write(found, out / RESULTS)
+        log.remove()
+    return found
+
+
+def _timed(
+    policy: Policy, envs: Sequence[str], computes: Sequence[ComputePolicy], config: EvaluationConfig, rollout: RolloutConfig
+) -> tuple[list[Latency], Revision | None]:
+    """Latency of every compute policy on observations of the first seed, and one chunk followed step by step."""
     with one_thread():
         seen = seen_on_the_way(policy, plan(envs, computes[:1], 1, config.first_seed), rollout)
     latency = measure(policy, computes, seen, config.latency_chunks)
-    middle = seen[len(seen) // 2]
-    revision = follow(policy, computes, middle, chunk_generator(config.first_seed, 0))
-    if config.films:
-        chosen, by_episode = films.choose(episodes), dict(zip(episodes, jobs, strict=True))
-        films.film(folder, [by_episode[e] for e in chosen], chosen, out / FILMS, rollout, workers=config.workers)
+    return latency, follow(policy, computes, seen[len(seen) // 2], chunk_generator(config.first_seed, 0))
 
-    evaluations = results.count(
-        episodes,
-        latency,
-        execute=rollout.execute or 0,
-        horizon=horizon,
-        render=rollout.render,
-        solver_steps=config.knobs.steps,
-    )
-    dense_episodes = [e for e in episodes if e.compute == "dense"]
-    found = Results(
-        evaluations=evaluations,
-        minutes=Minutes(evaluate=(time.monotonic() - began) / 60).summed(),
-        versions=versions(),
-        command=command_line(),
-        checkpoint=str(checkpoint),
-        fingerprint=home.fingerprint,
-        machine=machine(),
-        overall=results.pool(evaluations),
-        paired=results.compare(evaluations),
-        latency=tuple(latency),
-        revision=revision,
-        language=language.count_swap(swap, dense_episodes, swapped, swap_horizon) if swap else (),
-    )
-    results.write(found, out / RESULTS)
-    return found
+
+def _settings(
+    config: EvaluationConfig, checkpoint: Checkpoint, computes: Sequence[ComputePolicy], rollout: RolloutConfig
+) -> dict[str, JSON]:
+    """Everything that the episodes are a function of; measured times, films and workers change none of them."""
+    return {
+        "checkpoint": checkpoint.fingerprint,
+        "envs": expand_env_names(config.envs),
+        "computes": [to_json(compute) for compute in computes],
+        "episodes": config.episodes,
+        "first_seed": config.first_seed,
+        "rollout": to_json(rollout),
+        "language": [config.language_episodes, config.language_horizon],
+        "versions": versions(),
+        "machine": machine(),
+    }

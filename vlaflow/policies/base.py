@@ -21,13 +21,9 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from vlaflow import __version__
-from vlaflow.backbones.base import Prefix
-from vlaflow.backbones.emu3 import EmuConfig
+from vlaflow.backbones.base import BackboneConfig, Prefix
 from vlaflow.backbones.language import speaking
-from vlaflow.backbones.molmo2 import MolmoConfig
-from vlaflow.backbones.qwen2_5_vl import QwenConfig
-from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.compute.base import ComputePolicy, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
@@ -35,17 +31,11 @@ from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Given, LossTerms, Targets, Tokens
-from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.base import DecoderConfig, Given, LossTerms, Targets, Tokens
 from vlaflow.decoders.exits import ExitTraining
-from vlaflow.decoders.flow import FlowConfig
-from vlaflow.decoders.latent_flow import LatentFlowConfig
-from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.decoders.regression import RegressionConfig
-from vlaflow.errors import ConfigError, SpecError, nearest
+from vlaflow.errors import ConfigError, NotFiniteError, SpecError, nearest
 from vlaflow.files import load_weights, read_json, write_json
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.commitment import given_of
@@ -58,17 +48,15 @@ class PolicyConfig:
 
     Args:
         system: the system this assembly follows, e.g. "asyncvla".
-        backbone, decoder, rater: configs of the parts; no rater until one is trained.
+        backbone, decoder, rater: configs of the parts, vlaflow's or another package's; no rater until one is trained.
         state_normalisation, action_normalisation: modes of the normalisers.
         exits: depths at which the decoder also learns to answer; None for the full depth alone.
         execute: actions executed per chunk unless the caller says otherwise.
     """
 
     system: str
-    backbone: TinyConfig | QwenConfig | MolmoConfig | EmuConfig
-    decoder: (
-        FlowConfig | RegressionConfig | AutoregressiveConfig | MaskedDiffusionConfig | DiscreteFlowConfig | LatentFlowConfig
-    )
+    backbone: BackboneConfig
+    decoder: DecoderConfig
     rater: RaterConfig | None = None
     exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"
@@ -232,6 +220,7 @@ class Policy:
         Raises:
             SpecError: for missing views, states of another length, or committed actions that leave none to make.
             CapabilityError: when the compute policy needs something the checkpoint lacks, or its decoder can continue no chunk.
+            NotFiniteError: when the networks compute NaN or an infinite value.
         """
         single = isinstance(observation, Observation)
         observations = [observation] if isinstance(observation, Observation) else list(observation)
@@ -265,6 +254,7 @@ class Policy:
                 prefix = self.model.backbone.embed(self._prepare(ObservationBatch.collate(observations)))
             out = compute.decode(self.model, prefix, generators, watch, given)
             action_BLD = self.to_robot(out.action_BLD)
+        _require_finite(action_BLD, out)  # before the range is clipped, which would make a bound of an infinite value
         low, high = self.action_spec.low, self.action_spec.high
         draft_BLD = None if out.draft_BLD is None else self.to_robot(out.draft_BLD).clip(low, high)
         return [
@@ -358,6 +348,8 @@ class Policy:
         action_spec = from_json(ActionSpec, read_json(folder / "action_spec.json"), str(folder / "action_spec.json"))
         stats_file = folder / "stats.json"
         stats = {k: from_json(FeatureStats, v, str(stats_file)) for k, v in read_json(stats_file).items()}
+        for name, measured in stats.items():
+            measured.require_sound(f"'{name}' in {stats_file}")
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
@@ -375,6 +367,16 @@ def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:
         "revised": tuple(tokens.revised_BN[row].tolist()),
         "repaired": bool(tokens.repaired_B[row]),
     }
+
+
+def _require_finite(action_BLD: np.ndarray, out: Decoded) -> None:
+    """Refuse a chunk, or a judgement of it, that is no number; tokens can describe finite actions when their logits are NaN."""
+    judged = (out.confidence_BL, None if out.tokens is None else out.tokens.probability_BS)
+    if not np.isfinite(action_BLD).all() or any(t is not None and not bool(t.isfinite().all()) for t in judged):
+        raise NotFiniteError(
+            "The policy computed NaN or an infinite value, which is no action. Look whether the observation's state is in "
+            "the units of training; if it is, the training diverged."
+        )
 
 
 def _resize(image_BHWC: Tensor, size: int | None) -> Tensor:

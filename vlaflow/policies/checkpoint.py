@@ -19,7 +19,7 @@ def local_folder(path: Path | str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"There is no folder {folder}, and fetching a repository of that name needs: pip install huggingface_hub"
+            f"There is no folder {folder}, and fetching a repository of that name needs: pip install 'vlaflow[hub]'"
         ) from error
     try:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "README.md"]))

@@ -14,9 +14,9 @@ from vlaflow.actions.latent import LatentActionModel, LatentConfig
 from vlaflow.data.exclusions import departed
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import DepartureRule
-from vlaflow.decoders.latent_flow import LatentFlowConfig
+from vlaflow.decoders.base import LatentCodes
 from vlaflow.errors import ConfigError
-from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import dataset_codes
 from vlaflow.progress import Progress, progress
 
@@ -28,8 +28,8 @@ def codes_of(
 
     A code that tells of a departure, which the observation did not foretell, is left out.
     """
-    decoder = names_codes(policy.config)
-    if decoder is None:
+    wanted = policy.config.decoder.latent_codes
+    if wanted is None:
         if path is not None:
             raise ConfigError(f"This recipe's decoder names no latent actions, so it cannot use {path}; leave --latent out.")
         return None, {}
@@ -39,7 +39,7 @@ def codes_of(
             "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
         )
     model = LatentActionModel.from_pretrained(path)
-    fit_codes(model.config, decoder, str(path))
+    fit_codes(model.config, wanted, str(path))
     with ExitStack() as stack:
         bar: Progress | None = None
         done = 0
@@ -78,25 +78,19 @@ def require_same_model(before: str | None, path: Path | str | None, policy_path:
         )
 
 
-def names_codes(policy: PolicyConfig) -> LatentFlowConfig | None:
-    """The decoder, where it learns to name the codes of a latent action model."""
-    decoder = policy.decoder
-    return decoder if isinstance(decoder, LatentFlowConfig) and decoder.teaches else None
-
-
-def fit_codes(model: LatentConfig, decoder: LatentFlowConfig, where: str, stage: str = "") -> None:
+def fit_codes(model: LatentConfig, wanted: LatentCodes, where: str, stage: str = "") -> None:
     """Refuse a decoder that names other codes than a latent action model has.
 
     Args:
         model: of the latent action model.
-        decoder: of the policy.
+        wanted: by the policy's decoder.
         where: the model is from.
         stage: of a pipeline and a dot, before the keys that mend it.
 
     Raises:
         ConfigError: with the keys.
     """
-    theirs, ours = (model.codes, model.book), (decoder.latent.codes, decoder.latent.book)
+    theirs, ours = (model.codes, model.book), (wanted.codes, wanted.book)
     if theirs != ours:
         key = f"--set {stage}policy.decoder.latent"
         raise ConfigError(

@@ -29,9 +29,7 @@ from vlaflow.data.questions import QuestionSet
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import action_chunks
-from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.acting import (
     chunks_of,
@@ -43,7 +41,7 @@ from vlaflow.policies.acting import (
 )
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
-from vlaflow.policies.latent_codes import codes_of, fit_codes, names_codes, require_same_model
+from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
 from vlaflow.policies.provenance import run_of
 from vlaflow.policies.recipe import Assets, Base, Foreseen, Objective, Setup, TrainConfig
 from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
@@ -65,7 +63,7 @@ class PolicyObjective(Objective):
     @property
     def names_codes(self) -> bool:
         """See ``Objective``."""
-        return names_codes(self.policy) is not None
+        return self.policy.decoder.latent_codes is not None
 
     def concern(self, assets: Assets) -> Assets:
         """All of them."""
@@ -91,9 +89,9 @@ class PolicyObjective(Objective):
         if self.questions is not None and assets.questions is not None:
             require_askable(self.policy, QuestionSet.open(assets.questions, self.questions.turns))
         require_enough(config, self.open(root), self.policy.decoder.horizon, stage)
-        decoder = names_codes(self.policy)
-        if decoder is not None and before.latent is not None:
-            fit_codes(before.latent, decoder, "The latent action model of this pipeline", stage)
+        wanted = self.policy.decoder.latent_codes
+        if wanted is not None and before.latent is not None:
+            fit_codes(before.latent, wanted, "The latent action model of this pipeline", stage)
         return replace(before, policy=self.policy)
 
     def open(self, root: Path | str) -> Dataset:
@@ -169,10 +167,6 @@ class PolicyObjective(Objective):
     ) -> PolicyConfig:
         """The assembly with the given tokenizer, or one fitted on the episodes where its decoder needs one."""
         decoder, mode = self.policy.decoder, self.policy.action_normalisation
-        if not isinstance(decoder, TokenConfig | LatentFlowConfig):
-            if file is not None:
-                raise ConfigError(f"This recipe's decoder has no vocabulary, so it cannot use the tokenizer {file}.")
-            return self.policy
         if file is not None:
             decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
         elif decoder.unfitted:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.data.pictures import PictureCache, Questions, require_shown
 from vlaflow.data.questions import QuestionSet, Turns
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
@@ -53,23 +52,22 @@ def require_askable(policy: PolicyConfig, questions: QuestionSet) -> None:
         SpecError: a question shows more pictures than it has views, or is longer than it can read or say.
     """
     backbone = policy.backbone
-    if isinstance(backbone, TinyConfig) and not backbone.answers:
+    if not backbone.can_answer:
         raise CapabilityError(
             "This backbone has no language-model head, so it can neither learn nor give answers. Train one that has: --set "
             "policy.backbone.answers=true."
         )
     for question in questions.questions:
         require_shown(question, questions, backbone.views)
-        if not isinstance(backbone, TinyConfig):
-            continue
-        for text, most, key in (
-            (question.question, backbone.text_bytes, "text_bytes"),
-            (question.answer, backbone.suffix - 1, "suffix"),
+        for text, limit in (
+            (question.question, backbone.longest_instruction),
+            (question.answer, backbone.longest_answer),
         ):
-            if (size := len(text.encode())) > most:
+            if limit is not None and (size := len(text.encode())) > limit.size:
                 raise SpecError(
                     f"'{text}' of question '{question.name}' in {questions.file} has {size} bytes, the policy takes at most "
-                    f"{most}. Take it out, or raise policy.backbone.{key}; questions.turns=first leaves later turns out."
+                    f"{limit.size}. Take it out, or raise policy.backbone.{limit.key}; questions.turns=first leaves "
+                    "later turns out."
                 )
 
 

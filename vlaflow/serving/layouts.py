@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from vlaflow import registry
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
-from vlaflow.serving.dialects import OPENPI, ROBOARENA, Dialect
+from vlaflow.serving.dialects import OPENPI, Dialect
+from vlaflow.serving.dialects import ROBOARENA as ROBOARENA_DIALECT
 from vlaflow.spec import Commitment, Observation
 
 MOST_STATE = 4096
@@ -41,40 +43,36 @@ class Layout:
     dialect: Dialect = OPENPI
 
 
-LAYOUTS = {
-    "libero": Layout(("observation/image", "observation/wrist_image"), ("observation/state",)),
-    "droid": Layout(
-        ("observation/exterior_image_1_left", "observation/wrist_image_left"),
-        ("observation/joint_position", "observation/gripper_position"),
-    ),
-    "aloha": Layout(
-        ("images/cam_high", "images/cam_low", "images/cam_left_wrist", "images/cam_right_wrist"),
-        ("state",),
-        channels_first=True,
-    ),
-    "metaworld": Layout(("observation/image",), ("observation/state",)),
-    "roboarena": Layout(
-        ("observation/exterior_image_0_left", "observation/wrist_image_left"),
-        ("observation/joint_position", "observation/gripper_position"),
-        dialect=ROBOARENA,
-    ),
-}
+METAWORLD = Layout(("observation/image",), ("observation/state",))
+LIBERO = Layout(("observation/image", "observation/wrist_image"), ("observation/state",))
+DROID = Layout(
+    ("observation/exterior_image_1_left", "observation/wrist_image_left"),
+    ("observation/joint_position", "observation/gripper_position"),
+)
+ALOHA = Layout(
+    ("images/cam_high", "images/cam_low", "images/cam_left_wrist", "images/cam_right_wrist"),
+    ("state",),
+    channels_first=True,
+)
+ROBOARENA = Layout(
+    ("observation/exterior_image_0_left", "observation/wrist_image_left"),
+    ("observation/joint_position", "observation/gripper_position"),
+    dialect=ROBOARENA_DIALECT,
+)
 
 
 def choose(name: str, views: Sequence[str], images: Sequence[str] = (), state: Sequence[str] = ()) -> dict[str, Any]:
     """The layout for these views, as keyword arguments of ``read``.
 
     Args:
-        name: one of ``LAYOUTS``.
+        name: of an installed layout (``registry``).
         views: of the policy, in order.
         images, state: keys in place of the layout's.
 
     Raises:
         ConfigError: no such layout, or another number of images than views.
     """
-    if name not in LAYOUTS:
-        raise ConfigError(f"There is no layout '{name}'; {nearest(name, LAYOUTS)}")
-    layout = LAYOUTS[name]
+    layout = registry.load("layouts", name, Layout, f"There is no layout '{name}'")
     layout = replace(layout, images=tuple(images) or layout.images, state=tuple(state) or layout.state)
     if len(layout.images) != len(views):
         raise ConfigError(

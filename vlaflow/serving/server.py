@@ -347,8 +347,6 @@ class PolicyServer:
         try:
             asked = Asked(observation, compute, generator, commitment)
             chunk = entry.chunk = await self.engine.ask(asked, deadline_ms)
-            if not np.isfinite(chunk.actions).all():
-                raise RequestError("The policy made an action that is not finite; it was not sent.")
         except SpecError as error:
             raise RequestError(str(error)) from error
         told = {"instruction": observation.instruction} if follows else {}

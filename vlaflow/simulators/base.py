@@ -7,20 +7,17 @@ The environments are ordinary `gymnasium.Env`s with a few additions, listed at `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from vlaflow import registry
 from vlaflow.errors import CapabilityError, ConfigError, nearest
 from vlaflow.spec import ActionSpec, Observation
 
 Render = Literal["fast", "exact"]
-
-# suite: (module with SPEC, importable without the simulator; module with build(task, render, size))
-_SUITES = {"metaworld": ("vlaflow.simulators.metaworld_tasks", "vlaflow.simulators.metaworld")}
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,6 @@ class SimulatorSpec:
         horizon: steps after which an episode is cut off.
         size: side of the picture in pixels when none is asked for, by quality.
         lazy: physics can advance without rendering.
-        experts: every task has a scripted expert.
         protocol: whose evaluation protocol this follows, for reports.
     """
 
@@ -52,7 +48,6 @@ class SimulatorSpec:
     horizon: int
     size: Mapping[str, int]
     lazy: bool
-    experts: bool
     protocol: str
 
 
@@ -117,20 +112,58 @@ class Environment(Protocol):
         ...
 
 
+class Expert(Protocol):
+    """Maps the privileged state of its simulator to an action."""
+
+    def __call__(self, env: Environment, error: np.ndarray | None = None) -> np.ndarray:
+        """The clean action for the state ``env`` is in, (D,) float32, within the action's range.
+
+        Args:
+            env: the environment.
+            error: (3,), metres by which the expert is wrong about where its hand is.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite as it is registered under ``vlaflow.simulators``, importable without its simulator.
+
+    Args:
+        spec: what it is; ``spec.suite`` is the name it is registered by.
+        build: makes the environment of a task, with a picture quality and a side in pixels (None: the suite's own), importing
+            the simulator.
+        expert: makes the scripted expert of a task; None where the suite has none.
+        install: what brings the simulator, as an argument of ``pip install``.
+    """
+
+    spec: SimulatorSpec
+    build: Callable[[str, Render, int | None], Environment]
+    expert: Callable[[str], Expert] | None = None
+    install: str = ""
+
+
 def suites() -> tuple[str, ...]:
-    """Names of the suites this library can build."""
-    return tuple(_SUITES)
+    """Names of the installed suites."""
+    return registry.names("simulators")
 
 
-def simulator_spec(suite: str) -> SimulatorSpec:
-    """The spec of a suite, without importing its simulator.
+def suite_of(name: str) -> Suite:
+    """An installed suite, without importing its simulator.
 
     Raises:
         ConfigError: for an unknown suite, with the nearest valid name.
+        CapabilityError: for another distribution's that cannot be imported.
     """
-    if suite not in _SUITES:
-        raise ConfigError(f"There is no simulator suite '{suite}'; {nearest(suite, _SUITES)}")
-    return import_module(_SUITES[suite][0]).SPEC
+    found = registry.load("simulators", name, Suite, f"There is no simulator suite '{name}'")
+    if found.spec.suite != name:
+        raise ConfigError(f"The suite registered as '{name}' calls itself '{found.spec.suite}'; both must be the same.")
+    return found
+
+
+def simulator_spec(suite: str) -> SimulatorSpec:
+    """The spec of a suite; see ``suite_of``."""
+    return suite_of(suite).spec
 
 
 def parse_env_name(name: str) -> tuple[str, str]:
@@ -141,7 +174,7 @@ def parse_env_name(name: str) -> tuple[str, str]:
     """
     suite, slash, task = name.partition("/")
     if not slash:
-        owners = [s for s in _SUITES if name in simulator_spec(s).tasks]
+        owners = [s for s in suites() if _has(s, name)]
         hint = f"did you mean '{owners[0]}/{name}'?" if owners else "for example 'metaworld/drawer-open-v3'."
         raise ConfigError(f"An environment is named 'suite/task', got '{name}'; {hint}")
     tasks = simulator_spec(suite).tasks
@@ -185,16 +218,24 @@ def make(name: str, *, render: Render = "fast", size: int | None = None) -> Envi
         CapabilityError: when the simulator is not installed.
     """
     suite, task = parse_env_name(name)
+    found = suite_of(suite)
     if render not in ("fast", "exact"):
         raise ConfigError(f"There is no rendering '{render}'; {nearest(str(render), ('fast', 'exact'))}")
     if size is not None and not 8 <= size <= 2048:
         raise ConfigError(f"The picture must be between 8 and 2048 pixels wide, got {size}.")
     try:
-        return import_module(_SUITES[suite][1]).build(task, render, size)
+        return found.build(task, render, size)
     except ModuleNotFoundError as problem:
-        raise CapabilityError(
-            f"The suite '{suite}' needs the package '{problem.name}': pip install 'vlaflow[{suite}]'"
-        ) from problem
+        cure = f": pip install '{found.install}'" if found.install else "; install it."
+        raise CapabilityError(f"The suite '{suite}' needs the package '{problem.name}'{cure}") from problem
+
+
+def _has(suite: str, task: str) -> bool:
+    """Whether a suite has such a task; one that cannot be imported has none."""
+    try:
+        return task in simulator_spec(suite).tasks
+    except (CapabilityError, ConfigError):
+        return False
 
 
 _kept: dict[tuple[str, Render, int | None], Environment] = {}

@@ -1,60 +1,24 @@
-"""Scripted demonstrators: Meta-World's own policies, and mistakes that are executed but not learned.
+"""Scripted demonstrators: the suites' own experts, and mistakes that are executed but not learned.
 
 A demonstration of a perfect expert never shows how to get back after a mistake. So noise is added to the action that is
 *executed*, while the *label* stays the expert's clean action for the state the noise led to (as in DART, Laskey et al.
 2017). Noise is forgotten within a few steps, but a policy that sees its goal in the wrong place errs for a whole chunk. An
 expert that misjudges does so too: for a while it acts as if its hand were somewhere else.
 
-Experts answer actions as large as 24; the simulator cuts them to ±1, and the cut action is what is stored, or else one wild
-number would set the scale of the normalisation.
+Meta-World's answer actions as large as 24; the simulator cuts them to ±1, and the cut action is what is stored, or else one
+wild number would set the scale of the normalisation.
 """
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.simulators import gl
-from vlaflow.simulators.base import Environment, parse_env_name, simulator_spec
-
-
-class Expert(Protocol):
-    """Maps the privileged state of its simulator to an action."""
-
-    def __call__(self, env: Environment, error: np.ndarray | None = None) -> np.ndarray:
-        """The clean action for the state ``env`` is in, (D,) float32, within the action's range.
-
-        Args:
-            env: the environment.
-            error: (3,), metres by which the expert is wrong about where its hand is.
-        """
-        ...
-
-
-class _MetaWorldExpert:
-    """Meta-World's scripted policy for one task. Without memory: the action depends on the current state only."""
-
-    def __init__(self, task: str) -> None:
-        gl.prepare()
-        from metaworld.policies import ENV_POLICY_MAP
-
-        kind: Any = ENV_POLICY_MAP[task]
-        self._policy = kind()
-
-    def __call__(self, env: Any, error: np.ndarray | None = None) -> np.ndarray:
-        seen = env.raw_observation
-        if error is not None:
-            seen = seen.copy()
-            seen[:3] += error
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "Constant(s) may be too high": they are, and are cut below
-            action = self._policy.get_action(seen)
-        return np.clip(np.asarray(action, np.float32), env.action_spec.low, env.action_spec.high)
+from vlaflow.simulators.base import Environment, Expert, parse_env_name, suite_of
 
 
 def expert_for(name: str) -> Expert:
@@ -68,9 +32,10 @@ def expert_for(name: str) -> Expert:
         CapabilityError: when the suite ships no experts.
     """
     suite, task = parse_env_name(name)
-    if not simulator_spec(suite).experts:
+    expert = suite_of(suite).expert
+    if expert is None:
         raise CapabilityError(f"The suite '{suite}' has no scripted experts; record by teleoperation, or use 'metaworld/...'.")
-    return _MetaWorldExpert(task)
+    return expert(task)
 
 
 class Wandering:

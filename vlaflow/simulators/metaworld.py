@@ -13,11 +13,12 @@ it, at a height taken from the world as it was before the reset. The policy's fi
 the episode before. Here every reset begins from the state of a freshly made LeRobot environment, so that a seed alone
 decides every byte and environments may be reused (checked on all 50 tasks).
 
-The tasks and the action spec are in ``metaworld_tasks``; scripted demonstrators in ``experts``.
+The tasks and the action spec are in ``metaworld_tasks``; what recording adds to the scripted experts is in ``experts``.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -186,9 +187,26 @@ class MetaWorldEnv(gymnasium.Env):
         }
 
 
-def build(task: str, render: Render, size: int | None) -> MetaWorldEnv:
-    """What `vlaflow.simulators.make` calls."""
-    return MetaWorldEnv(task, render, size)
+class MetaWorldExpert:
+    """Meta-World's scripted policy for one task. Without memory: the action depends on the current state only."""
+
+    def __init__(self, task: str) -> None:
+        gl.prepare()
+        from metaworld.policies import ENV_POLICY_MAP
+
+        kind: Any = ENV_POLICY_MAP[task]
+        self._policy = kind()
+
+    def __call__(self, env: Any, error: np.ndarray | None = None) -> np.ndarray:
+        """See ``Expert``."""
+        seen = env.raw_observation
+        if error is not None:
+            seen = seen.copy()
+            seen[:3] += error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Constant(s) may be too high": they are, and are cut below
+            action = self._policy.get_action(seen)
+        return np.clip(np.asarray(action, np.float32), env.action_spec.low, env.action_spec.high)
 
 
 def _simulation(task: str) -> tuple[Any, np.ndarray]:

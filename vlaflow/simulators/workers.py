@@ -52,10 +52,12 @@ def run_jobs(
     *,
     setup: Callable[[], Any] | None = None,
     progress: Progress | None = None,
+    finished: Callable[[int, Result], None] | None = None,
     threads: int = 1,
 ) -> list[Result]:
     """Run ``function`` on every job; the list of results in the order of the jobs. See `iterate_jobs`."""
-    return list(iterate_jobs(function, jobs, workers, setup=setup, progress=progress, threads=threads))
+    found = iterate_jobs(function, jobs, workers, setup=setup, progress=progress, finished=finished, threads=threads)
+    return list(found)
 
 
 def iterate_jobs(
@@ -65,6 +67,7 @@ def iterate_jobs(
     *,
     setup: Callable[[], Any] | None = None,
     progress: Progress | None = None,
+    finished: Callable[[int, Result], None] | None = None,
     threads: int = 1,
 ) -> Iterator[Result]:
     """Run ``function`` on every job and yield the results in the order of the jobs, each as soon as its turn has come.
@@ -76,6 +79,7 @@ def iterate_jobs(
         workers: processes; 0 runs in this process, one job after the other, for debugging.
         setup: called once in every worker before its first job; what it returns (a loaded policy, ...) is ``tools``.
         progress: called in this process as ``progress(done, total)`` after every finished job.
+        finished: called in this process with a job's number and result as soon as it is there, whichever job's turn it is.
         threads: BLAS and torch threads of each worker.
 
     Raises:
@@ -91,12 +95,14 @@ def iterate_jobs(
             outcome = _attempt(function, job, tools)
             if isinstance(outcome, _Failure):
                 raise outcome.rebuild(job)
+            if finished:
+                finished(done - 1, outcome)
             if progress:
                 progress(done, len(jobs))
             yield outcome
         return
     with _signals(), _Pool(function, setup, min(workers, len(jobs)), threads) as pool:
-        yield from pool.run(jobs, progress)
+        yield from pool.run(jobs, progress, finished)
 
 
 class _Failure:
@@ -177,7 +183,7 @@ class _Pool:
                 process.kill()
                 process.join()
 
-    def run(self, jobs: Sequence[Any], progress: Progress | None) -> Iterator[Any]:
+    def run(self, jobs: Sequence[Any], progress: Progress | None, finished: Callable[[int, Any], None] | None) -> Iterator[Any]:
         results: dict[int, Any] = {}
         given: dict[Connection, int] = {}
         waiting = iter(range(len(jobs)))
@@ -196,6 +202,8 @@ class _Pool:
                     raise outcome.rebuild(_SETUP if in_setup else jobs[number])
                 results[number] = outcome
                 done += 1
+                if finished:
+                    finished(number, outcome)
                 if progress:
                     progress(done, len(jobs))
                 self._give(pipe, waiting, given, jobs)

@@ -8,7 +8,8 @@
 A checkpoint is first written completely into a hidden folder beside these. One rename makes it count: from then on it is
 ``training/step-000500`` with the policy's files in a folder ``policy`` of its own, from which they are moved up one by one. A
 run that is killed while they move finds the rest there and moves it. So a kill or a full disk at any moment leaves the
-earlier checkpoint or the new one. Only the newest training state is kept. No pickle: JSON and safetensors.
+earlier checkpoint or the new one. The two newest training states are kept: without the newest folder a run continues from the
+one before. No pickle: JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.files import read_json, write_json
+from vlaflow.files import first_not_finite, read_json, write_json
 from vlaflow.folders import make_folder, require_makeable
 from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
@@ -37,6 +38,8 @@ from vlaflow.training.shards import spread, whole
 
 logger = logging.getLogger("vlaflow.training")
 PARTIAL = ".partial-"
+KEPT = 2
+"""Training states that are kept."""
 Tensors = dict[str, dict[str, Tensor]]
 
 
@@ -64,7 +67,7 @@ def restore(
         module, optimizer, ema: what is filled.
 
     Raises:
-        CheckpointError: a file that is missing, damaged, incomplete or of another network.
+        CheckpointError: a file that is missing, damaged, incomplete, not finite or of another network.
     """
     weights = _read(folder / "weights.safetensors")
     moments = _read(folder / "optimizer.safetensors")
@@ -72,25 +75,25 @@ def restore(
     if len(moments) != state["moments"]:
         raise CheckpointError(
             f"{folder / 'optimizer.safetensors'} holds {len(moments)} of the optimizer's {state['moments']} moments, so "
-            f"the run would not continue as it began. Start again with --fresh."
+            f"the run would not continue as it began. {_way_back(folder)}"
         )
     average = _read(folder / "average.safetensors") if ema is not None else {}
     try:
         with torch.no_grad():
             for name, tensor in _named(module):
-                spread(weights[name], tensor)
+                spread(name, weights[name], tensor)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and f"step.{name}" in moments:
                 own = optimizer.state[parameter]
                 own["step"] = moments[f"step.{name}"].to(parameter.device)
                 for key in ("exp_avg", "exp_avg_sq"):
                     own[key] = torch.zeros_like(parameter)
-                    spread(moments[f"{key}.{name}"], own[key])
+                    spread(f"{key}.{name}", moments[f"{key}.{name}"], own[key])
         if ema is not None:
             ema.load_state_dict(average, state["step"])
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"The training state in {folder} belongs to another network ({error}). Start anew with --fresh."
+            f"The training state in {folder} belongs to another network ({error}). {_way_back(folder)}"
         ) from error
 
 
@@ -155,7 +158,7 @@ def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, sa
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-    _forget_all_but(out, step)
+    _forget_oldest(out)
 
 
 def prepare(out: Path, fresh: bool) -> Path | None:
@@ -252,11 +255,21 @@ def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}); the training state is damaged. Start anew with --fresh."
-        ) from (error)
+            f"{file} cannot be read ({error}); the training state is damaged. {_way_back(file.parent)}"
+        ) from error
+    if name := first_not_finite(tensors):
+        raise CheckpointError(f"'{name}' in {file} holds NaN or an infinite value. {_way_back(file.parent)}")
+    return tensors
+
+
+def _way_back(folder: Path) -> str:
+    """What to do about a training state that is of no use."""
+    own = int(folder.name.removeprefix("step-"))
+    earlier = [step for step, _ in training_states(folder.parent.parent) if step < own]
+    return f"Delete {folder} to continue from step {earlier[-1]}." if earlier else "Start again with --fresh."
 
 
 def _move_up(out: Path, step_folder: Path) -> None:
@@ -286,10 +299,9 @@ def _replace(new: Path, place: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def _forget_all_but(out: Path, step: int) -> None:
-    for other, folder in training_states(out):
-        if other != step:
-            shutil.rmtree(folder, ignore_errors=True)
+def _forget_oldest(out: Path) -> None:
+    for _, folder in training_states(out)[:-KEPT]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

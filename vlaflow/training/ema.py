@@ -66,5 +66,5 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Continue from a saved average after ``updates`` updates."""
         for name, average in zip(self._names, self._average, strict=True):
-            spread(state[name], average)
+            spread(name, state[name], average)
         self.updates = updates

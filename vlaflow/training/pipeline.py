@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlaflow.errors import ConfigError, nearest
+from vlaflow.packages import packages_of, require
 from vlaflow.policies.recipe import DataSpec, Foreseen, Objective
 from vlaflow.training import checkpoint
 from vlaflow.training.options import Options, overridden
@@ -39,8 +40,9 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
     """The stages of a pipeline, the last one's checkpoint in ``out`` itself, the others' in folders of their names inside it.
 
     Raises:
-        VlaflowError: an override without a stage or of an unknown key, a latent action model given from outside, stages that
-            do not fit together or questions that do not fit a stage, a folder that holds another recipe's run.
+        VlaflowError: an override without a stage or of an unknown key, a package that a stage needs and that is not
+            installed, a latent action model given from outside, stages that do not fit together or questions that do not fit a
+            stage, a folder that holds another recipe's run.
     """
     names = [stage.__name__ for stage in pipeline.call().stages]
     for key in options.overrides or ():
@@ -64,6 +66,7 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
         if recipe.continues:
             assets = replace(assets, tokenizer=None)
         config = overridden(config, own, assets)
+        require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
         foreseen = config.objective.foresee(config, Path(dataset), assets, foreseen, f"{name}.")
         mine = replace(options, overrides=own, fresh=False, questions=assets.questions, tokenizer=assets.tokenizer)
         planned.append(Planned(recipe, folder, mine, config.objective))

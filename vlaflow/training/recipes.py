@@ -1,28 +1,27 @@
-"""Finding recipes by name: 'asyncvla.demo' is the function ``demo`` of ``vlaflow/policies/asyncvla/recipes.py``.
+"""Finding recipes by name: 'asyncvla.demo' is the function ``demo`` of the module registered as ``asyncvla``.
 
-A recipe is a public function there that returns a ``TrainConfig``, or a ``Pipeline`` of several. There is no registry to keep
-up to date; listing reads the source files and imports nothing.
+A recipe is a public function there that returns a ``TrainConfig``, or a ``Pipeline`` of several. Modules are registered under
+``vlaflow.recipes`` (``registry``). Listing reads their source files and imports none of them.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import vlaflow
-from vlaflow.errors import ConfigError, nearest
+from vlaflow import registry
+from vlaflow.errors import CapabilityError, ConfigError, nearest
 
 if TYPE_CHECKING:
     from vlaflow.policies.base import PolicyConfig
     from vlaflow.policies.recipe import DataSpec, TrainConfig
-
-POLICIES = Path(vlaflow.__file__).parent / "policies"
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,15 @@ class Recipe:
     """A recipe that exists.
 
     Args:
-        system, function: where it is.
+        system, function: its name, in two parts.
         summary: first line of its docstring.
+        entry: the module it is in.
     """
 
     system: str
     function: str
     summary: str
+    entry: registry.Entry
 
     @property
     def name(self) -> str:
@@ -46,7 +47,7 @@ class Recipe:
     @cached_property
     def call(self) -> Callable[..., Any]:
         """The function itself."""
-        return getattr(importlib.import_module(f"vlaflow.policies.{self.system}.recipes"), self.function)
+        return getattr(self.entry.load(), self.function)
 
     @property
     def several(self) -> bool:
@@ -86,16 +87,40 @@ class Recipe:
 
 
 def list_recipes() -> dict[str, Recipe]:
-    """Every recipe by name."""
-    found = {}
-    for file in sorted(POLICIES.glob("*/recipes.py")):
-        for node in ast.parse(file.read_text()).body:
-            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
-                continue
-            if isinstance(node.returns, ast.Name) and node.returns.id in ("TrainConfig", "Pipeline"):
-                lines = (ast.get_docstring(node) or "").splitlines()
-                recipe = Recipe(file.parent.name, node.name, lines[0] if lines else "")
-                found[recipe.name] = recipe
+    """Every recipe by name, apart from those of modules that cannot be read."""
+    found: dict[str, Recipe] = {}
+    for system in registry.names("recipes"):
+        with suppress(CapabilityError, ConfigError):
+            found |= {recipe.name: recipe for recipe in _recipes_of(system)}
+    return found
+
+
+def _recipes_of(system: str) -> list[Recipe]:
+    """The recipes of one module, read from its source.
+
+    Raises:
+        CapabilityError: when another distribution's module has no source that could be read.
+    """
+    entry = registry.find("recipes", system)
+    try:
+        spec = importlib.util.find_spec(entry.module)
+        assert spec is not None
+        assert spec.origin is not None
+        body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    except Exception as error:  # importing its parent packages may raise anything
+        if not entry.distribution:
+            raise
+        raise CapabilityError(
+            f"The recipes '{system}' come with {entry.distribution}, and {entry.module} cannot be read "
+            f"({type(error).__name__}: {error}). Repair or uninstall that package."
+        ) from error
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    found = []
+    for node in functions:
+        returned = ast.unparse(node.returns).rpartition(".")[2] if node.returns else ""
+        if returned in ("TrainConfig", "Pipeline"):
+            lines = (ast.get_docstring(node) or "").splitlines()
+            found.append(Recipe(system, node.name, lines[0] if lines else "", entry))
     return found
 
 
@@ -104,13 +129,12 @@ def find_recipe(name: str) -> Recipe:
 
     Raises:
         ConfigError: with the nearest valid name.
+        CapabilityError: when its module cannot be read.
     """
-    recipes = list_recipes()
-    if name in recipes:
-        return recipes[name]
     system, _, function = name.partition(".")
-    systems = {recipe.system for recipe in recipes.values()}
-    if system in systems:
-        own = [recipe.function for recipe in recipes.values() if recipe.system == system]
+    if system in registry.names("recipes"):
+        own = {recipe.function: recipe for recipe in _recipes_of(system)}
+        if function in own:
+            return own[function]
         raise ConfigError(f"'{system}' has no recipe '{function}'; {nearest(function, own)}")
-    raise ConfigError(f"There is no recipe '{name}'; {nearest(name, recipes)}")
+    raise ConfigError(f"There is no recipe '{name}'; {nearest(name, list_recipes())}")

@@ -14,6 +14,7 @@ import torch
 
 from vlaflow.errors import ConfigError
 from vlaflow.folders import require_makeable
+from vlaflow.packages import require
 from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
@@ -40,6 +41,7 @@ def train(
         VlaflowError: whatever the user can fix, in a sentence.
     """
     found, options = find_recipe(recipe), options or Options()
+    require("accelerate", "psutil", what="Training")
     require_makeable(Path(out))
     if policy is not None and not found.continues:
         raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out, or choose one that continues.")

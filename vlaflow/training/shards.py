@@ -17,8 +17,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def spread(full: Tensor, target: Tensor) -> None:
-    """Copy a complete tensor into ``target``, into this process's shard of it where it is sharded."""
+def spread(name: str, full: Tensor, target: Tensor) -> None:
+    """Copy a complete tensor into ``target``, into this process's shard of it where it is sharded.
+
+    Raises:
+        RuntimeError: another shape or type; nothing is cast.
+    """
+    if (full.shape, full.dtype) != (target.shape, target.dtype):
+        found, wanted = (f"{tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in (full, target))
+        raise RuntimeError(f"'{name}' is {found}, the network's is {wanted}")
     if isinstance(target, DTensor):
         full = distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
     target.copy_(full)

@@ -11,9 +11,10 @@ processes gradients are averaged with equal weights.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.config import to_json
 from vlaflow.data.batch import QuestionBatch
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.files import first_not_finite
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
@@ -157,7 +159,7 @@ class Trainer:
         Raises:
             ConfigError: ``out`` holds another run, takes one at this moment or is not the same folder for all processes, or a
                 parameter group matches nothing.
-            DivergedError: naming the step and its samples; nothing is saved.
+            DivergedError: naming the step and its samples, or what is not finite after it; nothing is saved.
             CheckpointError: the disk is full; the last checkpoint is whole.
         """
         self._begin()
@@ -175,7 +177,7 @@ class Trainer:
         try:
             with Interrupt() as interrupt, self._bar() as bar:
                 while self.step < self.config.steps:
-                    entry, stopped = self._one_step(interrupt.signal is not None)
+                    entry, stopped, part = self._one_step(interrupt.signal is not None)
                     self.step += 1
                     last = self.step == self.config.steps
                     if (self._held or self._held_questions) and (last or self.step % self.config.validate_every == 0):
@@ -189,7 +191,7 @@ class Trainer:
                         self.accelerator.log(scalars(entry), step=self.step)
                     bar.advance(note=self._note(entry))
                     if last or stopped or self.step % self.config.checkpoint_every == 0:
-                        self._save()
+                        self._save(part)
                     if stopped:
                         break
                 return self._outcome(self._agreed(interrupt.signal))
@@ -204,8 +206,12 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _one_step(self, stop: bool) -> tuple[dict[str, Any], bool]:
-        """Take step number ``self.step``; returns its log entry, and whether any process wants to stop after it."""
+    def _one_step(self, stop: bool) -> tuple[dict[str, Any], bool, Part]:
+        """Take step number ``self.step``.
+
+        Returns:
+            Its log entry, whether any process wants to stop after it, and some of its samples.
+        """
         c, began = self.config, time.monotonic()
         parts = self._feed.step(self.step)
         share_of_peak = multiplier(self.step, c.optim, c.steps)
@@ -238,42 +244,61 @@ class Trainer:
         if self._ema is not None:
             self._ema.update()
         samples = sum(len(part.batch.observation) for part in parts) * self.place.world
-        return {
-            "answer_loss" if asked else "loss": mean_loss,
-            "parts": dict(zip(named, mean_terms, strict=True)),
-            "rate": c.optim.learning_rate * share_of_peak,
-            "gradient": gradient,
-            "samples_per_second": round(samples / (time.monotonic() - began), 1),
-        }, stopped > 0
+        return (
+            {
+                "answer_loss" if asked else "loss": mean_loss,
+                "parts": dict(zip(named, mean_terms, strict=True)),
+                "rate": c.optim.learning_rate * share_of_peak,
+                "gradient": gradient,
+                "samples_per_second": round(samples / (time.monotonic() - began), 1),
+            },
+            stopped > 0,
+            parts[0],
+        )
 
     def _diverged(self, complaint: str, parts: list[Part]) -> str:
-        found = newest_state(self.out)
         look = "Look at them" if isinstance(parts[0].batch, QuestionBatch) else "Look at them (vlaflow data show)"
-        kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
         return (
             f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: "
-            f"{samples_sentence(p.batch for p in parts)}. {look}, or lower optim.learning_rate. "
-            f"{kept}: {self.out}."
+            f"{samples_sentence(p.batch for p in parts)}. {look}, or lower optim.learning_rate. {self._untouched()}"
         )
+
+    def _unsound(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what} after step {self.step} of {self.config.steps}, so nothing is saved. Lower optim.learning_rate. "
+            f"{self._untouched()}"
+        )
+
+    def _untouched(self) -> str:
+        found = newest_state(self.out)
+        kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
+        return f"{kept}: {self.out}."
 
     def _hold(self, source: Source | None) -> Held | None:
         return Held(source, self.config.batch_size // self.config.accumulate, self.config.seed) if source is not None else None
 
     def _validate(self) -> dict[str, float]:
-        """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions."""
-        found = self._measure(self._held) if self._held is not None else {}
+        """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions.
+
+        Raises:
+            DivergedError: one of them is not finite.
+        """
+        found = self._measure(self._held.parts(self.place, self.device)) if self._held is not None else {}
         if self._held_questions is not None:
-            found["answer"] = self._measure(self._held_questions)["answer"]
+            found["answer"] = self._measure(self._held_questions.parts(self.place, self.device))["answer"]
+        for name in ("loss", "answer"):
+            if not math.isfinite(value := found.get(name, 0.0)):
+                raise self._unsound(f"The held-out {name} is {value}")
         return found
 
     @torch.no_grad()
-    def _measure(self, held: Held) -> dict[str, float]:
-        """Losses on the held-out samples with the averaged weights."""
+    def _measure(self, parts: Iterable[tuple[Part, bool]]) -> dict[str, float]:
+        """Losses on samples, of which some count, with the averaged weights."""
         module = self.stage.module
         module.eval()
         sums: dict[str, Tensor] = {}
         with self._ema.in_module() if self._ema is not None else nullcontext():
-            for part, counted in held.parts(self.place, self.device):
+            for part, counted in parts:
                 total, terms = self._model(part.batch, part.generator, part.shared)
                 weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
@@ -287,11 +312,22 @@ class Trainer:
 
     # -- saving and continuing ---------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self, part: Part) -> None:
+        """Write a checkpoint of weights that are finite and, on samples of the step just taken, give a finite loss.
+
+        Raises:
+            DivergedError: they are or do not.
+            CheckpointError: it cannot be written.
+        """
         if self._saved == self.step:
             return
         module = self.stage.module
         tensors = checkpoint.collect(module, self._optimizer.optimizer, self._ema)
+        for kind, group in tensors.items():
+            if name := first_not_finite(group):
+                raise self._unsound(f"'{name}' ({kind}) holds NaN or an infinite value")
+        if not math.isfinite(loss := self._measure([(part, True)])["loss"]):  # finite weights can be too large to compute with
+            raise self._unsound(f"The loss on the step's own samples is {loss}")
         averaged = tensors.get("average", {})
         # By the module's own names; the average where there is one.
         weights = {name: averaged[name] if name in averaged else whole(t) for name, t in module.state_dict().items()}

@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 from vlaflow.backbones.qwen2_5_vl import QwenConfig, qwen2_5_vl_3b
-from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import CapabilityError
-from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.tiny import tiny_backbone
@@ -33,11 +30,8 @@ def tiny(data: DataSpec) -> PolicyConfig:
 
 
 def tiny_rater(policy: PolicyConfig) -> RaterConfig:
-    """Two blocks of the tiny backbone's own width."""
-    tiny = policy.backbone
-    if not isinstance(tiny, TinyConfig):
-        raise CapabilityError("This rater reads the tiny backbone; train a Qwen2.5-VL policy's with asyncvla.rater3b.")
-    return RaterConfig(BlockConfig(tiny.width, tiny.heads, tiny.heads, tiny.width // tiny.heads, 4 * tiny.width), 2)
+    """Two blocks like the backbone's own."""
+    return RaterConfig(policy.backbone.rater_block(), depth=2)
 
 
 def qwen3b(data: DataSpec, *, horizon: int = 8, source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct") -> PolicyConfig:
@@ -57,8 +51,5 @@ def qwen3b(data: DataSpec, *, horizon: int = 8, source: str | None = "Qwen/Qwen2
 
 
 def qwen3b_rater(policy: PolicyConfig) -> RaterConfig:
-    """Four blocks like those of Qwen2.5-VL-3B, 308 M parameters (the paper's 32 heads and 6144 would be 168 or 218 M)."""
-    if not isinstance(policy.backbone, QwenConfig):
-        raise CapabilityError("This rater reads Qwen2.5-VL-3B; train a tiny policy's with asyncvla.rater.")
-    block = BlockConfig(width=2048, heads=16, kv_heads=2, head_dim=128, ffn=11008, norm="rms", gated=True, qkv_bias=True)
-    return RaterConfig(block, depth=4)
+    """Four blocks; like those of Qwen2.5-VL-3B they have 308 M parameters (the paper's 32 heads and 6144: 168 or 218 M)."""
+    return RaterConfig(policy.backbone.rater_block(), depth=4)

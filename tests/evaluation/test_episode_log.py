@@ -1,0 +1,223 @@
+"""An evaluation that is interrupted loses nothing that was finished, and what cannot be written is said before any episode."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import pytest
+
+from tests.evaluation.conftest import ENV
+from vlaflow.cli.main import main
+from vlaflow.compute.spelling import Knobs
+from vlaflow.errors import ConfigError, DataError
+from vlaflow.evaluation import run as module
+from vlaflow.evaluation.episode_log import FILE, EpisodeLog
+from vlaflow.evaluation.rollout import RolloutConfig
+from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
+
+CONFIG = EvaluationConfig(
+    (ENV,),
+    ("dense", "refine"),
+    episodes=2,
+    knobs=Knobs(2),
+    rollout=RolloutConfig(horizon=12),
+    latency_chunks=1,
+    language_episodes=1,
+    films=False,
+    workers=0,
+)
+TIMES = ("minutes", "latency", "command")
+
+
+@dataclass(frozen=True)
+class Made:
+    """An episode of a test."""
+
+    name: str
+    steps: tuple[int, ...] = ()
+
+
+def untimed(folder):
+    """Everything in the results file but measured times and the words of the command."""
+    found = {name: value for name, value in json.loads((folder / RESULTS).read_text()).items() if name not in TIMES}
+    for entry in found["evaluations"]:
+        entry.pop("latency_ms")
+    return found
+
+
+def lines(folder):
+    return (folder / FILE).read_bytes().splitlines()
+
+
+def interrupted(checkpoint, out, monkeypatch, episodes):
+    """Ctrl-C when that many episodes have been kept."""
+    add = EpisodeLog.add
+
+    def and_stop(self, number, episode):
+        add(self, number, episode)
+        if len(self.finished) == episodes:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpisodeLog, "add", and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, CONFIG, out)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory):
+    """The results of an evaluation that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole")
+    run(checkpoint, CONFIG, out)
+    return untimed(out)
+
+
+def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, whole, tmp_path, monkeypatch):
+    interrupted(checkpoint, tmp_path, monkeypatch, 3)
+    assert len(lines(tmp_path)) == 1 + 3
+    assert not (tmp_path / RESULTS).exists()
+    played, evaluate = [], module.evaluate
+
+    def counted(folder, jobs, *given, **settings):
+        played.extend(jobs)
+        return evaluate(folder, jobs, *given, **settings)
+
+    monkeypatch.setattr(module, "evaluate", counted)
+    run(checkpoint, CONFIG, tmp_path)
+    assert len(played) == 6 - 3
+    assert untimed(tmp_path) == whole
+    assert not (tmp_path / FILE).exists(), "the results hold everything; the next evaluation here begins from nothing"
+
+
+def test_a_killed_evaluation_continues_at_another_number_of_workers(checkpoint, whole, tmp_path):
+    """SIGKILL gives no chance to tidy up; the workers end by themselves."""
+    words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--steps", "2", "--no-films"]
+    words += ["--horizon", "12", "--language", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "vlaflow", "eval", str(checkpoint), *words, "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if (tmp_path / FILE).exists() and len(lines(tmp_path)) > 1:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(lines(tmp_path)) > 1
+    run(checkpoint, CONFIG, tmp_path)
+    assert untimed(tmp_path) == whole
+
+
+def test_a_line_that_a_kill_left_unfinished_is_played_again(checkpoint, whole, tmp_path, monkeypatch):
+    interrupted(checkpoint, tmp_path, monkeypatch, 3)
+    content = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(content[:-20])
+    run(checkpoint, CONFIG, tmp_path)
+    assert untimed(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"episodes": 3}, "episodes = 2, not 3"),
+        ({"first_seed": 7}, "first_seed = 1000, not 7"),
+        ({"knobs": Knobs(3)}, "computes = "),
+        ({"rollout": RolloutConfig(horizon=11)}, "rollout = "),
+    ],
+)
+def test_other_settings_are_refused_in_a_sentence_and_their_episodes_kept(checkpoint, tmp_path, monkeypatch, changes, what):
+    interrupted(checkpoint, tmp_path, monkeypatch, 1)
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(ConfigError, match=what) as caught:
+        run(checkpoint, replace(CONFIG, **changes), tmp_path)
+    assert "--fresh" in str(caught.value)
+    assert "another --out" in str(caught.value)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_fresh_discards_an_unfinished_evaluation(checkpoint, tmp_path, monkeypatch):
+    interrupted(checkpoint, tmp_path, monkeypatch, 1)
+    other = replace(CONFIG, computes=("dense",), episodes=1)
+    assert run(checkpoint, other, tmp_path, fresh=True).computes == ("dense",)
+
+
+@pytest.mark.parametrize("place", ["taken/out", "taken", "folder/results.json", "folder/films"])
+def test_an_unusable_out_is_one_sentence_before_any_episode(checkpoint, tmp_path, monkeypatch, capsys, place):
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr(module, "evaluate", lambda *given, **settings: pytest.fail("an episode was played"))
+    out = tmp_path / place
+    if place == "folder/results.json":
+        out.mkdir(parents=True)
+    if place == "folder/films":
+        out.parent.mkdir()
+        out.write_text("a file")
+    out = out.parent if place.startswith("folder") else out
+    assert main(["eval", str(checkpoint), "--env", ENV, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "Choose another --out." in said
+    assert said.count("\n") == 1
+
+
+def opened(folder, **settings):
+    return EpisodeLog(folder, Made, {"seeds": (1, 2)} | settings)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_no_finished_episode(tmp_path):
+    with opened(tmp_path) as log:
+        log.add(0, Made("first"))
+        size, before = log.file.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+        try:
+            with pytest.raises(DataError, match=r"kept in episodes\.jsonl\. Make room"):
+                log.add(1, Made("second"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert log.file.stat().st_size == size, "no half a line is left"
+    with opened(tmp_path) as log:
+        assert log.finished == {0: Made("first")}
+
+
+def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
+    with opened(tmp_path), pytest.raises(ConfigError, match="Another evaluation is writing"):
+        opened(tmp_path)
+    opened(tmp_path).__exit__(None, None, None)
+
+
+def test_a_file_of_another_kind_is_never_overwritten(tmp_path):
+    """LeRobot v2.1 has a file of the same name in meta/."""
+    (tmp_path / FILE).write_text('{"episode_index": 0, "length": 5}\n')
+    with pytest.raises(ConfigError, match="is no log of an evaluation"):
+        EpisodeLog(tmp_path, Made, {}, fresh=True)
+    assert "episode_index" in (tmp_path / FILE).read_text()
+
+
+def test_damage_in_the_middle_is_one_sentence(tmp_path):
+    with opened(tmp_path) as log:
+        for number in range(2):
+            log.add(number, Made("x"))
+    first, second, third = lines(tmp_path)
+    (tmp_path / FILE).write_bytes(b"\n".join([first, second[:9], third, b""]))
+    with pytest.raises(DataError, match=r"damaged .*--fresh"):
+        opened(tmp_path)
+
+
+def test_a_log_without_episodes_holds_nothing_up(tmp_path):
+    opened(tmp_path).__exit__(None, None, None)
+    with opened(tmp_path, seeds=(3,)) as log:
+        assert log.finished == {}
+
+
+def test_time_spent_before_counts(tmp_path):
+    with opened(tmp_path) as log:
+        log.seconds = 60.0
+        log.add(3, Made("slow", (1, 2)))
+    with opened(tmp_path) as log:
+        assert log.spent >= 60
+        assert log.finished == {3: Made("slow", (1, 2))}
+        assert os.fstat(log._place).st_size == log.file.stat().st_size

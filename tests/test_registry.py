@@ -1,0 +1,161 @@
+"""Parts of other distributions: found by their entry points, refused in a sentence, and never chosen by a file alone."""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import vlaflow
+from vlaflow import registry
+from vlaflow.backbones.base import BackboneConfig
+from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.compute.spelling import ComputeKind
+from vlaflow.config import from_json, to_json
+from vlaflow.decoders.base import DecoderConfig
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.registry import OURS, Entry, find, installed, kind_of
+from vlaflow.serving.layouts import Layout
+from vlaflow.simulators.base import Suite
+
+KINDS = {"compute": ComputeKind, "simulators": Suite, "layouts": Layout, "recipes": ModuleType}
+BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig}
+
+FOREIGN = """
+from dataclasses import dataclass
+from vlaflow.decoders.base import DecoderConfig
+
+@dataclass(frozen=True)
+class ForeignConfig(DecoderConfig):
+    action_dim: int
+    horizon: int = 4
+
+    def build(self, spec):
+        raise NotImplementedError
+
+Renamed = ForeignConfig
+"""
+
+
+@dataclass(frozen=True)
+class HomelessConfig(DecoderConfig):
+    """A config that no distribution declares."""
+
+    action_dim: int = 1
+    horizon: int = 1
+
+    def build(self, spec):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """A function that installs a distribution as pip would: modules and the metadata that declares its entry points."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def put(name, entries, modules=()):
+        for module, text in dict(modules).items():
+            (tmp_path / f"{module}.py").write_text(text)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = [f"[vlaflow.{group}]\n{key} = {value}\n" for group, key, value in entries]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        installed.cache_clear()
+
+    yield put
+    installed.cache_clear()
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in OURS.items() for name in names])
+def test_every_part_of_ours_is_where_the_table_says(group, name):
+    found = find(group, name).load()
+    if group in BASES:
+        assert issubclass(found, BASES[group])
+        assert found.__name__ == name
+    else:
+        assert isinstance(found, KINDS[group])
+
+
+@pytest.mark.parametrize(("group", "base"), BASES.items())
+def test_every_config_of_ours_is_in_the_table(group, base):
+    """Read from the source text, so that a class whose module nothing imports counts too."""
+    table = {value.partition(":")[2] for value in OURS[group].values()}
+    written = set()
+    for file in (Path(vlaflow.__file__).parent / group).glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and any(d for d in node.decorator_list if "dataclass" in ast.unparse(d)):
+                kind = getattr(__import__(f"vlaflow.{group}.{file.stem}", fromlist=[node.name]), node.name)
+                if issubclass(kind, base) and not getattr(kind, "__abstractmethods__", None):
+                    written.add(node.name)
+    assert written == table
+
+
+def test_a_config_of_another_distribution_is_written_and_read(install):
+    install("foreign", [("decoders", "ForeignConfig", "foreign_part:ForeignConfig")], {"foreign_part": FOREIGN})
+    kind = kind_of(DecoderConfig, "ForeignConfig")
+    written = to_json(kind(action_dim=3))
+    assert from_json(DecoderConfig, written, "config.json") == kind(action_dim=3)
+
+
+def test_a_kind_that_nothing_provides_is_one_sentence_with_what_is_installed():
+    with pytest.raises(
+        ConfigError,
+        match=r"'config.kind' in c.json is 'OtherConfig', which nothing installed provides; installed: .*FlowConfig",
+    ):
+        from_json(DecoderConfig, {"kind": "OtherConfig", "action_dim": 2}, "c.json")
+
+
+@pytest.mark.parametrize("kind", ["os.system", "vlaflow.decoders.flow:FlowConfig", "TinyConfig", "", None, 3, ["FlowConfig"]])
+def test_a_file_can_name_installed_kinds_of_its_field_and_nothing_else(kind):
+    with pytest.raises(ConfigError):
+        from_json(DecoderConfig, {"kind": kind, "action_dim": 2}, "c.json")
+
+
+def test_a_config_that_nothing_declares_is_refused_before_it_is_written():
+    """It would train for hours, save, and then not open."""
+    with pytest.raises(ConfigError, match=r"HomelessConfig = \"tests.test_registry:HomelessConfig\""):
+        to_json(HomelessConfig())
+
+
+def test_a_part_that_cannot_be_imported_stops_only_those_who_name_it(install):
+    install("broken", [("decoders", "BrokenConfig", "broken_part:BrokenConfig")], {"broken_part": "import nowhere_at_all"})
+    assert kind_of(DecoderConfig, "FlowConfig") is FlowConfig
+    assert "BrokenConfig" in installed("decoders")
+    with pytest.raises(CapabilityError, match=r"comes with broken 1\.0 .*No module named 'nowhere_at_all'"):
+        kind_of(DecoderConfig, "BrokenConfig")
+
+
+def test_an_entry_without_its_attribute_names_its_distribution(install):
+    install("empty", [("backbones", "NoConfig", "empty_part:NoConfig")], {"empty_part": ""})
+    with pytest.raises(CapabilityError, match=r"empty 1\.0 .*NoConfig"):
+        kind_of(BackboneConfig, "NoConfig")
+
+
+def test_a_name_that_two_distributions_claim_is_refused_with_both(install):
+    install("first", [("decoders", "ForeignConfig", "foreign_part:ForeignConfig")], {"foreign_part": FOREIGN})
+    install("second", [("decoders", "ForeignConfig", "foreign_part:ForeignConfig")])
+    with pytest.raises(ConfigError, match=r"claimed by (first 1\.0 and second 1\.0|second 1\.0 and first 1\.0)"):
+        find("decoders", "ForeignConfig")
+
+
+def test_nobody_takes_a_name_of_ours(install):
+    install("thief", [("decoders", "FlowConfig", "foreign_part:ForeignConfig")], {"foreign_part": FOREIGN})
+    with pytest.raises(ConfigError, match=r"claimed by vlaflow and thief 1\.0"):
+        find("decoders", "FlowConfig")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OtherName", "foreign_part:Renamed"), ("TinyConfig2", "vlaflow.backbones.tiny:TinyConfig")]
+)
+def test_an_entry_must_be_a_config_of_its_group_under_its_own_name(install, name, value):
+    install("wrong", [("decoders", name, value)], {"foreign_part": FOREIGN})
+    with pytest.raises(ConfigError, match=r"wrong 1\.0\) is .* derived from DecoderConfig"):
+        kind_of(DecoderConfig, name)
+
+
+def test_an_entry_says_its_module():
+    assert Entry("decoders", "x", "package.module:Name").module == "package.module"
+    assert registry.find("backbones", "TinyConfig").load() is TinyConfig

@@ -1,0 +1,178 @@
+"""``episodes.jsonl``: the finished episodes of an evaluation under way, so that an interrupted one continues.
+
+The first line holds the settings that decide the episodes, every further line one finished episode. A line is written whole,
+flushed to the disk and never changed; one that a kill or a power cut left unfinished is cut off when the log is opened again.
+When the results are written, the log is removed: it exists only while an evaluation is unfinished.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import ConfigError, DataError
+from vlaflow.folders import require_writable, storing
+from vlaflow.progress import progress
+
+FILE = "episodes.jsonl"
+FORMAT = "vlaflow episodes 1"
+KEPT = f"the episodes finished so far are kept in {FILE}. Make room, and run the same command again to continue"
+
+E = TypeVar("E")
+J = TypeVar("J")
+
+
+class EpisodeLog(Generic[E]):
+    """The log of one folder, open for appending; a context manager.
+
+    Args:
+        folder: of the evaluation; made when it is missing.
+        kind: dataclass of an episode.
+        settings: JSON values by name; everything that an episode is a function of.
+        fresh: discard a log that is there instead of continuing it.
+
+    Attributes:
+        finished: episodes by their number in the evaluation's list of jobs.
+        seconds: wall time spent before, by the runs that this one continues.
+
+    Raises:
+        ConfigError: the folder cannot be written, another evaluation is writing into it, or its log was begun with other
+            settings.
+        DataError: the log is damaged elsewhere than at its end.
+    """
+
+    def __init__(self, folder: Path, kind: type[E], settings: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.file, self._kind, self._began = folder / FILE, kind, time.monotonic()
+        self.finished: dict[int, E] = {}
+        self.seconds = 0.0
+        require_writable(self.file)
+        # a round trip through JSON, so that tuples compare equal to the lists they become
+        header = {"format": FORMAT, "settings": json.loads(_line(settings))}
+        self._place = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            self._claim()
+            content = self._read()
+            if content and not content.startswith(f'{{"format": "{FORMAT}"'.encode()):
+                raise ConfigError(f"{self.file} is no log of an evaluation. Choose another --out.")
+            if content.count(b"\n") > 1 and not fresh:  # a header alone holds nothing worth keeping
+                self._continue(content, header)
+            else:
+                os.ftruncate(self._place, 0)
+                self._append(header)
+        except BaseException:
+            os.close(self._place)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Let go of the file; it stays for the next run."""
+        os.close(self._place)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of wall time, those of the runs that this one continues included."""
+        return self.seconds + time.monotonic() - self._began
+
+    def add(self, number: int, episode: E) -> None:
+        """Keep a finished episode; it survives whatever happens to this process.
+
+        Raises:
+            DataError: the disk is full or may not be written.
+        """
+        self._append({"job": number, "seconds": round(self.spent, 3), "episode": to_json(episode)})
+        self.finished[number] = episode
+
+    def complete(
+        self, jobs: Sequence[J], play: Callable[[Sequence[J], Callable[[int, E], None]], object], description: str
+    ) -> list[E]:
+        """Play the jobs that are not finished yet, keeping each episode.
+
+        Args:
+            jobs: all of the evaluation, the same list in the same order for the same settings.
+            play: takes the jobs that are left and a function to call with the number among them and the episode of each.
+            description: for the progress bar.
+
+        Returns:
+            all episodes, in the order of the jobs.
+        """
+        left = [number for number in range(len(jobs)) if number not in self.finished]
+        before = f", {len(self.finished)} done before" if self.finished else ""
+        with progress(len(left), description + before) as bar:
+
+            def keep(place: int, episode: E) -> None:
+                self.add(left[place], episode)
+                bar.advance()
+
+            play([jobs[number] for number in left], keep)
+        return [self.finished[number] for number in range(len(jobs))]
+
+    def remove(self) -> None:
+        """The results hold everything now."""
+        self.file.unlink(missing_ok=True)
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"Another evaluation is writing into {self.file.parent}. Wait for it, or choose another --out."
+            ) from error
+        except OSError:  # a network folder without locks
+            return
+
+    def _read(self) -> bytes:
+        """All whole lines; what follows the last of them is cut off."""
+        content = self.file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.ftruncate(self._place, len(whole))
+        return whole
+
+    def _continue(self, content: bytes, header: Mapping[str, Any]) -> None:
+        first, *lines = content.splitlines()
+        try:
+            before = json.loads(first)["settings"]
+            for name, value in header["settings"].items():
+                if before.get(name) != value:
+                    raise ConfigError(
+                        f"{self.file} belongs to an unfinished evaluation with {name} = {_short(before.get(name))}, not "
+                        f"{_short(value)}. Choose another --out, or discard it with --fresh."
+                    )
+            for line in lines:
+                entry = json.loads(line)
+                self.finished[int(entry["job"])] = from_json(self._kind, entry["episode"], str(self.file))
+                self.seconds = max(self.seconds, float(entry["seconds"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.file} is damaged ({error}). Discard it with --fresh.") from error
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with storing(self.file.parent, "The episode", KEPT):
+            text = f"{_line(entry)}\n".encode()
+            end = os.fstat(self._place).st_size
+            try:
+                if os.write(self._place, text) < len(text):
+                    # a disk that fills up takes a part of the line first, and refuses only the next write
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._place)
+            except OSError:
+                os.ftruncate(self._place, end)
+                raise
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, default=repr)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,214 @@
+"""Parts by name: vlaflow's own, and those of every installed distribution that declares entry points.
+
+==================  ================================  ================================================================
+group               name                              object
+==================  ================================  ================================================================
+vlaflow.backbones   its class's, as in config.json    a frozen dataclass derived from ``backbones.base.BackboneConfig``
+vlaflow.decoders    its class's, as in config.json    a frozen dataclass derived from ``decoders.base.DecoderConfig``
+vlaflow.compute     the word of ``--compute``         a ``compute.spelling.ComputeKind``
+vlaflow.simulators  the suite, before the slash       a ``simulators.base.Suite``
+vlaflow.layouts     the word of ``--layout``          a ``serving.layouts.Layout``
+vlaflow.recipes     the system, before the dot        a module whose public functions are recipes
+==================  ================================  ================================================================
+
+What a checkpoint or a command line names is looked up here and nowhere else, so it can choose among installed parts and never
+a module. Nothing is imported before it is named, and a part that cannot be imported stops nobody who does not name it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal, TypeVar
+
+from vlaflow.errors import CapabilityError, ConfigError, VlaflowError
+
+T = TypeVar("T")
+Group = Literal["backbones", "decoders", "compute", "simulators", "layouts", "recipes"]
+
+OURS: dict[Group, dict[str, str]] = {
+    "backbones": {
+        "EmuConfig": "vlaflow.backbones.emu3:EmuConfig",
+        "MolmoConfig": "vlaflow.backbones.molmo2:MolmoConfig",
+        "QwenConfig": "vlaflow.backbones.qwen2_5_vl:QwenConfig",
+        "TinyConfig": "vlaflow.backbones.tiny:TinyConfig",
+    },
+    "decoders": {
+        "AutoregressiveConfig": "vlaflow.decoders.autoregressive:AutoregressiveConfig",
+        "DiscreteFlowConfig": "vlaflow.decoders.discrete_flow:DiscreteFlowConfig",
+        "FlowConfig": "vlaflow.decoders.flow:FlowConfig",
+        "LatentFlowConfig": "vlaflow.decoders.latent_flow:LatentFlowConfig",
+        "MaskedDiffusionConfig": "vlaflow.decoders.masked_diffusion:MaskedDiffusionConfig",
+        "RegressionConfig": "vlaflow.decoders.regression:RegressionConfig",
+    },
+    "compute": {
+        "dense": "vlaflow.compute.dense:DENSE",
+        "two-stage": "vlaflow.compute.two_stage:TWO_STAGE",
+        "refine": "vlaflow.compute.refine:REFINE",
+        "refine-random": "vlaflow.compute.refine:REFINE_RANDOM",
+        "refine-tokens": "vlaflow.compute.refine_tokens:REFINE_TOKENS",
+        "exit": "vlaflow.compute.calibration:EXIT",
+        "budget": "vlaflow.compute.budget:BUDGET",
+    },
+    "simulators": {"metaworld": "vlaflow.simulators.metaworld_tasks:SUITE"},
+    "layouts": {
+        "metaworld": "vlaflow.serving.layouts:METAWORLD",
+        "libero": "vlaflow.serving.layouts:LIBERO",
+        "droid": "vlaflow.serving.layouts:DROID",
+        "aloha": "vlaflow.serving.layouts:ALOHA",
+        "roboarena": "vlaflow.serving.layouts:ROBOARENA",
+    },
+    "recipes": {
+        "a1": "vlaflow.policies.a1.recipes",
+        "asyncvla": "vlaflow.policies.asyncvla.recipes",
+        "baselines": "vlaflow.policies.baselines.recipes",
+        "dfm_vla": "vlaflow.policies.dfm_vla.recipes",
+        "iflybot": "vlaflow.policies.iflybot.recipes",
+    },
+}
+"""vlaflow's own parts, written as entry points are: "module:attribute", or "module"."""
+
+
+class Part:
+    """Base of the configs that other distributions may add kinds of.
+
+    A base names its ``group`` and is no dataclass; its kinds are frozen dataclasses, each registered by its class's name.
+    """
+
+    group: ClassVar[Group]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part that is installed, not imported yet.
+
+    Args:
+        group, name: what it is found by.
+        value: "module:attribute", or "module" for the module itself.
+        distribution: name and version of the package that declares it; empty for vlaflow's own.
+    """
+
+    group: Group
+    name: str
+    value: str
+    distribution: str = ""
+
+    @property
+    def module(self) -> str:
+        """Full name of the module it lives in."""
+        return self.value.partition(":")[0].strip()
+
+    def load(self) -> Any:
+        """The part itself.
+
+        Raises:
+            CapabilityError: when another distribution's part cannot be imported, naming the distribution.
+        """
+        try:
+            found: Any = import_module(self.module)
+            for attribute in filter(None, self.value.partition(":")[2].strip().split(".")):
+                found = getattr(found, attribute)
+        except VlaflowError:
+            raise
+        except Exception as error:
+            if not self.distribution:
+                raise
+            raise CapabilityError(
+                f"'{self.name}' of vlaflow.{self.group} comes with {self.distribution} and cannot be imported from "
+                f"{self.value} ({type(error).__name__}: {error}). Repair or uninstall that package."
+            ) from error
+        return found
+
+
+@cache
+def installed(group: Group) -> dict[str, tuple[Entry, ...]]:
+    """Everything of a group by name, vlaflow's own first; a name that several distributions claim has several entries."""
+    found = {name: [Entry(group, name, value)] for name, value in OURS[group].items()}
+    for point in sorted(entry_points(group=f"vlaflow.{group}"), key=lambda point: point.name):
+        origin = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
+        entry = Entry(group, point.name, point.value, origin)
+        if entry not in found.setdefault(point.name, []):
+            found[point.name].append(entry)
+    return {name: tuple(entries) for name, entries in found.items()}
+
+
+def names(group: Group) -> tuple[str, ...]:
+    """Names of everything of a group."""
+    return tuple(installed(group))
+
+
+def find(group: Group, name: str, unknown: str = "", *, typed: bool = True) -> Entry:
+    """The part of that name, not imported yet.
+
+    Args:
+        group, name: what is looked for.
+        unknown: beginning of the sentence when there is none; what is installed is added.
+        typed: whether a person typed it, who may have misspelt it.
+
+    Raises:
+        ConfigError: for a name that nothing installed has, or that several distributions claim.
+    """
+    entries = installed(group)
+    if name not in entries:
+        begin, listed = unknown or f"vlaflow.{group} has no '{name}'", f"nstalled: {', '.join(entries)}."
+        close = difflib.get_close_matches(name, entries, n=1, cutoff=0.5) if typed else []
+        hint = f"did you mean '{close[0]}'? I{listed}" if close else f"i{listed} Install the package that provides it."
+        raise ConfigError(f"{begin}; {hint}")
+    claims = entries[name]
+    if len(claims) > 1:
+        owners = " and ".join(entry.distribution or "vlaflow" for entry in claims)
+        raise ConfigError(f"'{name}' of vlaflow.{group} is claimed by {owners}. Uninstall all but one of them.")
+    return claims[0]
+
+
+def load(group: Group, name: str, kind: type[T], unknown: str = "") -> T:
+    """The part of that name, imported.
+
+    Raises:
+        ConfigError: for an unknown or contested name (see ``find``), or an entry that is no ``kind``.
+        CapabilityError: for one that cannot be imported.
+    """
+    entry = find(group, name, unknown)
+    found = entry.load()
+    if not isinstance(found, kind):
+        raise ConfigError(
+            f"'{name}' of vlaflow.{group} ({entry.distribution or 'vlaflow'}) is a {type(found).__name__}; it must be a "
+            f"{kind.__name__}."
+        )
+    return found
+
+
+def kind_of(base: type[Part], name: str, unknown: str = "") -> type[Part]:
+    """The config class of that name.
+
+    Raises:
+        ConfigError: for an unknown name, or an entry that is no config of that base under its own name.
+        CapabilityError: for one that cannot be imported.
+    """
+    entry = find(base.group, name, unknown, typed=False)
+    found = entry.load()
+    if not (isinstance(found, type) and issubclass(found, base) and found.__name__ == name):
+        raise ConfigError(
+            f"'{name}' of vlaflow.{base.group} ({entry.distribution or 'vlaflow'}) is {found!r}; it must be a class of that "
+            f"name derived from {base.__name__}."
+        )
+    return found
+
+
+def require_registered(part: Part) -> None:
+    """Refuse a config that could be written and then not be read again.
+
+    Raises:
+        ConfigError: with what its package has to declare.
+    """
+    kind = type(part)
+    claims = installed(part.group).get(kind.__name__, ())
+    if not any(entry.load() is kind for entry in claims):
+        raise ConfigError(
+            f"{kind.__name__} of {kind.__module__} is not registered, so a checkpoint with it could not be opened. Declare it "
+            f'in its package\'s pyproject.toml under [project.entry-points."vlaflow.{part.group}"]: {kind.__name__} = '
+            f'"{kind.__module__}:{kind.__qualname__}", and install that package.'
+        )
