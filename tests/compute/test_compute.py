@@ -10,6 +10,8 @@ from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
 from vlaflow.decoders.base import Given
 from vlaflow.errors import CapabilityError, ConfigError
 
+ROUNDING = {"atol": 1e-5, "rtol": 1e-4}  # float32 of other batch sizes: sums in another order, two layers, nine steps
+
 
 def decode(policy, compute, count=2, given=None):
     prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(count).observation))
@@ -49,6 +51,26 @@ def test_only_doubted_actions_change(monkeypatch):
     changed = (out.action_BLD != out.draft_BLD).any(-1)
     assert changed.tolist() == [[False, True, False, True, False, False], [False] * 6]
     assert torch.equal(changed, out.regenerated_BL)
+
+
+def test_a_chunk_without_doubts_costs_nothing_more_whatever_its_neighbours(monkeypatch):
+    """Three observations, the middle one sure; each reports, and gets, what it would alone."""
+    policy = helpers.policy(rater=True)
+    confidence = [[0.1] * 6, [0.9] * 6, [0.9, 0.1, 0.9, 0.1, 0.9, 0.9]]
+    rate(monkeypatch, policy, confidence)
+    out, dense = decode(policy, Refine(steps=4, inner=Dense(5)), 3), decode(policy, Dense(5), 3)
+    assert out.evaluations == (9, 5, 9)
+    assert out.layer_passes == (2 * (1 + 9) + 1, 2 * (1 + 5) + 1, 2 * (1 + 9) + 1)
+    assert torch.equal(out.action_BLD[1], dense.action_BLD[1])
+    for row in range(3):
+        rate(monkeypatch, policy, confidence[row : row + 1])
+        prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(3).observation)).select(torch.tensor([row]))
+        with torch.no_grad():
+            alone = Refine(steps=4, inner=Dense(5)).decode(
+                policy.model, prefix, [helpers.generators(3)[row]], Stopwatch(policy.device)
+            )
+        assert (alone.evaluations[0], alone.layer_passes[0]) == (out.evaluations[row], out.layer_passes[row])
+        torch.testing.assert_close(alone.action_BLD[0], out.action_BLD[row], **ROUNDING)
 
 
 def test_the_first_round_is_the_dense_one_bit_for_bit():

@@ -251,6 +251,24 @@ def test_distances_are_distances(metric, seed):
     assert torch.equal(found[1:2], distance(metric, one[1:2], other[1:2]))
 
 
+@pytest.mark.parametrize("size", [0, 1e-30, 1e-4, 1e-2, 1, 1e4])
+def test_equal_chunks_have_no_cosine_distance_however_small(size):
+    """A robot that is told twice to stand still is told the same."""
+    one = size * torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(distance("cosine", one, one), torch.zeros(2))
+
+
+def test_the_cosine_distance_has_no_step_where_an_action_loses_its_direction():
+    """Opposite directions are 2 apart, one against none is 1 apart, and what is too short for a direction is near its equal."""
+    one = torch.tensor([[[1.0, 0, 0]]])
+    assert float(distance("cosine", one, -one)) == 2
+    assert float(distance("cosine", one, 0 * one)) == 1
+    gaps = [float(distance("cosine", size * one, -size * one)) for size in (1e-6, 1e-4, 1e-3, 3e-3, 4e-3)]
+    assert gaps == sorted(gaps)
+    assert gaps[0] < 1e-6
+    assert gaps[-1] == 2
+
+
 def test_distances_in_closed_form():
     one = torch.tensor([[[1.0, 0], [0, 2]]])
     other = torch.tensor([[[0.0, 1], [0, 1]]])

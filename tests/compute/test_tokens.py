@@ -106,7 +106,27 @@ def test_only_improbable_tokens_are_made_anew(config):
     assert torch.equal(refined.tokens.id_BS[~doubted], dense.tokens.id_BS[~doubted])
     assert not torch.equal(refined.tokens.id_BS[doubted], dense.tokens.id_BS[doubted])
     assert torch.equal(refined.draft_BLD, dense.action_BLD)
-    assert refined.evaluations == tuple(e + refined.tokens.revised_BN.shape[1] - 8 for e in dense.evaluations)
+    more = [after - before for after, before in zip(refined.evaluations, dense.evaluations, strict=True)]
+    fewest = 4 if config is DiscreteFlowConfig else 1  # masked diffusion stops when every token is revealed
+    assert all(fewest <= m <= 4 if any_doubt else m == 0 for m, any_doubt in zip(more, doubted.any(1), strict=True))
+
+
+@pytest.mark.parametrize("config", [DiscreteFlowConfig, MaskedDiffusionConfig])
+def test_what_is_reported_of_a_chunk_depends_on_no_neighbour(config):
+    """The threshold lies between the worst tokens of two and two chunks, so half of the batch has nothing to make again."""
+    policy = helpers.token_policy(config)
+    worst = decode(policy, Dense(8)).tokens.probability_BS.amin(1).sort().values
+    assert worst[2] - worst[1] > 1e-3
+    compute = RefineTokens(Improbable(float(worst[1:3].mean())), 4, Dense(8))
+    together = decode(policy, compute)
+    assert sorted(count > 8 for count in together.evaluations) == [False, False, True, True]
+    for row in range(4):
+        with torch.inference_mode():
+            prefix = policy.embed(helpers.batch(4).observation).select(torch.tensor([row]))
+            alone = compute.decode(policy.model, prefix, [helpers.generators(4)[row]], Stopwatch(policy.device))
+        for name in ("evaluations", "layers", "layer_passes"):
+            assert getattr(alone, name)[0] == getattr(together, name)[row], name
+        assert torch.equal(alone.tokens.id_BS[0], together.tokens.id_BS[row])
 
 
 def test_a_rater_rejects_the_tokens_of_the_actions_it_doubts():

@@ -53,6 +53,58 @@ def test_the_training_path_equals_the_fused_one(kv_heads):
     torch.testing.assert_close(explicit, fused)
 
 
+def short(dtype, memory_tokens):
+    """Random heads of 32, where 1/√E is no power of two, with scores of up to 15: queries, own tokens, memory."""
+    query, *rest = (
+        draw(seed, 4, 4, n, 32).mul(scale).to(dtype)
+        for seed, n, scale in ((0, 16, 3), (1, 16, 1), (2, 16, 1), (3, memory_tokens, 1), (4, memory_tokens, 1))
+    )
+    return query, KeyValues(*rest[:2]), KeyValues(*rest[2:]) if memory_tokens else None
+
+
+def squares(query, own, memory, attention):
+    """The output of some attention over all tokens, and the gradients of its sum of squares."""
+    key, value = own.key_CGPE, own.value_CGPE
+    if memory is not None:
+        key, value = torch.cat((memory.key_CGPE, key), 2), torch.cat((memory.value_CGPE, value), 2)
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    out = attention(*inputs)
+    return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_tokens", [0, 100])
+def test_short_number_formats_are_as_exact_as_the_fused_kernel(dtype, memory_tokens):
+    """Root mean square errors against double precision, of the result and of its gradients: within twice the fused kernel's.
+
+    Ours also round the normalised weights and, in the gradients, the sum of the two groups, a third more in all. Scores rounded
+    before the softmax cost up to six times as much.
+    """
+    parts = short(dtype, memory_tokens)
+
+    def ours(query, key, value):
+        split = (memory_tokens, 16)
+        (past_key, key), (past_value, value) = key.split(split, 2), value.split(split, 2)
+        return attend(query, KeyValues(key, value), KeyValues(past_key, past_value) if memory_tokens else None)
+
+    fused = squares(*parts, functional.scaled_dot_product_attention)
+    long = (
+        None if part is None else KeyValues(part.key_CGPE.double(), part.value_CGPE.double()) for part in (parts[1], parts[2])
+    )
+    exact = squares(parts[0].double(), *long, functional.scaled_dot_product_attention)
+    for found, theirs, true in zip(squares(*parts, ours), fused, exact, strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - true).square().mean() <= (2 * (theirs.double() - true)).square().mean()
+
+
+def test_autocast_does_not_round_scores():
+    """It would make every product short again."""
+    query, own, memory = short(torch.bfloat16, 20)
+    plain = attend(query, own, memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(query, own, memory), plain)
+
+
 def test_a_decoding_step_never_copies_the_memory():
     """The largest tensor a step allocates stays smaller than the memory's keys, which are far longer than anything else."""
     memory = KeyValues(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))

@@ -99,14 +99,19 @@ class Refine(ComputePolicy):
             extra = (
                 prefix.depth - group.prefix.depth + (model.rater.config.depth if model.rater and rating_RL is not None else 0)
             )
-            if again := bool(doubt_RL.any()):
+            again_A = doubt_RL.any(1).nonzero()[:, 0]
+            if len(again_A):  # only chunks with a doubt cost anything more
                 with watch.part("refine"):
-                    again_from = Given(draft_RLD, doubt_RL.float(), pull=kept.pull if kept is not None else None)
-                    action_BLD[row_R] = model.decoder.sample(prefix, mine, self.steps, again_from)
+                    begin = Given(draft_RLD, doubt_RL.float(), pull=kept.pull if kept is not None else None)
+                    part = prefix if len(again_A) == len(row_R) else prefix.select(again_A)
+                    theirs = [mine[place] for place in again_A.tolist()]
+                    action_BLD[row_R[again_A]] = model.decoder.sample(part, theirs, self.steps, begin.select(again_A))
             for row in row_R.tolist():
-                passes[row] += extra + again * self.steps * prefix.depth
-                evaluations[row] += again * self.steps
-                layers[row] = prefix.depth if again else layers[row]
+                passes[row] += extra
+            for row in row_R[again_A].tolist():
+                passes[row] += self.steps * prefix.depth
+                evaluations[row] += self.steps
+                layers[row] = prefix.depth
         return Decoded(
             action_BLD,
             groups=tuple(groups),

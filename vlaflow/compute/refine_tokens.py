@@ -90,18 +90,22 @@ class RefineTokens(ComputePolicy):
                     confidence_BL = action_BLD.new_zeros(action_BLD.shape[:2])
                 confidence_BL[row_R] = rating_RL
             extra = model.rater.config.depth if model.rater is not None and rating_RL is not None else 0
-            again = bool(doubt_RS.any())
-            after = self._again(decoder, whole, before, doubt_RS, mine, watch) if again else before
-            if again:
+            again_R, after = doubt_RS.any(1), before
+            if bool(again_R.any()):  # only chunks with a doubt cost anything more
+                again_A, sure_N = again_R.nonzero()[:, 0], (~again_R).nonzero()[:, 0]
+                part = whole if not len(sure_N) else whole.select(again_A)
+                theirs = [mine[place] for place in again_A.tolist()]
+                made = self._again(decoder, part, before.select(again_A), doubt_RS[again_A], theirs, watch)
+                after = Tokens.cat((before.select(sure_N), made)).select(torch.cat((sure_N, again_A)).argsort())
                 with watch.part("refine"):
-                    made = tokenizer.decode(after.id_BS.cpu().numpy()).action_BLD
-                    action_BLD[row_R] = torch.from_numpy(made).to(action_BLD.device)
+                    remade = torch.from_numpy(tokenizer.decode(made.id_BS.cpu().numpy()).action_BLD)
+                    action_BLD[row_R[again_A]] = remade.to(action_BLD.device)
             parts.append(after)
             depth = model.backbone.spec.depth
             more = [a - b for a, b in zip(after.passes(depth), before.passes(depth), strict=True)]
             for place, row in enumerate(row_R.tolist()):
                 passes[row] += whole.depth - group.prefix.depth + extra + more[place]
-                layers[row] = depth if again else layers[row]
+                layers[row] = depth if again_R[place] else layers[row]
         order = torch.cat([group.row_R for group in first.groups]).argsort()
         tokens = Tokens.cat(parts).select(order)
         return replace(

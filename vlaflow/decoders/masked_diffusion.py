@@ -52,9 +52,15 @@ class MaskedDiffusionConfig(TokenConfig):
 
 @dataclass(frozen=True)
 class MaskedState(TokenState):
-    """Tokens under way; ``hidden_BS`` (bool) says which are still masked, whatever their id says."""
+    """Tokens under way.
+
+    Args:
+        hidden_BS: bool, which are still masked, whatever their id says.
+        looks_B: int64, steps in which the network was needed: a chunk whose tokens are all revealed waits for its neighbours.
+    """
 
     hidden_BS: Tensor = field(kw_only=True)
+    looks_B: Tensor = field(kw_only=True)
 
 
 class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
@@ -67,7 +73,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
 
     def tokens(self, state: MaskedState) -> Tokens:
         """See ``Decoder``."""
-        return replace(super().tokens(state), masked_BS=state.hidden_BS)
+        return replace(super().tokens(state), evaluations=tuple(state.looks_B.tolist()), masked_BS=state.hidden_BS)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -97,7 +103,14 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
             known = self.given_tokens(given)
             id_BS, clock_BS = known.id_BS, (known.clock_BS > 0).float()
         return MaskedState(
-            id_BS, clock_BS, torch.ones_like(clock_BS), tuple(generators), done=0, steps=steps, hidden_BS=clock_BS > 0
+            id_BS,
+            clock_BS,
+            torch.ones_like(clock_BS),
+            tuple(generators),
+            done=0,
+            steps=steps,
+            hidden_BS=clock_BS > 0,
+            looks_B=torch.zeros(prefix.batch, dtype=torch.long, device=device),
         )
 
     def advance(self, state: MaskedState, prefix: Prefix, steps: int = 1) -> MaskedState:
@@ -117,7 +130,8 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
             sure_BS = (chance_BS * fading_BS).clamp(min=1e-30).log() + noise_BS
             competes_BS = state.free_BS if c.remask else state.hidden_BS
             hidden_BS = masked.lowest(sure_BS.masked_fill(~competes_BS, float("inf")), left_B) & competes_BS
-            state = replace(state.moved(id_BS, chance_BS), hidden_BS=hidden_BS)
+            looks_B = state.looks_B + competes_BS.any(1)
+            state = replace(state.moved(id_BS, chance_BS), hidden_BS=hidden_BS, looks_B=looks_B)
         return state
 
     def _look(self, state: MaskedState, prefix: Prefix) -> Tensor:

@@ -3,6 +3,9 @@
 The memory (a prefix) is read in place: scores over memory and over own tokens are computed apart and share one softmax,
 so nothing ever copies or grows the prefix's keys and values, neither at a solver step nor for several noise draws.
 
+In bfloat16 and float16, products accumulate in float32 and scores reach the softmax unrounded, as in fused kernels: rounded
+scores would cost four times the error. A CPU has no such product; there a float32 copy lives as long as the product takes.
+
 Shape letters: B batch of queries, C batch of the memory (B = C · draws), T queries, S own keys, P memory keys,
 H heads, G key/value heads, E head dimension, W width.
 """
@@ -10,6 +13,7 @@ H heads, G key/value heads, E head dimension, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,16 +80,19 @@ def attend(query_BHTE: Tensor, own: KeyValues, memory: KeyValues | None = None, 
         return _fused(query_BHTE, own, mask_TS)
     b, h, t, e = query_BHTE.shape
     g = own.key_CGPE.shape[1]
-    query_BGRE = (query_BHTE * e**-0.5).reshape(b, g, (h // g) * t, e)
-    scores_BGRS = _hide(query_BGRE @ own.key_CGPE.mT, own.mask_CP, mask_TS)
+    short = query_BHTE.dtype in _SHORT  # scaled now, a short query would be rounded: its scores are scaled instead
+    query_BGRE = (query_BHTE if short else query_BHTE * e**-0.5).reshape(b, g, (h // g) * t, e)
+    scores_BGRS = _hide(_product(query_BGRE, own.key_CGPE.mT), own.mask_CP, mask_TS)
     if memory is None:
-        return (scores_BGRS.softmax(-1).to(query_BHTE.dtype) @ own.value_CGPE).reshape(b, h, t, e)
+        weights_BGRS = _softmax(scores_BGRS, query_BHTE)
+        return _product(weights_BGRS, own.value_CGPE).to(query_BHTE.dtype).reshape(b, h, t, e)
     c, p = memory.key_CGPE.shape[0], memory.key_CGPE.shape[2]
-    scores_CGQP = _hide(_merge_draws(query_BGRE, c) @ memory.key_CGPE.mT, memory.mask_CP, None)
-    weights = torch.cat((_split_draws(scores_CGQP, b), scores_BGRS), -1).softmax(-1).to(query_BHTE.dtype)
+    scores_CGQP = _hide(_product(_merge_draws(query_BGRE, c), memory.key_CGPE.mT), memory.mask_CP, None)
+    weights = _softmax(torch.cat((_split_draws(scores_CGQP, b), scores_BGRS), -1), query_BHTE)
     weights_BGRP, weights_BGRS = weights.split((p, scores_BGRS.shape[-1]), -1)
-    out_BGRE = _split_draws(_merge_draws(weights_BGRP, c) @ memory.value_CGPE, b) + weights_BGRS @ own.value_CGPE
-    return out_BGRE.reshape(b, h, t, e)
+    read_BGRE = _split_draws(_product(_merge_draws(weights_BGRP, c), memory.value_CGPE), b)
+    out_BGRE = read_BGRE + _product(weights_BGRS, own.value_CGPE)
+    return out_BGRE.to(query_BHTE.dtype).reshape(b, h, t, e)
 
 
 def causal_mask(tokens: int, device: torch.device | None = None) -> Tensor:
@@ -99,6 +106,42 @@ def _fused(query_BHTE: Tensor, own: KeyValues, mask_TS: Tensor | None) -> Tensor
         mask = own.mask_CP[:, None, None, :] if mask is None else mask & own.mask_CP[:, None, None, :]
     grouped = own.key_CGPE.shape[1] != query_BHTE.shape[1]
     return functional.scaled_dot_product_attention(query_BHTE, own.key_CGPE, own.value_CGPE, attn_mask=mask, enable_gqa=grouped)
+
+
+def _softmax(scores_BGRS: Tensor, query_BHTE: Tensor) -> Tensor:
+    """Weights in the queries' number format."""
+    if query_BHTE.dtype in _SHORT:
+        scores_BGRS = scores_BGRS * query_BHTE.shape[-1] ** -0.5
+    return scores_BGRS.softmax(-1).to(query_BHTE.dtype)
+
+
+def _product(one_BGMK: Tensor, other_BGKN: Tensor) -> Tensor:
+    """The matrix product, in float32 at least."""
+    if one_BGMK.dtype in _SHORT:
+        return _LongProduct.apply(one_BGMK, other_BGKN)
+    return one_BGMK @ other_BGKN
+
+
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+class _LongProduct(torch.autograd.Function):
+    """The float32 product of matrices in a short number format; their gradients are short products, as usual."""
+
+    @staticmethod
+    def forward(ctx: Any, one_BGMK: Tensor, other_BGKN: Tensor) -> Tensor:
+        ctx.save_for_backward(one_BGMK, other_BGKN)
+        if one_BGMK.is_cuda:  # the kernel exists on CUDA alone, and without a derivative
+            made = torch.bmm(one_BGMK.flatten(0, 1), other_BGKN.flatten(0, 1), out_dtype=torch.float32)
+            return made.unflatten(0, one_BGMK.shape[:2])
+        with torch.autocast(one_BGMK.device.type, enabled=False):  # autocast would make the product short again
+            return one_BGMK.float() @ other_BGKN.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        one_BGMK, other_BGKN = ctx.saved_tensors
+        grad_BGMN = grads[0].to(one_BGMK.dtype)
+        return grad_BGMN @ other_BGKN.mT, one_BGMK.mT @ grad_BGMN
 
 
 def _hide(scores_BGRS: Tensor, seen_BS: Tensor | None, mask_TS: Tensor | None) -> Tensor:
