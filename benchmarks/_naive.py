@@ -3,7 +3,7 @@
 With ``Style(norm=nn.LayerNorm, gelu="none")`` and the library's weights it computes what the library computes
 (tests/benchmarks), so the two differ in how the work is done and in the choices that ``Style`` names, and in nothing else.
 
-Shape letters: B batch, P prefix tokens, L horizon, D action dimension, T tokens, W width, E head dimension.
+Shape letters: B batch, P prefix tokens, L chunk size, D action dimension, T tokens, W width, E head dimension.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NaiveBlock(nn.Module):
 class NaivePolicy(nn.Module):
     """The tiny backbone and its flow decoder as one module over one joint sequence of tokens."""
 
-    def __init__(self, c: TinyConfig, action_dim: int, horizon: int, style: Style) -> None:
+    def __init__(self, c: TinyConfig, action_dim: int, chunk_size: int, style: Style) -> None:
         super().__init__()
         self.config, self.gelu = c, style.gelu
         halvings = (c.cell // 4).bit_length() - 1
@@ -62,7 +62,7 @@ class NaivePolicy(nn.Module):
         self.state = nn.Linear(c.state_dim, c.width)
         cells, texts = (c.image_size // c.cell) ** 2, c.text_bytes // c.text_patch
         self.prefix_position = nn.Parameter(torch.randn(cells + texts + 1, c.width) * 0.02)
-        self.suffix_position = nn.Parameter(torch.randn(horizon, c.width) * 0.02)
+        self.suffix_position = nn.Parameter(torch.randn(chunk_size, c.width) * 0.02)
         self.blocks = nn.ModuleList(NaiveBlock(c.width, c.heads, c.ffn, style) for _ in range(c.depth))
         self.norm, self.codec = style.norm(c.width), ActionCodec(action_dim, c.width)
 
@@ -79,12 +79,12 @@ class NaivePolicy(nn.Module):
         text_BTW = self.text(self.byte(byte_BN).flatten(1).unflatten(1, (length // c.text_patch, -1)))
         tokens = (picture_BCHW.flatten(2).mT, text_BTW, self.state(state_BS)[:, None])
         hidden_BPW = torch.cat(tokens, 1)
-        p, horizon = hidden_BPW.shape[1], x_BLD.shape[1]
+        p, chunk_size = hidden_BPW.shape[1], x_BLD.shape[1]
         hidden_BPW = hidden_BPW + torch.cat((self.prefix_position[: p - 1], self.prefix_position[-1:]))
-        x_BTW = torch.cat((hidden_BPW, self.codec.encode(x_BLD, clock_BL) + self.suffix_position[:horizon]), 1)
+        x_BTW = torch.cat((hidden_BPW, self.codec.encode(x_BLD, clock_BL) + self.suffix_position[:chunk_size]), 1)
         written_BT = (byte_BN < 256).view(len(seen), -1, c.text_patch).any(-1)
-        key_BT = functional.pad(written_BT, (tokens[0].shape[1], 1 + horizon), value=True)
-        may_TT = torch.ones(p + horizon, p + horizon, dtype=torch.bool)
+        key_BT = functional.pad(written_BT, (tokens[0].shape[1], 1 + chunk_size), value=True)
+        may_TT = torch.ones(p + chunk_size, p + chunk_size, dtype=torch.bool)
         may_TT[:p, p:] = False  # the prefix does not see the actions
         for block in self.blocks:
             x_BTW = block(x_BTW, key_BT[:, None, None, :] & may_TT)

@@ -22,12 +22,12 @@ class PerSample:
 
     Args:
         dataset: an open data set with videos.
-        horizon: actions per sample.
+        chunk_size: actions per sample.
         frame: (path, seconds) to uint8 (H, W, 3).
     """
 
-    def __init__(self, dataset: Dataset, horizon: int, frame: Callable[[Path, float], np.ndarray]) -> None:
-        self.dataset, self.horizon, self.frame = dataset, horizon, frame
+    def __init__(self, dataset: Dataset, chunk_size: int, frame: Callable[[Path, float], np.ndarray]) -> None:
+        self.dataset, self.chunk_size, self.frame = dataset, chunk_size, frame
         self.files = read_meta(dataset.root).files
         paths = dict.fromkeys(f.data for f in self.files)
         self.tables = {path: pq.read_table(path, columns=["observation.state", "action", "task_index"]) for path in paths}
@@ -39,12 +39,12 @@ class PerSample:
         episode = self.dataset.episodes[self.episode[index]]
         files = self.files[episode.index]
         row, end = index - self.first[files.data], episode.start + episode.length
-        rows = self.tables[files.data].slice(row, min(self.horizon, end - index)).to_pydict()
-        action, missing = rows["action"], self.horizon - len(rows["action"])
+        rows = self.tables[files.data].slice(row, min(self.chunk_size, end - index)).to_pydict()
+        action, missing = rows["action"], self.chunk_size - len(rows["action"])
         sample: dict[str, Any] = {
             "state": torch.tensor(rows["observation.state"][0], dtype=torch.float32),
             "action": torch.tensor(action + [action[-1]] * missing, dtype=torch.float32),
-            "valid": torch.arange(self.horizon) < len(action),
+            "valid": torch.arange(self.chunk_size) < len(action),
             "instruction": self.dataset.tasks[rows["task_index"][0]],
         }
         for view, key in self.dataset.views.items():
@@ -104,13 +104,13 @@ def torchcodec_frames() -> Callable[[Path, float], np.ndarray] | None:
     return frame
 
 
-def lerobot_batch(dataset: Dataset, horizon: int) -> Callable[[np.ndarray], Any] | None:
+def lerobot_batch(dataset: Dataset, chunk_size: int) -> Callable[[np.ndarray], Any] | None:
     """LeRobot's own loader, where it is installed. It answers floats in (3, H, W); that conversion is part of its sample."""
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
     except (ImportError, OSError, RuntimeError) as error:
         say(f"LeRobot's loader is left out: {str(error).splitlines()[0][:100]}")
         return None
-    deltas = {"action": [i / dataset.fps for i in range(horizon)]}
+    deltas = {"action": [i / dataset.fps for i in range(chunk_size)]}
     theirs = LeRobotDataset("local/benchmark", root=dataset.root, delta_timestamps=deltas)
     return lambda indices: torch.utils.data.default_collate([theirs[int(i)] for i in indices])

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, each in seconds.items()
     }
     parameters = sum(p.numel() for p in first.model.parameters()) / 1e6
-    title = f"{parameters:.1f} M parameters, chunk of {first.config.decoder.horizon}, batch 1"
+    title = f"{parameters:.1f} M parameters, chunk of {first.config.decoder.chunk_size}, batch 1"
     case = Case(title, "ms", {name: [s * 1e3 for s in each] for name, each in seconds.items()}, notes)
     return report("decoders", options, [case], options.json)
 

@@ -4,7 +4,7 @@
 
 The policy is a list of actions made beforehand by the scripted expert, so that nothing but the simulator is timed. Every way
 runs the same episodes from reset to success, and must end in the same state after the same number of steps, to the bit; what
-differs is how often a picture is taken and of what quality. One process; workers multiply all of them alike.
+differs is how often an image is taken and of what quality. One process; workers multiply all of them alike.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Options:
 
     Args:
         envs: environments or groups.
-        execute: actions per chunk, so one picture in this many steps where rendering is lazy.
+        n_action_steps: actions per chunk, so one image in this many steps where rendering is lazy.
         episodes: per round and way.
         steps: most steps of an episode.
-        fast_size, exact_size: sides of the pictures.
+        fast_size, exact_size: sides of the images.
         rounds: rounds.
         json: file for the results.
     """
@@ -42,7 +42,7 @@ class Options:
         "metaworld/button-press-topdown-v3",
         "metaworld/window-close-v3",
     )
-    execute: int = 8
+    n_action_steps: int = 8
     episodes: int = 2
     steps: int = 500
     fast_size: int = 96
@@ -61,7 +61,7 @@ class Script:
 
 
 def write_script(env: Environment, seed: int, steps: int) -> Script:
-    """Let the expert act until success, without a single picture."""
+    """Let the expert act until success, without a single image."""
     expert, actions, done = expert_for(env.name), [], False
     env.restart(seed)
     while not done and len(actions) < steps:
@@ -72,7 +72,7 @@ def write_script(env: Environment, seed: int, steps: int) -> Script:
 
 
 def every_step(env: Environment, scripts: Sequence[Script]) -> Callable[[], None]:
-    """A picture after every action, as a plain gymnasium loop takes them."""
+    """An image after every action, as a plain gymnasium loop takes them."""
 
     def run() -> None:
         for script in scripts:
@@ -84,15 +84,15 @@ def every_step(env: Environment, scripts: Sequence[Script]) -> Callable[[], None
     return run
 
 
-def when_looked_at(env: Environment, scripts: Sequence[Script], execute: int) -> Callable[[], None]:
-    """A picture before every chunk."""
-    chunked = ChunkEnv(env, execute)
+def when_looked_at(env: Environment, scripts: Sequence[Script], n_action_steps: int) -> Callable[[], None]:
+    """An image before every chunk."""
+    chunked = ChunkEnv(env, n_action_steps)
 
     def run() -> None:
         for script in scripts:
             chunked.reset(seed=script.seed)
-            for start in range(0, len(script.actions), execute):
-                chunked.step(script.actions[start : start + execute])
+            for start in range(0, len(script.actions), n_action_steps):
+                chunked.step(script.actions[start : start + n_action_steps])
             _require_end(env, script)
 
     return run
@@ -122,11 +122,11 @@ def measure(name: str, options: Options) -> Case:
     say(f"{name}: {steps} steps per round and way")
     fast, exact = f"fast {options.fast_size}²", f"exact {options.exact_size}²"
     arms = {
-        f"{fast}, when looked at": when_looked_at(env(), scripts, options.execute),
+        f"{fast}, when looked at": when_looked_at(env(), scripts, options.n_action_steps),
         f"{fast}, every step": every_step(env(), scripts),
-        f"{exact}, when looked at": when_looked_at(env("exact"), scripts, options.execute),
+        f"{exact}, when looked at": when_looked_at(env("exact"), scripts, options.n_action_steps),
         f"{exact}, every step": every_step(env("exact"), scripts),
-        "no pictures at all": never(env(), scripts),
+        "no images at all": never(env(), scripts),
     }
     return Case.of_rates(name, "steps/s", steps, seconds_in_turns(arms, options.rounds), {"steps per round": steps})
 

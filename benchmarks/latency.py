@@ -5,7 +5,7 @@
     python -m benchmarks.latency --checkpoint runs/a1/policy --compile --dataset runs/a1/dataset --compute exit:budget-0.4
 
 Recomputing runs the same weights through the same layers and must give the same chunk; it only forgets the prefix's keys and
-values after every solver step ("layers") or the picture's tokens as well ("everything"). Random weights serve as well as
+values after every solver step ("layers") or the image's tokens as well ("everything"). Random weights serve as well as
 trained ones: no compute policy here looks at what it computes, except refinement, of which both outcomes are measured.
 """
 
@@ -33,7 +33,7 @@ from vlaflow.config import override
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
@@ -81,7 +81,7 @@ class Recomputed(ComputePolicy):
 
     Args:
         steps: solver steps.
-        encode: makes the whole prefix from the pictures up; None runs the layers again on the tokens at hand.
+        encode: makes the whole prefix from the images up; None runs the layers again on the tokens at hand.
     """
 
     steps: int
@@ -89,10 +89,15 @@ class Recomputed(ComputePolicy):
     name = "recomputed"
 
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``."""
-        state = model.decoder.start(prefix, generators, self.steps, given)
+        state = model.decoder.start(prefix, generators, self.steps, conditioning)
         whole = prefix
         for _ in range(self.steps):
             with watch.part("prefix"):
@@ -189,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, each in parts.items()
     }
     parameters = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    title = f"{parameters:.1f} M parameters, chunk of {policy.config.decoder.horizon}, batch 1"
+    title = f"{parameters:.1f} M parameters, chunk of {policy.config.decoder.chunk_size}, batch 1"
     case = Case(title, "ms", {name: [s * 1e3 for s in each] for name, each in seconds.items()}, medians)
     return report("latency", options, [case], options.json)
 

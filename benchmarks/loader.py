@@ -41,7 +41,7 @@ class Options:
         dataset: a LeRobot data set with videos; by default small ones are made in a temporary folder.
         sizes: image sides of the data sets made.
         episodes, frames: of each data set made.
-        horizon: actions per sample.
+        chunk_size: actions per sample.
         batch_size: samples per batch.
         batches: batches per round.
         rounds: rounds.
@@ -52,7 +52,7 @@ class Options:
     sizes: tuple[int, ...] = (96, 256)
     episodes: int = 20
     frames: int = 80
-    horizon: int = 16
+    chunk_size: int = 16
     batch_size: int = 64
     batches: int = 2
     rounds: int = 7
@@ -95,7 +95,7 @@ def measure(root: Path, options: Options) -> Case:
     began = time.perf_counter()
     cache = FrameCache.open(dataset)
     built = time.perf_counter() - began
-    windows = Windows(dataset, cache, options.horizon)
+    windows = Windows(dataset, cache, options.chunk_size)
     videos = {path for episode in dataset.episodes for path in dataset.video_paths(episode.index).values()}
     sizes = ", ".join(f"{h}×{w}" for h, w in cache.shapes.values())
     notes = {
@@ -108,11 +108,11 @@ def measure(root: Path, options: Options) -> Case:
         readers: dict[str, Callable[[np.ndarray], Any]] = {"frame cache": windows.batch}
         for name, frame in frames.items():
             if frame is not None:
-                readers[name] = PerSample(dataset, options.horizon, frame).batch
+                readers[name] = PerSample(dataset, options.chunk_size, frame).batch
         few = rng.integers(0, len(windows), 8)
         for name, batch in list(readers.items())[1:]:
             require_same(windows.batch(few), batch(few), name)
-        if (theirs := lerobot_batch(dataset, options.horizon)) is not None:
+        if (theirs := lerobot_batch(dataset, options.chunk_size)) is not None:
             readers["LeRobot"] = theirs
         chosen = [rng.integers(0, len(windows), options.batch_size) for _ in range(options.batches)]
         arms = {name: _all(batch, chosen) for name, batch in readers.items()}

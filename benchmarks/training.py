@@ -3,7 +3,7 @@
     python -m benchmarks.training
     python -m benchmarks.training --ladder    # which of the differences matters how much on this CPU
 
-Both have the same sizes, batch, noise draws and loss; a sample is one observation with one draw. "First written" means: fused
+Both have the same sizes, batch, noise samples and loss; a sample is one observation with one draw. "First written" means: fused
 attention over one joint sequence with a mask, RMSNorm, tanh-GELU, convolutions in PyTorch's default layout, draws by repeating
 the whole observation, AdamW as a loop, bf16 autocast whatever the CPU. Because bf16 can be slow on a CPU without AMX, the same
 in float32 is measured too. Loading, weight averaging and logging are in neither.
@@ -70,15 +70,15 @@ def make_policy(config: PolicyConfig) -> Policy:
 
 
 def make_batch(config: PolicyConfig, size: int) -> Batch:
-    """Random pictures and numbers, the demo's sentences."""
-    rng, horizon = np.random.default_rng(1), config.decoder.horizon
+    """Random images and numbers, the demo's sentences."""
+    rng, chunk_size = np.random.default_rng(1), config.decoder.chunk_size
     shape = (size, config.backbone.image_size, config.backbone.image_size, 3)
     images = {view: torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)) for view in config.backbone.views}
     state_BS = torch.from_numpy(rng.normal(size=(size, ACTION.dim)).astype(np.float32))
     words = [TASKS[DEMO_TASKS[i % len(DEMO_TASKS)]].instruction for i in range(size)]
-    action_BLD = torch.from_numpy(rng.normal(size=(size, horizon, ACTION.dim)).astype(np.float32))
+    action_BLD = torch.from_numpy(rng.normal(size=(size, chunk_size, ACTION.dim)).astype(np.float32))
     index_B = torch.arange(size)
-    return Batch(ObservationBatch(images, state_BS, words), action_BLD, torch.ones(size, horizon).bool(), index_B, index_B)
+    return Batch(ObservationBatch(images, state_BS, words), action_BLD, torch.ones(size, chunk_size).bool(), index_B, index_B)
 
 
 def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool) -> Callable[[], float]:
@@ -100,14 +100,14 @@ def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool) -> Ca
 
 def naive_step(policy: Policy, optim: OptimConfig, batch: Batch, style: Style) -> Callable[[], float]:
     """The naive model's."""
-    c, draws = policy.config.decoder, policy.config.decoder.draws
+    c, noise_samples = policy.config.decoder, policy.config.decoder.noise_samples
     with torch.random.fork_rng(devices=[]):
-        model = NaivePolicy(policy.config.backbone, c.action_dim, c.horizon, style)
+        model = NaivePolicy(policy.config.backbone, c.action_dim, c.chunk_size, style)
     optimizer = torch.optim.AdamW(
         model.parameters(), optim.learning_rate, optim.betas, weight_decay=optim.weight_decay, fused=style.fused, foreach=False
     )
     generator, seen = Generator().manual_seed(0), batch.observation
-    rows = np.repeat(np.arange(len(seen)), draws)
+    rows = np.repeat(np.arange(len(seen)), noise_samples)
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -117,7 +117,7 @@ def naive_step(policy: Policy, optim: OptimConfig, batch: Batch, style: Style) -
             [seen.instructions[i] for i in rows],
         )
         action_BLD = batch.action_BLD[rows]
-        mask_BL = gaussian.sample_mask(len(rows), c.horizon, generator, c.whole)
+        mask_BL = gaussian.sample_mask(len(rows), c.chunk_size, generator, c.whole)
         clock_BL = gaussian.sample_time((len(rows), 1), generator) * mask_BL
         noise_BLD = torch.randn(action_BLD.shape, generator=generator)
         with autocast(style.bf16, CPU):
@@ -148,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         styles["… and fused AdamW"] = Style(norm=nn.LayerNorm, gelu="none", fused=True)
     arms = {f"vlaflow, {'bf16' if bf16 else 'float32'}": our_step(policy, recipe.optim, batch, bf16)}
     arms |= {name: naive_step(policy, recipe.optim, batch, style) for name, style in styles.items()}
-    draws = config.decoder.draws
+    noise_samples = config.decoder.noise_samples
     seconds = seconds_in_turns(arms, options.rounds, warmup=2)
     parameters = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    name = f"{parameters:.1f} M parameters, {size} observations × {draws} draws"
-    return report("training", options, [Case.of_rates(name, "samples/s", size * draws, seconds)], options.json)
+    name = f"{parameters:.1f} M parameters, {size} observations × {noise_samples} draws"
+    return report("training", options, [Case.of_rates(name, "samples/s", size * noise_samples, seconds)], options.json)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def policy_config(rater=False, **decoder):
     return PolicyConfig(
         "asyncvla",
         backbone,
-        FlowConfig(**{"action_dim": 4, "horizon": 6, **decoder}),
+        FlowConfig(**{"action_dim": 4, "chunk_size": 6, **decoder}),
         RaterConfig(block, depth=1) if rater else None,
-        execute=3,
+        n_action_steps=3,
     )
 
 
@@ -52,13 +52,13 @@ def observation(seed=0, instruction="Open a drawer", size=16):
     return Observation({"image": image}, rng.normal(size=4).astype(np.float32), instruction)
 
 
-def batch(size=3, horizon=6, dim=4, seed=0):
+def batch(size=3, chunk_size=6, dim=4, seed=0):
     observations = [observation(seed + i, ["Open a drawer", "Close it"][i % 2]) for i in range(size)]
     generator = torch.Generator().manual_seed(seed)
     return Batch(
         ObservationBatch.collate(observations),
-        torch.randn(size, horizon, dim, generator=generator),
-        torch.ones(size, horizon, dtype=torch.bool),
+        torch.randn(size, chunk_size, dim, generator=generator),
+        torch.ones(size, chunk_size, dtype=torch.bool),
         torch.arange(size),
         torch.zeros(size, dtype=torch.long),
     )
@@ -80,12 +80,12 @@ def count_layers(monkeypatch, backbone):
     return calls
 
 
-def chunks(count=64, horizon=6, dim=4, seed=0):
-    """Smooth normalised chunks in [-1, 1], float32 (count, horizon, dim)."""
+def chunks(count=64, chunk_size=6, dim=4, seed=0):
+    """Smooth normalised chunks in [-1, 1], float32 (count, chunk size, dim)."""
     rng = np.random.default_rng(seed)
-    time = np.linspace(0, 1, horizon)[None, :, None]
+    time = np.linspace(0, 1, chunk_size)[None, :, None]
     start, speed = rng.uniform(-1, 1, (2, count, 1, dim))
-    return np.clip(start + speed * time + 0.05 * rng.normal(size=(count, horizon, dim)), -1, 1).astype(np.float32)
+    return np.clip(start + speed * time + 0.05 * rng.normal(size=(count, chunk_size, dim)), -1, 1).astype(np.float32)
 
 
 FAST = FastFit(scale=4.0, vocabulary=64).fit(chunks())
@@ -96,7 +96,12 @@ def token_policy(decoder, tokenizer=FAST, seed=0, depth=2, exits=None, **setting
     """A policy whose decoder makes tokens; ``decoder`` is the config's class."""
     backbone = TinyConfig(state_dim=4, image_size=16, cell=8, width=32, depth=depth, heads=2, ffn=64, text_bytes=32)
     config = PolicyConfig(
-        "tokens", backbone, decoder(4, tokenizer, horizon=6, **settings), exits=exits, action_normalisation="min_max", execute=3
+        "tokens",
+        backbone,
+        decoder(4, tokenizer, chunk_size=6, **settings),
+        exits=exits,
+        action_normalisation="min_max",
+        n_action_steps=3,
     )
     made = Policy.create(config, action_spec(), {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}, seed)
     made.model.eval()

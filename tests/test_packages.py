@@ -46,8 +46,8 @@ def test_a_package_that_is_installed_is_accepted_and_one_that_is_not_is_named_wi
 
 def test_needs_are_found_anywhere_in_a_config():
     merges = FastTokenizer(6, 4, 10.0, 0, 8, ((0, 1),))
-    assert packages_of(AutoregressiveConfig(4, merges, horizon=6)) == ("tokenizers",)
-    assert packages_of(AutoregressiveConfig(4, FastFit(vocabulary=None), horizon=6)) == ()
-    assert packages_of(AutoregressiveConfig(4, BinsFit(), horizon=6)) == ()
+    assert packages_of(AutoregressiveConfig(4, merges, chunk_size=6)) == ("tokenizers",)
+    assert packages_of(AutoregressiveConfig(4, FastFit(vocabulary=None), chunk_size=6)) == ()
+    assert packages_of(AutoregressiveConfig(4, BinsFit(), chunk_size=6)) == ()
     assert packages_of(None) == ()
     assert packages_of(FastFit()) == ("tokenizers",)

@@ -17,10 +17,10 @@ from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.registry import OURS, Entry, find, installed, kind_of
-from vlaflow.serving.layouts import Layout
+from vlaflow.serving.observation_keys import ObservationKeys
 from vlaflow.simulators.base import Suite
 
-KINDS = {"compute": ComputeKind, "simulators": Suite, "layouts": Layout, "recipes": ModuleType}
+KINDS = {"compute": ComputeKind, "simulators": Suite, "layouts": ObservationKeys, "recipes": ModuleType}
 BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig}
 
 FOREIGN = """
@@ -30,7 +30,7 @@ from vlaflow.decoders.base import DecoderConfig
 @dataclass(frozen=True)
 class ForeignConfig(DecoderConfig):
     action_dim: int
-    horizon: int = 4
+    chunk_size: int = 4
 
     def build(self, spec):
         raise NotImplementedError
@@ -44,7 +44,7 @@ class HomelessConfig(DecoderConfig):
     """A config that no distribution declares."""
 
     action_dim: int = 1
-    horizon: int = 1
+    chunk_size: int = 1
 
     def build(self, spec):
         raise NotImplementedError

@@ -11,9 +11,9 @@ from vlaflow.policies.base import PolicyConfig
 from vlaflow.spec import ActionSpec, Dimension
 
 
-def test_specs_that_agree_match_whatever_the_horizon_of_the_data():
+def test_specs_that_agree_match_whatever_the_chunk_size_of_the_data():
     spec = helpers.action_spec()
-    spec.with_horizon(8).require_match(spec, "checkpoint A", "data set B")
+    spec.with_chunk_size(8).require_match(spec, "checkpoint A", "data set B")
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_specs_and_policies_survive_json():
 
 def test_wrong_types_are_named():
     data = to_json(helpers.policy_config())
-    data["decoder"]["draws"] = "two"
-    with pytest.raises(ConfigError, match=r"'config\.decoder\.draws' in here must be int, got 'two'"):
+    data["decoder"]["noise_samples"] = "two"
+    with pytest.raises(ConfigError, match=r"'config\.decoder\.noise_samples' in here must be int, got 'two'"):
         from_json(PolicyConfig, data, "here")
 
 

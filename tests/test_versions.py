@@ -26,4 +26,4 @@ def test_no_record_holds_a_token(monkeypatch):
     """Results and reports are shown around."""
     for words in (["--token", "secret"], ["--token=secret"]):
         monkeypatch.setattr(sys, "argv", ["vlaflow", "rollout", *words, "--seed", "3"])
-        assert command_line().replace("=", " ") == "vlaflow rollout --token TOKEN --seed 3"
+        assert command_line().replace("=", " ") == "vlaflow eval-realtime --token TOKEN --seed 3"

@@ -43,7 +43,7 @@ class NotFiniteError(VlaflowError):
 
 
 class RequestError(VlaflowError):
-    """A request or reply over the wire is not what the protocol says."""
+    """A request or reply in real time is not what the protocol says."""
 
 
 class BusyError(VlaflowError):

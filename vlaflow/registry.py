@@ -7,7 +7,7 @@ vlaflow.backbones   its class's, as in config.json    a frozen dataclass derived
 vlaflow.decoders    its class's, as in config.json    a frozen dataclass derived from ``decoders.base.DecoderConfig``
 vlaflow.compute     the word of ``--compute``         a ``compute.spelling.ComputeKind``
 vlaflow.simulators  the suite, before the slash       a ``simulators.base.Suite``
-vlaflow.layouts     the word of ``--layout``          a ``serving.layouts.Layout``
+vlaflow.layouts     the word of ``--observation-keys``          a ``serving.observation_keys.ObservationKeys``
 vlaflow.recipes     the system, before the dot        a module whose public functions are recipes
 ==================  ================================  ================================================================
 
@@ -55,11 +55,11 @@ OURS: dict[Group, dict[str, str]] = {
     },
     "simulators": {"metaworld": "vlaflow.simulators.metaworld_tasks:SUITE"},
     "layouts": {
-        "metaworld": "vlaflow.serving.layouts:METAWORLD",
-        "libero": "vlaflow.serving.layouts:LIBERO",
-        "droid": "vlaflow.serving.layouts:DROID",
-        "aloha": "vlaflow.serving.layouts:ALOHA",
-        "roboarena": "vlaflow.serving.layouts:ROBOARENA",
+        "metaworld": "vlaflow.serving.observation_keys:METAWORLD",
+        "libero": "vlaflow.serving.observation_keys:LIBERO",
+        "droid": "vlaflow.serving.observation_keys:DROID",
+        "aloha": "vlaflow.serving.observation_keys:ALOHA",
+        "roboarena": "vlaflow.serving.observation_keys:ROBOARENA",
     },
     "recipes": {
         "a1": "vlaflow.policies.a1.recipes",

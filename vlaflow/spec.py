@@ -46,7 +46,7 @@ class ActionSpec:
         rotation: rotation representation ("none", "axis-angle", "quaternion xyzw", ...).
         gripper: gripper convention in words ("none", "-1 open, +1 closed", ...).
         rate_hz: actions per second.
-        horizon: actions per chunk; None in a data set, which is not cut into chunks.
+        chunk_size: actions per chunk; None in a data set, which is not cut into chunks.
     """
 
     robot: str
@@ -54,7 +54,7 @@ class ActionSpec:
     rotation: str
     gripper: str
     rate_hz: float
-    horizon: int | None = None
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.dimensions:
@@ -80,19 +80,19 @@ class ActionSpec:
         """Upper bounds, (D,)."""
         return np.array([d.high for d in self.dimensions], np.float32)
 
-    def with_horizon(self, horizon: int) -> ActionSpec:
-        """The same meaning, cut into chunks of ``horizon`` actions."""
-        return replace(self, horizon=horizon)
+    def with_chunk_size(self, chunk_size: int) -> ActionSpec:
+        """The same meaning, cut into chunks of ``chunk_size`` actions."""
+        return replace(self, chunk_size=chunk_size)
 
     def require_match(self, other: ActionSpec, ours: str, theirs: str) -> None:
-        """Refuse ``other`` unless it means the same as this one (the horizon counts only where both state one).
+        """Refuse ``other`` unless it means the same as this one (the chunk size counts only where both state one).
 
         Raises:
             SpecError: naming the first difference and both sides ("checkpoint X", "data set Y").
         """
         for part in fields(self):
             mine, his = getattr(self, part.name), getattr(other, part.name)
-            if mine == his or (part.name == "horizon" and None in (mine, his)):
+            if mine == his or (part.name == "chunk_size" and None in (mine, his)):
                 continue
             what = part.name
             if part.name == "dimensions":
@@ -138,7 +138,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Commitment:
+class ActionPrefix:
     """The chunk before, for one that is made while it is being executed (real-time chunking).
 
     Args:
@@ -168,7 +168,7 @@ class Chunk:
         draft: (L, D), the first round's actions where refinement changed some; else None.
         layers: backbone layers run over the prefix.
         layer_passes: layers run in all, prefix and every solver step and the rater together.
-        evaluations: velocity (or token) evaluations of the decoder.
+        nfe: velocity (or token) evaluations of the decoder.
         tokens: (S,) ids the actions were decoded from, by decoders of tokens; else None.
         token_probability: (S,), what the network gave each when it last looked at it.
         revised: tokens that each solver step changed.
@@ -182,7 +182,7 @@ class Chunk:
     draft: np.ndarray | None = None
     layers: int = 0
     layer_passes: int = 0
-    evaluations: int = 0
+    nfe: int = 0
     tokens: np.ndarray | None = None
     token_probability: np.ndarray | None = None
     revised: tuple[int, ...] = ()

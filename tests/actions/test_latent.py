@@ -64,7 +64,7 @@ def test_every_parameter_learns():
 
 
 def test_the_later_frame_reaches_the_decoder_through_the_codes_alone():
-    """Two later frames with the same codes are decoded to the same picture."""
+    """Two later frames with the same codes are decoded to the same image."""
     made = model()
     made.book = Fixed()
     one, other = (made(frames(0), frames(seed)).later_BHW3 for seed in (1, 2))

@@ -13,7 +13,7 @@ from scipy.fft import dct
 from tests import helpers
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FIRST, FastFit, FastTokenizer
-from vlaflow.actions.files import TokenizerFile, load_tokenizer, open_tokenizer, save_tokenizer
+from vlaflow.actions.io import TokenizerFile, load_tokenizer, open_tokenizer, save_tokenizer
 from vlaflow.data import stats
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.transforms import Normalizer

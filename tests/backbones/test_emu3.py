@@ -116,7 +116,7 @@ def test_the_prompt_is_that_of_transformers_own_processor(folder, backbone):
     expected = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
     prompt = backbone.reader.read(OBSERVED, backbone.config)
     assert torch.equal(prompt.id_BP, expected["input_ids"])
-    assert torch.equal(prompt.seen_BP.long(), expected["attention_mask"])
+    assert torch.equal(prompt.padding_mask_BP.long(), expected["attention_mask"])
     assert torch.equal(prompt.pixels_I3HW, expected["pixel_values"])
 
 
@@ -125,10 +125,10 @@ def test_every_layer_is_that_of_transformers(folder):
     """Causal as pretrained, two views, instructions of different lengths: all hidden states and the logits agree."""
     ours = emu_config(folder, attention="causal").build().eval()
     prompt = ours.reader.read(OBSERVED, ours.config)
-    assert not prompt.seen_BP.all()
+    assert not prompt.padding_mask_BP.all()
     out = theirs(folder)(
         input_ids=prompt.id_BP,
-        attention_mask=prompt.seen_BP.long(),
+        attention_mask=prompt.padding_mask_BP.long(),
         position_ids=torch.arange(prompt.id_BP.shape[1])[None].expand(2, -1),
         pixel_values=prompt.pixels_I3HW,
         image_sizes=torch.tensor([[SIDE, SIDE]] * 4),
@@ -137,9 +137,11 @@ def test_every_layer_is_that_of_transformers(folder):
     prefix = ours.embed(OBSERVED)
     for depth in range(ours.spec.depth):
         mine = ours.run(prefix, depth).hidden_BPW
-        torch.testing.assert_close(mine[prompt.seen_BP], out.hidden_states[depth][prompt.seen_BP], **ROUNDING)
+        torch.testing.assert_close(mine[prompt.padding_mask_BP], out.hidden_states[depth][prompt.padding_mask_BP], **ROUNDING)
     torch.testing.assert_close(
-        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING
+        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.padding_mask_BP],
+        out.logits[prompt.padding_mask_BP],
+        **ROUNDING,
     )
 
 
@@ -203,7 +205,7 @@ def test_cached_tokens_are_the_whole_causal_suffix(backbone):
 
 def policy(folder, decoder, **changes):
     stats = {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}
-    config = PolicyConfig("dfm_vla", emu_config(folder, **changes), decoder(4, FAST, horizon=6), execute=3)
+    config = PolicyConfig("dfm_vla", emu_config(folder, **changes), decoder(4, FAST, chunk_size=6), n_action_steps=3)
     made = Policy.create(config, action_spec(4), stats, seed=0)
     made.model.eval()
     return made

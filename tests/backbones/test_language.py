@@ -28,9 +28,9 @@ def test_the_loss_is_the_cross_entropy_of_each_token_after_those_before_it():
         state_BW = backbone.before_answer(whole)
         if t:
             token_BTW, _ = backbone.place(backbone.embed_ids(ids[:, :t]), whole)
-            for index, memory in enumerate(whole.memory):
+            for index, kv_cache in enumerate(whole.kv_cache):
                 causal = torch.ones(t, t, dtype=torch.bool).tril()
-                token_BTW, _ = backbone.layer(index, token_BTW, None, memory, mask_TS=causal)
+                token_BTW, _ = backbone.layer(index, token_BTW, None, kv_cache, mask_TS=causal)
             state_BW = backbone.finish(token_BTW)[:, -1]
         losses.append(functional.cross_entropy(state_BW @ backbone.answer.weight.T, ids[:, t]))
     torch.testing.assert_close(backbone.answer_loss(prefix, ids), torch.stack(losses).mean(), **ROUNDING)
@@ -96,7 +96,7 @@ def test_an_answer_without_an_end_is_cut_at_the_limit_and_says_so():
 
 
 def test_it_learns_to_name_what_it_sees():
-    """Dark and bright pictures, one question: after sixty steps both are named, and nothing else is said."""
+    """Dark and bright images, one question: after sixty steps both are named, and nothing else is said."""
     backbone, answers = speaker().train(), ["dark", "bright"]
     images = torch.stack([torch.full((32, 32, 3), value, dtype=torch.uint8) for value in (30, 220)])
     seen = ObservationBatch({"image": images}, torch.zeros(2, 3), ["How is it?"] * 2)

@@ -142,11 +142,11 @@ def test_every_layer_is_that_of_transformers(folder):
     """Two views, instructions of different lengths, no state token: all hidden states and the logits agree."""
     ours = molmo_config(folder, state_token=None).build().eval()
     prompt, (rows, columns) = ours.reader.read(OBSERVED, ours.config), ours.reader.pictures.grid
-    assert not prompt.seen_BP.all()
+    assert not prompt.padding_mask_BP.all()
     assert (rows, columns) == (3, 3)
     out = theirs(folder)(
         input_ids=prompt.id_BP,
-        attention_mask=prompt.seen_BP.long(),
+        attention_mask=prompt.padding_mask_BP.long(),
         pixel_values=prompt.patches_INC,
         image_token_pooling=prompt.pooled_VK,
         image_grids=torch.tensor([[rows, columns, 0, 0]] * 4),
@@ -156,9 +156,11 @@ def test_every_layer_is_that_of_transformers(folder):
     prefix = ours.embed(OBSERVED)
     for depth in range(ours.spec.depth):
         mine = ours.run(prefix, depth).hidden_BPW
-        torch.testing.assert_close(mine[prompt.seen_BP], out.hidden_states[depth][prompt.seen_BP], **ROUNDING)
+        torch.testing.assert_close(mine[prompt.padding_mask_BP], out.hidden_states[depth][prompt.padding_mask_BP], **ROUNDING)
     torch.testing.assert_close(
-        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING
+        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.padding_mask_BP],
+        out.logits[prompt.padding_mask_BP],
+        **ROUNDING,
     )
 
 
@@ -228,9 +230,9 @@ def test_a_suffix_on_the_cached_prefix_is_the_whole_sequence_recomputed(folder, 
 def policy(folder, **changes):
     block = BlockConfig(48, 4, 2, 16, 64, norm="rms", gated=True)
     decoder = FlowConfig(
-        4, horizon=6, padded_dim=8, masks="synchronous", expert=ExpertConfig(block, padded_state=8), head_layers=2
+        4, chunk_size=6, padded_dim=8, masks="synchronous", expert=ExpertConfig(block, padded_state=8), head_layers=2
     )
-    config = PolicyConfig("a1", molmo_config(folder, **changes), decoder, exits=ExitTraining((1, 2, 3)), execute=3)
+    config = PolicyConfig("a1", molmo_config(folder, **changes), decoder, exits=ExitTraining((1, 2, 3)), n_action_steps=3)
     made = Policy.create(config, action_spec(4), {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}, seed=0)
     made.model.eval()
     return made

@@ -157,7 +157,7 @@ def write_placeholder(backbone):
 def their_inputs(prompt):
     return {
         "input_ids": prompt.id_BP,
-        "attention_mask": prompt.seen_BP.long(),
+        "attention_mask": prompt.padding_mask_BP.long(),
         "mm_token_type_ids": prompt.image_BP.int(),
         "pixel_values": prompt.patches,
         "image_grid_thw": prompt.grid_I3,
@@ -172,16 +172,22 @@ def test_every_layer_is_that_of_transformers(folder, untied, tied):
     ours, batch = build(source), ObservationBatch.collate(observations())
     write_placeholder(ours)
     prompt = ours.reader.read(batch, ours.config)
-    assert not prompt.seen_BP.all()
+    assert not prompt.padding_mask_BP.all()
     out = theirs(source)(**their_inputs(prompt), output_hidden_states=True)
     prefix = ours.embed(batch)
     for depth in range(ours.spec.depth):
         torch.testing.assert_close(
-            ours.run(prefix, depth).hidden_BPW[prompt.seen_BP], out.hidden_states[depth][prompt.seen_BP], **ROUNDING
+            ours.run(prefix, depth).hidden_BPW[prompt.padding_mask_BP],
+            out.hidden_states[depth][prompt.padding_mask_BP],
+            **ROUNDING,
         )
     last_BPW = ours.run(prefix).hidden_BPW
-    torch.testing.assert_close(ours.finish(last_BPW)[prompt.seen_BP], out.hidden_states[-1][prompt.seen_BP], **ROUNDING)
-    torch.testing.assert_close(ours.name_ids(ours.finish(last_BPW))[prompt.seen_BP], out.logits[prompt.seen_BP], **ROUNDING)
+    torch.testing.assert_close(
+        ours.finish(last_BPW)[prompt.padding_mask_BP], out.hidden_states[-1][prompt.padding_mask_BP], **ROUNDING
+    )
+    torch.testing.assert_close(
+        ours.name_ids(ours.finish(last_BPW))[prompt.padding_mask_BP], out.logits[prompt.padding_mask_BP], **ROUNDING
+    )
 
 
 def test_the_prompt_is_that_of_the_models_own_processor(backbone):
@@ -218,7 +224,7 @@ def test_a_prefix_continued_is_a_prefix_run_at_once(backbone):
     prefix = backbone.embed(ObservationBatch.collate(observations()))
     at_once, halves = backbone.run(prefix), backbone.run(backbone.run(prefix, 1))
     assert torch.equal(at_once.hidden_BPW, halves.hidden_BPW)
-    assert all(torch.equal(a.key_CGPE, b.key_CGPE) for a, b in zip(at_once.memory, halves.memory, strict=True))
+    assert all(torch.equal(a.key_CGPE, b.key_CGPE) for a, b in zip(at_once.kv_cache, halves.kv_cache, strict=True))
 
 
 def suffix_reference(folder, prefix, suffix_BTW):
@@ -227,14 +233,14 @@ def suffix_reference(folder, prefix, suffix_BTW):
     sees = torch.ones(p + t, p + t, dtype=torch.bool).tril()
     sees[p:, p:] = True
     sees = sees.repeat(prefix.batch, 1, 1)
-    sees[:, :, :p] &= prefix.seen_BP[:, None, :]
+    sees[:, :, :p] &= prefix.padding_mask_BP[:, None, :]
     mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
     language, prompt = theirs(folder).model.language_model, prefix.backbone.reader.read(OBSERVED, prefix.backbone.config)
     position_3BP, deltas_B1 = theirs(folder).model.get_rope_index(
-        prompt.id_BP, prompt.image_BP.int(), prompt.grid_I3, attention_mask=prompt.seen_BP.long()
+        prompt.id_BP, prompt.image_BP.int(), prompt.grid_I3, attention_mask=prompt.padding_mask_BP.long()
     )
     # transformers' own continuation of positions: tokens so far + rope delta
-    after_BT = prompt.seen_BP.sum(1, keepdim=True) + deltas_B1 + torch.arange(t)
+    after_BT = prompt.padding_mask_BP.sum(1, keepdim=True) + deltas_B1 + torch.arange(t)
     out = language(
         inputs_embeds=torch.cat((prefix.hidden_BPW, suffix_BTW), 1),
         position_ids=torch.cat((position_3BP, after_BT.expand(3, -1, -1)), 2),
@@ -263,7 +269,7 @@ def test_draws_share_one_prefix(backbone):
     together_BTW = SharedStack(64)(suffix_BTW, prefix)
     for draw in range(3):
         torch.testing.assert_close(together_BTW[draw::3], SharedStack(64)(suffix_BTW[draw::3], prefix), **ROUNDING)
-    assert all(m.key_CGPE.shape[0] == 2 for m in prefix.memory)
+    assert all(m.key_CGPE.shape[0] == 2 for m in prefix.kv_cache)
 
 
 @torch.no_grad()
@@ -273,13 +279,13 @@ def test_company_changes_nothing(backbone):
     together_BTW = SharedStack(64)(suffix_BTW, backbone.run(backbone.embed(OBSERVED)))
     for i, one in enumerate(observations()):
         alone = backbone.run(backbone.embed(ObservationBatch.collate([one])))
-        assert alone.seen_BP is None
+        assert alone.padding_mask_BP is None
         torch.testing.assert_close(together_BTW[i : i + 1], SharedStack(64)(suffix_BTW[i : i + 1], alone), **ROUNDING)
 
 
 @torch.no_grad()
 def test_state_and_views_are_seen(backbone):
-    """Another state or another picture in either view gives another prefix; without views it still reads the rest."""
+    """Another state or another image in either view gives another prefix; without views it still reads the rest."""
     last_W = backbone.run(backbone.embed(OBSERVED)).hidden_BPW[1, -1]
     changed = replace(OBSERVED, state_BS=OBSERVED.state_BS + 1)
     assert not torch.allclose(backbone.run(backbone.embed(changed)).hidden_BPW[1, -1], last_W)
@@ -302,7 +308,7 @@ def test_answer_loss_is_that_of_transformers(folder, untied, tied):
     prompt = ours.reader.read(OBSERVED, ours.config)
     rows = []
     for i in range(2):
-        asked, answered = prompt.id_BP[i][prompt.seen_BP[i]], answer_BT[i][answer_BT[i] >= 0]
+        asked, answered = prompt.id_BP[i][prompt.padding_mask_BP[i]], answer_BT[i][answer_BT[i] >= 0]
         rows.append((torch.cat((asked, answered)), torch.cat((torch.full_like(asked, -100), answered))))
     pad = nn.utils.rnn.pad_sequence
     ids = pad([row[0] for row in rows], batch_first=True)
@@ -322,8 +328,8 @@ def test_answer_loss_is_that_of_transformers(folder, untied, tied):
 
 def policy(folder, **changes):
     block = BlockConfig(64, 4, 2, 16, 96, norm="rms", gated=True)
-    decoder = FlowConfig(action_dim=4, horizon=6, padded_dim=8)
-    config = PolicyConfig("asyncvla", qwen_config(folder, **changes), decoder, RaterConfig(block, depth=1), execute=3)
+    decoder = FlowConfig(action_dim=4, chunk_size=6, padded_dim=8)
+    config = PolicyConfig("asyncvla", qwen_config(folder, **changes), decoder, RaterConfig(block, depth=1), n_action_steps=3)
     made = Policy.create(config, action_spec(4), {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}, seed=0)
     made.model.eval()
     return made
@@ -402,7 +408,7 @@ def test_bfloat16_serves_and_trains(folder):
     np.testing.assert_allclose(small.act(observation()).actions, exact.actions, atol=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         made = policy(folder)
-        assert all(m.key_CGPE.dtype == torch.bfloat16 for m in made.encode(OBSERVED).memory)
+        assert all(m.key_CGPE.dtype == torch.bfloat16 for m in made.encode(OBSERVED).kv_cache)
         assert all(g.isfinite().all() for g in gradients(made).values())
 
 

@@ -51,7 +51,7 @@ def test_tokens_after_written_ones_take_the_next_places(folder):
     t, depths, mask_TS = token_BTW.shape[1], (prefix.depth,), causal_mask(token_BTW.shape[1])
     (whole_BTW,), _ = ours.follow(token_BTW, prefix, depths, mask_TS)
     (first_BTW,), own = ours.follow(token_BTW[:, :2], prefix, depths, mask_TS[:2, :2])
-    seen = prefix.reading(tuple(p.cat(new) for p, new in zip(prefix.memory, own, strict=True)), 2)
+    seen = prefix.reading(tuple(p.cat(new) for p, new in zip(prefix.kv_cache, own, strict=True)), 2)
     (rest_BTW,), _ = ours.follow(token_BTW[:, 2:], seen, depths, mask_TS[2:, 2:])
     torch.testing.assert_close(torch.cat((first_BTW, rest_BTW), 1), whole_BTW, **ROUNDING)
     here, there = (ours.rotation(seen, 2, t - 2), ours.rotation(prefix, 2, t))

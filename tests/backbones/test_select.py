@@ -62,7 +62,7 @@ def assert_rows_are_those_rows_alone(backbone, observations, rows, depth):
     (reading_RTW,), _ = backbone.follow(suffix_RTW, chosen, (backbone.spec.depth,))
     for i, row in enumerate(rows):
         alone = backbone.run(backbone.embed(ObservationBatch.collate([observations[row]])))
-        seen_P = slice(None) if chosen.seen_BP is None else chosen.seen_BP[i]
+        seen_P = slice(None) if chosen.padding_mask_BP is None else chosen.padding_mask_BP[i]
         torch.testing.assert_close(chosen.hidden_BPW[i][seen_P], alone.hidden_BPW[0], **ROUNDING)
         (expected_1TW,), _ = backbone.follow(suffix_RTW[i : i + 1], alone, (backbone.spec.depth,))
         torch.testing.assert_close(reading_RTW[i : i + 1], expected_1TW, **ROUNDING)
@@ -89,8 +89,8 @@ def test_as_many_observations_as_tokens(config):
 @torch.no_grad()
 def test_early_exit_splits_a_batch(config):
     """One observation leaves, the others go on: each takes the depth and the chunk it takes alone."""
-    decoder = FlowConfig(action_dim=4, horizon=6)
-    settings = PolicyConfig("test", config, decoder, exits=ExitTraining((1, 2, 3)), execute=3)
+    decoder = FlowConfig(action_dim=4, chunk_size=6)
+    settings = PolicyConfig("test", config, decoder, exits=ExitTraining((1, 2, 3)), n_action_steps=3)
     stats = {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}
     made = Policy.create(settings, action_spec(4), stats, seed=0)
     model, plan = made.model.eval(), ExitPlan((1, 2, 3), metric="l2", steps=2)
@@ -98,17 +98,17 @@ def test_early_exit_splits_a_batch(config):
     def prefix(rows):
         return model.backbone.embed(made._prepare(ObservationBatch.collate([observation(row) for row in rows])))
 
-    def draws(rows):
+    def noise_samples(rows):
         return [generators(4)[row] for row in rows]
 
-    chunks = [chunk for _, chunk in plan.answers(model, prefix(range(4)), draws(range(4)), Stopwatch(made.device))]
+    chunks = [chunk for _, chunk in plan.answers(model, prefix(range(4)), noise_samples(range(4)), Stopwatch(made.device))]
     gaps = sorted(distance("l2", chunks[1], chunks[0]).tolist())
     bound = (gaps[1] + gaps[2]) / 2
     assert gaps[2] - gaps[1] > 1e-3 * bound  # the threshold lies well between two values, whatever their rounding
     compute = EarlyExit(plan, (bound, inf))
-    together = compute.decode(model, prefix(range(4)), draws(range(4)), Stopwatch(made.device))
+    together = compute.decode(model, prefix(range(4)), noise_samples(range(4)), Stopwatch(made.device))
     assert sorted(together.layers) == [2, 2, 3, 3]
     for row in range(4):
-        alone = compute.decode(model, prefix([row]), draws([row]), Stopwatch(made.device))
+        alone = compute.decode(model, prefix([row]), noise_samples([row]), Stopwatch(made.device))
         assert together.layers[row] == alone.layers[0]
         torch.testing.assert_close(together.action_BLD[row : row + 1], alone.action_BLD, **ROUNDING)

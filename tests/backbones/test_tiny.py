@@ -49,7 +49,7 @@ def test_layers_run_a_few_at_a_time_give_the_same_bits():
     whole, parts = backbone.run(start), backbone.run(backbone.run(backbone.run(start, 1), 2))
     assert whole.depth == parts.depth == 3
     assert torch.equal(whole.hidden_BPW, parts.hidden_BPW)
-    assert all(torch.equal(a.key_CGPE, b.key_CGPE) for a, b in zip(whole.memory, parts.memory, strict=True))
+    assert all(torch.equal(a.key_CGPE, b.key_CGPE) for a, b in zip(whole.kv_cache, parts.kv_cache, strict=True))
     assert start.depth == 0
 
 

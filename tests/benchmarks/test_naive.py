@@ -33,7 +33,7 @@ def weights_for_naive(model):
 def test_the_naive_model_is_the_same_model():
     """With the library's norms, activation and weights it predicts the library's velocities, padded sentences included."""
     backbone = TinyConfig(4, ("corner2",), image_size=32, cell=16, width=32, depth=2, heads=2, ffn=64, suffix=6)
-    config = PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=4, horizon=6), execute=3)
+    config = PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=4, chunk_size=6), n_action_steps=3)
     policy, batch = make_policy(config), make_batch(config, 3)
     naive = NaivePolicy(backbone, 4, 6, Style(norm=nn.LayerNorm, gelu="none"))
     naive.load_state_dict(weights_for_naive(policy.model))

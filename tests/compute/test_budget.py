@@ -112,7 +112,7 @@ def test_what_an_early_exit_loses_by_its_few_steps_counts():
 
 
 def test_a_ladder_without_the_steps_of_an_early_exit_is_measured_again():
-    lacking = replace(LOSS, rungs=tuple(rung for rung in LOSS.rungs if rung.evaluations != 2))
+    lacking = replace(LOSS, rungs=tuple(rung for rung in LOSS.rungs if rung.nfe != 2))
     with pytest.raises(CalibrationError, match="what 2 evaluations at full depth lose, which exit:fast makes"):
         choose(60, TIMES, lacking, {"fast": MADE})
 

@@ -7,16 +7,16 @@ from tests import helpers
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Conditioning
 from vlaflow.errors import CapabilityError, ConfigError
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-4}  # float32 of other batch sizes: sums in another order, two layers, nine steps
 
 
-def decode(policy, compute, count=2, given=None):
+def decode(policy, compute, count=2, conditioning=None):
     prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(count).observation))
     with torch.no_grad():
-        return compute.decode(policy.model, prefix, helpers.generators(count), Stopwatch(policy.device), given)
+        return compute.decode(policy.model, prefix, helpers.generators(count), Stopwatch(policy.device), conditioning)
 
 
 def rate(monkeypatch, policy, confidence):
@@ -29,18 +29,18 @@ def test_the_prefix_is_encoded_once_whatever_happens_afterwards(compute, monkeyp
     calls = helpers.count_layers(monkeypatch, policy.model.backbone)
     out = decode(policy, compute)
     rounds = 1 if isinstance(compute, Dense) else 2
-    assert sum(tokens != policy.model.decoder.horizon for _, tokens in calls) == 2
-    assert sum(tokens == policy.model.decoder.horizon for _, tokens in calls) == 2 * 5 * rounds
+    assert sum(tokens != policy.model.decoder.chunk_size for _, tokens in calls) == 2
+    assert sum(tokens == policy.model.decoder.chunk_size for _, tokens in calls) == 2 * 5 * rounds
     rater = policy.config.rater.depth if isinstance(getattr(compute, "doubt", None), BelowThreshold) else 0
     assert out.layer_passes == (len(calls) + rater,) * 2
-    assert out.evaluations == (5 * rounds,) * 2
+    assert out.nfe == (5 * rounds,) * 2
 
 
 def test_refinement_is_skipped_when_nothing_is_doubted(monkeypatch):
     policy = helpers.policy(rater=True)
     out, dense = decode(policy, Refine(BelowThreshold(0.0))), decode(policy, Dense())
     assert torch.equal(out.action_BLD, dense.action_BLD)
-    assert out.evaluations == dense.evaluations
+    assert out.nfe == dense.nfe
     assert not out.regenerated_BL.any()
 
 
@@ -59,7 +59,7 @@ def test_a_chunk_without_doubts_costs_nothing_more_whatever_its_neighbours(monke
     confidence = [[0.1] * 6, [0.9] * 6, [0.9, 0.1, 0.9, 0.1, 0.9, 0.9]]
     rate(monkeypatch, policy, confidence)
     out, dense = decode(policy, Refine(steps=4, inner=Dense(5)), 3), decode(policy, Dense(5), 3)
-    assert out.evaluations == (9, 5, 9)
+    assert out.nfe == (9, 5, 9)
     assert out.layer_passes == (2 * (1 + 9) + 1, 2 * (1 + 5) + 1, 2 * (1 + 9) + 1)
     assert torch.equal(out.action_BLD[1], dense.action_BLD[1])
     for row in range(3):
@@ -69,7 +69,7 @@ def test_a_chunk_without_doubts_costs_nothing_more_whatever_its_neighbours(monke
             alone = Refine(steps=4, inner=Dense(5)).decode(
                 policy.model, prefix, [helpers.generators(3)[row]], Stopwatch(policy.device)
             )
-        assert (alone.evaluations[0], alone.layer_passes[0]) == (out.evaluations[row], out.layer_passes[row])
+        assert (alone.nfe[0], alone.layer_passes[0]) == (out.nfe[row], out.layer_passes[row])
         torch.testing.assert_close(alone.action_BLD[0], out.action_BLD[row], **ROUNDING)
 
 
@@ -97,7 +97,7 @@ def test_committed_actions_are_never_doubted(monkeypatch):
     policy = helpers.policy(rater=True)
     rate(monkeypatch, policy, [[0.0] * 6])
     action, clock = torch.randn(1, 6, 4), torch.tensor([[0.0, 0, 1, 1, 1, 1]])
-    out = decode(policy, Refine(), 1, Given(action, clock))
+    out = decode(policy, Refine(), 1, Conditioning(action, clock))
     assert torch.equal(out.action_BLD[:, :2], action[:, :2])
     assert out.regenerated_BL.tolist() == [[False, False, True, True, True, True]]
 

@@ -119,7 +119,7 @@ TINY_EXPERT = ExpertConfig(BlockConfig(48, 8, 4, 32, 96, norm="rms", gated=True)
 )
 def test_experts_and_query_tokens_cost_what_the_counter_says(decoder):
     """At every depth, with their state token, positions, queries and heads."""
-    config = replace(tiny_policy("conv"), decoder=decoder, execute=3)
+    config = replace(tiny_policy("conv"), decoder=decoder, n_action_steps=3)
     model, shape = config.build(), tiny_shape(config)
     embedded = model.backbone.embed(observed(config))
     for depth in range(1, config.backbone.depth + 1):
@@ -207,9 +207,9 @@ def test_qwen_layers_cost_what_the_counter_says(qwen):
         run = network.run(prefix, depth)
         assert layers(shape, depth).flops == pytest.approx(counted(lambda d=depth: network.run(prefix, d)), rel=SAME)
 
-        def velocity(memories=run.memory):
+        def velocity(caches=run.kv_cache):
             hidden_BTW = codec.encode(torch.zeros(1, 8, 32), torch.zeros(1, 8))
-            for index, memory in enumerate(memories):
+            for index, memory in enumerate(caches):
                 hidden_BTW, _ = network.layer(index, hidden_BTW, after, memory)
             codec.decode(hidden_BTW)
 

@@ -15,7 +15,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.distance import distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
@@ -43,12 +43,12 @@ def policy(rater=False, decoder=None):
     return made
 
 
-def decode(made, compute, count=3, rows=None, given=None):
+def decode(made, compute, count=3, rows=None, conditioning=None):
     prefix = made.model.backbone.embed(made._prepare(helpers.batch(5).observation))
     rows = list(range(count)) if rows is None else rows
     generators = [helpers.generators(5)[row] for row in rows]
     with torch.no_grad():
-        return compute.decode(made.model, prefix.select(torch.tensor(rows)), generators, Stopwatch(made.device), given)
+        return compute.decode(made.model, prefix.select(torch.tensor(rows)), generators, Stopwatch(made.device), conditioning)
 
 
 def exit_at(warm="same", thresholds=NEVER, steps=3, **plan):
@@ -67,9 +67,9 @@ def test_chunks_that_are_no_numbers_are_taken_at_the_last_exit_and_keep_their_ro
 
 DECODERS = {
     "shared": None,
-    "expert": FlowConfig(4, horizon=6, expert=EXPERT, head_layers=1),
-    "regression": RegressionConfig(4, horizon=6),
-    "regression, expert": RegressionConfig(4, horizon=6, queries="action", expert=EXPERT),
+    "expert": FlowConfig(4, chunk_size=6, expert=EXPERT, head_layers=1),
+    "regression": RegressionConfig(4, chunk_size=6),
+    "regression, expert": RegressionConfig(4, chunk_size=6, queries="action", expert=EXPERT),
 }
 
 
@@ -96,7 +96,7 @@ def test_work_is_counted_layer_by_layer(monkeypatch):
     calls = helpers.count_layers(monkeypatch, made.model.backbone)
     out = decode(made, exit_at(thresholds=(-inf, inf, inf)), count=1)
     assert out.layer_passes == (len(calls),) == (3 + 3 * (1 + 2 + 3),)
-    assert out.evaluations == (9,)
+    assert out.nfe == (9,)
 
 
 @pytest.mark.parametrize("warm", WARM)
@@ -111,7 +111,7 @@ def test_a_decision_depends_on_nobody_else_in_the_batch(warm):
         together = decode(made, compute, rows=list(range(5)))
         single = [decode(made, compute, rows=[row]) for row in range(5)]
         assert together.layers == tuple(one.layers[0] for one in single)
-        assert together.evaluations == tuple(one.evaluations[0] for one in single)
+        assert together.nfe == tuple(one.nfe[0] for one in single)
         torch.testing.assert_close(together.action_BLD, torch.cat([one.action_BLD for one in single]), rtol=1e-4, atol=1e-4)
 
 
@@ -141,10 +141,10 @@ def test_nothing_is_carried_to_the_next_observation(warm):
     assert torch.equal(first.action_BLD, again.action_BLD)
 
 
-def answers(made, plan, given=None):
+def answers(made, plan, conditioning=None):
     prefix = made.model.backbone.embed(made._prepare(helpers.batch(2).observation))
     with torch.no_grad():
-        return [a for _, a in plan.answers(made.model, prefix, helpers.generators(2), Stopwatch(made.device), given)]
+        return [a for _, a in plan.answers(made.model, prefix, helpers.generators(2), Stopwatch(made.device), conditioning)]
 
 
 def test_warm_starts_begin_where_they_say():
@@ -178,7 +178,7 @@ def test_an_exact_velocity_gives_the_action_from_every_start():
 @pytest.mark.parametrize("warm", WARM)
 def test_committed_actions_stay_as_they_are_at_every_depth(warm):
     action, clock = torch.randn(2, 6, 4), torch.tensor([[0.0, 0, 1, 1, 1, 1]]).expand(2, -1)
-    for chunk in answers(policy(), ExitPlan(DEPTHS, warm_start=warm), Given(action, clock)):
+    for chunk in answers(policy(), ExitPlan(DEPTHS, warm_start=warm), Conditioning(action, clock)):
         assert torch.equal(chunk[:, :2], action[:, :2])
 
 
@@ -215,7 +215,7 @@ def test_what_was_not_trained_or_cannot_is_refused():
 
 
 def test_padded_dimensions_do_not_change_the_decision():
-    made = policy(decoder=FlowConfig(4, horizon=6, padded_dim=9))
+    made = policy(decoder=FlowConfig(4, chunk_size=6, padded_dim=9))
     before = decode(made, exit_at(thresholds=(0.3, 0.3, inf)))
     head = made.model.decoder.codec.head[-1]
     decode_real = made.model.decoder.codec.decode

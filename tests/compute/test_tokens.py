@@ -14,7 +14,7 @@ from vlaflow.compute.refine_tokens import Improbable, RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Given
+from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
@@ -25,10 +25,10 @@ from vlaflow.nn.block import BlockConfig
 SIX = [helpers.observation(seed) for seed in range(6)]
 
 
-def decode(policy, compute, size=4, given=None):
+def decode(policy, compute, size=4, conditioning=None):
     with torch.inference_mode():
         prefix = policy.embed(helpers.batch(size).observation)
-        return compute.decode(policy.model, prefix, helpers.generators(size), Stopwatch(policy.device), given)
+        return compute.decode(policy.model, prefix, helpers.generators(size), Stopwatch(policy.device), conditioning)
 
 
 def test_two_stages_without_settling_are_dense_and_with_it_share_one_grid():
@@ -36,7 +36,7 @@ def test_two_stages_without_settling_are_dense_and_with_it_share_one_grid():
     dense, none = decode(policy, Dense(8)), decode(policy, TwoStage(8, 0))
     assert torch.equal(dense.tokens.id_BS, none.tokens.id_BS)
     split = decode(policy, TwoStage(6, 2))
-    assert split.evaluations == (8,) * 4
+    assert split.nfe == (8,) * 4
     assert torch.equal(split.tokens.revised_BN[:, :6], dense.tokens.revised_BN[:, :6]), (
         "the first six of eight strides are alike"
     )
@@ -63,7 +63,7 @@ def test_layer_passes_count_every_layer_that_ran(monkeypatch):
         made = policy.act(SIX[0], compute)
         monkeypatch.undo()
         assert made.layer_passes == len(calls) == 2 * (prefixes + 7)
-        assert made.evaluations == 7
+        assert made.nfe == 7
 
 
 def test_full_attention_runs_prefix_and_tokens_together_and_counts_both(monkeypatch):
@@ -89,7 +89,7 @@ def test_refining_nothing_changes_and_costs_nothing(config):
     policy = helpers.token_policy(config)
     dense, refined = decode(policy, Dense(8)), decode(policy, RefineTokens(Improbable(0.0), inner=Dense(8)))
     assert torch.equal(dense.tokens.id_BS, refined.tokens.id_BS)
-    assert dense.evaluations == refined.evaluations
+    assert dense.nfe == refined.nfe
     assert dense.layer_passes == refined.layer_passes
     assert not refined.regenerated_BL.any()
 
@@ -106,7 +106,7 @@ def test_only_improbable_tokens_are_made_anew(config):
     assert torch.equal(refined.tokens.id_BS[~doubted], dense.tokens.id_BS[~doubted])
     assert not torch.equal(refined.tokens.id_BS[doubted], dense.tokens.id_BS[doubted])
     assert torch.equal(refined.draft_BLD, dense.action_BLD)
-    more = [after - before for after, before in zip(refined.evaluations, dense.evaluations, strict=True)]
+    more = [after - before for after, before in zip(refined.nfe, dense.nfe, strict=True)]
     fewest = 4 if config is DiscreteFlowConfig else 1  # masked diffusion stops when every token is revealed
     assert all(fewest <= m <= 4 if any_doubt else m == 0 for m, any_doubt in zip(more, doubted.any(1), strict=True))
 
@@ -119,12 +119,12 @@ def test_what_is_reported_of_a_chunk_depends_on_no_neighbour(config):
     assert worst[2] - worst[1] > 1e-3
     compute = RefineTokens(Improbable(float(worst[1:3].mean())), 4, Dense(8))
     together = decode(policy, compute)
-    assert sorted(count > 8 for count in together.evaluations) == [False, False, True, True]
+    assert sorted(count > 8 for count in together.nfe) == [False, False, True, True]
     for row in range(4):
         with torch.inference_mode():
             prefix = policy.embed(helpers.batch(4).observation).select(torch.tensor([row]))
             alone = compute.decode(policy.model, prefix, [helpers.generators(4)[row]], Stopwatch(policy.device))
-        for name in ("evaluations", "layers", "layer_passes"):
+        for name in ("nfe", "layers", "layer_passes"):
             assert getattr(alone, name)[0] == getattr(together, name)[row], name
         assert torch.equal(alone.tokens.id_BS[0], together.tokens.id_BS[row])
 
@@ -144,8 +144,8 @@ def test_a_rater_rejects_the_tokens_of_the_actions_it_doubts():
 def test_given_actions_are_never_doubted():
     policy = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
     action_BLD = torch.from_numpy(helpers.chunks(4))
-    given = Given(action_BLD, torch.tensor([0.0, 0, 1, 1, 1, 1]).expand(4, -1))
-    made = decode(policy, RefineTokens(Improbable(1.0), 4, Dense(8)), given=given)
+    conditioning = Conditioning(action_BLD, torch.tensor([0.0, 0, 1, 1, 1, 1]).expand(4, -1))
+    made = decode(policy, RefineTokens(Improbable(1.0), 4, Dense(8)), conditioning=conditioning)
     expected = torch.from_numpy(helpers.BINS.decode(helpers.BINS.encode(action_BLD.numpy())).action_BLD)
     assert torch.equal(made.action_BLD[:, :2], expected[:, :2])
 
@@ -165,7 +165,7 @@ def test_early_exit_works_on_a_multi_exit_decoder_of_tokens_row_by_row(config):
     whole = [policy.act(o, leaving, generator=torch.Generator().manual_seed(i)) for i, o in enumerate(SIX)]
     batched = policy.act(SIX, leaving, generator=helpers.generators(6))
     for one, other in zip(whole, batched, strict=True):
-        assert (one.layers, one.evaluations, one.layer_passes) == (other.layers, other.evaluations, other.layer_passes)
+        assert (one.layers, one.nfe, one.layer_passes) == (other.layers, other.nfe, other.layer_passes)
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_allclose(one.actions, other.actions, atol=1e-5)
     at_two = [policy.act(o, Dense(3, depth=2), generator=torch.Generator().manual_seed(i)) for i, o in enumerate(SIX)]
@@ -181,7 +181,7 @@ def test_refinement_after_early_exit_continues_the_prefix_where_it_stopped():
     out = decode(policy, RefineTokens(Improbable(1.0), 2, inner))
     assert out.layers == (3,) * 4
     assert all(group.prefix.depth == 3 for group in out.groups)
-    assert out.evaluations == (3 + 3 + 2,) * 4
+    assert out.nfe == (3 + 3 + 2,) * 4
     assert out.layer_passes == (2 + 3 * (1 + 2) + 1 + 2 * 3,) * 4
 
 

@@ -127,9 +127,9 @@ def test_path_that_leads_out_of_the_older_layout(pristine_v21, tmp_path):
     refused("'data_path' in meta/info.json of .* leads out of the data set", Dataset.open, root)
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "../picture.png"])
+@pytest.mark.parametrize("path", ["/etc/hostname", "../image.png"])
 def test_stored_image_outside_the_folder(copy, path):
-    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(copy.parent / "picture.png")
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(copy.parent / "image.png")
     table = pq.read_table(copy / DATA)
     cells = pa.array([{"bytes": None, "path": path}] * len(table), pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     pq.write_table(table.append_column("observation.images.corner", cells), copy / DATA)

@@ -1,4 +1,4 @@
-"""How much the rules for pauses and departures leave out of the loss."""
+"""How much the rules for pauses and interventions leave out of the loss."""
 
 import numpy as np
 import pytest
@@ -29,23 +29,23 @@ def test_shares_are_those_of_the_batches(written, chunk_size):
     dataset, cache = written
     episodes = (0, 2, 3)
 
-    def valid(pause_rule, departure_rule):
-        windows = Windows(dataset, cache, chunk_size, episodes, pause_rule, departure_rule=departure_rule)
+    def valid(pause_rule, intervention_rule):
+        windows = Windows(dataset, cache, chunk_size, episodes, pause_rule, intervention_rule=intervention_rule)
         return int(windows.batch(np.arange(len(windows))).valid_BL.sum())
 
     whole = valid(None, None)
     found = exclusions(dataset, episodes, chunk_size, COARSE, ABRUPT)
     assert found.paused == pytest.approx(1 - valid(COARSE, None) / whole)
-    assert found.departed == pytest.approx(1 - valid(None, ABRUPT) / whole)
+    assert found.intervened == pytest.approx(1 - valid(None, ABRUPT) / whole)
     assert found.total == pytest.approx(1 - valid(COARSE, ABRUPT) / whole)
     assert 0 < found.paused < 1
-    assert found.total >= max(found.paused, found.departed)
+    assert found.total >= max(found.paused, found.intervened)
 
 
 def test_a_rule_that_cannot_apply_has_no_share(written, dataset):
     assert exclusions(written[0], (0,), 4, None, None).shares == ""
     found = exclusions(dataset, (0,), 4, COARSE, ABRUPT)  # keeps no executed actions
-    assert found.departed is None
+    assert found.intervened is None
     assert found.shares == f"{found.paused:.1%} in pauses"
 
 

@@ -11,7 +11,7 @@ from vlaflow.data.batch import Executed
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import EXECUTED_KEY, Dataset
 from vlaflow.data.mixture import Mixture
-from vlaflow.data.quality import DEPARTURES, DepartureRule, departures
+from vlaflow.data.quality import INTERVENTIONS, InterventionRule, interventions
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, DataError
 
@@ -25,7 +25,7 @@ def executed_of(number):
     return other, far
 
 
-ABRUPT = DepartureRule(0.5, 1)
+ABRUPT = InterventionRule(0.5, 1)
 
 
 def write(root, change=lambda values: values):
@@ -77,9 +77,9 @@ def test_video_alone_takes_no_interest_in_the_column(tmp_path):
     assert Dataset.open(root, video=True).executed_key is None
 
 
-def marked(executed, rule=DEPARTURES, half_span=(1.0, 1.0, 0.0)):
+def marked(executed, rule=INTERVENTIONS, half_span=(1.0, 1.0, 0.0)):
     noted = np.zeros((12, 3), np.float32)
-    return np.flatnonzero(departures(noted, noted + np.array(executed, np.float32), np.array(half_span), rule)).tolist()
+    return np.flatnonzero(interventions(noted, noted + np.array(executed, np.float32), np.array(half_span), rule)).tolist()
 
 
 def row(value, *places):
@@ -88,7 +88,7 @@ def row(value, *places):
     return rows
 
 
-def test_a_lasting_difference_is_a_departure():
+def test_a_lasting_difference_is_an_intervention():
     """Of 0.6 half-spans from the step on around which most of five differ, and of less than the threshold never."""
     assert marked(row(0.6, *range(12))) == list(range(12))
     assert marked(row(0.9, 5, 6, 7, 8)) == [5, 6, 7, 8]
@@ -109,28 +109,28 @@ def test_the_measure_is_what_the_dimension_spans():
     assert marked(rows) == []
 
 
-def test_noise_of_the_default_size_is_no_departure_and_three_times_as_much_hardly():
+def test_noise_of_the_default_size_is_no_intervention_and_three_times_as_much_hardly():
     noise = np.random.default_rng(0).standard_normal((100_000, 3))
-    share = [departures(0 * noise, scale * noise, np.ones(3), DEPARTURES).mean() for scale in (0.1, 0.3)]
+    share = [interventions(0 * noise, scale * noise, np.ones(3), INTERVENTIONS).mean() for scale in (0.1, 0.3)]
     assert share[0] == 0
     assert share[1] < 0.002
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": 0}, {"steps": 0}])
 def test_impossible_rules_are_refused(wrong):
-    with pytest.raises(ConfigError, match="A departure needs"):
-        DepartureRule(**wrong)
+    with pytest.raises(ConfigError, match="An intervention needs"):
+        InterventionRule(**wrong)
 
 
 def test_without_a_rule_everything_counts(written):
-    batch = Windows(*written, 6, departure_rule=None).batch(np.arange(20))
+    batch = Windows(*written, 6, intervention_rule=None).batch(np.arange(20))
     assert torch.equal(batch.valid_BL, batch.executed.present_BL)
-    assert not batch.executed.departed_BL.any()
+    assert not batch.executed.intervened_BL.any()
 
 
-def test_actions_noted_after_a_departure_do_not_count(written):
-    """The slow and plain way, for every frame: a step counts up to the first departure, that one included."""
-    windows = Windows(*written, 6, departure_rule=ABRUPT)
+def test_actions_noted_after_an_intervention_do_not_count(written):
+    """The slow and plain way, for every frame: a step counts up to the first intervention, that one included."""
+    windows = Windows(*written, 6, intervention_rule=ABRUPT)
     batch = windows.batch(np.arange(len(windows)))
     sample, ended = 0, 0
     for number, length in enumerate(LENGTHS):
@@ -143,12 +143,12 @@ def test_actions_noted_after_a_departure_do_not_count(written):
     assert ended > 20
 
 
-def test_what_is_given_excuses_its_departures():
-    """With the first three actions given, only a departure after them ends what counts."""
-    departed = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+def test_what_is_given_excuses_its_interventions():
+    """With the first three actions given, only an intervention after them ends what counts."""
+    intervened = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     present = torch.ones(3, 7, dtype=torch.bool)
     present[1, 5:] = False
-    executed = Executed(torch.zeros(3, 7, 2), departed, present)
+    executed = Executed(torch.zeros(3, 7, 2), intervened, present)
     assert executed.valid_after(0).int().tolist() == [[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]]
     given_B1 = torch.tensor([[3], [0], [3]])
     assert executed.valid_after(given_B1).int().tolist() == [
@@ -162,13 +162,13 @@ def test_what_is_given_excuses_its_departures():
 def test_a_mixture_takes_it_along(written, dataset, tmp_path, monkeypatch):
     """From one data set that keeps it and one that does not, in the order of the samples."""
     monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path / "cache"))
-    parts = {"a": Windows(*written, 4, departure_rule=ABRUPT), "b": Windows(dataset, FrameCache.open(dataset, 16), 4)}
+    parts = {"a": Windows(*written, 4, intervention_rule=ABRUPT), "b": Windows(dataset, FrameCache.open(dataset, 16), 4)}
     mixture = Mixture(parts, {"a": 1.0, "b": 1.0}, 24, 0)
     part_B, index_B = mixture.indices(0)
     batch = mixture.batch(0)
     for place, (part, index) in enumerate(zip(part_B, index_B, strict=True)):
         alone = list(parts.values())[part].batch(np.array([index]))
         assert torch.equal(batch.executed.action_BLD[place], alone.executed.action_BLD[0])
-        assert torch.equal(batch.executed.departed_BL[place], alone.executed.departed_BL[0])
+        assert torch.equal(batch.executed.intervened_BL[place], alone.executed.intervened_BL[0])
         assert torch.equal(batch.valid_BL[place], alone.valid_BL[0])
     assert set(part_B) == {0, 1}

@@ -19,7 +19,7 @@ DATA = "data/chunk-000/file-000.parquet"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 CODEC = 12.0  # mean absolute error of crf 20 to 30 with halved chroma on noise and hard edges, in levels; measured 4 to 10
-ONE_OFF = 20.0  # a picture that is one frame away differs by more; measured 24 (two rows of a coarse pattern) to 57 (noise)
+ONE_OFF = 20.0  # an image that is one frame away differs by more; measured 24 (two rows of a coarse pattern) to 57 (noise)
 
 
 def error(a, b):

@@ -141,17 +141,17 @@ def other(windows, **changes):
 
 def test_parts_that_mean_something_else_are_refused(parts):
     flipped = replace(SPEC.dimensions[1], positive="right")
-    spec = replace(SPEC, dimensions=(SPEC.dimensions[0], flipped, SPEC.dimensions[2]), horizon=4)
+    spec = replace(SPEC, dimensions=(SPEC.dimensions[0], flipped, SPEC.dimensions[2]), chunk_size=4)
     with pytest.raises(SpecError, match=r"data set 'a' and data set 'c'.*positive of action dimension 'dy'"):
         Mixture({"a": parts["a"], "c": other(parts["b"], action_spec=spec)}, {"a": 1, "c": 1}, 8, 0)
 
 
-def test_parts_of_another_horizon_or_image_size_or_view_are_refused(parts, monkeypatch, tmp_path):
+def test_parts_of_another_chunk_size_or_image_size_or_view_are_refused(parts, monkeypatch, tmp_path):
     monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path))
     a, b = parts.values()
     dataset = b.dataset
     cases = {
-        "horizon is 4 in the first and 5": Windows(dataset, b.cache, 5),
+        "chunk_size is 4 in the first and 5": Windows(dataset, b.cache, 5),
         "'image' is 16x16 in data set 'a' and 24x24 in 'c'": Windows(dataset, FrameCache.open(dataset, 24), 4),
         "View 'corner' is missing in data set 'c'": Windows(dataset, FrameCache.open(dataset, 16, ["image"]), 4),
         "'c' .* does not say what its actions mean": other(b, action_spec=None),

@@ -36,7 +36,7 @@ def test_a_time_that_is_none_is_refused(copy, end, value):
 @pytest.mark.parametrize("ends", [("from_timestamp",), ("from_timestamp", "to_timestamp")])
 @pytest.mark.parametrize("frames", [1, -1])
 def test_a_place_one_frame_off_is_refused(copy, ends, frames):
-    """It would give every picture of the episode to the action before or after."""
+    """It would give every image of the episode to the action before or after."""
     move(copy, lambda times: [t + (i == 3) * frames * FRAME for i, t in enumerate(times)], *ends)
     refused(rf"Episodes? .*3 .*corner' \({VIDEO}\).*meta", Dataset.open, copy)
 
@@ -90,7 +90,7 @@ def test_a_table_without_ends_is_read(copy):
 
 
 def test_episodes_of_the_older_layout_do_not_share_a_video(pristine_v21, tmp_path):
-    """A template without the episode's number would give all of them the pictures of one."""
+    """A template without the episode's number would give all of them the images of one."""
     root = shutil.copytree(pristine_v21, tmp_path / "old")
     edit_info(root, video_path="videos/chunk-000/{video_key}/episode_000000.mp4")
     refused("Episodes 0 and 1 of .*overlap.*'video_path' in meta/info.json", Dataset.open, root)

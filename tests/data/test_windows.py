@@ -19,11 +19,11 @@ def cached(pristine, tmp_path_factory):
         yield dataset, FrameCache.open(dataset)
 
 
-@pytest.mark.parametrize("horizon", [1, 4, 40])
-def test_batch_equals_a_loop_over_frames(cached, horizon):
+@pytest.mark.parametrize("chunk_size", [1, 4, 40])
+def test_batch_equals_a_loop_over_frames(cached, chunk_size):
     """The slow and plain way to say what a sample is, for every frame of the data set."""
     dataset, cache = cached
-    windows = Windows(dataset, cache, horizon)
+    windows = Windows(dataset, cache, chunk_size)
     batch = windows.batch(np.arange(len(windows)))
     sample = 0
     for episode, length in enumerate(LENGTHS):
@@ -31,9 +31,9 @@ def test_batch_equals_a_loop_over_frames(cached, horizon):
         state, action = dataset.columns().state[rows], dataset.columns().action[rows]
         images = dataset.frames(episode, "corner")
         for frame in range(length):
-            wanted = [action[min(frame + step, length - 1)] for step in range(horizon)]
+            wanted = [action[min(frame + step, length - 1)] for step in range(chunk_size)]
             assert np.array_equal(batch.action_BLD[sample].numpy(), np.stack(wanted))
-            assert batch.valid_BL[sample].tolist() == [frame + step < length for step in range(horizon)]
+            assert batch.valid_BL[sample].tolist() == [frame + step < length for step in range(chunk_size)]
             assert np.array_equal(batch.observation.state_BS[sample].numpy(), state[frame])
             assert np.array_equal(batch.observation.images["corner"][sample].numpy(), images[frame])
             assert batch.observation.instructions[sample] == TASKS[episode]

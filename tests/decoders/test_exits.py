@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import helpers
-from vlaflow.decoders.base import Given, Targets
+from vlaflow.decoders.base import Conditioning, Targets
 from vlaflow.decoders.exits import ExitTraining, every
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
@@ -16,7 +16,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.stacks.expert import ExpertConfig
 
 EXPERT = ExpertConfig(BlockConfig(24, 2, 2, 16, 48))
-DECODERS = [FlowConfig(4, horizon=6), FlowConfig(4, horizon=6, expert=EXPERT), RegressionConfig(4, horizon=6)]
+DECODERS = [FlowConfig(4, chunk_size=6), FlowConfig(4, chunk_size=6, expert=EXPERT), RegressionConfig(4, chunk_size=6)]
 
 
 def policy(decoder, choose="all", depths=(1, 2, 3)):
@@ -87,7 +87,7 @@ def test_a1s_exits():
 @pytest.mark.parametrize("queries", ["dimension", "action"])
 @pytest.mark.parametrize("expert", [None, EXPERT])
 def test_regression_answers_the_same_for_any_steps_and_noise(queries, expert):
-    made = policy(RegressionConfig(4, horizon=6, queries=queries, expert=expert))
+    made = policy(RegressionConfig(4, chunk_size=6, queries=queries, expert=expert))
     made.model.eval()
     with torch.no_grad():
         prefix = made.encode(helpers.batch().observation)
@@ -95,11 +95,11 @@ def test_regression_answers_the_same_for_any_steps_and_noise(queries, expert):
         ten = made.model.decoder.sample(prefix, helpers.generators(3, seed=9), 10)
     assert one.shape == (3, 6, 4)
     assert torch.equal(one, ten)
-    assert made.model.decoder.evaluations(10) == 1
+    assert made.model.decoder.nfe(10) == 1
 
 
 def test_regression_counts_valid_actions_only_and_learns():
-    made = policy(RegressionConfig(4, horizon=6))
+    made = policy(RegressionConfig(4, chunk_size=6))
     decoder, prefix = made.model.decoder, made.encode(helpers.batch().observation).detach()
     action, valid = torch.randn(3, 6, 4, generator=generator()), torch.ones(3, 6, dtype=torch.bool)
     valid[:, 4:] = False
@@ -116,10 +116,10 @@ def test_regression_counts_valid_actions_only_and_learns():
 
 
 def test_regression_cannot_start_from_given_actions():
-    made = policy(RegressionConfig(4, horizon=6))
+    made = policy(RegressionConfig(4, chunk_size=6))
     prefix = made.encode(helpers.batch().observation)
     with pytest.raises(CapabilityError, match="given"):
-        made.model.decoder.start(prefix, helpers.generators(3), 1, Given(torch.zeros(3, 6, 4), torch.zeros(3, 6)))
+        made.model.decoder.start(prefix, helpers.generators(3), 1, Conditioning(torch.zeros(3, 6, 4), torch.zeros(3, 6)))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

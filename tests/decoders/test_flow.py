@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import helpers
-from vlaflow.decoders.base import Given, Targets
+from vlaflow.decoders.base import Conditioning, Targets
 
 
 def prefix_of(policy, count=2):
@@ -42,7 +42,7 @@ def test_given_actions_come_back_unchanged_to_the_bit():
     action, clock = torch.randn(2, 6, 4), torch.ones(2, 6)
     clock[:, :3] = 0
     with torch.no_grad():
-        state = decoder.start(prefix, helpers.generators(2), 5, Given(action, clock))
+        state = decoder.start(prefix, helpers.generators(2), 5, Conditioning(action, clock))
         out = decoder.finish(decoder.advance(state, prefix, 5))
     assert torch.equal(out[:, :3], action[:, :3])
     assert not torch.isclose(out[:, 3:], action[:, 3:]).all(-1).any()
@@ -51,9 +51,9 @@ def test_given_actions_come_back_unchanged_to_the_bit():
 def test_given_everything_at_clock_one_is_ordinary_generation():
     policy = helpers.policy()
     decoder, prefix = policy.model.decoder, prefix_of(policy)
-    given = Given(torch.randn(2, 6, 4), torch.ones(2, 6))
+    conditioning = Conditioning(torch.randn(2, 6, 4), torch.ones(2, 6))
     fresh = decoder.start(prefix, helpers.generators(2), 5)
-    same = decoder.start(prefix, helpers.generators(2), 5, given)
+    same = decoder.start(prefix, helpers.generators(2), 5, conditioning)
     torch.testing.assert_close(fresh.x_BLX, same.x_BLX, rtol=0, atol=1e-7)
     assert torch.equal(fresh.start_BL, same.start_BL)
 
@@ -64,7 +64,7 @@ def test_all_ones_masks_give_the_synchronous_loss_bit_for_bit(monkeypatch):
     policy = helpers.policy(masks="unified")
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     targets = Targets(torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
-    monkeypatch.setattr(gaussian, "sample_mask", lambda b, horizon, generator, whole: torch.ones(b, horizon))
+    monkeypatch.setattr(gaussian, "sample_mask", lambda b, chunk_size, generator, whole: torch.ones(b, chunk_size))
     unified = decoder.loss(prefix, targets, torch.Generator().manual_seed(3)).total
     decoder.config = dataclasses.replace(decoder.config, masks="synchronous")
     synchronous = decoder.loss(prefix, targets, torch.Generator().manual_seed(3)).total
@@ -96,7 +96,11 @@ def test_a_cached_prefix_equals_a_recomputed_one():
         hidden = torch.cat((embedded.hidden_BPW, suffix), 1)
         may_see = torch.ones(p + 6, p + 6, dtype=torch.bool)
         may_see[:p, p:] = False
-        seen = torch.nn.functional.pad(embedded.seen_BP, (0, 6), value=True) if embedded.seen_BP is not None else None
+        seen = (
+            torch.nn.functional.pad(embedded.padding_mask_BP, (0, 6), value=True)
+            if embedded.padding_mask_BP is not None
+            else None
+        )
         for layer in backbone.layers:
             hidden, _ = layer(hidden, None, seen, may_see)
         recomputed = decoder.codec.decode(backbone.finish(hidden[:, p:]))
@@ -133,12 +137,12 @@ def test_padding_dimensions_stay_what_training_showed_and_touch_nothing(guided):
     """They are t·noise all the way, end at exactly nothing, and what the head says of them bends no action."""
     policy = helpers.policy(padded_dim=9, masks="synchronous")
     decoder, prefix = policy.model.decoder, prefix_of(policy)
-    given = None
+    conditioning = None
     if guided:
         known_B, committed_B = torch.tensor([5, 4]), torch.tensor([2, 1])
-        given = decoder.continued(torch.randn(2, 6, 4), known_B, committed_B, guided=True)
+        conditioning = decoder.continued(torch.randn(2, 6, 4), known_B, committed_B, guided=True)
     with torch.no_grad():
-        state = begun = decoder.start(prefix, helpers.generators(2), 5, given)
+        state = begun = decoder.start(prefix, helpers.generators(2), 5, conditioning)
         for done in range(1, 6):
             state = decoder.advance(state, prefix)
             expected = state.clock_at(done)[..., None] * begun.x_BLX[..., 4:]
@@ -154,7 +158,7 @@ def test_padding_of_actions_that_are_noised_already_is_noised_too():
     clock = torch.full((2, 6), 0.5)
     clock[:, :2] = 0
     fresh = decoder.start(prefix, helpers.generators(2), 5).x_BLX[..., 4:]
-    state = decoder.start(prefix, helpers.generators(2), 5, Given(torch.randn(2, 6, 4), clock, noised=True))
+    state = decoder.start(prefix, helpers.generators(2), 5, Conditioning(torch.randn(2, 6, 4), clock, noised=True))
     assert torch.equal(state.x_BLX[..., 4:], clock[..., None] * fresh)
 
 

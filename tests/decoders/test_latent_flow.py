@@ -25,7 +25,7 @@ FLOW = FlowConfig(4, 6, masks="synchronous", expert=EXPERT, time_token=True)
 
 
 def policy(answer="parallel", fast=True, flow=FLOW, **settings):
-    tokens = AutoregressiveConfig(4, helpers.FAST, horizon=6) if fast else None
+    tokens = AutoregressiveConfig(4, helpers.FAST, chunk_size=6) if fast else None
     decoder = LatentFlowConfig(flow, LatentTokensConfig(K, BOOK, answer), tokens, **settings)
     config = replace(helpers.policy_config(), system="iflybot", decoder=decoder)
     made = Policy.create(
@@ -145,7 +145,7 @@ def test_an_autoregressive_answer_with_kept_keys_and_values_equals_the_recompute
         code_BK = made.model.decoder.codes(prefix)
         again = latent.teach(prefix, code_BK, (prefix.depth,))
     torch.testing.assert_close(cached.hidden[0], again.hidden[0])
-    for kept, computed in zip(cached.memory, again.memory, strict=True):
+    for kept, computed in zip(cached.kv_cache, again.kv_cache, strict=True):
         torch.testing.assert_close(kept.key_CGPE, computed.key_CGPE)
         torch.testing.assert_close(kept.value_CGPE, computed.value_CGPE)
 
@@ -158,7 +158,7 @@ def test_where_no_code_is_known_the_expert_reads_the_codes_it_would_read_in_acti
     with torch.no_grad():
         said, taught = latent.read(prefix), latent.teach(prefix, code_BK, (prefix.depth,))
         true = latent.teach(prefix, codes(), (prefix.depth,))
-    for acted, learned, known in zip(said.memory, taught.memory, true.memory, strict=True):
+    for acted, learned, known in zip(said.kv_cache, taught.kv_cache, true.kv_cache, strict=True):
         torch.testing.assert_close(learned.key_CGPE[1], acted.key_CGPE[1])
         torch.testing.assert_close(learned.key_CGPE[[0, 2]], known.key_CGPE[[0, 2]], rtol=0, atol=0)
     assert not torch.equal(made.model.decoder.codes(prefix)[1], torch.zeros(K))
@@ -187,7 +187,7 @@ def test_unknown_codes_teach_nothing():
 
 def test_several_noise_draws_on_one_prefix_equal_as_many_passes_with_these_noises():
     """One loss over five draws is the mean of five losses of one draw each, given the same noise and times."""
-    made = policy(flow=replace(FLOW, draws=5), fast=False, teaches=False)
+    made = policy(flow=replace(FLOW, noise_samples=5), fast=False, teaches=False)
     decoder, prefix = made.model.decoder, encoded(made)
     targets = Targets(torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1)), torch.ones(3, 6, dtype=torch.bool))
     calls = []
@@ -247,7 +247,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path, answer):
         (lambda: learn(policy(), None), "the batch has none"),
         (lambda: policy("autoregressive", teaches=False), "cannot be left untaught"),
         (lambda: policy(flow=FlowConfig(4, 6)), "needs an expert"),
-        (lambda: policy(flow=replace(FLOW, horizon=5)), "give both the same"),
+        (lambda: policy(flow=replace(FLOW, chunk_size=5)), "give both the same"),
         (lambda: LatentTokensConfig(0), "at least one code"),
         (lambda: FlowConfig(4, 6, time_token=True, masks="synchronous"), "needs an expert"),
         (lambda: replace(FLOW, masks="unified"), "one clock for all"),

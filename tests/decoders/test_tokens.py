@@ -10,7 +10,7 @@ from tests import helpers
 from vlaflow.actions.bins import BinsFit
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Capability, Given, GivenTokens, Targets, Tokens
+from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
 from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig, EmbeddingMetric
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
@@ -126,14 +126,16 @@ def test_draws_are_only_corruptions_and_invalid_chunks_teach_nothing(config, set
 
 
 @pytest.mark.parametrize("tokenizer", [helpers.FAST, helpers.BINS])
-def test_tokens_of_a_whole_chunk_teach_nothing_once_a_departure_leaves_out_a_part(tokenizer):
-    """The end of an episode leaves out a part as well, but repeats the last action; noted actions after a departure mislead."""
+def test_tokens_of_a_whole_chunk_teach_nothing_once_an_intervention_leaves_out_a_part(tokenizer):
+    """The end of an episode leaves out a part as well, but repeats the last action; noted actions after an intervention
+    mislead.
+    """
     policy = helpers.token_policy(DiscreteFlowConfig, tokenizer)
     targets, decoder = targets_of(policy), policy.model.decoder
-    departed_BL, present_BL = torch.zeros_like(targets.valid_BL), targets.valid_BL.clone()
-    departed_BL[0, 2] = True
+    intervened_BL, present_BL = torch.zeros_like(targets.valid_BL), targets.valid_BL.clone()
+    intervened_BL[0, 2] = True
     present_BL[1, 4:] = False
-    executed = Executed(targets.action_BLD, departed_BL, present_BL)
+    executed = Executed(targets.action_BLD, intervened_BL, present_BL)
     _, weight_BS = decoder.encode(replace(targets, valid_BL=executed.valid_after(0), executed=executed))
     if decoder.tokenizer.local:
         assert weight_BS.view(3, 6, 4).any(2).int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1] * 6]
@@ -195,9 +197,9 @@ def test_given_tokens_at_clock_0_never_change_and_the_others_do(config, settings
     id_BS, _ = decoder.encode(targets_of(policy))
     clock_BS = (torch.arange(decoder.slots) % 2).float().expand(3, -1)
     with torch.inference_mode():
-        state = decoder.solve(prefix_of(policy), helpers.generators(3), 5, GivenTokens(id_BS, clock_BS))
+        state = decoder.solve(prefix_of(policy), helpers.generators(3), 5, TokenConditioning(id_BS, clock_BS))
         if Capability.DETERMINISTIC_STEPS in decoder.capabilities:
-            state = decoder.settle(state, prefix_of(policy), 2)
+            state = decoder.refine_deterministic(state, prefix_of(policy), 2)
     kept = clock_BS == 0
     assert torch.equal(state.id_BS[kept], id_BS[kept])
     assert not torch.equal(state.id_BS[~kept], id_BS[~kept])
@@ -209,22 +211,22 @@ def test_nothing_to_make_changes_nothing(config, settings):
     policy = helpers.token_policy(config, **settings)
     id_BS, _ = policy.model.decoder.encode(targets_of(policy))
     with torch.inference_mode():
-        given = GivenTokens(id_BS, torch.zeros(id_BS.shape))
-        state = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 4, given)
+        conditioning = TokenConditioning(id_BS, torch.zeros(id_BS.shape))
+        state = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 4, conditioning)
     assert torch.equal(state.id_BS, id_BS)
 
 
 @every_decoder
 def test_decoding_leaves_the_prefix_as_it_was(config, settings):
-    """Words and pictures are context: neither their tokens nor their keys and values may change."""
+    """Words and images are context: neither their tokens nor their keys and values may change."""
     policy = helpers.token_policy(config, **settings)
     prefix = prefix_of(policy)
-    before = [x.clone() for kv in prefix.memory for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW.clone()]
+    before = [x.clone() for kv in prefix.kv_cache for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW.clone()]
     with torch.inference_mode():
         state = policy.model.decoder.solve(prefix, helpers.generators(3), 4)
         if Capability.DETERMINISTIC_STEPS in policy.model.decoder.capabilities:
-            policy.model.decoder.settle(state, prefix, 2)
-    after = [x for kv in prefix.memory for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW]
+            policy.model.decoder.refine_deterministic(state, prefix, 2)
+    after = [x for kv in prefix.kv_cache for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -233,7 +235,7 @@ def test_given_actions_need_tokens_that_belong_to_one_action():
     action_BLD = torch.from_numpy(helpers.chunks(3))
     clock_BL = torch.tensor([0.0, 0, 0, 1, 1, 1]).expand(3, -1)
     with torch.inference_mode():
-        made = bins.model.decoder.sample(prefix_of(bins), helpers.generators(3), 4, Given(action_BLD, clock_BL))
+        made = bins.model.decoder.sample(prefix_of(bins), helpers.generators(3), 4, Conditioning(action_BLD, clock_BL))
     ids = helpers.BINS.encode(action_BLD.numpy())
     expected = torch.from_numpy(helpers.BINS.decode(ids).action_BLD)
     assert torch.equal(made[:, :3], expected[:, :3])
@@ -241,7 +243,7 @@ def test_given_actions_need_tokens_that_belong_to_one_action():
     assert Capability.CONDITIONING in bins.model.decoder.capabilities
     assert Capability.CONDITIONING not in fast.model.decoder.capabilities
     with pytest.raises(CapabilityError, match="Train it with bins"):
-        fast.model.decoder.start(prefix_of(fast), helpers.generators(3), 4, Given(action_BLD, clock_BL))
+        fast.model.decoder.start(prefix_of(fast), helpers.generators(3), 4, Conditioning(action_BLD, clock_BL))
 
 
 @pytest.mark.parametrize("remask", [False, True])
@@ -306,14 +308,14 @@ def test_a_sequence_without_an_end_stops_at_the_last_slot_and_is_counted():
     with torch.inference_mode():
         state = decoder.solve(prefix, helpers.generators(3), 1)
     report = decoder.tokens(state)
-    assert report.evaluations == (decoder.slots,) * 3
+    assert report.nfe == (decoder.slots,) * 3
     assert report.repaired_B.all()
     assert torch.isfinite(decoder.finish(state)).all()
     always = -never
     decoder.head.bias.data = always
     with torch.inference_mode():
         ended = decoder.tokens(decoder.solve(prefix, helpers.generators(3), 1))
-    assert ended.evaluations == (1,) * 3
+    assert ended.nfe == (1,) * 3
     assert ended.repaired_B.all(), "no coefficient at all is no chunk either"
 
 
@@ -344,15 +346,15 @@ def test_settling_is_deterministic_and_stops_where_nothing_changes():
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     with torch.inference_mode():
         state = decoder.solve(prefix, helpers.generators(3), 4)
-        one, other = decoder.settle(state, prefix, 30), decoder.settle(state, prefix, 30)
+        one, other = decoder.refine_deterministic(state, prefix, 30), decoder.refine_deterministic(state, prefix, 30)
         assert torch.equal(one.id_BS, other.id_BS)
         if not one.revised[-1].any():
-            assert torch.equal(decoder.settle(one, prefix).id_BS, one.id_BS)
+            assert torch.equal(decoder.refine_deterministic(one, prefix).id_BS, one.id_BS)
     oracled, id_BS = oracle(policy)
     with torch.inference_mode():
-        settled = oracled.settle(oracled.start(prefix, helpers.generators(3), 16), prefix, 1)
+        settled = oracled.refine_deterministic(oracled.start(prefix, helpers.generators(3), 16), prefix, 1)
         assert torch.equal(settled.id_BS, id_BS)
-        assert not oracled.settle(settled, prefix, 1).revised[-1].any()
+        assert not oracled.refine_deterministic(settled, prefix, 1).revised[-1].any()
 
 
 def test_tokens_revised_are_counted_step_by_step():
@@ -430,9 +432,9 @@ def test_with_full_attention_the_prefix_sees_the_tokens_and_with_blind_it_does_n
         one = decoder.stack.joint(decoder.embedding(id_BS), prefix, 2)[1]
         other = decoder.stack.joint(decoder.embedding(id_BS.flip(1)), prefix, 2)[1]
         alone = policy.model.backbone.run(prefix)
-    assert torch.equal(one.memory[0].key_CGPE, other.memory[0].key_CGPE), "the first layer's keys are made before attention"
-    assert not torch.equal(one.memory[1].key_CGPE, other.memory[1].key_CGPE)
-    assert not torch.equal(one.memory[1].key_CGPE, alone.memory[1].key_CGPE)
+    assert torch.equal(one.kv_cache[0].key_CGPE, other.kv_cache[0].key_CGPE), "the first layer's keys are made before attention"
+    assert not torch.equal(one.kv_cache[1].key_CGPE, other.kv_cache[1].key_CGPE)
+    assert not torch.equal(one.kv_cache[1].key_CGPE, alone.kv_cache[1].key_CGPE)
 
 
 def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_the_tokens_it_saw():
@@ -443,7 +445,7 @@ def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_
         fresh = decoder.stack.joint(decoder.embedding(state.seen_BS), prefix, 2)[1]
     runs = decoder.tokens(state).prefix_runs
     assert all(1 <= r < 12 for r in runs)
-    for kept, made in zip(state.memory.memory, fresh.memory, strict=True):
+    for kept, made in zip(state.kv_cache.kv_cache, fresh.kv_cache, strict=True):
         torch.testing.assert_close(kept.key_CGPE, made.key_CGPE, **EQUAL)
         torch.testing.assert_close(kept.value_CGPE, made.value_CGPE, **EQUAL)
     with torch.inference_mode():
@@ -454,7 +456,7 @@ def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_
 def test_padded_prefixes_give_the_same_joint_pass_alone_and_in_a_batch():
     policy = helpers.token_policy(DiscreteFlowConfig, attention="full")
     decoder, prefix = policy.model.decoder, prefix_of(policy)
-    assert prefix.seen_BP is not None, "the instructions differ in length"
+    assert prefix.padding_mask_BP is not None, "the instructions differ in length"
     id_BS, _ = decoder.encode(targets_of(policy))
     with torch.inference_mode():
         whole = decoder.stack.joint(decoder.embedding(id_BS), prefix, 2)[0]
@@ -479,15 +481,15 @@ def test_configs_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="is not fitted yet"):
         helpers.token_policy(DiscreteFlowConfig, BinsFit(8))
     with pytest.raises(ConfigError, match="chunks of 6 actions of 4"):
-        DiscreteFlowConfig(4, helpers.FAST, horizon=7)
+        DiscreteFlowConfig(4, helpers.FAST, chunk_size=7)
     policy = helpers.token_policy(DiscreteFlowConfig, attention="full", exits=ExitTraining((1, 2)))
     with pytest.raises(ConfigError, match="Full attention has one answer"):
         policy.loss(helpers.batch(2), torch.Generator(), torch.Generator())
     ar = helpers.token_policy(AutoregressiveConfig)
     with pytest.raises(CapabilityError, match="cannot start from given tokens"):
-        ar.model.decoder.start(prefix_of(ar), helpers.generators(3), 1, GivenTokens(torch.zeros(3, 1), torch.zeros(3, 1)))
+        ar.model.decoder.start(prefix_of(ar), helpers.generators(3), 1, TokenConditioning(torch.zeros(3, 1), torch.zeros(3, 1)))
     with pytest.raises(CapabilityError, match="no deterministic steps"):
-        ar.model.decoder.settle(None, None)
+        ar.model.decoder.refine_deterministic(None, None)
 
 
 def test_cross_entropy_ignores_what_has_no_weight_even_if_it_is_not_finite():

@@ -38,7 +38,7 @@ class Options:
         clients: Python of the robot's environment, which tools/setup-clients.sh makes.
         episodes: per client; one success is enough.
         seed: of the first episode.
-        execute: actions per chunk that openpi's broker executes.
+        n_action_steps: actions per chunk that openpi's broker executes.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -46,7 +46,7 @@ class Options:
     clients: Path = Path(".venv-clients/bin/python")
     episodes: int = 4
     seed: int = 1000
-    execute: int = 8
+    n_action_steps: int = 8
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,22 @@ class Client:
     """A kind of client: what it is started with, and where it looks for image and state."""
 
     name: str
-    layout: tuple[str, ...]
+    observation_keys: tuple[str, ...]
     image: str
     state: str
 
 
-OPENPI = Client("openpi", ("--layout", "metaworld"), "observation/image", "observation/state")
+OPENPI = Client("openpi", ("--observation-keys", "metaworld"), "observation/image", "observation/state")
 ROBOARENA = Client(
     "roboarena",
-    ("--layout", "roboarena", "--image", "observation/exterior_image_0_left", "--state", "observation/joint_position"),
+    (
+        "--observation-keys",
+        "roboarena",
+        "--image",
+        "observation/exterior_image_0_left",
+        "--state",
+        "observation/joint_position",
+    ),
     "observation/exterior_image_0_left",
     "observation/joint_position",
 )
@@ -96,9 +103,9 @@ class Body:
 
 
 @contextmanager
-def serving(checkpoint: Path, layout: tuple[str, ...]) -> Iterator[str]:
+def serving(checkpoint: Path, observation_keys: tuple[str, ...]) -> Iterator[str]:
     """``vlaflow serve`` in a process of its own; yields its address."""
-    command = [sys.executable, "-m", "vlaflow", "serve", str(checkpoint), "--port", "0", *layout]
+    command = [sys.executable, "-m", "vlaflow", "serve", str(checkpoint), "--port", "0", *observation_keys]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
@@ -119,7 +126,7 @@ def drive(client: Client, address: str, options: Options) -> Body:
     """All episodes of one client."""
     body = Body(make(options.env), client, options.seed)
     command = [str(options.clients), str(ROBOT), client.name, address]
-    command += ["--episodes", str(options.episodes), "--execute", str(options.execute)]
+    command += ["--episodes", str(options.episodes), "--n-action-steps", str(options.n_action_steps)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as robot:
         assert robot.stdin is not None
         assert robot.stdout is not None
@@ -148,7 +155,7 @@ def main() -> int:
             raise CapabilityError(f"There is no {options.clients}: tools/setup-clients.sh makes it.")
         failed = False
         for client in (OPENPI, ROBOARENA):
-            with serving(options.checkpoint, client.layout) as address:
+            with serving(options.checkpoint, client.observation_keys) as address:
                 body = drive(client, address, options)
             done = sum(body.successes)
             sys.stdout.write(

@@ -1,6 +1,6 @@
 """A robot that knows stock openpi-client and nothing of vlaflow: run by the Python of .venv-clients, as a script.
 
-    .venv-clients/bin/python tests/end_to_end/stock_robot.py openpi ws://127.0.0.1:8000 --episodes 3 --execute 8
+    .venv-clients/bin/python tests/end_to_end/stock_robot.py openpi ws://127.0.0.1:8000 --episodes 3 --n-action-steps 8
 
 Its body is elsewhere: it asks the process that started it for observations and has it execute actions, in messages over
 standard input and output (length, then msgpack as openpi-client packs it). See ``stock_clients.py``, which is that process.
@@ -119,13 +119,13 @@ def main():
     parser.add_argument("client", choices=("openpi", "roboarena"))
     parser.add_argument("address")
     parser.add_argument("--episodes", type=int, default=1)
-    parser.add_argument("--execute", type=int, default=8)
+    parser.add_argument("--n-action-steps", type=int, default=8)
     given = parser.parse_args()
     if "vlaflow" in sys.modules or "torch" in sys.modules:
         raise SystemExit("This process should have been openpi-client's alone.")
     if given.client == "openpi":
         policy = action_chunk_broker.ActionChunkBroker(
-            websocket_client_policy.WebsocketClientPolicy(given.address), action_horizon=given.execute
+            websocket_client_policy.WebsocketClientPolicy(given.address), action_horizon=given.n_action_steps
         )
     else:
         policy = Whole(RoboArenaPolicy(given.address))

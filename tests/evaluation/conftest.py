@@ -20,8 +20,8 @@ def make_policy(masks="unified", rater=True):
     config = PolicyConfig(
         system="asyncvla",
         backbone=TinyConfig(state_dim=4, views=("image",), image_size=32, width=32, depth=1, heads=2, ffn=64),
-        decoder=FlowConfig(action_dim=4, horizon=8, masks=masks),
-        execute=4,
+        decoder=FlowConfig(action_dim=4, chunk_size=8, masks=masks),
+        n_action_steps=4,
     )
     random = np.random.default_rng(0)
     stats = {"state": FeatureStats.of(random.normal(size=(50, 4))), "action": FeatureStats.of(random.uniform(-1, 1, (50, 4)))}

@@ -60,10 +60,10 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
     assert {PROFILE} <= {f.name for f in folder.iterdir()}
     names = ("dense", "dense:2@1", "exit:budget-0.4", "budget:100000")
     computes = [word for name in names for word in ("--compute", name)]
-    arguments = ["--env", ENV, "--episodes", "1", "--horizon", "20", "--steps", "2", "--no-films", "--workers", "0"]
+    arguments = ["--env", ENV, "--episodes", "1", "--max-steps", "20", "--steps", "2", "--no-videos", "--workers", "0"]
     assert main(["eval", str(folder), *computes, *arguments, "--out", str(tmp_path / "eval")]) == 0
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
-    passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["evaluations"]}
+    passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["nfe"]}
     assert passes["dense"] == 3 + 2 * 3
     assert passes["dense:2@1"] == 1 + 2 * 1
     assert "ms at p99" in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_a_ladder_knows_the_steps_of_every_calibration(trained, dataset, tmp_pat
     def calibrated(steps, name):
         words = ["--steps", str(steps), "--frames", "16", "--name", name]
         assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
-        return {rung["evaluations"] for rung in json.loads(ladder.read_text())["rungs"]}
+        return {rung["nfe"] for rung in json.loads(ladder.read_text())["rungs"]}
 
     assert 4 not in calibrated(2, "two")
     before = ladder.stat().st_mtime_ns
@@ -130,7 +130,7 @@ def test_same_seed_same_bytes(trained, dataset, tmp_path):
         made.append(run(folder, dataset, Request("x", ByShares(budget=0.8), frames=40, ladder=name == "one")).calibration)
     assert made[0] == made[1]
     ladder = json.loads((tmp_path / "one" / "calibration" / LADDER).read_text())
-    full = max(ladder["rungs"], key=lambda r: (r["depth"], r["evaluations"]))
+    full = max(ladder["rungs"], key=lambda r: (r["depth"], r["nfe"]))
     assert full["deviation"] == 0
     assert len(ladder["rungs"]) == 3 * 5
     assert np.isfinite([r["error"] for r in ladder["rungs"]]).all()

@@ -17,12 +17,12 @@ from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.policies.base import Policy
 
 
-def test_eval_writes_results_films_and_a_report(checkpoint, tmp_path, capsys):
+def test_eval_writes_results_videos_and_a_report(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--horizon", "12", "--steps", "2"]
+    words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--max-steps", "12", "--steps", "2"]
     assert main(["eval", str(checkpoint), *words, "--language", "1", "--workers", "0", "--out", str(out)]) == 0
     found = results.read(out / "results.json")
-    assert [(e.compute, e.episodes, e.seeds, e.execute) for e in found.evaluations] == [
+    assert [(e.compute, e.episodes, e.seeds, e.n_action_steps) for e in found.evaluations] == [
         ("dense", 2, (1000, 1001), 4),
         ("refine", 2, (1000, 1001), 4),
     ]
@@ -30,7 +30,7 @@ def test_eval_writes_results_films_and_a_report(checkpoint, tmp_path, capsys):
     assert found.minutes.evaluate is not None
     assert found.minutes.train is None
     assert "no success in 12 steps" in (out / "report.html").read_text()
-    assert len(list((out / "films").glob("*.mp4"))) == 1
+    assert len(list((out / "videos").glob("*.mp4"))) == 1
     printed = capsys.readouterr().out
     assert "0/2" in printed
     assert "refine against dense" in printed
@@ -41,7 +41,7 @@ def test_eval_writes_results_films_and_a_report(checkpoint, tmp_path, capsys):
     [
         (["--env", ENV, "--compute", "refien"], "did you mean 'refine'"),
         (["--env", "metaworld/drawer-opn-v3"], "did you mean 'metaworld/drawer-open-v3'"),
-        (["--env", ENV, "--execute", "99"], "chunks of 8 actions"),
+        (["--env", ENV, "--n-action-steps", "99"], "chunks of 8 actions"),
         (["--env", ENV, "--episodes", "0"], "at least one episode"),
     ],
 )

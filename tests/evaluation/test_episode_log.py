@@ -25,10 +25,10 @@ CONFIG = EvaluationConfig(
     ("dense", "refine"),
     episodes=2,
     knobs=Knobs(2),
-    rollout=RolloutConfig(horizon=12),
+    rollout=RolloutConfig(chunk_size=12),
     latency_chunks=1,
     language_episodes=1,
-    films=False,
+    videos=False,
     workers=0,
 )
 TIMES = ("minutes", "latency", "command")
@@ -45,7 +45,7 @@ class Made:
 def untimed(folder):
     """Everything in the results file but measured times and the words of the command."""
     found = {name: value for name, value in json.loads((folder / RESULTS).read_text()).items() if name not in TIMES}
-    for entry in found["evaluations"]:
+    for entry in found["nfe"]:
         entry.pop("latency_ms")
     return found
 
@@ -96,8 +96,8 @@ def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, who
 
 def test_a_killed_evaluation_continues_at_another_number_of_workers(checkpoint, whole, tmp_path):
     """SIGKILL gives no chance to tidy up; the workers end by themselves."""
-    words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--steps", "2", "--no-films"]
-    words += ["--horizon", "12", "--language", "1", "--out", str(tmp_path)]
+    words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--steps", "2", "--no-videos"]
+    words += ["--chunk-size", "12", "--language", "1", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "vlaflow", "eval", str(checkpoint), *words, "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -126,7 +126,7 @@ def test_a_line_that_a_kill_left_unfinished_is_played_again(checkpoint, whole, t
         ({"episodes": 3}, "episodes = 2, not 3"),
         ({"first_seed": 7}, "first_seed = 1000, not 7"),
         ({"knobs": Knobs(3)}, "computes = "),
-        ({"rollout": RolloutConfig(horizon=11)}, "rollout = "),
+        ({"rollout": RolloutConfig(chunk_size=11)}, "rollout = "),
     ],
 )
 def test_other_settings_are_refused_in_a_sentence_and_their_episodes_kept(checkpoint, tmp_path, monkeypatch, changes, what):
@@ -145,14 +145,14 @@ def test_fresh_discards_an_unfinished_evaluation(checkpoint, tmp_path, monkeypat
     assert run(checkpoint, other, tmp_path, fresh=True).computes == ("dense",)
 
 
-@pytest.mark.parametrize("place", ["taken/out", "taken", "folder/results.json", "folder/films"])
+@pytest.mark.parametrize("place", ["taken/out", "taken", "folder/results.json", "folder/videos"])
 def test_an_unusable_out_is_one_sentence_before_any_episode(checkpoint, tmp_path, monkeypatch, capsys, place):
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr(module, "evaluate", lambda *given, **settings: pytest.fail("an episode was played"))
     out = tmp_path / place
     if place == "folder/results.json":
         out.mkdir(parents=True)
-    if place == "folder/films":
+    if place == "folder/videos":
         out.parent.mkdir()
         out.write_text("a file")
     out = out.parent if place.startswith("folder") else out

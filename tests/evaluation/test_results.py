@@ -56,7 +56,7 @@ def test_half_a_file_is_refused(tmp_path):
         results.read(file)
 
 
-def test_successes_are_counted_up_to_the_horizon_and_up_to_400():
+def test_successes_are_counted_up_to_the_max_steps_and_up_to_400():
     entry = next(e for e in synthetic.results().evaluations if any(s and s > 400 for s in e.first_success_steps))
     assert entry.successes == sum(s is not None for s in entry.first_success_steps)
     assert entry.successes_within_400 == sum(s is not None and s <= 400 for s in entry.first_success_steps) < entry.successes
@@ -84,8 +84,8 @@ def test_other_seeds_cannot_be_paired():
     evaluations = results.count(
         [e for e in synthetic.episodes() if e.compute != "refine" or e.seed != 1003],
         synthetic.latency(),
-        execute=8,
-        horizon=500,
+        n_action_steps=8,
+        max_steps=500,
         render="fast",
         solver_steps=10,
     )

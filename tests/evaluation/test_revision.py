@@ -96,7 +96,7 @@ def test_revisions_and_repairs_are_counted_over_chunks():
         return Episode("env", "dense", seed, "x", True, 5, 5, 2, 20, 40, 0, revised, repaired)
 
     (entry,) = count(
-        [episode(0, (8, 4), 1), episode(1, (4, 2, 6), 0)], [], execute=8, horizon=500, render="fast", solver_steps=10
+        [episode(0, (8, 4), 1), episode(1, (4, 2, 6), 0)], [], n_action_steps=8, max_steps=500, render="fast", solver_steps=10
     )
     assert entry.revised_per_chunk == (3.0, 1.5, 1.5)
     assert entry.repaired_share == 0.25

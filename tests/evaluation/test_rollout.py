@@ -24,7 +24,7 @@ from vlaflow.evaluation.rollout import (
 )
 from vlaflow.policies.base import Policy
 
-SHORT = RolloutConfig(horizon=10)
+SHORT = RolloutConfig(max_steps=10)
 
 
 def moments_of(checkpoint, compute):
@@ -57,10 +57,10 @@ def test_the_first_draft_of_refinement_is_the_dense_chunk(checkpoint):
         np.testing.assert_array_equal(refined[0].actions[kept], dense[0].actions[kept])
 
 
-def test_the_horizon_ends_an_episode_and_every_step_is_counted(checkpoint):
+def test_the_max_steps_ends_an_episode_and_every_step_is_counted(checkpoint):
     episode, chunks = moments_of(checkpoint, "dense")
     assert (episode.steps, episode.chunks, episode.success, episode.first_success_step) == (10, 3, False, None)
-    assert episode.evaluations == sum(c.evaluations for c in chunks) == 6
+    assert episode.nfe == sum(c.nfe for c in chunks) == 6
     assert episode.instruction == "Open a drawer"
 
 
@@ -89,7 +89,7 @@ def test_other_actions_are_refused(checkpoint):
         require_fit(other, "x", {ENV}, [], SHORT)
 
 
-@pytest.mark.parametrize("wrong", [RolloutConfig(execute=9), RolloutConfig(horizon=501)])
+@pytest.mark.parametrize("wrong", [RolloutConfig(n_action_steps=9), RolloutConfig(max_steps=501)])
 def test_impossible_settings_are_refused(checkpoint, wrong):
     with pytest.raises(ConfigError):
         require_fit(Policy.from_pretrained(checkpoint), "x", {ENV}, [], wrong)
@@ -101,7 +101,7 @@ def test_latency_parts_add_up_to_the_total(checkpoint):
         seen = seen_on_the_way(policy, plan([ENV], [parse("dense")], 2), SHORT)
     assert len(seen) > 2
     dense, refine = measure(policy, parse_all(["dense", "refine"], Knobs(2)), seen, chunks=4, warm_up=1)
-    assert (dense.chunks, dense.evaluations, dense.layer_passes) == (4, 2.0, 3.0)
+    assert (dense.chunks, dense.nfe, dense.layer_passes) == (4, 2.0, 3.0)
     assert {"prefix", "first"} <= set(dense.parts)
     assert "rater" not in dense.parts
     assert "rater" in refine.parts

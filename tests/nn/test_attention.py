@@ -14,26 +14,26 @@ def draw(seed, *shape):
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("noise_samples", [1, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_memory_and_own_tokens_share_one_softmax(kv_heads, draws, causal, grad):
+def test_memory_and_own_tokens_share_one_softmax(kv_heads, noise_samples, causal, grad):
     """Reference: torch's own attention on concatenated, repeated keys and values, in double precision."""
     c, t, p, e = 2, 5, 7, 8
-    b = c * draws
+    b = c * noise_samples
     query = draw(0, b, 4, t, e)
     own = KeyValues(draw(1, b, kv_heads, t, e), draw(2, b, kv_heads, t, e))
     seen = torch.ones(c, p, dtype=torch.bool)
     seen[0, 4:] = False
-    memory = KeyValues(draw(3, c, kv_heads, p, e), draw(4, c, kv_heads, p, e), seen)
+    kv_cache = KeyValues(draw(3, c, kv_heads, p, e), draw(4, c, kv_heads, p, e), seen)
     mask = torch.ones(t, t, dtype=torch.bool).tril() if causal else None
     with torch.set_grad_enabled(grad):
-        got = attend(query, own, memory, mask)
-    key = torch.cat((memory.key_CGPE.repeat_interleave(draws, 0), own.key_CGPE), 2)
-    value = torch.cat((memory.value_CGPE.repeat_interleave(draws, 0), own.value_CGPE), 2)
+        got = attend(query, own, kv_cache, mask)
+    key = torch.cat((kv_cache.key_CGPE.repeat_interleave(noise_samples, 0), own.key_CGPE), 2)
+    value = torch.cat((kv_cache.value_CGPE.repeat_interleave(noise_samples, 0), own.value_CGPE), 2)
     allowed = torch.cat(
         (
-            seen.repeat_interleave(draws, 0)[:, None, None].expand(b, 1, t, p),
+            seen.repeat_interleave(noise_samples, 0)[:, None, None].expand(b, 1, t, p),
             (mask if causal else torch.ones(t, t, dtype=torch.bool)).expand(b, 1, t, t),
         ),
         -1,
@@ -62,11 +62,11 @@ def short(dtype, memory_tokens):
     return query, KeyValues(*rest[:2]), KeyValues(*rest[2:]) if memory_tokens else None
 
 
-def squares(query, own, memory, attention):
+def squares(query, own, kv_cache, attention):
     """The output of some attention over all tokens, and the gradients of its sum of squares."""
     key, value = own.key_CGPE, own.value_CGPE
-    if memory is not None:
-        key, value = torch.cat((memory.key_CGPE, key), 2), torch.cat((memory.value_CGPE, value), 2)
+    if kv_cache is not None:
+        key, value = torch.cat((kv_cache.key_CGPE, key), 2), torch.cat((kv_cache.value_CGPE, value), 2)
     inputs = [x.clone().requires_grad_() for x in (query, key, value)]
     out = attention(*inputs)
     return out, *torch.autograd.grad(out.square().sum(), inputs)
@@ -99,20 +99,20 @@ def test_short_number_formats_are_as_exact_as_the_fused_kernel(dtype, memory_tok
 
 def test_autocast_does_not_round_scores():
     """It would make every product short again."""
-    query, own, memory = short(torch.bfloat16, 20)
-    plain = attend(query, own, memory)
+    query, own, kv_cache = short(torch.bfloat16, 20)
+    plain = attend(query, own, kv_cache)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attend(query, own, memory), plain)
+        assert torch.equal(attend(query, own, kv_cache), plain)
 
 
 def test_a_decoding_step_never_copies_the_memory():
     """The largest tensor a step allocates stays smaller than the memory's keys, which are far longer than anything else."""
-    memory = KeyValues(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))
+    kv_cache = KeyValues(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))
     own = KeyValues(torch.randn(1, 2, 4, 64), torch.randn(1, 2, 4, 64))
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        attend(torch.randn(1, 2, 4, 64), own, memory)
+        attend(torch.randn(1, 2, 4, 64), own, kv_cache)
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest < memory.key_CGPE.numel() * 4
+    assert 0 < largest < kv_cache.key_CGPE.numel() * 4
 
 
 def test_a_gated_block_counts_like_qwen():

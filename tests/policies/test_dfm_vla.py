@@ -42,7 +42,7 @@ def test_the_published_numbers():
     assert optim.learning_rate * optim.final_fraction == pytest.approx(5e-6)
     assert (optim.warmup_steps, optim.clip_norm, config.batch_size, config.accumulate) == (50, 5.0, 256, 4)
     assert config.objective.policy.decoder.tokenizer == FastFit(50.0, 1024)
-    assert config.objective.policy.execute == config.objective.policy.decoder.horizon == 10
+    assert config.objective.policy.n_action_steps == config.objective.policy.decoder.chunk_size == 10
     assert recipes.calvin(DATA).steps == 24_000
 
 

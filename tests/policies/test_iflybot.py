@@ -28,7 +28,7 @@ from vlaflow.policies.iflybot.codes import dataset_codes, model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b, tiny
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.robot.client import Client
-from vlaflow.spec import Commitment
+from vlaflow.spec import ActionPrefix
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training.optim import freeze, late_parameters
 
@@ -88,11 +88,11 @@ def millions(module):
     return sum(p.numel() for p in module.parameters()) / 1e6
 
 
-def full_size(horizon=30, draws=1, truncate=True):
+def full_size(chunk_size=30, noise_samples=1, truncate=True):
     """As published, with a FAST tokenizer that is fitted, for fitting needs data."""
-    config = qwen3b(DATA, horizon=horizon, execute=horizon, source=None)
-    decoder = config.decoder.fitted(helpers.chunks(horizon=horizon, dim=7))
-    return replace(config, decoder=replace(decoder, truncate=truncate, flow=replace(decoder.flow, draws=draws)))
+    config = qwen3b(DATA, chunk_size=chunk_size, n_action_steps=chunk_size, source=None)
+    decoder = config.decoder.fitted(helpers.chunks(chunk_size=chunk_size, dim=7))
+    return replace(config, decoder=replace(decoder, truncate=truncate, flow=replace(decoder.flow, noise_samples=noise_samples)))
 
 
 def test_the_published_sizes():
@@ -110,18 +110,18 @@ def test_the_published_sizes():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "horizon"),
+    ("recipe", "chunk_size"),
     [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).objective.policy), 30)],
     ids=["joint3b", "libero", "fine3b"],
 )
-def test_the_recipes_name_parts_that_exist(recipe, horizon):
+def test_the_recipes_name_parts_that_exist(recipe, chunk_size):
     """Everything trains from the first step; what a recipe says of the decoder is what the full size has."""
     config = recipe(DATA)
     decoder = config.objective.policy.decoder
-    own = full_size(horizon, decoder.flow.draws, decoder.truncate)
+    own = full_size(chunk_size, decoder.flow.noise_samples, decoder.truncate)
     assert replace(decoder, fast=None) == replace(own.decoder, fast=None)
-    assert (decoder.fast.horizon, decoder.fast.action_dim, decoder.fast.tokenizer.vocabulary) == (horizon, 7, 2048)
-    assert config.objective.policy.execute == horizon
+    assert (decoder.fast.chunk_size, decoder.fast.action_dim, decoder.fast.tokenizer.vocabulary) == (chunk_size, 7, 2048)
+    assert config.objective.policy.n_action_steps == chunk_size
     with torch.device("meta"):
         model = own.build()
     freeze(model, config.optim)
@@ -133,9 +133,9 @@ def test_the_third_stage_differs_from_the_second_in_truncation_and_draws_alone()
     for joint, fine in ((recipes.joint, recipes.fine), (recipes.joint3b, recipes.fine3b)):
         before = joint(DATA).objective.policy
         after = fine(before).objective.policy
-        assert (before.decoder.truncate, before.decoder.flow.draws) == (True, 1)
-        assert (after.decoder.truncate, after.decoder.flow.draws) == (False, 5)
-        flow = replace(after.decoder.flow, draws=1)
+        assert (before.decoder.truncate, before.decoder.flow.noise_samples) == (True, 1)
+        assert (after.decoder.truncate, after.decoder.flow.noise_samples) == (False, 5)
+        flow = replace(after.decoder.flow, noise_samples=1)
         assert replace(after, decoder=replace(after.decoder, truncate=True, flow=flow)) == before
 
 
@@ -144,7 +144,7 @@ def qwen(tmp_path_factory):
     """The published assembly around a small random Qwen2.5-VL."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path_factory.mktemp("qwen"), tied=True)
-    config = qwen3b(DataSpec(4, 4, ("image",)), horizon=6, execute=6)
+    config = qwen3b(DataSpec(4, 4, ("image",)), chunk_size=6, n_action_steps=6)
     decoder = config.decoder
     block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
     flow = replace(decoder.flow, expert=replace(decoder.flow.expert, block=block))
@@ -157,7 +157,7 @@ def qwen(tmp_path_factory):
 
 
 def test_the_published_assembly_sees_448_pixels(qwen):
-    """256 tokens a picture, by the processor's own rounding, whatever size the camera gives."""
+    """256 tokens an image, by the processor's own rounding, whatever size the camera gives."""
     config, reader = qwen3b(DataSpec(4, 4, ("image",))).backbone, qwen.model.backbone.reading()
     for side in (224, 448, 640):
         seen = replace(helpers.batch(1).observation, images={"image": torch.zeros(1, side, side, 3, dtype=torch.uint8)})
@@ -189,11 +189,11 @@ def test_a_small_qwen_learns_and_acts(qwen, truncate):
 
 def small(**changes):
     config = tiny(DataSpec(4, 4, ("image",)))
-    fast = replace(config.decoder.fast, tokenizer=helpers.FAST, horizon=6)
-    decoder = replace(config.decoder, fast=fast, flow=replace(config.decoder.flow, horizon=6))
+    fast = replace(config.decoder.fast, tokenizer=helpers.FAST, chunk_size=6)
+    decoder = replace(config.decoder, fast=fast, flow=replace(config.decoder.flow, chunk_size=6))
     backbone = replace(config.backbone, image_size=32, depth=2, width=32, heads=2, ffn=32)
     stats = {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}
-    config = replace(config, backbone=backbone, decoder=decoder, execute=3, **changes)
+    config = replace(config, backbone=backbone, decoder=decoder, n_action_steps=3, **changes)
     made = Policy.create(config, helpers.action_spec(), stats, 0)
     made.model.eval()
     return made
@@ -222,8 +222,8 @@ def test_with_exits_it_answers_at_every_depth():
 
 def test_committed_actions_are_continued_by_guidance_through_the_latent_tokens():
     made = small()
-    given = Commitment(np.random.default_rng(5).uniform(-0.9, 0.9, (4, 4)).astype(np.float32), 2)
-    free, continued = (made.act(helpers.observation(), Dense(3), commitment=c).actions for c in (None, given))
+    given = ActionPrefix(np.random.default_rng(5).uniform(-0.9, 0.9, (4, 4)).astype(np.float32), 2)
+    free, continued = (made.act(helpers.observation(), Dense(3), action_prefix=c).actions for c in (None, given))
     assert np.array_equal(continued[:2], given.actions[:2])
     assert (continued[2:] != free[2:]).any()
 

@@ -36,7 +36,7 @@ def with_exits(decoder):
 
 POLICIES = {
     "flow with a rater": lambda: helpers.policy(rater=True),
-    "regression": lambda: with_exits(RegressionConfig(4, horizon=6)),
+    "regression": lambda: with_exits(RegressionConfig(4, chunk_size=6)),
     "autoregressive": lambda: helpers.token_policy(AutoregressiveConfig),
     "masked diffusion": lambda: helpers.token_policy(MaskedDiffusionConfig),
     "discrete flow": lambda: helpers.token_policy(DiscreteFlowConfig),

@@ -109,7 +109,7 @@ def test_damaged_checkpoints_get_one_sentence(checkpoint, tmp_path):
 
 def test_a_misspelt_config_key_names_the_nearest(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
-    config["decoder"]["horizn"] = config["decoder"].pop("horizon")
+    config["decoder"]["chunk_siz"] = config["decoder"].pop("chunk_size")
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="'horizon'"):
+    with pytest.raises(ConfigError, match="'chunk_size'"):
         Policy.from_pretrained(checkpoint)

@@ -5,11 +5,11 @@ import math
 import numpy as np
 
 from vlaflow.evaluation import results as r
-from vlaflow.evaluation.films import Film, Moment
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import Latency
 from vlaflow.evaluation.rollout import Episode
 from vlaflow.evaluation.statistics import Percentiles, wilson
+from vlaflow.evaluation.videos import EpisodeVideo, Moment
 
 ENVS = ("metaworld/drawer-open-v3", "metaworld/button-press-topdown-v3", "metaworld/window-close-v3")
 COMPUTES = ("dense", "refine", "refine-random")
@@ -66,7 +66,7 @@ def latency():
 
 
 def results():
-    evaluations = r.count(episodes(), latency(), execute=8, horizon=500, render="fast", solver_steps=10)
+    evaluations = r.count(episodes(), latency(), n_action_steps=8, max_steps=500, render="fast", solver_steps=10)
     counts = {"right": (5, 5, 5), "other": (5, 1, 4), "empty": (4, 0, 2)}
     language = tuple(
         r.LanguageResult(
@@ -112,14 +112,14 @@ def moment(step=24, seed=3):
     return Moment(step, "seen.png", rows[0], rows[1], tuple(map(float, confidence)), tuple(map(bool, again)), 8)
 
 
-def films():
+def videos():
     found = []
     for env in ENVS:
         some = [e for e in episodes() if e.env == env and e.compute == "refine"]
         for success in (True, False):
             one = next((e for e in some if e.success == success), None)
             if one:
-                found.append(Film(one, "film.mp4", 2, ("x", "y", "z", "gripper"), (moment(0, 5), moment())))
+                found.append(EpisodeVideo(one, "video.mp4", 2, ("x", "y", "z", "gripper"), (moment(0, 5), moment())))
     return found
 
 
@@ -129,10 +129,10 @@ def write(out):
     from PIL import Image
 
     from vlaflow.config import to_json
-    from vlaflow.evaluation.films import caption, write_mp4
+    from vlaflow.evaluation.videos import caption, write_mp4
 
     r.write(results(), out / "results.json")
-    folder = out / "films"
+    folder = out / "videos"
     folder.mkdir(exist_ok=True)
     ramp = np.linspace(0, 255, 96, dtype=np.uint8)
     picture = np.stack([np.tile(ramp, (96, 1)), np.tile(ramp[:, None], (1, 96)), np.full((96, 96), 90, np.uint8)], -1)
@@ -140,6 +140,6 @@ def write(out):
     big = np.repeat(np.repeat(picture, 2, 0), 2, 1)
     write_mp4(
         [caption(np.roll(big, 4 * i, 1), "drawer-open-v3, refine, seed 1000", f"step {i}") for i in range(12)],
-        folder / "film.mp4",
+        folder / "video.mp4",
     )
-    (folder / "films.json").write_text(json.dumps([to_json(f) for f in films()]))
+    (folder / "videos.json").write_text(json.dumps([to_json(f) for f in videos()]))

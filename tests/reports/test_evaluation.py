@@ -44,7 +44,7 @@ def test_the_page_holds_every_number(page):
 
 def test_text_is_escaped_and_drawings_are_not(page):
     assert "--out &lt;runs&gt;" in page
-    assert page.count("<svg") == 6 + 2 * len({f.episode.env for f in synthetic.films()})
+    assert page.count("<svg") == 6 + 2 * len({f.episode.env for f in synthetic.videos()})
     assert "&lt;svg" not in page
 
 
@@ -59,12 +59,12 @@ def test_colours_come_from_the_page(page):
     assert not re.search(r"#[0-9a-f]{6}\b", drawings)
 
 
-def test_films_play_and_carry_what_they_show(page):
-    assert page.count("<video") == page.count("data:video/mp4;base64,") == len(synthetic.films())
+def test_videos_play_and_carry_what_they_show(page):
+    assert page.count("<video") == page.count("data:video/mp4;base64,") == len(synthetic.videos())
     assert "no success in 500 steps" in page
 
 
-def test_an_evaluation_without_films_logs_and_language_still_reports(tmp_path):
+def test_an_evaluation_without_videos_logs_and_language_still_reports(tmp_path):
     from dataclasses import replace
 
     from vlaflow.evaluation import results

@@ -62,7 +62,7 @@ def frame(message):
 
 def test_a_server_that_does_not_answer_is_given_up_when_it_was_said():
     """Nor is its goodbye waited for much longer."""
-    with mute(frame({"horizon": 6})) as address:
+    with mute(frame({"chunk_size": 6})) as address:
         client, began = Client(address, timeout_s=0.3), time.monotonic()
         with pytest.raises(RequestError, match="did not answer within 0"):
             client.infer({})
@@ -103,7 +103,7 @@ def test_a_server_that_was_started_anew_and_continues_less_is_refused():
         client.infer(request(0))
     with client:
         less = serving(policy=helpers.policy(masks="synchronous", committed=2), port=port_of(address))
-        with less, pytest.raises(RequestError, match="another commitment than this client began with"):
+        with less, pytest.raises(RequestError, match="another action prefix than this client began with"):
             client.infer(request(0))
         with serving(policy=helpers.policy(masks="synchronous", committed=4), port=port_of(address)):
             client.infer(request(0))

@@ -11,10 +11,10 @@ from vlaflow.errors import ConfigError, RequestError
 from vlaflow.robot.realtime import Answer, RealtimeConfig, RealtimeController
 from vlaflow.robot.transports import BackgroundTransport, SimulatedTransport
 
-HORIZON, DIM = 12, 2
+CHUNK_SIZE, DIM = 12, 2
 METADATA = {
-    "horizon": HORIZON,
-    "commitment": 6,
+    "chunk_size": CHUNK_SIZE,
+    "max_action_prefix": 6,
     "rate_hz": 50.0,
     "action_spec": {"dimensions": [{"mode": "delta"}, {"mode": "absolute"}]},
 }
@@ -31,9 +31,9 @@ class Policy:
         number = len(self.requests)
         if number in self.fail:
             raise RequestError("the server is gone")
-        actions = np.stack([np.full(HORIZON, number), np.arange(HORIZON)], 1).astype(np.float32)
-        if "given" in request:
-            actions[: request["inference_delay"]] = request["given"][: request["inference_delay"]]
+        actions = np.stack([np.full(CHUNK_SIZE, number), np.arange(CHUNK_SIZE)], 1).astype(np.float32)
+        if "action_prefix" in request:
+            actions[: request["inference_delay"]] = request["action_prefix"][: request["inference_delay"]]
         return {"actions": actions}
 
 
@@ -70,7 +70,7 @@ def chunks(moves):
 
 @pytest.mark.parametrize("mode", ["wait", "switch", "commit"])
 def test_without_a_delay_every_mode_executes_each_chunks_first_actions(mode):
-    robot = Robot(0, mode=mode, execute=4).begin()
+    robot = Robot(0, mode=mode, n_action_steps=4).begin()
     moves = robot.run(12)
     assert chunks(moves) == [1] * 4 + [2] * 4 + [3] * 4
     assert [m.place for m in moves] == [0, 1, 2, 3] * 3
@@ -79,7 +79,7 @@ def test_without_a_delay_every_mode_executes_each_chunks_first_actions(mode):
 
 
 def test_waiting_stands_still_for_the_delay_and_starts_the_chunk_where_it_stands():
-    robot = Robot(3, mode="wait", execute=4).begin()
+    robot = Robot(3, mode="wait", n_action_steps=4).begin()
     moves = robot.run(14)
     assert chunks(moves) == [1] * 4 + [None] * 3 + [2] * 4 + [None] * 3
     assert [m.place for m in moves[7:11]] == [0, 1, 2, 3]
@@ -87,23 +87,23 @@ def test_waiting_stands_still_for_the_delay_and_starts_the_chunk_where_it_stands
 
 
 def test_standing_still_is_no_displacement_and_the_last_absolute_value():
-    move = Robot(3, mode="wait", execute=4).begin().run(5)[-1]
+    move = Robot(3, mode="wait", n_action_steps=4).begin().run(5)[-1]
     assert move.stood
     assert move.action.tolist() == [0.0, 3.0]
 
 
 def test_switching_enters_the_new_chunk_at_the_action_that_is_due():
-    moves = Robot(3, mode="switch", execute=4).begin().run(12)
+    moves = Robot(3, mode="switch", n_action_steps=4).begin().run(12)
     assert chunks(moves) == [1] * 7 + [2] * 4 + [3]  # asked for at its action 4, which is also when 3 is under way
     assert [m.place for m in moves] == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 3]
 
 
 def test_committing_tells_the_policy_what_will_be_executed_and_never_jumps():
-    robot = Robot(3, mode="commit", execute=4).begin()
+    robot = Robot(3, mode="commit", n_action_steps=4).begin()
     moves = robot.run(12)
     second = robot.policy.requests[1]
     assert second["inference_delay"] == 3
-    np.testing.assert_array_equal(second["given"][:, 1], np.arange(4, HORIZON))
+    np.testing.assert_array_equal(second["action_prefix"][:, 1], np.arange(4, CHUNK_SIZE))
     assert [m.place for m in moves if m.fresh] == [0, 3, 3]
     # at its action 3 the second chunk goes on exactly where the first was left
     assert [m.action[1] for m in moves[:7]] == [0, 1, 2, 3, 4, 5, 6]
@@ -111,7 +111,7 @@ def test_committing_tells_the_policy_what_will_be_executed_and_never_jumps():
 
 
 def test_an_ensemble_averages_what_all_chunks_say_of_this_moment():
-    moves = Robot(0, mode="ensemble", execute=4, rate=0.5).begin().run(6)
+    moves = Robot(0, mode="ensemble", n_action_steps=4, rate=0.5).begin().run(6)
     weight = np.exp(-0.5)
     assert moves[3].action.tolist() == [1, 3]
     assert moves[4].action[0] == pytest.approx((1 + 2 * weight) / (1 + weight))
@@ -120,12 +120,12 @@ def test_an_ensemble_averages_what_all_chunks_say_of_this_moment():
 
 def test_a_chunk_that_leaves_the_average_is_a_boundary_as_one_that_enters_it():
     """Chunks of 12 are asked for at 0, 5, 10 and 15 and come a step later; the first has ended at 12, the second at 17."""
-    moves = Robot(1, mode="ensemble", execute=5).begin().run(18)
+    moves = Robot(1, mode="ensemble", n_action_steps=5).begin().run(18)
     assert [i for i, move in enumerate(moves) if move.fresh] == [0, 6, 11, 12, 16, 17]
 
 
 def test_a_fade_goes_from_the_old_chunk_to_the_new_in_equal_steps():
-    moves = Robot(2, mode="switch", execute=4, fade=3).begin().run(10)
+    moves = Robot(2, mode="switch", n_action_steps=4, fade=3).begin().run(10)
     shares = [0.25, 0.5, 0.75, 1.0]
     for move, share in zip(moves[6:10], shares, strict=True):
         assert move.action[0] == pytest.approx(1 + share)
@@ -133,17 +133,17 @@ def test_a_fade_goes_from_the_old_chunk_to_the_new_in_equal_steps():
 
 def test_what_is_said_to_be_committed_is_executed_while_a_chunk_is_faded_in():
     """Asked again before the fade is over: the policy is told the actions as they will be, not those of either chunk."""
-    robot = Robot([0, 3, 0] + [3] * 9, mode="commit", execute=4, fade=4).begin()
+    robot = Robot([0, 3, 0] + [3] * 9, mode="commit", n_action_steps=4, fade=4).begin()
     executed = [move.action.tolist() for move in robot.run(23)]
     assert len(robot.looks) == 6
     for now, request in zip(robot.looks[1:], robot.policy.requests[1:], strict=True):
         count = request["inference_delay"]
-        assert executed[now : now + count] == request["given"][:count].tolist()
+        assert executed[now : now + count] == request["action_prefix"][:count].tolist()
 
 
 def test_a_spike_at_the_start_is_forgotten():
     """The longest delay remembered decides what is committed: 6 at first, 1 once five later answers took 1."""
-    robot = Robot([6] + [1] * 20, mode="commit", execute=4, memory=5).begin()
+    robot = Robot([6] + [1] * 20, mode="commit", n_action_steps=4, memory=5).begin()
     robot.run(36)
     committed = [r["inference_delay"] for r in robot.policy.requests[1:]]
     assert committed[:5] == [6] * 5
@@ -153,7 +153,7 @@ def test_a_spike_at_the_start_is_forgotten():
 
 def test_a_delay_longer_than_was_trained_commits_what_it_can_and_is_counted():
     """Of 7 expected it commits 5 where no more are left, and 6 where that is the most that the policy continues."""
-    robot = Robot([1] + [7] * 9, mode="commit", execute=4, expected=1).begin()
+    robot = Robot([1] + [7] * 9, mode="commit", n_action_steps=4, expected=1).begin()
     robot.run(30)
     assert [r["inference_delay"] for r in robot.policy.requests[1:]] == [
         1,
@@ -167,7 +167,7 @@ def test_a_delay_longer_than_was_trained_commits_what_it_can_and_is_counted():
 
 def test_a_robot_with_nothing_left_stands_and_loses_no_action():
     """Asked at action 4 of 12, answered after 10 steps: 8 actions were left, then 2 steps of standing still."""
-    robot = Robot([0, 10, 9], mode="switch", execute=4).begin()
+    robot = Robot([0, 10, 9], mode="switch", n_action_steps=4).begin()
     moves = robot.run(15)
     assert chunks(moves) == [1] * 12 + [None] * 2 + [2]
     assert moves[-1].place == 8  # eight actions were executed since it was asked for, not ten
@@ -191,7 +191,7 @@ class Scripted:
         return self.poll(), 0.0
 
     def answer(self, number, value):
-        self.due.append(Answer(number, {"actions": np.full((HORIZON, DIM), value, np.float32)}))
+        self.due.append(Answer(number, {"actions": np.full((CHUNK_SIZE, DIM), value, np.float32)}))
 
 
 def begun(transport, **config):
@@ -203,7 +203,7 @@ def begun(transport, **config):
 
 def test_answers_out_of_order_are_dropped():
     transport = Scripted()
-    controller = begun(transport, mode="switch", execute=1)
+    controller = begun(transport, mode="switch", n_action_steps=1)
     controller.act(dict)
     controller.act(dict)  # asks for number 2
     transport.answer(1, 9.0)
@@ -218,7 +218,7 @@ def test_answers_out_of_order_are_dropped():
 
 def test_a_reset_in_mid_flight_drops_the_answer_of_the_episode_before():
     transport = Scripted()
-    controller = begun(transport, mode="commit", execute=1)
+    controller = begun(transport, mode="commit", n_action_steps=1)
     controller.act(dict)
     controller.act(dict)
     transport.answer(2, 9.0)  # on its way when the episode ends
@@ -231,7 +231,7 @@ def test_a_reset_in_mid_flight_drops_the_answer_of_the_episode_before():
 
 
 def test_a_failed_answer_is_asked_for_again_while_the_robot_goes_on(caplog):
-    robot = Robot(1, mode="commit", execute=4)
+    robot = Robot(1, mode="commit", n_action_steps=4)
     robot.policy.fail = {2, 3}
     with caplog.at_level(logging.WARNING):
         moves = robot.begin().run(9)
@@ -252,12 +252,12 @@ def test_no_first_chunk_is_an_error():
     "reply",
     [
         {"actions": np.zeros((3, DIM))},
-        {"actions": np.full((HORIZON, DIM), np.nan)},
+        {"actions": np.full((CHUNK_SIZE, DIM), np.nan)},
         {"actions": None},
         {"actions": "none"},
         {"actions": [[0.0, 0.0], [0.0]]},
         {},
-        np.zeros((HORIZON, DIM)),
+        np.zeros((CHUNK_SIZE, DIM)),
         [],
     ],
 )
@@ -277,17 +277,17 @@ def test_acting_before_an_episode_was_begun_is_one_sentence():
 
 def test_a_chunk_of_another_shape_is_not_executed():
     transport = Scripted()
-    controller = begun(transport, mode="switch", execute=1)
+    controller = begun(transport, mode="switch", n_action_steps=1)
     controller.act(dict)
     controller.act(dict)
-    transport.due.append(Answer(2, {"actions": np.full((HORIZON, DIM), np.nan)}))
+    transport.due.append(Answer(2, {"actions": np.full((CHUNK_SIZE, DIM), np.nan)}))
     assert controller.act(dict).chunk == 1
     assert controller.counts.failed == 1
 
 
 def test_jitter_never_makes_committing_jump_within_what_it_remembers():
     delays = np.random.default_rng(0).integers(1, 6, 200).tolist()
-    robot = Robot([5, *delays], mode="commit", execute=4, memory=1000).begin()
+    robot = Robot([5, *delays], mode="commit", n_action_steps=4, memory=1000).begin()
     moves = robot.run(300)
     assert robot.controller.counts.late == 0
     for before, after in itertools.pairwise(moves):  # the second number of an action is its place in its chunk
@@ -298,11 +298,11 @@ def test_jitter_never_makes_committing_jump_within_what_it_remembers():
 @pytest.mark.parametrize(
     ("config", "metadata", "sentence"),
     [
-        ({"execute": 0}, METADATA, "at least 1"),
-        ({"execute": HORIZON}, METADATA, "execute is at most 11"),
-        ({"execute": HORIZON + 1, "mode": "wait"}, METADATA, "execute is at most 12"),
-        ({"mode": "commit"}, {**METADATA, "commitment": 0}, "cannot continue committed actions"),
-        ({}, {"rate_hz": 50.0}, "does not say its 'horizon'"),
+        ({"n_action_steps": 0}, METADATA, "at least 1"),
+        ({"n_action_steps": CHUNK_SIZE}, METADATA, "n_action_steps is at most 11"),
+        ({"n_action_steps": CHUNK_SIZE + 1, "mode": "wait"}, METADATA, "n_action_steps is at most 12"),
+        ({"mode": "commit"}, {**METADATA, "max_action_prefix": 0}, "cannot continue committed actions"),
+        ({}, {"rate_hz": 50.0}, "does not say its 'chunk_size'"),
     ],
 )
 def test_impossible_settings_are_refused(config, metadata, sentence):
@@ -328,7 +328,7 @@ class Slow:
 def test_the_robots_loop_never_waits_for_a_background_line():
     client = Slow()
     with BackgroundTransport(client) as transport:
-        controller = RealtimeController(transport, METADATA, RealtimeConfig("switch", execute=2))
+        controller = RealtimeController(transport, METADATA, RealtimeConfig("switch", n_action_steps=2))
         client.gate.release()
         controller.begin({})
         assert [controller.act(dict).chunk for _ in range(6)] == [1] * 6

@@ -12,7 +12,7 @@ def test_the_controller_goes_on_through_a_restart_and_the_client_says_so(caplog)
         port = int(address.rpartition(":")[2])
         client = Client(address, timeout_s=5)
         transport = BackgroundTransport(client)
-        controller = RealtimeController(transport, client.metadata, RealtimeConfig("commit", execute=2))
+        controller = RealtimeController(transport, client.metadata, RealtimeConfig("commit", n_action_steps=2))
         controller.begin(request(1))
     with client, transport, caplog.at_level(logging.WARNING):
         drive(controller, lambda: controller.counts.failed)

@@ -9,7 +9,7 @@ import torch
 
 from tests import helpers
 from vlaflow.compute.dense import Dense
-from vlaflow.serving.layouts import choose
+from vlaflow.serving.observation_keys import choose
 from vlaflow.serving.server import PolicyServer, ServerConfig
 
 POLICY = helpers.policy()

@@ -77,14 +77,14 @@ def test_the_stream_tells_what_the_last_request_showed_and_got(live):
         hello = json.loads(stream.recv(10))
         assert [d["name"] for d in hello["dimensions"]] == ["d0", "d1", "d2", "d3"]
         reply = client.infer(request(3, seed=5))
-        message = told(stream, lambda m: "chunk" in m and m["chunk"]["request"] == sum(server.journal.outcomes.values()))
+        message = told(stream, lambda m: "chunk" in m and m["chunk"]["request"] == sum(server.request_log.outcomes.values()))
         np.testing.assert_allclose(message["chunk"]["actions"], reply["actions"], atol=1e-5)
         assert message["chunk"]["confidence"] is None
-        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(message["pictures"]["image"].partition(",")[2]))))
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(message["images"]["image"].partition(",")[2]))))
         assert picture.shape == (16, 16, 3)
         assert message["latency_ms"][0] <= message["latency_ms"][1]
         assert message["clients"] == [message["chunk"]["client"]]
-        assert message["work"][-1] == [reply["layers"], reply["evaluations"]]
+        assert message["work"][-1] == [reply["layers"], reply["nfe"]]
 
 
 def test_a_raters_confidence_and_the_draft_are_told():

@@ -26,7 +26,7 @@ from vlaflow.errors import RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
-from vlaflow.serving.journal import OneLine
+from vlaflow.serving.request_log import OneLine
 from vlaflow.serving.server import PolicyServer, ServerConfig
 
 AT_THE_CODEC, OVER_THE_WIRE = 98_000, 2_000
@@ -147,7 +147,7 @@ def test_what_is_no_websocket_frame_ends_its_connection_and_no_other(data):
             bad.socket.sendall(data)
             assert bad.read()[0] == 8
         np.testing.assert_array_equal(good.infer(request(0, seed=1))["actions"], expected(0, 1))
-        assert until(lambda: len(server.journal.clients) == 1)
+        assert until(lambda: len(server.request_log.clients) == 1)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_a_half_open_connection_is_let_go():
     with serving(idle_s=0.3) as (server, address), hostile.Raw(port_of(address)) as dead:
         dead.read()
         dead.socket.sendall(hostile.frame(bytes(1000))[:100])
-        assert len(server.journal.clients) == 1
-        assert until(lambda: not server.journal.clients)
+        assert len(server.request_log.clients) == 1
+        assert until(lambda: not server.request_log.clients)
 
 
 def test_a_client_that_never_reads_holds_up_nobody_and_is_let_go():
@@ -204,7 +204,7 @@ def test_a_client_that_never_reads_holds_up_nobody_and_is_let_go():
                 deaf.socket.sendall(hostile.frame(b"\xc1") * 1000)
         for number in range(5):
             np.testing.assert_array_equal(good.infer(request(0, seed=number))["actions"], expected(0, number))
-        assert until(lambda: len(server.journal.clients) == 1)
+        assert until(lambda: len(server.request_log.clients) == 1)
 
 
 FLOOD = """
@@ -226,8 +226,8 @@ def test_a_flood_of_requests_from_one_client_keeps_no_other_waiting():
     with serving() as (server, address), Client(address) as good:
         waits = []
         with subprocess.Popen([sys.executable, "-c", FLOOD, str(port_of(address)), "60"]) as flood:
-            assert until(lambda: server.journal.outcomes["refused"], 20)
-            while len(waits) < 10 or server.journal.outcomes["refused"] <= 1000:
+            assert until(lambda: server.request_log.outcomes["refused"], 20)
+            while len(waits) < 10 or server.request_log.outcomes["refused"] <= 1000:
                 began = time.monotonic()
                 np.testing.assert_array_equal(good.infer(request(0, seed=1))["actions"], expected(0, 1))
                 waits.append(time.monotonic() - began)
@@ -244,7 +244,7 @@ def test_more_connections_than_the_limit_are_turned_away_with_a_sentence():
             with pytest.raises(InvalidStatus, match="503"), connect(address):
                 pass
             np.testing.assert_array_equal(first.infer(request(0, seed=1))["actions"], expected(0, 1))
-        assert until(lambda: not server.journal.clients)
+        assert until(lambda: not server.request_log.clients)
         with Client(address) as later:
             np.testing.assert_array_equal(later.infer(request(0, seed=2))["actions"], expected(0, 2))
 
@@ -276,7 +276,7 @@ def test_who_sends_the_token_in_a_header_is_no_web_page_whatever_origin_it_names
     headers = {"Authorization": "Api-Key secret"}
     with serving(token="secret") as (_, address):
         with connect(address, origin="http://robot.example.org", additional_headers=headers) as robot:
-            assert wire.unpack(robot.recv(10))["horizon"] == 6
+            assert wire.unpack(robot.recv(10))["chunk_size"] == 6
         with pytest.raises(InvalidStatus, match="401"), connect(address, origin="http://robot.example.org"):
             pass
 
@@ -330,7 +330,7 @@ def test_the_websocket_librarys_log_is_one_line_per_mishap():
 KILLED = """
 import asyncio
 from tests.serving.live import PLACE, POLICY, Slow
-from vlaflow.serving.journal import OneLine
+from vlaflow.serving.request_log import OneLine
 from vlaflow.serving.server import PolicyServer, ServerConfig
 
 async def main():

@@ -26,9 +26,9 @@ from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving import layouts
 from vlaflow.serving.engine import EngineConfig
-from vlaflow.serving.layouts import Layout, choose, read
+from vlaflow.serving.observation_keys import ObservationKeys, choose, read
 from vlaflow.serving.server import PolicyServer, ServerConfig
-from vlaflow.spec import Commitment
+from vlaflow.spec import ActionPrefix
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def address():
 def test_the_metadata_comes_first_and_says_what_the_policy_is(address):
     with Client(address) as client:
         assert client.metadata["action_spec"] == to_json(POLICY.action_spec)
-        assert client.metadata["horizon"] == 6
+        assert client.metadata["chunk_size"] == 6
         assert client.metadata["images"] == {"observation/image": 16}
         assert client.metadata["compute"] == "dense"
 
@@ -49,7 +49,7 @@ def test_an_answer_is_the_policys_own_chunk(address):
     with Client(address) as client:
         reply = client.infer(request(1, seed=7))
         np.testing.assert_array_equal(reply["actions"], expected(1, 7))
-        assert reply["evaluations"] == 3
+        assert reply["nfe"] == 3
         assert reply["server_timing"]["infer_ms"] > 0
         assert reply["server_timing"]["total_ms"] >= reply["server_timing"]["infer_ms"]
 
@@ -97,7 +97,7 @@ def test_a_wrong_request_is_one_sentence_and_the_connection_stays(address, bad, 
 def test_given_actions_come_back_to_the_bit_and_shape_the_rest(address):
     given = np.random.default_rng(0).uniform(-0.9, 0.9, (4, 4)).astype(np.float32)
     with Client(address) as client:
-        assert client.metadata["commitment"] == 5
+        assert client.metadata["max_action_prefix"] == 5
         free = client.infer(request(1, seed=7))["actions"]
         held = client.infer(request(1, seed=7, given=given, inference_delay=3))["actions"]
         all_held = client.infer(request(1, seed=7, given=given))["actions"]
@@ -106,8 +106,8 @@ def test_given_actions_come_back_to_the_bit_and_shape_the_rest(address):
     np.testing.assert_array_equal(all_held[:4], given)
     np.testing.assert_array_equal(none_held, free)
     assert (held[3:] != free[3:]).any()
-    commitment = Commitment(given, 3)
-    own = POLICY.act(helpers.observation(1), Dense(3), generator=torch.Generator().manual_seed(7), commitment=commitment)
+    action_prefix = ActionPrefix(given, 3)
+    own = POLICY.act(helpers.observation(1), Dense(3), generator=torch.Generator().manual_seed(7), action_prefix=action_prefix)
     np.testing.assert_array_equal(held, own.actions)
 
 
@@ -122,14 +122,14 @@ def test_a_server_can_be_told_to_guide(address):
     ("bad", "sentence"),
     [
         ({"inference_delay": 2}, "send both"),
-        ({"given": [[1.0] * 4]}, "must be an array of actions"),
-        ({"given": np.zeros((2, 4), np.float32), "inference_delay": 1.5}, "whole number"),
-        ({"given": np.zeros((2, 4), np.float32), "inference_delay": 3}, "none to all can be committed"),
-        ({"given": np.zeros((2, 4), np.float32), "inference_delay": -1}, "none to all can be committed"),
-        ({"given": np.full((2, 4), np.inf, np.float32)}, "finite"),
-        ({"given": np.array(1.0)}, "'given'"),
-        ({"given": np.zeros((2, 3), np.float32)}, "4 dimensions here, got 3"),
-        ({"given": np.zeros((6, 4), np.float32)}, "at most 5 committed"),
+        ({"action_prefix": [[1.0] * 4]}, "must be an array of actions"),
+        ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 1.5}, "whole number"),
+        ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 3}, "none to all can be committed"),
+        ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": -1}, "none to all can be committed"),
+        ({"action_prefix": np.full((2, 4), np.inf, np.float32)}, "finite"),
+        ({"action_prefix": np.array(1.0)}, "'given'"),
+        ({"action_prefix": np.zeros((2, 3), np.float32)}, "4 dimensions here, got 3"),
+        ({"action_prefix": np.zeros((6, 4), np.float32)}, "at most 5 committed"),
         ({"budget_ms": 5}, "does not know what fits"),
     ],
 )
@@ -148,8 +148,8 @@ def test_a_request_can_bring_its_own_budget():
         return Dense(1, label="budget")
 
     with serving(budget=budget) as (_, found), Client(found) as client:
-        assert client.infer(request(budget_ms=20))["evaluations"] == 1
-        assert client.infer(request())["evaluations"] == 3
+        assert client.infer(request(budget_ms=20))["nfe"] == 1
+        assert client.infer(request())["nfe"] == 3
         with pytest.raises(RequestError, match=r"Nothing fits 0\.5 ms"):
             client.infer(request(budget_ms=0.5))
     assert asked == [20, 0.5]
@@ -180,8 +180,8 @@ def test_roboarenas_clients_get_their_metadata_and_a_bare_array_of_what_is_to_be
         }
         raw.send(wire.pack({**asked, "prompt": seen.instruction, "session_id": "a", "endpoint": "infer"}))
         answer = wire.unpack(raw.recv(10))
-        assert len(answer) == POLICY.config.execute < POLICY.config.decoder.horizon
-        np.testing.assert_array_equal(answer, expected(1, 0)[: POLICY.config.execute])
+        assert len(answer) == POLICY.config.n_action_steps < POLICY.config.decoder.chunk_size
+        np.testing.assert_array_equal(answer, expected(1, 0)[: POLICY.config.n_action_steps])
 
 
 @pytest.mark.parametrize(("mode", "space"), [("absolute", "joint_position"), ("delta", "joint_velocity")])
@@ -189,14 +189,14 @@ def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, 
     dimensions = [{"mode": mode}] * 7 + [{"mode": "absolute"}]
     spec = {"robot": "arm", "dimensions": dimensions}
     images = dict.fromkeys(layouts.ROBOARENA.images, 224)
-    found = layouts.ROBOARENA.dialect.hello({"images": images, "action_spec": spec})
+    found = layouts.ROBOARENA.protocol.hello({"images": images, "action_spec": spec})
     assert found["action_space"] == space
     assert found["needs_wrist_camera"]
-    other = layouts.ROBOARENA.dialect.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
+    other = layouts.ROBOARENA.protocol.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
     assert other["action_space"] == "arm"
 
 
-def test_every_array_of_a_reply_begins_with_the_horizon():
+def test_every_array_of_a_reply_begins_with_the_chunk_size():
     """openpi's broker cuts all arrays of a reply into steps, so one of another length would break it."""
     with (
         serving(policy=helpers.policy(rater=True), compute=Refine(BelowThreshold(0.5), 3, Dense(3))) as (_, address),
@@ -286,11 +286,11 @@ def test_what_nobody_waits_for_any_more_is_not_computed():
                 connection.recv()
                 connection.send(wire.pack(request(number)))
                 assert until(lambda number=number: server.engine.counts.requests == number + 1)
-        assert until(lambda: server.journal.outcomes["gone"] == 4)
+        assert until(lambda: server.request_log.outcomes["gone"] == 4)
         with Client(address) as patient:
             patient.infer(request(4))
         assert server.engine.counts.batches == 2
-        assert server.journal.outcomes["answered"] == 1
+        assert server.request_log.outcomes["answered"] == 1
 
 
 def test_requests_that_wait_already_go_together_however_little_is_waited():
@@ -410,14 +410,14 @@ def test_layouts_read_what_openpis_clients_send():
     seen = read(aloha, **choose("aloha", ("a", "b", "c", "d")))
     assert all(np.array_equal(seen.images[v], image) for v in "abcd")
     own = choose("libero", ("front",), images=("cam",), state=("joints", "grip"))
-    assert own["layout"] == replace(layouts.LIBERO, images=("cam",), state=("joints", "grip"))
+    assert own["observation_keys"] == replace(layouts.LIBERO, images=("cam",), state=("joints", "grip"))
     assert read({"cam": image, "joints": [1, 2], "grip": 3, "prompt": "z"}, **own).state.tolist() == [1, 2, 3]
     with pytest.raises(ConfigError, match="Name the keys of its images with --image"):
         choose("libero", ("front",))
     with pytest.raises(ConfigError, match="no layout 'libro'; did you mean 'libero'"):
         choose("libro", ("a", "b"))
     with pytest.raises(RequestError, match="lacks 'prompt'"):
-        read({"a": image, "s": [1]}, Layout(("a",), ("s",)), ("v",))
+        read({"a": image, "s": [1]}, ObservationKeys(("a",), ("s",)), ("v",))
 
 
 def test_a_compute_policy_that_the_checkpoint_cannot_run_is_refused_at_once():

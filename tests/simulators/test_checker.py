@@ -48,7 +48,7 @@ class Eager(MetaWorldEnv):
 
 
 class Disturbed(MetaWorldEnv):
-    """Taking a picture pushes the hand."""
+    """Taking an image pushes the hand."""
 
     def render(self):
         if self._image is None:
@@ -108,7 +108,7 @@ class Endless(MetaWorldEnv):
     ("kind", "promises"),
     [
         (Forgetful, ["The same seed"]),
-        (Eager, ["Advancing takes no picture"]),
+        (Eager, ["Advancing takes no image"]),
         (Disturbed, ["Rendering does not disturb"]),
         (Careless, ["An action of the wrong length"]),
         (Silent, ["The instruction", "The action spec", 'metadata["render_fps"]']),

@@ -19,7 +19,7 @@ def test_a_chunk_equals_single_steps_to_the_bit(env):
     """Frames that are not rendered cannot matter."""
     env.reset(seed=1000)
     single = [env.step(a) for a in ACTIONS]
-    chunked = ChunkEnv(env, execute=8)
+    chunked = ChunkEnv(env, n_action_steps=8)
     chunked.reset(seed=1000)
     for i in range(0, 24, 8):
         observation, reward, *_, info = chunked.step(ACTIONS[i : i + 8])
@@ -30,9 +30,9 @@ def test_a_chunk_equals_single_steps_to_the_bit(env):
         assert info["steps"] == i + 8
 
 
-def test_one_picture_per_chunk(env):
+def test_one_image_per_chunk(env):
     """One at reset, one per chunk, none in between."""
-    chunked = ChunkEnv(env, execute=8)
+    chunked = ChunkEnv(env, n_action_steps=8)
     before = env.renders
     chunked.reset(seed=1000)
     for i in range(0, 24, 8):
@@ -40,11 +40,11 @@ def test_one_picture_per_chunk(env):
     assert env.renders - before == 4
 
 
-def test_filming_does_not_disturb_the_physics(env):
-    """A film renders more often and sees the same world."""
+def test_recording_video_does_not_disturb_the_physics(env):
+    """A video renders more often and sees the same world."""
     states = []
-    for film in (False, True):
-        chunked = ChunkEnv(env, execute=8, film=film, film_every=3)
+    for video in (False, True):
+        chunked = ChunkEnv(env, n_action_steps=8, video=video, video_every=3)
         chunked.restart(seed=1000)
         for i in range(0, 24, 8):
             chunked.execute(ACTIONS[i : i + 8])
@@ -55,15 +55,15 @@ def test_filming_does_not_disturb_the_physics(env):
 
 def test_a_longer_chunk_is_cut_and_a_shorter_one_executed_whole(env):
     """k is an upper bound."""
-    chunked = ChunkEnv(env, execute=8)
+    chunked = ChunkEnv(env, n_action_steps=8)
     chunked.restart(seed=1000)
     assert chunked.execute(ACTIONS).steps == 8
     assert chunked.execute(ACTIONS[:3]).steps == 3
 
 
-def test_an_earlier_horizon_truncates_inside_a_chunk(env):
-    """The horizon cuts where it falls, not at the end of a chunk."""
-    chunked = ChunkEnv(env, execute=8, horizon=12)
+def test_an_earlier_max_steps_truncates_inside_a_chunk(env):
+    """The step limit cuts where it falls, not at the end of a chunk."""
+    chunked = ChunkEnv(env, n_action_steps=8, max_steps=12)
     chunked.restart(seed=1000)
     assert not chunked.execute(ACTIONS[:8]).done
     last = chunked.execute(ACTIONS[8:16])
@@ -80,4 +80,4 @@ def test_a_chunk_of_another_shape_is_refused(env, chunk):
 def test_executing_no_steps_is_refused(env):
     """It would loop for ever."""
     with pytest.raises(ConfigError):
-        ChunkEnv(env, execute=0)
+        ChunkEnv(env, n_action_steps=0)

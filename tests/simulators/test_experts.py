@@ -145,7 +145,7 @@ def test_impossible_noise_is_refused():
 
 
 def test_a_wandering_expert_sees_other_places_first_and_then_does_the_task():
-    """Pictures of an expert alone show the hand on one side of everything."""
+    """Images of an expert alone show the hand on one side of everything."""
     env = make("metaworld/drawer-open-v3")
     expert = expert_for(env.name)
     wandering, hands = Wandering(expert, episode_generator(env.name, 10_000), points=2), []

@@ -5,7 +5,7 @@ import numpy as np
 from vlaflow.simulators.base import make
 
 
-def filmed(env, beside=None):
+def recorded(env, beside=None):
     env.restart(1000)
     frames = [env.render()]
     if beside:
@@ -19,9 +19,9 @@ def filmed(env, beside=None):
     return np.stack(frames)
 
 
-def test_a_picture_does_not_depend_on_what_was_rendered_in_between():
-    """Each picture is drawn into its own environment's buffer, whichever environment, task and size drew before."""
+def test_an_image_does_not_depend_on_what_was_rendered_in_between():
+    """Each image is drawn into its own environment's buffer, whichever environment, task and size drew before."""
     env = make("metaworld/drawer-open-v3", size=32)
-    alone = filmed(env)
+    alone = recorded(env)
     for name, size in (("metaworld/drawer-open-v3", 64), ("metaworld/window-close-v3", 32)):
-        np.testing.assert_array_equal(filmed(env, make(name, size=size)), alone)
+        np.testing.assert_array_equal(recorded(env, make(name, size=size)), alone)

@@ -96,14 +96,14 @@ def test_the_same_seed_gives_the_same_bytes_whatever_happened_before(env):
 
 
 def test_fast_rendering_shows_the_same_scene(env):
-    """Without shadows and multisampling the picture differs a little and not more: mean below 12 of 255."""
+    """Without shadows and multisampling the image differs a little and not more: mean below 12 of 255."""
     fast, exact = make("metaworld/drawer-open-v3", size=96), make("metaworld/drawer-open-v3", render="exact", size=96)
     pictures = [e.reset(seed=1003)[0]["pixels"].astype(int) for e in (fast, exact)]
     assert np.abs(pictures[0] - pictures[1]).mean() < 12
 
 
-def test_environments_that_take_turns_do_not_see_each_others_pictures():
-    """All models of a process share one OpenGL context, so each picture must claim the buffer it is painted into."""
+def test_environments_that_take_turns_do_not_see_each_others_images():
+    """All models of a process share one OpenGL context, so each image must claim the buffer it is painted into."""
     names = ("metaworld/push-v3", "metaworld/window-close-v3")
     envs = [make(names[0], size=32), make(names[1], size=48), make(names[1], size=48), make(names[1], render="exact", size=48)]
     alone = [[env.reset(seed=seed)[0]["pixels"] for seed in (1000, 1001)] for env in envs]
@@ -113,7 +113,7 @@ def test_environments_that_take_turns_do_not_see_each_others_pictures():
 
 
 def test_a_frame_is_rendered_at_most_once(env):
-    """Looking twice at the same moment costs one picture."""
+    """Looking twice at the same moment costs one image."""
     env.restart(seed=1000)
     before = env.renders
     env.observe(), env.render(), env.observe()
@@ -153,8 +153,8 @@ def test_the_action_rate_and_step_are_the_simulators(env):
     assert env._sim.action_scale == 0.01
 
 
-def test_the_horizon_truncates_at_500_and_no_further(env):
-    """500 is LeRobot's horizon; stepping on is a mistake of the caller."""
+def test_the_max_steps_truncates_at_500_and_no_further(env):
+    """500 is LeRobot's step limit; stepping on is a mistake of the caller."""
     env.restart(seed=1000)
     for step in range(1, 501):
         _, terminated, truncated, info = env.advance(np.zeros(4))

@@ -56,7 +56,7 @@ def test_importing_the_room_loads_no_simulator():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_without_opengl_physics_works_and_a_picture_is_refused_with_the_packages_to_install():
+def test_without_opengl_physics_works_and_an_image_is_refused_with_the_packages_to_install():
     """MUJOCO_GL=disable is what `gl.prepare` sets where no OpenGL library is installed."""
     code = (
         "import numpy as np; from vlaflow.errors import CapabilityError; from vlaflow.simulators import make\n"
@@ -69,7 +69,7 @@ def test_without_opengl_physics_works_and_a_picture_is_refused_with_the_packages
     assert "apt-get install libegl1" in told
 
 
-def test_pictures_work_when_mujoco_was_imported_before_this_library():
+def test_images_work_when_mujoco_was_imported_before_this_library():
     """MuJoCo chooses GLFW then, which needs a display."""
     code = (
         "import mujoco; from vlaflow.simulators import make;"

@@ -38,7 +38,7 @@ def test_any_number_of_workers_gives_the_same_bytes(recorded, tmp_path):
 
 
 def test_frame_state_and_label_belong_together(recorded):
-    """Playing the recorded seed again shows, at each frame, the stored state, picture and clean expert action."""
+    """Playing the recorded seed again shows, at each frame, the stored state, image and clean expert action."""
     root, summary = recorded
     dataset = Dataset.open(root)
     assert (len(dataset.episodes), len(dataset)) == (summary.episodes, summary.frames)

@@ -127,7 +127,7 @@ def _alive(pid):
 
 
 def test_frames_are_the_same_in_this_process_and_in_workers():
-    """The picture may not depend on who took it."""
+    """The image may not depend on who took it."""
     work = [("metaworld/window-close-v3", seed) for seed in (1000, 1001)]
     here, there = run_jobs(jobs.first_frame, work, 0), run_jobs(jobs.first_frame, work, 2)
     assert np.array_equal(here, there)
@@ -135,7 +135,7 @@ def test_frames_are_the_same_in_this_process_and_in_workers():
 
 def test_a_vector_environment_steps_chunks_in_parallel():
     """gymnasium's own vector class drives these environments."""
-    vector = make_vector("metaworld/window-close-v3", 2, size=32, execute=4)
+    vector = make_vector("metaworld/window-close-v3", 2, size=32, n_action_steps=4)
     try:
         observation, _ = vector.reset(seed=[1000, 1001])
         assert observation["pixels"].shape == (2, 32, 32, 3)

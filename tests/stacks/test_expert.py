@@ -57,8 +57,8 @@ def test_layer_j_reads_the_memory_of_layer_j_and_no_other():
     backbone, embedded = tiny()
     stack, prefix = expert(backbone), backbone.run(embedded)
     before = stack.exits(suffix(), prefix, (1, 2, 3))
-    changed = replace(prefix.memory[1], value_CGPE=prefix.memory[1].value_CGPE + 1)
-    after = stack.exits(suffix(), replace(prefix, memory=(prefix.memory[0], changed, prefix.memory[2])), (1, 2, 3))
+    changed = replace(prefix.kv_cache[1], value_CGPE=prefix.kv_cache[1].value_CGPE + 1)
+    after = stack.exits(suffix(), replace(prefix, kv_cache=(prefix.kv_cache[0], changed, prefix.kv_cache[2])), (1, 2, 3))
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, False]
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
+from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.writer import Writer
 from vlaflow.decoders.flow import FlowConfig
@@ -30,12 +30,12 @@ WIDTHS = {"width": 32, "depth": 1, "heads": 2, "ffn": 64}
 
 def tiny_policy(views=("front",), **backbone) -> PolicyConfig:
     backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS, **backbone)
-    return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, horizon=4), execute=2)
+    return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, chunk_size=4), n_action_steps=2)
 
 
-def tiny_config(policy=None, questions=None, **changes) -> TrainConfig:
+def tiny_config(policy=None, vqa=None, **changes) -> TrainConfig:
     defaults = {
-        "objective": PolicyObjective(policy or tiny_policy(), questions),
+        "objective": PolicyObjective(policy or tiny_policy(), vqa),
         "optim": OptimConfig(learning_rate=1e-3, warmup_steps=2),
         "steps": 6,
         "batch_size": 4,
@@ -90,8 +90,8 @@ class Cut:
 
 
 @dataclass
-class Asked:
-    """Questions as a function of their number: is the picture dark or bright?"""
+class AskedSource:
+    """Questions as a function of their number: is the image dark or bright?"""
 
     count: int = 20
 
@@ -103,7 +103,7 @@ class Asked:
         image = torch.from_numpy(np.broadcast_to(value, (len(indices), 32, 32, 3)).copy())
         known_BS = torch.zeros(len(indices), 3, dtype=torch.bool)
         observation = ObservationBatch({"front": image}, torch.zeros(len(indices), 3), ["How is it?"] * len(indices), known_BS)
-        return QuestionBatch(observation, ["dark" if i % 2 else "bright" for i in indices], [f"q{i}" for i in indices])
+        return VqaBatch(observation, ["dark" if i % 2 else "bright" for i in indices], [f"q{i}" for i in indices])
 
 
 def tiny_stats():

@@ -22,7 +22,7 @@ def standing(dataset, tmp_path):
 
 
 def test_training_on_little_but_pauses_is_refused_with_the_keys_that_go_on(standing, tmp_path, capsys):
-    more = ["--steps", "2", "--set", "policy.decoder.horizon=4", "--set", "policy.execute=2"]
+    more = ["--steps", "2", "--set", "policy.decoder.chunk_size=4", "--set", "policy.n_action_steps=2"]
     with pytest.raises(ConfigError, match=r"leave 5\d\.\d% of the actions .* --set pauses=none, .* --set max_excluded=1"):
         command.main([*arguments(standing, tmp_path / "p"), *more])
     assert not (tmp_path / "p").exists()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.backbones.test_qwen2_5_vl import write_model
 from tests.training import flybot
 from tests.training.flybot import break_down, same
-from tests.training.small import SPEC, Asked, Memory, tiny_stats
+from tests.training.small import SPEC, AskedSource, Memory, tiny_stats
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.cli import train as command
@@ -25,7 +25,7 @@ from vlaflow.policies.iflybot.codes import model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.stages import AnsweringStage, PolicyStage
-from vlaflow.training.journal import read_log
+from vlaflow.training.metrics_log import read_log
 
 # -- latent codes in batches ---------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert_and_actions_no_langua
     chunk = {"action_BLD": acted.action_BLD.repeat(1, 4, 1), "valid_BL": acted.valid_BL.repeat(1, 4)}
     acted = replace(acted, **chunk, code_BK=torch.randint(32, (4, 8), generator=torch.Generator().manual_seed(0)))
     touched = {}
-    for name, batch in (("asked", Asked().batch(np.arange(4))), ("acted", acted)):
+    for name, batch in (("asked", AskedSource().batch(np.arange(4))), ("acted", acted)):
         policy.model.zero_grad(set_to_none=True)
         stage.loss(batch, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)).total.backward()
         touched[name] = {n for n, p in policy.model.named_parameters() if p.grad is not None}
@@ -158,9 +158,9 @@ def test_the_third_stage_starts_from_the_seconds_weights_to_the_bit(dataset, lat
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert (joint / "stats.json").read_bytes() == (tmp_path / "p/stats.json").read_bytes()
     old, new = Policy.from_pretrained(joint).config, Policy.from_pretrained(tmp_path / "p").config
-    assert (old.decoder.truncate, old.decoder.flow.draws) == (True, 1)
-    assert (new.decoder.truncate, new.decoder.flow.draws) == (False, 5)
-    unchanged = replace(new.decoder, truncate=True, flow=replace(new.decoder.flow, draws=1))
+    assert (old.decoder.truncate, old.decoder.flow.noise_samples) == (True, 1)
+    assert (new.decoder.truncate, new.decoder.flow.noise_samples) == (False, 5)
+    unchanged = replace(new.decoder, truncate=True, flow=replace(new.decoder.flow, noise_samples=1))
     assert replace(new, decoder=unchanged) == old
 
 
@@ -247,7 +247,7 @@ def test_a_pretrained_backbone_keeps_its_tokenizer_and_image_settings(dataset, l
     """The checkpoint of the third stage opens and acts without the second's."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path / "qwen", tied=True)
-    config = qwen3b(DataSpec(3, 2, ("front",)), horizon=4, execute=4)
+    config = qwen3b(DataSpec(3, 2, ("front",)), chunk_size=4, n_action_steps=4)
     backbone = QwenConfig(3, ("front",), str(source), min_pixels=PATCH, max_pixels=4 * PATCH)
     block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
     expert = replace(config.decoder.flow.expert, block=block)

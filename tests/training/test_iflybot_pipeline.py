@@ -19,7 +19,7 @@ from vlaflow.errors import CapabilityError, ConfigError, VlaflowError
 from vlaflow.evaluation.check_policy import fake_observations
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
-from vlaflow.training.journal import read_log
+from vlaflow.training.metrics_log import read_log
 
 
 def test_the_stages_lie_where_they_belong_and_each_learned_from_the_one_before(whole, capsys, dataset):
@@ -100,17 +100,17 @@ def test_started_anew_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset,
 
 
 def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):
-    root = write_questions(tmp_path / "questions")
-    shares = flybot.sets(("joint.questions.share=0.5", "fine.questions.share=0.5"))
-    assert command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(root), *shares)) == 0
+    root = write_questions(tmp_path / "vqa")
+    shares = flybot.sets(("joint.vqa.share=0.5", "fine.vqa.share=0.5"))
+    assert command.main(flybot.demo(dataset, tmp_path / "p", "--vqa", str(root), *shares)) == 0
     asked = {stage: sum("answer_loss" in e for e in read_log(folder_of(tmp_path / "p", stage))) for stage in STAGES}
     assert asked == {"latent": 0, "joint": 2, "fine": 2}
-    alone = flybot.sets(("joint.questions.share=0.5", "fine.questions=none"))
-    assert command.main(flybot.demo(dataset, tmp_path / "q", "--qa", str(root), *alone)) == 0
+    alone = flybot.sets(("joint.vqa.share=0.5", "fine.vqa=none"))
+    assert command.main(flybot.demo(dataset, tmp_path / "q", "--vqa", str(root), *alone)) == 0
     assert not any("answer_loss" in entry for entry in read_log(tmp_path / "q"))
     assert (tmp_path / "q/joint/model.safetensors").read_bytes() == (tmp_path / "p/joint/model.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match="learns from video alone; leave --qa"):
-        command.main(["iflybot.latent", *flybot.places(dataset, tmp_path / "l", "--qa", root)])
+    with pytest.raises(ConfigError, match="learns from video alone; leave --vqa"):
+        command.main(["iflybot.latent", *flybot.places(dataset, tmp_path / "l", "--vqa", root)])
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_questions_reach_the_stages_that_have_words(dataset, tmp_path):
     ],
 )
 def test_questions_that_do_not_fit_are_refused_before_anything_is_trained(dataset, tmp_path, change, message):
-    root = write_questions(tmp_path / "questions")
+    root = write_questions(tmp_path / "vqa")
     with pytest.raises(VlaflowError, match=message):
-        command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(root), *flybot.sets(change)))
+        command.main(flybot.demo(dataset, tmp_path / "p", "--vqa", str(root), *flybot.sets(change)))
     with pytest.raises(VlaflowError, match=r"There is no .*nowhere"):
-        command.main(flybot.demo(dataset, tmp_path / "p", "--qa", str(tmp_path / "nowhere")))
+        command.main(flybot.demo(dataset, tmp_path / "p", "--vqa", str(tmp_path / "nowhere")))
     assert not (tmp_path / "p").exists()
 
 

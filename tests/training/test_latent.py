@@ -17,7 +17,7 @@ from vlaflow.data.windows import split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError, SpecError
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.stages import LatentStage
-from vlaflow.training.journal import read_log
+from vlaflow.training.metrics_log import read_log
 from vlaflow.training.recipes import find_recipe
 
 
@@ -68,7 +68,7 @@ def test_two_processes_keep_one_book(together):
 
 
 def test_training_learns(tmp_path):
-    """The pictures roll by three rows; forty steps on eight of them lower the error by a quarter."""
+    """The images roll by three rows; forty steps on eight of them lower the error by a quarter."""
     config = latent_config(steps=40, batch_size=8, ema_decay=None, checkpoint_every=100, validate_every=100)
     config = replace(config, optim=replace(config.optim, learning_rate=5e-3))
     train(tmp_path / "p", config, Pairs(8))

@@ -14,7 +14,7 @@ from vlaflow.errors import CheckpointError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state, training_states
 from vlaflow.policies.stages import PolicyStage
-from vlaflow.training.guard import DivergedError
+from vlaflow.training.divergence import DivergedError
 
 STEPS = "training/step-{:06d}"
 

@@ -17,7 +17,7 @@ from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.objectives import LatentObjective, PolicyObjective, RaterObjective
 from vlaflow.policies.recipe import Assets, DataSpec, Objective, ParameterGroup, Setup, TrainConfig
 from vlaflow.policies.stages import PolicyStage
-from vlaflow.training.journal import read_log
+from vlaflow.training.metrics_log import read_log
 from vlaflow.training.options import Options
 from vlaflow.training.recipes import find_recipe
 from vlaflow.training.run import train_stage
@@ -123,7 +123,7 @@ def test_a_trainer_that_does_not_run_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "key", "text"),
     [
-        (PolicyObjective(tiny_config().objective.policy), "policy.execute", "3"),
+        (PolicyObjective(tiny_config().objective.policy), "policy.n_action_steps", "3"),
         (LatentObjective(None, "front"), "gap_s", "0.5"),
         (LatentObjective(None, "front"), "replacement.every", "7"),
     ],

@@ -20,7 +20,7 @@ from vlaflow.errors import CheckpointError, ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.stages import RaterStage
-from vlaflow.training.journal import read_log
+from vlaflow.training.metrics_log import read_log
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("width=32", "depth=1", "heads=2", "ffn=64", "image_size=32", "text_bytes=32")

@@ -18,7 +18,13 @@ from vlaflow.training.run import Options, train
 SMALL = {
     f"policy.backbone.{k}": v for k, v in {"width": "32", "depth": "1", "heads": "2", "ffn": "64", "image_size": "32"}.items()
 }
-SMALL |= {"policy.decoder.horizon": "4", "policy.execute": "2", "steps": "6", "batch_size": "4", "checkpoint_every": "3"}
+SMALL |= {
+    "policy.decoder.chunk_size": "4",
+    "policy.n_action_steps": "2",
+    "steps": "6",
+    "batch_size": "4",
+    "checkpoint_every": "3",
+}
 SMALL |= {"validate_every": "3", "pauses": "none", "validation_fraction": "0.3"}
 FIT = {"policy.decoder.tokenizer.scale": "3"}
 RECIPES = (
@@ -83,7 +89,7 @@ def test_a_tokenizer_file_is_used_as_it_is(dataset, tmp_path, capsys):
         str(dataset),
         "--out",
         str(file),
-        "--horizon",
+        "--chunk-size",
         "4",
         "--scale",
         "2",
@@ -99,7 +105,7 @@ def test_a_tokenizer_file_is_used_as_it_is(dataset, tmp_path, capsys):
     with pytest.raises(ConfigError, match="no vocabulary"):
         run("baselines.flow", dataset, tmp_path / "flow", tokenizer=file)
     with pytest.raises(ConfigError, match="chunks of 4 actions"):
-        run("baselines.fast_ar", dataset, tmp_path / "other", tokenizer=file, **{"policy.decoder.horizon": "3"})
+        run("baselines.fast_ar", dataset, tmp_path / "other", tokenizer=file, **{"policy.decoder.chunk_size": "3"})
     with pytest.raises(ConfigError, match="normalised by 'quantile'"):
         run("baselines.fast_ar", dataset, tmp_path / "other", tokenizer=file, **{"policy.action_normalisation": "min_max"})
 
@@ -108,17 +114,17 @@ def test_a_tokenizer_file_is_used_as_it_is(dataset, tmp_path, capsys):
 def test_fitting_by_command_twice_gives_the_same_file(kind, dataset, tmp_path):
     files = [tmp_path / f"{i}.json" for i in range(2)]
     for file in files:
-        assert main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--horizon", "4", "--kind", kind]) == 0
+        assert main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--chunk-size", "4", "--kind", kind]) == 0
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_the_tokenizer_report_compares_files_and_standard_sizes(dataset, tmp_path, capsys):
     file = tmp_path / "bins.json"
-    main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--horizon", "4", "--kind", "bins", "--bins", "16"])
+    main(["data", "fit-tokenizer", str(dataset), "--out", str(file), "--chunk-size", "4", "--kind", "bins", "--bins", "16"])
     page = tmp_path / "pages/report.html"
     assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--tokenizer", str(file)]) == 0
     assert "bins: 16 bins" in page.read_text()
-    assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--horizon", "4"]) == 0
+    assert main(["data", "tokenizer-report", str(dataset), "--out", str(page), "--chunk-size", "4"]) == 0
     text = page.read_text()
     for name in ("FAST, scale 10, 256 ids", "coefficients, scale 10", "64 bins, quantile"):
         assert name in text

@@ -18,9 +18,9 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.stages import PolicyStage
 from vlaflow.training import checkpoint
-from vlaflow.training.feed import Feed, Held, Place, mix
-from vlaflow.training.guard import DivergedError, LossGuard
-from vlaflow.training.journal import read_log
+from vlaflow.training.divergence import DivergedError, DivergenceGuard
+from vlaflow.training.loader import Held, Loader, Place, mix
+from vlaflow.training.metrics_log import read_log
 from vlaflow.training.trainer import Trainer
 
 
@@ -160,7 +160,7 @@ def order_of(config, step):
 
 
 def test_the_guard_knows_an_explosion_from_a_bad_batch():
-    guard = LossGuard(warm_up=10)
+    guard = DivergenceGuard(warm_up=10)
     assert all(guard.complaint(step, 1.0 + step % 2, 1.0) is None for step in range(50))
     assert guard.complaint(50, 90.0, 1.0) is None
     assert "jumped to 500" in guard.complaint(51, 500.0, 1.0)
@@ -367,20 +367,20 @@ def test_seeds_differ_by_every_number():
 
 def test_loading_ahead_changes_no_sample():
     """In order, and after a jump as on resuming."""
-    feeds = [Feed(Memory(), tiny_config(accumulate=2), Place(), torch.device("cpu"), ahead) for ahead in (False, True)]
+    feeds = [Loader(Memory(), tiny_config(accumulate=2), Place(), torch.device("cpu"), ahead) for ahead in (False, True)]
     for step in (0, 1, 2, 7, 8):
-        plain, ahead = (feed.step(step) for feed in feeds)
+        plain, ahead = (loader.step(step) for loader in feeds)
         for a, b in zip(plain, ahead, strict=True):
             assert torch.equal(a.batch.observation.images["front"], b.batch.observation.images["front"])
             assert torch.equal(a.batch.action_BLD, b.batch.action_BLD)
             assert torch.equal(a.generator.get_state(), b.generator.get_state())
-    for feed in feeds:
-        feed.close()
+    for loader in feeds:
+        loader.close()
 
 
 def test_processes_share_a_step_without_overlap():
     config = tiny_config()
-    parts = [Feed(Memory(), config, Place(rank, 3), torch.device("cpu")).step(0)[0].batch for rank in range(3)]
+    parts = [Loader(Memory(), config, Place(rank, 3), torch.device("cpu")).step(0)[0].batch for rank in range(3)]
     samples = [tuple(pair) for b in parts for pair in zip(b.episode_B.tolist(), b.frame_B.tolist(), strict=True)]
     assert len(samples) == len(set(samples)) == 3 * config.batch_size
 

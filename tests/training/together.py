@@ -15,7 +15,7 @@ from tests.training.sharded import train_sharded
 from tests.training.small import Memory, new_policy, tiny_config, tiny_policy
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DEPARTURES
+from vlaflow.data.quality import INTERVENTIONS
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
@@ -30,7 +30,7 @@ def train_codes_together(out):
     """A policy that learns latent actions, by the command; each process leaves the codes it saw."""
     dataset, latent = out / "dataset", out / "latent"
     assert command.main(flybot.joint(dataset, out / "policy", latent)) == 0
-    code_NK, _ = codes_of(Policy.from_pretrained(out / "policy"), Dataset.open(dataset), latent, DEPARTURES)
+    code_NK, _ = codes_of(Policy.from_pretrained(out / "policy"), Dataset.open(dataset), latent, INTERVENTIONS)
     save_file({"code_NK": torch.from_numpy(code_NK)}, out / f"rank-{os.environ['RANK']}.safetensors")
 
 

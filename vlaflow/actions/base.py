@@ -4,7 +4,7 @@ A tokenizer works on normalised chunks (L, D) and fills a fixed number of slots;
 taken by the end token. It is a frozen dataclass of plain numbers: saved in a checkpoint's config.json or in a file of its own,
 the same ids on every run. ``fast.py`` and ``bins.py`` hold the two kinds, ``files.py`` reads and writes them.
 
-Shape letters: B batch, L horizon, D action dimension, S token slots.
+Shape letters: B batch, L chunk size, D action dimension, S token slots.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     """A fitted tokenizer."""
 
     @property
-    def horizon(self) -> int:
+    def chunk_size(self) -> int:
         """Actions per chunk, L."""
 
     @property
@@ -68,16 +68,16 @@ class Tokenizer(Protocol):
         """Chunks of any ids, also of ones that no chunk encodes to."""
 
 
-def check_chunks(action_BLD: np.ndarray, horizon: int, dim: int) -> np.ndarray:
+def check_chunks(action_BLD: np.ndarray, chunk_size: int, dim: int) -> np.ndarray:
     """The chunks as float64.
 
     Raises:
         ConfigError: for another shape or values that are not finite.
     """
-    if action_BLD.ndim != 3 or action_BLD.shape[1:] != (horizon, dim):
+    if action_BLD.ndim != 3 or action_BLD.shape[1:] != (chunk_size, dim):
         raise ConfigError(
-            f"This action tokenizer is for chunks of {horizon} actions of {dim} dimensions, got shape {action_BLD.shape}. "
-            "Fit one for this horizon: vlaflow data fit-tokenizer."
+            f"This action tokenizer is for chunks of {chunk_size} actions of {dim} dimensions, got shape {action_BLD.shape}. "
+            "Fit one for this chunk size: vlaflow data fit-tokenizer."
         )
     if not np.isfinite(action_BLD).all():
         raise ConfigError("A chunk to be tokenised holds a value that is not finite.")

@@ -3,7 +3,7 @@
 Slot l·D + d holds the bin of dimension d of action l. All dimensions share the ids 0 … bins − 1, in ascending order, so the
 difference of two ids is a distance. Values outside the outer edges go to the outer bins.
 
-Shape letters: B batch, L horizon, D action dimension, S token slots, K bins.
+Shape letters: B batch, L chunk size, D action dimension, S token slots, K bins.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class BinsFit:
 
     def fit(self, action_NLD: np.ndarray) -> BinsTokenizer:
         """A tokenizer whose edges come from N normalised chunks."""
-        horizon, dim = action_NLD.shape[1:]
-        value_ND = check_chunks(action_NLD, horizon, dim).reshape(-1, dim)
+        chunk_size, dim = action_NLD.shape[1:]
+        value_ND = check_chunks(action_NLD, chunk_size, dim).reshape(-1, dim)
         share_K1 = np.linspace(0, 1, self.bins + 1)
         edges, centres = [], []
         for value_N in value_ND.T:
@@ -46,7 +46,7 @@ class BinsFit:
             edge_K1 = even_K1 if self.spacing == "uniform" else _quantile_edges(value_N, self.bins)
             edges.append(tuple(edge_K1.tolist()))
             centres.append(_centres(value_N, edge_K1, self.spacing))
-        return BinsTokenizer(horizon, dim, tuple(edges), tuple(centres))
+        return BinsTokenizer(chunk_size, dim, tuple(edges), tuple(centres))
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class BinsTokenizer:
     """See the module text.
 
     Args:
-        horizon, dim: L and D.
+        chunk_size, dim: L and D.
         edges: D rows of K + 1 ascending numbers, the outer ones included.
         centres: D rows of the K values that ids decode to.
     """
 
-    horizon: int
+    chunk_size: int
     dim: int
     edges: tuple[tuple[float, ...], ...] = field(repr=False)
     centres: tuple[tuple[float, ...], ...] = field(repr=False)
@@ -88,7 +88,7 @@ class BinsTokenizer:
     @property
     def slots(self) -> int:
         """L·D."""
-        return self.horizon * self.dim
+        return self.chunk_size * self.dim
 
     @property
     def local(self) -> bool:
@@ -102,13 +102,13 @@ class BinsTokenizer:
 
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
         """Ids, int64 (B, L·D)."""
-        action_BLD = check_chunks(action_BLD, self.horizon, self.dim)
+        action_BLD = check_chunks(action_BLD, self.chunk_size, self.dim)
         columns = [np.searchsorted(edge_K1[1:-1], action_BLD[..., d], "right") for d, edge_K1 in enumerate(self._edges)]
         return np.stack(columns, -1).reshape(len(action_BLD), -1).astype(np.int64)
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
         """Bin centres; every id means something, so nothing is ever repaired."""
-        id_BLD = id_BS.reshape(len(id_BS), self.horizon, self.dim)
+        id_BLD = id_BS.reshape(len(id_BS), self.chunk_size, self.dim)
         action_BLD = self._centres[np.arange(self.dim), id_BLD]  # (D, K) by (D,) and (B, L, D)
         return Decoding(action_BLD.astype(np.float32), np.zeros(len(id_BS), bool))
 

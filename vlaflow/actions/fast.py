@@ -12,7 +12,7 @@ What cannot be told exactly is decoded by rules, and counted: coefficients outsi
 sequence longer than the slots loses its end (the highest frequencies); of a decoded sequence, coefficients that are missing are
 0 and those in excess are dropped.
 
-Shape letters: B batch, L horizon, D action dimension, S token slots.
+Shape letters: B batch, L chunk size, D action dimension, S token slots.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class FastFit:
         Raises:
             ConfigError: when the chunks have more different coefficients than the vocabulary has room for.
         """
-        horizon, dim = action_NLD.shape[1:]
-        coefficient_NC = _coefficients(check_chunks(action_NLD, horizon, dim), self.scale)
+        chunk_size, dim = action_NLD.shape[1:]
+        coefficient_NC = _coefficients(check_chunks(action_NLD, chunk_size, dim), self.scale)
         low, high = int(coefficient_NC.min()), int(coefficient_NC.max())
         symbols = high - low + 1
         if symbols > min(self.vocabulary or MOST, MOST):
@@ -70,12 +70,12 @@ class FastFit:
                 f"{self.vocabulary or MOST}. Lower the scale ({self.scale:g}) or raise the vocabulary."
             )
         if self.vocabulary is None:
-            return FastTokenizer(horizon, dim, self.scale, low, symbols, (), slots=horizon * dim)
+            return FastTokenizer(chunk_size, dim, self.scale, low, symbols, (), slots=chunk_size * dim)
         texts = [_text(row_C - low) for row_C in coefficient_NC]
         merges = _learn(texts, symbols, self.vocabulary)
-        learned = FastTokenizer(horizon, dim, self.scale, low, symbols, merges, slots=horizon * dim + 1)
+        learned = FastTokenizer(chunk_size, dim, self.scale, low, symbols, merges, slots=chunk_size * dim + 1)
         longest = max(len(row.ids) for row in learned._bpe.encode_batch(texts))
-        return FastTokenizer(horizon, dim, self.scale, low, symbols, merges, slots=longest + 1)
+        return FastTokenizer(chunk_size, dim, self.scale, low, symbols, merges, slots=longest + 1)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class FastTokenizer:
     """See the module text.
 
     Args:
-        horizon, dim: L and D.
+        chunk_size, dim: L and D.
         scale: units of rounding.
         low: coefficient that symbol 0 stands for.
         symbols: coefficients low … low + symbols − 1 have ids of their own.
@@ -91,7 +91,7 @@ class FastTokenizer:
         slots: tokens per chunk, the end included, S.
     """
 
-    horizon: int
+    chunk_size: int
     dim: int
     scale: float
     low: int
@@ -126,7 +126,7 @@ class FastTokenizer:
 
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
         """Ids, int64 (B, S), filled up with end tokens."""
-        coefficient_BC = _coefficients(check_chunks(action_BLD, self.horizon, self.dim), self.scale)
+        coefficient_BC = _coefficients(check_chunks(action_BLD, self.chunk_size, self.dim), self.scale)
         place_BC = np.clip(coefficient_BC - self.low, 0, self.symbols - 1)
         if self.end is None:
             return place_BC
@@ -138,7 +138,7 @@ class FastTokenizer:
 
     def exact(self, action_BLD: np.ndarray) -> np.ndarray:
         """bool (B,): chunks whose ids lose nothing but the rounding (all in the fitted range, and within the slots)."""
-        place_BC = _coefficients(check_chunks(action_BLD, self.horizon, self.dim), self.scale) - self.low
+        place_BC = _coefficients(check_chunks(action_BLD, self.chunk_size, self.dim), self.scale) - self.low
         inside_B = np.asarray(((place_BC >= 0) & (place_BC < self.symbols)).all(1))
         if self.end is None:
             return inside_B
@@ -155,7 +155,7 @@ class FastTokenizer:
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
         """Chunks of any ids; what follows the first end token is not read."""
-        wanted = self.horizon * self.dim
+        wanted = self.chunk_size * self.dim
         coefficient_BC = np.zeros((len(id_BS), wanted))
         repaired_B = np.zeros(len(id_BS), bool)
         for row, (ids, length) in enumerate(zip(id_BS.tolist(), self.lengths(id_BS).tolist(), strict=True)):
@@ -163,7 +163,7 @@ class FastTokenizer:
             repaired_B[row] = len(found) != wanted
             kept = found[:wanted]
             coefficient_BC[row, : len(kept)] = np.add(kept, self.low)
-        spectrum_BLD = coefficient_BC.reshape(-1, self.horizon, self.dim) / self.scale
+        spectrum_BLD = coefficient_BC.reshape(-1, self.chunk_size, self.dim) / self.scale
         return Decoding(idct(spectrum_BLD, axis=1, norm="ortho").astype(np.float32), repaired_B)
 
     @property

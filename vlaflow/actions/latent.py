@@ -12,7 +12,7 @@ cannot see in the earlier frame has to pass through the codes.
 
 Nothing here knows of data sets: ``data.pairs`` makes the frame pairs, ``policies.stages.LatentStage`` trains.
 
-Shape letters: B batch, H, W height and width of a picture, P patches, C channels of the network, K codes, V entries of the
+Shape letters: B batch, H, W height and width of an image, P patches, C channels of the network, K codes, V entries of the
 book, E dimension of an entry, D action dimension.
 """
 
@@ -33,7 +33,7 @@ from vlaflow import __version__
 from vlaflow.actions.nsvq import Codebook
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.files import load_weights, read_json, write_json
+from vlaflow.io import load_weights, read_json, write_json
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem, from_patches

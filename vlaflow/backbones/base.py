@@ -112,8 +112,8 @@ class Prefix:
     Args:
         backbone: the network that encodes it.
         hidden_BPW: hidden states after ``depth`` layers.
-        seen_BP: bool, False on padding; None when there is none.
-        memory: keys and values of every layer that has run.
+        padding_mask_BP: bool, False on padding; None when there is none.
+        kv_cache: keys and values of every layer that has run.
         rotary: cosines and sines of the prefix positions, (B, P, E) each, for backbones that rotate.
         next_position_B: position of the first suffix token, for backbones that count positions.
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
@@ -124,8 +124,8 @@ class Prefix:
 
     backbone: Backbone
     hidden_BPW: Tensor
-    seen_BP: Tensor | None = None
-    memory: tuple[KeyValues, ...] = ()
+    padding_mask_BP: Tensor | None = None
+    kv_cache: tuple[KeyValues, ...] = ()
     rotary: Rotary | None = None
     next_position_B: Tensor | None = None
     state_BS: Tensor | None = None
@@ -136,7 +136,7 @@ class Prefix:
     @property
     def depth(self) -> int:
         """Layers run so far."""
-        return len(self.memory)
+        return len(self.kv_cache)
 
     @property
     def batch(self) -> int:
@@ -146,26 +146,26 @@ class Prefix:
     def detach(self) -> Prefix:
         """The same prefix without a path back to the backbone (gradient truncation)."""
         embedded_BPW = None if self.embedded_BPW is None else self.embedded_BPW.detach()
-        memory = tuple(m.detach() for m in self.memory)
-        return replace(self, hidden_BPW=self.hidden_BPW.detach(), memory=memory, embedded_BPW=embedded_BPW)
+        kv_cache = tuple(m.detach() for m in self.kv_cache)
+        return replace(self, hidden_BPW=self.hidden_BPW.detach(), kv_cache=kv_cache, embedded_BPW=embedded_BPW)
 
-    def reading(self, memory: tuple[KeyValues, ...], written: int = 0) -> Prefix:
+    def reading(self, kv_cache: tuple[KeyValues, ...], written: int = 0) -> Prefix:
         """The same observations with other keys and values to read, after so many more written tokens."""
-        return replace(self, memory=memory, written=self.written + written)
+        return replace(self, kv_cache=kv_cache, written=self.written + written)
 
     def restart(self) -> Prefix:
         """The same observations before the first layer."""
         if self.embedded_BPW is None:
             return self
-        return replace(self, hidden_BPW=self.embedded_BPW, memory=(), embedded_BPW=None, written=0)
+        return replace(self, hidden_BPW=self.embedded_BPW, kv_cache=(), embedded_BPW=None, written=0)
 
     def select(self, row_R: Tensor) -> Prefix:
         """Some of the observations, in the order of the int64 indices."""
         return replace(
             self,
             hidden_BPW=self.hidden_BPW[row_R],
-            seen_BP=None if self.seen_BP is None else self.seen_BP[row_R],
-            memory=tuple(m.select(row_R) for m in self.memory),
+            padding_mask_BP=None if self.padding_mask_BP is None else self.padding_mask_BP[row_R],
+            kv_cache=tuple(m.select(row_R) for m in self.kv_cache),
             rotary=None if self.rotary is None else (self.rotary[0][row_R], self.rotary[1][row_R]),
             next_position_B=None if self.next_position_B is None else self.next_position_B[row_R],
             state_BS=None if self.state_BS is None else self.state_BS[row_R],
@@ -199,14 +199,14 @@ class Backbone(nn.Module, ABC):
         index: int,
         hidden_BTW: Tensor,
         rotary: Rotary | None = None,
-        memory: KeyValues | None = None,
-        seen_BT: Tensor | None = None,
+        kv_cache: KeyValues | None = None,
+        padding_mask_BT: Tensor | None = None,
         *,
         mask_TS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
-        """One layer on any tokens, which also read ``memory``. Returns hidden states and the tokens' own keys, values.
+        """One layer on any tokens, which also read ``kv_cache``. Returns hidden states and the tokens' own keys, values.
 
-        Where ``mask_TS`` (bool, T × T) is True, token t sees token s of its own sequence; by default all. ``memory`` always.
+        Where ``mask_TS`` (bool, T × T) is True, token t sees token s of its own sequence; by default all. ``kv_cache`` always.
         """
 
     @abstractmethod
@@ -230,14 +230,14 @@ class Backbone(nn.Module, ABC):
     def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
         """Continue the prefix through the layers below ``upto`` (all of them by default). Layers already run are kept."""
         upto, mask_PP = self.spec.depth if upto is None else upto, prefix.mask_PP
-        hidden, memory = prefix.hidden_BPW, list(prefix.memory)
+        hidden, kv_cache = prefix.hidden_BPW, list(prefix.kv_cache)
         if mask_PP is None and self.spec.attention == "causal":
             mask_PP = causal_mask(hidden.shape[1], hidden.device)
         for index in range(prefix.depth, upto):
-            hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.seen_BP, mask_TS=mask_PP)
-            memory.append(own)
+            hidden, own = self.layer(index, hidden, prefix.rotary, None, prefix.padding_mask_BP, mask_TS=mask_PP)
+            kv_cache.append(own)
         embedded = prefix.hidden_BPW if prefix.depth == 0 else prefix.embedded_BPW
-        return replace(prefix, hidden_BPW=hidden, memory=tuple(memory), embedded_BPW=embedded)
+        return replace(prefix, hidden_BPW=hidden, kv_cache=tuple(kv_cache), embedded_BPW=embedded)
 
     def follow(
         self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int], mask_TS: Tensor | None = None
@@ -245,7 +245,7 @@ class Backbone(nn.Module, ABC):
         """Suffix tokens behind the prefix through the layers below the last of ``depths``, in one pass.
 
         Args:
-            suffix_BTW: embedded tokens without their positions; several noise draws per observation innermost.
+            suffix_BTW: embedded tokens without their positions; several noise samples per observation innermost.
             prefix: run to the last depth at least.
             depths: ascending.
             mask_TS: bool (T, T), True where token t sees token s; None for full attention. All see the prefix.
@@ -257,7 +257,7 @@ class Backbone(nn.Module, ABC):
         found, written = [], []
         hidden_BTW, rotary = self.place(suffix_BTW, prefix)
         for index in range(depths[-1]):
-            hidden_BTW, own = self.layer(index, hidden_BTW, rotary, prefix.memory[index], mask_TS=mask_TS)
+            hidden_BTW, own = self.layer(index, hidden_BTW, rotary, prefix.kv_cache[index], mask_TS=mask_TS)
             written.append(own)
             if index + 1 in depths:
                 found.append(self.finish(hidden_BTW).to(suffix_BTW.dtype))

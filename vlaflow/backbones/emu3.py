@@ -147,9 +147,9 @@ class EmuBackbone(PretrainedBackbone):
         return Prefix(
             self,
             hidden_BPW,
-            seen_BP=None if bool(prompt.seen_BP.all()) else prompt.seen_BP.to(device),
+            padding_mask_BP=None if bool(prompt.padding_mask_BP.all()) else prompt.padding_mask_BP.to(device),
             rotary=self.language.rotary_emb(hidden_BPW, position_BP),
-            next_position_B=prompt.seen_BP.sum(1).to(device),
+            next_position_B=prompt.padding_mask_BP.sum(1).to(device),
             state_BS=observation.state_BS,
         )
 

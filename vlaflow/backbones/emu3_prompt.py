@@ -32,13 +32,13 @@ class EmuPrompt:
 
     Args:
         id_BP: token ids, placeholders where image codes go.
-        seen_BP: bool, False on padding.
+        padding_mask_BP: bool, False on padding.
         image_BP: bool, the placeholders.
         pixels_I3HW: normalised images, those of an observation in the order of the views; None without views.
     """
 
     id_BP: Tensor
-    seen_BP: Tensor
+    padding_mask_BP: Tensor
     image_BP: Tensor
     pixels_I3HW: Tensor | None
 

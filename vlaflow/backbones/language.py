@@ -69,9 +69,9 @@ class LanguageBackbone(Backbone):
     def before_answer(self, prefix: Prefix) -> Tensor:
         """The state (B, W) that names an answer's first token: the last token of the prefix, after all layers and the norm."""
         prefix = self.run(prefix)
-        if prefix.seen_BP is None:
+        if prefix.padding_mask_BP is None:
             return self.finish(prefix.hidden_BPW[:, -1])
-        last_B = prefix.seen_BP.shape[1] - 1 - prefix.seen_BP.flip(1).int().argmax(1)
+        last_B = prefix.padding_mask_BP.shape[1] - 1 - prefix.padding_mask_BP.flip(1).int().argmax(1)
         return self.finish(prefix.hidden_BPW[torch.arange(len(last_B), device=last_B.device), last_B])
 
     def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:

@@ -94,16 +94,16 @@ class MolmoPrompt:
 
     Args:
         id_BP: token ids.
-        seen_BP: bool, False on padding.
+        padding_mask_BP: bool, False on padding.
         picture_BP: bool, tokens that belong to an image, its marks included; these see each other.
         patch_BP: bool, where image features go.
         state_BP: bool, where the state goes; nowhere without a state token.
         patches_INC: of all images; None without views.
-        pooled_VK: see ``Pictures.pooled``.
+        pooled_VK: see ``Images.pooled``.
     """
 
     id_BP: Tensor
-    seen_BP: Tensor
+    padding_mask_BP: Tensor
     picture_BP: Tensor
     patch_BP: Tensor
     state_BP: Tensor
@@ -114,7 +114,7 @@ class MolmoPrompt:
 class MolmoReader:
     """Tokenizer, chat template and image settings of a Molmo2 folder.
 
-    transformers' image processor for Molmo2 needs torchvision; ``Pictures`` makes the same overview without it.
+    transformers' image processor for Molmo2 needs torchvision; ``Images`` makes the same overview without it.
     """
 
     def __init__(self, tokenizer: Any, pictures: Pictures) -> None:

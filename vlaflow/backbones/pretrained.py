@@ -85,24 +85,24 @@ class PretrainedBackbone(LanguageBackbone):
         index: int,
         hidden_BTW: Tensor,
         rotary: Rotary | None = None,
-        memory: KeyValues | None = None,
-        seen_BT: Tensor | None = None,
+        kv_cache: KeyValues | None = None,
+        padding_mask_BT: Tensor | None = None,
         *,
         mask_TS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """See the base class; ``rotary`` is required."""
         assert rotary is not None
         if self.config.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self._layer, index, hidden_BTW, rotary, memory, seen_BT, mask_TS, use_reentrant=False)
-        return self._layer(index, hidden_BTW, rotary, memory, seen_BT, mask_TS)
+            return checkpoint(self._layer, index, hidden_BTW, rotary, kv_cache, padding_mask_BT, mask_TS, use_reentrant=False)
+        return self._layer(index, hidden_BTW, rotary, kv_cache, padding_mask_BT, mask_TS)
 
     def _layer(  # noqa: PLR0917
         self,
         index: int,
         hidden_BTW: Tensor,
         rotary: Rotary,
-        memory: KeyValues | None,
-        seen_BT: Tensor | None,
+        kv_cache: KeyValues | None,
+        padding_mask_BT: Tensor | None,
         mask_TS: Tensor | None,
     ) -> tuple[Tensor, KeyValues]:
         block = self.language.layers[index]
@@ -117,8 +117,8 @@ class PretrainedBackbone(LanguageBackbone):
         value_BGTE = value_BTGE.transpose(1, 2)
         query_BHTE, key_BGTE = self._rotate(query_BTHE.transpose(1, 2), key_BTGE.transpose(1, 2), *rotary)
         # Under autocast the rotation is float32 and the values are not; the memory keeps one, small, number format.
-        own = KeyValues(key_BGTE.to(value_BGTE.dtype), value_BGTE, seen_BT)
-        mixed_BHTE = attend(query_BHTE.to(value_BGTE.dtype), own, memory, mask_TS)
+        own = KeyValues(key_BGTE.to(value_BGTE.dtype), value_BGTE, padding_mask_BT)
+        mixed_BHTE = attend(query_BHTE.to(value_BGTE.dtype), own, kv_cache, mask_TS)
         hidden_BTW = hidden_BTW + attention.o_proj(mixed_BHTE.transpose(1, 2).reshape(b, t, -1))
         return hidden_BTW + block.mlp(block.post_attention_layernorm(hidden_BTW)), own
 

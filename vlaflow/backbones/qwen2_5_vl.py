@@ -167,9 +167,9 @@ class QwenBackbone(PretrainedBackbone):
             prompt.id_BP,
             mm_token_type_ids=prompt.image_BP.int(),
             image_grid_thw=prompt.grid_I3,
-            attention_mask=prompt.seen_BP.long(),
+            attention_mask=prompt.padding_mask_BP.long(),
         )
-        next_position_B = position_3BP.masked_fill(~prompt.seen_BP, -1).amax((0, 2)) + 1
+        next_position_B = position_3BP.masked_fill(~prompt.padding_mask_BP, -1).amax((0, 2)) + 1
         device = table.weight.device
         hidden_BPW = table(prompt.id_BP.to(device))
         if prompt.patches is not None and prompt.grid_I3 is not None:
@@ -180,7 +180,7 @@ class QwenBackbone(PretrainedBackbone):
         return Prefix(
             self,
             hidden_BPW,
-            seen_BP=None if bool(prompt.seen_BP.all()) else prompt.seen_BP.to(device),
+            padding_mask_BP=None if bool(prompt.padding_mask_BP.all()) else prompt.padding_mask_BP.to(device),
             rotary=self.network.language_model.rotary_emb(hidden_BPW, position_3BP.to(device)),
             next_position_B=next_position_B.to(device),
             state_BS=observation.state_BS,

@@ -29,14 +29,14 @@ class Prompt:
 
     Args:
         id_BP: token ids.
-        seen_BP: bool, False on padding.
+        padding_mask_BP: bool, False on padding.
         image_BP, state_BP: bool, True where image features and the state go.
         patches: pixels of all images' patches, in the order of the tokens; None without views.
         grid_I3: frames (1), rows and columns of patches of every image; None without views.
     """
 
     id_BP: Tensor
-    seen_BP: Tensor
+    padding_mask_BP: Tensor
     image_BP: Tensor
     state_BP: Tensor
     patches: Tensor | None

@@ -163,21 +163,21 @@ class TinyBackbone(LanguageBackbone):
         hidden_BPW = torch.cat(tokens, 1) + position_PW
         if bool(written_BT.all()):
             return Prefix(self, hidden_BPW, state_BS=observation.state_BS)
-        seen_BP = functional.pad(functional.pad(written_BT, (images, 0), value=True), (0, 1), value=True)
-        return Prefix(self, hidden_BPW, seen_BP, state_BS=observation.state_BS)
+        padding_mask_BP = functional.pad(functional.pad(written_BT, (images, 0), value=True), (0, 1), value=True)
+        return Prefix(self, hidden_BPW, padding_mask_BP, state_BS=observation.state_BS)
 
     def layer(
         self,
         index: int,
         hidden_BTW: Tensor,
         rotary: Rotary | None = None,
-        memory: KeyValues | None = None,
-        seen_BT: Tensor | None = None,
+        kv_cache: KeyValues | None = None,
+        padding_mask_BT: Tensor | None = None,
         *,
         mask_TS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """See the base class; positions were added by ``embed`` and ``place``, so ``rotary`` is not used."""
-        return self.layers[index](hidden_BTW, memory, seen_BT, mask_TS)
+        return self.layers[index](hidden_BTW, kv_cache, padding_mask_BT, mask_TS)
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
         """Adds a learned position to each suffix token."""

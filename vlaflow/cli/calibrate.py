@@ -32,7 +32,7 @@ class Arguments:
     """Folder of a checkpoint trained with exits."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """LeRobot data set; of the checkpoint's own, the episodes that training held out are taken."""
-    budget: float | None = None
+    exit_budget: float | None = None
     """Compute budget c of the exit distribution; smaller leaves earlier. 0.4 unless a deviation is given."""
     exit_distribution: Literal["exponential", "gaussian", "gamma"] = "exponential"
     """Family of the exit distribution."""
@@ -69,7 +69,7 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
     given = tyro.cli(Arguments, prog="vlaflow calibrate", args=argv)
-    if given.budget is not None and given.max_deviation is not None:
+    if given.exit_budget is not None and given.max_deviation is not None:
         raise ConfigError("Give either --budget or --max-deviation: one fixes the compute, the other the risk.")
     require(*PAGES)  # the page comes last, and should not be what fails
 
@@ -105,13 +105,13 @@ def _target(given: Arguments) -> ByRisk | ByShares:
 
     if given.max_deviation is not None:
         return ByRisk(given.max_deviation, 1 - given.confidence, metric=given.deviation)
-    return ByShares(given.exit_distribution, 0.4 if given.budget is None else given.budget, given.first_exit)
+    return ByShares(given.exit_distribution, 0.4 if given.exit_budget is None else given.exit_budget, given.first_exit)
 
 
 def _name(given: Arguments) -> str:
     if given.max_deviation is not None:
         return f"deviation-{given.max_deviation:g}"
-    return f"budget-{0.4 if given.budget is None else given.budget:g}"
+    return f"budget-{0.4 if given.exit_budget is None else given.exit_budget:g}"
 
 
 def _words(made: Calibration) -> str:
@@ -119,7 +119,7 @@ def _words(made: Calibration) -> str:
     shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, seen.shares, strict=True))
     lines = [
         f"Thresholds from {made.samples} frames, tried on {seen.samples} others from other episodes.",
-        f"Chunks that leave at depth {shares}; {seen.layers:.2f} of {plan.exits[-1]} layers and {seen.evaluations:.1f} "
+        f"Chunks that leave at depth {shares}; {seen.layers:.2f} of {plan.exits[-1]} layers and {seen.nfe:.1f} "
         "evaluations on average.",
         f"Largest difference to the full depth {seen.deviation:.3f} standard deviations on average; distance to the "
         f"demonstrations {seen.error:.4f}, at full depth {seen.full_error:.4f}.",

@@ -28,7 +28,7 @@ class Environments:
     Args:
         names: suite/task, or groups such as metaworld/hard.
         render: rendering quality to check with.
-        size: side of the picture in pixels; the suite's default when left out.
+        size: side of the image in pixels; the suite's default when left out.
     """
 
     names: tuple[str, ...]

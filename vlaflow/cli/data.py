@@ -62,7 +62,7 @@ class FitTokenizer:
         directory: a LeRobot data set.
         out: the file, .json.
         kind: "fast" (cosine transform and byte-pair encoding) or "bins".
-        horizon: actions per chunk.
+        chunk_size: actions per chunk.
         normalisation: as in the policy's action_normalisation.
         scale: of FAST: units of rounding per unit of the normalised actions.
         vocabulary: of FAST: coefficients and merges; none merges nothing.
@@ -73,7 +73,7 @@ class FitTokenizer:
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     kind: Literal["fast", "bins"] = "fast"
-    horizon: int = 16
+    chunk_size: int = 16
     normalisation: Normalisation = "quantile"
     scale: float = 10.0
     vocabulary: int | None = 256
@@ -91,7 +91,7 @@ class TokenizerReport:
         directory: a LeRobot data set.
         out: the page, .html.
         tokenizer: files to compare; by default a row of sizes of both kinds is fitted.
-        horizon: actions per chunk of the tokenizers fitted here.
+        chunk_size: actions per chunk of the tokenizers fitted here.
         normalisation: of the actions.
         policy: a checkpoint with a discrete flow: also say how well its own metric orders its tokens.
     """
@@ -99,7 +99,7 @@ class TokenizerReport:
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     tokenizer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    horizon: int = 16
+    chunk_size: int = 16
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
 
@@ -195,7 +195,7 @@ def _show(arguments: Show) -> int:
             numbers.add_row(name, label, *(f"{v[d]:.4g}" for v in values))
     console.print(numbers)
     if arguments.out is not None:
-        from vlaflow.folders import require_writable
+        from vlaflow.io import require_writable
         from vlaflow.reports.dataset import write_page
 
         require_writable(arguments.out)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.folders import make_folder, require_makeable
+from vlaflow.io import make_folder, require_makeable
 from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Settings:
     steps: int | None
     rater_steps: int | None
     batch_size: int | None
-    horizon: int | None
+    max_steps: int | None
     latency_chunks: int
     language_episodes: int
     solver_steps: int
@@ -220,7 +220,7 @@ def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
         ),
         "evaluate": command(
             *("eval", rated, *envs, *computes, "--episodes", settings.eval_episodes),
-            *(["--horizon", settings.horizon] if settings.horizon else []),
+            *(["--max-steps", settings.max_steps] if settings.max_steps else []),
             *([] if settings.solver_steps == 10 else ["--steps", settings.solver_steps]),
             *("--language", settings.language_episodes, "--out", out, "--workers", workers),
         ),
@@ -267,7 +267,7 @@ def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> 
         computes=COMPUTES,
         episodes=settings.eval_episodes,
         knobs=Knobs(settings.solver_steps),
-        rollout=RolloutConfig(horizon=settings.horizon),
+        rollout=RolloutConfig(max_steps=settings.max_steps),
         latency_chunks=settings.latency_chunks,
         language_episodes=settings.language_episodes,
         workers=workers,
@@ -282,7 +282,7 @@ def _report(out: Path, diary: Diary, settings: Settings, commands: tuple[str, ..
     from vlaflow.evaluation import results
     from vlaflow.evaluation.run import RESULTS
     from vlaflow.reports.evaluation import write_report
-    from vlaflow.training.journal import read_log
+    from vlaflow.training.metrics_log import read_log
     from vlaflow.versions import command_line
 
     minutes = diary.minutes()

@@ -32,17 +32,17 @@ class Eval:
             anew), refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint),
             refine+exit:NAME, or budget:MS; repeat the option for more. Dense alone when none is named.
         episodes: per environment and compute policy.
-        out: folder for results.json, report.html and films.
-        execute: actions executed per chunk; the checkpoint's own number by default.
+        out: folder for results.json, report.html and videos.
+        n_action_steps: actions executed per chunk; the checkpoint's own number by default.
         steps: solver steps per round.
         threshold: confidence below which refine makes an action anew.
         any_training: refine a checkpoint that was not trained for it too, to see what becomes of it.
-        horizon: steps after which an episode is cut off; the suite's own by default.
-        render: picture quality; use the one the policy was trained with.
+        max_steps: steps after which an episode is cut off; the suite's own by default.
+        render: image quality; use the one the policy was trained with.
         seed: of the first episode; the others follow.
         workers: processes; one per core is best.
         language: episodes per environment and wrong instruction of the language-swap test; 0 leaves it out.
-        films: film a success and a failure per environment.
+        videos: video a success and a failure per environment.
         device: where the networks run.
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
     """
@@ -52,16 +52,16 @@ class Eval:
     compute: tuple[str, ...] = ()
     episodes: int = 20
     out: Path = Path("runs/eval")
-    execute: int | None = None
+    n_action_steps: int | None = None
     steps: int = 10
     threshold: float = 0.5
     any_training: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    horizon: int | None = None
+    max_steps: int | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: int = 1000
     workers: int = 2
     language: int = 0
-    films: bool = True
+    videos: bool = True
     device: str = "cpu"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -84,9 +84,9 @@ def main(argv: list[str]) -> int:
         episodes=arguments.episodes,
         first_seed=arguments.seed,
         knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device),
-        rollout=RolloutConfig(arguments.execute, arguments.horizon, arguments.render, arguments.device),
+        rollout=RolloutConfig(arguments.n_action_steps, arguments.max_steps, arguments.render, arguments.device),
         language_episodes=arguments.language,
-        films=arguments.films,
+        videos=arguments.videos,
         workers=arguments.workers,
     )
     results = run(arguments.checkpoint, config, arguments.out, fresh=arguments.fresh)
@@ -131,7 +131,7 @@ def table(results: Results) -> RenderableType:
         box=box.SIMPLE,
         padding=0,
         title=f"{first.episodes} episodes each, seeds {first.seeds[0]} to {first.seeds[-1]}, "
-        f"{first.execute} actions per chunk executed, horizon {first.horizon}",
+        f"{first.n_action_steps} actions per chunk executed, step limit {first.max_steps}",
         title_style="",
         title_justify="left",
     )

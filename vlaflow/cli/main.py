@@ -21,14 +21,14 @@ from vlaflow.packages import EXTRAS, missing
 COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
     "record": "let scripted experts demonstrate tasks and write a LeRobot dataset",
-    "record-qa": "ask about simulated scenes and write a question set",
+    "record-vqa": "ask about simulated scenes and write a question set",
     "train": "train a policy, or one of its later stages, by recipe",
     "calibrate": "measure when a checkpoint may answer before its last layer",
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
-    "eval-qa": "count a checkpoint's right answers to questions about pictures",
+    "eval-vqa": "count a checkpoint's right answers to questions about images",
     "serve": "put a checkpoint behind openpi's websocket protocol",
-    "rollout": "drive an environment over the wire, with simulated delays of inference",
+    "rollout": "drive an environment in real time, with simulated delays of inference",
     "check": "try an environment or a checkpoint against everything it promises",
     "data": "check or show a dataset; fit and compare action tokenizers; look at latent actions",
 }

@@ -20,7 +20,7 @@ class Record:
         out: folder of the new data set; must not exist.
         episodes: successful episodes per environment.
         workers: recording processes; one per core is best.
-        size: side of the picture in pixels, even.
+        size: side of the image in pixels, even.
         render: exact keeps the simulator's shadows and smoothing (published numbers), fast leaves them out.
         seed: another seed gives other episodes, and never those of an evaluation.
         noise: standard deviation of what is added to the executed movement (1 is the full range); the label stays clean.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Serve a checkpoint to robots that speak openpi's protocol.
 
-    Example: vlaflow serve runs/demo/rated --layout metaworld --compute refine
+    Example: vlaflow serve runs/demo/rated --observation-keys metaworld --compute refine
 
     Listens on this machine alone; other machines need --host and a --token. Ctrl-C finishes what runs.
 
@@ -31,7 +31,8 @@ class Arguments:
         compute: how much to compute, as in vlaflow eval.
         budget_ms: whatever fits so many milliseconds on this machine, in place of --compute (vlaflow bench latency CKPT first).
         steps: solver steps per round.
-        layout: which keys clients send: metaworld, libero, droid, aloha, roboarena, or one that another package brings.
+        observation_keys: which keys clients send: metaworld, libero, droid, aloha, roboarena, or one that another package
+        brings.
         image: key of an image, in the order of the policy's views, in place of the layout's; repeat for more.
         state: key of a part of the state, in place of the layout's; repeat for more.
         host: address to listen on.
@@ -54,7 +55,7 @@ class Arguments:
     compute: str = "dense"
     budget_ms: float | None = None
     steps: int = 10
-    layout: str = "metaworld"
+    observation_keys: str = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     host: str = "127.0.0.1"
@@ -86,8 +87,8 @@ def main(argv: list[str]) -> int:
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
     from vlaflow.serving.engine import EngineConfig
-    from vlaflow.serving.journal import JsonLines
-    from vlaflow.serving.layouts import choose
+    from vlaflow.serving.observation_keys import choose
+    from vlaflow.serving.request_log import JsonLines
     from vlaflow.serving.server import PolicyServer, ServerConfig
 
     handler = logging.StreamHandler(sys.stderr)
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.layout, views, a.image, a.state),
+        **choose(a.observation_keys, views, a.image, a.state),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),

@@ -17,20 +17,21 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
 
     from vlaflow.actions.bins import BinsFit
     from vlaflow.actions.fast import FastFit
-    from vlaflow.actions.files import TokenizerFile, save_tokenizer
+    from vlaflow.actions.io import TokenizerFile, save_tokenizer
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import fit, material, quality
-    from vlaflow.folders import require_writable
+    from vlaflow.io import require_writable
 
     a = arguments
     dataset = Dataset.open(a.directory)
     require_writable(a.out)
-    chunks = material(dataset, a.horizon, a.normalisation)
+    chunks = material(dataset, a.chunk_size, a.normalisation)
     made = fit(FastFit(a.scale, a.vocabulary) if a.kind == "fast" else BinsFit(a.bins, a.spacing), chunks)
     save_tokenizer(a.out, TokenizerFile(made, a.normalisation, dataset.fingerprint))
     seen = quality(made, chunks)
     Console().print(
-        f"{seen.name}: {seen.tokens:.1f} tokens per chunk of {a.horizon} (at most {seen.slots}), error {seen.error:.4f} rms, "
+        f"{seen.name}: {seen.tokens:.1f} tokens per chunk of {a.chunk_size} (at most {seen.slots}), error "
+        f"{seen.error:.4f} rms, "
         f"{100 * seen.inexact:.2f} % of the held-out chunks lose more than rounding.\nWritten: {a.out}",
         soft_wrap=True,
         highlight=False,
@@ -43,10 +44,10 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from vlaflow.actions.files import load_tokenizer
+    from vlaflow.actions.io import load_tokenizer
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import describe, fit, material, quality, standard_fits
-    from vlaflow.folders import require_writable
+    from vlaflow.io import require_writable
     from vlaflow.progress import progress
     from vlaflow.reports import tokenizers as page
 
@@ -55,8 +56,8 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     dataset = Dataset.open(a.directory)
     require_writable(a.out)
     loaded = [load_tokenizer(file, a.normalisation) for file in a.tokenizer]
-    horizon = loaded[0].horizon if loaded else a.horizon
-    chunks = material(dataset, horizon, a.normalisation)
+    chunk_size = loaded[0].chunk_size if loaded else a.chunk_size
+    chunks = material(dataset, chunk_size, a.normalisation)
     names: list[str] = [f"{file.stem}: {describe(made)}" for file, made in zip(a.tokenizer, loaded, strict=True)]
     made: list[Any] = list(loaded)
     todo = () if loaded else standard_fits()
@@ -100,7 +101,7 @@ def _own_metric(checkpoint: Path, dataset: Any) -> str:
         raise CapabilityError(
             f"{checkpoint} has a {type(decoder).__name__}, which has no metric. Name one with a discrete flow."
         )
-    chunks = material(dataset, decoder.horizon, policy.config.action_normalisation)
+    chunks = material(dataset, decoder.chunk_size, policy.config.action_normalisation)
     with torch.no_grad():
         distance_VV = decoder.distance().cpu().numpy()
     own, ids = (metric_rank(decoder.tokenizer, chunks, d) for d in (distance_VV, id_distance(decoder.tokenizer)))

@@ -30,8 +30,8 @@ class Arguments:
     """Folder of the checkpoint; an unfinished run in it is continued."""
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
     """Trained policy to continue, for the recipes of raters and of later stages."""
-    qa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Question set to learn to answer beside, for backbones with a language-model head; --set questions.share=0.5."""
+    vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Question set to learn to answer beside, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Action tokenizer of vlaflow data fit-tokenizer, for decoders of tokens; by default one is fitted."""
     latent: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.training.run import Options, train
 
-    options = Options(overrides, given.tracker, given.fresh, questions=given.qa, tokenizer=given.tokenizer, latent=given.latent)
+    options = Options(overrides, given.tracker, given.fresh, vqa=given.vqa, tokenizer=given.tokenizer, latent=given.latent)
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # launched several times over, one process speaks
         sys.stdout.write(_sentence(outcome, given.out) + "\n")

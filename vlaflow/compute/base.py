@@ -1,6 +1,6 @@
 """The contract of a compute policy, what it needs of a model, and what it reports.
 
-Shape letters: B batch, L horizon, D action dimension.
+Shape letters: B batch, L chunk size, D action dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.decoders.base import Capability, Given, Tokens
+from vlaflow.decoders.base import Capability, Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError
 
@@ -105,7 +105,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Stages:
-    """Solver steps of one chunk: stochastic ones, then deterministic ones (``Decoder.settle``)."""
+    """Solver steps of one chunk: stochastic ones, then deterministic ones (``Decoder.refine_deterministic``)."""
 
     stochastic: int
     settling: int = 0
@@ -127,7 +127,7 @@ class Decoded:
         action_BLD: float32, normalised.
         groups: the observations as deep as they were encoded, for whoever continues.
         layers: depth each chunk was made at, B of them.
-        evaluations: decoder evaluations, B.
+        nfe: decoder evaluations, B.
         layer_passes: network layers run over prefix, solver steps and rater, B.
         confidence_BL: the rater's, where one was asked.
         regenerated_BL: bool, actions made anew.
@@ -138,7 +138,7 @@ class Decoded:
     action_BLD: Tensor
     groups: tuple[Group, ...]
     layers: tuple[int, ...]
-    evaluations: tuple[int, ...]
+    nfe: tuple[int, ...]
     layer_passes: tuple[int, ...]
     confidence_BL: Tensor | None = None
     regenerated_BL: Tensor | None = None
@@ -161,7 +161,12 @@ class ComputePolicy(ABC):
 
     @abstractmethod
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """Chunks for B embedded observations, one generator each."""
 

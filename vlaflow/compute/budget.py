@@ -54,13 +54,13 @@ class Profile:
     versions: dict[str, str]
     device: str = "cpu"
 
-    def dense(self, depth: int, evaluations: int) -> float:
+    def dense(self, depth: int, nfe: int) -> float:
         """Median of a chunk at a fixed depth."""
-        return self.base + self.prefix[depth - 1] + evaluations * self.step[depth - 1]
+        return self.base + self.prefix[depth - 1] + nfe * self.step[depth - 1]
 
-    def worst(self, depths: tuple[int, ...], evaluations: int) -> float:
+    def worst(self, depths: tuple[int, ...], nfe: int) -> float:
         """Median of a chunk that leaves at the last of the depths."""
-        return self.base + self.prefix[depths[-1] - 1] + evaluations * sum(self.step[depth - 1] for depth in depths)
+        return self.base + self.prefix[depths[-1] - 1] + nfe * sum(self.step[depth - 1] for depth in depths)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Rung:
     """
 
     depth: int
-    evaluations: int
+    nfe: int
     deviation: float
     error: float
 
@@ -119,11 +119,11 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
     Raises:
         CalibrationError: when nothing fits, saying what the fastest takes.
     """
-    full_error = max(ladder.rungs, key=lambda r: (r.depth, r.evaluations)).error
+    full_error = max(ladder.rungs, key=lambda r: (r.depth, r.nfe)).error
     candidates = [
         Choice(
-            Dense(rung.evaluations, rung.depth, label=f"dense:{rung.evaluations}@{rung.depth}"),
-            profile.jitter * profile.dense(rung.depth, rung.evaluations),
+            Dense(rung.nfe, rung.depth, label=f"dense:{rung.nfe}@{rung.depth}"),
+            profile.jitter * profile.dense(rung.depth, rung.nfe),
             rung.deviation,
             rung.error,
             full_error,
@@ -131,9 +131,9 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
         for rung in ladder.rungs
     ]
     for name, found in exits.items():
-        each = round(found.seen.evaluations / max(_answers(found), 1e-9))
+        each = round(found.seen.nfe / max(_answers(found), 1e-9))
         worst = profile.jitter * profile.worst(found.plan.depths, each)
-        base = next((r for r in ladder.rungs if (r.depth, r.evaluations) == (found.plan.depths[-1], each)), None)
+        base = next((r for r in ladder.rungs if (r.depth, r.nfe) == (found.plan.depths[-1], each)), None)
         if base is None:
             raise CalibrationError(
                 f"{LADDER} does not say what {each} evaluations at full depth lose, which exit:{name} makes; measure again: "

@@ -60,7 +60,7 @@ class Seen:
     Args:
         samples: how many.
         shares: of the exits.
-        layers, layer_passes, evaluations: means per chunk.
+        layers, layer_passes, nfe: means per chunk.
         deviation: mean of the largest absolute difference to the full depth's chunk, in standard deviations of the actions.
         error, full_error: mean absolute distance to the demonstrated actions, of the chunk taken and of the full depth's.
         above: share of chunks above the risk target's ε; None for share targets.
@@ -70,7 +70,7 @@ class Seen:
     shares: tuple[float, ...]
     layers: float
     layer_passes: float
-    evaluations: float
+    nfe: float
     deviation: float
     error: float
     full_error: float

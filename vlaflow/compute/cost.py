@@ -115,10 +115,10 @@ def rating(shape: PolicyShape) -> Cost:
     rater = shape.rater
     if rater is None:
         raise ConfigError("This policy has no rater whose cost could be counted.")
-    tokens = shape.backbone.prefix + rater.horizon
+    tokens = shape.backbone.prefix + rater.chunk_size
     blocks = rater.layer.piece("rater", tokens, tokens, times=rater.depth)
-    project = Linear(rater.action_dim, rater.layer.width).piece("rater", rater.horizon)
-    return Cost((project, blocks, Linear(rater.layer.width, 1).piece("rater", rater.horizon)))
+    project = Linear(rater.action_dim, rater.layer.width).piece("rater", rater.chunk_size)
+    return Cost((project, blocks, Linear(rater.layer.width, 1).piece("rater", rater.chunk_size)))
 
 
 def words(shape: PolicyShape, tokens: int) -> Cost:

@@ -12,7 +12,7 @@ from torch import Generator
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Given, Tokens
+from vlaflow.decoders.base import Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
@@ -51,31 +51,36 @@ class Dense(ComputePolicy):
         return Stages(self.steps) if self.depth is None else None
 
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``."""
         depth = self.depth or model.backbone.spec.depth
         with watch.part("prefix"):
             prefix = model.decoder.read(model.backbone, prefix, depth)
         with watch.part("first"):
-            state = model.decoder.solve(prefix, generators, self.steps, given)
+            state = model.decoder.solve(prefix, generators, self.steps, conditioning)
             action_BLD, tokens = model.decoder.finish(state), model.decoder.tokens(state)
         batch = prefix.batch
-        evaluations = tokens.evaluations if tokens else (model.decoder.evaluations(self.steps),) * batch
+        nfe = tokens.nfe if tokens else (model.decoder.nfe(self.steps),) * batch
         return Decoded(
             action_BLD,
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
             layers=(depth,) * batch,
-            evaluations=evaluations,
-            layer_passes=spent(prefix, depth, evaluations, tokens),
+            nfe=nfe,
+            layer_passes=spent(prefix, depth, nfe, tokens),
             tokens=tokens,
         )
 
 
-def spent(prefix: Prefix, depth: int, evaluations: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
+def spent(prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
     """Layers run over the prefix (where it was run before the first step) and over the evaluations, per observation."""
     before = prefix.depth
-    after = tokens.passes(depth) if tokens else tuple(depth * count for count in evaluations)
+    after = tokens.passes(depth) if tokens else tuple(depth * count for count in nfe)
     return tuple(before + count for count in after)
 
 

@@ -3,7 +3,7 @@
 Only real action dimensions enter (a decoder's ``finish`` has dropped the padded ones). Every metric is one number per chunk,
 so calibration and decision use the same statistic.
 
-Shape letters: B batch, L horizon, D action dimension.
+Shape letters: B batch, L chunk size, D action dimension.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ chunk; when it is as close to the previous depth's as the calibrated threshold a
 previous answer, so it is only a reference; the last depth is always taken. Every observation decides for itself, and
 nothing is kept from one observation to the next.
 
-Shape letters: B batch, R observations still under way, L horizon, D action dimension, K exits.
+Shape letters: B batch, R observations still under way, L chunk size, D action dimension, K exits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stopwatch
 from vlaflow.compute.distance import Metric, distance
-from vlaflow.decoders.base import Capability, Given, Tokens
+from vlaflow.decoders.base import Capability, Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
@@ -62,10 +62,15 @@ class ExitPlan:
         return self.depths[1:]
 
     def answers(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Answers:
         """The chunks of these observations, one depth after the other."""
-        return Answers(self, model, prefix, generators, watch=watch, given=given)
+        return Answers(self, model, prefix, generators, watch=watch, conditioning=conditioning)
 
 
 class Answers:
@@ -79,9 +84,9 @@ class Answers:
         generators: Sequence[Generator],
         *,
         watch: Stopwatch,
-        given: Given | None,
+        conditioning: Conditioning | None,
     ) -> None:
-        self.plan, self.model, self.prefix, self.watch, self.given = plan, model, prefix, watch, given
+        self.plan, self.model, self.prefix, self.watch, self.conditioning = plan, model, prefix, watch, conditioning
         self.generators = list(generators)
         # One noise for all depths: each generator is put back to where it was before the chunk.
         self._noise = [g.get_state() for g in self.generators] if plan.warm_start == "same" else None
@@ -113,21 +118,21 @@ class Answers:
         self.generators = [self.generators[row] for row in rows]
         if self._noise is not None:
             self._noise = [self._noise[row] for row in rows]
-        if self.given is not None:
-            self.given = self.given.select(row_R)
+        if self.conditioning is not None:
+            self.conditioning = self.conditioning.select(row_R)
 
-    def _given(self) -> Given | None:
+    def _given(self) -> Conditioning | None:
         """What the next depth starts from; tokens that the caller committed (clock 0) stay as they are."""
         previous_RLD, plan = self.previous_RLD, self.plan
         if previous_RLD is None or plan.warm_start in ("fresh", "same"):
-            return self.given
+            return self.conditioning
         clock_RL = previous_RLD.new_full(previous_RLD.shape[:2], 1.0 if plan.warm_start == "anchor" else plan.restart)
-        if self.given is not None:
-            done_RL = self.given.clock_BL == 0
+        if self.conditioning is not None:
+            done_RL = self.conditioning.clock_BL == 0
             clock_RL = clock_RL.masked_fill(done_RL, 0)
-            previous_RLD = torch.where(done_RL[..., None], self.given.action_BLD, previous_RLD)
-        pull = self.given.pull if self.given is not None else None
-        return Given(previous_RLD, clock_RL, noised=plan.warm_start == "anchor", pull=pull)
+            previous_RLD = torch.where(done_RL[..., None], self.conditioning.action_BLD, previous_RLD)
+        guidance = self.conditioning.guidance if self.conditioning is not None else None
+        return Conditioning(previous_RLD, clock_RL, noised=plan.warm_start == "anchor", guidance=guidance)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,12 @@ class EarlyExit(ComputePolicy):
         return needs.also(Capability.CONDITIONING) if self.plan.warm_start in ("anchor", "renoise") else needs
 
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``."""
         batch, device = prefix.batch, prefix.hidden_BPW.device
@@ -170,12 +180,12 @@ class EarlyExit(ComputePolicy):
         done: list[Tensor] = []
         groups: list[Group] = []
         tokens: list[Tokens] = []
-        layers, passes, evaluations = [0] * batch, [0] * batch, [0] * batch
-        each, spent = model.decoder.evaluations(self.plan.steps), torch.zeros(batch, dtype=torch.long)
+        layers, passes, nfe = [0] * batch, [0] * batch, [0] * batch
+        each, spent = model.decoder.nfe(self.plan.steps), torch.zeros(batch, dtype=torch.long)
         calls = torch.zeros_like(spent)
-        answers = self.plan.answers(model, prefix, generators, watch, given)
+        answers = self.plan.answers(model, prefix, generators, watch, conditioning)
         for number, (depth, action_RLD) in enumerate(answers):
-            took_R = torch.tensor(answers.tokens.evaluations if answers.tokens else [each] * len(row_R))
+            took_R = torch.tensor(answers.tokens.nfe if answers.tokens else [each] * len(row_R))
             calls[row_R.cpu()] += took_R
             spent[row_R.cpu()] += depth * took_R
             if answers.previous_RLD is None:
@@ -192,12 +202,12 @@ class EarlyExit(ComputePolicy):
             if answers.tokens is not None:
                 tokens.append(answers.tokens.select(gone_G))
             for row in row_R[gone_G].tolist():
-                layers[row], passes[row], evaluations[row] = depth, depth + int(spent[row]), int(calls[row])
+                layers[row], passes[row], nfe[row] = depth, depth + int(spent[row]), int(calls[row])
             if everybody:
                 break
             stay_S = (~leave_R).nonzero()[:, 0]
             answers.keep(stay_S)
             row_R = row_R[stay_S]
         order = torch.cat([g.row_R for g in groups]).argsort()
-        found = replace(Tokens.cat(tokens).select(order), evaluations=tuple(evaluations)) if tokens else None
-        return Decoded(torch.cat(done)[order], tuple(groups), tuple(layers), tuple(evaluations), tuple(passes), tokens=found)
+        found = replace(Tokens.cat(tokens).select(order), nfe=tuple(nfe)) if tokens else None
+        return Decoded(torch.cat(done)[order], tuple(groups), tuple(layers), tuple(nfe), tuple(passes), tokens=found)

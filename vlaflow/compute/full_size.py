@@ -43,17 +43,17 @@ def asyncvla() -> PolicyShape:
     backbone = qwen_backbone(qwen2_5_vl_3b(), Grid(9, 2), 52)
     width = backbone.layer.width
     return PolicyShape(
-        backbone, DecoderShape(8, 10, *flow_codec(32, width)), RaterShape(backbone.layer, 4, action_dim=32, horizon=8)
+        backbone, DecoderShape(8, 10, *flow_codec(32, width)), RaterShape(backbone.layer, 4, action_dim=32, chunk_size=8)
     )
 
 
-def a1_flow(tokens: int = A1_TOKENS, crops: int = 2, horizon: int = 8, steps: int = 10) -> PolicyShape:
+def a1_flow(tokens: int = A1_TOKENS, crops: int = 2, chunk_size: int = 8, steps: int = 10) -> PolicyShape:
     """A1-FM: Molmo-7B-D and an expert of 28 layers; suffix of one state token and the chunk.
 
     The published head, a residual network of two layers.
     """
     enter, leave = flow_codec(32, A1_EXPERT.width, head_layers=2)
-    decoder = DecoderShape(horizon, steps, enter, leave, stack=A1_EXPERT, context=((Linear(32, A1_EXPERT.width),),))
+    decoder = DecoderShape(chunk_size, steps, enter, leave, stack=A1_EXPERT, context=((Linear(32, A1_EXPERT.width),),))
     return PolicyShape(molmo_7b(tokens, crops), decoder)
 
 

@@ -15,7 +15,7 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Capability, Given
+from vlaflow.decoders.base import Capability, Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
 
@@ -72,17 +72,22 @@ class Refine(ComputePolicy):
         return needs if self.any_training else needs.also(Capability.REGENERATION)
 
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``. Actions given at clock 0 are never doubted, and what bends the first round bends the second.
 
         Where the first round ended early, doubt and regeneration have the whole depth: what was not sure gets everything.
         """
-        first = self.inner.decode(model, prefix, generators, watch, given)
+        first = self.inner.decode(model, prefix, generators, watch, conditioning)
         draft_BLD, device = first.action_BLD, first.action_BLD.device
         action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
         confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if isinstance(self.doubt, BelowThreshold) else None
-        layers, passes, evaluations, groups = list(first.layers), list(first.layer_passes), list(first.evaluations), []
+        layers, passes, nfe, groups = list(first.layers), list(first.layer_passes), list(first.nfe), []
         for group in first.groups:
             row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
             with watch.part("prefix"):
@@ -90,7 +95,7 @@ class Refine(ComputePolicy):
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
             doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
-            kept = given.select(row_R) if given is not None else None
+            kept = conditioning.select(row_R) if conditioning is not None else None
             if kept is not None:
                 doubt_RL = doubt_RL & (kept.clock_BL > 0)
             doubted_BL[row_R] = doubt_RL
@@ -102,7 +107,7 @@ class Refine(ComputePolicy):
             again_A = doubt_RL.any(1).nonzero()[:, 0]
             if len(again_A):  # only chunks with a doubt cost anything more
                 with watch.part("refine"):
-                    begin = Given(draft_RLD, doubt_RL.float(), pull=kept.pull if kept is not None else None)
+                    begin = Conditioning(draft_RLD, doubt_RL.float(), guidance=kept.guidance if kept is not None else None)
                     part = prefix if len(again_A) == len(row_R) else prefix.select(again_A)
                     theirs = [mine[place] for place in again_A.tolist()]
                     action_BLD[row_R[again_A]] = model.decoder.sample(part, theirs, self.steps, begin.select(again_A))
@@ -110,13 +115,13 @@ class Refine(ComputePolicy):
                 passes[row] += extra
             for row in row_R[again_A].tolist():
                 passes[row] += self.steps * prefix.depth
-                evaluations[row] += self.steps
+                nfe[row] += self.steps
                 layers[row] = prefix.depth
         return Decoded(
             action_BLD,
             groups=tuple(groups),
             layers=tuple(layers),
-            evaluations=tuple(evaluations),
+            nfe=tuple(nfe),
             layer_passes=tuple(passes),
             confidence_BL=confidence_BL if confidence_BL is not None else first.confidence_BL,
             regenerated_BL=doubted_BL,

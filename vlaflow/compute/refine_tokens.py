@@ -2,7 +2,7 @@
 
 Doubt is the network's own (a low probability) or a rater's, whose verdict on an action holds for the action's tokens.
 
-Shape letters: B batch, S token slots, L horizon, D action dimension.
+Shape letters: B batch, S token slots, L chunk size, D action dimension.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Capability, Decoder, Given, GivenTokens, Tokens
+from vlaflow.decoders.base import Capability, Conditioning, Decoder, TokenConditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
 
@@ -66,10 +66,15 @@ class RefineTokens(ComputePolicy):
         return self.inner.needs.also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=rater)
 
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``. As with ``Refine``, what was doubted gets the whole depth."""
-        first = self.inner.decode(model, prefix, generators, watch, given)
+        first = self.inner.decode(model, prefix, generators, watch, conditioning)
         decoder, tokenizer = model.decoder, model.decoder.tokenizer
         if first.tokens is None or tokenizer is None:
             raise CapabilityError(f"{self.inner.name} reports no tokens, so there are none to make anew.")
@@ -83,8 +88,8 @@ class RefineTokens(ComputePolicy):
             groups.append(replace(group, prefix=whole))
             before = first.tokens.select(row_R)
             doubt_RS, rating_RL = self._doubted(model, tokenizer, whole, before, action_BLD[row_R], watch)
-            if given is not None:
-                doubt_RS &= decoder.given_tokens(given).clock_BS[row_R] > 0
+            if conditioning is not None:
+                doubt_RS &= decoder.token_conditioning(conditioning).clock_BS[row_R] > 0
             if rating_RL is not None:
                 if confidence_BL is None:
                     confidence_BL = action_BLD.new_zeros(action_BLD.shape[:2])
@@ -113,7 +118,7 @@ class RefineTokens(ComputePolicy):
             action_BLD=action_BLD,
             groups=tuple(groups),
             layers=tuple(layers),
-            evaluations=tokens.evaluations,
+            nfe=tokens.nfe,
             layer_passes=tuple(passes),
             confidence_BL=confidence_BL,
             regenerated_BL=(action_BLD != first.action_BLD).any(-1),
@@ -131,14 +136,14 @@ class RefineTokens(ComputePolicy):
         watch: Stopwatch,
     ) -> Tokens:
         with watch.part("refine"):
-            state = decoder.solve(prefix, generators, self.steps, GivenTokens(before.id_BS, doubt_RS.float()))
+            state = decoder.solve(prefix, generators, self.steps, TokenConditioning(before.id_BS, doubt_RS.float()))
             after = decoder.tokens(state)
         assert after is not None  # it has a tokenizer
         probability_RS = torch.where(doubt_RS, after.probability_BS, before.probability_BS)
-        counts = tuple(a + b for a, b in zip(before.evaluations, after.evaluations, strict=True))
+        counts = tuple(a + b for a, b in zip(before.nfe, after.nfe, strict=True))
         revised_RN = torch.cat((before.revised_BN, after.revised_BN), 1)
         runs = tuple(a + b for a, b in zip(before.prefix_runs, after.prefix_runs, strict=True))
-        return replace(after, probability_BS=probability_RS, revised_BN=revised_RN, evaluations=counts, prefix_runs=runs)
+        return replace(after, probability_BS=probability_RS, revised_BN=revised_RN, nfe=counts, prefix_runs=runs)
 
     def _doubted(  # noqa: PLR0917
         self,

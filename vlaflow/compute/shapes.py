@@ -208,13 +208,13 @@ class RaterShape:
     layer: LayerShape
     depth: int
     action_dim: int
-    horizon: int
+    chunk_size: int
 
     @property
     def parameters(self) -> int:
         """Blocks, norm, projection, positions and the answer."""
         ends = Linear(self.action_dim, self.layer.width).parameters + Linear(self.layer.width, 1).parameters
-        return self.depth * self.layer.parameters + self.layer.norm + self.horizon * self.layer.width + ends
+        return self.depth * self.layer.parameters + self.layer.norm + self.chunk_size * self.layer.width + ends
 
 
 @dataclass(frozen=True)

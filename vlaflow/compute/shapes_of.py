@@ -120,16 +120,16 @@ def flow_decoder(config: FlowConfig, spec: BackboneSpec, steps: int = 10) -> Dec
         raise CapabilityError("The cost model knows no time token; count decoders whose clock is mixed into the actions.")
     width = c.expert.block.width if c.expert else spec.width
     enter, leave = flow_codec(c.padded_dim or c.action_dim, width, c.head_layers)
-    return _on_stack(DecoderShape(c.horizon, steps, enter, leave), c.expert, spec, c.horizon)
+    return _on_stack(DecoderShape(c.chunk_size, steps, enter, leave), c.expert, spec, c.chunk_size)
 
 
 def regression_decoder(config: RegressionConfig, spec: BackboneSpec) -> DecoderShape:
     """``decoders.regression``: learned queries through the stack, then the head once per action."""
     c = config
     width = c.expert.block.width if c.expert else spec.width
-    head = residual_head(c.tokens // c.horizon * width, c.hidden or width, c.action_dim, c.head_layers)
-    learned = ((),) * (c.tokens - c.horizon)
-    decoder = DecoderShape(c.horizon, 1, leave=head, context=learned, tables=c.tokens * width)
+    head = residual_head(c.tokens // c.chunk_size * width, c.hidden or width, c.action_dim, c.head_layers)
+    learned = ((),) * (c.tokens - c.chunk_size)
+    decoder = DecoderShape(c.chunk_size, 1, leave=head, context=learned, tables=c.tokens * width)
     return _on_stack(decoder, c.expert, spec, c.tokens)
 
 

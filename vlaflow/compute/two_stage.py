@@ -17,7 +17,7 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
 from vlaflow.compute.dense import spent
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Capability, Given
+from vlaflow.decoders.base import Capability, Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 
@@ -70,28 +70,33 @@ class TwoStage(ComputePolicy):
         return replace(self, refresh=0.0) if Capability.JOINT_ATTENTION in model.decoder.capabilities else None
 
     def decode(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], watch: Stopwatch, given: Given | None = None
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        watch: Stopwatch,
+        conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``."""
         decoder, depth = model.decoder, model.backbone.spec.depth
         with watch.part("prefix"):
             prefix = decoder.read(model.backbone, prefix)
         with watch.part("first"):
-            state = decoder.start(prefix, generators, self.steps, given)
+            state = decoder.start(prefix, generators, self.steps, conditioning)
             if self.refresh is not None:
                 state = decoder.refreshing(state, self.refresh)
             state = decoder.advance(state, prefix, self.stochastic)
         if self.settling:
-            with watch.part("settle"):
-                state = decoder.settle(state, prefix, self.settling)
+            with watch.part("refine_deterministic"):
+                state = decoder.refine_deterministic(state, prefix, self.settling)
         action_BLD, tokens, batch = decoder.finish(state), decoder.tokens(state), prefix.batch
-        evaluations = tokens.evaluations if tokens else (decoder.evaluations(self.steps),) * batch
+        nfe = tokens.nfe if tokens else (decoder.nfe(self.steps),) * batch
         return Decoded(
             action_BLD,
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
             layers=(depth,) * batch,
-            evaluations=evaluations,
-            layer_passes=spent(prefix, depth, evaluations, tokens),
+            nfe=nfe,
+            layer_passes=spent(prefix, depth, nfe, tokens),
             tokens=tokens,
         )
 

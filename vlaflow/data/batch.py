@@ -1,6 +1,6 @@
 """Batched tensors as they leave the data room and enter a policy, in robot units (policies normalise).
 
-Shape letters: B batch, H height, W width, S state dimension, L horizon, D action dimension.
+Shape letters: B batch, H height, W width, S state dimension, L chunk size, D action dimension.
 """
 
 from __future__ import annotations
@@ -66,32 +66,34 @@ class ObservationBatch:
 class Executed:
     """What the robot was given while other actions were noted as those to be learned.
 
-    Where the two are far apart, the robot departed from what it should have done. Actions noted after that answer to a
+    Where the two are far apart, the robot intervened from what it should have done. Actions noted after that answer to a
     place that the observation did not foretell: they are to be learned only by whoever is told what was executed until then.
 
     Args:
         action_BLD: float32, what was executed.
-        departed_BL: bool, steps at which it was far from the action to be learned.
+        intervened_BL: bool, steps at which it was far from the action to be learned.
         present_BL: bool, steps that are neither past the episode's end nor a pause.
     """
 
     action_BLD: Tensor
-    departed_BL: Tensor
+    intervened_BL: Tensor
     present_BL: Tensor
 
     def valid_after(self, known_B1: Tensor | int) -> Tensor:
-        """Steps that count when the first ``known_B1`` executed actions are given: no departure lies between; bool (B, L)."""
-        place_1L = torch.arange(self.departed_BL.shape[1], device=self.departed_BL.device)[None]
-        departed_BL = self.departed_BL & (place_1L >= known_B1)
-        return self.present_BL & (departed_BL.cumsum(1) - departed_BL.long() == 0)
+        """Steps that count when the first ``known_B1`` executed actions are given: no intervention lies between; bool (B,
+        L).
+        """
+        place_1L = torch.arange(self.intervened_BL.shape[1], device=self.intervened_BL.device)[None]
+        intervened_BL = self.intervened_BL & (place_1L >= known_B1)
+        return self.present_BL & (intervened_BL.cumsum(1) - intervened_BL.long() == 0)
 
     def repeat(self, times: int) -> Executed:
         """Every sample so many times, one after the other."""
-        return Executed(*(x.repeat_interleave(times, 0) for x in (self.action_BLD, self.departed_BL, self.present_BL)))
+        return Executed(*(x.repeat_interleave(times, 0) for x in (self.action_BLD, self.intervened_BL, self.present_BL)))
 
     def to(self, device: torch.device | str) -> Executed:
         """The same on another device."""
-        return Executed(self.action_BLD.to(device), self.departed_BL.to(device), self.present_BL.to(device))
+        return Executed(self.action_BLD.to(device), self.intervened_BL.to(device), self.present_BL.to(device))
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Batch:
     Args:
         observation: what the policy saw.
         action_BLD: float32, robot units; steps past the episode's end repeat its last action.
-        valid_BL: bool; False on steps past the episode's end, on pauses, and on all that follow a departure (see
+        valid_BL: bool; False on steps past the episode's end, on pauses, and on all that follow an intervention (see
             ``Executed``). They never touch the loss.
         episode_B: int64, the episode each sample comes from (named when a loss explodes).
         frame_B: int64, the frame within that episode.
@@ -136,11 +138,11 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class QuestionBatch:
-    """Questions about pictures, with their answers.
+class VqaBatch:
+    """Questions about images, with their answers.
 
     Args:
-        observation: pictures by view; the instructions are the questions; no state dimension is known.
+        observation: images by view; the instructions are the questions; no state dimension is known.
         answers: B sentences.
         names: of the questions, e.g. for a loss that explodes.
     """
@@ -154,6 +156,6 @@ class QuestionBatch:
         """What an average over the batch stands for: answers."""
         return len(self.answers)
 
-    def to(self, device: torch.device | str) -> QuestionBatch:
+    def to(self, device: torch.device | str) -> VqaBatch:
         """The same batch on another device."""
-        return QuestionBatch(self.observation.to(device), self.answers, self.names)
+        return VqaBatch(self.observation.to(device), self.answers, self.names)

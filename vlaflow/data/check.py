@@ -16,9 +16,9 @@ from functools import partial
 import av
 import numpy as np
 
-from vlaflow.data.exclusions import departed, paused
+from vlaflow.data.exclusions import intervened, paused
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DEPARTURES, PauseRule
+from vlaflow.data.quality import INTERVENTIONS, PauseRule
 from vlaflow.data.stats import compute
 from vlaflow.data.video import TOLERANCE_S
 from vlaflow.errors import DataError
@@ -120,10 +120,11 @@ def _about_numbers(dataset: Dataset) -> list[str]:
                 "pause rule leave them out of the loss"
                 + (", and refuse to train while that is more than max_excluded." if share > 0.5 else ".")
             )
-    share = departed(dataset, DEPARTURES).mean()
+    share = intervened(dataset, INTERVENTIONS).mean()
     if share > 0:
         remarks.append(
-            f"In {share:.1%} of the frames something else was executed (vlaflow.data.quality.DepartureRule); what follows in a "
+            f"In {share:.1%} of the frames something else was executed (vlaflow.data.quality.InterventionRule); "
+            "what follows in a "
             "chunk is not learned."
         )
     if dataset.video_drift_s >= TOLERANCE_S:

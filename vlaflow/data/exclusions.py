@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DepartureRule, PauseRule, departures, pauses
+from vlaflow.data.quality import InterventionRule, PauseRule, interventions, pauses
 from vlaflow.errors import SpecError
 
 
@@ -21,19 +21,20 @@ class Exclusions:
 
     Args:
         paused: by the pause rule; None without one.
-        departed: by the departure rule (what follows a departure within a chunk); None without one, or where the data set
+        intervened: by the intervention rule (what follows an intervention within a chunk); None without one, or where the
+        data set
             does not keep executed actions.
         total: by either.
     """
 
     paused: float | None
-    departed: float | None
+    intervened: float | None
     total: float
 
     @property
     def shares(self) -> str:
         """The share of each rule that applies, in words."""
-        rules = {"in pauses": self.paused, "after departures": self.departed}
+        rules = {"in pauses": self.paused, "after interventions": self.intervened}
         return ", ".join(f"{share:.1%} {name}" for name, share in rules.items() if share is not None)
 
 
@@ -42,19 +43,19 @@ def exclusions(
     episodes: Sequence[int],
     chunk_size: int,
     pause_rule: PauseRule | None,
-    departure_rule: DepartureRule | None,
+    intervention_rule: InterventionRule | None,
 ) -> Exclusions:
     """Count what the rules leave out of the chunks of ``chunk_size`` actions that begin at every frame of the episodes."""
-    pause_N, departed_N = paused(dataset, pause_rule), departed(dataset, departure_rule)
+    pause_N, intervened_N = paused(dataset, pause_rule), intervened(dataset, intervention_rule)
     pauses_before = np.concatenate(([0], np.cumsum(pause_N)))  # pauses_before[i]: among rows 0 .. i-1
     row_N = np.arange(len(dataset))
-    next_departure_N = np.minimum.accumulate(np.where(departed_N, row_N, len(dataset))[::-1])[::-1]
+    next_departure_N = np.minimum.accumulate(np.where(intervened_N, row_N, len(dataset))[::-1])[::-1]
     actions = in_pauses = after_departures = left_out = 0
     for episode in episodes:
         rows = dataset.episode_slice(episode)
         first_T = row_N[rows]
         end_T = np.minimum(first_T + chunk_size, rows.stop)
-        counted_T = np.minimum(end_T, next_departure_N[rows] + 1)  # the departure itself is still learned
+        counted_T = np.minimum(end_T, next_departure_N[rows] + 1)  # the intervention itself is still learned
         actions += int((end_T - first_T).sum())
         in_pauses += int((pauses_before[end_T] - pauses_before[first_T]).sum())
         after_departures += int((end_T - counted_T).sum())
@@ -62,7 +63,7 @@ def exclusions(
     whole = max(actions, 1)
     return Exclusions(
         paused=in_pauses / whole if pause_rule is not None else None,
-        departed=after_departures / whole if departure_rule is not None and dataset.executed_key is not None else None,
+        intervened=after_departures / whole if intervention_rule is not None and dataset.executed_key is not None else None,
         total=left_out / whole,
     )
 
@@ -82,8 +83,8 @@ def paused(dataset: Dataset, rule: PauseRule | None) -> np.ndarray:
     return np.concatenate(pauses(episodes, dataset.action_spec, rule))
 
 
-def departed(dataset: Dataset, rule: DepartureRule | None) -> np.ndarray:
-    """Rows, (N,) bool, at which the robot departed from what is to be learned; none without a rule or executed actions."""
+def intervened(dataset: Dataset, rule: InterventionRule | None) -> np.ndarray:
+    """Rows, (N,) bool, at which the robot intervened from what is to be learned; none without a rule or executed actions."""
     found_N = np.zeros(len(dataset), bool)
     if rule is None or dataset.executed_key is None:
         return found_N
@@ -91,5 +92,5 @@ def departed(dataset: Dataset, rule: DepartureRule | None) -> np.ndarray:
     low_D, high_D = np.quantile(columns.action, (0.01, 0.99), axis=0)
     for episode in dataset.episodes:
         rows = dataset.episode_slice(episode.index)
-        found_N[rows] = departures(columns.action[rows], columns.executed[rows], (high_D - low_D) / 2, rule)
+        found_N[rows] = interventions(columns.action[rows], columns.executed[rows], (high_D - low_D) / 2, rule)
     return found_N

@@ -37,7 +37,7 @@ LAYOUT = 1
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Shrink by averaging areas to size x size; a picture that is not square keeps its shape between black bars.
+    """Shrink by averaging areas to size x size; an image that is not square keeps its shape between black bars.
 
     Args:
         image: uint8 (H, W, 3).

@@ -79,7 +79,7 @@ class Mixture:
         seed: decides everything.
 
     Raises:
-        SpecError: parts whose action specs, horizons, views, image sizes or state lengths differ.
+        SpecError: parts whose action specs, chunk sizes, views, image sizes or state lengths differ.
         ConfigError: weights that are not positive or not named as the parts are.
     """
 

@@ -30,7 +30,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, DataError, nearest
 
 EARLIER, LATER = "earlier", "later"
-"""Names of the two pictures of a pair in a batch."""
+"""Names of the two images of a pair in a batch."""
 TABLE_LAYOUT = 1
 """Raise when the content of a pair table changes."""
 
@@ -119,7 +119,7 @@ class FramePairs:
     def batch(self, indices: np.ndarray) -> Batch:
         """The pairs at ``indices`` (B,) as a training batch.
 
-        Its pictures are named "earlier" and "later"; its chunk is made of the ``gap`` executed actions that led from one to
+        Its images are named "earlier" and "later"; its chunk is made of the ``gap`` executed actions that led from one to
         the other (of no dimension where the data set holds none), all of them valid; all else is as at the earlier frame.
         """
         first_B, columns = self.rows[indices], self.dataset.columns()

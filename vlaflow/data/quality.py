@@ -1,4 +1,4 @@
-"""Which recorded steps are worth learning from: pauses, where the demonstrator did nothing, and departures, where the robot
+"""Which recorded steps are worth learning from: pauses, where the demonstrator did nothing, and interventions, where the robot
 did something else than it should have done.
 
 AsyncVLA "marks pause intervals and excludes them from the loss" without giving the rule; this one is our choice, and a
@@ -101,13 +101,13 @@ def _is_gripper(dimension: Dimension) -> bool:
 
 
 @dataclass(frozen=True)
-class DepartureRule:
+class InterventionRule:
     """When the robot departs from what is to be learned; see ``batch.Executed``.
 
     Args:
         threshold: largest mean difference between executed and noted action that is none, as a share of half of what the
             dimension spans between its 1 % and 99 % quantile.
-        steps: over which the difference is averaged, so that noise, which averages out, is no departure.
+        steps: over which the difference is averaged, so that noise, which averages out, is no intervention.
     """
 
     threshold: float = 0.5
@@ -115,15 +115,17 @@ class DepartureRule:
 
     def __post_init__(self) -> None:
         if not self.threshold > 0 or self.steps < 1:
-            raise ConfigError(f"A departure needs a threshold above 0 and at least one step, got {self}.")
+            raise ConfigError(f"An intervention needs a threshold above 0 and at least one step, got {self}.")
 
 
-DEPARTURES = DepartureRule()
+INTERVENTIONS = InterventionRule()
 """The rule that holds unless another is given."""
 
 
-def departures(action_ND: np.ndarray, executed_ND: np.ndarray, half_span_D: np.ndarray, rule: DepartureRule) -> np.ndarray:
-    """Mark the departures in one episode.
+def interventions(
+    action_ND: np.ndarray, executed_ND: np.ndarray, half_span_D: np.ndarray, rule: InterventionRule
+) -> np.ndarray:
+    """Mark the interventions in one episode.
 
     Args:
         action_ND, executed_ND: one episode's noted and executed actions, robot units.

@@ -6,13 +6,13 @@ from typing import Protocol
 
 import numpy as np
 
-from vlaflow.data.batch import Batch, QuestionBatch
+from vlaflow.data.batch import Batch, VqaBatch
 
-Sample = Batch | QuestionBatch
+Sample = Batch | VqaBatch
 
 
 class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, ``data.pictures.Questions``, or anything like them."""
+    """Numbered samples: ``data.windows.Windows``, ``data.image_cache.VqaSource``, or anything like them."""
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -1,6 +1,6 @@
 """Where the episodes of a LeRobot v3.0 data set lie in its videos, as meta/episodes states it, checked without decoding.
 
-A wrong offset would silently give an episode another one's pictures. What only the video itself can tell (is there a frame,
+A wrong offset would silently give an episode another one's images. What only the video itself can tell (is there a frame,
 does it end too early) is checked in ``video`` when it is decoded.
 """
 

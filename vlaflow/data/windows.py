@@ -1,6 +1,6 @@
 """Training samples: at every frame of every episode, what was seen and the L actions that followed.
 
-    windows = Windows(dataset, FrameCache.open(dataset, size=96), horizon=16, episodes=train)
+    windows = Windows(dataset, FrameCache.open(dataset, size=96), chunk_size=16, episodes=train)
     batch = windows.batch(np.array([0, 5, 9]))
 
 In which order the samples come is decided in ``mixture``.
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from vlaflow.data.batch import Batch, Executed, ObservationBatch
-from vlaflow.data.exclusions import departed, paused
+from vlaflow.data.exclusions import intervened, paused
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DEPARTURES, DepartureRule, PauseRule
+from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
 from vlaflow.errors import ConfigError, SpecError
 
 
@@ -25,12 +25,12 @@ class Windows:
     """Every frame of the chosen episodes as the start of a chunk.
 
     Attributes:
-        dataset, cache, horizon: as given; the chunk length is L = ``horizon``.
+        dataset, cache, chunk_size: as given; the chunk length is L = ``chunk_size``.
         episodes: the chosen episodes.
-        action_spec: the data set's, cut into chunks of ``horizon``; None where it states none.
+        action_spec: the data set's, cut into chunks of ``chunk_size``; None where it states none.
         rows: int64 (M,), the row of each sample's first action in ``Dataset.columns``.
         pause_N: bool (N,), rows that a pause rule marked.
-        departed_N: bool (N,), rows at which the robot was given something else than the action to be learned.
+        intervened_N: bool (N,), rows at which the robot was given something else than the action to be learned.
         code_NK: int64, latent action codes by row, −1 where there are none; None when batches hold none.
     """
 
@@ -38,28 +38,28 @@ class Windows:
         self,
         dataset: Dataset,
         cache: FrameCache,
-        horizon: int,
+        chunk_size: int,
         episodes: Sequence[int] | None = None,
         pause_rule: PauseRule | None = None,
         *,
-        departure_rule: DepartureRule | None = DEPARTURES,
+        intervention_rule: InterventionRule | None = INTERVENTIONS,
         code_NK: np.ndarray | None = None,
     ) -> None:
-        if horizon < 1:
-            raise ConfigError(f"The horizon must be at least one action, got {horizon}.")
+        if chunk_size < 1:
+            raise ConfigError(f"The chunk size must be at least one action, got {chunk_size}.")
         if len(cache) != len(dataset):
             raise SpecError(f"The frame cache {cache.folder} holds {len(cache)} frames, but {dataset.root} has {len(dataset)}.")
-        self.dataset, self.cache, self.horizon, self.code_NK = dataset, cache, horizon, code_NK
+        self.dataset, self.cache, self.chunk_size, self.code_NK = dataset, cache, chunk_size, code_NK
         self.episodes = tuple(range(len(dataset.episodes)) if episodes is None else episodes)
         if not self.episodes:
             raise ConfigError(f"No episode of {dataset.root} was chosen. Give at least one.")
-        self.action_spec = dataset.action_spec.with_horizon(horizon) if dataset.action_spec else None
+        self.action_spec = dataset.action_spec.with_chunk_size(chunk_size) if dataset.action_spec else None
         slices = [dataset.episode_slice(episode) for episode in self.episodes]
         self._columns = dataset.columns()
         self.rows = np.concatenate([np.arange(s.start, s.stop) for s in slices])
         self._last = np.concatenate([np.full(s.stop - s.start, s.stop - 1) for s in slices])
         self.pause_N = paused(dataset, pause_rule)
-        self.departed_N = departed(dataset, departure_rule)
+        self.intervened_N = intervened(dataset, intervention_rule)
 
     def __len__(self) -> int:
         """Number of samples, M."""
@@ -68,11 +68,11 @@ class Windows:
     def batch(self, indices: np.ndarray) -> Batch:
         """The samples at ``indices`` (B,), each in 0 .. M-1."""
         first_B, last_B = self.rows[indices], self._last[indices]
-        wanted_BL = first_B[:, None] + np.arange(self.horizon)
+        wanted_BL = first_B[:, None] + np.arange(self.chunk_size)
         row_BL = np.minimum(wanted_BL, last_B[:, None])
         columns = self._columns
         present_BL = (wanted_BL == row_BL) & ~self.pause_N[row_BL]
-        executed = Executed(*map(torch.from_numpy, (columns.executed[row_BL], self.departed_N[row_BL], present_BL)))
+        executed = Executed(*map(torch.from_numpy, (columns.executed[row_BL], self.intervened_N[row_BL], present_BL)))
         observation = ObservationBatch(
             self.cache.gather(first_B),
             torch.from_numpy(columns.state[first_B]),
@@ -89,13 +89,13 @@ class Windows:
         )
 
 
-def action_chunks(dataset: Dataset, horizon: int, episodes: Sequence[int]) -> np.ndarray:
+def action_chunks(dataset: Dataset, chunk_size: int, episodes: Sequence[int]) -> np.ndarray:
     """The chunk that begins at every frame of the episodes, in robot units, float32 (M, L, D), as ``Windows`` cuts them."""
     action, found = dataset.columns().action, []
     for episode in episodes:
         rows = dataset.episode_slice(episode)
         first_M1 = np.arange(rows.start, rows.stop)[:, None]
-        found.append(action[np.minimum(first_M1 + np.arange(horizon), rows.stop - 1)])
+        found.append(action[np.minimum(first_M1 + np.arange(chunk_size), rows.stop - 1)])
     return np.concatenate(found)
 
 

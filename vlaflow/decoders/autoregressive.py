@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Given, GivenTokens, LossTerms, Targets, Tokens, mean_over_exits
+from vlaflow.decoders.base import Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.categorical import pick, uniforms
@@ -37,7 +37,7 @@ class AutoregressiveConfig(TokenConfig):
         super().__post_init__()
         if self.temperature < 0:
             raise ConfigError(f"A temperature is 0 (greedy) or more, got {self.temperature}.")
-        if self.draws != 1:
+        if self.noise_samples != 1:
             raise ConfigError("An autoregressive decoder corrupts nothing, so draws is 1.")
 
     def build(self, spec: BackboneSpec) -> AutoregressiveDecoder:
@@ -68,7 +68,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         self.config = config
         self.begin = self.vocabulary
 
-    def evaluations(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int:
         """One a slot, at most, whatever number of steps."""
         return self.slots
 
@@ -85,14 +85,18 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         return mean_over_exits("token", losses)
 
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> AutoregressiveState:
         """No tokens yet.
 
         Raises:
             CapabilityError: when tokens are given.
         """
-        if given is not None:
+        if conditioning is not None:
             raise CapabilityError("An autoregressive decoder cannot start from given tokens; use a discrete flow.")
         device, b = prefix.hidden_BPW.device, prefix.batch
         return AutoregressiveState(
@@ -130,10 +134,14 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         return state
 
     def solve(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> AutoregressiveState:
         """Tokens until all sequences have ended or are full."""
-        return self.advance(self.start(prefix, generators, steps, given), prefix, self.slots)
+        return self.advance(self.start(prefix, generators, steps, conditioning), prefix, self.slots)
 
     def tokens(self, state: AutoregressiveState) -> Tokens:
         """See ``Decoder``; a sequence that filled its slots without an end counts as repaired."""
@@ -141,7 +149,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         repaired_B = made.repaired_B
         if self.tokenizer.end is not None:
             repaired_B = repaired_B | ~state.ended_B
-        return replace(made, repaired_B=repaired_B, evaluations=tuple(state.length_B.tolist()))
+        return replace(made, repaired_B=repaired_B, nfe=tuple(state.length_B.tolist()))
 
     def logits(self, id_BS: Tensor, prefix: Prefix) -> Tensor:
         """Logits (B, S, V) of every token given those before it, all in one pass."""

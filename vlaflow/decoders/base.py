@@ -1,9 +1,10 @@
 """The contract of a decoder: ``loss`` for training; ``start``, ``advance``, ``finish`` for inference.
 
-Whatever a token is, it carries a clock: 1 is pure noise, 0 is done. What a decoder is given are actions (``Given``) or
-tokens (``GivenTokens``) with clocks: committed or confident ones at 0, ones to be made at 1, warm-started ones in between.
+Whatever a token is, it carries a clock: 1 is pure noise, 0 is done. What a decoder is given are actions (``Conditioning``) or
+tokens (``TokenConditioning``) with clocks: committed or confident ones at 0, ones to be made at 1, warm-started ones in
+between.
 
-Shape letters: B batch, L horizon, D action dimension, S token slots.
+Shape letters: B batch, L chunk size, D action dimension, S token slots.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Pull:
+class Guidance:
     """Known actions that a flow is bent towards (``flows.guidance``) where it was not trained to be given them.
 
     Args:
@@ -90,7 +91,7 @@ class Pull:
 
 
 @dataclass(frozen=True)
-class Given:
+class Conditioning:
     """Tokens known beforehand, and the clock each starts from.
 
     Args:
@@ -98,22 +99,22 @@ class Given:
         clock_BL: in [0, 1].
         noised: the actions already are what a token at that clock looks like; nothing is mixed into them. By default they
             are clean, and fresh noise brings them to their clock.
-        pull: actions to be bent towards on the way, whatever the clocks.
+        guidance: actions to be bent towards on the way, whatever the clocks.
     """
 
     action_BLD: Tensor
     clock_BL: Tensor
     noised: bool = False
-    pull: Pull | None = None
+    guidance: Guidance | None = None
 
-    def select(self, row_R: Tensor) -> Given:
+    def select(self, row_R: Tensor) -> Conditioning:
         """Rows of the batch."""
-        pull = self.pull and Pull(self.pull.action_BLD[row_R], self.pull.weight_BL[row_R])
-        return Given(self.action_BLD[row_R], self.clock_BL[row_R], self.noised, pull)
+        guidance = self.guidance and Guidance(self.guidance.action_BLD[row_R], self.guidance.weight_BL[row_R])
+        return Conditioning(self.action_BLD[row_R], self.clock_BL[row_R], self.noised, guidance)
 
 
 @dataclass(frozen=True)
-class GivenTokens:
+class TokenConditioning:
     """Tokens of a vocabulary known beforehand, and the clock each starts from.
 
     Args:
@@ -134,7 +135,7 @@ class Tokens:
         probability_BS: what the network gave each when it last looked at it.
         repaired_B: bool, chunks whose tokens did not describe one exactly (see ``actions.base.Decoding``).
         revised_BN: int64, tokens that each of the N steps changed.
-        evaluations: network evaluations each chunk took.
+        nfe: network evaluations each chunk took.
         prefix_runs: how often the prefix was run beyond the once before the first step.
         masked_BS: bool, tokens that stand for nothing yet; None where there are never any.
     """
@@ -143,7 +144,7 @@ class Tokens:
     probability_BS: Tensor
     repaired_B: Tensor
     revised_BN: Tensor
-    evaluations: tuple[int, ...]
+    nfe: tuple[int, ...]
     prefix_runs: tuple[int, ...] = ()
     masked_BS: Tensor | None = None
 
@@ -155,7 +156,7 @@ class Tokens:
             self.probability_BS[row_R],
             self.repaired_B[row_R],
             self.revised_BN[row_R],
-            tuple(self.evaluations[row] for row in rows),
+            tuple(self.nfe[row] for row in rows),
             tuple(self.prefix_runs[row] for row in rows) if self.prefix_runs else (),
             None if self.masked_BS is None else self.masked_BS[row_R],
         )
@@ -169,15 +170,15 @@ class Tokens:
             torch.cat([part.probability_BS for part in parts]),
             torch.cat([part.repaired_B for part in parts]),
             torch.cat([nn.functional.pad(part.revised_BN, (0, most - part.revised_BN.shape[1])) for part in parts]),
-            tuple(count for part in parts for count in part.evaluations),
+            tuple(count for part in parts for count in part.nfe),
             tuple(count for part in parts for count in part.prefix_runs),
             None if parts[0].masked_BS is None else torch.cat([p.masked_BS for p in parts if p.masked_BS is not None]),
         )
 
     def passes(self, depth: int) -> tuple[int, ...]:
         """Network layers run at this depth over tokens and prefix together."""
-        runs = self.prefix_runs or (0,) * len(self.evaluations)
-        return tuple(depth * (count + more) for count, more in zip(self.evaluations, runs, strict=True))
+        runs = self.prefix_runs or (0,) * len(self.nfe)
+        return tuple(depth * (count + more) for count, more in zip(self.nfe, runs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class LatentCodes:
 class DecoderConfig(Part, ABC):
     """All that is needed to build a decoder, weights aside; a checkpoint holds it as JSON.
 
-    A kind is a frozen dataclass with ``action_dim`` and ``horizon``, registered by its class's name under
+    A kind is a frozen dataclass with ``action_dim`` and ``chunk_size``, registered by its class's name under
     ``vlaflow.decoders`` (docs/extending.md). What training must prepare for it, it asks here.
     """
 
@@ -204,7 +205,7 @@ class DecoderConfig(Part, ABC):
             """Dimensions of an action, D."""
 
         @property
-        def horizon(self) -> int:
+        def chunk_size(self) -> int:
             """Actions per chunk, L."""
 
     @abstractmethod
@@ -248,7 +249,7 @@ class Capability(StrEnum):
     REGENERATION = "regeneration"
     """It was trained to make some actions or tokens while the others are given clean."""
     DETERMINISTIC_STEPS = "deterministic-steps"
-    """It has a ``settle``: deterministic steps that may still revise every token."""
+    """It has a ``refine_deterministic``: deterministic steps that may still revise every token."""
     PREFIX_REFRESH = "prefix-refresh"
     """It has a ``refreshing``: the share of changed tokens from which the prefix is run again can be chosen."""
     JOINT_ATTENTION = "joint-attention"
@@ -258,7 +259,7 @@ class Capability(StrEnum):
 class Decoder(nn.Module, ABC, Generic[State]):
     """Moves action tokens from noise to actions, reading a prefix at whatever depth it has reached."""
 
-    horizon: int
+    chunk_size: int
     action_dim: int
     tokenizer: Tokenizer | None = None
     """The fitted action tokenizer, for decoders that have a vocabulary."""
@@ -269,12 +270,12 @@ class Decoder(nn.Module, ABC, Generic[State]):
         return frozenset()
 
     @property
-    def longest_commitment(self) -> int:
+    def max_action_prefix(self) -> int:
         """How many committed actions a chunk may begin with; 0 where it can continue none."""
-        return self.horizon if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
+        return self.chunk_size if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
 
     @abstractmethod
-    def evaluations(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int:
         """Network evaluations that ``steps`` solver steps cost."""
 
     @abstractmethod
@@ -287,7 +288,11 @@ class Decoder(nn.Module, ABC, Generic[State]):
 
     @abstractmethod
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> State:
         """Initial tokens for B observations, to be finished in ``steps`` solver steps; one generator per observation."""
 
@@ -299,7 +304,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
     def finish(self, state: State) -> Tensor:
         """Normalised actions, (B, L, D) float32."""
 
-    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Given:
+    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Conditioning:
         """What ``start`` is given so that chunks continue the chunks before them (real-time chunking).
 
         Args:
@@ -311,19 +316,19 @@ class Decoder(nn.Module, ABC, Generic[State]):
         Raises:
             CapabilityError: for decoders that can continue no chunk, or not so.
         """
-        if not self.longest_commitment or guided:
+        if not self.max_action_prefix or guided:
             raise CapabilityError(
                 f"A {type(self).__name__} like this cannot continue committed actions{' by guidance' * guided}. Use a flow "
                 "decoder, or a discrete flow over bins trained with masks='unified'."
             )
-        place_1L = torch.arange(self.horizon, device=action_BLD.device)[None]
-        return Given(action_BLD, (place_1L >= committed_B[:, None]).float())
+        place_1L = torch.arange(self.chunk_size, device=action_BLD.device)[None]
+        return Conditioning(action_BLD, (place_1L >= committed_B[:, None]).float())
 
     def tokens(self, state: State) -> Tokens | None:
         """What is known of the tokens, for decoders that have a vocabulary."""
         return None
 
-    def settle(self, state: State, prefix: Prefix, steps: int = 1) -> State:
+    def refine_deterministic(self, state: State, prefix: Prefix, steps: int = 1) -> State:
         """Deterministic steps that may still revise every token.
 
         Raises:
@@ -343,7 +348,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """
         raise CapabilityError(f"A {type(self).__name__} never runs the prefix again; use a discrete flow.")
 
-    def given_tokens(self, given: Given | GivenTokens) -> GivenTokens:
+    def token_conditioning(self, conditioning: Conditioning | TokenConditioning) -> TokenConditioning:
         """Given actions as tokens.
 
         Raises:
@@ -356,13 +361,21 @@ class Decoder(nn.Module, ABC, Generic[State]):
         return backbone.run(prefix, depth)
 
     def solve(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> State:
         """Start, and all steps at ``prefix.depth``."""
-        return self.advance(self.start(prefix, generators, steps, given), prefix, steps)
+        return self.advance(self.start(prefix, generators, steps, conditioning), prefix, steps)
 
     def sample(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> Tensor:
         """A whole chunk (B, L, D): start, all steps, finish."""
-        return self.finish(self.solve(prefix, generators, steps, given))
+        return self.finish(self.solve(prefix, generators, steps, conditioning))

@@ -8,7 +8,8 @@ velocity, and the tokens jump along it. Two variants (``velocity``):
     "rate"     training corrupts along the mixture path; a head predicts how fast each token should leave
                (DFM-VLA's head variant, after Edit Flows with substitutions alone)
 
-``settle`` adds deterministic steps: the most probable token everywhere, given all the others (the validation of DFM-VLA).
+``refine_deterministic`` adds deterministic steps: the most probable token everywhere, given all the others (the validation of
+DFM-VLA).
 
 The paper runs t = 1 − clock. The network does not see the clock unless ``clock_input`` says so.
 
@@ -26,7 +27,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
-from vlaflow.decoders.base import Capability, Given, GivenTokens, LossTerms, Targets, Tokens, mean_over_exits
+from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import discrete, gaussian, metrics
@@ -113,13 +114,13 @@ class DiscreteFlowState(TokenState):
     Args:
         refresh: see ``DiscreteFlowConfig``; for both kinds of attention.
         seen_BS: tokens that the prefix saw when it was last run.
-        memory: the prefix as it was then; None before the first step.
+        kv_cache: the prefix as it was then; None before the first step.
         refreshed: how often it was run for each observation, int64 (B,).
     """
 
     refresh: float = 1.0
     seen_BS: Tensor | None = None
-    memory: Prefix | None = None
+    kv_cache: Prefix | None = None
     refreshed: Tensor = field(kw_only=True)
 
 
@@ -185,7 +186,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         """Cross-entropy to the target at random clocks; for the rate variant also the rate's loss."""
         c = self.config
         id_BS, weight_BS = self.encode(targets)
-        id_BS, weight_BS = (x.repeat_interleave(self.draws, 0) for x in (id_BS, weight_BS))
+        id_BS, weight_BS = (x.repeat_interleave(self.noise_samples, 0) for x in (id_BS, weight_BS))
         b, device = len(id_BS), id_BS.device
         # 1 − U lies in (0, 1]: a clock of exactly 0 would have nothing to learn from.
         clock_BS = (1 - torch.rand(b, 1, generator=generator)).expand(b, self.slots)
@@ -246,15 +247,19 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     # -- inference ---------------------------------------------------------------------------------------------------
 
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> DiscreteFlowState:
         """Uniform noise; given tokens enter as a draw from the path at their clock."""
         device = prefix.hidden_BPW.device
         noise_B2S = uniforms(generators, (2, self.slots), device)
         id_BS = (noise_B2S[:, 0] * self.vocabulary).long().clamp(max=self.vocabulary - 1)
         clock_BS = torch.ones(id_BS.shape, device=device)
-        if given is not None:
-            known = self.given_tokens(given)
+        if conditioning is not None:
+            known = self.token_conditioning(conditioning)
             clock_BS = known.clock_BS.to(device)
             id_BS = torch.where(clock_BS < 1, self.corrupt(known.id_BS, clock_BS, noise_B2S[:, 1]), id_BS)
         refresh = self.config.refresh if self.config.attention == "full" else 1.0
@@ -300,7 +305,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             state = state.moved(id_BS, chance_BSV.gather(-1, id_BS[..., None])[..., 0])
         return state
 
-    def settle(self, state: DiscreteFlowState, prefix: Prefix, steps: int = 1) -> DiscreteFlowState:
+    def refine_deterministic(self, state: DiscreteFlowState, prefix: Prefix, steps: int = 1) -> DiscreteFlowState:
         """Deterministic steps: the most probable token in every slot. They change nothing once nothing changes."""
         for _ in range(steps):
             clock_BS = state.clock_at(min(state.done, state.steps))
@@ -320,14 +325,14 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         embedded_BSW = self._embed(state.id_BS, clock_BS)
         if not full and state.refresh >= 1:
             return self.stack(embedded_BSW, prefix), state
-        if state.seen_BS is None or state.memory is None:
+        if state.seen_BS is None or state.kv_cache is None:
             due_B = torch.ones(len(state.id_BS), dtype=torch.bool, device=state.id_BS.device)
         else:
             changed_B = (state.id_BS != state.seen_BS).float().mean(1)
             due_B = changed_B >= state.refresh if state.refresh == 0 else changed_B > state.refresh
         if not bool(due_B.any()):
-            assert state.memory is not None
-            return self.stack(embedded_BSW, state.memory), state
+            assert state.kv_cache is not None
+            return self.stack(embedded_BSW, state.kv_cache), state
         row_R = due_B.nonzero()[:, 0]
         depth, part = prefix.depth or prefix.backbone.spec.depth, prefix.restart().select(row_R)
         if full:
@@ -335,12 +340,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         else:
             fresh = prefix.backbone.run(part, depth)
             hidden_RSW = self.stack(embedded_BSW[row_R], fresh)
-        memory, seen_BS = fresh, state.id_BS
-        if state.memory is not None and state.seen_BS is not None and len(row_R) < len(state.id_BS):
-            layers = zip(state.memory.memory, fresh.memory, strict=True)
-            memory = replace(state.memory, memory=tuple(old.with_rows(row_R, new) for old, new in layers))
+        kv_cache, seen_BS = fresh, state.id_BS
+        if state.kv_cache is not None and state.seen_BS is not None and len(row_R) < len(state.id_BS):
+            layers = zip(state.kv_cache.kv_cache, fresh.kv_cache, strict=True)
+            kv_cache = replace(state.kv_cache, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
             seen_BS = torch.where(due_B[:, None], state.id_BS, state.seen_BS)
-            hidden_BSW = self.stack(embedded_BSW, memory).index_copy(0, row_R, hidden_RSW)
+            hidden_BSW = self.stack(embedded_BSW, kv_cache).index_copy(0, row_R, hidden_RSW)
         else:
             hidden_BSW = hidden_RSW
-        return hidden_BSW, replace(state, memory=memory, seen_BS=seen_BS, refreshed=state.refreshed + due_B)
+        return hidden_BSW, replace(state, kv_cache=kv_cache, seen_BS=seen_BS, refreshed=state.refreshed + due_B)

@@ -3,7 +3,7 @@
 Trained with AsyncVLA's unified masks it serves synchronous generation (all clocks 1) and regeneration (clocks 0 on the
 actions to keep) with the same weights; with "synchronous" masks it is the usual π0-style decoder.
 
-Shape letters: B batch, K noise draws, L horizon, D action dimension, X padded dimension, W width.
+Shape letters: B batch, K noise samples, L chunk size, D action dimension, X padded dimension, W width.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.nn import functional
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.base import (
     Capability,
+    Conditioning,
     Decoder,
     DecoderConfig,
-    Given,
-    GivenTokens,
+    Guidance,
     LossTerms,
-    Pull,
     Targets,
+    TokenConditioning,
     mean_over_exits,
 )
 from vlaflow.errors import CapabilityError, ConfigError
@@ -46,13 +46,13 @@ class FlowConfig(DecoderConfig):
 
     Args:
         action_dim: D.
-        horizon: actions per chunk, L.
+        chunk_size: actions per chunk, L.
         padded_dim: dimensions the network sees, zero beyond D (pretrained heads use 32); None for D itself.
         masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
         committed: longest beginning of a chunk that training gives clean, its length drawn anew for every sample, so that
             chunks can continue each other while the robot moves (real-time chunking); 0 for none.
         whole: share of the unified masks, and of the committed beginnings, that noise every token after all; 0 is the paper.
-        draws: noise, time and mask draws per observation and step, K; they share one prefix.
+        noise_samples: noise, time and mask draws per observation and step, K; they share one prefix.
         time_alpha: training times are Beta(time_alpha, 1).
         time_floor: smallest training time.
         expert: a stack of its own for the action tokens; None runs them through the backbone's layers.
@@ -62,12 +62,12 @@ class FlowConfig(DecoderConfig):
     """
 
     action_dim: int
-    horizon: int = 16
+    chunk_size: int = 16
     padded_dim: int | None = None
     masks: Literal["unified", "synchronous"] = "unified"
     committed: int = 0
     whole: float = 0.0
-    draws: int = 2
+    noise_samples: int = 2
     time_alpha: float = 1.5
     time_floor: float = 0.001
     expert: ExpertConfig | None = None
@@ -77,14 +77,16 @@ class FlowConfig(DecoderConfig):
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:
             raise ConfigError(f"padded_dim {self.padded_dim} is smaller than action_dim {self.action_dim}.")
-        if not 0 <= self.committed < self.horizon:
-            raise ConfigError(f"committed must leave actions to make: 0 to {self.horizon - 1}, got {self.committed}.")
+        if not 0 <= self.committed < self.chunk_size:
+            raise ConfigError(f"committed must leave actions to make: 0 to {self.chunk_size - 1}, got {self.committed}.")
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"whole is a share of the draws, in [0, 1], got {self.whole}.")
         if self.time_token and (self.masks == "unified" or self.committed or self.expert is None):
             raise ConfigError("A time_token is one clock for all: it needs an expert, masks='synchronous' and committed=0.")
-        if min(self.horizon, self.draws) < 1:
-            raise ConfigError(f"horizon and draws must be at least 1, got {self.horizon} and {self.draws}.")
+        if min(self.chunk_size, self.noise_samples) < 1:
+            raise ConfigError(
+                f"chunk_size and noise_samples must be at least 1, got {self.chunk_size} and {self.noise_samples}."
+            )
 
     def build(self, spec: BackboneSpec) -> FlowDecoder:
         """The decoder for such a backbone, randomly initialised."""
@@ -131,14 +133,14 @@ class FlowState:
         start_BL: the clock each token started from.
         done: solver steps taken.
         steps: solver steps in all.
-        pull: padded actions to be bent towards.
+        guide: padded actions to be bent towards.
     """
 
     x_BLX: Tensor
     start_BL: Tensor
     done: int
     steps: int
-    pull: Pull | None = None
+    guidance: Guidance | None = None
 
     def clock_at(self, done: int) -> Tensor:
         """Clocks after ``done`` steps: every token walks from its start to exactly 0 in ``steps`` equal strides."""
@@ -151,9 +153,9 @@ class FlowDecoder(Decoder[FlowState]):
     def __init__(self, config: FlowConfig, spec: BackboneSpec) -> None:
         super().__init__()
         self.config = config
-        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.chunk_size, self.action_dim = config.chunk_size, config.action_dim
         self.stack: Stack = (
-            config.expert.build(spec, config.horizon, config.time_token) if config.expert else SharedStack(spec.width)
+            config.expert.build(spec, config.chunk_size, config.time_token) if config.expert else SharedStack(spec.width)
         )
         self.codec = ActionCodec(
             config.padded_dim or config.action_dim, self.stack.width, config.head_layers, config.time_token
@@ -166,11 +168,11 @@ class FlowDecoder(Decoder[FlowState]):
         return frozenset({Capability.CONDITIONING} | trained)
 
     @property
-    def longest_commitment(self) -> int:
+    def max_action_prefix(self) -> int:
         """As trained; with mixed clocks, or by guidance, any number that leaves actions to make."""
-        return self.config.committed or self.horizon - 1
+        return self.config.committed or self.chunk_size - 1
 
-    def evaluations(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int:
         """One a step."""
         return steps
 
@@ -189,18 +191,18 @@ class FlowDecoder(Decoder[FlowState]):
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K draws a prefix."""
         c, device = self.config, targets.action_BLD.device
-        action_BLX = self._pad(targets.action_BLD.float()).repeat_interleave(c.draws, 0)
-        valid_BL = targets.valid_BL.repeat_interleave(c.draws, 0)
+        action_BLX = self._pad(targets.action_BLD.float()).repeat_interleave(c.noise_samples, 0)
+        valid_BL = targets.valid_BL.repeat_interleave(c.noise_samples, 0)
         b = action_BLX.shape[0]
-        mask_BL = torch.ones(b, c.horizon)
+        mask_BL = torch.ones(b, c.chunk_size)
         if c.masks == "unified":
-            mask_BL = gaussian.sample_mask(b, c.horizon, generator, c.whole)
+            mask_BL = gaussian.sample_mask(b, c.chunk_size, generator, c.whole)
         known_BLX = action_BLX
         if c.committed:
-            free_BL = gaussian.sample_beginning(b, c.horizon, c.committed, generator, c.whole)
+            free_BL = gaussian.sample_beginning(b, c.chunk_size, c.committed, generator, c.whole)
             mask_BL = mask_BL * free_BL
             if targets.executed is not None:  # what a robot commits to is what it executes
-                executed = targets.executed.repeat(c.draws)
+                executed = targets.executed.repeat(c.noise_samples)
                 free_BL = free_BL.to(device)
                 known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, self._pad(executed.action_BLD.float()))
                 valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
@@ -217,43 +219,49 @@ class FlowDecoder(Decoder[FlowState]):
         return mean_over_exits("velocity", losses)
 
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> FlowState:
         """Noise where nothing is given; given actions enter at the point of the path that belongs to their clock.
 
         Raises:
             CapabilityError: when tokens of a vocabulary are given.
         """
-        if isinstance(given, GivenTokens):
+        if isinstance(conditioning, TokenConditioning):
             raise CapabilityError("A flow decoder has no vocabulary; give it actions.")
         c, device = self.config, prefix.hidden_BPW.device
-        noise_BLX = gaussian.standard_normal(generators, (c.horizon, c.padded_dim or c.action_dim)).to(device)
-        if given is None:
+        noise_BLX = gaussian.standard_normal(generators, (c.chunk_size, c.padded_dim or c.action_dim)).to(device)
+        if conditioning is None:
             return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, steps)
-        x_BLX = self._pad(given.action_BLD.float())
+        x_BLX = self._pad(conditioning.action_BLD.float())
         d = c.action_dim
-        if not given.noised:
-            x_BLX = gaussian.interpolate(x_BLX, noise_BLX, given.clock_BL)
+        if not conditioning.noised:
+            x_BLX = gaussian.interpolate(x_BLX, noise_BLX, conditioning.clock_BL)
         elif x_BLX.shape[-1] > d:
-            x_BLX = torch.cat((x_BLX[..., :d], given.clock_BL[..., None] * noise_BLX[..., d:]), -1)
-        pull = given.pull and replace(given.pull, action_BLD=self._pad(given.pull.action_BLD.float()))
-        return FlowState(x_BLX, given.clock_BL, 0, steps, pull)
+            x_BLX = torch.cat((x_BLX[..., :d], conditioning.clock_BL[..., None] * noise_BLX[..., d:]), -1)
+        guide = conditioning.guidance and replace(
+            conditioning.guidance, action_BLD=self._pad(conditioning.guidance.action_BLD.float())
+        )
+        return FlowState(x_BLX, conditioning.clock_BL, 0, steps, guide)
 
-    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Given:
+    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Conditioning:
         """See ``Decoder``; trained with committed or mixed clocks it is given them, otherwise bent towards them."""
         if not guided and (self.config.committed or Capability.REGENERATION in self.capabilities):
             return super().continued(action_BLD, known_B, committed_B)
-        pull = Pull(action_BLD, guidance.soft_mask(self.horizon, committed_B, known_B))
-        return Given(torch.zeros_like(action_BLD), torch.ones_like(pull.weight_BL), pull=pull)
+        guide = Guidance(action_BLD, guidance.soft_mask(self.chunk_size, committed_B, known_B))
+        return Conditioning(torch.zeros_like(action_BLD), torch.ones_like(guide.weight_BL), guidance=guide)
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
         """Euler steps; the integration stays in float32 whatever the network computes in."""
         for done in range(state.done, min(state.done + steps, state.steps)):
             now_BL, next_BL = state.clock_at(done), state.clock_at(done + 1)
-            if state.pull is None:
+            if state.guidance is None:
                 velocity_BLX = self.velocity(state.x_BLX, now_BL, prefix).float()
             else:
-                velocity_BLX = self._guided(state, state.pull, now_BL, prefix)
+                velocity_BLX = self._guided(state, state.guidance, now_BL, prefix)
             state = replace(state, x_BLX=gaussian.step(state.x_BLX, velocity_BLX, now_BL, next_BL), done=done + 1)
         return state
 
@@ -261,11 +269,11 @@ class FlowDecoder(Decoder[FlowState]):
         """The real dimensions."""
         return state.x_BLX[..., : self.action_dim]
 
-    def _guided(self, state: FlowState, pull: Pull, now_BL: Tensor, prefix: Prefix) -> Tensor:
+    def _guided(self, state: FlowState, guide: Guidance, now_BL: Tensor, prefix: Prefix) -> Tensor:
         with torch.enable_grad():
             x_BLX = state.x_BLX.detach().requires_grad_()
             velocity_BLX = self.velocity(x_BLX, now_BL, prefix).float()
-            bent_BLX = guidance.guided(x_BLX, velocity_BLX, now_BL, pull.action_BLD, pull.weight_BL)
+            bent_BLX = guidance.guided(x_BLX, velocity_BLX, now_BL, guide.action_BLD, guide.weight_BL)
         return torch.cat((bent_BLX[..., : self.action_dim], velocity_BLX.detach()[..., self.action_dim :]), -1)
 
     def _pad(self, action_BLD: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ expert of its own that reads the codes' keys and values: those alone ("latent", 
 the public code). FAST tokens never are in what the expert reads. With ``truncate`` the expert reads them detached, so that the
 flow loss leaves the backbone as its language targets make it (the paper's second stage).
 
-Shape letters: B batch, L horizon, D action dimension, K codes.
+Shape letters: B batch, L chunk size, D action dimension, K codes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from vlaflow.actions.bins import BinsTokenizer
 from vlaflow.actions.fast import FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Capability, Decoder, DecoderConfig, Given, GivenTokens, LatentCodes, LossTerms, Targets
+from vlaflow.decoders.base import (
+    Capability,
+    Conditioning,
+    Decoder,
+    DecoderConfig,
+    LatentCodes,
+    LossTerms,
+    Targets,
+    TokenConditioning,
+)
 from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.errors import ConfigError
@@ -57,16 +66,17 @@ class LatentFlowConfig(DecoderConfig):
             raise ConfigError("A latent flow needs an expert; set decoder.flow.expert.")
         if not self.teaches and self.latent.answer == "autoregressive":
             raise ConfigError("Codes that are said one after the other cannot be left untaught; use answer='parallel'.")
-        if self.fast is not None and (self.fast.horizon, self.fast.action_dim) != (self.horizon, self.action_dim):
+        if self.fast is not None and (self.fast.chunk_size, self.fast.action_dim) != (self.chunk_size, self.action_dim):
             raise ConfigError(
-                f"FAST tokens of {self.fast.horizon} actions of {self.fast.action_dim} dimensions do not describe the flow's "
-                f"chunks of {self.horizon} of {self.action_dim}; give both the same."
+                f"FAST tokens of {self.fast.chunk_size} actions of {self.fast.action_dim} dimensions do not describe "
+                "the flow's "
+                f"chunks of {self.chunk_size} of {self.action_dim}; give both the same."
             )
 
     @property
-    def horizon(self) -> int:
+    def chunk_size(self) -> int:
         """Actions per chunk, L."""
-        return self.flow.horizon
+        return self.flow.chunk_size
 
     @property
     def action_dim(self) -> int:
@@ -116,7 +126,7 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
     def __init__(self, config: LatentFlowConfig, spec: BackboneSpec) -> None:
         super().__init__()
         self.config = config
-        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.chunk_size, self.action_dim = config.chunk_size, config.action_dim
         self.latent = config.latent.build(spec)
         self.flow = config.flow.build(spec)
         self.fast = config.fast.build(spec) if config.fast else None
@@ -127,13 +137,13 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         return self.flow.capabilities
 
     @property
-    def longest_commitment(self) -> int:
+    def max_action_prefix(self) -> int:
         """As its flow."""
-        return self.flow.longest_commitment
+        return self.flow.max_action_prefix
 
-    def evaluations(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int:
         """Of the expert; the latent tokens are one more pass of a few tokens through the backbone."""
-        return self.flow.evaluations(steps)
+        return self.flow.nfe(steps)
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Flow loss, and the cross-entropies of codes and FAST tokens at the deepest exit.
@@ -162,11 +172,15 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         return LossTerms(flow.total + beside, parts, flow.exits, beside)
 
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> LatentFlowState:
         """The latent tokens, then the flow's noise."""
         seen = self._seen(prefix, self.latent.read(prefix))
-        return LatentFlowState(self.flow.start(seen, generators, steps, given), seen)
+        return LatentFlowState(self.flow.start(seen, generators, steps, conditioning), seen)
 
     def advance(self, state: LatentFlowState, prefix: Prefix, steps: int = 1) -> LatentFlowState:
         """Euler steps of the expert."""
@@ -176,7 +190,7 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         """The chunk."""
         return self.flow.finish(state.flow)
 
-    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Given:
+    def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Conditioning:
         """As its flow."""
         return self.flow.continued(action_BLD, known_B, committed_B, guided=guided)
 

@@ -52,24 +52,24 @@ class Written:
 
     Args:
         hidden: (B, K, W) after each depth that was asked, from which each code is read.
-        memory: keys and values of the K tokens, by layer.
+        kv_cache: keys and values of the K tokens, by layer.
     """
 
     hidden: tuple[Tensor, ...]
-    memory: tuple[KeyValues, ...]
+    kv_cache: tuple[KeyValues, ...]
 
     def after(self, prefix: Prefix) -> Prefix:
         """The prefix with these tokens behind it."""
-        return prefix.reading(tuple(p.cat(own) for p, own in zip(prefix.memory, self.memory, strict=False)), self.count)
+        return prefix.reading(tuple(p.cat(own) for p, own in zip(prefix.kv_cache, self.kv_cache, strict=False)), self.count)
 
     def alone(self, prefix: Prefix) -> Prefix:
         """These tokens in the place of the prefix."""
-        return prefix.reading(self.memory, self.count)
+        return prefix.reading(self.kv_cache, self.count)
 
     @property
     def count(self) -> int:
         """K."""
-        return self.memory[0].key_CGPE.shape[2]
+        return self.kv_cache[0].key_CGPE.shape[2]
 
 
 class LatentReader(nn.Module):
@@ -110,9 +110,9 @@ class LatentReader(nn.Module):
             # with gradients, which nobody asks for: autocast keeps the weights it casts, and must not keep them without
             code_BK = torch.where(code_BK < 0, self.logits(self.read(prefix).hidden[-1]).argmax(-1), code_BK)
         mask_TS = causal_mask(self.config.codes + 1, code_BK.device)
-        hidden, memory = prefix.backbone.follow(self._shifted(code_BK), prefix, depths, mask_TS)
+        hidden, kv_cache = prefix.backbone.follow(self._shifted(code_BK), prefix, depths, mask_TS)
         # the first token says nothing of an action; hidden states are one place ahead of the codes they name
-        kept = tuple(KeyValues(m.key_CGPE[:, :, 1:], m.value_CGPE[:, :, 1:]) for m in memory)
+        kept = tuple(KeyValues(m.key_CGPE[:, :, 1:], m.value_CGPE[:, :, 1:]) for m in kv_cache)
         return Written(tuple(h_BTW[:, :-1] for h_BTW in hidden), kept)
 
     def logits(self, hidden_BKW: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ class LatentReader(nn.Module):
 
     def _parallel(self, prefix: Prefix, depths: Sequence[int]) -> Written:
         query_BKW = self.embedding.weight[None].expand(prefix.batch, -1, -1)
-        hidden, memory = prefix.backbone.follow(query_BKW, prefix, depths)
-        return Written(tuple(hidden), memory)
+        hidden, kv_cache = prefix.backbone.follow(query_BKW, prefix, depths)
+        return Written(tuple(hidden), kv_cache)
 
     def _shifted(self, code_BK: Tensor) -> Tensor:
         begin_B1 = code_BK.new_zeros(len(code_BK), 1)

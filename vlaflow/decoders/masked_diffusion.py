@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Capability, Given, GivenTokens, LossTerms, Targets, Tokens, mean_over_exits
+from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import masked
@@ -73,7 +73,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
 
     def tokens(self, state: MaskedState) -> Tokens:
         """See ``Decoder``."""
-        return replace(super().tokens(state), evaluations=tuple(state.looks_B.tolist()), masked_BS=state.hidden_BS)
+        return replace(super().tokens(state), nfe=tuple(state.looks_B.tolist()), masked_BS=state.hidden_BS)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -83,7 +83,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Cross-entropy of the masked tokens."""
         id_BS, weight_BS = self.encode(targets)
-        id_BS, weight_BS = (x.repeat_interleave(self.draws, 0) for x in (id_BS, weight_BS))
+        id_BS, weight_BS = (x.repeat_interleave(self.noise_samples, 0) for x in (id_BS, weight_BS))
         masked_BS = masked.training_mask(len(id_BS), self.slots, generator, self.config.floor).to(id_BS.device)
         depths = depths or (prefix.depth,)
         hidden = self.hidden(id_BS.masked_fill(masked_BS, self.mask), prefix, depths)
@@ -93,14 +93,18 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
         return mean_over_exits("token", losses)
 
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> MaskedState:
         """Everything masked, but for what is given at clock 0."""
         device = prefix.hidden_BPW.device
         id_BS = torch.zeros(prefix.batch, self.slots, dtype=torch.long, device=device)
         clock_BS = torch.ones(id_BS.shape, device=device)
-        if given is not None:
-            known = self.given_tokens(given)
+        if conditioning is not None:
+            known = self.token_conditioning(conditioning)
             id_BS, clock_BS = known.id_BS, (known.clock_BS > 0).float()
         return MaskedState(
             id_BS,

@@ -3,7 +3,7 @@
 It learns relative errors: within each chunk the best action is labelled 1 − α and the worst 1 − α − β. So a low rating
 says "worse than its neighbours", not "wrong"; a calibrated compute policy must not read more into it.
 
-Shape letters: B batch, P prefix tokens, L horizon, D action dimension, W width.
+Shape letters: B batch, P prefix tokens, L chunk size, D action dimension, W width.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class RaterConfig:
     alpha: float = 0.01
     beta: float = 0.98
 
-    def build(self, action_dim: int, horizon: int) -> ConfidenceRater:
+    def build(self, action_dim: int, chunk_size: int) -> ConfidenceRater:
         """The network, randomly initialised."""
-        return ConfidenceRater(self, action_dim, horizon)
+        return ConfidenceRater(self, action_dim, chunk_size)
 
 
 def rater_labels(error_BL: Tensor, valid_BL: Tensor, alpha: float = 0.01, beta: float = 0.98, eps: float = 1e-6) -> Tensor:
@@ -57,11 +57,11 @@ def rater_labels(error_BL: Tensor, valid_BL: Tensor, alpha: float = 0.01, beta: 
 class ConfidenceRater(nn.Module):
     """Full attention over the prefix's hidden states and the chunk's actions, then a sigmoid per action."""
 
-    def __init__(self, config: RaterConfig, action_dim: int, horizon: int) -> None:
+    def __init__(self, config: RaterConfig, action_dim: int, chunk_size: int) -> None:
         super().__init__()
         self.config, width = config, config.block.width
         self.project = nn.Linear(action_dim, width)
-        self.position = nn.Parameter(torch.randn(horizon, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(chunk_size, width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.depth))
         self.norm = make_norm(config.block.norm, width, config.block.eps)
         self.rate = nn.Linear(width, 1)
@@ -71,11 +71,11 @@ class ConfidenceRater(nn.Module):
         prefix_BPW = prefix.backbone.finish(prefix.hidden_BPW).detach().to(self.rate.weight.dtype)
         token_BLW = self.project(action_BLD.to(prefix_BPW.dtype)) + self.position
         x_BTW = torch.cat((prefix_BPW, token_BLW), 1)
-        seen_BT = None
-        if prefix.seen_BP is not None:
-            seen_BT = torch.cat((prefix.seen_BP, prefix.seen_BP.new_ones(token_BLW.shape[:2])), 1)
+        padding_mask_BT = None
+        if prefix.padding_mask_BP is not None:
+            padding_mask_BT = torch.cat((prefix.padding_mask_BP, prefix.padding_mask_BP.new_ones(token_BLW.shape[:2])), 1)
         for block in self.blocks:
-            x_BTW, _ = block(x_BTW, None, seen_BT)
+            x_BTW, _ = block(x_BTW, None, padding_mask_BT)
         return self.rate(self.norm(x_BTW[:, -token_BLW.shape[1] :]))[..., 0]
 
     def forward(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:

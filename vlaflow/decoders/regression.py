@@ -3,7 +3,7 @@
 Nothing is sampled and there are no clocks to walk: a chunk costs one evaluation whatever number of steps is asked, and the
 decoder can start from nothing given.
 
-Shape letters: B batch, L horizon, D action dimension, T query tokens, W width.
+Shape letters: B batch, L chunk size, D action dimension, T query tokens, W width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Decoder, DecoderConfig, Given, GivenTokens, LossTerms, Targets, mean_over_exits
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LossTerms, Targets, TokenConditioning, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.stacks.base import Stack
@@ -30,7 +30,7 @@ class RegressionConfig(DecoderConfig):
 
     Args:
         action_dim: D.
-        horizon: actions per chunk, L.
+        chunk_size: actions per chunk, L.
         queries: one token per "dimension" of every action (OFT, A1: T = L·D), or one per "action" (T = L).
         hidden: width of the head; None for the stack's.
         head_layers: residual layers of the head.
@@ -38,20 +38,20 @@ class RegressionConfig(DecoderConfig):
     """
 
     action_dim: int
-    horizon: int = 16
+    chunk_size: int = 16
     queries: Literal["dimension", "action"] = "dimension"
     hidden: int | None = None
     head_layers: int = 2
     expert: ExpertConfig | None = None
 
     def __post_init__(self) -> None:
-        if min(self.action_dim, self.horizon) < 1:
-            raise ConfigError(f"action_dim and horizon must be at least 1, got {self.action_dim} and {self.horizon}.")
+        if min(self.action_dim, self.chunk_size) < 1:
+            raise ConfigError(f"action_dim and chunk size must be at least 1, got {self.action_dim} and {self.chunk_size}.")
 
     @property
     def tokens(self) -> int:
         """Query tokens, T."""
-        return self.horizon * (self.action_dim if self.queries == "dimension" else 1)
+        return self.chunk_size * (self.action_dim if self.queries == "dimension" else 1)
 
     def build(self, spec: BackboneSpec) -> RegressionDecoder:
         """The decoder for such a backbone, randomly initialised."""
@@ -71,15 +71,15 @@ class RegressionDecoder(Decoder[RegressionState]):
     def __init__(self, config: RegressionConfig, spec: BackboneSpec) -> None:
         super().__init__()
         self.config = config
-        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.chunk_size, self.action_dim = config.chunk_size, config.action_dim
         self.stack: Stack = config.expert.build(spec, config.tokens) if config.expert else SharedStack(spec.width)
         width = self.stack.width
         self.query = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
         self.head = ResidualMLP(
-            config.tokens // config.horizon * width, config.hidden or width, config.action_dim, config.head_layers
+            config.tokens // config.chunk_size * width, config.hidden or width, config.action_dim, config.head_layers
         )
 
-    def evaluations(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int:
         """One, whatever number of steps."""
         return 1
 
@@ -87,7 +87,7 @@ class RegressionDecoder(Decoder[RegressionState]):
         """Normalised chunks (B, L, D) at each of the depths."""
         query_BTW = self.query.expand(prefix.batch, -1, -1)
         hidden = self.stack.exits(query_BTW, prefix, depths)
-        return [self.head(h_BTW.reshape(prefix.batch, self.horizon, -1)).float() for h_BTW in hidden]
+        return [self.head(h_BTW.reshape(prefix.batch, self.chunk_size, -1)).float() for h_BTW in hidden]
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Mean absolute error over valid actions; nothing is drawn."""
@@ -101,14 +101,18 @@ class RegressionDecoder(Decoder[RegressionState]):
         return mean_over_exits("absolute", losses)
 
     def start(
-        self, prefix: Prefix, generators: Sequence[Generator], steps: int, given: Given | GivenTokens | None = None
+        self,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        steps: int,
+        conditioning: Conditioning | TokenConditioning | None = None,
     ) -> RegressionState:
         """Nothing to prepare.
 
         Raises:
             CapabilityError: when tokens are given.
         """
-        if given is not None:
+        if conditioning is not None:
             raise CapabilityError("A regression decoder cannot start from given actions; use a flow decoder for that.")
         return RegressionState()
 

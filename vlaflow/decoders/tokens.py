@@ -2,7 +2,7 @@
 
 The output projection has one row per action token and no others, whatever vocabulary the backbone was pretrained on.
 
-Shape letters: B batch (observations × draws, draws innermost), S token slots, V vocabulary, W width, L horizon, D action
+Shape letters: B batch (observations × draws, draws innermost), S token slots, V vocabulary, W width, L chunk size, D action
 dimension.
 """
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from vlaflow.actions.bins import BinsFit, BinsTokenizer
 from vlaflow.actions.fast import FastFit, FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Capability, Decoder, DecoderConfig, Given, GivenTokens, Targets, Tokens
+from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.stacks.shared import SharedStack
 
@@ -32,26 +32,26 @@ class TokenConfig(DecoderConfig):
     Args:
         action_dim: D.
         tokenizer: a fitted one, or what training is to fit on its demonstrations.
-        horizon: actions per chunk, L.
-        draws: corruptions of one chunk per observation and training step; they share one prefix.
+        chunk_size: actions per chunk, L.
+        noise_samples: corruptions of one chunk per observation and training step; they share one prefix.
     """
 
     action_dim: int
     tokenizer: FastFit | BinsFit | FastTokenizer | BinsTokenizer
-    horizon: int = 16
-    draws: int = 1
+    chunk_size: int = 16
+    noise_samples: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.action_dim, self.horizon, self.draws) < 1:
-            raise ConfigError("action_dim, horizon and draws must be at least 1.")
+        if min(self.action_dim, self.chunk_size, self.noise_samples) < 1:
+            raise ConfigError("action_dim, chunk size and draws must be at least 1.")
         fitted = self.tokenizer
-        if isinstance(fitted, FastTokenizer | BinsTokenizer) and (fitted.horizon, fitted.dim) != (
-            self.horizon,
+        if isinstance(fitted, FastTokenizer | BinsTokenizer) and (fitted.chunk_size, fitted.dim) != (
+            self.chunk_size,
             self.action_dim,
         ):
             raise ConfigError(
-                f"The tokenizer is for chunks of {fitted.horizon} actions of {fitted.dim} dimensions, the decoder for "
-                f"{self.horizon} of {self.action_dim}. Fit one for this horizon: vlaflow data fit-tokenizer."
+                f"The tokenizer is for chunks of {fitted.chunk_size} actions of {fitted.dim} dimensions, the decoder for "
+                f"{self.chunk_size} of {self.action_dim}. Fit one for this chunk size: vlaflow data fit-tokenizer."
             )
 
     @property
@@ -139,7 +139,7 @@ class TokenDecoder(Decoder[State]):
 
     def __init__(self, config: TokenConfig, spec: BackboneSpec, extra: int = 0) -> None:
         super().__init__()
-        self.horizon, self.action_dim, self.draws = config.horizon, config.action_dim, config.draws
+        self.chunk_size, self.action_dim, self.noise_samples = config.chunk_size, config.action_dim, config.noise_samples
         self.tokenizer = config.ready
         self.stack = SharedStack(spec.width)
         self.embedding = nn.Embedding(self.tokenizer.vocabulary + extra, spec.width)
@@ -164,7 +164,7 @@ class TokenDecoder(Decoder[State]):
         by_action = {Capability.CONDITIONING} if self.tokenizer.local else set()
         return frozenset({Capability.TOKEN_CONDITIONING} | by_action)
 
-    def evaluations(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int:
         """One a step."""
         return steps
 
@@ -173,7 +173,7 @@ class TokenDecoder(Decoder[State]):
 
         A token that belongs to one action counts where that action does. One that speaks of the whole chunk counts where
         any action does: steps past the episode's end are then learned as what they hold, the repeated last action. It does not
-        count where a departure leaves out a part of the chunk.
+        count where an intervention leaves out a part of the chunk.
         """
         action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
         id_BS = torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
@@ -207,21 +207,21 @@ class TokenDecoder(Decoder[State]):
             (len(state.revised),) * len(state.id_BS),
         )
 
-    def given_tokens(self, given: Given | GivenTokens) -> GivenTokens:
+    def token_conditioning(self, conditioning: Conditioning | TokenConditioning) -> TokenConditioning:
         """Given actions as tokens.
 
         Raises:
             CapabilityError: when no token belongs to one action.
         """
-        if isinstance(given, GivenTokens):
-            return given
-        if not self.tokenizer.local or given.pull is not None:
+        if isinstance(conditioning, TokenConditioning):
+            return conditioning
+        if not self.tokenizer.local or conditioning.guidance is not None:
             raise CapabilityError(
                 f"A {type(self).__name__} with a {type(self.tokenizer).__name__} cannot start from given actions: its tokens "
                 "describe the chunk as a whole. Train it with bins."
             )
-        id_BS, _ = self.encode(Targets(given.action_BLD, torch.ones_like(given.clock_BL, dtype=torch.bool)))
-        return GivenTokens(id_BS, given.clock_BL.repeat_interleave(self.action_dim, 1))
+        id_BS, _ = self.encode(Targets(conditioning.action_BLD, torch.ones_like(conditioning.clock_BL, dtype=torch.bool)))
+        return TokenConditioning(id_BS, conditioning.clock_BL.repeat_interleave(self.action_dim, 1))
 
 
 def cross_entropy(logits_BSV: Tensor, id_BS: Tensor, weight_BS: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The episodes that training held out are divided in two: thresholds are made from one half, and what they do is reported from
 the other. For every frame all depths answer once, so any number of targets can be tried on one measurement.
 
-Shape letters: N samples, K exits, B batch, L horizon, D action dimension.
+Shape letters: N samples, K exits, B batch, L chunk size, D action dimension.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
-from vlaflow.files import read_json
-from vlaflow.folders import require_writable
+from vlaflow.io import read_json, require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.progress import progress
@@ -188,8 +187,8 @@ def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
     if not file.exists():
         return False
     found = read_json(file)
-    known = {rung["evaluations"] for rung in found.get("rungs", ())}
-    return found.get("checkpoint") == mark and policy.model.decoder.evaluations(plan.steps) in known
+    known = {rung["nfe"] for rung in found.get("rungs", ())}
+    return found.get("checkpoint") == mark and policy.model.decoder.nfe(plan.steps) in known
 
 
 def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
@@ -225,7 +224,7 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     policy.action_spec.require_match(dataset.action_spec or policy.action_spec, "the checkpoint", f"data set {dataset.root}")
     views = policy.model.backbone.views
     cache = FrameCache.open(dataset, next(iter(views.values())), list(views))
-    windows = Windows(dataset, cache, policy.config.decoder.horizon, episodes)
+    windows = Windows(dataset, cache, policy.config.decoder.chunk_size, episodes)
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
     for episode in random.permutation(np.asarray(episodes)).tolist():
@@ -283,7 +282,7 @@ def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, t
     fresh_N = ~table.choose_N
     exit_F = taken(table.discrepancy_NK[fresh_N], threshold_K)
     rows, exits = np.arange(len(exit_F)), len(plan.exits)
-    each = policy.model.decoder.evaluations(plan.steps)
+    each = policy.model.decoder.nfe(plan.steps)
     depth_K = np.asarray(plan.exits)
     spent_K = np.cumsum(np.asarray(plan.depths))[1:] * each + depth_K
     above = None
@@ -295,7 +294,7 @@ def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, t
         shares=tuple((np.bincount(exit_F, minlength=exits) / len(exit_F)).tolist()),
         layers=float(depth_K[exit_F].mean()),
         layer_passes=float(spent_K[exit_F].mean()),
-        evaluations=float((exit_F + 2).mean() * each),
+        nfe=float((exit_F + 2).mean() * each),
         deviation=float(table.largest_NK[fresh_N][rows, exit_F].mean()),
         error=float(np.nanmean(error_FK[rows, exit_F])),
         full_error=float(np.nanmean(error_FK[:, -1])),
@@ -318,7 +317,7 @@ def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, t
 def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[int] = LADDER_STEPS) -> Ladder:
     """What a fixed depth and number of solver steps would lose, from the same noise as the fullest of them."""
     model, depths = policy.model, policy.model.depths
-    steps = sorted({model.decoder.evaluations(s) for s in steps})
+    steps = sorted({model.decoder.nfe(s) for s in steps})
     sums = {(depth, s): np.zeros(2) for depth in depths for s in steps}
     count = 0
     with progress(len(frames.index_N), "Measuring steps") as bar:

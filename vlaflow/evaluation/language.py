@@ -36,7 +36,7 @@ class LanguageTest:
 
 
 def plan_swap(
-    envs: Sequence[str], compute: ComputePolicy, episodes: int, first_seed: int = FIRST_SEED, horizon: int | None = None
+    envs: Sequence[str], compute: ComputePolicy, episodes: int, first_seed: int = FIRST_SEED, max_steps: int | None = None
 ) -> LanguageTest:
     """Swap the instructions of ``envs`` in a circle; a single one borrows the sentence of another task of its suite."""
     if episodes < 1:
@@ -48,20 +48,20 @@ def plan_swap(
         others += list(simulator_spec(parse_env_name(env)[0]).tasks.values())
         said[env, "right"], said[env, "empty"] = right, ""
         said[env, "other"] = next((o for o in others if o != right), "Do something else")
-        jobs += [EpisodeJob(env, compute, seed, said[env, kind], horizon) for kind in ("other", "empty") for seed in seeds]
+        jobs += [EpisodeJob(env, compute, seed, said[env, kind], max_steps) for kind in ("other", "empty") for seed in seeds]
     return LanguageTest(tuple(jobs), tuple(envs), seeds, said)
 
 
 def count_swap(
-    test: LanguageTest, right: Sequence[Episode], swapped: Sequence[Episode], horizon: int
+    test: LanguageTest, right: Sequence[Episode], swapped: Sequence[Episode], max_steps: int
 ) -> tuple[LanguageResult, ...]:
-    """Successes within ``horizon`` steps, for every environment and kind of instruction.
+    """Successes within ``max_steps`` steps, for every environment and kind of instruction.
 
     Args:
         test: what was run.
         right: episodes of the evaluation with the same compute policy; those of other seeds are left out.
         swapped: outcomes of ``test.jobs``.
-        horizon: that of the swapped episodes.
+        max_steps: that of the swapped episodes.
     """
     found = []
     for env in test.envs:
@@ -71,12 +71,12 @@ def count_swap(
             mine = {e.seed: e.first_success_step for e in pool if e.env == env and e.instruction == words}
             if any(seed not in mine for seed in test.seeds):
                 raise ConfigError(f"The language-swap test of {env} needs the seeds {list(test.seeds)}; some were not run.")
-            firsts = tuple(step if step is not None and step <= horizon else None for step in (mine[s] for s in test.seeds))
+            firsts = tuple(step if step is not None and step <= max_steps else None for step in (mine[s] for s in test.seeds))
             successes = sum(step is not None for step in firsts)
             interval = wilson(successes, len(firsts))
             found.append(
                 LanguageResult(
-                    env, kind, words, len(firsts), successes, (interval.low, interval.high), test.seeds, firsts, horizon
+                    env, kind, words, len(firsts), successes, (interval.low, interval.high), test.seeds, firsts, max_steps
                 )
             )
     return tuple(found)

@@ -17,7 +17,7 @@ from vlaflow.evaluation.statistics import Percentiles
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
 
-PARTS = ("prefix", "first", "settle", "rater", "refine")
+PARTS = ("prefix", "first", "refine_deterministic", "rater", "refine")
 """Parts of a chunk's time in the order they happen; a part that did not happen took 0 ms. The rest is ``other``."""
 
 
@@ -33,7 +33,7 @@ class Latency:
         mean_parts: mean of each part, which add up to ``mean``.
         mean: mean of the total.
         layer_passes: mean network layers run per chunk.
-        evaluations: mean decoder evaluations per chunk.
+        nfe: mean decoder evaluations per chunk.
         regenerated_share: mean share of the actions that were made anew.
         drift: where the prefix depends on the tokens and is not run at every step: how far the actions are from those that it
             would make if it were, mean absolute difference in robot units; None where the cache is exact.
@@ -46,7 +46,7 @@ class Latency:
     mean_parts: dict[str, float]
     mean: float
     layer_passes: float
-    evaluations: float
+    nfe: float
     regenerated_share: float
     drift: float | None = None
 
@@ -66,7 +66,7 @@ def measure(
                     continue
                 seen[compute.name].append(dict(chunk.milliseconds))
                 again = 0.0 if chunk.regenerated is None else float(chunk.regenerated.mean())
-                work[compute.name].append((chunk.layer_passes, chunk.evaluations, again))
+                work[compute.name].append((chunk.layer_passes, chunk.nfe, again))
         drifts = {compute.name: _drift(policy, compute, observations[:chunks]) for compute in computes}
     return [replace(_summary(name, times, work[name]), drift=drifts[name]) for name, times in seen.items()]
 
@@ -101,7 +101,7 @@ def _summary(name: str, times: list[dict[str, float]], work: list[tuple[int, int
     total = np.array([t["total"] for t in times])
     columns["other"] = total - sum(columns.values())
     used = {part: column for part, column in columns.items() if column.any()}
-    passes, evaluations, again = (float(np.mean(column)) for column in zip(*work, strict=True))
+    passes, nfe, again = (float(np.mean(column)) for column in zip(*work, strict=True))
     return Latency(
         compute=name,
         chunks=len(times),
@@ -110,6 +110,6 @@ def _summary(name: str, times: list[dict[str, float]], work: list[tuple[int, int
         mean_parts={part: float(column.mean()) for part, column in used.items()},
         mean=float(total.mean()),
         layer_passes=passes,
-        evaluations=evaluations,
+        nfe=nfe,
         regenerated_share=again,
     )

@@ -59,7 +59,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
     middle = {name: float(np.median(ms)) for name, ms in times.items()}
     with torch.inference_mode():
         tokens = model.decoder.tokens(model.decoder.solve(prefixes[depths[-1]], [Generator().manual_seed(0)], steps))
-    each = tokens.evaluations[0] if tokens else model.decoder.evaluations(steps)
+    each = tokens.nfe[0] if tokens else model.decoder.nfe(steps)
     full = middle[f"prefix {depths[-1]}"] + middle[f"step {depths[-1]}"]
     return Profile(
         checkpoint=checkpoint,

@@ -26,7 +26,7 @@ FORMAT = "vlaflow results 1"
 ALL_PAIRS = 4
 """Compute policies up to which every pair is tested; with more, the number of tests would say more than their results."""
 EARLY = 400
-"""Other published tables end episodes here; successes up to this step are counted beside those up to the horizon."""
+"""Other published tables end episodes here; successes up to this step are counted beside those up to the step limit."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Evaluation:
         latency_ms: of a chunk, over the observations of all environments; null where it was not measured.
         seeds: of the episodes, in the order of every list here.
         successes_within_400: as if episodes ended at step 400.
-        execute, horizon, render: how the episodes were run.
+        execute, max_steps, render: how the episodes were run.
         solver_steps: decoder evaluations of the first round.
-        evaluations_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over the episodes' chunks.
+        nfe_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over the episodes' chunks.
         revised_per_chunk: tokens that each solver step changes, means; empty for decoders without tokens.
         repaired_share: share of the chunks whose tokens did not describe one exactly.
         per_episode: everything known of each episode.
@@ -58,11 +58,11 @@ class Evaluation:
     latency_ms: Percentiles | None
     seeds: tuple[int, ...]
     successes_within_400: int
-    execute: int
-    horizon: int
+    n_action_steps: int
+    max_steps: int
     render: str
     solver_steps: int
-    evaluations_per_chunk: float
+    nfe_per_chunk: float
     layer_passes_per_chunk: float
     regenerated_per_chunk: float
     per_episode: tuple[Episode, ...]
@@ -115,7 +115,7 @@ class LanguageResult:
         told: "right", "other" or "empty".
         instruction: the words.
         episodes, successes, interval, seeds, first_success_steps: as in ``Evaluation``.
-        horizon: steps within which a success counts.
+        max_steps: steps within which a success counts.
     """
 
     env: str
@@ -126,7 +126,7 @@ class LanguageResult:
     interval: tuple[float, float]
     seeds: tuple[int, ...]
     first_success_steps: tuple[int | None, ...]
-    horizon: int
+    max_steps: int
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,13 @@ class Results:
 
 
 def count(
-    episodes: Sequence[Episode], latency: Sequence[Latency], *, execute: int, horizon: int, render: str, solver_steps: int
+    episodes: Sequence[Episode],
+    latency: Sequence[Latency],
+    *,
+    n_action_steps: int,
+    max_steps: int,
+    render: str,
+    solver_steps: int,
 ) -> tuple[Evaluation, ...]:
     """Entries for every (environment, compute policy) among the episodes, in their order."""
     times = {entry.compute: entry.total for entry in latency}
@@ -221,11 +227,11 @@ def count(
                 latency_ms=times.get(compute),
                 seeds=tuple(e.seed for e in group),
                 successes_within_400=sum(first is not None and first <= EARLY for first in firsts),
-                execute=execute,
-                horizon=horizon,
+                n_action_steps=n_action_steps,
+                max_steps=max_steps,
                 render=render,
                 solver_steps=solver_steps,
-                evaluations_per_chunk=sum(e.evaluations for e in group) / chunks,
+                nfe_per_chunk=sum(e.nfe for e in group) / chunks,
                 layer_passes_per_chunk=sum(e.layer_passes for e in group) / chunks,
                 regenerated_per_chunk=sum(e.regenerated for e in group) / chunks,
                 per_episode=tuple(group),

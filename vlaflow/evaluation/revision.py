@@ -1,6 +1,6 @@
 """One chunk of a decoder of tokens, step by step: what each token was, how sure the network was of it, and the actions meant.
 
-Shape letters: S token slots, N steps, L horizon, D action dimension.
+Shape letters: S token slots, N steps, L chunk size, D action dimension.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def follow(
         state = decoder.start(prefix, [generator], stochastic + settling)
         for step in range(stochastic + settling + 1):
             if step:
-                state = (decoder.advance if step <= stochastic else decoder.settle)(state, prefix)
+                state = (decoder.advance if step <= stochastic else decoder.refine_deterministic)(state, prefix)
             found = decoder.tokens(state)
             assert found is not None  # it has a tokenizer
             id_S = found.id_BS[0] if found.masked_BS is None else found.id_BS[0].masked_fill(found.masked_BS[0], HIDDEN)

@@ -5,7 +5,7 @@ computes with one thread, noise is drawn from a generator made of the episode's 
 is not recorded (``latency`` measures it on a quiet machine). So results are equal to the bit at any number of workers, and
 two compute policies start every chunk of the same number from the same noise.
 
-Counting and testing are in ``statistics`` and ``results``, films in ``films``.
+Counting and testing are in ``statistics`` and ``results``, videos in ``videos``.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class RolloutConfig:
     """How episodes are run.
 
     Args:
-        execute: actions executed per chunk; None takes the checkpoint's own.
-        horizon: steps after which an episode is cut off; None takes the suite's.
-        render: picture quality; use the one the policy was trained with.
+        n_action_steps: actions executed per chunk; None takes the checkpoint's own.
+        max_steps: steps after which an episode is cut off; None takes the suite's.
+        render: image quality; use the one the policy was trained with.
         device: where the networks run.
     """
 
-    execute: int | None = None
-    horizon: int | None = None
+    n_action_steps: int | None = None
+    max_steps: int | None = None
     render: Render = "fast"
     device: str = "cpu"
 
@@ -61,14 +61,14 @@ class EpisodeJob:
         compute: how much compute to spend.
         seed: of the environment's reset and of the noise.
         instruction: what the policy is told; None for the task's own sentence.
-        horizon: of this episode alone, where it differs from the others'.
+        max_steps: of this episode alone, where it differs from the others'.
     """
 
     env: str
     compute: ComputePolicy
     seed: int
     instruction: str | None = None
-    horizon: int | None = None
+    max_steps: int | None = None
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ class Episode:
         first_success_step: counted from 1; None without success.
         steps: actions executed until the episode ended.
         chunks: times the policy was asked.
-        evaluations: decoder evaluations over all chunks.
+        nfe: decoder evaluations over all chunks.
         layer_passes: network layers run over all chunks.
         regenerated: actions made anew by refinement, over all chunks.
         revised: tokens that each solver step changed, summed over all chunks; empty for decoders without tokens.
@@ -102,7 +102,7 @@ class Episode:
     first_success_step: int | None
     steps: int
     chunks: int
-    evaluations: int
+    nfe: int
     layer_passes: int
     regenerated: int
     revised: tuple[int, ...] = ()
@@ -145,7 +145,7 @@ def evaluate(
     folder = local_folder(checkpoint)
     policy = Policy.from_pretrained(folder)
     require_fit(policy, str(checkpoint), {job.env for job in jobs}, [job.compute for job in jobs], config)
-    config = replace(config, execute=config.execute or policy.config.execute)
+    config = replace(config, n_action_steps=config.n_action_steps or policy.config.n_action_steps)
     play = functools.partial(_play_job, config=config)
     with one_thread():
         setup = functools.partial(_open, str(folder), config.device)
@@ -173,10 +173,10 @@ def play(
     """
     from vlaflow.simulators.chunks import ChunkEnv
 
-    execute = config.execute or policy.config.execute
-    chunked = ChunkEnv(env, execute, horizon=job.horizon or config.horizon)
+    n_action_steps = config.n_action_steps or policy.config.n_action_steps
+    chunked = ChunkEnv(env, n_action_steps, max_steps=job.max_steps or config.max_steps)
     chunked.restart(job.seed)
-    chunks = evaluations = layer_passes = regenerated = repaired = steps = 0
+    chunks = nfe = layer_passes = regenerated = repaired = steps = 0
     revised: tuple[int, ...] = ()
     while True:
         seen = chunked.observe()
@@ -188,7 +188,7 @@ def play(
         done = chunked.execute(chunk.actions)
         steps += done.steps
         chunks += 1
-        evaluations += chunk.evaluations
+        nfe += chunk.nfe
         layer_passes += chunk.layer_passes
         regenerated += 0 if chunk.regenerated is None else int(chunk.regenerated.sum())
         revised = tuple(a + b for a, b in zip_longest(revised, chunk.revised, fillvalue=0))
@@ -207,7 +207,7 @@ def play(
         first_success_step=first if first > 0 else None,
         steps=steps,
         chunks=chunks,
-        evaluations=evaluations,
+        nfe=nfe,
         layer_passes=layer_passes,
         regenerated=regenerated,
         revised=revised,
@@ -233,12 +233,13 @@ def require_fit(
     Raises:
         SpecError: when actions, state or views mean something else to the environment.
         CapabilityError: when the checkpoint lacks what a compute policy needs.
-        ConfigError: for an unknown environment or an impossible ``execute`` or ``horizon``.
+        ConfigError: for an unknown environment or an impossible ``n_action_steps`` or ``max_steps``.
     """
-    horizon = policy.config.decoder.horizon
-    if config.execute is not None and not 1 <= config.execute <= horizon:
+    chunk_size = policy.config.decoder.chunk_size
+    if config.n_action_steps is not None and not 1 <= config.n_action_steps <= chunk_size:
         raise ConfigError(
-            f"{checkpoint} makes chunks of {horizon} actions, so 1 to {horizon} can be executed, not {config.execute}."
+            f"{checkpoint} makes chunks of {chunk_size} actions, so 1 to {chunk_size} can be executed, not "
+            f"{config.n_action_steps}."
         )
     for env in sorted(envs):
         spec = simulator_spec(parse_env_name(env)[0])
@@ -249,14 +250,14 @@ def require_fit(
         for view in policy.model.backbone.views:
             if view not in spec.views:
                 raise SpecError(f"{checkpoint} looks at view '{view}', which {env} lacks; {nearest(view, spec.views)}")
-        if config.horizon is not None and not 1 <= config.horizon <= spec.horizon:
-            raise ConfigError(f"The horizon of {env} must lie in 1..{spec.horizon}, got {config.horizon}.")
+        if config.max_steps is not None and not 1 <= config.max_steps <= spec.max_steps:
+            raise ConfigError(f"max_steps of {env} must lie in 1..{spec.max_steps}, got {config.max_steps}.")
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
 
 
 def open_env(policy: Policy, name: str, render: Render) -> Environment:
-    """The environment of this process whose picture has the size that the policy looks at."""
+    """The environment of this process whose image has the size that the policy looks at."""
     return cached(name, render=render, size=max((s for s in policy.model.backbone.views.values() if s), default=None))
 
 

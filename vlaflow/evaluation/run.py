@@ -1,4 +1,4 @@
-"""A whole evaluation: paired episodes, language swap, latency, films, and the files that hold them.
+"""A whole evaluation: paired episodes, language swap, latency, videos, and the files that hold them.
 
 ``vlaflow eval`` and the demo both call ``run``; what each part means is said where the part lives.
 """
@@ -14,7 +14,7 @@ from vlaflow.compute.parse import parse, parse_all
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import JSON, to_json
 from vlaflow.errors import ConfigError
-from vlaflow.evaluation import films, language, results
+from vlaflow.evaluation import language, results, videos
 from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
 from vlaflow.evaluation.latency import Latency, measure, seen_on_the_way
 from vlaflow.evaluation.results import Minutes, Results
@@ -30,14 +30,14 @@ from vlaflow.evaluation.rollout import (
     plan,
     require_fit,
 )
-from vlaflow.folders import require_writable, storing
+from vlaflow.io import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.simulators.base import expand_env_names, parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions
 
-FILMS = "films"
+VIDEOS = "videos"
 RESULTS = "results.json"
 
 
@@ -54,8 +54,8 @@ class EvaluationConfig:
         rollout: how episodes are run.
         latency_chunks: chunks timed per compute policy.
         language_episodes: per environment and wrong instruction; 0 leaves the language-swap test out.
-        language_horizon: steps within which a success counts there.
-        films: film a success and a failure per environment.
+        language_max_steps: steps within which a success counts there.
+        videos: video a success and a failure per environment.
         workers: processes.
     """
 
@@ -67,8 +67,8 @@ class EvaluationConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 60
     language_episodes: int = 0
-    language_horizon: int = 200
-    films: bool = True
+    language_max_steps: int = 200
+    videos: bool = True
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class EvaluationConfig:
 
 
 def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: bool = False) -> Results:
-    """Measure, and write ``results.json`` and ``films/`` into ``out``.
+    """Measure, and write ``results.json`` and ``videos/`` into ``out``.
 
     Every finished episode is kept in ``episodes.jsonl`` until the results are written. An evaluation that was interrupted
     continues from there and comes to the same results, measured times aside.
@@ -105,23 +105,23 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     home = Checkpoint(folder, fingerprint(folder))
     computes = parse_all(config.computes, config.knobs, home)
     policy = Policy.from_pretrained(folder, config.rollout.device)
-    rollout = replace(config.rollout, execute=config.rollout.execute or policy.config.execute)
-    horizon = rollout.horizon or min(simulator_spec(parse_env_name(env)[0]).horizon for env in envs)
-    rollout = replace(rollout, horizon=horizon)
+    rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
+    max_steps = rollout.max_steps or min(simulator_spec(parse_env_name(env)[0]).max_steps for env in envs)
+    rollout = replace(rollout, max_steps=max_steps)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
 
     jobs = plan(envs, computes, config.episodes, config.first_seed)
-    swap_horizon = min(config.language_horizon, horizon)
+    swap_max_steps = min(config.language_max_steps, max_steps)
     swap = None
     if config.language_episodes:
         dense = parse("dense", config.knobs)
-        swap = language.plan_swap(envs, dense, config.language_episodes, config.first_seed, swap_horizon)
+        swap = language.plan_swap(envs, dense, config.language_episodes, config.first_seed, swap_max_steps)
         if "dense" not in config.computes:
             raise ConfigError("The language-swap test compares with the dense policy: add --compute dense.")
     everything = [*jobs, *(swap.jobs if swap else ())]
     require_writable(out / RESULTS)
-    if config.films:
-        require_writable(out / FILMS / films.FILE)
+    if config.videos:
+        require_writable(out / VIDEOS / videos.FILE)
     with EpisodeLog(out, Episode, _settings(config, home, computes, rollout), fresh=fresh) as log:
 
         def play(left: Sequence[EpisodeJob], finished: Callable[[int, Episode], None]) -> None:
@@ -131,14 +131,16 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
         episodes, swapped = played[: len(jobs)], played[len(jobs) :]
         latency, revision = _timed(policy, envs, computes, config, rollout)
         with storing(out, "The results", KEPT):
-            if config.films:
-                chosen, by_episode = films.choose(episodes), dict(zip(episodes, jobs, strict=True))
-                films.film(folder, [by_episode[e] for e in chosen], chosen, out / FILMS, rollout, workers=config.workers)
+            if config.videos:
+                chosen, by_episode = videos.choose(episodes), dict(zip(episodes, jobs, strict=True))
+                videos.record_videos(
+                    folder, [by_episode[e] for e in chosen], chosen, out / VIDEOS, rollout, workers=config.workers
+                )
             evaluations = results.count(
                 episodes,
                 latency,
-                execute=rollout.execute or 0,
-                horizon=horizon,
+                n_action_steps=rollout.n_action_steps or 0,
+                max_steps=max_steps,
                 render=rollout.render,
                 solver_steps=config.knobs.steps,
             )
@@ -155,7 +157,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
                 paired=results.compare(evaluations),
                 latency=tuple(latency),
                 revision=revision,
-                language=language.count_swap(swap, dense_episodes, swapped, swap_horizon) if swap else (),
+                language=language.count_swap(swap, dense_episodes, swapped, swap_max_steps) if swap else (),
             )
             results.write(found, out / RESULTS)
         log.remove()
@@ -175,7 +177,7 @@ def _timed(
 def _settings(
     config: EvaluationConfig, checkpoint: Checkpoint, computes: Sequence[ComputePolicy], rollout: RolloutConfig
 ) -> dict[str, JSON]:
-    """Everything that the episodes are a function of; measured times, films and workers change none of them."""
+    """Everything that the episodes are a function of; measured times, videos and workers change none of them."""
     return {
         "checkpoint": checkpoint.fingerprint,
         "envs": expand_env_names(config.envs),
@@ -183,7 +185,7 @@ def _settings(
         "episodes": config.episodes,
         "first_seed": config.first_seed,
         "rollout": to_json(rollout),
-        "language": [config.language_episodes, config.language_horizon],
+        "language": [config.language_episodes, config.language_max_steps],
         "versions": versions(),
         "machine": machine(),
     }

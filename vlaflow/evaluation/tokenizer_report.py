@@ -1,6 +1,6 @@
 """What an action tokenizer keeps, how long its sequences are, and what one wrong token does, on demonstrations it has not seen.
 
-Shape letters: N chunks, L horizon, D action dimension, S token slots.
+Shape letters: N chunks, L chunk size, D action dimension, S token slots.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Quality:
     order: float
 
 
-def material(dataset: Dataset, horizon: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
+def material(dataset: Dataset, chunk_size: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
     """Chunks as training sees them: normalised by statistics of the training episodes, the same episodes held out.
 
     Raises:
@@ -84,7 +84,7 @@ def material(dataset: Dataset, horizon: int, mode: Mode, validation_fraction: fl
     normaliser = Normalizer.from_stats(stats.compute(dataset, train)["action"], mode)
 
     def normalised(episodes: Sequence[int]) -> np.ndarray:
-        return normaliser.forward(torch.from_numpy(action_chunks(dataset, horizon, episodes))).numpy()
+        return normaliser.forward(torch.from_numpy(action_chunks(dataset, chunk_size, episodes))).numpy()
 
     return Material(normalised(train), normalised(held), normaliser)
 

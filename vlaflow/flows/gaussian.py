@@ -4,7 +4,7 @@ Clock 1 is pure noise, 0 is the action: x_t = t·noise + (1 − t)·action, velo
 different clocks: all equal is ordinary (synchronous) flow matching; 1 on some and 0 on the rest is AsyncVLA's
 regeneration; 0 on a committed beginning is real-time chunking.
 
-Shape letters: B batch, L horizon, D action dimension.
+Shape letters: B batch, L chunk size, D action dimension.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def sample_time(shape: Sequence[int], generator: Generator, alpha: float = 1.5, 
     return floor + (1 - floor) * torch.rand(tuple(shape), generator=generator) ** (1 / alpha)
 
 
-def sample_mask(batch: int, horizon: int, generator: Generator, whole: float = 0.0) -> Tensor:
+def sample_mask(batch: int, chunk_size: int, generator: Generator, whole: float = 0.0) -> Tensor:
     """AsyncVLA's unified training mask: y ~ U(0, 1) per sample, then m_l ~ Bernoulli(y) per token (Alg. 2).
 
     Args:
-        batch, horizon: B and L.
+        batch, chunk_size: B and L.
         generator: of all randomness.
         whole: probability that a sample's y is 1, so that all its tokens are noised, beyond what the paper draws; the
             rest keeps y ~ U(0, 1).
@@ -67,14 +67,14 @@ def sample_mask(batch: int, horizon: int, generator: Generator, whole: float = 0
     """
     y_B1 = torch.rand(batch, 1, generator=generator)
     y_B1 = y_B1 / (1 - whole) if whole < 1 else torch.ones_like(y_B1)
-    return (torch.rand(batch, horizon, generator=generator) < y_B1).float()
+    return (torch.rand(batch, chunk_size, generator=generator) < y_B1).float()
 
 
-def sample_beginning(batch: int, horizon: int, longest: int, generator: Generator, whole: float = 0.0) -> Tensor:
+def sample_beginning(batch: int, chunk_size: int, longest: int, generator: Generator, whole: float = 0.0) -> Tensor:
     """Training mask of real-time chunking: the first n tokens of each sample are given clean, n uniform in 0 … ``longest``.
 
     Args:
-        batch, horizon: B and L.
+        batch, chunk_size: B and L.
         longest: at most L.
         generator: of all randomness.
         whole: probability that a sample is given nothing. Without it the first actions of a chunk are hardly ever learned:
@@ -85,7 +85,7 @@ def sample_beginning(batch: int, horizon: int, longest: int, generator: Generato
     """
     count_B1 = torch.randint(longest + 1, (batch, 1), generator=generator)
     given_B1 = torch.rand(batch, 1, generator=generator) >= whole
-    return (torch.arange(horizon)[None] >= count_B1 * given_B1).float()
+    return (torch.arange(chunk_size)[None] >= count_B1 * given_B1).float()
 
 
 def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor) -> Tensor:

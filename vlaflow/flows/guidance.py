@@ -5,7 +5,7 @@ u' = u − min(bound, s_t) · Jᵀ·W·(known − â), with â = x − t·u the 
 s_t = ((1 − t)² + t²) / (t·(1 − t)) (pseudo-inverse guidance with the clipping of "Real-Time Execution of Action Chunking
 Flow Policies", eqs. 2-4; written there with the clock running the other way).
 
-Shape letters: B batch, L horizon, X action dimension, padded or not.
+Shape letters: B batch, L chunk size, X action dimension, padded or not.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 BOUND = 5.0
 
 
-def soft_mask(horizon: int, committed_B: Tensor, known_B: Tensor) -> Tensor:
+def soft_mask(chunk_size: int, committed_B: Tensor, known_B: Tensor) -> Tensor:
     """How strongly each action is held: 1 for committed ones, falling over the known rest, 0 beyond (ibid. eq. 5).
 
     w_i = c_i·(e^{c_i} − 1)/(e − 1) with c_i = (known − i)/(known − committed + 1) between the two.
 
     Args:
-        horizon: L.
+        chunk_size: L.
         committed_B: number of actions that will be executed whatever comes.
         known_B: number of known actions, at least as many.
 
     Returns:
         float32 (B, L) in [0, 1].
     """
-    place_1L = torch.arange(horizon, device=known_B.device)[None]
+    place_1L = torch.arange(chunk_size, device=known_B.device)[None]
     committed_B1, known_B1 = committed_B[:, None], known_B[:, None]
     left_BL = ((known_B1 - place_1L) / (known_B1 - committed_B1 + 1)).clamp(0, 1)
     return torch.where(place_1L < committed_B1, 1.0, left_BL * torch.expm1(left_BL) / math.expm1(1))

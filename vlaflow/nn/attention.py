@@ -1,7 +1,7 @@
 """Attention over two groups of tokens: one's own, and a memory whose keys and values somebody else computed.
 
 The memory (a prefix) is read in place: scores over memory and over own tokens are computed apart and share one softmax,
-so nothing ever copies or grows the prefix's keys and values, neither at a solver step nor for several noise draws.
+so nothing ever copies or grows the prefix's keys and values, neither at a solver step nor for several noise samples.
 
 In bfloat16 and float16, products accumulate in float32 and scores reach the softmax unrounded, as in fused kernels: rounded
 scores would cost four times the error. A CPU has no such product; there a float32 copy lives as long as the product takes.
@@ -61,13 +61,13 @@ class KeyValues:
         return KeyValues(self.key_CGPE[row_R], self.value_CGPE[row_R], mask_CP)
 
 
-def attend(query_BHTE: Tensor, own: KeyValues, memory: KeyValues | None = None, mask_TS: Tensor | None = None) -> Tensor:
+def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None, mask_TS: Tensor | None = None) -> Tensor:
     """softmax(q·[k_memory, k_own]ᵀ/√E) [v_memory, v_own], for grouped-query heads and shared memories.
 
     Args:
         query_BHTE: (B, H, T, E); H is a multiple of the G key/value heads.
         own: keys and values of the queries' own sequence, batch B; its mask hides padding.
-        memory: keys and values of batch C, where B is a multiple of C: queries b·draws … (b+1)·draws − 1 read memory b.
+        kv_cache: keys and values of batch C, where B is a multiple of C: queries b·draws … (b+1)·draws − 1 read memory b.
         mask_TS: bool (T, S), True where query t may see own token s (causal masks); None for full attention.
 
     Returns:
@@ -76,21 +76,21 @@ def attend(query_BHTE: Tensor, own: KeyValues, memory: KeyValues | None = None, 
     # Training on a CPU in bf16, the fused kernel's backward pass takes five times the plain products' time; in float32 the
     # fused one is a fifth faster (AVX2) or equal (AVX512).
     plain = torch.is_grad_enabled() and query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
-    if memory is None and not plain:
+    if kv_cache is None and not plain:
         return _fused(query_BHTE, own, mask_TS)
     b, h, t, e = query_BHTE.shape
     g = own.key_CGPE.shape[1]
     short = query_BHTE.dtype in _SHORT  # scaled now, a short query would be rounded: its scores are scaled instead
     query_BGRE = (query_BHTE if short else query_BHTE * e**-0.5).reshape(b, g, (h // g) * t, e)
     scores_BGRS = _hide(_product(query_BGRE, own.key_CGPE.mT), own.mask_CP, mask_TS)
-    if memory is None:
+    if kv_cache is None:
         weights_BGRS = _softmax(scores_BGRS, query_BHTE)
         return _product(weights_BGRS, own.value_CGPE).to(query_BHTE.dtype).reshape(b, h, t, e)
-    c, p = memory.key_CGPE.shape[0], memory.key_CGPE.shape[2]
-    scores_CGQP = _hide(_product(_merge_draws(query_BGRE, c), memory.key_CGPE.mT), memory.mask_CP, None)
-    weights = _softmax(torch.cat((_split_draws(scores_CGQP, b), scores_BGRS), -1), query_BHTE)
+    c, p = kv_cache.key_CGPE.shape[0], kv_cache.key_CGPE.shape[2]
+    scores_CGQP = _hide(_product(_merge_samples(query_BGRE, c), kv_cache.key_CGPE.mT), kv_cache.mask_CP, None)
+    weights = _softmax(torch.cat((_split_samples(scores_CGQP, b), scores_BGRS), -1), query_BHTE)
     weights_BGRP, weights_BGRS = weights.split((p, scores_BGRS.shape[-1]), -1)
-    read_BGRE = _split_draws(_product(_merge_draws(weights_BGRP, c), memory.value_CGPE), b)
+    read_BGRE = _split_samples(_product(_merge_samples(weights_BGRP, c), kv_cache.value_CGPE), b)
     out_BGRE = read_BGRE + _product(weights_BGRS, own.value_CGPE)
     return out_BGRE.to(query_BHTE.dtype).reshape(b, h, t, e)
 
@@ -154,7 +154,7 @@ def _hide(scores_BGRS: Tensor, seen_BS: Tensor | None, mask_TS: Tensor | None) -
     return scores_BGRS
 
 
-def _merge_draws(x_BGRZ: Tensor, c: int) -> Tensor:
+def _merge_samples(x_BGRZ: Tensor, c: int) -> Tensor:
     """(C·draws, G, R, Z) → (C, G, draws·R, Z): the draws of one memory become more queries of one product."""
     b, g, r, z = x_BGRZ.shape
     if b == c:
@@ -162,10 +162,10 @@ def _merge_draws(x_BGRZ: Tensor, c: int) -> Tensor:
     return x_BGRZ.view(c, b // c, g, r, z).transpose(1, 2).reshape(c, g, (b // c) * r, z)
 
 
-def _split_draws(x_CGQZ: Tensor, b: int) -> Tensor:
-    """The inverse of ``_merge_draws``."""
+def _split_samples(x_CGQZ: Tensor, b: int) -> Tensor:
+    """The inverse of ``_merge_samples``."""
     c, g, q, z = x_CGQZ.shape
     if b == c:
         return x_CGQZ
-    draws = b // c
-    return x_CGQZ.view(c, g, draws, q // draws, z).transpose(1, 2).reshape(b, g, q // draws, z)
+    noise_samples = b // c
+    return x_CGQZ.view(c, g, noise_samples, q // noise_samples, z).transpose(1, 2).reshape(b, g, q // noise_samples, z)

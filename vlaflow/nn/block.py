@@ -84,8 +84,8 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTW: Tensor,
-        memory: KeyValues | None = None,
-        seen_BT: Tensor | None = None,
+        kv_cache: KeyValues | None = None,
+        padding_mask_BT: Tensor | None = None,
         mask_TS: Tensor | None = None,
         rotate: Rotate | None = None,
     ) -> tuple[Tensor, KeyValues]:
@@ -93,8 +93,8 @@ class Block(nn.Module):
 
         Args:
             x_BTW: hidden states, (B, T, W).
-            memory: injected keys and values that every token sees, or None.
-            seen_BT: bool, False on padding tokens, which nobody attends to.
+            kv_cache: injected keys and values that every token sees, or None.
+            padding_mask_BT: bool, False on padding tokens, which nobody attends to.
             mask_TS: bool (T, T), True where token t may see token s; None for full attention.
             rotate: turns queries and keys to their positions, where positions are rotations.
 
@@ -106,7 +106,7 @@ class Block(nn.Module):
         query_BHTE, key_BGTE, value_BGTE = qkv.split((c.heads, c.kv_heads, c.kv_heads), 1)
         if rotate is not None:
             query_BHTE, key_BGTE = rotate(query_BHTE, key_BGTE)
-        own = KeyValues(key_BGTE, value_BGTE, seen_BT)
-        mixed_BHTE = attend(query_BHTE, own, memory, mask_TS)
+        own = KeyValues(key_BGTE, value_BGTE, padding_mask_BT)
+        mixed_BHTE = attend(query_BHTE, own, kv_cache, mask_TS)
         x_BTW = x_BTW + self.out(mixed_BHTE.transpose(1, 2).reshape(b, t, c.heads * c.head_dim))
         return x_BTW + self.ffn(self.norm_ffn(x_BTW)), own

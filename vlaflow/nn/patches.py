@@ -1,4 +1,4 @@
-"""Pictures as square patches, and back.
+"""Images as square patches, and back.
 
 Shape letters: B batch, H height, W width, P patches (row by row), N numbers of a patch (3 · cell²).
 """
@@ -15,7 +15,7 @@ def to_patches(image_BHW3: Tensor, cell: int) -> Tensor:
 
 
 def from_patches(patch_BPN: Tensor, cell: int, height: int) -> Tensor:
-    """The inverse of ``to_patches`` for pictures of this height, (B, P, N) → (B, H, W, 3)."""
+    """The inverse of ``to_patches`` for images of this height, (B, P, N) → (B, H, W, 3)."""
     b, patches, _ = patch_BPN.shape
     rows = height // cell
     columns = patches // rows

@@ -60,12 +60,12 @@ def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage
     Raises:
         ConfigError: they leave out more.
     """
-    found = exclusions(dataset, config.episodes(dataset)[0], chunk_size, config.pauses, config.departures)
+    found = exclusions(dataset, config.episodes(dataset)[0], chunk_size, config.pauses, config.interventions)
     if found.total > config.max_excluded:
-        keys = {"pauses": found.paused, "departures": found.departed}
+        keys = {"pauses": found.paused, "interventions": found.intervened}
         largest = max(keys, key=lambda key: keys[key] or 0.0)
         raise ConfigError(
-            f"The rules for pauses and departures leave {found.total:.1%} of the actions of {dataset.root} out of the loss "
+            f"The rules for pauses and interventions leave {found.total:.1%} of the actions of {dataset.root} out of the loss "
             f"({found.shares}), more than max_excluded = {config.max_excluded:g} allows. Keep these actions with --set "
             f"{stage}{largest}=none, or train on the rest with --set {stage}max_excluded=1."
         )
@@ -90,14 +90,16 @@ def chunks_of(
         dataset: the data set.
         code_NK: latent action codes by row.
     """
-    chunk_size, views = policy.config.decoder.horizon, policy.model.backbone.views
+    chunk_size, views = policy.config.decoder.chunk_size, policy.model.backbone.views
     sizes = set(views.values())
     if len(sizes) > 1:
         raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
     cache = FrameCache.open(dataset, sizes.pop(), list(views))
 
     def cut(episodes: tuple[int, ...]) -> Windows:
-        return Windows(dataset, cache, chunk_size, episodes, config.pauses, departure_rule=config.departures, code_NK=code_NK)
+        return Windows(
+            dataset, cache, chunk_size, episodes, config.pauses, intervention_rule=config.interventions, code_NK=code_NK
+        )
 
     train, held = config.episodes(dataset)
     return cut(train), cut(held) if held else None

@@ -2,7 +2,7 @@
 
 >>> policy = Policy.from_pretrained("runs/demo/policy")
 >>> chunk = policy.act(observation, compute=Refine())
->>> chunk.actions.shape  # (horizon, action dimension)
+>>> chunk.actions.shape  # (chunk_size, action dimension)
 
 One class serves every system: what differs is the config (which backbone, which decoder, which rater), never the code.
 Checkpoints are folders of JSON and safetensors; nothing in them is ever executed.
@@ -26,20 +26,20 @@ from vlaflow.backbones.language import speaking
 from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
-from vlaflow.data.batch import Batch, ObservationBatch, QuestionBatch
+from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
 from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.base import DecoderConfig, Given, LossTerms, Targets, Tokens
+from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Targets, Tokens
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError, NotFiniteError, SpecError, nearest
-from vlaflow.files import load_weights, read_json, write_json
+from vlaflow.io import load_weights, read_json, write_json
+from vlaflow.policies.action_prefix import conditioning_of
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.commitment import given_of
-from vlaflow.spec import ActionSpec, Chunk, Commitment, Observation
+from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PolicyConfig:
         backbone, decoder, rater: configs of the parts, vlaflow's or another package's; no rater until one is trained.
         state_normalisation, action_normalisation: modes of the normalisers.
         exits: depths at which the decoder also learns to answer; None for the full depth alone.
-        execute: actions executed per chunk unless the caller says otherwise.
+        n_action_steps: actions executed per chunk unless the caller says otherwise.
     """
 
     system: str
@@ -61,11 +61,13 @@ class PolicyConfig:
     exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"
     action_normalisation: Mode = "mean_std"
-    execute: int = 8
+    n_action_steps: int = 8
 
     def __post_init__(self) -> None:
-        if not 1 <= self.execute <= self.decoder.horizon:
-            raise ConfigError(f"execute must lie in 1..{self.decoder.horizon} (the horizon), got {self.execute}.")
+        if not 1 <= self.n_action_steps <= self.decoder.chunk_size:
+            raise ConfigError(
+                f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
+            )
 
     def build(self) -> Model:
         """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
@@ -77,7 +79,7 @@ class PolicyConfig:
                 "with it, or set exits=none."
             )
         decoder = self.decoder.build(backbone.spec)
-        rater = self.rater.build(self.decoder.action_dim, self.decoder.horizon) if self.rater else None
+        rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
 
 
@@ -87,7 +89,7 @@ class Policy:
 
     Args:
         config: how the networks are built.
-        action_spec: what the actions mean, with the horizon.
+        action_spec: what the actions mean, with the chunk size.
         stats: statistics of "state" and "action" of the training data, for normalisation.
         model: the networks.
         card: text of the checkpoint's README.md.
@@ -117,13 +119,13 @@ class Policy:
             torch.manual_seed(seed)
             model = config.build()
         config = replace(config, backbone=model.backbone.config)
-        return Policy(config, action_spec.with_horizon(config.decoder.horizon), stats, model)
+        return Policy(config, action_spec.with_chunk_size(config.decoder.chunk_size), stats, model)
 
     def with_rater(self, rater: RaterConfig, seed: int) -> Policy:
         """The same policy, sharing its weights, with a new rater drawn from ``seed``."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = rater.build(self.config.decoder.action_dim, self.config.decoder.horizon)
+            network = rater.build(self.config.decoder.action_dim, self.config.decoder.chunk_size)
         model = Model(self.model.backbone, self.model.decoder, network, self.model.depths)
         return Policy(replace(self.config, rater=rater), self.action_spec, self.stats, model, self.card)
 
@@ -163,7 +165,7 @@ class Policy:
             return terms
         return exits.total(terms) if model.training else terms.answering(terms.exits[exits.depths[-1]])
 
-    def answer_loss(self, batch: QuestionBatch) -> Tensor:
+    def answer_loss(self, batch: VqaBatch) -> Tensor:
         """Language-model loss on a batch of questions; decoder and rater have no part in it.
 
         Raises:
@@ -181,7 +183,7 @@ class Policy:
         compute: ComputePolicy | None = None,
         *,
         generator: Generator | None = None,
-        commitment: Commitment | None = None,
+        action_prefix: ActionPrefix | None = None,
         guided: bool = False,
     ) -> Chunk: ...
 
@@ -192,7 +194,7 @@ class Policy:
         compute: ComputePolicy | None = None,
         *,
         generator: Sequence[Generator] | None = None,
-        commitment: Sequence[Commitment | None] | None = None,
+        action_prefix: Sequence[ActionPrefix | None] | None = None,
         guided: bool = False,
     ) -> list[Chunk]: ...
 
@@ -202,7 +204,7 @@ class Policy:
         compute: ComputePolicy | None = None,
         *,
         generator: Generator | Sequence[Generator] | None = None,
-        commitment: Commitment | Sequence[Commitment | None] | None = None,
+        action_prefix: ActionPrefix | Sequence[ActionPrefix | None] | None = None,
         guided: bool = False,
     ) -> Chunk | list[Chunk]:
         """Decide what to do next.
@@ -211,7 +213,7 @@ class Policy:
             observation: one observation, or several of the same robot, in robot units.
             compute: how much compute to spend; ``Dense()`` by default.
             generator: one per observation; by default each is seeded with 0, so the same observation gives the same chunk.
-            commitment: what of the chunk before each new one continues; None for a fresh start.
+            action_prefix: what of the chunk before each new one continues; None for a fresh start.
             guided: continue by guidance even where training gave the decoder committed actions.
 
         Returns:
@@ -230,29 +232,35 @@ class Policy:
             generators = [generator] if isinstance(generator, Generator) else list(generator)
         if len(generators) != len(observations):
             raise ConfigError(f"{len(observations)} observations need as many generators, got {len(generators)}.")
-        commitments = [commitment] if isinstance(commitment, Commitment) or commitment is None else list(commitment)
-        if commitment is None:
-            commitments *= len(observations)
-        if len(commitments) != len(observations):
-            raise ConfigError(f"{len(observations)} observations need as many commitments, got {len(commitments)}.")
-        given = given_of(commitments, self.model.decoder, self._action, device=self.device, guided=guided)
+        action_prefixes = (
+            [action_prefix] if isinstance(action_prefix, ActionPrefix) or action_prefix is None else list(action_prefix)
+        )
+        if action_prefix is None:
+            action_prefixes *= len(observations)
+        if len(action_prefixes) != len(observations):
+            raise ConfigError(f"{len(observations)} observations need as many action prefixes, got {len(action_prefixes)}.")
+        conditioning = conditioning_of(action_prefixes, self.model.decoder, self._action, device=self.device, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
-        with torch.no_grad() if given and given.pull else torch.inference_mode():
-            chunks = self._decode(observations, compute or Dense(), generators, given)
-        for chunk, known in zip(chunks, commitments, strict=True):
+        with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode():
+            chunks = self._decode(observations, compute or Dense(), generators, conditioning)
+        for chunk, known in zip(chunks, action_prefixes, strict=True):
             if known is not None:
                 chunk.actions[: known.count] = known.actions[: known.count]
         return chunks[0] if single else chunks
 
     def _decode(
-        self, observations: list[Observation], compute: ComputePolicy, generators: list[Generator], given: Given | None
+        self,
+        observations: list[Observation],
+        compute: ComputePolicy,
+        generators: list[Generator],
+        conditioning: Conditioning | None,
     ) -> list[Chunk]:
         compute.needs.check(self.model, compute.name)
         watch = Stopwatch(self.device)
         with watch.part("total"):
             with watch.part("prefix"):
                 prefix = self.model.backbone.embed(self._prepare(ObservationBatch.collate(observations)))
-            out = compute.decode(self.model, prefix, generators, watch, given)
+            out = compute.decode(self.model, prefix, generators, watch, conditioning)
             action_BLD = self.to_robot(out.action_BLD)
         _require_finite(action_BLD, out)  # before the range is clipped, which would make a bound of an infinite value
         low, high = self.action_spec.low, self.action_spec.high
@@ -265,7 +273,7 @@ class Policy:
                 draft=None if draft_BLD is None else draft_BLD[i],
                 layers=out.layers[i],
                 layer_passes=out.layer_passes[i],
-                evaluations=out.evaluations[i],
+                nfe=out.nfe[i],
                 milliseconds=dict(watch.milliseconds),
                 **_token_report(out.tokens, i),
             )
@@ -276,7 +284,7 @@ class Policy:
         """Answer the questions that the observations' instructions are; their states are not looked at.
 
         Args:
-            observations: pictures and questions.
+            observations: images and questions.
             limit: most tokens of an answer, its end included.
 
         Raises:
@@ -299,7 +307,7 @@ class Policy:
         return self._action.inverse(action_BLD.float()).cpu().numpy()
 
     def _prepare(self, observation: ObservationBatch) -> ObservationBatch:
-        """Check views, resize pictures, normalise the state, move to the device."""
+        """Check views, resize images, normalise the state, move to the device."""
         views = self.model.backbone.views
         for view in views:
             if view not in observation.images:

@@ -44,7 +44,7 @@ def policy_card(
         "```",
         "",
         f"- Robot: {spec.robot}, {spec.rate_hz:g} actions per second",
-        f"- Actions: {', '.join(f'{d.name} ({d.unit}, {d.mode})' for d in spec.dimensions)}; chunks of {spec.horizon}",
+        f"- Actions: {', '.join(f'{d.name} ({d.unit}, {d.mode})' for d in spec.dimensions)}; chunks of {spec.chunk_size}",
         f"- Views: {', '.join(policy.model.backbone.views)}",
         *facts,
         "- Instructions:",

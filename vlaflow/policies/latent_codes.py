@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from vlaflow.actions.latent import LatentActionModel, LatentConfig
-from vlaflow.data.exclusions import departed
+from vlaflow.data.exclusions import intervened
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DepartureRule
+from vlaflow.data.quality import InterventionRule
 from vlaflow.decoders.base import LatentCodes
 from vlaflow.errors import ConfigError
 from vlaflow.policies.base import Policy
@@ -22,11 +22,11 @@ from vlaflow.progress import Progress, progress
 
 
 def codes_of(
-    policy: Policy, dataset: Dataset, path: Path | str | None, rule: DepartureRule | None
+    policy: Policy, dataset: Dataset, path: Path | str | None, rule: InterventionRule | None
 ) -> tuple[np.ndarray | None, dict[str, str]]:
     """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity.
 
-    A code that tells of a departure, which the observation did not foretell, is left out.
+    A code that tells of an intervention, which the observation did not foretell, is left out.
     """
     wanted = policy.config.decoder.latent_codes
     if wanted is None:
@@ -51,7 +51,7 @@ def codes_of(
             done = now
 
         codes = dataset_codes(model, dataset, progress=tell)
-    before = np.concatenate(([0], np.cumsum(departed(dataset, rule))))
+    before = np.concatenate(([0], np.cumsum(intervened(dataset, rule))))
     end_N = np.minimum(np.arange(len(dataset)) + codes.gap, len(dataset))
     foretold_N = before[end_N] == before[:-1]
     return np.where(foretold_N[:, None], codes.id_NK, -1), {"latent": model.fingerprint()}

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlaflow.actions.files import load_tokenizer
+from vlaflow.actions.io import load_tokenizer
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.config import to_json
@@ -25,9 +25,9 @@ from vlaflow.data import stats
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs, chosen_view
-from vlaflow.data.questions import QuestionSet
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
+from vlaflow.data.vqa import VqaDataset
 from vlaflow.data.windows import action_chunks
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError, SpecError
@@ -45,7 +45,7 @@ from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_mode
 from vlaflow.policies.provenance import run_of
 from vlaflow.policies.recipe import Assets, Base, Foreseen, Objective, Setup, TrainConfig
 from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
-from vlaflow.policies.vqa import QuestionTraining, questions_of, require_askable
+from vlaflow.policies.vqa import VqaTraining, require_askable, vqa_of
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class PolicyObjective(Objective):
 
     Args:
         policy: the assembly.
-        questions: VQA co-training; None for none.
+        vqa: VQA co-training; None for none.
     """
 
     policy: PolicyConfig
-    questions: QuestionTraining | None = None
+    vqa: VqaTraining | None = None
 
     @property
     def names_codes(self) -> bool:
@@ -71,14 +71,14 @@ class PolicyObjective(Objective):
 
     def told(self, assets: Assets) -> PolicyObjective:
         """A question set brings co-training along."""
-        return replace(self, questions=QuestionTraining()) if assets.questions and self.questions is None else self
+        return replace(self, vqa=VqaTraining()) if assets.vqa and self.vqa is None else self
 
     def require(self, assets: Assets) -> None:
         """Questions and their config belong together."""
-        if self.questions is not None and assets.questions is None:
-            raise ConfigError("This recipe also learns from questions; name a set of them with --qa, or --set questions=none.")
-        if self.questions is None and assets.questions is not None:
-            raise ConfigError(f"questions is none, so {assets.questions} would not be looked at; leave --qa out.")
+        if self.vqa is not None and assets.vqa is None:
+            raise ConfigError("This recipe also learns from questions; name a set of them with --vqa, or --set vqa=none.")
+        if self.vqa is None and assets.vqa is not None:
+            raise ConfigError(f"vqa is none, so {assets.vqa} would not be looked at; leave --vqa out.")
         if assets.base is not None and assets.tokenizer is not None:
             raise ConfigError(
                 f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {assets.tokenizer} out."
@@ -86,9 +86,9 @@ class PolicyObjective(Objective):
 
     def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
         """See ``Objective``."""
-        if self.questions is not None and assets.questions is not None:
-            require_askable(self.policy, QuestionSet.open(assets.questions, self.questions.turns))
-        require_enough(config, self.open(root), self.policy.decoder.horizon, stage)
+        if self.vqa is not None and assets.vqa is not None:
+            require_askable(self.policy, VqaDataset.open(assets.vqa, self.vqa.turns))
+        require_enough(config, self.open(root), self.policy.decoder.chunk_size, stage)
         wanted = self.policy.decoder.latent_codes
         if wanted is not None and before.latent is not None:
             fit_codes(before.latent, wanted, "The latent action model of this pipeline", stage)
@@ -100,31 +100,31 @@ class PolicyObjective(Objective):
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``."""
-        tell_exclusions(config, dataset, self.policy.decoder.horizon)
+        tell_exclusions(config, dataset, self.policy.decoder.chunk_size)
         if assets.base is None:
             policy, objective = self._created(config, dataset, assets.tokenizer)
             identity: dict[str, Any] = {}
         else:
             policy, objective = self._continued(config, dataset, assets.base, assets.latent), self
             identity = assets.base.identity()
-        code_NK, latent = codes_of(policy, dataset, assets.latent, config.departures)
+        code_NK, latent = codes_of(policy, dataset, assets.latent, config.interventions)
         identity |= latent
         beside = {}
         if latent:
             beside["Latent actions"] = f"codes of {Path(str(assets.latent)).name}, fingerprint {latent['latent']}"
         train, held = chunks_of(policy, config, dataset, code_NK)
         stage: Stage = PolicyStage(policy)
-        questions = None
-        if self.questions is not None and assets.questions is not None:
-            questions, trained, line = questions_of(policy, self.questions, assets.questions)
-            stage = AnsweringStage(stage, policy, self.questions.weight)
-            identity["questions"] = to_json(trained)
-            beside = {"Questions": line, **beside}
+        vqa = None
+        if self.vqa is not None and assets.vqa is not None:
+            vqa, trained, line = vqa_of(policy, self.vqa, assets.vqa)
+            stage = AnsweringStage(stage, policy, self.vqa.weight)
+            identity["vqa"] = to_json(trained)
+            beside = {"VqaSource": line, **beside}
 
         def card(training: Sequence[str]) -> str:
             return policy_card(policy, dataset, training, "Further training of the policy", beside)
 
-        return Setup(objective, stage, train, held, questions, identity, card)
+        return Setup(objective, stage, train, held, vqa, identity, card)
 
     def _created(self, config: TrainConfig, dataset: Dataset, tokenizer: Path | str | None) -> tuple[Policy, PolicyObjective]:
         if not dataset.columns().state.shape[1]:
@@ -170,7 +170,7 @@ class PolicyObjective(Objective):
         if file is not None:
             decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
         elif decoder.unfitted:
-            chunks = torch.from_numpy(action_chunks(dataset, decoder.horizon, episodes))
+            chunks = torch.from_numpy(action_chunks(dataset, decoder.chunk_size, episodes))
             decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
         return replace(self.policy, decoder=decoder)
 
@@ -191,8 +191,8 @@ class RaterObjective(Objective):
 
     def require(self, assets: Assets) -> None:
         """Nothing but a policy."""
-        if assets.questions is not None:
-            raise ConfigError("A rater learns no questions; leave --qa out.")
+        if assets.vqa is not None:
+            raise ConfigError("A rater learns no questions; leave --vqa out.")
         if assets.latent is not None:
             raise ConfigError("A rater learns no latent actions; leave --latent out.")
         if assets.tokenizer is not None:
@@ -204,7 +204,7 @@ class RaterObjective(Objective):
         """See ``Objective``."""
         if before.policy is None:
             return before
-        require_enough(config, self.open(root), before.policy.decoder.horizon, stage)
+        require_enough(config, self.open(root), before.policy.decoder.chunk_size, stage)
         return replace(before, policy=replace(before.policy, rater=self.rater))
 
     def open(self, root: Path | str) -> Dataset:
@@ -217,7 +217,7 @@ class RaterObjective(Objective):
         if base is None:
             raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
         require_same_robot(base, dataset)
-        tell_exclusions(config, dataset, base.policy.config.decoder.horizon)
+        tell_exclusions(config, dataset, base.policy.config.decoder.chunk_size)
         policy = base.policy.with_rater(self.rater, config.seed)
         train, held = chunks_of(policy, config, dataset)
 
@@ -263,9 +263,9 @@ class LatentObjective(Objective):
             raise ConfigError("A latent action model starts from video alone; leave --policy out.")
         if assets.tokenizer is not None:
             raise ConfigError(f"A latent action model has no use for the action tokenizer {assets.tokenizer}; leave it out.")
-        for flag, given in (("--latent", assets.latent), ("--qa", assets.questions)):
-            if given is not None:
-                raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
+        for flag, conditioning in (("--latent", assets.latent), ("--vqa", assets.vqa)):
+            if conditioning is not None:
+                raise ConfigError(f"A latent action model learns from video alone; leave {flag} {conditioning} out.")
 
     def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
         """See ``Objective``."""

@@ -18,10 +18,10 @@ from typing import Any
 
 from vlaflow.config import from_json, to_json
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.questions import QuestionSet, Turns
+from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.errors import ConfigError
-from vlaflow.files import read_json
+from vlaflow.io import read_json
 
 STATE = "state.json"
 
@@ -64,7 +64,7 @@ class TrainedQuestions:
         fingerprint: of the set.
         turns: how its conversations were read.
         held_out: share that was never trained on.
-        size: side in pixels at which pictures were shown to a backbone that looks at any size.
+        size: side in pixels at which images were shown to a backbone that looks at any size.
     """
 
     fingerprint: str
@@ -80,13 +80,13 @@ class TrainedOn:
     Args:
         data: fingerprint of the data set.
         validation_fraction, seed: which of its episodes were held out; see ``split_episodes``.
-        questions: None for none.
+        vqa: None for none.
     """
 
     data: str
     validation_fraction: float
     seed: int
-    questions: TrainedQuestions | None = None
+    vqa: TrainedQuestions | None = None
 
 
 def trained_on(folder: Path) -> tuple[TrainedOn, ...]:
@@ -113,11 +113,11 @@ def new_episodes(dataset: Dataset, trained: Sequence[TrainedOn]) -> tuple[int, .
     return tuple(sorted(new))
 
 
-def new_questions(questions: QuestionSet, turns: Turns, trained: Sequence[TrainedOn], folder: Path) -> tuple[int, ...]:
+def new_questions(vqa: VqaDataset, turns: Turns, trained: Sequence[TrainedOn], folder: Path) -> tuple[int, ...]:
     """The questions that no training learned from: those that all trainings on this set held out.
 
     Args:
-        questions: the set.
+        vqa: the set.
         turns: how it was opened.
         trained: what was learned from.
         folder: of the checkpoint, for the error.
@@ -125,13 +125,13 @@ def new_questions(questions: QuestionSet, turns: Turns, trained: Sequence[Traine
     Raises:
         ConfigError: a training read the conversations of this set in another way.
     """
-    new = set(range(len(questions)))
-    for asked in (each.questions for each in trained if each.questions is not None):
-        if asked.fingerprint == questions.fingerprint:
-            new &= set(questions.split(asked.held_out)[1])
-        elif asked.turns != turns and asked.fingerprint == QuestionSet.open(questions.file, asked.turns).fingerprint:
+    new = set(range(len(vqa)))
+    for asked in (each.vqa for each in trained if each.vqa is not None):
+        if asked.fingerprint == vqa.fingerprint:
+            new &= set(vqa.split(asked.held_out)[1])
+        elif asked.turns != turns and asked.fingerprint == VqaDataset.open(vqa.file, asked.turns).fingerprint:
             raise ConfigError(
-                f"{folder} learned from {questions.file} with turns={asked.turns}, so nobody knows what of it is new with "
+                f"{folder} learned from {vqa.file} with turns={asked.turns}, so nobody knows what of it is new with "
                 f"turns={turns}. Give --turns {asked.turns}, or ask everything with --part all."
             )
     return tuple(sorted(new))
@@ -139,5 +139,5 @@ def new_questions(questions: QuestionSet, turns: Turns, trained: Sequence[Traine
 
 def _trained_on(run: Mapping[str, Any], where: str) -> tuple[TrainedOn, ...]:
     before = tuple(from_json(TrainedOn, each, where) for each in run.get("ancestors", ()))
-    asked = from_json(TrainedQuestions, run["questions"], where) if "questions" in run else None
+    asked = from_json(TrainedQuestions, run["vqa"], where) if "vqa" in run else None
     return (*before, TrainedOn(run["data"], run["config"]["validation_fraction"], run["config"]["seed"], asked))

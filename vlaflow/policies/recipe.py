@@ -17,7 +17,7 @@ from vlaflow.actions.latent import LatentConfig
 from vlaflow.config import INLINE
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.quality import DEPARTURES, DepartureRule, PauseRule
+from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
 from vlaflow.data.source import Source
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import ConfigError, DataError
@@ -138,13 +138,13 @@ class Assets:
 
     Args:
         base: trained policy to continue.
-        questions: file or folder of a question set to learn from as well (docs/qa.md).
+        vqa: file or folder of a question set to learn from as well (docs/vqa.md).
         tokenizer: file of a fitted action tokenizer.
         latent: folder of a latent action model.
     """
 
     base: Base | None = None
-    questions: Path | str | None = None
+    vqa: Path | str | None = None
     tokenizer: Path | str | None = None
     latent: Path | str | None = None
 
@@ -166,7 +166,7 @@ class Setup:
         stage: the networks and their loss.
         train: samples to learn from.
         held: held-out samples, or None.
-        questions: questions to learn from in turns with the samples, or None.
+        vqa: questions to learn from in turns with the samples, or None.
         identity: JSON data that must be the same for a run to be continued, besides recipe, data set and config.
         card: the checkpoint's README.md, given the lines about this training.
     """
@@ -175,7 +175,7 @@ class Setup:
     stage: Stage
     train: Source
     held: Source | None
-    questions: CoTraining | None
+    vqa: CoTraining | None
     identity: Mapping[str, Any]
     card: Callable[[Sequence[str]], str]
 
@@ -252,7 +252,7 @@ class TrainConfig:
     """One training stage.
 
     Args:
-        objective: what is learned. On a command line its fields have no prefix: ``--set policy.execute=4``.
+        objective: what is learned. On a command line its fields have no prefix: ``--set policy.n_action_steps=4``.
         steps: optimiser steps.
         batch_size: observations per optimiser step and process, over all accumulation parts.
         accumulate: parts a batch is split into.
@@ -261,7 +261,7 @@ class TrainConfig:
         augment: erased and sharpened images; None for none.
         state_mask: hidden proprioceptive states; None for none.
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
-        departures: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
+        interventions: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
             are left out of the loss; None keeps all.
         max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
             refused.
@@ -282,7 +282,7 @@ class TrainConfig:
     augment: Augment | None = None
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
-    departures: DepartureRule | None = DEPARTURES
+    interventions: InterventionRule | None = INTERVENTIONS
     max_excluded: float = 0.5
     demonstrations: float = 1.0
     validation_fraction: float = 0.06

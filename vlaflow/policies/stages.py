@@ -2,7 +2,7 @@
 
 A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
 
-Shape letters: B batch, L horizon (of a frame pair: frames between the two), D action dimension.
+Shape letters: B batch, L chunk size (of a frame pair: frames between the two), D action dimension.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.actions.nsvq import Replacement, perplexity
 from vlaflow.backbones.language import speaking
-from vlaflow.data.batch import Batch, QuestionBatch
+from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.source import Source
 from vlaflow.data.transforms import Normalizer
@@ -144,9 +144,9 @@ class AnsweringStage:
         """What the other stage does."""
         self.stage.after_step(step, shared)
 
-    def loss(self, batch: Batch | QuestionBatch, generator: Generator, shared: Generator) -> LossTerms:
+    def loss(self, batch: Batch | VqaBatch, generator: Generator, shared: Generator) -> LossTerms:
         """The language-model loss of questions, the other stage's loss of anything else; never both."""
-        if not isinstance(batch, QuestionBatch):
+        if not isinstance(batch, VqaBatch):
             return self.stage.loss(batch, generator, shared)
         loss = self.policy.answer_loss(batch)
         return LossTerms(self.weight * loss, {"answer": loss.detach()})

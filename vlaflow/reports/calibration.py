@@ -40,7 +40,7 @@ def write_page(made: Calibration, table: Table, file: Path) -> Path:
         "solver steps at each": str(plan.steps),
         "warm start": plan.warm_start + (f" from clock {plan.restart:g}" if plan.warm_start == "renoise" else ""),
         "mean depth": f"{seen.layers:.2f} of {plan.exits[-1]}",
-        "mean evaluations": f"{seen.evaluations:.1f}",
+        "mean evaluations": f"{seen.nfe:.1f}",
         "distance to the demonstrations": f"{seen.error:.4f}, at full depth {seen.full_error:.4f}",
         "command": made.command,
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),

@@ -1,6 +1,6 @@
-"""``report.html``: one page that holds everything, pictures and films included, and asks no server for anything.
+"""``report.html``: one page that holds everything, images and videos included, and asks no server for anything.
 
-The page is filled from ``results.json`` and ``films/`` and can be made again from them. Its layout is in
+The page is filled from ``results.json`` and ``videos/`` and can be made again from them. Its layout is in
 ``templates/``, its plots in ``plots``; here is what it says in words.
 """
 
@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vlaflow.evaluation.films import Film, read_films
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
 from vlaflow.evaluation.results import EARLY, Evaluation, Minutes, PairedTest, Results, read
-from vlaflow.evaluation.run import FILMS, RESULTS
+from vlaflow.evaluation.run import RESULTS, VIDEOS
+from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import plots, revision_plots
 
 Log = Sequence[Mapping[str, Any]]
@@ -27,14 +27,14 @@ def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | 
     """Make ``report.html`` from what an evaluation left in ``out``.
 
     Args:
-        out: folder with ``results.json`` and, where films were made, ``films/``.
+        out: folder with ``results.json`` and, where videos were made, ``videos/``.
         logs: entries of training logs (step, loss, validation) by the name of the loss.
         title: of the page.
 
     Returns:
         the page's path.
     """
-    page = render(read(out / RESULTS), out / FILMS, logs or {}, title)
+    page = render(read(out / RESULTS), out / VIDEOS, logs or {}, title)
     file, part = out / "report.html", out / f".report.html.{os.getpid()}"
     part.write_text(page)
     part.replace(file)
@@ -45,7 +45,7 @@ def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
     """The page as text."""
     import jinja2
 
-    films = read_films(folder)
+    videos = read_videos(folder)
     home = resources.files("vlaflow.reports").joinpath("templates")
     machine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     machine.filters.update(percent=percent, short=plots.short, known=_known, chunks=_chunks_per_episode, points=signed)
@@ -63,7 +63,7 @@ def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "minutes": plots.minutes(results.minutes) if _steps(results.minutes) > 1 else "",
     }
     sections = ["Success", "Steps", "Latency"] + (["Tokens"] if results.revision or revising else [])
-    sections += [name for name, there in (("Training", drawn["losses"]), ("Chunks", films), ("Films", films)) if there]
+    sections += [name for name, there in (("Training", drawn["losses"]), ("Chunks", videos), ("Videos", videos)) if there]
     sections += (["Language"] if results.language else []) + ["Reproduce", "Caveats"]
     envs = len(results.envs)
     return machine.from_string(home.joinpath("evaluation.html").read_text()).render(
@@ -76,10 +76,12 @@ def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         plots=_safe(drawn),
         parts=used,
         part_names=plots.PART_NAMES,
-        early=results.evaluations[0].horizon > EARLY,
+        early=results.evaluations[0].max_steps > EARLY,
         costs=costs(results),
-        films=[_film(film, folder) for film in films],
-        moments=[m for film in films if film.episode.success or not _any_success(films, film) for m in _moments(film, folder)],
+        videos=[_video(video, folder) for video in videos],
+        moments=[
+            m for video in videos if video.episode.success or not _any_success(videos, video) for m in _moments(video, folder)
+        ],
         kinds=KINDS,
         language={(entry.env, entry.told): entry for entry in results.language},
         commands=results.commands or (results.command,),
@@ -147,7 +149,8 @@ def caveats(results: Results) -> list[str]:
         f"{n} episodes per environment: the intervals are up to {width:.0f} points wide. Intervals and p-values are for one "
         "trained checkpoint; another training seed would give another policy.",
         "Several pairs are compared and the p-values are not corrected for that.",
-        f"Number of executed actions ({some.execute}), camera, picture size and rendering ({some.render}) all move success "
+        f"Number of executed actions ({some.n_action_steps}), camera, image size and rendering "
+        f"({some.render}) all move success "
         "rates: compare only numbers that agree in them.",
         "p99 of so few chunks is close to the slowest one seen.",
     ]
@@ -187,18 +190,18 @@ def _tiles(results: Results) -> list[dict[str, str]]:
     return tiles
 
 
-def _film(film: Film, folder: Path) -> dict[str, str]:
-    e = film.episode
+def _video(video: EpisodeVideo, folder: Path) -> dict[str, str]:
+    e = video.episode
     outcome = f"success at step {e.first_success_step}" if e.success else f"no success in {e.steps} steps"
     return {
-        "video": _data(folder / film.file, "video/mp4"),
-        "text": f"{plots.short(e.env)}, {e.compute}, seed {e.seed}: {outcome}. One frame in {film.frame_every} steps.",
+        "video": _data(folder / video.file, "video/mp4"),
+        "text": f"{plots.short(e.env)}, {e.compute}, seed {e.seed}: {outcome}. One frame in {video.frame_every} steps.",
     }
 
 
-def _moments(film: Film, folder: Path) -> list[dict[str, Any]]:
-    e, found = film.episode, []
-    for moment in film.moments:
+def _moments(video: EpisodeVideo, folder: Path) -> list[dict[str, Any]]:
+    e, found = video.episode, []
+    for moment in video.moments:
         again = sum(moment.regenerated or ())
         detail = f"{e.compute}, seed {e.seed}, step {moment.step}"
         if moment.regenerated is not None:
@@ -207,15 +210,15 @@ def _moments(film: Film, folder: Path) -> list[dict[str, Any]]:
             {
                 "title": plots.short(e.env),
                 "detail": detail,
-                "picture": _data(folder / moment.picture, "image/png"),
-                "svg": _safe(plots.chunk(film, moment)),
+                "image": _data(folder / moment.picture, "image/png"),
+                "svg": _safe(plots.chunk(video, moment)),
             }
         )
     return found
 
 
-def _any_success(films: Sequence[Film], film: Film) -> bool:
-    return any(other.episode.success for other in films if other.episode.env == film.episode.env)
+def _any_success(videos: Sequence[EpisodeVideo], video: EpisodeVideo) -> bool:
+    return any(other.episode.success for other in videos if other.episode.env == video.episode.env)
 
 
 def _data(file: Path, kind: str) -> str:

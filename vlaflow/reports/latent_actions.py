@@ -1,6 +1,6 @@
 """The page of a latent action model: how its codes are used, what they bring back, and what they do to other first frames.
 
-Shape letters: H, W height and width of a picture, K codes, V entries of the book.
+Shape letters: H, W height and width of an image, K codes, V entries of the book.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlaflow.reports.plots import INK, SERIES, WIDTH, figure
 ROWS = 6
 """Pairs that are shown."""
 GAIN = 2.0
-"""By how much the pictures of a change are amplified around grey."""
+"""By how much the images of a change are amplified around grey."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def write_page(model: LatentActionModel, seen: Seen, found: Found, title: str, f
 
 
 STYLE = """
-table.pictures td, table.pictures th { border: 0; padding: .15rem .25rem; text-align: center; white-space: normal;
+table.images td, table.images th { border: 0; padding: .15rem .25rem; text-align: center; white-space: normal;
   vertical-align: middle; }
-table.pictures th { font-size: .82rem; vertical-align: bottom; }
-table.pictures img { width: 6.4rem; height: 6.4rem; image-rendering: pixelated; border-radius: .25rem; display: block; }
-table.pictures td.codes { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; text-align: left; }
+table.images th { font-size: .82rem; vertical-align: bottom; }
+table.images img { width: 6.4rem; height: 6.4rem; image-rendering: pixelated; border-radius: .25rem; display: block; }
+table.images td.codes { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .8rem; text-align: left; }
 """
 
 
@@ -160,7 +160,7 @@ def transfer(model: LatentActionModel, seen: Seen, shown: np.ndarray) -> str:
 
 
 def difference(image_HW3: np.ndarray, before_HW3: np.ndarray) -> np.ndarray:
-    """A change as a picture: grey where nothing changed, uint8 (H, W, 3)."""
+    """A change as an image: grey where nothing changed, uint8 (H, W, 3)."""
     return (127.5 + GAIN * (image_HW3.astype(float) - before_HW3)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -205,7 +205,7 @@ def _figure(svg: str, text: str) -> str:
 def _pictures(head: Sequence[str], rows: Sequence[str], text: str) -> str:
     cells = "".join(f"<th>{name}</th>" for name in head)
     lines = "".join(f"<tr>{row}</tr>" for row in rows)
-    table = f'<table class="pictures"><thead><tr>{cells}</tr></thead>{lines}</table>'
+    table = f'<table class="images"><thead><tr>{cells}</tr></thead>{lines}</table>'
     return f'<div class="wide">{table}</div><p class="soft">{text}</p>'
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from vlaflow.evaluation.films import Film, Moment
 from vlaflow.evaluation.latency import PARTS, Latency
 from vlaflow.evaluation.results import EARLY, Minutes, Results
+from vlaflow.evaluation.videos import EpisodeVideo, Moment
 
 INK, FAINT, PAPER = "#010101", "#010102", "#010103"
 SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205")
@@ -29,7 +29,7 @@ WIDTH = 5.6
 PART_NAMES = {
     "prefix": "prefix",
     "first": "solver steps",
-    "settle": "deterministic steps",
+    "refine_deterministic": "deterministic steps",
     "rater": "rater",
     "refine": "second round",
     "other": "other",
@@ -73,12 +73,12 @@ def first_success(results: Results) -> str:
             for c, compute in enumerate(results.computes):
                 entry = results.of(env, compute)
                 steps = sorted(s for s in entry.first_success_steps if s is not None)
-                x = [0, *steps, entry.horizon]
+                x = [0, *steps, entry.max_steps]
                 y = [0, *(100 * (i + 1) / entry.episodes for i in range(len(steps))), 100 * len(steps) / entry.episodes]
                 axis.step(x, y, where="post", color=SERIES[c % 5], ls=LINES[c % 5], lw=1.8, label=compute, clip_on=False)
-            if entry.horizon > EARLY:
+            if entry.max_steps > EARLY:
                 axis.axvline(EARLY, color=FAINT, lw=0.8)
-            axis.set(title=short(env), xlim=(0, entry.horizon), ylim=(0, 100), xlabel="simulator steps")
+            axis.set(title=short(env), xlim=(0, entry.max_steps), ylim=(0, 100), xlabel="simulator steps")
             axis.locator_params(axis="x", nbins=3)
         for axis in grid[::columns]:
             axis.set_ylabel("succeeded so far, %")
@@ -140,8 +140,8 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
         return done()
 
 
-def chunk(film: Film, moment: Moment) -> str:
-    """One chunk: every dimension over the horizon, draft beside answer, confidence below."""
+def chunk(video: EpisodeVideo, moment: Moment) -> str:
+    """One chunk: every dimension over the step limit, draft beside answer, confidence below."""
     actions = np.array(moment.actions)
     draft = None if moment.draft is None else np.array(moment.draft)
     doubted = np.flatnonzero(moment.regenerated) if moment.regenerated else np.array([], int)
@@ -160,7 +160,7 @@ def chunk(film: Film, moment: Moment) -> str:
                 grid[d].plot(x, draft[:, d], color=SERIES[1], ls="--", lw=1.4)
             grid[d].plot(x, actions[:, d], color=SERIES[0], lw=1.6, marker="o", ms=2.5)
             grid[d].set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
-            grid[d].set_ylabel(film.dimensions[d], rotation=0, ha="right", va="center")
+            grid[d].set_ylabel(video.dimensions[d], rotation=0, ha="right", va="center")
         if moment.confidence is not None:
             grid[-1].bar(x, moment.confidence, 0.7, color=SERIES[2])
             grid[-1].axhline(0.5, color=INK, lw=0.8)

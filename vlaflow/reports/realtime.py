@@ -1,4 +1,4 @@
-"""The page of episodes over the wire: success and jerk against delay, what was executed, and the numbers."""
+"""The page of episodes in real time: success and jerk against delay, what was executed, and the numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vlaflow.evaluation.over_the_wire import Trace
-from vlaflow.evaluation.over_the_wire_results import Cell, Comparison, WireResults
+from vlaflow.evaluation.realtime import Trace
+from vlaflow.evaluation.realtime_results import Cell, Comparison, RealtimeResults
 from vlaflow.reports.plots import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure, short
 
 WORDS = {
@@ -22,7 +22,7 @@ WORDS = {
 }
 
 
-def write_page(found: WireResults, file: Path) -> Path:
+def write_page(found: RealtimeResults, file: Path) -> Path:
     """One self-contained HTML file."""
     css = resources.files("vlaflow.reports").joinpath("templates", "report.css").read_text()
     figures = [
@@ -37,11 +37,12 @@ def write_page(found: WireResults, file: Path) -> Path:
         figures.append(drawn)
     shown = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in figures)
     guided = ", continued by guidance" if found.guided else ""
-    title = f"{found.system} with {found.compute}{guided} over the wire"
+    title = f"{found.system} with {found.compute}{guided} in real time"
     how = (
         f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of each of "
-        f"{', '.join(map(short, found.envs))}, up to {found.horizon} control steps at {found.rate_hz:g} Hz; the next chunk is "
-        f"asked for after {found.execute} actions; {found.compute_settings}; checkpoint {found.checkpoint} "
+        f"{', '.join(map(short, found.envs))}, up to {found.max_steps} control steps at {found.rate_hz:g} Hz; "
+        "the next chunk is "
+        f"asked for after {found.n_action_steps} actions; {found.compute_settings}; checkpoint {found.checkpoint} "
         f"({found.fingerprint[:12]}); jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions."
     )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def write_page(found: WireResults, file: Path) -> Path:
     return file
 
 
-def success(found: WireResults) -> str:
+def success(found: RealtimeResults) -> str:
     """Success rate against delay, one line per mode."""
     with figure(WIDTH, 2.6) as (_, axis, done):
         for number, cells in enumerate(_by_mode(found).values()):
@@ -70,7 +71,7 @@ def success(found: WireResults) -> str:
         return done()
 
 
-def jerk(found: WireResults) -> str:
+def jerk(found: RealtimeResults) -> str:
     """Jerk at boundaries against delay, one line per mode."""
     with figure(WIDTH, 2.6) as (_, axis, done):
         for number, cells in enumerate(_by_mode(found).values()):
@@ -87,7 +88,7 @@ def jerk(found: WireResults) -> str:
         return done()
 
 
-def executed(found: WireResults) -> tuple[str, str] | None:
+def executed(found: RealtimeResults) -> tuple[str, str] | None:
     """The actions of the first seed, one panel per mode, at the upper middle of the delays: it matters and is not hopeless."""
     delays = sorted({c.delay_ms for c in found.cells})
     delay = delays[len(delays) // 2]
@@ -116,7 +117,7 @@ def _panel(axis: Any, trace: Trace, mode: str) -> None:
     axis.set_title(WORDS[mode], loc="left")
 
 
-def _by_mode(found: WireResults) -> dict[str, list[Cell]]:
+def _by_mode(found: RealtimeResults) -> dict[str, list[Cell]]:
     return {mode: [c for c in found.cells if c.mode == mode] for mode in dict.fromkeys(c.mode for c in found.cells)}
 
 

@@ -1,4 +1,4 @@
-"""A chunk being revised, as a picture: every token at every step, and the actions they meant on the way."""
+"""A chunk being revised, as an image: every token at every step, and the actions they meant on the way."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 >>> with Client("ws://127.0.0.1:8000") as client:
 ...     reply = client.infer({"observation/image": image, "observation/state": state, "prompt": "Open a drawer"})
->>> reply["actions"].shape  # (horizon, D), robot units
+>>> reply["actions"].shape  # (chunk_size, D), robot units
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class Client:
 
     def _reconnect(self) -> None:
         self._connection, metadata = self._connect()
-        changed = [part for part in ("action_spec", "horizon") if metadata.get(part) != self.metadata.get(part)]
-        if metadata.get("commitment", 0) < self.metadata.get("commitment", 0):
-            changed.append("commitment")
+        changed = [part for part in ("action_spec", "chunk_size") if metadata.get(part) != self.metadata.get(part)]
+        if metadata.get("max_action_prefix", 0) < self.metadata.get("max_action_prefix", 0):
+            changed.append("max_action_prefix")
         if changed:
             self._open.close()
             raise RequestError(

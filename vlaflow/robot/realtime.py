@@ -15,7 +15,7 @@ values stay. An answer to an older request, or to one of the episode before, is 
 again at the next step, while what is left is executed. All of it is counted. Time is counted in control steps, so nothing here
 sleeps or reads a clock, and a simulation drives it as a robot does.
 
-Needs numpy alone. Shape letters: L horizon, D action dimension, N actions left.
+Needs numpy alone. Shape letters: L chunk size, D action dimension, N actions left.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RealtimeConfig:
             it comes (naive asynchronous); "ensemble" averages all chunks that speak of this moment, with the weights
             exp(−rate·i), the oldest i = 0 (ACT's temporal ensembling); "commit" tells the policy what will have been executed
             by then, and the new chunk begins with it (real-time chunking).
-        execute: actions of a chunk that are executed before the next one is asked for.
+        n_action_steps: actions of a chunk that are executed before the next one is asked for.
         expected: control steps that an answer takes, until one has been measured.
         memory: latest delays remembered; the longest of them is what "commit" counts on.
         fade: actions over which a new chunk is faded in ("switch" and "commit"); 0 is a hard change.
@@ -54,15 +54,15 @@ class RealtimeConfig:
     """
 
     mode: HandOver = "commit"
-    execute: int = 8
+    n_action_steps: int = 8
     expected: int = 1
     memory: int = 10
     fade: int = 0
     rate: float = 0.01
 
     def __post_init__(self) -> None:
-        if min(self.execute, self.memory) < 1 or min(self.expected, self.fade, self.rate) < 0:
-            raise ConfigError("execute and memory are at least 1; expected, fade and rate at least 0.")
+        if min(self.n_action_steps, self.memory) < 1 or min(self.expected, self.fade, self.rate) < 0:
+            raise ConfigError("n_action_steps and memory are at least 1; expected, fade and rate at least 0.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Counts:
         stood: control steps without an action to execute.
     """
 
-    asked: int = 0
+    requests: int = 0
     answered: int = 0
     failed: int = 0
     dropped: int = 0
@@ -148,7 +148,7 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     number: int
     step: int
     moved: int
@@ -162,7 +162,7 @@ class RealtimeController:
 
     Args:
         transport: to the policy.
-        metadata: the server's: "horizon", "action_spec", and "commitment", the longest it can continue.
+        metadata: the server's: "chunk_size", "action_spec", and "max_action_prefix", the longest it can continue.
         config: how chunks hand over.
 
     Attributes:
@@ -177,26 +177,27 @@ class RealtimeController:
     failure: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        if not {"horizon", "action_spec"} <= self.metadata.keys():
+        if not {"chunk_size", "action_spec"} <= self.metadata.keys():
             raise ConfigError(
-                "This server does not say its 'horizon' and 'action_spec', which real-time control needs; add them to the "
+                "This server does not say its 'chunk_size' and 'action_spec', which real-time control needs; add them to the "
                 "metadata, or use vlaflow serve."
             )
-        self._horizon = int(self.metadata["horizon"])
-        self._longest = int(self.metadata.get("commitment", 0))
+        self._chunk_size = int(self.metadata["chunk_size"])
+        self._longest = int(self.metadata.get("max_action_prefix", 0))
         dimensions = self.metadata["action_spec"]["dimensions"]
         self._stays_D = np.array([d.get("mode", "delta") == "absolute" for d in dimensions])
-        most = self._horizon if self.config.mode == "wait" else self._horizon - 1
-        if self.config.execute > most:
+        most = self._chunk_size if self.config.mode == "wait" else self._chunk_size - 1
+        if self.config.n_action_steps > most:
             before = "" if self.config.mode == "wait" else "; ask for the next one before they are used up"
             raise ConfigError(
-                f"Chunks have {self._horizon} actions{before}: execute is at most {most}, got {self.config.execute}."
+                f"Chunks have {self._chunk_size} actions{before}: n_action_steps is at most {most}, got "
+                f"{self.config.n_action_steps}."
             )
         if self.config.mode == "commit" and not self._longest:
             raise ConfigError("This server's policy cannot continue committed actions; use mode 'switch' or 'ensemble'.")
         self._number = self._step = self._moved = 0
         self._origin: tuple[int, ...] = ()
-        self._asked: _Asked | None = None
+        self._request: _Request | None = None
         self._failing = False
         self._chunks: list[_Chunk] = []
         self._last_D = np.zeros(len(dimensions), np.float32)
@@ -223,7 +224,7 @@ class RealtimeController:
             if any(answer.number == self._number for answer in answers):
                 self._delays.append(waited)
             self._take(answers, measured=True)
-            if self._asked is None and not self._chunks:
+            if self._request is None and not self._chunks:
                 raise RequestError(self.failure)
 
     def act(self, look: Look) -> Move:
@@ -238,7 +239,7 @@ class RealtimeController:
         if not self._chunks:
             raise ConfigError("There is no chunk to execute; begin(request) waits for an episode's first one.")
         self._take(self.transport.poll())
-        if self._asked is None and self._place() >= self.config.execute:
+        if self._request is None and self._place() >= self.config.n_action_steps:
             self._ask(look())
             self._take(self.transport.poll())  # an answer that takes no time is used at once
         move = self._move()
@@ -262,19 +263,19 @@ class RealtimeController:
             committed = min(self.delay, self._longest, len(left_ND))
             self.counts.beyond += self.delay > committed
             if len(left_ND):
-                message |= {"given": left_ND, "inference_delay": committed}
+                message |= {"action_prefix": left_ND, "inference_delay": committed}
         self._number += 1
-        self._asked = _Asked(self._number, self._step, self._moved, committed, origin_N)
-        self.counts.asked += 1
+        self._request = _Request(self._number, self._step, self._moved, committed, origin_N)
+        self.counts.requests += 1
         self.transport.ask(self._number, message)
 
     def _take(self, answers: list[Answer], measured: bool = False) -> None:
         for answer in answers:
-            asked = self._asked
+            asked = self._request
             if asked is None or answer.number != asked.number:
                 self.counts.dropped += 1
                 continue
-            self._asked = None
+            self._request = None
             try:
                 action_LD = self._actions(answer)
             except RequestError as error:
@@ -290,11 +291,11 @@ class RealtimeController:
                 self._delays.append(self._step - asked.step)
             self.counts.answered += 1
             self.counts.late += self.config.mode == "commit" and self._moved - asked.moved > asked.committed
-            origin_L = np.full(self._horizon, answer.number)
+            origin_L = np.full(self._chunk_size, answer.number)
             origin_L[: asked.committed] = asked.origin_N[: asked.committed]
             action_LD = self._faded(action_LD, asked.moved, max(self._moved - asked.moved, asked.committed))
             self._chunks.append(_Chunk(answer.number, action_LD, origin_L, asked.moved))
-            self._chunks = [c for c in self._chunks if self._moved - c.start < self._horizon]
+            self._chunks = [c for c in self._chunks if self._moved - c.start < self._chunk_size]
 
     def _actions(self, answer: Answer) -> np.ndarray:
         if answer.reply is None:
@@ -303,19 +304,21 @@ class RealtimeController:
             action_LD = np.asarray(answer.reply["actions"], np.float32)
         except (TypeError, ValueError, LookupError) as error:
             raise RequestError("The server's answer has no array of numbers named 'actions'.") from error
-        if action_LD.shape != (self._horizon, len(self._stays_D)) or not np.isfinite(action_LD).all():
-            raise RequestError(f"The server's actions are not a finite chunk of shape {(self._horizon, len(self._stays_D))}.")
+        if action_LD.shape != (self._chunk_size, len(self._stays_D)) or not np.isfinite(action_LD).all():
+            raise RequestError(
+                f"The server's actions are not a finite chunk of shape {(self._chunk_size, len(self._stays_D))}."
+            )
         return action_LD
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
     def _move(self) -> Move:
         newest, place = self._chunks[-1], self._place()
-        waiting = self.config.mode == "wait" and self._asked is not None and place >= self.config.execute
-        if waiting or place >= self._horizon:
+        waiting = self.config.mode == "wait" and self._request is not None and place >= self.config.n_action_steps
+        if waiting or place >= self._chunk_size:
             return Move(np.where(self._stays_D, self._last_D, np.float32(0)), newest.number, place, fresh=False, stood=True)
         if self.config.mode == "ensemble":
-            chunks = [c for c in self._chunks if self._moved - c.start < self._horizon]
+            chunks = [c for c in self._chunks if self._moved - c.start < self._chunk_size]
             action_D, origin = self._mean(chunks), tuple(c.number for c in chunks)
         else:
             action_D, origin = newest.action_LD[place], (int(newest.origin_L[place]),)
@@ -333,7 +336,7 @@ class RealtimeController:
             return action_LD
         before, action_LD = self._chunks[-1], action_LD.copy()
         ahead = start - before.start  # where the new chunk begins in the one before
-        for place in range(enters, min(enters + self.config.fade, self._horizon - ahead)):
+        for place in range(enters, min(enters + self.config.fade, self._chunk_size - ahead)):
             share = np.float32((place - enters + 1) / (self.config.fade + 1))
             action_LD[place] = share * action_LD[place] + (1 - share) * before.action_LD[place + ahead]
         return action_LD

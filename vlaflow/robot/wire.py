@@ -103,7 +103,7 @@ def _survey(data: bytes) -> None:
         if unit > 0:
             open_.append(count * unit)
             if values + count * unit > MOST_VALUES:
-                raise RequestError(f"The message holds more than {MOST_VALUES} values; send pictures and states as arrays.")
+                raise RequestError(f"The message holds more than {MOST_VALUES} values; send images and states as arrays.")
             if len(open_) > MOST_DEPTH:
                 raise RequestError(f"The message is nested more than {MOST_DEPTH} deep.")
             continue

@@ -58,7 +58,7 @@ function curve(chunk, at) {
   const words = `${dimension.name} in ${dimension.unit}, ${values.length} actions over ${short(last)} seconds, ` +
     (known.length < values.length ? "some of them no numbers" : `from ${short(values[0])} to ${short(values[values.length - 1])}`);
   const { svg, where } = chart(dimension.name, dimension.unit, [0, last], [low, high], "time, s", words);
-  const [x0, top] = where(0, high), [x1, bottom] = where(seconds(hello.execute - 1), low);
+  const [x0, top] = where(0, high), [x1, bottom] = where(seconds(hello.n_action_steps - 1), low);
   const line = (column) => path(column.map((value, i) => [seconds(i), value]).filter(([, y]) => y !== null).map(([x, y]) => where(x, y)));
   svg.append(draw("rect", { class: "band", x: x0, y: top, width: Math.max(x1 - x0, 1), height: bottom - top }));
   if (chunk.draft) svg.append(draw("path", { class: "draft", d: line(chunk.draft.map((row) => row[at])) }));
@@ -92,10 +92,10 @@ function showChunk(chunk, pictures) {
   }));
   $("told").textContent = `“${chunk.instruction}” · ${chunk.client}, request ${chunk.request}`;
   const parts = Object.entries(chunk.milliseconds).map(([part, ms]) => `${part} ${short(ms)} ms`).join(", ");
-  const notes = [`${chunk.layers} of ${hello.depth} layers`, `${chunk.evaluations} evaluations`, parts];
+  const notes = [`${chunk.layers} of ${hello.depth} layers`, `${chunk.nfe} nfe`, parts];
   const anew = chunk.regenerated ? chunk.regenerated.filter(Boolean).length : 0;
   if (chunk.regenerated) notes.push(`${anew} actions made anew${anew ? " (ringed; the draft is dashed)" : ""}`);
-  $("about").textContent = notes.join(" · ") + ` · shaded: the ${hello.execute} actions executed before the next answer`;
+  $("about").textContent = notes.join(" · ") + ` · shaded: the ${hello.n_action_steps} actions executed before the next answer`;
   const drawn = hello.dimensions.map((_, at) => curve(chunk, at));
   if (chunk.confidence) {
     const lowest = Math.min(...chunk.confidence);
@@ -137,11 +137,11 @@ function showNow(now) {
   if (said.textContent !== words) said.textContent = words;
   said.className = on ? "on" : "";
   $("clear").disabled = !on;
-  const layers = now.work.map(([n]) => n), evaluations = now.work.map(([, n]) => n), of = `last ${now.work.length} chunks`;
+  const layers = now.work.map(([n]) => n), nfe = now.work.map(([, n]) => n), of = `last ${now.work.length} chunks`;
   const mean = (xs) => short(xs.reduce((a, b) => a + b, 0) / (xs.length || 1));
   if (layers.length) $("work").replaceChildren(
     bars("layers run", `of ${hello.depth}`, layers, hello.depth, of, `layers run, ${of}, ${mean(layers)} of ${hello.depth} on average`),
-    bars("evaluations", "of the decoder", evaluations, Math.max(1, ...evaluations), of, `evaluations, ${of}, ${mean(evaluations)} on average`),
+    bars("nfe", "of the decoder", nfe, Math.max(1, ...nfe), of, `nfe, ${of}, ${mean(nfe)} on average`),
   );
   $("clients").textContent = now.clients.length ? `Connected: ${now.clients.join(", ")}` : "No client is connected.";
   $("log").replaceChildren(...now.lines.reverse().map((line) => make("li", line.text, line.wrong ? { class: "wrong" } : {})));

@@ -5,7 +5,7 @@ stream: on this machine alone without a token, and with the token otherwise (a b
 subprotocol, never in an address). Only the page of this server may open it, and without a token only under a name of this
 machine; else any page that a browser shows could look through the robot's eyes.
 
-Inference never waits for a watcher. An answer leaves a reference here and no more; pictures are encoded in a thread, for each
+Inference never waits for a watcher. An answer leaves a reference here and no more; images are encoded in a thread, for each
 watcher at its own pace, and a slow one misses frames.
 
 The operator's instruction is off until it is set and stays until it is cleared. It takes the place of a request's prompt only
@@ -39,7 +39,7 @@ from websockets.typing import Subprotocol
 
 from vlaflow.errors import RequestError
 from vlaflow.serving.engine import Engine
-from vlaflow.serving.journal import OUTCOMES, RECENT, Entry, Event, Journal, sentence
+from vlaflow.serving.request_log import OUTCOMES, RECENT, Entry, Event, RequestLog, sentence
 from vlaflow.spec import Chunk, Observation
 
 PAGE, STREAM = "/dashboard", "/dashboard/stream"
@@ -54,7 +54,7 @@ _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data
 _WRONG = frozenset({"refused", "busy", "late", "failed", "turned away"})
 _LONGEST_INSTRUCTION = 300
 _SIDE = 480
-"""Pixels of a picture on the page; larger ones are made smaller."""
+"""Pixels of an image on the page; larger ones are made smaller."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Dashboard:
         told: messages sent to pages.
     """
 
-    journal: Journal
+    request_log: RequestLog
     engine: Engine
     hello: Mapping[str, Any]
     token: str | None = None
@@ -94,7 +94,7 @@ class Dashboard:
         """A request has ended."""
         if entry.chunk is not None and entry.observation is not None:
             self._last = entry, entry.observation, entry.chunk, time.monotonic()
-            self._work.append((entry.chunk.layers, entry.chunk.evaluations))
+            self._work.append((entry.chunk.layers, entry.chunk.nfe))
 
     def instruct(self, observation: Observation, follows: bool) -> Observation:
         """The observation with the operator's instruction, where one is set and the request follows it."""
@@ -139,7 +139,7 @@ class Dashboard:
             await connection.close(1013, f"{self.most} pages watch already.")
             return
         self.watchers += 1
-        self.journal.say("watching", name)
+        self.request_log.say("watching", name)
         listening = asyncio.create_task(self._listen(connection, name))
         try:
             await connection.send(json.dumps(_finite({"kind": "hello", **self.hello})))
@@ -147,7 +147,7 @@ class Dashboard:
             while not listening.done():
                 last = self._last if self._last is not None and self._last[0] is not shown else None
                 shown = self._last[0] if self._last is not None else None
-                now, lines = self._now(), [_line(event) for event in list(self.journal.lines)[-12:]]
+                now, lines = self._now(), [_line(event) for event in list(self.request_log.lines)[-12:]]
                 await connection.send(await asyncio.to_thread(_message, now, lines, last))
                 self.told += 1
                 await asyncio.wait([listening], timeout=1 / self.rate_hz)
@@ -156,7 +156,7 @@ class Dashboard:
         finally:
             listening.cancel()
             self.watchers -= 1
-            self.journal.say("watched", name)
+            self.request_log.say("watched", name)
 
     async def _listen(self, connection: ServerConnection, name: str) -> None:
         """Take what the operator types."""
@@ -168,19 +168,19 @@ class Dashboard:
                     await connection.send(json.dumps({"kind": "refused", "sentence": str(error)}))
                     continue
                 self.instruction, self._followed, self._ignored = words, 0, 0
-                self.journal.say("instruction", name, "cleared" if words is None else f"set to '{words}'")
+                self.request_log.say("instruction", name, "cleared" if words is None else f"set to '{words}'")
 
     def _now(self) -> dict[str, Any]:
-        journal, now = self.journal, time.monotonic()
-        recent = list(journal.recent)
+        request_log, now = self.request_log, time.monotonic()
+        recent = list(request_log.recent)
         answered = [ms for at, ms, outcome in recent if outcome == "answered" and at > now - 60]
         return {
             "per_second": _rate([at for at, _, _ in recent], now),
             "latency_ms": np.percentile(answered, [50, 99]).round(2).tolist() if answered else None,
             "latency_of": len(answered),
-            "clients": sorted(journal.clients),
+            "clients": sorted(request_log.clients),
             "waiting": self.engine.waiting,
-            "outcomes": {outcome: journal.outcomes[outcome] for outcome in OUTCOMES},
+            "outcomes": {outcome: request_log.outcomes[outcome] for outcome in OUTCOMES},
             "work": list(self._work),
             "instruction": self.instruction,
             "followed": self._followed,
@@ -236,10 +236,10 @@ def _message(now: dict[str, Any], lines: list[dict[str, Any]], last: tuple[Entry
             "confidence": None if chunk.confidence is None else chunk.confidence.astype(float).round(4).tolist(),
             "regenerated": None if chunk.regenerated is None else chunk.regenerated.tolist(),
             "layers": chunk.layers,
-            "evaluations": chunk.evaluations,
+            "nfe": chunk.nfe,
             "milliseconds": {part: round(ms, 2) for part, ms in chunk.milliseconds.items()},
         }
-        message["pictures"] = {view: _picture(image) for view, image in observation.images.items()}
+        message["images"] = {view: _picture(image) for view, image in observation.images.items()}
     return json.dumps(_finite(message))
 
 

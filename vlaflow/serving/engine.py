@@ -21,7 +21,7 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import BusyError, ConfigError, DeadlineError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
-from vlaflow.spec import Chunk, Commitment, Observation
+from vlaflow.spec import ActionPrefix, Chunk, Observation
 
 logger = logging.getLogger("vlaflow.serving")
 
@@ -63,31 +63,31 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ActRequest:
     """A request, understood.
 
     Args:
         observation: what the robot sees.
         compute: how much to compute.
         generator: of its noise.
-        commitment: what of the chunk before the new one begins with.
+        action_prefix: what of the chunk before the new one begins with.
     """
 
     observation: Observation
     compute: ComputePolicy
     generator: Generator
-    commitment: Commitment | None = None
+    action_prefix: ActionPrefix | None = None
 
     @property
     def kind(self) -> object:
         """Only requests of one kind can be computed together: one compute policy, one shape, all or none continued."""
         shapes = tuple((view, image.shape) for view, image in sorted(self.observation.images.items()))
-        return repr(self.compute), shapes, self.observation.state.shape, self.commitment is None
+        return repr(self.compute), shapes, self.observation.state.shape, self.action_prefix is None
 
 
 @dataclass
 class _Waiting:
-    asked: Asked
+    request: ActRequest
     until: float
     answer: asyncio.Future[Chunk]
     begun: bool = False
@@ -111,7 +111,7 @@ class Engine:
         """Requests in the queue."""
         return self._queue.qsize()
 
-    async def ask(self, asked: Asked, deadline_ms: float | None = None) -> Chunk:
+    async def ask(self, request: ActRequest, deadline_ms: float | None = None) -> Chunk:
         """The chunk for one request.
 
         Raises:
@@ -121,7 +121,7 @@ class Engine:
         """
         self.counts.requests += 1
         seconds, loop = (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3, asyncio.get_running_loop()
-        waiting = _Waiting(asked, self.clock() + seconds, loop.create_future())
+        waiting = _Waiting(request, self.clock() + seconds, loop.create_future())
         try:
             self._queue.put_nowait(waiting)
         except asyncio.QueueFull:
@@ -141,15 +141,15 @@ class Engine:
         by one when clients ask.
         """
         seen, policy = example(self.policy), self.policy
-        continues = self.config.guided or policy.model.decoder.longest_commitment
-        before = Commitment(np.array([policy.stats["action"].mean], np.float32), 1)
+        continues = self.config.guided or policy.model.decoder.max_action_prefix
+        before = ActionPrefix(np.array([policy.stats["action"].mean], np.float32), 1)
         loop = asyncio.get_running_loop()
         for size, times in ((1, rounds), (self.config.batch, 1)):
-            for commitment in (None, before) if continues else (None,):
-                asked = [Asked(seen, compute, Generator().manual_seed(i), commitment) for i in range(size)]
+            for action_prefix in (None, before) if continues else (None,):
+                requests = [ActRequest(seen, compute, Generator().manual_seed(i), action_prefix) for i in range(size)]
                 for _ in range(times):
                     try:
-                        await loop.run_in_executor(self._thread, self._act, asked)
+                        await loop.run_in_executor(self._thread, self._act, requests)
                     except (RuntimeError, MemoryError):  # as torch says that memory is short; anything else is a defect
                         if size == 1:
                             raise
@@ -173,7 +173,7 @@ class Engine:
     async def _answer(self, batch: list[_Waiting]) -> None:
         groups: dict[object, list[_Waiting]] = {}
         for waiting in batch:
-            groups.setdefault(waiting.asked.kind, []).append(waiting)
+            groups.setdefault(waiting.request.kind, []).append(waiting)
         for group in groups.values():
             alive = [waiting for waiting in group if self._in_time(waiting)]
             if not alive:
@@ -198,10 +198,10 @@ class Engine:
         _settle(waiting, DeadlineError("The request waited longer than its deadline; it was not computed."))
 
     async def _compute(self, group: list[_Waiting]) -> None:
-        asked, loop = [waiting.asked for waiting in group], asyncio.get_running_loop()
-        states = [a.generator.get_state() for a in asked]
+        requests, loop = [waiting.request for waiting in group], asyncio.get_running_loop()
+        states = [a.generator.get_state() for a in requests]
         try:
-            chunks = await loop.run_in_executor(self._thread, self._act, asked)
+            chunks = await loop.run_in_executor(self._thread, self._act, requests)
         except Exception as error:  # whatever it was, it is the answer to whoever asked
             if len(group) == 1:
                 self.counts.refused += 1
@@ -209,19 +209,19 @@ class Engine:
                 return
             # One bad request must not spoil the others: each again by itself, with its noise as it was.
             for waiting, state in zip(group, states, strict=True):
-                waiting.asked.generator.set_state(state)
+                waiting.request.generator.set_state(state)
                 await self._compute([waiting])
             return
         for waiting, chunk in zip(group, chunks, strict=True):
             self.counts.answered += 1
             _settle(waiting, chunk)
 
-    def _act(self, asked: list[Asked]) -> list[Chunk]:
+    def _act(self, requests: list[ActRequest]) -> list[Chunk]:
         return self.policy.act(
-            [a.observation for a in asked],
-            asked[0].compute,
-            generator=[a.generator for a in asked],
-            commitment=[a.commitment for a in asked],
+            [a.observation for a in requests],
+            requests[0].compute,
+            generator=[a.generator for a in requests],
+            action_prefix=[a.action_prefix for a in requests],
             guided=self.config.guided,
         )
 

@@ -1,7 +1,8 @@
 """The server: openpi's websocket protocol for any checkpoint and compute policy.
 
 A client connects and gets the metadata; then every request, a map in one binary frame, is answered by a map with "actions"
-(horizon, D) in robot units. Whatever is wrong with a request comes back as a text frame with one sentence, without a traceback,
+(chunk_size, D) in robot units. Whatever is wrong with a request comes back as a text frame with one sentence, without a
+traceback,
 and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are turned away: a browser names
 the page's origin, and can send no token in a header.
 
@@ -40,9 +41,9 @@ from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError
 from vlaflow.policies.base import Policy
 from vlaflow.robot import wire
 from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
-from vlaflow.serving.engine import Asked, Engine, EngineConfig
-from vlaflow.serving.journal import Entry, Journal, OneLine
-from vlaflow.serving.layouts import Layout, committed, read
+from vlaflow.serving.engine import ActRequest, Engine, EngineConfig
+from vlaflow.serving.observation_keys import ObservationKeys, committed, read
+from vlaflow.serving.request_log import Entry, OneLine, RequestLog
 from vlaflow.spec import ActionSpec, Chunk
 
 logger = logging.getLogger("vlaflow.serving")
@@ -59,7 +60,7 @@ class ServerConfig:
     """Where and how to serve.
 
     Args:
-        layout, views: see ``layouts.choose``.
+        observation_keys, views: see ``observation_keys.choose``.
         host, port: anything but loopback needs a ``token``. Port 0 takes a free one.
         token: clients send it as "Authorization: Api-Key TOKEN".
         engine: how requests are gathered.
@@ -73,7 +74,7 @@ class ServerConfig:
         checkpoint, fingerprint: what the policy was loaded from, and its content hash, for the metadata.
     """
 
-    layout: Layout
+    observation_keys: ObservationKeys
     views: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
@@ -116,7 +117,7 @@ class PolicyServer:
 
     def __post_init__(self) -> None:
         self.compute.needs.check(self.policy.model, self.compute.name)
-        self.engine, self.journal = Engine(self.policy, self.config.engine), Journal()
+        self.engine, self.request_log = Engine(self.policy, self.config.engine), RequestLog()
         self.dashboard = self._dashboard() if self.config.dashboard else None
         self._stop, self._idle, self._answering = asyncio.Event(), asyncio.Event(), 0
         self._idle.set()
@@ -134,13 +135,13 @@ class PolicyServer:
             "checkpoint": self.config.checkpoint,
             "fingerprint": self.config.fingerprint,
             "action_spec": to_json(policy.action_spec),
-            "horizon": policy.config.decoder.horizon,
-            "execute": policy.config.execute,
-            "commitment": policy.model.decoder.longest_commitment,
+            "chunk_size": policy.config.decoder.chunk_size,
+            "n_action_steps": policy.config.n_action_steps,
+            "max_action_prefix": policy.model.decoder.max_action_prefix,
             "views": list(self.config.views),
             "rate_hz": policy.action_spec.rate_hz,
-            "images": dict(zip(self.config.layout.images, self.policy.model.backbone.views.values(), strict=True)),
-            "state": list(self.config.layout.state),
+            "images": dict(zip(self.config.observation_keys.images, self.policy.model.backbone.views.values(), strict=True)),
+            "state": list(self.config.observation_keys.state),
             "state_dim": len(policy.stats["state"].mean),
         }
 
@@ -151,12 +152,12 @@ class PolicyServer:
             "compute": self.compute.name,
             "robot": spec.robot,
             "dimensions": [to_json(dimension) for dimension in spec.dimensions],
-            "execute": policy.config.execute,
+            "n_action_steps": policy.config.n_action_steps,
             "rate_hz": spec.rate_hz,
             "depth": policy.model.backbone.spec.depth,
         }
-        page = Dashboard(self.journal, self.engine, hello, self.config.token)
-        self.journal.observer = page.saw
+        page = Dashboard(self.request_log, self.engine, hello, self.config.token)
+        self.request_log.observer = page.saw
         return page
 
     async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
@@ -190,9 +191,9 @@ class PolicyServer:
             port = _port(server)
             what, host = f"{self.policy.config.system} with {self.compute.name}", self.config.host
             place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            self.journal.say("serving", note=f"{what} on ws://{place}")
+            self.request_log.say("serving", note=f"{what} on ws://{place}")
             if self.dashboard is not None:
-                self.journal.say("dashboard", note=f"http://{place}{PAGE}")
+                self.request_log.say("dashboard", note=f"http://{place}{PAGE}")
             if ready is not None:
                 ready.set_result(port)
             await self._stop.wait()
@@ -206,7 +207,7 @@ class PolicyServer:
         """Make the first chunks; False when it is told to stop meanwhile."""
         if not self.config.warm_up:
             return True
-        self.journal.say("warming up", note=f"the first chunks of {self.compute.name} are slow")
+        self.request_log.say("warming up", note=f"the first chunks of {self.compute.name} are slow")
         warming = asyncio.create_task(self.engine.warm_up(self.compute, self.config.warm_up))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait((warming, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -220,7 +221,7 @@ class PolicyServer:
 
     async def _finish(self, server: Server) -> None:
         """Answer what was asked, then close; who does not let go is not waited for."""
-        self.journal.say("stopping", note="what runs is finished")
+        self.request_log.say("stopping", note="what runs is finished")
         server.close(close_connections=False)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.config.engine.deadline_ms / 1e3)
@@ -248,14 +249,14 @@ class PolicyServer:
             if not hmac.compare_digest(" ".join(given).encode(errors="replace"), f"Api-Key {self.config.token}".encode()):
                 return self._turn_away(connection, HTTPStatus.UNAUTHORIZED, "Send 'Authorization: Api-Key TOKEN'.")
         if request.path == "/metrics":
-            return connection.respond(HTTPStatus.OK, self.journal.exposition(self.engine))
+            return connection.respond(HTTPStatus.OK, self.request_log.exposition(self.engine))
         if (
             self.config.token is None
             and request.headers.get_all("Origin")
             and not (same_origin(request) and named_here(request))
         ):
             return self._turn_away(connection, HTTPStatus.FORBIDDEN, "Robots connect here, web pages do not.")
-        if len(self.journal.clients) >= self.config.connections:
+        if len(self.request_log.clients) >= self.config.connections:
             return self._turn_away(connection, HTTPStatus.SERVICE_UNAVAILABLE, self._full)
         return None
 
@@ -264,7 +265,7 @@ class PolicyServer:
         return f"{self.config.connections} clients are connected already, more are not taken; try again later."
 
     def _turn_away(self, connection: ServerConnection, status: HTTPStatus, why: str) -> Response:
-        self.journal.turned_away(_name(connection), why)
+        self.request_log.turned_away(_name(connection), why)
         return connection.respond(status, f"{why}\n")
 
     async def _connection(self, connection: ServerConnection) -> None:
@@ -272,12 +273,12 @@ class PolicyServer:
         if self.dashboard is not None and connection.request is not None and connection.request.path == STREAM:
             await self.dashboard.watch(connection, name)
             return
-        if len(self.journal.clients) >= self.config.connections:  # several came at once
-            self.journal.turned_away(name, self._full)
+        if len(self.request_log.clients) >= self.config.connections:  # several came at once
+            self.request_log.turned_away(name, self._full)
             await connection.close(1013, self._full)
             return
-        with self.journal.connected(name), suppress(websockets.ConnectionClosed):
-            await connection.send(wire.pack(self.config.layout.dialect.hello(self.metadata)))
+        with self.request_log.connected(name), suppress(websockets.ConnectionClosed):
+            await connection.send(wire.pack(self.config.observation_keys.protocol.hello(self.metadata)))
             async for frame in connection:
                 with self._busy():
                     reply, chunks = await _while_there(connection, self._reply(frame, chunks, name))
@@ -297,7 +298,7 @@ class PolicyServer:
 
     async def _reply(self, frame: str | bytes, chunks: int, name: str) -> tuple[str | bytes, int]:
         """The frame to send, and how many chunks the connection has had."""
-        with self.journal.request(name) as entry:
+        with self.request_log.request(name) as entry:
             try:
                 if self._stop.is_set():
                     raise BusyError("The server is stopping.")
@@ -316,7 +317,11 @@ class PolicyServer:
 
     def _said(self, reply: dict[str, Any]) -> Any:
         """The reply in the words of the client's protocol."""
-        return self.config.layout.dialect.answer(reply, self.policy.config.execute) if "actions" in reply else reply
+        return (
+            self.config.observation_keys.protocol.answer(reply, self.policy.config.n_action_steps)
+            if "actions" in reply
+            else reply
+        )
 
     async def _answer(self, frame: str | bytes, chunks: int, entry: Entry) -> tuple[dict[str, Any] | str, int]:
         if isinstance(frame, str):
@@ -335,17 +340,17 @@ class PolicyServer:
             if not request:
                 return {"reset": True}, 0
         seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
-        budget_ms, commitment = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
+        budget_ms, action_prefix = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
         compute = self.compute if budget_ms is None else self._within(budget_ms)
         follows = _flag(request.pop("follow_operator", False), "follow_operator")
-        observation = read(request, self.config.layout, self.config.views)
+        observation = read(request, self.config.observation_keys, self.config.views)
         if self.dashboard is not None:
             observation = self.dashboard.instruct(observation, follows)
         entry.observation = observation
         generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
         began = time.perf_counter()
         try:
-            asked = Asked(observation, compute, generator, commitment)
+            asked = ActRequest(observation, compute, generator, action_prefix)
             chunk = entry.chunk = await self.engine.ask(asked, deadline_ms)
         except SpecError as error:
             raise RequestError(str(error)) from error
@@ -375,7 +380,7 @@ def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
         "server_timing": {"infer_ms": infer_ms},
         "policy_timing": {"infer_ms": chunk.milliseconds.get("total", 0.0), **chunk.milliseconds},
         "layers": chunk.layers,
-        "evaluations": chunk.evaluations,
+        "nfe": chunk.nfe,
         "repaired": chunk.repaired,
     }
     if chunk.confidence is not None:

@@ -32,8 +32,8 @@ class SimulatorSpec:
         action: what an action means.
         state_names: the S numbers of the state, in order.
         views: camera views of an observation.
-        horizon: steps after which an episode is cut off.
-        size: side of the picture in pixels when none is asked for, by quality.
+        max_steps: steps after which an episode is cut off.
+        size: side of the image in pixels when none is asked for, by quality.
         lazy: physics can advance without rendering.
         protocol: whose evaluation protocol this follows, for reports.
     """
@@ -45,7 +45,7 @@ class SimulatorSpec:
     action: ActionSpec
     state_names: tuple[str, ...]
     views: tuple[str, ...]
-    horizon: int
+    max_steps: int
     size: Mapping[str, int]
     lazy: bool
     protocol: str
@@ -58,7 +58,7 @@ class Environment(Protocol):
     Observations are ``{"pixels": (H, W, 3) uint8, "agent_pos": (S,) float32}`` (``pixels`` is a dict by view where there
     are several views). ``info`` holds ``success`` and ``is_success`` (bool, at this step), ``steps`` (int, since reset)
     and ``first_success_step`` (int, counted from 1; −1 while there is none). The first success terminates the episode;
-    stepping on is allowed until the horizon.
+    stepping on is allowed until the step limit.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Environment(Protocol):
 
     @property
     def renders(self) -> int:
-        """Pictures taken since the environment was made."""
+        """Images taken since the environment was made."""
         ...
 
     @property
@@ -104,7 +104,7 @@ class Environment(Protocol):
         ...
 
     def render(self) -> np.ndarray:
-        """The picture now, (H, W, 3) uint8."""
+        """The image now, (H, W, 3) uint8."""
         ...
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class Suite:
 
     Args:
         spec: what it is; ``spec.suite`` is the name it is registered by.
-        build: makes the environment of a task, with a picture quality and a side in pixels (None: the suite's own), importing
+        build: makes the environment of a task, with an image quality and a side in pixels (None: the suite's own), importing
             the simulator.
         expert: makes the scripted expert of a task; None where the suite has none.
         install: what brings the simulator, as an argument of ``pip install``.
@@ -211,7 +211,7 @@ def make(name: str, *, render: Render = "fast", size: int | None = None) -> Envi
         name: "suite/task".
         render: "exact" keeps the simulator's own rendering defaults, which published numbers were measured with; "fast"
             drops multisampling, shadows and reflections. Train and test with the same one.
-        size: side of the picture in pixels; None takes the suite's default for this ``render``.
+        size: side of the image in pixels; None takes the suite's default for this ``render``.
 
     Raises:
         ConfigError: for an unknown name or an impossible size.
@@ -222,7 +222,7 @@ def make(name: str, *, render: Render = "fast", size: int | None = None) -> Envi
     if render not in ("fast", "exact"):
         raise ConfigError(f"There is no rendering '{render}'; {nearest(str(render), ('fast', 'exact'))}")
     if size is not None and not 8 <= size <= 2048:
-        raise ConfigError(f"The picture must be between 8 and 2048 pixels wide, got {size}.")
+        raise ConfigError(f"The image must be between 8 and 2048 pixels wide, got {size}.")
     try:
         return found.build(task, render, size)
     except ModuleNotFoundError as problem:

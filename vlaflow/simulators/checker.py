@@ -134,7 +134,7 @@ def _observations_fit(env: Any) -> None:
 
 @_promise
 def _pictures_show_something(env: Any) -> None:
-    """The picture is not of one colour."""
+    """The image is not of one colour."""
     image = _flat(env.reset(seed=SEED)[0])[0]
     _require(image.std() > 1, f"all pixels lie within {image.min()}..{image.max()}")
 
@@ -208,7 +208,7 @@ def _chunks(env: Any) -> None:
     actions = _actions(env, 6)
     env.reset(seed=SEED)
     single = [env.step(action) for action in actions]
-    chunked = ChunkEnv(env, execute=3)
+    chunked = ChunkEnv(env, n_action_steps=3)
     chunked.reset(seed=SEED)
     for end in (3, 6):
         observation, reward, _, _, info = chunked.step(actions[end - 3 : end])
@@ -221,15 +221,15 @@ def _chunks(env: Any) -> None:
 
 @_promise
 def _lazy(env: Any) -> None:
-    """Advancing takes no picture, and looking twice at one moment takes one."""
+    """Advancing takes no image, and looking twice at one moment takes one."""
     env.restart(SEED)
     before = env.renders
     for action in _actions(env, 3):
         env.advance(action)
-    _require(env.renders == before, f"{env.renders - before} pictures in 3 steps nobody looked at")
+    _require(env.renders == before, f"{env.renders - before} images in 3 steps nobody looked at")
     env.observe()
     env.observe()
-    _require(env.renders == before + len(env.views), f"{env.renders - before} pictures for one look")
+    _require(env.renders == before + len(env.views), f"{env.renders - before} images for one look")
 
 
 @_promise
@@ -272,7 +272,7 @@ def _refusals(env: Any) -> None:
 
 
 @_promise
-def _horizon(env: Any) -> None:
+def _max_steps(env: Any) -> None:
     """The episode is cut off after exactly _max_episode_steps, unless it succeeds before."""
     env.restart(SEED)
     action = np.clip(np.zeros(env.action_space.shape), env.action_space.low, env.action_space.high)

@@ -30,7 +30,7 @@ class Executed:
         steps: actions executed.
         reward: sum of the rewards.
         terminated: the task was achieved.
-        truncated: the horizon was reached.
+        truncated: the step limit was reached.
         info: the info of the last step.
     """
 
@@ -51,10 +51,10 @@ class ChunkEnv(gymnasium.Wrapper):
 
     Args:
         env: any environment of this library.
-        execute: actions executed per chunk, k. Longer chunks are cut, shorter ones executed whole.
-        film: keep frames for a video.
-        film_every: keep one frame in this many steps (the first of an episode and the last are always kept).
-        horizon: end episodes earlier than the environment does, e.g. 400; None leaves its own.
+        n_action_steps: actions executed per chunk, k. Longer chunks are cut, shorter ones executed whole.
+        video: keep frames for a video.
+        video_every: keep one frame in this many steps (the first of an episode and the last are always kept).
+        max_steps: end episodes earlier than the environment does, e.g. 400; None leaves its own.
 
     Example:
         >>> env = ChunkEnv(make("metaworld/drawer-open-v3"), execute=8)
@@ -63,38 +63,49 @@ class ChunkEnv(gymnasium.Wrapper):
     """
 
     def __init__(
-        self, env: Environment, execute: int = 8, *, film: bool = False, film_every: int = 2, horizon: int | None = None
+        self,
+        env: Environment,
+        n_action_steps: int = 8,
+        *,
+        video: bool = False,
+        video_every: int = 2,
+        max_steps: int | None = None,
     ) -> None:
-        if execute < 1 or film_every < 1:
-            raise ConfigError(f"execute and film_every count steps and must be 1 or more, got {execute} and {film_every}.")
-        if horizon is not None and not 1 <= horizon <= env._max_episode_steps:
-            raise ConfigError(f"The horizon of {env.name} must lie in 1..{env._max_episode_steps}, got {horizon}.")
+        if n_action_steps < 1 or video_every < 1:
+            raise ConfigError(
+                f"n_action_steps and video_every count steps and must be 1 or more, got {n_action_steps} and {video_every}."
+            )
+        if max_steps is not None and not 1 <= max_steps <= env._max_episode_steps:
+            raise ConfigError(f"max_steps of {env.name} must lie in 1..{env._max_episode_steps}, got {max_steps}.")
         super().__init__(env)  # type: ignore[arg-type]
         self._inner = env
-        self._execute = execute
-        self._film = film
-        self._film_every = film_every
-        self._max_episode_steps = horizon or env._max_episode_steps
+        self._n_action_steps = n_action_steps
+        self._video = video
+        self._video_every = video_every
+        self._max_episode_steps = max_steps or env._max_episode_steps
         self.frames: list[np.ndarray] = []
         single = env.action_space
         self.action_space = spaces.Box(
-            np.tile(single.low, (execute, 1)), np.tile(single.high, (execute, 1)), (execute, *single.shape), single.dtype
+            np.tile(single.low, (n_action_steps, 1)),
+            np.tile(single.high, (n_action_steps, 1)),
+            (n_action_steps, *single.shape),
+            single.dtype,
         )
 
     def restart(self, seed: int | None = None) -> dict[str, Any]:
-        """Begin an episode without rendering (but for the film's first frame); returns info."""
+        """Begin an episode without rendering (but for the video's first frame); returns info."""
         info = self._inner.restart(seed)
-        self.frames = [self._inner.render()] if self._film else []
+        self.frames = [self._inner.render()] if self._video else []
         return info
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Begin an episode: (observation, info)."""
         observation, info = self._inner.reset(seed=seed, options=options)
-        self.frames = [self._inner.render()] if self._film else []
+        self.frames = [self._inner.render()] if self._video else []
         return observation, info
 
     def execute(self, chunk: np.ndarray) -> Executed:
-        """Execute the first k actions of a chunk; stops at success and at the horizon; renders nothing (but film frames).
+        """Execute the first k actions of a chunk; stops at success and at the step limit; renders nothing (but video frames).
 
         Args:
             chunk: (L, D), L >= 1, robot units.
@@ -107,19 +118,19 @@ class ChunkEnv(gymnasium.Wrapper):
         if chunk.ndim != 2 or chunk.shape[0] < 1 or chunk.shape[1] != dimension:
             raise SpecError(f"A chunk for {self._inner.name} has the shape (L, {dimension}) with L >= 1, got {chunk.shape}.")
         total, steps = 0.0, 0
-        for action in chunk[: self._execute]:
+        for action in chunk[: self._n_action_steps]:
             reward, terminated, truncated, info = self._inner.advance(action)
             total, steps = total + reward, steps + 1
             truncated = truncated or (info["steps"] >= self._max_episode_steps)
             last = terminated or truncated
-            if self._film and (last or info["steps"] % self._film_every == 0):
+            if self._video and (last or info["steps"] % self._video_every == 0):
                 self.frames.append(self._inner.render())
             if last:
                 break
         return Executed(steps, total, terminated, truncated, info)
 
     def step(self, chunk: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """`execute`, then render once: (observation, summed reward, terminated, truncated, info with ``executed``)."""
+        """`n_action_steps`, then render once: (observation, summed reward, terminated, truncated, info with ``executed``)."""
         done = self.execute(chunk)
         seen = self._inner.observe()
         pixels: Any = dict(seen.images) if len(seen.images) > 1 else next(iter(seen.images.values()))
@@ -132,7 +143,7 @@ class ChunkEnv(gymnasium.Wrapper):
 
 
 def make_chunked(
-    name: str, execute: int = 8, *, render: Render = "fast", size: int | None = None, film: bool = False
+    name: str, n_action_steps: int = 8, *, render: Render = "fast", size: int | None = None, video: bool = False
 ) -> ChunkEnv:
     """`make` and wrap. Arguments as there and in `ChunkEnv`."""
-    return ChunkEnv(make(name, render=render, size=size), execute, film=film)
+    return ChunkEnv(make(name, render=render, size=size), n_action_steps, video=video)

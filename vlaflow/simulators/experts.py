@@ -41,7 +41,7 @@ def expert_for(name: str) -> Expert:
 class Wandering:
     """An expert whose hand first visits random points of Meta-World's workspace, opening and closing, above most things.
 
-    An expert alone takes one way only: pictures of it show the hand on one side of everything.
+    An expert alone takes one way only: images of it show the hand on one side of everything.
 
     Args:
         expert: takes over after the last point; it must depend on the current state only.

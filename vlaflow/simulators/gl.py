@@ -1,4 +1,4 @@
-"""Off-screen OpenGL for MuJoCo: the environment variables it wants, and one picture-taker per model.
+"""Off-screen OpenGL for MuJoCo: the environment variables it wants, and one image-taker per model.
 
 MuJoCo picks its OpenGL library when it is first imported, so `prepare` must run before that; every simulator of this
 room calls it. A user's own settings always win. Nothing here knows about tasks.
@@ -30,7 +30,7 @@ def prepare() -> str:
     """Set MUJOCO_GL and the thread count of Mesa's software renderer, where the user has not, before mujoco is imported.
 
     On Linux EGL is preferred, OSMesa is the fallback, and "disable" is set where neither is installed, so that physics
-    without pictures still works. Elsewhere MuJoCo's own choice stands. LP_NUM_THREADS=1 because a second llvmpipe thread
+    without images still works. Elsewhere MuJoCo's own choice stands. LP_NUM_THREADS=1 because a second llvmpipe thread
     costs 15 % more processor time and no less wall time when every core already has a worker of its own.
 
     Returns:
@@ -95,13 +95,13 @@ def _backend() -> Any:
 
 
 class Picture:
-    """Takes pictures of one MuJoCo model with one of its cameras.
+    """Takes images of one MuJoCo model with one of its cameras.
 
     Args:
-        model: the mujoco.MjModel. With quality "fast" its off-screen buffer is set to the picture's size without
-            multisampling, which concerns pictures only.
+        model: the mujoco.MjModel. With quality "fast" its off-screen buffer is set to the image's size without
+            multisampling, which concerns images only.
         camera: name of a camera of the model.
-        size: side of the square picture, pixels.
+        size: side of the square image, pixels.
         quality: "exact" keeps every default of the model (4 samples per pixel, shadows, reflections), which is what
             published Meta-World numbers were measured with; "fast" drops all three and is about ten times cheaper.
     """
@@ -121,7 +121,7 @@ class Picture:
         self._camera.fixedcamid = model.camera(camera).id
 
     def _open(self) -> None:
-        """Upload the model to OpenGL (on the first picture, so that an environment that is never rendered needs no GL)."""
+        """Upload the model to OpenGL (on the first image, so that an environment that is never rendered needs no GL)."""
         mujoco = self._mujoco
         _context()
         screen = self._model.vis.global_
@@ -142,7 +142,7 @@ class Picture:
             raise CapabilityError(NO_OPENGL.format(why=str(problem))) from problem
 
     def take(self, data: Any) -> np.ndarray:
-        """A picture of the scene in ``data`` (mujoco.MjData, read only), (size, size, 3) uint8, row 0 at the bottom."""
+        """An image of the scene in ``data`` (mujoco.MjData, read only), (size, size, 3) uint8, row 0 at the bottom."""
         mujoco = self._mujoco
         if self._gpu is None:
             self._open()
@@ -158,8 +158,8 @@ class Picture:
             self._scene,
         )
         view = mujoco.MjrRect(0, 0, self.size, self.size)
-        # Before every picture: models share one OpenGL context, and without this the first picture after another model's
-        # is painted into that model's buffer, while the pixels read back are this model's previous picture.
+        # Before every image: models share one OpenGL context, and without this the first image after another model's
+        # is painted into that model's buffer, while the pixels read back are this model's previous image.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
         mujoco.mjr_render(view, self._scene, self._gpu)
         pixels = np.empty((self.size, self.size, 3), np.uint8)
@@ -168,7 +168,7 @@ class Picture:
         return pixels
 
     def close(self) -> None:
-        """Release what was uploaded; a later picture uploads it again."""
+        """Release what was uploaded; a later image uploads it again."""
         if self._gpu is not None:
             _context()
             self._gpu.free()

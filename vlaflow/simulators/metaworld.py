@@ -1,7 +1,7 @@
 """Meta-World v3 as LeRobot evaluates it, with rendering only when somebody looks.
 
 The protocol, checked to the bit against frames and states of LeRobot's own environment (tests/simulators):
-camera corner2 moved to (0.75, 0.075, 0.7) and its picture turned by 180 degrees; state = the first four numbers of the
+camera corner2 moved to (0.75, 0.075, 0.7) and its image turned by 180 degrees; state = the first four numbers of the
 raw observation (hand position in metres, opening of the fingers); object and goal drawn from the reset seed; the first
 success ends the episode; cut off after 500 steps. Published tables also use 400: read it off ``first_success_step``.
 
@@ -9,7 +9,7 @@ LeRobot prepares each task with ``MT1(task, seed=42)``, resets it once with MT1'
 the reset seed. Only that one vector of MT1's fifty matters; drawing it alone builds in 0.2 s instead of 1.2 s.
 
 It matters because of a quirk: a reset frame shows the goal dot where the *first of two* draws inside Meta-World's reset put
-it, at a height taken from the world as it was before the reset. The policy's first picture thus depends, by a few pixels, on
+it, at a height taken from the world as it was before the reset. The policy's first image thus depends, by a few pixels, on
 the episode before. Here every reset begins from the state of a freshly made LeRobot environment, so that a seed alone
 decides every byte and environments may be reused (checked on all 50 tasks).
 
@@ -46,7 +46,7 @@ class MetaWorldEnv(gymnasium.Env):
     Args:
         task: e.g. "drawer-open-v3".
         render: "exact" for LeRobot's pixels, "fast" for about a tenth of the cost.
-        size: side of the picture in pixels; None is 480 when exact, 96 when fast.
+        size: side of the image in pixels; None is 480 when exact, 96 when fast.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - gymnasium's own form
@@ -60,7 +60,7 @@ class MetaWorldEnv(gymnasium.Env):
         self.render_quality: Render = render
         self.action_spec = ACTION
         self.state_names = SPEC.state_names
-        self._max_episode_steps = SPEC.horizon
+        self._max_episode_steps = SPEC.max_steps
         self._sim, self._first_draw = _simulation(task)
         side = size or SPEC.size[render]
         self._picture = gl.Picture(self._sim.model, CAMERA, side, render)
@@ -77,7 +77,7 @@ class MetaWorldEnv(gymnasium.Env):
 
     @property
     def renders(self) -> int:
-        """Pictures taken since the environment was made."""
+        """Images taken since the environment was made."""
         return self._picture.taken
 
     @property
@@ -129,15 +129,15 @@ class MetaWorldEnv(gymnasium.Env):
             action: (4,). Values beyond ±1 are executed as ±1, by the simulator itself.
 
         Returns:
-            (Meta-World's dense reward, terminated by success, truncated by the horizon, info)
+            (Meta-World's dense reward, terminated by success, truncated by the step limit, info)
 
         Raises:
-            SpecError: for an action of another shape or with values that are not finite, and after the horizon.
+            SpecError: for an action of another shape or with values that are not finite, and after the step limit.
         """
         given = np.asarray(action, np.float32)
         if given.shape != (ACTION.dim,) or not np.isfinite(given).all():
             raise SpecError(f"{self.name} expects {ACTION.dim} finite numbers as an action, got {np.asarray(action)!r}.")
-        if self._raw is None or self._sim.curr_path_length >= SPEC.horizon:
+        if self._raw is None or self._sim.curr_path_length >= SPEC.max_steps:
             raise SpecError(f"The episode of {self.name} is over or has not begun. Call reset(seed=...) first.")
         self._raw, reward, _, truncated, details = self._sim.step(given)
         self._image = None
@@ -152,9 +152,9 @@ class MetaWorldEnv(gymnasium.Env):
         return self._observation(), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray:
-        """The picture now, (size, size, 3) uint8 RGB, upright; rendered at most once per step."""
+        """The image now, (size, size, 3) uint8 RGB, upright; rendered at most once per step."""
         if self._image is None:
-            # The buffer's row 0 is the bottom, and LeRobot turns the upright picture by 180 degrees: together that
+            # The buffer's row 0 is the bottom, and LeRobot turns the upright image by 180 degrees: together that
             # leaves the rows as they are and mirrors the columns.
             self._image = self._picture.take(self._sim.data)[:, ::-1].copy()
         return self._image.copy()
@@ -172,7 +172,7 @@ class MetaWorldEnv(gymnasium.Env):
         return metaworld_scenes.facts(self.task, self._sim, CAMERA, self.raw_observation[3])
 
     def close(self) -> None:
-        """Release the picture's buffers; the environment may still be used."""
+        """Release the image's buffers; the environment may still be used."""
         self._picture.close()
 
     def _observation(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def facts(task: str, sim: Any, camera: str, opening: float) -> Facts:
     Args:
         task: e.g. "drawer-open-v3".
         sim: Meta-World's environment.
-        camera: its camera, whose picture is turned by 180 degrees.
+        camera: its camera, whose image is turned by 180 degrees.
         opening: of the gripper, in [0, 1].
 
     Raises:
@@ -140,10 +140,10 @@ def facts(task: str, sim: Any, camera: str, opening: float) -> Facts:
 
 
 def pixel(model: Any, data: Any, camera: str, position: np.ndarray) -> np.ndarray:
-    """Where a point (3,) appears in the picture turned by 180 degrees, (2,) shares from the left and from the top.
+    """Where a point (3,) appears in the image turned by 180 degrees, (2,) shares from the left and from the top.
 
     The camera looks along its −z axis with x to the right and y up; a point at depth d and height y appears y/(d·tan(φ/2))
-    half-pictures above the middle, φ being the vertical field of view. Behind the camera the answer lies outside [0, 1].
+    half-images above the middle, φ being the vertical field of view. Behind the camera the answer lies outside [0, 1].
     """
     number = model.camera(camera).id
     seen = data.cam_xmat[number].reshape(3, 3).T @ (position - data.cam_xpos[number])

@@ -1,6 +1,6 @@
 """Recording demonstrations of scripted experts as a LeRobot data set.
 
-Frame t holds the picture and the state *before* action t, and the action label is the expert's clean action for exactly
+Frame t holds the image and the state *before* action t, and the action label is the expert's clean action for exactly
 that state; with noise, what was executed differs from the label (see ``experts``), and is stored beside it. Only successful
 episodes are kept, with a few frames after the first success, so that a policy also sees what the end looks like.
 
@@ -24,7 +24,7 @@ from vlaflow.data.lerobot import EXECUTED_KEY
 from vlaflow.data.video import Segment, encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.folders import make_folder, storing
+from vlaflow.io import make_folder, storing
 from vlaflow.simulators.base import Environment, Render, cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 from vlaflow.simulators.workers import Progress, iterate_jobs
@@ -43,7 +43,7 @@ class RecordConfig:
     Args:
         envs: "suite/task" or groups ("metaworld/easy"); all of one suite.
         episodes: successful episodes per environment.
-        size: side of the picture in pixels, even; None takes the suite's default.
+        size: side of the image in pixels, even; None takes the suite's default.
         render: "fast" or "exact"; evaluate with the same.
         seed: shifts every episode's seed; see `episode_seed`.
         noise: disturbance of the executed actions.
@@ -207,8 +207,8 @@ def _provenance(
 def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Path) -> Demonstration:
     """Record one successful episode; runs in a worker.
 
-    The expert plays without pictures first, and what it executed is then repeated with pictures: physics costs a twentieth
-    of rendering, and an episode that fails runs to the horizon.
+    The expert plays without images first, and what it executed is then repeated with images: physics costs a twentieth
+    of rendering, and an episode that fails runs to the step limit.
     """
     found = find_episode(job.env, job.episode, config, config.seed, size)
     env = found.env
@@ -256,14 +256,14 @@ class Found:
 
 
 def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: int, *, wander: int = 0) -> Found:
-    """Play, without pictures, until the expert succeeds from the start of an episode.
+    """Play, without images, until the expert succeeds from the start of an episode.
 
     Args:
         name: "suite/task".
         episode: number.
         config: noise, rendering and attempts.
         run: see ``episode_seed``.
-        size: side of the picture that the environment will take.
+        size: side of the image that the environment will take.
         wander: random points that the hand visits before the expert begins.
 
     Raises:
@@ -286,7 +286,7 @@ def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: 
 
 
 def _play(env: Environment, expert: Noisy, after_success: int) -> list[Step] | None:
-    """Let the expert act from the start of an episode; None when the horizon comes before success."""
+    """Let the expert act from the start of an episode; None when the step limit comes before success."""
     steps: list[Step] = []
     left: int | None = None
     while True:

@@ -1,8 +1,8 @@
 """What can be asked about a scene, and the true answers: pure functions of facts that a simulator states.
 
-A simulator that can be asked about has ``facts()`` (see ``facts_of``): where things are, in metres and in the picture, and
-what state they are in. ``ask`` turns facts into questions. What is too close to call in the picture is not asked: every kind
-has a margin, and positions are compared in shares of the picture, so the same margins hold at any size.
+A simulator that can be asked about has ``facts()`` (see ``facts_of``): where things are, in metres and in the image, and
+what state they are in. ``ask`` turns facts into questions. What is too close to call in the image is not asked: every kind
+has a margin, and positions are compared in shares of the image, so the same margins hold at any size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Thing:
 
     Args:
         position: (3,) metres, world frame.
-        pixel: (2,) shares of the picture's width from its left and of its height from its top; in [0, 1] when in view.
+        pixel: (2,) shares of the image's width from its left and of its height from its top; in [0, 1] when in view.
     """
 
     position: np.ndarray
@@ -69,8 +69,8 @@ class Margins:
     """How clear an answer must be to be asked for.
 
     Args:
-        picture: smallest distance of two things along the picture's side, as a share of it (0.06 is 6 of 96 pixels).
-        half: smallest distance from the picture's middle, as a share of its width, to be in one half of it.
+        image: smallest distance of two things along the image's side, as a share of it (0.06 is 6 of 96 pixels).
+        half: smallest distance from the image's middle, as a share of its width, to be in one half of it.
         near, far: metres from the gripper.
         nearer: the nearer of two things is at most this share of the other's distance away.
         open, closed: openings of the gripper.
@@ -86,7 +86,7 @@ class Margins:
 
 
 @dataclass(frozen=True)
-class Asked:
+class VqaItem:
     """A question of a kind, and its true answer."""
 
     kind: str
@@ -96,13 +96,13 @@ class Asked:
 
 KINDS = {
     "what": "what stands on the table",
-    "side": "the gripper left or right of a thing, in the picture",
-    "height": "the gripper above or below a thing, in the picture",
+    "side": "the gripper left or right of a thing, in the image",
+    "height": "the gripper above or below a thing, in the image",
     "near": "the gripper near a thing or far from it, in metres",
     "nearer": "which of two things the gripper is nearer to, in metres",
     "state": "open or closed, pressed, lifted",
     "gripper": "the gripper open or closed",
-    "count": "how many of gripper and thing are in the left half of the picture",
+    "count": "how many of gripper and thing are in the left half of the image",
 }
 
 USUAL = tuple(kind for kind in KINDS if kind != "gripper")
@@ -120,10 +120,10 @@ def facts_of(env: Any) -> Facts:
     return env.facts()
 
 
-def ask(facts: Facts, margins: Margins | None = None) -> list[Asked]:
+def ask(facts: Facts, margins: Margins | None = None) -> list[VqaItem]:
     """Every question with a clear answer."""
     margins = margins or Margins()
-    found = [Asked("what", "What stands on the table?", facts.subject)]
+    found = [VqaItem("what", "What stands on the table?", facts.subject)]
     gripper = facts.gripper
     for name, thing in facts.things.items():
         if not (_in_view(gripper) and _in_view(thing)):
@@ -131,28 +131,28 @@ def ask(facts: Facts, margins: Margins | None = None) -> list[Asked]:
         right, down = gripper.pixel - thing.pixel
         if abs(right) >= margins.picture:
             answer = "right" if right > 0 else "left"
-            found.append(Asked("side", f"Is the gripper left or right of the {name} in the picture?", answer))
+            found.append(VqaItem("side", f"Is the gripper left or right of the {name} in the image?", answer))
         if abs(down) >= margins.picture:
             answer = "below" if down > 0 else "above"
-            found.append(Asked("height", f"Is the gripper above or below the {name} in the picture?", answer))
+            found.append(VqaItem("height", f"Is the gripper above or below the {name} in the image?", answer))
         metres = _distance(gripper, thing)
         if metres <= margins.near or metres >= margins.far:
             answer = "near" if metres <= margins.near else "far"
-            found.append(Asked("near", f"Is the gripper near the {name} or far from it?", answer))
+            found.append(VqaItem("near", f"Is the gripper near the {name} or far from it?", answer))
         across = [each.pixel[0] - 0.5 for each in (gripper, thing)]
         if min(map(abs, across)) >= margins.half:
             answer = ("none", "one", "two")[sum(side < 0 for side in across)]
-            found.append(Asked("count", f"How many of gripper and {name} are in the left half of the picture?", answer))
+            found.append(VqaItem("count", f"How many of gripper and {name} are in the left half of the image?", answer))
     names = list(facts.things)
     for first, second in pairwise(names):
         metres_2 = [_distance(gripper, facts.things[name]) for name in (first, second)]
         if min(metres_2) <= margins.nearer * max(metres_2):
             answer = first if metres_2[0] < metres_2[1] else second
-            found.append(Asked("nearer", f"Is the gripper nearer to the {first} or the {second}?", answer))
-    found += [Asked("state", each.question, each.answer) for each in facts.conditions if each.answer is not None]
+            found.append(VqaItem("nearer", f"Is the gripper nearer to the {first} or the {second}?", answer))
+    found += [VqaItem("state", each.question, each.answer) for each in facts.conditions if each.answer is not None]
     if not margins.closed < facts.opening < margins.open:
         answer = "open" if facts.opening >= margins.open else "closed"
-        found.append(Asked("gripper", "Is the gripper open or closed?", answer))
+        found.append(VqaItem("gripper", "Is the gripper open or closed?", answer))
     return found
 
 

@@ -313,13 +313,15 @@ def _signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def make_vector(name: str, n: int, *, render: Render = "fast", size: int | None = None, execute: int | None = None) -> Any:
+def make_vector(
+    name: str, n: int, *, render: Render = "fast", size: int | None = None, n_action_steps: int | None = None
+) -> Any:
     """N copies of an environment as a `gymnasium.vector.AsyncVectorEnv`, one process each.
 
     Args:
         name: "suite/task".
         n: number of environments.
-        execute: None steps single actions (n, D); k steps chunks (n, k, D) open loop.
+        n_action_steps: None steps single actions (n, D); k steps chunks (n, k, D) open loop.
         render: as for `make`.
         size: as for `make`.
     """
@@ -328,15 +330,15 @@ def make_vector(name: str, n: int, *, render: Render = "fast", size: int | None 
     gl.prepare()
     from gymnasium.vector import AsyncVectorEnv
 
-    build = functools.partial(_build, name, render, size, execute)
+    build = functools.partial(_build, name, render, size, n_action_steps)
     # A reset after the end belongs to the caller: the next episode's seed is its to choose.
     return AsyncVectorEnv([build] * n, context="spawn", autoreset_mode="Disabled")
 
 
-def _build(name: str, render: Render, size: int | None, execute: int | None) -> Any:
+def _build(name: str, render: Render, size: int | None, n_action_steps: int | None) -> Any:
     env = make(name, render=render, size=size)
-    if execute is None:
+    if n_action_steps is None:
         return env
     from vlaflow.simulators.chunks import ChunkEnv
 
-    return ChunkEnv(env, execute)
+    return ChunkEnv(env, n_action_steps)

@@ -6,7 +6,7 @@ A1's code does. Since the mapping of layers is the identity, a prefix that stopp
 and the final norm and the decoder's head serve every depth. Which tokens' keys and values there are to read is not the
 expert's affair: a decoder may show it those of the latent action tokens alone (``decoders.latent_flow``).
 
-Shape letters: B batch (observations × noise draws, draws innermost), T suffix tokens, S state dimension, W width, G key/value
+Shape letters: B batch (observations × noise samples, draws innermost), T suffix tokens, S state dimension, W width, G key/value
 heads and E head dimension of the backbone.
 """
 
@@ -112,7 +112,7 @@ class ExpertStack(Stack):
         return found
 
     def _memory(self, index: int, prefix: Prefix) -> KeyValues:
-        theirs = prefix.memory[index]
+        theirs = prefix.kv_cache[index]
         if not self.config.projected:
             return theirs
         block, (c, _, p, _), to_own = self.config.block, theirs.key_CGPE.shape, self.projections[index]

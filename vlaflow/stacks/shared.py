@@ -58,10 +58,10 @@ class SharedStack(Stack):
     @staticmethod
     def cache(prefix: Prefix, room: int) -> Cache:
         """Buffers that hold the prefix and have room for so many suffix tokens; the prefix is copied once."""
-        layers, p = [], prefix.memory[0].key_CGPE.shape[2]
-        for memory in prefix.memory:
-            key, value = (functional.pad(x, (0, 0, 0, room)) for x in (memory.key_CGPE, memory.value_CGPE))
-            mask = None if memory.mask_CP is None else functional.pad(memory.mask_CP, (0, room), value=True)
+        layers, p = [], prefix.kv_cache[0].key_CGPE.shape[2]
+        for kv_cache in prefix.kv_cache:
+            key, value = (functional.pad(x, (0, 0, 0, room)) for x in (kv_cache.key_CGPE, kv_cache.value_CGPE))
+            mask = None if kv_cache.mask_CP is None else functional.pad(kv_cache.mask_CP, (0, room), value=True)
             layers.append(KeyValues(key, value, mask))
         return Cache(layers, p, p)
 
@@ -89,18 +89,18 @@ class SharedStack(Stack):
             draws per observation the prefix has as many rows as the suffix.
         """
         start, backbone = prefix.restart(), prefix.backbone
-        draws = len(suffix_BTW) // start.batch
-        if draws > 1:
-            start = start.select(torch.arange(start.batch, device=suffix_BTW.device).repeat_interleave(draws))
+        noise_samples = len(suffix_BTW) // start.batch
+        if noise_samples > 1:
+            start = start.select(torch.arange(start.batch, device=suffix_BTW.device).repeat_interleave(noise_samples))
         placed_BTW, after = backbone.place(suffix_BTW, start)
         t, p = suffix_BTW.shape[1], start.hidden_BPW.shape[1]
         rotary = None
         if start.rotary is not None and after is not None:
             rotary = (torch.cat((start.rotary[0], after[0]), -2), torch.cat((start.rotary[1], after[1]), -2))
-        seen_BN = None if start.seen_BP is None else functional.pad(start.seen_BP, (0, t), value=True)
-        hidden_BNW, memory = torch.cat((start.hidden_BPW, placed_BTW), 1), []
+        padding_mask_BN = None if start.padding_mask_BP is None else functional.pad(start.padding_mask_BP, (0, t), value=True)
+        hidden_BNW, kv_cache = torch.cat((start.hidden_BPW, placed_BTW), 1), []
         for index in range(depth):
-            hidden_BNW, own = backbone.layer(index, hidden_BNW, rotary, None, seen_BN)
-            memory.append(KeyValues(own.key_CGPE[:, :, :p], own.value_CGPE[:, :, :p], start.seen_BP))
-        done = replace(start, hidden_BPW=hidden_BNW[:, :p], memory=tuple(memory), embedded_BPW=start.hidden_BPW)
+            hidden_BNW, own = backbone.layer(index, hidden_BNW, rotary, None, padding_mask_BN)
+            kv_cache.append(KeyValues(own.key_CGPE[:, :, :p], own.value_CGPE[:, :, :p], start.padding_mask_BP))
+        done = replace(start, hidden_BPW=hidden_BNW[:, :p], kv_cache=tuple(kv_cache), embedded_BPW=start.hidden_BPW)
         return backbone.finish(hidden_BNW[:, p:]).to(suffix_BTW.dtype), done

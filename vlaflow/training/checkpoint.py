@@ -3,7 +3,7 @@
     out/config.json, model.safetensors, action_spec.json, stats.json, README.md    the policy, with averaged weights
     out/training/step-000500/state.json                                            step, config, data, versions
                              weights.safetensors, average.safetensors, optimizer.safetensors
-    out/training/log.jsonl, tensorboard/                                           see ``journal``
+    out/training/log.jsonl, tensorboard/                                           see ``metrics_log``
 
 A checkpoint is first written completely into a hidden folder beside these. One rename makes it count: from then on it is
 ``training/step-000500`` with the policy's files in a folder ``policy`` of its own, from which they are moved up one by one. A
@@ -30,11 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.files import first_not_finite, read_json, write_json
-from vlaflow.folders import make_folder, require_makeable
+from vlaflow.io import first_not_finite, make_folder, read_json, require_makeable, write_json
 from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
-from vlaflow.training.shards import spread, whole
+from vlaflow.training.full_tensor import spread, whole
 
 logger = logging.getLogger("vlaflow.training")
 PARTIAL = ".partial-"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vlaflow.training.shards import spread, whole
+from vlaflow.training.full_tensor import spread, whole
 
 
 class Ema:

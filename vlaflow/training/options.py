@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlaflow.config import override
 from vlaflow.policies.recipe import Assets, Base, TrainConfig
-from vlaflow.training.journal import Tracker
+from vlaflow.training.metrics_log import Tracker
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Options:
         tracker: where the log goes besides ``training/log.jsonl``.
         fresh: start anew; an old checkpoint is moved aside.
         command: for the model card; the process's own command line by default.
-        questions: file or folder of a question set to learn from as well (docs/qa.md).
+        vqa: file or folder of a question set to learn from as well (docs/vqa.md).
         tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
@@ -30,14 +30,14 @@ class Options:
     tracker: Tracker = "auto"
     fresh: bool = False
     command: str | None = None
-    questions: Path | str | None = None
+    vqa: Path | str | None = None
     tokenizer: Path | str | None = None
     latent: Path | str | None = None
     threads: int | None = None
 
     def assets(self, base: Base | None = None) -> Assets:
         """What it names for the objective, with the policy to continue."""
-        return Assets(base, self.questions, self.tokenizer, self.latent)
+        return Assets(base, self.vqa, self.tokenizer, self.latent)
 
 
 def overridden(config: TrainConfig, overrides: Mapping[str, str] | None, assets: Assets) -> TrainConfig:

@@ -61,14 +61,14 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
         config = recipe.config(data, foreseen.policy)
         assets = config.objective.concern(options.assets())
-        if own.get("questions") in ("none", "null"):
-            assets = replace(assets, questions=None)
+        if own.get("vqa") in ("none", "null"):
+            assets = replace(assets, vqa=None)
         if recipe.continues:
             assets = replace(assets, tokenizer=None)
         config = overridden(config, own, assets)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
         foreseen = config.objective.foresee(config, Path(dataset), assets, foreseen, f"{name}.")
-        mine = replace(options, overrides=own, fresh=False, questions=assets.questions, tokenizer=assets.tokenizer)
+        mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)
         planned.append(Planned(recipe, folder, mine, config.objective))
     if not options.fresh:
         for found in planned:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vlaflow.errors import ConfigError
-from vlaflow.folders import require_makeable
+from vlaflow.io import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
 from vlaflow.training.card import training_lines
@@ -120,7 +120,7 @@ def train_stage(
         setup.train,
         setup.held,
         out,
-        questions=setup.questions,
+        vqa=setup.vqa,
         identity={"recipe": name, "data": opened.fingerprint, **setup.identity},
         card=card,
         tracker=options.tracker,

@@ -24,21 +24,21 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
-from vlaflow.data.batch import QuestionBatch
+from vlaflow.data.batch import VqaBatch
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.files import first_not_finite
+from vlaflow.io import first_not_finite
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
+from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
-from vlaflow.training.feed import Feed, Held, Part, Place, Sample, Source, alternating, mix
-from vlaflow.training.guard import DivergedError, Interrupt, LossGuard, samples_sentence
-from vlaflow.training.journal import Journal, Tracker, choose_tracker, scalars
+from vlaflow.training.full_tensor import reshard, whole
+from vlaflow.training.loader import Held, Loader, Part, Place, Sample, Source, alternating, mix
+from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
-from vlaflow.training.shards import reshard, whole
 from vlaflow.versions import versions
 
 
@@ -77,7 +77,7 @@ class Trainer:
         config: how.
         train: training samples.
         validation: held-out samples, or None.
-        questions: to learn from in turns with the samples, or None.
+        vqa: to learn from in turns with the samples, or None.
         out: folder of the checkpoint; an unfinished run in it is continued.
         identity: JSON data that must be the same for a run to be continued (the data set's fingerprint, ...); the config
             and the number of processes are added.
@@ -97,17 +97,17 @@ class Trainer:
         validation: Source | None,
         out: Path | str,
         *,
-        questions: CoTraining | None = None,
+        vqa: CoTraining | None = None,
         identity: Mapping[str, Any] | None = None,
         card: Callable[[Outcome], str] | None = None,
         tracker: Tracker = "auto",
         fresh: bool = False,
     ) -> None:
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
-        self._train, self._validation_source, self._questions, self._fresh = train, validation, questions, fresh
+        self._train, self._validation_source, self._questions, self._fresh = train, validation, vqa, fresh
         self._told, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
-        self._guard, self._answer_guard = LossGuard(config.optim.warmup_steps), LossGuard(config.optim.warmup_steps)
+        self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
         self.step, self._seconds, self._saved = 0, 0.0, -1
         self._validation: float | None = None
 
@@ -141,10 +141,10 @@ class Trainer:
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        acting = Feed(self._train, config, self.place, self.device)
-        self._feed = alternating(acting, self._questions) if self._questions else acting
+        acting = Loader(self._train, config, self.place, self.device)
+        self._loader = alternating(acting, self._questions) if self._questions else acting
         self._held = self._hold(self._validation_source)
-        self._held_questions = self._hold(self._questions.held) if self._questions else None
+        self._held_vqa = self._hold(self._questions.held) if self._questions else None
         self._resume()
         if self._is_main and 0 < self.step < config.steps:
             sys.stderr.write(f"Continuing after step {self.step} of {config.steps}.\n")
@@ -169,7 +169,7 @@ class Trainer:
     def _run(self) -> Outcome:
         if self.step >= self.config.steps:
             return self._outcome(None)
-        journal = Journal(self.out, self.step) if self._is_main else None
+        metrics_log = MetricsLog(self.out, self.step) if self._is_main else None
         if self._log_with:
             kwargs = {"tensorboard": {"purge_step": self.step + 1}} if self._log_with == "tensorboard" else {}
             self.accelerator.init_trackers(self._log_with, init_kwargs=kwargs)
@@ -180,13 +180,13 @@ class Trainer:
                     entry, stopped, part = self._one_step(interrupt.signal is not None)
                     self.step += 1
                     last = self.step == self.config.steps
-                    if (self._held or self._held_questions) and (last or self.step % self.config.validate_every == 0):
+                    if (self._held or self._held_vqa) and (last or self.step % self.config.validate_every == 0):
                         entry["validation"] = self._validate()
                         self._validation = entry["validation"].get("loss")
                     self._seconds = time.monotonic() - began
                     entry["seconds"] = round(self._seconds, 3)
-                    if journal is not None:
-                        journal.write({"step": self.step, **entry})
+                    if metrics_log is not None:
+                        metrics_log.write({"step": self.step, **entry})
                     if self._log_with:
                         self.accelerator.log(scalars(entry), step=self.step)
                     bar.advance(note=self._note(entry))
@@ -196,13 +196,13 @@ class Trainer:
                         break
                 return self._outcome(self._agreed(interrupt.signal))
         finally:
-            if journal is not None:
-                journal.close()
+            if metrics_log is not None:
+                metrics_log.close()
             if self._log_with:
                 # end_training() would also take the processes' group away, which the next stage of a pipeline needs.
                 for one in self.accelerator.trackers:
                     one.finish()
-            self._feed.close()
+            self._loader.close()
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Trainer:
             Its log entry, whether any process wants to stop after it, and some of its samples.
         """
         c, began = self.config, time.monotonic()
-        parts = self._feed.step(self.step)
+        parts = self._loader.step(self.step)
         share_of_peak = multiplier(self.step, c.optim, c.steps)
         set_rate(self._optimizer.param_groups, share_of_peak)
         self._optimizer.zero_grad(set_to_none=True)
@@ -235,7 +235,7 @@ class Trainer:
         values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "mean"))
         mean_loss, *mean_terms, stopped = values.tolist()
         gradient = float(whole(norm))
-        asked = isinstance(parts[0].batch, QuestionBatch)
+        asked = isinstance(parts[0].batch, VqaBatch)
         guard = self._answer_guard if asked else self._guard
         if complaint := guard.complaint(self.step, mean_loss, gradient):
             raise DivergedError(self._diverged(complaint, parts))
@@ -257,7 +257,7 @@ class Trainer:
         )
 
     def _diverged(self, complaint: str, parts: list[Part]) -> str:
-        look = "Look at them" if isinstance(parts[0].batch, QuestionBatch) else "Look at them (vlaflow data show)"
+        look = "Look at them" if isinstance(parts[0].batch, VqaBatch) else "Look at them (vlaflow data show)"
         return (
             f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: "
             f"{samples_sentence(p.batch for p in parts)}. {look}, or lower optim.learning_rate. {self._untouched()}"
@@ -284,8 +284,8 @@ class Trainer:
             DivergedError: one of them is not finite.
         """
         found = self._measure(self._held.parts(self.place, self.device)) if self._held is not None else {}
-        if self._held_questions is not None:
-            found["answer"] = self._measure(self._held_questions.parts(self.place, self.device))["answer"]
+        if self._held_vqa is not None:
+            found["answer"] = self._measure(self._held_vqa.parts(self.place, self.device))["answer"]
         for name in ("loss", "answer"):
             if not math.isfinite(value := found.get(name, 0.0)):
                 raise self._unsound(f"The held-out {name} is {value}")

@@ -27,7 +27,7 @@ def tiny_flow(data: DataSpec) -> PolicyConfig:
     return PolicyConfig(
         system="a1",
         backbone=replace(tiny_backbone(data), depth=DEPTH),
-        decoder=FlowConfig(data.action_dim, masks="synchronous", draws=2, expert=ExpertConfig(block), head_layers=2),
+        decoder=FlowConfig(data.action_dim, masks="synchronous", noise_samples=2, expert=ExpertConfig(block), head_layers=2),
         exits=ExitTraining(every(1, DEPTH)),
     )
 
@@ -46,12 +46,12 @@ MOLMO = "allenai/Molmo2-8B"
 MOLMO_DEPTH = 36
 
 
-def molmo_flow(data: DataSpec, *, horizon: int = 10, execute: int = 8, source: str | None = MOLMO) -> PolicyConfig:
+def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8, source: str | None = MOLMO) -> PolicyConfig:
     """A1 with flow matching: the expert of 1024 with as many key/value heads as Molmo2 has; exits at 2, 4, …, 36.
 
     Args:
         data: at most 32 dimensions of state and action each; both are padded to 32.
-        horizon, execute: 10 and 8 on LIBERO, 50 and 5 on VLABench.
+        chunk size, n_action_steps: 10 and 8 on LIBERO, 50 and 5 on VLABench.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     expert = a1_expert()
@@ -60,26 +60,28 @@ def molmo_flow(data: DataSpec, *, horizon: int = 10, execute: int = 8, source: s
         backbone=_molmo(data, source, state_token=None),
         decoder=FlowConfig(
             data.action_dim,
-            horizon,
+            chunk_size,
             padded_dim=32,
             masks="synchronous",
-            draws=1,
+            noise_samples=1,
             expert=replace(expert, block=replace(expert.block, kv_heads=8)),
             head_layers=2,
         ),
         exits=ExitTraining(every(2, MOLMO_DEPTH)),
-        execute=execute,
+        n_action_steps=n_action_steps,
     )
 
 
-def molmo_regression(data: DataSpec, *, horizon: int = 10, execute: int = 8, source: str | None = MOLMO) -> PolicyConfig:
+def molmo_regression(
+    data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8, source: str | None = MOLMO
+) -> PolicyConfig:
     """A1 with L1 regression from one query token per action dimension; the state is a token of the prompt."""
     return PolicyConfig(
         system="a1",
         backbone=_molmo(data, source, state_token="<|vision_pad|>"),  # noqa: S106
-        decoder=RegressionConfig(data.action_dim, horizon),
+        decoder=RegressionConfig(data.action_dim, chunk_size),
         exits=ExitTraining(every(2, MOLMO_DEPTH)),
-        execute=execute,
+        n_action_steps=n_action_steps,
     )
 
 

@@ -81,7 +81,7 @@ def vlabench(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.vlabench --dataset DIR --out DIR
     """
-    policy = molmo_flow(data, horizon=50, execute=5)
+    policy = molmo_flow(data, chunk_size=50, n_action_steps=5)
     return replace(libero(data), objective=PolicyObjective(policy), batch_size=64)
 
 
@@ -90,7 +90,7 @@ def pretrain(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.pretrain --dataset DIR --out DIR
     """
-    policy = molmo_flow(data, horizon=50)
+    policy = molmo_flow(data, chunk_size=50)
     return replace(
         libero(data),
         objective=PolicyObjective(policy),

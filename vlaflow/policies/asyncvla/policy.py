@@ -24,7 +24,7 @@ def tiny(data: DataSpec) -> PolicyConfig:
     return PolicyConfig(
         system="asyncvla",
         backbone=tiny_backbone(data),
-        decoder=FlowConfig(action_dim=data.action_dim, horizon=16, draws=2, whole=0.5),
+        decoder=FlowConfig(action_dim=data.action_dim, chunk_size=16, noise_samples=2, whole=0.5),
         exits=ExitTraining((2, 3, 4), shallow=0.2),
     )
 
@@ -34,19 +34,19 @@ def tiny_rater(policy: PolicyConfig) -> RaterConfig:
     return RaterConfig(policy.backbone.rater_block(), depth=2)
 
 
-def qwen3b(data: DataSpec, *, horizon: int = 8, source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct") -> PolicyConfig:
+def qwen3b(data: DataSpec, *, chunk_size: int = 8, source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct") -> PolicyConfig:
     """AsyncVLA as published: 3.755 B pretrained parameters and a head of 17.0 M; ``qwen3b_rater`` makes it 4.08 B.
 
     Args:
         data: at most 32 dimensions of state and action each; the head is padded to 32.
-        horizon: actions per chunk (8 on LIBERO, 4 on Bridge and Fractal), all of them executed.
+        chunk_size: actions per chunk (8 on LIBERO, 4 on Bridge and Fractal), all of them executed.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     return PolicyConfig(
         system="asyncvla",
         backbone=QwenConfig(data.state_dim, data.views, source, None if source else qwen2_5_vl_3b(), recompute=True),
-        decoder=FlowConfig(action_dim=data.action_dim, horizon=horizon, padded_dim=32, draws=1),
-        execute=horizon,
+        decoder=FlowConfig(action_dim=data.action_dim, chunk_size=chunk_size, padded_dim=32, noise_samples=1),
+        n_action_steps=chunk_size,
     )
 
 

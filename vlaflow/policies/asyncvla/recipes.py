@@ -34,8 +34,8 @@ def realtime(data: DataSpec) -> TrainConfig:
     executed, where the data set keeps it (docs/decisions/013-beginnings-are-what-was-executed.md).
     """
     policy = tiny(data)
-    decoder = FlowConfig(action_dim=data.action_dim, horizon=48, masks="synchronous", whole=0.5, committed=32)
-    return tiny_training(replace(policy, decoder=decoder, exits=None, execute=16), steps=3500)
+    decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, committed=32)
+    return tiny_training(replace(policy, decoder=decoder, exits=None, n_action_steps=16), steps=3500)
 
 
 def finetune(policy: PolicyConfig) -> TrainConfig:
@@ -71,7 +71,7 @@ def libero(data: DataSpec) -> TrainConfig:
     built; pauses are left out of the loss as the paper says, by our rule. No run has been made with it yet.
     """
     return TrainConfig(
-        PolicyObjective(qwen3b(data, horizon=8)),
+        PolicyObjective(qwen3b(data, chunk_size=8)),
         optim=OptimConfig(
             learning_rate=1e-4,
             betas=(0.9, 0.999),

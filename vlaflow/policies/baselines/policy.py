@@ -23,4 +23,4 @@ def masked(data: DataSpec) -> PolicyConfig:
 
 def flow(data: DataSpec) -> PolicyConfig:
     """Continuous actions, all at one clock."""
-    return token_policy(data, "flow", FlowConfig(data.action_dim, masks="synchronous", draws=1))
+    return token_policy(data, "flow", FlowConfig(data.action_dim, masks="synchronous", noise_samples=1))

@@ -18,18 +18,18 @@ def tiny(data: DataSpec, decoder: DiscreteFlowConfig) -> PolicyConfig:
     return token_policy(data, "dfm_vla", decoder)
 
 
-def emu3(data: DataSpec, *, horizon: int = 10, source: str | None = "Emu3-community/Emu3-Stage1-hf") -> PolicyConfig:
+def emu3(data: DataSpec, *, chunk_size: int = 10, source: str | None = "Emu3-community/Emu3-Stage1-hf") -> PolicyConfig:
     """DFM-VLA as published, as far as it tells: Emu3, FAST at scale 50 with 1024 ids, everything sees everything, 14 + 2 steps.
 
     Args:
         data: shape of the data set; the state is not read.
-        horizon: actions per chunk, all of them executed (UniVLA, UD-VLA: 10).
+        chunk_size: actions per chunk, all of them executed (UniVLA, UD-VLA: 10).
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     return PolicyConfig(
         system="dfm_vla",
         backbone=EmuConfig(data.state_dim, data.views, source, None if source else emu3_8b(), recompute=True),
-        decoder=DiscreteFlowConfig(data.action_dim, FastFit(50.0, 1024), horizon, attention="full", refresh=0.3),
+        decoder=DiscreteFlowConfig(data.action_dim, FastFit(50.0, 1024), chunk_size, attention="full", refresh=0.3),
         action_normalisation="quantile",
-        execute=horizon,
+        n_action_steps=chunk_size,
     )

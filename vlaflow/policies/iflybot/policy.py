@@ -45,7 +45,7 @@ def tiny(data: DataSpec) -> PolicyConfig:
             FlowConfig(
                 data.action_dim,
                 masks="synchronous",
-                draws=1,
+                noise_samples=1,
                 expert=ExpertConfig(block, projected=True),
                 time_token=True,
                 head_layers=2,
@@ -59,8 +59,8 @@ def tiny(data: DataSpec) -> PolicyConfig:
 def qwen3b(
     data: DataSpec,
     *,
-    horizon: int = 30,
-    execute: int = 30,
+    chunk_size: int = 30,
+    n_action_steps: int = 30,
     source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct",
 ) -> PolicyConfig:
     """iFlyBot-VLA as published: Qwen2.5-VL-3B and an expert of 36 layers of 1024 that reads the latent tokens.
@@ -71,7 +71,7 @@ def qwen3b(
     Args:
         data: at most 20 dimensions of state and action each, for two arms; both are padded to 20. Its views, head, left
             wrist and right wrist camera, are each brought to the area of 448 × 448 pixels, 256 tokens.
-        horizon, execute: 30, one second; 7 and 7 on LIBERO.
+        chunk size, n_action_steps: 30, one second; 7 and 7 on LIBERO.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     block = BlockConfig(1024, heads=16, kv_heads=16, head_dim=64, ffn=1024, norm="rms")
@@ -90,15 +90,15 @@ def qwen3b(
         decoder=LatentFlowConfig(
             FlowConfig(
                 data.action_dim,
-                horizon,
+                chunk_size,
                 padded_dim=20,
                 masks="synchronous",
-                draws=1,
+                noise_samples=1,
                 expert=ExpertConfig(block, padded_state=20, projected=True),
                 time_token=True,
             ),
             LatentTokensConfig(),
-            AutoregressiveConfig(data.action_dim, FastFit(scale=10.0, vocabulary=2048), horizon),
+            AutoregressiveConfig(data.action_dim, FastFit(scale=10.0, vocabulary=2048), chunk_size),
         ),
-        execute=execute,
+        n_action_steps=n_action_steps,
     )

@@ -54,12 +54,14 @@ def joint(data: DataSpec) -> TrainConfig:
 
 
 def fine(policy: PolicyConfig) -> TrainConfig:
-    """Third stage: the flow's gradient reaches the backbone, and each observation is learned with five noise draws.
+    """Third stage: the flow's gradient reaches the backbone, and each observation is learned with five noise samples.
 
     vlaflow train iflybot.fine --policy runs/iflybot/joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out DIR
     """
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
-    return replace(tiny_training(_whole(policy, draws=5), steps=1000, optim=optim), validate_every=250, checkpoint_every=500)
+    return replace(
+        tiny_training(_whole(policy, noise_samples=5), steps=1000, optim=optim), validate_every=250, checkpoint_every=500
+    )
 
 
 def latent_full(data: DataSpec) -> TrainConfig:
@@ -107,7 +109,7 @@ def fine3b(policy: PolicyConfig) -> TrainConfig:
     accelerate launch -m vlaflow train iflybot.fine3b --policy DIR --dataset DIR --latent DIR --out DIR
     """
     return TrainConfig(
-        PolicyObjective(_whole(policy, draws=5)),
+        PolicyObjective(_whole(policy, noise_samples=5)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=50_000,
         batch_size=4,
@@ -123,11 +125,11 @@ def libero(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train iflybot.libero --dataset DIR --latent DIR --out DIR
     """
-    return replace(joint3b(data), objective=PolicyObjective(qwen3b(data, horizon=7, execute=7)))
+    return replace(joint3b(data), objective=PolicyObjective(qwen3b(data, chunk_size=7, n_action_steps=7)))
 
 
-def _whole(policy: PolicyConfig, draws: int) -> PolicyConfig:
+def _whole(policy: PolicyConfig, noise_samples: int) -> PolicyConfig:
     decoder = policy.decoder
     if not isinstance(decoder, LatentFlowConfig):
         raise CapabilityError("This stage continues a policy of iflybot.joint; train that first.")
-    return replace(policy, decoder=replace(decoder, truncate=False, flow=replace(decoder.flow, draws=draws)))
+    return replace(policy, decoder=replace(decoder, truncate=False, flow=replace(decoder.flow, noise_samples=noise_samples)))

@@ -17,7 +17,7 @@ ARM_AND_GRIPPER = 8
 
 
 @dataclass(frozen=True)
-class Dialect:
+class WireProtocol:
     """Two functions.
 
     Args:
@@ -46,5 +46,5 @@ def _roboarena_hello(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-OPENPI = Dialect(hello=dict, answer=lambda reply, execute: dict(reply))
-ROBOARENA = Dialect(hello=_roboarena_hello, answer=lambda reply, execute: reply["actions"][:execute])
+OPENPI = WireProtocol(hello=dict, answer=lambda reply, n_action_steps: dict(reply))
+ROBOARENA = WireProtocol(hello=_roboarena_hello, answer=lambda reply, n_action_steps: reply["actions"][:n_action_steps])

@@ -1,4 +1,4 @@
-"""``vlaflow record-qa``: questions about simulated scenes, with pictures and true answers."""
+"""``vlaflow record-vqa``: questions about simulated scenes, with images and true answers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class RecordQa:
-    """Ask about pictures along scripted experts' episodes and write a question set in LLaVA's layout.
+class RecordVqa:
+    """Ask about images along scripted experts' episodes and write a question set in LLaVA's layout.
 
-    Example: vlaflow record-qa --env metaworld/drawer-open-v3 --env metaworld/window-close-v3 --episodes 50 --out runs/qa
+    Example: vlaflow record-vqa --env metaworld/drawer-open-v3 --env metaworld/window-close-v3 --episodes 50 --out runs/qa
 
     Answers come from the simulator's state and are balanced, so always saying the commonest one is no better than chance. The
     same arguments give the same bytes with any number of workers.
@@ -22,10 +22,10 @@ class RecordQa:
         episodes: per environment.
         frames: looked at in each episode.
         kind: of questions: what, side, height, near, nearer, state, gripper, count; repeat the option for more. All but
-            gripper when none is named; that one asks for a larger picture than 96.
+            gripper when none is named; that one asks for a larger image than 96.
         most: questions kept of one wording with one answer, in one environment.
         workers: recording processes; one per core is best.
-        size: side of the picture in pixels; use the one the policy looks at.
+        size: side of the image in pixels; use the one the policy looks at.
         render: use the one of the robot's data.
         seed: another seed gives other episodes, never those of a recording or an evaluation.
         wander: random points that the gripper visits before the expert begins.
@@ -47,19 +47,19 @@ class RecordQa:
 
 
 def main(argv: list[str]) -> int:
-    """Run ``vlaflow record-qa ...``; returns the exit status."""
+    """Run ``vlaflow record-vqa ...``; returns the exit status."""
     import tyro
     from rich.console import Console
 
-    arguments = tyro.cli(RecordQa, prog="vlaflow record-qa", args=argv, config=(tyro.conf.UseAppendAction,))
+    arguments = tyro.cli(RecordVqa, prog="vlaflow record-vqa", args=argv, config=(tyro.conf.UseAppendAction,))
 
     from vlaflow.progress import progress
     from vlaflow.simulators.base import expand_env_names
     from vlaflow.simulators.experts import Noise
-    from vlaflow.simulators.record_questions import QuestionConfig, record_questions
+    from vlaflow.simulators.record_vqa import VqaRecordingConfig, record_vqa
     from vlaflow.simulators.scenes import USUAL
 
-    config = QuestionConfig(
+    config = VqaRecordingConfig(
         envs=arguments.env,
         episodes=arguments.episodes,
         frames=arguments.frames,
@@ -73,9 +73,9 @@ def main(argv: list[str]) -> int:
     )
     total = len(expand_env_names(config.envs)) * config.episodes
     with progress(total, "Recording") as bar:
-        summary = record_questions(config, arguments.out, arguments.workers, lambda *_: bar.advance())
+        summary = record_vqa(config, arguments.out, arguments.workers, lambda *_: bar.advance())
     console = Console()
-    console.print(f"Written: {summary.root}: {summary.questions} questions, {summary.images} pictures.", soft_wrap=True)
+    console.print(f"Written: {summary.root}: {summary.questions} questions, {summary.images} images.", soft_wrap=True)
     for kind, wordings in summary.counts.items():
         number = sum(n for answers in wordings.values() for n in answers.values())
         said = sorted({answer for answers in wordings.values() for answer in answers})

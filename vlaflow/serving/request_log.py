@@ -1,6 +1,6 @@
 """What happens at the server, written down once: for the log, for ``/metrics`` and for whoever watches.
 
-A line of the log is a sentence, or with ``JsonLines`` a JSON object. No line holds a picture or a token. A refusal may quote a
+A line of the log is a sentence, or with ``JsonLines`` a JSON object. No line holds an image or a token. A refusal may quote a
 few words of a request, cut and stripped of what would break a line.
 """
 
@@ -50,7 +50,7 @@ class Event:
         client: address and port, where one is concerned.
         request: number of the request, counted over the server's life.
         ms: from the frame's arrival to its answer.
-        layers, evaluations: computed for it.
+        layers, nfe: computed for it.
         note: the rest, in words.
     """
 
@@ -59,13 +59,13 @@ class Event:
     request: int | None = None
     ms: float | None = None
     layers: int | None = None
-    evaluations: int | None = None
+    nfe: int | None = None
     note: str | None = None
 
     def __str__(self) -> str:
         who = " ".join(part for part in (self.client, f"#{self.request}" if self.request else None) if part)
         spent = f" in {self.ms:.1f} ms" if self.ms is not None else ""
-        work = f", {self.layers} layers, {self.evaluations} evaluations" if self.layers is not None else ""
+        work = f", {self.layers} layers, {self.nfe} evaluations" if self.layers is not None else ""
         return f"{who + ': ' if who else ''}{self.event}{spent}{work}{': ' + self.note if self.note else ''}"
 
 
@@ -89,7 +89,7 @@ class Entry:
 
 
 @dataclass
-class Journal:
+class RequestLog:
     """Counts, times and the log.
 
     Attributes:
@@ -105,7 +105,7 @@ class Journal:
     connections: Counter[str] = field(default_factory=Counter)
     clients: set[str] = field(default_factory=set)
     layers: int = 0
-    evaluations: int = 0
+    nfe: int = 0
     seconds: float = 0.0
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
     recent: deque[tuple[float, float, str]] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -151,10 +151,10 @@ class Journal:
             chunk = entry.chunk
             if entry.outcome == "answered" and chunk is not None:
                 self.layers += chunk.layers
-                self.evaluations += chunk.evaluations
+                self.nfe += chunk.nfe
                 self.seconds += seconds
                 self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
-            work = {"layers": chunk.layers, "evaluations": chunk.evaluations} if chunk is not None else {}
+            work = {"layers": chunk.layers, "nfe": chunk.nfe} if chunk is not None else {}
             self._log(Event(entry.outcome, client, entry.number, 1e3 * seconds, note=entry.note, **work))
             if self.observer is not None:
                 self.observer(entry)
@@ -185,7 +185,7 @@ class Journal:
             ("vlaflow_batches_total", "counter", "Batches computed.", counts.batches),
             ("vlaflow_inference_seconds_total", "counter", "Time spent computing batches.", round(counts.seconds, 6)),
             ("vlaflow_layers_total", "counter", "Backbone layers run, over answered requests.", self.layers),
-            ("vlaflow_evaluations_total", "counter", "Decoder evaluations, over answered requests.", self.evaluations),
+            ("vlaflow_nfe_total", "counter", "Decoder evaluations, over answered requests.", self.nfe),
         ]
         lines = []
         for family, kind, text, found in families:

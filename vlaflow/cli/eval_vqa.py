@@ -1,4 +1,4 @@
-"""``vlaflow eval-qa``: how well a checkpoint answers questions about pictures."""
+"""``vlaflow eval-vqa``: how well a checkpoint answers questions about images."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import tyro
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vlaflow.evaluation.questions import AnswerResults
+    from vlaflow.evaluation.vqa import AnswerResults
 
 
 @dataclass(frozen=True)
-class EvalQa:
-    """Count right answers by kind of question, beside always the commonest answer and answers without the right picture.
+class EvalVqa:
+    """Count right answers by kind of question, beside always the commonest answer and answers without the right image.
 
-    Example: vlaflow eval-qa runs/co/policy --qa runs/qa --out runs/co/answers
+    Example: vlaflow eval-vqa runs/co/policy --vqa runs/qa --out runs/co/answers
 
     Writes answers.json. An answer is right when it equals the true one but for case and spaces.
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
-        qa: file or folder of a question set.
+        vqa: file or folder of a question set.
         out: folder for answers.json.
         part: the questions that training held out, or all of a set that is new to the checkpoint.
         turns: of conversations: all, or the first alone; as in training by default.
         limit: most tokens of an answer, its end included.
         batch_size: questions answered together.
-        blind: also ask with the pictures of other questions of the same wording.
-        seed: of the exchange of pictures.
+        blind: also ask with the images of other questions of the same wording.
+        seed: of the exchange of images.
         device: where the networks run.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    qa: Path
-    out: Path = Path("runs/eval-qa")
+    vqa: Path
+    out: Path = Path("runs/eval-vqa")
     part: Literal["held-out", "all"] = "held-out"
     turns: Literal["all", "first"] | None = None
     limit: int = 32
@@ -48,12 +48,12 @@ class EvalQa:
 
 
 def main(argv: list[str]) -> int:
-    """Run ``vlaflow eval-qa ...``; returns the exit status."""
-    given = tyro.cli(EvalQa, prog="vlaflow eval-qa", args=argv)
+    """Run ``vlaflow eval-vqa ...``; returns the exit status."""
+    given = tyro.cli(EvalVqa, prog="vlaflow eval-vqa", args=argv)
 
     from rich.console import Console
 
-    from vlaflow.evaluation.questions import FILE, AnswerConfig, run
+    from vlaflow.evaluation.vqa import FILE, AnswerConfig, run
     from vlaflow.progress import progress
 
     config = AnswerConfig(
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
             bar.advance(percent - shown[0])
             shown[0] = percent
 
-        results = run(given.checkpoint, given.qa, config, given.out, report)
+        results = run(given.checkpoint, given.vqa, config, given.out, report)
     console = Console()
     console.print(table(results))
     console.print(f"Written: {given.out / FILE}", soft_wrap=True)

@@ -9,14 +9,14 @@ from PIL import Image
 
 from tests.training.small import new_policy, tiny_config, tiny_policy, write_dataset
 from tests.training.test_run import arguments
-from vlaflow.cli import eval_qa
+from vlaflow.cli import eval_vqa
 from vlaflow.cli import train as training
-from vlaflow.data.pictures import PictureCache, Questions
-from vlaflow.data.questions import Question, QuestionSet
+from vlaflow.data.image_cache import ImageCache, VqaSource
+from vlaflow.data.vqa import Question, VqaDataset
 from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataError
-from vlaflow.evaluation.questions import AnswerConfig, AnsweredQuestion, ask, count, exchange, held_out, read, run
 from vlaflow.evaluation.statistics import wilson
+from vlaflow.evaluation.vqa import AnswerConfig, AnsweredQuestion, ask, count, exchange, held_out, read, run
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import Base
 from vlaflow.training.options import Options
@@ -73,7 +73,7 @@ def test_the_commonest_answer_is_that_of_the_wording_and_not_of_the_kind():
     assert count(answered)[-1].commonest == 3
 
 
-def test_pictures_are_exchanged_within_a_wording_and_never_for_the_same():
+def test_images_are_exchanged_within_a_wording_and_never_for_the_same():
     questions = [Question(f"n{i}", (f"{i % 5}.png",), "A?" if i % 2 else "B?", "") for i in range(20)]
     questions.append(Question("alone", ("9.png",), "C?", ""))
     partner = exchange(questions, 0)
@@ -86,8 +86,8 @@ def test_pictures_are_exchanged_within_a_wording_and_never_for_the_same():
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """Dark and bright pictures, two of each brightness per episode."""
-    root = tmp_path_factory.mktemp("questions")
+    """Dark and bright images, two of each brightness per episode."""
+    root = tmp_path_factory.mktemp("vqa")
     lines = []
     for i in range(16):
         Image.fromarray(np.full((32, 32, 3), 30 if i % 2 else 220, np.uint8)).save(root / f"{i}.png")
@@ -99,9 +99,9 @@ def asked(tmp_path_factory):
 
 
 def test_a_policy_that_sees_is_told_from_one_that_does_not(asked, monkeypatch):
-    """One names the brightness, and with exchanged pictures names theirs; one always says the same."""
-    opened, policy = QuestionSet.open(asked), new_policy(tiny_config(policy=tiny_policy(answers=True)))
-    source = Questions(opened, PictureCache.open(opened, 32), ("front",), 3)
+    """One names the brightness, and with exchanged images names theirs; one always says the same."""
+    opened, policy = VqaDataset.open(asked), new_policy(tiny_config(policy=tiny_policy(answers=True)))
+    source = VqaSource(opened, ImageCache.open(opened, 32), ("front",), 3)
     shown = []
 
     def reply(observation, limit):
@@ -128,21 +128,21 @@ def test_a_policy_that_sees_is_told_from_one_that_does_not(asked, monkeypatch):
 def test_batches_do_not_change_answers(asked):
     policy = new_policy(tiny_config(policy=tiny_policy(answers=True)))
     policy.model.eval()
-    opened = QuestionSet.open(asked)
-    source = Questions(opened, PictureCache.open(opened, 32), ("front",), 3, range(6))
+    opened = VqaDataset.open(asked)
+    source = VqaSource(opened, ImageCache.open(opened, 32), ("front",), 3, range(6))
     one, many = (ask(policy, source, AnswerConfig(batch_size=size, limit=4)) for size in (1, 6))
     assert one == many
 
 
 def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked, tmp_path, capsys):
     dataset, out = write_dataset(tmp_path / "data"), tmp_path / "policy"
-    more = ["--qa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "6", "--set", "questions.held_out=0.25"]
+    more = ["--vqa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "6", "--set", "vqa.held_out=0.25"]
     assert training.main([*arguments(dataset, out), *more]) == 0
-    assert eval_qa.main([str(out), "--qa", str(asked), "--out", str(tmp_path / "a"), "--limit", "4"]) == 0
+    assert eval_vqa.main([str(out), "--vqa", str(asked), "--out", str(tmp_path / "a"), "--limit", "4"]) == 0
     shown = capsys.readouterr().out
     assert "light" in shown
     results = read(tmp_path / "a/answers.json")
-    opened = QuestionSet.open(asked)
+    opened = VqaDataset.open(asked)
     assert [each.name for each in results.per_question] == [opened.questions[i].name for i in opened.split(0.25)[1]]
     assert (results.overall.questions, results.part, results.limit) == (4, "held-out", 4)
     assert results.questions_fingerprint == opened.fingerprint
@@ -160,21 +160,21 @@ def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked,
 
 def co_trained(asked, tmp_path, *more):
     dataset, out = write_dataset(tmp_path / "data"), tmp_path / "policy"
-    qa = ["--qa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "2", "--set", "questions.share=0.5"]
-    assert training.main([*arguments(dataset, out), *qa, *more]) == 0
+    vqa = ["--vqa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "2", "--set", "vqa.share=0.5"]
+    assert training.main([*arguments(dataset, out), *vqa, *more]) == 0
     return dataset, out
 
 
 def test_a_checkpoint_that_continues_another_has_learned_from_its_questions_too(asked, tmp_path):
     """What is held out of them is asked, whether a rater was added or the policy trained further, with questions or without."""
     dataset, out = co_trained(asked, tmp_path)
-    opened = QuestionSet.open(asked)
+    opened = VqaDataset.open(asked)
     held = opened.split(0.1)[1]
     rater = ["asyncvla.rater", "--dataset", str(dataset), "--out", str(tmp_path / "rated"), "--policy", str(out)]
     assert training.main([*rater, "--tracker", "none", "--steps", "1", "--batch-size", "4"]) == 0
     assert held_out(tmp_path / "rated", opened) == held
     base, folder = Policy.from_pretrained(out), out
-    more = {"further": Options(tracker="none"), "again": Options({"questions.held_out": "0.5"}, "none", questions=asked)}
+    more = {"further": Options(tracker="none"), "again": Options({"vqa.held_out": "0.5"}, "none", questions=asked)}
     for name, options in more.items():
         config = tiny_config(policy=base.config, steps=1, questions=None)
         train_stage(config, dataset, tmp_path / name, name=name, base=Base.open(folder), options=options)

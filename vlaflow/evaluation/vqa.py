@@ -1,9 +1,9 @@
-"""How well a checkpoint answers questions about pictures, by kind, beside what can be had without looking.
+"""How well a checkpoint answers questions about images, by kind, beside what can be had without looking.
 
 An answer is right when it has ended and equals the true one but for case and spaces. Two baselines belong to every accuracy:
 
     commonest   always the commonest of the true answers to the same wording: the most that words alone can give
-    blind       the checkpoint itself, shown the picture of another question with the same wording
+    blind       the checkpoint itself, shown the image of another question with the same wording
 
 Both are measured on the very same questions, so seeing and blind answers are compared in pairs (McNemar's exact test).
 """
@@ -20,15 +20,14 @@ import numpy as np
 import torch
 
 from vlaflow.backbones.language import speaking
-from vlaflow.data.batch import QuestionBatch
-from vlaflow.data.pictures import PictureCache, Questions
-from vlaflow.data.questions import Question, QuestionSet, Turns
+from vlaflow.data.batch import VqaBatch
+from vlaflow.data.image_cache import ImageCache, VqaSource
+from vlaflow.data.vqa import Question, Turns, VqaDataset
 from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
-from vlaflow.files import write_json
-from vlaflow.folders import require_writable
+from vlaflow.io import require_writable, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint, new_questions, trained_on
@@ -46,9 +45,9 @@ class AnsweredQuestion:
 
     Args:
         name, question_kind, question, answer: as in the set.
-        said: with its picture.
+        said: with its image.
         ended: whether the answer came to its end within the limit; one that did not is wrong.
-        blind: said with another question's picture; None where that was not tried.
+        blind: said with another question's image; None where that was not tried.
         blind_ended: as ``ended``, of ``blind``.
     """
 
@@ -81,7 +80,7 @@ class Accuracy:
         questions, right: counts.
         interval: of the accuracy, Wilson, 95 %.
         commonest: right answers of who always gives the commonest of the true answers to the same wording.
-        blind: right answers with other questions' pictures; None where that was not tried.
+        blind: right answers with other questions' images; None where that was not tried.
         difference: accuracy minus blind accuracy.
         difference_interval: Newcombe's method 10, 95 %.
         p_value: exact McNemar test of seeing against blind.
@@ -111,7 +110,7 @@ class AnswerResults:
         questions, questions_fingerprint: the set.
         checkpoint, fingerprint: who was asked.
         limit: most tokens of an answer.
-        seed: of the exchange of pictures.
+        seed: of the exchange of images.
         command, machine, versions: how this file came about.
         format: of this file.
     """
@@ -142,12 +141,12 @@ class AnswerConfig:
 
     Args:
         part: the questions that training held out, or all of a set that the checkpoint never learned from.
-        turns: as in ``QuestionSet.open``; None as in training, or all.
+        turns: as in ``VqaDataset.open``; None as in training, or all.
         limit: most tokens of an answer.
         batch_size: questions answered together.
-        blind: also ask with exchanged pictures.
+        blind: also ask with exchanged images.
         seed: of the exchange.
-        size: side at which pictures are shown to backbones that look at any size.
+        size: side at which images are shown to backbones that look at any size.
         device: where the networks run.
     """
 
@@ -185,15 +184,15 @@ def run(
         VlaflowError: when the parts do not fit together.
     """
     folder = local_folder(checkpoint)
-    asked = next((each.questions for each in reversed(trained_on(folder)) if each.questions is not None), None)
+    asked = next((each.vqa for each in reversed(trained_on(folder)) if each.vqa is not None), None)
     turns = config.turns or (asked.turns if asked else "all")
-    found = QuestionSet.open(questions, turns)
+    found = VqaDataset.open(questions, turns)
     chosen = tuple(range(len(found))) if config.part == "all" else held_out(folder, found, turns)
     policy = Policy.from_pretrained(folder, config.device)
     speaking(policy.model.backbone)
     views = policy.model.backbone.views
-    pictures = PictureCache.open(found, next(iter(views.values())) or (asked.size if asked else config.size))
-    source = Questions(found, pictures, tuple(views), len(policy.stats["state"].mean), chosen)
+    image_cache = ImageCache.open(found, next(iter(views.values())) or (asked.size if asked else config.size))
+    source = VqaSource(found, image_cache, tuple(views), len(policy.stats["state"].mean), chosen)
     require_writable(out / FILE)
     answered = ask(policy, source, config, progress)
     results = AnswerResults(
@@ -214,7 +213,7 @@ def run(
     return results
 
 
-def held_out(folder: Path, questions: QuestionSet, turns: Turns = "all") -> tuple[int, ...]:
+def held_out(folder: Path, questions: VqaDataset, turns: Turns = "all") -> tuple[int, ...]:
     """The questions that neither the checkpoint nor one that it continues has learned from.
 
     Those that training held out of a set of its own, all of another one.
@@ -236,14 +235,14 @@ def held_out(folder: Path, questions: QuestionSet, turns: Turns = "all") -> tupl
         )
     new = new_questions(questions, turns, trained, folder)
     if not new:
-        raise CheckpointError(f"Training held out no question of {questions.file}. Train with a larger questions.held_out.")
+        raise CheckpointError(f"Training held out no question of {questions.file}. Train with a larger vqa.held_out.")
     return new
 
 
 def ask(
-    policy: Policy, source: Questions, config: AnswerConfig, progress: Callable[[int, int], None] | None = None
+    policy: Policy, source: VqaSource, config: AnswerConfig, progress: Callable[[int, int], None] | None = None
 ) -> list[AnsweredQuestion]:
-    """What a policy says to every question of a source, with its picture and, where ``config.blind``, with another's."""
+    """What a policy says to every question of a source, with its image and, where ``config.blind``, with another's."""
     asked = [source.questions.questions[i] for i in source.indices]
     total = len(asked) * (1 + config.blind)
     seen = _answers(policy, source, None, config, lambda done: progress and progress(done, total))
@@ -258,9 +257,9 @@ def ask(
 
 
 def exchange(questions: Sequence[Question], seed: int) -> np.ndarray:
-    """For each question another one with the same wording and other pictures, int64; −1 where there is none.
+    """For each question another one with the same wording and other images, int64; −1 where there is none.
 
-    Those of one wording are put in a random order, in which each takes the next one's pictures that differ from its own.
+    Those of one wording are put in a random order, in which each takes the next one's images that differ from its own.
     """
     partner = np.full(len(questions), -1, np.int64)
     wordings: dict[str, list[int]] = {}
@@ -293,7 +292,7 @@ def read(file: Path) -> AnswerResults:
         DataError: when it is missing, damaged or of another format.
         ConfigError: naming an unknown or missing key.
     """
-    return read_as(AnswerResults, file, FORMAT, f"vlaflow eval-qa CKPT --qa DIR --out {file.parent}")
+    return read_as(AnswerResults, file, FORMAT, f"vlaflow eval-vqa CKPT --vqa DIR --out {file.parent}")
 
 
 def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:
@@ -325,7 +324,7 @@ def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:
 
 def _answers(
     policy: Policy,
-    source: Questions,
+    source: VqaSource,
     partners: np.ndarray | None,
     config: AnswerConfig,
     progress: Callable[[int], object],
@@ -341,8 +340,8 @@ def _answers(
     return said
 
 
-def _with_pictures_of(batch: QuestionBatch, source: Questions, partners: np.ndarray) -> QuestionBatch:
-    """The questions with others' pictures; black where there is no other."""
+def _with_pictures_of(batch: VqaBatch, source: VqaSource, partners: np.ndarray) -> VqaBatch:
+    """The questions with others' images; black where there is no other."""
     images = source.batch(np.maximum(partners, 0)).observation.images
     lonely_B = torch.from_numpy(partners < 0)
     images = {view: image.masked_fill(lonely_B[:, None, None, None], 0) for view, image in images.items()}

@@ -1,4 +1,4 @@
-"""Questions about scenes: their truth checked against the picture and against things that are moved, and the recorded set."""
+"""Questions about scenes: their truth checked against the image and against things that are moved, and the recorded set."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlaflow.cli.record_qa import main
-from vlaflow.data.questions import QuestionSet
+from vlaflow.cli.record_vqa import main
+from vlaflow.data.vqa import VqaDataset
 from vlaflow.errors import CapabilityError, ConfigError, DataError
 from vlaflow.simulators import make
 from vlaflow.simulators.experts import Noise
@@ -19,8 +19,8 @@ from vlaflow.simulators.metaworld import CAMERA
 from vlaflow.simulators.metaworld_scenes import SCENES, pixel
 from vlaflow.simulators.metaworld_tasks import TASKS
 from vlaflow.simulators.record import episode_seed
-from vlaflow.simulators.record_questions import FIRST_RUN, Look, QuestionConfig, balance, record_questions
-from vlaflow.simulators.scenes import KINDS, Asked, Condition, Facts, Margins, Thing, ask, facts_of
+from vlaflow.simulators.record_vqa import FIRST_RUN, Look, VqaRecordingConfig, balance, record_vqa
+from vlaflow.simulators.scenes import KINDS, Condition, Facts, Margins, Thing, VqaItem, ask, facts_of
 
 ENVS = ("metaworld/window-close-v3", "metaworld/button-press-topdown-v3")
 
@@ -42,12 +42,12 @@ def scene(gripper=(0.5, 0.5), thing=(0.5, 0.5), metres=0.1, opening=0.6, other=N
 @pytest.mark.parametrize(
     ("facts", "question", "answer"),
     [
-        (scene(gripper=(0.3, 0.5)), "Is the gripper left or right of the cup in the picture?", "left"),
-        (scene(gripper=(0.7, 0.5)), "Is the gripper left or right of the cup in the picture?", "right"),
-        (scene(gripper=(0.52, 0.5)), "Is the gripper left or right of the cup in the picture?", None),
-        (scene(gripper=(0.5, 0.3)), "Is the gripper above or below the cup in the picture?", "above"),
-        (scene(gripper=(0.5, 0.7)), "Is the gripper above or below the cup in the picture?", "below"),
-        (scene(gripper=(0.5, 1.2)), "Is the gripper above or below the cup in the picture?", None),  # out of view
+        (scene(gripper=(0.3, 0.5)), "Is the gripper left or right of the cup in the image?", "left"),
+        (scene(gripper=(0.7, 0.5)), "Is the gripper left or right of the cup in the image?", "right"),
+        (scene(gripper=(0.52, 0.5)), "Is the gripper left or right of the cup in the image?", None),
+        (scene(gripper=(0.5, 0.3)), "Is the gripper above or below the cup in the image?", "above"),
+        (scene(gripper=(0.5, 0.7)), "Is the gripper above or below the cup in the image?", "below"),
+        (scene(gripper=(0.5, 1.2)), "Is the gripper above or below the cup in the image?", None),  # out of view
         (scene(metres=0.05), "Is the gripper near the cup or far from it?", "near"),
         (scene(metres=0.10), "Is the gripper near the cup or far from it?", None),
         (scene(metres=0.20), "Is the gripper near the cup or far from it?", "far"),
@@ -57,10 +57,10 @@ def scene(gripper=(0.5, 0.5), thing=(0.5, 0.5), metres=0.1, opening=0.6, other=N
         (scene(opening=0.95), "Is the gripper open or closed?", "open"),
         (scene(opening=0.3), "Is the gripper open or closed?", "closed"),
         (scene(opening=0.6), "Is the gripper open or closed?", None),
-        (scene((0.2, 0.5), (0.3, 0.5)), "How many of gripper and cup are in the left half of the picture?", "two"),
-        (scene((0.2, 0.5), (0.8, 0.5)), "How many of gripper and cup are in the left half of the picture?", "one"),
-        (scene((0.7, 0.5), (0.8, 0.5)), "How many of gripper and cup are in the left half of the picture?", "none"),
-        (scene((0.7, 0.5), (0.51, 0.5)), "How many of gripper and cup are in the left half of the picture?", None),
+        (scene((0.2, 0.5), (0.3, 0.5)), "How many of gripper and cup are in the left half of the image?", "two"),
+        (scene((0.2, 0.5), (0.8, 0.5)), "How many of gripper and cup are in the left half of the image?", "one"),
+        (scene((0.7, 0.5), (0.8, 0.5)), "How many of gripper and cup are in the left half of the image?", "none"),
+        (scene((0.7, 0.5), (0.51, 0.5)), "How many of gripper and cup are in the left half of the image?", None),
         (scene(), "What stands on the table?", "cup"),
         (replace(scene(), conditions=(Condition("Is it full?", "yes"),)), "Is it full?", "yes"),
         (replace(scene(), conditions=(Condition("Is it full?", None),)), "Is it full?", None),
@@ -90,7 +90,7 @@ FINGERS = {"rightclaw", "leftclaw", "rightpad", "leftpad"}
 
 
 def centre(env, bodies):
-    """Where bodies are in the picture, found without any geometry: the pixels that change when they are made invisible."""
+    """Where bodies are in the image, found without any geometry: the pixels that change when they are made invisible."""
     model = env._sim.model
     before = env.render().astype(int)
     geoms = [g for g in range(model.ngeom) if model.body(model.geom_bodyid[g]).name in bodies]
@@ -115,7 +115,7 @@ def centre(env, bodies):
         ("push-v3", None, FINGERS, 0.04),
     ],
 )
-def test_things_are_in_the_picture_where_the_facts_say(envs, task, thing, bodies, within, seed):
+def test_things_are_in_the_image_where_the_facts_say(envs, task, thing, bodies, within, seed):
     """Reset places them anew with each seed."""
     env = envs[task]
     env.restart(seed)
@@ -124,7 +124,7 @@ def test_things_are_in_the_picture_where_the_facts_say(envs, task, thing, bodies
     assert np.abs(said.pixel - centre(env, bodies)).max() < within
 
 
-def test_the_middle_of_the_view_is_the_middle_of_the_picture(envs):
+def test_the_middle_of_the_view_is_the_middle_of_the_image(envs):
     """And a step along the camera's own axes goes right and up there, mirrored by the turn of 180 degrees."""
     sim = envs["push-v3"]._sim
     number = sim.model.camera(CAMERA).id
@@ -142,8 +142,8 @@ def move_hand(env, goal, grip=-1.0, steps=60):
 
 
 def test_moving_the_puck_past_the_gripper_changes_the_answers(envs):
-    """And where both are seen in the picture agrees."""
-    env, question = envs["push-v3"], "Is the gripper left or right of the puck in the picture?"
+    """And where both are seen in the image agrees."""
+    env, question = envs["push-v3"], "Is the gripper left or right of the puck in the image?"
     env.restart(3)
     move_hand(env, (0.0, 0.65, 0.2), steps=30)
     said = []
@@ -166,7 +166,7 @@ def test_moving_the_hand_changes_near_and_above_and_closing_it_changes_the_gripp
     move_hand(env, puck + np.array([0, 0, 0.25]))
     above = answers(facts_of(env))
     assert above["Is the gripper near the puck or far from it?"] == "far"
-    assert above["Is the gripper above or below the puck in the picture?"] == "above"
+    assert above["Is the gripper above or below the puck in the image?"] == "above"
     assert above["Is the gripper open or closed?"] == "open"
     move_hand(env, puck + np.array([0, 0, 0.03]), grip=1.0)
     there = answers(facts_of(env))
@@ -183,7 +183,7 @@ def test_moving_the_hand_changes_near_and_above_and_closing_it_changes_the_gripp
         ("button-press-topdown-v3", "btnbox_joint", (0.0, -0.03, -0.08), "Is the button pressed?", ("no", None, "yes")),
     ],
 )
-def test_moving_a_joint_changes_the_state_and_the_picture(envs, task, joint, values, question, expected):
+def test_moving_a_joint_changes_the_state_and_the_image(envs, task, joint, values, question, expected):
     env = envs[task]
     env.restart(5)
     pictures = []
@@ -229,13 +229,13 @@ def test_a_task_without_a_scene_says_which_have_one():
 
 # -- the recorded set ----------------------------------------------------------------------------------------------------------
 
-CONFIG = QuestionConfig(ENVS, episodes=2, frames=6, wander=1, size=48, noise=Noise(0.2))
+CONFIG = VqaRecordingConfig(ENVS, episodes=2, frames=6, wander=1, size=48, noise=Noise(0.2))
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     root = tmp_path_factory.mktemp("questions") / "one"
-    return root, record_questions(CONFIG, root, workers=0)
+    return root, record_vqa(CONFIG, root, workers=0)
 
 
 def digests(root):
@@ -246,14 +246,14 @@ def digests(root):
 
 def test_any_number_of_workers_gives_the_same_bytes(recorded, tmp_path):
     """Every file, to the byte; and nothing else is left."""
-    record_questions(CONFIG, tmp_path / "two", workers=2)
+    record_vqa(CONFIG, tmp_path / "two", workers=2)
     assert digests(recorded[0]) == digests(tmp_path / "two")
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
 
 
 def test_the_set_is_what_the_reader_reads_and_the_readme_counts(recorded):
     root, summary = recorded
-    opened = QuestionSet.open(root)
+    opened = VqaDataset.open(root)
     meta = json.loads((root / "metadata.json").read_text())
     assert len(opened) == summary.questions > 0
     assert {q.kind for q in opened.questions} == set(meta["counts"]) <= set(KINDS) - {"gripper"}
@@ -268,7 +268,7 @@ def test_the_set_is_what_the_reader_reads_and_the_readme_counts(recorded):
     assert len({q.group for q in opened.questions}) == 4  # episodes
 
 
-def test_pictures_show_the_moment_that_is_asked_about(recorded):
+def test_images_show_the_moment_that_is_asked_about(recorded):
     """Every question is asked again of the environment, brought to the recorded seed and step."""
     from vlaflow.simulators.record import find_episode
 
@@ -301,7 +301,7 @@ def test_every_wording_has_as_many_questions_with_one_answer_as_with_any_other(r
 
 
 def test_balancing_keeps_at_most_so_many_and_drops_what_has_one_answer():
-    asked = [(Asked("side", "L?", "lr"[i % 3 == 0]), Asked("state", "S?", "yes")) for i in range(30)]
+    asked = [(VqaItem("side", "L?", "lr"[i % 3 == 0]), VqaItem("state", "S?", "yes")) for i in range(30)]
     looks = [Look("s/t", i, i, 0, f"{i}.png", questions) for i, questions in enumerate(asked)]
     kept, dropped = balance(looks, replace(CONFIG, most=4))
     assert Counter(asked.answer for _, asked in kept) == {"l": 4, "r": 4}
@@ -312,11 +312,11 @@ def test_balancing_keeps_at_most_so_many_and_drops_what_has_one_answer():
 
 def test_wrong_requests_are_one_sentence_and_leave_nothing(recorded, tmp_path):
     with pytest.raises(DataError, match="exists already"):
-        record_questions(CONFIG, recorded[0])
+        record_vqa(CONFIG, recorded[0])
     with pytest.raises(CapabilityError, match="Nothing can be asked"):
-        record_questions(replace(CONFIG, envs=("metaworld/soccer-v3",)), tmp_path / "x", workers=0)
+        record_vqa(replace(CONFIG, envs=("metaworld/soccer-v3",)), tmp_path / "x", workers=0)
     with pytest.raises(DataError, match="two answers"):
-        record_questions(replace(CONFIG, envs=ENVS[:1], episodes=1, frames=1), tmp_path / "x", workers=0)
+        record_vqa(replace(CONFIG, envs=ENVS[:1], episodes=1, frames=1), tmp_path / "x", workers=0)
     assert not list(tmp_path.iterdir())
     for wrong in ({"seed": 200}, {"frames": 0}, {"wander": 11}, {"episodes": 0}, {"kinds": ("sides",)}):
         with pytest.raises(ConfigError):
@@ -328,11 +328,11 @@ def test_the_command_records(tmp_path, capsys):
     words = f"--env {ENVS[0]} --episodes 1 --frames 6 --wander 0 --workers 0 --size 16 --kind gripper --out {tmp_path / 'd'}"
     assert main(words.split()) == 0
     assert "gripper: " in capsys.readouterr().out
-    assert {q.kind for q in QuestionSet.open(tmp_path / "d").questions} == {"gripper"}
-    assert len(QuestionSet.open(tmp_path / "d")) > 0
+    assert {q.kind for q in VqaDataset.open(tmp_path / "d").questions} == {"gripper"}
+    assert len(VqaDataset.open(tmp_path / "d")) > 0
 
 
 def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be made .* Choose another --out"):
-        record_questions(QuestionConfig(ENVS, episodes=1), tmp_path / "file/deeper/set", workers=0)
+        record_vqa(VqaRecordingConfig(ENVS, episodes=1), tmp_path / "file/deeper/set", workers=0)

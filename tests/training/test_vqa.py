@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.training.small import SPEC, Asked, Cut, Memory, new_policy, tiny_config, tiny_policy, tiny_stats, weights
+from tests.training.small import SPEC, AskedSource, Cut, Memory, new_policy, tiny_config, tiny_policy, tiny_stats, weights
 from tests.training.test_run import arguments
 from vlaflow.cli import train as command
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
@@ -20,26 +20,26 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.objectives import RaterObjective
 from vlaflow.policies.recipe import Assets, DataSpec
 from vlaflow.policies.stages import AnsweringStage, CoTraining, PolicyStage
-from vlaflow.policies.vqa import QuestionTraining
+from vlaflow.policies.vqa import VqaTraining
 from vlaflow.spec import Observation
-from vlaflow.training.feed import Alternating, Feed, Place, alternating
-from vlaflow.training.guard import DivergedError
-from vlaflow.training.journal import read_log
+from vlaflow.training.divergence import DivergedError
+from vlaflow.training.loader import Alternating, Loader, Place, alternating
+from vlaflow.training.metrics_log import read_log
 from vlaflow.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
 
-def asking_config(share=0.5, questions=None, **changes):
-    asks = questions or QuestionTraining(share=share)
-    return tiny_config(policy=tiny_policy(answers=True), questions=asks, **changes)
+def asking_config(share=0.5, vqa=None, **changes):
+    asks = vqa or VqaTraining(share=share)
+    return tiny_config(policy=tiny_policy(answers=True), vqa=asks, **changes)
 
 
 def run(out, config, source=None, asked=None, held=None, **options):
     policy = new_policy(config)
-    stage = AnsweringStage(PolicyStage(policy), policy, config.objective.questions.weight)
-    questions = CoTraining(asked or Asked(), held, config.objective.questions.share)
-    return Trainer(stage, config, source or Memory(), None, out, questions=questions, tracker="none", **options).run()
+    stage = AnsweringStage(PolicyStage(policy), policy, config.objective.vqa.weight)
+    vqa = CoTraining(asked or AskedSource(), held, config.objective.vqa.share)
+    return Trainer(stage, config, source or Memory(), None, out, vqa=vqa, tracker="none", **options).run()
 
 
 # -- which step is what --------------------------------------------------------------------------------------------------------
@@ -49,19 +49,19 @@ def run(out, config, source=None, asked=None, held=None, **options):
 def test_of_the_first_n_steps_the_stated_share_is_on_questions(percent, n):
     """The largest whole number of steps that does not exceed it, at every n: neither kind ever has to wait."""
     mixed = Alternating(None, None, percent / 100)
-    asked = [mixed.questions_before(s + 1) > mixed.questions_before(s) for s in range(n)]
-    assert sum(asked) == n * percent // 100 == mixed.questions_before(n)
+    asked = [mixed.vqa_steps_before(s + 1) > mixed.vqa_steps_before(s) for s in range(n)]
+    assert sum(asked) == n * percent // 100 == mixed.vqa_steps_before(n)
 
 
 def test_actions_and_their_noise_are_those_of_a_run_without_questions():
     """Step after step, only with questions in between; and the questions walk epochs of their own."""
     config = asking_config(0.25)
-    alone = Feed(Memory(), config, Place(), CPU)
-    feed = alternating(Feed(Memory(), config, Place(), CPU), CoTraining(Asked(6), None, 0.25))
+    alone = Loader(Memory(), config, Place(), CPU)
+    loader = alternating(Loader(Memory(), config, Place(), CPU), CoTraining(AskedSource(6), None, 0.25))
     plain = iter([alone.step(s)[0] for s in range(9)])
     names = []
     for step in range(12):
-        (part,) = feed.step(step)
+        (part,) = loader.step(step)
         if (step + 1) % 4:
             expected = next(plain)
             assert torch.equal(part.batch.action_BLD, expected.batch.action_BLD)
@@ -75,14 +75,16 @@ def test_actions_and_their_noise_are_those_of_a_run_without_questions():
 def test_a_state_mask_never_makes_up_a_state_for_a_question():
     from vlaflow.data.augment import StateMask
 
-    feed = alternating(Feed(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU), CoTraining(Asked(), None, 0.5))
-    assert not feed.step(1)[0].batch.observation.known_BS.any()
+    loader = alternating(
+        Loader(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU), CoTraining(AskedSource(), None, 0.5)
+    )
+    assert not loader.step(1)[0].batch.observation.known_BS.any()
 
 
 def test_questions_may_come_in_batches_of_another_size():
     config = asking_config(accumulate=2)
-    feed = alternating(Feed(Memory(), config, Place(), CPU), CoTraining(Asked(), None, 0.5, batch_size=6))
-    assert [[len(p.batch.observation) for p in feed.step(s)] for s in (0, 1)] == [[2, 2], [3, 3]]
+    loader = alternating(Loader(Memory(), config, Place(), CPU), CoTraining(AskedSource(), None, 0.5, batch_size=6))
+    assert [[len(p.batch.observation) for p in loader.step(s)] for s in (0, 1)] == [[2, 2], [3, 3]]
 
 
 # -- what a step touches -------------------------------------------------------------------------------------------------------
@@ -91,9 +93,11 @@ def test_questions_may_come_in_batches_of_another_size():
 def expert_policy():
     config = tiny_flow(DataSpec(3, 2, ("front",)))
     backbone = replace(config.backbone, image_size=32, answers=True, depth=2)
-    decoder = replace(config.decoder, horizon=4)
+    decoder = replace(config.decoder, chunk_size=4)
     exits = replace(config.exits, depths=(1, 2)) if config.exits else None
-    return Policy.create(replace(config, backbone=backbone, decoder=decoder, exits=exits, execute=2), SPEC, tiny_stats(), 0)
+    return Policy.create(
+        replace(config, backbone=backbone, decoder=decoder, exits=exits, n_action_steps=2), SPEC, tiny_stats(), 0
+    )
 
 
 @pytest.mark.parametrize("make", [lambda: new_policy(asking_config()), expert_policy], ids=["shared", "expert"])
@@ -102,7 +106,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert(make):
     policy = make()
     policy.model.train()
     stage = AnsweringStage(PolicyStage(policy), policy, 1.0)
-    batches = {"asked": Asked().batch(np.arange(4)), "acted": Memory().batch(np.arange(4))}
+    batches = {"asked": AskedSource().batch(np.arange(4)), "acted": Memory().batch(np.arange(4))}
     touched = {}
     for name, batch in batches.items():
         policy.model.zero_grad(set_to_none=True)
@@ -119,7 +123,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert(make):
 
 def test_the_weight_scales_the_loss_and_not_what_is_logged():
     policy = new_policy(asking_config())
-    batch = Asked().batch(np.arange(4))
+    batch = AskedSource().batch(np.arange(4))
     one, three = (AnsweringStage(PolicyStage(policy), policy, w).loss(batch, None, None) for w in (1.0, 3.0))
     torch.testing.assert_close(three.total, 3 * one.total)
     assert one.parts["answer"] == three.parts["answer"]
@@ -133,7 +137,7 @@ def test_a_run_that_broke_down_continues_to_the_same_bytes(tmp_path):
     config = asking_config(0.4, steps=12, checkpoint_every=3)
     run(tmp_path / "whole", config)
     with pytest.raises(RuntimeError, match="cut"):
-        run(tmp_path / "cut", config, asked=Cut(Asked(), 3))
+        run(tmp_path / "cut", config, asked=Cut(AskedSource(), 3))
     run(tmp_path / "cut", config)
     assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
     for name in ("weights", "average", "optimizer"):
@@ -147,7 +151,7 @@ def test_a_run_that_broke_down_continues_to_the_same_bytes(tmp_path):
 
 
 def test_the_log_keeps_the_two_losses_apart(tmp_path):
-    outcome = run(tmp_path / "p", asking_config(0.5), held=Asked(5))
+    outcome = run(tmp_path / "p", asking_config(0.5), held=AskedSource(5))
     entries = read_log(tmp_path / "p")
     assert ["answer_loss" in e for e in entries] == [False, True] * 3
     assert all(("loss" in e) != ("answer_loss" in e) and e["samples_per_second"] > 0 for e in entries)
@@ -174,7 +178,7 @@ def test_a_loss_that_is_not_finite_names_its_questions(tmp_path):
         policy.model.backbone.answer.weight.fill_(float("nan"))
     stage = AnsweringStage(PolicyStage(policy), policy, 1.0)
     with pytest.raises(DivergedError, match=r"at step 2 of 6. Its samples: questions q\d+, q\d+"):
-        Trainer(stage, config, Memory(), None, tmp_path / "p", questions=CoTraining(Asked(), None, 0.5), tracker="none").run()
+        Trainer(stage, config, Memory(), None, tmp_path / "p", vqa=CoTraining(AskedSource(), None, 0.5), tracker="none").run()
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def test_a_loss_that_is_not_finite_names_its_questions(tmp_path):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    root = tmp_path_factory.mktemp("questions")
+    root = tmp_path_factory.mktemp("vqa")
     lines = []
     for i in range(8):
         Image.fromarray(np.full((32, 32, 3), 30 * i, np.uint8)).save(root / f"{i}.png")
@@ -195,7 +199,7 @@ def asked(tmp_path_factory):
 
 def test_the_command_trains_on_both_and_the_card_says_so(dataset, asked, tmp_path):
     out = tmp_path / "p"
-    more = ["--qa", str(asked), "--set", "policy.backbone.answers=true", "--set", "questions.share=0.5", "--steps", "8"]
+    more = ["--vqa", str(asked), "--set", "policy.backbone.answers=true", "--set", "vqa.share=0.5", "--steps", "8"]
     assert command.main([*arguments(dataset, out), *more]) == 0
     assert sum("answer_loss" in e for e in read_log(out)) == 4
     assert "answer" in read_log(out)[-1]["validation"]
@@ -210,21 +214,21 @@ def test_the_command_trains_on_both_and_the_card_says_so(dataset, asked, tmp_pat
 def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     given = arguments(dataset, tmp_path / "p")
     with pytest.raises(CapabilityError, match=r"no language-model head.*answers=true"):
-        command.main([*given, "--qa", str(asked)])
-    with pytest.raises(ConfigError, match=r"questions is none, so .* would not be looked at"):
-        command.main([*given, "--qa", str(asked), "--set", "questions=none"])
-    with pytest.raises(ConfigError, match="name a set of them with --qa"):
+        command.main([*given, "--vqa", str(asked)])
+    with pytest.raises(ConfigError, match=r"vqa is none, so .* would not be looked at"):
+        command.main([*given, "--vqa", str(asked), "--set", "vqa=none"])
+    with pytest.raises(ConfigError, match="name a set of them with --vqa"):
         command.main([*given, "--set", 'questions={"share": 0.5}'])
     for short, message in (("text_bytes=8", "text_bytes"), ("suffix=4", "suffix")):
         small = ["--set", "policy.backbone.answers=true", "--set", f"policy.backbone.{short}"]
         with pytest.raises(SpecError, match=rf"of question '.*' in .* bytes, the policy takes at most .*\.{message}"):
-            command.main([*given, "--qa", str(asked), *small])
+            command.main([*given, "--vqa", str(asked), *small])
     assert not (tmp_path / "p").exists()
     for wrong in ({"share": 0.0}, {"share": 1.0}, {"held_out": 1.0}, {"weight": 0.0}, {"batch_size": 0}):
-        with pytest.raises(ConfigError, match="questions"):
-            QuestionTraining(**wrong)
-    with pytest.raises(ConfigError, match="name a set of them with --qa"):
+        with pytest.raises(ConfigError, match="vqa"):
+            VqaTraining(**wrong)
+    with pytest.raises(ConfigError, match="name a set of them with --vqa"):
         asking_config().objective.require(Assets())
     rater = tiny_rater(tiny(DataSpec(3, 2, ("front",))))
     with pytest.raises(ConfigError, match="A rater learns no questions"):
-        RaterObjective(rater).require(Assets(questions=asked))
+        RaterObjective(rater).require(Assets(vqa=asked))

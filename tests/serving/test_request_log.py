@@ -1,4 +1,4 @@
-"""The log and the metrics: what happened, once each, in a form that machines read, and no pictures or secrets."""
+"""The log and the metrics: what happened, once each, in a form that machines read, and no images or secrets."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tests.serving.live import Slow, request, serving, until
 from vlaflow.errors import RequestError
 from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
-from vlaflow.serving.journal import BUCKETS_S, MOST_SENTENCE, Event, JsonLines, sentence
+from vlaflow.serving.request_log import BUCKETS_S, MOST_SENTENCE, Event, JsonLines, sentence
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_every_request_is_one_line_with_its_number_client_time_and_outcome(lines
     assert [line["request"] for line in asked] == [1, 2, 3, 4]
     assert {line["client"] for line in asked} == {host}
     assert all(line["ms"] > 0 for line in asked)
-    assert [line.get("evaluations") for line in asked] == [3, None, None, 3]
+    assert [line.get("nfe") for line in asked] == [3, None, None, 3]
     assert asked[1]["note"] == "The request lacks 'observation/image'; valid names: prompt"
     others = [line["event"] for line in found if "request" not in line]
     assert others == ["serving", "connected", "left", "stopping"] or others == ["serving", "connected", "stopping", "left"]
@@ -97,7 +97,7 @@ def test_every_request_is_one_line_with_its_number_client_time_and_outcome(lines
     assert all(time.tzinfo for time in times)
 
 
-def test_no_line_holds_a_picture_or_grows_with_what_is_sent(lines):
+def test_no_line_holds_an_image_or_grows_with_what_is_sent(lines):
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with serving() as (_, address), Client(address) as client:
         client.infer({**request(0), "observation/image": picture})
@@ -155,7 +155,7 @@ def test_the_metrics_are_prometheus_text_and_say_what_happened():
     assert found["vlaflow_clients"] == 2
     assert found['vlaflow_connections_total{outcome="turned_away"}'] == 1
     assert found["vlaflow_queue_depth"] == 0
-    assert found["vlaflow_evaluations_total"] == 15
+    assert found["vlaflow_nfe_total"] == 15
     assert found["vlaflow_layers_total"] == 10
     assert 0 < found["vlaflow_inference_seconds_total"] <= found["vlaflow_request_seconds_sum"]
     buckets = [value for key, value in found.items() if key.startswith("vlaflow_request_seconds_bucket")]

@@ -11,7 +11,7 @@ from statistics import median
 from types import FrameType, TracebackType
 from typing import Any
 
-from vlaflow.data.batch import Batch, QuestionBatch
+from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.errors import VlaflowError
 
 
@@ -19,7 +19,7 @@ class DivergedError(VlaflowError):
     """The loss or its gradient is not finite, or far above anything seen before."""
 
 
-class LossGuard:
+class DivergenceGuard:
     """Compares each loss with the running median of the last hundred.
 
     Args:
@@ -44,13 +44,13 @@ class LossGuard:
         return None
 
 
-def samples_sentence(batches: Iterable[Batch | QuestionBatch], most: int = 64) -> str:
+def samples_sentence(batches: Iterable[Batch | VqaBatch], most: int = 64) -> str:
     """The episodes and frames of a step's samples, "episode 3 frames 12, 40; episode 7 frame 5", or its questions."""
     frames: dict[int, list[int]] = {}
     asked: list[str] = []
     count = 0
     for batch in batches:
-        if isinstance(batch, QuestionBatch):
+        if isinstance(batch, VqaBatch):
             asked += batch.names
             continue
         for episode, frame in zip(batch.episode_B.tolist(), batch.frame_B.tolist(), strict=True):

@@ -45,7 +45,7 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return entries
 
 
-class Journal:
+class MetricsLog:
     """Writes the log; the tracker is Accelerate's and belongs to the trainer.
 
     Args:

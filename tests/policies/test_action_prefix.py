@@ -18,19 +18,19 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.flows import gaussian
 from vlaflow.policies.base import Policy
-from vlaflow.spec import Commitment
+from vlaflow.spec import ActionPrefix
 
 TRAINED = helpers.policy(masks="synchronous", committed=3)
 UNTRAINED = helpers.policy(masks="synchronous")
 BINS = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, masks="unified")
 
 
-def commitment(count=2, known=4, seed=5):
-    return Commitment(np.random.default_rng(seed).uniform(-0.9, 0.9, (known, 4)).astype(np.float32), count)
+def action_prefix(count=2, known=4, seed=5):
+    return ActionPrefix(np.random.default_rng(seed).uniform(-0.9, 0.9, (known, 4)).astype(np.float32), count)
 
 
-def act(policy, commitment=None, compute=None, seed=1, **more):
-    return policy.act(helpers.observation(seed), compute or Dense(3), commitment=commitment, **more).actions
+def act(policy, action_prefix=None, compute=None, seed=1, **more):
+    return policy.act(helpers.observation(seed), compute or Dense(3), action_prefix=action_prefix, **more).actions
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def act(policy, commitment=None, compute=None, seed=1, **more):
     ],
 )
 def test_committed_actions_come_back_to_the_bit(policy, compute, guided):
-    given = commitment()
+    given = action_prefix()
     actions = act(policy, given, compute, guided=guided)
     np.testing.assert_array_equal(actions[:2], given.actions[:2])
     assert (actions[2:4] != given.actions[2:]).any()
@@ -52,18 +52,18 @@ def test_committed_actions_come_back_to_the_bit(policy, compute, guided):
 
 @pytest.mark.parametrize("policy", [TRAINED, UNTRAINED, helpers.policy()])
 def test_what_follows_depends_on_what_is_committed(policy):
-    assert (act(policy, commitment(seed=5))[2:] != act(policy, commitment(seed=6))[2:]).any()
+    assert (act(policy, action_prefix(seed=5))[2:] != act(policy, action_prefix(seed=6))[2:]).any()
 
 
 def test_what_is_made_anew_is_guided_like_the_first_round():
     """Made anew without it, the chunk would continue nothing, and its committed beginning would end in a jump."""
     policy, compute = helpers.policy(), Refine(AtRandom(1.0), 3)
-    one, other = (act(policy, commitment(seed=seed), compute, guided=True) for seed in (5, 6))
+    one, other = (act(policy, action_prefix(seed=seed), compute, guided=True) for seed in (5, 6))
     assert (one[2:] != other[2:]).any()
 
 
 def test_only_guidance_looks_beyond_the_committed_actions():
-    one, other = commitment(), commitment()
+    one, other = action_prefix(), action_prefix()
     other.actions[3] += 0.5
     np.testing.assert_array_equal(act(TRAINED, one), act(TRAINED, other))
     assert (act(TRAINED, one, guided=True)[2:] != act(TRAINED, other, guided=True)[2:]).any()
@@ -71,10 +71,10 @@ def test_only_guidance_looks_beyond_the_committed_actions():
 
 @pytest.mark.parametrize("policy", [TRAINED, UNTRAINED])
 def test_a_neighbour_in_the_batch_changes_nothing(policy):
-    observations, given = [helpers.observation(i) for i in range(3)], [commitment(2), None, commitment(1, 1)]
-    together = policy.act(observations, Dense(3), commitment=given)
+    observations, given = [helpers.observation(i) for i in range(3)], [action_prefix(2), None, action_prefix(1, 1)]
+    together = policy.act(observations, Dense(3), action_prefix=given)
     for observation, known, chunk in zip(observations, given, together, strict=True):
-        alone = policy.act(observation, Dense(3), commitment=known)
+        alone = policy.act(observation, Dense(3), action_prefix=known)
         np.testing.assert_allclose(chunk.actions, alone.actions, rtol=0, atol=1e-6)
 
 
@@ -84,10 +84,10 @@ def test_early_exit_keeps_committed_actions_in_every_warm_start():
     for start in ("fresh", "same", "anchor", "renoise"):
         for guided in (False, True):
             compute = EarlyExit(ExitPlan((1, 2), warm_start=start, steps=2), (float("inf"),))
-            given = commitment()
-            actions = policy.act([helpers.observation(i) for i in range(2)], compute, commitment=[given, None], guided=guided)[
-                0
-            ].actions
+            given = action_prefix()
+            actions = policy.act(
+                [helpers.observation(i) for i in range(2)], compute, action_prefix=[given, None], guided=guided
+            )[0].actions
             np.testing.assert_array_equal(actions[:2], given.actions[:2])
 
 
@@ -99,15 +99,15 @@ def test_guidance_leads_to_the_known_actions_where_the_velocity_is_that_of_gauss
         return (x_BLX - (1 - t) / ((1 - t) ** 2 + t**2) * x_BLX) / t.clamp(min=1e-6)
 
     monkeypatch.setattr(type(UNTRAINED.model.decoder), "velocity", velocity)
-    known = commitment(5, 5)
+    known = action_prefix(5, 5)
     decoder, normalizer = UNTRAINED.model.decoder, UNTRAINED._action
     target = normalizer.forward(torch.from_numpy(known.actions))
     padded = torch.cat((target, torch.zeros(1, 4)))[None]
     prefix = UNTRAINED.model.backbone.embed(helpers.batch(1).observation)
-    given = decoder.continued(padded, torch.tensor([5]), torch.tensor([5]))
+    conditioning = decoder.continued(padded, torch.tensor([5]), torch.tensor([5]))
     with torch.no_grad():
         free = decoder.sample(prefix, helpers.generators(1), 40)[0, :5]
-        led = decoder.sample(prefix, helpers.generators(1), 40, given)[0, :5]
+        led = decoder.sample(prefix, helpers.generators(1), 40, conditioning)[0, :5]
         assert (led - target).abs().max() < 0.1 * (free - target).abs().max()
 
 
@@ -131,8 +131,8 @@ def test_a_share_of_the_training_commits_nothing():
 def test_committed_actions_give_no_loss(monkeypatch):
     """With every beginning as long as it may be, the errors of those actions do not matter."""
 
-    def longest_beginning(batch, horizon, longest, generator, whole):
-        return (torch.arange(horizon) >= longest).float().expand(batch, -1)
+    def longest_beginning(batch, chunk_size, longest, generator, whole):
+        return (torch.arange(chunk_size) >= longest).float().expand(batch, -1)
 
     monkeypatch.setattr(gaussian, "sample_beginning", longest_beginning)
     seen = []
@@ -142,11 +142,11 @@ def test_committed_actions_give_no_loss(monkeypatch):
     assert (seen[0][:, 3:] == 1).all()
 
 
-def executed_batch(action_BLD, departed=()):
+def executed_batch(action_BLD, intervened=()):
     batch = helpers.batch()
-    departed_BL = torch.zeros_like(batch.valid_BL)
-    departed_BL[:, list(departed)] = True
-    executed = Executed(action_BLD, departed_BL, batch.valid_BL)
+    intervened_BL = torch.zeros_like(batch.valid_BL)
+    intervened_BL[:, list(intervened)] = True
+    executed = Executed(action_BLD, intervened_BL, batch.valid_BL)
     return replace(batch, valid_BL=executed.valid_after(0), executed=executed)
 
 
@@ -166,13 +166,15 @@ def test_a_beginning_is_what_was_executed(monkeypatch):
     assert torch.equal(wanted[0], noted)
 
 
-@pytest.mark.parametrize(("departed", "counts"), [((1,), [3, 4, 5]), ((3,), [3]), ((1, 4), [3, 4])])
-def test_a_departure_is_excused_where_it_was_committed(departed, counts, monkeypatch):
-    """Of six actions the first three are committed. What follows a departure among them is learned; after a later one not."""
+@pytest.mark.parametrize(("intervened", "counts"), [((1,), [3, 4, 5]), ((3,), [3]), ((1, 4), [3, 4])])
+def test_an_intervention_is_excused_where_it_was_committed(intervened, counts, monkeypatch):
+    """Of six actions the first three are committed. What follows an intervention among them is learned; after a later one
+    not.
+    """
     monkeypatch.setattr(gaussian, "sample_beginning", lambda b, *_: (torch.arange(6) >= 3).float().expand(b, -1))
     weights = []
     monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: weights.append(weight) or error.sum() * 0)
-    TRAINED.loss(executed_batch(helpers.batch().action_BLD, departed), *helpers.generators(2))
+    TRAINED.loss(executed_batch(helpers.batch().action_BLD, intervened), *helpers.generators(2))
     assert all(np.flatnonzero(row).tolist() == counts for row in weights[0].numpy())
 
 
@@ -186,11 +188,11 @@ def test_executing_what_was_noted_changes_nothing():
 @pytest.mark.parametrize(
     ("policy", "known", "error", "sentence"),
     [
-        (TRAINED, commitment(4), SpecError, "at most 3 committed actions"),
-        (UNTRAINED, commitment(6, 6), SpecError, "at most 5 committed"),
-        (UNTRAINED, Commitment(np.zeros((2, 3), np.float32), 1), SpecError, "4 dimensions here, got 3"),
-        (helpers.token_policy(DiscreteFlowConfig), commitment(), CapabilityError, "cannot continue committed actions"),
-        (helpers.token_policy(AutoregressiveConfig), commitment(), CapabilityError, "cannot continue committed actions"),
+        (TRAINED, action_prefix(4), SpecError, "at most 3 committed actions"),
+        (UNTRAINED, action_prefix(6, 6), SpecError, "at most 5 committed"),
+        (UNTRAINED, ActionPrefix(np.zeros((2, 3), np.float32), 1), SpecError, "4 dimensions here, got 3"),
+        (helpers.token_policy(DiscreteFlowConfig), action_prefix(), CapabilityError, "cannot continue committed actions"),
+        (helpers.token_policy(AutoregressiveConfig), action_prefix(), CapabilityError, "cannot continue committed actions"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(policy, known, error, sentence):
@@ -198,14 +200,14 @@ def test_what_cannot_be_continued_is_refused(policy, known, error, sentence):
         act(policy, known)
 
 
-def test_impossible_commitments_are_refused():
+def test_impossible_action_prefixes_are_refused():
     with pytest.raises(CapabilityError, match="by guidance"):
-        act(BINS, commitment(), guided=True)
-    with pytest.raises(ConfigError, match="as many commitments"):
-        UNTRAINED.act([helpers.observation()] * 2, Dense(1), commitment=[commitment()])
+        act(BINS, action_prefix(), guided=True)
+    with pytest.raises(ConfigError, match="as many action prefixes"):
+        UNTRAINED.act([helpers.observation()] * 2, Dense(1), action_prefix=[action_prefix()])
     with pytest.raises(SpecError, match="none to all"):
-        commitment(5, 4)
+        action_prefix(5, 4)
     with pytest.raises(SpecError, match="finite"):
-        Commitment(np.full((1, 4), np.nan, np.float32), 1)
+        ActionPrefix(np.full((1, 4), np.nan, np.float32), 1)
     with pytest.raises(ConfigError, match="must leave actions to make"):
         helpers.policy(committed=6)

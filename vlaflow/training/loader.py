@@ -45,7 +45,7 @@ def mix(*numbers: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Feed:
+class Loader:
     """The parts of every step.
 
     Every process takes ``batch_size`` samples of the step's ``world · batch_size``, and splits them into ``accumulate``
@@ -115,17 +115,17 @@ class Alternating:
         share: of the steps on questions, in (0, 1).
     """
 
-    def __init__(self, acting: Feed, asking: Feed, share: float) -> None:
+    def __init__(self, acting: Loader, asking: Loader, share: float) -> None:
         self.acting, self.asking, self.share = acting, asking, Fraction(str(share))
 
-    def questions_before(self, step: int) -> int:
+    def vqa_steps_before(self, step: int) -> int:
         """How many of the steps 0 .. step − 1 are on questions."""
         return int(step * self.share)
 
     def step(self, step: int) -> list[Part]:
         """The parts of step 0, 1, 2, ...: all actions or all questions."""
-        asked = self.questions_before(step)
-        return self.asking.step(asked) if self.questions_before(step + 1) > asked else self.acting.step(step - asked)
+        asked = self.vqa_steps_before(step)
+        return self.asking.step(asked) if self.vqa_steps_before(step + 1) > asked else self.acting.step(step - asked)
 
     def close(self) -> None:
         """End the loading threads."""
@@ -133,15 +133,15 @@ class Alternating:
         self.asking.close()
 
 
-def alternating(acting: Feed, questions: CoTraining) -> Alternating:
+def alternating(acting: Loader, vqa: CoTraining) -> Alternating:
     """Actions and questions in turns: state masks are for actions, everything else holds for both."""
     config = replace(
         acting.config,
-        batch_size=questions.batch_size or acting.config.batch_size,
+        batch_size=vqa.batch_size or acting.config.batch_size,
         state_mask=None,
         seed=mix("questions", acting.config.seed),
     )
-    return Alternating(acting, Feed(questions.train, config, acting.place, acting.device), questions.share)
+    return Alternating(acting, Loader(vqa.train, config, acting.place, acting.device), vqa.share)
 
 
 class Held:

@@ -1,9 +1,9 @@
-r"""Questions about pictures and their answers, in the layout that LLaVA made common.
+r"""Questions about images and their answers, in the layout that LLaVA made common.
 
     questions.jsonl      one record per line (or questions.json: one list of records)
-    pictures/...         wherever the records say, relative to that file
+    images/...         wherever the records say, relative to that file
 
-    {"id": "7", "image": "pictures/7.png", "conversations": [
+    {"id": "7", "image": "images/7.png", "conversations": [
         {"from": "human", "value": "<image>\nIs the drawer open or closed?"}, {"from": "gpt", "value": "closed"}]}
 
 "image" is a path, a list of paths, or absent; ``<image>`` stands once for each in the human turns. Of further keys two are
@@ -11,7 +11,7 @@ read: "kind" (accuracies are counted by it) and "group" (records of one group ar
 whatever cannot be understood is refused with its line, and nothing is skipped.
 
 A conversation of several turns becomes one question per turn: the earlier questions and answers, a line each, and then its
-own question; it is shown the pictures that were named up to there. With ``turns="first"`` only the first one is taken.
+own question; it is shown the images that were named up to there. With ``turns="first"`` only the first one is taken.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Question:
         question: what is asked, earlier turns included, without ``<image>``.
         answer: what is to be said.
         kind: of question; "" where the set does not say.
-        group: what it is held out with besides all that shows the same picture; "" for nothing.
+        group: what it is held out with besides all that shows the same image; "" for nothing.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class QuestionSet:
-    """A file of questions that has been read and checked, its pictures' presence included.
+class VqaDataset:
+    """A file of questions that has been read and checked, its images' presence included.
 
     Args:
         file: of the records.
@@ -66,7 +66,7 @@ class QuestionSet:
     questions: tuple[Question, ...]
 
     @staticmethod
-    def open(path: Path | str, turns: Turns = "all") -> QuestionSet:
+    def open(path: Path | str, turns: Turns = "all") -> VqaDataset:
         """Read a file, or the ``questions.jsonl`` or ``questions.json`` of a folder.
 
         Raises:
@@ -85,25 +85,25 @@ class QuestionSet:
                         )
                     present.add(image)
         if not found:
-            raise DataError(f"{file} holds no questions. Write a record per line; docs/qa.md shows one.")
-        return QuestionSet(file, tuple(found))
+            raise DataError(f"{file} holds no questions. Write a record per line; docs/vqa.md shows one.")
+        return VqaDataset(file, tuple(found))
 
     def __len__(self) -> int:
         return len(self.questions)
 
     @property
     def root(self) -> Path:
-        """The folder that pictures are looked for in."""
+        """The folder that images are looked for in."""
         return self.file.parent
 
     @cached_property
     def images(self) -> tuple[str, ...]:
-        """Every picture once, in the order of the questions."""
+        """Every image once, in the order of the questions."""
         return tuple(dict.fromkeys(image for question in self.questions for image in question.images))
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits of the questions in full and of each picture's path and size in bytes."""
+        """32 hex digits of the questions in full and of each image's path and size in bytes."""
         digest = hashlib.blake2b(digest_size=16)
         for q in self.questions:
             digest.update(json.dumps([q.name, q.images, q.question, q.answer, q.kind, q.group]).encode())
@@ -114,8 +114,8 @@ class QuestionSet:
     def split(self, held_out: float, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Divide the questions into (training, held out): int indices, ascending.
 
-        What shares a picture or a group stays together. The families that arise are ordered by a hash of their group or
-        picture (or name), and the first ``round(held_out · families)`` are held out, at least one (where the share is not 0
+        What shares an image or a group stays together. The families that arise are ordered by a hash of their group or
+        image (or name), and the first ``round(held_out · families)`` are held out, at least one (where the share is not 0
         and there are two or more) and never all. So a family's place does not depend on the order of the file, and a smaller
         share holds out a part of what a larger one does.
 
@@ -173,7 +173,7 @@ def _file(path: Path) -> Path:
         return here[0]
     if here:
         raise DataError(f"{path} holds {' and '.join(NAMES)}; name the one that is meant.")
-    raise DataError(f"There is no {path / NAMES[0]}. Name a file of questions, or make a set with vlaflow record-qa.")
+    raise DataError(f"There is no {path / NAMES[0]}. Name a file of questions, or make a set with vlaflow record-vqa.")
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:
@@ -217,7 +217,7 @@ def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
         shown += asked.count(MARK)
         words = " ".join(asked.replace(MARK, " ").split())
         if not words:
-            raise DataError(f"{where}: turn {2 * turn - 1} asks nothing beside its pictures. Put the question into words.")
+            raise DataError(f"{where}: turn {2 * turn - 1} asks nothing beside its images. Put the question into words.")
         question = "\n".join((*earlier, words))
         earlier += [words, answer]
         yield Question(f"{name}/{turn}" if len(exchanges) > 1 else str(name), images[:shown], question, answer, kind, group)
@@ -251,7 +251,7 @@ def _exchanges(turns: Any, where: str) -> Iterator[tuple[str, str]]:
         if not text:
             raise DataError(f"{where}: turn {number + 1}, of {expected}, is empty. Fill it, or take the record out.")
         if expected == "gpt" and MARK in text:
-            raise DataError(f"{where}: the answer in turn {number + 1} holds {MARK}. Pictures belong into the human turns.")
+            raise DataError(f"{where}: the answer in turn {number + 1} holds {MARK}. Images belong into the human turns.")
         said.append(text)
     if len(said) % 2:
         raise DataError(f"{where}: the last question has no answer. Add a turn from gpt, or take the question out.")

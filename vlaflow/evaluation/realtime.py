@@ -32,7 +32,7 @@ from vlaflow.spec import ActionSpec, Observation
 
 _TRIES = 3
 SAID = {
-    *("action_spec", "views", "state", "images", "horizon", "execute"),
+    *("action_spec", "views", "state", "images", "chunk_size", "n_action_steps"),
     *("system", "compute", "compute_settings", "guided", "checkpoint", "fingerprint"),
 }
 """What must be in a server's metadata."""
@@ -40,19 +40,19 @@ Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class WireConfig:
+class RealtimeEvaluationConfig:
     """How episodes are run.
 
     Args:
-        execute: actions executed before the next chunk is asked for; None takes the checkpoint's own.
-        horizon: control steps after which an episode is cut off; None takes the suite's.
+        n_action_steps: actions executed before the next chunk is asked for; None takes the checkpoint's own.
+        max_steps: control steps after which an episode is cut off; None takes the suite's.
         jitter_ms: every delay is longer by up to so much, uniformly.
         fade: actions over which a new chunk is faded in.
-        render: picture quality.
+        render: image quality.
     """
 
-    execute: int | None = None
-    horizon: int | None = None
+    n_action_steps: int | None = None
+    max_steps: int | None = None
     jitter_ms: float = 0.0
     fade: int = 0
     render: Render = "fast"
@@ -63,7 +63,7 @@ class WireConfig:
 
 
 @dataclass(frozen=True)
-class WireJob:
+class RealtimeJob:
     """One episode to run.
 
     Args:
@@ -96,7 +96,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class WireEpisode:
+class RealtimeEpisode:
     """What came of one episode.
 
     Args:
@@ -136,14 +136,14 @@ def plan(
     delays_ms: Sequence[float],
     episodes: int,
     first_seed: int = FIRST_SEED,
-) -> list[WireJob]:
+) -> list[RealtimeJob]:
     """Every hand-over at every delay on the same seeds of every environment; the first seed's actions are kept."""
     if not envs:
         raise ConfigError("Nothing to drive: name at least one environment, e.g. --env metaworld/drawer-open-v3.")
     if episodes < 1 or not all(0 <= delay < math.inf for delay in delays_ms or (-1,)):
         raise ConfigError("This takes at least one episode and at least one delay, each of 0 ms or more.")
     return [
-        WireJob(env, mode, delay, seed, trace=seed == first_seed)
+        RealtimeJob(env, mode, delay, seed, trace=seed == first_seed)
         for env in envs
         for seed in range(first_seed, first_seed + episodes)
         for delay in delays_ms
@@ -153,13 +153,13 @@ def plan(
 
 def evaluate(
     server: str,
-    jobs: Sequence[WireJob],
-    config: WireConfig,
+    jobs: Sequence[RealtimeJob],
+    config: RealtimeEvaluationConfig,
     *,
     token: str | None = None,
     workers: int = 1,
-    finished: Callable[[int, WireEpisode], None] | None = None,
-) -> list[WireEpisode]:
+    finished: Callable[[int, RealtimeEpisode], None] | None = None,
+) -> list[RealtimeEpisode]:
     """Run episodes, each worker with a connection of its own; results in the order of the jobs.
 
     Args:
@@ -181,17 +181,19 @@ def evaluate(
     return run_jobs(play_job, jobs, workers, setup=functools.partial(Client, server, token), finished=finished)
 
 
-def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob], config: WireConfig) -> None:
+def require_fit(
+    metadata: Mapping[str, Any], server: str, jobs: Sequence[RealtimeJob], config: RealtimeEvaluationConfig
+) -> None:
     """Refuse what cannot work.
 
     Raises:
         SpecError: when actions or views mean something else to an environment.
-        ConfigError: for an impossible ``execute``, ``horizon`` or mode.
+        ConfigError: for an impossible ``n_action_steps``, ``max_steps`` or mode.
     """
     if missing := SAID - metadata.keys():
         raise SpecError(
             f"{server} does not say {', '.join(sorted(missing))}; this drives servers of vlaflow alone: vlaflow serve CKPT "
-            "--layout metaworld."
+            "--observation-keys metaworld."
         )
     theirs = from_json(ActionSpec, dict(metadata["action_spec"]), f"the metadata of {server}")
     for env in sorted({job.env for job in jobs}):
@@ -201,20 +203,22 @@ def require_fit(metadata: Mapping[str, Any], server: str, jobs: Sequence[WireJob
             if view not in spec.views:
                 raise SpecError(f"The policy at {server} looks at '{view}', which {env} lacks; {nearest(view, spec.views)}")
         if len(metadata["state"]) != 1:
-            raise SpecError(f"{server} wants the state in parts {metadata['state']}; serve with --layout metaworld.")
-        if config.horizon is not None and not 1 <= config.horizon <= spec.horizon:
-            raise ConfigError(f"The horizon of {env} must lie in 1..{spec.horizon}, got {config.horizon}.")
+            raise SpecError(f"{server} wants the state in parts {metadata['state']}; serve with --observation-keys metaworld.")
+        if config.max_steps is not None and not 1 <= config.max_steps <= spec.max_steps:
+            raise ConfigError(f"max_steps of {env} must lie in 1..{spec.max_steps}, got {config.max_steps}.")
     for mode in sorted({job.mode for job in jobs}):
         RealtimeController(SimulatedTransport(dict, int), metadata, settings(mode, metadata, config))
 
 
-def settings(mode: HandOver, metadata: Mapping[str, Any], config: WireConfig) -> RealtimeConfig:
+def settings(mode: HandOver, metadata: Mapping[str, Any], config: RealtimeEvaluationConfig) -> RealtimeConfig:
     """The controller's."""
-    execute = int(metadata["execute"]) if config.execute is None else config.execute
-    return RealtimeConfig(mode, execute=execute, fade=config.fade)
+    n_action_steps = int(metadata["n_action_steps"]) if config.n_action_steps is None else config.n_action_steps
+    return RealtimeConfig(mode, n_action_steps=n_action_steps, fade=config.fade)
 
 
-def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJob, config: WireConfig) -> WireEpisode:
+def play(
+    infer: Infer, metadata: Mapping[str, Any], env: Environment, job: RealtimeJob, config: RealtimeEvaluationConfig
+) -> RealtimeEpisode:
     """One episode.
 
     Args:
@@ -244,7 +248,7 @@ def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJ
     env.restart(job.seed)
     controller.begin(look())
     moves: list[Move] = []
-    horizon, done = config.horizon or env._max_episode_steps, False
+    max_steps, done = config.max_steps or env._max_episode_steps, False
     info: dict[str, Any] = {}
     while not done:
         moves.append(controller.act(look))
@@ -252,10 +256,10 @@ def play(infer: Infer, metadata: Mapping[str, Any], env: Environment, job: WireJ
             raise RequestError(f"A request failed in the middle of an episode, which says nothing then: {controller.failure}")
         _, terminated, truncated, info = env.advance(moves[-1].action)
         transport.tick()
-        done = terminated or truncated or len(moves) >= horizon
+        done = terminated or truncated or len(moves) >= max_steps
     first, counts = int(info["first_success_step"]), controller.counts
     motion = Motion.of(moves, env.action_spec)
-    return WireEpisode(
+    return RealtimeEpisode(
         env=job.env,
         mode=job.mode,
         delay_ms=job.delay_ms,
@@ -328,7 +332,9 @@ def as_request(seen: Observation, metadata: Mapping[str, Any]) -> dict[str, Any]
     return {**images, metadata["state"][0]: seen.state, "prompt": seen.instruction}
 
 
-def _play_job(job: WireJob, client: Client, *, config: WireConfig, metadata: Mapping[str, Any]) -> WireEpisode:
+def _play_job(
+    job: RealtimeJob, client: Client, *, config: RealtimeEvaluationConfig, metadata: Mapping[str, Any]
+) -> RealtimeEpisode:
     """One episode; begun again when a request fails, for it is the same one whenever it is run."""
     size = max((s for s in metadata["images"].values() if s), default=None)
     env = cached(job.env, render=config.render, size=size)

@@ -15,9 +15,9 @@ import numpy as np
 
 from vlaflow import registry
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
-from vlaflow.serving.dialects import OPENPI, Dialect
-from vlaflow.serving.dialects import ROBOARENA as ROBOARENA_DIALECT
-from vlaflow.spec import Commitment, Observation
+from vlaflow.serving.protocols import OPENPI, WireProtocol
+from vlaflow.serving.protocols import ROBOARENA as ROBOARENA_DIALECT
+from vlaflow.spec import ActionPrefix, Observation
 
 MOST_STATE = 4096
 MOST_SIDE = 4096
@@ -25,7 +25,7 @@ _NAMED_KEYS = 50
 
 
 @dataclass(frozen=True)
-class Layout:
+class ObservationKeys:
     """Where things are in a request.
 
     Args:
@@ -33,31 +33,31 @@ class Layout:
         state: keys of the parts of the state, joined in this order.
         prompt: key of the instruction.
         channels_first: images are (3, H, W).
-        dialect: what is said first, and what an answer looks like.
+        protocol: what is said first, and what an answer looks like.
     """
 
     images: tuple[str, ...]
     state: tuple[str, ...]
     prompt: str = "prompt"
     channels_first: bool = False
-    dialect: Dialect = OPENPI
+    protocol: WireProtocol = OPENPI
 
 
-METAWORLD = Layout(("observation/image",), ("observation/state",))
-LIBERO = Layout(("observation/image", "observation/wrist_image"), ("observation/state",))
-DROID = Layout(
+METAWORLD = ObservationKeys(("observation/image",), ("observation/state",))
+LIBERO = ObservationKeys(("observation/image", "observation/wrist_image"), ("observation/state",))
+DROID = ObservationKeys(
     ("observation/exterior_image_1_left", "observation/wrist_image_left"),
     ("observation/joint_position", "observation/gripper_position"),
 )
-ALOHA = Layout(
+ALOHA = ObservationKeys(
     ("images/cam_high", "images/cam_low", "images/cam_left_wrist", "images/cam_right_wrist"),
     ("state",),
     channels_first=True,
 )
-ROBOARENA = Layout(
+ROBOARENA = ObservationKeys(
     ("observation/exterior_image_0_left", "observation/wrist_image_left"),
     ("observation/joint_position", "observation/gripper_position"),
-    dialect=ROBOARENA_DIALECT,
+    protocol=ROBOARENA_DIALECT,
 )
 
 
@@ -72,61 +72,66 @@ def choose(name: str, views: Sequence[str], images: Sequence[str] = (), state: S
     Raises:
         ConfigError: no such layout, or another number of images than views.
     """
-    layout = registry.load("layouts", name, Layout, f"There is no layout '{name}'")
-    layout = replace(layout, images=tuple(images) or layout.images, state=tuple(state) or layout.state)
-    if len(layout.images) != len(views):
+    observation_keys = registry.load("layouts", name, ObservationKeys, f"There are no observation keys '{name}'")
+    observation_keys = replace(
+        observation_keys, images=tuple(images) or observation_keys.images, state=tuple(state) or observation_keys.state
+    )
+    if len(observation_keys.images) != len(views):
         raise ConfigError(
-            f"The layout '{name}' sends {len(layout.images)} images {list(layout.images)}, the policy looks at "
-            f"{len(views)} views {list(views)}. Name the keys of its images with --image."
+            f"The observation keys '{name}' name {len(observation_keys.images)} images "
+            f"{list(observation_keys.images)}, the policy looks at {len(views)} views {list(views)}. Name the "
+            "keys of its images with --image."
         )
-    return {"layout": layout, "views": tuple(views)}
+    return {"observation_keys": observation_keys, "views": tuple(views)}
 
 
-def read(request: Mapping[str, Any], layout: Layout, views: Sequence[str]) -> Observation:
+def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: Sequence[str]) -> Observation:
     """The observation of a request.
 
     Raises:
         RequestError: for a missing key, or one that holds something else.
     """
     images = {}
-    for view, key in zip(views, layout.images, strict=True):
+    for view, key in zip(views, observation_keys.images, strict=True):
         image = _find(request, key)
         if not isinstance(image, np.ndarray):
             raise RequestError(f"'{key}' must be an image, a uint8 array of shape (height, width, 3).")
         if image.size == 0 or max(image.shape, default=0) > MOST_SIDE:
             raise RequestError(f"'{key}' must be an image of 1 to {MOST_SIDE} pixels a side, this was {list(image.shape)}.")
-        images[view] = np.ascontiguousarray(image.transpose(1, 2, 0)) if layout.channels_first and image.ndim == 3 else image
-    parts = [_vector(_find(request, key), key) for key in layout.state]
-    prompt = _find(request, layout.prompt)
+        images[view] = (
+            np.ascontiguousarray(image.transpose(1, 2, 0)) if observation_keys.channels_first and image.ndim == 3 else image
+        )
+    parts = [_vector(_find(request, key), key) for key in observation_keys.state]
+    prompt = _find(request, observation_keys.prompt)
     if not isinstance(prompt, str):
-        raise RequestError(f"'{layout.prompt}' must be the instruction in words.")
+        raise RequestError(f"'{observation_keys.prompt}' must be the instruction in words.")
     if sum(map(len, parts)) > MOST_STATE:
-        raise RequestError(f"The state ({', '.join(layout.state)}) may have {MOST_STATE} numbers at most.")
+        raise RequestError(f"The state ({', '.join(observation_keys.state)}) may have {MOST_STATE} numbers at most.")
     try:
         return Observation(images, np.concatenate(parts), prompt)
     except SpecError as error:
         raise RequestError(str(error)) from error
 
 
-def committed(request: dict[str, Any]) -> Commitment | None:
+def committed(request: dict[str, Any]) -> ActionPrefix | None:
     """What the request says of the chunk before, taken out of it: "given" (N, D), of which "inference_delay" are committed.
 
     Raises:
         RequestError: for one without the other, or something else than actions and a whole number.
     """
-    given, delay = request.pop("given", None), request.pop("inference_delay", None)
-    if given is None:
+    prefix, delay = request.pop("action_prefix", None), request.pop("inference_delay", None)
+    if prefix is None:
         if delay is not None:
             raise RequestError("'inference_delay' says how many of the 'given' actions are committed; send both.")
         return None
-    if not isinstance(given, np.ndarray) or given.dtype.kind not in "fiu":
+    if not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "fiu":
         raise RequestError("'given' must be an array of actions, (N, D), in robot units.")
     if isinstance(delay, np.integer):
         delay = int(delay)
     if delay is not None and (not isinstance(delay, int) or isinstance(delay, bool)):
         raise RequestError("'inference_delay' must be a whole number of actions.")
     try:
-        return Commitment(given.astype(np.float32), len(given) if delay is None else delay)
+        return ActionPrefix(prefix.astype(np.float32), len(prefix) if delay is None else delay)
     except (SpecError, TypeError) as error:
         raise RequestError(f"'given' with 'inference_delay': {error}") from error
 

@@ -1,6 +1,6 @@
-"""Recording a question set: pictures along experts' episodes, and what is true in them.
+"""Recording a question set: images along experts' episodes, and what is true in them.
 
-An episode is found and repeated as in ``record``, with seeds of its own, so no picture comes from a recorded demonstration
+An episode is found and repeated as in ``record``, with seeds of its own, so no image comes from a recorded demonstration
 or an evaluation. The gripper first visits some random points, then the expert does the task. Of the frames some, evenly
 spaced, are looked at and asked about (``scenes.ask``).
 
@@ -9,7 +9,7 @@ other, drawn at random, at most ``most``. So who knows only the words, or also t
 The question of what stands on the table has one answer per environment; it is balanced over all of them. A question that has
 only one answer left is dropped, which the README says.
 
-The layout is that of ``data.questions``; "group" is the episode, so that episodes are held out as a whole. The same config
+The layout is that of ``data.vqa``; "group" is the episode, so that episodes are held out as a whole. The same config
 gives the same bytes with any number of workers.
 """
 
@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import ConfigError, DataError, nearest
-from vlaflow.folders import make_folder
+from vlaflow.io import make_folder
 from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise
 from vlaflow.simulators.record import RecordConfig, RecordJob, find_episode
-from vlaflow.simulators.scenes import KINDS, USUAL, Asked, Margins, ask, facts_of
+from vlaflow.simulators.scenes import KINDS, USUAL, Margins, VqaItem, ask, facts_of
 from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.versions import versions
 
@@ -44,7 +44,7 @@ EVERYWHERE = ("what",)
 
 
 @dataclass(frozen=True)
-class QuestionConfig:
+class VqaRecordingConfig:
     """What to record.
 
     Args:
@@ -53,7 +53,7 @@ class QuestionConfig:
         frames: looked at in each episode.
         kinds: of questions, see ``scenes.KINDS``.
         most: questions kept of one wording with one answer, in one environment.
-        size, render: of the pictures, as recorded data sets have them.
+        size, render: of the images, as recorded data sets have them.
         seed: another seed gives other episodes, 0 to 199.
         wander: random points that the gripper visits before the expert begins.
         noise: disturbance of the expert.
@@ -96,18 +96,18 @@ class Look:
     seed: int
     step: int
     image: str
-    asked: tuple[Asked, ...]
+    asked: tuple[VqaItem, ...]
 
 
 @dataclass(frozen=True)
-class QuestionSummary:
-    """What ``record_questions`` did.
+class VqaRecordingSummary:
+    """What ``record_vqa`` did.
 
     Args:
         root: the set.
         counts: questions by kind, wording and answer.
         dropped: wordings that had one answer only, by environment.
-        images: pictures written.
+        images: images written.
     """
 
     root: Path
@@ -121,7 +121,9 @@ class QuestionSummary:
         return sum(n for wordings in self.counts.values() for answers in wordings.values() for n in answers.values())
 
 
-def record_questions(config: QuestionConfig, out: Path, workers: int = 2, progress: Progress | None = None) -> QuestionSummary:
+def record_vqa(
+    config: VqaRecordingConfig, out: Path, workers: int = 2, progress: Progress | None = None
+) -> VqaRecordingSummary:
     """Record and write a question set.
 
     Args:
@@ -166,10 +168,10 @@ def record_questions(config: QuestionConfig, out: Path, workers: int = 2, progre
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return QuestionSummary(out, counts, dropped, len(shown))
+    return VqaRecordingSummary(out, counts, dropped, len(shown))
 
 
-def balance(looks: Sequence[Look], config: QuestionConfig) -> tuple[list[tuple[Look, Asked]], dict[str, list[str]]]:
+def balance(looks: Sequence[Look], config: VqaRecordingConfig) -> tuple[list[tuple[Look, VqaItem]], dict[str, list[str]]]:
     """The questions that are kept, in the order of the looks, and the wordings that had one answer only, by environment."""
     pools: dict[tuple[str, str], dict[str, list[tuple[int, int]]]] = {}
     for i, look in enumerate(looks):
@@ -190,7 +192,7 @@ def balance(looks: Sequence[Look], config: QuestionConfig) -> tuple[list[tuple[L
     return [(looks[i], looks[i].asked[j]) for i, j in sorted(kept)], dropped
 
 
-def _look(job: RecordJob, config: QuestionConfig, size: int, root: Path) -> list[Look]:
+def _look(job: RecordJob, config: VqaRecordingConfig, size: int, root: Path) -> list[Look]:
     """Look at some frames of one episode; runs in a worker."""
     from PIL import Image
 
@@ -212,10 +214,10 @@ def _look(job: RecordJob, config: QuestionConfig, size: int, root: Path) -> list
 
 
 def _folder(env: str) -> str:
-    return f"pictures/{env.partition('/')[2]}"
+    return f"images/{env.partition('/')[2]}"
 
 
-def _line(look: Look, asked: Asked) -> str:
+def _line(look: Look, asked: VqaItem) -> str:
     task = look.env.partition("/")[2]
     record = {
         "id": f"{task}-{look.episode}-{look.step}-{asked.kind}-{zlib.crc32(asked.question.encode()):08x}",
@@ -230,7 +232,7 @@ def _line(look: Look, asked: Asked) -> str:
     return json.dumps(record) + "\n"
 
 
-def _count(kept: Sequence[tuple[Look, Asked]]) -> dict[str, dict[str, dict[str, int]]]:
+def _count(kept: Sequence[tuple[Look, VqaItem]]) -> dict[str, dict[str, dict[str, int]]]:
     """Questions by kind, wording and answer, sorted by name within the order of the kinds."""
     numbers = Counter((asked.kind, asked.question, asked.answer) for _, asked in kept)
     counts: dict[str, dict[str, dict[str, int]]] = {}
@@ -240,13 +242,17 @@ def _count(kept: Sequence[tuple[Look, Asked]]) -> dict[str, dict[str, dict[str, 
 
 
 def _metadata(
-    config: QuestionConfig, side: int, looks: Sequence[Look], counts: Mapping[str, Any], dropped: Mapping[str, Sequence[str]]
+    config: VqaRecordingConfig,
+    side: int,
+    looks: Sequence[Look],
+    counts: Mapping[str, Any],
+    dropped: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     seeds: dict[str, list[int]] = {}
     for look in looks:
         seeds.setdefault(look.env, []).append(look.seed)
     return {
-        "how": "pictures along scripted experts' episodes; answers from the simulator's state; answers balanced by wording",
+        "how": "images along scripted experts' episodes; answers from the simulator's state; answers balanced by wording",
         "size": side,
         "render": config.render,
         "seed": config.seed,
@@ -269,7 +275,7 @@ def _readme(meta: Mapping[str, Any], images: int) -> str:
     lines = [
         "# Questions about simulated scenes",
         "",
-        f"{total} questions about {images} pictures of {meta['size']} × {meta['size']} pixels ({meta['render']} rendering), "
+        f"{total} questions about {images} images of {meta['size']} × {meta['size']} pixels ({meta['render']} rendering), "
         f"recorded with vlaflow {meta['versions']['vlaflow']}, seed {meta['seed']}. Environments: {', '.join(meta['seeds'])}.",
         "",
         "`questions.jsonl` is in LLaVA's conversation layout; `metadata.json` states seeds, margins, counts and versions.",

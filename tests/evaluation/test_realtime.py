@@ -1,4 +1,4 @@
-"""Episodes over the wire: one clock for every hand-over, jerk in closed form, and a real server at the end."""
+"""Episodes in real time: one clock for every hand-over, jerk in closed form, and a real server at the end."""
 
 import json
 from contextlib import nullcontext
@@ -13,19 +13,19 @@ from vlaflow.cli.main import main as command
 from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError, RequestError, SpecError
-from vlaflow.evaluation import over_the_wire as wire
+from vlaflow.evaluation import realtime as wire
 from vlaflow.evaluation.episode_log import EpisodeLog
-from vlaflow.evaluation.over_the_wire_results import count, results
+from vlaflow.evaluation.realtime_results import count, results
 from vlaflow.reports.realtime import write_page
 from vlaflow.robot.realtime import Move
 from vlaflow.simulators.metaworld_tasks import ACTION
 from vlaflow.spec import Observation
 
-HORIZON = 12
+CHUNK_SIZE = 12
 METADATA = {
-    "horizon": HORIZON,
-    "execute": 4,
-    "commitment": 8,
+    "chunk_size": CHUNK_SIZE,
+    "n_action_steps": 4,
+    "max_action_prefix": 8,
     "action_spec": to_json(ACTION),
     "images": {"observation/image": 16},
     "views": ["image"],
@@ -67,12 +67,12 @@ class Forward:
 
     def __call__(self, request):
         self.requests.append(request)
-        return {"actions": np.tile(np.array([1, 0, 0, 0], np.float32), (HORIZON, 1))}
+        return {"actions": np.tile(np.array([1, 0, 0, 0], np.float32), (CHUNK_SIZE, 1))}
 
 
 def play(mode, delay_ms, seed=1000, infer=None, **config):
-    job = wire.WireJob(ENV, mode, delay_ms, seed, trace=True)
-    return wire.play(infer or Forward(), METADATA, World(), job, wire.WireConfig(**config))
+    job = wire.RealtimeJob(ENV, mode, delay_ms, seed, trace=True)
+    return wire.play(infer or Forward(), METADATA, World(), job, wire.RealtimeEvaluationConfig(**config))
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("wait", 28), ("switch", 20), ("ensemble", 20), ("commit", 20)])
@@ -160,7 +160,7 @@ def test_the_gripper_is_no_motion_and_coming_to_a_stand_is_a_boundary():
 
 def test_cells_and_pairs_count_what_happened():
     jobs = wire.plan((ENV,), ("wait", "commit"), (0.0, 100.0), 3)
-    episodes = [play(job.mode, job.delay_ms, job.seed, horizon=30) for job in jobs]
+    episodes = [play(job.mode, job.delay_ms, job.seed, max_steps=30) for job in jobs]
     cells, pairs = count(episodes)
     found = {(c.mode, c.delay_ms): c for c in cells}
     assert {key: cell.successes for key, cell in found.items()} == {
@@ -182,21 +182,21 @@ def test_cells_and_pairs_count_what_happened():
     ("change", "config", "error", "sentence"),
     [
         ({"action_spec": to_json(helpers.action_spec())}, {}, SpecError, "do not mean the same"),
-        ({"horizon": None}, {}, SpecError, "does not say horizon"),
+        ({"chunk_size": None}, {}, SpecError, "does not say chunk_size"),
         ({"fingerprint": None}, {}, SpecError, "does not say fingerprint"),
         ({"views": ["wrist"]}, {}, SpecError, "looks at 'wrist'"),
         ({"state": ["a", "b"]}, {}, SpecError, "in parts"),
-        ({"commitment": 0}, {}, ConfigError, "cannot continue"),
-        ({}, {"execute": 12}, ConfigError, "at most 11"),
-        ({}, {"execute": 0}, ConfigError, "at least 1"),
-        ({}, {"horizon": 501}, ConfigError, r"1\.\.500"),
+        ({"max_action_prefix": 0}, {}, ConfigError, "cannot continue"),
+        ({}, {"n_action_steps": 12}, ConfigError, "at most 11"),
+        ({}, {"n_action_steps": 0}, ConfigError, "at least 1"),
+        ({}, {"chunk_size": 501}, ConfigError, r"1\.\.500"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, error, sentence):
     jobs = wire.plan((ENV,), ("commit",), (0.0,), 1)
     metadata = {key: value for key, value in {**METADATA, **change}.items() if value is not None}
     with pytest.raises(error, match=sentence):
-        wire.require_fit(metadata, "ws://here", jobs, wire.WireConfig(**config))
+        wire.require_fit(metadata, "ws://here", jobs, wire.RealtimeEvaluationConfig(**config))
 
 
 def test_two_tasks_are_compared_apart_and_together():
@@ -243,16 +243,16 @@ class Sometimes(Forward):
 )
 def test_a_failed_episode_is_begun_again_and_one_of_another_policy_counts_for_nothing(client, sentence, monkeypatch):
     monkeypatch.setattr(wire, "cached", lambda *_, **__: World())
-    job = wire.WireJob(ENV, "switch", 25.0, 1000)
+    job = wire.RealtimeJob(ENV, "switch", 25.0, 1000)
     with pytest.raises(RequestError, match=sentence) if sentence else nullcontext():
-        episode = wire._play_job(job, client, config=wire.WireConfig(), metadata=METADATA)
+        episode = wire._play_job(job, client, config=wire.RealtimeEvaluationConfig(), metadata=METADATA)
         assert episode == replace(play("switch", 25.0), trace=None)
 
 
 @pytest.mark.parametrize("jitter_ms", [-1.0, float("nan"), float("inf")])
 def test_jitter_that_is_none_is_refused(jitter_ms):
     with pytest.raises(ConfigError, match="Jitter makes answers later"):
-        wire.WireConfig(jitter_ms=jitter_ms)
+        wire.RealtimeEvaluationConfig(jitter_ms=jitter_ms)
 
 
 def test_impossible_plans_are_refused():
@@ -271,7 +271,7 @@ def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
         seed=0,
     )
     jobs = wire.plan((ENV,), ("switch", "commit"), (0.0, 25.0), 1)
-    config = wire.WireConfig(execute=3, horizon=8)
+    config = wire.RealtimeEvaluationConfig(n_action_steps=3, max_steps=8)
     with serving(policy, Dense(2)) as (server, address):
         once = wire.evaluate(address, jobs, config, workers=0)
         again = wire.evaluate(address, jobs, config, workers=0)
@@ -306,7 +306,7 @@ def test_an_interrupted_comparison_continues_to_the_same_episodes(tmp_path, monk
 
     with serving(policy, Dense(2)) as (_, address):
         words = ["rollout", "--env", ENV, "--server", address, "--mode", "switch", "--delay-ms", "0", "--delay-ms", "25"]
-        words += ["--execute", "3", "--horizon", "6", "--episodes", "1", "--workers", "0"]
+        words += ["--n-action-steps", "3", "--max-steps", "6", "--episodes", "1", "--workers", "0"]
         assert command([*words, "--out", str(tmp_path / "whole")]) == 0
         with monkeypatch.context() as patch:
             patch.setattr(EpisodeLog, "add", and_stop)

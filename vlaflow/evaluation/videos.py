@@ -1,7 +1,7 @@
-"""Films of single episodes, and the chunks a policy made on the way, for the report.
+"""Videos of single episodes, and the chunks a policy made on the way, for the report.
 
-An episode is run again: it is the same to the bit, so results stay unburdened by pictures. A second environment of the
-same seed takes the same actions beside the first and is filmed at its own size; the policy's own pixels are not touched.
+An episode is run again: it is the same to the bit, so results stay unburdened by images. A second environment of the
+same seed takes the same actions beside the first and is recorded at its own size; the policy's own pixels are not touched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlaflow.simulators.base import cached
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
 
-FILE = "films.json"
+FILE = "videos.json"
 FRAMES_PER_SECOND = 15
 MOST_FRAMES = 75
 
@@ -37,7 +37,7 @@ class Moment:
 
     Args:
         step: steps executed before it.
-        picture: file of what the policy saw, beside the film.
+        image: file of what the policy saw, beside the video.
         actions: (L, D), robot units.
         draft: first round's actions where some were made anew.
         confidence: (L,), where a rater judged the draft.
@@ -55,8 +55,8 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Film:
-    """A filmed episode: the file (beside ``films.json``), how long a second of it took, and some of its chunks."""
+class EpisodeVideo:
+    """A recorded episode: the file (beside ``videos.json``), how long a second of it took, and some of its chunks."""
 
     episode: Episode
     file: str
@@ -83,7 +83,7 @@ def choose(episodes: Sequence[Episode]) -> list[Episode]:
     return chosen
 
 
-def film(
+def record_videos(
     checkpoint: Path | str,
     jobs: Sequence[EpisodeJob],
     expected: Sequence[Episode],
@@ -92,25 +92,25 @@ def film(
     *,
     workers: int = 1,
     size: int = 240,
-) -> list[Film]:
-    """Run and film the jobs; write ``films.json`` and its films and pictures into ``folder``.
+) -> list[EpisodeVideo]:
+    """Run and video the jobs; write ``videos.json`` and its videos and images into ``folder``.
 
     Args:
         expected: what the jobs gave before; decides the frame rate and must be reached again.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
     """
     source, tasks = local_folder(checkpoint), list(zip(jobs, expected, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
-    run = functools.partial(_film_one, folder=str(folder), config=config, size=size)
+    run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
     with one_thread():
         setup = functools.partial(Policy.from_pretrained, str(source), config.device)
-        films = run_jobs(run, tasks, min(workers, len(tasks)), setup=setup)
-    (folder / FILE).write_text(json.dumps([to_json(f) for f in films], indent=1) + "\n")
-    return films
+        videos = run_jobs(run, tasks, min(workers, len(tasks)), setup=setup)
+    (folder / FILE).write_text(json.dumps([to_json(f) for f in videos], indent=1) + "\n")
+    return videos
 
 
-def read_films(folder: Path) -> list[Film]:
-    """The films of a folder, or none where there is no ``films.json``."""
+def read_videos(folder: Path) -> list[EpisodeVideo]:
+    """The videos of a folder, or none where there is no ``videos.json``."""
     file = folder / FILE
     if not file.exists():
         return []
@@ -118,10 +118,12 @@ def read_films(folder: Path) -> list[Film]:
         entries = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is not valid JSON ({error}). Delete it and run the evaluation again.") from error
-    return [from_json(Film, entry, str(file)) for entry in entries]
+    return [from_json(EpisodeVideo, entry, str(file)) for entry in entries]
 
 
-def _film_one(task: tuple[EpisodeJob, Episode], policy: Policy, *, folder: str, config: RolloutConfig, size: int) -> Film:
+def _record_one(
+    task: tuple[EpisodeJob, Episode], policy: Policy, *, folder: str, config: RolloutConfig, size: int
+) -> EpisodeVideo:
     job, expected = task
     every = max(2, -(-expected.steps // MOST_FRAMES))
     beside = cached(job.env, render=config.render, size=size)
@@ -149,7 +151,7 @@ def _film_one(task: tuple[EpisodeJob, Episode], policy: Policy, *, folder: str, 
     write_mp4(captioned + [captioned[-1]] * (FRAMES_PER_SECOND // 2), Path(folder) / f"{stem}.mp4")
     chosen = sorted({0, len(seen) // 2})
     moments = tuple(_moment(seen[i], f"{stem}-{seen[i][0]}.png", Path(folder)) for i in chosen)
-    return Film(episode, f"{stem}.mp4", every, tuple(d.name for d in policy.action_spec.dimensions), moments)
+    return EpisodeVideo(episode, f"{stem}.mp4", every, tuple(d.name for d in policy.action_spec.dimensions), moments)
 
 
 def _moment(seen: tuple[int, np.ndarray, Chunk, int], name: str, folder: Path) -> Moment:

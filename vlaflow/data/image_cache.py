@@ -1,11 +1,11 @@
-"""The pictures of a question set, decoded once, and batches of its questions.
+"""The images of a question set, decoded once, and batches of its questions.
 
-    pictures = PictureCache.open(questions, size=96)
-    source = Questions(questions, pictures, views=("image",), state_dim=4, indices=train)
+    images = ImageCache.open(questions, size=96)
+    source = Questions(questions, images, views=("image",), state_dim=4, indices=train)
     batch = source.batch(np.array([0, 5, 9]))
 
-A question's pictures fill the policy's views in their order; views that are left are black. A question has no proprioceptive
-state: every dimension of it is unknown. Building the cache decodes every picture, so a damaged one is named before anything
+A question's images fill the policy's views in their order; views that are left are black. A question has no proprioceptive
+state: every dimension of it is unknown. Building the cache decodes every image, so a damaged one is named before anything
 trains. In which order the samples come is decided in ``mixture.Order``.
 """
 
@@ -19,37 +19,37 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlaflow.data.batch import ObservationBatch, QuestionBatch
+from vlaflow.data.batch import ObservationBatch, VqaBatch
 from vlaflow.data.frames import LAYOUT, allocated, build_once, resize
-from vlaflow.data.questions import Question, QuestionSet
+from vlaflow.data.vqa import Question, VqaDataset
 from vlaflow.errors import ConfigError, DataError, SpecError
 
 
-class PictureCache:
-    """Every picture of a question set as a square of one size, memory-mapped, by its path.
+class ImageCache:
+    """Every image of a question set as a square of one size, memory-mapped, by its path.
 
     Attributes:
-        size: side in pixels; pictures that are not square keep their shape between black bars (``frames.resize``).
+        size: side in pixels; images that are not square keep their shape between black bars (``frames.resize``).
     """
 
     def __init__(self, folder: Path, images: Sequence[str], size: int) -> None:
         self.size = size
         self._row = {image: row for row, image in enumerate(images)}
-        # A set without any picture has no file to map; "c": private pages, as in FrameCache.
+        # A set without any image has no file to map; "c": private pages, as in FrameCache.
         shape = (len(images), size, size, 3)
-        self._array = np.memmap(folder / "pictures.u8", np.uint8, "c", shape=shape) if images else np.zeros(shape, np.uint8)
+        self._array = np.memmap(folder / "images.u8", np.uint8, "c", shape=shape) if images else np.zeros(shape, np.uint8)
 
     @staticmethod
-    def open(questions: QuestionSet, size: int, progress: Callable[[int, int], None] | None = None) -> PictureCache:
+    def open(questions: VqaDataset, size: int, progress: Callable[[int, int], None] | None = None) -> ImageCache:
         """Open the cache of this set, building it first where there is none.
 
         Args:
             questions: a set.
             size: side in pixels.
-            progress: called with (pictures done, pictures in all) while building.
+            progress: called with (images done, images in all) while building.
 
         Raises:
-            DataError: a picture that cannot be decoded, or no room or right to write the cache.
+            DataError: an image that cannot be decoded, or no room or right to write the cache.
         """
         images = questions.images
         what = json.dumps([LAYOUT, questions.fingerprint, size])
@@ -58,17 +58,17 @@ class PictureCache:
         def build(folder: Path) -> None:
             if not images:
                 return
-            array = allocated(folder / "pictures.u8", (len(images), size, size, 3))
+            array = allocated(folder / "images.u8", (len(images), size, size, 3))
             for row, image in enumerate(images):
                 array[row] = resize(decode(questions.root / image), size)
                 if progress:
                     progress(row + 1, len(images))
             array.flush()
 
-        folder = build_once(questions.root, f"pictures-{key}", len(images) * size * size * 3, build)
-        return PictureCache(folder, images, size)
+        folder = build_once(questions.root, f"images-{key}", len(images) * size * size * 3, build)
+        return ImageCache(folder, images, size)
 
-    def picture(self, image: str) -> np.ndarray:
+    def read(self, image: str) -> np.ndarray:
         """uint8 (size, size, 3), a view."""
         return self._array[self._row[image]]
 
@@ -89,46 +89,46 @@ def decode(file: Path) -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise DataError(f"The picture {file} cannot be decoded ({error}). Replace it, or take its questions out.") from error
+        raise DataError(f"The image {file} cannot be decoded ({error}). Replace it, or take its questions out.") from error
 
 
-def require_shown(question: Question, questions: QuestionSet, views: Sequence[str]) -> None:
-    """Refuse a question that shows more pictures than there are views.
+def require_shown(question: Question, questions: VqaDataset, views: Sequence[str]) -> None:
+    """Refuse a question that shows more images than there are views.
 
     Raises:
         SpecError: with both numbers.
     """
     if len(question.images) > len(views):
         raise SpecError(
-            f"Question '{question.name}' of {questions.file} shows {len(question.images)} pictures, the policy looks at "
+            f"Question '{question.name}' of {questions.file} shows {len(question.images)} images, the policy looks at "
             f"{len(views)} view(s). Take it out, or use a policy with more views."
         )
 
 
-class Questions:
+class VqaSource:
     """Some of a set's questions as training or evaluation samples.
 
     Args:
         questions: the set.
-        pictures: its cache.
+        images: its cache.
         views: of the policy, in order.
         state_dim: length of the policy's state, S.
         indices: which questions; all by default.
 
     Raises:
-        SpecError: when a question shows more pictures than the policy has views.
+        SpecError: when a question shows more images than the policy has views.
         ConfigError: when no question was chosen.
     """
 
     def __init__(
         self,
-        questions: QuestionSet,
-        pictures: PictureCache,
+        questions: VqaDataset,
+        image_cache: ImageCache,
         views: Sequence[str],
         state_dim: int,
         indices: Sequence[int] | None = None,
     ) -> None:
-        self.questions, self.pictures, self.views, self.state_dim = questions, pictures, tuple(views), state_dim
+        self.questions, self.image_cache, self.views, self.state_dim = questions, image_cache, tuple(views), state_dim
         self.indices = np.array(range(len(questions)) if indices is None else indices, np.int64)
         if not len(self.indices):
             raise ConfigError(f"No question of {questions.file} was chosen. Give at least one.")
@@ -139,14 +139,14 @@ class Questions:
         """Number of samples, M."""
         return len(self.indices)
 
-    def batch(self, indices: np.ndarray) -> QuestionBatch:
+    def batch(self, indices: np.ndarray) -> VqaBatch:
         """The samples at ``indices`` (B,), each in 0 .. M-1."""
         chosen = [self.questions.questions[self.indices[i]] for i in indices]
-        side = self.pictures.size
+        side = self.image_cache.size
         images = {view: np.zeros((len(chosen), side, side, 3), np.uint8) for view in self.views}
         for row, question in enumerate(chosen):
             for view, image in zip(self.views, question.images, strict=False):
-                images[view][row] = self.pictures.picture(image)
+                images[view][row] = self.image_cache.read(image)
         shape = (len(chosen), self.state_dim)
         observation = ObservationBatch(
             {view: torch.from_numpy(image) for view, image in images.items()},
@@ -154,4 +154,4 @@ class Questions:
             [question.question for question in chosen],
             known_BS=torch.zeros(shape, dtype=torch.bool),
         )
-        return QuestionBatch(observation, [q.answer for q in chosen], [q.name for q in chosen])
+        return VqaBatch(observation, [q.answer for q in chosen], [q.name for q in chosen])

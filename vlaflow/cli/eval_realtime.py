@@ -1,4 +1,4 @@
-"""``vlaflow rollout --server ws://...``: episodes over the wire, with simulated delays of inference."""
+"""``vlaflow eval-realtime --server ws://...``: episodes in real time, with simulated delays of inference."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from vlaflow.evaluation.over_the_wire_results import WireResults
+    from vlaflow.evaluation.realtime_results import RealtimeResults
 
 Mode = Literal["wait", "switch", "ensemble", "commit"]
-POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", "execute")
+POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", "n_action_steps")
 """What a server's metadata says about its policy."""
 
 
@@ -27,7 +27,7 @@ POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", 
 class Rollout:
     """Compare ways of handing over from chunk to chunk while inference takes time; write results.json and report.html.
 
-    Example: vlaflow rollout --server ws://127.0.0.1:8000 --env metaworld/drawer-open-v3 --delay-ms 0 --delay-ms 200
+    Example: vlaflow eval-realtime --server ws://127.0.0.1:8000 --env metaworld/drawer-open-v3 --delay-ms 0 --delay-ms 200
 
     Start the server first: vlaflow serve CKPT. Every mode sees the same seeds, noise and delays.
 
@@ -38,11 +38,11 @@ class Rollout:
             repeat the option for more. All four when none is named.
         delay_ms: that an answer takes; repeat for more. 0 and 200 when none is named.
         jitter_ms: every delay is longer by up to so much.
-        execute: actions executed before the next chunk is asked for; the checkpoint's own number by default.
+        n_action_steps: actions executed before the next chunk is asked for; the checkpoint's own number by default.
         fade: actions over which a new chunk is faded in (switch and commit).
         episodes: per environment, mode and delay.
-        horizon: control steps after which an episode is cut off; the suite's own by default.
-        render: picture quality; use the one the policy was trained with.
+        max_steps: control steps after which an episode is cut off; the suite's own by default.
+        render: image quality; use the one the policy was trained with.
         seed: of the first episode; the others follow.
         workers: processes, each with a connection of its own.
         token: of the server; by default VLAFLOW_TOKEN of the environment.
@@ -55,10 +55,10 @@ class Rollout:
     mode: tuple[Mode, ...] = ()
     delay_ms: tuple[float, ...] = ()
     jitter_ms: float = 0.0
-    execute: int | None = None
+    n_action_steps: int | None = None
     fade: int = 0
     episodes: int = 20
-    horizon: int | None = None
+    max_steps: int | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: int = 1000
     workers: int = 1
@@ -68,17 +68,17 @@ class Rollout:
 
 
 def main(argv: list[str]) -> int:
-    """Run ``vlaflow rollout ...``; returns the exit status."""
-    a = tyro.cli(Rollout, prog="vlaflow rollout", args=argv, config=(tyro.conf.UseAppendAction,))
+    """Run ``vlaflow eval-realtime ...``; returns the exit status."""
+    a = tyro.cli(Rollout, prog="vlaflow eval-realtime", args=argv, config=(tyro.conf.UseAppendAction,))
     require("websockets", "msgpack", *PAGES)
 
     from rich.console import Console
 
     from vlaflow.config import to_json
-    from vlaflow.evaluation import over_the_wire as wire
+    from vlaflow.evaluation import realtime as wire
     from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
-    from vlaflow.evaluation.over_the_wire_results import results
-    from vlaflow.folders import require_writable, storing
+    from vlaflow.evaluation.realtime_results import results
+    from vlaflow.io import require_writable, storing
     from vlaflow.reports.realtime import write_page
     from vlaflow.robot.client import Client
     from vlaflow.simulators.base import expand_env_names
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     envs = expand_env_names(a.env)
     modes = tuple(dict.fromkeys(a.mode)) or ("wait", "switch", "ensemble", "commit")
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
-    config = wire.WireConfig(a.execute, a.horizon, a.jitter_ms, a.fade, a.render)
+    config = wire.RealtimeEvaluationConfig(a.n_action_steps, a.max_steps, a.jitter_ms, a.fade, a.render)
     jobs = wire.plan(envs, modes, delays, a.episodes, a.seed)
     require_writable(a.out / "results.json")
     token = a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN")
@@ -103,9 +103,9 @@ def main(argv: list[str]) -> int:
         "config": to_json(config),
         "versions": versions(),
     }
-    with EpisodeLog(a.out, wire.WireEpisode, settings, fresh=a.fresh) as log:
+    with EpisodeLog(a.out, wire.RealtimeEpisode, settings, fresh=a.fresh) as log:
 
-        def play(left: Sequence[wire.WireJob], finished: Callable[[int, wire.WireEpisode], None]) -> None:
+        def play(left: Sequence[wire.RealtimeJob], finished: Callable[[int, wire.RealtimeEpisode], None]) -> None:
             wire.evaluate(a.server, left, config, token=token, workers=a.workers, finished=finished)
 
         episodes = log.complete(jobs, play, "Driving")
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def table(found: WireResults) -> Table:
+def table(found: RealtimeResults) -> Table:
     """Successes and jerk in brief."""
     from rich import box
     from rich.table import Table
@@ -136,7 +136,7 @@ def table(found: WireResults) -> Table:
         "late",
         box=box.SIMPLE,
         padding=0,
-        title=f"{len(found.seeds)} episodes per environment, asked after {found.execute} actions, {found.rate_hz:g} Hz",
+        title=f"{len(found.seeds)} episodes per environment, asked after {found.n_action_steps} actions, {found.rate_hz:g} Hz",
         title_style="",
         title_justify="left",
     )

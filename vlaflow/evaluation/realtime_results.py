@@ -1,4 +1,4 @@
-"""``results.json`` of episodes over the wire: what each hand-over does at each delay, and which is better, in pairs."""
+"""``results.json`` of episodes in real time: what each hand-over does at each delay, and which is better, in pairs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from statistics import median
 from typing import Any
 
 from vlaflow.config import to_json
-from vlaflow.evaluation.over_the_wire import WireConfig, WireEpisode
+from vlaflow.evaluation.realtime import RealtimeEpisode, RealtimeEvaluationConfig
 from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
-from vlaflow.files import write_json
+from vlaflow.io import write_json
 from vlaflow.robot.realtime import HandOver
 from vlaflow.simulators.base import parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions
 
-FORMAT = "vlaflow results over the wire 1"
+FORMAT = "vlaflow results in real time 1"
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class WireResults:
+class RealtimeResults:
     """Everything.
 
     Args:
         server, system, compute, compute_settings, guided, checkpoint, fingerprint: the policy, as its server describes it.
-        envs, seeds, execute, horizon, jitter_ms, fade, rate_hz: how the episodes were run.
+        envs, seeds, execute, max_steps, jitter_ms, fade, rate_hz: how the episodes were run.
         cells, comparisons: what was found.
         episodes: each of them.
         versions, command, machine: what it was found with.
@@ -94,14 +94,14 @@ class WireResults:
     fingerprint: str
     envs: tuple[str, ...]
     seeds: tuple[int, ...]
-    execute: int
-    horizon: int
+    n_action_steps: int
+    max_steps: int
     jitter_ms: float
     fade: int
     rate_hz: float
     cells: tuple[Cell, ...]
     comparisons: tuple[Comparison, ...]
-    episodes: tuple[WireEpisode, ...]
+    episodes: tuple[RealtimeEpisode, ...]
     versions: dict[str, str]
     command: str
     machine: str
@@ -111,7 +111,7 @@ class WireResults:
         write_json(file, {"format": FORMAT, **to_json(self)})
 
 
-def count(episodes: Sequence[WireEpisode]) -> tuple[tuple[Cell, ...], tuple[Comparison, ...]]:
+def count(episodes: Sequence[RealtimeEpisode]) -> tuple[tuple[Cell, ...], tuple[Comparison, ...]]:
     """Cells in the order of the delays and modes, and every pair of modes at every delay, by environment and over all."""
     modes = list(dict.fromkeys(e.mode for e in episodes))
     delays = list(dict.fromkeys(e.delay_ms for e in episodes))
@@ -128,7 +128,9 @@ def count(episodes: Sequence[WireEpisode]) -> tuple[tuple[Cell, ...], tuple[Comp
     return cells, tuple(pairs)
 
 
-def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episodes: Sequence[WireEpisode]) -> WireResults:
+def results(
+    server: str, metadata: Mapping[str, Any], config: RealtimeEvaluationConfig, episodes: Sequence[RealtimeEpisode]
+) -> RealtimeResults:
     """Count, and add what is needed to repeat it.
 
     Args:
@@ -138,7 +140,7 @@ def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episod
     """
     spec = simulator_spec(parse_env_name(episodes[0].env)[0])
     cells, comparisons = count(episodes)
-    return WireResults(
+    return RealtimeResults(
         server=server,
         system=str(metadata["system"]),
         compute=str(metadata["compute"]),
@@ -148,8 +150,8 @@ def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episod
         fingerprint=str(metadata["fingerprint"]),
         envs=tuple(dict.fromkeys(e.env for e in episodes)),
         seeds=tuple(dict.fromkeys(e.seed for e in episodes)),
-        execute=config.execute or int(metadata["execute"]),
-        horizon=config.horizon or spec.horizon,
+        n_action_steps=config.n_action_steps or int(metadata["n_action_steps"]),
+        max_steps=config.max_steps or spec.max_steps,
         jitter_ms=config.jitter_ms,
         fade=config.fade,
         rate_hz=spec.action.rate_hz,
@@ -162,7 +164,7 @@ def results(server: str, metadata: Mapping[str, Any], config: WireConfig, episod
     )
 
 
-def _cell(mode: HandOver, delay_ms: float, mine: Sequence[WireEpisode]) -> Cell:
+def _cell(mode: HandOver, delay_ms: float, mine: Sequence[RealtimeEpisode]) -> Cell:
     successes = sum(e.success for e in mine)
     interval = wilson(successes, len(mine))
     firsts = [e.first_success_step for e in mine if e.first_success_step is not None]
@@ -189,7 +191,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float, float] | None:
     return sum(values) / len(values), interval.low, interval.high
 
 
-def _compare(env: str, first: Sequence[WireEpisode], second: Sequence[WireEpisode]) -> Comparison:
+def _compare(env: str, first: Sequence[RealtimeEpisode], second: Sequence[RealtimeEpisode]) -> Comparison:
     outcomes = PairedOutcomes.of([e.success for e in first], [e.success for e in second])
     difference = paired_difference(outcomes)
     jerks = [

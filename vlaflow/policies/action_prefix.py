@@ -1,0 +1,53 @@
+"""Committed actions of robots, as what a decoder starts from.
+
+Shape letters: B batch, N actions known, L chunk size, D action dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from vlaflow.data.transforms import Normalizer
+from vlaflow.decoders.base import Conditioning, Decoder
+from vlaflow.errors import SpecError
+from vlaflow.spec import ActionPrefix
+
+
+def conditioning_of(
+    action_prefixes: Sequence[ActionPrefix | None],
+    decoder: Decoder,
+    normalizer: Normalizer,
+    *,
+    device: torch.device,
+    guided: bool,
+) -> Conditioning | None:
+    """What the decoder is given of the chunks before; None where nothing is committed.
+
+    Raises:
+        SpecError: for actions of another dimension, or so many that none is left to make.
+        CapabilityError: for a decoder that can continue no chunk.
+    """
+    if not any(action_prefixes):
+        return None
+    chunk_size, dim, longest = decoder.chunk_size, decoder.action_dim, decoder.max_action_prefix
+    rows = []
+    for action_prefix in action_prefixes:
+        action_ND = (
+            np.zeros((0, dim), np.float32) if action_prefix is None else action_prefix.actions[:chunk_size].astype(np.float32)
+        )
+        if action_ND.shape[1] != dim:
+            raise SpecError(f"Committed actions have {dim} dimensions here, got {action_ND.shape[1]}.")
+        if action_prefix is not None and longest and action_prefix.count > longest:
+            raise SpecError(
+                f"This policy continues at most {longest} committed actions of a chunk of {chunk_size}, got "
+                f"{action_prefix.count}."
+            )
+        rows.append(normalizer.forward(torch.from_numpy(action_ND)))
+    action_BLD = torch.stack([functional.pad(row, (0, 0, 0, chunk_size - len(row))) for row in rows]).to(device)
+    known_B = torch.tensor([len(row) for row in rows], device=device)
+    committed_B = torch.tensor([c.count if c else 0 for c in action_prefixes], device=device)
+    return decoder.continued(action_BLD, known_B, committed_B, guided=guided)
