@@ -44,7 +44,7 @@ def seconds_in_turns(arms: Mapping[str, Callable[[], object]], rounds: int, warm
         for number in range(-warmup, rounds):
             gc.enable()
             gc.collect()
-            gc.disable()  # as timeit does: a collection would be charged to whoever runs when it is due
+            gc.disable()  # as timeit does: a collection would be charged to the function that runs when it is due
             for name in names if number % 2 == 0 else reversed(names):
                 began = time.perf_counter()
                 arms[name]()

@@ -3,7 +3,7 @@
     python -m benchmarks.cost
     python -m benchmarks.cost --numbers float8
 
-Nothing is measured and no network is built; see ``vlaflow.compute.cost`` for what is counted and what is not.
+Nothing is measured and no network is built; see ``benchmarks.cost_model.cost`` for what is counted and what is not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 
 import tyro
 
-from vlaflow.compute import full_size
-from vlaflow.compute.cost import (
+from benchmarks.cost_model import full_size
+from benchmarks.cost_model.cost import (
     Cost,
     chunk,
     embed,
@@ -29,8 +29,8 @@ from vlaflow.compute.cost import (
     step_without_cache,
     words,
 )
-from vlaflow.compute.hardware import BFLOAT16, FLOAT8, H200, RTX_4090, NumberFormat
-from vlaflow.compute.shapes import PolicyShape
+from benchmarks.cost_model.hardware import BFLOAT16, FLOAT8, H200, RTX_4090, NumberFormat
+from benchmarks.cost_model.shapes import PolicyShape
 
 FORMATS = {f.name: f for f in (BFLOAT16, FLOAT8)}
 MACHINES = (H200, RTX_4090)
@@ -95,7 +95,7 @@ def chunks(numbers: NumberFormat) -> str:
     rows = {
         "AsyncVLA: prefix, 10 steps": chunk(asyncvla),
         "AsyncVLA: the same, rater, 10 more steps": chunk(asyncvla) + rating(asyncvla) + step(asyncvla) * 10,
-        "AsyncVLA: prefix anew at each of 10 steps, images once": embed(asyncvla) + step_without_cache(asyncvla) * 10,
+        "AsyncVLA: prefix again at each of 10 steps, images once": embed(asyncvla) + step_without_cache(asyncvla) * 10,
         "A1-FM: prefix, 10 steps": chunk(a1),
         "A1-FM: all 14 exits asked in vain, 10 steps each": ladder(a1, asked, 10),
         "A1-FM: all 14 exits asked in vain, 2 steps each": ladder(a1, asked, 2),
@@ -111,7 +111,7 @@ def chunks(numbers: NumberFormat) -> str:
         "iFlyBot-VLA: latent tokens written one by one, 5 steps": chunk(written) + words(written, 10),
         "DFM-VLA: prefix once, 16 passes": chunk(dfm),
         "DFM-VLA: prefix once, 4 passes": chunk(dfm, steps=4),
-        "DFM-VLA: prefix anew at each of 16 passes": embed(dfm) + step_without_cache(dfm) * 16,
+        "DFM-VLA: prefix again at each of 16 passes": embed(dfm) + step_without_cache(dfm) * 16,
     }
     cells = [[n, digits(c.flops / 1e9), digits(c.moved(numbers) / 1e9), *_times(c, numbers)] for n, c in rows.items()]
     return table(["one chunk", "GFLOP", "GB moved", *(f"{m.name} ms" for m in MACHINES)], cells)
@@ -138,7 +138,7 @@ def a1_counts() -> dict[str, tuple[float, float]]:
 
 
 def a1_table() -> str:
-    """A1's figures beside ours."""
+    """A1's figures next to ours."""
     rows = [
         [name, f"{published:,.2f}", f"{ours:,.2f}", f"{100 * (ours / published - 1):+.2f} %"]
         for name, (published, ours) in a1_counts().items()

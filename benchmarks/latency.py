@@ -52,7 +52,7 @@ class Options:
 
     Args:
         checkpoint: a policy; by default the demo's, with random weights and a random rater.
-        compute: compute policies of the checkpoint to time beside the others, by the names of ``vlaflow eval``.
+        compute: compute policies of the checkpoint to time next to the others, by the names of ``vlaflow eval``.
         dataset: where real observations come from, which early exits need; random pixels by default.
         only: leave out the ways that recompute the prefix and those that refine.
         set: changes to that default's config, e.g. backbone.width=384 backbone.heads=12.

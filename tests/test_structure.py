@@ -104,6 +104,49 @@ def at_the_top(module):
         queue.extend(ast.iter_child_nodes(node))
 
 
+def outside_type_checking(module):
+    """Every statement and expression but those for the type checker only; imports inside functions count."""
+    queue = [module]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            queue.extend(node.orelse)
+            continue
+        yield node
+        queue.extend(ast.iter_child_nodes(node))
+
+
+def imports_between(sources):
+    """By module, the modules among ``sources`` that it imports; a package's own file stands for what it defines itself."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sources}
+
+    def module_of(name):
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        name: {module_of(target) for node in outside_type_checking(tree(path)) for target in imported(node, path)} - {"", name}
+        for name, path in modules.items()
+    }
+
+
+def circles(graph):
+    """Groups of modules that import each other in a circle, whichever is imported first."""
+
+    def reached(start):
+        found, queue = set(), [start]
+        while queue:
+            new = graph[queue.pop()] - found
+            found |= new
+            queue.extend(new)
+        return found
+
+    beyond = {name: reached(name) for name in graph}
+    groups = {frozenset(other for other in beyond[name] if name in beyond[other]) for name in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
 def offences_of(paths, offence, nodes=ast.walk):
     """``file:line what`` for every node that ``offence(node, path)`` describes."""
     found = ((path, node, offence(node, path)) for path in paths for node in nodes(tree(path)))
@@ -125,6 +168,40 @@ def test_imports_point_down():
         return f"imports {wrong[0]}" if wrong else None
 
     assert not offences_of(SOURCES, offence)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Hidden inside functions a circle still ties its files together: none can be read, tested or moved alone."""
+    assert not circles(imports_between(SOURCES))
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b", "c"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, [["a", "b"]]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": {"d"}}, [["a", "b", "c"], ["d", "e"]]),
+    ],
+)
+def test_a_circle_of_any_length_is_found(graph, found):
+    assert circles(graph) == found
+
+
+def test_imports_of_every_form_are_seen(tmp_path, monkeypatch):
+    """Of a module, of a member, inside a function; not those for the type checker."""
+    text = {
+        "a": "import vlaflow.b",
+        "b": "from vlaflow.c import name",
+        "c": "def late():\n    from vlaflow import d",
+        "d": "if TYPE_CHECKING:\n    import vlaflow.a",
+    }
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "vlaflow").mkdir()
+    for name, source in text.items():
+        (tmp_path / f"vlaflow/{name}.py").write_text(source)
+    found = imports_between(sorted(tmp_path.rglob("*.py")))
+    assert found == {"vlaflow.a": {"vlaflow.b"}, "vlaflow.b": {"vlaflow.c"}, "vlaflow.c": {"vlaflow.d"}, "vlaflow.d": set()}
 
 
 @pytest.mark.parametrize(

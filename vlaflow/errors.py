@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend: one sentence that says what is wrong, where, and how to put it right.
+"""The errors a user can cause and fix: one sentence that says what is wrong, where, and how to put it right.
 
 The command line prints them without a traceback and exits with status 2. Anything else that is raised is a defect of
 vlaflow itself and keeps its traceback.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class VlaflowError(Exception):
-    """Base of every error that a user can mend."""
+    """Base of every error that a user can fix."""
 
 
 class SpecError(VlaflowError):

@@ -19,7 +19,7 @@ class Progress(Protocol):
     """What long work reports to."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """``steps`` more are done; ``note`` is shown beside them, e.g. a loss."""
+        """``steps`` more are done; ``note`` is shown next to them, e.g. a loss."""
 
 
 @contextmanager

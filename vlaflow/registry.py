@@ -53,7 +53,7 @@ OURS: dict[Group, dict[str, str]] = {
         "exit": "vlaflow.compute.calibration:EXIT",
         "budget": "vlaflow.compute.budget:BUDGET",
     },
-    "simulators": {"metaworld": "vlaflow.simulators.metaworld_tasks:SUITE"},
+    "simulators": {"metaworld": "vlaflow.simulators.metaworld_suite:SUITE"},
     "layouts": {
         "metaworld": "vlaflow.serving.observation_keys:METAWORLD",
         "libero": "vlaflow.serving.observation_keys:LIBERO",

@@ -164,7 +164,7 @@ class Chunk:
     Args:
         actions: (L, D) float32, robot units.
         confidence: (L,) in (0, 1), one per action, where a rater judged them; else None.
-        regenerated: (L,) bool, which actions were made anew after the first round; None without refinement.
+        regenerated: (L,) bool, which actions were regenerated after the first round; None without refinement.
         draft: (L, D), the first round's actions where refinement changed some; else None.
         layers: backbone layers run over the prefix.
         layer_passes: layers run in all, prefix and every solver step and the rater together.

@@ -274,7 +274,7 @@ def test_draws_share_one_prefix(backbone):
 
 @torch.no_grad()
 def test_company_changes_nothing(backbone):
-    """Padding beside a longer instruction leaves the actions' hidden states as they were alone."""
+    """Padding next to a longer instruction leaves the actions' hidden states as they were alone."""
     suffix_BTW = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(3))
     together_BTW = SharedStack(64)(suffix_BTW, backbone.run(backbone.embed(OBSERVED)))
     for i, one in enumerate(observations()):
@@ -444,7 +444,7 @@ def test_the_recipe_names_parts_that_exist(backbone):
         assert any(n.startswith(group.prefix) for n in names), group.prefix
 
 
-# -- what a user can mend ------------------------------------------------------------------------------------------------
+# -- what a user can fix ------------------------------------------------------------------------------------------------
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch, folder):

@@ -36,7 +36,7 @@ CASES = {
     "check a policy of the Hub": (["check", "policy", "owner/policy"], "hub"),
     "evaluate answers": (["eval-vqa", "CKPT", "--vqa", "QUESTIONS", "--out", "OUT/eval-vqa", "--part", "all"], WORKS),
     "serve": (["serve", "CKPT", "--port", "0"], "serve"),
-    "roll out": (["rollout", *ENV, "--out", "OUT/rollout"], "serve"),
+    "evaluate in real time": (["eval-realtime", *ENV, "--out", "OUT/rollout"], "serve"),
     "check an environment": (["check", "env", "metaworld/drawer-open-v3"], "metaworld"),
     "check a policy": (["check", "policy", "CKPT"], WORKS),
     "check data": (["data", "check", "DATA"], WORKS),

@@ -151,9 +151,9 @@ def test_given_actions_are_never_doubted():
 
 
 def test_refinement_of_tokens_needs_tokens():
-    with pytest.raises(CapabilityError, match="makes single tokens anew"):
+    with pytest.raises(CapabilityError, match="regenerates single tokens"):
         helpers.policy().act(SIX[0], RefineTokens())
-    with pytest.raises(CapabilityError, match="makes single tokens anew"):
+    with pytest.raises(CapabilityError, match="regenerates single tokens"):
         helpers.token_policy(AutoregressiveConfig).act(SIX[0], RefineTokens())
 
 

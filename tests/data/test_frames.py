@@ -229,7 +229,7 @@ def test_two_processes_build_one_cache(copy, tmp_path):
 
 
 def test_killed_builder_leaves_nothing_to_be_mistaken(copy, tmp_path):
-    """SIGKILL after two of five episodes: the next process builds everything anew and cleans up."""
+    """SIGKILL after two of five episodes: the next process rebuilds everything and cleans up."""
     builder = start(copy, tmp_path, "a", "die")
     release(tmp_path, "a")
     builder.communicate(timeout=60)

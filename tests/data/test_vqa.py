@@ -71,7 +71,7 @@ FAULTS = {
     r"1 image\(s\) and 0 <image>": record(turns=(("Open?", "yes"),)),
     r"2 image\(s\) and 1 <image>": record(image=["0.png", "1.png"]),
     r"0 image\(s\) and 1 <image>": record(image=None),
-    "asks nothing beside its images": record(turns=(("<image>\n", "yes"),)),
+    "asks nothing besides its images": record(turns=(("<image>\n", "yes"),)),
     "'conversations' must be a list": {"id": "1", "image": "0.png"},
     "turn 1 is an answer before its question": {"id": "1", "image": "0.png", "conversations": [GPT, HUMAN]},
     "turn 2 is from 'human'": {"id": "1", "image": "0.png", "conversations": [HUMAN, HUMAN]},

@@ -1,4 +1,4 @@
-"""Stock clients drive our server to a success in a simulator: what ``make test-clients`` runs, beside ``make test``.
+"""Stock clients drive our server to a success in a simulator: what ``make test-clients`` runs, apart from ``make test``.
 
     make test-clients CKPT=runs/demo/rated
 

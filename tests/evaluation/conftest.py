@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.evaluation.latents import root
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.data.stats import FeatureStats
 from vlaflow.decoders.flow import FlowConfig
@@ -12,6 +13,7 @@ from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.simulators.base import simulator_spec
 
+__all__ = ["root"]
 ENV = "metaworld/drawer-open-v3"
 
 

@@ -1,33 +1,11 @@
 """The measures of a latent action model in closed form, and the page that shows them."""
 
-import re
-
 import numpy as np
 import pytest
 
-from tests.data.toyset import FPS, without_actions, write_v3
-from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
-from vlaflow.cli import data as command
-from vlaflow.data.lerobot import Dataset
+from tests.evaluation.latents import saved
 from vlaflow.errors import SpecError
 from vlaflow.evaluation import latent_report
-from vlaflow.reports import latent_actions as latent_page
-
-SMALL = LatentConfig(image_size=28, patch=4, width=16, heads=2, ffn=32, spatial=1, temporal=1, decoder=1, code_dim=4, book=16)
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path / "cache"))
-    return write_v3(tmp_path / "toy")
-
-
-def saved(root, folder, held_out=0.3, own=True):
-    dataset = Dataset.open(root, video=True)
-    origin = Origin(dataset.fingerprint if own else "other", "image", FPS, 0.1, 2, held_out, 0)
-    model = LatentActionModel.create(SMALL, origin, 0).eval()
-    model.save_pretrained(folder)
-    return model, dataset
 
 
 def test_usage_of_evenly_used_entries():
@@ -36,7 +14,7 @@ def test_usage_of_evenly_used_entries():
     assert found.perplexity == pytest.approx(4)
     assert (found.used, found.distinct, found.pairs) == (4, 4, 4)
     assert np.allclose(found.share_V, [0.25] * 4 + [0] * 4)
-    assert np.allclose(latent_page.place_perplexity(found), [4, 4])
+    assert np.allclose(found.place_perplexity, [4, 4])
 
 
 def test_a_line_is_explained_and_noise_is_not():
@@ -58,16 +36,6 @@ def test_of_a_dimension_that_stands_still_nothing_is_told():
         assert found == pytest.approx([1, np.nan], abs=1e-3, nan_ok=True)
         y[:, 1] += rng.normal(size=400)  # it moved in training
         assert np.isnan(latent_report.explained(x, y, new_x, new_y)[1])
-
-
-def test_the_page_averages_over_dimensions_that_move(root, tmp_path, capsys, monkeypatch):
-    saved(root, tmp_path / "m")
-    told = {name: np.array([0.5, np.nan, 0.25]) for name in ("codes", "vectors", "task", "chance")}
-    monkeypatch.setattr(latent_report, "probes", lambda *given: told)
-    out = tmp_path / "page.html"
-    assert command.main(["latent-report", str(tmp_path / "m"), "--dataset", str(root), "--out", str(out)]) == 0
-    assert "<td>0.50</td><td></td><td>0.25</td><td>0.38</td>" in out.read_text()
-    assert "0.38 of the actions' variance" in "".join(capsys.readouterr().out)
 
 
 def test_a_model_that_ignores_its_codes_does_as_well_with_other_ones(root, tmp_path):
@@ -95,41 +63,3 @@ def test_data_of_which_nothing_was_held_out_is_refused_unless_it_is_new(root, tm
     with pytest.raises(SpecError, match="training held out no episode"):
         latent_report.look(*saved(root, tmp_path / "m", held_out=0.0))
     assert latent_report.look(*saved(root, tmp_path / "n", held_out=0.0, own=False))
-
-
-def test_the_page_shows_every_pair_and_every_transfer(root, tmp_path, capsys):
-    saved(root, tmp_path / "m")
-    out = tmp_path / "pages/page.html"
-    assert command.main(["latent-report", str(tmp_path / "m"), "--dataset", str(root), "--out", str(out)]) == 0
-    page = out.read_text()
-    rows = latent_page.ROWS
-    assert len(re.findall(r'<img alt="" src="data:image/png;base64,', page)) == 5 * rows + rows * (rows + 1)
-    for part in (
-        "of 16",
-        "perplexity",
-        "The same codes on other first frames",
-        "other pairs' codes",
-        "dx",
-        "Perplexity by place",
-    ):
-        assert part in page
-    assert "http" not in page.replace("http://www.w3.org", "")
-    said = capsys.readouterr().out
-    assert re.search(r"\d+ of 16 entries used, perplexity [\d.]+; the codes bring back", said)
-    assert "of the actions' variance" in said
-
-
-def test_without_actions_the_page_leaves_out_what_they_would_tell(root, tmp_path, capsys):
-    without_actions(root)
-    saved(root, tmp_path / "m")
-    out = tmp_path / "page.html"
-    assert command.main(["latent-report", str(tmp_path / "m"), "--dataset", str(root), "--out", str(out)]) == 0
-    assert "Do the codes tell the actions" not in out.read_text()
-    assert "variance" not in capsys.readouterr().out
-
-
-def test_a_change_is_grey_where_there_is_none():
-    image = np.full((2, 2, 3), 90, np.uint8)
-    assert (latent_page.difference(image, image) == 128).all()
-    assert (latent_page.difference(image + 20, image) > 128).all()
-    assert (latent_page.difference(image - 90, image + 160) == 0).all()

@@ -238,7 +238,7 @@ class Sometimes(Forward):
         (Sometimes(), None),
         (Sometimes(fails=2), None),
         (Sometimes(fails=3), "busy"),
-        (Sometimes(becomes={**METADATA, "fingerprint": "other"}), "started anew with another policy"),
+        (Sometimes(becomes={**METADATA, "fingerprint": "other"}), "restarted with another policy"),
     ],
 )
 def test_a_failed_episode_is_begun_again_and_one_of_another_policy_counts_for_nothing(client, sentence, monkeypatch):

@@ -50,7 +50,7 @@ def test_accuracies_by_kind_in_closed_form():
         said("one", "one on", "count", "How many?", ended=False, blind="one"),
     ]
     state, number, everything = count(answered)
-    assert (state.question_kind, state.questions, state.right, state.commonest, state.blind, state.unended) == (
+    assert (state.question_kind, state.questions, state.right, state.majority, state.blind, state.unended) == (
         "state",
         8,
         6,
@@ -58,9 +58,9 @@ def test_accuracies_by_kind_in_closed_form():
         2,
         0,
     )
-    assert (number.question_kind, number.questions, number.right, number.commonest, number.blind) == ("count", 4, 3, 3, 4)
+    assert (number.question_kind, number.questions, number.right, number.majority, number.blind) == ("count", 4, 3, 3, 4)
     assert number.unended == 1
-    assert (everything.question_kind, everything.questions, everything.right, everything.commonest) == ("all", 12, 9, 9)
+    assert (everything.question_kind, everything.questions, everything.right, everything.majority) == ("all", 12, 9, 9)
     interval = wilson(9, 12)
     assert everything.interval == (interval.low, interval.high)
     assert everything.difference == pytest.approx((9 - 6) / 12)
@@ -70,7 +70,7 @@ def test_accuracies_by_kind_in_closed_form():
 
 def test_the_commonest_answer_is_that_of_the_wording_and_not_of_the_kind():
     answered = [said("open", "", question="A?"), said("open", "", question="A?"), said("closed", "", question="B?")]
-    assert count(answered)[-1].commonest == 3
+    assert count(answered)[-1].majority == 3
 
 
 def test_images_are_exchanged_within_a_wording_and_never_for_the_same():
@@ -111,7 +111,7 @@ def test_a_policy_that_sees_is_told_from_one_that_does_not(asked, monkeypatch):
     monkeypatch.setattr(policy, "reply", reply)
     ticks = []
     seeing = count(ask(policy, source, AnswerConfig(batch_size=5), lambda done, total: ticks.append((done, total))))[-1]
-    assert (seeing.questions, seeing.right, seeing.commonest) == (16, 16, 8)
+    assert (seeing.questions, seeing.right, seeing.majority) == (16, 16, 8)
     partners = exchange(list(opened.questions), 0)
     assert shown[16:] == [shown[j] for j in partners]
     assert seeing.blind == sum(i % 2 == j % 2 for i, j in enumerate(partners))

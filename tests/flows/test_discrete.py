@@ -87,18 +87,6 @@ def test_velocity_satisfies_the_kolmogorov_forward_equation(distance_VV, clock, 
     torch.testing.assert_close(flow_V, slope_V, atol=1e-4, rtol=1e-3)
 
 
-@given(clock=st.floats(0.1, 0.95), target=st.integers(0, 4))
-def test_the_mixture_velocity_satisfies_it_too(clock, target):
-    token = torch.arange(5)[:, None]
-    when = torch.full(token.shape, clock, dtype=torch.float64)
-    rate_VV = discrete.mixture_velocity(token, torch.full_like(token, target), 5, when)[:, 0]
-    matrix = rate_VV - torch.diag(rate_VV.sum(1))
-    p_V = discrete.mixture_path(torch.tensor([[target]]), 5, when[:1])[0, 0]
-    slope_V = torch.full((5,), -0.2, dtype=torch.float64)
-    slope_V[target] += 1
-    torch.testing.assert_close(p_V @ matrix, slope_V)
-
-
 @every_metric
 @pytest.mark.parametrize("rule", ["linear", "exponential"])
 def test_simulated_marginals_agree_with_the_path(distance_VV, rule):

@@ -29,7 +29,7 @@ def test_exact_velocity_reaches_the_action_in_any_number_of_steps(steps, seed):
 @settings(deadline=None, max_examples=40)
 @given(seed=seeds)
 def test_clean_tokens_pass_interpolation_and_steps_unchanged_to_the_bit(seed):
-    """Committed actions must come back as they went in, even −0.0 and beside a velocity that is not a number."""
+    """Committed actions must come back as they went in, even −0.0 and next to a velocity that is not a number."""
     action, noise = draw(seed, 3, 6, 2), draw(seed + 1, 3, 6, 2)
     action[0, 0] = -0.0
     mask = (torch.rand(3, 6, generator=torch.Generator().manual_seed(seed)) < 0.5).float()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.cost_model.shapes_of import flow_decoder
 from tests import helpers
 from tests.backbones.test_qwen2_5_vl import write_model
 from tests.data.toyset import FPS, LENGTHS, write_v3
@@ -16,7 +17,6 @@ from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.refine import BelowThreshold, Refine
-from vlaflow.compute.shapes_of import flow_decoder
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.exits import ExitTraining
@@ -47,15 +47,20 @@ def model(view="image", seed=0):
     return LatentActionModel.create(SMALL, Origin("", view, FPS, GAP / FPS, GAP), seed).eval()
 
 
+def known(codes):
+    """Rows that begin a pair, bool (N,)."""
+    return codes.id_NK[:, 0] >= 0
+
+
 def test_a_data_sets_codes_are_the_models_and_unknown_where_no_pair_begins(dataset, capsys):
     made = model()
     codes = dataset_codes(made, dataset)
     assert codes.id_NK.shape == (sum(LENGTHS), SMALL.codes)
-    assert codes.known_N.sum() == sum(max(length - GAP, 0) for length in LENGTHS)
-    assert (codes.id_NK[~codes.known_N] == -1).all()
+    assert known(codes).sum() == sum(max(length - GAP, 0) for length in LENGTHS)
+    assert (codes.id_NK[~known(codes)] == -1).all()
     pairs = model_pairs(made, dataset)
     wanted = made.codes(*pairs.frames(np.arange(len(pairs)))).numpy()
-    assert np.array_equal(codes.id_NK[codes.known_N], wanted)
+    assert np.array_equal(codes.id_NK[known(codes)], wanted)
     assert (codes.gap, codes.short) == (GAP, (1, 4))
     assert "2 of 5 episodes are not longer than the gap" in capsys.readouterr().err
 
@@ -73,7 +78,7 @@ def test_codes_are_computed_once_per_model(dataset, monkeypatch):
 
 
 def test_another_view_is_another_question(dataset):
-    assert dataset_codes(model("corner"), dataset).known_N.any()
+    assert known(dataset_codes(model("corner"), dataset)).any()
     assert not np.array_equal(dataset_codes(model(), dataset, view="corner").id_NK, dataset_codes(model(), dataset).id_NK)
     with pytest.raises(DataError, match="no view 'wrist'"):
         dataset_codes(model("wrist"), dataset)

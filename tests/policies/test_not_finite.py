@@ -176,7 +176,7 @@ def test_a_latent_action_model_that_is_not_finite_is_refused(tmp_path):
 @pytest.mark.parametrize("value", [nan, inf])
 def test_a_calibration_with_a_threshold_that_is_not_finite_is_refused(tmp_path, value):
     """NaN would never leave early and an infinite one always, whatever was measured."""
-    target = RiskTarget(0.1, 0.1, 0.05, "max")
+    target = RiskTarget(0.1, 0.1, 0.05, "max_abs")
     seen = Seen(9, (0.5, 0.5), 2.0, 3.0, 3.0, 0.1, 0.2, 0.2, 0.0)
     made = Calibration("c", "d", ExitPlan((1, 2)), (0.5,), target, 9, seen, "vlaflow calibrate", {})
     made.save(tmp_path / "good.json")

@@ -1,11 +1,14 @@
 """The page needs nothing but itself, and holds every number."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from tests.reports import synthetic
-from vlaflow.reports.evaluation import percent, write_report
+from vlaflow.evaluation import results
+from vlaflow.reports.evaluation import write_report
+from vlaflow.reports.words import percent
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +68,40 @@ def test_videos_play_and_carry_what_they_show(page):
 
 
 def test_an_evaluation_without_videos_logs_and_language_still_reports(tmp_path):
-    from dataclasses import replace
-
-    from vlaflow.evaluation import results
-
     made = replace(synthetic.results(), language=(), minutes=results.Minutes(evaluate=1.0).summed(), commands=())
     results.write(made, tmp_path / "results.json")
     page = write_report(tmp_path).read_text()
     assert "<video" not in page
     assert 'id="language"' not in page
     assert made.command in page
+
+
+def test_the_page_opens_with_a_video_the_success_rate_and_the_latency(page):
+    """What people come for comes before the first heading, whatever else is measured."""
+    opening = page[page.index("<body>") : page.index("<h2")]
+    overall, latency = synthetic.results().overall[0], synthetic.results().latency[0]
+    assert opening.count("<video") == 1
+    assert "success at step" in opening
+    assert f"{100 * overall.successes / overall.episodes:.1f} %" in opening
+    assert percent(overall.interval) in opening
+    assert f"{latency.total.p50:.1f} ms" in opening
+
+
+def test_tests_with_nothing_to_tell_are_folded_and_those_with_something_are_open(tmp_path):
+    made = synthetic.results()
+    quiet = tuple(replace(test, p_value=0.5) for test in made.paired)
+    for paired, opened, said in (
+        (quiet, False, "12 paired tests: none with p below 0.05"),
+        ((replace(quiet[0], p_value=0.01), *quiet[1:]), True, "12 paired tests: 1 with p below 0.05"),
+    ):
+        results.write(replace(made, paired=paired), tmp_path / "results.json")
+        written = write_report(tmp_path).read_text()
+        assert said in written
+        assert f"<details{' open' * opened}><summary>{said}" in written
+        assert written.count("<td>0.5</td>") == sum(test.p_value == 0.5 for test in paired), "folded, not left out"
+
+
+def test_the_same_results_give_the_same_page(tmp_path):
+    """No counter and no time finds its way into the page."""
+    synthetic.write(tmp_path)
+    assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()

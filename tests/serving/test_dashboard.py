@@ -270,7 +270,7 @@ def test_the_browser_shows_a_curve_per_dimension_with_unit_and_confidence(shown)
     page = shown[2]
     names = page.run("[...document.querySelectorAll('#curves svg title')].map(t => t.textContent)")
     assert names == ["d0, m", "d1, m", "d2, m", "d3, m", "confidence, 0 to 1"]
-    assert page.run("document.querySelectorAll('#curves circle.anew').length") == 24
+    assert page.run("document.querySelectorAll('#curves circle.again').length") == 24
     assert page.run("document.querySelectorAll('#table tr').length") == 7
     assert page.run("[...document.querySelectorAll('figure img')].every(i => i.complete && i.naturalWidth == 16)")
     assert "requests/s" in page.run("document.getElementById('numbers').innerText")
@@ -314,7 +314,7 @@ CONTRAST = """(() => {
   const card = light(getComputedStyle(document.querySelector('section')).backgroundColor);
   const of = (q, p) => light(getComputedStyle(document.querySelector(q))[p]);
   return [ratio(card, of('h2', 'color')), ratio(card, of('.quiet', 'color')), ratio(card, of('svg text', 'fill')),
-    ratio(card, of('svg .line', 'stroke')), ratio(card, of('svg .anew', 'stroke'))];
+    ratio(card, of('svg .line', 'stroke')), ratio(card, of('svg .again', 'stroke'))];
 })()"""
 
 

@@ -5,16 +5,16 @@ import numpy as np
 from vlaflow.simulators.base import make
 
 
-def recorded(env, beside=None):
+def recorded(env, twin=None):
     env.restart(1000)
     frames = [env.render()]
-    if beside:
-        beside.restart(1001)
+    if twin:
+        twin.restart(1001)
     for action in np.random.default_rng(0).uniform(-1, 1, (4, 4)).astype(np.float32):
         env.advance(action)
-        if beside:
-            beside.advance(action)
-            beside.render()
+        if twin:
+            twin.advance(action)
+            twin.render()
         frames.append(env.render())
     return np.stack(frames)
 

@@ -116,7 +116,7 @@ def centre(env, bodies):
     ],
 )
 def test_things_are_in_the_image_where_the_facts_say(envs, task, thing, bodies, within, seed):
-    """Reset places them anew with each seed."""
+    """Reset places them again with each seed."""
     env = envs[task]
     env.restart(seed)
     facts = facts_of(env)

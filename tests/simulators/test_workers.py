@@ -31,14 +31,14 @@ def test_no_jobs_need_no_workers():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_error_of_a_job_keeps_its_kind_and_names_the_job(workers):
-    """A user can mend it, so it must arrive as what it is."""
+    """A user can fix it, so it must arrive as what it is."""
     with pytest.raises(DataError, match=r"Three is not a number I like\. \(in job '3'\)"):
         run_jobs(jobs.refuse_three, [1, 2, 3, 4], workers)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_defect_in_a_job_keeps_its_traceback(workers):
-    """Anything that is not a VlaflowError is ours to mend, and needs the line."""
+    """Anything that is not a VlaflowError is ours to fix, and needs the line."""
     with pytest.raises(JobError, match="job '0' failed with ZeroDivisionError") as caught:
         run_jobs(jobs.divide_by_zero, [1, 0], workers)
     assert "return 1 // job" in str(caught.value.__cause__)

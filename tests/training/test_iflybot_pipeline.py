@@ -1,4 +1,4 @@
-"""iFlyBot-VLA's stages as one command: interrupted, continued, started anew, asked questions, and refused."""
+"""iFlyBot-VLA's stages as one command: interrupted, continued, restarted, asked questions, and refused."""
 
 import json
 import os

@@ -227,7 +227,7 @@ def test_a_kill_while_the_last_policy_moves_into_place_loses_nothing(tmp_path, m
 
 
 def publish(out, step):
-    """A checkpoint whose policy keeps a folder beside its files, as those with a tokenizer do."""
+    """A checkpoint whose policy keeps a folder next to its files, as those with a tokenizer do."""
 
     def save_policy(folder):
         (folder / "processor").mkdir(parents=True)

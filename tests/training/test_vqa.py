@@ -1,4 +1,4 @@
-"""Learning to answer beside learning to act: which step is what, what it touches, and that a run continues to the bit."""
+"""VQA co-training: which step is what, what it touches, and that a run continues to the bit."""
 
 import json
 from dataclasses import replace

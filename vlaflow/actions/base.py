@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
 
     @property
     def local(self) -> bool:
-        """Whether slot s belongs to action s // D alone, so that single actions can be given or made anew."""
+        """Whether slot s belongs to action s // D alone, so that single actions can be given or regenerated."""
 
     @property
     def ordered(self) -> bool:

@@ -130,7 +130,7 @@ class BinsTokenizer:
 def _quantile_edges(value_N: np.ndarray, bins: int) -> np.ndarray:
     """Edges halfway between neighbouring values, where the counts come closest to equal shares.
 
-    A value that much of the data has is never cut off from its bin: an edge lies beside it, and a share that it swallows
+    A value that much of the data has is never cut off from its bin: an edge lies next to it, and a share that it swallows
     leaves a bin empty.
     """
     value_U, count_U = np.unique(value_N, return_counts=True)

@@ -4,7 +4,7 @@ In training a vector is not replaced by its nearest entry but by itself plus noi
 sees what quantisation costs, the encoder's gradient passes through the sum, and the entry gets one through that length: it
 moves towards its vectors where a smaller error helps. No action prefix loss, no codebook loss, no straight-through estimate.
 
-An entry that nothing is near gets no gradient and would stay unused for ever, so rarely used entries are moved beside much
+An entry that nothing is near gets no gradient and would stay unused for ever, so rarely used entries are moved next to much
 used ones from time to time. Uses are counted over all processes and the draws are the same in each: the book stays one book.
 
 Shape letters: B batch, K codes of a pair, V entries of the book, E dimension of an entry.

@@ -118,7 +118,7 @@ class Prefix:
         next_position_B: position of the first suffix token, for backbones that count positions.
         state_BS: the normalised proprioceptive state, for stacks that read it themselves.
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
-        embedded_BPW: the tokens before the first layer, for whoever runs them once more; None until one has run.
+        embedded_BPW: the tokens before the first layer, for running them once more; None until one has run.
         written: tokens that a decoder has had the backbone write after the observation; later ones take positions after them.
     """
 
@@ -252,7 +252,7 @@ class Backbone(nn.Module, ABC):
 
         Returns:
             States (B, T, W) after each depth and the final norm, in the suffix's number format; and the suffix's own keys and
-            values in every layer, for whoever reads them next.
+            values in every layer, for later tokens that read them.
         """
         found, written = [], []
         hidden_BTW, rotary = self.place(suffix_BTW, prefix)
@@ -268,7 +268,7 @@ class Backbone(nn.Module, ABC):
         raise CapabilityError(f"{type(self).__name__} has no language-model head; use a backbone that has one.")
 
     def save_files(self, folder: Path) -> None:
-        """Write what the network needs beside its weights (a tokenizer, say) into a checkpoint folder; nothing by default."""
+        """Write what the network needs besides its weights (a tokenizer, say) into a checkpoint folder; nothing by default."""
 
     def load_files(self, folder: Path) -> None:
         """Read what ``save_files`` wrote."""

@@ -62,7 +62,7 @@ def transformers_library(name: str) -> ModuleType:
 
 
 def open_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
-    """``kind.from_pretrained``; what a user can mend becomes one sentence."""
+    """``kind.from_pretrained``; what a user can fix becomes one sentence."""
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure when a multi-exit checkpoint may answer early, and write CKPT/calibration/NAME.json with plots beside it.
+    """Measure when a multi-exit checkpoint may answer early, and write CKPT/calibration/NAME.json with plots next to it.
 
     Example: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --budget 0.4
 

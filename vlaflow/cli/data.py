@@ -21,7 +21,7 @@ class Check:
 
     Example: vlaflow data check runs/demo/dataset
 
-    Exit status 0 when sound, 1 when something must be mended, 2 when it is no data set at all.
+    Exit status 0 when sound, 1 when something must be fixed, 2 when it is no data set at all.
 
     Args:
         directory: a LeRobot data set, v3.0 or v2.1 (the folder that holds meta/).

@@ -29,13 +29,13 @@ class Eval:
         checkpoint: folder, or Hugging Face repository id.
         env: suite/task, or a group such as metaworld/easy; repeat the option for more.
         compute: dense, dense:2 (solver steps), dense:2@3 (steps @ layers), refine (what is rated below ``threshold`` is made
-            anew), refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint),
+            is regenerated), refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint),
             refine+exit:NAME, or budget:MS; repeat the option for more. Dense alone when none is named.
         episodes: per environment and compute policy.
         out: folder for results.json, report.html and videos.
         n_action_steps: actions executed per chunk; the checkpoint's own number by default.
         steps: solver steps per round.
-        threshold: confidence below which refine makes an action anew.
+        threshold: confidence below which refine regenerates an action.
         any_training: refine a checkpoint that was not trained for it too, to see what becomes of it.
         max_steps: steps after which an episode is cut off; the suite's own by default.
         render: image quality; use the one the policy was trained with.
@@ -117,7 +117,7 @@ def table(results: Results) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from vlaflow.reports.plots import short
+    from vlaflow.reports.words import middle, percent, short
 
     first = results.evaluations[0]
     grid = Table(
@@ -151,17 +151,6 @@ def table(results: Results) -> RenderableType:
             rate = f"{overall.successes}/{overall.episodes}"
             grid.add_row("all", overall.compute, rate, percent(overall.interval))
     return Group(grid, *(sentence(test) for test in results.paired if test.env == "all"))
-
-
-def percent(interval: tuple[float, float]) -> str:
-    """As in 84 to 100 %."""
-    return f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %"
-
-
-def middle(steps: tuple[int | None, ...]) -> str:
-    """The median over the successes."""
-    known = sorted(s for s in steps if s is not None)
-    return f"{known[len(known) // 2]}" if known else "none"
 
 
 def sentence(test: PairedTest) -> str:

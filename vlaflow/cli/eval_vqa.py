@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalVqa:
-    """Count right answers by kind of question, beside always the commonest answer and answers without the right image.
+    """Count right answers by kind of question, next to the majority-class baseline and answers without the right image.
 
     Example: vlaflow eval-vqa runs/co/policy --vqa runs/qa --out runs/co/answers
 
@@ -85,14 +85,14 @@ def table(results: AnswerResults) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    grid = Table("kind", "right", "95 % interval", "commonest", "blind", "p", box=box.SIMPLE, padding=0)
+    grid = Table("kind", "right", "95 % interval", "majority", "blind", "p", box=box.SIMPLE, padding=0)
     for entry in results.kinds:
         low, high = (100 * side for side in entry.interval)
         grid.add_row(
             entry.question_kind,
             f"{entry.right}/{entry.questions}",
             f"{low:.0f} to {high:.0f} %",
-            f"{entry.commonest}",
+            f"{entry.majority}",
             "" if entry.blind is None else f"{entry.blind}",
             "" if entry.p_value is None else f"{entry.p_value:.2g}",
             end_section=entry is results.kinds[-2] if len(results.kinds) > 1 else False,

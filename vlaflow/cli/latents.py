@@ -17,7 +17,7 @@ def latent_report(arguments: LatentReport) -> int:
 
     from vlaflow.actions.latent import LatentActionModel
     from vlaflow.data.lerobot import Dataset
-    from vlaflow.evaluation.latent_report import look, pixels, probes, usage
+    from vlaflow.evaluation.latent_report import examples, look, pixels, probes, usage
     from vlaflow.io import require_writable
     from vlaflow.reports import latent_actions as page
     from vlaflow.versions import command_line, versions
@@ -37,6 +37,7 @@ def latent_report(arguments: LatentReport) -> int:
         usage(held.id_MK, book),
         pixels(model, held),
         probes(train, held, book, len(dataset.tasks)),
+        examples(model, held),
         dataset.dimension_names("action"),
         {
             "model": f"{a.model}, fingerprint {model.fingerprint()}",
@@ -56,6 +57,6 @@ def latent_report(arguments: LatentReport) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    written = page.write_page(model, held, found, f"Latent actions on {dataset.root.name}", a.out)
+    written = page.write_page(found, f"Latent actions on {dataset.root.name}", a.out)
     console.print(f"Written: {written}", soft_wrap=True)
     return 0

@@ -3,7 +3,7 @@
 A command is a module here with ``main(argv: list[str]) -> int`` that returns an exit status and reads its arguments with
 tyro. Nothing heavy may be imported above: ``vlaflow --help`` answers at once.
 
-Exit status: 0 done, 1 the command found something wrong (a failed check), 2 something the user can mend,
+Exit status: 0 done, 1 the command found something wrong (a failed check), 2 something the user can fix,
 130 interrupted.
 """
 

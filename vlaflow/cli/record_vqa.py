@@ -13,8 +13,8 @@ class RecordVqa:
 
     Example: vlaflow record-vqa --env metaworld/drawer-open-v3 --env metaworld/window-close-v3 --episodes 50 --out runs/qa
 
-    Answers come from the simulator's state and are balanced, so always saying the commonest one is no better than chance. The
-    same arguments give the same bytes with any number of workers.
+    Answers come from the simulator's state and are balanced, so always giving the most frequent one is no better than
+    chance. The same arguments give the same bytes with any number of workers.
 
     Args:
         env: suite/task, or a group; repeat the option for more.

@@ -46,7 +46,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
 
     from vlaflow.actions.io import load_tokenizer
     from vlaflow.data.lerobot import Dataset
-    from vlaflow.evaluation.tokenizer_report import describe, fit, material, quality, standard_fits
+    from vlaflow.evaluation.tokenizer_report import describe, examples, fit, material, quality, standard_fits
     from vlaflow.io import require_writable
     from vlaflow.progress import progress
     from vlaflow.reports import tokenizers as page
@@ -80,8 +80,8 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     console.print(page.READING, soft_wrap=True)
     if a.policy is not None:
         console.print(_own_metric(a.policy, dataset), soft_wrap=True)
-    measured, labels = list(zip(found, made, strict=True)), dataset.dimension_names("action")
-    written = page.write_page(measured, chunks, labels, f"Action tokenizers on {dataset.root.name}", a.out)
+    shown = examples(made, chunks, dataset.dimension_names("action"))
+    written = page.write_page(found, shown, f"Action tokenizers on {dataset.root.name}", a.out)
     console.print(f"Written: {written}", soft_wrap=True)
     return 0
 

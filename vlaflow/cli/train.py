@@ -31,7 +31,7 @@ class Arguments:
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
     """Trained policy to continue, for the recipes of raters and of later stages."""
     vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Question set to learn to answer beside, for backbones with a language-model head; --set vqa.share=0.5."""
+    """VQA data set for co-training, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Action tokenizer of vlaflow data fit-tokenizer, for decoders of tokens; by default one is fitted."""
     latent: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -45,7 +45,7 @@ class Arguments:
     tracker: Literal["auto", "tensorboard", "wandb", "trackio", "none"] = "auto"
     """Where the log goes besides training/log.jsonl; auto is TensorBoard where it is installed."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Start anew; an old checkpoint in --out is moved aside."""
+    """Start over; an old checkpoint in --out is moved aside."""
 
 
 def main(argv: list[str]) -> int:

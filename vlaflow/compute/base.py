@@ -21,7 +21,7 @@ from vlaflow.errors import CapabilityError
 
 _WITHOUT = {
     Capability.TOKEN_CONDITIONING: (
-        "{compute} makes single tokens anew, which a {decoder} cannot. Use a discrete flow or masked diffusion."
+        "{compute} regenerates single tokens, which a {decoder} cannot. Use a discrete flow or masked diffusion."
     ),
     Capability.REGENERATION: (
         "{compute} regenerates parts of a chunk, which this checkpoint was not trained for. Train a flow decoder with "
@@ -125,12 +125,12 @@ class Decoded:
 
     Args:
         action_BLD: float32, normalised.
-        groups: the observations as deep as they were encoded, for whoever continues.
+        groups: the observations as deep as they were encoded, for what continues.
         layers: depth each chunk was made at, B of them.
         nfe: decoder evaluations, B.
         layer_passes: network layers run over prefix, solver steps and rater, B.
         confidence_BL: the rater's, where one was asked.
-        regenerated_BL: bool, actions made anew.
+        regenerated_BL: bool, actions regenerated.
         draft_BLD: the chunk before refinement.
         tokens: what a decoder of tokens knows of its chunks.
     """

@@ -3,11 +3,11 @@
 dense            all layers, all solver steps
 dense:2          2 solver steps
 dense:2@3        … through the first 3 layers
-refine           the dense chunk, and what its rater doubts made anew
+refine           the dense chunk, and what its rater doubts regenerated
 refine-random    the same with random doubts
 two-stage:14+2   14 stochastic steps and 2 deterministic ones, for discrete flows
 two-stage:14+2/0.3  … whose prefix is run again when 30 % of the tokens have changed (0: at every step, no cache)
-refine-tokens    the dense chunk of a decoder of tokens, and the tokens below the threshold made anew
+refine-tokens    the dense chunk of a decoder of tokens, and the tokens below the threshold regenerated
 exit:NAME        early exit by the calibration CKPT/calibration/NAME.json
 refine+exit:NAME refinement of that
 budget:20        whatever fits 20 ms on this machine (vlaflow bench latency CKPT comes first)

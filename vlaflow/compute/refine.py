@@ -1,4 +1,4 @@
-"""Make a chunk, doubt parts of it, make those anew with the rest as context: AsyncVLA's asynchronous flow matching.
+"""Make a chunk, doubt parts of it, regenerate those with the rest as context: AsyncVLA's asynchronous flow matching.
 
 The prefix is never encoded again. When nothing is doubted, nothing more is computed.
 """
@@ -47,7 +47,7 @@ class Refine(ComputePolicy):
     """One round of regeneration after any other compute policy.
 
     Args:
-        doubt: which actions to make anew.
+        doubt: which actions to regenerate.
         steps: solver steps of the second round.
         inner: makes the first chunk.
         any_training: also run on a checkpoint that never saw mixed clocks, to measure what becomes of it (claim C2 of the
@@ -131,7 +131,7 @@ class Refine(ComputePolicy):
     def _doubted(
         self, model: Model, prefix: Prefix, generators: Sequence[Generator], draft_BLD: Tensor, watch: Stopwatch
     ) -> tuple[Tensor, Tensor | None]:
-        """Which actions to make anew, bool (B, L), and the rater's confidence where it was asked."""
+        """Which actions to regenerate, bool (B, L), and the rater's confidence where it was asked."""
         if isinstance(self.doubt, AtRandom):
             draws = [torch.rand(draft_BLD.shape[1], generator=g) < self.doubt.probability for g in generators]
             return torch.stack(draws).to(draft_BLD.device), None

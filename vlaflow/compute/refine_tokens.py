@@ -1,4 +1,4 @@
-"""Refinement in token space: tokens that are doubted get clock 1 again and are made anew with the others as context.
+"""Refinement in token space: tokens that are doubted get clock 1 again and are regenerated with the others as context.
 
 Doubt is the network's own (a low probability) or a rater's, whose verdict on an action holds for the action's tokens.
 
@@ -77,7 +77,7 @@ class RefineTokens(ComputePolicy):
         first = self.inner.decode(model, prefix, generators, watch, conditioning)
         decoder, tokenizer = model.decoder, model.decoder.tokenizer
         if first.tokens is None or tokenizer is None:
-            raise CapabilityError(f"{self.inner.name} reports no tokens, so there are none to make anew.")
+            raise CapabilityError(f"{self.inner.name} reports no tokens, so there are none to regenerate.")
         action_BLD, parts, groups = first.action_BLD.clone(), [], []
         layers, passes = list(first.layers), list(first.layer_passes)
         confidence_BL = first.confidence_BL
@@ -154,7 +154,7 @@ class RefineTokens(ComputePolicy):
         action_RLD: Tensor,
         watch: Stopwatch,
     ) -> tuple[Tensor, Tensor | None]:
-        """Which tokens to make anew, bool (R, S), and the rater's confidence where it was asked."""
+        """Which tokens to regenerate, bool (R, S), and the rater's confidence where it was asked."""
         if isinstance(self.doubt, Improbable):
             return tokens.probability_BS < self.doubt.threshold, None
         if model.rater is None or not tokenizer.local:

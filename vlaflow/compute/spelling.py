@@ -24,7 +24,7 @@ class Knobs:
 
     Args:
         steps: solver steps per round.
-        threshold: confidence below which "refine" makes an action anew.
+        threshold: confidence below which "refine" regenerates an action.
         any_training: see ``Refine``.
         device, threads: what is computed with, for budgets.
     """

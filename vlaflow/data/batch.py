@@ -66,8 +66,8 @@ class ObservationBatch:
 class Executed:
     """What the robot was given while other actions were noted as those to be learned.
 
-    Where the two are far apart, the robot intervened from what it should have done. Actions noted after that answer to a
-    place that the observation did not foretell: they are to be learned only by whoever is told what was executed until then.
+    Where the two are far apart, something intervened. Actions labelled after that belong to a state that the observation
+    could not predict, so only a network that is given the actions executed until then learns them.
 
     Args:
         action_BLD: float32, what was executed.

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a data set, looked for in one pass: each row, each frame, each file.
 
 ``Dataset`` itself refuses damage where it meets it; here the search goes on to the next episode, so that one run lists
-all that has to be mended.
+all that has to be fixed.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class FrameCache:
 
 
 def build_once(root: Path, name: str, nbytes: int, build: Callable[[Path], None]) -> Path:
-    """A folder of derived data beside its origin, built where there is none; complete or absent, whoever else wants it.
+    """A folder of derived data next to its origin, built where there is none; complete or absent, for any number of processes.
 
     Args:
         root: the data set's folder; the result lies in its ``.cache``, or in ``$VLAFLOW_CACHE``.

@@ -145,7 +145,7 @@ def pair_table(
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Numbers of every pair, computed once and kept beside the frame cache.
+    """Numbers of every pair, computed once and kept next to the frame cache.
 
     Args:
         pairs: of all episodes, as a rule.

@@ -217,7 +217,7 @@ def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
         shown += asked.count(MARK)
         words = " ".join(asked.replace(MARK, " ").split())
         if not words:
-            raise DataError(f"{where}: turn {2 * turn - 1} asks nothing beside its images. Put the question into words.")
+            raise DataError(f"{where}: turn {2 * turn - 1} asks nothing besides its images. Put the question into words.")
         question = "\n".join((*earlier, words))
         earlier += [words, answer]
         yield Question(f"{name}/{turn}" if len(exchanges) > 1 else str(name), images[:shown], question, answer, kind, group)
@@ -229,7 +229,7 @@ def _images(given: Any, where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: 'image' must be a path or a list of paths, got {given!r}.")
     for path in paths:
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise DataError(f"{where}: the image '{path}' lies outside the set's folder. Put it beside the file of questions.")
+            raise DataError(f"{where}: the image '{path}' lies outside the set's folder. Put it next to the file of questions.")
     return tuple(Path(path).as_posix() for path in paths)
 
 

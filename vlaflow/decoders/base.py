@@ -35,20 +35,20 @@ class LossTerms:
     """A training loss.
 
     Args:
-        total: the mean of ``exits``, where there are any, and ``beside``.
+        total: the mean of ``exits``, where there are any, and ``auxiliary``.
         parts: named parts, detached, for the log.
         exits: loss of each depth that answers.
-        beside: what is learned beside the answers and belongs to no depth.
+        auxiliary: auxiliary losses, which belong to no depth.
     """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     exits: Mapping[int, Tensor] = field(default_factory=dict)
-    beside: Tensor | None = None
+    auxiliary: Tensor | None = None
 
     def answering(self, answers: Tensor) -> LossTerms:
         """The same with another loss of the answers in place of the mean of the exits."""
-        return replace(self, total=answers if self.beside is None else answers + self.beside)
+        return replace(self, total=answers if self.auxiliary is None else answers + self.auxiliary)
 
 
 def mean_over_exits(name: str, losses: Mapping[int, Tensor]) -> LossTerms:

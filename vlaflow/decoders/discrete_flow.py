@@ -74,12 +74,12 @@ class DiscreteFlowConfig(TokenConfig):
         guess: the final chunk as the network sees it: the "top" token everywhere [ours], or a "sample".
         masks: "synchronous" draws one clock per chunk; "unified" noises each token with a probability y ~ U(0, 1), so that
             tokens given clean are context the network knows [ours, after AsyncVLA].
-        clock_input: add the embedding of each token's clock to its own [ours].
+        clock_input: add a projection of the embedding of each token's clock to its own; the projection starts at zero [ours].
         attention: "blind": the prefix never sees the action tokens, its keys and values are computed once and exact;
             "full": everything sees everything, and the prefix is run again with the tokens.
         refresh: with "full", the share of tokens that must have changed since the prefix was last run for it to be run
             again; 0 runs it at every step, 1 never again (DFM-VLA's adaptive cache, whose rule it does not tell) [ours].
-        rate_weight: of the rate head's loss beside the cross-entropy [ours].
+        rate_weight: of the rate head's loss relative to the cross-entropy [ours].
         rate_clip: largest weight 1/clock in the rate's loss [ours].
     """
 
@@ -137,6 +137,9 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
                 "BinMetric needs a tokenizer whose ids are ordered: use bins, FAST without merges, or EmbeddingMetric."
             )
         self.clock = nn.Linear(spec.width, spec.width) if c.clock_input else None
+        if self.clock is not None:  # drawn at random it would drown the tokens' embeddings, which are twenty times smaller
+            nn.init.zeros_(self.clock.weight)
+            nn.init.zeros_(self.clock.bias)
         self.rate = nn.Linear(spec.width, 1) if c.velocity == "rate" else None
         if c.velocity == "metric" and isinstance(c.metric, EmbeddingMetric) and c.metric.table == "frozen":
             self.register_buffer("frozen_VW", self.embedding.weight.detach().clone())

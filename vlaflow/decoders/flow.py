@@ -49,7 +49,7 @@ class FlowConfig(DecoderConfig):
         chunk_size: actions per chunk, L.
         padded_dim: dimensions the network sees, zero beyond D (pretrained heads use 32); None for D itself.
         masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
-        committed: longest beginning of a chunk that training gives clean, its length drawn anew for every sample, so that
+        committed: longest beginning of a chunk that training gives clean, its length drawn again for every sample, so that
             chunks can continue each other while the robot moves (real-time chunking); 0 for none.
         whole: share of the unified masks, and of the committed beginnings, that noise every token after all; 0 is the paper.
         noise_samples: noise, time and mask draws per observation and step, K; they share one prefix.

@@ -49,7 +49,7 @@ class LatentFlowConfig(DecoderConfig):
         sees: what the expert reads.
         truncate: no gradient from the flow loss into the backbone.
         teaches: whether codes and FAST tokens are targets at all; without, the K tokens are only room to think.
-        latent_weight, fast_weight: of their losses beside the flow's, which has 1.
+        latent_weight, fast_weight: of their losses relative to the flow's, which has 1.
     """
 
     flow: FlowConfig
@@ -165,11 +165,11 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         flow = self.flow.loss(self._seen(prefix, written), targets, generator, depths)
         answered = written.hidden if c.latent.answer == "autoregressive" else written.hidden[-1:]
         latent = torch.stack([self.latent.loss(hidden_BKW, targets.code_BK) for hidden_BKW in answered]).mean()
-        beside, parts = c.latent_weight * latent, {**flow.parts, "latent": latent.detach()}
+        auxiliary, parts = c.latent_weight * latent, {**flow.parts, "latent": latent.detach()}
         if self.fast is not None:
             fast = self.fast.loss(written.after(prefix), targets, generator, depths[-1:])
-            beside, parts = beside + c.fast_weight * fast.total, {**parts, "fast": fast.total.detach()}
-        return LossTerms(flow.total + beside, parts, flow.exits, beside)
+            auxiliary, parts = auxiliary + c.fast_weight * fast.total, {**parts, "fast": fast.total.detach()}
+        return LossTerms(flow.total + auxiliary, parts, flow.exits, auxiliary)
 
     def start(
         self,

@@ -132,4 +132,4 @@ def _marks(chunk: Chunk) -> list[bool]:
 
 def _share(chunks: list[Chunk]) -> str:
     again = [c.regenerated for c in chunks if c.regenerated is not None]
-    return f"{100 * np.concatenate(again).mean():.0f} % made anew"
+    return f"{100 * np.concatenate(again).mean():.0f} % regenerated"

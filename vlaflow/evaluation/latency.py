@@ -34,7 +34,7 @@ class Latency:
         mean: mean of the total.
         layer_passes: mean network layers run per chunk.
         nfe: mean decoder evaluations per chunk.
-        regenerated_share: mean share of the actions that were made anew.
+        regenerated_share: mean share of the actions that were regenerated.
         drift: where the prefix depends on the tokens and is not run at every step: how far the actions are from those that it
             would make if it were, mean absolute difference in robot units; None where the cache is exact.
     """

@@ -23,6 +23,8 @@ from vlaflow.policies.iflybot.codes import model_pairs
 PAIRS = 4000
 """Pairs that are looked at, at most, of the training and of the held-out episodes each."""
 BATCH = 128
+ROWS = 6
+"""Pairs that are shown as examples."""
 OTHER_DATA = 0.06
 """Share of the episodes that the probe does not learn from, where training says nothing because it never saw the data."""
 
@@ -67,6 +69,32 @@ class Usage:
     perplexity: float
     distinct: int
     pairs: int
+
+    @property
+    def place_perplexity(self) -> np.ndarray:
+        """Perplexity of each of the K places, (K,)."""
+        share_KV = np.where(self.share_KV > 0, self.share_KV, 1.0)
+        return np.exp(-(self.share_KV * np.log(share_KV)).sum(1))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A few held-out pairs, uint8 images (R, H, W, 3).
+
+    Args:
+        gap_s: time between the frames.
+        id_RK: their codes.
+        earlier, later: both frames.
+        decoded: the later frame as the model makes it of the earlier one and the codes.
+        transferred: (R, R, H, W, 3), the codes of each pair applied to the earlier frame of each.
+    """
+
+    gap_s: float
+    id_RK: np.ndarray
+    earlier: np.ndarray
+    later: np.ndarray
+    decoded: np.ndarray
+    transferred: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -146,6 +174,30 @@ def pixels(model: LatentActionModel, seen: Seen, seed: int = 0) -> Pixels:
         wanted = later.float() / 255
         sums += [float((image.cpu().float() / 255 - wanted).square().mean((1, 2, 3)).sum()) for image in (earlier, own, others)]
     return Pixels(*(sums / len(seen.index_M)).tolist())
+
+
+def examples(model: LatentActionModel, seen: Seen) -> Examples:
+    """``ROWS`` pairs in which much moves, and what the model makes of their codes."""
+    place_R = _moving(seen)
+    earlier, later = seen.pairs.frames(seen.index_M[place_R])
+    id_RK = seen.id_MK[place_R]
+    made = [model.apply_codes(earlier, torch.from_numpy(ids).expand(len(place_R), -1)).cpu().numpy() for ids in id_RK]
+    decoded = model.apply_codes(earlier, torch.from_numpy(id_RK)).cpu().numpy()
+    return Examples(seen.pairs.gap_s, id_RK, earlier.numpy(), later.numpy(), decoded, np.stack(made))
+
+
+def _moving(seen: Seen) -> np.ndarray:
+    """Places in ``seen`` of ``ROWS`` pairs in which much moves, the tasks taking turns, int64 (R,)."""
+    earlier, later = seen.pairs.frames(seen.index_M)
+    change_M = (earlier.float() - later.float()).square().mean((1, 2, 3)).numpy()
+    tasks = np.unique(seen.task_M)
+    chosen = []
+    for number in range(min(ROWS, len(change_M))):
+        members = np.flatnonzero(seen.task_M == tasks[number % len(tasks)])
+        order = members[np.argsort(change_M[members])]
+        # from the ninth tenth down by a fifth, so that a task that comes again shows another pair
+        chosen.append(order[int((0.9 - 0.2 * (number // len(tasks))) * (len(order) - 1))])
+    return np.array(chosen)
 
 
 def probes(train: Seen, held: Seen, book: int, tasks: int, seed: int = 0) -> Mapping[str, np.ndarray]:

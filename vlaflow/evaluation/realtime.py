@@ -346,5 +346,5 @@ def _play_job(
             if not left:
                 raise
     if client.metadata != metadata:
-        raise RequestError("The server was started anew with another policy or other settings in the middle; begin anew.")
+        raise RequestError("The server was restarted with another policy or other settings in the middle; start over.")
     return episode

@@ -26,7 +26,7 @@ FORMAT = "vlaflow results 1"
 ALL_PAIRS = 4
 """Compute policies up to which every pair is tested; with more, the number of tests would say more than their results."""
 EARLY = 400
-"""Other published tables end episodes here; successes up to this step are counted beside those up to the step limit."""
+"""Other published tables end episodes here; successes up to this step are counted next to those up to the step limit."""
 
 
 @dataclass(frozen=True)

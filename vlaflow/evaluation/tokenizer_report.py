@@ -5,7 +5,7 @@ Shape letters: N chunks, L chunk size, D action dimension, S token slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ from vlaflow.errors import ConfigError, SpecError
 
 Fit = FastFit | BinsFit
 Fitted = FastTokenizer | BinsTokenizer
+SHOWN = 3
+"""Tokenizers whose example chunk is drawn; more lines cannot be told apart."""
 CHUNKS = 4000
 """Held-out chunks that are looked at, at most; their statistics do not move with more."""
 
@@ -46,7 +48,6 @@ class Quality:
         numbers_per_token: L·D / tokens.
         compression: bits of the float32 numbers per bit of the tokens, each worth log2 of the vocabulary.
         error: root mean square of reconstruction.
-        error_robot: the same per dimension in robot units.
         largest: largest error of any number.
         inexact: share of the chunks that lost more than rounding (out of range, or longer than the slots).
         neighbour: median root mean square change of the chunk when one token's id is raised or lowered by one.
@@ -63,13 +64,29 @@ class Quality:
     numbers_per_token: float
     compression: float
     error: float
-    error_robot: tuple[float, ...]
     largest: float
     inexact: float
     neighbour: float
     random: float
     repaired: float
     order: float
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is drawn next to the numbers.
+
+    Args:
+        length_share: by tokenizer whose sequences differ in length, share of the held-out chunks that take 0, 1, 2, … tokens.
+        chunk_LD: the held-out chunk that moves most, normalised.
+        decoded: that chunk as decoded from the tokens of a few tokenizers, (L, D) each.
+        dimensions: names of the action dimensions.
+    """
+
+    length_share: Mapping[str, np.ndarray]
+    chunk_LD: np.ndarray
+    decoded: Mapping[str, np.ndarray]
+    dimensions: tuple[str, ...]
 
 
 def material(dataset: Dataset, chunk_size: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
@@ -110,7 +127,6 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
     id_NS = tokenizer.encode(action_NLD)
     error_NLD = tokenizer.decode(id_NS).action_BLD - action_NLD
     length_N = lengths(tokenizer, id_NS)
-    scale_D = np.array(chunks.normaliser.scale)
     numbers = action_NLD.shape[1] * action_NLD.shape[2]
     near, far = (disturbed(tokenizer, id_NS, np.random.default_rng(seed), near) for near in (True, False))
     return Quality(
@@ -122,7 +138,6 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
         numbers_per_token=numbers / float(length_N.mean()),
         compression=32 * numbers / (float(length_N.mean()) * float(np.log2(tokenizer.vocabulary))),
         error=_rms(error_NLD),
-        error_robot=tuple((np.sqrt(np.square(error_NLD).mean((0, 1))) * scale_D).tolist()),
         largest=float(np.abs(error_NLD).max()),
         inexact=float(1 - tokenizer.exact(action_NLD).mean()) if isinstance(tokenizer, FastTokenizer) else 0.0,
         neighbour=float(np.median(near.change_N)),
@@ -153,6 +168,17 @@ def fit(what: Fit, chunks: Material) -> Fitted:
 def example_chunk(chunks: Material) -> np.ndarray:
     """The held-out chunk that moves most, (L, D): on one that stands still every tokenizer is perfect."""
     return chunks.held[int(chunks.held.std(1).sum(1).argmax())]
+
+
+def examples(tokenizers: Sequence[Fitted], chunks: Material, dimensions: Sequence[str]) -> Examples:
+    """Lengths of sequences, and one chunk as a few tokenizers bring it back."""
+    chunk_LD, shares = example_chunk(chunks), {}
+    for tokenizer in [t for t in tokenizers if isinstance(t, FastTokenizer)][:5]:
+        length_N = lengths(tokenizer, tokenizer.encode(chunks.held))
+        shares[describe(tokenizer)] = np.bincount(length_N) / len(length_N)
+    chosen = tokenizers[:: -(-len(tokenizers) // SHOWN)]
+    decoded = {describe(t): t.decode(t.encode(chunk_LD[None])).action_BLD[0] for t in chosen}
+    return Examples(shares, chunk_LD, decoded, tuple(dimensions))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Videos of single episodes, and the chunks a policy made on the way, for the report.
 
 An episode is run again: it is the same to the bit, so results stay unburdened by images. A second environment of the
-same seed takes the same actions beside the first and is recorded at its own size; the policy's own pixels are not touched.
+same seed takes the same actions next to the first and is recorded at its own size; the policy's own pixels are not touched.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Moment:
 
     Args:
         step: steps executed before it.
-        image: file of what the policy saw, beside the video.
+        image: file of what the policy saw, next to the video.
         actions: (L, D), robot units.
-        draft: first round's actions where some were made anew.
+        draft: first round's actions where some were regenerated.
         confidence: (L,), where a rater judged the draft.
-        regenerated: (L,), which actions were made anew.
+        regenerated: (L,), which actions were regenerated.
         executed: how many of the L actions were executed.
     """
 
@@ -56,7 +56,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class EpisodeVideo:
-    """A recorded episode: the file (beside ``videos.json``), how long a second of it took, and some of its chunks."""
+    """A recorded episode: the file (next to ``videos.json``), how long a second of it took, and some of its chunks."""
 
     episode: Episode
     file: str
@@ -68,7 +68,7 @@ class EpisodeVideo:
 def choose(episodes: Sequence[Episode]) -> list[Episode]:
     """A success and a failure per environment, where there are any.
 
-    Refinement is preferred, because its chunks show what was made anew; of the successes the one of middle length is taken.
+    Refinement is preferred, because its chunks show what was regenerated; of the successes the one of middle length is taken.
     """
     chosen = []
     for env in dict.fromkeys(e.env for e in episodes):
@@ -126,19 +126,19 @@ def _record_one(
 ) -> EpisodeVideo:
     job, expected = task
     every = max(2, -(-expected.steps // MOST_FRAMES))
-    beside = cached(job.env, render=config.render, size=size)
-    beside.restart(job.seed)
-    frames, seen, taken = [beside.render()], list[tuple[int, np.ndarray, Chunk, int]](), 0
+    twin = cached(job.env, render=config.render, size=size)
+    twin.restart(job.seed)
+    frames, seen, taken = [twin.render()], list[tuple[int, np.ndarray, Chunk, int]](), 0
 
     def follow(steps: int, observation: Observation, chunk: Chunk) -> None:
         nonlocal taken
         picture = next(iter(observation.images.values()))
         seen.append((taken, picture, chunk, steps - taken))
         for action in chunk.actions[: steps - taken]:
-            beside.advance(action)
+            twin.advance(action)
             taken += 1
             if taken % every == 0 or taken == expected.steps:
-                frames.append(beside.render())
+                frames.append(twin.render())
 
     episode = play(policy, open_env(policy, job.env, config.render), job, config, after=follow)
     if episode != expected:

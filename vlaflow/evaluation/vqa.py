@@ -1,8 +1,8 @@
-"""How well a checkpoint answers questions about images, by kind, beside what can be had without looking.
+"""How well a checkpoint answers questions about images, by kind, next to what can be had without looking.
 
 An answer is right when it has ended and equals the true one but for case and spaces. Two baselines belong to every accuracy:
 
-    commonest   always the commonest of the true answers to the same wording: the most that words alone can give
+    majority    always the most frequent of the true answers to the same wording: the most that words alone can give
     blind       the checkpoint itself, shown the image of another question with the same wording
 
 Both are measured on the very same questions, so seeing and blind answers are compared in pairs (McNemar's exact test).
@@ -79,7 +79,7 @@ class Accuracy:
         question_kind: "all" for all of them.
         questions, right: counts.
         interval: of the accuracy, Wilson, 95 %.
-        commonest: right answers of who always gives the commonest of the true answers to the same wording.
+        majority: right answers of the majority-class baseline: always the most frequent true answer to the same wording.
         blind: right answers with other questions' images; None where that was not tried.
         difference: accuracy minus blind accuracy.
         difference_interval: Newcombe's method 10, 95 %.
@@ -91,7 +91,7 @@ class Accuracy:
     questions: int
     right: int
     interval: tuple[float, float]
-    commonest: int
+    majority: int
     unended: int
     blind: int | None = None
     difference: float | None = None
@@ -306,7 +306,7 @@ def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:
         n,
         right,
         (interval.low, interval.high),
-        commonest=sum(max(answers.values()) for answers in wordings.values()),
+        majority=sum(max(answers.values()) for answers in wordings.values()),
         unended=sum(not each.ended for each in group),
     )
     if any(each.blind is None for each in group):

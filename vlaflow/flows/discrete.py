@@ -90,12 +90,6 @@ def mixture_path(target_BS: Tensor, vocabulary: int, clock_BS: Tensor) -> Tensor
     return (1 - clock_BS)[..., None] * one_hot_BSV + (clock_BS / vocabulary)[..., None]
 
 
-def mixture_velocity(token_BS: Tensor, target_BS: Tensor, vocabulary: int, clock_BS: Tensor) -> Tensor:
-    """u(y) = 1/clock from every token but the target, which stays: rates (B, S, V)."""
-    one_hot_BSV = torch.nn.functional.one_hot(target_BS, vocabulary).to(clock_BS.dtype)
-    return one_hot_BSV * ((token_BS != target_BS) / clock_BS)[..., None]
-
-
 def jump(token_BS: Tensor, rate_BSV: Tensor, stride_BS: Tensor, uniform_2BS: Tensor, rule: JumpRule = "linear") -> Tensor:
     """One step of the continuous-time Markov chain: leave with the rule's probability, to x with probability u(x)/Σu.
 

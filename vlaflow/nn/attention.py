@@ -35,7 +35,7 @@ class KeyValues:
     mask_CP: Tensor | None = None
 
     def detach(self) -> KeyValues:
-        """The same numbers without a path back to whoever computed them."""
+        """The same numbers without a path back to the network that computed them."""
         return KeyValues(self.key_CGPE.detach(), self.value_CGPE.detach(), self.mask_CP)
 
     def cat(self, other: KeyValues) -> KeyValues:

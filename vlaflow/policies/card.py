@@ -13,7 +13,7 @@ from vlaflow.policies.base import Policy
 
 
 def policy_card(
-    policy: Policy, dataset: Dataset, training: Sequence[str], what: str, beside: Mapping[str, str] | None = None
+    policy: Policy, dataset: Dataset, training: Sequence[str], what: str, sources: Mapping[str, str] | None = None
 ) -> str:
     """The text of README.md, in Markdown; that of a stage which continues a policy begins with the policy's own.
 
@@ -22,11 +22,11 @@ def policy_card(
         dataset: what it learned from.
         training: lines about this training.
         what: heading of a later stage's part.
-        beside: what it learned from besides the data set, by name, in words.
+        sources: what it learned from in addition to the data set, by name, in words.
     """
     size = f"{len(dataset.episodes)} episodes, {len(dataset)} frames"
     facts = [f"- Data: {dataset.root.name}, {size}, fingerprint {dataset.fingerprint}"]
-    facts += [f"- {name}: {words}" for name, words in (beside or {}).items()]
+    facts += [f"- {name}: {words}" for name, words in (sources or {}).items()]
     if policy.card:
         return "\n".join([policy.card.rstrip(), "", f"## {what}", "", *facts, *training])
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6

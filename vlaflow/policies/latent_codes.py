@@ -85,7 +85,7 @@ def fit_codes(model: LatentConfig, wanted: LatentCodes, where: str, stage: str =
         model: of the latent action model.
         wanted: by the policy's decoder.
         where: the model is from.
-        stage: of a pipeline and a dot, before the keys that mend it.
+        stage: of a pipeline and a dot, before the keys that cure it.
 
     Raises:
         ConfigError: with the keys.

@@ -70,7 +70,7 @@ class PolicyObjective(Objective):
         return assets
 
     def told(self, assets: Assets) -> PolicyObjective:
-        """A question set brings co-training along."""
+        """A VQA data set brings co-training along."""
         return replace(self, vqa=VqaTraining()) if assets.vqa and self.vqa is None else self
 
     def require(self, assets: Assets) -> None:
@@ -109,9 +109,9 @@ class PolicyObjective(Objective):
             identity = assets.base.identity()
         code_NK, latent = codes_of(policy, dataset, assets.latent, config.interventions)
         identity |= latent
-        beside = {}
+        sources = {}
         if latent:
-            beside["Latent actions"] = f"codes of {Path(str(assets.latent)).name}, fingerprint {latent['latent']}"
+            sources["Latent actions"] = f"codes of {Path(str(assets.latent)).name}, fingerprint {latent['latent']}"
         train, held = chunks_of(policy, config, dataset, code_NK)
         stage: Stage = PolicyStage(policy)
         vqa = None
@@ -119,10 +119,10 @@ class PolicyObjective(Objective):
             vqa, trained, line = vqa_of(policy, self.vqa, assets.vqa)
             stage = AnsweringStage(stage, policy, self.vqa.weight)
             identity["vqa"] = to_json(trained)
-            beside = {"VqaSource": line, **beside}
+            sources = {"VQA": line, **sources}
 
         def card(training: Sequence[str]) -> str:
-            return policy_card(policy, dataset, training, "Further training of the policy", beside)
+            return policy_card(policy, dataset, training, "Further training of the policy", sources)
 
         return Setup(objective, stage, train, held, vqa, identity, card)
 
@@ -236,7 +236,7 @@ class LatentObjective(Objective):
         view: the camera view it looks at.
         gap_s: time between the frames of a pair in seconds; pairs that would cross the end of an episode are not formed.
         replacement: of codebook entries that are hardly used.
-        action_weight: of the action head's squared error (normalised actions) next to that of the pixels (in [−1, 1]).
+        action_weight: of the action head's squared error (normalised actions) relative to that of the pixels (in [−1, 1]).
     """
 
     model: LatentConfig
@@ -263,9 +263,9 @@ class LatentObjective(Objective):
             raise ConfigError("A latent action model starts from video alone; leave --policy out.")
         if assets.tokenizer is not None:
             raise ConfigError(f"A latent action model has no use for the action tokenizer {assets.tokenizer}; leave it out.")
-        for flag, conditioning in (("--latent", assets.latent), ("--vqa", assets.vqa)):
-            if conditioning is not None:
-                raise ConfigError(f"A latent action model learns from video alone; leave {flag} {conditioning} out.")
+        for flag, given in (("--latent", assets.latent), ("--vqa", assets.vqa)):
+            if given is not None:
+                raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
 
     def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
         """See ``Objective``."""

@@ -1,6 +1,6 @@
 """What a recipe returns: one frozen config for one training stage, with nothing left to guess.
 
-A ``TrainConfig`` says how the loop runs; its ``objective`` says what is learned. Recipes live beside their system
+A ``TrainConfig`` says how the loop runs; its ``objective`` says what is learned. Recipes live next to their system
 (``policies/<system>/recipes.py``) and are plain functions of the data set's shape and of the policy they continue. The
 objectives of this package are in ``objectives``; ``training`` runs any of them.
 """
@@ -138,7 +138,7 @@ class Assets:
 
     Args:
         base: trained policy to continue.
-        vqa: file or folder of a question set to learn from as well (docs/vqa.md).
+        vqa: file or folder of a VQA data set for co-training (docs/vqa.md).
         tokenizer: file of a fitted action tokenizer.
         latent: folder of a latent action model.
     """

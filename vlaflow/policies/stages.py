@@ -1,4 +1,4 @@
-"""What a training run learns: the policy itself, answers beside it, the confidence rater, or a latent action model.
+"""What a training run learns: the policy itself, VQA co-training, the confidence rater, or a latent action model.
 
 A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
 

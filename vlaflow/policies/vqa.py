@@ -9,13 +9,13 @@ from vlaflow.data.image_cache import ImageCache, VqaSource, require_shown
 from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig
-from vlaflow.policies.provenance import TrainedQuestions
+from vlaflow.policies.provenance import TrainedVqa
 from vlaflow.policies.stages import CoTraining
 
 
 @dataclass(frozen=True)
 class VqaTraining:
-    """Learning to answer questions about images beside learning to act: some optimiser steps are taken on questions alone.
+    """VQA co-training: some optimiser steps are taken on questions alone.
 
     Args:
         share: of the optimiser steps, evenly spread among the others; in (0, 1).
@@ -44,7 +44,7 @@ class VqaTraining:
             )
 
 
-def require_askable(policy: PolicyConfig, questions: VqaDataset) -> None:
+def require_askable(policy: PolicyConfig, vqa: VqaDataset) -> None:
     """Refuse a policy that cannot learn these questions, before it is built.
 
     Raises:
@@ -57,22 +57,22 @@ def require_askable(policy: PolicyConfig, questions: VqaDataset) -> None:
             "This backbone has no language-model head, so it can neither learn nor give answers. Train one that has: --set "
             "policy.backbone.answers=true."
         )
-    for question in questions.questions:
-        require_shown(question, questions, backbone.views)
+    for question in vqa.questions:
+        require_shown(question, vqa, backbone.views)
         for text, limit in (
             (question.question, backbone.longest_instruction),
             (question.answer, backbone.longest_answer),
         ):
             if limit is not None and (size := len(text.encode())) > limit.size:
                 raise SpecError(
-                    f"'{text}' of question '{question.name}' in {questions.file} has {size} bytes, the policy takes at most "
+                    f"'{text}' of question '{question.name}' in {vqa.file} has {size} bytes, the policy takes at most "
                     f"{limit.size}. Take it out, or raise policy.backbone.{limit.key}; vqa.turns=first leaves "
                     "later turns out."
                 )
 
 
-def vqa_of(policy: Policy, how: VqaTraining, path: Path | str) -> tuple[CoTraining, TrainedQuestions, str]:
-    """A question set divided, with its images at the size that the policy looks at.
+def vqa_of(policy: Policy, how: VqaTraining, path: Path | str) -> tuple[CoTraining, TrainedVqa, str]:
+    """A VQA data set divided, with its images at the size that the policy looks at.
 
     Returns:
         what is learned from, what later evaluations need to know of it, and a line for the model card.
@@ -80,15 +80,15 @@ def vqa_of(policy: Policy, how: VqaTraining, path: Path | str) -> tuple[CoTraini
     views = policy.model.backbone.views
     found = VqaDataset.open(path, how.turns)
     require_askable(policy.config, found)
-    pictures = ImageCache.open(found, next(iter(views.values())) or how.size)
+    images = ImageCache.open(found, next(iter(views.values())) or how.size)
     state_dim = len(policy.stats["state"].mean)
     train, held = (
-        VqaSource(found, pictures, tuple(views), state_dim, part) if part else None for part in found.split(how.held_out)
+        VqaSource(found, images, tuple(views), state_dim, part) if part else None for part in found.split(how.held_out)
     )
     assert train is not None  # a part of every set stays
     line = (
         f"{found.root.name}, {len(train)} for training, {len(held or ())} held out, on {how.share:g} of the steps, "
         f"fingerprint {found.fingerprint}"
     )
-    trained = TrainedQuestions(found.fingerprint, how.turns, how.held_out, how.size)
+    trained = TrainedVqa(found.fingerprint, how.turns, how.held_out, how.size)
     return CoTraining(train, held, how.share, how.batch_size), trained, line

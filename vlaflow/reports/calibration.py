@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
-import html
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from vlaflow.compute.calibration import Calibration, ShareTarget
 from vlaflow.compute.thresholds import Table, exit_shares, filtered_quantiles, taken
-from vlaflow.reports.plots import FAINT, INK, SERIES, WIDTH, figure
+from vlaflow.reports import page
+from vlaflow.reports.figure import FAINT, INK, SERIES, WIDTH, figure
+from vlaflow.reports.page import Figure
 
 BUDGETS = tuple(np.geomspace(0.02, 4, 25).tolist())
 
 
 def write_page(made: Calibration, table: Table, file: Path) -> Path:
-    """One self-contained HTML file."""
-    css = resources.files("vlaflow.reports").joinpath("templates", "report.css").read_text()
+    """One self-contained HTML file.
+
+    Args:
+        made: the calibration.
+        table: the measurement it was made from.
+        file: where to.
+    """
     seen, plan = made.seen, made.plan
     figures = (
-        (
+        Figure(
             discrepancies(made, table),
             f"How far each depth's chunk is from the one before it ({plan.metric}), on the {made.samples} frames that the "
             "thresholds are made from. A chunk leaves where it first lies left of a threshold (vertical line).",
         ),
-        (shares(made), f"Share of the chunks that leave at each depth, on {seen.samples} other frames."),
-        (
+        Figure(shares(made), f"Share of the chunks that leave at each depth, on {seen.samples} other frames."),
+        Figure(
             trade_off(made, table),
             "Mean depth against the mean largest difference to the full depth's chunk (standard deviations of the actions), on "
             "the other frames, for exponential targets of every budget. The mark is this calibration.",
         ),
     )
-    drawn = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in figures)
+    tiles = [
+        (f"{seen.layers:.2f} of {plan.exits[-1]}", "layers on average"),
+        (f"{seen.nfe:.1f}", "network evaluations per chunk on average"),
+        (f"{seen.error:.4f}", f"distance to the demonstrations, at full depth {seen.full_error:.4f}"),
+    ]
+    if seen.above is not None:
+        tiles.append((f"{100 * seen.above:.1f} %", "of the chunks above the largest deviation"))
     facts = {
         "checkpoint": made.checkpoint,
         "data set": made.dataset,
         "depths that answer": ", ".join(map(str, plan.depths)),
         "solver steps at each": str(plan.steps),
         "warm start": plan.warm_start + (f" from clock {plan.restart:g}" if plan.warm_start == "renoise" else ""),
-        "mean depth": f"{seen.layers:.2f} of {plan.exits[-1]}",
-        "mean evaluations": f"{seen.nfe:.1f}",
-        "distance to the demonstrations": f"{seen.error:.4f}, at full depth {seen.full_error:.4f}",
         "command": made.command,
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
     }
-    if seen.above is not None:
-        facts["above the largest deviation"] = f"{100 * seen.above:.1f} % of the chunks"
-    rows = "".join(
-        f'<tr><th class="name" style="text-align:left">{html.escape(name)}</th>'
-        f'<td style="text-align:left;white-space:normal">{html.escape(value)}</td></tr>'
-        for name, value in facts.items()
-    )
-    title = f"Calibration {html.escape(file.stem)}"
-    file.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{css}</style></head>'
-        f"<body><main><h1>{title}</h1>{drawn}<table>{rows}</table></main></body></html>\n"
-    )
-    return file
+    title = f"Calibration {file.stem}"
+    return page.write(file, "calibration.html", title=title, tile_entries=tiles, figures=figures, fact_entries=facts)
 
 
 def discrepancies(made: Calibration, table: Table) -> str:

@@ -1,12 +1,7 @@
-"""A data set on one page: thumbnails and one curve per dimension, as a self-contained HTML file or as a PNG.
-
-matplotlib is imported inside, for it takes a second and not every machine that trains has it.
-"""
+"""A data set on one page: thumbnails and one curve per dimension, as a self-contained HTML file or as a PNG."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +12,7 @@ import numpy as np
 from vlaflow.data.frames import resize
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError
+from vlaflow.reports import page
 
 THUMBNAILS = 6
 SIDE = 128
@@ -43,29 +39,27 @@ def write_page(dataset: Dataset, path: Path, limit: int = 12) -> Path:
     if path.suffix == ".png":
         path.write_bytes(_figure(dataset, episodes))
     elif path.suffix in (".html", ".htm"):
-        path.write_text(_html(dataset, episodes), encoding="utf-8")
+        _write_html(dataset, episodes, path)
     else:
         raise ConfigError(f"--out must end in .html or .png, got '{path}'.")
     return path
 
 
-def _html(dataset: Dataset, episodes: Sequence[int]) -> str:
-    title = html.escape(dataset.root.resolve().name)
-    parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title>",
-        "<style>body{font:15px system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "h2{margin:1.5em 0 .2em}p{color:#555;margin:.2em 0}</style>",
-        f"<h1>{title}</h1><p>LeRobot {dataset.version} · {len(dataset.episodes)} episodes · {len(dataset)} frames at "
-        f"{dataset.fps:g} fps · {len(dataset.tasks)} tasks · content {dataset.fingerprint}</p>",
-    ]
+def _write_html(dataset: Dataset, episodes: Sequence[int], path: Path) -> None:
+    shown = []
     for index in episodes:
         episode = dataset.episodes[index]
-        picture = base64.b64encode(_figure(dataset, [index])).decode()
-        parts.append(
-            f"<h2>Episode {index}</h2><p>{html.escape(episode.task)} · {episode.length} frames · "
-            f"{episode.length / dataset.fps:.1f} s</p><img alt='episode {index}' src='data:image/png;base64,{picture}'>"
-        )
-    return "\n".join(parts) + "\n</html>\n"
+        text = f"{episode.task} · {episode.length} frames · {episode.length / dataset.fps:.1f} s"
+        image = page.data_url(_figure(dataset, [index]), "image/png")
+        shown.append({"title": f"Episode {index}", "text": text, "image": image})
+    page.write(
+        path,
+        "dataset.html",
+        title=dataset.root.resolve().name,
+        summary=f"LeRobot {dataset.version} · {len(dataset.episodes)} episodes · {len(dataset)} frames at {dataset.fps:g} fps"
+        f" · {len(dataset.tasks)} tasks · content {dataset.fingerprint}",
+        episodes=shown,
+    )
 
 
 def _figure(dataset: Dataset, episodes: Sequence[int]) -> bytes:

@@ -1,26 +1,30 @@
-"""``report.html``: one page that holds everything, images and videos included, and asks no server for anything.
+"""``report.html`` of an evaluation: one page with everything in it, images and videos too; it asks no server for anything.
 
-The page is filled from ``results.json`` and ``videos/`` and can be made again from them. Its layout is in
-``templates/``, its plots in ``plots``; here is what it says in words.
+It opens with the robot doing the task, the success rate and the latency; what only repeats is folded. The page is filled from
+``results.json`` and ``videos/`` and can be made again from them at any time. Its layout is in ``templates/evaluation.html``,
+its
+plots in ``evaluation_plots``; here is what it says in words and tables.
 """
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
-from vlaflow.evaluation.results import EARLY, Evaluation, Minutes, PairedTest, Results, read
+from vlaflow.evaluation.results import EARLY, Minutes, PairedTest, Results, read
 from vlaflow.evaluation.run import RESULTS, VIDEOS
 from vlaflow.evaluation.videos import EpisodeVideo, read_videos
-from vlaflow.reports import plots, revision_plots
+from vlaflow.reports import evaluation_plots as plots
+from vlaflow.reports import page, revision_plots
+from vlaflow.reports.page import Figure, Table
+from vlaflow.reports.words import percent, rate, short, signed
 
 Log = Sequence[Mapping[str, Any]]
+NOTABLE = 0.05
+"""p-value below which a paired test has something to tell."""
 
 
 def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | None = None) -> Path:
@@ -34,70 +38,62 @@ def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | 
     Returns:
         the page's path.
     """
-    page = render(read(out / RESULTS), out / VIDEOS, logs or {}, title)
-    file, part = out / "report.html", out / f".report.html.{os.getpid()}"
-    part.write_text(page)
-    part.replace(file)
-    return file
+    return page.write(out / "report.html", "evaluation.html", **values(read(out / RESULTS), out / VIDEOS, logs or {}, title))
 
 
-def render(results: Results, folder: Path, logs: Mapping[str, Log], title: str | None = None) -> str:
-    """The page as text."""
-    import jinja2
-
-    videos = read_videos(folder)
-    home = resources.files("vlaflow.reports").joinpath("templates")
-    machine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    machine.filters.update(percent=percent, short=plots.short, known=_known, chunks=_chunks_per_episode, points=signed)
-    used = [part for part in (*PARTS, "other") if any(part in entry.parts for entry in results.latency)]
+def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str | None = None) -> dict[str, Any]:
+    """What the template shows."""
+    videos, first, envs = read_videos(folder), results.evaluations[0], len(results.envs)
+    lead = next((video for video in videos if video.episode.success), videos[0] if videos else None)
     revising = [e for e in results.evaluations if e.revised_per_chunk and sum(e.revised_per_chunk)]
-    drawn = {
-        "success": plots.success(results),
-        "first_success": plots.first_success(results),
-        "latency": plots.latency(results.latency),
-        "losses": [(name, plots.loss(log, name)) for name, log in logs.items() if log],
-        "revision": [revision_plots.tokens(results.revision), revision_plots.actions(results.revision)]
-        if results.revision
-        else [],
-        "revised": revision_plots.revised(revising) if revising else "",
-        "minutes": plots.minutes(results.minutes) if _steps(results.minutes) > 1 else "",
+    shown: dict[str, Any] = {
+        "title": title or f"{results.checkpoint} in {envs} environment{'s' if envs > 1 else ''}",
+        "headline": headline(results),
+        "tile_entries": tiles(results),
+        "lead_clip": _clip(lead, folder) if lead else None,
+        "more_clips": [_clip(video, folder) for video in videos if video is not lead],
+        "protocol": f"{first.episodes} episodes per environment and compute policy on the same seeds, {first.seeds[0]} to "
+        f"{first.seeds[-1]}; {first.n_action_steps} actions of each chunk executed; at most {first.max_steps} "
+        "steps; a success at any "
+        "step counts and ends the episode.",
+        "success": Figure(plots.success(results)),
+        "success_table": success_table(results),
+        "paired": paired(results),
+        "latency_protocol": f"{results.latency[0].chunks} chunks per compute policy in turns on the same observations, one "
+        f"process and one thread with nothing else running, on {results.machine}. The prefix is encoded once per observation, "
+        "whatever follows.",
+        "latency": Figure(plots.latency(results.latency)),
+        "latency_table": latency_table(results),
+        "costs": costs(results),
+        "early": first.max_steps > EARLY,
+        "first_success": Figure(plots.first_success(results)),
+        "steps_table": steps_table(results),
+        "revised": Figure(revision_plots.revised(revising)) if revising else None,
+        "revision": revision(results),
+        "losses": [Figure(plots.loss(log, name), f"{name}.") for name, log in logs.items() if log],
+        "moments": [m for video in videos if _telling(video, videos) for m in _moments(video, folder)],
+        "language": language(results),
+        "minutes": Figure(plots.minutes(results.minutes)) if _steps(results.minutes) > 1 else None,
+        "commands": results.commands or (results.command,),
+        "fact_entries": facts(results),
+        "caveats": caveats(results),
     }
-    sections = ["Success", "Steps", "Latency"] + (["Tokens"] if results.revision or revising else [])
-    sections += [name for name, there in (("Training", drawn["losses"]), ("Chunks", videos), ("Videos", videos)) if there]
-    sections += (["Language"] if results.language else []) + ["Reproduce", "Caveats"]
-    envs = len(results.envs)
-    return machine.from_string(home.joinpath("evaluation.html").read_text()).render(
-        title=title or f"{results.checkpoint} in {envs} environment{'s' if envs > 1 else ''}",
-        css=_safe(home.joinpath("report.css").read_text()),
-        headline=headline(results),
-        tiles=_tiles(results),
-        sections=sections,
-        r=results,
-        plots=_safe(drawn),
-        parts=used,
-        part_names=plots.PART_NAMES,
-        early=results.evaluations[0].max_steps > EARLY,
-        costs=costs(results),
-        videos=[_video(video, folder) for video in videos],
-        moments=[
-            m for video in videos if video.episode.success or not _any_success(videos, video) for m in _moments(video, folder)
-        ],
-        kinds=KINDS,
-        language={(entry.env, entry.told): entry for entry in results.language},
-        commands=results.commands or (results.command,),
-        minutes=_minutes(results.minutes),
-        caveats=caveats(results),
-    )
+    optional = {"Videos": "more_clips", "Tokens": "revision", "Training": "losses", "Chunks": "moments", "Language": "language"}
+    order = ("Success", "Latency", "Videos", "Steps", "Tokens", "Training", "Chunks", "Language", "Reproduce", "Limits")
+    shown["sections"] = [
+        name for name in order if name not in optional or shown[optional[name]] or (name == "Tokens" and revising)
+    ]
+    return shown
 
 
 def headline(results: Results) -> list[str]:
     """What was found, in sentences that carry their uncertainty."""
     first, *others = results.overall
     n_envs = len(results.envs)
-    where = plots.short(results.envs[0]) if n_envs == 1 else f"{n_envs} environments"
+    where = short(results.envs[0]) if n_envs == 1 else f"{n_envs} environments"
     found = [
         f"On {where} the {first.compute} policy succeeds in {first.successes} of {first.episodes} episodes "
-        f"({_rate(first.successes, first.episodes)}; 95 % interval {percent(first.interval)})."
+        f"({rate(first.successes, first.episodes)}; 95 % interval {percent(first.interval)})."
     ]
     for other in others:
         test = next(t for t in results.paired if (t.env, t.first, t.second) == ("all", first.compute, other.compute))
@@ -117,6 +113,141 @@ def verdict(test: PairedTest) -> str:
         )
     seeds = f"they disagree on {apart} of {test.both + test.neither + apart} episodes" if apart else "they never disagree"
     return f"No difference from {test.first} could be shown: {points}, {seeds}, p = {test.p_value:.2g}."
+
+
+def tiles(results: Results) -> list[tuple[str, str]]:
+    """The figures people come for: success with its interval, latency, and the time that everything took."""
+    found = [
+        (
+            rate(o.successes, o.episodes),
+            f"success, {o.compute}: {o.successes} of {o.episodes} episodes, 95 % interval {percent(o.interval)}",
+        )
+        for o in results.overall
+    ]
+    first = results.latency[0]
+    found.append((f"{first.total.p50:.1f} ms", f"per chunk, {first.compute} p50 (p99 {first.total.p99:.1f} ms)"))
+    if _steps(results.minutes) > 1 and results.minutes.total is not None:
+        found.append((f"{results.minutes.total:.1f} min", "for everything, on this machine"))
+    return found
+
+
+def success_table(results: Results) -> Table:
+    """A row per environment, a column per compute policy."""
+
+    def cells(entries: Sequence[Any]) -> list[page.Cell]:
+        return [(f"{e.successes}/{e.episodes}", percent(e.interval)) for e in entries]
+
+    rows: list[list[page.Cell]] = [[env, *cells([results.of(env, c) for c in results.computes])] for env in results.envs]
+    if len(results.envs) > 1:
+        rows.append(["all", *cells(results.overall)])
+        rows.append(["mean over environments", *(f"{100 * o.mean_over_envs:.1f} %" for o in results.overall)])
+    return Table(("environment", *results.computes), rows, totals=(len(results.envs),))
+
+
+def paired(results: Results) -> dict[str, Any] | None:
+    """The paired tests, and in a sentence whether any of them has something to tell."""
+    if not results.paired:
+        return None
+    notable = [t for t in results.paired if t.p_value < NOTABLE]
+    n = len(results.paired)
+    summary = f"{n} paired test{'s' if n > 1 else ''}: {len(notable) or 'none'} with p below {NOTABLE:g}"
+    rows: list[list[page.Cell]] = [
+        [
+            short(t.env),
+            f"{t.first}, {t.second}",
+            *(str(count) for count in (t.both, t.only_first, t.only_second, t.neither)),
+            (signed(t.difference), f"{signed(t.interval[0])} to {signed(t.interval[1])}"),
+            f"{t.p_value:.2g}",
+        ]
+        for t in results.paired
+    ]
+    heads = ("environment", "compared", "both", "only the first", "only the second", "neither", "difference, points", "p")
+    overall = next((i for i, t in enumerate(results.paired) if t.env == "all"), 0)
+    return {"summary": summary, "notable": bool(notable), "table": Table(heads, rows, (0, 1), (overall,) if overall else ())}
+
+
+def latency_table(results: Results) -> Table:
+    """Milliseconds by part, and what was computed."""
+    parts = [part for part in (*PARTS, "other") if any(part in entry.parts for entry in results.latency)]
+    rows = [
+        [
+            e.compute,
+            f"{e.total.p50:.1f}",
+            f"{e.total.p99:.1f}",
+            *(f"{e.parts[part].p50:.1f}" if part in e.parts else "–" for part in parts),
+            f"{e.layer_passes:.1f}",
+            f"{e.nfe:.1f}",
+            f"{100 * e.regenerated_share:.0f} %",
+        ]
+        for e in results.latency
+    ]
+    names = [f"{plots.PART_NAMES[part]}, ms" for part in parts]
+    counts = ("layer passes", "network evaluations", "regenerated")
+    return Table(("compute", "p50, ms", "p99, ms", *names, *counts), rows, dense=True)
+
+
+def steps_table(results: Results) -> Table:
+    """How many steps a success takes."""
+    early = results.evaluations[0].max_steps > EARLY
+    rows = []
+    for e in results.evaluations:
+        known = sorted(step for step in e.first_success_steps if step is not None)
+        three = (known[len(known) // 2], known[0], known[-1]) if known else ("–", "–", "–")
+        within = [f"{e.successes_within_400}/{e.episodes}"] if early else []
+        chunks = sum(p.chunks for p in e.per_episode) / e.episodes
+        rows.append([short(e.env), e.compute, *map(str, three), *within, f"{chunks:.1f}"])
+    within = [f"success by step {EARLY}"] if early else []
+    heads = ("environment", "compute", "median step of success", "earliest", "latest", *within, "chunks per episode")
+    return Table(heads, rows, (0, 1))
+
+
+def revision(results: Results) -> dict[str, Any] | None:
+    """One chunk of tokens on its way from noise to what was sent."""
+    found = results.revision
+    if found is None:
+        return None
+    ends = " Steps right of the dotted line are deterministic." if found.settling else ""
+    text = (
+        f"One chunk ({found.compute}, “{found.instruction}”) from noise to what was sent. Each square is a token, the darker "
+        "the surer the network was of it; an orange dot marks a token that this step changed; small squares are end tokens."
+        f"{ends} Below: the actions that the tokens meant, step by step."
+    )
+    return {"text": text, "figures": [Figure(revision_plots.tokens(found)), Figure(revision_plots.actions(found))]}
+
+
+def language(results: Results) -> dict[str, Any] | None:
+    """The language-swap test."""
+    if not results.language:
+        return None
+    of = {(entry.env, entry.told): entry for entry in results.language}
+    rows: list[list[page.Cell]] = [
+        [
+            env,
+            *((f"{of[env, k].successes}/{of[env, k].episodes}", percent(of[env, k].interval)) for k in KINDS),
+            of[env, "other"].instruction,
+        ]
+        for env in results.envs
+    ]
+    text = (
+        "The dense policy on the same seeds, told the right sentence, another task's, or nothing. A success is the "
+        f"environment's own task within {results.language[0].max_steps} steps. A policy that succeeds whatever it is told "
+        "goes by what it sees."
+    )
+    return {"text": text, "table": Table(("environment", *KINDS, "the other sentence"), rows, (0, 1 + len(KINDS)))}
+
+
+def facts(results: Results) -> dict[str, str]:
+    """What it takes to repeat the evaluation."""
+    first = results.evaluations[0]
+    return {
+        "checkpoint": f"{results.checkpoint}, content {results.fingerprint}",
+        "seeds": f"{', '.join(map(str, first.seeds))}; the noise of chunk k of an episode is drawn from (seed, k)",
+        "settings": f"{first.solver_steps} solver steps per round, {first.n_action_steps} actions executed per chunk, at most "
+        f"{first.max_steps} steps, {first.render} rendering",
+        "machine": results.machine,
+        "minutes": _minutes(results.minutes),
+        "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
+    }
 
 
 def costs(results: Results) -> list[str]:
@@ -157,95 +288,42 @@ def caveats(results: Results) -> list[str]:
     if any(compute.startswith("refine") for compute in results.computes):
         found.append(
             "The rater learned relative errors: within a chunk a low rating says worse than its neighbours, not wrong. Some "
-            "action of a perfect chunk can still be made anew."
+            "action of a perfect chunk can still be regenerated."
         )
     if results.language:
         found.append(f"The language-swap test has n = {results.language[0].episodes} per cell and tells only large effects.")
     return found
 
 
-def percent(interval: tuple[float, float]) -> str:
-    """84 to 100 %, with a decimal where the interval is narrow."""
-    low, high = (100 * side for side in interval)
-    digits = 0 if high - low > 10 else 1
-    return f"{low:.{digits}f} to {high:.{digits}f} %"
-
-
-def signed(difference: float) -> str:
-    """A difference of rates in points, with a true minus."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
-def _tiles(results: Results) -> list[dict[str, str]]:
-    tiles = [
-        {"value": _rate(o.successes, o.episodes), "label": f"success, {o.compute} ({o.successes} of {o.episodes})"}
-        for o in results.overall
-    ]
-    first = results.latency[0]
-    tiles.append(
-        {"value": f"{first.total.p50:.1f} ms", "label": f"per chunk, {first.compute} p50 (p99 {first.total.p99:.1f} ms)"}
-    )
-    if _steps(results.minutes) > 1 and results.minutes.total is not None:
-        tiles.append({"value": f"{results.minutes.total:.1f} min", "label": "for everything, on this machine"})
-    return tiles
-
-
-def _video(video: EpisodeVideo, folder: Path) -> dict[str, str]:
+def _clip(video: EpisodeVideo, folder: Path) -> dict[str, str]:
     e = video.episode
     outcome = f"success at step {e.first_success_step}" if e.success else f"no success in {e.steps} steps"
     return {
-        "video": _data(folder / video.file, "video/mp4"),
-        "text": f"{plots.short(e.env)}, {e.compute}, seed {e.seed}: {outcome}. One frame in {video.frame_every} steps.",
+        "source": page.data_url((folder / video.file).read_bytes(), "video/mp4"),
+        "text": f"{short(e.env)}, {e.compute}, seed {e.seed}: {outcome}. One frame in {video.frame_every} steps.",
     }
 
 
 def _moments(video: EpisodeVideo, folder: Path) -> list[dict[str, Any]]:
     e, found = video.episode, []
     for moment in video.moments:
-        again = sum(moment.regenerated or ())
         detail = f"{e.compute}, seed {e.seed}, step {moment.step}"
         if moment.regenerated is not None:
-            detail += f"; {again} of {len(moment.actions)} actions made anew"
+            detail += f"; {sum(moment.regenerated)} of {len(moment.actions)} actions regenerated"
         found.append(
             {
-                "title": plots.short(e.env),
+                "title": short(e.env),
                 "detail": detail,
-                "image": _data(folder / moment.picture, "image/png"),
-                "svg": _safe(plots.chunk(video, moment)),
+                "image": page.data_url((folder / moment.picture).read_bytes(), "image/png"),
+                "svg": plots.chunk(video, moment),
             }
         )
     return found
 
 
-def _any_success(videos: Sequence[EpisodeVideo], video: EpisodeVideo) -> bool:
-    return any(other.episode.success for other in videos if other.episode.env == video.episode.env)
-
-
-def _data(file: Path, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-
-
-def _safe(drawn: Any) -> Any:
-    """Our own drawings, which need no escaping (matplotlib escapes the text in them)."""
-    from markupsafe import Markup
-
-    if isinstance(drawn, str):
-        return Markup(drawn)  # noqa: S704
-    if isinstance(drawn, dict):
-        return {name: _safe(value) for name, value in drawn.items()}
-    return [_safe(svg) if isinstance(svg, str) else (svg[0], _safe(svg[1])) for svg in drawn]
-
-
-def _rate(successes: int, n: int) -> str:
-    return f"{100 * successes / n:.1f} %".replace(".0 %", " %")
-
-
-def _known(steps: Sequence[int | None]) -> list[int]:
-    return sorted(step for step in steps if step is not None)
-
-
-def _chunks_per_episode(entry: Evaluation) -> float:
-    return sum(e.chunks for e in entry.per_episode) / entry.episodes
+def _telling(video: EpisodeVideo, videos: Sequence[EpisodeVideo]) -> bool:
+    """Whether its chunks are shown: those of a success, or of a failure where the environment has no success."""
+    return video.episode.success or not any(f.episode.success for f in videos if f.episode.env == video.episode.env)
 
 
 def _steps(minutes: Minutes) -> int:

@@ -1,10 +1,8 @@
-"""The page of episodes in real time: success and jerk against delay, what was executed, and the numbers."""
+"""The page of a real-time comparison: success and jerk against delay, what was executed, and the numbers."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,13 @@ import numpy as np
 
 from vlaflow.evaluation.realtime import Trace
 from vlaflow.evaluation.realtime_results import Cell, Comparison, RealtimeResults
-from vlaflow.reports.plots import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure, short
+from vlaflow.reports import page
+from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
+from vlaflow.reports.page import Figure, Table
+from vlaflow.reports.words import short
 
+NOTABLE = 0.05
+"""p-value below which a comparison has something to tell."""
 WORDS = {
     "wait": "wait (synchronous)",
     "switch": "switch (naive asynchronous)",
@@ -24,10 +27,9 @@ WORDS = {
 
 def write_page(found: RealtimeResults, file: Path) -> Path:
     """One self-contained HTML file."""
-    css = resources.files("vlaflow.reports").joinpath("templates", "report.css").read_text()
     figures = [
-        (success(found), "Successes against the delay of every answer; bars are 95 % Wilson intervals."),
-        (
+        Figure(success(found), "Successes against the delay of every answer; bars are 95 % Wilson intervals."),
+        Figure(
             jerk(found),
             "Mean second difference of the commanded motion where chunks hand over (bars: 95 % bootstrap over episodes), and "
             "between (faint).",
@@ -35,27 +37,30 @@ def write_page(found: RealtimeResults, file: Path) -> Path:
     ]
     if drawn := executed(found):
         figures.append(drawn)
-    shown = "".join(f"<figure>{svg}<figcaption>{html.escape(text)}</figcaption></figure>" for svg, text in figures)
     guided = ", continued by guidance" if found.guided else ""
-    title = f"{found.system} with {found.compute}{guided} in real time"
-    how = (
-        f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of each of "
+    notable = [test for test in found.comparisons if min(test.success_p, test.jerk_p) < NOTABLE]
+    return page.write(
+        file,
+        "realtime.html",
+        title=f"{found.system} with {found.compute}{guided} in real time",
+        protocol=f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of each of "
         f"{', '.join(map(short, found.envs))}, up to {found.max_steps} control steps at {found.rate_hz:g} Hz; "
         "the next chunk is "
-        f"asked for after {found.n_action_steps} actions; {found.compute_settings}; checkpoint {found.checkpoint} "
-        f"({found.fingerprint[:12]}); jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions."
+        f"requested after {found.n_action_steps} actions; {found.compute_settings}; jitter up to "
+        f"{found.jitter_ms:g} ms, fade over "
+        f"{found.fade} actions.",
+        figures=figures,
+        cells=Table(CELLS, [_row(cell) for cell in found.cells], (1,)),
+        paired=Table(PAIRS, [_pair(test) for test in found.comparisons], (1, 2)),
+        paired_summary=f"{len(found.comparisons)} paired comparisons: {len(notable) or 'none'} with p below {NOTABLE:g}",
+        notable=bool(notable),
+        command=found.command,
+        fact_entries={
+            "checkpoint": f"{found.checkpoint}, content {found.fingerprint[:12]}",
+            "machine": found.machine,
+            "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        },
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{css}</style>'
-        f"</head><body><main><h1>{html.escape(title)}</h1><p>{html.escape(how)}</p>{shown}"
-        f"{_table(CELLS, map(_row, found.cells))}"
-        f"<h2>In pairs</h2><p>The same seeds and noise under both. The p-values are of single tests; of twenty, one falls "
-        f"below 0.05 by chance.</p>{_table(PAIRS, map(_pair, found.comparisons))}"
-        f"<p><code>{html.escape(found.command)}</code><br>{html.escape(found.machine)}; "
-        f"{html.escape(', '.join(f'{k} {v}' for k, v in found.versions.items()))}</p></main></body></html>\n"
-    )
-    return file
 
 
 def success(found: RealtimeResults) -> str:
@@ -88,7 +93,7 @@ def jerk(found: RealtimeResults) -> str:
         return done()
 
 
-def executed(found: RealtimeResults) -> tuple[str, str] | None:
+def executed(found: RealtimeResults) -> Figure | None:
     """The actions of the first seed, one panel per mode, at the upper middle of the delays: it matters and is not hopeless."""
     delays = sorted({c.delay_ms for c in found.cells})
     delay = delays[len(delays) // 2]
@@ -100,9 +105,10 @@ def executed(found: RealtimeResults) -> tuple[str, str] | None:
             _panel(axis, trace, mode)
         np.atleast_1d(axes)[-1].set_xlabel("control step")
         drawn = done()
-    return drawn, (
+    return Figure(
+        drawn,
         f"The first seed of {short(found.envs[0])} at {delay:g} ms, as executed: one line per action dimension, a vertical "
-        "line where another chunk took over, a band where the robot stood still."
+        "line where another chunk took over, a band where the robot stood still.",
     )
 
 
@@ -178,9 +184,3 @@ def _pair(test: Comparison) -> tuple[str, ...]:
         f"{test.smoother} : {test.rougher}",
         f"{test.jerk_p:.2g}",
     )
-
-
-def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead>{body}</table></div>'

@@ -6,7 +6,7 @@ import numpy as np
 
 from vlaflow.evaluation.results import Evaluation
 from vlaflow.evaluation.revision import HIDDEN, Revision
-from vlaflow.reports.plots import FAINT, INK, LINES, SERIES, WIDTH, figure
+from vlaflow.reports.figure import FAINT, INK, LINES, SERIES, WIDTH, figure
 
 
 def tokens(found: Revision) -> str:

@@ -26,10 +26,10 @@ _CLOSE_S = 2.0
 
 
 class Client:
-    """One connection, one request at a time. Connects again by itself when the server was started anew.
+    """One connection, one request at a time. Connects again by itself when the server was restarted.
 
-    A server that was started anew for another robot, with chunks of another length, or for a policy that can continue less of
-    them is refused: whoever asks took it for the first.
+    A server that was restarted for another robot, with chunks of another length, or for a policy that can continue less of
+    them is refused: its caller still relies on the first one.
 
     Args:
         address: "ws://HOST:PORT".
@@ -38,7 +38,7 @@ class Client:
 
     Attributes:
         metadata: what the server said first.
-        reconnected: how often the connection had to be made anew.
+        reconnected: how often the connection had to be re-established.
     """
 
     metadata: dict[str, Any]
@@ -101,7 +101,7 @@ class Client:
         if changed:
             self._open.close()
             raise RequestError(
-                f"{self.address} was started anew with another {changed[0].replace('_', ' ')} than this client began with; "
+                f"{self.address} was restarted with another {changed[0].replace('_', ' ')} than this client began with; "
                 "make a new client for it, or start the server with the checkpoint of before."
             )
         self.metadata, self.reconnected = metadata, self.reconnected + 1
@@ -141,5 +141,5 @@ class Client:
 def _give_up_after(connection: socket.socket, seconds: float) -> None:
     """A cut cable is noticed while sending, too: data that nobody acknowledges for so long ends the connection."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-        with suppress(OSError):  # closed already: whoever reads is told
+        with suppress(OSError):  # closed already: the reader gets the error
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(1e3 * seconds)))

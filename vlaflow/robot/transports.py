@@ -1,4 +1,4 @@
-"""The two ways to a policy that a real-time controller has: a thread beside the robot's loop, and a simulated delay."""
+"""The two ways to a policy that a real-time controller has: a thread next to the robot's loop, and a simulated delay."""
 
 from __future__ import annotations
 

@@ -65,9 +65,9 @@ function curve(chunk, at) {
   if (known.length) svg.append(draw("path", { class: "line", d: line(values) }));
   values.forEach((value, i) => {
     if (value === null) return;
-    const [cx, cy] = where(seconds(i), value), anew = chunk.regenerated && chunk.regenerated[i];
+    const [cx, cy] = where(seconds(i), value), again = chunk.regenerated && chunk.regenerated[i];
     const sure = chunk.confidence ? 0.25 + 0.75 * chunk.confidence[i] : 1;
-    svg.append(draw("circle", { class: anew ? "anew" : "dot", cx, cy, r: 2.6, opacity: anew ? 1 : sure }));
+    svg.append(draw("circle", { class: again ? "again" : "dot", cx, cy, r: 2.6, opacity: again ? 1 : sure }));
   });
   return svg;
 }
@@ -93,8 +93,8 @@ function showChunk(chunk, pictures) {
   $("told").textContent = `“${chunk.instruction}” · ${chunk.client}, request ${chunk.request}`;
   const parts = Object.entries(chunk.milliseconds).map(([part, ms]) => `${part} ${short(ms)} ms`).join(", ");
   const notes = [`${chunk.layers} of ${hello.depth} layers`, `${chunk.nfe} nfe`, parts];
-  const anew = chunk.regenerated ? chunk.regenerated.filter(Boolean).length : 0;
-  if (chunk.regenerated) notes.push(`${anew} actions made anew${anew ? " (ringed; the draft is dashed)" : ""}`);
+  const again = chunk.regenerated ? chunk.regenerated.filter(Boolean).length : 0;
+  if (chunk.regenerated) notes.push(`${again} actions regenerated${again ? " (ringed; the draft is dashed)" : ""}`);
   $("about").textContent = notes.join(" · ") + ` · shaded: the ${hello.n_action_steps} actions executed before the next answer`;
   const drawn = hello.dimensions.map((_, at) => curve(chunk, at));
   if (chunk.confidence) {

@@ -202,7 +202,7 @@ class Engine:
         states = [a.generator.get_state() for a in requests]
         try:
             chunks = await loop.run_in_executor(self._thread, self._act, requests)
-        except Exception as error:  # whatever it was, it is the answer to whoever asked
+        except Exception as error:  # whatever it was, it is the answer to the request
             if len(group) == 1:
                 self.counts.refused += 1
                 _settle(group[0], error)
@@ -231,7 +231,7 @@ class Engine:
 
 
 def _settle(waiting: _Waiting, outcome: Chunk | Exception) -> None:
-    if waiting.answer.done():  # whoever asked has gone
+    if waiting.answer.done():  # the client has gone
         return
     if isinstance(outcome, Exception):
         waiting.answer.set_exception(outcome)

@@ -1,4 +1,4 @@
-"""What happens at the server, written down once: for the log, for ``/metrics`` and for whoever watches.
+"""What happens at the server, written down once: for the log, for ``/metrics`` and for observers.
 
 A line of the log is a sentence, or with ``JsonLines`` a JSON object. No line holds an image or a token. A refusal may quote a
 few words of a request, cut and stripped of what would break a line.
@@ -71,7 +71,7 @@ class Event:
 
 @dataclass
 class Entry:
-    """A request under way; whoever answers it says what came of it."""
+    """A request under way; the handler records its outcome."""
 
     client: str
     number: int

@@ -283,7 +283,7 @@ class PolicyServer:
                 with self._busy():
                     reply, chunks = await _while_there(connection, self._reply(frame, chunks, name))
                     await connection.send(reply)
-                await asyncio.sleep(0)  # whoever sends ahead of the answers must not keep the others waiting
+                await asyncio.sleep(0)  # a client that sends ahead of its answers must not keep the others waiting
 
     @contextmanager
     def _busy(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.simulators import gl
-from vlaflow.simulators.base import Environment, Render, make
+from vlaflow.simulators.base import Environment
 from vlaflow.spec import Observation
 
 gl.prepare()
@@ -140,10 +140,3 @@ class ChunkEnv(gymnasium.Wrapper):
     def observe(self) -> Observation:
         """What a policy sees now; rendered at most once per step."""
         return self._inner.observe()
-
-
-def make_chunked(
-    name: str, n_action_steps: int = 8, *, render: Render = "fast", size: int | None = None, video: bool = False
-) -> ChunkEnv:
-    """`make` and wrap. Arguments as there and in `ChunkEnv`."""
-    return ChunkEnv(make(name, render=render, size=size), n_action_steps, video=video)

@@ -86,7 +86,7 @@ class Noise:
             standard deviation is the same at every step; a larger ρ pushes the hand further off the path.
         misjudge: standard deviation, in metres along each axis, of where the expert believes its hand to be, in half of the
             episodes. It is sound for ``SOUND`` steps, then wrong for ``WRONG`` with one error, and so on, each number drawn
-            anew. The other episodes show long stretches of what is right, without which a policy stays imprecise.
+            again. The other episodes show long stretches of what is right, without which a policy stays imprecise.
     """
 
     scale: float = 0.1

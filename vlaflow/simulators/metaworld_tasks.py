@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlaflow.simulators.base import Environment, Expert, Render, SimulatorSpec, Suite
+from vlaflow.simulators.base import SimulatorSpec
 from vlaflow.spec import ActionSpec, Dimension
 
 Group = Literal["easy", "medium", "hard", "very_hard"]
@@ -125,18 +125,3 @@ SPEC = SimulatorSpec(
     lazy=True,
     protocol="LeRobot 0.6 Meta-World: corner2 camera, first success ends, 500 steps",
 )
-
-
-def _build(task: str, render: Render, size: int | None) -> Environment:
-    from vlaflow.simulators.metaworld import MetaWorldEnv
-
-    return MetaWorldEnv(task, render, size)
-
-
-def _expert(task: str) -> Expert:
-    from vlaflow.simulators.metaworld import MetaWorldExpert
-
-    return MetaWorldExpert(task)
-
-
-SUITE = Suite(SPEC, _build, _expert, install="vlaflow[metaworld]")

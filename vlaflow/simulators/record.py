@@ -1,7 +1,7 @@
 """Recording demonstrations of scripted experts as a LeRobot data set.
 
 Frame t holds the image and the state *before* action t, and the action label is the expert's clean action for exactly
-that state; with noise, what was executed differs from the label (see ``experts``), and is stored beside it. Only successful
+that state; with noise, what was executed differs from the label (see ``experts``), and is stored with it. Only successful
 episodes are kept, with a few frames after the first success, so that a policy also sees what the end looks like.
 
 Workers record, and encode their videos, in parallel; the parent only joins. The same config gives the same bytes with any

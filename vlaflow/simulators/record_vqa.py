@@ -280,7 +280,7 @@ def _readme(meta: Mapping[str, Any], images: int) -> str:
         "",
         "`questions.jsonl` is in LLaVA's conversation layout; `metadata.json` states seeds, margins, counts and versions.",
         "Answers come from the simulator's state. In every environment each wording has as many questions with one answer as",
-        "with any other, so always saying the commonest is right as often as chance: one in as many as there are answers.",
+        "with any other, so always giving the most frequent answer is right as often as chance.",
         "",
         "| kind | wording | answers |",
         "|---|---|---|",

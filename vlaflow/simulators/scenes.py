@@ -16,8 +16,6 @@ import numpy as np
 
 from vlaflow.errors import CapabilityError
 
-GRIPPER = "gripper"
-
 
 @dataclass(frozen=True)
 class Thing:

@@ -5,7 +5,7 @@
                              weights.safetensors, average.safetensors, optimizer.safetensors
     out/training/log.jsonl, tensorboard/                                           see ``metrics_log``
 
-A checkpoint is first written completely into a hidden folder beside these. One rename makes it count: from then on it is
+A checkpoint is first written completely into a hidden folder next to these. One rename makes it count: from then on it is
 ``training/step-000500`` with the policy's files in a folder ``policy`` of its own, from which they are moved up one by one. A
 run that is killed while they move finds the rest there and moves it. So a kill or a full disk at any moment leaves the
 earlier checkpoint or the new one. The two newest training states are kept: without the newest folder a run continues from the
@@ -200,7 +200,7 @@ def held(out: Path) -> bool:
 
 
 def move_aside(out: Path) -> Path:
-    """Give a folder another name beside its own, which is free afterwards; returns the new one."""
+    """Give a folder another name next to its own, which is free afterwards; returns the new one."""
     aside = next(p for n in range(1, 1_000_000) if not (p := out.with_name(f"{out.name}.before-{n}")).exists())
     out.rename(aside)
     return aside
@@ -232,7 +232,7 @@ def read_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         key, before, now = found
         raise ConfigError(
             f"{folder.parent.parent} was trained with {key} = {before!r}, now it is {now!r}. Give the same value to continue, "
-            f"another --out, or --fresh to start anew (the old checkpoint is moved aside)."
+            f"another --out, or --fresh to start over (the old checkpoint is moved aside)."
         )
     return state
 

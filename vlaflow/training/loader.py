@@ -49,7 +49,7 @@ class Loader:
     """The parts of every step.
 
     Every process takes ``batch_size`` samples of the step's ``world · batch_size``, and splits them into ``accumulate``
-    parts that are used one after another. With ``ahead`` (the default beside a GPU) a thread loads the next step meanwhile,
+    parts that are used one after another. With ``ahead`` (the default next to a GPU) a thread loads the next step meanwhile,
     which changes no sample: a step's content does not depend on when it is loaded.
     """
 

@@ -58,9 +58,9 @@ class MetricsLog:
         kept = [entry for entry in read_log(out) if entry["step"] <= step]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_suffix(".jsonl.new")
-            beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            beside.replace(self.path)
+            fresh = self.path.with_suffix(".jsonl.new")
+            fresh.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            fresh.replace(self.path)
             self._file: TextIO = self.path.open("a")
         except OSError as error:
             raise CheckpointError(f"{out} cannot be written ({error.strerror}). Choose another --out, or make room.") from error

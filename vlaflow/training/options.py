@@ -18,9 +18,9 @@ class Options:
     Args:
         overrides: values by dotted key of the ``TrainConfig``, as text: {"optim.learning_rate": "3e-4"}.
         tracker: where the log goes besides ``training/log.jsonl``.
-        fresh: start anew; an old checkpoint is moved aside.
+        fresh: start over; an old checkpoint is moved aside.
         command: for the model card; the process's own command line by default.
-        vqa: file or folder of a question set to learn from as well (docs/vqa.md).
+        vqa: file or folder of a VQA data set for co-training (docs/vqa.md).
         tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.

@@ -76,7 +76,7 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
     return planned
 
 
-def start_anew(stages: Sequence[Planned]) -> None:
+def start_over(stages: Sequence[Planned]) -> None:
     """Move the whole folder of a pipeline aside, where any of its stages has left something there.
 
     Together, so that no stage's folder is lost in another's; and before the first stage, when no process reads from it yet.

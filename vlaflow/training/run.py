@@ -18,7 +18,7 @@ from vlaflow.packages import require
 from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
-from vlaflow.training.pipeline import plan, start_anew
+from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
 from vlaflow.training.trainer import Outcome, Trainer
@@ -64,7 +64,7 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
     """
     stages = plan(pipeline, dataset, out, options)
     if options.fresh:
-        start_anew(stages)
+        start_over(stages)
     made: dict[str, Path] = {}
     for number, stage in enumerate(stages, 1):
         recipe, latent = stage.recipe, made.get("latent") if stage.objective.names_codes else None

@@ -83,7 +83,7 @@ class Trainer:
             and the number of processes are added.
         card: text of the checkpoint's README.md for an outcome.
         tracker: where the log goes besides ``training/log.jsonl``.
-        fresh: start anew; an old checkpoint in ``out`` is moved aside.
+        fresh: start over; an old checkpoint in ``out`` is moved aside.
 
     Raises:
         ConfigError: an unknown tracker.
@@ -104,7 +104,7 @@ class Trainer:
         fresh: bool = False,
     ) -> None:
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
-        self._train, self._validation_source, self._questions, self._fresh = train, validation, vqa, fresh
+        self._train, self._validation_source, self._vqa, self._fresh = train, validation, vqa, fresh
         self._told, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
         self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
@@ -142,9 +142,9 @@ class Trainer:
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
         acting = Loader(self._train, config, self.place, self.device)
-        self._loader = alternating(acting, self._questions) if self._questions else acting
+        self._loader = alternating(acting, self._vqa) if self._vqa else acting
         self._held = self._hold(self._validation_source)
-        self._held_vqa = self._hold(self._questions.held) if self._questions else None
+        self._held_vqa = self._hold(self._vqa.held) if self._vqa else None
         self._resume()
         if self._is_main and 0 < self.step < config.steps:
             sys.stderr.write(f"Continuing after step {self.step} of {config.steps}.\n")

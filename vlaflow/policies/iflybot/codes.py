@@ -34,11 +34,6 @@ class DatasetCodes:
     gap: int
     short: tuple[int, ...]
 
-    @property
-    def known_N(self) -> np.ndarray:
-        """bool, the rows that have codes."""
-        return self.id_NK[:, 0] >= 0
-
 
 def model_pairs(
     model: LatentActionModel, dataset: Dataset, *, view: str | None = None, episodes: Sequence[int] | None = None
@@ -66,7 +61,7 @@ def dataset_codes(
     view: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetCodes:
-    """The codes of every frame of a data set, computed once per model and data set and kept beside the frame cache.
+    """The codes of every frame of a data set, computed once per model and data set and kept next to the frame cache.
 
     Args:
         model: the latent action model.

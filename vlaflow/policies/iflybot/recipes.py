@@ -46,7 +46,7 @@ def latent(data: DataSpec) -> TrainConfig:
 
 
 def joint(data: DataSpec) -> TrainConfig:
-    """Second stage: the backbone learns codes and FAST tokens, an expert beside it the actions; truncated gradients.
+    """Second stage: the backbone learns codes and FAST tokens, an expert next to it the actions; truncated gradients.
 
     vlaflow train iflybot.joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out runs/iflybot/joint
     """

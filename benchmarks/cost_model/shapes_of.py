@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.cost_model.shapes import BackboneShape, DecoderShape, LayerShape, Linear, Piece, flow_codec, residual_head
 from vlaflow.backbones.base import BackboneSpec
 from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.compute.shapes import BackboneShape, DecoderShape, LayerShape, Linear, Piece, flow_codec, residual_head
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import CapabilityError

@@ -1,15 +1,8 @@
-"""The report's plots as inline SVG that takes its colours from the page, so one page serves light, dark and print.
-
-Matplotlib draws with placeholder colours, which are replaced by CSS variables afterwards (``report.css`` defines them).
-Colours differ in lightness as well as hue, and every series also has its own marker or line, so nothing is lost in grey.
-"""
+"""The plots of an evaluation's page."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +10,9 @@ import numpy as np
 from vlaflow.evaluation.latency import PARTS, Latency
 from vlaflow.evaluation.results import EARLY, Minutes, Results
 from vlaflow.evaluation.videos import EpisodeVideo, Moment
+from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, PAPER, SERIES, WIDTH, figure
+from vlaflow.reports.words import short
 
-INK, FAINT, PAPER = "#010101", "#010102", "#010103"
-SERIES = ("#010201", "#010202", "#010203", "#010204", "#010205")
-_CSS = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
-    colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)
-}
-MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.", (0, (1, 1)))
-WIDTH = 5.6
-"""Inches: so much that text is readable both in a column of a desk screen and on a telephone."""
 PART_NAMES = {
     "prefix": "prefix",
     "first": "solver steps",
@@ -141,7 +128,7 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
 
 
 def chunk(video: EpisodeVideo, moment: Moment) -> str:
-    """One chunk: every dimension over the step limit, draft beside answer, confidence below."""
+    """One chunk: every dimension over the step limit, draft and answer, confidence below."""
     actions = np.array(moment.actions)
     draft = None if moment.draft is None else np.array(moment.draft)
     doubted = np.flatnonzero(moment.regenerated) if moment.regenerated else np.array([], int)
@@ -181,66 +168,3 @@ def minutes(spent: Minutes) -> str:
         axis.set(yticks=[], xlabel="minutes of wall time", xlim=(0, left * 1.001))
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(known))
         return done()
-
-
-def short(env: str) -> str:
-    """The task without its suite and version."""
-    return re.sub(r"-v\d+$", "", env.rpartition("/")[2])
-
-
-@contextmanager
-def figure(width: float, height: float, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """A matplotlib figure, its axes, and a function that returns the finished SVG. No global state is touched."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "vlaflow",
-        "font.size": 8.5,
-        "font.family": "sans-serif",
-        "text.color": INK,
-        "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK,
-        "axes.titlesize": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.facecolor": "none",
-        "legend.frameon": False,
-        "legend.handlelength": 1.8,
-        "legend.columnspacing": 1.4,
-    }
-    with mpl.rc_context(style):
-        drawn = Figure((width, height), layout="constrained")
-        FigureCanvasSVG(drawn)
-        axes = drawn.subplots(rows, columns, **settings)
-
-        def done() -> str:
-            text = io.StringIO()
-            drawn.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            return _inline(text.getvalue())
-
-        yield drawn, axes, done
-
-
-_counter = 0
-
-
-def _inline(svg: str) -> str:
-    """Body of an SVG file for use inside a page: own ids, page colours, width of the column, no metadata."""
-    global _counter  # noqa: PLW0603 - ids of one page must differ
-    _counter += 1
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    tag = f"f{_counter}-"
-    svg = re.sub(r'\bid="', f'id="{tag}', svg)
-    svg = svg.replace("url(#", f"url(#{tag}").replace('xlink:href="#', f'href="#{tag}')
-    svg = re.sub(r' xmlns:xlink="[^"]*"| xmlns="[^"]*"', "", svg)
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
-    svg = re.sub(r"font: ([^;\"]*?)'?(DejaVu Sans|sans-serif).*?(?=[;\"])", r"font: \1var(--font)", svg)
-    for colour, variable in _CSS.items():
-        svg = svg.replace(colour, variable)
-    return svg

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
-from vlaflow.compute.shapes import (
+from benchmarks.cost_model.shapes import (
     BackboneShape,
     DecoderShape,
     LayerShape,
@@ -20,14 +19,15 @@ from vlaflow.compute.shapes import (
     flow_codec,
     residual_head,
 )
-from vlaflow.compute.shapes_of import Grid, qwen_backbone
+from benchmarks.cost_model.shapes_of import Grid, qwen_backbone
+from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.compute.thresholds import exit_shares
 from vlaflow.stacks.expert import a1_expert
 
 QWEN2_7B = LayerShape(3584, 28, 4, 128, 18944, qkv_bias=True)
 """A layer of Qwen2-7B, the language part of Molmo-7B-D."""
 A1_EXPERT = LayerShape.of(a1_expert().block)
-"""A layer of A1's action expert, a Qwen2 network that reads the keys and values of the layer beside it."""
+"""A layer of A1's action expert, a Qwen2 network that reads the keys and values of the layer next to it."""
 A1_TOKENS = 352
 """Prefix of two views of 144 tokens with their markers, and a sentence, as A1's text says."""
 A1_EXITS = tuple(range(2, 29, 2))

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vlaflow.compute.hardware import BFLOAT16, Hardware, NumberFormat
-from vlaflow.compute.shapes import Linear, Piece, PolicyShape
+from benchmarks.cost_model.hardware import BFLOAT16, Hardware, NumberFormat
+from benchmarks.cost_model.shapes import Linear, Piece, PolicyShape
 from vlaflow.errors import ConfigError
 
 
@@ -95,7 +95,7 @@ def step_without_cache(shape: PolicyShape) -> Cost:
     """
     own, decoder = shape.backbone, shape.decoder
     if decoder.stack != "shared":
-        raise ConfigError("Only a decoder on the shared stack runs the prefix anew with its own tokens.")
+        raise ConfigError("Only a decoder on the shared stack runs the prefix again with its own tokens.")
     tokens = own.prefix + decoder.suffix
     return step(shape, 0) + Cost((own.layer.piece("layer", tokens, tokens, times=own.depth),))
 

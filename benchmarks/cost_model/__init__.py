@@ -1,0 +1,1 @@
+"""The cost model: shapes of policies, tables at the published sizes, operations, bytes and roofline milliseconds."""
