@@ -174,9 +174,9 @@ def test_a_checkpoint_that_continues_another_has_learned_from_its_questions_too(
     assert training.main([*rater, "--tracker", "none", "--steps", "1", "--batch-size", "4"]) == 0
     assert held_out(tmp_path / "rated", opened) == held
     base, folder = Policy.from_pretrained(out), out
-    more = {"further": Options(tracker="none"), "again": Options({"vqa.held_out": "0.5"}, "none", questions=asked)}
+    more = {"further": Options(tracker="none"), "again": Options({"vqa.held_out": "0.5"}, "none", vqa=asked)}
     for name, options in more.items():
-        config = tiny_config(policy=base.config, steps=1, questions=None)
+        config = tiny_config(policy=base.config, steps=1)
         train_stage(config, dataset, tmp_path / name, name=name, base=Base.open(folder), options=options)
         folder = tmp_path / name
         assert held_out(folder, opened) == held

@@ -207,7 +207,7 @@ def test_the_command_trains_on_both_and_the_card_says_so(dataset, asked, tmp_pat
     assert "7 for training, 1 held out, on 0.5 of the steps" in card
     lines = (asked / "questions.jsonl").read_text()
     (asked / "questions.jsonl").write_text(lines + lines.splitlines()[0] + "\n")
-    with pytest.raises(ConfigError, match=r"was trained with questions\.fingerprint = "):
+    with pytest.raises(ConfigError, match=r"was trained with vqa\.fingerprint = "):
         command.main([*arguments(dataset, out), *more])
 
 
@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     with pytest.raises(ConfigError, match=r"vqa is none, so .* would not be looked at"):
         command.main([*given, "--vqa", str(asked), "--set", "vqa=none"])
     with pytest.raises(ConfigError, match="name a set of them with --vqa"):
-        command.main([*given, "--set", 'questions={"share": 0.5}'])
+        command.main([*given, "--set", 'vqa={"share": 0.5}'])
     for short, message in (("text_bytes=8", "text_bytes"), ("suffix=4", "suffix")):
         small = ["--set", "policy.backbone.answers=true", "--set", f"policy.backbone.{short}"]
         with pytest.raises(SpecError, match=rf"of question '.*' in .* bytes, the policy takes at most .*\.{message}"):
