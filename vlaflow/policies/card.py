@@ -1,4 +1,4 @@
-"""The model card: what someone who finds the checkpoint needs to know to judge and repeat it.
+"""The model card: what someone else needs to know to judge a checkpoint and to reproduce it.
 
 The lines about a training itself (steps, losses, command) come from ``training.card``.
 """

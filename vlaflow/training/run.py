@@ -1,8 +1,4 @@
-"""From a recipe's name and a data set to a trained checkpoint: what ``vlaflow train`` and ``vlaflow demo`` call.
-
-outcome = train("asyncvla.demo", "runs/demo/dataset", "runs/demo/policy")
-outcome = train("asyncvla.rater", "runs/demo/dataset", "runs/demo/rated", policy="runs/demo/policy")
-"""
+"""From a recipe's name and a data set to a trained checkpoint: what ``vlaflow train`` and ``vlaflow demo`` call."""
 
 from __future__ import annotations
 
@@ -29,6 +25,11 @@ def train(
     recipe: str, dataset: Path | str, out: Path | str, *, policy: Path | str | None = None, options: Options | None = None
 ) -> Outcome:
     """Train by recipe; continues an unfinished run of the same recipe, data and config in ``out``.
+
+    >>> vlaflow.train("asyncvla.demo", "runs/demo/dataset", "runs/demo/policy")
+    >>> vlaflow.train("asyncvla.rater", "runs/demo/dataset", "runs/demo/rated", policy="runs/demo/policy")
+
+    Other values go into ``options``: ``vlaflow.training.options.Options({"optim.learning_rate": "3e-4"})``.
 
     Args:
         recipe: name, e.g. "asyncvla.demo".
