@@ -25,7 +25,7 @@ CONFIG = EvaluationConfig(
     ("dense", "refine"),
     episodes=2,
     knobs=Knobs(2),
-    rollout=RolloutConfig(chunk_size=12),
+    rollout=RolloutConfig(max_steps=12),
     latency_chunks=1,
     language_episodes=1,
     videos=False,
@@ -126,7 +126,7 @@ def test_a_line_that_a_kill_left_unfinished_is_played_again(checkpoint, whole, t
         ({"episodes": 3}, "episodes = 2, not 3"),
         ({"first_seed": 7}, "first_seed = 1000, not 7"),
         ({"knobs": Knobs(3)}, "computes = "),
-        ({"rollout": RolloutConfig(chunk_size=11)}, "rollout = "),
+        ({"rollout": RolloutConfig(max_steps=11)}, "rollout = "),
     ],
 )
 def test_other_settings_are_refused_in_a_sentence_and_their_episodes_kept(checkpoint, tmp_path, monkeypatch, changes, what):
