@@ -122,3 +122,26 @@ def test_every_page_is_in_the_index():
     listed = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in ("README.md", "performance.md")]
     assert not [page for page in pages if f"({page})" not in listed]
+
+
+SHOWN = [
+    body
+    for language, body in FENCE.findall((ROOT / "docs/extending.md").read_text(encoding="utf-8"))
+    if language in ("python", "toml")
+]
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.splitlines()[0])
+def test_the_code_on_extending_is_the_plugin_that_a_test_installs(block):
+    """Each piece, from one line of "..." to the next, stands in the file that the block's first line names."""
+    first, *lines = block.splitlines()
+    plugin = ROOT / "tests/plugin"
+    file = next(f for f in (plugin / first[2:], plugin / "vlaflow_plugin_example" / first[2:]) if f.exists())
+    pieces = re.split(r"^ *\.\.\.$", "\n".join(lines), flags=re.MULTILINE)
+    whole = file.read_text(encoding="utf-8")
+    assert all(piece.strip("\n") in whole for piece in pieces)
+
+
+def test_extending_shows_every_part_of_the_plugin():
+    modules = ("backbone", "decoder", "compute", "corridor", "observation_keys", "recipes")
+    assert {block.splitlines()[0][2:] for block in SHOWN} == {"pyproject.toml", *(f"{module}.py" for module in modules)}

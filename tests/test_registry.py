@@ -8,17 +8,20 @@ from types import ModuleType
 import pytest
 
 import vlaflow
+from tests import helpers
 from vlaflow import registry
 from vlaflow.backbones.base import BackboneConfig
 from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.compute.parse import able, parse
 from vlaflow.compute.spelling import ComputeKind
 from vlaflow.config import from_json, to_json
 from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.registry import OURS, Entry, find, installed, kind_of
-from vlaflow.serving.observation_keys import ObservationKeys
-from vlaflow.simulators.base import Suite
+from vlaflow.serving.observation_keys import ObservationKeys, choose
+from vlaflow.simulators.base import Suite, parse_env_name
+from vlaflow.training.recipes import find_recipe, list_recipes
 
 KINDS = {"compute": ComputeKind, "simulators": Suite, "layouts": ObservationKeys, "recipes": ModuleType}
 BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig}
@@ -159,3 +162,45 @@ def test_an_entry_must_be_a_config_of_its_group_under_its_own_name(install, name
 def test_an_entry_says_its_module():
     assert Entry("decoders", "x", "package.module:Name").module == "package.module"
     assert registry.find("backbones", "TinyConfig").load() is TinyConfig
+
+
+def test_what_is_listed_leaves_out_what_cannot_be_imported(install):
+    """Lists of recipes, compute policies and environments need no part that is broken; naming it names its distribution."""
+    broken = {"broken_part": "import nowhere_at_all"}
+    groups = [("recipes", "broken", "broken_part.recipes"), ("compute", "broken", "broken_part:KIND")]
+    install("broken", [*groups, ("simulators", "broken", "broken_part:SUITE")], broken)
+    assert "asyncvla.demo" in list_recipes()
+    assert "dense" in [compute.name for compute in able(helpers.policy().model)]
+    with pytest.raises(ConfigError, match="did you mean 'metaworld/reach-v3'"):
+        parse_env_name("reach-v3")
+    for naming in (
+        lambda: find_recipe("broken.demo"),
+        lambda: parse("broken:3"),
+        lambda: parse_env_name("broken/task"),
+    ):
+        with pytest.raises(CapabilityError, match=r"broken 1\.0"):
+            naming()
+
+
+def test_a_module_of_recipes_is_read_without_being_imported(install):
+    """Its imports may take seconds, and a list is made for every help text."""
+    text = (
+        'import nowhere_at_all\n\ndef quick(data) -> recipe.TrainConfig:\n    """In no time."""\n\ndef helper() -> int: ...\n'
+    )
+    install("lazy", [("recipes", "lazy", "lazy_recipes")], {"lazy_recipes": text})
+    assert list_recipes()["lazy.quick"].summary == "In no time."
+    with pytest.raises(ConfigError, match="'lazy' has no recipe 'helper'"):
+        find_recipe("lazy.helper")
+
+
+def test_an_entry_must_be_what_its_group_holds(install):
+    install("wrong", [("layouts", "wrong", "foreign_part:Renamed")], {"foreign_part": FOREIGN})
+    with pytest.raises(ConfigError, match=r"wrong 1\.0\) is of type .*; it must be of type ObservationKeys"):
+        choose("wrong", ("image",))
+
+
+def test_a_suite_is_registered_by_the_name_it_has(install):
+    text = "from vlaflow.simulators.metaworld_suite import SUITE"
+    install("alias", [("simulators", "alias", "alias_part:SUITE")], {"alias_part": text})
+    with pytest.raises(ConfigError, match="registered as 'alias' calls itself 'metaworld'"):
+        parse_env_name("alias/reach-v3")

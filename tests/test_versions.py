@@ -25,5 +25,5 @@ def test_the_command_line_can_be_typed_again(monkeypatch):
 def test_no_record_holds_a_token(monkeypatch):
     """Results and reports are shown around."""
     for words in (["--token", "secret"], ["--token=secret"]):
-        monkeypatch.setattr(sys, "argv", ["vlaflow", "rollout", *words, "--seed", "3"])
+        monkeypatch.setattr(sys, "argv", ["vlaflow", "eval-realtime", *words, "--seed", "3"])
         assert command_line().replace("=", " ") == "vlaflow eval-realtime --token TOKEN --seed 3"

@@ -7,7 +7,7 @@ vlaflow.backbones   its class's, as in config.json    a frozen dataclass derived
 vlaflow.decoders    its class's, as in config.json    a frozen dataclass derived from ``decoders.base.DecoderConfig``
 vlaflow.compute     the word of ``--compute``         a ``compute.spelling.ComputeKind``
 vlaflow.simulators  the suite, before the slash       a ``simulators.base.Suite``
-vlaflow.layouts     the word of ``--observation-keys``          a ``serving.observation_keys.ObservationKeys``
+vlaflow.layouts     as in ``--observation-keys``      a ``serving.observation_keys.ObservationKeys``
 vlaflow.recipes     the system, before the dot        a module whose public functions are recipes
 ==================  ================================  ================================================================
 
@@ -153,10 +153,10 @@ def find(group: Group, name: str, unknown: str = "", *, typed: bool = True) -> E
     """
     entries = installed(group)
     if name not in entries:
-        begin, listed = unknown or f"vlaflow.{group} has no '{name}'", f"nstalled: {', '.join(entries)}."
-        close = difflib.get_close_matches(name, entries, n=1, cutoff=0.5) if typed else []
-        hint = f"did you mean '{close[0]}'? I{listed}" if close else f"i{listed} Install the package that provides it."
-        raise ConfigError(f"{begin}; {hint}")
+        begin, listed = unknown or f"vlaflow.{group} has no '{name}'", ", ".join(entries)
+        if typed and (close := difflib.get_close_matches(name, entries, n=1, cutoff=0.5)):
+            raise ConfigError(f"{begin}; did you mean '{close[0]}'? Installed: {listed}.")
+        raise ConfigError(f"{begin}; installed: {listed}. Install the package that provides it.")
     claims = entries[name]
     if len(claims) > 1:
         owners = " and ".join(entry.distribution or "vlaflow" for entry in claims)
@@ -175,8 +175,8 @@ def load(group: Group, name: str, kind: type[T], unknown: str = "") -> T:
     found = entry.load()
     if not isinstance(found, kind):
         raise ConfigError(
-            f"'{name}' of vlaflow.{group} ({entry.distribution or 'vlaflow'}) is a {type(found).__name__}; it must be a "
-            f"{kind.__name__}."
+            f"'{name}' of vlaflow.{group} ({entry.distribution or 'vlaflow'}) is of type {type(found).__name__}; it must be of "
+            f"type {kind.__name__}."
         )
     return found
 

@@ -222,7 +222,7 @@ def test_asyncvla_at_full_size_has_the_parameters_of_the_network():
     assert replace(full_size.asyncvla(), rater=rater).parameters == size(model)
 
 
-# -- an expert beside the backbone -----------------------------------------------------------------------------------------
+# -- an expert next to the backbone -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

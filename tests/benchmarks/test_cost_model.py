@@ -219,7 +219,7 @@ def test_keys_are_fitted_once_per_chunk():
     assert difference == pytest.approx(step(shape).flops)
 
 
-# -- what a user can mend ----------------------------------------------------------------------------------------------------
+# -- what a user can fix ----------------------------------------------------------------------------------------------------
 
 
 def test_wrong_input_is_one_sentence():

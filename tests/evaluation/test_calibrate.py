@@ -48,7 +48,7 @@ def trained(dataset, tmp_path_factory):
 def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, capsys):
     folder = tmp_path / "policy"
     shutil.copytree(trained, folder)
-    assert main(["calibrate", str(folder), "--dataset", str(dataset), "--budget", "0.4", "--frames", "40"]) == 0
+    assert main(["calibrate", str(folder), "--dataset", str(dataset), "--exit-budget", "0.4", "--frames", "40"]) == 0
     made = Calibration.load(folder / "calibration" / "budget-0.4.json")
     assert made.plan.depths == (1, 2, 3)
     assert made.samples == made.seen.samples == 20
@@ -63,7 +63,7 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
     arguments = ["--env", ENV, "--episodes", "1", "--max-steps", "20", "--steps", "2", "--no-videos", "--workers", "0"]
     assert main(["eval", str(folder), *computes, *arguments, "--out", str(tmp_path / "eval")]) == 0
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
-    passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["nfe"]}
+    passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["evaluations"]}
     assert passes["dense"] == 3 + 2 * 3
     assert passes["dense:2@1"] == 1 + 2 * 1
     assert "ms at p99" in capsys.readouterr().out
@@ -139,12 +139,12 @@ def test_same_seed_same_bytes(trained, dataset, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--budget", "0.4", "--max-deviation", "1"], "either --budget or --max-deviation"),
+        (["--exit-budget", "0.4", "--max-deviation", "1"], "either --exit-budget or --max-deviation"),
         (["--depths", "1", "5"], "answers at depth 5"),
         (["--depths", "1", "2"], "The last of the depths must be the full one, 3, got [1, 2]"),
         (["--max-deviation", "1"], "take more episodes"),
         (["--name", "ladder"], "cannot be called"),
-        (["--budget", "-1"], "positive number"),
+        (["--exit-budget", "-1"], "positive number"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(trained, dataset, arguments, words, capsys):

@@ -45,7 +45,7 @@ class Made:
 def untimed(folder):
     """Everything in the results file but measured times and the words of the command."""
     found = {name: value for name, value in json.loads((folder / RESULTS).read_text()).items() if name not in TIMES}
-    for entry in found["nfe"]:
+    for entry in found["evaluations"]:
         entry.pop("latency_ms")
     return found
 
@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, who
 def test_a_killed_evaluation_continues_at_another_number_of_workers(checkpoint, whole, tmp_path):
     """SIGKILL gives no chance to tidy up; the workers end by themselves."""
     words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--steps", "2", "--no-videos"]
-    words += ["--chunk-size", "12", "--language", "1", "--out", str(tmp_path)]
+    words += ["--max-steps", "12", "--language", "1", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "vlaflow", "eval", str(checkpoint), *words, "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240

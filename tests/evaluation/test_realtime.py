@@ -189,7 +189,7 @@ def test_cells_and_pairs_count_what_happened():
         ({"max_action_prefix": 0}, {}, ConfigError, "cannot continue"),
         ({}, {"n_action_steps": 12}, ConfigError, "at most 11"),
         ({}, {"n_action_steps": 0}, ConfigError, "at least 1"),
-        ({}, {"chunk_size": 501}, ConfigError, r"1\.\.500"),
+        ({}, {"max_steps": 501}, ConfigError, r"1\.\.500"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, error, sentence):
@@ -288,7 +288,7 @@ def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
 
 def test_an_unusable_out_is_one_sentence_before_anything_is_driven(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert command(["rollout", "--env", ENV, "--server", "ws://127.0.0.1:9", "--out", str(tmp_path / "file/out")]) == 2
+    assert command(["eval-realtime", "--env", ENV, "--server", "ws://127.0.0.1:9", "--out", str(tmp_path / "file/out")]) == 2
     said = capsys.readouterr().err
     assert "Choose another --out." in said
     assert said.count("\n") == 1
@@ -305,7 +305,7 @@ def test_an_interrupted_comparison_continues_to_the_same_episodes(tmp_path, monk
         raise KeyboardInterrupt
 
     with serving(policy, Dense(2)) as (_, address):
-        words = ["rollout", "--env", ENV, "--server", address, "--mode", "switch", "--delay-ms", "0", "--delay-ms", "25"]
+        words = ["eval-realtime", "--env", ENV, "--server", address, "--mode", "switch", "--delay-ms", "0", "--delay-ms", "25"]
         words += ["--n-action-steps", "3", "--max-steps", "6", "--episodes", "1", "--workers", "0"]
         assert command([*words, "--out", str(tmp_path / "whole")]) == 0
         with monkeypatch.context() as patch:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Measure when a multi-exit checkpoint may answer early, and write CKPT/calibration/NAME.json with plots next to it.
 
-    Example: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --budget 0.4
+    Example: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --exit-budget 0.4
 
     Then: vlaflow eval runs/a1/policy --env metaworld/drawer-open-v3 --compute dense --compute exit:budget-0.4
 
@@ -39,7 +39,7 @@ class Arguments:
     first_exit: bool = True
     """Whether the first exit may be taken at all."""
     max_deviation: float | None = None
-    """Largest difference of a chunk from the full depth's, by --deviation on normalised actions; instead of --budget."""
+    """Largest difference of a chunk from the full depth's, by --deviation on normalised actions; instead of --exit-budget."""
     confidence: float = 0.9
     """With --max-deviation: at least this share of the chunks stays within it (holds with 95 % probability)."""
     deviation: Literal["max_abs", "mean_abs", "l2", "cosine"] = "max_abs"
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
     given = tyro.cli(Arguments, prog="vlaflow calibrate", args=argv)
     if given.exit_budget is not None and given.max_deviation is not None:
-        raise ConfigError("Give either --budget or --max-deviation: one fixes the compute, the other the risk.")
+        raise ConfigError("Give either --exit-budget or --max-deviation: one fixes the compute, the other the risk.")
     require(*PAGES)  # the page comes last, and should not be what fails
 
     from rich.console import Console

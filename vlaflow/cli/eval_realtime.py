@@ -24,7 +24,7 @@ POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", 
 
 
 @dataclass(frozen=True)
-class Rollout:
+class EvalRealtime:
     """Compare ways of handing over from chunk to chunk while inference takes time; write results.json and report.html.
 
     Example: vlaflow eval-realtime --server ws://127.0.0.1:8000 --env metaworld/drawer-open-v3 --delay-ms 0 --delay-ms 200
@@ -63,13 +63,13 @@ class Rollout:
     seed: int = 1000
     workers: int = 1
     token: str | None = None
-    out: Path = Path("runs/rollout")
+    out: Path = Path("runs/realtime-eval")
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval-realtime ...``; returns the exit status."""
-    a = tyro.cli(Rollout, prog="vlaflow eval-realtime", args=argv, config=(tyro.conf.UseAppendAction,))
+    a = tyro.cli(EvalRealtime, prog="vlaflow eval-realtime", args=argv, config=(tyro.conf.UseAppendAction,))
     require("websockets", "msgpack", *PAGES)
 
     from rich.console import Console

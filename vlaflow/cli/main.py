@@ -28,7 +28,7 @@ COMMANDS = {
     "eval": "measure a checkpoint's success rate and latency in an environment",
     "eval-vqa": "count a checkpoint's right answers to questions about images",
     "serve": "put a checkpoint behind openpi's websocket protocol",
-    "rollout": "drive an environment in real time, with simulated delays of inference",
+    "eval-realtime": "drive an environment in real time, with simulated delays of inference",
     "check": "try an environment or a checkpoint against everything it promises",
     "data": "check or show a dataset; fit and compare action tokenizers; look at latent actions",
 }

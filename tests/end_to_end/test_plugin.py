@@ -1,0 +1,151 @@
+"""Parts from another distribution (``tests/plugin``) through the public commands, with nothing changed in vlaflow.
+
+The distribution is installed as anybody would install it, into a folder of its own, so that the same commands can also be run
+where it is missing.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlaflow.robot.client import Client
+
+PLUGIN = Path(__file__).parents[1] / "plugin"
+ROOT = PLUGIN.parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder that ``pip install`` has put the plugin into."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(PLUGIN, folder / "source")  # building leaves files behind
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    made = subprocess.run([*pip, "--target", folder / "site", source], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return folder / "site"
+
+
+def environment(*folders):
+    path = os.pathsep.join([*map(str, folders), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def vlaflow(*arguments, env):
+    command = [sys.executable, "-m", "vlaflow", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+@pytest.fixture(scope="module")
+def command(site):
+    """Run ``vlaflow ...`` where the plugin is installed; it must succeed."""
+
+    def run(*arguments):
+        done = vlaflow(*arguments, env=environment(site))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(command, tmp_path_factory):
+    """A checkpoint: the plugin's expert recorded in its simulator, its policy trained by its recipe."""
+    folder = tmp_path_factory.mktemp("corridor")
+    dataset, policy = folder / "dataset", folder / "policy"
+    command("record", "--env", "corridor/all", "--episodes", 10, "--workers", 0, "--out", dataset)
+    command("train", "corridor.demo", "--dataset", dataset, "--out", policy)
+    return policy
+
+
+@contextmanager
+def served(*arguments, env):
+    """The address of ``vlaflow serve ...``."""
+    command = [sys.executable, "-m", "vlaflow", "serve", *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as server:
+        said = []
+        try:
+            for line in server.stderr:
+                said.append(line)
+                if found := re.search(r"serving: .*?(\w+://[\w.:]+)", line):
+                    yield found[1]
+                    break
+            else:
+                pytest.fail("".join(said))
+        finally:
+            server.terminate()
+            server.stderr.read()
+
+
+def test_its_simulator_keeps_all_promises(command):
+    command("check", "env", "corridor/left", "corridor/right")
+
+
+def test_its_recipe_is_listed_with_its_summary(command):
+    assert re.search(r"corridor\.demo +Straight lines along a corridor", command("train", "--help"))
+
+
+def test_its_policy_is_evaluated_with_its_compute_policy(command, trained, tmp_path):
+    """Trained on its expert, the policy walks to the end that it is told to walk to."""
+    computes = ("--compute", "dense", "--compute", "averaged:3")
+    settings = ("--episodes", 3, "--no-videos", "--workers", 1, "--out", tmp_path / "eval")
+    command("eval", trained, "--env", "corridor/all", *computes, *settings)
+    found = json.loads((tmp_path / "eval/results.json").read_text())
+    successes = {(one["env"], one["compute"]): one["successes"] for one in found["evaluations"]}
+    assert set(successes) == {(f"corridor/{end}", name) for end in ("left", "right") for name in ("dense", "averaged:3")}
+    assert sum(successes.values()) >= 10
+    assert [one["nfe"] for one in found["latency"]] == [1, 3]
+
+
+def test_its_compute_policy_is_among_those_that_a_check_runs(command, trained):
+    assert "averaged" in command("check", "policy", trained)
+
+
+def test_its_policy_is_served_to_its_client(site, trained):
+    """The actions of a request with the layout's keys point to the end that is asked for."""
+    image = np.full((16, 16, 3), 40, np.uint8)
+    image[7:10, 6:9] = 255
+    with (
+        served(trained, "--observation-keys", "corridor", "--compute", "averaged", env=environment(site)) as address,
+        Client(address) as client,
+    ):
+        ways = [
+            client.infer({"camera": image, "position": np.array([0.5], np.float32), "task": f"go to the {end} end"})["actions"]
+            for end in ("left", "right")
+        ]
+    assert [way.shape for way in ways] == [(4, 1)] * 2
+    assert ways[0].mean() < 0 < ways[1].mean()
+
+
+def test_its_checkpoint_is_refused_in_one_sentence_where_it_is_not_installed(trained, tmp_path):
+    for arguments in (
+        ("eval", trained, "--env", "metaworld/reach-v3", "--out", tmp_path / "eval"),
+        ("serve", trained, "--observation-keys", "libero", "--port", "0"),
+    ):
+        done = vlaflow(*arguments, env=environment())
+        assert done.returncode == 2, done.stderr
+        (said,) = done.stderr.strip().splitlines()
+        assert "'config.backbone.kind' in" in said
+        assert "is 'GlanceConfig', which nothing installed provides; installed: " in said
+        assert "TinyConfig" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "env", "corridor/left"),
+        ("train", "corridor.demo", "--dataset", "nowhere", "--out", "nowhere"),
+    ],
+)
+def test_its_names_are_unknown_where_it_is_not_installed(arguments):
+    done = vlaflow(*arguments, env=environment())
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "corridor" in done.stderr

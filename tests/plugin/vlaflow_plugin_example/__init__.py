@@ -1,0 +1,1 @@
+"""Parts for vlaflow that live in a package of their own; docs/extending.md walks through them."""
