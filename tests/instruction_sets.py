@@ -2,8 +2,8 @@
 
 python -m tests.instruction_sets [pytest's arguments]    (make test-isa)
 
-Sums come in another order with each of them, so a test that passes with one alone depends on rounding. The libraries that multiply
-matrices (oneDNN, MKL) are held to the same set; MKL ignores it on processors of other makers.
+Sums come in another order with each of them, so a test that passes with one alone depends on rounding. The libraries that
+multiply matrices (oneDNN, MKL) are held to the same set; MKL ignores it on processors of other makers.
 """
 
 import os
@@ -44,10 +44,11 @@ def main(arguments: list[str]) -> int:
         begin = time.monotonic()
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": name, **SETS[name]}
         status = subprocess.run([*command, *(str(here / room) for room in ROOMS), *arguments], env=environment, check=False)
-        print(f"{name}: {'failed' if status.returncode else 'passed'} in {time.monotonic() - begin:.0f} s", flush=True)
         failed += [name] * (status.returncode != 0)
+        sys.stdout.write(f"{name}: {'failed' if name in failed else 'passed'} in {time.monotonic() - begin:.0f} s\n")
+        sys.stdout.flush()
     if failed:
-        print(f"Failed with {', '.join(failed)}: ATEN_CPU_CAPABILITY={failed[0]} make test ARGS=... shows one again.")
+        sys.stdout.write(f"make test-isa failed with {', '.join(failed)} (see above)\n")
     return int(bool(failed))
 
 
