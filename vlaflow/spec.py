@@ -139,12 +139,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class ActionPrefix:
-    """The chunk before, for one that is made while it is being executed (real-time chunking).
+    """The remaining actions of the chunk being executed while the next one is computed (real-time chunking).
 
     Args:
-        actions: (N, D) float32, robot units: actions of the chunk before, from the one that the new chunk's first describes.
-        count: how many of them are executed whatever comes; the new chunk begins with them, unchanged to the bit. The rest is
-            what the robot would have done; only guidance looks at it.
+        actions: (N, D) float32, robot units. The first one is for the same control step as the new chunk's first action.
+        count: how many of them are committed: the robot executes them before the new chunk arrives, so the new chunk begins
+            with them, unchanged to the bit. The others would have followed; only guidance uses them.
     """
 
     actions: np.ndarray
@@ -159,20 +159,20 @@ class ActionPrefix:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A policy's answer: L future actions in robot units, and how they came about.
+    """A policy's answer: L future actions in robot units, and how they were computed.
 
     Args:
         actions: (L, D) float32, robot units.
-        confidence: (L,) in (0, 1), one per action, where a rater judged them; else None.
+        confidence: (L,) in (0, 1), the rater's, one per action; None without a rater.
         regenerated: (L,) bool, which actions were regenerated after the first round; None without refinement.
         draft: (L, D), the first round's actions where refinement changed some; else None.
         layers: backbone layers run over the prefix.
-        layer_passes: layers run in all, prefix and every solver step and the rater together.
-        nfe: velocity (or token) evaluations of the decoder.
+        layer_passes: layers run in total, over the prefix, all solver steps and the rater.
+        nfe: number of function evaluations: forward passes of the decoder.
         tokens: (S,) ids the actions were decoded from, by decoders of tokens; else None.
-        token_probability: (S,), what the network gave each when it last looked at it.
+        token_probability: (S,), the probability of each token when the network last predicted it.
         revised: tokens that each solver step changed.
-        repaired: the tokens did not describe a chunk exactly, and the tokenizer's rule made one of them.
+        repaired: whether the tokens were not a valid encoding and the tokenizer repaired them.
         milliseconds: wall time by part: "prefix", "first", "rater", "refine", ..., "total".
     """
 

@@ -1,5 +1,6 @@
 """Writing: what goes in comes out, the bytes depend on the episodes alone, and nothing half-written looks whole."""
 
+import ctypes
 import json
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -55,6 +56,29 @@ def test_segments_encoded_elsewhere_give_the_same_bytes(pristine, tmp_path, as_p
             _, state, action = episode(i)
             out.add(None, state, action, task, videos=dict(zip(VIEWS, segments[2 * i : 2 * i + 2], strict=True)))
     assert files_of(tmp_path / "joined") == files_of(pristine)
+
+
+def test_what_fresh_memory_holds_leaves_no_trace_in_a_video(tmp_path):
+    """An encoder that reads memory before it writes there gives other bytes when that memory holds other values.
+
+    With 0x55 and 0xFF the C library fills memory with the complement when it is handed out, and with the value when it is
+    given back. With 0 it fills nothing, so the last round finds what the round before gave back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("only glibc fills memory on request")
+    perturb = -6  # M_PERTURB of malloc.h
+    for height, width in ((2, 2), (6, 10), (16, 16), (50, 70), (96, 96), (98, 130)):
+        image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        frames, found = [np.roll(image, i, axis=1) for i in range(8)], set()
+        for value in (0, 0x55, 0xFF, 0):
+            mallopt(perturb, value)
+            try:
+                encode_video(frames, tmp_path / "video.mp4", 10)
+            finally:
+                mallopt(perturb, 0)
+            found.add((tmp_path / "video.mp4").read_bytes())
+        assert len(found) == 1, f"{height}x{width}"
 
 
 @pytest.mark.parametrize("fps", [10, 20, 80, 30000 / 1001])

@@ -24,18 +24,28 @@ START_TOLERANCE = 0.25
 """How far an episode's first frame may lie from where it should begin, in frames. Recorders that sum up rounded durations
 drift by fractions of a millisecond per episode; at half a frame it would be uncertain which frame is meant."""
 
+REPRODUCIBLE = {
+    # x264's macroblock tree reads memory that nothing has written (version 165 with AVX-512), so that now and then the same
+    # frames gave other pictures. It is what looks ahead across frames.
+    "mbtree": "0",
+    "rc-lookahead": "0",
+    # x264's slices, and so the bytes, depend on the number of threads.
+    "threads": "1",
+}
+"""x264 settings with which the same frames give the same bytes in every run."""
+
 ENCODER = {
     # Every second frame a key frame and no B-frames: one random frame costs at most two decodes (0.4 ms at 256x256
-    # against 3.2 ms with a key frame every 30). One thread, because x264's slices, and so the bytes, depend on the count.
+    # against 3.2 ms with a key frame every 30).
     "crf": "12",
     "preset": "medium",
     "tune": "fastdecode",
     "g": "2",
     "bf": "0",
     "sc_threshold": "0",
-    "threads": "1",
+    **REPRODUCIBLE,
 }
-"""x264 settings of every video this package writes."""
+"""x264 settings of every episode that this package writes."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vlaflow.config import from_json, to_json
+from vlaflow.data.video import REPRODUCIBLE
 from vlaflow.errors import DataError
 from vlaflow.evaluation.rollout import Episode, EpisodeJob, RolloutConfig, one_thread, open_env, play
 from vlaflow.policies.base import Policy
@@ -195,7 +196,7 @@ def write_mp4(frames: Sequence[np.ndarray], file: Path, rate: int = FRAMES_PER_S
 
     height, width, _ = frames[0].shape
     with av.open(str(file), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "28", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "28", "preset": "veryfast", **REPRODUCIBLE})
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = width, height, "yuv420p", 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))

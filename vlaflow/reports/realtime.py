@@ -43,14 +43,12 @@ def write_page(found: RealtimeResults, file: Path) -> Path:
         file,
         "realtime.html",
         title=f"{found.system} with {found.compute}{guided} in real time",
-        protocol=f"{len(found.seeds)} episodes (seeds {found.seeds[0]} to {found.seeds[-1]}) of each of "
-        f"{', '.join(map(short, found.envs))}, up to {found.max_steps} control steps at {found.rate_hz:g} Hz; "
-        "the next chunk is "
-        f"requested after {found.n_action_steps} actions; {found.compute_settings}; jitter up to "
-        f"{found.jitter_ms:g} ms, fade over "
-        f"{found.fade} actions.",
+        protocol=f"{len(found.seeds)} episode{'s' if len(found.seeds) > 1 else ''} (seeds {found.seeds[0]} to "
+        f"{found.seeds[-1]}) of each of {', '.join(map(short, found.envs))}, up to {found.max_steps} control steps at "
+        f"{found.rate_hz:g} Hz; the next chunk is requested after {found.n_action_steps} actions; {found.compute_settings}; "
+        f"jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions.",
         figures=figures,
-        cells=Table(CELLS, [_row(cell) for cell in found.cells], (1,)),
+        cells=Table(CELLS, [_row(cell) for cell in found.cells], (1,), dense=True),
         paired=Table(PAIRS, [_pair(test) for test in found.comparisons], (1, 2)),
         paired_summary=f"{len(found.comparisons)} paired comparisons: {len(notable) or 'none'} with p below {NOTABLE:g}",
         notable=bool(notable),
