@@ -32,8 +32,8 @@ from vlaflow.training.metrics_log import read_log
 
 def test_batches_carry_the_codes_of_the_frames_they_begin_at(dataset, latent, tmp_path, monkeypatch):
     """By episode and frame, encoded here pair by pair; unknown in the last frames, which begin no pair."""
-    batches, loss = [], PolicyStage.loss
-    monkeypatch.setattr(PolicyStage, "loss", lambda self, batch, *rest: batches.append(batch) or loss(self, batch, *rest))
+    batches, prepare = [], PolicyStage.prepare
+    monkeypatch.setattr(PolicyStage, "prepare", lambda self, batch: batches.append(batch) or prepare(self, batch))
     assert command.main(flybot.joint(dataset, tmp_path / "p", latent)) == 0
     model, opened = LatentActionModel.from_pretrained(latent), Dataset.open(dataset)
     pairs = model_pairs(model, opened)
