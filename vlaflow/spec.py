@@ -1,6 +1,6 @@
-"""The nouns: what a robot's action means, what a policy sees, what it answers.
+"""The core types: what a robot's action means, what a policy observes and what it returns.
 
-Nothing here computes; everything here checks. Batched tensors live in ``data.batch``, files in ``data.lerobot``.
+These classes validate their values and compute nothing. Batched tensors live in ``data.batch``, files in ``data.lerobot``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Dimension:
         for text in ("name", "unit", "frame", "positive"):
             if not str(getattr(self, text)).strip():
                 raise SpecError(
-                    f"Action dimension '{self.name}' leaves '{text}' blank. State it; write 'none' where there is none."
+                    f"Action dimension '{self.name}' has an empty '{text}'. Fill it in; write 'none' if there is none."
                 )
         if not self.low < self.high:
             raise SpecError(f"Action dimension '{self.name}' has the empty range [{self.low}, {self.high}].")
@@ -38,7 +38,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What an action means. Saved with every data set and checkpoint; refused on mismatch.
+    """What an action means: saved with every data set and checkpoint, and refused on a mismatch.
 
     Args:
         robot: robot and controller, e.g. "metaworld sawyer, end-effector displacement".
@@ -91,29 +91,29 @@ class ActionSpec:
             SpecError: naming the first difference and both sides ("checkpoint X", "data set Y").
         """
         for part in fields(self):
-            mine, his = getattr(self, part.name), getattr(other, part.name)
-            if mine == his or (part.name == "chunk_size" and None in (mine, his)):
+            mine, other_value = getattr(self, part.name), getattr(other, part.name)
+            if mine == other_value or (part.name == "chunk_size" and None in (mine, other_value)):
                 continue
             what = part.name
             if part.name == "dimensions":
-                pairs = [(m, h) for m, h in zip(mine, his, strict=False) if m != h]
+                pairs = [(m, o) for m, o in zip(mine, other_value, strict=False) if m != o]
                 if pairs:
                     first = next(
                         f.name for f in fields(Dimension) if getattr(pairs[0][0], f.name) != getattr(pairs[0][1], f.name)
                     )
                     what = f"{first} of action dimension '{pairs[0][0].name}'"
-                    mine, his = getattr(pairs[0][0], first), getattr(pairs[0][1], first)
+                    mine, other_value = getattr(pairs[0][0], first), getattr(pairs[0][1], first)
                 else:
-                    what, mine, his = "number of action dimensions", len(mine), len(his)
+                    what, mine, other_value = "number of action dimensions", len(mine), len(other_value)
             raise SpecError(
-                f"The actions of {ours} and {theirs} do not mean the same: {what} is {mine!r} in the first and {his!r} in "
-                f"the second. Use a checkpoint trained for this robot, or convert one side."
+                f"The actions of {ours} and {theirs} do not mean the same: {what} is {mine!r} in the first and "
+                f"{other_value!r} in the second. Use a checkpoint trained for this robot, or convert one side."
             )
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a policy sees at one moment.
+    """What a policy observes at one time step.
 
     Args:
         images: by view name, uint8, (height, width, 3), RGB, upright.
@@ -134,17 +134,17 @@ class Observation:
         if self.state.ndim != 1:
             raise SpecError(f"The state must be one vector, got shape {self.state.shape}.")
         if not np.all(np.isfinite(self.state)):
-            raise SpecError(f"The state holds a value that is not finite: {self.state.tolist()}.")
+            raise SpecError(f"The state contains a value that is not finite: {self.state.tolist()}.")
 
 
 @dataclass(frozen=True)
 class ActionPrefix:
-    """The chunk before, for one that is made while it is being executed (real-time chunking).
+    """The rest of the chunk being executed while the next one is computed (real-time chunking).
 
     Args:
-        actions: (N, D) float32, robot units: actions of the chunk before, from the one that the new chunk's first describes.
-        count: how many of them are executed whatever comes; the new chunk begins with them, unchanged to the bit. The rest is
-            what the robot would have done; only guidance looks at it.
+        actions: (N, D) float32, robot units. The first one is for the same time step as the first action of the next chunk.
+        count: how many of them are committed, that is, executed in any case. The next chunk begins with exactly these,
+            bit for bit. The others are what the robot would do without a next chunk; only guidance uses them.
     """
 
     actions: np.ndarray
@@ -152,27 +152,29 @@ class ActionPrefix:
 
     def __post_init__(self) -> None:
         if self.actions.ndim != 2 or len(self.actions) < 1 or not np.all(np.isfinite(self.actions)):
-            raise SpecError(f"Committed actions are finite and of shape (N, D) with N >= 1, got shape {self.actions.shape}.")
+            raise SpecError(
+                f"Committed actions must be finite and of shape (N, D) with N >= 1, got shape {self.actions.shape}."
+            )
         if not 0 <= self.count <= len(self.actions):
-            raise SpecError(f"Of {len(self.actions)} known actions, none to all can be committed, got {self.count}.")
+            raise SpecError(f"The number of committed actions must lie in 0 .. {len(self.actions)}, got {self.count}.")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A policy's answer: L future actions in robot units, and how they came about.
+    """The output of a policy: L future actions in robot units, with diagnostics.
 
     Args:
         actions: (L, D) float32, robot units.
-        confidence: (L,) in (0, 1), one per action, where a rater judged them; else None.
+        confidence: (L,) in (0, 1), one per action, from the confidence rater; None without a rater.
         regenerated: (L,) bool, which actions were regenerated after the first round; None without refinement.
-        draft: (L, D), the first round's actions where refinement changed some; else None.
+        draft: (L, D), the actions of the first round if refinement changed any; else None.
         layers: backbone layers run over the prefix.
-        layer_passes: layers run in all, prefix and every solver step and the rater together.
+        layer_passes: layers run in total: the prefix, every solver step and the rater.
         nfe: velocity (or token) evaluations of the decoder.
-        tokens: (S,) ids the actions were decoded from, by decoders of tokens; else None.
-        token_probability: (S,), what the network gave each when it last looked at it.
-        revised: tokens that each solver step changed.
-        repaired: the tokens did not describe a chunk exactly, and the tokenizer's rule made one of them.
+        tokens: (S,) token ids that the actions were decoded from; None for decoders of continuous actions.
+        token_probability: (S,), probability of each token when the network last evaluated it.
+        revised: number of tokens changed by each solver step.
+        repaired: whether the tokens did not decode to a chunk exactly, so that the tokenizer had to repair them.
         milliseconds: wall time by part: "prefix", "first", "rater", "refine", ..., "total".
     """
 

@@ -332,7 +332,7 @@ def bad_episode(what):
         ("length", r"Episode 0: 'observation.state' must have shape \(12, 2\), got \(11, 2\)"),
         ("images", r"Episode 0: view 'corner' must be uint8 \(12, 32, 48, 3\), got uint8 \(11, 32, 48, 3\)"),
         ("size", r"Episode 0: view 'corner' must be uint8 \(12, 32, 48, 3\), got uint8 \(12, 16, 48, 3\)"),
-        ("missing view", r"Episode 0 must bring the view 'corner' once"),
+        ("missing view", r"Episode 0 must have the view 'corner' exactly once"),
         ("unknown view", r"'korner', which was not declared; did you mean 'corner'"),
         ("task", r"Episode 0 has no task"),
     ],
