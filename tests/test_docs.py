@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import vlaflow
 from vlaflow.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,18 @@ def test_what_the_python_imports_from_us_is_there(page):
         for alias in node.names
     ]
     assert not [f"{module}.{item}" for module, item in ours if not defines(module, item)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_what_the_python_uses_of_the_package_is_offered(page):
+    blocks = [body for language, body in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
+    used = {
+        node.attr
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vlaflow"
+    }
+    assert used <= set(vlaflow.__all__)
 
 
 def fields_of(command):

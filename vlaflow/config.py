@@ -18,6 +18,8 @@ from vlaflow.errors import ConfigError, nearest
 from vlaflow.registry import Part, kind_of, require_registered
 
 T = TypeVar("T")
+INLINE: Mapping[str, Any] = {"inline": True}
+"""Metadata of a field whose own keys ``override`` takes without its name before them: ``field(metadata=INLINE)``."""
 JSON = Any
 
 
@@ -143,7 +145,9 @@ def override(config: T, changes: Mapping[str, str], where: str = "--set") -> T:
 
 
 def _override(config: Any, changes: Mapping[str, str], where: str, path: str) -> Any:
-    known = {f.name for f in dataclasses.fields(config)}
+    inlined = {f.name for f in dataclasses.fields(config) if f.metadata.get("inline")}
+    known = {f.name: "" for f in dataclasses.fields(config) if f.name not in inlined}
+    known |= {f.name: name for name in inlined for f in dataclasses.fields(getattr(config, name)) if f.name not in known}
     hints = typing.get_type_hints(type(config))
     values: dict[str, Any] = {}
     deeper: dict[str, dict[str, str]] = {}
@@ -151,7 +155,9 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
         name, _, rest = key.partition(".")
         if name not in known:
             raise ConfigError(f"Unknown key '{path}{name}' in {where}; {nearest(name, known)}")
-        if rest:
+        if known[name]:
+            deeper.setdefault(known[name], {})[key] = text
+        elif rest:
             deeper.setdefault(name, {})[rest] = text
         else:
             values[name] = _decode(hints[name], _read(hints[name], text), where, f"{path}{name}")
@@ -160,7 +166,7 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
         if not dataclasses.is_dataclass(current):
             what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
             raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} cannot be set.")
-        values[name] = _override(current, inner, where, f"{path}{name}.")
+        values[name] = _override(current, inner, where, path if name in inlined else f"{path}{name}.")
     return dataclasses.replace(config, **values)
 
 

@@ -139,12 +139,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class ActionPrefix:
-    """The rest of the chunk being executed while the next one is computed (real-time chunking).
+    """The remaining actions of the chunk being executed while the next one is computed (real-time chunking).
 
     Args:
-        actions: (N, D) float32, robot units. The first one is for the same time step as the first action of the next chunk.
-        count: how many of them are committed, that is, executed in any case. The next chunk begins with exactly these,
-            bit for bit. The others are what the robot would do without a next chunk; only guidance uses them.
+        actions: (N, D) float32, robot units. The first one is for the same control step as the new chunk's first action.
+        count: how many of them are committed: the robot executes them before the new chunk arrives, so the new chunk begins
+            with them, unchanged to the bit. The others would have followed; only guidance uses them.
     """
 
     actions: np.ndarray
@@ -170,7 +170,7 @@ class Chunk:
         draft: (L, D), the actions of the first round if refinement changed any; else None.
         layers: backbone layers run over the prefix.
         layer_passes: layers run in total: the prefix, every solver step and the rater.
-        nfe: velocity (or token) evaluations of the decoder.
+        nfe: number of function evaluations: forward passes of the decoder.
         tokens: (S,) token ids that the actions were decoded from; None for decoders of continuous actions.
         token_probability: (S,), probability of each token when the network last evaluated it.
         revised: number of tokens changed by each solver step.

@@ -321,7 +321,7 @@ def test_answer_loss_is_that_of_transformers(folder, untied, tied):
 
 def test_asyncvla_3b_has_the_published_size():
     """AsyncVLA §4: 4.08 B in all, 308 M of it the rater; EO-1's head has 16.98 M, its backbone 3.755 B."""
-    config = qwen3b(8, 7, ("agent", "wrist"), source=None)
+    config = qwen3b(DataSpec(8, 7, ("agent", "wrist")), source=None)
     with torch.device("meta"):
         model = replace(config, rater=qwen3b_rater(config)).build()
 
@@ -385,7 +385,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, folder):
 
 
 def test_each_rater_knows_its_backbone():
-    small, large = tiny(4, 4, ("image",)), qwen3b(4, 4, ("image",), source=None)
+    small, large = tiny(DataSpec(4, 4, ("image",))), qwen3b(DataSpec(4, 4, ("image",)), source=None)
     with pytest.raises(CapabilityError, match=r"asyncvla\.rater3b"):
         tiny_rater(large)
     with pytest.raises(CapabilityError, match=r"asyncvla\.rater\."):

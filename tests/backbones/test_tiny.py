@@ -87,8 +87,9 @@ def test_wrong_sizes_get_one_sentence():
 
 def test_the_demo_policy_has_the_size_its_docstring_states():
     from vlaflow.policies.asyncvla.policy import tiny
+    from vlaflow.policies.recipe import DataSpec
 
     with torch.device("meta"):
-        model = tiny(4, 4, ("image",)).build()
+        model = tiny(DataSpec(4, 4, ("image",))).build()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 1.0
     assert helpers.policy_config().build().rater is None

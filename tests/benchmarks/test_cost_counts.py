@@ -35,6 +35,7 @@ from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig, make_norm
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
+from vlaflow.policies.recipe import DataSpec
 from vlaflow.stacks.expert import ExpertConfig
 
 SAME = 1e-9
@@ -57,7 +58,7 @@ def size(module):
 
 
 def tiny_policy(stem):
-    config = tiny(4, 4, ("image", "wrist"))
+    config = tiny(DataSpec(4, 4, ("image", "wrist")))
     return replace(config, backbone=replace(config.backbone, stem=stem))
 
 
@@ -215,7 +216,7 @@ def test_the_vision_tower_costs_what_the_counter_says(qwen):
 
 def test_asyncvla_at_full_size_has_the_parameters_of_the_network():
     pytest.importorskip("transformers")
-    config = qwen3b(8, 7, ("agent", "wrist"), source=None)
+    config = qwen3b(DataSpec(8, 7, ("agent", "wrist")), source=None)
     with torch.device("meta"):
         model = replace(config, rater=qwen3b_rater(config)).build()
     rater = replace(full_size.asyncvla().rater, action_dim=7)

@@ -28,6 +28,7 @@ DEPTHS = (1, 2, 3, 4)
 EXPERT = ExpertConfig(BlockConfig(24, 2, 2, 16, 48))
 WARM = ("fresh", "same", "anchor", "renoise")
 NEVER = (-inf, -inf, inf)
+ROUNDING = {"atol": 1e-6, "rtol": 1e-6}  # distances of chunks of about 1, float32, sums in another order
 
 
 def policy(rater=False, decoder=None):
@@ -126,9 +127,11 @@ def test_mixed_exits_come_back_in_the_order_of_the_batch():
                 a for _, a in probe.plan.answers(made.model, prefix, [helpers.generators(5)[row]], Stopwatch(made.device))
             ]
         seen[row] = float(distance("cosine", chunks[1], chunks[0]))
-    middle = sorted(seen.values())[2]
+    below, above = sorted(seen.values())[2:4]
+    assert above - below > 100 * ROUNDING["atol"]  # the threshold lies between two values, whatever their rounding
+    middle = (below + above) / 2
     out = decode(made, exit_at(thresholds=(middle, -inf, inf)), rows=list(range(5)))
-    assert out.layers == tuple(2 if seen[row] <= middle else 4 for row in range(5))
+    assert out.layers == tuple(2 if seen[row] < middle else 4 for row in range(5))
     assert len(out.groups) == 2
 
 
@@ -248,7 +251,7 @@ def test_distances_are_distances(metric, seed):
     assert (found > 0).all()
     assert torch.equal(found, distance(metric, other, one))
     assert float(distance(metric, one, one).max()) < 1e-5
-    assert torch.equal(found[1:2], distance(metric, one[1:2], other[1:2]))
+    torch.testing.assert_close(found[1:2], distance(metric, one[1:2], other[1:2]), **ROUNDING)
 
 
 @pytest.mark.parametrize("size", [0, 1e-30, 1e-4, 1e-2, 1, 1e4])
@@ -261,12 +264,12 @@ def test_equal_chunks_have_no_cosine_distance_however_small(size):
 def test_the_cosine_distance_has_no_step_where_an_action_loses_its_direction():
     """Opposite directions are 2 apart, one against none is 1 apart, and what is too short for a direction is near its equal."""
     one = torch.tensor([[[1.0, 0, 0]]])
-    assert float(distance("cosine", one, -one)) == 2
-    assert float(distance("cosine", one, 0 * one)) == 1
+    assert float(distance("cosine", one, -one)) == pytest.approx(2)
+    assert float(distance("cosine", one, 0 * one)) == pytest.approx(1)
     gaps = [float(distance("cosine", size * one, -size * one)) for size in (1e-6, 1e-4, 1e-3, 3e-3, 4e-3)]
     assert gaps == sorted(gaps)
     assert gaps[0] < 1e-6
-    assert gaps[-1] == 2
+    assert gaps[-1] == pytest.approx(2)
 
 
 def test_distances_in_closed_form():

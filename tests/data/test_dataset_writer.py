@@ -367,7 +367,7 @@ def test_provenance_that_is_no_json_is_refused_before_recording(tmp_path, proven
 
 
 def test_view_name_with_a_slash_is_refused(tmp_path):
-    with pytest.raises(SpecError, match="'left/wrist' holds a '/'"):
+    with pytest.raises(SpecError, match="'left/wrist' contains a '/'"):
         Writer(
             tmp_path / "a",
             fps=20,

@@ -78,7 +78,7 @@ FAULTS = {
     "turn 1 is from 'system'": {"id": "1", "conversations": [{"from": "system", "value": "Be brief."}]},
     "turn 1 must be an object": {"id": "1", "image": "0.png", "conversations": ["Open?"]},
     "turn 2, of gpt, is empty": record(turns=(("<image> Open?", " \n"),)),
-    "the answer in turn 2 holds <image>": record(turns=(("Open?", "see <image>"),)),
+    "the answer in turn 2 contains <image>": record(turns=(("Open?", "see <image>"),)),
     "the last question has no answer": {"id": "1", "image": "0.png", "conversations": [HUMAN, GPT, HUMAN]},
     "turn 2 must be a string": record(turns=(("<image> Open?", 1),)),
     "kind must be a string": record(kind=3),

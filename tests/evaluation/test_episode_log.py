@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+import vlaflow
 from tests.evaluation.conftest import ENV
 from vlaflow.cli.main import main
 from vlaflow.compute.spelling import Knobs
@@ -81,17 +82,29 @@ def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, who
     interrupted(checkpoint, tmp_path, monkeypatch, 3)
     assert len(lines(tmp_path)) == 1 + 3
     assert not (tmp_path / RESULTS).exists()
-    played, evaluate = [], module.evaluate
+    played, play_all = [], module.play_all
 
     def counted(folder, jobs, *given, **settings):
         played.extend(jobs)
-        return evaluate(folder, jobs, *given, **settings)
+        return play_all(folder, jobs, *given, **settings)
 
-    monkeypatch.setattr(module, "evaluate", counted)
+    monkeypatch.setattr(module, "play_all", counted)
     run(checkpoint, CONFIG, tmp_path)
     assert len(played) == 6 - 3
     assert untimed(tmp_path) == whole
     assert not (tmp_path / FILE).exists(), "the results hold everything; the next evaluation here begins from nothing"
+
+
+def test_the_function_of_the_package_measures_what_its_arguments_say(checkpoint, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "run", lambda *given, **settings: asked.append((*given, settings)))
+    vlaflow.evaluate(checkpoint, ENV, str(tmp_path))
+    vlaflow.evaluate(checkpoint, [ENV], tmp_path, compute=("dense", "refine"), solver_steps=2, max_steps=12, fresh=True)
+    other = EvaluationConfig((ENV,), ("dense", "refine"), knobs=Knobs(2), rollout=RolloutConfig(max_steps=12), workers=0)
+    assert asked == [
+        (checkpoint, EvaluationConfig((ENV,), workers=0), tmp_path, {"fresh": False}),
+        (checkpoint, other, tmp_path, {"fresh": True}),
+    ]
 
 
 def test_a_killed_evaluation_continues_at_another_number_of_workers(checkpoint, whole, tmp_path):

@@ -15,11 +15,11 @@ from vlaflow.evaluation.rollout import (
     EpisodeJob,
     RolloutConfig,
     chunk_generator,
-    evaluate,
     one_thread,
     open_env,
     plan,
     play,
+    play_all,
     require_fit,
 )
 from vlaflow.policies.base import Policy
@@ -40,7 +40,7 @@ def test_results_are_the_same_bytes_at_any_number_of_workers(checkpoint):
     """Noise is a function of seed and chunk number, workers compute with one thread, and no time is recorded."""
     jobs = plan([ENV], parse_all(["dense", "refine", "refine-random"], Knobs(2)), episodes=2)
     seen = [
-        json.dumps([asdict(e) for e in evaluate(checkpoint, jobs, SHORT, workers=workers)]).encode() for workers in (0, 1, 2)
+        json.dumps([asdict(e) for e in play_all(checkpoint, jobs, SHORT, workers=workers)]).encode() for workers in (0, 1, 2)
     ]
     assert seen[0] == seen[1] == seen[2]
     assert [e["seed"] for e in json.loads(seen[0])] == [1000] * 3 + [1001] * 3
@@ -72,7 +72,7 @@ def test_neighbouring_seeds_and_chunks_have_different_noise():
 def test_a_missing_rater_is_refused_before_any_episode(bare_checkpoint):
     jobs = plan([ENV], parse_all(["dense", "refine"]), 1)
     with pytest.raises(CapabilityError, match=r"vlaflow train asyncvla\.rater"):
-        evaluate(bare_checkpoint, jobs, SHORT, workers=2)
+        play_all(bare_checkpoint, jobs, SHORT, workers=2)
 
 
 def test_an_unknown_compute_policy_gets_the_nearest_name():

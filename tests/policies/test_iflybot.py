@@ -95,7 +95,7 @@ def millions(module):
 
 def full_size(chunk_size=30, noise_samples=1, truncate=True):
     """As published, with a FAST tokenizer that is fitted, for fitting needs data."""
-    config = qwen3b(8, 7, DATA.views, chunk_size=chunk_size, n_action_steps=chunk_size, source=None)
+    config = qwen3b(DATA, chunk_size=chunk_size, n_action_steps=chunk_size, source=None)
     decoder = config.decoder.fitted(helpers.chunks(chunk_size=chunk_size, dim=7))
     return replace(config, decoder=replace(decoder, truncate=truncate, flow=replace(decoder.flow, noise_samples=noise_samples)))
 
@@ -116,17 +116,17 @@ def test_the_published_sizes():
 
 @pytest.mark.parametrize(
     ("recipe", "chunk_size"),
-    [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).policy), 30)],
+    [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).objective.policy), 30)],
     ids=["joint3b", "libero", "fine3b"],
 )
 def test_the_recipes_name_parts_that_exist(recipe, chunk_size):
     """Everything trains from the first step; what a recipe says of the decoder is what the full size has."""
     config = recipe(DATA)
-    decoder = config.policy.decoder
+    decoder = config.objective.policy.decoder
     own = full_size(chunk_size, decoder.flow.noise_samples, decoder.truncate)
     assert replace(decoder, fast=None) == replace(own.decoder, fast=None)
     assert (decoder.fast.chunk_size, decoder.fast.action_dim, decoder.fast.tokenizer.vocabulary) == (chunk_size, 7, 2048)
-    assert config.policy.n_action_steps == chunk_size
+    assert config.objective.policy.n_action_steps == chunk_size
     with torch.device("meta"):
         model = own.build()
     freeze(model, config.optim)
@@ -136,7 +136,8 @@ def test_the_recipes_name_parts_that_exist(recipe, chunk_size):
 
 def test_the_third_stage_differs_from_the_second_in_truncation_and_draws_alone():
     for joint, fine in ((recipes.joint, recipes.fine), (recipes.joint3b, recipes.fine3b)):
-        before, after = joint(DATA).policy, fine(joint(DATA).policy).policy
+        before = joint(DATA).objective.policy
+        after = fine(before).objective.policy
         assert (before.decoder.truncate, before.decoder.flow.noise_samples) == (True, 1)
         assert (after.decoder.truncate, after.decoder.flow.noise_samples) == (False, 5)
         flow = replace(after.decoder.flow, noise_samples=1)
@@ -148,7 +149,7 @@ def qwen(tmp_path_factory):
     """The published assembly around a small random Qwen2.5-VL."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path_factory.mktemp("qwen"), tied=True)
-    config = qwen3b(4, 4, ("image",), chunk_size=6, n_action_steps=6)
+    config = qwen3b(DataSpec(4, 4, ("image",)), chunk_size=6, n_action_steps=6)
     decoder = config.decoder
     block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
     flow = replace(decoder.flow, expert=replace(decoder.flow.expert, block=block))
@@ -162,7 +163,7 @@ def qwen(tmp_path_factory):
 
 def test_the_published_assembly_sees_448_pixels(qwen):
     """256 tokens an image, by the processor's own rounding, whatever size the camera gives."""
-    config, reader = qwen3b(4, 4, ("image",)).backbone, qwen.model.backbone.reading()
+    config, reader = qwen3b(DataSpec(4, 4, ("image",))).backbone, qwen.model.backbone.reading()
     for side in (224, 448, 640):
         seen = replace(helpers.batch(1).observation, images={"image": torch.zeros(1, side, side, 3, dtype=torch.uint8)})
         prompt = reader.read(seen, config)
@@ -192,7 +193,7 @@ def test_a_small_qwen_learns_and_acts(qwen, truncate):
 
 
 def small(**changes):
-    config = tiny(4, 4, ("image",))
+    config = tiny(DataSpec(4, 4, ("image",)))
     fast = replace(config.decoder.fast, tokenizer=helpers.FAST, chunk_size=6)
     decoder = replace(config.decoder, fast=fast, flow=replace(config.decoder.flow, chunk_size=6))
     backbone = replace(config.backbone, image_size=32, depth=2, width=32, heads=2, ffn=32)

@@ -103,7 +103,7 @@ def test_a_server_that_was_started_anew_and_continues_less_is_refused():
         client.infer(request(0))
     with client:
         less = serving(policy=helpers.policy(masks="synchronous", committed=2), port=port_of(address))
-        with less, pytest.raises(RequestError, match="another action prefix than this client began with"):
+        with less, pytest.raises(RequestError, match="another max action prefix than this client began with"):
             client.infer(request(0))
         with serving(policy=helpers.policy(masks="synchronous", committed=4), port=port_of(address)):
             client.infer(request(0))

@@ -14,6 +14,7 @@ from vlaflow.data.stats import FeatureStats
 from vlaflow.data.writer import Writer
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import OptimConfig, TrainConfig
 from vlaflow.spec import ActionSpec, Dimension
 
@@ -32,9 +33,9 @@ def tiny_policy(views=("front",), **backbone) -> PolicyConfig:
     return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, chunk_size=4), n_action_steps=2)
 
 
-def tiny_config(**changes) -> TrainConfig:
+def tiny_config(policy=None, vqa=None, **changes) -> TrainConfig:
     defaults = {
-        "policy": tiny_policy(),
+        "objective": PolicyObjective(policy or tiny_policy(), vqa),
         "optim": OptimConfig(learning_rate=1e-3, warmup_steps=2),
         "steps": 6,
         "batch_size": 4,
@@ -132,7 +133,7 @@ def write_dataset(root: Path) -> Path:
 
 
 def new_policy(config: TrainConfig) -> Policy:
-    return Policy.create(config.policy, SPEC, tiny_stats(), config.seed)
+    return Policy.create(config.objective.policy, SPEC, tiny_stats(), config.seed)
 
 
 def weights(folder: Path) -> bytes:

@@ -19,8 +19,8 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
+from vlaflow.policies.stages import RaterStage
 from vlaflow.training.metrics_log import read_log
-from vlaflow.training.stages import RaterStage
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("width=32", "depth=1", "heads=2", "ffn=64", "image_size=32", "text_bytes=32")
@@ -178,7 +178,7 @@ def test_a_rater_needs_a_policy(dataset, tmp_path):
 def test_a_rater_refuses_another_robots_data(trained, dataset, tmp_path, monkeypatch):
     opened = Dataset.open(dataset)
     other = type(opened.action_spec)(**{**vars(opened.action_spec), "robot": "other arm"})
-    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root: opened))
+    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root, **_: opened))
     opened.action_spec = other
     with pytest.raises(SpecError, match="robot is 'test arm' in the first and 'other arm' in the second"):
         command.main(
@@ -189,7 +189,7 @@ def test_a_rater_refuses_another_robots_data(trained, dataset, tmp_path, monkeyp
 def test_data_without_an_action_spec_is_refused(dataset, tmp_path, monkeypatch):
     opened = Dataset.open(dataset)
     opened.action_spec = None
-    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root: opened))
+    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root, **_: opened))
     with pytest.raises(SpecError, match="does not say what its actions mean"):
         command.main(arguments(dataset, tmp_path / "p"))
 

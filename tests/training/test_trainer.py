@@ -16,11 +16,11 @@ from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
+from vlaflow.policies.stages import PolicyStage
 from vlaflow.training import checkpoint
 from vlaflow.training.divergence import DivergedError, DivergenceGuard
 from vlaflow.training.loader import Held, Loader, Place, mix
 from vlaflow.training.metrics_log import read_log
-from vlaflow.training.stages import PolicyStage
 from vlaflow.training.trainer import Trainer
 
 

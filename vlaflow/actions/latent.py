@@ -10,7 +10,7 @@ earlier, is projected to a few dimensions, pooled to K vectors and quantised (``
 patches, whose gradient is cut off, and reads the codes as further keys and values; it must make the later frame. Whatever it
 cannot see in the earlier frame has to pass through the codes.
 
-Nothing here knows of data sets: ``data.pairs`` makes the frame pairs, ``training.stages.LatentStage`` trains.
+Nothing here knows of data sets: ``data.pairs`` makes the frame pairs, ``policies.stages.LatentStage`` trains.
 
 Shape letters: B batch, H, W height and width of an image, P patches, C channels of the network, K codes, V entries of the
 book, E dimension of an entry, D action dimension.

@@ -93,7 +93,7 @@ class FramePairs:
             which = "No episode" if len(slices) == len(dataset.episodes) else f"None of the {len(slices)} chosen episodes"
             raise DataError(
                 f"{which} of {dataset.root} is longer than the gap of {gap_s:g} s ({self.gap} frames at {dataset.fps:g} per "
-                f"second); the longest has {longest} frames. Choose a shorter gap: --set latent.gap_s=..."
+                f"second); the longest has {longest} frames. Choose a shorter gap: --set gap_s=..."
             )
         self.rows = np.concatenate([np.arange(s.start, s.stop - self.gap) for e, s in slices.items() if e not in self.short])
 

@@ -306,13 +306,13 @@ def read(file: Path) -> Results:
 
 
 def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:
-    """Read what an evaluation wrote, strictly.
+    """Read a results file strictly.
 
     Args:
         kind: the dataclass it was written from.
         file: JSON with a "format".
         expected: that format.
-        command: that writes the file, for who has none.
+        command: the command that writes the file, for the error when it is missing.
 
     Raises:
         DataError, ConfigError: see ``read``.

@@ -119,7 +119,7 @@ def plan(
     return [EpisodeJob(env, compute, seed) for env in envs for seed in seeds for compute in computes]
 
 
-def evaluate(
+def play_all(
     checkpoint: Path | str,
     jobs: Sequence[EpisodeJob],
     config: RolloutConfig = RolloutConfig(),

@@ -1,6 +1,6 @@
 """A whole evaluation: paired episodes, language swap, latency, videos, and the files that hold them.
 
-``vlaflow eval`` and the demo both call ``run``; what each part means is said where the part lives.
+``vlaflow eval``, the demo and ``evaluate`` all call ``run``; what each part means is said where the part lives.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from vlaflow.evaluation.rollout import (
     EpisodeJob,
     RolloutConfig,
     chunk_generator,
-    evaluate,
     one_thread,
     plan,
+    play_all,
     require_fit,
 )
 from vlaflow.io import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.simulators.base import expand_env_names, parse_env_name, simulator_spec
+from vlaflow.simulators.base import Render, expand_env_names, parse_env_name, simulator_spec
 from vlaflow.versions import command_line, machine, versions
 
 VIDEOS = "videos"
@@ -83,6 +83,68 @@ class EvaluationConfig:
             )
 
 
+def evaluate(
+    checkpoint: Path | str,
+    env: str | Sequence[str],
+    out: Path | str,
+    *,
+    compute: str | Sequence[str] = "dense",
+    episodes: int = 20,
+    first_seed: int = FIRST_SEED,
+    solver_steps: int = 10,
+    n_action_steps: int | None = None,
+    max_steps: int | None = None,
+    render: Render = "fast",
+    device: str = "cpu",
+    videos: bool = True,
+    workers: int = 0,
+    fresh: bool = False,
+) -> Results:
+    """Evaluate a checkpoint in simulation; writes ``results.json`` and ``videos/`` into ``out``.
+
+    Every compute policy plays the same seeds, so that they can be compared in pairs. An evaluation that was interrupted
+    continues when it is called again with the same arguments.
+
+    >>> results = vlaflow.evaluate("runs/demo/rated", "metaworld/drawer-open-v3", "runs/eval", compute=("dense", "refine"))
+    >>> results.of("metaworld/drawer-open-v3", "refine").successes
+    20
+
+    Args:
+        checkpoint: folder or Hub repository.
+        env: environments or groups of them: "metaworld/drawer-open-v3", "metaworld/easy".
+        out: folder of the results.
+        compute: names of compute policies as ``vlaflow eval --compute`` takes them: "dense:2", "exit:NAME", "budget:20".
+        episodes: per environment and compute policy.
+        first_seed: episode i has the seed ``first_seed + i``.
+        solver_steps: of the decoder, for compute policies whose name states no number.
+        n_action_steps: actions executed per chunk; None takes the checkpoint's own.
+        max_steps: steps after which an episode is cut off; None takes the suite's.
+        render: image quality; use the one the policy was trained with.
+        device: where the networks run.
+        videos: whether to record a success and a failure per environment.
+        workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
+            ``if __name__ == "__main__":``. The results are the same with any number.
+        fresh: discard an unfinished evaluation in ``out`` instead of continuing it.
+
+    Returns:
+        What ``results.json`` holds. ``vlaflow.reports.evaluation.write_report(out)`` makes a page of it.
+
+    Raises:
+        VlaflowError: see ``run``, which takes an ``EvaluationConfig`` with the remaining settings.
+    """
+    config = EvaluationConfig(
+        envs=(env,) if isinstance(env, str) else tuple(env),
+        computes=(compute,) if isinstance(compute, str) else tuple(compute),
+        episodes=episodes,
+        first_seed=first_seed,
+        knobs=Knobs(solver_steps, device=device),
+        rollout=RolloutConfig(n_action_steps, max_steps, render, device),
+        videos=videos,
+        workers=workers,
+    )
+    return run(checkpoint, config, Path(out), fresh=fresh)
+
+
 def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: bool = False) -> Results:
     """Measure, and write ``results.json`` and ``videos/`` into ``out``.
 
@@ -125,7 +187,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     with EpisodeLog(out, Episode, _settings(config, home, computes, rollout), fresh=fresh) as log:
 
         def play(left: Sequence[EpisodeJob], finished: Callable[[int, Episode], None]) -> None:
-            evaluate(folder, left, rollout, workers=config.workers, finished=finished)
+            play_all(folder, left, rollout, workers=config.workers, finished=finished)
 
         played = log.complete(everything, play, "Evaluating")
         episodes, swapped = played[: len(jobs)], played[len(jobs) :]

@@ -67,7 +67,7 @@ class AnsweredQuestion:
 
     @property
     def right_blind(self) -> bool:
-        """The same of what was said blindly."""
+        """Whether the answer without the right image was right."""
         return self.blind is not None and self.blind_ended and normal(self.blind) == normal(self.answer)
 
 
@@ -108,7 +108,7 @@ class AnswerResults:
         per_question: everything that was said.
         part: which questions were asked.
         questions, questions_fingerprint: the set.
-        checkpoint, fingerprint: who was asked.
+        checkpoint, fingerprint: the policy that answered.
         limit: most tokens of an answer.
         seed: of the exchange of images.
         command, machine, versions: how this file came about.

@@ -26,10 +26,10 @@ _CLOSE_S = 2.0
 
 
 class Client:
-    """One connection, one request at a time. Connects again by itself when the server was restarted.
+    """One connection, one request at a time. Reconnects by itself after the server was restarted.
 
-    A server that was restarted for another robot, with chunks of another length, or for a policy that can continue less of
-    them is refused: its caller still relies on the first one.
+    After a restart, a server with another action spec, another chunk size, or a policy that accepts a shorter action prefix is
+    refused, because the caller was set up for the first one.
 
     Args:
         address: "ws://HOST:PORT".
@@ -37,7 +37,7 @@ class Client:
         timeout_s: longest wait for a connection or an answer.
 
     Attributes:
-        metadata: what the server said first.
+        metadata: the map that the server sends on connection.
         reconnected: how often the connection had to be re-established.
     """
 

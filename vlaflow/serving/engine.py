@@ -161,7 +161,7 @@ class Engine:
             batch = [await self._queue.get()]
             closes = self.clock() + self.config.wait_ms / 1e3
             while len(batch) < self.config.batch:
-                if not self._queue.empty():  # who is there already goes along, however little is waited
+                if not self._queue.empty():  # requests that are already waiting join the batch
                     batch.append(self._queue.get_nowait())
                     continue
                 try:

@@ -220,7 +220,7 @@ class PolicyServer:
         return True
 
     async def _finish(self, server: Server) -> None:
-        """Answer what was asked, then close; who does not let go is not waited for."""
+        """Finish open requests, then close; clients that keep their connection open are not waited for."""
         self.request_log.say("stopping", note="what runs is finished")
         server.close(close_connections=False)
         with suppress(TimeoutError):
@@ -236,7 +236,7 @@ class PolicyServer:
     # -- connections -------------------------------------------------------------------------------------------------
 
     def _http(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer plain HTTP, and turn away who may not connect."""
+        """Answer plain HTTP, and turn away clients that may not connect."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         if self.dashboard is not None and (page := self.dashboard.http(request)):

@@ -5,7 +5,7 @@ or an evaluation. The gripper first visits some random points, then the expert d
 spaced, are looked at and asked about (``scenes.ask``).
 
 Of all these candidates a balanced part is kept: in every environment, of each question as many with one answer as with any
-other, drawn at random, at most ``most``. So who knows only the words, or also the environment, does no better than chance.
+other, drawn at random, at most ``most``. So knowing only the wording, or also the environment, is no better than chance.
 The question of what stands on the table has one answer per environment; it is balanced over all of them. A question that has
 only one answer left is dropped, which the README says.
 

@@ -10,28 +10,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.mixture import Order
+from vlaflow.data.source import Sample, Source
 from vlaflow.data.transforms import RandomShift
 from vlaflow.policies.recipe import TrainConfig
-
-Sample = Batch | VqaBatch
-
-
-class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, ``data.image_cache.VqaSource``, or anything like them."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def batch(self, indices: np.ndarray) -> Sample:
-        """The samples at ``indices``."""
+from vlaflow.policies.stages import CoTraining
 
 
 @dataclass(frozen=True)
@@ -145,17 +133,15 @@ class Alternating:
         self.asking.close()
 
 
-def alternating(acting: Loader, vqa: Source) -> Alternating:
-    """The feed of a config with ``vqa``: state masks are for actions, everything else holds for both."""
-    asks = acting.config.vqa
-    assert asks is not None
+def alternating(acting: Loader, vqa: CoTraining) -> Alternating:
+    """Actions and questions in turns: state masks are for actions, everything else holds for both."""
     config = replace(
         acting.config,
-        batch_size=asks.batch_size or acting.config.batch_size,
+        batch_size=vqa.batch_size or acting.config.batch_size,
         state_mask=None,
         seed=mix("questions", acting.config.seed),
     )
-    return Alternating(acting, Loader(vqa, config, acting.place, acting.device), asks.share)
+    return Alternating(acting, Loader(vqa.train, config, acting.place, acting.device), vqa.share)
 
 
 class Held:

@@ -8,7 +8,7 @@ Shape letters: B batch, L chunk size (of a frame pair: frames between the two), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,17 +17,17 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.actions.latent import LatentActionModel
-from vlaflow.actions.nsvq import perplexity
+from vlaflow.actions.nsvq import Replacement, perplexity
 from vlaflow.backbones.language import speaking
 from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.pairs import EARLIER, LATER
+from vlaflow.data.source import Source
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import Policy
-from vlaflow.policies.recipe import LatentTraining
 from vlaflow.stacks.expert import ExpertStack
 
 
@@ -62,6 +62,23 @@ class Stage(Protocol):
             weights: what to save in place of the module's current weights, under the names of its ``state_dict``.
             card: the checkpoint's README.md.
         """
+
+
+@dataclass(frozen=True)
+class CoTraining:
+    """Samples of another kind to learn from in turns with the stage's own: VQA co-training.
+
+    Args:
+        train: to learn from.
+        held: held out, or None.
+        share: of the optimiser steps that are taken on them, in (0, 1).
+        batch_size: per step and process; None takes as many as of the others.
+    """
+
+    train: Source
+    held: Source | None
+    share: float
+    batch_size: int | None = None
 
 
 class PolicyStage:
@@ -197,17 +214,26 @@ class LatentStage:
 
     Args:
         model: what trains.
-        config: how.
+        replacement: of codebook entries that are hardly used.
         steps: of the whole run, which the care of the codebook is a share of.
         action: normaliser of the actions, for a model with an action head.
+        action_weight: of the action head's loss.
     """
 
-    def __init__(self, model: LatentActionModel, config: LatentTraining, steps: int, action: Normalizer | None = None) -> None:
+    def __init__(
+        self,
+        model: LatentActionModel,
+        replacement: Replacement,
+        steps: int,
+        action: Normalizer | None = None,
+        action_weight: float = 0.01,
+    ) -> None:
         if (model.act is None) != (action is None):
             raise CapabilityError(
                 "A latent action model needs a normaliser of the actions if it has an action head, else none."
             )
-        self.model, self.config, self.steps, self.action = model, config, steps, action
+        self.model, self.replacement, self.steps = model, replacement, steps
+        self.action, self.action_weight = action, action_weight
 
     @property
     def module(self) -> LatentActionModel:
@@ -231,12 +257,12 @@ class LatentStage:
         if passed.action_BD is not None and self.action is not None:
             wanted_BD = self.action.forward(batch.action_BLD).mean(1)
             parts["action"] = functional.mse_loss(passed.action_BD.float(), wanted_BD)
-            total = total + self.config.action_weight * parts["action"]
+            total = total + self.action_weight * parts["action"]
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
 
     def after_step(self, step: int, shared: Generator) -> None:
         """Move codebook entries that are hardly used."""
-        self.model.book.tend(self.config.replacement, step, self.steps, shared)
+        self.model.book.tend(self.replacement, step, self.steps, shared)
 
     def to(self, device: torch.device) -> None:
         """See ``Stage``."""
