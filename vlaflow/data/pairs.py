@@ -107,7 +107,7 @@ class FramePairs:
             return ""
         return (
             f"{len(self.short)} of {len(self.episodes)} episodes are not longer than the gap of {self.gap_s:g} s ({self.gap} "
-            f"frames) and yield no pairs; the others yield {len(self)} pairs."
+            f"frames) and give no pairs; the others give {len(self)} pairs."
         )
 
     def frames(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
