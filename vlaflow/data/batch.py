@@ -35,11 +35,11 @@ class ObservationBatch:
     def __len__(self) -> int:
         return len(self.instructions)
 
-    def to(self, device: torch.device | str) -> ObservationBatch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ObservationBatch:
         """The same batch on another device."""
-        known_BS = None if self.known_BS is None else self.known_BS.to(device)
-        images = {k: v.to(device) for k, v in self.images.items()}
-        return ObservationBatch(images, self.state_BS.to(device), self.instructions, known_BS)
+        known_BS = None if self.known_BS is None else self.known_BS.to(device, non_blocking=non_blocking)
+        images = {k: v.to(device, non_blocking=non_blocking) for k, v in self.images.items()}
+        return ObservationBatch(images, self.state_BS.to(device, non_blocking=non_blocking), self.instructions, known_BS)
 
     @staticmethod
     def collate(observations: Sequence[Observation]) -> ObservationBatch:
@@ -95,9 +95,11 @@ class Executed:
         """Repeat every sample ``times`` times in a row."""
         return Executed(*(x.repeat_interleave(times, 0) for x in (self.action_BLD, self.intervened_BL, self.present_BL)))
 
-    def to(self, device: torch.device | str) -> Executed:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Executed:
         """The same tensors on another device."""
-        return Executed(self.action_BLD.to(device), self.intervened_BL.to(device), self.present_BL.to(device))
+        return Executed(
+            *(x.to(device, non_blocking=non_blocking) for x in (self.action_BLD, self.intervened_BL, self.present_BL))
+        )
 
 
 @dataclass(frozen=True)
@@ -128,16 +130,16 @@ class Batch:
         """Number of terms that the loss averages over: valid actions (a decoder that samples masks does its own count)."""
         return int(self.valid_BL.sum())
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         return Batch(
-            self.observation.to(device),
-            self.action_BLD.to(device),
-            self.valid_BL.to(device),
+            self.observation.to(device, non_blocking=non_blocking),
+            self.action_BLD.to(device, non_blocking=non_blocking),
+            self.valid_BL.to(device, non_blocking=non_blocking),
             self.episode_B,
             self.frame_B,
-            None if self.code_BK is None else self.code_BK.to(device),
-            None if self.executed is None else self.executed.to(device),
+            None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
+            None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
         )
 
 
@@ -159,7 +161,3 @@ class VqaBatch:
     def targets(self) -> int:
         """Number of terms that the loss averages over: answers."""
         return len(self.answers)
-
-    def to(self, device: torch.device | str) -> VqaBatch:
-        """The same batch on another device."""
-        return VqaBatch(self.observation.to(device), self.answers, self.names)
