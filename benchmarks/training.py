@@ -89,7 +89,7 @@ def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool) -> Ca
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         with autocast(bf16, CPU):
-            loss = policy.loss(batch, generator, generator).total
+            loss = policy.loss(policy.prepare(batch), generator, generator).total
         loss.backward()
         nn.utils.clip_grad_norm_(weights(), optim.clip_norm)
         optimizer.step()

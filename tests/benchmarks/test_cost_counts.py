@@ -78,9 +78,9 @@ def test_a_tiny_policy_costs_what_the_counter_says_at_every_depth(stem):
     """Stems with their convolutions, words and state, prefix layers, and a solver step that reads a memory of that depth."""
     config = tiny_policy(stem)
     model, shape = config.build(), tiny_shape(config)
-    prefix = model.backbone.embed(observed(config))
+    prefix = helpers.embed(model.backbone, observed(config))
     assert prefix.hidden_BPW.shape[1] == shape.backbone.prefix
-    assert embed(shape).flops == pytest.approx(counted(lambda: model.backbone.embed(observed(config))), rel=SAME)
+    assert embed(shape).flops == pytest.approx(counted(lambda: helpers.embed(model.backbone, observed(config))), rel=SAME)
     x_BLX, clock_BL = torch.zeros(1, 16, 4), torch.zeros(1, 16)
     for depth in range(1, config.backbone.depth + 1):
         run = model.backbone.run(prefix, depth)
@@ -108,7 +108,7 @@ def test_experts_and_query_tokens_cost_what_the_counter_says(decoder):
     """At every depth, with their state token, positions, queries and heads."""
     config = replace(tiny_policy("conv"), decoder=decoder, n_action_steps=3)
     model, shape = config.build(), tiny_shape(config)
-    embedded = model.backbone.embed(observed(config))
+    embedded = helpers.embed(model.backbone, observed(config))
     for depth in range(1, config.backbone.depth + 1):
         prefix = model.backbone.run(embedded, depth)
         state = model.decoder.start(prefix, helpers.generators(1), 10)
@@ -138,7 +138,7 @@ def test_a_rater_costs_what_the_counter_says():
     config = replace(config, rater=tiny_rater(config))
     block, model = config.rater.block, config.build()
     shape = replace(tiny_shape(config), rater=RaterShape(LayerShape.of(block), config.rater.depth, 4, 16))
-    prefix = model.backbone.run(model.backbone.embed(observed(config)))
+    prefix = model.backbone.run(helpers.embed(model.backbone, observed(config)))
     assert rating(shape).flops == pytest.approx(counted(lambda: model.rater(prefix, torch.zeros(1, 16, 4))), rel=SAME)
     assert shape.rater.parameters == size(model.rater)
     assert shape.parameters == size(model)

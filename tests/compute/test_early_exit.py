@@ -45,7 +45,7 @@ def policy(rater=False, decoder=None):
 
 
 def decode(made, compute, count=3, rows=None, conditioning=None):
-    prefix = made.model.backbone.embed(made._prepare(helpers.batch(5).observation))
+    prefix = made.embed(helpers.batch(5).observation)
     rows = list(range(count)) if rows is None else rows
     generators = [helpers.generators(5)[row] for row in rows]
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_mixed_exits_come_back_in_the_order_of_the_batch():
     probe = exit_at()
     seen = {}
     for row in range(5):
-        prefix = made.model.backbone.embed(made._prepare(helpers.batch(5).observation)).select(torch.tensor([row]))
+        prefix = made.embed(helpers.batch(5).observation).select(torch.tensor([row]))
         with torch.no_grad():
             chunks = [
                 a for _, a in probe.plan.answers(made.model, prefix, [helpers.generators(5)[row]], Stopwatch(made.device))
@@ -145,7 +145,7 @@ def test_nothing_is_carried_to_the_next_observation(warm):
 
 
 def answers(made, plan, conditioning=None):
-    prefix = made.model.backbone.embed(made._prepare(helpers.batch(2).observation))
+    prefix = made.embed(helpers.batch(2).observation)
     with torch.no_grad():
         return [a for _, a in plan.answers(made.model, prefix, helpers.generators(2), Stopwatch(made.device), conditioning)]
 

@@ -1,5 +1,6 @@
 """iFlyBot-VLA: codes of a whole data set, the assemblies at full size on the meta device, and small ones that act."""
 
+import copy
 from dataclasses import replace
 from math import inf
 
@@ -163,10 +164,12 @@ def qwen(tmp_path_factory):
 
 def test_the_published_assembly_sees_448_pixels(qwen):
     """256 tokens an image, by the processor's own rounding, whatever size the camera gives."""
-    config, reader = qwen3b(DataSpec(4, 4, ("image",))).backbone, qwen.model.backbone.reading()
+    config = qwen3b(DataSpec(4, 4, ("image",))).backbone
+    processor = copy.copy(qwen.processor.backbone)
+    processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     for side in (224, 448, 640):
         seen = replace(helpers.batch(1).observation, images={"image": torch.zeros(1, side, side, 3, dtype=torch.uint8)})
-        prompt = reader.read(seen, config)
+        prompt = processor(seen)
         assert prompt.grid_I3.tolist() == [[1, 448 // 14, 448 // 14]]
         assert int(prompt.image_BP.sum()) == 256
 
@@ -177,7 +180,7 @@ def test_a_small_qwen_learns_and_acts(qwen, truncate):
     qwen.model.decoder.config = replace(qwen.config.decoder, truncate=truncate)
     qwen.model.train()
     batch = replace(helpers.batch(), code_BK=torch.randint(32, (3, 8), generator=torch.Generator().manual_seed(0)))
-    terms = qwen.loss(batch, *helpers.generators(2))
+    terms = qwen.loss(qwen.prepare(batch), *helpers.generators(2))
     assert set(terms.parts) == {"velocity", "latent", "fast"}
     qwen.model.zero_grad(set_to_none=True)
     terms.total.backward()

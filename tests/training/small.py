@@ -28,6 +28,19 @@ SPEC = ActionSpec(
 WIDTHS = {"width": 32, "depth": 1, "heads": 2, "ffn": 64}
 
 
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class as_it_is:
+    """For loaders whose samples no stage prepares."""
+
+    batch: object
+
+    def to(self, device, *, non_blocking=False):
+        return self.batch
+
+
 def tiny_policy(views=("front",), **backbone) -> PolicyConfig:
     backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS, **backbone)
     return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, chunk_size=4), n_action_steps=2)

@@ -32,8 +32,8 @@ from vlaflow.training.metrics_log import read_log
 
 def test_batches_carry_the_codes_of_the_frames_they_begin_at(dataset, latent, tmp_path, monkeypatch):
     """By episode and frame, encoded here pair by pair; unknown in the last frames, which begin no pair."""
-    batches, loss = [], PolicyStage.loss
-    monkeypatch.setattr(PolicyStage, "loss", lambda self, batch, *rest: batches.append(batch) or loss(self, batch, *rest))
+    batches, prepare = [], PolicyStage.prepare
+    monkeypatch.setattr(PolicyStage, "prepare", lambda self, batch: batches.append(batch) or prepare(self, batch))
     assert command.main(flybot.joint(dataset, tmp_path / "p", latent)) == 0
     model, opened = LatentActionModel.from_pretrained(latent), Dataset.open(dataset)
     pairs = model_pairs(model, opened)
@@ -136,7 +136,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert_and_actions_no_langua
     touched = {}
     for name, batch in (("asked", AskedSource().batch(np.arange(4))), ("acted", acted)):
         policy.model.zero_grad(set_to_none=True)
-        stage.loss(batch, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)).total.backward()
+        stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)).total.backward()
         touched[name] = {n for n, p in policy.model.named_parameters() if p.grad is not None}
     decoder = {n for n, _ in policy.model.named_parameters() if n.startswith("decoder.")}
     assert {n.split(".")[1] for n in decoder} == {"latent", "flow", "fast"}

@@ -140,7 +140,8 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
     batch = type(batch)(
         batch.observation, batch.action_BLD.repeat(1, 4, 1), batch.valid_BL.repeat(1, 4), batch.episode_B, batch.frame_B
     )
-    RaterStage(policy, steps=2).loss(batch, torch.Generator().manual_seed(0), torch.Generator()).total.backward()
+    stage = RaterStage(policy, steps=2)
+    stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator()).total.backward()
     assert all(p.grad is None for p in policy.model.backbone.parameters())
     assert all(p.grad is None for p in policy.model.decoder.parameters())
     assert all(p.grad is not None for p in policy.model.rater.parameters())
@@ -163,7 +164,7 @@ def test_wrong_arguments_are_one_sentence(dataset, tmp_path, change, kind, messa
 def test_a_folder_that_cannot_be_made_is_said_before_a_frame_is_decoded(dataset, tmp_path):
     copy = shutil.copytree(dataset, tmp_path / "dataset", ignore=shutil.ignore_patterns(".cache"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be made \(.*is a file\)\. Choose another --out"):
+    with pytest.raises(ConfigError, match=r"cannot be created \(.*is a file\)\. Choose another --out"):
         command.main(arguments(copy, tmp_path / "file/p"))
     assert not (copy / ".cache").exists()
 

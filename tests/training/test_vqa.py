@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.training.small import SPEC, AskedSource, Cut, Memory, new_policy, tiny_config, tiny_policy, tiny_stats, weights
+from tests.training.small import (
+    CPU,
+    SPEC,
+    AskedSource,
+    Cut,
+    Memory,
+    as_it_is,
+    new_policy,
+    tiny_config,
+    tiny_policy,
+    tiny_stats,
+    weights,
+)
 from tests.training.test_run import arguments
 from vlaflow.cli import train as command
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
@@ -26,8 +38,6 @@ from vlaflow.training.divergence import DivergedError
 from vlaflow.training.loader import Alternating, Loader, Place, alternating
 from vlaflow.training.metrics_log import read_log
 from vlaflow.training.trainer import Trainer
-
-CPU = torch.device("cpu")
 
 
 def asking_config(share=0.5, vqa=None, **changes):
@@ -56,8 +66,8 @@ def test_of_the_first_n_steps_the_stated_share_is_on_questions(percent, n):
 def test_actions_and_their_noise_are_those_of_a_run_without_questions():
     """Step after step, only with questions in between; and the questions walk epochs of their own."""
     config = asking_config(0.25)
-    alone = Loader(Memory(), config, Place(), CPU)
-    loader = alternating(Loader(Memory(), config, Place(), CPU), CoTraining(AskedSource(6), None, 0.25))
+    alone = Loader(Memory(), config, Place(), CPU, as_it_is)
+    loader = alternating(Loader(Memory(), config, Place(), CPU, as_it_is), CoTraining(AskedSource(6), None, 0.25))
     plain = iter([alone.step(s)[0] for s in range(9)])
     names = []
     for step in range(12):
@@ -76,14 +86,14 @@ def test_a_state_mask_never_makes_up_a_state_for_a_question():
     from vlaflow.data.augment import StateMask
 
     loader = alternating(
-        Loader(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU), CoTraining(AskedSource(), None, 0.5)
+        Loader(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5)
     )
     assert not loader.step(1)[0].batch.observation.known_BS.any()
 
 
 def test_questions_may_come_in_batches_of_another_size():
     config = asking_config(accumulate=2)
-    loader = alternating(Loader(Memory(), config, Place(), CPU), CoTraining(AskedSource(), None, 0.5, batch_size=6))
+    loader = alternating(Loader(Memory(), config, Place(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5, batch_size=6))
     assert [[len(p.batch.observation) for p in loader.step(s)] for s in (0, 1)] == [[2, 2], [3, 3]]
 
 
@@ -110,7 +120,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert(make):
     touched = {}
     for name, batch in batches.items():
         policy.model.zero_grad(set_to_none=True)
-        terms = stage.loss(batch, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
+        terms = stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
         terms.total.backward()
         touched[name] = {n for n, p in policy.model.named_parameters() if p.grad is not None}
         assert ("answer" in terms.parts) == (name == "asked")
@@ -123,11 +133,11 @@ def test_questions_touch_no_parameter_of_decoder_or_expert(make):
 
 def test_the_weight_scales_the_loss_and_not_what_is_logged():
     policy = new_policy(asking_config())
-    batch = AskedSource().batch(np.arange(4))
-    one, three = (AnsweringStage(PolicyStage(policy), policy, w).loss(batch, None, None) for w in (1.0, 3.0))
+    asked = policy.prepare_answers(AskedSource().batch(np.arange(4)))
+    one, three = (AnsweringStage(PolicyStage(policy), policy, w).loss(asked, None, None) for w in (1.0, 3.0))
     torch.testing.assert_close(three.total, 3 * one.total)
     assert one.parts["answer"] == three.parts["answer"]
-    torch.testing.assert_close(one.total.detach(), policy.answer_loss(batch).detach())
+    torch.testing.assert_close(one.total.detach(), policy.answer_loss(asked).detach())
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class Answers:
         """(depth, chunks (R, L, D)), deeper and deeper."""
         for depth in self.plan.depths:
             with self.watch.part("prefix"):
-                self.prefix = self.model.backbone.run(self.prefix, depth)
+                self.prefix = self.model.read(self.prefix, depth)
             with self.watch.part("first"):
                 if self._noise is not None:
                     for generator, begin in zip(self.generators, self._noise, strict=True):

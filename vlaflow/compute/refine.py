@@ -88,10 +88,11 @@ class Refine(ComputePolicy):
         action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
         confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if isinstance(self.doubt, BelowThreshold) else None
         layers, passes, nfe, groups = list(first.layers), list(first.layer_passes), list(first.nfe), []
+        depth = model.backbone.spec.depth
         for group in first.groups:
             row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
             with watch.part("prefix"):
-                prefix = model.backbone.run(group.prefix)
+                prefix = model.read(group.prefix)
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
             doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
@@ -114,9 +115,9 @@ class Refine(ComputePolicy):
             for row in row_R.tolist():
                 passes[row] += extra
             for row in row_R[again_A].tolist():
-                passes[row] += self.steps * prefix.depth
+                passes[row] += self.steps * depth
                 nfe[row] += self.steps
-                layers[row] = prefix.depth
+                layers[row] = depth
         return Decoded(
             action_BLD,
             groups=tuple(groups),

@@ -1,10 +1,12 @@
-"""What training draws its samples from, whatever they are of."""
+"""What training draws its samples from, and what they are when they leave the loader."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 import numpy as np
+import torch
 
 from vlaflow.data.batch import Batch, VqaBatch
 
@@ -19,3 +21,14 @@ class Source(Protocol):
 
     def batch(self, indices: np.ndarray) -> Sample:
         """The samples at ``indices``."""
+
+
+class Ready(Protocol):
+    """A batch as a stage's loss takes it (``Stage.prepare``)."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+
+
+Prepare = Callable[[Any], Ready]
+"""What is done to every batch on the CPU, in the loader's thread where there is one."""

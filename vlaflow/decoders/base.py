@@ -76,6 +76,15 @@ class Targets:
     code_BK: Tensor | None = None
     executed: Executed | None = None
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
+        """The same on another device."""
+        return Targets(
+            self.action_BLD.to(device, non_blocking=non_blocking),
+            self.valid_BL.to(device, non_blocking=non_blocking),
+            None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
+            None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
+        )
+
 
 @dataclass(frozen=True)
 class Guidance:

@@ -150,8 +150,9 @@ class PolicyObjective(Objective):
                     "granted. Leave out the --set that changes it."
                 )
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)
-        created = Policy.create(self.policy, base.policy.action_spec, base.policy.stats, config.seed)
-        further = replace(created, card=base.policy.card)
+        own = base.policy
+        created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder)
+        further = replace(created, card=own.card)
         try:
             further.model.load_state_dict(base.policy.model.state_dict())
         except RuntimeError as error:
@@ -159,7 +160,6 @@ class PolicyObjective(Objective):
                 f"The networks of this config are not those of {base.path}, so they cannot start from its weights "
                 f"({str(error).splitlines()[-1].strip()}). Leave out the --set that changes them."
             ) from error
-        further.model.backbone.load_files(base.folder)
         return further
 
     def _with_tokenizer(

@@ -21,13 +21,14 @@ from vlaflow.actions.nsvq import Replacement, perplexity
 from vlaflow.backbones.language import speaking
 from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.pairs import EARLIER, LATER
-from vlaflow.data.source import Source
+from vlaflow.data.source import Ready, Source
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import Policy
+from vlaflow.policies.processor import Prepared, PreparedAnswers
 from vlaflow.stacks.expert import ExpertStack
 
 
@@ -42,8 +43,11 @@ class Stage(Protocol):
     def uneven(self) -> bool:
         """Whether some parameters may get no gradient in a step, which processes that train together must know."""
 
+    def prepare(self, batch: Any) -> Ready:
+        """What ``loss`` takes of a batch, on the CPU: the loader's thread does this ahead of the networks."""
+
     def loss(self, batch: Any, generator: Generator, shared: Generator) -> LossTerms:
-        """Loss on one batch of the kind that the stage learns from.
+        """Loss on what ``prepare`` made of a batch, on the networks' device.
 
         All randomness comes from ``generator``, but for what every process must choose alike, which comes from ``shared``.
         """
@@ -98,7 +102,11 @@ class PolicyStage:
         exits, parts = self.policy.config.exits, self.policy.model.decoder.modules()
         return any(isinstance(part, ExpertStack) for part in parts) or (exits is not None and exits.choose == "random")
 
-    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+    def prepare(self, batch: Batch) -> Prepared:
+        """See ``Policy.prepare``."""
+        return self.policy.prepare(batch)
+
+    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """See ``Policy.loss``."""
         return self.policy.loss(batch, generator, shared)
 
@@ -144,9 +152,15 @@ class AnsweringStage:
         """What the other stage does."""
         self.stage.after_step(step, shared)
 
-    def loss(self, batch: Batch | VqaBatch, generator: Generator, shared: Generator) -> LossTerms:
+    def prepare(self, batch: Batch | VqaBatch) -> Ready:
+        """Questions for the language model, anything else for the other stage."""
+        if isinstance(batch, VqaBatch):
+            return self.policy.prepare_answers(batch)
+        return self.stage.prepare(batch)
+
+    def loss(self, batch: Any, generator: Generator, shared: Generator) -> LossTerms:
         """The language-model loss of questions, the other stage's loss of anything else; never both."""
-        if not isinstance(batch, VqaBatch):
+        if not isinstance(batch, PreparedAnswers):
             return self.stage.loss(batch, generator, shared)
         loss = self.policy.answer_loss(batch)
         return LossTerms(self.weight * loss, {"answer": loss.detach()})
@@ -180,14 +194,17 @@ class RaterStage:
         """Never."""
         return False
 
-    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+    def prepare(self, batch: Batch) -> Prepared:
+        """See ``Policy.prepare``."""
+        return self.policy.prepare(batch)
+
+    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """Squared error between rating and label, on a chunk the policy makes for the batch, over valid actions."""
-        policy, config = self.policy, self.rater.config
-        decoder = policy.model.decoder
+        model, config = self.policy.model, self.rater.config
+        decoder, targets = model.decoder, batch.targets
         with torch.no_grad():
-            prefix = policy.encode(batch.observation)
-            targets = policy.targets(batch)
-            seeds = torch.randint(2**62, (len(batch.observation),), generator=generator).tolist()
+            prefix = model.read(model.backbone.embed(batch.inputs))
+            seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
             made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.steps)
             error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
@@ -244,6 +261,10 @@ class LatentStage:
     def uneven(self) -> bool:
         """Never: an unused entry's gradient is 0, not missing."""
         return False
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The images as they are: the model turns them into numbers itself."""
+        return batch
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Mean squared error of the later frame's pixels in [−1, 1]; with an action head also that of the mean action.

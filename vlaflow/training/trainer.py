@@ -25,6 +25,7 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
 from vlaflow.data.batch import VqaBatch
+from vlaflow.data.source import Ready, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
 from vlaflow.policies.provenance import newest_state
@@ -35,7 +36,7 @@ from vlaflow.training import checkpoint
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.full_tensor import reshard, whole
-from vlaflow.training.loader import Held, Loader, Part, Place, Sample, Source, alternating, mix
+from vlaflow.training.loader import Held, Loader, Part, Place, alternating, mix
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
@@ -141,7 +142,7 @@ class Trainer:
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        acting = Loader(self._train, config, self.place, self.device)
+        acting = Loader(self._train, config, self.place, self.device, stage.prepare)
         self._loader = alternating(acting, self._vqa) if self._vqa else acting
         self._held = self._hold(self._validation_source)
         self._held_vqa = self._hold(self._vqa.held) if self._vqa else None
@@ -222,7 +223,7 @@ class Trainer:
         for number, (part, share) in enumerate(zip(parts, _shares(parts), strict=True)):
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
-                total, terms = self._model(part.batch, part.generator, part.shared)
+                total, terms = self._model(part.ready, part.generator, part.shared)
                 self.accelerator.backward(total * share if len(parts) > 1 else total)
             loss = loss + total.detach().float() * share
             for name, term in terms.items():
@@ -283,9 +284,9 @@ class Trainer:
         Raises:
             DivergedError: one of them is not finite.
         """
-        found = self._measure(self._held.parts(self.place, self.device)) if self._held is not None else {}
+        found = self._measure(self._held.parts(self.place, self.device, self.stage.prepare)) if self._held is not None else {}
         if self._held_vqa is not None:
-            found["answer"] = self._measure(self._held_vqa.parts(self.place, self.device))["answer"]
+            found["answer"] = self._measure(self._held_vqa.parts(self.place, self.device, self.stage.prepare))["answer"]
         for name in ("loss", "answer"):
             if not math.isfinite(value := found.get(name, 0.0)):
                 raise self._unsound(f"The held-out {name} is {value}")
@@ -299,7 +300,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         with self._ema.in_module() if self._ema is not None else nullcontext():
             for part, counted in parts:
-                total, terms = self._model(part.batch, part.generator, part.shared)
+                total, terms = self._model(part.ready, part.generator, part.shared)
                 weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
@@ -405,7 +406,7 @@ class _Step(nn.Module):
         super().__init__()
         self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
 
-    def forward(self, batch: Sample, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Ready, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
         with autocast(self._bf16, self._device):
             terms = self._loss(batch, generator, shared)
