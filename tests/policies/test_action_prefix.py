@@ -207,7 +207,7 @@ def test_impossible_action_prefixes_are_refused():
         act(BINS, action_prefix(), guided=True)
     with pytest.raises(ConfigError, match="as many action prefixes"):
         UNTRAINED.act([helpers.observation()] * 2, Dense(1), action_prefix=[action_prefix()])
-    with pytest.raises(SpecError, match="none to all"):
+    with pytest.raises(SpecError, match="must lie in 0"):
         action_prefix(5, 4)
     with pytest.raises(SpecError, match="finite"):
         ActionPrefix(np.full((1, 4), np.nan, np.float32), 1)

@@ -164,7 +164,7 @@ def test_wrong_arguments_are_one_sentence(dataset, tmp_path, change, kind, messa
 def test_a_folder_that_cannot_be_made_is_said_before_a_frame_is_decoded(dataset, tmp_path):
     copy = shutil.copytree(dataset, tmp_path / "dataset", ignore=shutil.ignore_patterns(".cache"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be made \(.*is a file\)\. Choose another --out"):
+    with pytest.raises(ConfigError, match=r"cannot be created \(.*is a file\)\. Choose another --out"):
         command.main(arguments(copy, tmp_path / "file/p"))
     assert not (copy / ".cache").exists()
 

@@ -123,10 +123,10 @@ def test_a_run_keeps_others_out_until_it_ends(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"folder .*p cannot be made \(.*file is a file\)\. Choose another --out"):
+    with pytest.raises(ConfigError, match=r"folder .*p cannot be created \(.*file is a file\)\. Choose another --out"):
         run(tmp_path / "file/deeper/p")
     with (
-        pytest.raises(ConfigError, match=r"cannot be made \(Not a directory\)"),
+        pytest.raises(ConfigError, match=r"cannot be created \(Not a directory\)"),
         checkpoint.claimed(tmp_path / "file/deeper/p"),
     ):
         pass
