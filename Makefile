@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo test test-clients fuzz lint format bench clean setup-demo setup-dev setup-clients
+.PHONY: help demo test test-isa test-clients fuzz lint format bench clean setup-demo setup-dev setup-clients
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another plac
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-isa: setup-dev ## the numerical rooms' tests with every instruction set of this processor; ARGS="-k words" for a part
+	@$(GL) $(OFFLINE) .venv/bin/python -m tests.instruction_sets $(ARGS)
 
 test-clients: setup-dev setup-clients ## stock openpi and RoboArena clients against a trained checkpoint; CKPT=DIR ARGS="--env NAME"
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.end_to_end.stock_clients "$(CKPT)" $(ARGS)

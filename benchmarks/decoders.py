@@ -32,6 +32,7 @@ from vlaflow.decoders.tokens import TokenConfig
 from vlaflow.policies.base import Policy
 from vlaflow.policies.baselines import recipes as baselines
 from vlaflow.policies.dfm_vla import recipes as dfm
+from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, TrainConfig
 from vlaflow.simulators.metaworld_tasks import ACTION
 
@@ -76,9 +77,9 @@ def random_policies(changes: Sequence[str]) -> dict[str, Policy]:
         "discrete flow, full attention": dfm.demo,
     }
     for name, recipe in recipes.items():
-        config = recipe(DATA).policy
-        assert config is not None
-        config = override(config, dict(pair.split("=", 1) for pair in changes))
+        objective = recipe(DATA).objective
+        assert isinstance(objective, PolicyObjective)
+        config = override(objective.policy, dict(pair.split("=", 1) for pair in changes))
         if isinstance(config.decoder, TokenConfig):
             config = replace(config, decoder=config.decoder.fitted(chunks))
         if name.endswith("full attention"):

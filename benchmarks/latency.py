@@ -39,6 +39,7 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import fingerprint
+from vlaflow.policies.recipe import DataSpec
 from vlaflow.simulators.metaworld_tasks import ACTION, TASKS
 from vlaflow.spec import Observation
 
@@ -133,7 +134,7 @@ def observations(policy: Policy, dataset: Path, count: int = 200) -> list[Observ
 
 def random_policy(changes: Sequence[str]) -> Policy:
     """The demo's policy with its rater, before any training."""
-    config = override(tiny(ACTION.dim, ACTION.dim, ("corner2",)), dict(pair.split("=", 1) for pair in changes))
+    config = override(tiny(DataSpec(ACTION.dim, ACTION.dim, ("corner2",))), dict(pair.split("=", 1) for pair in changes))
     policy = make_policy(config).with_rater(tiny_rater(config), 0)
     policy.model.eval()
     return policy

@@ -27,6 +27,7 @@ from vlaflow.config import override
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.stats import FeatureStats
 from vlaflow.flows import gaussian
+from vlaflow.policies.asyncvla.policy import tiny
 from vlaflow.policies.asyncvla.recipes import demo
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import DataSpec, OptimConfig
@@ -88,7 +89,7 @@ def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool) -> Ca
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         with autocast(bf16, CPU):
-            loss = policy.loss(batch, generator, generator).total
+            loss = policy.loss(policy.prepare(batch), generator, generator).total
         loss.backward()
         nn.utils.clip_grad_norm_(weights(), optim.clip_norm)
         optimizer.step()
@@ -135,10 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
     options = tyro.cli(Options, description=__doc__, args=argv)
     torch.set_num_threads(options.threads or training_threads())
-    recipe = demo(DataSpec(ACTION.dim, ACTION.dim, ("corner2",)))
-    assert recipe.policy is not None
+    data = DataSpec(ACTION.dim, ACTION.dim, ("corner2",))
+    recipe = demo(data)
     # the naive model has one answer, so ours is measured with one
-    config = override(replace(recipe.policy, exits=None), dict(pair.split("=", 1) for pair in options.set))
+    config = override(replace(tiny(data), exits=None), dict(pair.split("=", 1) for pair in options.set))
     size, bf16 = options.batch_size or recipe.batch_size, use_bf16(options.precision, CPU)
     batch, policy = make_batch(config, size), make_policy(config)
     styles = {"naive, bf16 autocast": Style(bf16=True), "naive, float32": Style()}

@@ -64,6 +64,12 @@ def batch(size=3, chunk_size=6, dim=4, seed=0):
     )
 
 
+def embed(backbone, observation):
+    """The prefix of observations, by the processor that a test gave the backbone or its config's own."""
+    processor = getattr(backbone, "processor", None) or backbone.config.processor()
+    return backbone.embed(processor(observation))
+
+
 def generators(count, seed=0):
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 

@@ -1,8 +1,8 @@
-"""Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is one clear sentence, never ignored.
+"""Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is an error and never ignored.
 
-Every dataclass is written with a "kind" key, its class name, which picks the member where a field is a union of
-dataclasses, or one of the installed kinds where it is open to other distributions (``registry.Part``). No file can name a
-module, and a field that becomes a union later still opens older files.
+Every dataclass is written with a "kind" key, its class name, which selects the member of a union of
+dataclasses, or one of the installed kinds where a field is open to other distributions (``registry.Part``). A file can never
+name a module, and a field that becomes a union later still reads older files.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vlaflow.errors import ConfigError, nearest
 from vlaflow.registry import Part, kind_of, require_registered
 
 T = TypeVar("T")
+INLINE: Mapping[str, Any] = {"inline": True}
+"""Metadata of a field whose own keys ``override`` takes without its name before them: ``field(metadata=INLINE)``."""
 JSON = Any
 
 
@@ -25,7 +27,7 @@ def to_json(value: Any) -> JSON:
     """Plain JSON data of a (nested) dataclass.
 
     Raises:
-        ConfigError: for a config of a kind that is not registered, which ``from_json`` could not find again.
+        ConfigError: for a config of a kind that is not registered, which ``from_json`` could not read back.
     """
     if isinstance(value, Part):
         require_registered(value)
@@ -121,7 +123,7 @@ def _dataclasses_in(annotation: Any) -> list[Any]:
 
 
 def _is_open(annotation: Any) -> bool:
-    """Whether it stands for every installed kind, as the bases of parts do, which are no dataclasses themselves."""
+    """Whether the annotation is a base class of parts: it accepts every installed kind and is not a dataclass itself."""
     return isinstance(annotation, type) and issubclass(annotation, Part) and not dataclasses.is_dataclass(annotation)
 
 
@@ -137,13 +139,15 @@ def override(config: T, changes: Mapping[str, str], where: str = "--set") -> T:
     made at once, so values that only fit together ("width" and "heads") may come in any order.
 
     Raises:
-        ConfigError: an unknown key (with the nearest valid one), a value of another type, or one the config refuses.
+        ConfigError: an unknown key (with the nearest valid one), a value of another type, or a value that the config rejects.
     """
     return _override(config, changes, where, "")
 
 
 def _override(config: Any, changes: Mapping[str, str], where: str, path: str) -> Any:
-    known = {f.name for f in dataclasses.fields(config)}
+    inlined = {f.name for f in dataclasses.fields(config) if f.metadata.get("inline")}
+    known = {f.name: "" for f in dataclasses.fields(config) if f.name not in inlined}
+    known |= {f.name: name for name in inlined for f in dataclasses.fields(getattr(config, name)) if f.name not in known}
     hints = typing.get_type_hints(type(config))
     values: dict[str, Any] = {}
     deeper: dict[str, dict[str, str]] = {}
@@ -151,7 +155,9 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
         name, _, rest = key.partition(".")
         if name not in known:
             raise ConfigError(f"Unknown key '{path}{name}' in {where}; {nearest(name, known)}")
-        if rest:
+        if known[name]:
+            deeper.setdefault(known[name], {})[key] = text
+        elif rest:
             deeper.setdefault(name, {})[rest] = text
         else:
             values[name] = _decode(hints[name], _read(hints[name], text), where, f"{path}{name}")
@@ -159,8 +165,8 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
         current = values.get(name, getattr(config, name))
         if not dataclasses.is_dataclass(current):
             what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
-            raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} means nothing.")
-        values[name] = _override(current, inner, where, f"{path}{name}.")
+            raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} cannot be set.")
+        values[name] = _override(current, inner, where, path if name in inlined else f"{path}{name}.")
     return dataclasses.replace(config, **values)
 
 

@@ -1,7 +1,7 @@
-"""The errors a user can cause and fix: one sentence that says what is wrong, where, and how to put it right.
+"""Errors that a user can cause and fix: one sentence that says what is wrong, where, and how to fix it.
 
-The command line prints them without a traceback and exits with status 2. Anything else that is raised is a defect of
-vlaflow itself and keeps its traceback.
+The command line prints them without a traceback and exits with status 2. Any other exception is a bug in vlaflow
+itself and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class DataError(VlaflowError):
 
 
 class CheckpointError(VlaflowError):
-    """A checkpoint folder is incomplete, damaged or of another shape than its config says."""
+    """A checkpoint folder is incomplete or damaged, or does not match its config."""
 
 
 class CalibrationError(VlaflowError):
-    """A calibration is missing, damaged, or was made for something else."""
+    """A calibration is missing, damaged, or belongs to another checkpoint or method."""
 
 
 class ConfigError(VlaflowError):
@@ -35,7 +35,7 @@ class ConfigError(VlaflowError):
 
 
 class CapabilityError(VlaflowError):
-    """A part was asked for something that it, or this machine, cannot do."""
+    """A component, or this machine, does not support what is requested."""
 
 
 class NotFiniteError(VlaflowError):
@@ -43,15 +43,15 @@ class NotFiniteError(VlaflowError):
 
 
 class RequestError(VlaflowError):
-    """A request or reply in real time is not what the protocol says."""
+    """A request or a reply does not follow the real-time protocol."""
 
 
 class BusyError(VlaflowError):
-    """The server has no room for another request now."""
+    """The server cannot accept another request at the moment."""
 
 
 class DeadlineError(VlaflowError):
-    """A request waited longer than it was worth."""
+    """A request was not computed before its deadline."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

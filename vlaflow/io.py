@@ -22,60 +22,68 @@ from torch import Tensor, nn
 from vlaflow.errors import CheckpointError, ConfigError, DataError
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of weights that are converted into each other; the config says which a network computes in."""
+"""Weight types that are converted to each other; the config says which one a network computes in."""
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Fill a model, strictly.
+    """Load the weights of a model, strictly.
 
     The model's types are kept: bfloat16 weights open exactly in a float32 network, and float32 weights are rounded where the
     config asks for a bfloat16 one. Tensors of any other type are refused unless it is the model's own.
 
     Raises:
-        CheckpointError: naming missing or unknown tensors, or those of another shape or type, or with values not finite.
+        CheckpointError: naming a tensor that is missing, unknown, of another shape or type, or not finite.
     """
-    if not file.exists():
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Copy the whole folder.")
-    try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); the file is damaged. Copy it again.") from error
-    own = model.state_dict()
+    weights, own = read_weights(file), model.state_dict()
     for name in own.keys() - weights.keys():
-        raise CheckpointError(f"{file} lacks '{name}', which config.json asks for; they belong to different checkpoints.")
+        raise CheckpointError(f"{file} lacks '{name}', which config.json requires; they belong to different checkpoints.")
     for name in weights.keys() - own.keys():
         raise CheckpointError(
-            f"{file} holds '{name}', which config.json does not know; the two belong to different checkpoints."
+            f"{file} holds '{name}', which config.json does not describe; the two belong to different checkpoints."
         )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise CheckpointError(
-                f"'{name}' in {file} has shape {tuple(tensor.shape)}, config.json asks for {tuple(own[name].shape)}."
+                f"'{name}' in {file} has shape {tuple(tensor.shape)}, but config.json requires {tuple(own[name].shape)}."
             )
         if tensor.dtype != own[name].dtype and not {tensor.dtype, own[name].dtype} <= set(WEIGHTS):
             raise CheckpointError(
-                f"'{name}' in {file} is of type {_short(tensor.dtype)}, the network's is {_short(own[name].dtype)}. Save the "
-                "checkpoint with its own types; quantised ones cannot be opened."
+                f"'{name}' in {file} is of type {_short(tensor.dtype)}, but the network's is {_short(own[name].dtype)}. Save "
+                "the checkpoint with its own types; quantised ones cannot be opened."
             )
     require_finite(weights, file)
     model.load_state_dict(weights)
 
 
-def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Refuse tensors that a file holds with NaN or an infinite value.
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, unchecked.
 
     Raises:
-        CheckpointError: naming the first.
+        CheckpointError: for a missing or damaged file.
+    """
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Copy the whole folder.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); the file is damaged. Copy it again.") from error
+
+
+def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse a file with a tensor that contains NaN or an infinite value.
+
+    Raises:
+        CheckpointError: naming the first such tensor.
     """
     if name := first_not_finite(tensors):
         raise CheckpointError(
-            f"'{name}' in {file} holds NaN or an infinite value, so nothing could be computed with it: the training diverged "
-            "or the file is damaged. Take an earlier checkpoint, or train again with a lower learning rate."
+            f"'{name}' in {file} contains NaN or an infinite value, so the network cannot be used: the training diverged "
+            "or the file is damaged. Use an earlier checkpoint, or train again with a lower learning rate."
         )
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds NaN or an infinite value, or None."""
+    """Name of the first tensor that contains NaN or an infinite value, or None."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor.detach())  # one pass without a copy; NaN wins in both
@@ -89,7 +97,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or one sentence about the file."""
+    """Read a JSON object; a missing or damaged file is a ``CheckpointError``."""
     if not file.exists():
         raise CheckpointError(f"{file} is missing; {file.parent} is not a complete checkpoint.")
     try:
@@ -99,19 +107,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, data: object) -> None:
-    """Indented, with a final newline."""
+    """Write indented JSON with a final newline."""
     file.write_text(json.dumps(data, indent=2) + "\n")
 
 
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-"""What a disk answers that is full, or that may not be written."""
+"""Error numbers of a disk that is full, broken or not writable."""
 
 
 def make_folder(folder: Path, cure: str = "Choose another --out.") -> None:
-    """Make a folder and those above it; one that is there is left as it is.
+    """Create a folder and its parents; an existing folder is left as it is.
 
     Raises:
-        ConfigError: when it cannot be made.
+        ConfigError: when it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,32 +128,32 @@ def make_folder(folder: Path, cure: str = "Choose another --out.") -> None:
 
 
 def require_makeable(folder: Path) -> None:
-    """Refuse a folder that ``make_folder`` could not make, as far as can be told; nothing is made.
+    """Refuse a folder that ``make_folder`` could not create, as far as that can be known without creating it.
 
     Raises:
-        ConfigError: something above it is no folder, or nothing may be written there.
+        ConfigError: a parent is not a folder, or is not writable.
     """
     try:
         if folder.is_dir():
             return
         there = next(above for above in (folder, *folder.parents) if above.exists())
-    except OSError as error:  # a folder above that may not be searched
+    except OSError as error:  # a parent without search permission
         raise _refusal(folder, error.strerror) from error
     if not there.is_dir():
         raise _refusal(folder, f"{there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise _refusal(folder, f"{there} may not be written")
+        raise _refusal(folder, f"{there} is not writable")
 
 
 def require_writable(file: Path, cure: str = "Choose another --out.") -> None:
-    """Make the folder of a file and prove that the file can be written there, before the work whose result it will hold.
+    """Create the folder of a file and verify that the file can be written, before the work whose result it will hold.
 
     Args:
-        file: not written yet; one that is there is left as it is.
-        cure: what to do where it cannot be written.
+        file: the file that will be written; an existing one is left as it is.
+        cure: what to do when it cannot be written.
 
     Raises:
-        ConfigError: when the folder cannot be made or written, or the file's name is taken by a folder.
+        ConfigError: when the folder cannot be created or written, or the file's name is taken by a folder.
     """
     make_folder(file.parent, cure)
     try:
@@ -154,31 +162,31 @@ def require_writable(file: Path, cure: str = "Choose another --out.") -> None:
         with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}."):
             pass
     except OSError as error:
-        raise ConfigError(f"{file.name} cannot be written into {file.parent} ({error.strerror}). {cure}") from error
+        raise ConfigError(f"{file.name} cannot be written to {file.parent} ({error.strerror}). {cure}") from error
 
 
 @contextmanager
 def storing(
     folder: Path, what: str = "The recording", kept: str = "nothing of it was kept. Make room, or choose another --out"
 ) -> Iterator[None]:
-    """For what is written into a folder while work goes on.
+    """Context manager that turns the disk errors of a running job into one sentence.
 
     Args:
-        folder: for the error.
-        what: is written.
-        kept: what remains when it fails, and the cure.
+        folder: where the job writes; named in the error.
+        what: what is being written, as the subject of the sentence.
+        kept: what remains after a failure, and what to do.
 
     Raises:
-        DataError: the disk is full or may not be written.
+        DataError: the disk is full or not writable.
     """
     try:
         yield
-    except Exception as error:  # FFmpeg's errors are no OSError, but have its number
+    except Exception as error:  # FFmpeg's errors are not OSErrors, but carry an errno
         if getattr(error, "errno", None) not in REFUSALS:
             raise
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{what} could not be written into {folder} ({reason}); {kept}.") from error
+        raise DataError(f"{what} could not be written to {folder} ({reason}); {kept}.") from error
 
 
 def _refusal(folder: Path, reason: str | None, cure: str = "Choose another --out.") -> ConfigError:
-    return ConfigError(f"The folder {folder} cannot be made ({reason}). {cure}")
+    return ConfigError(f"The folder {folder} cannot be created ({reason}). {cure}")

@@ -1,6 +1,6 @@
 """Progress with an estimate of the time left, for everything that takes longer than a few seconds.
 
-In a terminal a bar is drawn; elsewhere (a log file, CI) a line is written now and then. Both go to standard error, so that
+A terminal shows a bar; anything else (a log file, CI) gets a line now and then. Both go to standard error, so that
 results on standard output stay clean.
 """
 
@@ -16,10 +16,10 @@ QUIET_SECONDS = 15.0
 
 
 class Progress(Protocol):
-    """What long work reports to."""
+    """The interface through which long-running work reports its progress."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """``steps`` more are done; ``note`` is shown next to them, e.g. a loss."""
+        """Report ``steps`` more as done; ``note`` is shown next to the count, e.g. a loss."""
 
 
 @contextmanager
@@ -43,28 +43,28 @@ def progress(total: int, description: str, stream: TextIO | None = None) -> Iter
 
 
 class Lines:
-    """A line at most every ``QUIET_SECONDS``, and one at the end with the time taken."""
+    """Writes a line at most every ``QUIET_SECONDS``, and one at the end with the time taken."""
 
     def __init__(self, total: int, description: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._description, self._stream, self._clock = total, description, stream, clock
-        self._began = self._spoke = clock()
+        self._began = self._wrote = clock()
         self._done, self._note = 0, ""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Count, and speak when it has been quiet for long enough."""
+        """Count, and write a line if the last one was long enough ago."""
         self._done += steps
         self._note = note or self._note
         now = self._clock()
-        if now - self._spoke >= QUIET_SECONDS and self._done < self._total:
-            self._spoke = now
+        if now - self._wrote >= QUIET_SECONDS and self._done < self._total:
+            self._wrote = now
             left = seconds_left(self._done, self._total, now - self._began)
-            self._say(f"{duration(left)} left" if left is not None else "")
+            self._write(f"{duration(left)} left" if left is not None else "")
 
     def close(self) -> None:
-        """The last line."""
-        self._say(f"took {duration(self._clock() - self._began)}")
+        """Write the last line."""
+        self._write(f"took {duration(self._clock() - self._began)}")
 
-    def _say(self, when: str) -> None:
+    def _write(self, when: str) -> None:
         parts = (f"{self._done}/{self._total}", when, self._note)
         self._stream.write(f"{self._description}: {', '.join(p for p in parts if p)}\n")
         self._stream.flush()

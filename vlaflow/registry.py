@@ -3,16 +3,16 @@
 ==================  ================================  ================================================================
 group               name                              object
 ==================  ================================  ================================================================
-vlaflow.backbones   its class's, as in config.json    a frozen dataclass derived from ``backbones.base.BackboneConfig``
-vlaflow.decoders    its class's, as in config.json    a frozen dataclass derived from ``decoders.base.DecoderConfig``
-vlaflow.compute     the word of ``--compute``         a ``compute.spelling.ComputeKind``
+vlaflow.backbones   class name, as in config.json     a frozen dataclass derived from ``backbones.base.BackboneConfig``
+vlaflow.decoders    class name, as in config.json     a frozen dataclass derived from ``decoders.base.DecoderConfig``
+vlaflow.compute     as in ``--compute``               a ``compute.spelling.ComputeKind``
 vlaflow.simulators  the suite, before the slash       a ``simulators.base.Suite``
 vlaflow.layouts     as in ``--observation-keys``      a ``serving.observation_keys.ObservationKeys``
 vlaflow.recipes     the system, before the dot        a module whose public functions are recipes
 ==================  ================================  ================================================================
 
-What a checkpoint or a command line names is looked up here and nowhere else, so it can choose among installed parts and never
-a module. Nothing is imported before it is named, and a part that cannot be imported stops nobody who does not name it.
+What a checkpoint or a command line names is looked up here and nowhere else, so it can choose among installed parts but
+never name a module. Nothing is imported before it is named, so a broken part affects only those who name it.
 """
 
 from __future__ import annotations
@@ -69,13 +69,14 @@ OURS: dict[Group, dict[str, str]] = {
         "iflybot": "vlaflow.policies.iflybot.recipes",
     },
 }
-"""vlaflow's own parts, written as entry points are: "module:attribute", or "module"."""
+"""vlaflow's own parts, in the notation of entry points: "module:attribute", or "module"."""
 
 
 class Part:
-    """Base of the configs that other distributions may add kinds of.
+    """Base class of configs to which other distributions can add kinds of their own.
 
-    A base names its ``group`` and is no dataclass; its kinds are frozen dataclasses, each registered by its class's name.
+    Such a base class states its ``group`` and is not a dataclass; its kinds are frozen dataclasses, each registered under its
+    class name.
     """
 
     group: ClassVar[Group]
@@ -83,10 +84,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """A part that is installed, not imported yet.
+    """An installed part that is not imported yet.
 
     Args:
-        group, name: what it is found by.
+        group, name: the key under which it is registered.
         value: "module:attribute", or "module" for the module itself.
         distribution: name and version of the package that declares it; empty for vlaflow's own.
     """
@@ -125,7 +126,7 @@ class Entry:
 
 @cache
 def installed(group: Group) -> dict[str, tuple[Entry, ...]]:
-    """Everything of a group by name, vlaflow's own first; a name that several distributions claim has several entries."""
+    """All parts of a group by name, vlaflow's own first; a name that several distributions claim has several entries."""
     found = {name: [Entry(group, name, value)] for name, value in OURS[group].items()}
     for point in sorted(entry_points(group=f"vlaflow.{group}"), key=lambda point: point.name):
         origin = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
@@ -136,20 +137,20 @@ def installed(group: Group) -> dict[str, tuple[Entry, ...]]:
 
 
 def names(group: Group) -> tuple[str, ...]:
-    """Names of everything of a group."""
+    """Names of all parts of a group."""
     return tuple(installed(group))
 
 
 def find(group: Group, name: str, unknown: str = "", *, typed: bool = True) -> Entry:
-    """The part of that name, not imported yet.
+    """Look up the part of that name without importing it.
 
     Args:
-        group, name: what is looked for.
-        unknown: beginning of the sentence when there is none; what is installed is added.
-        typed: whether a person typed it, who may have misspelt it.
+        group, name: what to look up.
+        unknown: start of the error message for an unknown name; the installed names are appended.
+        typed: whether a person typed the name, so that a misspelling is likely.
 
     Raises:
-        ConfigError: for a name that nothing installed has, or that several distributions claim.
+        ConfigError: for a name that no installed part has, or that several distributions claim.
     """
     entries = installed(group)
     if name not in entries:
@@ -165,10 +166,10 @@ def find(group: Group, name: str, unknown: str = "", *, typed: bool = True) -> E
 
 
 def load(group: Group, name: str, kind: type[T], unknown: str = "") -> T:
-    """The part of that name, imported.
+    """Look up the part of that name and import it.
 
     Raises:
-        ConfigError: for an unknown or contested name (see ``find``), or an entry that is no ``kind``.
+        ConfigError: for an unknown or contested name (see ``find``), or an entry that is not a ``kind``.
         CapabilityError: for one that cannot be imported.
     """
     entry = find(group, name, unknown)
@@ -182,10 +183,10 @@ def load(group: Group, name: str, kind: type[T], unknown: str = "") -> T:
 
 
 def kind_of(base: type[Part], name: str, unknown: str = "") -> type[Part]:
-    """The config class of that name.
+    """Look up the config class of that name.
 
     Raises:
-        ConfigError: for an unknown name, or an entry that is no config of that base under its own name.
+        ConfigError: for an unknown name, or an entry that is not a config class of that base and name.
         CapabilityError: for one that cannot be imported.
     """
     entry = find(base.group, name, unknown, typed=False)
@@ -199,10 +200,10 @@ def kind_of(base: type[Part], name: str, unknown: str = "") -> type[Part]:
 
 
 def require_registered(part: Part) -> None:
-    """Refuse a config that could be written and then not be read again.
+    """Refuse a config that could be saved but not opened again.
 
     Raises:
-        ConfigError: with what its package has to declare.
+        ConfigError: stating what its package must declare.
     """
     kind = type(part)
     claims = installed(part.group).get(kind.__name__, ())

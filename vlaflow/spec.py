@@ -1,6 +1,6 @@
-"""The nouns: what a robot's action means, what a policy sees, what it answers.
+"""The core types: what a robot's action means, what a policy observes and what it returns.
 
-Nothing here computes; everything here checks. Batched tensors live in ``data.batch``, files in ``data.lerobot``.
+These classes validate their values and compute nothing. Batched tensors live in ``data.batch``, files in ``data.lerobot``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Dimension:
         for text in ("name", "unit", "frame", "positive"):
             if not str(getattr(self, text)).strip():
                 raise SpecError(
-                    f"Action dimension '{self.name}' leaves '{text}' blank. State it; write 'none' where there is none."
+                    f"Action dimension '{self.name}' has an empty '{text}'. Fill it in; write 'none' if there is none."
                 )
         if not self.low < self.high:
             raise SpecError(f"Action dimension '{self.name}' has the empty range [{self.low}, {self.high}].")
@@ -38,7 +38,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What an action means. Saved with every data set and checkpoint; refused on mismatch.
+    """What an action means: saved with every data set and checkpoint, and refused on a mismatch.
 
     Args:
         robot: robot and controller, e.g. "metaworld sawyer, end-effector displacement".
@@ -91,29 +91,29 @@ class ActionSpec:
             SpecError: naming the first difference and both sides ("checkpoint X", "data set Y").
         """
         for part in fields(self):
-            mine, his = getattr(self, part.name), getattr(other, part.name)
-            if mine == his or (part.name == "chunk_size" and None in (mine, his)):
+            mine, other_value = getattr(self, part.name), getattr(other, part.name)
+            if mine == other_value or (part.name == "chunk_size" and None in (mine, other_value)):
                 continue
             what = part.name
             if part.name == "dimensions":
-                pairs = [(m, h) for m, h in zip(mine, his, strict=False) if m != h]
+                pairs = [(m, o) for m, o in zip(mine, other_value, strict=False) if m != o]
                 if pairs:
                     first = next(
                         f.name for f in fields(Dimension) if getattr(pairs[0][0], f.name) != getattr(pairs[0][1], f.name)
                     )
                     what = f"{first} of action dimension '{pairs[0][0].name}'"
-                    mine, his = getattr(pairs[0][0], first), getattr(pairs[0][1], first)
+                    mine, other_value = getattr(pairs[0][0], first), getattr(pairs[0][1], first)
                 else:
-                    what, mine, his = "number of action dimensions", len(mine), len(his)
+                    what, mine, other_value = "number of action dimensions", len(mine), len(other_value)
             raise SpecError(
-                f"The actions of {ours} and {theirs} do not mean the same: {what} is {mine!r} in the first and {his!r} in "
-                f"the second. Use a checkpoint trained for this robot, or convert one side."
+                f"The actions of {ours} and {theirs} do not mean the same: {what} is {mine!r} in the first and "
+                f"{other_value!r} in the second. Use a checkpoint trained for this robot, or convert one side."
             )
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a policy sees at one moment.
+    """What a policy observes at one time step.
 
     Args:
         images: by view name, uint8, (height, width, 3), RGB, upright.
@@ -134,7 +134,7 @@ class Observation:
         if self.state.ndim != 1:
             raise SpecError(f"The state must be one vector, got shape {self.state.shape}.")
         if not np.all(np.isfinite(self.state)):
-            raise SpecError(f"The state holds a value that is not finite: {self.state.tolist()}.")
+            raise SpecError(f"The state contains a value that is not finite: {self.state.tolist()}.")
 
 
 @dataclass(frozen=True)
@@ -152,27 +152,29 @@ class ActionPrefix:
 
     def __post_init__(self) -> None:
         if self.actions.ndim != 2 or len(self.actions) < 1 or not np.all(np.isfinite(self.actions)):
-            raise SpecError(f"Committed actions are finite and of shape (N, D) with N >= 1, got shape {self.actions.shape}.")
+            raise SpecError(
+                f"Committed actions must be finite and of shape (N, D) with N >= 1, got shape {self.actions.shape}."
+            )
         if not 0 <= self.count <= len(self.actions):
-            raise SpecError(f"Of {len(self.actions)} known actions, none to all can be committed, got {self.count}.")
+            raise SpecError(f"The number of committed actions must lie in 0 .. {len(self.actions)}, got {self.count}.")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A policy's answer: L future actions in robot units, and how they were computed.
+    """The output of a policy: L future actions in robot units, with diagnostics.
 
     Args:
         actions: (L, D) float32, robot units.
-        confidence: (L,) in (0, 1), the rater's, one per action; None without a rater.
+        confidence: (L,) in (0, 1), one per action, from the confidence rater; None without a rater.
         regenerated: (L,) bool, which actions were regenerated after the first round; None without refinement.
-        draft: (L, D), the first round's actions where refinement changed some; else None.
+        draft: (L, D), the actions of the first round if refinement changed any; else None.
         layers: backbone layers run over the prefix.
-        layer_passes: layers run in total, over the prefix, all solver steps and the rater.
+        layer_passes: layers run in total: the prefix, every solver step and the rater.
         nfe: number of function evaluations: forward passes of the decoder.
-        tokens: (S,) ids the actions were decoded from, by decoders of tokens; else None.
-        token_probability: (S,), the probability of each token when the network last predicted it.
-        revised: tokens that each solver step changed.
-        repaired: whether the tokens were not a valid encoding and the tokenizer repaired them.
+        tokens: (S,) token ids that the actions were decoded from; None for decoders of continuous actions.
+        token_probability: (S,), probability of each token when the network last evaluated it.
+        revised: number of tokens changed by each solver step.
+        repaired: whether the tokens did not decode to a chunk exactly, so that the tokenizer had to repair them.
         milliseconds: wall time by part: "prefix", "first", "rater", "refine", ..., "total".
     """
 

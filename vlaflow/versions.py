@@ -1,6 +1,6 @@
 """What ran: package versions and the command line, as results, checkpoints and reports record them.
 
-Versions are read from package metadata, so asking imports none of the packages.
+Versions are read from package metadata, so looking them up imports none of the packages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that started this process, as one would type it again; but for a token, which no record may hold."""
+    """The command that started this process, as one would type it again; a token is masked, because it must not be recorded."""
     words = list(sys.argv[1:])
     for place, word in enumerate(words):
         if word == "--token" and place + 1 < len(words):
@@ -51,7 +51,7 @@ def command_line() -> str:
 
 
 def device_name(device: str) -> str:
-    """What a torch device is: "cpu", or the accelerator's name."""
+    """Name of a torch device: "cpu", or the accelerator's model."""
     import torch
 
     found = torch.device(device)
@@ -59,7 +59,7 @@ def device_name(device: str) -> str:
 
 
 def machine() -> str:
-    """Processor, cores that may be used, and system, in words."""
+    """Processor, number of usable cores and operating system, in words."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -137,7 +137,7 @@ def test_weights_of_another_size_are_refused(tmp_path):
     config = json.loads((tmp_path / "m/config.json").read_text())
     config["model"]["book"] = 8
     (tmp_path / "m/config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"'book.entry_VE' in .* has shape \(16, 4\), config.json asks for \(8, 4\)"):
+    with pytest.raises(CheckpointError, match=r"'book.entry_VE' in .* has shape \(16, 4\), but config.json requires \(8, 4\)"):
         LatentActionModel.from_pretrained(tmp_path / "m")
 
 

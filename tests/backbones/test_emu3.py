@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests import helpers
 from tests.helpers import FAST, action_spec, count_layers, feature_stats
 from vlaflow.backbones.emu3 import EmuConfig, emu3_8b
 from vlaflow.compute.two_stage import TwoStage
@@ -86,9 +87,16 @@ def emu_config(folder, **changes):
     return EmuConfig(**{"state_dim": 4, "views": VIEWS, "source": str(folder), "pixels": SIDE * SIDE, **changes})
 
 
+def build(folder, **changes):
+    config = emu_config(folder, **changes)
+    backbone = config.build().eval()
+    backbone.processor = config.processor()
+    return backbone
+
+
 @pytest.fixture(scope="module")
 def backbone(folder):
-    return emu_config(folder).build().eval()
+    return build(folder)
 
 
 def observation(seed=0):
@@ -98,6 +106,13 @@ def observation(seed=0):
 
 
 OBSERVED = ObservationBatch.collate([observation(0), observation(1)])
+
+
+def with_placeholders(backbone, prompt):
+    """The ids as transformers takes them: one placeholder for every code and every end of a line."""
+    reader = backbone.processor.reader
+    placeholder = reader.tokenizer.convert_tokens_to_ids(reader.tokenizer.image_token)
+    return prompt.id_BP.masked_fill(prompt.image_BP | (prompt.id_BP == reader.end_of_line), placeholder)
 
 
 @cache
@@ -114,64 +129,66 @@ def test_the_prompt_is_that_of_transformers_own_processor(folder, backbone):
     images = [[observation(i).images[view] for view in VIEWS] for i in range(2)]
     texts = [sentence + "<image>" * len(VIEWS) for sentence in SENTENCES]
     expected = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
-    prompt = backbone.reader.read(OBSERVED, backbone.config)
-    assert torch.equal(prompt.id_BP, expected["input_ids"])
+    prompt = backbone.processor(OBSERVED)
+    assert torch.equal(with_placeholders(backbone, prompt), expected["input_ids"])
     assert torch.equal(prompt.padding_mask_BP.long(), expected["attention_mask"])
-    assert torch.equal(prompt.pixels_I3HW, expected["pixel_values"])
+    assert torch.equal(prompt.patches, expected["pixel_values"])
 
 
 @torch.no_grad()
 def test_every_layer_is_that_of_transformers(folder):
     """Causal as pretrained, two views, instructions of different lengths: all hidden states and the logits agree."""
-    ours = emu_config(folder, attention="causal").build().eval()
-    prompt = ours.reader.read(OBSERVED, ours.config)
-    assert not prompt.padding_mask_BP.all()
+    ours = build(folder, attention="causal")
+    prompt = ours.processor(OBSERVED)
+    mask_BP = prompt.padding_mask_BP
+    assert not mask_BP.all()
     out = theirs(folder)(
-        input_ids=prompt.id_BP,
-        attention_mask=prompt.padding_mask_BP.long(),
+        input_ids=with_placeholders(ours, prompt),
+        attention_mask=mask_BP.long(),
         position_ids=torch.arange(prompt.id_BP.shape[1])[None].expand(2, -1),
-        pixel_values=prompt.pixels_I3HW,
+        pixel_values=prompt.patches,
         image_sizes=torch.tensor([[SIDE, SIDE]] * 4),
         output_hidden_states=True,
     )
-    prefix = ours.embed(OBSERVED)
+    prefix = helpers.embed(ours, OBSERVED)
     for depth in range(ours.spec.depth):
         mine = ours.run(prefix, depth).hidden_BPW
-        torch.testing.assert_close(mine[prompt.padding_mask_BP], out.hidden_states[depth][prompt.padding_mask_BP], **ROUNDING)
+        torch.testing.assert_close(mine[mask_BP], out.hidden_states[depth][mask_BP], **ROUNDING)
     torch.testing.assert_close(
-        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.padding_mask_BP],
-        out.logits[prompt.padding_mask_BP],
+        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[mask_BP],
+        out.logits[mask_BP],
         **ROUNDING,
     )
 
 
 @torch.no_grad()
 def test_image_codes_are_those_of_transformers_and_different_images_have_different_ones(folder, backbone):
-    prompt = backbone.reader.read(OBSERVED, backbone.config)
-    codes = backbone.reader.codes(backbone._codes(prompt.pixels_I3HW))
+    prompt = backbone.processor(OBSERVED)
+    reader, code_IHW = backbone.processor.reader, backbone.codes(prompt.patches)
+    codes = torch.nn.functional.pad(code_IHW + reader.first_code, (0, 1), value=reader.end_of_line).flatten(1)
     sizes = torch.tensor([[SIDE, SIDE]] * 4)
-    assert torch.equal(codes.flatten(), theirs(folder).model.get_image_tokens(prompt.pixels_I3HW, sizes).long())
+    assert torch.equal(codes.flatten(), theirs(folder).model.get_image_tokens(prompt.patches, sizes).long())
     assert codes.shape == (4, 4 * 5)
     assert len(torch.unique(codes)) > 3
 
 
 @torch.no_grad()
 def test_with_full_attention_words_see_the_images_after_them(backbone):
-    same = backbone.run(backbone.embed(OBSERVED)).hidden_BPW
+    same = backbone.run(helpers.embed(backbone, OBSERVED)).hidden_BPW
     changed = replace(OBSERVED, images={**OBSERVED.images, "wrist": 255 - OBSERVED.images["wrist"]})
-    other = backbone.run(backbone.embed(changed)).hidden_BPW
+    other = backbone.run(helpers.embed(backbone, changed)).hidden_BPW
     assert not torch.allclose(other[:, 1], same[:, 1])
 
 
 @torch.no_grad()
 def test_continuing_a_prefix_loses_nothing_and_company_changes_nothing(backbone):
-    prefix = backbone.embed(OBSERVED)
+    prefix = helpers.embed(backbone, OBSERVED)
     at_once, halves = backbone.run(prefix), backbone.run(backbone.run(prefix, 1))
     assert torch.equal(at_once.hidden_BPW, halves.hidden_BPW)
     suffix_BTW = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
     together, jointly = SharedStack(64)(suffix_BTW, at_once), SharedStack.joint(suffix_BTW, prefix, 3)[0]
     for row in range(2):
-        single = backbone.embed(ObservationBatch.collate([observation(row)]))
+        single = helpers.embed(backbone, ObservationBatch.collate([observation(row)]))
         alone = SharedStack(64)(suffix_BTW[row : row + 1], backbone.run(single))
         torch.testing.assert_close(together[row : row + 1], alone, **ROUNDING)
         joint = SharedStack.joint(suffix_BTW[row : row + 1], single, 3)[0]
@@ -180,7 +197,7 @@ def test_continuing_a_prefix_loses_nothing_and_company_changes_nothing(backbone)
 
 @torch.no_grad()
 def test_a_joint_pass_is_the_whole_sequence_with_full_attention(folder, backbone):
-    one = backbone.embed(ObservationBatch.collate([observation(0)]))
+    one = helpers.embed(backbone, ObservationBatch.collate([observation(0)]))
     p, t = one.hidden_BPW.shape[1], 5
     suffix_BTW = torch.randn(1, t, 64, generator=torch.Generator().manual_seed(1))
     whole = theirs(folder).model.text_model(
@@ -194,7 +211,7 @@ def test_a_joint_pass_is_the_whole_sequence_with_full_attention(folder, backbone
 @torch.no_grad()
 def test_cached_tokens_are_the_whole_causal_suffix(backbone):
     """Positions of single tokens follow the prefix and each other, rotations included."""
-    prefix = backbone.run(backbone.embed(OBSERVED))
+    prefix = backbone.run(helpers.embed(backbone, OBSERVED))
     suffix_BTW = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     whole = SharedStack(64).exits(suffix_BTW, prefix, (3,), mask)[0]
@@ -244,7 +261,7 @@ def test_the_output_projection_has_a_row_per_action_token_and_the_image_tokenize
 
 
 def test_answers_are_learned(folder, backbone):
-    loss = backbone.answer_loss(backbone.embed(OBSERVED), backbone.answer_ids(["Done.", "It is open now"]))
+    loss = backbone.answer_loss(helpers.embed(backbone, OBSERVED), backbone.processor.answer_ids(["Done.", "It is open now"]))
     assert loss.isfinite()
 
 
@@ -260,15 +277,15 @@ def test_the_published_size():
 
 def test_wrong_input_is_one_sentence(folder, backbone, tmp_path):
     with pytest.raises(SpecError, match="state of length 4, got 3"):
-        backbone.embed(replace(OBSERVED, state_BS=OBSERVED.state_BS[:, :3]))
+        backbone.processor(replace(OBSERVED, state_BS=OBSERVED.state_BS[:, :3]))
     with pytest.raises(SpecError, match="plain words"):
-        backbone.embed(replace(OBSERVED, instructions=["<|image start|>", "x"]))
+        backbone.processor(replace(OBSERVED, instructions=["<|image start|>", "x"]))
     with pytest.raises(ConfigError, match="no Emu3 folder"):
         emu_config(tmp_path / "missing").build()
     with pytest.raises(CapabilityError, match="no tokenizer"):
-        EmuConfig(4, VIEWS, architecture=backbone.config.architecture).build().embed(OBSERVED)
+        EmuConfig(4, VIEWS, architecture=backbone.config.architecture).processor()(OBSERVED)
     with pytest.raises(ConfigError, match="either 'source'"):
         EmuConfig(4, VIEWS)
     wide = replace(OBSERVED, images={**OBSERVED.images, "wrist": OBSERVED.images["wrist"][:, :, :40]})
     with pytest.raises(ConfigError, match="views of one shape"):
-        backbone.embed(wide)
+        helpers.embed(backbone, wide)

@@ -25,6 +25,9 @@ class Plain(BackboneConfig):
     def build(self):
         raise NotImplementedError
 
+    def processor(self, folder=None):
+        raise NotImplementedError
+
 
 def test_a_plain_backbone_promises_nothing():
     plain = Plain()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests import helpers
 from tests.helpers import action_spec, count_layers, feature_stats
 from vlaflow.backbones.molmo2 import MolmoConfig, molmo2_8b
-from vlaflow.backbones.molmo2_prompt import Pictures
+from vlaflow.backbones.molmo2_processor import Pictures
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.data.batch import ObservationBatch
@@ -114,10 +115,17 @@ def molmo_config(folder, **changes):
     return MolmoConfig(**{"state_dim": 4, "views": VIEWS, "source": str(folder), **changes})
 
 
+def build(folder, **changes):
+    config = molmo_config(folder, **changes)
+    backbone = config.build().eval()
+    backbone.processor = config.processor()
+    return backbone
+
+
 @pytest.fixture(scope="module")
 def backbone(folder):
     torch.manual_seed(3)
-    return molmo_config(folder).build().eval()
+    return build(folder)
 
 
 def observation(seed=0):
@@ -140,26 +148,27 @@ def theirs(folder):
 @torch.no_grad()
 def test_every_layer_is_that_of_transformers(folder):
     """Two views, instructions of different lengths, no state token: all hidden states and the logits agree."""
-    ours = molmo_config(folder, state_token=None).build().eval()
-    prompt, (rows, columns) = ours.reader.read(OBSERVED, ours.config), ours.reader.pictures.grid
-    assert not prompt.padding_mask_BP.all()
+    ours = build(folder, state_token=None)
+    prompt, (rows, columns) = ours.processor(OBSERVED), ours.processor.reader.pictures.grid
+    mask_BP = prompt.padding_mask_BP
+    assert not mask_BP.all()
     assert (rows, columns) == (3, 3)
     out = theirs(folder)(
         input_ids=prompt.id_BP,
-        attention_mask=prompt.padding_mask_BP.long(),
-        pixel_values=prompt.patches_INC,
+        attention_mask=mask_BP.long(),
+        pixel_values=prompt.patches,
         image_token_pooling=prompt.pooled_VK,
         image_grids=torch.tensor([[rows, columns, 0, 0]] * 4),
-        mm_token_type_ids=prompt.picture_BP.long(),
+        mm_token_type_ids=prompt.picture_P.long().expand(2, -1),
         output_hidden_states=True,
     )
-    prefix = ours.embed(OBSERVED)
+    prefix = helpers.embed(ours, OBSERVED)
     for depth in range(ours.spec.depth):
         mine = ours.run(prefix, depth).hidden_BPW
-        torch.testing.assert_close(mine[prompt.padding_mask_BP], out.hidden_states[depth][prompt.padding_mask_BP], **ROUNDING)
+        torch.testing.assert_close(mine[mask_BP], out.hidden_states[depth][mask_BP], **ROUNDING)
     torch.testing.assert_close(
-        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[prompt.padding_mask_BP],
-        out.logits[prompt.padding_mask_BP],
+        ours.name_ids(ours.finish(ours.run(prefix).hidden_BPW))[mask_BP],
+        out.logits[mask_BP],
         **ROUNDING,
     )
 
@@ -184,28 +193,28 @@ def test_patches_are_cut_row_by_row_and_pooled_by_neighbourhood():
 @torch.no_grad()
 def test_images_see_each_other_and_words_only_what_is_before(backbone):
     """The first view depends on the second; no word on a later one."""
-    prefix = backbone.embed(OBSERVED)
-    picture_P = backbone.reader.read(OBSERVED, backbone.config).picture_BP[0]
+    prefix = helpers.embed(backbone, OBSERVED)
+    picture_P = backbone.processor(OBSERVED).picture_P
     first, last = int(picture_P.nonzero()[0]), int(picture_P.nonzero()[-1])
     changed = replace(OBSERVED, images={**OBSERVED.images, "wrist": 255 - OBSERVED.images["wrist"]})
-    other = backbone.run(backbone.embed(changed)).hidden_BPW
+    other = backbone.run(helpers.embed(backbone, changed)).hidden_BPW
     same = backbone.run(prefix).hidden_BPW
     assert not torch.allclose(other[:, first], same[:, first])
     assert torch.equal(other[:, :first], same[:, :first])
     words = replace(OBSERVED, instructions=["Open the window.", SENTENCES[1]])
-    shorter = backbone.run(backbone.embed(words)).hidden_BPW
+    shorter = backbone.run(helpers.embed(backbone, words)).hidden_BPW
     torch.testing.assert_close(shorter[:, : last + 1], same[:, : last + 1], **ROUNDING)
 
 
 @torch.no_grad()
 def test_continuing_a_prefix_loses_nothing_and_company_changes_nothing(backbone):
-    prefix = backbone.embed(OBSERVED)
+    prefix = helpers.embed(backbone, OBSERVED)
     at_once, halves = backbone.run(prefix), backbone.run(backbone.run(prefix, 1))
     assert torch.equal(at_once.hidden_BPW, halves.hidden_BPW)
     suffix_BTW = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
     together = SharedStack(64)(suffix_BTW, at_once)
     for row in range(2):
-        alone = backbone.run(backbone.embed(ObservationBatch.collate([observation(row)])))
+        alone = backbone.run(helpers.embed(backbone, ObservationBatch.collate([observation(row)])))
         torch.testing.assert_close(together[row : row + 1], SharedStack(64)(suffix_BTW[row : row + 1], alone), **ROUNDING)
         chosen = at_once.select(torch.tensor([row]))
         torch.testing.assert_close(together[row : row + 1], SharedStack(64)(suffix_BTW[row : row + 1], chosen), **ROUNDING)
@@ -214,7 +223,7 @@ def test_continuing_a_prefix_loses_nothing_and_company_changes_nothing(backbone)
 @torch.no_grad()
 def test_a_suffix_on_the_cached_prefix_is_the_whole_sequence_recomputed(folder, backbone):
     one = ObservationBatch.collate([observation(0)])
-    prefix = backbone.embed(one)
+    prefix = helpers.embed(backbone, one)
     p, t = prefix.hidden_BPW.shape[1], 5
     suffix_BTW = torch.randn(1, t, 64, generator=torch.Generator().manual_seed(1))
     sees = torch.ones(p + t, p + t, dtype=torch.bool)
@@ -256,7 +265,7 @@ def test_answers_and_gradients_reach_the_language_model(folder):
     made = policy(folder, recompute=True)
     made.model.train()
     backbone = made.model.backbone
-    answer = backbone.answer_ids(["Done.", "It is open now"])
+    answer = made.processor.backbone.answer_ids(["Done.", "It is open now"])
     loss = backbone.answer_loss(made.embed(OBSERVED), answer)
     loss.backward()
     assert loss.isfinite()
@@ -275,15 +284,15 @@ def test_the_published_size():
 
 def test_wrong_input_is_one_sentence(folder, backbone, tmp_path):
     with pytest.raises(SpecError, match="state of length 4, got 3"):
-        backbone.embed(replace(OBSERVED, state_BS=OBSERVED.state_BS[:, :3]))
+        backbone.processor(replace(OBSERVED, state_BS=OBSERVED.state_BS[:, :3]))
     with pytest.raises(SpecError, match="plain words"):
-        backbone.embed(replace(OBSERVED, instructions=["<|image|>", "x"]))
+        backbone.processor(replace(OBSERVED, instructions=["<|image|>", "x"]))
     with pytest.raises(ConfigError, match="no Molmo2 folder"):
         molmo_config(tmp_path / "missing").build()
     with pytest.raises(ConfigError, match="used once"):
-        molmo_config(folder, state_token="drawer").build().embed(OBSERVED)
+        molmo_config(folder, state_token="drawer").processor()(OBSERVED)
     with pytest.raises(CapabilityError, match="no tokenizer"):
-        MolmoConfig(4, VIEWS, architecture=backbone.config.architecture).build().embed(OBSERVED)
+        MolmoConfig(4, VIEWS, architecture=backbone.config.architecture).processor()(OBSERVED)
     olmo = json.loads(json.dumps(backbone.config.architecture))
     olmo["text_config"]["qk_norm_type"] = "olmo"
     with pytest.raises(ConfigError, match="4B, 8B"):
@@ -294,8 +303,8 @@ def test_wrong_input_is_one_sentence(folder, backbone, tmp_path):
 
 def test_an_answer_holds_what_the_head_can_name(folder):
     """The table of embeddings has more rows than the head; the ids of the answers are the head's."""
-    backbone = policy(folder).model.backbone
+    backbone = build(folder)
     assert backbone.language.embed_tokens.weight.shape[0] > backbone.vocabulary
     assert backbone.name_ids(torch.randn(2, backbone.spec.width)).shape == (2, backbone.vocabulary)
     with pytest.raises(SpecError, match=f"vocabulary ends at {backbone.vocabulary - 1}"):
-        backbone.answer_loss(backbone.embed(OBSERVED), torch.full((2, 1), backbone.vocabulary))
+        backbone.answer_loss(helpers.embed(backbone, OBSERVED), torch.full((2, 1), backbone.vocabulary))

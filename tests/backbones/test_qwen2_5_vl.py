@@ -13,8 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
+from tests import helpers
+from vlaflow.backbones.base import BackboneConfig
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
-from vlaflow.backbones.qwen2_5_vl_prompt import PromptReader
+from vlaflow.backbones.qwen2_5_vl_processor import QwenReader
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.model import Model
@@ -116,7 +118,10 @@ def qwen_config(folder, **changes):
 
 
 def build(folder, **changes):
-    return qwen_config(folder, **changes).build().eval()
+    config = qwen_config(folder, **changes)
+    backbone = config.build().eval()
+    backbone.processor = config.processor()
+    return backbone
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +146,7 @@ def theirs(folder):
 
 def write_placeholder(backbone):
     """Make the state token the embedding of its placeholder, so that transformers' forward sees the same input."""
-    placeholder = backbone.reader.tokenizer.convert_tokens_to_ids(backbone.config.state_token)
+    placeholder = backbone.processor.reader.tokenizer.convert_tokens_to_ids(backbone.config.state_token)
     with torch.no_grad():
         backbone.state.weight.zero_()
         backbone.state.bias.copy_(backbone.network.language_model.embed_tokens.weight[placeholder])
@@ -150,7 +155,7 @@ def write_placeholder(backbone):
 def their_inputs(prompt):
     return {
         "input_ids": prompt.id_BP,
-        "attention_mask": prompt.padding_mask_BP.long(),
+        "attention_mask": (prompt.id_BP >= 0 if prompt.padding_mask_BP is None else prompt.padding_mask_BP).long(),
         "mm_token_type_ids": prompt.image_BP.int(),
         "pixel_values": prompt.patches,
         "image_grid_thw": prompt.grid_I3,
@@ -164,23 +169,20 @@ def test_every_layer_is_that_of_transformers(folder, untied, tied):
     source = folder if tied else untied
     ours, batch = build(source), ObservationBatch.collate(observations())
     write_placeholder(ours)
-    prompt = ours.reader.read(batch, ours.config)
-    assert not prompt.padding_mask_BP.all()
+    prompt = ours.processor(batch)
+    mask_BP = prompt.padding_mask_BP
+    assert not mask_BP.all()
     out = theirs(source)(**their_inputs(prompt), output_hidden_states=True)
-    prefix = ours.embed(batch)
+    prefix = helpers.embed(ours, batch)
     for depth in range(ours.spec.depth):
         torch.testing.assert_close(
-            ours.run(prefix, depth).hidden_BPW[prompt.padding_mask_BP],
-            out.hidden_states[depth][prompt.padding_mask_BP],
+            ours.run(prefix, depth).hidden_BPW[mask_BP],
+            out.hidden_states[depth][mask_BP],
             **ROUNDING,
         )
     last_BPW = ours.run(prefix).hidden_BPW
-    torch.testing.assert_close(
-        ours.finish(last_BPW)[prompt.padding_mask_BP], out.hidden_states[-1][prompt.padding_mask_BP], **ROUNDING
-    )
-    torch.testing.assert_close(
-        ours.name_ids(ours.finish(last_BPW))[prompt.padding_mask_BP], out.logits[prompt.padding_mask_BP], **ROUNDING
-    )
+    torch.testing.assert_close(ours.finish(last_BPW)[mask_BP], out.hidden_states[-1][mask_BP], **ROUNDING)
+    torch.testing.assert_close(ours.name_ids(ours.finish(last_BPW))[mask_BP], out.logits[mask_BP], **ROUNDING)
 
 
 def test_the_prompt_is_that_of_the_models_own_processor(backbone):
@@ -190,7 +192,7 @@ def test_the_prompt_is_that_of_the_models_own_processor(backbone):
         def check_argument_for_proper_class(self, argument_name, argument):
             return type(argument)
 
-    reader, batch, c = backbone.reader, ObservationBatch.collate(observations()), backbone.config
+    reader, batch, c = backbone.processor.reader, ObservationBatch.collate(observations()), backbone.config
     processor = ForImages(reader.pictures, reader.tokenizer, SimpleNamespace(), chat_template=TEMPLATE)
     turns = [
         [
@@ -206,7 +208,7 @@ def test_the_prompt_is_that_of_the_models_own_processor(backbone):
         padding=True,
         return_tensors="pt",
     )
-    prompt = reader.read(batch, c)
+    prompt = backbone.processor(batch)
     for name, value in their_inputs(prompt).items():
         torch.testing.assert_close(value.to(expected[name].dtype), expected[name], rtol=0, atol=0)
 
@@ -214,7 +216,7 @@ def test_the_prompt_is_that_of_the_models_own_processor(backbone):
 @torch.no_grad()
 def test_a_prefix_continued_is_a_prefix_run_at_once(backbone):
     """Early exits stop anywhere; continuing must lose nothing, to the bit."""
-    prefix = backbone.embed(ObservationBatch.collate(observations()))
+    prefix = helpers.embed(backbone, ObservationBatch.collate(observations()))
     at_once, halves = backbone.run(prefix), backbone.run(backbone.run(prefix, 1))
     assert torch.equal(at_once.hidden_BPW, halves.hidden_BPW)
     assert all(torch.equal(a.key_CGPE, b.key_CGPE) for a, b in zip(at_once.kv_cache, halves.kv_cache, strict=True))
@@ -228,7 +230,7 @@ def suffix_reference(folder, prefix, suffix_BTW):
     sees = sees.repeat(prefix.batch, 1, 1)
     sees[:, :, :p] &= prefix.padding_mask_BP[:, None, :]
     mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
-    language, prompt = theirs(folder).model.language_model, prefix.backbone.reader.read(OBSERVED, prefix.backbone.config)
+    language, prompt = theirs(folder).model.language_model, prefix.backbone.processor(OBSERVED)
     position_3BP, deltas_B1 = theirs(folder).model.get_rope_index(
         prompt.id_BP, prompt.image_BP.int(), prompt.grid_I3, attention_mask=prompt.padding_mask_BP.long()
     )
@@ -248,7 +250,7 @@ OBSERVED = ObservationBatch.collate(observations())
 @torch.no_grad()
 def test_a_suffix_on_the_cached_prefix_is_the_whole_sequence_recomputed(folder, backbone):
     """Actions see the whole prefix and each other; the prefix never sees them, so its keys and values stay exact."""
-    prefix = backbone.embed(OBSERVED)
+    prefix = helpers.embed(backbone, OBSERVED)
     suffix_BTW = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
     cached_BTW = SharedStack(64)(suffix_BTW, backbone.run(prefix))
     torch.testing.assert_close(cached_BTW, suffix_reference(folder, prefix, suffix_BTW), **ROUNDING)
@@ -257,7 +259,7 @@ def test_a_suffix_on_the_cached_prefix_is_the_whole_sequence_recomputed(folder, 
 @torch.no_grad()
 def test_draws_share_one_prefix(backbone):
     """Three draws of two observations are what six single calls give, on keys and values for two."""
-    prefix = backbone.run(backbone.embed(OBSERVED))
+    prefix = backbone.run(helpers.embed(backbone, OBSERVED))
     suffix_BTW = torch.randn(6, 4, 64, generator=torch.Generator().manual_seed(2))
     together_BTW = SharedStack(64)(suffix_BTW, prefix)
     for draw in range(3):
@@ -269,25 +271,25 @@ def test_draws_share_one_prefix(backbone):
 def test_company_changes_nothing(backbone):
     """Padding next to a longer instruction leaves the actions' hidden states as they were alone."""
     suffix_BTW = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(3))
-    together_BTW = SharedStack(64)(suffix_BTW, backbone.run(backbone.embed(OBSERVED)))
+    together_BTW = SharedStack(64)(suffix_BTW, backbone.run(helpers.embed(backbone, OBSERVED)))
     for i, one in enumerate(observations()):
-        alone = backbone.run(backbone.embed(ObservationBatch.collate([one])))
+        alone = backbone.run(helpers.embed(backbone, ObservationBatch.collate([one])))
         assert alone.padding_mask_BP is None
         torch.testing.assert_close(together_BTW[i : i + 1], SharedStack(64)(suffix_BTW[i : i + 1], alone), **ROUNDING)
 
 
 @torch.no_grad()
-def test_state_and_views_are_seen(backbone):
+def test_state_and_views_are_seen(folder, backbone):
     """Another state or another image in either view gives another prefix; without views it still reads the rest."""
-    last_W = backbone.run(backbone.embed(OBSERVED)).hidden_BPW[1, -1]
+    last_W = backbone.run(helpers.embed(backbone, OBSERVED)).hidden_BPW[1, -1]
     changed = replace(OBSERVED, state_BS=OBSERVED.state_BS + 1)
-    assert not torch.allclose(backbone.run(backbone.embed(changed)).hidden_BPW[1, -1], last_W)
+    assert not torch.allclose(backbone.run(helpers.embed(backbone, changed)).hidden_BPW[1, -1], last_W)
     for view in VIEWS:
         changed = replace(OBSERVED, images={**OBSERVED.images, view: 255 - OBSERVED.images[view]})
-        assert not torch.allclose(backbone.run(backbone.embed(changed)).hidden_BPW[1, -1], last_W)
+        assert not torch.allclose(backbone.run(helpers.embed(backbone, changed)).hidden_BPW[1, -1], last_W)
     blind = QwenConfig(4, (), architecture=backbone.config.architecture).build()
-    blind.reader = backbone.reader
-    assert blind.run(blind.embed(replace(OBSERVED, images={}))).hidden_BPW.isfinite().all()
+    blind.processor = qwen_config(folder, views=()).processor()
+    assert blind.run(helpers.embed(blind, replace(OBSERVED, images={}))).hidden_BPW.isfinite().all()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -297,8 +299,8 @@ def test_answer_loss_is_that_of_transformers(folder, untied, tied):
     source = folder if tied else untied
     ours = build(source)
     write_placeholder(ours)
-    answer_BT = ours.answer_ids(["Done.", "The drawer is open now"])
-    prompt = ours.reader.read(OBSERVED, ours.config)
+    answer_BT = ours.processor.answer_ids(["Done.", "The drawer is open now"])
+    prompt = ours.processor(OBSERVED)
     rows = []
     for i in range(2):
         asked, answered = prompt.id_BP[i][prompt.padding_mask_BP[i]], answer_BT[i][answer_BT[i] >= 0]
@@ -313,7 +315,7 @@ def test_answer_loss_is_that_of_transformers(folder, untied, tied):
     }
     labels = pad([row[1] for row in rows], batch_first=True, padding_value=-100)
     expected = theirs(source)(**inputs, labels=labels).loss
-    torch.testing.assert_close(ours.answer_loss(ours.embed(OBSERVED), answer_BT), expected, **ROUNDING)
+    torch.testing.assert_close(ours.answer_loss(helpers.embed(ours, OBSERVED), answer_BT), expected, **ROUNDING)
 
 
 # -- at full size --------------------------------------------------------------------------------------------------------
@@ -321,7 +323,7 @@ def test_answer_loss_is_that_of_transformers(folder, untied, tied):
 
 def test_asyncvla_3b_has_the_published_size():
     """AsyncVLA §4: 4.08 B in all, 308 M of it the rater; EO-1's head has 16.98 M, its backbone 3.755 B."""
-    config = qwen3b(8, 7, ("agent", "wrist"), source=None)
+    config = qwen3b(DataSpec(8, 7, ("agent", "wrist")), source=None)
     with torch.device("meta"):
         model = replace(config, rater=qwen3b_rater(config)).build()
 
@@ -359,12 +361,12 @@ def test_policies_do_not_import_transformers():
 
 def test_wrong_input_is_one_sentence(folder, backbone):
     with pytest.raises(SpecError, match="state of length 4, got 5"):
-        backbone.embed(replace(OBSERVED, state_BS=torch.zeros(2, 5)))
+        backbone.processor(replace(OBSERVED, state_BS=torch.zeros(2, 5)))
     with pytest.raises(SpecError, match="plain words"):
-        backbone.embed(replace(OBSERVED, instructions=["open", "close <|image_pad|>"]))
+        backbone.processor(replace(OBSERVED, instructions=["open", "close <|image_pad|>"]))
     for token in ("<|nowhere|>", "e"):  # no token at all, and a letter of every sentence
         with pytest.raises(ConfigError, match="one token"):
-            build(folder, state_token=token).embed(OBSERVED)
+            qwen_config(folder, state_token=token).processor()(OBSERVED)
     with pytest.raises(ConfigError, match="either 'source'"):
         QwenConfig(4, ("front",))
     with pytest.raises(ConfigError, match="raise it"):
@@ -372,7 +374,7 @@ def test_wrong_input_is_one_sentence(folder, backbone):
     with pytest.raises(ConfigError, match="must lie between"):
         qwen_config(folder, min_pixels=100)
     with pytest.raises(CapabilityError, match="no tokenizer"):
-        QwenConfig(4, ("front",), architecture=backbone.config.architecture).build().embed(OBSERVED)
+        QwenConfig(4, ("front",), architecture=backbone.config.architecture).processor()(OBSERVED)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, folder):
@@ -381,12 +383,15 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "mute")
     (tmp_path / "mute" / "chat_template.json").unlink()
     with pytest.raises(ConfigError, match="no chat template"):
-        PromptReader.open(str(tmp_path / "mute"))
+        QwenReader.open(str(tmp_path / "mute"))
 
 
-def test_each_rater_knows_its_backbone():
-    small, large = tiny(4, 4, ("image",)), qwen3b(4, 4, ("image",), source=None)
-    with pytest.raises(CapabilityError, match=r"asyncvla\.rater3b"):
-        tiny_rater(large)
-    with pytest.raises(CapabilityError, match=r"asyncvla\.rater\."):
-        qwen3b_rater(small)
+def test_each_rater_is_made_of_its_backbones_blocks():
+    """A rater reads the states of its own backbone, so their widths agree; a backbone that offers no block is refused."""
+    for policy, rater in (
+        (tiny(DataSpec(4, 4, ("image",))), tiny_rater),
+        (qwen3b(DataSpec(4, 4, ("image",)), source=None), qwen3b_rater),
+    ):
+        assert rater(policy).block == policy.backbone.rater_block()
+    with pytest.raises(CapabilityError, match="rater_block"):
+        BackboneConfig.rater_block(policy.backbone)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import helpers
 from tests.backbones.test_qwen2_5_vl import OBSERVED, ROUNDING, build, observations, their_inputs, theirs, write_model
 from tests.backbones.test_qwen2_5_vl import write_placeholder as write_state
 from vlaflow.data.batch import ObservationBatch
@@ -23,31 +24,32 @@ def test_greedy_answers_are_those_of_transformers(folder):
     """Together with prompts of another length, with kept keys, they are what the model generates for each alone."""
     ours, model = build(folder), theirs(folder)
     write_state(ours)
-    made = greedy(ours.embed(OBSERVED), limit=6)
+    made = greedy(helpers.embed(ours, OBSERVED), ours.processor.end_id, limit=6)
     for row, seen in enumerate(observations()):
-        prompt = ours.reader.read(ObservationBatch.collate([seen]), ours.config)
+        prompt = ours.processor(ObservationBatch.collate([seen]))
         out = model.generate(
-            **their_inputs(prompt), max_new_tokens=6, do_sample=False, eos_token_id=ours.end_id, pad_token_id=0
+            **their_inputs(prompt), max_new_tokens=6, do_sample=False, eos_token_id=ours.processor.end_id, pad_token_id=0
         )
         said = out[0, prompt.id_BP.shape[1] :]
         assert made.id_BT[row][made.id_BT[row] >= 0].tolist() == said.tolist()
-        assert bool(made.ended_B[row]) == (ours.end_id in said.tolist())
+        assert bool(made.ended_B[row]) == (ours.processor.end_id in said.tolist())
 
 
 def test_an_answer_says_its_words_again(folder):
     ours, said = build(folder), ["Open the drawer.", "close"]
-    ids = ours.answer_ids(said)
-    assert ours.answer_texts(ids) == said
+    ids = ours.processor.answer_ids(said)
+    assert ours.processor.answer_texts(ids) == said
     ids[0, 0] = ours.vocabulary
     with pytest.raises(SpecError, match="vocabulary ends at 335"):
-        ours.answer_loss(ours.embed(OBSERVED), ids)
+        ours.answer_loss(helpers.embed(ours, OBSERVED), ids)
 
 
 @torch.no_grad()
 def test_tokens_after_written_ones_take_the_next_places(folder):
     """Tokens written in two passes, the second reading the first's keys, have the states of one causal pass."""
     ours = build(folder)
-    prefix, token_BTW = ours.run(ours.embed(OBSERVED)), ours.embed_ids(ours.answer_ids(["Open the drawer."])).expand(2, -1, -1)
+    said = ours.processor.answer_ids(["Open the drawer."])
+    prefix, token_BTW = ours.run(helpers.embed(ours, OBSERVED)), ours.embed_ids(said).expand(2, -1, -1)
     t, depths, mask_TS = token_BTW.shape[1], (prefix.depth,), causal_mask(token_BTW.shape[1])
     (whole_BTW,), _ = ours.follow(token_BTW, prefix, depths, mask_TS)
     (first_BTW,), own = ours.follow(token_BTW[:, :2], prefix, depths, mask_TS[:2, :2])

@@ -89,7 +89,7 @@ def training_batch():
 
 def gradients(made):
     made.model.train()
-    made.loss(training_batch(), torch.Generator().manual_seed(7), torch.Generator()).total.backward()
+    made.loss(made.prepare(training_batch()), torch.Generator().manual_seed(7), torch.Generator()).total.backward()
     return {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
 
 

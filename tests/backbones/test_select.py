@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import helpers
 from tests.backbones import test_emu3 as emu3
 from tests.backbones import test_molmo2 as molmo2
 from tests.backbones import test_qwen2_5_vl as qwen
@@ -51,18 +52,20 @@ def observation(seed):
 def build(config):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return config.build().eval()
+        backbone = config.build().eval()
+    backbone.processor = config.processor()
+    return backbone
 
 
 @torch.no_grad()
 def assert_rows_are_those_rows_alone(backbone, observations, rows, depth):
     """Encoded to ``depth`` together, selected, run on: the states of the prefix and of tokens that read it."""
-    together = backbone.run(backbone.embed(ObservationBatch.collate(observations)), depth)
+    together = backbone.run(helpers.embed(backbone, ObservationBatch.collate(observations)), depth)
     chosen = backbone.run(together.select(torch.tensor(rows)))
     suffix_RTW = torch.randn(len(rows), 3, backbone.spec.width, generator=torch.Generator().manual_seed(1))
     (reading_RTW,), _ = backbone.follow(suffix_RTW, chosen, (backbone.spec.depth,))
     for i, row in enumerate(rows):
-        alone = backbone.run(backbone.embed(ObservationBatch.collate([observations[row]])))
+        alone = backbone.run(helpers.embed(backbone, ObservationBatch.collate([observations[row]])))
         seen_P = slice(None) if chosen.padding_mask_BP is None else chosen.padding_mask_BP[i]
         torch.testing.assert_close(chosen.hidden_BPW[i][seen_P], alone.hidden_BPW[0], **ROUNDING)
         (expected_1TW,), _ = backbone.follow(suffix_RTW[i : i + 1], alone, (backbone.spec.depth,))
@@ -80,9 +83,9 @@ def test_selected_rows_are_those_rows_alone(config, depth):
 def test_as_many_observations_as_tokens(config):
     """Batch and prefix dimensions of one length: an index into the wrong one raises nothing."""
     backbone = build(config if config is TINY else replace(config, views=()))
-    count = backbone.embed(ObservationBatch.collate([observation(seed) for seed in range(3)])).hidden_BPW.shape[1]
+    count = helpers.embed(backbone, ObservationBatch.collate([observation(seed) for seed in range(3)])).hidden_BPW.shape[1]
     observations = [observation(seed) for seed in range(count)]
-    assert backbone.embed(ObservationBatch.collate(observations)).hidden_BPW.shape[:2] == (count, count)
+    assert helpers.embed(backbone, ObservationBatch.collate(observations)).hidden_BPW.shape[:2] == (count, count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(2)).tolist()
     assert_rows_are_those_rows_alone(backbone, observations, order, 1)
 
@@ -97,7 +100,7 @@ def test_early_exit_splits_a_batch(config):
     model, plan = made.model.eval(), ExitPlan((1, 2, 3), metric="l2", sampling=Sampling(2))
 
     def prefix(rows):
-        return model.backbone.embed(made._prepare(ObservationBatch.collate([observation(row) for row in rows])))
+        return made.embed(ObservationBatch.collate([observation(row) for row in rows]))
 
     def noise_samples(rows):
         return [generators(4)[row] for row in rows]

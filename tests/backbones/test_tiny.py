@@ -28,24 +28,24 @@ def build(**changes):
 @pytest.mark.parametrize("views", [("image",), ("left", "right", "wrist")])
 def test_every_view_has_its_tokens_and_is_looked_at(stem, views):
     backbone, seen = build(stem=stem, views=views), observe(views)
-    prefix = backbone.run(backbone.embed(seen))
+    prefix = backbone.run(helpers.embed(backbone, seen))
     assert prefix.hidden_BPW.shape[1] == 4 * len(views) + 2 + 1  # four cells a view, two text tokens, the state
     for view in views:
         other = dataclasses.replace(seen, images={**seen.images, view: 255 - seen.images[view]})
-        assert not torch.allclose(backbone.run(backbone.embed(other)).hidden_BPW, prefix.hidden_BPW)
+        assert not torch.allclose(backbone.run(helpers.embed(backbone, other)).hidden_BPW, prefix.hidden_BPW)
 
 
 def test_views_do_not_share_a_place():
     backbone, seen = build(views=("left", "right")), observe(("left", "right"))
     swapped = dataclasses.replace(seen, images={"left": seen.images["right"], "right": seen.images["left"]})
     state = -1
-    here = backbone.run(backbone.embed(seen)).hidden_BPW[:, state]
-    assert not torch.allclose(here, backbone.run(backbone.embed(swapped)).hidden_BPW[:, state])
+    here = backbone.run(helpers.embed(backbone, seen)).hidden_BPW[:, state]
+    assert not torch.allclose(here, backbone.run(helpers.embed(backbone, swapped)).hidden_BPW[:, state])
 
 
 def test_layers_run_a_few_at_a_time_give_the_same_bits():
     backbone = build()
-    start = backbone.embed(observe())
+    start = helpers.embed(backbone, observe())
     whole, parts = backbone.run(start), backbone.run(backbone.run(backbone.run(start, 1), 2))
     assert whole.depth == parts.depth == 3
     assert torch.equal(whole.hidden_BPW, parts.hidden_BPW)
@@ -57,8 +57,8 @@ def test_a_longer_neighbour_changes_nothing():
     """Padding of the shorter sentence is hidden from every other token."""
     backbone, together = build(), observe()
     alone = ObservationBatch({"image": together.images["image"][:1]}, together.state_BS[:1], together.instructions[:1])
-    first = backbone.run(backbone.embed(together)).hidden_BPW[0]
-    single = backbone.run(backbone.embed(alone)).hidden_BPW[0]
+    first = backbone.run(helpers.embed(backbone, together)).hidden_BPW[0]
+    single = backbone.run(helpers.embed(backbone, alone)).hidden_BPW[0]
     kept = torch.cat((first[:5], first[-1:]))  # four cells, its one text token, the state
     torch.testing.assert_close(kept, single, atol=1e-5, rtol=1e-4)
 
@@ -66,7 +66,7 @@ def test_a_longer_neighbour_changes_nothing():
 @pytest.mark.parametrize(("words", "other"), [("Öffne", "Offne"), ("", "a"), ("ab", "ba")])
 def test_words_are_told_apart_to_the_byte(words, other):
     backbone = build()
-    states = [backbone.run(backbone.embed(observe(words=(w,)))).hidden_BPW[0, -1] for w in (words, other)]
+    states = [backbone.run(helpers.embed(backbone, observe(words=(w,)))).hidden_BPW[0, -1] for w in (words, other)]
     assert not torch.allclose(*states)
 
 
@@ -76,9 +76,9 @@ def test_wrong_sizes_get_one_sentence():
     with pytest.raises(ConfigError, match="multiple of cell"):
         dataclasses.replace(CONFIG, image_size=40)
     with pytest.raises(SpecError, match="state of length 3, got 5"):
-        build().embed(observe(state=5))
+        CONFIG.processor()(observe(state=5))
     backbone = build(suffix=4)
-    prefix = backbone.embed(observe())
+    prefix = helpers.embed(backbone, observe())
     with pytest.raises(ConfigError, match="raise 'suffix'"):
         backbone.place(torch.zeros(1, 5, 32), prefix)
     with pytest.raises(CapabilityError, match="no language-model head"):
@@ -87,8 +87,9 @@ def test_wrong_sizes_get_one_sentence():
 
 def test_the_demo_policy_has_the_size_its_docstring_states():
     from vlaflow.policies.asyncvla.policy import tiny
+    from vlaflow.policies.recipe import DataSpec
 
     with torch.device("meta"):
-        model = tiny(4, 4, ("image",)).build()
+        model = tiny(DataSpec(4, 4, ("image",))).build()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 1.0
     assert helpers.policy_config().build().rater is None

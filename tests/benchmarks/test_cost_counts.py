@@ -36,6 +36,7 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig, make_norm
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
+from vlaflow.policies.recipe import DataSpec
 from vlaflow.stacks.expert import ExpertConfig
 
 SAME = 1e-9
@@ -58,7 +59,7 @@ def size(module):
 
 
 def tiny_policy(stem):
-    config = tiny(4, 4, ("image", "wrist"))
+    config = tiny(DataSpec(4, 4, ("image", "wrist")))
     return replace(config, backbone=replace(config.backbone, stem=stem))
 
 
@@ -78,9 +79,9 @@ def test_a_tiny_policy_costs_what_the_counter_says_at_every_depth(stem):
     """Stems with their convolutions, words and state, prefix layers, and a solver step that reads a memory of that depth."""
     config = tiny_policy(stem)
     model, shape = config.build(), tiny_shape(config)
-    prefix = model.backbone.embed(observed(config))
+    prefix = helpers.embed(model.backbone, observed(config))
     assert prefix.hidden_BPW.shape[1] == shape.backbone.prefix
-    assert embed(shape).flops == pytest.approx(counted(lambda: model.backbone.embed(observed(config))), rel=SAME)
+    assert embed(shape).flops == pytest.approx(counted(lambda: helpers.embed(model.backbone, observed(config))), rel=SAME)
     x_BLX, clock_BL = torch.zeros(1, 16, 4), torch.zeros(1, 16)
     for depth in range(1, config.backbone.depth + 1):
         run = model.backbone.run(prefix, depth)
@@ -108,7 +109,7 @@ def test_experts_and_query_tokens_cost_what_the_counter_says(decoder):
     """At every depth, with their state token, positions, queries and heads."""
     config = replace(tiny_policy("conv"), decoder=decoder, n_action_steps=3)
     model, shape = config.build(), tiny_shape(config)
-    embedded = model.backbone.embed(observed(config))
+    embedded = helpers.embed(model.backbone, observed(config))
     for depth in range(1, config.backbone.depth + 1):
         prefix = model.backbone.run(embedded, depth)
         state = model.decoder.start(prefix, helpers.generators(1), Sampling(10))
@@ -138,7 +139,7 @@ def test_a_rater_costs_what_the_counter_says():
     config = replace(config, rater=tiny_rater(config))
     block, model = config.rater.block, config.build()
     shape = replace(tiny_shape(config), rater=RaterShape(LayerShape.of(block), config.rater.depth, 4, 16))
-    prefix = model.backbone.run(model.backbone.embed(observed(config)))
+    prefix = model.backbone.run(helpers.embed(model.backbone, observed(config)))
     assert rating(shape).flops == pytest.approx(counted(lambda: model.rater(prefix, torch.zeros(1, 16, 4))), rel=SAME)
     assert shape.rater.parameters == size(model.rater)
     assert shape.parameters == size(model)
@@ -216,7 +217,7 @@ def test_the_vision_tower_costs_what_the_counter_says(qwen):
 
 def test_asyncvla_at_full_size_has_the_parameters_of_the_network():
     pytest.importorskip("transformers")
-    config = qwen3b(8, 7, ("agent", "wrist"), source=None)
+    config = qwen3b(DataSpec(8, 7, ("agent", "wrist")), source=None)
     with torch.device("meta"):
         model = replace(config, rater=qwen3b_rater(config)).build()
     rater = replace(full_size.asyncvla().rater, action_dim=7)

@@ -143,5 +143,5 @@ def test_a_demo_in_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
     from vlaflow.cli.demo import Demo, Diary, Settings
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be made .* Choose another --out"):
+    with pytest.raises(ConfigError, match=r"cannot be created .* Choose another --out"):
         Diary(tmp_path / "file/deeper/demo", Settings.of(Demo(quick=True)))

@@ -15,7 +15,7 @@ ROUNDING = {"atol": 1e-5, "rtol": 1e-4}  # float32 of other batch sizes: sums in
 
 
 def decode(policy, compute, count=2, conditioning=None):
-    prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(count).observation))
+    prefix = policy.embed(helpers.batch(count).observation)
     with torch.no_grad():
         return compute.decode(policy.model, prefix, helpers.generators(count), Stopwatch(policy.device), conditioning)
 
@@ -67,7 +67,7 @@ def test_a_chunk_without_doubts_costs_nothing_more_whatever_its_neighbours(monke
     assert torch.equal(out.action_BLD[1], dense.action_BLD[1])
     for row in range(3):
         rate(monkeypatch, policy, confidence[row : row + 1])
-        prefix = policy.model.backbone.embed(policy._prepare(helpers.batch(3).observation)).select(torch.tensor([row]))
+        prefix = policy.embed(helpers.batch(3).observation).select(torch.tensor([row]))
         with torch.no_grad():
             alone = Refine(sampling=Sampling(4), inner=Dense(5)).decode(
                 policy.model, prefix, [helpers.generators(3)[row]], Stopwatch(policy.device)

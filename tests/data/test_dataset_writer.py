@@ -332,7 +332,7 @@ def bad_episode(what):
         ("length", r"Episode 0: 'observation.state' must have shape \(12, 2\), got \(11, 2\)"),
         ("images", r"Episode 0: view 'corner' must be uint8 \(12, 32, 48, 3\), got uint8 \(11, 32, 48, 3\)"),
         ("size", r"Episode 0: view 'corner' must be uint8 \(12, 32, 48, 3\), got uint8 \(12, 16, 48, 3\)"),
-        ("missing view", r"Episode 0 must bring the view 'corner' once"),
+        ("missing view", r"Episode 0 must have the view 'corner' exactly once"),
         ("unknown view", r"'korner', which was not declared; did you mean 'corner'"),
         ("task", r"Episode 0 has no task"),
     ],
@@ -367,7 +367,7 @@ def test_provenance_that_is_no_json_is_refused_before_recording(tmp_path, proven
 
 
 def test_view_name_with_a_slash_is_refused(tmp_path):
-    with pytest.raises(SpecError, match="'left/wrist' holds a '/'"):
+    with pytest.raises(SpecError, match="'left/wrist' contains a '/'"):
         Writer(
             tmp_path / "a",
             fps=20,

@@ -158,7 +158,7 @@ def test_a_cache_folder_that_is_a_file_is_one_sentence(dataset, tmp_path, monkey
     (tmp_path / "file").write_text("")
     for place in ("file", "file/deeper"):
         monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path / place))
-        with pytest.raises(DataError, match=r"cannot be written to .*file.*\. Set VLAFLOW_CACHE to a folder of yours"):
+        with pytest.raises(DataError, match=r"cannot be written to .*file.*\. Set VLAFLOW_CACHE to a writable folder"):
             FrameCache.open(dataset)
 
 

@@ -154,7 +154,7 @@ def test_parts_of_another_chunk_size_or_image_size_or_view_are_refused(parts, mo
         "chunk_size is 4 in the first and 5": Windows(dataset, b.cache, 5),
         "'image' is 16x16 in data set 'a' and 24x24 in 'c'": Windows(dataset, FrameCache.open(dataset, 24), 4),
         "View 'corner' is missing in data set 'c'": Windows(dataset, FrameCache.open(dataset, 16, ["image"]), 4),
-        "'c' .* does not say what its actions mean": other(b, action_spec=None),
+        "'c' .* has no action spec": other(b, action_spec=None),
     }
     for sentence, windows in cases.items():
         with pytest.raises(SpecError, match=sentence):

@@ -62,7 +62,7 @@ def test_a_data_set_without_video_or_without_the_view_is_refused(copy):
         chosen_view(Dataset.open(copy), "imagge")
     assert chosen_view(Dataset.open(copy), None) == "image"
     edit_info(copy, features={key: f for key, f in features.items() if f["dtype"] != "video"})
-    with pytest.raises(DataError, match="has no camera, and frame pairs are made of video"):
+    with pytest.raises(DataError, match="has no camera, but frame pairs need video"):
         chosen_view(Dataset.open(copy), None)
 
 

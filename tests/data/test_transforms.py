@@ -133,5 +133,5 @@ def test_random_shift_draws_only_from_its_generator():
 def test_random_shift_by_nothing_changes_nothing():
     x = images()
     assert torch.equal(RandomShift(0)(x, torch.Generator()), x)
-    with pytest.raises(ConfigError, match="0 pixels or more"):
+    with pytest.raises(ConfigError, match="at least 0 pixels"):
         RandomShift(-1)

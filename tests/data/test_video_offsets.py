@@ -57,7 +57,7 @@ def test_less_room_than_frames_is_refused(copy):
     refused(rf"Episode 4 of .* has 8 frames \(0.4000 s .* gives it 0.3000 s .*\({VIDEO}\)", Dataset.open, copy)
 
 
-@pytest.mark.parametrize(("shift", "found"), [(0.4, "shows no frame there; the next one"), (1000 * FPS, "ends at 2.7000 s")])
+@pytest.mark.parametrize(("shift", "found"), [(0.4, "has no frame there; the next one"), (1000 * FPS, "ends at 2.7000 s")])
 def test_a_place_without_a_frame_is_refused_when_it_is_decoded(copy, shift, found):
     move(copy, lambda times: [*times[:4], times[4] + shift * FRAME], "from_timestamp", "to_timestamp")
     refused(rf"Episode 4 of .*\({VIDEO}\), which {found}.*from_timestamp", Dataset.open(copy).frames, 4, "corner")

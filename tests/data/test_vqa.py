@@ -64,24 +64,24 @@ HUMAN, GPT = {"from": "human", "value": "<image> Open?"}, {"from": "gpt", "value
 FAULTS = {
     "not a JSON record": '{"id": 1, ',
     "a record is an object": [1],
-    "'id' must be a text or a number, got None": {"image": "0.png", "conversations": [HUMAN, GPT]},
+    "'id' must be a string or a number, got None": {"image": "0.png", "conversations": [HUMAN, GPT]},
     "'image' must be a path or a list": record(image=5),
-    "lies outside the set's folder": record(image="../0.png"),
+    "lies outside the folder of the data set": record(image="../0.png"),
     "gone.png, which is missing": record(image="gone.png"),
     r"1 image\(s\) and 0 <image>": record(turns=(("Open?", "yes"),)),
     r"2 image\(s\) and 1 <image>": record(image=["0.png", "1.png"]),
     r"0 image\(s\) and 1 <image>": record(image=None),
-    "asks nothing besides its images": record(turns=(("<image>\n", "yes"),)),
+    "contains images but no question": record(turns=(("<image>\n", "yes"),)),
     "'conversations' must be a list": {"id": "1", "image": "0.png"},
     "turn 1 is an answer before its question": {"id": "1", "image": "0.png", "conversations": [GPT, HUMAN]},
     "turn 2 is from 'human'": {"id": "1", "image": "0.png", "conversations": [HUMAN, HUMAN]},
     "turn 1 is from 'system'": {"id": "1", "conversations": [{"from": "system", "value": "Be brief."}]},
     "turn 1 must be an object": {"id": "1", "image": "0.png", "conversations": ["Open?"]},
     "turn 2, of gpt, is empty": record(turns=(("<image> Open?", " \n"),)),
-    "the answer in turn 2 holds <image>": record(turns=(("Open?", "see <image>"),)),
+    "the answer in turn 2 contains <image>": record(turns=(("Open?", "see <image>"),)),
     "the last question has no answer": {"id": "1", "image": "0.png", "conversations": [HUMAN, GPT, HUMAN]},
-    "turn 2 must be a text": record(turns=(("<image> Open?", 1),)),
-    "kind must be a text": record(kind=3),
+    "turn 2 must be a string": record(turns=(("<image> Open?", 1),)),
+    "kind must be a string": record(kind=3),
 }
 
 
@@ -107,7 +107,7 @@ def test_files_that_cannot_be_a_set_are_refused(tmp_path):
     with pytest.raises(DataError, match="holds no questions"):
         VqaDataset.open(tmp_path)
     write(tmp_path, [record()])
-    with pytest.raises(DataError, match="name the one that is meant"):
+    with pytest.raises(DataError, match="name the one to read"):
         VqaDataset.open(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
     with pytest.raises(DataError, match="Write it as UTF-8"):
@@ -183,7 +183,7 @@ def test_a_batch_shows_each_question_its_images_and_no_state(tmp_path):
     assert (batch.answers, batch.names, batch.targets) == (["closed", "no"], ["q2", "q1"], 2)
     assert not batch.observation.known_BS.any()
     assert batch.to("cpu").answers == batch.answers
-    with pytest.raises(SpecError, match=r"'q1'.*shows 2 images, the policy looks at 1"):
+    with pytest.raises(SpecError, match=r"'q1'.*has 2 images, but the policy has 1"):
         VqaSource(opened, source.image_cache, ("image",), 4)
     with pytest.raises(ConfigError, match="No question"):
         VqaSource(opened, source.image_cache, ("image",), 4, indices=())

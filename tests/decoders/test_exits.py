@@ -55,7 +55,7 @@ def test_a_random_exit_runs_no_layer_beyond_it_and_is_the_same_for_all_processes
     deepest = []
     for seed in range(12):
         calls.clear()
-        terms = made.loss(helpers.batch(seed=seed), generator(seed), generator(seed % 6))
+        terms = made.loss(made.prepare(helpers.batch(seed=seed)), generator(seed), generator(seed % 6))
         deepest.append(max(index for index, _ in calls) + 1)
         terms.total.backward()
     assert deepest[:6] == deepest[6:]  # other batches and noise, same shared seed
@@ -66,7 +66,7 @@ def test_validation_measures_the_full_depth_whatever_was_trained():
     for choose in ("all", "random"):
         made = policy(DECODERS[0], choose)
         made.model.eval()
-        terms = made.loss(helpers.batch(), generator(), generator())
+        terms = made.loss(made.prepare(helpers.batch()), generator(), generator())
         plain = made.model.decoder.loss(made.encode(helpers.batch().observation), made.targets(helpers.batch()), generator())
         assert torch.equal(terms.total, plain.total)
         assert set(terms.parts) == {"velocity", "velocity@1", "velocity@2", "velocity@3"}
@@ -140,6 +140,6 @@ def test_every_new_config_survives_the_checkpoint(decoder, tmp_path):
 def test_one_shared_head_learns_at_every_exit(decoder):
     made = policy(decoder)
     made.model.train()
-    made.loss(helpers.batch(), generator(), generator()).total.backward()
+    made.loss(made.prepare(helpers.batch()), generator(), generator()).total.backward()
     missing = [name for name, p in made.model.decoder.named_parameters() if p.grad is None]
     assert missing == []

@@ -87,10 +87,10 @@ def test_a_cached_prefix_equals_a_recomputed_one():
     """Prefix and suffix in one pass under a block mask, written here independently, give the same velocities."""
     policy = helpers.policy()
     decoder, backbone = policy.model.decoder, policy.model.backbone
-    observation = policy._prepare(helpers.batch(2).observation)
+    inputs = policy.processor(helpers.batch(2).observation)
     x, clock = torch.randn(2, 6, 4), torch.rand(2, 6)
     with torch.no_grad():
-        embedded = backbone.embed(observation)
+        embedded = backbone.embed(inputs)
         cached = decoder.velocity(x, clock, backbone.run(embedded))
         suffix, _ = backbone.place(decoder.codec.encode(x, clock), embedded)
         p = embedded.hidden_BPW.shape[1]

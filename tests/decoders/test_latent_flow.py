@@ -44,7 +44,7 @@ def learn(made, code_BK="known", seed=0):
     batch = helpers.batch()
     batch = replace(batch, code_BK=codes() if isinstance(code_BK, str) else code_BK)
     made.model.train()
-    return made.loss(batch, *helpers.generators(2, seed))
+    return made.loss(made.prepare(batch), *helpers.generators(2, seed))
 
 
 def gradients(made, total):
@@ -72,7 +72,7 @@ def test_exits_weigh_the_answers_and_leave_codes_and_tokens_in_the_loss(answer, 
     assert "decoder.latent.head.weight" in reached
     assert any(name.startswith("backbone") for name in reached)
     made.model.eval()
-    held_out = made.loss(replace(helpers.batch(), code_BK=codes()), *helpers.generators(2))
+    held_out = made.loss(made.prepare(replace(helpers.batch(), code_BK=codes())), *helpers.generators(2))
     assert held_out.total.item() > held_out.exits[2].item()
 
 

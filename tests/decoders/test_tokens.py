@@ -102,7 +102,7 @@ def test_the_loss_falls_on_one_batch_and_every_parameter_learns(config, settings
     optimizer = torch.optim.Adam(policy.model.parameters(), 3e-3)
     losses = []
     for _ in range(60):
-        terms = policy.loss(batch, generator, generator)
+        terms = policy.loss(policy.prepare(batch), generator, generator)
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()
@@ -379,7 +379,7 @@ def test_a_decoder_of_tokens_learns_to_answer_at_several_depths(config):
     policy = helpers.token_policy(config, exits=ExitTraining((1, 2)))
     policy.model.train()
     generator = torch.Generator().manual_seed(0)
-    terms = policy.loss(helpers.batch(4), generator, generator)
+    terms = policy.loss(policy.prepare(helpers.batch(4)), generator, generator)
     assert set(terms.exits) == {1, 2}
     assert float(terms.total.detach()) == pytest.approx(sum(float(v.detach()) for v in terms.exits.values()) / 2)
 
@@ -393,7 +393,7 @@ def test_configs_that_make_no_sense_are_refused():
         DiscreteFlowConfig(4, helpers.FAST, chunk_size=7)
     policy = helpers.token_policy(DiscreteFlowConfig, attention="full", exits=ExitTraining((1, 2)))
     with pytest.raises(ConfigError, match="Full attention has one answer"):
-        policy.loss(helpers.batch(2), torch.Generator(), torch.Generator())
+        policy.loss(policy.prepare(helpers.batch(2)), torch.Generator(), torch.Generator())
     ar = helpers.token_policy(AutoregressiveConfig)
     with pytest.raises(CapabilityError, match="cannot start from given tokens"):
         ar.model.decoder.start(

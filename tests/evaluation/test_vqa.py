@@ -12,15 +12,15 @@ from tests.training.test_run import arguments
 from vlaflow.cli import eval_vqa
 from vlaflow.cli import train as training
 from vlaflow.data.image_cache import ImageCache, VqaSource
-from vlaflow.data.lerobot import Dataset
 from vlaflow.data.vqa import Question, VqaDataset
 from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataError
 from vlaflow.evaluation.statistics import wilson
 from vlaflow.evaluation.vqa import AnswerConfig, AnsweredQuestion, ask, count, exchange, held_out, read, run
 from vlaflow.policies.base import Policy
+from vlaflow.policies.recipe import Base
 from vlaflow.training.options import Options
-from vlaflow.training.run import train_further
+from vlaflow.training.run import train_stage
 
 
 def said(answer, text, kind="state", question="Open?", ended=True, blind=None):
@@ -174,10 +174,10 @@ def test_a_checkpoint_that_continues_another_has_learned_from_its_questions_too(
     assert training.main([*rater, "--tracker", "none", "--steps", "1", "--batch-size", "4"]) == 0
     assert held_out(tmp_path / "rated", opened) == held
     base, folder = Policy.from_pretrained(out), out
-    more = {"further": Options(tracker="none"), "again": Options({"vqa.held_out": "0.5"}, "none", questions=asked)}
+    more = {"further": Options(tracker="none"), "again": Options({"vqa.held_out": "0.5"}, "none", vqa=asked)}
     for name, options in more.items():
-        config = tiny_config(policy=base.config, steps=1, questions=None)
-        train_further(base, config, Dataset.open(dataset), tmp_path / name, name=name, policy_path=folder, options=options)
+        config = tiny_config(policy=base.config, steps=1)
+        train_stage(config, dataset, tmp_path / name, name=name, base=Base.open(folder), options=options)
         folder = tmp_path / name
         assert held_out(folder, opened) == held
     assert len(opened.split(0.5)[1]) > len(held)

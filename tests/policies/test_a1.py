@@ -14,8 +14,8 @@ DATA = DataSpec(8, 7, ("front", "wrist"))
 def test_the_published_sizes():
     """8.66 B pretrained parameters, an expert of 378 M over 36 layers (264 M over A1's 28 with half the K/V heads)."""
     with torch.device("meta"):
-        flow = molmo_flow(8, 7, ("front", "wrist"), source=None).build()
-        regression = molmo_regression(8, 7, ("front", "wrist"), source=None).build()
+        flow = molmo_flow(DATA, source=None).build()
+        regression = molmo_regression(DATA, source=None).build()
     assert sum(p.numel() for p in flow.decoder.stack.layers.parameters()) == pytest.approx(377.7e6, rel=1e-3)
     assert flow.depths == regression.depths == tuple(range(2, 37, 2))
     assert regression.decoder.query.shape == (70, 4096)
@@ -28,7 +28,7 @@ def test_the_recipes_name_parts_that_exist(recipe):
     config = recipe(DATA)
     make = molmo_regression if recipe is recipes.libero_mlp else molmo_flow
     with torch.device("meta"):
-        model = make(8, 7, DATA.views, source=None).build()
+        model = make(DATA, source=None).build()
     freeze(model, config.optim)
     late = late_parameters(model, config.optim)
     language = list(model.backbone.network.language_model.parameters())
@@ -39,6 +39,6 @@ def test_the_recipes_name_parts_that_exist(recipe):
 
 @pytest.mark.parametrize(("make", "millions"), [(tiny_flow, 2.24), (tiny_regression, 1.39)])
 def test_the_demos_have_an_answer_at_every_layer(make, millions):
-    model = make(4, 4, ("image",)).build()
+    model = make(DataSpec(4, 4, ("image",))).build()
     assert model.depths == (1, 2, 3, 4, 5, 6)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)

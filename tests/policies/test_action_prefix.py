@@ -104,7 +104,7 @@ def test_guidance_leads_to_the_known_actions_where_the_velocity_is_that_of_gauss
     decoder, normalizer = UNTRAINED.model.decoder, UNTRAINED._action
     target = normalizer.forward(torch.from_numpy(known.actions))
     padded = torch.cat((target, torch.zeros(1, 4)))[None]
-    prefix = UNTRAINED.model.backbone.embed(helpers.batch(1).observation)
+    prefix = UNTRAINED.embed(helpers.batch(1).observation)
     conditioning = decoder.continued(padded, torch.tensor([5]), torch.tensor([5]))
     with torch.no_grad():
         free = decoder.sample(prefix, helpers.generators(1), Sampling(40))[0, :5]
@@ -138,7 +138,7 @@ def test_committed_actions_give_no_loss(monkeypatch):
     monkeypatch.setattr(gaussian, "sample_beginning", longest_beginning)
     seen = []
     monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: seen.append(weight) or error.sum() * 0)
-    TRAINED.loss(helpers.batch(), *helpers.generators(2))
+    TRAINED.loss(TRAINED.prepare(helpers.batch()), *helpers.generators(2))
     assert (seen[0][:, :3] == 0).all()
     assert (seen[0][:, 3:] == 1).all()
 
@@ -160,7 +160,7 @@ def test_a_beginning_is_what_was_executed(monkeypatch):
     interpolate, target = gaussian.interpolate, gaussian.velocity_target
     monkeypatch.setattr(gaussian, "interpolate", lambda a, *rest: seen.append(a) or interpolate(a, *rest))
     monkeypatch.setattr(gaussian, "velocity_target", lambda a, noise: wanted.append(a) or target(a, noise))
-    policy.loss(executed_batch(other), *helpers.generators(2))
+    policy.loss(policy.prepare(executed_batch(other)), *helpers.generators(2))
     noted, executed = (policy._action.forward(a).repeat_interleave(2, 0) for a in (batch.action_BLD, other))
     assert torch.equal(seen[0][:, :3], executed[:, :3])
     assert torch.equal(seen[0][:, 3:], noted[:, 3:])
@@ -175,14 +175,16 @@ def test_an_intervention_is_excused_where_it_was_committed(intervened, counts, m
     monkeypatch.setattr(gaussian, "sample_beginning", lambda b, *_: (torch.arange(6) >= 3).float().expand(b, -1))
     weights = []
     monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: weights.append(weight) or error.sum() * 0)
-    TRAINED.loss(executed_batch(helpers.batch().action_BLD, intervened), *helpers.generators(2))
+    TRAINED.loss(TRAINED.prepare(executed_batch(helpers.batch().action_BLD, intervened)), *helpers.generators(2))
     assert all(np.flatnonzero(row).tolist() == counts for row in weights[0].numpy())
 
 
 def test_executing_what_was_noted_changes_nothing():
     """The same loss to the bit as without the column."""
     batch = helpers.batch()
-    with_it, without = (TRAINED.loss(b, *helpers.generators(2)).total for b in (executed_batch(batch.action_BLD), batch))
+    with_it, without = (
+        TRAINED.loss(TRAINED.prepare(b), *helpers.generators(2)).total for b in (executed_batch(batch.action_BLD), batch)
+    )
     assert torch.equal(with_it, without)
 
 
@@ -206,7 +208,7 @@ def test_impossible_action_prefixes_are_refused():
         act(BINS, action_prefix(), guided=True)
     with pytest.raises(ConfigError, match="as many action prefixes"):
         UNTRAINED.act([helpers.observation()] * 2, Dense(1), action_prefix=[action_prefix()])
-    with pytest.raises(SpecError, match="none to all"):
+    with pytest.raises(SpecError, match="must lie in 0"):
         action_prefix(5, 4)
     with pytest.raises(SpecError, match="finite"):
         ActionPrefix(np.full((1, 4), np.nan, np.float32), 1)

@@ -41,8 +41,8 @@ def test_the_published_numbers():
     assert (optim.learning_rate, optim.betas, optim.eps, optim.weight_decay) == (8e-5, (0.9, 0.95), 1e-6, 0.1)
     assert optim.learning_rate * optim.final_fraction == pytest.approx(5e-6)
     assert (optim.warmup_steps, optim.clip_norm, config.batch_size, config.accumulate) == (50, 5.0, 256, 4)
-    assert config.policy.decoder.tokenizer == FastFit(50.0, 1024)
-    assert config.policy.n_action_steps == config.policy.decoder.chunk_size == 10
+    assert config.objective.policy.decoder.tokenizer == FastFit(50.0, 1024)
+    assert config.objective.policy.n_action_steps == config.objective.policy.decoder.chunk_size == 10
     assert recipes.calvin(DATA).steps == 24_000
 
 
@@ -52,5 +52,9 @@ def test_the_comparison_differs_in_the_decoder_alone():
         *(getattr(baselines, name) for name in ("fast_ar", "coefficients_ar", "masked_diffusion", "flow")),
     ]
     configs = [recipe(DATA) for recipe in made]
-    same = {repr(replace(c, policy=replace(c.policy, decoder=configs[0].policy.decoder, system="x"))) for c in configs}
+    decoder = configs[0].objective.policy.decoder
+    same = {
+        repr(replace(c, objective=replace(c.objective, policy=replace(c.objective.policy, decoder=decoder, system="x"))))
+        for c in configs
+    }
     assert len(same) == 1

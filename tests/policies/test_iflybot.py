@@ -1,5 +1,6 @@
 """iFlyBot-VLA: codes of a whole data set, the assemblies at full size on the meta device, and small ones that act."""
 
+import copy
 from dataclasses import replace
 from math import inf
 
@@ -13,6 +14,7 @@ from tests.backbones.test_qwen2_5_vl import write_model
 from tests.data.toyset import FPS, LENGTHS, write_v3
 from tests.serving.live import request, serving
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
+from vlaflow.actions.stored_latent import StoredLatentModel
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
@@ -78,6 +80,23 @@ def test_codes_are_computed_once_per_model(dataset, monkeypatch):
     assert calls
 
 
+def test_a_stored_model_is_opened_only_where_the_codes_are_missing(dataset, tmp_path, monkeypatch):
+    """The same codes and fingerprint as the open model's; the second time there is no network at all."""
+    made = model(seed=2)
+    made.save_pretrained(tmp_path)
+    first = dataset_codes(StoredLatentModel.open(tmp_path), dataset)
+    assert np.array_equal(first.id_NK, dataset_codes(made, dataset).id_NK)
+    assert StoredLatentModel.open(tmp_path).fingerprint() == made.fingerprint()
+
+    def opened(*_):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(LatentActionModel, "from_pretrained", opened)
+    assert np.array_equal(dataset_codes(StoredLatentModel.open(tmp_path), dataset).id_NK, first.id_NK)
+    with pytest.raises(AssertionError, match="was opened"):
+        dataset_codes(StoredLatentModel.open(tmp_path), dataset, view="corner")
+
+
 def test_another_view_is_another_question(dataset):
     assert known(dataset_codes(model("corner"), dataset)).any()
     assert not np.array_equal(dataset_codes(model(), dataset, view="corner").id_NK, dataset_codes(model(), dataset).id_NK)
@@ -96,7 +115,7 @@ def millions(module):
 
 def full_size(chunk_size=30, noise_samples=1, truncate=True):
     """As published, with a FAST tokenizer that is fitted, for fitting needs data."""
-    config = qwen3b(8, 7, DATA.views, chunk_size=chunk_size, n_action_steps=chunk_size, source=None)
+    config = qwen3b(DATA, chunk_size=chunk_size, n_action_steps=chunk_size, source=None)
     decoder = config.decoder.fitted(helpers.chunks(chunk_size=chunk_size, dim=7))
     return replace(config, decoder=replace(decoder, truncate=truncate, flow=replace(decoder.flow, noise_samples=noise_samples)))
 
@@ -117,17 +136,17 @@ def test_the_published_sizes():
 
 @pytest.mark.parametrize(
     ("recipe", "chunk_size"),
-    [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).policy), 30)],
+    [(recipes.joint3b, 30), (recipes.libero, 7), (lambda data: recipes.fine3b(recipes.joint3b(data).objective.policy), 30)],
     ids=["joint3b", "libero", "fine3b"],
 )
 def test_the_recipes_name_parts_that_exist(recipe, chunk_size):
     """Everything trains from the first step; what a recipe says of the decoder is what the full size has."""
     config = recipe(DATA)
-    decoder = config.policy.decoder
+    decoder = config.objective.policy.decoder
     own = full_size(chunk_size, decoder.flow.noise_samples, decoder.truncate)
     assert replace(decoder, fast=None) == replace(own.decoder, fast=None)
     assert (decoder.fast.chunk_size, decoder.fast.action_dim, decoder.fast.tokenizer.vocabulary) == (chunk_size, 7, 2048)
-    assert config.policy.n_action_steps == chunk_size
+    assert config.objective.policy.n_action_steps == chunk_size
     with torch.device("meta"):
         model = own.build()
     freeze(model, config.optim)
@@ -137,7 +156,8 @@ def test_the_recipes_name_parts_that_exist(recipe, chunk_size):
 
 def test_the_third_stage_differs_from_the_second_in_truncation_and_draws_alone():
     for joint, fine in ((recipes.joint, recipes.fine), (recipes.joint3b, recipes.fine3b)):
-        before, after = joint(DATA).policy, fine(joint(DATA).policy).policy
+        before = joint(DATA).objective.policy
+        after = fine(before).objective.policy
         assert (before.decoder.truncate, before.decoder.flow.noise_samples) == (True, 1)
         assert (after.decoder.truncate, after.decoder.flow.noise_samples) == (False, 5)
         flow = replace(after.decoder.flow, noise_samples=1)
@@ -149,7 +169,7 @@ def qwen(tmp_path_factory):
     """The published assembly around a small random Qwen2.5-VL."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path_factory.mktemp("qwen"), tied=True)
-    config = qwen3b(4, 4, ("image",), chunk_size=6, n_action_steps=6)
+    config = qwen3b(DataSpec(4, 4, ("image",)), chunk_size=6, n_action_steps=6)
     decoder = config.decoder
     block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
     flow = replace(decoder.flow, expert=replace(decoder.flow.expert, block=block))
@@ -163,10 +183,12 @@ def qwen(tmp_path_factory):
 
 def test_the_published_assembly_sees_448_pixels(qwen):
     """256 tokens an image, by the processor's own rounding, whatever size the camera gives."""
-    config, reader = qwen3b(4, 4, ("image",)).backbone, qwen.model.backbone.reading()
+    config = qwen3b(DataSpec(4, 4, ("image",))).backbone
+    processor = copy.copy(qwen.processor.backbone)
+    processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     for side in (224, 448, 640):
         seen = replace(helpers.batch(1).observation, images={"image": torch.zeros(1, side, side, 3, dtype=torch.uint8)})
-        prompt = reader.read(seen, config)
+        prompt = processor(seen)
         assert prompt.grid_I3.tolist() == [[1, 448 // 14, 448 // 14]]
         assert int(prompt.image_BP.sum()) == 256
 
@@ -177,7 +199,7 @@ def test_a_small_qwen_learns_and_acts(qwen, truncate):
     qwen.model.decoder.config = replace(qwen.config.decoder, truncate=truncate)
     qwen.model.train()
     batch = replace(helpers.batch(), code_BK=torch.randint(32, (3, 8), generator=torch.Generator().manual_seed(0)))
-    terms = qwen.loss(batch, *helpers.generators(2))
+    terms = qwen.loss(qwen.prepare(batch), *helpers.generators(2))
     assert set(terms.parts) == {"velocity", "latent", "fast"}
     qwen.model.zero_grad(set_to_none=True)
     terms.total.backward()
@@ -193,7 +215,7 @@ def test_a_small_qwen_learns_and_acts(qwen, truncate):
 
 
 def small(**changes):
-    config = tiny(4, 4, ("image",))
+    config = tiny(DataSpec(4, 4, ("image",)))
     fast = replace(config.decoder.fast, tokenizer=helpers.FAST, chunk_size=6)
     decoder = replace(config.decoder, fast=fast, flow=replace(config.decoder.flow, chunk_size=6))
     backbone = replace(config.backbone, image_size=32, depth=2, width=32, heads=2, ffn=32)

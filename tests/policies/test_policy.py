@@ -84,7 +84,7 @@ def test_wrong_observations_get_one_sentence():
         Observation(good.images, good.state * np.nan, "x")
     with pytest.raises(SpecError, match="at most 32"):
         policy.act(Observation(good.images, good.state, "x" * 33))
-    with pytest.raises(SpecError, match="other views, image sizes"):
+    with pytest.raises(SpecError, match="differs from the first in its views, image sizes"):
         policy.act([good, helpers.observation(size=24)])
 
 

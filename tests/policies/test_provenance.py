@@ -10,7 +10,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.policies.provenance import (
     TrainedOn,
-    TrainedQuestions,
+    TrainedVqa,
     ancestry,
     new_episodes,
     newest_state,
@@ -51,7 +51,7 @@ def test_training_states_are_in_the_order_of_their_steps(tmp_path):
 
 
 def test_what_a_checkpoint_learned_from_is_told_to_those_that_continue_it(tmp_path):
-    asked = TrainedQuestions("q", "all", 0.1, 448)
+    asked = TrainedVqa("q", "all", 0.1, 448)
     write_state(tmp_path / "first", 3, **told(0.2, 0, vqa=to_json(asked)))
     write_state(tmp_path / "second", 3, **told(0.3, 1), **ancestry(tmp_path / "first"))
     write_state(tmp_path / "third", 3, **told(0.1, 0, "e"), **ancestry(tmp_path / "second"))

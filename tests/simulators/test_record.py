@@ -107,12 +107,12 @@ def test_an_existing_folder_is_not_overwritten(recorded):
 
 def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be made .* Choose another --out"):
+    with pytest.raises(ConfigError, match=r"cannot be created .* Choose another --out"):
         record(RecordConfig(ENVS, episodes=1), tmp_path / "file/deeper/set", workers=0)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(recorded, tmp_path):
-    with full_disk(), pytest.raises(DataError, match=r"could not be written into .*too large.* Make room"):
+    with full_disk(), pytest.raises(DataError, match=r"could not be written to .*too large.* Make room"):
         record(RecordConfig(ENVS[:1], episodes=1, size=48), tmp_path / "set", workers=0)
     assert not list(tmp_path.iterdir())
 

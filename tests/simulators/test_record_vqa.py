@@ -334,5 +334,5 @@ def test_the_command_records(tmp_path, capsys):
 
 def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be made .* Choose another --out"):
+    with pytest.raises(ConfigError, match=r"cannot be created .* Choose another --out"):
         record_vqa(VqaRecordingConfig(ENVS, episodes=1), tmp_path / "file/deeper/set", workers=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.backbones.test_qwen2_5_vl import OBSERVED, qwen_config, write_model
+from tests.backbones.test_qwen2_5_vl import OBSERVED, build, write_model
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
@@ -19,7 +19,7 @@ BLOCK = BlockConfig(24, heads=2, kv_heads=2, head_dim=16, ffn=48)
 def tiny(depth=3):
     torch.manual_seed(0)
     backbone = TinyConfig(state_dim=4, image_size=16, cell=8, width=32, depth=depth, heads=2, ffn=64, text_bytes=32).build()
-    return backbone.eval(), backbone.embed(helpers.batch(2).observation)
+    return backbone.eval(), helpers.embed(backbone, helpers.batch(2).observation)
 
 
 def expert(backbone, **changes):
@@ -40,7 +40,7 @@ def test_the_expert_at_depth_i_equals_a_fresh_model_of_i_layers():
     shallow = expert(shallow_backbone)
     shallow.load_state_dict({k: v for k, v in stack.state_dict().items() if not k.startswith("layers.2")})
     at_two = stack(suffix(), backbone.run(embedded, 2))
-    alone = shallow(suffix(), shallow_backbone.run(shallow_backbone.embed(helpers.batch(2).observation)))
+    alone = shallow(suffix(), shallow_backbone.run(helpers.embed(shallow_backbone, helpers.batch(2).observation)))
     assert torch.equal(at_two, alone)
 
 
@@ -103,13 +103,13 @@ def test_draws_share_a_prefix():
 @torch.no_grad()
 def test_on_a_rotating_backbone_positions_follow_the_prefix(tmp_path_factory):
     """Rotated by the backbone's own rule: moving the first suffix position changes the answer, relative ones only matter."""
-    backbone = qwen_config(write_model(tmp_path_factory.mktemp("qwen"), tied=True)).build().eval()
+    backbone = build(write_model(tmp_path_factory.mktemp("qwen"), tied=True))
     spec = backbone.spec
     block = BlockConfig(48, 4, spec.kv_heads, spec.head_dim, 96, norm="rms", gated=True)
     torch.manual_seed(1)
     stack = ExpertConfig(block).build(spec, TOKENS).eval()
     assert stack.position is None
-    prefix = backbone.run(backbone.embed(OBSERVED))
+    prefix = backbone.run(helpers.embed(backbone, OBSERVED))
     x = suffix(prefix.batch, 48)
     assert not torch.allclose(stack(x, prefix), stack(x, replace(prefix, next_position_B=prefix.next_position_B + 7)))
     for row in range(prefix.batch):

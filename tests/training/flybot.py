@@ -18,7 +18,7 @@ def sets(keys, before=""):
 
 
 def of_latent(before=""):
-    return sets((*OFTEN, *(f"latent.model.{k}" for k in LATENT)), before)
+    return sets((*OFTEN, *(f"model.{k}" for k in LATENT)), before)
 
 
 def of_joint(before=""):

@@ -11,8 +11,8 @@ from vlaflow.actions.nsvq import Codebook, Replacement
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.transforms import Normalizer
-from vlaflow.policies.recipe import LatentTraining
-from vlaflow.training.stages import LatentStage
+from vlaflow.policies.objectives import LatentObjective
+from vlaflow.policies.stages import LatentStage
 from vlaflow.training.trainer import Trainer
 
 SMALL = LatentConfig(image_size=32, patch=4, width=16, heads=2, ffn=32, spatial=1, temporal=1, decoder=1, code_dim=4, book=16)
@@ -31,14 +31,15 @@ class Pairs(Memory):
 
 
 def latent_config(**changes):
-    training = LatentTraining(changes.pop("model", SMALL), "front", 0.2, OFTEN)
-    return tiny_config(**{"policy": None, "latent": training, "shift": 0, **changes})
+    objective = LatentObjective(changes.pop("model", SMALL), "front", 0.2, OFTEN)
+    return tiny_config(**{"objective": objective, "shift": 0, **changes})
 
 
 def latent_stage(config):
-    model = LatentActionModel.create(config.latent.model, Origin("", "front", 10.0, 0.2, 2), config.seed)
-    action = Normalizer("mean_std", (0.0, 0.0), (1.0, 1.0)) if config.latent.model.action_dim else None
-    return LatentStage(model, config.latent, config.steps, action)
+    latent = config.objective
+    model = LatentActionModel.create(latent.model, Origin("", "front", 10.0, 0.2, 2), config.seed)
+    action = Normalizer("mean_std", (0.0, 0.0), (1.0, 1.0)) if latent.model.action_dim else None
+    return LatentStage(model, latent.replacement, config.steps, action, latent.action_weight)
 
 
 def train(out, config=None, source=None, held=None):

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from tests.training.small import Cut, Memory, new_policy, tiny_config
-from vlaflow.training.stages import PolicyStage
+from vlaflow.policies.stages import PolicyStage
 from vlaflow.training.trainer import Trainer
 
 
@@ -29,8 +29,8 @@ def run(out, ema_decay, held=None, source=None):
     """Six steps, saved every second; with held-out samples each is followed by a validation."""
     config = tiny_config(batch_size=2, validate_every=1, ema_decay=ema_decay)
     trainer = Trainer(PolicyStage(new_policy(config)), config, source or Memory(), held, out, tracker="none")
-    assert trainer.accelerator.is_fsdp2
     trainer.run()
+    assert trainer.accelerator.is_fsdp2
 
 
 def train_sharded(out: Path) -> None:

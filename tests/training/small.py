@@ -14,6 +14,7 @@ from vlaflow.data.stats import FeatureStats
 from vlaflow.data.writer import Writer
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import OptimConfig, TrainConfig
 from vlaflow.spec import ActionSpec, Dimension
 
@@ -27,20 +28,34 @@ SPEC = ActionSpec(
 WIDTHS = {"width": 32, "depth": 1, "heads": 2, "ffn": 64}
 
 
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class as_it_is:
+    """For loaders whose samples no stage prepares."""
+
+    batch: object
+
+    def to(self, device, *, non_blocking=False):
+        return self.batch
+
+
 def tiny_policy(views=("front",), **backbone) -> PolicyConfig:
     backbone = TinyConfig(state_dim=3, views=views, image_size=32, cell=16, text_bytes=32, **WIDTHS, **backbone)
     return PolicyConfig("asyncvla", backbone, FlowConfig(action_dim=2, chunk_size=4), n_action_steps=2)
 
 
-def tiny_config(**changes) -> TrainConfig:
+def tiny_config(policy=None, vqa=None, **changes) -> TrainConfig:
     defaults = {
-        "policy": tiny_policy(),
+        "objective": PolicyObjective(policy or tiny_policy(), vqa),
         "optim": OptimConfig(learning_rate=1e-3, warmup_steps=2),
         "steps": 6,
         "batch_size": 4,
         "validate_every": 3,
         "checkpoint_every": 2,
         "shift": 2,
+        "precision": "fp32",  # "auto" is bf16 on processors with AMX, and tests compare runs of other batch sizes
     }
     return TrainConfig(**{**defaults, **changes})
 
@@ -132,7 +147,7 @@ def write_dataset(root: Path) -> Path:
 
 
 def new_policy(config: TrainConfig) -> Policy:
-    return Policy.create(config.policy, SPEC, tiny_stats(), config.seed)
+    return Policy.create(config.objective.policy, SPEC, tiny_stats(), config.seed)
 
 
 def weights(folder: Path) -> bytes:

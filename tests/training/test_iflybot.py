@@ -23,16 +23,17 @@ from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import model_pairs
 from vlaflow.policies.iflybot.policy import qwen3b
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.stages import AnsweringStage, PolicyStage
 from vlaflow.training.metrics_log import read_log
-from vlaflow.training.stages import AnsweringStage, PolicyStage
 
 # -- latent codes in batches ---------------------------------------------------------------------------------------------------
 
 
 def test_batches_carry_the_codes_of_the_frames_they_begin_at(dataset, latent, tmp_path, monkeypatch):
     """By episode and frame, encoded here pair by pair; unknown in the last frames, which begin no pair."""
-    batches, loss = [], PolicyStage.loss
-    monkeypatch.setattr(PolicyStage, "loss", lambda self, batch, *rest: batches.append(batch) or loss(self, batch, *rest))
+    batches, prepare = [], PolicyStage.prepare
+    monkeypatch.setattr(PolicyStage, "prepare", lambda self, batch: batches.append(batch) or prepare(self, batch))
     assert command.main(flybot.joint(dataset, tmp_path / "p", latent)) == 0
     model, opened = LatentActionModel.from_pretrained(latent), Dataset.open(dataset)
     pairs = model_pairs(model, opened)
@@ -135,7 +136,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert_and_actions_no_langua
     touched = {}
     for name, batch in (("asked", AskedSource().batch(np.arange(4))), ("acted", acted)):
         policy.model.zero_grad(set_to_none=True)
-        stage.loss(batch, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)).total.backward()
+        stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)).total.backward()
         touched[name] = {n for n, p in policy.model.named_parameters() if p.grad is not None}
     decoder = {n for n, _ in policy.model.named_parameters() if n.startswith("decoder.")}
     assert {n.split(".")[1] for n in decoder} == {"latent", "flow", "fast"}
@@ -228,7 +229,7 @@ def test_another_policy_place_or_robot_is_one_sentence(dataset, latent, joint, t
         command.main(flybot.fine(dataset, tmp_path / "p", tmp_path / "rated", latent))
     opened = Dataset.open(dataset)
     opened.action_spec = replace(opened.action_spec, robot="other arm")
-    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root: opened))
+    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root, **_: opened))
     with pytest.raises(SpecError, match="robot is 'test arm' in the first and 'other arm' in the second"):
         command.main(flybot.fine(dataset, tmp_path / "p", joint, latent))
     assert not (tmp_path / "p").exists()
@@ -246,7 +247,7 @@ def test_a_pretrained_backbone_keeps_its_tokenizer_and_image_settings(dataset, l
     """The checkpoint of the third stage opens and acts without the second's."""
     pytest.importorskip("transformers")
     source = write_model(tmp_path / "qwen", tied=True)
-    config = qwen3b(3, 2, ("front",), chunk_size=4, n_action_steps=4)
+    config = qwen3b(DataSpec(3, 2, ("front",)), chunk_size=4, n_action_steps=4)
     backbone = QwenConfig(3, ("front",), str(source), min_pixels=PATCH, max_pixels=4 * PATCH)
     block = BlockConfig(32, heads=2, kv_heads=2, head_dim=16, ffn=32, norm="rms")
     expert = replace(config.decoder.flow.expert, block=block)

@@ -148,7 +148,7 @@ def test_a_stage_may_name_no_codes(dataset, tmp_path):
         (["--set", "latent=none"], "'latent' names no stage"),
         (["--set", "fine.stpes=5"], "Unknown key 'stpes' in --set; did you mean 'steps'"),
         (["--set", "fine.policy.decoder.fsat=none"], "did you mean 'fast'"),
-        (["--set", "latent.latent.model.book=16"], r"8 codes of a book of 16, .*--set joint\.policy\.decoder\.latent\.codes=8"),
+        (["--set", "latent.model.book=16"], r"8 codes of a book of 16, .*--set joint\.policy\.decoder\.latent\.codes=8"),
         (["--latent", "runs/latent"], "trains a latent action model of its own; leave --latent out"),
         (["--policy", "runs/policy"], "starts from scratch; leave --policy out"),
     ],

@@ -9,7 +9,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import INTERVENTIONS
 from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot.codes import model_pairs
-from vlaflow.training.latents import codes_of
+from vlaflow.policies.latent_codes import codes_of
 
 
 def test_codes_that_tell_of_an_intervention_are_left_out(dataset, tmp_path, monkeypatch):
@@ -20,7 +20,7 @@ def test_codes_that_tell_of_an_intervention_are_left_out(dataset, tmp_path, monk
     all_NK, _ = codes_of(policy, opened, latent, None)
     intervened_N = np.zeros(len(opened), bool)
     intervened_N[5] = True
-    monkeypatch.setattr("vlaflow.training.latents.intervened", lambda *_: intervened_N)
+    monkeypatch.setattr("vlaflow.policies.latent_codes.intervened", lambda *_: intervened_N)
     some_NK, _ = codes_of(policy, opened, latent, INTERVENTIONS)
     gap = model_pairs(LatentActionModel.from_pretrained(latent), opened).gap
     over = list(range(6 - gap, 6))

@@ -8,23 +8,30 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data.toyset import edit_info, without_actions
-from tests.training.latents import SMALL, Pairs, latent_config, latent_stage, train
+from tests.training.latents import OFTEN, SMALL, Pairs, latent_config, latent_stage, train
 from tests.training.small import Cut, weights
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError, SpecError
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.stages import LatentStage
 from vlaflow.training.metrics_log import read_log
 from vlaflow.training.recipes import find_recipe
-from vlaflow.training.stages import LatentStage
+
+
+def changed(config, **changes):
+    """The config with another care of the codebook."""
+    objective = config.objective
+    return replace(config, objective=replace(objective, replacement=replace(objective.replacement, **changes)))
 
 
 @pytest.mark.parametrize("every", [2, 5])
 def test_a_run_that_was_cut_ends_with_the_same_bytes(tmp_path, every):
     """After step 4 the statistics are fresh with every = 2 and half gathered with every = 5; both must be restored."""
     config = latent_config(steps=10)
-    config = replace(config, latent=replace(config.latent, replacement=replace(config.latent.replacement, every=every)))
+    config = changed(config, every=every)
     train(tmp_path / "whole", config)
     with pytest.raises(RuntimeError, match="cut"):
         train(tmp_path / "cut", config, Cut(Pairs()))
@@ -38,7 +45,7 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(tmp_path, every):
 def test_entries_move_in_training(tmp_path):
     """Where they never move, unused ones keep their first values to the bit (they get no gradient and do not decay)."""
     fixed = latent_config(ema_decay=None)
-    fixed = replace(fixed, latent=replace(fixed.latent, replacement=replace(fixed.latent.replacement, until=0.0)))
+    fixed = changed(fixed, until=0.0)
     first = latent_stage(fixed).module.book.entry_VE.detach().clone()
     kept = [
         torch.equal(row, before)
@@ -84,20 +91,20 @@ def test_an_action_head_adds_its_error_and_teaches_the_encoder(tmp_path):
 def test_an_action_head_needs_a_normaliser():
     model = latent_stage(latent_config(model=replace(SMALL, action_dim=2))).model
     with pytest.raises(CapabilityError, match="needs a normaliser"):
-        LatentStage(model, latent_config().latent, 10)
+        LatentStage(model, OFTEN, 10)
 
 
 TINY = ("image_size=32", "patch=4", "width=16", "heads=2", "ffn=32", "spatial=1", "decoder=1", "code_dim=4")
 
 
 def arguments(dataset, out, *more):
-    small = [word for value in TINY for word in ("--set", f"latent.model.{value}")]
+    small = [word for value in TINY for word in ("--set", f"model.{value}")]
     places = ["--dataset", str(dataset), "--out", str(out), "--tracker", "none", "--steps", "3", "--batch-size", "4"]
     return ["iflybot.latent", *places, *small, *more]
 
 
 def test_the_recipe_makes_a_model_that_says_where_it_comes_from(dataset, tmp_path, capsys):
-    assert command.main(arguments(dataset, tmp_path / "m", "--set", "latent.gap_s=0.3")) == 0
+    assert command.main(arguments(dataset, tmp_path / "m", "--set", "gap_s=0.3")) == 0
     model = LatentActionModel.from_pretrained(tmp_path / "m")
     origin, opened = model.origin, Dataset.open(dataset)
     assert (origin.dataset, origin.view, origin.rate_hz, origin.gap_s, origin.gap) == (opened.fingerprint, "front", 10, 0.3, 3)
@@ -112,13 +119,13 @@ def test_the_recipe_makes_a_model_that_says_where_it_comes_from(dataset, tmp_pat
 
 def test_episodes_without_a_pair_are_counted_aloud(dataset, tmp_path, capsys):
     """Of lengths 9 … 14 at 10 per second."""
-    assert command.main(arguments(dataset, tmp_path / "m", "--set", "latent.gap_s=1.1", "--set", "validation_fraction=0")) == 0
+    assert command.main(arguments(dataset, tmp_path / "m", "--set", "gap_s=1.1", "--set", "validation_fraction=0")) == 0
     assert "For training: 3 of 6 episodes are not longer than the gap of 1.1 s (11 frames)" in capsys.readouterr().err
 
 
 def test_held_out_episodes_without_a_pair_stop_no_training(dataset, tmp_path, capsys):
     """Seeds decide which are held out; where the long ones are, it is the training that has none, and says of how many."""
-    opened, gap = Dataset.open(dataset), ["--set", "latent.gap_s=1.2"]
+    opened, gap = Dataset.open(dataset), ["--set", "gap_s=1.2"]
     lengths = [episode.length for episode in opened.episodes]
     longest = {seed: [max(lengths[e] for e in part) for part in split_episodes(opened, 0.06, seed)] for seed in range(9)}
     seed = next(seed for seed, (_, held) in longest.items() if held <= 12)
@@ -137,7 +144,7 @@ def test_video_alone_is_enough(dataset, tmp_path, monkeypatch):
     assert command.main(arguments(copy, tmp_path / "m")) == 0
     assert LatentActionModel.from_pretrained(tmp_path / "m").origin.view == "front"
     with pytest.raises(SpecError, match=r"action_dim is 2, but the actions of .* have 0 dimensions"):
-        command.main(arguments(copy, tmp_path / "n", "--set", "latent.model.action_dim=2"))
+        command.main(arguments(copy, tmp_path / "n", "--set", "model.action_dim=2"))
     with pytest.raises(DataError, match="has no feature 'action'"):
         command.main(["asyncvla.demo", "--dataset", str(copy), "--out", str(tmp_path / "p")])
     edit_info(copy, features={})
@@ -148,11 +155,11 @@ def test_video_alone_is_enough(dataset, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        (["--policy", "nowhere"], ConfigError, "starts from video alone; leave --policy out"),
+        (["--policy", "nowhere"], ConfigError, "starts from scratch; leave --policy out"),
         (["--tokenizer", "x.json"], ConfigError, "no use for the action tokenizer"),
-        (["--set", "latent.gap_s=60"], DataError, "None of the 4 chosen episodes of .* is longer than the gap of 60 s"),
-        (["--set", "latent.gap_s=0.01"], ConfigError, "less than one frame"),
-        (["--set", "latent.view=frnt"], DataError, "did you mean 'front'"),
+        (["--set", "gap_s=60"], DataError, "None of the 4 chosen episodes of .* is longer than the gap of 60 s"),
+        (["--set", "gap_s=0.01"], ConfigError, "less than one frame"),
+        (["--set", "view=frnt"], DataError, "did you mean 'front'"),
         (["--set", "shift=2"], ConfigError, "taken as they are"),
     ],
 )
@@ -161,8 +168,10 @@ def test_wrong_arguments_are_one_sentence(dataset, tmp_path, change, kind, messa
         command.main(arguments(dataset, tmp_path / "m", *change))
 
 
-def test_the_signature_tells_that_a_recipe_needs_no_actions():
-    assert find_recipe("iflybot.latent").from_video
-    assert find_recipe("iflybot.latent_full").from_video
-    assert not find_recipe("asyncvla.demo").from_video
+def test_a_data_set_of_video_alone_trains_no_policy():
+    """And the sentence names what is missing, whatever the recipe makes of an action dimension of 0."""
+    data = DataSpec(3, 0, ("front",))
+    assert find_recipe("iflybot.latent").config(data).objective.makes == "latent"
     assert not find_recipe("iflybot.latent").continues
+    with pytest.raises(ConfigError, match=r"'dfm_vla\.demo' learns from actions, and the data set has no 'action'"):
+        find_recipe("dfm_vla.demo").config(data)

@@ -13,8 +13,8 @@ from vlaflow.cli.main import main
 from vlaflow.errors import CheckpointError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state, training_states
+from vlaflow.policies.stages import PolicyStage
 from vlaflow.training.divergence import DivergedError
-from vlaflow.training.stages import PolicyStage
 
 STEPS = "training/step-{:06d}"
 

@@ -22,10 +22,11 @@ from vlaflow.errors import ConfigError
     ],
 )
 def test_a_value_is_read_as_its_fields_type(key, text, expected):
-    config = override(tiny_config(), {key: text})
+    found = override(tiny_config(), {key: text})
+    found = found.objective if key.startswith("policy.") else found
     for name in key.split("."):
-        config = getattr(config, name)
-    assert config == expected
+        found = getattr(found, name)
+    assert found == expected
 
 
 def test_the_original_is_untouched():
@@ -39,7 +40,7 @@ def test_values_that_only_fit_together_come_in_any_order(order):
     """Three heads do not divide a width of 32, nor two a width of 33 that three do."""
     values = {"width": "33", "heads": "3"}
     config = override(tiny_config(), {f"policy.backbone.{name}": values[name] for name in order})
-    assert (config.policy.backbone.width, config.policy.backbone.heads) == (33, 3)
+    assert (config.objective.policy.backbone.width, config.objective.policy.backbone.heads) == (33, 3)
 
 
 def test_nested_groups_are_given_as_json():
@@ -57,7 +58,10 @@ def test_nested_groups_are_given_as_json():
         ("optim.learning_rate", "fast", "must be a number"),
         ("optim.schedule", "cosin", "did you mean 'cosine'"),
         ("steps.more", "1", "is 6, not a group"),
-        ("rater.depth", "1", "is not set in this recipe"),
+        ("policy.rater.depth", "1", "'policy.rater' is not set in this recipe"),
+        ("polcy.n_action_steps", "1", "did you mean 'policy'"),
+        ("policy.n_action_stpes", "1", "did you mean 'n_action_steps'"),
+        ("objective.policy.n_action_steps", "1", "Unknown key 'objective'"),
         ("batch_size", "0", "at least 1"),
     ],
 )

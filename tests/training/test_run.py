@@ -19,8 +19,8 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
+from vlaflow.policies.stages import RaterStage
 from vlaflow.training.metrics_log import read_log
-from vlaflow.training.stages import RaterStage
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("width=32", "depth=1", "heads=2", "ffn=64", "image_size=32", "text_bytes=32")
@@ -140,7 +140,8 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
     batch = type(batch)(
         batch.observation, batch.action_BLD.repeat(1, 4, 1), batch.valid_BL.repeat(1, 4), batch.episode_B, batch.frame_B
     )
-    RaterStage(policy, steps=2).loss(batch, torch.Generator().manual_seed(0), torch.Generator()).total.backward()
+    stage = RaterStage(policy, steps=2)
+    stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator()).total.backward()
     assert all(p.grad is None for p in policy.model.backbone.parameters())
     assert all(p.grad is None for p in policy.model.decoder.parameters())
     assert all(p.grad is not None for p in policy.model.rater.parameters())
@@ -163,7 +164,7 @@ def test_wrong_arguments_are_one_sentence(dataset, tmp_path, change, kind, messa
 def test_a_folder_that_cannot_be_made_is_said_before_a_frame_is_decoded(dataset, tmp_path):
     copy = shutil.copytree(dataset, tmp_path / "dataset", ignore=shutil.ignore_patterns(".cache"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be made \(.*is a file\)\. Choose another --out"):
+    with pytest.raises(ConfigError, match=r"cannot be created \(.*is a file\)\. Choose another --out"):
         command.main(arguments(copy, tmp_path / "file/p"))
     assert not (copy / ".cache").exists()
 
@@ -178,7 +179,7 @@ def test_a_rater_needs_a_policy(dataset, tmp_path):
 def test_a_rater_refuses_another_robots_data(trained, dataset, tmp_path, monkeypatch):
     opened = Dataset.open(dataset)
     other = type(opened.action_spec)(**{**vars(opened.action_spec), "robot": "other arm"})
-    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root: opened))
+    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root, **_: opened))
     opened.action_spec = other
     with pytest.raises(SpecError, match="robot is 'test arm' in the first and 'other arm' in the second"):
         command.main(
@@ -189,7 +190,7 @@ def test_a_rater_refuses_another_robots_data(trained, dataset, tmp_path, monkeyp
 def test_data_without_an_action_spec_is_refused(dataset, tmp_path, monkeypatch):
     opened = Dataset.open(dataset)
     opened.action_spec = None
-    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root: opened))
+    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root, **_: opened))
     with pytest.raises(SpecError, match="does not say what its actions mean"):
         command.main(arguments(dataset, tmp_path / "p"))
 

@@ -12,8 +12,8 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import action_chunks, fewer_episodes, split_episodes
 from vlaflow.errors import ConfigError
 from vlaflow.policies.base import Policy
+from vlaflow.policies.stages import PolicyStage
 from vlaflow.training.run import Options, train
-from vlaflow.training.stages import PolicyStage
 
 SMALL = {
     f"policy.backbone.{k}": v for k, v in {"width": "32", "depth": "1", "heads": "2", "ffn": "64", "image_size": "32"}.items()

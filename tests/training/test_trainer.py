@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.small import Cut, Memory, new_policy, tiny_config, weights
+from tests.training.small import CPU, Cut, Memory, as_it_is, new_policy, tiny_config, weights
 from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
+from vlaflow.policies.stages import PolicyStage
 from vlaflow.training import checkpoint
 from vlaflow.training.divergence import DivergedError, DivergenceGuard
 from vlaflow.training.loader import Held, Loader, Place, mix
 from vlaflow.training.metrics_log import read_log
-from vlaflow.training.stages import PolicyStage
 from vlaflow.training.trainer import Trainer
 
 
@@ -123,10 +123,10 @@ def test_a_run_keeps_others_out_until_it_ends(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"folder .*p cannot be made \(.*file is a file\)\. Choose another --out"):
+    with pytest.raises(ConfigError, match=r"folder .*p cannot be created \(.*file is a file\)\. Choose another --out"):
         run(tmp_path / "file/deeper/p")
     with (
-        pytest.raises(ConfigError, match=r"cannot be made \(Not a directory\)"),
+        pytest.raises(ConfigError, match=r"cannot be created \(Not a directory\)"),
         checkpoint.claimed(tmp_path / "file/deeper/p"),
     ):
         pass
@@ -321,6 +321,9 @@ class MeanStage:
         self.module = nn.Linear(3, 2)
         self.uneven = False
 
+    def prepare(self, batch):
+        return batch
+
     def loss(self, batch, generator, shared):
         error_BLD = batch.action_BLD - self.module(batch.observation.state_BS)[:, None]
         weight = batch.valid_BL.float()
@@ -367,7 +370,7 @@ def test_seeds_differ_by_every_number():
 
 def test_loading_ahead_changes_no_sample():
     """In order, and after a jump as on resuming."""
-    feeds = [Loader(Memory(), tiny_config(accumulate=2), Place(), torch.device("cpu"), ahead) for ahead in (False, True)]
+    feeds = [Loader(Memory(), tiny_config(accumulate=2), Place(), CPU, as_it_is, ahead=ahead) for ahead in (False, True)]
     for step in (0, 1, 2, 7, 8):
         plain, ahead = (loader.step(step) for loader in feeds)
         for a, b in zip(plain, ahead, strict=True):
@@ -380,15 +383,15 @@ def test_loading_ahead_changes_no_sample():
 
 def test_processes_share_a_step_without_overlap():
     config = tiny_config()
-    parts = [Loader(Memory(), config, Place(rank, 3), torch.device("cpu")).step(0)[0].batch for rank in range(3)]
+    parts = [Loader(Memory(), config, Place(rank, 3), CPU, as_it_is).step(0)[0].batch for rank in range(3)]
     samples = [tuple(pair) for b in parts for pair in zip(b.episode_B.tolist(), b.frame_B.tolist(), strict=True)]
     assert len(samples) == len(set(samples)) == 3 * config.batch_size
 
 
 def test_held_out_batches_count_once_over_all_processes():
     held = Held(Memory(50), batch_size=8, seed=0)
-    one = [part.batch.episode_B.tolist() for part, counted in held.parts(Place(), torch.device("cpu")) if counted]
-    shares = [list(held.parts(Place(rank, 3), torch.device("cpu"))) for rank in range(3)]
+    one = [part.batch.episode_B.tolist() for part, counted in held.parts(Place(), CPU, as_it_is) if counted]
+    shares = [list(held.parts(Place(rank, 3), CPU, as_it_is)) for rank in range(3)]
     assert len({len(share) for share in shares}) == 1
     several = [part.batch.episode_B.tolist() for share in shares for part, counted in share if counted]
     assert sorted(one) == sorted(several)

@@ -10,22 +10,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.training.small import SPEC, AskedSource, Cut, Memory, new_policy, tiny_config, tiny_policy, tiny_stats, weights
+from tests.training.small import (
+    CPU,
+    SPEC,
+    AskedSource,
+    Cut,
+    Memory,
+    as_it_is,
+    new_policy,
+    tiny_config,
+    tiny_policy,
+    tiny_stats,
+    weights,
+)
 from tests.training.test_run import arguments
 from vlaflow.cli import train as command
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.policies.a1.policy import tiny_flow
 from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
-from vlaflow.policies.recipe import TrainConfig, VqaTraining
+from vlaflow.policies.objectives import RaterObjective
+from vlaflow.policies.recipe import Assets, DataSpec
+from vlaflow.policies.stages import AnsweringStage, CoTraining, PolicyStage
+from vlaflow.policies.vqa import VqaTraining
 from vlaflow.spec import Observation
 from vlaflow.training.divergence import DivergedError
 from vlaflow.training.loader import Alternating, Loader, Place, alternating
 from vlaflow.training.metrics_log import read_log
-from vlaflow.training.stages import AnsweringStage, PolicyStage
 from vlaflow.training.trainer import Trainer
-
-CPU = torch.device("cpu")
 
 
 def asking_config(share=0.5, vqa=None, **changes):
@@ -35,8 +47,8 @@ def asking_config(share=0.5, vqa=None, **changes):
 
 def run(out, config, source=None, asked=None, held=None, **options):
     policy = new_policy(config)
-    stage = AnsweringStage(PolicyStage(policy), policy, config.vqa.weight)
-    vqa = (asked or AskedSource(), held)
+    stage = AnsweringStage(PolicyStage(policy), policy, config.objective.vqa.weight)
+    vqa = CoTraining(asked or AskedSource(), held, config.objective.vqa.share)
     return Trainer(stage, config, source or Memory(), None, out, vqa=vqa, tracker="none", **options).run()
 
 
@@ -54,8 +66,8 @@ def test_of_the_first_n_steps_the_stated_share_is_on_questions(percent, n):
 def test_actions_and_their_noise_are_those_of_a_run_without_questions():
     """Step after step, only with questions in between; and the questions walk epochs of their own."""
     config = asking_config(0.25)
-    alone = Loader(Memory(), config, Place(), CPU)
-    loader = alternating(Loader(Memory(), config, Place(), CPU), AskedSource(6))
+    alone = Loader(Memory(), config, Place(), CPU, as_it_is)
+    loader = alternating(Loader(Memory(), config, Place(), CPU, as_it_is), CoTraining(AskedSource(6), None, 0.25))
     plain = iter([alone.step(s)[0] for s in range(9)])
     names = []
     for step in range(12):
@@ -73,13 +85,15 @@ def test_actions_and_their_noise_are_those_of_a_run_without_questions():
 def test_a_state_mask_never_makes_up_a_state_for_a_question():
     from vlaflow.data.augment import StateMask
 
-    loader = alternating(Loader(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU), AskedSource())
+    loader = alternating(
+        Loader(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5)
+    )
     assert not loader.step(1)[0].batch.observation.known_BS.any()
 
 
 def test_questions_may_come_in_batches_of_another_size():
-    config = asking_config(vqa=VqaTraining(share=0.5, batch_size=6), accumulate=2)
-    loader = alternating(Loader(Memory(), config, Place(), CPU), AskedSource())
+    config = asking_config(accumulate=2)
+    loader = alternating(Loader(Memory(), config, Place(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5, batch_size=6))
     assert [[len(p.batch.observation) for p in loader.step(s)] for s in (0, 1)] == [[2, 2], [3, 3]]
 
 
@@ -87,7 +101,7 @@ def test_questions_may_come_in_batches_of_another_size():
 
 
 def expert_policy():
-    config = tiny_flow(3, 2, ("front",))
+    config = tiny_flow(DataSpec(3, 2, ("front",)))
     backbone = replace(config.backbone, image_size=32, answers=True, depth=2)
     decoder = replace(config.decoder, chunk_size=4)
     exits = replace(config.exits, depths=(1, 2)) if config.exits else None
@@ -106,7 +120,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert(make):
     touched = {}
     for name, batch in batches.items():
         policy.model.zero_grad(set_to_none=True)
-        terms = stage.loss(batch, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
+        terms = stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
         terms.total.backward()
         touched[name] = {n for n, p in policy.model.named_parameters() if p.grad is not None}
         assert ("answer" in terms.parts) == (name == "asked")
@@ -119,11 +133,11 @@ def test_questions_touch_no_parameter_of_decoder_or_expert(make):
 
 def test_the_weight_scales_the_loss_and_not_what_is_logged():
     policy = new_policy(asking_config())
-    batch = AskedSource().batch(np.arange(4))
-    one, three = (AnsweringStage(PolicyStage(policy), policy, w).loss(batch, None, None) for w in (1.0, 3.0))
+    asked = policy.prepare_answers(AskedSource().batch(np.arange(4)))
+    one, three = (AnsweringStage(PolicyStage(policy), policy, w).loss(asked, None, None) for w in (1.0, 3.0))
     torch.testing.assert_close(three.total, 3 * one.total)
     assert one.parts["answer"] == three.parts["answer"]
-    torch.testing.assert_close(one.total.detach(), policy.answer_loss(batch).detach())
+    torch.testing.assert_close(one.total.detach(), policy.answer_loss(asked).detach())
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------------------
@@ -174,7 +188,7 @@ def test_a_loss_that_is_not_finite_names_its_questions(tmp_path):
         policy.model.backbone.answer.weight.fill_(float("nan"))
     stage = AnsweringStage(PolicyStage(policy), policy, 1.0)
     with pytest.raises(DivergedError, match=r"at step 2 of 6. Its samples: questions q\d+, q\d+"):
-        Trainer(stage, config, Memory(), None, tmp_path / "p", vqa=(AskedSource(), None), tracker="none").run()
+        Trainer(stage, config, Memory(), None, tmp_path / "p", vqa=CoTraining(AskedSource(), None, 0.5), tracker="none").run()
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------------
@@ -203,7 +217,7 @@ def test_the_command_trains_on_both_and_the_card_says_so(dataset, asked, tmp_pat
     assert "7 for training, 1 held out, on 0.5 of the steps" in card
     lines = (asked / "questions.jsonl").read_text()
     (asked / "questions.jsonl").write_text(lines + lines.splitlines()[0] + "\n")
-    with pytest.raises(ConfigError, match=r"was trained with questions\.fingerprint = "):
+    with pytest.raises(ConfigError, match=r"was trained with vqa\.fingerprint = "):
         command.main([*arguments(dataset, out), *more])
 
 
@@ -214,7 +228,7 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     with pytest.raises(ConfigError, match=r"vqa is none, so .* would not be looked at"):
         command.main([*given, "--vqa", str(asked), "--set", "vqa=none"])
     with pytest.raises(ConfigError, match="name a set of them with --vqa"):
-        command.main([*given, "--set", 'questions={"share": 0.5}'])
+        command.main([*given, "--set", 'vqa={"share": 0.5}'])
     for short, message in (("text_bytes=8", "text_bytes"), ("suffix=4", "suffix")):
         small = ["--set", "policy.backbone.answers=true", "--set", f"policy.backbone.{short}"]
         with pytest.raises(SpecError, match=rf"of question '.*' in .* bytes, the policy takes at most .*\.{message}"):
@@ -223,9 +237,8 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
     for wrong in ({"share": 0.0}, {"share": 1.0}, {"held_out": 1.0}, {"weight": 0.0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="vqa"):
             VqaTraining(**wrong)
-    policy = new_policy(asking_config())
-    with pytest.raises(ConfigError, match="needs a set of them"):
-        Trainer(PolicyStage(policy), asking_config(), Memory(), None, tmp_path / "q", tracker="none")
-    rater = tiny_rater(tiny(3, 2, ("front",)))
-    with pytest.raises(ConfigError, match="Only a policy learns from questions"):
-        TrainConfig(None, rater, vqa=VqaTraining())
+    with pytest.raises(ConfigError, match="name a set of them with --vqa"):
+        asking_config().objective.require(Assets())
+    rater = tiny_rater(tiny(DataSpec(3, 2, ("front",))))
+    with pytest.raises(ConfigError, match="A rater learns no questions"):
+        RaterObjective(rater).require(Assets(vqa=asked))

@@ -20,9 +20,9 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
+from vlaflow.policies.latent_codes import codes_of
+from vlaflow.policies.stages import PolicyStage
 from vlaflow.stacks.expert import ExpertConfig
-from vlaflow.training.latents import codes_of
-from vlaflow.training.stages import PolicyStage
 from vlaflow.training.trainer import Trainer
 
 
@@ -59,7 +59,7 @@ def look_apart(out):
     config = tiny_config(batch_size=2)
     rank = os.environ["RANK"]
     try:
-        Trainer(PolicyStage(new_policy(config)), config, Memory(), None, out / f"of-{rank}", tracker="none")
+        Trainer(PolicyStage(new_policy(config)), config, Memory(), None, out / f"of-{rank}", tracker="none").run()
     except ConfigError as error:
         (out / f"rank-{rank}.txt").write_text(str(error))
 

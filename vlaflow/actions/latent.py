@@ -10,7 +10,7 @@ earlier, is projected to a few dimensions, pooled to K vectors and quantised (``
 patches, whose gradient is cut off, and reads the codes as further keys and values; it must make the later frame. Whatever it
 cannot see in the earlier frame has to pass through the codes.
 
-Nothing here knows of data sets: ``data.pairs`` makes the frame pairs, ``training.stages.LatentStage`` trains.
+Nothing here knows of data sets: ``data.pairs`` makes the frame pairs, ``policies.stages.LatentStage`` trains.
 
 Shape letters: B batch, H, W height and width of an image, P patches, C channels of the network, K codes, V entries of the
 book, E dimension of an entry, D action dimension.
@@ -295,10 +295,7 @@ class LatentActionModel(nn.Module):
 
     def fingerprint(self) -> str:
         """16 hex digits of config, origin and weights: two models with the same one give the same codes."""
-        digest = hashlib.sha256(json.dumps(to_json(LatentFile(self.config, self.origin, ""))).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return latent_fingerprint(self.config, self.origin, self.state_dict())
 
     def save_pretrained(self, folder: Path | str, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """Write ``config.json``, ``model.safetensors`` and ``README.md``.
@@ -328,6 +325,14 @@ class LatentActionModel(nn.Module):
         model = LatentActionModel.create(found.model, found.origin, 0)
         load_weights(model, folder / "model.safetensors")
         return model.to(device).eval()
+
+
+def latent_fingerprint(config: LatentConfig, origin: Origin, weights: Mapping[str, Tensor]) -> str:
+    """See ``LatentActionModel.fingerprint``."""
+    digest = hashlib.sha256(json.dumps(to_json(LatentFile(config, origin, ""))).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _block(config: LatentConfig) -> BlockConfig:

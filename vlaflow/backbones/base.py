@@ -1,4 +1,4 @@
-"""The contract of a backbone: embed an observation, then run its layers a few at a time.
+"""The contract of a backbone: embed what its processor made of observations, then run its layers a few at a time.
 
 A backbone is a stack of layers that can continue where it stopped and whose every layer can be run on other tokens that
 read the prefix's keys and values. That is all a decoder, an early exit or a second expert needs.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vlaflow.data.batch import ObservationBatch
+from vlaflow.backbones.inputs import Inputs, Processor
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import BlockConfig, Rotate
@@ -78,6 +78,17 @@ class BackboneConfig(Part, ABC):
     @abstractmethod
     def build(self) -> Backbone:
         """The network, initialised from torch's global generator."""
+
+    @abstractmethod
+    def processor(self, folder: Path | None = None) -> Processor:
+        """What makes the network's inputs of observations, on the CPU.
+
+        Args:
+            folder: of a checkpoint that ``Processor.save`` wrote into; None for a new policy.
+
+        Raises:
+            CheckpointError: when the checkpoint lacks a file.
+        """
 
     @property
     def can_answer(self) -> bool:
@@ -190,8 +201,10 @@ class Backbone(nn.Module, ABC):
         """The camera views it reads, with the square image size each is resized to (None: any size)."""
 
     @abstractmethod
-    def embed(self, observation: ObservationBatch) -> Prefix:
-        """Tokens of B observations before the first layer; ``observation.state_BS`` is already normalised."""
+    def embed(self, inputs: Inputs) -> Prefix:
+        """Tokens of B observations before the first layer. All is on the device but what ``Inputs`` keeps on the CPU, and
+        nothing is fetched back from it.
+        """
 
     @abstractmethod
     def layer(
@@ -266,9 +279,3 @@ class Backbone(nn.Module, ABC):
     def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
         """Language-model loss on an answer; only backbones with a vocabulary have one (see ``language``)."""
         raise CapabilityError(f"{type(self).__name__} has no language-model head; use a backbone that has one.")
-
-    def save_files(self, folder: Path) -> None:
-        """Write what the network needs besides its weights (a tokenizer, say) into a checkpoint folder; nothing by default."""
-
-    def load_files(self, folder: Path) -> None:
-        """Read what ``save_files`` wrote."""

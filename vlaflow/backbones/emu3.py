@@ -10,18 +10,17 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix
-from vlaflow.backbones.emu3_prompt import NAME, EmuReader
-from vlaflow.backbones.pretrained import PretrainedBackbone, plain_architecture
-from vlaflow.backbones.pretrained_prompt import open_pretrained, transformers_library
-from vlaflow.data.batch import ObservationBatch
+from vlaflow.backbones.emu3_processor import FAMILY, NAME, EmuProcessor, EmuReader
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig, plain_architecture
+from vlaflow.backbones.pretrained_processor import checkpoint_source
 from vlaflow.errors import ConfigError
 
 
@@ -43,128 +42,76 @@ def emu3_8b() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class EmuConfig(BackboneConfig):
+class EmuConfig(PretrainedConfig):
     """The Emu3 backbone.
 
     Args:
-        state_dim: length of the proprioceptive state, S, which is checked and not read.
-        views: camera views of one size, in the order of their tokens.
-        source: local folder or Hub name of a pretrained model to start from; None when ``architecture`` is given.
-        architecture: transformers' text and VQ config as JSON data, for random weights or those of a checkpoint.
+        state_dim, views, source, architecture, dtype, recompute: see ``PretrainedConfig``; the state's length is checked and
+            the state not read, the views have one size.
         pixels: area that an image is resized to, its shape kept; 200 × 200 (UniVLA) are 25 × 26 tokens.
         attention: which prefix tokens see each other: "full", or "causal".
-        dtype: of the pretrained parts. Train in float32 under bf16 autocast; bfloat16 halves the memory of serving.
-        recompute: forget activations in training and compute them again, layer by layer (less memory, a third more time).
     """
 
-    state_dim: int
-    views: tuple[str, ...]
-    source: str | None = None
-    architecture: dict[str, Any] | None = field(default=None, repr=False)
     pixels: int = 200 * 200
     attention: Literal["full", "causal"] = "full"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    recompute: bool = False
+
+    name: ClassVar[str] = NAME
+    family: ClassVar[str] = FAMILY
+    model_class: ClassVar[str] = "Emu3ForConditionalGeneration"
 
     def __post_init__(self) -> None:
-        if (self.source is None) == (self.architecture is None):
-            raise ConfigError("An Emu3 backbone needs either 'source' (a folder or Hub name) or 'architecture'.")
-        if len(set(self.views)) != len(self.views):
-            raise ConfigError(f"Camera views must differ, got {list(self.views)}.")
+        super().__post_init__()
         if self.pixels < 64:
             raise ConfigError(f"An image needs at least one code of 8 × 8 pixels, got {self.pixels} pixels.")
 
     def build(self) -> EmuBackbone:
-        """The network: pretrained where ``source`` is given, else random, to be filled from a checkpoint."""
+        """See the base class."""
         return EmuBackbone(self)
 
+    def processor(self, folder: Path | None = None) -> EmuProcessor:
+        """See the base class."""
+        source = checkpoint_source(self.source, folder)
+        return EmuProcessor(EmuReader.open(source) if source else None, self.views, self.state_dim, pixels=self.pixels)
+
     @property
-    def can_answer(self) -> bool:
-        """The published model's head."""
-        return True
+    def prefix_attention(self) -> Literal["full", "causal"]:
+        """See the base class."""
+        return self.attention
+
+    @property
+    def transformers_options(self) -> Mapping[str, Any]:
+        """The map of 32 768 codes to ids, which would fill config.json, is read off the tokenizer instead."""
+        return {"vocabulary_map": {}}
 
 
 class EmuBackbone(PretrainedBackbone):
     """See the module text. ``network`` is transformers' ``Emu3Model`` without the part that paints images."""
 
     def __init__(self, config: EmuConfig) -> None:
-        super().__init__()
-        hub, dtype = transformers_library(NAME), getattr(torch, config.dtype)
-        self.name, self.reader = NAME, None
-        if config.source is not None:
-            kind = hub.Emu3ForConditionalGeneration
-            full = open_pretrained(kind, config.source, NAME, dtype=dtype, use_safetensors=True)
-            self.reader = EmuReader.open(config.source)
-            kept = {key: getattr(full.config, key).to_diff_dict() for key in ("text_config", "vq_config")}
-            config = replace(config, source=None, architecture=plain_architecture(kept))
-        else:
-            # The map of 32 768 codes to ids, which would fill config.json, is read off the tokenizer instead.
-            architecture = hub.Emu3Config(**(config.architecture or {}), vocabulary_map={})
-            full = hub.AutoModelForImageTextToText.from_config(architecture, dtype=dtype)
-        self.config = config
-        self.network, self.head = full.model, full.lm_head
+        super().__init__(config)
         self.network.vqmodel.requires_grad_(False)
         del self.network.vqmodel.decoder, self.network.vqmodel.post_quant_conv
-        text = full.config.text_config
-        heads, width = text.num_attention_heads, text.hidden_size
-        self.spec = BackboneSpec(
-            text.num_hidden_layers,
-            width,
-            heads,
-            text.num_key_value_heads,
-            width // heads,
-            attention=config.attention,
-            state_dim=config.state_dim,
-            rotary=True,
-        )
-        self._rotate = hub.models.emu3.modeling_emu3.apply_rotary_pos_emb
+
+    @staticmethod
+    def architecture_of(config: Any) -> dict[str, Any]:
+        """See the base class; without the map of codes to ids."""
+        return plain_architecture({key: getattr(config, key).to_diff_dict() for key in ("text_config", "vq_config")})
 
     @property
     def language(self) -> Any:
         """See the base class."""
         return self.network.text_model
 
-    @property
-    def views(self) -> Mapping[str, int | None]:
-        """Views of any size; the image processor resizes them by area."""
-        return dict.fromkeys(self.config.views)
-
-    def embed(self, observation: ObservationBatch) -> Prefix:
-        """See the base class. The image tokenizer runs here, once for all views of all observations.
-
-        Raises:
-            SpecError: for a state of another length, or an instruction with one of the tokenizer's own tokens.
-            CapabilityError: for a network that has neither been given a ``source`` nor opened from a checkpoint.
-        """
-        self.check_state(observation)
-        prompt, table = self.reading().read(observation, self.config), self.language.embed_tokens
-        device, id_BP = table.weight.device, prompt.id_BP
-        if prompt.pixels_I3HW is not None:
-            code_IHW = self._codes(prompt.pixels_I3HW.to(device)).to(id_BP.device)
-            id_BP = id_BP.masked_scatter(prompt.image_BP, self.reading().codes(code_IHW))
-        hidden_BPW = table(id_BP.to(device))
-        position_BP = torch.arange(hidden_BPW.shape[1], device=device)[None].expand(len(observation), -1)
-        return Prefix(
-            self,
-            hidden_BPW,
-            padding_mask_BP=None if bool(prompt.padding_mask_BP.all()) else prompt.padding_mask_BP.to(device),
-            rotary=self.language.rotary_emb(hidden_BPW, position_BP),
-            next_position_B=prompt.padding_mask_BP.sum(1).to(device),
-            state_BS=observation.state_BS,
-        )
+    def embed_prompt(self, inputs: Inputs) -> Tensor:
+        """See the base class; the ids in the images' places are those of the first code."""
+        id_BP = inputs.id_BP
+        if inputs.patches is not None and inputs.image_BP is not None:
+            id_BP = id_BP + torch.zeros_like(id_BP).masked_scatter(inputs.image_BP, self.codes(inputs.patches))
+        return self.embed_ids(id_BP)
 
     @torch.no_grad()
-    def _codes(self, pixels_I3HW: Tensor) -> Tensor:
+    def codes(self, pixels_I3HW: Tensor) -> Tensor:
         """Codes (I, H/8, W/8) of images of one size."""
         vq = self.network.vqmodel.eval()
         sizes = torch.tensor([pixels_I3HW.shape[2:]] * len(pixels_I3HW))
         return torch.stack(tuple(vq.encode(pixels_I3HW, sizes, return_dict=True).image_tokens)).long()
-
-    def positions(self, position_BT: Tensor) -> Tensor:
-        """As they are."""
-        return position_BT
-
-    @staticmethod
-    def read_from(folder: Path) -> EmuReader:
-        """See the base class."""
-        return EmuReader.open(str(folder))

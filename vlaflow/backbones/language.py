@@ -1,4 +1,4 @@
-"""Backbones with a vocabulary: what they say behind a prefix, how it is learned, and what the ids mean.
+"""Backbones with a vocabulary: what they say behind a prefix, and how it is learned. What ids mean, their processors know.
 
 An answer is a row of ids: text and its end. Each id is named by the token before it, the first by the last of the prefix.
 Greedy answers are in ``decoders.answers``. Actions have no part in this vocabulary: decoders of tokens embed and name theirs.
@@ -9,7 +9,6 @@ Shape letters: B batch, T answer tokens, N tokens with a target, V vocabulary, W
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,11 +30,6 @@ class LanguageBackbone(Backbone):
     def vocabulary(self) -> int:
         """Ids an answer may hold, ends included, V; 0 where there is no language-model head."""
 
-    @property
-    @abstractmethod
-    def end_id(self) -> int:
-        """The id that ends an answer."""
-
     @abstractmethod
     def embed_ids(self, id_BT: Tensor) -> Tensor:
         """Embedded answer tokens (B, T, W) of ids in 0 .. V − 1."""
@@ -43,14 +37,6 @@ class LanguageBackbone(Backbone):
     @abstractmethod
     def name_ids(self, state_NW: Tensor) -> Tensor:
         """Logits (..., V) over all ids of states (..., W) that have passed the final norm."""
-
-    @abstractmethod
-    def answer_ids(self, answers: Sequence[str]) -> Tensor:
-        """Ids of each answer and its end, (B, T) int64, padded with −100."""
-
-    @abstractmethod
-    def answer_texts(self, id_BT: Tensor) -> list[str]:
-        """What rows of ids say, up to their end."""
 
     def read(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
         """The states (B, T, W) that name each id of known answers, in one pass; ``name_ids`` turns them into logits.
@@ -79,16 +65,17 @@ class LanguageBackbone(Backbone):
 
         Args:
             prefix: observations, run to any depth.
-            answer_ids: int64 (B, T); a negative entry has no target and may only follow an answer's end.
+            answer_ids: int64 (B, T), on the CPU; a negative entry has no target and may only follow an answer's end.
 
         Raises:
             CapabilityError: without a language-model head.
             SpecError: for an answer without any id, with a hole, or with an id beyond the vocabulary.
         """
         state_BTW = self.read(prefix, answer_ids)
-        target_BT = answer_ids.to(state_BTW.device)
-        known_BT = target_BT >= 0
-        return functional.cross_entropy(self.name_ids(state_BTW[known_BT]).float(), target_BT[known_BT])
+        known_BT = answer_ids >= 0  # counted on the CPU, so that nothing waits for the device
+        row_N, place_N = known_BT.nonzero(as_tuple=True)
+        target_N = answer_ids[known_BT].to(state_BTW.device)
+        return functional.cross_entropy(self.name_ids(state_BTW[row_N, place_N]).float(), target_N)
 
     def require_head(self) -> None:
         """Nothing, where there is a vocabulary.
@@ -113,7 +100,7 @@ class LanguageBackbone(Backbone):
         if int(answer_ids.max()) >= self.vocabulary:
             raise SpecError(
                 f"An answer holds id {int(answer_ids.max())}, the vocabulary ends at {self.vocabulary - 1}. "
-                "Have this backbone's own answer_ids make the ids."
+                "Have the answer_ids of this backbone's own processor make the ids."
             )
 
 

@@ -12,19 +12,17 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix
-from vlaflow.backbones.molmo2_prompt import NAME, MolmoReader
-from vlaflow.backbones.pretrained import PretrainedBackbone, plain_architecture
-from vlaflow.backbones.pretrained_prompt import open_pretrained, transformers_library
-from vlaflow.data.batch import ObservationBatch
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.molmo2_processor import FAMILY, NAME, MolmoProcessor, MolmoReader
+from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
+from vlaflow.backbones.pretrained_processor import checkpoint_source
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import causal_mask
 
@@ -47,46 +45,37 @@ def molmo2_8b() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class MolmoConfig(BackboneConfig):
+class MolmoConfig(PretrainedConfig):
     """The Molmo2 backbone.
 
     Args:
-        state_dim: length of the proprioceptive state, S.
-        views: camera views, any number, in the order in which the user turn shows them.
-        source: local folder or Hub name of a pretrained model to start from; None when ``architecture`` is given.
-        architecture: transformers' configs as JSON data, for random weights or those of a checkpoint.
+        state_dim, views, source, architecture, dtype, recompute: see ``PretrainedConfig``; the user turn shows the views.
         padded_state: state dimensions the network sees, zero beyond S.
         state_token: a token that stands for the state in the user turn, one that no instruction uses; None leaves the state
             to the action expert (A1 with flow matching).
-        dtype: of the pretrained parts. Train in float32 under bf16 autocast; bfloat16 halves the memory of serving.
-        recompute: forget activations in training and compute them again, layer by layer (less memory, a third more time).
     """
 
-    state_dim: int
-    views: tuple[str, ...]
-    source: str | None = None
-    architecture: dict[str, Any] | None = field(default=None, repr=False)
     padded_state: int = 32
     state_token: str | None = "<|vision_pad|>"  # noqa: S105
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    recompute: bool = False
 
-    def __post_init__(self) -> None:
-        if (self.source is None) == (self.architecture is None):
-            raise ConfigError("A Molmo2 backbone needs either 'source' (a folder or Hub name) or 'architecture'.")
-        if len(set(self.views)) != len(self.views):
-            raise ConfigError(f"Camera views must differ, got {list(self.views)}.")
-        if self.state_dim > self.padded_state:
-            raise ConfigError(f"padded_state {self.padded_state} is smaller than state_dim {self.state_dim}; raise it.")
+    name: ClassVar[str] = NAME
+    family: ClassVar[str] = FAMILY
+    model_class: ClassVar[str] = "Molmo2ForConditionalGeneration"
 
     def build(self) -> MolmoBackbone:
-        """The network: pretrained where ``source`` is given, else random, to be filled from a checkpoint."""
+        """See the base class."""
         return MolmoBackbone(self)
 
+    def processor(self, folder: Path | None = None) -> MolmoProcessor:
+        """See the base class."""
+        source = checkpoint_source(self.source, folder)
+        reader = MolmoReader.open(source) if source else None
+        return MolmoProcessor(reader, self.views, self.state_dim, state_token=self.state_token)
+
     @property
-    def can_answer(self) -> bool:
-        """The published model's head."""
-        return True
+    def state_width(self) -> int:
+        """See the base class."""
+        return self.padded_state
 
 
 class MolmoBackbone(PretrainedBackbone):
@@ -97,79 +86,36 @@ class MolmoBackbone(PretrainedBackbone):
     """
 
     def __init__(self, config: MolmoConfig) -> None:
-        super().__init__()
-        hub, dtype = transformers_library(NAME), getattr(torch, config.dtype)
-        self.name, self.reader = NAME, None
-        if config.source is not None:
-            kind = hub.Molmo2ForConditionalGeneration
-            full = open_pretrained(kind, config.source, NAME, dtype=dtype, use_safetensors=True)
-            self.reader = MolmoReader.open(config.source)
-            config = replace(config, source=None, architecture=plain_architecture(full.config.to_diff_dict()))
-        else:
-            full = hub.AutoModelForImageTextToText.from_config(hub.Molmo2Config(**(config.architecture or {})), dtype=dtype)
-        self.config = config
-        self.network, self.head = full.model, full.lm_head
-        text = full.config.text_config
+        super().__init__(config)
+        text = self.language.config
         if text.qk_norm_type != "qwen3" or text.norm_after or text.rope_parameters["rope_type"] != "default":
             raise ConfigError(f"Of the {NAME} models those on Qwen3 can be run layer by layer (4B, 8B), not this one.")
-        self.spec = BackboneSpec(
-            text.num_hidden_layers,
-            text.hidden_size,
-            text.num_attention_heads,
-            text.num_key_value_heads,
-            text.head_dim,
-            attention="causal",
-            state_dim=config.state_dim,
-            rotary=True,
-        )
-        self.state = nn.Linear(config.padded_state, text.hidden_size)
-        self._rotate = hub.models.molmo2.modeling_molmo2.apply_rotary_pos_emb
         if config.recompute:
             self.network.vision_tower.gradient_checkpointing_enable()
 
-    @property
-    def views(self) -> Mapping[str, int | None]:
-        """Views of any size; the reader resizes them."""
-        return dict.fromkeys(self.config.views)
+    def embed_prompt(self, inputs: Inputs) -> Tensor:
+        """See the base class; image features are added to the placeholder's embedding."""
+        hidden_BPW = self.embed_ids(inputs.id_BP)
+        if inputs.patches is None or inputs.pooled_VK is None or inputs.image_BP is None:
+            return hidden_BPW
+        image_VW = self._pool(inputs.patches, inputs.pooled_VK).to(hidden_BPW.dtype)
+        return hidden_BPW + torch.zeros_like(hidden_BPW).masked_scatter(inputs.image_BP[..., None], image_VW)
 
-    def embed(self, observation: ObservationBatch) -> Prefix:
-        """See the base class. The vision tower runs here, once for all views of all observations.
-
-        Raises:
-            SpecError: for a state of another length, or an instruction with one of the tokenizer's own tokens.
-            CapabilityError: for a network that has neither been given a ``source`` nor opened from a checkpoint.
+    def _pool(self, patches_INC: Tensor, pooled_VK: Tensor) -> Tensor:
+        """Features of image tokens (V, W). transformers' own adapter drops tokens without a patch, which never are, and has the
+        host wait for the device to find them.
         """
-        prompt, table = self.reading().read(observation, self.config), self.language.embed_tokens
-        device = table.weight.device
-        hidden_BPW = table(prompt.id_BP.to(device))
-        if prompt.patches_INC is not None and prompt.pooled_VK is not None:
-            rows, columns = self.reading().pictures.grid
-            grid_I4 = torch.tensor([[rows, columns, 0, 0]], device=device).expand(len(prompt.patches_INC), -1)
-            features = self.network.get_image_features(
-                prompt.patches_INC.to(device), prompt.pooled_VK.to(device), grid_I4, return_dict=True
-            )
-            image_VW = torch.cat(tuple(features.pooler_output)).to(hidden_BPW.dtype)
-            there_BP1 = prompt.patch_BP[..., None].to(device)  # features are added to the placeholder's embedding
-            hidden_BPW = hidden_BPW + torch.zeros_like(hidden_BPW).masked_scatter(there_BP1, image_VW)
-        if self.config.state_token is not None:
-            hidden_BPW = self.state_token(observation, hidden_BPW, prompt.state_BP)
-        position_BP = torch.arange(hidden_BPW.shape[1], device=device)[None].expand(len(observation), -1)
-        picture_P = prompt.picture_BP[0].to(device)
-        return Prefix(
-            self,
-            hidden_BPW,
-            padding_mask_BP=None if bool(prompt.padding_mask_BP.all()) else prompt.padding_mask_BP.to(device),
-            rotary=self.language.rotary_emb(hidden_BPW, position_BP),
-            next_position_B=prompt.padding_mask_BP.sum(1).to(device),
-            state_BS=observation.state_BS,
-            mask_PP=causal_mask(len(picture_P), device) | (picture_P[:, None] & picture_P),
-        )
+        states = self.network.vision_tower(patches_INC, output_hidden_states=True).hidden_states
+        layers = self.network.config.adapter_config.vision_feature_layer
+        feature_PF = torch.cat([states[i + 1 if i >= 0 else i] for i in layers], -1).flatten(0, 1)
+        there_VK, adapter = pooled_VK >= 0, self.network.multi_modal_projector
+        patch_VKF = feature_PF[pooled_VK.clamp(min=0)] * there_VK[..., None].to(feature_PF.dtype)
+        mean_V1F = patch_VKF.sum(1, keepdim=True) / there_VK.float().sum(1)[:, None, None].to(patch_VKF.dtype)
+        pooled_V1F, _ = adapter.image_pooling_2d(mean_V1F, patch_VKF, attention_mask=there_VK[:, None, None])
+        return adapter.image_projector(pooled_V1F[:, 0])
 
-    def positions(self, position_BT: Tensor) -> Tensor:
-        """As they are."""
-        return position_BT
-
-    @staticmethod
-    def read_from(folder: Path) -> MolmoReader:
-        """See the base class."""
-        return MolmoReader.open(str(folder))
+    def prefix_mask(self, inputs: Inputs) -> Tensor:
+        """Causal, but the tokens of all images see each other."""
+        assert inputs.picture_P is not None
+        picture_P = inputs.picture_P
+        return causal_mask(len(picture_P), picture_P.device) | (picture_P[:, None] & picture_P)

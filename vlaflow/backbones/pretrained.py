@@ -2,10 +2,10 @@
 
 The modules are those of transformers; only the order in which they run is ours, so that a prefix can stop at any layer and
 other tokens can read its keys and values. What a decoder adds sees the whole prefix and all of itself. transformers is
-imported when the first network is built, never before.
+imported when the first network is built, never before, and of its models only the one that is built.
 
 A new policy starts from ``source`` (a local folder or a Hub name). The network it gets carries a config with the
-``architecture`` written out and no source, and copies of tokenizer and image settings; a checkpoint holds those, so it
+``architecture`` written out and no source, and the processor copies tokenizer and image settings into checkpoints; so one
 opens without the original, without a network connection, and with no other code than vlaflow's and transformers'.
 
 Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state, H heads, G key/value heads, E head dimension.
@@ -14,69 +14,181 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state, H he
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from vlaflow.backbones.base import Prefix, Rotary
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
-from vlaflow.backbones.pretrained_prompt import answer_ids, answer_texts
-from vlaflow.data.batch import ObservationBatch
-from vlaflow.errors import CapabilityError, CheckpointError, SpecError
+from vlaflow.backbones.pretrained_processor import PretrainedProcessor, open_pretrained, transformers_library
+from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues, attend
 from vlaflow.nn.block import Rotate
 
 
-class Reader(Protocol):
-    """Tokenizer and image settings of a pretrained model."""
+@dataclass(frozen=True)
+class PretrainedConfig(BackboneConfig):
+    """What the configs of all pretrained backbones hold.
 
-    tokenizer: Any
+    Args:
+        state_dim: length of the proprioceptive state, S.
+        views: camera views, any number, in the order of their tokens.
+        source: local folder or Hub name of a pretrained model to start from; None when ``architecture`` is given.
+        architecture: transformers' configs as JSON data, for random weights or those of a checkpoint.
+        dtype: of the pretrained parts. Train in float32 under bf16 autocast; bfloat16 halves the memory of serving.
+        recompute: forget activations in training and compute them again, layer by layer (less memory, a third more time).
+    """
+
+    state_dim: int
+    views: tuple[str, ...]
+    source: str | None = None
+    architecture: dict[str, Any] | None = field(default=None, repr=False)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+
+    name: ClassVar[str]
+    """For sentences."""
+    family: ClassVar[str]
+    """transformers' module, as in ``transformers.models``."""
+    model_class: ClassVar[str]
+    """transformers' class of the model with its language-model head."""
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.architecture is None):
+            raise ConfigError(f"The {self.name} backbone needs either 'source' (a folder or Hub name) or 'architecture'.")
+        if len(set(self.views)) != len(self.views):
+            raise ConfigError(f"Camera views must differ, got {list(self.views)}.")
+        if self.state_width and self.state_dim > self.state_width:
+            raise ConfigError(f"padded_state {self.state_width} is smaller than state_dim {self.state_dim}; raise it.")
+
+    @abstractmethod
+    def build(self) -> PretrainedBackbone:
+        """The network: pretrained where ``source`` is given, else random, to be filled from a checkpoint."""
+
+    @abstractmethod
+    def processor(self, folder: Path | None = None) -> PretrainedProcessor[Any]:
+        """See the base class. Tokenizer and image settings are read from ``source`` or from the checkpoint."""
 
     @property
-    def end(self) -> str:
-        """The token that ends an assistant turn."""
+    def can_answer(self) -> bool:
+        """With the published model's head."""
+        return True
 
-    def save(self, folder: Path) -> None:
-        """Write everything that reading needs, as JSON."""
+    @property
+    def state_width(self) -> int:
+        """State dimensions the network sees, zero beyond S; 0 where it does not read the state."""
+        return 0
+
+    @property
+    def prefix_attention(self) -> Literal["full", "causal"]:
+        """Which prefix tokens see each other."""
+        return "causal"
+
+    @property
+    def transformers_options(self) -> Mapping[str, Any]:
+        """Arguments of transformers' config besides ``architecture``."""
+        return {}
 
 
 class PretrainedBackbone(LanguageBackbone):
-    """See the module text.
+    """See the module text. A wrapper says what its family embeds, and where its parts are.
 
     Attributes:
         network: transformers' model without the language-model head.
-        head: that head, or None where it is the embedding table itself.
-        state: from the padded state to one token.
-        reader: tokenizer and image settings; None for a network built from an architecture alone.
+        head: that head, or None where it is tied to the embedding table, which is then held once, as in the published weights.
+        state: from the padded state to one token; None where the model does not read the state.
     """
 
     network: Any
     head: nn.Linear | None
-    state: nn.Linear
-    reader: Any | None
-    name: str
-    """For sentences."""
-
+    state: nn.Linear | None
     _rotate: Callable[..., tuple[Tensor, Tensor]]
 
-    @abstractmethod
-    def positions(self, position_BT: Tensor) -> Tensor:
-        """Text positions as the model's rotary embedding takes them."""
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        hub, dtype = transformers_library(config.name, config.family), getattr(torch, config.dtype)
+        kind = getattr(hub, config.model_class)
+        if config.source is not None:
+            full = open_pretrained(kind, config.source, config.name, dtype=dtype, use_safetensors=True)
+            config = replace(config, source=None, architecture=self.architecture_of(full.config))
+        else:
+            options = {**(config.architecture or {}), **config.transformers_options}
+            full = hub.AutoModelForImageTextToText.from_config(kind.config_class(**options), dtype=dtype)
+        self.config = config
+        self.network = full.model
+        self.head = None if full.config.tie_word_embeddings else full.lm_head
+        text = full.config.text_config
+        width, heads = text.hidden_size, text.num_attention_heads
+        self.spec = BackboneSpec(
+            text.num_hidden_layers,
+            width,
+            heads,
+            text.num_key_value_heads,
+            getattr(text, "head_dim", None) or width // heads,
+            attention=config.prefix_attention,
+            state_dim=config.state_dim,
+            rotary=True,
+        )
+        self.state = nn.Linear(config.state_width, width) if config.state_width else None
+        self._rotate = import_module(f"transformers.models.{config.family}.modeling_{config.family}").apply_rotary_pos_emb
 
     @staticmethod
-    @abstractmethod
-    def read_from(folder: Path) -> Any:
-        """The reader of what ``Reader.save`` wrote."""
+    def architecture_of(config: Any) -> dict[str, Any]:
+        """What rebuilds a network from transformers' config of it, as JSON data."""
+        return plain_architecture(config.to_diff_dict())
 
     @property
     def language(self) -> Any:
         """The language model: embedding table, layers, norm, rotary embedding."""
         return self.network.language_model
+
+    @property
+    def views(self) -> Mapping[str, int | None]:
+        """Views of any size, which the processor resizes."""
+        return dict.fromkeys(self.config.views)
+
+    # -- the prefix --------------------------------------------------------------------------------------------------
+
+    def embed(self, inputs: Inputs) -> Prefix:
+        """See the base class. The vision part runs here, once for all views of all observations."""
+        hidden_BPW = self.embed_prompt(inputs)
+        if self.state is not None and inputs.state_BP is not None:
+            state_BS = functional.pad(inputs.state_BS, (0, self.state.in_features - inputs.state_BS.shape[1]))
+            state_BW = self.state(state_BS.to(self.state.weight.dtype)).to(hidden_BPW.dtype)
+            hidden_BPW = hidden_BPW.masked_scatter(inputs.state_BP[..., None], state_BW)
+        return Prefix(
+            self,
+            hidden_BPW,
+            padding_mask_BP=inputs.padding_mask_BP,
+            rotary=self.language.rotary_emb(hidden_BPW, self.prefix_positions(inputs)),
+            next_position_B=inputs.next_position_B,
+            state_BS=inputs.state_BS,
+            mask_PP=self.prefix_mask(inputs),
+        )
+
+    @abstractmethod
+    def embed_prompt(self, inputs: Inputs) -> Tensor:
+        """Embedded tokens (B, P, W), images in their places; what stands in the state's place is replaced afterwards."""
+
+    def prefix_positions(self, inputs: Inputs) -> Tensor:
+        """Positions of the prefix as the model's rotary embedding takes them; by default every token counts one."""
+        return torch.arange(inputs.id_BP.shape[1], device=inputs.id_BP.device)[None].expand(len(inputs), -1)
+
+    def prefix_mask(self, inputs: Inputs) -> Tensor | None:
+        """Which prefix tokens see which, bool (P, P); None where ``prefix_attention`` says it."""
+        return None
+
+    def positions(self, position_BT: Tensor) -> Tensor:
+        """Text positions as the model's rotary embedding takes them; by default as they are."""
+        return position_BT
 
     # -- layers ------------------------------------------------------------------------------------------------------
 
@@ -145,37 +257,11 @@ class PretrainedBackbone(LanguageBackbone):
 
     # -- language ----------------------------------------------------------------------------------------------------
 
-    def state_token(self, observation: ObservationBatch, hidden_BPW: Tensor, there_BP: Tensor) -> Tensor:
-        """Put the projected state into its place among the embedded tokens.
-
-        Raises:
-            SpecError: for a state of another length.
-        """
-        self.check_state(observation)
-        c, device = self.config, hidden_BPW.device
-        state_BS = functional.pad(observation.state_BS, (0, c.padded_state - c.state_dim)).to(device, self.state.weight.dtype)
-        return hidden_BPW.masked_scatter(there_BP[..., None].to(device), self.state(state_BS).to(hidden_BPW.dtype))
-
-    def check_state(self, observation: ObservationBatch) -> None:
-        """Refuse a state of another length.
-
-        Raises:
-            SpecError: with both lengths.
-        """
-        expected, found = self.config.state_dim, observation.state_BS.shape[1]
-        if found != expected:
-            raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
-
     @property
     def vocabulary(self) -> int:
         """Ids the published head can name: more than the tokenizer knows, fewer than the table holds (Molmo2)."""
         head = self.language.embed_tokens if self.head is None else self.head
         return head.weight.shape[0]
-
-    @property
-    def end_id(self) -> int:
-        """The end of an assistant turn."""
-        return int(self.answer_ids([""])[0, -1])
 
     def embed_ids(self, id_BT: Tensor) -> Tensor:
         """See ``LanguageBackbone``."""
@@ -186,44 +272,6 @@ class PretrainedBackbone(LanguageBackbone):
         if self.head is not None:
             return self.head(state_NW)
         return functional.linear(state_NW, self.language.embed_tokens.weight)
-
-    def answer_ids(self, answers: Sequence[str]) -> Tensor:
-        """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
-        return answer_ids(self.reading().tokenizer, answers, self.reading().end)
-
-    def answer_texts(self, id_BT: Tensor) -> list[str]:
-        """Words up to the end of the turn."""
-        return answer_texts(self.reading().tokenizer, id_BT, self.end_id)
-
-    # -- files -------------------------------------------------------------------------------------------------------
-
-    def save_files(self, folder: Path) -> None:
-        """Tokenizer, chat template and image settings into ``folder/processor``, all JSON."""
-        if self.reader is not None:
-            self.reader.save(folder / "processor")
-
-    def load_files(self, folder: Path) -> None:
-        """See ``save_files``.
-
-        Raises:
-            CheckpointError: when the folder is missing.
-        """
-        if not (folder / "processor").is_dir():
-            raise CheckpointError(f"{folder / 'processor'} is missing (tokenizer and image settings). Copy the whole folder.")
-        self.reader = self.read_from(folder / "processor")
-
-    def reading(self) -> Any:
-        """The reader.
-
-        Raises:
-            CapabilityError: when the network was built from an architecture alone.
-        """
-        if self.reader is None:
-            raise CapabilityError(
-                f"This {self.name} network has no tokenizer: it was built from an architecture alone. "
-                "Build it with 'source', or open a checkpoint with Policy.from_pretrained."
-            )
-        return self.reader
 
 
 def plain_architecture(data: Any) -> Any:

@@ -7,9 +7,10 @@ its keys and values are exact for every solver step. With ``answers`` it can als
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary, TextLimit
-from vlaflow.backbones.language import IGNORED, LanguageBackbone
-from vlaflow.data.batch import ObservationBatch
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.language import LanguageBackbone
+from vlaflow.backbones.tiny_processor import END, PAD, TinyProcessor
+from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem
@@ -68,6 +70,11 @@ class TinyConfig(BackboneConfig):
         """The network, randomly initialised."""
         return TinyBackbone(self)
 
+    def processor(self, folder: Path | None = None) -> TinyProcessor:
+        """See the base class; it needs no files."""
+        cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
+        return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch)
+
     @property
     def can_answer(self) -> bool:
         """With a table of bytes."""
@@ -86,10 +93,6 @@ class TinyConfig(BackboneConfig):
     def rater_block(self) -> BlockConfig:
         """A block like its own, with four times the width in between."""
         return BlockConfig(self.width, self.heads, self.heads, self.width // self.heads, 4 * self.width)
-
-
-END = 256
-"""The id after those of the 256 bytes ends an answer."""
 
 
 class ConvStem(nn.Module):
@@ -125,7 +128,7 @@ class TinyBackbone(LanguageBackbone):
         stem = ConvStem if c.stem == "conv" else PatchStem
         self.stems = nn.ModuleList(stem(c.cell, c.width) for _ in c.views)
         cells, texts = (c.image_size // c.cell) ** 2, c.text_bytes // c.text_patch
-        self.byte = nn.Embedding(257, 32)  # 256 marks padding
+        self.byte = nn.Embedding(PAD + 1, 32)
         self.text = nn.Linear(32 * c.text_patch, c.width)
         self.state = nn.Linear(c.state_dim, c.width)
         self.prefix_position = nn.Parameter(torch.randn(len(c.views) * cells + texts + 1, c.width) * 0.02)
@@ -142,29 +145,18 @@ class TinyBackbone(LanguageBackbone):
         """Views and their image side."""
         return dict.fromkeys(self.config.views, self.config.image_size)
 
-    def embed(self, observation: ObservationBatch) -> Prefix:
-        """See the base class.
-
-        Raises:
-            SpecError: for an instruction longer than ``text_bytes`` or a state of another length.
-        """
-        c = self.config
-        if observation.state_BS.shape[1] != c.state_dim:
-            raise SpecError(f"The policy expects a state of length {c.state_dim}, got {observation.state_BS.shape[1]}.")
+    def embed(self, inputs: Inputs) -> Prefix:
+        """See the base class."""
+        c, (batch, length) = self.config, inputs.id_BP.shape
         tokens = []
         for view, stem in zip(c.views, self.stems, strict=True):
-            tokens.append(stem(observation.images[view].to(self.state.weight.dtype) / 127.5 - 1))
-        images = sum(t.shape[1] for t in tokens)
-        byte_BN, written_BT = self._bytes(observation)
-        texts = written_BT.shape[1]
-        tokens.append(self.text(self.byte(byte_BN).view(len(observation), texts, 32 * c.text_patch)))
-        tokens.append(self.state(observation.state_BS.to(self.state.weight.dtype))[:, None])
-        position_PW = torch.cat((self.prefix_position[: images + texts], self.prefix_position[-1:]))
-        hidden_BPW = torch.cat(tokens, 1) + position_PW
-        if bool(written_BT.all()):
-            return Prefix(self, hidden_BPW, state_BS=observation.state_BS)
-        padding_mask_BP = functional.pad(functional.pad(written_BT, (images, 0), value=True), (0, 1), value=True)
-        return Prefix(self, hidden_BPW, padding_mask_BP, state_BS=observation.state_BS)
+            tokens.append(stem(inputs.images[view].to(self.state.weight.dtype) / 127.5 - 1))
+        texts = length // c.text_patch
+        before_state = sum(t.shape[1] for t in tokens) + texts
+        tokens.append(self.text(self.byte(inputs.id_BP).view(batch, texts, 32 * c.text_patch)))
+        tokens.append(self.state(inputs.state_BS.to(self.state.weight.dtype))[:, None])
+        position_PW = torch.cat((self.prefix_position[:before_state], self.prefix_position[-1:]))
+        return Prefix(self, torch.cat(tokens, 1) + position_PW, inputs.padding_mask_BP, state_BS=inputs.state_BS)
 
     def layer(
         self,
@@ -200,11 +192,6 @@ class TinyBackbone(LanguageBackbone):
         """256 bytes and the end."""
         return END + 1 if self.config.answers else 0
 
-    @property
-    def end_id(self) -> int:
-        """See ``LanguageBackbone``."""
-        return END
-
     def embed_ids(self, id_BT: Tensor) -> Tensor:
         """See ``LanguageBackbone``."""
         return self._table()(id_BT)
@@ -213,31 +200,7 @@ class TinyBackbone(LanguageBackbone):
         """See ``LanguageBackbone``."""
         return functional.linear(state_NW, self._table().weight)
 
-    def answer_ids(self, answers: Sequence[str]) -> Tensor:
-        """UTF-8 bytes and the end."""
-        rows = [torch.tensor([*answer.encode(), END]) for answer in answers]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
-
-    def answer_texts(self, id_BT: Tensor) -> list[str]:
-        """Bytes up to the end, wrong UTF-8 as the replacement character."""
-        rows = ([number for number in row if number >= 0] for row in id_BT.tolist())
-        return [bytes(row[: row.index(END)] if END in row else row).decode(errors="replace") for row in rows]
-
     def _table(self) -> nn.Embedding:
         self.require_head()
         assert self.answer is not None
         return self.answer
-
-    def _bytes(self, observation: ObservationBatch) -> tuple[Tensor, Tensor]:
-        """Bytes (B, N) padded with 256 to the batch's longest sentence, and which text tokens hold any, (B, N / patch)."""
-        limit, patch = self.config.text_bytes, self.config.text_patch
-        sentences = [sentence.encode() for sentence in observation.instructions]
-        for raw in sentences:
-            if len(raw) > limit:
-                raise SpecError(f"The instruction '{raw.decode()}' has {len(raw)} bytes, the policy reads at most {limit}.")
-        length = -(-max(len(raw) for raw in sentences) // patch) * patch
-        byte_BN = torch.tensor([list(raw.ljust(length, b"\0")) for raw in sentences], dtype=torch.long)
-        size_B1 = torch.tensor([[len(raw)] for raw in sentences])
-        byte_BN = torch.where(torch.arange(length) < size_B1, byte_BN.view(len(sentences), length), 256)
-        byte_BN = byte_BN.to(observation.state_BS.device)
-        return byte_BN, (byte_BN < 256).view(len(sentences), -1, patch).any(-1)

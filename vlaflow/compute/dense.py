@@ -74,7 +74,7 @@ class Dense(ComputePolicy):
         """See ``ComputePolicy``."""
         depth = self.depth or model.backbone.spec.depth
         with watch.part("prefix"):
-            prefix = model.decoder.read(model.backbone, prefix, depth)
+            prefix = model.read(prefix, depth)
         with watch.part("first"):
             state = model.decoder.solve(prefix, generators, self.sampling, conditioning)
             action_BLD, tokens = model.decoder.finish(state), model.decoder.tokens(state)

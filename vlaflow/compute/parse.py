@@ -45,9 +45,9 @@ def parse(name: str, knobs: Knobs = DEFAULTS, checkpoint: Checkpoint | None = No
     """
     found = re.fullmatch(r"([^:+]*)(?::(.*)|\+(.*))?", name)
     kind, more, after = found.groups() if found else (name, None, None)
-    for inner in re.finditer(r"\+([^:+]+)", more or ""):  # only before the name of a kind: two-stage:14+2 has a sign of its own
-        if inner[1] in registry.names("compute"):
-            more, after = inner.string[: inner.start()], inner.string[inner.start() + 1 :]
+    for sign in re.finditer(r"\+([^:+]+)", more or ""):  # only before the name of a kind: two-stage:14+2 has a sign of its own
+        if sign[1] in registry.names("compute"):
+            more, after = sign.string[: sign.start()], sign.string[sign.start() + 1 :]
             break
     made = registry.load("compute", kind, ComputeKind, f"There is no compute policy '{kind}'")
     inner = None if after is None else parse(after, knobs, checkpoint)

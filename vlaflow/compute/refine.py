@@ -92,16 +92,17 @@ class Refine(ComputePolicy):
         confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if isinstance(self.doubt, BelowThreshold) else None
         each = model.decoder.nfe(self.sampling)
         layers, passes, nfe, groups = list(first.layers), list(first.layer_passes), list(first.nfe), []
+        depth = model.backbone.spec.depth
         for group in first.groups:
             row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
             with watch.part("prefix"):
-                prefix = model.backbone.run(group.prefix)
+                prefix = model.read(group.prefix)
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
             doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
             kept = conditioning.select(row_R) if conditioning is not None else None
             if kept is not None:
-                doubt_RL = doubt_RL & (kept.clock_BL > 0)
+                doubt_RL = doubt_RL & ~kept.committed_BL
             doubted_BL[row_R] = doubt_RL
             if confidence_BL is not None and rating_RL is not None:
                 confidence_BL[row_R] = rating_RL
@@ -111,16 +112,16 @@ class Refine(ComputePolicy):
             again_A = doubt_RL.any(1).nonzero()[:, 0]
             if len(again_A):  # only chunks with a doubt cost anything more
                 with watch.part("refine"):
-                    begin = Conditioning(draft_RLD, doubt_RL.float(), guidance=kept.guidance if kept is not None else None)
+                    begin = Conditioning.around(kept, draft_RLD, doubt_RL.float())
                     part = prefix if len(again_A) == len(row_R) else prefix.select(again_A)
                     theirs = [mine[place] for place in again_A.tolist()]
                     action_BLD[row_R[again_A]] = model.decoder.sample(part, theirs, self.sampling, begin.select(again_A))
             for row in row_R.tolist():
                 passes[row] += extra
             for row in row_R[again_A].tolist():
-                passes[row] += each * prefix.depth
+                passes[row] += each * depth
                 nfe[row] += each
-                layers[row] = prefix.depth
+                layers[row] = depth
         return Decoded(
             action_BLD,
             groups=tuple(groups),

@@ -85,7 +85,7 @@ class RefineTokens(ComputePolicy):
         for group in first.groups:
             row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
             with watch.part("prefix"):
-                whole = decoder.read(model.backbone, group.prefix)
+                whole = model.read(group.prefix)
             groups.append(replace(group, prefix=whole))
             before = first.tokens.select(row_R)
             doubt_RS, rating_RL = self._doubted(model, tokenizer, whole, before, action_BLD[row_R], watch)

@@ -93,7 +93,7 @@ class TwoStage(ComputePolicy):
         """See ``ComputePolicy``."""
         decoder, depth = model.decoder, model.backbone.spec.depth
         with watch.part("prefix"):
-            prefix = decoder.read(model.backbone, prefix)
+            prefix = model.read(prefix)
         with watch.part("first"):
             state = decoder.start(prefix, generators, self.sampling, conditioning)
             if self.refresh is not None:

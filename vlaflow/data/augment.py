@@ -1,4 +1,4 @@
-"""What training does to observations so that no single cue is leaned on: erased and sharpened images, masked states.
+"""Augmentation of observations in training, against overfitting to single cues: erased and sharpened images, masked states.
 
 Shape letters: B batch, H height, W width, S state dimension.
 """
@@ -29,7 +29,7 @@ class StateMask:
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
-            raise ConfigError(f"A probability lies in [0, 1], got {self.probability}.")
+            raise ConfigError(f"A probability must lie in [0, 1], got {self.probability}.")
 
     def __call__(self, batch: int, dimensions: int, generator: Generator) -> Tensor:
         """Which dimensions are known, bool (B, S)."""
@@ -42,9 +42,9 @@ class Augment:
     """A1's image augmentation: erasing or sharpening, sometimes both.
 
     Args:
-        probability: of touching an image at all; which of the two comes first is a coin.
-        second: probability of the other one as well.
-        squares: fewest and most black squares.
+        probability: of changing an image at all; which of the two is applied first is chosen with equal probability.
+        second: probability of applying the other one as well.
+        squares: smallest and largest number of black squares.
         side: smallest and largest side of a square, as a share of the image's shorter side (A1: 20 to 80 of 336 pixels).
         sharpness: smallest and largest factor; 1 is the image itself, 0 its 3×3 smoothing (as Pillow and torchvision count).
     """
@@ -57,18 +57,20 @@ class Augment:
 
     def __post_init__(self) -> None:
         if not (0 <= self.probability <= 1 and 0 <= self.second <= 1):
-            raise ConfigError(f"Probabilities lie in [0, 1], got {self.probability} and {self.second}.")
+            raise ConfigError(f"Probabilities must lie in [0, 1], got {self.probability} and {self.second}.")
         if not (1 <= self.squares[0] <= self.squares[1] and 0 < self.side[0] <= self.side[1] <= 1):
-            raise ConfigError(f"squares and side are ranges from 1 and within (0, 1], got {self.squares} and {self.side}.")
+            raise ConfigError(
+                f"squares must be a range from 1, side a range within (0, 1], got {self.squares} and {self.side}."
+            )
         if not 0 <= self.sharpness[0] <= self.sharpness[1]:
-            raise ConfigError(f"sharpness is a range of factors from 0 on, got {self.sharpness}.")
+            raise ConfigError(f"sharpness must be a range of factors of at least 0, got {self.sharpness}.")
 
     def __call__(self, images_BHWC: Tensor, generator: Generator) -> Tensor:
-        """Each image on its own.
+        """Augment each image independently.
 
         Args:
             images_BHWC: uint8 (B, H, W, 3); one view.
-            generator: a CPU generator; the only source of randomness, and used alike whatever is drawn.
+            generator: a CPU generator; the only source of randomness, advanced by the same amount whatever is drawn.
 
         Returns:
             uint8 (B, H, W, 3), on the device of the images.
@@ -85,7 +87,7 @@ class Augment:
 
 
 def erase(images_BHWC: Tensor, how: Augment, generator: Generator) -> Tensor:
-    """Black squares that may overlap and never leave the image, (B, H, W, 3)."""
+    """Draw black squares that may overlap and lie fully within the image, (B, H, W, 3)."""
     batch, height, width, _ = images_BHWC.shape
     most = how.squares[1]
     count_B = torch.randint(how.squares[0], most + 1, (batch,), generator=generator)
@@ -103,9 +105,9 @@ def erase(images_BHWC: Tensor, how: Augment, generator: Generator) -> Tensor:
 
 
 def sharpen(images_BHWC: Tensor, factor_B: Tensor) -> Tensor:
-    """factor · image + (1 − factor) · smoothed, where the 3×3 smoothing weighs the centre 5 and its neighbours 1, over 13.
+    """Sharpen: factor · image + (1 − factor) · smoothed, with a 3×3 kernel of 5 in the centre and 1 around it, divided by 13.
 
-    The outermost pixels are not smoothed, so they stay as they are (as Pillow and torchvision do).
+    The outermost pixels are not smoothed, so they stay as they are (as in Pillow and torchvision).
     """
     image_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
     kernel = image_BCHW.new_ones(3, 3)

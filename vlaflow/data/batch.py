@@ -1,4 +1,4 @@
-"""Batched tensors as they leave the data room and enter a policy, in robot units (policies normalise).
+"""Batched tensors on their way from the data to a policy, in robot units (policies normalise them).
 
 Shape letters: B batch, H height, W width, S state dimension, L chunk size, D action dimension.
 """
@@ -35,11 +35,11 @@ class ObservationBatch:
     def __len__(self) -> int:
         return len(self.instructions)
 
-    def to(self, device: torch.device | str) -> ObservationBatch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ObservationBatch:
         """The same batch on another device."""
-        known_BS = None if self.known_BS is None else self.known_BS.to(device)
-        images = {k: v.to(device) for k, v in self.images.items()}
-        return ObservationBatch(images, self.state_BS.to(device), self.instructions, known_BS)
+        known_BS = None if self.known_BS is None else self.known_BS.to(device, non_blocking=non_blocking)
+        images = {k: v.to(device, non_blocking=non_blocking) for k, v in self.images.items()}
+        return ObservationBatch(images, self.state_BS.to(device, non_blocking=non_blocking), self.instructions, known_BS)
 
     @staticmethod
     def collate(observations: Sequence[Observation]) -> ObservationBatch:
@@ -56,7 +56,9 @@ class ObservationBatch:
                 and other.state.shape == first.state.shape
             )
             if not same:
-                raise SpecError(f"Observation {i} of the batch has other views, image sizes or state length than the first.")
+                raise SpecError(
+                    f"Observation {i} of the batch differs from the first in its views, image sizes or state length."
+                )
         images = {v: torch.from_numpy(np.stack([o.images[v] for o in observations])) for v in first.images}
         state = torch.from_numpy(np.stack([np.asarray(o.state, np.float32) for o in observations]))
         return ObservationBatch(images, state, [o.instruction for o in observations])
@@ -64,15 +66,15 @@ class ObservationBatch:
 
 @dataclass(frozen=True)
 class Executed:
-    """What the robot was given while other actions were noted as those to be learned.
+    """The actions that the robot executed, where they can differ from the actions to be learned.
 
-    Where the two are far apart, something intervened. Actions labelled after that belong to a state that the observation
-    could not predict, so only a network that is given the actions executed until then learns them.
+    A large difference is an intervention. The actions recorded after it belong to a state that the observation could not
+    predict, so they count in the loss only for a network that is conditioned on the actions executed until then.
 
     Args:
-        action_BLD: float32, what was executed.
-        intervened_BL: bool, steps at which it was far from the action to be learned.
-        present_BL: bool, steps that are neither past the episode's end nor a pause.
+        action_BLD: float32, the executed actions.
+        intervened_BL: bool, steps at which the executed action is far from the action to be learned.
+        present_BL: bool, steps that are neither past the end of the episode nor in a pause.
     """
 
     action_BLD: Tensor
@@ -80,35 +82,39 @@ class Executed:
     present_BL: Tensor
 
     def valid_after(self, known_B1: Tensor | int) -> Tensor:
-        """Steps that count when the first ``known_B1`` executed actions are given: no intervention lies between; bool (B,
-        L).
+        """Mask of the steps that count if the first ``known_B1`` executed actions are known: no intervention in between.
+
+        Returns:
+            bool (B, L).
         """
         place_1L = torch.arange(self.intervened_BL.shape[1], device=self.intervened_BL.device)[None]
         intervened_BL = self.intervened_BL & (place_1L >= known_B1)
         return self.present_BL & (intervened_BL.cumsum(1) - intervened_BL.long() == 0)
 
     def repeat(self, times: int) -> Executed:
-        """Every sample so many times, one after the other."""
+        """Repeat every sample ``times`` times in a row."""
         return Executed(*(x.repeat_interleave(times, 0) for x in (self.action_BLD, self.intervened_BL, self.present_BL)))
 
-    def to(self, device: torch.device | str) -> Executed:
-        """The same on another device."""
-        return Executed(self.action_BLD.to(device), self.intervened_BL.to(device), self.present_BL.to(device))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Executed:
+        """The same tensors on another device."""
+        return Executed(
+            *(x.to(device, non_blocking=non_blocking) for x in (self.action_BLD, self.intervened_BL, self.present_BL))
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Training samples.
+    """A batch of training samples.
 
     Args:
-        observation: what the policy saw.
-        action_BLD: float32, robot units; steps past the episode's end repeat its last action.
-        valid_BL: bool; False on steps past the episode's end, on pauses, and on all that follow an intervention (see
-            ``Executed``). They never touch the loss.
-        episode_B: int64, the episode each sample comes from (named when a loss explodes).
+        observation: the policy's input.
+        action_BLD: float32, robot units; steps past the end of the episode repeat its last action.
+        valid_BL: bool; False on steps past the end of the episode, in pauses, and after an intervention (see
+            ``Executed``). These steps do not enter the loss.
+        episode_B: int64, the episode each sample comes from (reported when the loss diverges).
         frame_B: int64, the frame within that episode.
-        code_BK: int64, latent action codes of the frame, −1 where there are none; None when nobody asked for them.
-        executed: what the robot was given at these steps; None when it was ``action_BLD``.
+        code_BK: int64, latent action codes of the frame, −1 where there are none; None unless the training uses them.
+        executed: the actions executed at these steps; None if they equal ``action_BLD``.
     """
 
     observation: ObservationBatch
@@ -121,30 +127,30 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """What an average over the batch stands for: valid actions (a decoder that draws masks counts them by its draw)."""
+        """Number of terms that the loss averages over: valid actions (a decoder that samples masks does its own count)."""
         return int(self.valid_BL.sum())
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         return Batch(
-            self.observation.to(device),
-            self.action_BLD.to(device),
-            self.valid_BL.to(device),
+            self.observation.to(device, non_blocking=non_blocking),
+            self.action_BLD.to(device, non_blocking=non_blocking),
+            self.valid_BL.to(device, non_blocking=non_blocking),
             self.episode_B,
             self.frame_B,
-            None if self.code_BK is None else self.code_BK.to(device),
-            None if self.executed is None else self.executed.to(device),
+            None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
+            None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
         )
 
 
 @dataclass(frozen=True)
 class VqaBatch:
-    """Questions about images, with their answers.
+    """A batch of questions about images, with their answers.
 
     Args:
         observation: images by view; the instructions are the questions; no state dimension is known.
         answers: B sentences.
-        names: of the questions, e.g. for a loss that explodes.
+        names: of the questions, reported when the loss diverges.
     """
 
     observation: ObservationBatch
@@ -153,9 +159,5 @@ class VqaBatch:
 
     @property
     def targets(self) -> int:
-        """What an average over the batch stands for: answers."""
+        """Number of terms that the loss averages over: answers."""
         return len(self.answers)
-
-    def to(self, device: torch.device | str) -> VqaBatch:
-        """The same batch on another device."""
-        return VqaBatch(self.observation.to(device), self.answers, self.names)

@@ -1,7 +1,7 @@
-"""Everything that can be wrong with a data set, looked for in one pass: each row, each frame, each file.
+"""Check a whole data set in one pass: every row, every frame, every file.
 
-``Dataset`` itself refuses damage where it meets it; here the search goes on to the next episode, so that one run lists
-all that has to be fixed.
+``Dataset`` stops at the first damage it reads; the check continues with the next episode, so that one run lists everything
+that has to be fixed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vlaflow.errors import DataError
 
 @dataclass(frozen=True)
 class Findings:
-    """What a check found.
+    """The findings of a check.
 
     Args:
         problems: what makes the data set unfit for training, one sentence each.
-        remarks: what is worth knowing but may be meant so.
+        remarks: what is worth knowing but may be intended.
         frames: frames decoded, over all views.
     """
 
@@ -45,7 +45,7 @@ def check(dataset: Dataset, workers: int = 2, progress: Callable[[int, int], Non
     Args:
         dataset: an open data set.
         workers: decoding threads.
-        progress: called with (videos done, videos in all).
+        progress: called with (videos done, total videos).
     """
     problems, remarks = [], []
     try:
@@ -76,7 +76,7 @@ def _decode(dataset: Dataset, which: tuple[int, str]) -> tuple[int, str | None]:
 
 
 def _surplus_frames(dataset: Dataset) -> list[str]:
-    """Videos that hold more frames than their episodes have rows: the two were not recorded together."""
+    """Find videos with more frames than their episodes have rows, which suggests that they were not recorded together."""
     expected: Counter[tuple[str, str]] = Counter()
     for episode in dataset.episodes:
         for key, path in dataset.video_paths(episode.index).items():
@@ -87,11 +87,11 @@ def _surplus_frames(dataset: Dataset) -> list[str]:
             with av.open(video) as container:
                 held = container.streams.video[0].frames if container.streams.video else 0
         except (av.FFmpegError, OSError):
-            continue  # said better, and by episode, when it is decoded
+            continue  # decoding reports it better, by episode
         if held > count:
             found.append(
-                f"{video} holds {held} frames of '{key}', but its episodes have {count} rows in all, so frames and actions may "
-                f"not belong together. Record these episodes again, or cut the video."
+                f"{video} holds {held} frames of '{key}', but its episodes have {count} rows in total, so frames and actions "
+                f"may not belong together. Record these episodes again, or cut the video."
             )
     return found
 
@@ -103,7 +103,7 @@ def _about_numbers(dataset: Dataset) -> list[str]:
         if still:
             remarks.append(f"{name}: dimension {', '.join(map(str, still))} never changes.")
     if spec is None:
-        remarks.append("No action spec: a checkpoint trained on this cannot check that it meets the right robot.")
+        remarks.append("No action spec: a checkpoint trained on this cannot verify that it drives the right robot.")
     else:
         outside = (columns.action < spec.low - 1e-6) | (columns.action > spec.high + 1e-6)
         for d in np.flatnonzero(outside.any(axis=0)):
@@ -123,14 +123,13 @@ def _about_numbers(dataset: Dataset) -> list[str]:
     share = intervened(dataset, INTERVENTIONS).mean()
     if share > 0:
         remarks.append(
-            f"In {share:.1%} of the frames something else was executed (vlaflow.data.quality.InterventionRule); "
-            "what follows in a "
-            "chunk is not learned."
+            f"In {share:.1%} of the frames the executed action differs from the recorded one "
+            "(vlaflow.data.quality.InterventionRule); what follows in a chunk is left out of the loss."
         )
     if dataset.video_drift_s >= TOLERANCE_S:
         remarks.append(
             f"Episodes begin up to {dataset.video_drift_s * 1000:.2g} ms away from a frame of their video "
-            "('from_timestamp' in meta/episodes); the nearest frame is taken."
+            "('from_timestamp' in meta/episodes); the nearest frame is used."
         )
     path = dataset.root / "meta/stats.json"
     if dataset.version == "v3.0":
@@ -139,5 +138,5 @@ def _about_numbers(dataset: Dataset) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             quantiles = False
         if not quantiles:
-            remarks.append("meta/stats.json is missing, damaged or without quantiles; LeRobot needs it, vlaflow does not.")
+            remarks.append("meta/stats.json is missing, damaged or without quantiles; LeRobot needs them, vlaflow does not.")
     return remarks

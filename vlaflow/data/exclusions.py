@@ -17,14 +17,13 @@ from vlaflow.errors import SpecError
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Which shares of the actions in a data set's chunks never reach the loss, each in [0, 1]; padding is not counted.
+    """Shares of the actions in a data set's chunks that are excluded from the loss, each in [0, 1]; padding is not counted.
 
     Args:
         paused: by the pause rule; None without one.
         intervened: by the intervention rule (what follows an intervention within a chunk); None without one, or where the
-        data set
-            does not keep executed actions.
-        total: by either.
+            data set does not record executed actions.
+        total: by either rule.
     """
 
     paused: float | None
@@ -49,30 +48,30 @@ def exclusions(
     pause_N, intervened_N = paused(dataset, pause_rule), intervened(dataset, intervention_rule)
     pauses_before = np.concatenate(([0], np.cumsum(pause_N)))  # pauses_before[i]: among rows 0 .. i-1
     row_N = np.arange(len(dataset))
-    next_departure_N = np.minimum.accumulate(np.where(intervened_N, row_N, len(dataset))[::-1])[::-1]
-    actions = in_pauses = after_departures = left_out = 0
+    next_intervention_N = np.minimum.accumulate(np.where(intervened_N, row_N, len(dataset))[::-1])[::-1]
+    actions = in_pauses = after_interventions = left_out = 0
     for episode in episodes:
         rows = dataset.episode_slice(episode)
         first_T = row_N[rows]
         end_T = np.minimum(first_T + chunk_size, rows.stop)
-        counted_T = np.minimum(end_T, next_departure_N[rows] + 1)  # the intervention itself is still learned
+        counted_T = np.minimum(end_T, next_intervention_N[rows] + 1)  # the intervention itself is still learned
         actions += int((end_T - first_T).sum())
         in_pauses += int((pauses_before[end_T] - pauses_before[first_T]).sum())
-        after_departures += int((end_T - counted_T).sum())
+        after_interventions += int((end_T - counted_T).sum())
         left_out += int((end_T - counted_T + pauses_before[counted_T] - pauses_before[first_T]).sum())
     whole = max(actions, 1)
     return Exclusions(
         paused=in_pauses / whole if pause_rule is not None else None,
-        intervened=after_departures / whole if intervention_rule is not None and dataset.executed_key is not None else None,
+        intervened=after_interventions / whole if intervention_rule is not None and dataset.executed_key is not None else None,
         total=left_out / whole,
     )
 
 
 def paused(dataset: Dataset, rule: PauseRule | None) -> np.ndarray:
-    """Rows, (N,) bool, that are pauses; none without a rule.
+    """Rows, (N,) bool, that belong to pauses; none without a rule.
 
     Raises:
-        SpecError: there is a rule, but the data set does not say what its actions mean.
+        SpecError: there is a rule, but the data set has no action spec.
     """
     if rule is None:
         return np.zeros(len(dataset), bool)
@@ -84,7 +83,7 @@ def paused(dataset: Dataset, rule: PauseRule | None) -> np.ndarray:
 
 
 def intervened(dataset: Dataset, rule: InterventionRule | None) -> np.ndarray:
-    """Rows, (N,) bool, at which the robot intervened from what is to be learned; none without a rule or executed actions."""
+    """Rows, (N,) bool, at which the rule finds an intervention; none without a rule or executed actions."""
     found_N = np.zeros(len(dataset), bool)
     if rule is None or dataset.executed_key is None:
         return found_N

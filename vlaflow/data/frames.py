@@ -1,11 +1,11 @@
-"""Frames decoded once into plain memory-mapped bytes, because decoding at random costs a hundred times a copy.
+"""Frames decoded once into memory-mapped files, because decoding at random costs a hundred times as much as a copy.
 
     cache = FrameCache.open(dataset, size=96)
     images = cache.gather(np.array([0, 17, 4]))      # {"corner2": uint8 (3, 96, 96, 3)}
 
 One file per view, (N, H, W, 3), in ``<root>/.cache/frames-<key>/`` or ``$VLAFLOW_CACHE/frames-<key>/``. The key hashes the
 data set's content, the size and the layout, so a changed data set gets a new cache and an old one is never read by mistake.
-``resize`` is public because a policy must shrink what it sees on the robot in exactly the same way.
+``resize`` is public because a policy must resize the images of the robot in exactly the same way.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from vlaflow.errors import DataError, SpecError
 logger = logging.getLogger("vlaflow.data")
 
 LAYOUT = 1
-"""Raise when the bytes of a cache, or what ``resize`` answers, change."""
+"""Version of the cache format; increment it when the files or the output of ``resize`` change."""
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Shrink by averaging areas to size x size; an image that is not square keeps its shape between black bars.
+    """Resize to size x size with a box filter; an image that is not square is padded with black bars.
 
     Args:
         image: uint8 (H, W, 3).
         size: side of the result in pixels.
 
     Returns:
-        uint8 (size, size, 3); the image itself when it has that size already.
+        uint8 (size, size, 3); the image itself if it already has that size.
     """
     from PIL import Image
 
@@ -63,7 +63,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def cache_home(root: Path) -> Path:
-    """Where what is computed from the data in this folder is kept: ``$VLAFLOW_CACHE``, or ``.cache`` in it."""
+    """Folder for everything derived from the data in ``root``: ``$VLAFLOW_CACHE``, or ``.cache`` within it."""
     return Path(os.environ["VLAFLOW_CACHE"]) if os.environ.get("VLAFLOW_CACHE") else root / ".cache"
 
 
@@ -71,7 +71,7 @@ class FrameCache:
     """Every frame of a data set at training resolution, by row.
 
     Attributes:
-        folder: where it lies.
+        folder: location of the cache.
         views: the view names.
         shapes: (height, width) by view.
     """
@@ -91,21 +91,21 @@ class FrameCache:
         workers: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> FrameCache:
-        """Open the cache of this data set, building it first where there is none.
+        """Open the cache of this data set, and build it first if it does not exist.
 
-        Two processes may call this at once: one builds, the other waits for it. A process killed while building leaves
-        nothing that could be mistaken for a cache.
+        Two processes may call this at once: one builds, the other waits for it. A process that is killed while building
+        leaves nothing behind that could be mistaken for a cache.
 
         Args:
             dataset: an open data set.
             size: side in pixels of every view (see ``resize``); None keeps each view as stored.
-            views: view names, all of them when None.
-            workers: decoding threads; None takes one per core, at most eight.
-            progress: called with (episodes done, episodes in all) while building.
+            views: view names; all of them if None.
+            workers: decoding threads; None for one per core, at most eight.
+            progress: called with (episodes done, total episodes) while building.
 
         Raises:
             SpecError: no such view.
-            DataError: a damaged video, or no room or right to write the cache.
+            DataError: a damaged video, no space left, or no permission to write the cache.
         """
         if size is not None and size < 1:
             raise SpecError(f"The frame size must be at least one pixel, got {size}.")
@@ -131,23 +131,23 @@ class FrameCache:
         return sum(array.nbytes for array in self._arrays.values())
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """The frames at these rows of ``Dataset.columns``, a copy: view name to uint8 (B, H, W, 3)."""
+        """Copy the frames at these rows of ``Dataset.columns``: uint8 (B, H, W, 3) by view name."""
         if len(rows) and (rows.min() < 0 or rows.max() >= self._rows):
             raise IndexError(f"Rows must lie in 0 .. {self._rows - 1}, got {rows.min()} .. {rows.max()}.")
         return {view: torch.from_numpy(np.take(array, rows, axis=0)) for view, array in self._arrays.items()}
 
 
 def build_once(root: Path, name: str, nbytes: int, build: Callable[[Path], None]) -> Path:
-    """A folder of derived data next to its origin, built where there is none; complete or absent, for any number of processes.
+    """Build a folder of derived data unless it exists; any number of processes find it complete or not at all.
 
     Args:
         root: the data set's folder; the result lies in its ``.cache``, or in ``$VLAFLOW_CACHE``.
-        name: of the folder; it must say everything that decides the content.
+        name: of the folder; it must encode everything that determines the content.
         nbytes: size of what will be written.
-        build: fills the (empty) folder it is given.
+        build: fills the empty folder that is passed to it.
 
     Raises:
-        DataError: no room or right to write there.
+        DataError: no space left, or no permission to write there.
     """
     home = cache_home(root)
     folder = home / name
@@ -162,17 +162,18 @@ def build_once(root: Path, name: str, nbytes: int, build: Callable[[Path], None]
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _too_large(root, home, nbytes) from error
         raise DataError(
-            f"The frame cache cannot be written to {home} ({error.strerror}). Set VLAFLOW_CACHE to a folder of yours."
+            f"The frame cache cannot be written to {home} ({error.strerror}). Set VLAFLOW_CACHE to a writable folder."
         ) from error
     return folder
 
 
 def allocated(file: Path, shape: Sequence[int]) -> np.memmap:
-    """A new file of zeros as a uint8 array that can be written. Its room is taken at once: writing to a file with holes ends
-    the process (SIGBUS) when the disk is full.
+    """Create a file of zeros and map it as a writable uint8 array.
+
+    Its space is allocated at once: with a sparse file, a full disk would kill the process later (SIGBUS).
 
     Raises:
-        OSError: no room.
+        OSError: no space left.
     """
     with file.open("wb") as opened:
         os.posix_fallocate(opened.fileno(), 0, math.prod(shape))
@@ -188,9 +189,9 @@ def _too_large(root: Path, home: Path, nbytes: int) -> DataError:
 
 
 def _build_whole(root: Path, folder: Path, nbytes: int, build: Callable[[Path], None]) -> None:
-    """Build in a folder of another name, then rename it; the caller holds the lock."""
+    """Build in a folder with a temporary name, then rename it; the caller holds the lock."""
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: nobody else can be writing under the lock
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: the lock excludes other writers
     if nbytes > shutil.disk_usage(folder.parent).free:
         raise _too_large(root, folder.parent, nbytes)
     partial.mkdir()
@@ -203,12 +204,12 @@ def _build_whole(root: Path, folder: Path, nbytes: int, build: Callable[[Path], 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the kernel gives it back when the process dies, however it dies."""
+    """Hold an exclusive lock, which the kernel releases whenever the process ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # a network folder without locks
-            logger.warning("%s cannot be locked (%s); start no second process that needs it now.", path, error.strerror)
+            logger.warning("%s cannot be locked (%s); do not start a second process that needs it now.", path, error.strerror)
         yield
 
 
@@ -221,7 +222,7 @@ def _build(
     workers: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Decode everything into ``folder``."""
+    """Decode all frames into ``folder``."""
     rows = len(dataset)
     arrays = {v: allocated(folder / f"{v}.u8", (rows, *s, 3)) for v, s in shapes.items()}
 

@@ -1,12 +1,12 @@
-"""The images of a question set, decoded once, and batches of its questions.
+"""The images of a VQA data set, decoded once, and batches of its questions.
 
-    images = ImageCache.open(questions, size=96)
-    source = Questions(questions, images, views=("image",), state_dim=4, indices=train)
+    cache = ImageCache.open(questions, size=96)
+    source = VqaSource(questions, cache, views=("image",), state_dim=4, indices=train)
     batch = source.batch(np.array([0, 5, 9]))
 
-A question's images fill the policy's views in their order; views that are left are black. A question has no proprioceptive
-state: every dimension of it is unknown. Building the cache decodes every image, so a damaged one is named before anything
-trains. In which order the samples come is decided in ``mixture.Order``.
+A question's images fill the policy's views in order; the remaining views are black. A question has no proprioceptive state:
+every dimension of it is unknown. Building the cache decodes every image, so a damaged one is reported before training
+begins. ``mixture.Order`` decides the order of the samples.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from vlaflow.errors import ConfigError, DataError, SpecError
 
 
 class ImageCache:
-    """Every image of a question set as a square of one size, memory-mapped, by its path.
+    """All images of a VQA data set as squares of one size, memory-mapped, by path.
 
     Attributes:
-        size: side in pixels; images that are not square keep their shape between black bars (``frames.resize``).
+        size: side in pixels; images that are not square are padded with black bars (``frames.resize``).
     """
 
     def __init__(self, folder: Path, images: Sequence[str], size: int) -> None:
         self.size = size
         self._row = {image: row for row, image in enumerate(images)}
-        # A set without any image has no file to map; "c": private pages, as in FrameCache.
+        # A data set without images has no file to map; "c": private pages, as in FrameCache.
         shape = (len(images), size, size, 3)
         self._array = np.memmap(folder / "images.u8", np.uint8, "c", shape=shape) if images else np.zeros(shape, np.uint8)
 
     @staticmethod
     def open(questions: VqaDataset, size: int, progress: Callable[[int, int], None] | None = None) -> ImageCache:
-        """Open the cache of this set, building it first where there is none.
+        """Open the cache of this data set, and build it first if it does not exist.
 
         Args:
-            questions: a set.
+            questions: the VQA data set.
             size: side in pixels.
-            progress: called with (images done, images in all) while building.
+            progress: called with (images done, total images) while building.
 
         Raises:
-            DataError: an image that cannot be decoded, or no room or right to write the cache.
+            DataError: an image that cannot be decoded, no space left, or no permission to write the cache.
         """
         images = questions.images
         what = json.dumps([LAYOUT, questions.fingerprint, size])
@@ -69,15 +69,15 @@ class ImageCache:
         return ImageCache(folder, images, size)
 
     def read(self, image: str) -> np.ndarray:
-        """uint8 (size, size, 3), a view."""
+        """The cached image, uint8 (size, size, 3); a view, not a copy."""
         return self._array[self._row[image]]
 
 
 def decode(file: Path) -> np.ndarray:
-    """uint8 (H, W, 3) of a PNG, JPEG, ...; turned as its EXIF data say, transparency on black.
+    """Decode a PNG, JPEG, ... to uint8 (H, W, 3), rotated by its EXIF data, with transparency on black.
 
     Raises:
-        DataError: when it cannot be decoded.
+        DataError: the image cannot be decoded.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -89,35 +89,35 @@ def decode(file: Path) -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise DataError(f"The image {file} cannot be decoded ({error}). Replace it, or take its questions out.") from error
+        raise DataError(f"The image {file} cannot be decoded ({error}). Replace it, or remove its questions.") from error
 
 
 def require_shown(question: Question, questions: VqaDataset, views: Sequence[str]) -> None:
-    """Refuse a question that shows more images than there are views.
+    """Refuse a question with more images than the policy has views.
 
     Raises:
-        SpecError: with both numbers.
+        SpecError: naming both numbers.
     """
     if len(question.images) > len(views):
         raise SpecError(
-            f"Question '{question.name}' of {questions.file} shows {len(question.images)} images, the policy looks at "
-            f"{len(views)} view(s). Take it out, or use a policy with more views."
+            f"Question '{question.name}' of {questions.file} has {len(question.images)} images, but the policy has "
+            f"{len(views)} view(s). Remove it, or use a policy with more views."
         )
 
 
 class VqaSource:
-    """Some of a set's questions as training or evaluation samples.
+    """Questions of a VQA data set as training or evaluation samples.
 
     Args:
-        questions: the set.
-        images: its cache.
-        views: of the policy, in order.
+        questions: the VQA data set.
+        image_cache: the cache of its images.
+        views: views of the policy, in order.
         state_dim: length of the policy's state, S.
         indices: which questions; all by default.
 
     Raises:
-        SpecError: when a question shows more images than the policy has views.
-        ConfigError: when no question was chosen.
+        SpecError: a question has more images than the policy has views.
+        ConfigError: no question was chosen.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""A LeRobot data set, v3.0 or v2.1, read without LeRobot: number columns at once, frames one episode at a time.
+"""Reading a LeRobot data set, v3.0 or v2.1, without LeRobot: numeric columns at once, frames one episode at a time.
 
     dataset = Dataset.open("runs/demo/dataset")
     columns = dataset.columns()              # state (N, S), action (N, D), ...
     images = dataset.frames(3, "corner2")    # (T, H, W, 3) uint8
 
-Opening reads the meta folder only. ``columns`` reads and checks every row, ``frames`` decodes and checks one video. Whatever
-is damaged is refused with a sentence naming file and episode; nothing is skipped or padded. Fast random access to frames
-is the business of ``frames.FrameCache``, batches of ``windows.Windows``.
+Opening reads the meta folder only. ``columns`` reads and checks every row, ``frames`` decodes and checks one video. Damaged
+data is refused with an error that names file and episode; nothing is skipped or padded. For fast random access to frames
+see ``frames.FrameCache``, for batches ``windows.Windows``.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from vlaflow.spec import ActionSpec
 __all__ = ["Columns", "Dataset", "Episode", "view_name"]
 
 EXTRA_KEY = "x_vlaflow"
-"""Our own block in meta/info.json; LeRobot passes over keys it does not know with a warning."""
+"""Our own block in meta/info.json; LeRobot ignores unknown keys with a warning."""
 
 
 EXECUTED_KEY = "executed_action"
-"""Column with what the robot was really given, where that is not the action to be learned. LeRobot trains on every column whose
-name begins with "action", so this one's does not."""
+"""Column of the actions that the robot executed, where they differ from those to be learned. LeRobot trains on every column
+whose name begins with "action", so this name does not."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Every row's numbers, in episode order.
+    """The numeric columns of all rows, in episode order.
 
     Args:
-        state: float32 (N, S), robot units; S is 0 where the data set has no state.
-        action: float32 (N, D), robot units; what is to be learned.
-        executed: float32 (N, D), what the robot was given: noise and corrections included where the data set keeps them
-            (``EXECUTED_KEY``), otherwise ``action`` itself.
+        state: float32 (N, S), robot units; S is 0 if the data set has no state.
+        action: float32 (N, D), robot units; the actions to be learned.
+        executed: float32 (N, D), the actions that the robot executed, with noise and corrections if the data set records them
+            (``EXECUTED_KEY``); otherwise ``action`` itself.
         episode: int64 (N,).
         frame: int64 (N,), counted from 0 within the episode.
         task: int64 (N,), index into ``Dataset.tasks``.
@@ -64,12 +64,12 @@ class Columns:
 
 
 def view_name(key: str) -> str:
-    """The view's name: its feature key without 'observation.images.' or 'observation.'."""
+    """Name of a view: its feature key without 'observation.images.' or 'observation.'."""
     return key.removeprefix("observation.").removeprefix("images.")
 
 
 class Dataset:
-    """A LeRobot data set on disk; see the module for its use.
+    """A LeRobot data set on disk; see the module docstring for an example.
 
     Attributes:
         root: its folder.
@@ -78,11 +78,11 @@ class Dataset:
         features: as in meta/info.json.
         views: view name to feature key, cameras only (depth maps are not colour images and are left out).
         state_key, action_key: feature keys; None where there is no 'observation.state' or, opened as video alone, no 'action'.
-        executed_key: feature key of the actions that the robot was given; None where the data set does not keep them apart.
+        executed_key: feature key of the executed actions; None if the data set does not record them separately.
         tasks: the instructions, by task index.
         episodes: one ``Episode`` each.
-        action_spec: what an action means, or None where nobody stated it.
-        provenance: how it was made, as recorded by the writer.
+        action_spec: what an action means, or None if neither the data set nor the caller states it.
+        provenance: how the data set was created, as recorded by the writer.
     """
 
     def __init__(self, meta: Meta, action_spec: ActionSpec | None = None, video: bool = False) -> None:
@@ -110,7 +110,7 @@ class Dataset:
         if self.action_spec is not None:
             self._require_spec(self.action_spec)
             if action_spec is not None:
-                self.action_spec.require_match(action_spec, f"data set {self.root}", "the given action spec")
+                self.action_spec.require_match(action_spec, f"data set {self.root}", "the action spec passed to it")
 
     @classmethod
     def open(cls, root: Path | str, action_spec: ActionSpec | None = None, *, video: bool = False) -> Dataset:
@@ -118,9 +118,9 @@ class Dataset:
 
         Args:
             root: the folder that holds meta/, data/ and videos/.
-            action_spec: what an action means, for data sets that do not say so themselves.
-            video: only the video is of interest: a data set without actions is opened too, with ``columns().action`` of no
-                dimension.
+            action_spec: what an action means, for data sets without an action spec.
+            video: only the video is needed: a data set without actions can be opened too; its ``columns().action`` has
+                shape (N, 0).
 
         Raises:
             DataError: not a data set, unsupported version, files missing, meta contradicting itself.
@@ -144,13 +144,13 @@ class Dataset:
         """Height and width of a view as stored."""
         feature = self.features[self._view_key(view)]
         names = feature.get("names")
-        # Some converters declare (channel, height, width) although the pixels lie as everywhere else.
+        # Some converters declare (channel, height, width) although the pixels are stored as (height, width, channel).
         channel_first = isinstance(names, list) and str(names[0]).startswith("channel")
         height, width = feature["shape"][1:] if channel_first else feature["shape"][:2]
         return int(height), int(width)
 
     def dimension_names(self, name: str) -> tuple[str, ...]:
-        """One name per number of the "state", "action" or "executed"; "0", "1", ... where the data set gives none."""
+        """One name per dimension of "state", "action" or "executed"; "0", "1", ... if the data set gives none."""
         if name not in self._vectors:
             return ()
         key = self._vectors[name]
@@ -161,12 +161,12 @@ class Dataset:
         return tuple(map(str, names)) if fitting else tuple(map(str, range(width)))
 
     def video_paths(self, episode: int) -> dict[str, Path]:
-        """The mp4 that holds this episode, by feature key."""
+        """The mp4 file that contains this episode, by feature key."""
         return {key: path for key, (path, _) in self._meta.files[self._episode(episode).index].videos.items()}
 
     @property
     def video_drift_s(self) -> float:
-        """How far the stated beginning of an episode in its video lies from a frame at most, in seconds."""
+        """Largest distance between the stated start of an episode in its video and a frame, in seconds."""
         return largest_drift_s(self.fps, [one.videos for one in self._meta.files])
 
     @cached_property
@@ -174,7 +174,7 @@ class Dataset:
         """32 hex digits of the content: meta and data files in full, of each video its size and its first and last 64 KiB.
 
         Reading whole videos would take as long as copying them; the two ends hold the frame index, which changes with
-        every frame. Neither the folder's place nor the time of writing counts.
+        every frame. Neither the location of the folder nor the time of writing matters.
         """
         digest = hashlib.blake2b(digest_size=16)
         data = sorted({files.data for files in self._meta.files})
@@ -196,7 +196,7 @@ class Dataset:
 
         Raises:
             DataError: a damaged file; rows missing; a value that is not finite; a vector of the wrong length; timestamps
-                that disagree with fps; a task that does not exist, or is not the episode's. Each names file and episode.
+                that disagree with fps; a task that does not exist or is not the episode's. Each error names file and episode.
         """
         return self._columns
 
@@ -214,7 +214,7 @@ class Dataset:
         return images
 
     def iter_frames(self, episode: int, view: str) -> Iterator[np.ndarray]:
-        """The images of one episode one after the other, uint8 (H, W, 3); raises as ``frames`` does."""
+        """Yield the images of one episode, uint8 (H, W, 3); raises as ``frames`` does."""
         key, found = self._view_key(view), self._episode(episode)
         video = self.features[key]["dtype"] == "video"
         shape = (*self.image_size(view), 3)
@@ -305,12 +305,12 @@ class Dataset:
 
     @property
     def _vectors(self) -> dict[str, str]:
-        """Name in ``Columns`` and feature key of the vectors that there are."""
+        """Feature keys of the vectors that the data set has, by name in ``Columns``."""
         keys = {"action": self.action_key, "executed": self.executed_key, "state": self.state_key}
         return {name: key for name, key in keys.items() if key}
 
     def _vector(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
-        """One vector column as float32 (rows, width), refusing rows of another length than declared."""
+        """One vector column as float32 (rows, width), refusing rows whose length differs from the declared one."""
         declared = int(np.prod(self.features[key]["shape"]))
         column = table[key].combine_chunks()
         nested = pa.types.is_fixed_size_list(column.type)
@@ -349,7 +349,7 @@ class Dataset:
         self._refuse(rows, rows["frame"] != np.arange(len(starts)) - starts, "frame_index", "does not count 0, 1, 2, ...")
         self._refuse(rows, (rows["task"] < 0) | (rows["task"] >= len(self.tasks)), "task_index", "names no task in meta")
         self._check_tasks(rows)
-        # float32 seconds: half a unit in the last place grows past the tolerance after half an hour of one episode.
+        # float32 seconds: half a unit in the last place exceeds the tolerance after half an hour within one episode.
         off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
         late = off >= TOLERANCE_S + np.abs(rows["time"]) * np.finfo(np.float32).eps
         self._refuse(rows, late, "timestamp", f"disagrees with fps = {self.fps:g} in meta/info.json")
@@ -382,7 +382,7 @@ class Dataset:
             raise DataError(
                 f"Episode {rows['episode'][row]} of {self.root}: '{column}' is {rows[values[column]][row]:g} at frame "
                 f"{row - self.episodes[int(rows['episode'][row])].start} ({self._data_path(int(rows['episode'][row]))}), which "
-                f"{what}. Mend the column, or record the episode again."
+                f"{what}. Fix the column, or record the episode again."
             )
 
     def _data_path(self, episode: int) -> Path:
@@ -428,7 +428,7 @@ def _is_camera(feature: Mapping[str, Any]) -> bool:
 
 
 def _read_cells(path: Path, key: str, episode: int) -> list[Any]:
-    """One column's cells of one episode, by frame, wherever its rows lie; one row group is held at a time."""
+    """The cells of one column for one episode, by frame, wherever its rows lie; one row group is in memory at a time."""
     places = read_parquet(path, ["episode_index", "frame_index"])
     rows = np.flatnonzero(places["episode_index"].to_numpy() == episode)
     rows = rows[np.argsort(places["frame_index"].to_numpy()[rows], kind="stable")]

@@ -1,6 +1,6 @@
-"""The meta folder of a LeRobot data set, v3.0 and v2.1, read into one shape: which rows and frames lie in which file.
+"""The meta folder of a LeRobot data set, v3.0 and v2.1, read into one structure: which rows and frames lie in which file.
 
-No row of data and no pixel is read here. ``lerobot`` builds the data set on top of this.
+No data rows and no video are read here. ``lerobot`` builds the data set on top of this.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Episode:
     """One demonstration.
 
     Args:
-        index: its number, 0 .. E-1, equal to its position.
-        task: the instruction (of its first frame, where frames differ).
-        length: frames, T.
+        index: number of the episode, 0 .. E-1, equal to its position.
+        task: the instruction (of its first frame, if frames differ).
+        length: number of frames, T.
         start: row of its first frame in ``Columns``.
         tasks: every instruction that its frames may have.
     """
@@ -42,11 +42,11 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeFiles:
-    """Where an episode lies.
+    """The files of an episode.
 
     Args:
         data: the parquet file with its rows.
-        videos: by feature key, the mp4 and the second at which the episode begins in it.
+        videos: by feature key, the mp4 file and the start of the episode within it in seconds.
     """
 
     data: Path
@@ -55,7 +55,7 @@ class EpisodeFiles:
 
 @dataclass(frozen=True)
 class Meta:
-    """What the meta folder says."""
+    """The content of the meta folder."""
 
     root: Path
     info: Mapping[str, Any]
@@ -70,7 +70,7 @@ def read_meta(root: Path) -> Meta:
 
     Raises:
         DataError: not a data set, an unsupported version, a damaged or missing file, a path that leads out of the folder, an
-            episode without a task, video offsets that cannot be right.
+            episode without a task, inconsistent video offsets.
     """
     info = _read_info(root)
     modern = info["codebase_version"] == "v3.0"
@@ -113,7 +113,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str 
     Args:
         path: the file.
         columns: the columns to read, all of them when None.
-        without: leave out columns whose name starts so.
+        without: skip columns whose name starts with this.
 
     Raises:
         DataError: when the file is missing, cut off or lacks a column.
@@ -134,7 +134,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str 
 
 
 def inside(root: Path, path: str, where: str) -> Path:
-    """A file of the data set, by its path in there as ``where`` states it.
+    """Resolve a path within the data set, as stated in ``where``.
 
     Raises:
         DataError: the path leads out of the folder.
@@ -159,7 +159,7 @@ def _read_info(root: Path) -> dict[str, Any]:
         raise DataError(f"{path} does not state '{absent[0]}', which every LeRobot data set must. Copy the file again.")
     if info["codebase_version"] not in VERSIONS:
         raise DataError(
-            f"{root} is written in version {info['codebase_version']}; vlaflow reads {' and '.join(VERSIONS)}. Convert it with "
+            f"{root} has format version {info['codebase_version']}; vlaflow reads {' and '.join(VERSIONS)}. Convert it with "
             f"LeRobot's own scripts (lerobot.datasets.v30.convert_dataset_v21_to_v30 or the older v2 ones)."
         )
     if not isinstance(info["fps"], int | float) or not info["fps"] > 0:
@@ -262,7 +262,7 @@ def _files_v21(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Ma
 
 
 def _filled(root: Path, name: str, template: Any, **values: Any) -> Path:
-    """A file of the data set by its template in meta/info.json."""
+    """Fill in the template of a path from meta/info.json."""
     try:
         path = template.format(**values)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:

@@ -1,6 +1,6 @@
-"""Which samples make up step n: pure functions of the step number, so a training run resumes from that number alone.
+"""The samples of step n as pure functions of n, so a training run resumes from the step number alone.
 
-``Order`` walks one set of windows; ``Mixture`` interleaves several by weight. Neither holds a position.
+``Order`` goes through one set of windows; ``Mixture`` interleaves several by weight. Neither keeps a position.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, SpecError, nearest
 
 CYCLE = 1000
-"""Length of the mixing schedule; weights are rounded to one part in this many."""
+"""Length of the mixing schedule; weights are rounded to multiples of 1 / CYCLE."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Epoch after epoch, each a fresh permutation of all samples; a batch may run from one epoch into the next.
+    """The order of samples: every epoch is a new permutation, and a batch may span two epochs.
 
     Args:
-        count: samples, M.
+        count: number of samples, M.
         batch_size: samples per step, B; may exceed ``count``.
-        seed: decides every permutation together with the epoch's number.
+        seed: determines every permutation, together with the number of the epoch.
     """
 
     count: int
@@ -42,11 +42,11 @@ class Order:
             )
 
     def indices(self, step: int) -> np.ndarray:
-        """The samples of step 0, 1, 2, ...: int64 (B,)."""
+        """Indices of the samples of step 0, 1, 2, ...: int64 (B,)."""
         return self.at(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at these places of the endless sequence of epochs: int64, same shape."""
+        """Indices of the samples at these positions of the endless sequence of epochs: int64, same shape."""
         epochs, places = np.divmod(positions, self.count)
         result = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -67,16 +67,16 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Mixture:
-    """Several data sets with weights, seen as one endless sequence of batches.
+    """Several data sets with weights, as one endless sequence of batches.
 
-    Out of every 1000 samples each part gives its share exactly (weights are rounded to that), in a shuffled order that
-    differs from one thousand to the next; within its share every part walks its own epochs.
+    Every 1000 samples contain each part in exact proportion (weights are rounded to that), in an order that is shuffled
+    for every thousand; each part goes through its own epochs.
 
     Args:
-        parts: windows by name; all must mean the same by an action, and show the same views at the same size.
-        weights: by the same names, positive; they need not add up to 1.
+        parts: windows by name; all must have the same action spec, and the same views at the same size.
+        weights: positive, by the same names; they need not add up to 1.
         batch_size: samples per step, B.
-        seed: decides everything.
+        seed: determines the order of the samples.
 
     Raises:
         SpecError: parts whose action specs, chunk sizes, views, image sizes or state lengths differ.
@@ -99,7 +99,7 @@ class Mixture:
         self._orders = [Order(len(w), batch_size, seed + 1 + i) for i, w in enumerate(parts.values())]
 
     def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The part (B,) and the sample within it (B,) of each member of this step's batch."""
+        """For each sample of this step's batch: the index of its part (B,) and its index within the part (B,)."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         cycles, places = np.divmod(positions, CYCLE)
         part_B, index_B = np.empty_like(positions), np.empty_like(positions)
@@ -119,17 +119,17 @@ class Mixture:
         windows = list(self.parts.values())
         batches = [windows[part].batch(index_B[part_B == part]) for part in chosen]
         back = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(part_B == part) for part in chosen])))
-        seen = [b.observation for b in batches]
-        words = [word for s in seen for word in s.instructions]
+        observations = [b.observation for b in batches]
+        instructions = [text for o in observations for text in o.instructions]
         observation = ObservationBatch(
-            {view: torch.cat([s.images[view] for s in seen])[back] for view in seen[0].images},
-            torch.cat([s.state_BS for s in seen])[back],
-            [words[i] for i in back.tolist()],
+            {view: torch.cat([o.images[view] for o in observations])[back] for view in observations[0].images},
+            torch.cat([o.state_BS for o in observations])[back],
+            [instructions[i] for i in back.tolist()],
         )
         rest = ["action_BLD", "valid_BL", "episode_B", "frame_B"]
         if batches[0].code_BK is not None:
             rest.append("code_BK")
-        known = [b.executed for b in batches if b.executed is not None]  # Windows always say it
+        known = [b.executed for b in batches if b.executed is not None]  # Windows always set it
         executed = Executed(
             *(torch.cat([getattr(e, f.name) for e in known])[back] for f in dataclasses.fields(Executed)),
         )
@@ -138,7 +138,7 @@ class Mixture:
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
-    """Whole numbers that add up to CYCLE, as near the weights as can be and none of them 0 (largest remainders first)."""
+    """Positive integers that add up to CYCLE, as close to the weights as possible (largest remainders first)."""
     exact = weights / weights.sum() * CYCLE
     shares = np.maximum(np.floor(exact), 1).astype(np.int64)
     while shares.sum() != CYCLE:
@@ -152,7 +152,7 @@ def _shares(weights: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _schedule(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which part each place of a cycle belongs to, and how many of the same part came before it in the cycle."""
+    """The part at each position of a cycle, and the number of earlier positions in the cycle with the same part."""
     schedule = np.random.default_rng([seed, 0, cycle]).permutation(np.repeat(np.arange(len(shares)), shares))
     before = np.empty_like(schedule)
     for part, share in enumerate(shares):
@@ -165,7 +165,7 @@ def _require_alike(parts: Mapping[str, Windows]) -> None:
     for name, windows in parts.items():
         if windows.action_spec is None:
             raise SpecError(
-                f"Data set '{name}' ({windows.dataset.root}) does not say what its actions mean, so it cannot be mixed. "
+                f"Data set '{name}' ({windows.dataset.root}) has no action spec, so it cannot be mixed. "
                 f"Open it with Dataset.open(root, action_spec=...)."
             )
     for name, windows in others:
@@ -191,5 +191,5 @@ def _require_alike(parts: Mapping[str, Windows]) -> None:
         if (first.code_NK is None) != (windows.code_NK is None):
             lacking = first_name if first.code_NK is None else name
             raise SpecError(
-                f"Data set '{lacking}' has no latent action codes and another has; give all of them codes, or none."
+                f"Data set '{lacking}' has no latent action codes, but another one has; give codes to all of them, or to none."
             )

@@ -1,13 +1,13 @@
-"""Frame pairs: what one view showed, and what it showed a moment later. Actions are not needed, only video.
+"""Frame pairs: two frames of one view, a fixed time apart. Only video is needed, no actions.
 
     pairs = FramePairs(dataset, FrameCache.open(dataset, 64, ["image"]), "image", gap_s=1.0)
     batch = pairs.batch(np.array([0, 5, 9]))          # batch.observation.images: {"earlier": ..., "later": ...}
 
-**Ends of episodes.** A pair is formed where both its frames lie in one episode, exactly the gap apart. So the last ``gap``
-frames of an episode begin no pair, and an episode of ``gap`` frames or fewer gives none; ``short`` names such episodes.
-Nothing is padded.
+**Ends of episodes.** Both frames of a pair lie in the same episode, exactly ``gap`` frames apart. So the last ``gap`` frames
+of an episode do not start a pair, and an episode of ``gap`` frames or fewer gives none; ``short`` lists such episodes. Nothing
+is padded.
 
-Shape letters: N rows of the data set, M pairs, B batch, H height, W width, K numbers of a pair.
+Shape letters: N rows of the data set, M pairs, B batch, H height, W width, K codes per pair.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from vlaflow.errors import ConfigError, DataError, nearest
 EARLIER, LATER = "earlier", "later"
 """Names of the two images of a pair in a batch."""
 TABLE_LAYOUT = 1
-"""Raise when the content of a pair table changes."""
+"""Version of the table format; increment it when its content changes."""
 
 
 def gap_in_frames(gap_s: float, rate_hz: float) -> int:
-    """Seconds to frames, rounded to the nearest.
+    """Convert a gap from seconds to frames, rounded to the nearest.
 
     Raises:
         ConfigError: less than one frame.
@@ -48,30 +48,30 @@ def gap_in_frames(gap_s: float, rate_hz: float) -> int:
 
 
 def chosen_view(dataset: Dataset, view: str | None) -> str:
-    """The view of this name, or the first one.
+    """The view of this name, or the first one if None.
 
     Raises:
         DataError: a data set without video, or without this view.
     """
     if not dataset.views:
-        raise DataError(f"{dataset.root} has no camera, and frame pairs are made of video. Choose a data set with a view.")
+        raise DataError(f"{dataset.root} has no camera, but frame pairs need video. Choose a data set with a view.")
     if view is not None and view not in dataset.views:
         raise DataError(f"{dataset.root} has no view '{view}'; {nearest(view, dataset.views)}")
     return view if view is not None else next(iter(dataset.views))
 
 
 class FramePairs:
-    """Every frame of the chosen episodes that has another one ``gap`` frames later in its episode.
+    """All frame pairs of the chosen episodes.
 
     Args:
-        dataset: with video.
-        cache: of its frames; one that holds ``view``.
-        view: the view that is looked at.
+        dataset: a data set with video.
+        cache: cache of its frames that contains ``view``.
+        view: the view to use.
         gap_s: time between the frames in seconds.
-        episodes: all by default.
+        episodes: indices of the chosen episodes; all by default.
 
     Attributes:
-        gap: the same in frames.
+        gap: time between the frames in frames.
         rows: int64 (M,), the row of each pair's earlier frame in ``Dataset.columns``.
         short: the chosen episodes that are too short for a pair.
 
@@ -93,7 +93,7 @@ class FramePairs:
             which = "No episode" if len(slices) == len(dataset.episodes) else f"None of the {len(slices)} chosen episodes"
             raise DataError(
                 f"{which} of {dataset.root} is longer than the gap of {gap_s:g} s ({self.gap} frames at {dataset.fps:g} per "
-                f"second); the longest has {longest} frames. Choose a shorter gap: --set latent.gap_s=..."
+                f"second); the longest has {longest} frames. Choose a shorter gap: --set gap_s=..."
             )
         self.rows = np.concatenate([np.arange(s.start, s.stop - self.gap) for e, s in slices.items() if e not in self.short])
 
@@ -102,12 +102,12 @@ class FramePairs:
         return len(self.rows)
 
     def left_out(self) -> str:
-        """A sentence on the episodes without a pair; empty where there are none."""
+        """A sentence about the episodes without a pair; empty if there are none."""
         if not self.short:
             return ""
         return (
             f"{len(self.short)} of {len(self.episodes)} episodes are not longer than the gap of {self.gap_s:g} s ({self.gap} "
-            f"frames) and give no pair; the others give {len(self)} pairs."
+            f"frames) and give no pairs; the others give {len(self)} pairs."
         )
 
     def frames(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -119,8 +119,8 @@ class FramePairs:
     def batch(self, indices: np.ndarray) -> Batch:
         """The pairs at ``indices`` (B,) as a training batch.
 
-        Its images are named "earlier" and "later"; its chunk is made of the ``gap`` executed actions that led from one to
-        the other (of no dimension where the data set holds none), all of them valid; all else is as at the earlier frame.
+        Its images are named "earlier" and "later"; its chunk consists of the ``gap`` executed actions between the two frames
+        (D is 0 if the data set has none), all of them valid; everything else is taken from the earlier frame.
         """
         first_B, columns = self.rows[indices], self.dataset.columns()
         earlier, later = self.frames(indices)
@@ -145,21 +145,21 @@ def pair_table(
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Numbers of every pair, computed once and kept next to the frame cache.
+    """Codes of every pair, computed once and stored next to the frame cache.
 
     Args:
-        pairs: of all episodes, as a rule.
+        pairs: usually those of all episodes.
         encode: earlier and later frames, uint8 (B, H, W, 3), to int64 (B, K), each in [0, 32767].
-        key: names what ``encode`` does (a model's fingerprint); together with data set, view, frame size and pairs it
-            decides which table is read.
-        progress: called with (pairs done, pairs in all) while computing.
+        key: identifies ``encode`` (the fingerprint of a model); the table is stored under a hash of it and of data set, view,
+            frame size and pairs.
+        progress: called with (pairs done, total pairs) while computing.
         batch_size: pairs encoded together.
 
     Returns:
-        int64 (N, K), by row of ``Dataset.columns``; −1 in rows that begin no pair.
+        int64 (N, K), by row of ``Dataset.columns``; −1 in rows that do not start a pair.
 
     Raises:
-        DataError: a damaged table, or no right to write one.
+        DataError: a damaged table, or no permission to write one.
     """
     dataset = pairs.dataset
     what = json.dumps([TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, pairs.cache.shapes[pairs.view], key])
@@ -174,8 +174,8 @@ def pair_table(
         return load_file(file)["value_NK"].astype(np.int64)
     except (OSError, SafetensorError, KeyError) as error:
         raise DataError(
-            f"The table {file} cannot be read or written ({error}). Delete it to have it made again, or set VLAFLOW_CACHE to "
-            f"a folder of yours."
+            f"The table {file} cannot be read or written ({error}). Delete it to have it computed again, or set VLAFLOW_CACHE "
+            f"to a writable folder."
         ) from error
 
 
@@ -199,7 +199,7 @@ def _encode_all(
 
 
 def _write(file: Path, value_NK: np.ndarray) -> None:
-    """Complete or absent."""
+    """Write the table so that it is complete or absent, even if the process is killed."""
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
         save_file({"value_NK": value_NK}, Path(folder) / "table")
         (Path(folder) / "table").replace(file)

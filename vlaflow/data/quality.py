@@ -1,8 +1,8 @@
-"""Which recorded steps are worth learning from: pauses, where the demonstrator did nothing, and interventions, where the robot
-did something else than it should have done.
+"""Recorded steps that should not be learned: pauses, where the demonstrator did nothing, and what follows interventions, where
+the robot did not do what was recorded as the action.
 
-AsyncVLA "marks pause intervals and excludes them from the loss" without giving the rule; this one is our choice, and a
-config field wherever it is used.
+AsyncVLA "marks pause intervals and excludes them from the loss" without giving the rule; the rule here is our choice,
+and a config field wherever it is used.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from vlaflow.errors import ConfigError, SpecError
 from vlaflow.spec import ActionSpec, Dimension
 
 FAST = 0.95
-"""Which quantile of a dimension's movement in the data set counts as fast."""
+"""Quantile of a dimension's movement in the data set that counts as fast."""
 
 
 @dataclass(frozen=True)
 class PauseRule:
-    """When a demonstrator pauses: nothing moves for a while.
+    """Defines a pause of the demonstrator: nothing moves for a while.
 
-    What counts as movement is measured against the data set itself, over windows of a fixed duration, so the rule depends
+    Movement is measured relative to the data set itself, over windows of a fixed duration, so the rule depends
     neither on the frame rate nor on the range of a dimension (joint limits are far wider than what one step covers, and a
     step at 50 Hz covers a fifth of one at 10 Hz).
 
     Args:
-        threshold: largest movement that still counts as none, as a share of the dimension's fast movement: the 95 % quantile,
-            over the whole data set, of how far it moves within ``minimum_s``.
-        minimum_s: shortest pause in seconds; shorter stops are kept, because a demonstrator who reverses direction stands
-            still for a moment.
+        threshold: largest movement that still counts as standing still, as a share of the dimension's fast movement: the 95 %
+            quantile, over the whole data set, of the distance moved within ``minimum_s``.
+        minimum_s: shortest pause in seconds; shorter stops are kept, because a demonstrator who reverses direction stops
+            briefly.
     """
 
     threshold: float = 0.02
@@ -52,15 +52,15 @@ def pauses(episodes: Sequence[np.ndarray], action_spec: ActionSpec, rule: PauseR
     """Mark the pauses in a data set.
 
     A step belongs to a pause when it lies in some window of K steps (``rule.steps``) within which no dimension moves by more
-    than its tolerance. The movement of an absolute dimension is the distance between its extremes in the window, that of a
-    delta dimension the same of its running sum; jitter that averages out is therefore no movement. The tolerance is
+    than its tolerance. The movement of an absolute dimension is its range within the window, that of a delta dimension
+    the range of its running sum; jitter that averages out is therefore not a movement. The tolerance is
     ``rule.threshold`` times the dimension's fast movement. A gripper (any dimension with "gripper" in its name, delta or
-    absolute) holds a command and changes it rarely, so its value is compared, with half of what it spans between its 1 % and
-    99 % quantile. The first step of an episode has no step before it and is never a pause.
+    absolute) holds a command and changes it rarely, so the tolerance is relative to half of its range between the 1 % and
+    99 % quantiles instead. The first step of an episode has no predecessor and is never a pause.
 
     Args:
-        episodes: the actions of every episode of the data set, (N, D) each, robot units; they set the tolerances.
-        action_spec: tells delta from absolute dimensions and grippers, and the rate.
+        episodes: the actions of every episode of the data set, (N, D) each, robot units; they determine the tolerances.
+        action_spec: states which dimensions are deltas, absolute or grippers, and the rate.
         rule: threshold and shortest duration.
 
     Returns:
@@ -87,7 +87,7 @@ def pauses(episodes: Sequence[np.ndarray], action_spec: ActionSpec, rule: PauseR
 
 
 def _movement(action_ND: np.ndarray, action_spec: ActionSpec, steps: int) -> np.ndarray:
-    """How far each dimension moves in every window of ``steps`` steps, float32 (W, D); no window fits a shorter episode."""
+    """Movement of each dimension in every window of ``steps`` steps, float32 (W, D); W is 0 for shorter episodes."""
     if len(action_ND) <= steps:
         return np.zeros((0, action_spec.dim), np.float32)
     summed_D = [d.mode == "delta" and not _is_gripper(d) for d in action_spec.dimensions]
@@ -102,12 +102,12 @@ def _is_gripper(dimension: Dimension) -> bool:
 
 @dataclass(frozen=True)
 class InterventionRule:
-    """When the robot departs from what is to be learned; see ``batch.Executed``.
+    """Defines an intervention: the robot did not execute the action to be learned; see ``batch.Executed``.
 
     Args:
-        threshold: largest mean difference between executed and noted action that is none, as a share of half of what the
-            dimension spans between its 1 % and 99 % quantile.
-        steps: over which the difference is averaged, so that noise, which averages out, is no intervention.
+        threshold: largest mean difference between the executed and the recorded action that is not an intervention, as a
+            share of half the dimension's range between its 1 % and 99 % quantiles.
+        steps: number of steps over which the difference is averaged, so that noise does not count as an intervention.
     """
 
     threshold: float = 0.5
@@ -119,7 +119,7 @@ class InterventionRule:
 
 
 INTERVENTIONS = InterventionRule()
-"""The rule that holds unless another is given."""
+"""The default rule."""
 
 
 def interventions(
@@ -128,12 +128,12 @@ def interventions(
     """Mark the interventions in one episode.
 
     Args:
-        action_ND, executed_ND: one episode's noted and executed actions, robot units.
-        half_span_D: half of what each dimension spans; one that spans nothing says nothing.
-        rule: threshold, and the steps centred on each over which the difference is averaged (fewer at the ends).
+        action_ND, executed_ND: the recorded and the executed actions of one episode, robot units.
+        half_span_D: half the range of each dimension; dimensions with range 0 are ignored.
+        rule: threshold and length of the averaging window, which is centred on each step and shorter at the ends.
 
     Returns:
-        bool (N,), True where the robot was given something else.
+        bool (N,), True at interventions.
     """
     before = np.cumsum(np.pad(executed_ND.astype(np.float64) - action_ND, ((1, 0), (0, 0))), axis=0)
     place_N = np.arange(len(action_ND))

@@ -1,6 +1,6 @@
-"""Statistics of states and actions, from the number columns alone: no image is touched, so they take seconds.
+"""Statistics of states and actions, from the numeric columns alone: no image is decoded, so they take seconds.
 
-``compute(dataset)["action"]`` is what ``transforms.Normalizer.from_stats`` wants.
+``compute(dataset)["action"]`` is the input of ``transforms.Normalizer.from_stats``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """Per dimension of one vector feature, in the feature's own units; ``count`` is the number of rows.
+    """Statistics of each dimension of one vector feature, in the feature's own units; ``count`` is the number of rows.
 
     Quantiles interpolate linearly between rows; ``std`` divides by ``count``.
     """
@@ -40,13 +40,13 @@ class FeatureStats:
         return len(self.min)
 
     def require_sound(self, where: str) -> None:
-        """Refuse what cannot normalise anything.
+        """Refuse statistics that cannot be used for normalisation.
 
         Args:
-            where: the statistics are from, e.g. "'action' in stats.json".
+            where: origin of the statistics, e.g. "'action' in stats.json".
 
         Raises:
-            CheckpointError: numbers that are not finite in float32, or of unequal count.
+            CheckpointError: numbers that are not finite in float32, or lists of different lengths.
         """
         for part in fields(self):
             numbers = getattr(self, part.name)
@@ -56,8 +56,8 @@ class FeatureStats:
                 raise CheckpointError(f"{where} has {self.dim} minima, but '{part.name}' is of length {len(numbers)}.")
             if not np.all(np.abs(numbers) <= np.finfo(np.float32).max):
                 raise CheckpointError(
-                    f"{where} holds a '{part.name}' that is not finite ({list(numbers)}), so nothing could be normalised with "
-                    "it; the file is damaged. Copy it again, or train again."
+                    f"{where} holds a '{part.name}' that is not finite ({list(numbers)}), so it cannot be used for "
+                    "normalisation; the file is damaged. Copy it again, or train again."
                 )
 
     @staticmethod

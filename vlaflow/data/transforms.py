@@ -1,6 +1,6 @@
-"""What happens to numbers and pixels between data set and network. Every change of units carries its own way back.
+"""Transforms of numbers and pixels between data set and network. Every change of units has an inverse.
 
-A policy keeps the ``Normalizer`` it was trained with, so that a user only ever sees robot units.
+A policy keeps the ``Normalizer`` that it was trained with, so its inputs and outputs are always in robot units.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ CONSTANT = 1e-6
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Per dimension y = (x - shift) / scale, and back x = y * scale + shift.
+    """Normalisation per dimension, y = (x - shift) / scale, and its inverse, x = y * scale + shift.
 
-    A dimension with scale 0 is constant in the data: it maps to 0, and every y maps back to the constant exactly. So a
-    sensor that never moved cannot blow up at a value it never showed, and an action that never varied stays what it was.
+    A dimension with scale 0 is constant in the data: it maps to 0, and every y maps back to exactly that constant. So an
+    unseen value of a sensor that never varied cannot become huge, and an action that never varied keeps its value.
 
     Args:
-        mode: how shift and scale were found; see ``from_stats``.
-        shift: robot units.
-        scale: robot units per normalised unit.
+        mode: how shift and scale were computed; see ``from_stats``.
+        shift: (D,), robot units.
+        scale: (D,), robot units per normalised unit.
     """
 
     mode: Mode
@@ -40,15 +40,15 @@ class Normalizer:
 
     def __post_init__(self) -> None:
         if len(self.shift) != len(self.scale) or any(s < 0 for s in self.scale):
-            raise ConfigError("A normalizer needs as many shifts as scales, and no scale below 0.")
+            raise ConfigError("A normalizer needs as many shifts as scales, and every scale must be at least 0.")
 
     @staticmethod
     def from_stats(stats: FeatureStats, mode: Mode) -> Normalizer:
         """Build from measured statistics.
 
         "identity" leaves numbers as they are; "mean_std" gives mean 0 and deviation 1; "min_max" maps [min, max] to
-        [-1, 1]; "quantile" maps [q01, q99] to [-1, 1] and does not clip what lies outside. A dimension that varies but
-        whose two quantiles coincide (a gripper that closes in less than 1 % of the frames) takes its minimum and maximum.
+        [-1, 1]; "quantile" maps [q01, q99] to [-1, 1] without clipping. For a dimension that varies but whose two
+        quantiles coincide (a gripper that closes in less than 1 % of the frames), "quantile" uses minimum and maximum.
 
         Raises:
             ConfigError: no such mode.
@@ -77,13 +77,13 @@ class Normalizer:
         return len(self.shift)
 
     def forward(self, x_D: Tensor) -> Tensor:
-        """Robot units to normalised, (..., D) of any floating type."""
+        """Convert robot units to normalised units, (..., D) of any floating type."""
         shift_D, scale_D = self._tensors(x_D)
         constant_D = scale_D == 0
         return torch.where(constant_D, torch.zeros_like(x_D), (x_D - shift_D) / scale_D.masked_fill(constant_D, 1.0))
 
     def inverse(self, x_D: Tensor) -> Tensor:
-        """Normalised to robot units, (..., D) of any floating type."""
+        """Convert normalised units to robot units, (..., D) of any floating type."""
         shift_D, scale_D = self._tensors(x_D)
         return x_D * scale_D + shift_D
 
@@ -95,7 +95,7 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class RandomShift:
-    """Move every image by up to ``pad`` pixels in each direction, repeating the border; for training only.
+    """Shift every image by up to ``pad`` pixels in each direction, repeating the border; for training only.
 
     Args:
         pad: largest shift in pixels; 0 changes nothing.
@@ -105,7 +105,7 @@ class RandomShift:
 
     def __post_init__(self) -> None:
         if self.pad < 0:
-            raise ConfigError(f"A random shift is by 0 pixels or more, got {self.pad}.")
+            raise ConfigError(f"A random shift must be at least 0 pixels, got {self.pad}.")
 
     def __call__(self, images_BHWC: Tensor, generator: torch.Generator) -> Tensor:
         """Shift each sample by its own whole number of pixels.

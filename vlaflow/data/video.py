@@ -1,7 +1,7 @@
-"""Video files: decode by timestamp, encode one episode, join episodes without touching a pixel.
+"""Video files: decode by timestamp, encode one episode, join episodes without re-encoding.
 
-Everything is H.264 in mp4 for writing and whatever FFmpeg decodes for reading, always through PyAV. Which episode lies
-where in which file is known to ``lerobot_meta``; the sentences a user reads about a damaged episode are made in ``lerobot``.
+Writing is always H.264 in mp4; reading accepts whatever FFmpeg decodes. Both use PyAV. ``lerobot_meta`` knows which episode
+lies where in which file; ``lerobot`` writes the error messages about a damaged episode.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import numpy as np
 from vlaflow.errors import DataError, SpecError
 
 TOLERANCE_S = 1e-4
-"""How far a frame may lie from the time its row states, in seconds; the same bound as LeRobot's."""
+"""Largest distance in seconds between a frame and the time stated in its row; the same bound as LeRobot's."""
 
 START_TOLERANCE = 0.25
-"""How far an episode's first frame may lie from where it should begin, in frames. Recorders that sum up rounded durations
-drift by fractions of a millisecond per episode; at half a frame it would be uncertain which frame is meant."""
+"""Largest distance between an episode's first frame and its stated start, in frames. Recorders that sum rounded durations
+drift by fractions of a millisecond per episode; at half a frame it would be unclear which frame is meant."""
 
 REPRODUCIBLE = {
-    # x264's macroblock tree reads memory that nothing has written (version 165 with AVX-512), so that now and then the same
-    # frames gave other pictures. It is what looks ahead across frames.
+    # x264's macroblock tree reads uninitialised memory (version 165 with AVX-512), so the same frames occasionally gave
+    # different output. It is also the only user of the lookahead.
     "mbtree": "0",
     "rc-lookahead": "0",
     # x264's slices, and so the bytes, depend on the number of threads.
     "threads": "1",
 }
-"""x264 settings with which the same frames give the same bytes in every run."""
+"""x264 settings for reproducible output: the same frames give the same bytes in every run."""
 
 ENCODER = {
-    # Every second frame a key frame and no B-frames: one random frame costs at most two decodes (0.4 ms at 256x256
+    # Every second frame is a key frame and there are no B-frames: one random frame costs at most two decodes (0.4 ms at 256x256
     # against 3.2 ms with a key frame every 30).
     "crf": "12",
     "preset": "medium",
@@ -50,10 +50,10 @@ ENCODER = {
 
 @dataclass(frozen=True)
 class Segment:
-    """One episode of one view as an mp4 of its own, ready to be joined to others; can be sent between processes.
+    """One episode of one view in its own mp4 file, ready to be joined to others; can be sent between processes.
 
     Args:
-        path: the mp4.
+        path: the mp4 file.
         count: number of frames, T.
         histogram: int64 (3, 256), how often each value occurs per RGB channel, counted on the decoded frames.
     """
@@ -78,11 +78,11 @@ def encode_video(frames: Iterable[np.ndarray], path: Path, fps: float) -> Segmen
 
     Args:
         frames: T images uint8 (H, W, 3), RGB; H and W even, because chroma is stored at half resolution.
-        path: the mp4 to write.
-        fps: frames per second; frame i is shown at exactly i / fps.
+        path: the mp4 file to write.
+        fps: frames per second; frame i is at exactly i / fps seconds.
 
     Raises:
-        SpecError: for an odd size, another dtype, images that differ in size, or no image at all.
+        SpecError: for an odd size, another dtype, images that differ in size, or no frames.
     """
     rate = exact_rate(fps)
     stream: Any = None
@@ -115,7 +115,7 @@ def require_even(height: int, width: int, name: str) -> None:
 
 
 def read_segment(path: Path) -> Segment:
-    """Count and measure an already encoded episode by decoding it.
+    """Decode an encoded episode to count its frames and pixel values.
 
     Raises:
         DataError: when the file is missing or cannot be decoded.
@@ -134,7 +134,7 @@ def read_segment(path: Path) -> Segment:
 
 
 class Joiner:
-    """One mp4 to which encoded episodes are appended packet by packet, without decoding."""
+    """Appends encoded episodes to one mp4 file, packet by packet, without decoding."""
 
     def __init__(self, path: Path, fps: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ class Joiner:
         self._parameters: tuple[Any, ...] = ()
 
     def append(self, segment: Segment) -> tuple[float, float]:
-        """Add one episode and say where it lies: (from, to) in seconds.
+        """Append one episode and return its position, (from, to) in seconds.
 
         Raises:
             SpecError: when the segment was encoded with other settings or at another size than the first.
@@ -167,7 +167,7 @@ class Joiner:
             assert stream.time_base is not None
             shift = int(Fraction(start) / self.rate / stream.time_base)
             for packet in source.demux(stream):
-                if packet.dts is None or packet.pts is None:  # the empty packet that ends a file
+                if packet.dts is None or packet.pts is None:  # the empty packet at the end of a file
                     continue
                 packet.pts += shift
                 packet.dts += shift
@@ -178,17 +178,17 @@ class Joiner:
         return float(start / self.rate), float(self.frames / self.rate)
 
     def close(self) -> None:
-        """Write the index; before this the file cannot be read."""
+        """Write the index, without which the file cannot be read."""
         self._out.close()
 
 
 class VideoError(Exception):
-    """Why a video does not hold what the table says; ``lerobot`` turns it into a sentence that names the episode.
+    """A video does not match the table; ``lerobot`` turns this into a ``DataError`` that names the episode.
 
     Args:
         kind: "unreadable", "rate", "start", "short" or "time".
-        detail: what was found.
-        found: frames that were good.
+        detail: what was found instead.
+        found: number of good frames before the error.
     """
 
     def __init__(self, kind: str, detail: str, found: int) -> None:
@@ -199,11 +199,12 @@ class VideoError(Exception):
 def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterator[np.ndarray]:
     """Yield ``count`` frames, each uint8 (H, W, 3), decoding forward from one seek.
 
-    The first is the frame nearest to ``start_s``, at most ``START_TOLERANCE`` away; the others follow it at i / fps.
+    The first one is the frame nearest to ``start_s``, at most ``START_TOLERANCE`` away; the others follow at intervals of
+    1 / fps.
 
     Raises:
-        VideoError: when the file is unreadable, runs at another rate, has no frame at ``start_s``, ends early or leaves a
-            frame out.
+        VideoError: when the file is unreadable, runs at another rate, has no frame at ``start_s``, ends early or lacks a
+            frame.
     """
     found, slack_s = 0, START_TOLERANCE / fps
     try:
@@ -211,7 +212,7 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
             if not container.streams.video:
                 raise VideoError("unreadable", "no video stream", 0)
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # callers decode several episodes side by side
+            stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
             rate = stream.average_rate
             time_base = float(stream.time_base or 0)
             end_s = ((container.start_time or 0) + container.duration) / av.time_base if container.duration else float("inf")
@@ -226,14 +227,14 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
                     if at <= start_s - slack_s:
                         continue
                     if at >= start_s + slack_s:
-                        raise VideoError("start", f"which shows no frame there; the next one follows at {at:.4f} s", 0)
+                        raise VideoError("start", f"which has no frame there; the next one is at {at:.4f} s", 0)
                     begin = at
                 wanted = begin + found / fps
                 if abs(at - wanted) >= TOLERANCE_S:
-                    # A wrong rate shows in the first step; later it is a gap, whatever the average rate then says.
+                    # A wrong rate shows at the second frame; later it is a gap, whatever the average rate is.
                     if found <= 1 and rate is not None and abs(float(rate) / fps - 1) > 0.01:
                         raise VideoError("rate", f"{float(rate):g} fps", found)
-                    raise VideoError("time", f"frame {found} is shown at {at:.4f} s instead of {wanted:.4f} s", found)
+                    raise VideoError("time", f"frame {found} is at {at:.4f} s instead of {wanted:.4f} s", found)
                 yield frame.to_ndarray(format="rgb24")
                 found += 1
                 if found == count:

@@ -1,7 +1,7 @@
-"""Where the episodes of a LeRobot v3.0 data set lie in its videos, as meta/episodes states it, checked without decoding.
+"""Offsets of episodes within the videos of a LeRobot v3.0 data set, as stated in meta/episodes, checked without decoding.
 
-A wrong offset would silently give an episode another one's images. What only the video itself can tell (is there a frame,
-does it end too early) is checked in ``video`` when it is decoded.
+A wrong offset would silently give an episode the images of another one. What only decoding can show (a missing frame, a
+video that ends too early) is checked in ``video``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ CURE = "Correct it in meta/episodes, or copy the meta folder again."
 
 
 def seconds(root: Path, row: Mapping[str, Any], column: str) -> float:
-    """A time stated in a row of meta/episodes.
+    """Read a time in seconds from a row of meta/episodes.
 
     Raises:
-        DataError: it is not a finite number, or negative.
+        DataError: it is not a finite number, or it is negative.
     """
     value = row[column]
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise DataError(
-            f"Episode {row['episode_index']} of {root}: '{column}' is {value!r}; it must be a time in seconds from 0 up. {CURE}"
+            f"Episode {row['episode_index']} of {root}: '{column}' is {value!r}; it must be a time ≥ 0 in seconds. {CURE}"
         )
     return float(value)
 
@@ -35,17 +35,17 @@ def seconds(root: Path, row: Mapping[str, Any], column: str) -> float:
 def require_sound_offsets(
     root: Path, fps: float, rows: Sequence[Mapping[str, Any]], videos: Sequence[Mapping[str, tuple[Path, float]]]
 ) -> None:
-    """Refuse offsets that cannot all be right.
+    """Refuse offsets that are inconsistent.
 
-    The room between 'from_timestamp' and 'to_timestamp' (where stated) must hold the episode's frames, and episodes must not
-    overlap within a file. Rounding of less than half a frame (``START_TOLERANCE`` on either side) is allowed, and so is room
-    to spare: episodes may have been removed, and a video may hold more frames than its episode has rows.
+    The time between 'from_timestamp' and 'to_timestamp' (where stated) must hold the episode's frames, and episodes must not
+    overlap within a file. Rounding of less than half a frame (``START_TOLERANCE`` on either side) is allowed, and so are
+    gaps: episodes may have been removed, and a video may hold more frames than its episode has rows.
 
     Args:
         root: the data set's folder.
         fps: frames per second.
         rows: of meta/episodes, one per episode.
-        videos: by feature key, each episode's mp4 and the second at which it begins in it, in the order of ``rows``.
+        videos: in the order of ``rows``, by feature key: the episode's mp4 file and its start within it in seconds.
 
     Raises:
         DataError: naming file and episode.
@@ -56,13 +56,13 @@ def require_sound_offsets(
         length_s = int(row["length"]) / fps
         for key, (path, start_s) in places.items():
             end = f"videos/{key}/to_timestamp"
-            room_s = length_s if row.get(end) is None else seconds(root, row, end) - start_s
-            if room_s <= length_s - slack_s:
+            available_s = length_s if row.get(end) is None else seconds(root, row, end) - start_s
+            if available_s <= length_s - slack_s:
                 raise DataError(
                     f"Episode {row['episode_index']} of {root} has {row['length']} frames ({length_s:.4f} s at fps = {fps:g}), "
-                    f"but meta/episodes gives it {room_s:.4f} s of video '{key}' ({path.relative_to(root)}), from "
-                    f"{start_s:.4f} to {start_s + room_s:.4f} s. Correct these times, or fps in meta/info.json, or copy the "
-                    "meta folder again."
+                    f"but meta/episodes gives it {available_s:.4f} s of video '{key}' ({path.relative_to(root)}), from "
+                    f"{start_s:.4f} to {start_s + available_s:.4f} s. Correct these times, or fps in meta/info.json, or copy "
+                    "the meta folder again."
                 )
             if row["length"]:
                 by_file.setdefault((key, path), []).append((start_s, int(row["episode_index"]), start_s + length_s))
@@ -72,13 +72,13 @@ def require_sound_offsets(
             if start_s <= end_s - slack_s:
                 raise DataError(
                     f"Episodes {before} and {after} of {root} overlap in video '{key}' ({path.relative_to(root)}): {before} "
-                    f"ends at {end_s:.4f} s, {after} begins at {start_s:.4f} s. Correct where the wrong one begins "
+                    f"ends at {end_s:.4f} s, {after} begins at {start_s:.4f} s. Correct the offset that is wrong "
                     f"('videos/{key}/from_timestamp' in meta/episodes, or 'video_path' in meta/info.json), or copy the meta "
                     "folder again."
                 )
 
 
 def largest_drift_s(fps: float, videos: Sequence[Mapping[str, tuple[Path, float]]]) -> float:
-    """How far an episode's beginning lies from a multiple of 1 / fps at most, in seconds."""
+    """Largest distance of an episode's start from a multiple of 1 / fps, in seconds."""
     starts = [start_s for places in videos for _, start_s in places.values()]
     return max((abs(start_s * fps - round(start_s * fps)) / fps for start_s in starts), default=0.0)

@@ -1,17 +1,17 @@
-r"""Questions about images and their answers, in the layout that LLaVA made common.
+r"""VQA data sets: questions about images and their answers, in LLaVA's file layout.
 
-    questions.jsonl      one record per line (or questions.json: one list of records)
+    questions.jsonl    one record per line (or questions.json: one list of records)
     images/...         wherever the records say, relative to that file
 
     {"id": "7", "image": "images/7.png", "conversations": [
         {"from": "human", "value": "<image>\nIs the drawer open or closed?"}, {"from": "gpt", "value": "closed"}]}
 
-"image" is a path, a list of paths, or absent; ``<image>`` stands once for each in the human turns. Of further keys two are
-read: "kind" (accuracies are counted by it) and "group" (records of one group are held out together). Reading is strict:
-whatever cannot be understood is refused with its line, and nothing is skipped.
+"image" is a path, a list of paths, or absent; the human turns contain one ``<image>`` per image. Two optional keys are
+read: "kind" (accuracies are reported by it) and "group" (records of one group are held out together). Reading is strict:
+anything invalid is an error that names the line, and nothing is skipped.
 
-A conversation of several turns becomes one question per turn: the earlier questions and answers, a line each, and then its
-own question; it is shown the images that were named up to there. With ``turns="first"`` only the first one is taken.
+A conversation of several turns becomes one question per turn: the earlier questions and answers, one per line, followed by
+the turn's own question, with all images up to that turn. With ``turns="first"`` only the first turn is used.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Question:
     """One question and its answer.
 
     Args:
-        name: id of the record, with the turn where there are several: "7", "7/2".
-        images: paths relative to the set's folder; none for a question about words alone.
-        question: what is asked, earlier turns included, without ``<image>``.
-        answer: what is to be said.
-        kind: of question; "" where the set does not say.
-        group: what it is held out with besides all that shows the same image; "" for nothing.
+        name: id of the record, with the turn if there are several: "7", "7/2".
+        images: paths relative to the folder of the data set; empty for a question about text alone.
+        question: the text of the question, earlier turns included, without ``<image>``.
+        answer: the true answer.
+        kind: kind of question; "" if the data set does not state it.
+        group: questions of one group are held out together, as are those with the same image; "" for no group.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Question:
 
 @dataclass(frozen=True)
 class VqaDataset:
-    """A file of questions that has been read and checked, its images' presence included.
+    """A VQA data set that has been read and checked, including the presence of its images.
 
     Args:
-        file: of the records.
+        file: the file of the records.
         questions: in the order of the file.
     """
 
@@ -67,7 +67,7 @@ class VqaDataset:
 
     @staticmethod
     def open(path: Path | str, turns: Turns = "all") -> VqaDataset:
-        """Read a file, or the ``questions.jsonl`` or ``questions.json`` of a folder.
+        """Read a file, or ``questions.jsonl`` or ``questions.json`` in a folder.
 
         Raises:
             DataError: naming file, line and cure.
@@ -81,7 +81,8 @@ class VqaDataset:
                 for image in question.images:
                     if image not in present and not (file.parent / image).is_file():
                         raise DataError(
-                            f"{where} shows {file.parent / image}, which is missing. Copy it there, or take it out."
+                            f"{where} names the image {file.parent / image}, which is missing. Copy it there, or remove the "
+                            "record."
                         )
                     present.add(image)
         if not found:
@@ -93,7 +94,7 @@ class VqaDataset:
 
     @property
     def root(self) -> Path:
-        """The folder that images are looked for in."""
+        """The folder that image paths are relative to."""
         return self.file.parent
 
     @cached_property
@@ -114,10 +115,10 @@ class VqaDataset:
     def split(self, held_out: float, seed: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Divide the questions into (training, held out): int indices, ascending.
 
-        What shares an image or a group stays together. The families that arise are ordered by a hash of their group or
-        image (or name), and the first ``round(held_out · families)`` are held out, at least one (where the share is not 0
-        and there are two or more) and never all. So a family's place does not depend on the order of the file, and a smaller
-        share holds out a part of what a larger one does.
+        Questions that share an image or a group stay together. The resulting families are ordered by a hash of their group
+        or image (or name), and the first ``round(held_out · families)`` are held out: at least one (if the share is not 0
+        and there are two or more) and never all. So the split does not depend on the order of the file, and what a smaller
+        share holds out is a subset of what a larger one does.
 
         Raises:
             ConfigError: the share is not in [0, 1).
@@ -136,7 +137,7 @@ class VqaDataset:
         return tuple(i for i in range(len(self)) if i not in held), tuple(sorted(held))
 
     def _families(self) -> dict[str, list[int]]:
-        """Indices of the questions that hang together, by the smallest of their labels."""
+        """Indices of connected questions, by the smallest of their labels."""
         parent: dict[str, str] = {}
 
         def root(label: str) -> str:
@@ -172,12 +173,12 @@ def _file(path: Path) -> Path:
     if len(here) == 1:
         return here[0]
     if here:
-        raise DataError(f"{path} holds {' and '.join(NAMES)}; name the one that is meant.")
-    raise DataError(f"There is no {path / NAMES[0]}. Name a file of questions, or make a set with vlaflow record-vqa.")
+        raise DataError(f"{path} holds {' and '.join(NAMES)}; name the one to read.")
+    raise DataError(f"There is no {path / NAMES[0]}. Name a file of questions, or record one with vlaflow record-vqa.")
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:
-    """Every record with the words that say where it stands."""
+    """Every record, with its location in words."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -186,7 +187,7 @@ def _records(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}). Mend the line.") from error
+            raise DataError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}). Fix the line.") from error
         if not isinstance(records, list):
             raise DataError(f"{file} must be a list of records. Put them in [ ], or one per line into a .jsonl file.")
         yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
@@ -196,7 +197,7 @@ def _records(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             yield where, json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not a JSON record ({error.msg}). Mend the line, or take it out.") from error
+            raise DataError(f"{where}: not a JSON record ({error.msg}). Fix the line, or remove it.") from error
 
 
 def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
@@ -204,40 +205,42 @@ def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
         raise DataError(f"{where}: a record is an object with id, image and conversations, not {type(record).__name__}.")
     name = record.get("id")
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise DataError(f"{where}: 'id' must be a text or a number, got {name!r}. Give the record one.")
+        raise DataError(f"{where}: 'id' must be a string or a number, got {name!r}. Give the record an id.")
     images = _images(record.get("image"), where)
     kind, group = (_text(record.get(key, ""), key, where) for key in ("kind", "group"))
     exchanges = list(_exchanges(record.get("conversations"), where))
-    marks = sum(asked.count(MARK) for asked, _ in exchanges)
+    marks = sum(human.count(MARK) for human, _ in exchanges)
     if marks != len(images):
         raise DataError(f"{where}: {len(images)} image(s) and {marks} {MARK} in the human turns. Write one {MARK} per image.")
     earlier: list[str] = []
     shown = 0
-    for turn, (asked, answer) in enumerate(exchanges[: 1 if turns == "first" else None], 1):
-        shown += asked.count(MARK)
-        words = " ".join(asked.replace(MARK, " ").split())
+    for turn, (human, answer) in enumerate(exchanges[: 1 if turns == "first" else None], 1):
+        shown += human.count(MARK)
+        words = " ".join(human.replace(MARK, " ").split())
         if not words:
-            raise DataError(f"{where}: turn {2 * turn - 1} asks nothing besides its images. Put the question into words.")
+            raise DataError(f"{where}: turn {2 * turn - 1} contains images but no question. Add the question as text.")
         question = "\n".join((*earlier, words))
         earlier += [words, answer]
         yield Question(f"{name}/{turn}" if len(exchanges) > 1 else str(name), images[:shown], question, answer, kind, group)
 
 
-def _images(given: Any, where: str) -> tuple[str, ...]:
-    paths = [] if given is None else [given] if isinstance(given, str) else given
+def _images(value: Any, where: str) -> tuple[str, ...]:
+    paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, Sequence) or not all(isinstance(path, str) and path for path in paths):
-        raise DataError(f"{where}: 'image' must be a path or a list of paths, got {given!r}.")
+        raise DataError(f"{where}: 'image' must be a path or a list of paths, got {value!r}.")
     for path in paths:
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise DataError(f"{where}: the image '{path}' lies outside the set's folder. Put it next to the file of questions.")
+            raise DataError(
+                f"{where}: the image '{path}' lies outside the folder of the data set. Move it next to the file of questions."
+            )
     return tuple(Path(path).as_posix() for path in paths)
 
 
 def _exchanges(turns: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Question and answer, again and again."""
+    """The pairs of question and answer of a conversation."""
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: 'conversations' must be a list of turns, got {turns!r}.")
-    said: list[str] = []
+    texts: list[str] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
             raise DataError(f"{where}: turn {number + 1} must be an object with 'from' and 'value', got {turn!r}.")
@@ -245,20 +248,20 @@ def _exchanges(turns: Any, where: str) -> Iterator[tuple[str, str]]:
         if turn["from"] != expected:
             fault = "an answer before its question" if turn["from"] == "gpt" else f"from {turn['from']!r}"
             raise DataError(
-                f"{where}: turn {number + 1} is {fault}; human and gpt take turns, human first. Here {expected} is due."
+                f"{where}: turn {number + 1} is {fault}; human and gpt take turns, human first, so {expected} is expected here."
             )
         text = _text(turn["value"], f"turn {number + 1}", where).strip()
         if not text:
-            raise DataError(f"{where}: turn {number + 1}, of {expected}, is empty. Fill it, or take the record out.")
+            raise DataError(f"{where}: turn {number + 1}, of {expected}, is empty. Fill it, or remove the record.")
         if expected == "gpt" and MARK in text:
-            raise DataError(f"{where}: the answer in turn {number + 1} holds {MARK}. Images belong into the human turns.")
-        said.append(text)
-    if len(said) % 2:
-        raise DataError(f"{where}: the last question has no answer. Add a turn from gpt, or take the question out.")
-    yield from zip(said[::2], said[1::2], strict=True)
+            raise DataError(f"{where}: the answer in turn {number + 1} contains {MARK}. Images belong in the human turns.")
+        texts.append(text)
+    if len(texts) % 2:
+        raise DataError(f"{where}: the last question has no answer. Add a turn from gpt, or remove the question.")
+    yield from zip(texts[::2], texts[1::2], strict=True)
 
 
 def _text(value: Any, what: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {what} must be a text, got {value!r}.")
+        raise DataError(f"{where}: {what} must be a string, got {value!r}.")
     return value

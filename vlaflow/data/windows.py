@@ -1,9 +1,9 @@
-"""Training samples: at every frame of every episode, what was seen and the L actions that followed.
+"""Training samples: for every frame of every episode, the observation and the L actions that follow.
 
     windows = Windows(dataset, FrameCache.open(dataset, size=96), chunk_size=16, episodes=train)
     batch = windows.batch(np.array([0, 5, 9]))
 
-In which order the samples come is decided in ``mixture``.
+``mixture`` decides the order of the samples.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Windows:
     """Every frame of the chosen episodes as the start of a chunk.
 
     Attributes:
-        dataset, cache, chunk_size: as given; the chunk length is L = ``chunk_size``.
+        dataset, cache, chunk_size: the arguments; L = ``chunk_size``.
         episodes: the chosen episodes.
-        action_spec: the data set's, cut into chunks of ``chunk_size``; None where it states none.
+        action_spec: the data set's, with ``chunk_size``; None if the data set has none.
         rows: int64 (M,), the row of each sample's first action in ``Dataset.columns``.
         pause_N: bool (N,), rows that a pause rule marked.
-        intervened_N: bool (N,), rows at which the robot was given something else than the action to be learned.
-        code_NK: int64, latent action codes by row, −1 where there are none; None when batches hold none.
+        intervened_N: bool (N,), rows at which the robot executed something else than the action to be learned.
+        code_NK: int64, latent action codes by row, −1 where there are none; None when batches contain no codes.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Windows:
 
 
 def action_chunks(dataset: Dataset, chunk_size: int, episodes: Sequence[int]) -> np.ndarray:
-    """The chunk that begins at every frame of the episodes, in robot units, float32 (M, L, D), as ``Windows`` cuts them."""
+    """The chunks that begin at every frame of the episodes, in robot units, float32 (M, L, D), cut as in ``Windows``."""
     action, found = dataset.columns().action, []
     for episode in episodes:
         rows = dataset.episode_slice(episode)
@@ -100,7 +100,7 @@ def action_chunks(dataset: Dataset, chunk_size: int, episodes: Sequence[int]) ->
 
 
 def fewer_episodes(dataset: Dataset, episodes: Sequence[int], share: float, seed: int) -> tuple[int, ...]:
-    """A share of the episodes of every task, at least one each; a smaller share is part of a larger one.
+    """Select a share of the episodes of every task, at least one each; a smaller share is a subset of a larger one.
 
     Raises:
         ConfigError: the share is not in (0, 1].
@@ -117,7 +117,7 @@ def fewer_episodes(dataset: Dataset, episodes: Sequence[int], share: float, seed
 
 
 def split_episodes(dataset: Dataset, validation_fraction: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Divide episodes into (training, validation), task by task, so that both see every task where they can.
+    """Divide episodes into (training, validation), task by task, so that both contain every task if possible.
 
     Of each task ``round(fraction * episodes)`` are held out, at least one (when the fraction is not 0 and the task has two
     or more episodes) and never all. The same seed gives the same division.

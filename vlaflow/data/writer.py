@@ -1,12 +1,12 @@
-"""Writing a LeRobot v3.0 data set that LeRobot 0.4 and newer opens, without LeRobot.
+"""Writing a LeRobot v3.0 data set, for LeRobot 0.4 and newer, without LeRobot.
 
     with Writer("runs/demo/dataset", fps=20, action_spec=spec, state_names=("x", "y", "z", "gripper"),
                 views={"corner2": (96, 96)}, robot_type="metaworld_sawyer", provenance={"seed": 0}) as writer:
         writer.add({"corner2": images}, state, action, "Push the puck to a goal")
 
-The folder appears under its name only when it is complete. The same episodes in the same order give the same bytes,
-however many processes encoded the videos: a recording worker calls ``video.encode_video`` and hands over the segment, which
-is joined packet by packet; frames handed to ``add`` directly take the same way.
+The folder gets its final name only when it is complete. The same episodes in the same order give the same bytes, however many
+processes encoded the videos: a recording worker calls ``video.encode_video`` and sends back the segment, which is joined
+packet by packet; frames passed to ``add`` are encoded in the same way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUMPY = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "bool"
 class Writer:
     """Collects episodes into a hidden folder next to ``root`` and renames it on ``finalize``.
 
-    A killed process leaves that folder behind (``.<name>.partial-...``); it may be removed.
+    A killed process leaves that folder behind (``.<name>.partial-...``); it can be removed.
 
     Args:
         root: where the data set will be; must not exist, or be an empty folder.
@@ -47,13 +47,13 @@ class Writer:
         state_names: one name per number of the state; S of them.
         views: (height, width) by view name, both even.
         robot_type: LeRobot's name for the robot.
-        provenance: JSON data on how the data was made; keep clocks and paths out of it, they would end reproducibility.
+        provenance: JSON data on how the data was created; without times and paths, which would make it irreproducible.
         chunks_size: files per chunk folder.
         data_mb: megabytes after which a new parquet file begins; an episode never spans two files.
         video_mb: the same for mp4 files.
 
     Raises:
-        DataError: ``root`` holds something already.
+        DataError: ``root`` is not empty.
         SpecError: an odd image size, a view name with '/', a rate other than ``fps``, provenance that is not JSON.
     """
 
@@ -79,7 +79,7 @@ class Writer:
         for view, (height, width) in views.items():
             require_even(height, width, view)
             if "/" in view:
-                raise SpecError(f"The view name '{view}' holds a '/', which feature keys of LeRobot must not.")
+                raise SpecError(f"The view name '{view}' contains a '/', which LeRobot does not allow in feature keys.")
         try:
             json.dumps(provenance, allow_nan=False)
         except (TypeError, ValueError) as error:  # better now than after an hour of recording
@@ -129,23 +129,23 @@ class Writer:
         *,
         videos: Mapping[str, Path | Segment] | None = None,
     ) -> int:
-        """Append one episode of T frames; each view comes either in ``images`` or in ``videos``.
+        """Append one episode of T frames; each view is passed either in ``images`` or in ``videos``.
 
         Args:
             images: by view, uint8 (T, H, W, 3), RGB.
-            state: (T, S), what the robot reports before action t.
-            action: (T, D), what was commanded at frame t.
+            state: (T, S), the state before action t.
+            action: (T, D), the action commanded at frame t.
             task: the instruction.
             extra: further columns by feature key, (T,) or (T, k), the same ones in every episode, e.g. "next.reward".
-            videos: by view, an mp4 from ``encode_video``, as its path or its ``Segment`` (a path is decoded once more to
-                count frames and pixel values; a segment brings both along).
+            videos: by view, an mp4 from ``encode_video``, as a path or a ``Segment`` (a path is decoded again to count
+                frames and pixel values; a segment contains both counts).
 
         Returns:
             The episode's index.
 
         Raises:
-            SpecError: shapes, views or values that do not fit, named.
-            DataError: a video that holds another number of frames than there are actions.
+            SpecError: naming shapes, views or values that do not fit.
+            DataError: a video whose number of frames differs from the number of actions.
         """
         index = len(self._rows)
         vectors = self._vectors(index, state, action, task, extra or {})
@@ -169,10 +169,10 @@ class Writer:
         return index
 
     def finalize(self) -> Path:
-        """Write the meta folder and give the data set its name.
+        """Write the meta folder and rename the data set to its final name.
 
         Raises:
-            DataError: no episode was added, or ``root`` came into being meanwhile.
+            DataError: no episode was added, or ``root`` was created in the meantime.
         """
         if not self._rows:
             self.abort()
@@ -196,10 +196,10 @@ class Writer:
         return self.root
 
     def abort(self) -> None:
-        """Throw away what was written so far."""
+        """Delete everything written so far."""
         files: list[Any] = [self._table, self._table_file, *self._joiners.values()]
         for file in filter(None, files):
-            with contextlib.suppress(Exception):  # closing writes what is left, which a full disk refuses again
+            with contextlib.suppress(Exception):  # closing flushes, which fails again on a full disk
                 file.close()
         self._table, self._table_file, self._joiners = None, None, {}
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -228,8 +228,8 @@ class Writer:
                 name = self._features[key]["names"][dimension]
                 raise SpecError(f"Episode {index}: '{key}' is not finite at frame {frame}, dimension {dimension} ('{name}').")
         kinds = {}
-        for key, given in extra.items():
-            values = np.asarray(given)
+        for key, column in extra.items():
+            values = np.asarray(column)
             kind = {"f": "float32", "i": "int64", "u": "int64", "b": "bool"}.get(values.dtype.kind)
             kind = "float64" if values.dtype == np.float64 else kind
             if kind is None or values.ndim not in (1, 2) or len(values) != length or "/" in key:
@@ -243,7 +243,7 @@ class Writer:
             kinds[key] = (kind, 1 if values.ndim == 1 else values.shape[1])
             vectors[key] = values.astype(NUMPY[kind])
         if index and kinds != self._extra:
-            raise SpecError(f"Episode {index} brings the extra columns {kinds}, the first episode brought {self._extra}.")
+            raise SpecError(f"Episode {index} has the extra columns {kinds}, but the first episode has {self._extra}.")
         self._extra = kinds
         return vectors
 
@@ -252,13 +252,11 @@ class Writer:
     ) -> dict[str, Segment]:
         for view in (*images, *videos):
             if view not in self.views:
-                raise SpecError(
-                    f"Episode {index} brings the view '{view}', which was not declared; {nearest(view, self.views)}"
-                )
+                raise SpecError(f"Episode {index} has the view '{view}', which was not declared; {nearest(view, self.views)}")
         segments: dict[str, Segment] = {}
         for view, size in self.views.items():
             if (view in images) == (view in videos):
-                raise SpecError(f"Episode {index} must bring the view '{view}' once, as images or as a video.")
+                raise SpecError(f"Episode {index} must have the view '{view}' exactly once, as images or as a video.")
             if view in images:
                 if images[view].shape != (length, *size, 3) or images[view].dtype != np.uint8:
                     raise SpecError(
@@ -268,8 +266,8 @@ class Writer:
                 self._scratch.mkdir(exist_ok=True)
                 segments[view] = encode_video(images[view], self._scratch / f"{len(segments)}.mp4", self.fps)
             else:
-                given = videos[view]
-                segments[view] = given if isinstance(given, Segment) else read_segment(Path(given))
+                video = videos[view]
+                segments[view] = video if isinstance(video, Segment) else read_segment(Path(video))
             if segments[view].count != length or segments[view].histogram[0].sum() != length * size[0] * size[1]:
                 raise DataError(
                     f"Episode {index} has {length} actions of view '{view}' at {size[0]}x{size[1]}, but the video "

@@ -1,6 +1,6 @@
 """The tables of a LeRobot v3.0 meta folder, as ``writer`` fills them: info, tasks, episodes, statistics.
 
-The shapes follow files written by LeRobot 0.6.1. Nothing here knows about videos' pixels or the order of writing.
+The shapes follow files written by LeRobot 0.6.1. Video encoding and the order of writing are ``writer``'s.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Stat = dict[str, Any]
 
 
 def video_feature(height: int, width: int, fps: float) -> dict[str, Any]:
-    """The info.json entry of one camera; ``names[2]`` is what tells LeRobot that the channel comes last."""
+    """The info.json entry of one camera; LeRobot infers from ``names[2]`` that the channel comes last."""
     info = {
         "video.height": height,
         "video.width": width,
@@ -54,7 +54,7 @@ def vector_stats(values: np.ndarray) -> Stat:
 
 
 def image_stats(histogram: np.ndarray, frames: int) -> Stat:
-    """LeRobot's statistics of images in [0, 1], shaped (3, 1, 1), exactly from a count of pixel values (3, 256)."""
+    """LeRobot's statistics of images in [0, 1], shaped (3, 1, 1), computed exactly from counts of pixel values (3, 256)."""
     levels = np.arange(256) / 255.0
     total = histogram.sum(1)
     mean = histogram @ levels / total
@@ -76,13 +76,13 @@ def image_stats(histogram: np.ndarray, frames: int) -> Stat:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write indented JSON; refuses NaN, which no other JSON reader would take."""
+    """Write indented JSON; refuses NaN, which is not valid JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=4, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_tasks(path: Path, tasks: Sequence[str]) -> None:
-    """meta/tasks.parquet: LeRobot loads it with pandas and looks tasks up by the index, so the file must name it."""
+    """meta/tasks.parquet: LeRobot loads it with pandas and looks tasks up by the index, so the file must declare it."""
     text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
     pandas = {
         "index_columns": ["task"],
@@ -101,7 +101,7 @@ def write_tasks(path: Path, tasks: Sequence[str]) -> None:
 
 
 def write_episodes(folder: Path, rows: Sequence[Mapping[str, Any]], chunks_size: int) -> None:
-    """meta/episodes: one row per episode with pointers and statistics, and where the row itself lies (to resume)."""
+    """meta/episodes: one row per episode with pointers and statistics, and with the location of the row itself."""
     for number, first in enumerate(range(0, len(rows), EPISODES_PER_FILE)):
         chunk, file = divmod(number, chunks_size)
         part = [

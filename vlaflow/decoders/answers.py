@@ -41,11 +41,12 @@ class Answer:
 
 
 @torch.no_grad()
-def greedy(prefix: Prefix, limit: int = 32, allowed_V: Tensor | None = None) -> Answers:
+def greedy(prefix: Prefix, end_id: int, limit: int = 32, allowed_V: Tensor | None = None) -> Answers:
     """The most probable id at every place, given those before it.
 
     Args:
         prefix: observations, run to any depth.
+        end_id: ends an answer (``Processor.end_id``).
         limit: most ids of an answer, the end included.
         allowed_V: bool, ids that may be chosen (the end among them, or every answer is as long as the limit); None for all.
 
@@ -67,7 +68,7 @@ def greedy(prefix: Prefix, limit: int = 32, allowed_V: Tensor | None = None) -> 
             logits_BV = logits_BV.masked_fill(~allowed_V.to(logits_BV.device), float("-inf"))
         id_B = logits_BV.argmax(-1)
         found.append(id_B.masked_fill(ended_B, IGNORED))
-        ended_B = ended_B | (id_B == backbone.end_id)
+        ended_B = ended_B | (id_B == end_id)
         if place + 1 == limit or bool(ended_B.all()):
             break
         state_BW = SharedStack.extend(backbone.embed_ids(id_B[:, None]), prefix, cache)[:, 0]

@@ -77,6 +77,15 @@ class Targets:
     code_BK: Tensor | None = None
     executed: Executed | None = None
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
+        """The same on another device."""
+        return Targets(
+            self.action_BLD.to(device, non_blocking=non_blocking),
+            self.valid_BL.to(device, non_blocking=non_blocking),
+            None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
+            None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
+        )
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -112,6 +121,27 @@ class Conditioning:
         """Rows of the batch."""
         guidance = self.guidance and Guidance(self.guidance.action_BLD[row_R], self.guidance.weight_BL[row_R])
         return Conditioning(self.action_BLD[row_R], self.clock_BL[row_R], self.noised, guidance)
+
+    @property
+    def committed_BL(self) -> Tensor:
+        """bool, actions at clock 0, which nothing changes."""
+        return self.clock_BL == 0
+
+    @staticmethod
+    def around(conditioning: Conditioning | None, draft_BLD: Tensor, clock_BL: Tensor, *, noised: bool = False) -> Conditioning:
+        """What a chunk starts from that is made from a draft of itself: what was committed stays, and so does the guidance.
+
+        Args:
+            conditioning: that the draft was made with.
+            draft_BLD: normalised actions.
+            clock_BL: of the draft's actions, in [0, 1].
+            noised: see the class.
+        """
+        if conditioning is None:
+            return Conditioning(draft_BLD, clock_BL, noised)
+        kept_BL = conditioning.committed_BL
+        draft_BLD = torch.where(kept_BL[..., None], conditioning.action_BLD, draft_BLD)
+        return Conditioning(draft_BLD, clock_BL.masked_fill(kept_BL, 0), noised, conditioning.guidance)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vlaflow.backbones.base import Backbone
+from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.rater import ConfidenceRater
 
@@ -31,3 +31,7 @@ class Model(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.rater = rater
+
+    def read(self, prefix: Prefix, depth: int | None = None) -> Prefix:
+        """The prefix as far as the decoder reads it before its first step, by default through all layers (``Decoder.read``)."""
+        return self.decoder.read(self.backbone, prefix, depth)

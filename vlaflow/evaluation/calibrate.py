@@ -327,7 +327,7 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[in
             prefixes: dict[int, Prefix] = {}
             prefix = policy.embed(batch.observation)
             for depth in depths:
-                prefixes[depth] = prefix = model.backbone.run(prefix, depth)
+                prefixes[depth] = prefix = model.read(prefix, depth)
             target_BLD = policy.targets(batch).action_BLD.to(policy.device)
             weight_BL = batch.valid_BL.to(policy.device).float()
 

@@ -38,11 +38,11 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
     try:
         with torch.inference_mode():
             embedded = policy.embed(batch)
-            prefixes = {depth: model.backbone.run(embedded, depth) for depth in depths}
+            prefixes = {depth: model.read(embedded, depth) for depth in depths}
             sampling = Sampling(4)
             parts: dict[str, Callable[[], object]] = {"embed": lambda: policy.embed(batch)}
             for depth in depths:
-                parts[f"prefix {depth}"] = lambda depth=depth: model.backbone.run(embedded, depth)  # type: ignore[misc]
+                parts[f"prefix {depth}"] = lambda depth=depth: model.read(embedded, depth)  # type: ignore[misc]
                 if depth in model.depths:
                     parts[f"step {depth}"] = lambda depth=depth: model.decoder.sample(  # type: ignore[misc]
                         prefixes[depth], [Generator().manual_seed(0)], sampling

@@ -22,12 +22,12 @@ from torch import Generator, Tensor
 
 from vlaflow import __version__
 from vlaflow.backbones.base import BackboneConfig, Prefix
+from vlaflow.backbones.inputs import Processor
 from vlaflow.backbones.language import speaking
 from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
-from vlaflow.data.frames import resize
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.answers import Answer, greedy
@@ -35,10 +35,11 @@ from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Target
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import ConfigError, NotFiniteError, SpecError, nearest
+from vlaflow.errors import ConfigError, NotFiniteError, SpecError
 from vlaflow.io import load_weights, read_json, write_json
 from vlaflow.policies.action_prefix import conditioning_of
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
 
 
@@ -93,6 +94,10 @@ class Policy:
         stats: statistics of "state" and "action" of the training data, for normalisation.
         model: the networks.
         card: text of the checkpoint's README.md.
+        backbone_processor: makes the backbone's inputs; by default the one that the config opens.
+
+    Attributes:
+        processor: from observations in robot units to the networks' inputs, on the CPU (see ``PolicyProcessor``).
     """
 
     config: PolicyConfig
@@ -100,7 +105,8 @@ class Policy:
     stats: Mapping[str, FeatureStats]
     model: Model
     card: str = ""
-    _state: Normalizer = field(init=False, repr=False)
+    backbone_processor: Processor | None = field(default=None, repr=False)
+    processor: PolicyProcessor = field(init=False, repr=False)
     _action: Normalizer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,17 +115,35 @@ class Policy:
                 f"The decoder makes {self.config.decoder.action_dim} action dimensions, the action spec names "
                 f"{self.action_spec.dim}. Set decoder.action_dim to the data set's."
             )
-        self._state = Normalizer.from_stats(self.stats["state"], self.config.state_normalisation)
+        own = self.backbone_processor = self.backbone_processor or self.config.backbone.processor()
+        state = Normalizer.from_stats(self.stats["state"], self.config.state_normalisation)
+        self.processor = PolicyProcessor(self.model.backbone.views, state, own)
         self._action = Normalizer.from_stats(self.stats["action"], self.config.action_normalisation)
 
     @staticmethod
-    def create(config: PolicyConfig, action_spec: ActionSpec, stats: Mapping[str, FeatureStats], seed: int) -> Policy:
-        """A new policy with weights drawn from ``seed``; the global generator is left as it was."""
+    def create(
+        config: PolicyConfig,
+        action_spec: ActionSpec,
+        stats: Mapping[str, FeatureStats],
+        seed: int,
+        *,
+        folder: Path | None = None,
+    ) -> Policy:
+        """A new policy with weights drawn from ``seed``; the global generator is left as it was.
+
+        Args:
+            config, action_spec, stats: see the class.
+            seed: of the weights.
+            folder: of a checkpoint whose tokenizer and image settings it takes; by default those of the backbone's source.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = config.build()
+        processor = config.backbone.processor(folder)
         config = replace(config, backbone=model.backbone.config)
-        return Policy(config, action_spec.with_chunk_size(config.decoder.chunk_size), stats, model)
+        return Policy(
+            config, action_spec.with_chunk_size(config.decoder.chunk_size), stats, model, backbone_processor=processor
+        )
 
     def with_rater(self, rater: RaterConfig, seed: int) -> Policy:
         """The same policy, sharing its weights, with a new rater drawn from ``seed``."""
@@ -127,7 +151,7 @@ class Policy:
             torch.manual_seed(seed)
             network = rater.build(self.config.decoder.action_dim, self.config.decoder.chunk_size)
         model = Model(self.model.backbone, self.model.decoder, network, self.model.depths)
-        return Policy(replace(self.config, rater=rater), self.action_spec, self.stats, model, self.card)
+        return replace(self, config=replace(self.config, rater=rater), model=model)
 
     @property
     def device(self) -> torch.device:
@@ -136,43 +160,52 @@ class Policy:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def embed(self, observation: ObservationBatch) -> Prefix:
-        """The tokens of raw observations, before the first layer."""
-        return self.model.backbone.embed(self._prepare(observation))
+    def prepare(self, batch: Batch) -> Prepared:
+        """A batch in robot units as ``loss`` takes it, on the CPU: the loader does this ahead of the networks."""
+        return Prepared(self.processor(batch.observation), self.targets(batch))
 
-    def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
-        """The prefix of raw observations, through so many layers (all by default)."""
-        return self.model.decoder.read(self.model.backbone, self.embed(observation), depth)
+    def prepare_answers(self, batch: VqaBatch) -> PreparedAnswers:
+        """A batch of questions as ``answer_loss`` takes it, on the CPU.
+
+        Raises:
+            CapabilityError: when the backbone has no language-model head.
+        """
+        speaking(self.model.backbone)
+        return PreparedAnswers(self.processor(batch.observation), self.processor.backbone.answer_ids(batch.answers))
 
     def targets(self, batch: Batch) -> Targets:
         """Normalised actions of a training batch."""
         executed = batch.executed and replace(batch.executed, action_BLD=self._action.forward(batch.executed.action_BLD))
         return Targets(self._action.forward(batch.action_BLD), batch.valid_BL, batch.code_BK, executed)
 
-    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
-        """Training loss of backbone and decoder on a batch in robot units.
+    def embed(self, observation: ObservationBatch) -> Prefix:
+        """The tokens of raw observations, before the first layer."""
+        return self.model.backbone.embed(self.processor(observation).to(self.device))
+
+    def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
+        """The prefix of raw observations, through so many layers (all by default)."""
+        return self.model.read(self.embed(observation), depth)
+
+    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
+        """Training loss of backbone and decoder on what ``prepare`` made of a batch, on the networks' device.
 
         With exits it is their (weighted) mean, or that of the one drawn from ``shared``; in evaluation mode it is that of the
         full depth, and the parts name the other exits' losses.
         """
         model, exits = self.model, self.config.exits
-        targets = self.targets(batch)
+        embedded = model.backbone.embed(batch.inputs)
         if exits is not None and exits.choose == "random" and model.training:
-            drawn = exits.depths[int(torch.randint(len(exits.depths), (), generator=shared))]
-            return model.decoder.loss(self.encode(batch.observation, drawn), targets, generator)
-        terms = model.decoder.loss(self.encode(batch.observation), targets, generator, exits.depths if exits else None)
+            depth = exits.depths[int(torch.randint(len(exits.depths), (), generator=shared))]
+            return model.decoder.loss(model.read(embedded, depth), batch.targets, generator)
+        terms = model.decoder.loss(model.read(embedded), batch.targets, generator, exits.depths if exits else None)
         if exits is None:
             return terms
         return exits.total(terms) if model.training else terms.answering(terms.exits[exits.depths[-1]])
 
-    def answer_loss(self, batch: VqaBatch) -> Tensor:
-        """Language-model loss on a batch of questions; decoder and rater have no part in it.
-
-        Raises:
-            CapabilityError: when the backbone has no language-model head.
-        """
+    def answer_loss(self, batch: PreparedAnswers) -> Tensor:
+        """Language-model loss on what ``prepare_answers`` made of questions; decoder and rater have no part in it."""
         backbone = speaking(self.model.backbone)
-        return backbone.answer_loss(self.embed(batch.observation), backbone.answer_ids(batch.answers))
+        return backbone.answer_loss(backbone.embed(batch.inputs), batch.answer_BT)
 
     # -- inference ---------------------------------------------------------------------------------------------------
 
@@ -259,7 +292,7 @@ class Policy:
         watch = Stopwatch(self.device)
         with watch.part("total"):
             with watch.part("prefix"):
-                prefix = self.model.backbone.embed(self._prepare(ObservationBatch.collate(observations)))
+                prefix = self.embed(ObservationBatch.collate(observations))
             out = compute.decode(self.model, prefix, generators, watch, conditioning)
             action_BLD = self.to_robot(out.action_BLD)
         _require_finite(action_BLD, out)  # before the range is clipped, which would make a bound of an infinite value
@@ -297,31 +330,15 @@ class Policy:
     @torch.inference_mode()
     def reply(self, observation: ObservationBatch, limit: int = 32) -> list[Answer]:
         """``answer`` for a batch as data sets give it."""
-        backbone = speaking(self.model.backbone)
-        made = greedy(self.embed(observation), limit)
-        pairs = zip(backbone.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
+        speaking(self.model.backbone)
+        words = self.processor.backbone
+        made = greedy(self.embed(observation), words.end_id, limit)
+        pairs = zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
         return [Answer(text, ended) for text, ended in pairs]
 
     def to_robot(self, action_BLD: Tensor) -> np.ndarray:
         """Normalised actions in robot units, not clipped."""
         return self._action.inverse(action_BLD.float()).cpu().numpy()
-
-    def _prepare(self, observation: ObservationBatch) -> ObservationBatch:
-        """Check views, resize images, normalise the state, move to the device."""
-        views = self.model.backbone.views
-        for view in views:
-            if view not in observation.images:
-                raise SpecError(
-                    f"The policy looks at view '{view}', which the observation lacks; {nearest(view, observation.images)}"
-                )
-        expected, found = len(self.stats["state"].mean), observation.state_BS.shape[1]
-        if expected != found:
-            raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
-        images = {view: _resize(observation.images[view], size) for view, size in views.items()}
-        state_BS = self._state.forward(observation.state_BS)
-        if observation.known_BS is not None:
-            state_BS = state_BS * observation.known_BS
-        return ObservationBatch(images, state_BS, observation.instructions).to(self.device)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -340,7 +357,7 @@ class Policy:
         (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
         chosen = {**self.model.state_dict(), **(weights or {})}
         save_file({k: v.detach().cpu().contiguous() for k, v in chosen.items()}, folder / "model.safetensors")
-        self.model.backbone.save_files(folder)
+        self.processor.backbone.save(folder)
 
     @staticmethod
     def from_pretrained(path: Path | str, device: str = "cpu") -> Policy:
@@ -361,9 +378,9 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
-        model.backbone.load_files(folder)
-        card = folder / "README.md"
-        return Policy(config, action_spec, stats, model.to(device).eval(), card.read_text() if card.exists() else "")
+        card, processor = folder / "README.md", config.backbone.processor(folder)
+        text = card.read_text() if card.exists() else ""
+        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor)
 
 
 def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:
@@ -385,10 +402,3 @@ def _require_finite(action_BLD: np.ndarray, out: Decoded) -> None:
             "The policy computed NaN or an infinite value, which is no action. Look whether the observation's state is in "
             "the units of training; if it is, the training diverged."
         )
-
-
-def _resize(image_BHWC: Tensor, size: int | None) -> Tensor:
-    """As the frame cache did for training."""
-    if size is None or image_BHWC.shape[1:3] == (size, size):
-        return image_BHWC
-    return torch.from_numpy(np.stack([resize(image, size) for image in image_BHWC.cpu().numpy()]))

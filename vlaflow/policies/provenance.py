@@ -57,7 +57,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class TrainedQuestions:
+class TrainedVqa:
     """The questions of one training.
 
     Args:
@@ -86,7 +86,7 @@ class TrainedOn:
     data: str
     validation_fraction: float
     seed: int
-    vqa: TrainedQuestions | None = None
+    vqa: TrainedVqa | None = None
 
 
 def trained_on(folder: Path) -> tuple[TrainedOn, ...]:
@@ -139,5 +139,5 @@ def new_questions(vqa: VqaDataset, turns: Turns, trained: Sequence[TrainedOn], f
 
 def _trained_on(run: Mapping[str, Any], where: str) -> tuple[TrainedOn, ...]:
     before = tuple(from_json(TrainedOn, each, where) for each in run.get("ancestors", ()))
-    asked = from_json(TrainedQuestions, run["vqa"], where) if "vqa" in run else None
+    asked = from_json(TrainedVqa, run["vqa"], where) if "vqa" in run else None
     return (*before, TrainedOn(run["data"], run["config"]["validation_fraction"], run["config"]["seed"], asked))

@@ -1,59 +1,57 @@
 """What a recipe returns: one frozen config for one training stage, with nothing left to guess.
 
-Recipes live next to their system (``policies/<system>/recipes.py``) and are plain functions of the data set's shape. The
-trainer reads these configs; nothing here trains.
+A ``TrainConfig`` says how the loop runs; its ``objective`` says what is learned. Recipes live next to their system
+(``policies/<system>/recipes.py``) and are plain functions of the data set's shape and of the policy they continue. The
+objectives of this package are in ``objectives``; ``training`` runs any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from vlaflow.actions.latent import LatentConfig
-from vlaflow.actions.nsvq import Replacement
+from vlaflow.config import INLINE
 from vlaflow.data.augment import Augment, StateMask
+from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
-from vlaflow.data.vqa import Turns
-from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import ConfigError
-from vlaflow.policies.base import PolicyConfig
+from vlaflow.data.source import Source
+from vlaflow.data.windows import fewer_episodes, split_episodes
+from vlaflow.errors import ConfigError, DataError
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.provenance import ancestry, fingerprint
+from vlaflow.policies.stages import CoTraining, Stage
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The shape of a data set, which a recipe fits its networks to."""
+    """The shape of a data set, which a recipe fits its networks to.
+
+    Args:
+        state_dim, action_dim: 0 where it holds no states or no actions.
+        views: names of its camera views, at least one.
+    """
 
     state_dim: int
     action_dim: int
     views: tuple[str, ...]
 
+    @staticmethod
+    def of(root: Path | str) -> DataSpec:
+        """Of a data set on disk; only its meta folder is read.
 
-@dataclass(frozen=True)
-class VideoSpec:
-    """What a recipe of a latent action model needs to know of a data set; ``action_dim`` is 0 where it holds no actions."""
-
-    views: tuple[str, ...]
-    action_dim: int
-
-
-@dataclass(frozen=True)
-class LatentTraining:
-    """What a latent action model learns from, and how.
-
-    Args:
-        model: the networks.
-        view: the camera view it looks at.
-        gap_s: time between the frames of a pair in seconds; pairs that would cross the end of an episode are not formed.
-        replacement: of codebook entries that are hardly used.
-        action_weight: of the action head's squared error (normalised actions) relative to that of the pixels (in [−1, 1]).
-    """
-
-    model: LatentConfig
-    view: str
-    gap_s: float = 1.0
-    replacement: Replacement = field(default_factory=Replacement)
-    action_weight: float = 0.01
+        Raises:
+            DataError: not a data set, or one without a camera.
+        """
+        dataset = Dataset.open(root, video=True)
+        if not dataset.views:
+            raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
+        state, action = (len(dataset.dimension_names(name)) for name in ("state", "action"))
+        return DataSpec(state, action, tuple(dataset.views))
 
 
 @dataclass(frozen=True)
@@ -106,34 +104,147 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class VqaTraining:
-    """VQA co-training: some optimiser steps are taken on questions alone.
+class Base:
+    """A trained policy that a stage continues.
 
     Args:
-        share: of the optimiser steps, evenly spread among the others; in (0, 1).
-        weight: of the language-model loss.
-        batch_size: questions per such step and process; None takes as many as observations.
-        turns: of conversations: all, each with the earlier ones before it, or the first alone.
-        held_out: share of the questions, by image and group, that is never trained on.
-        size: side in pixels at which images are shown to backbones that look at any size.
+        policy: the policy.
+        path: where the user said it is, for messages.
+        folder: where it lies on disk.
     """
 
-    share: float = 0.25
-    weight: float = 1.0
-    batch_size: int | None = None
-    turns: Turns = "all"
-    held_out: float = 0.1
-    size: int = 448
+    policy: Policy
+    path: str
+    folder: Path
 
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ConfigError(f"vqa.share must lie between 0 and 1, both excluded, got {self.share}.")
-        sizes = self.size if self.batch_size is None else min(self.size, self.batch_size)
-        if not 0 <= self.held_out < 1 or self.weight <= 0 or sizes < 1:
-            raise ConfigError(
-                "vqa.held_out lies in [0, 1), weight is above 0, size and batch_size are at least 1; got "
-                f"{self.held_out}, {self.weight}, {self.size}, {self.batch_size}."
-            )
+    @staticmethod
+    def open(path: Path | str) -> Base:
+        """From a checkpoint folder or a Hugging Face repository id.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        folder = local_folder(path)
+        return Base(Policy.from_pretrained(folder), str(path), folder)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that continues it is told of it, JSON data."""
+        return {"policy": fingerprint(self.folder), **ancestry(self.folder)}
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What a stage may be given besides its data set.
+
+    Args:
+        base: trained policy to continue.
+        vqa: file or folder of a VQA data set for co-training (docs/vqa.md).
+        tokenizer: file of a fitted action tokenizer.
+        latent: folder of a latent action model.
+    """
+
+    base: Base | None = None
+    vqa: Path | str | None = None
+    tokenizer: Path | str | None = None
+    latent: Path | str | None = None
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What the stages of a pipeline before the present one will have made, known before any of them runs."""
+
+    policy: PolicyConfig | None = None
+    latent: LatentConfig | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stage that is ready to train.
+
+    Args:
+        objective: as given, with what only the data could decide, such as a fitted tokenizer.
+        stage: the networks and their loss.
+        train: samples to learn from.
+        held: held-out samples, or None.
+        vqa: questions to learn from in turns with the samples, or None.
+        identity: JSON data that must be the same for a run to be continued, besides recipe, data set and config.
+        card: the checkpoint's README.md, given the lines about this training.
+    """
+
+    objective: Objective
+    stage: Stage
+    train: Source
+    held: Source | None
+    vqa: CoTraining | None
+    identity: Mapping[str, Any]
+    card: Callable[[Sequence[str]], str]
+
+
+class Objective(ABC):
+    """What a training stage learns; a frozen dataclass whose fields ``--set`` reaches without a prefix.
+
+    A recipe of another package may bring one of its own: the trainer knows only these methods.
+    """
+
+    makes: ClassVar[Literal["policy", "latent"]] = "policy"
+    """What its checkpoint is to the later stages of a pipeline."""
+
+    @property
+    def names_codes(self) -> bool:
+        """Whether it needs a latent action model, whose codes it learns to name."""
+        return False
+
+    def check(self, config: TrainConfig) -> None:  # noqa: B027 — most objectives follow every value
+        """Refuse values of the config around it that it cannot follow, with a ``ConfigError``; by default none."""
+
+    @abstractmethod
+    def concern(self, assets: Assets) -> Assets:
+        """The part of a pipeline's assets that concerns this stage."""
+
+    def told(self, assets: Assets) -> Self:
+        """The objective with what the assets bring along, before ``--set`` is applied; by default nothing."""
+        return self
+
+    @abstractmethod
+    def require(self, assets: Assets) -> None:
+        """Refuse assets that it cannot use, and miss those that it cannot do without.
+
+        Raises:
+            ConfigError: with the option to give or to leave out.
+        """
+
+    @abstractmethod
+    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+        """What will be there after this stage of a pipeline; raises what can be known to be wrong before any stage runs.
+
+        Args:
+            config: the whole config.
+            root: of the data set.
+            assets: this stage's.
+            before: what the stages before it make.
+            stage: its name and a dot, before keys that a message names.
+        """
+
+    @abstractmethod
+    def open(self, root: Path | str) -> Dataset:
+        """Open a data set to learn from.
+
+        Raises:
+            VlaflowError: it lacks something that the objective learns from.
+        """
+
+    @abstractmethod
+    def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
+        """Networks, loss and samples.
+
+        Args:
+            config: the whole config.
+            dataset: as ``open`` opened it.
+            assets: as ``require`` accepted them.
+
+        Raises:
+            VlaflowError: when the parts do not fit together.
+        """
 
 
 @dataclass(frozen=True)
@@ -141,9 +252,7 @@ class TrainConfig:
     """One training stage.
 
     Args:
-        policy: the assembly to train, from scratch or (by recipes that take a ``PolicyConfig``) from a checkpoint's weights.
-        rater: the rater to add and train on the frozen policy; None for the other stages.
-        latent: the latent action model to train from video alone; None for the other stages.
+        objective: what is learned. On a command line its fields have no prefix: ``--set policy.n_action_steps=4``.
         steps: optimiser steps.
         batch_size: observations per optimiser step and process, over all accumulation parts.
         accumulate: parts a batch is split into.
@@ -156,7 +265,6 @@ class TrainConfig:
             are left out of the loss; None keeps all.
         max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
             refused.
-        vqa: VQA co-training; None for none.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
         validation_fraction: share of the episodes of every task held out.
         validate_every, checkpoint_every: steps.
@@ -164,9 +272,7 @@ class TrainConfig:
         seed: of weights, data order and noise.
     """
 
-    policy: PolicyConfig | None
-    rater: RaterConfig | None = None
-    latent: LatentTraining | None = None
+    objective: Objective = field(metadata=INLINE)
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 1000
     batch_size: int = 64
@@ -178,7 +284,6 @@ class TrainConfig:
     pauses: PauseRule | None = None
     interventions: InterventionRule | None = INTERVENTIONS
     max_excluded: float = 0.5
-    vqa: VqaTraining | None = None
     demonstrations: float = 1.0
     validation_fraction: float = 0.06
     validate_every: int = 250
@@ -187,17 +292,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if [self.policy, self.rater, self.latent].count(None) != 2:
-            raise ConfigError("A training stage has one of policy (to train), rater (to add to a trained one) and latent.")
-        if self.latent is not None and (self.shift or self.augment or self.state_mask or self.pauses):
-            raise ConfigError(
-                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
-            )
-        if self.vqa is not None and self.policy is None:
-            raise ConfigError("Only a policy learns from questions; leave 'questions' out.")
+        self.objective.check(self)
         if not 0 < self.max_excluded <= 1:
             raise ConfigError(f"max_excluded is a share in (0, 1], got {self.max_excluded}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}.")
         if min(self.steps, self.batch_size, self.accumulate, self.validate_every, self.checkpoint_every) < 1:
             raise ConfigError("steps, batch_size, accumulate, validate_every and checkpoint_every must be at least 1.")
+
+    def episodes(self, dataset: Dataset) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The episodes of a data set for training, and those held out."""
+        train, held = split_episodes(dataset, self.validation_fraction, self.seed)
+        return fewer_episodes(dataset, train, self.demonstrations, self.seed), held

@@ -10,28 +10,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.mixture import Order
+from vlaflow.data.source import Prepare, Ready, Sample, Source
 from vlaflow.data.transforms import RandomShift
 from vlaflow.policies.recipe import TrainConfig
-
-Sample = Batch | VqaBatch
-
-
-class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, ``data.image_cache.VqaSource``, or anything like them."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def batch(self, indices: np.ndarray) -> Sample:
-        """The samples at ``indices``."""
+from vlaflow.policies.stages import CoTraining
 
 
 @dataclass(frozen=True)
@@ -44,9 +32,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step's batch, the generator its loss draws from, and one whose numbers all processes and parts share."""
+    """One part of a step's batch.
+
+    Args:
+        batch: the samples, on the CPU; what a loss that explodes is traced to.
+        ready: the same as the loss takes them, on the device.
+        generator: that the loss draws from.
+        shared: its numbers are the same for all processes and parts.
+    """
 
     batch: Sample
+    ready: Ready
     generator: Generator
     shared: Generator
 
@@ -62,13 +58,20 @@ class Loader:
 
     Every process takes ``batch_size`` samples of the step's ``world · batch_size``, and splits them into ``accumulate``
     parts that are used one after another. With ``ahead`` (the default next to a GPU) a thread loads the next step meanwhile,
-    which changes no sample: a step's content does not depend on when it is loaded.
+    which changes no sample: a step's content does not depend on when it is loaded. ``prepare`` is done there too.
     """
 
     def __init__(
-        self, source: Source, config: TrainConfig, place: Place, device: torch.device, ahead: bool | None = None
+        self,
+        source: Source,
+        config: TrainConfig,
+        place: Place,
+        device: torch.device,
+        prepare: Prepare,
+        *,
+        ahead: bool | None = None,
     ) -> None:
-        self.source, self.config, self.place, self.device = source, config, place, device
+        self.source, self.config, self.place, self.device, self.prepare = source, config, place, device, prepare
         self.order = Order(len(source), config.batch_size * place.world, config.seed)
         self.shift = RandomShift(config.shift)
         # Beside a CPU model a loading thread only takes its cores away: loading is one hundredth of a step there.
@@ -106,7 +109,7 @@ class Loader:
                 batch = replace(batch, observation=replace(batch.observation, known_BS=known_BS))
             generator = Generator().manual_seed(mix("loss", c.seed, step, rank, number))
             shared = Generator().manual_seed(mix("shared", c.seed, step))
-            parts.append(Part(batch.to(self.device), generator, shared))
+            parts.append(Part(batch, self.prepare(batch).to(self.device, non_blocking=True), generator, shared))
         return parts
 
     def _changed(self, batch: Sample, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Sample:
@@ -145,17 +148,15 @@ class Alternating:
         self.asking.close()
 
 
-def alternating(acting: Loader, vqa: Source) -> Alternating:
-    """The feed of a config with ``vqa``: state masks are for actions, everything else holds for both."""
-    asks = acting.config.vqa
-    assert asks is not None
+def alternating(acting: Loader, vqa: CoTraining) -> Alternating:
+    """Actions and questions in turns: state masks are for actions, everything else holds for both."""
     config = replace(
         acting.config,
-        batch_size=asks.batch_size or acting.config.batch_size,
+        batch_size=vqa.batch_size or acting.config.batch_size,
         state_mask=None,
         seed=mix("questions", acting.config.seed),
     )
-    return Alternating(acting, Loader(vqa, config, acting.place, acting.device), asks.share)
+    return Alternating(acting, Loader(vqa.train, config, acting.place, acting.device, acting.prepare), vqa.share)
 
 
 class Held:
@@ -174,7 +175,7 @@ class Held:
         chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
         self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
 
-    def parts(self, place: Place, device: torch.device) -> Iterator[tuple[Part, bool]]:
+    def parts(self, place: Place, device: torch.device, prepare: Prepare) -> Iterator[tuple[Part, bool]]:
         """The batches of one process, and whether each counts.
 
         Every process gets equally many, as sharded models need; the surplus ones are repetitions that do not count.
@@ -183,4 +184,5 @@ class Held:
         for number in range(place.rank, -(-total // place.world) * place.world, place.world):
             generator = Generator().manual_seed(mix("validation", self.seed, number % total))
             shared = Generator().manual_seed(mix("shared validation", self.seed))
-            yield Part(self.source.batch(self.batches[number % total]).to(device), generator, shared), number < total
+            batch = self.source.batch(self.batches[number % total])
+            yield Part(batch, prepare(batch).to(device, non_blocking=True), generator, shared), number < total

@@ -11,17 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlaflow.actions.latent import LatentConfig
-from vlaflow.data.lerobot import Dataset
-from vlaflow.data.vqa import VqaDataset
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.packages import packages_of, require
-from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.recipe import DataSpec, Foreseen, Objective
 from vlaflow.training import checkpoint
-from vlaflow.training.latents import fit_codes, video_spec
-from vlaflow.training.options import Options, data_spec, overridden, require_enough
+from vlaflow.training.options import Options, overridden
 from vlaflow.training.recipes import Recipe, find_recipe
-from vlaflow.training.vqa import require_askable
 
 
 @dataclass(frozen=True)
@@ -32,13 +27,13 @@ class Planned:
         recipe: its own.
         folder: of its checkpoint.
         options: its share of the pipeline's; ``latent`` is filled in when there is a model.
-        names_codes: whether it learns the codes of a latent action model.
+        objective: what it learns.
     """
 
     recipe: Recipe
     folder: Path
     options: Options
-    names_codes: bool
+    objective: Objective
 
 
 def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> list[Planned]:
@@ -60,24 +55,21 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
             )
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")
-    planned, policy, latent = [], None, None
+    data, foreseen, planned = DataSpec.of(dataset), Foreseen(), []
     for name in names:
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
-        mine = replace(options, overrides=own, fresh=False)
-        if recipe.from_video or own.get("vqa") in ("none", "null"):
-            mine = replace(mine, vqa=None)
-        if recipe.from_video or recipe.continues:
-            mine = replace(mine, tokenizer=None)
-        config = overridden(recipe.call(_given(recipe, dataset, policy)), mine)
+        config = recipe.config(data, foreseen.policy)
+        assets = config.objective.concern(options.assets())
+        if own.get("vqa") in ("none", "null"):
+            assets = replace(assets, vqa=None)
+        if recipe.continues:
+            assets = replace(assets, tokenizer=None)
+        config = overridden(config, own, assets)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
-        if config.policy is not None and config.vqa is not None and mine.vqa is not None:
-            require_askable(config.policy, VqaDataset.open(mine.vqa, config.vqa.turns))
-        if config.policy is not None:
-            require_enough(config, Dataset.open(dataset), config.policy.decoder.chunk_size, f"{name}.")
-        policy, latent = config.policy or policy, config.latent.model if config.latent else latent
-        wants = config.policy is not None and _wants(config.policy, latent, name)
-        planned.append(Planned(recipe, folder, mine, wants))
+        foreseen = config.objective.foresee(config, Path(dataset), assets, foreseen, f"{name}.")
+        mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)
+        planned.append(Planned(recipe, folder, mine, config.objective))
     if not options.fresh:
         for found in planned:
             checkpoint.require_run_of(found.folder, found.recipe.name)
@@ -97,17 +89,3 @@ def start_over(stages: Sequence[Planned]) -> None:
             checkpoint.require_free(stage.folder)
         sys.stderr.write(f"The old checkpoints are now in {checkpoint.move_aside(stages[-1].folder)}.\n")
     together.wait_for_everyone()
-
-
-def _given(recipe: Recipe, dataset: Path | str, policy: PolicyConfig | None) -> object:
-    """What the recipe is a function of."""
-    if recipe.continues:
-        return policy
-    return video_spec(Dataset.open(dataset, video=True)) if recipe.from_video else data_spec(Dataset.open(dataset))
-
-
-def _wants(policy: PolicyConfig, latent: LatentConfig | None, stage: str) -> bool:
-    wanted = policy.decoder.latent_codes
-    if wanted is not None and latent is not None:
-        fit_codes(latent, wanted, "The latent action model of this pipeline", f"{stage}.")
-    return wanted is not None

@@ -14,10 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlaflow import registry
 from vlaflow.errors import CapabilityError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from vlaflow.policies.base import PolicyConfig
+    from vlaflow.policies.recipe import DataSpec, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,32 @@ class Recipe:
 
     @property
     def continues(self) -> bool:
-        """Whether it continues a trained policy (takes its ``PolicyConfig``), rather than starting one (``DataSpec``)."""
+        """Whether it continues a trained policy, whose ``PolicyConfig`` it takes."""
         from vlaflow.policies.base import PolicyConfig
 
-        return self._takes(PolicyConfig)
+        return PolicyConfig in self._takes()
 
-    @property
-    def from_video(self) -> bool:
-        """Whether it needs no actions (takes the data set's ``VideoSpec``): it trains a latent action model."""
-        from vlaflow.policies.recipe import VideoSpec
+    def config(self, data: DataSpec, policy: PolicyConfig | None = None) -> TrainConfig:
+        """The config for a data set and, where it ``continues`` one, a policy; the function is given what it takes of them.
 
-        return self._takes(VideoSpec)
+        Raises:
+            ConfigError: the recipe needs actions, and the data set holds none; or as the recipe raises.
+        """
+        from vlaflow.policies.base import PolicyConfig
+        from vlaflow.policies.recipe import DataSpec
 
-    def _takes(self, kind: type) -> bool:
-        return kind in [hint for name, hint in typing.get_type_hints(self.call).items() if name != "return"]
+        known: dict[object, Any] = {DataSpec: data, PolicyConfig: policy}
+        try:
+            return self.call(*(known[kind] for kind in self._takes()))
+        except ConfigError as error:
+            if data.action_dim == 0:
+                raise ConfigError(
+                    f"The recipe '{self.name}' learns from actions, and the data set has no 'action'. Choose another data set."
+                ) from error
+            raise
+
+    def _takes(self) -> list[object]:
+        return [hint for name, hint in typing.get_type_hints(self.call).items() if name != "return"]
 
 
 def list_recipes() -> dict[str, Recipe]:

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vlaflow.actions.io import load_tokenizer
-from vlaflow.data import stats
-from vlaflow.data.frames import FrameCache
-from vlaflow.data.lerobot import Dataset
-from vlaflow.data.stats import FeatureStats
-from vlaflow.data.transforms import Normalizer
-from vlaflow.data.windows import Windows, action_chunks
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import ConfigError
 from vlaflow.io import require_makeable
 from vlaflow.packages import require
-from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.provenance import ancestry, fingerprint, run_of
-from vlaflow.policies.recipe import TrainConfig
-from vlaflow.training.card import model_card
-from vlaflow.training.latents import codes_of, require_same_model, train_latent, video_spec
-from vlaflow.training.options import Options, data_spec, episodes_of, finish, overridden, require_enough, stated_spec
+from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
+from vlaflow.training.card import training_lines
+from vlaflow.training.options import Options, overridden
 from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
-from vlaflow.training.stages import AnsweringStage, PolicyStage, RaterStage, Stage
 from vlaflow.training.trainer import Outcome, Trainer
-from vlaflow.training.vqa import vqa_of
 from vlaflow.versions import command_line
 
 
@@ -57,29 +41,18 @@ def train(
     Raises:
         VlaflowError: whatever the user can fix, in a sentence.
     """
-    found = find_recipe(recipe)
+    found, options = find_recipe(recipe), options or Options()
     require("accelerate", "psutil", what="Training")
     require_makeable(Path(out))
-    if found.several:
-        if policy is not None:
-            raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out.")
-        return train_pipeline(found, dataset, Path(out), options or Options())
-    if found.from_video:
-        if policy is not None:
-            raise ConfigError(f"The recipe '{recipe}' starts from video alone; leave --policy out.")
-        opened = Dataset.open(dataset, video=True)
-        return train_latent(found.call(video_spec(opened)), opened, out, name=recipe, options=options)
-    opened = Dataset.open(dataset)
-    if found.continues:
-        if policy is None:
-            raise ConfigError(f"The recipe '{recipe}' continues a trained policy; name its checkpoint with --policy.")
-        base = Policy.from_pretrained(policy)
-        config = found.call(base.config)
-        further = train_rater if config.rater is not None else train_further
-        return further(base, config, opened, out, name=recipe, policy_path=policy, options=options)
-    if policy is not None:
+    if policy is not None and not found.continues:
         raise ConfigError(f"The recipe '{recipe}' starts from scratch; leave --policy out, or choose one that continues.")
-    return train_policy(found.call(data_spec(opened)), opened, out, name=recipe, options=options)
+    if policy is None and found.continues:
+        raise ConfigError(f"The recipe '{recipe}' continues a trained policy; name its checkpoint with --policy.")
+    if found.several:
+        return train_pipeline(found, dataset, Path(out), options)
+    base = None if policy is None else Base.open(policy)
+    config = found.config(DataSpec.of(dataset), base.policy.config if base else None)
+    return train_stage(config, dataset, out, name=recipe, base=base, options=options)
 
 
 def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> Outcome:
@@ -93,240 +66,64 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
     stages = plan(pipeline, dataset, out, options)
     if options.fresh:
         start_over(stages)
-    policy: Path | None = None
-    latent: Path | None = None
+    made: dict[str, Path] = {}
     for number, stage in enumerate(stages, 1):
-        recipe, mine = stage.recipe, replace(stage.options, latent=latent if stage.names_codes else None)
+        recipe, latent = stage.recipe, made.get("latent") if stage.objective.names_codes else None
         sys.stderr.write(f"Stage {number} of {len(stages)}: {recipe.name} into {stage.folder}\n")
-        outcome = train(recipe.name, dataset, stage.folder, policy=policy if recipe.continues else None, options=mine)
+        policy = made.get("policy") if recipe.continues else None
+        outcome = train(recipe.name, dataset, stage.folder, policy=policy, options=replace(stage.options, latent=latent))
         if outcome.signal is not None:
             return replace(outcome, more=number < len(stages))
-        if recipe.from_video:
-            latent = stage.folder
-        else:
-            policy = stage.folder
+        made[stage.objective.makes] = stage.folder
     return outcome
 
 
-def train_policy(
-    config: TrainConfig, dataset: Dataset, out: Path | str, *, name: str, options: Options | None = None
-) -> Outcome:
-    """Train backbone and decoder from scratch.
-
-    Args:
-        config: a recipe's, with ``policy`` set.
-        dataset: what to learn from.
-        out: folder of the checkpoint.
-        name: the recipe's name, for the model card.
-        options: see ``Options``.
-    """
-    config = overridden(config, options)
-    if config.policy is None:
-        raise ConfigError(f"'{name}' trains a rater; give it a trained policy with --policy.")
-    spec = stated_spec(dataset)
-    train_episodes, _ = episodes_of(dataset, config)
-    if not dataset.columns().state.shape[1]:
-        raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
-    measured = stats.compute(dataset, train_episodes)
-    config = _with_tokenizer(config, dataset, measured["action"], train_episodes, options)
-    assert config.policy is not None
-    policy = Policy.create(config.policy, spec, measured, config.seed)
-    stage = _policy_stage(policy, config)
-    return _train(stage, policy, config, dataset, Path(out), name=name, identity={}, options=options or Options())
-
-
-def train_further(
-    policy: Policy,
+def train_stage(
     config: TrainConfig,
-    dataset: Dataset,
+    dataset: Path | str,
     out: Path | str,
     *,
     name: str,
-    policy_path: Path | str,
+    base: Base | None = None,
     options: Options | None = None,
 ) -> Outcome:
-    """Train a policy further, by a config whose networks have the same weights; normalisation stays the checkpoint's.
+    """Train one stage by its config, from scratch or from a policy.
 
     Args:
-        policy: the trained policy.
-        config: a recipe's, with ``policy`` set.
-        dataset: of the same robot.
-        out: folder of the new checkpoint.
-        name: the recipe's name, for the model card.
-        policy_path: where the policy was opened.
+        config: what to learn, and how.
+        dataset: folder of what to learn from.
+        out: folder of the checkpoint.
+        name: of the config, for the run's identity and the model card.
+        base: the policy to continue, for objectives that need or allow one.
         options: see ``Options``.
 
     Raises:
-        ConfigError: when the config's networks are others than the checkpoint's.
+        VlaflowError: whatever the user can fix, in a sentence.
     """
-    config = overridden(config, options)
-    if config.policy is None:
-        raise ConfigError(f"'{name}' does not train a policy.")
-    _require_continuable(policy, dataset, Path(out), Path(policy_path), options)
-    if policy.model.rater is not None:
-        raise ConfigError(
-            f"{policy_path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
-            "checkpoint that the rater was trained for, and train another rater afterwards."
-        )
-    for key in ("state_normalisation", "action_normalisation"):
-        ours, theirs = getattr(config.policy, key), getattr(policy.config, key)
-        if ours != theirs:
-            raise ConfigError(
-                f"policy.{key} is '{ours}', but {policy_path} was trained with '{theirs}', which its weights take for granted. "
-                "Leave out the --set that changes it."
-            )
-    before = run_of(local_folder(policy_path))
-    require_same_model(before.get("latent"), (options or Options()).latent, policy_path)
-    further = replace(Policy.create(config.policy, policy.action_spec, policy.stats, config.seed), card=policy.card)
-    try:
-        further.model.load_state_dict(policy.model.state_dict())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"The networks of '{name}' are not those of {policy_path}, so they cannot start from its weights "
-            f"({str(error).splitlines()[-1].strip()}). Leave out the --set that changes them."
-        ) from error
-    further.model.backbone.load_files(local_folder(policy_path))
-    base = {"policy": fingerprint(local_folder(policy_path)), **ancestry(local_folder(policy_path))}
-    return _train(
-        _policy_stage(further, config),
-        further,
-        config,
-        dataset,
-        Path(out),
-        name=name,
-        identity=base,
-        options=options or Options(),
-    )
-
-
-def _require_continuable(policy: Policy, dataset: Dataset, out: Path, policy_path: Path, options: Options | None) -> None:
-    """Refuse what no stage that starts from a checkpoint can use."""
-    policy.action_spec.require_match(stated_spec(dataset), f"checkpoint {policy_path}", f"data set {dataset.root}")
-    if out.resolve() == policy_path.resolve():
+    options = options or Options()
+    assets = options.assets(base)
+    config = overridden(config, options.overrides, assets)
+    opened = config.objective.open(dataset)
+    if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
-    if options is not None and options.tokenizer is not None:
-        raise ConfigError(f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {options.tokenizer} out.")
-
-
-def _policy_stage(policy: Policy, config: TrainConfig) -> Stage:
-    stage = PolicyStage(policy)
-    return stage if config.vqa is None else AnsweringStage(stage, policy, config.vqa.weight)
-
-
-def train_rater(
-    policy: Policy,
-    config: TrainConfig,
-    dataset: Dataset,
-    out: Path | str,
-    *,
-    name: str,
-    policy_path: Path | str,
-    options: Options | None = None,
-) -> Outcome:
-    """Add a rater to a trained policy and train it; the policy's own weights stay as they are.
-
-    Args:
-        policy: the trained policy.
-        config: a recipe's, with ``rater`` set.
-        dataset: of the same robot; the same seed and fraction hold out the same episodes as the policy's training did.
-        out: folder of the new checkpoint.
-        name: the recipe's name, for the model card.
-        policy_path: where the policy was opened.
-        options: see ``Options``.
-    """
-    config = overridden(config, options)
-    if config.rater is None:
-        raise ConfigError(f"'{name}' trains a policy from scratch; leave --policy out.")
-    if options is not None and options.vqa is not None:
-        raise ConfigError("A rater learns no questions; leave --vqa out.")
-    if options is not None and options.latent is not None:
-        raise ConfigError("A rater learns no latent actions; leave --latent out.")
-    _require_continuable(policy, dataset, Path(out), Path(policy_path), options)
-    rated = policy.with_rater(config.rater, config.seed)
-    base = {"policy": fingerprint(local_folder(policy_path)), **ancestry(local_folder(policy_path))}
-    return _train(
-        RaterStage(rated),
-        rated,
-        config,
-        dataset,
-        Path(out),
-        name=name,
-        identity=base,
-        options=options or Options(),
-    )
-
-
-def _train(
-    stage: Stage,
-    policy: Policy,
-    config: TrainConfig,
-    dataset: Dataset,
-    out: Path,
-    *,
-    name: str,
-    identity: Mapping[str, Any],
-    options: Options,
-) -> Outcome:
     torch.set_num_threads(options.threads or training_threads())
-    chunk_size = policy.config.decoder.chunk_size
-    excluded = require_enough(config, dataset, chunk_size)
-    if excluded.shares:
-        sys.stderr.write(f"Left out of the loss, as shares of the actions: {excluded.shares}.\n")
-    train_episodes, held_episodes = episodes_of(dataset, config)
-    views = policy.model.backbone.views
-    sizes = set(views.values())
-    if len(sizes) > 1:
-        raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
-    cache = FrameCache.open(dataset, sizes.pop(), list(views))
-    code_NK, latent = (
-        codes_of(policy, dataset, options.latent, config.interventions) if config.policy is not None else (None, {})
-    )
-    identity = {**identity, **latent}
-    cut = functools.partial(
-        Windows, dataset, cache, chunk_size, pause_rule=config.pauses, intervention_rule=config.interventions, code_NK=code_NK
-    )
-    windows = cut(episodes=train_episodes)
-    held = None
-    if held_episodes:
-        held = cut(episodes=held_episodes)
-    own = vqa_of(policy, config, options.vqa) if config.vqa is not None else None
+    setup = config.objective.set_up(config, opened, assets)
+    config = replace(config, objective=setup.objective)
+    counts = {part: len(episodes) for part, episodes in zip(("train", "held"), config.episodes(opened), strict=True)}
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
-        counts = {"train": len(train_episodes), "held": len(held_episodes)}
-        sources = {"VQA": own.words} if own is not None else {}
-        if latent and options.latent is not None:
-            sources["Latent actions"] = f"codes of {Path(options.latent).name}, fingerprint {latent['latent']}"
-        return model_card(policy, config, dataset, outcome, recipe=name, command=command, sources=sources, **counts)
+        return setup.card(training_lines(config, outcome, recipe=name, command=command, **counts))
 
-    run = {"recipe": name, "data": dataset.fingerprint, **identity, **(own.identity if own else {})}
-    return finish(
-        Trainer(
-            stage,
-            config,
-            windows,
-            held,
-            out,
-            vqa=(own.train, own.held) if own else None,
-            identity=run,
-            card=card,
-            tracker=options.tracker,
-            fresh=options.fresh,
-        )
-    )
-
-
-def _with_tokenizer(
-    config: TrainConfig, dataset: Dataset, action: FeatureStats, episodes: Sequence[int], options: Options | None
-) -> TrainConfig:
-    """The config with the tokenizer of ``options``, or one fitted on the episodes where its decoder needs one."""
-    policy, file = config.policy, options.tokenizer if options else None
-    assert policy is not None  # train_policy has seen to it
-    decoder = policy.decoder
-    mode = policy.action_normalisation
-    if file is not None:
-        decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
-    elif decoder.unfitted:
-        chunks = torch.from_numpy(action_chunks(dataset, decoder.chunk_size, episodes))
-        decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
-    return replace(config, policy=replace(policy, decoder=decoder))
+    return Trainer(
+        setup.stage,
+        config,
+        setup.train,
+        setup.held,
+        out,
+        vqa=setup.vqa,
+        identity={"recipe": name, "data": opened.fingerprint, **setup.identity},
+        card=card,
+        tracker=options.tracker,
+        fresh=options.fresh,
+    ).run()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -24,20 +25,21 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
 from vlaflow.data.batch import VqaBatch
+from vlaflow.data.source import Ready, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
+from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
 from vlaflow.training import checkpoint
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.full_tensor import reshard, whole
-from vlaflow.training.loader import Held, Loader, Part, Place, Sample, Source, alternating, mix
+from vlaflow.training.loader import Held, Loader, Part, Place, alternating, mix
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
-from vlaflow.training.stages import Stage
 from vlaflow.versions import versions
 
 
@@ -76,7 +78,7 @@ class Trainer:
         config: how.
         train: training samples.
         validation: held-out samples, or None.
-        vqa: (training, held-out) questions of a config that has ``vqa``; the held-out ones may be None.
+        vqa: to learn from in turns with the samples, or None.
         out: folder of the checkpoint; an unfinished run in it is continued.
         identity: JSON data that must be the same for a run to be continued (the data set's fingerprint, ...); the config
             and the number of processes are added.
@@ -85,8 +87,7 @@ class Trainer:
         fresh: start over; an old checkpoint in ``out`` is moved aside.
 
     Raises:
-        ConfigError: ``out`` holds another run or is not the same folder for all processes, a parameter group matches nothing,
-            an unknown tracker.
+        ConfigError: an unknown tracker.
     """
 
     def __init__(
@@ -97,21 +98,28 @@ class Trainer:
         validation: Source | None,
         out: Path | str,
         *,
-        vqa: tuple[Source, Source | None] | None = None,
+        vqa: CoTraining | None = None,
         identity: Mapping[str, Any] | None = None,
         card: Callable[[Outcome], str] | None = None,
         tracker: Tracker = "auto",
         fresh: bool = False,
     ) -> None:
+        self.stage, self.config, self.out, self._card = stage, config, Path(out), card
+        self._train, self._validation_source, self._vqa, self._fresh = train, validation, vqa, fresh
+        self._told, self._log_with = {**(identity or {})}, choose_tracker(tracker)
+        # Losses of two kinds have two sizes, so each is compared with its own past.
+        self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
+        self.step, self._seconds, self._saved = 0, 0.0, -1
+        self._validation: float | None = None
+
+    def _begin(self) -> None:
+        """Put the folder in order, the networks on their device and everything where an unfinished run left it."""
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        if (config.vqa is None) != (vqa is None):
-            raise ConfigError("A config with 'questions' needs a set of them, and one without has no use for it.")
-        self.stage, self.config, self.out, self._card = stage, config, Path(out), card
-        log_with = choose_tracker(tracker)
+        stage, config = self.stage, self.config
         self.accelerator = Accelerator(
             mixed_precision="no",  # the recipe's "precision" decides; see precision.py
-            log_with=log_with,
+            log_with=self._log_with,
             project_dir=str(self.out / "training"),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.uneven)],
         )
@@ -119,9 +127,10 @@ class Trainer:
             raise CapabilityError("Only the second version of FSDP is supported; set fsdp_version: 2 in Accelerate's config.")
         self.device = self.accelerator.device
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        run = {**(identity or {}), "processes": self.place.world, "config": _without(to_json(config))}
+        run = {**self._told, "processes": self.place.world, "config": _without(to_json(config))}
         self.identity = json.loads(json.dumps(run))
-        self.aside = checkpoint.prepare(self.out, fresh) if self._is_main else None
+        if self._is_main and (aside := checkpoint.prepare(self.out, self._fresh)):
+            sys.stderr.write(f"The old checkpoint is now {aside}.\n")
         self.accelerator.wait_for_everyone()
 
         stage.to(self.device)
@@ -133,29 +142,28 @@ class Trainer:
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        acting = Loader(train, config, self.place, self.device)
-        self._loader = alternating(acting, vqa[0]) if vqa else acting
-        self._held = self._hold(validation)
-        self._held_vqa = self._hold(vqa[1]) if vqa else None
-        # Losses of two kinds have two sizes, so each is compared with its own past.
-        self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
-        self.step, self._seconds, self._saved = 0, 0.0, -1
-        self._validation: float | None = None
+        acting = Loader(self._train, config, self.place, self.device, stage.prepare)
+        self._loader = alternating(acting, self._vqa) if self._vqa else acting
+        self._held = self._hold(self._validation_source)
+        self._held_vqa = self._hold(self._vqa.held) if self._vqa else None
         self._resume()
-        self._log_with = log_with
+        if self._is_main and 0 < self.step < config.steps:
+            sys.stderr.write(f"Continuing after step {self.step} of {config.steps}.\n")
 
     @property
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
 
     def run(self) -> Outcome:
-        """Train to the end, or until a signal or an error.
+        """Train to the end, or until a signal or an error; everything that changes something outside happens here.
 
         Raises:
-            ConfigError: another run is training into the same folder.
+            ConfigError: ``out`` holds another run, takes one at this moment or is not the same folder for all processes, or a
+                parameter group matches nothing.
             DivergedError: naming the step and its samples, or what is not finite after it; nothing is saved.
             CheckpointError: the disk is full; the last checkpoint is whole.
         """
+        self._begin()
         with checkpoint.claimed(self.out) if self._is_main else nullcontext():
             return self._run()
 
@@ -215,7 +223,7 @@ class Trainer:
         for number, (part, share) in enumerate(zip(parts, _shares(parts), strict=True)):
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
-                total, terms = self._model(part.batch, part.generator, part.shared)
+                total, terms = self._model(part.ready, part.generator, part.shared)
                 self.accelerator.backward(total * share if len(parts) > 1 else total)
             loss = loss + total.detach().float() * share
             for name, term in terms.items():
@@ -276,9 +284,9 @@ class Trainer:
         Raises:
             DivergedError: one of them is not finite.
         """
-        found = self._measure(self._held.parts(self.place, self.device)) if self._held is not None else {}
+        found = self._measure(self._held.parts(self.place, self.device, self.stage.prepare)) if self._held is not None else {}
         if self._held_vqa is not None:
-            found["answer"] = self._measure(self._held_vqa.parts(self.place, self.device))["answer"]
+            found["answer"] = self._measure(self._held_vqa.parts(self.place, self.device, self.stage.prepare))["answer"]
         for name in ("loss", "answer"):
             if not math.isfinite(value := found.get(name, 0.0)):
                 raise self._unsound(f"The held-out {name} is {value}")
@@ -292,7 +300,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         with self._ema.in_module() if self._ema is not None else nullcontext():
             for part, counted in parts:
-                total, terms = self._model(part.batch, part.generator, part.shared)
+                total, terms = self._model(part.ready, part.generator, part.shared)
                 weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
@@ -398,7 +406,7 @@ class _Step(nn.Module):
         super().__init__()
         self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
 
-    def forward(self, batch: Sample, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Ready, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
         with autocast(self._bf16, self._device):
             terms = self._loss(batch, generator, shared)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vlaflow.backbones.base import Backbone, BackboneConfig, BackboneSpec, Prefix, Rotary
+from vlaflow.backbones.inputs import Inputs, Processor
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem
+
+PAD = 256  # the id after those of the 256 bytes
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,26 @@ class GlanceConfig(BackboneConfig):
         """The network."""
         return GlanceBackbone(self)
 
+    def processor(self, folder: Path | None = None) -> GlanceProcessor:
+        """It needs no files of a checkpoint."""
+        return GlanceProcessor(self.views)
+
     def rater_block(self) -> BlockConfig:
         """A block like its own, so that ``asyncvla.rater`` can rate a policy with this backbone too."""
         return BlockConfig(self.width, heads=2, kv_heads=2, head_dim=self.width // 2, ffn=2 * self.width)
+
+
+class GlanceProcessor(Processor):
+    """Bytes of the instruction; images and state as they are."""
+
+    def __init__(self, views: tuple[str, ...]) -> None:
+        self.views = views
+
+    def __call__(self, observation: ObservationBatch) -> Inputs:
+        """On the CPU, in the loader's thread or the server's worker."""
+        texts = [torch.tensor(list(text.encode()) or [PAD]) for text in observation.instructions]
+        id_BP = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=PAD)
+        return Inputs(observation.state_BS, id_BP, images={view: observation.images[view] for view in self.views})
 
 
 class GlanceBackbone(Backbone):
@@ -51,7 +72,7 @@ class GlanceBackbone(Backbone):
         self.config = c = config
         self.spec = BackboneSpec(c.depth, c.width, 2, 2, c.width // 2, state_dim=c.state_dim)
         self.stem = PatchStem(c.patch, c.width)
-        self.words = nn.EmbeddingBag(256, c.width)
+        self.words = nn.EmbeddingBag(PAD + 1, c.width, padding_idx=PAD)
         self.state = nn.Linear(c.state_dim, c.width)
         self.position = nn.Parameter(torch.randn(len(c.views) * (c.side // c.patch) ** 2 + 2, c.width) * 0.02)
         self.layers = nn.ModuleList(Block(c.rater_block()) for _ in range(c.depth))
@@ -62,15 +83,12 @@ class GlanceBackbone(Backbone):
         """All of one size."""
         return dict.fromkeys(self.config.views, self.config.side)
 
-    def embed(self, observation: ObservationBatch) -> Prefix:
+    def embed(self, inputs: Inputs) -> Prefix:
         """Patches, one token for the instruction, one for the state."""
-        device = observation.state_BS.device
-        texts = [torch.tensor(list(text.encode()) or [0], device=device) for text in observation.instructions]
-        starts = torch.tensor([0, *(len(text) for text in texts[:-1])], device=device).cumsum(0)
-        tokens = [self.stem(observation.images[view].float() / 127.5 - 1) for view in self.config.views]
-        tokens.append(self.words(torch.cat(texts), starts)[:, None])
-        tokens.append(self.state(observation.state_BS)[:, None])
-        return Prefix(self, torch.cat(tokens, 1) + self.position, state_BS=observation.state_BS)
+        tokens = [self.stem(inputs.images[view].float() / 127.5 - 1) for view in self.config.views]
+        tokens.append(self.words(inputs.id_BP)[:, None])
+        tokens.append(self.state(inputs.state_BS)[:, None])
+        return Prefix(self, torch.cat(tokens, 1) + self.position, state_BS=inputs.state_BS)
 
     def layer(
         self,

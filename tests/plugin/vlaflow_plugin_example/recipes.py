@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, TrainConfig
 from vlaflow_plugin_example.backbone import GlanceConfig
 from vlaflow_plugin_example.decoder import LineConfig
@@ -14,11 +15,13 @@ def demo(data: DataSpec) -> TrainConfig:
     vlaflow train corridor.demo --dataset runs/corridor/dataset --out runs/corridor/policy
     """
     return TrainConfig(
-        policy=PolicyConfig(
-            system="corridor",
-            backbone=GlanceConfig(data.state_dim, data.views),
-            decoder=LineConfig(data.action_dim),
-            n_action_steps=4,
+        PolicyObjective(
+            PolicyConfig(
+                system="corridor",
+                backbone=GlanceConfig(data.state_dim, data.views),
+                decoder=LineConfig(data.action_dim),
+                n_action_steps=4,
+            )
         ),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=10),
         steps=120,

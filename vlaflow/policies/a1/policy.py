@@ -9,69 +9,57 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.backbones.molmo2 import MolmoConfig, molmo2_8b
-from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.decoders.exits import ExitTraining, every
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.tiny import tiny_backbone
 from vlaflow.stacks.expert import ExpertConfig, a1_expert
 
 DEPTH = 6
 
 
-def tiny_flow(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfig:
+def tiny_flow(data: DataSpec) -> PolicyConfig:
     """Flow matching in an expert as wide as the backbone is deep enough to leave early: six layers, an exit at each."""
     block = BlockConfig(width=128, heads=4, kv_heads=4, head_dim=32, ffn=256)
     return PolicyConfig(
         system="a1",
-        backbone=_tiny(state_dim, views),
-        decoder=FlowConfig(action_dim, masks="synchronous", noise_samples=2, expert=ExpertConfig(block), head_layers=2),
+        backbone=replace(tiny_backbone(data), depth=DEPTH),
+        decoder=FlowConfig(data.action_dim, masks="synchronous", noise_samples=2, expert=ExpertConfig(block), head_layers=2),
         exits=ExitTraining(every(1, DEPTH)),
     )
 
 
-def tiny_regression(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfig:
+def tiny_regression(data: DataSpec) -> PolicyConfig:
     """L1 regression from one query token per action, through the backbone's own layers."""
     return PolicyConfig(
         system="a1",
-        backbone=_tiny(state_dim, views),
-        decoder=RegressionConfig(action_dim, queries="action"),
+        backbone=replace(tiny_backbone(data), depth=DEPTH),
+        decoder=RegressionConfig(data.action_dim, queries="action"),
         exits=ExitTraining(every(1, DEPTH)),
     )
-
-
-def _tiny(state_dim: int, views: tuple[str, ...]) -> TinyConfig:
-    return TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, depth=DEPTH, heads=4, ffn=512)
 
 
 MOLMO = "allenai/Molmo2-8B"
 MOLMO_DEPTH = 36
 
 
-def molmo_flow(
-    state_dim: int,
-    action_dim: int,
-    views: tuple[str, ...],
-    *,
-    chunk_size: int = 10,
-    n_action_steps: int = 8,
-    source: str | None = MOLMO,
-) -> PolicyConfig:
+def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8, source: str | None = MOLMO) -> PolicyConfig:
     """A1 with flow matching: the expert of 1024 with as many key/value heads as Molmo2 has; exits at 2, 4, …, 36.
 
     Args:
-        state_dim, action_dim: at most 32 each; both are padded to 32.
-        views: camera views in the order of the images.
+        data: at most 32 dimensions of state and action each; both are padded to 32.
         chunk size, n_action_steps: 10 and 8 on LIBERO, 50 and 5 on VLABench.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     expert = a1_expert()
     return PolicyConfig(
         system="a1",
-        backbone=_molmo(state_dim, views, source, state_token=None),
+        backbone=_molmo(data, source, state_token=None),
         decoder=FlowConfig(
-            action_dim,
+            data.action_dim,
             chunk_size,
             padded_dim=32,
             masks="synchronous",
@@ -85,24 +73,18 @@ def molmo_flow(
 
 
 def molmo_regression(
-    state_dim: int,
-    action_dim: int,
-    views: tuple[str, ...],
-    *,
-    chunk_size: int = 10,
-    n_action_steps: int = 8,
-    source: str | None = MOLMO,
+    data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8, source: str | None = MOLMO
 ) -> PolicyConfig:
     """A1 with L1 regression from one query token per action dimension; the state is a token of the prompt."""
     return PolicyConfig(
         system="a1",
-        backbone=_molmo(state_dim, views, source, state_token="<|vision_pad|>"),  # noqa: S106
-        decoder=RegressionConfig(action_dim, chunk_size),
+        backbone=_molmo(data, source, state_token="<|vision_pad|>"),  # noqa: S106
+        decoder=RegressionConfig(data.action_dim, chunk_size),
         exits=ExitTraining(every(2, MOLMO_DEPTH)),
         n_action_steps=n_action_steps,
     )
 
 
-def _molmo(state_dim: int, views: tuple[str, ...], source: str | None, state_token: str | None) -> MolmoConfig:
+def _molmo(data: DataSpec, source: str | None, state_token: str | None) -> MolmoConfig:
     architecture = None if source else molmo2_8b()
-    return MolmoConfig(state_dim, views, source, architecture, state_token=state_token, recompute=True)
+    return MolmoConfig(data.state_dim, data.views, source, architecture, state_token=state_token, recompute=True)

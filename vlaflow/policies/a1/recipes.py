@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.data.augment import Augment, StateMask
-from vlaflow.data.quality import PauseRule
 from vlaflow.policies.a1.policy import molmo_flow, molmo_regression, tiny_flow, tiny_regression
+from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
+from vlaflow.policies.tiny import tiny_training
 
 
 def demo(data: DataSpec) -> TrainConfig:
@@ -18,16 +19,7 @@ def demo(data: DataSpec) -> TrainConfig:
     Two cores (AMD EPYC, AVX2, float32), 9 minutes for 3000 steps, 2.2 M parameters; five Meta-World tasks, two of them hard,
     from 50 demonstrations each: 151 of 200 episodes (seeds 1000 to 1039, 8 of 16 actions executed, dense), without exits 168.
     """
-    return TrainConfig(
-        policy=tiny_flow(data.state_dim, data.action_dim, data.views),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
-        steps=3500,
-        batch_size=32,
-        ema_decay=0.998,
-        pauses=PauseRule(),
-        validate_every=500,
-        checkpoint_every=1000,
-    )
+    return tiny_training(tiny_flow(data), steps=3500)
 
 
 def demo_mlp(data: DataSpec) -> TrainConfig:
@@ -37,7 +29,7 @@ def demo_mlp(data: DataSpec) -> TrainConfig:
 
     One core of the same machine, 10 minutes for 3000 steps, 1.4 M parameters, the same tasks and seeds: 166 of 200 episodes.
     """
-    return replace(demo(data), policy=tiny_regression(data.state_dim, data.action_dim, data.views))
+    return tiny_training(tiny_regression(data), steps=3500)
 
 
 def libero(data: DataSpec) -> TrainConfig:
@@ -50,7 +42,7 @@ def libero(data: DataSpec) -> TrainConfig:
     erased and sharpened images, no state masking. No run has been made with it yet.
     """
     return TrainConfig(
-        policy=molmo_flow(data.state_dim, data.action_dim, data.views),
+        PolicyObjective(molmo_flow(data)),
         optim=OptimConfig(
             learning_rate=5e-5,
             betas=(0.9, 0.95),
@@ -81,7 +73,7 @@ def libero_mlp(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.libero_mlp --dataset DIR --out DIR
     """
-    return replace(libero(data), policy=molmo_regression(data.state_dim, data.action_dim, data.views))
+    return replace(libero(data), objective=PolicyObjective(molmo_regression(data)))
 
 
 def vlabench(data: DataSpec) -> TrainConfig:
@@ -89,8 +81,8 @@ def vlabench(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.vlabench --dataset DIR --out DIR
     """
-    policy = molmo_flow(data.state_dim, data.action_dim, data.views, chunk_size=50, n_action_steps=5)
-    return replace(libero(data), policy=policy, batch_size=64)
+    policy = molmo_flow(data, chunk_size=50, n_action_steps=5)
+    return replace(libero(data), objective=PolicyObjective(policy), batch_size=64)
 
 
 def pretrain(data: DataSpec) -> TrainConfig:
@@ -98,7 +90,13 @@ def pretrain(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.pretrain --dataset DIR --out DIR
     """
-    policy = molmo_flow(data.state_dim, data.action_dim, data.views, chunk_size=50)
+    policy = molmo_flow(data, chunk_size=50)
     return replace(
-        libero(data), policy=policy, batch_size=1024, accumulate=16, steps=200_000, state_mask=StateMask(0.5), augment=Augment()
+        libero(data),
+        objective=PolicyObjective(policy),
+        batch_size=1024,
+        accumulate=16,
+        steps=200_000,
+        state_mask=StateMask(0.5),
+        augment=Augment(),
     )

@@ -8,7 +8,9 @@ from vlaflow.data.quality import PauseRule
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
+from vlaflow.policies.tiny import tiny_training
 
 
 def demo(data: DataSpec) -> TrainConfig:
@@ -19,16 +21,7 @@ def demo(data: DataSpec) -> TrainConfig:
     Two cores (AMD EPYC, AVX2, float32), 8 minutes, 1.0 M parameters; drawer-open, button-press-topdown, window-close from 50
     demonstrations each: 59 of 60 episodes (seeds 1000 to 1019, 8 of 16 actions executed, dense).
     """
-    return TrainConfig(
-        policy=tiny(data.state_dim, data.action_dim, data.views),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
-        steps=3500,
-        batch_size=32,
-        ema_decay=0.998,
-        pauses=PauseRule(),
-        validate_every=500,
-        checkpoint_every=1000,
-    )
+    return tiny_training(tiny(data), steps=3500)
 
 
 def realtime(data: DataSpec) -> TrainConfig:
@@ -40,9 +33,9 @@ def realtime(data: DataSpec) -> TrainConfig:
     nothing: chunks of 64 that were learned without such draws were imprecise (docs/log.md). What is committed is what was
     executed, where the data set keeps it (docs/decisions/013-beginnings-are-what-was-executed.md).
     """
-    policy = tiny(data.state_dim, data.action_dim, data.views)
+    policy = tiny(data)
     decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, committed=32)
-    return replace(demo(data), policy=replace(policy, decoder=decoder, exits=None, n_action_steps=16))
+    return tiny_training(replace(policy, decoder=decoder, exits=None, n_action_steps=16), steps=3500)
 
 
 def finetune(policy: PolicyConfig) -> TrainConfig:
@@ -50,16 +43,7 @@ def finetune(policy: PolicyConfig) -> TrainConfig:
 
     vlaflow train asyncvla.finetune --policy runs/realtime --dataset runs/demo/dataset --out runs/realtime-3
     """
-    return TrainConfig(
-        policy=policy,
-        optim=OptimConfig(learning_rate=8e-4, warmup_steps=50),
-        steps=3000,
-        batch_size=32,
-        ema_decay=0.998,
-        pauses=PauseRule(),
-        validate_every=500,
-        checkpoint_every=1000,
-    )
+    return tiny_training(policy, steps=3000, optim=OptimConfig(learning_rate=8e-4, warmup_steps=50))
 
 
 def rater(policy: PolicyConfig) -> TrainConfig:
@@ -68,8 +52,7 @@ def rater(policy: PolicyConfig) -> TrainConfig:
     vlaflow train asyncvla.rater --policy runs/demo/policy --dataset runs/demo/dataset --out runs/demo/rated
     """
     return TrainConfig(
-        policy=None,
-        rater=tiny_rater(policy),
+        RaterObjective(tiny_rater(policy)),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
         steps=250,
         batch_size=32,
@@ -88,7 +71,7 @@ def libero(data: DataSpec) -> TrainConfig:
     built; pauses are left out of the loss as the paper says, by our rule. No run has been made with it yet.
     """
     return TrainConfig(
-        policy=qwen3b(data.state_dim, data.action_dim, data.views, chunk_size=8),
+        PolicyObjective(qwen3b(data, chunk_size=8)),
         optim=OptimConfig(
             learning_rate=1e-4,
             betas=(0.9, 0.999),
@@ -116,8 +99,7 @@ def rater3b(policy: PolicyConfig) -> TrainConfig:
     accelerate launch -m vlaflow train asyncvla.rater3b --policy DIR --dataset DIR --out DIR
     """
     return TrainConfig(
-        policy=None,
-        rater=qwen3b_rater(policy),
+        RaterObjective(qwen3b_rater(policy)),
         optim=OptimConfig(learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=100),
         steps=2000,
         batch_size=256,

@@ -8,19 +8,19 @@ from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
-from vlaflow.policies.tiny_tokens import COEFFICIENTS, FAST, tiny_policy
+from vlaflow.policies.tiny import COEFFICIENTS, FAST, token_policy
 
 
 def autoregressive(data: DataSpec, tokenizer: FastFit = FAST) -> PolicyConfig:
     """FAST tokens one after the other, greedily."""
-    return tiny_policy(data, "autoregressive", AutoregressiveConfig(data.action_dim, tokenizer))
+    return token_policy(data, "autoregressive", AutoregressiveConfig(data.action_dim, tokenizer))
 
 
 def masked(data: DataSpec) -> PolicyConfig:
     """Coefficients revealed by confidence."""
-    return tiny_policy(data, "masked_diffusion", MaskedDiffusionConfig(data.action_dim, COEFFICIENTS))
+    return token_policy(data, "masked_diffusion", MaskedDiffusionConfig(data.action_dim, COEFFICIENTS))
 
 
 def flow(data: DataSpec) -> PolicyConfig:
     """Continuous actions, all at one clock."""
-    return tiny_policy(data, "flow", FlowConfig(data.action_dim, masks="synchronous", noise_samples=1))
+    return token_policy(data, "flow", FlowConfig(data.action_dim, masks="synchronous", noise_samples=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlaflow.policies.baselines import policy
 from vlaflow.policies.recipe import DataSpec, TrainConfig
-from vlaflow.policies.tiny_tokens import COEFFICIENTS, tiny_training
+from vlaflow.policies.tiny import COEFFICIENTS, tiny_training
 
 
 def fast_ar(data: DataSpec) -> TrainConfig:
@@ -12,7 +12,7 @@ def fast_ar(data: DataSpec) -> TrainConfig:
 
     vlaflow train baselines.fast_ar --dataset runs/demo/dataset --out runs/baselines/ar
     """
-    return tiny_training(policy.autoregressive(data))
+    return tiny_training(policy.autoregressive(data), steps=3000)
 
 
 def coefficients_ar(data: DataSpec) -> TrainConfig:
@@ -22,7 +22,7 @@ def coefficients_ar(data: DataSpec) -> TrainConfig:
 
     Five Meta-World tasks, 2000 steps: 74 of 100 episodes, 62 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(policy.autoregressive(data, COEFFICIENTS))
+    return tiny_training(policy.autoregressive(data, COEFFICIENTS), steps=3000)
 
 
 def masked_diffusion(data: DataSpec) -> TrainConfig:
@@ -32,7 +32,7 @@ def masked_diffusion(data: DataSpec) -> TrainConfig:
 
     Five Meta-World tasks, 2000 steps: 37 of 100 episodes, 26 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(policy.masked(data))
+    return tiny_training(policy.masked(data), steps=3000)
 
 
 def flow(data: DataSpec) -> TrainConfig:
@@ -42,4 +42,4 @@ def flow(data: DataSpec) -> TrainConfig:
 
     Five Meta-World tasks, 2000 steps: 76 of 100 episodes, 63 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(policy.flow(data))
+    return tiny_training(policy.flow(data), steps=3000)

@@ -10,12 +10,12 @@ from vlaflow.backbones.emu3 import EmuConfig, emu3_8b
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
-from vlaflow.policies.tiny_tokens import tiny_policy
+from vlaflow.policies.tiny import token_policy
 
 
 def tiny(data: DataSpec, decoder: DiscreteFlowConfig) -> PolicyConfig:
     """The demo's backbone of four layers and width 128 with this decoder."""
-    return tiny_policy(data, "dfm_vla", decoder)
+    return token_policy(data, "dfm_vla", decoder)
 
 
 def emu3(data: DataSpec, *, chunk_size: int = 10, source: str | None = "Emu3-community/Emu3-Stage1-hf") -> PolicyConfig:

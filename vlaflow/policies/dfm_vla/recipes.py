@@ -12,8 +12,9 @@ from vlaflow.actions.bins import BinsFit
 from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
 from vlaflow.flows.discrete import MetricSchedule
 from vlaflow.policies.dfm_vla.policy import emu3, tiny
+from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
-from vlaflow.policies.tiny_tokens import COEFFICIENTS, FAST, tiny_training
+from vlaflow.policies.tiny import COEFFICIENTS, FAST, tiny_training
 
 GRADUAL = MetricSchedule(c=3.5, alpha=0.5)
 """Embeddings of a small vocabulary are almost equidistant. With the paper's c = 3 and α = 1 nearly all tokens turn from
@@ -27,7 +28,7 @@ def demo(data: DataSpec) -> TrainConfig:
 
     Five Meta-World tasks, 2000 steps: 50 of 100 episodes, 38 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, schedule=GRADUAL)))
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, schedule=GRADUAL)), steps=3000)
 
 
 def demo_head(data: DataSpec) -> TrainConfig:
@@ -37,7 +38,7 @@ def demo_head(data: DataSpec) -> TrainConfig:
 
     Five Meta-World tasks, 2000 steps: 49 of 100 episodes, 34 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, velocity="rate")))
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, velocity="rate")), steps=3000)
 
 
 def demo_ordered(data: DataSpec) -> TrainConfig:
@@ -45,7 +46,7 @@ def demo_ordered(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo_ordered --dataset runs/demo/dataset --out runs/dfm/ordered
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, metric=BinMetric())))
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, metric=BinMetric())), steps=3000)
 
 
 def demo_bins(data: DataSpec) -> TrainConfig:
@@ -53,7 +54,7 @@ def demo_bins(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo_bins --dataset runs/demo/dataset --out runs/dfm/bins
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, BinsFit(64), metric=BinMetric())))
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, BinsFit(64), metric=BinMetric())), steps=3000)
 
 
 def demo_fast(data: DataSpec) -> TrainConfig:
@@ -61,7 +62,7 @@ def demo_fast(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo_fast --dataset runs/demo/dataset --out runs/dfm/fast
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, FAST)))
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, FAST)), steps=3000)
 
 
 def libero(data: DataSpec) -> TrainConfig:
@@ -73,7 +74,7 @@ def libero(data: DataSpec) -> TrainConfig:
     (divide ``batch_size`` by the number of GPUs), in four parts; 20 000 steps. The image tokenizer stays frozen.
     """
     return TrainConfig(
-        policy=emu3(data),
+        PolicyObjective(emu3(data)),
         optim=OptimConfig(
             learning_rate=8e-5,
             betas=(0.9, 0.95),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig, qwen2_5_vl_3b
-from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.tiny import FAST, wordy_backbone
 from vlaflow.stacks.expert import ExpertConfig
 
 
@@ -34,15 +35,15 @@ def full_latent() -> LatentConfig:
     )
 
 
-def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfig:
+def tiny(data: DataSpec) -> PolicyConfig:
     """A policy that learns from scratch on a laptop CPU: chunks of 16, 8 executed, an expert that reads eight latent tokens."""
     block = BlockConfig(width=128, heads=4, kv_heads=4, head_dim=32, ffn=128)
     return PolicyConfig(
         system="iflybot",
-        backbone=TinyConfig(state_dim=state_dim, views=views, cell=32, width=128, depth=4, heads=4, ffn=512, suffix=96),
+        backbone=wordy_backbone(data),
         decoder=LatentFlowConfig(
             FlowConfig(
-                action_dim,
+                data.action_dim,
                 masks="synchronous",
                 noise_samples=1,
                 expert=ExpertConfig(block, projected=True),
@@ -50,15 +51,13 @@ def tiny(state_dim: int, action_dim: int, views: tuple[str, ...]) -> PolicyConfi
                 head_layers=2,
             ),
             LatentTokensConfig(),
-            AutoregressiveConfig(action_dim, FastFit(scale=10.0, vocabulary=256)),
+            AutoregressiveConfig(data.action_dim, FAST),
         ),
     )
 
 
 def qwen3b(
-    state_dim: int,
-    action_dim: int,
-    views: tuple[str, ...],
+    data: DataSpec,
     *,
     chunk_size: int = 30,
     n_action_steps: int = 30,
@@ -70,8 +69,8 @@ def qwen3b(
     it and back, and tables for codes and FAST tokens.
 
     Args:
-        state_dim, action_dim: at most 20 each, for two arms; both are padded to 20.
-        views: head, left wrist and right wrist camera; each is brought to the area of 448 × 448 pixels, 256 tokens.
+        data: at most 20 dimensions of state and action each, for two arms; both are padded to 20. Its views, head, left
+            wrist and right wrist camera, are each brought to the area of 448 × 448 pixels, 256 tokens.
         chunk size, n_action_steps: 30, one second; 7 and 7 on LIBERO.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
@@ -80,8 +79,8 @@ def qwen3b(
     return PolicyConfig(
         system="iflybot",
         backbone=QwenConfig(
-            state_dim,
-            views,
+            data.state_dim,
+            data.views,
             source,
             None if source else qwen2_5_vl_3b(),
             min_pixels=area,
@@ -90,7 +89,7 @@ def qwen3b(
         ),
         decoder=LatentFlowConfig(
             FlowConfig(
-                action_dim,
+                data.action_dim,
                 chunk_size,
                 padded_dim=20,
                 masks="synchronous",
@@ -99,7 +98,7 @@ def qwen3b(
                 time_token=True,
             ),
             LatentTokensConfig(),
-            AutoregressiveConfig(action_dim, FastFit(scale=10.0, vocabulary=2048), chunk_size),
+            AutoregressiveConfig(data.action_dim, FastFit(scale=10.0, vocabulary=2048), chunk_size),
         ),
         n_action_steps=n_action_steps,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlaflow.data.quality import PauseRule
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.iflybot.policy import full_latent, qwen3b, tiny, tiny_latent
-from vlaflow.policies.recipe import DataSpec, LatentTraining, OptimConfig, Pipeline, TrainConfig, VideoSpec
+from vlaflow.policies.objectives import LatentObjective, PolicyObjective
+from vlaflow.policies.recipe import DataSpec, OptimConfig, Pipeline, TrainConfig
+from vlaflow.policies.tiny import OPTIM, tiny_training
 
 
 def demo() -> Pipeline:
@@ -24,7 +25,7 @@ def demo() -> Pipeline:
     return Pipeline((latent, joint, fine))
 
 
-def latent(data: VideoSpec) -> TrainConfig:
+def latent(data: DataSpec) -> TrainConfig:
     """iFlyBot-VLA's latent action model from a few Meta-World tasks' video, from scratch on a CPU.
 
     vlaflow train iflybot.latent --dataset runs/demo/dataset --out runs/iflybot/latent
@@ -34,9 +35,8 @@ def latent(data: VideoSpec) -> TrainConfig:
     Pairs are 0.2 s apart, the span of the demo's chunks of 16: at 80 frames per second whole episodes last about a second.
     """
     return TrainConfig(
-        policy=None,
-        latent=LatentTraining(tiny_latent(), data.views[0], gap_s=0.2),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
+        LatentObjective(tiny_latent(), data.views[0], gap_s=0.2),
+        optim=OPTIM,
         steps=1200,
         batch_size=32,
         ema_decay=0.99,
@@ -50,16 +50,7 @@ def joint(data: DataSpec) -> TrainConfig:
 
     vlaflow train iflybot.joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out runs/iflybot/joint
     """
-    return TrainConfig(
-        policy=tiny(data.state_dim, data.action_dim, data.views),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, final_fraction=0.3),
-        steps=2500,
-        batch_size=32,
-        ema_decay=0.998,
-        pauses=PauseRule(),
-        validate_every=500,
-        checkpoint_every=1000,
-    )
+    return tiny_training(tiny(data), steps=2500, optim=replace(OPTIM, final_fraction=0.3))
 
 
 def fine(policy: PolicyConfig) -> TrainConfig:
@@ -67,19 +58,13 @@ def fine(policy: PolicyConfig) -> TrainConfig:
 
     vlaflow train iflybot.fine --policy runs/iflybot/joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out DIR
     """
-    return TrainConfig(
-        policy=_whole(policy, noise_samples=5),
-        optim=OptimConfig(learning_rate=3e-4, warmup_steps=50),
-        steps=1000,
-        batch_size=32,
-        ema_decay=0.998,
-        pauses=PauseRule(),
-        validate_every=250,
-        checkpoint_every=500,
+    optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
+    return replace(
+        tiny_training(_whole(policy, noise_samples=5), steps=1000, optim=optim), validate_every=250, checkpoint_every=500
     )
 
 
-def latent_full(data: VideoSpec) -> TrainConfig:
+def latent_full(data: DataSpec) -> TrainConfig:
     """The latent action model at the published size; several GPUs. No run has been made with it yet.
 
     accelerate launch -m vlaflow train iflybot.latent_full --dataset DIR --out DIR
@@ -88,8 +73,7 @@ def latent_full(data: VideoSpec) -> TrainConfig:
     steps of 64 in all (divide ``batch_size`` by the number of GPUs), 1e-4.
     """
     return TrainConfig(
-        policy=None,
-        latent=LatentTraining(full_latent(), data.views[0], gap_s=1.0),
+        LatentObjective(full_latent(), data.views[0], gap_s=1.0),
         optim=OptimConfig(learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=100_000,
         batch_size=64,
@@ -108,7 +92,7 @@ def joint3b(data: DataSpec) -> TrainConfig:
     Constant 2e-6 with four observations per GPU and no decay, as the published code's defaults; steps are not told.
     """
     return TrainConfig(
-        policy=qwen3b(data.state_dim, data.action_dim, data.views),
+        PolicyObjective(qwen3b(data)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=200_000,
         batch_size=4,
@@ -125,7 +109,7 @@ def fine3b(policy: PolicyConfig) -> TrainConfig:
     accelerate launch -m vlaflow train iflybot.fine3b --policy DIR --dataset DIR --latent DIR --out DIR
     """
     return TrainConfig(
-        policy=_whole(policy, noise_samples=5),
+        PolicyObjective(_whole(policy, noise_samples=5)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=50_000,
         batch_size=4,
@@ -141,7 +125,7 @@ def libero(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train iflybot.libero --dataset DIR --latent DIR --out DIR
     """
-    return replace(joint3b(data), policy=qwen3b(data.state_dim, data.action_dim, data.views, chunk_size=7, n_action_steps=7))
+    return replace(joint3b(data), objective=PolicyObjective(qwen3b(data, chunk_size=7, n_action_steps=7)))
 
 
 def _whole(policy: PolicyConfig, noise_samples: int) -> PolicyConfig:

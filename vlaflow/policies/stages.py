@@ -8,7 +8,7 @@ Shape letters: B batch, L chunk size (of a frame pair: frames between the two), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +17,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.actions.latent import LatentActionModel
-from vlaflow.actions.nsvq import perplexity
+from vlaflow.actions.nsvq import Replacement, perplexity
 from vlaflow.backbones.language import speaking
 from vlaflow.data.batch import Batch, VqaBatch
 from vlaflow.data.pairs import EARLIER, LATER
+from vlaflow.data.source import Ready, Source
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
@@ -28,7 +29,7 @@ from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
-from vlaflow.policies.recipe import LatentTraining
+from vlaflow.policies.processor import Prepared, PreparedAnswers
 from vlaflow.stacks.expert import ExpertStack
 
 
@@ -43,8 +44,11 @@ class Stage(Protocol):
     def uneven(self) -> bool:
         """Whether some parameters may get no gradient in a step, which processes that train together must know."""
 
+    def prepare(self, batch: Any) -> Ready:
+        """What ``loss`` takes of a batch, on the CPU: the loader's thread does this ahead of the networks."""
+
     def loss(self, batch: Any, generator: Generator, shared: Generator) -> LossTerms:
-        """Loss on one batch of the kind that the stage learns from.
+        """Loss on what ``prepare`` made of a batch, on the networks' device.
 
         All randomness comes from ``generator``, but for what every process must choose alike, which comes from ``shared``.
         """
@@ -65,6 +69,23 @@ class Stage(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class CoTraining:
+    """Samples of another kind to learn from in turns with the stage's own: VQA co-training.
+
+    Args:
+        train: to learn from.
+        held: held out, or None.
+        share: of the optimiser steps that are taken on them, in (0, 1).
+        batch_size: per step and process; None takes as many as of the others.
+    """
+
+    train: Source
+    held: Source | None
+    share: float
+    batch_size: int | None = None
+
+
 class PolicyStage:
     """Backbone and decoder learn to act."""
 
@@ -82,7 +103,11 @@ class PolicyStage:
         exits, parts = self.policy.config.exits, self.policy.model.decoder.modules()
         return any(isinstance(part, ExpertStack) for part in parts) or (exits is not None and exits.choose == "random")
 
-    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+    def prepare(self, batch: Batch) -> Prepared:
+        """See ``Policy.prepare``."""
+        return self.policy.prepare(batch)
+
+    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """See ``Policy.loss``."""
         return self.policy.loss(batch, generator, shared)
 
@@ -128,9 +153,15 @@ class AnsweringStage:
         """What the other stage does."""
         self.stage.after_step(step, shared)
 
-    def loss(self, batch: Batch | VqaBatch, generator: Generator, shared: Generator) -> LossTerms:
+    def prepare(self, batch: Batch | VqaBatch) -> Ready:
+        """Questions for the language model, anything else for the other stage."""
+        if isinstance(batch, VqaBatch):
+            return self.policy.prepare_answers(batch)
+        return self.stage.prepare(batch)
+
+    def loss(self, batch: Any, generator: Generator, shared: Generator) -> LossTerms:
         """The language-model loss of questions, the other stage's loss of anything else; never both."""
-        if not isinstance(batch, VqaBatch):
+        if not isinstance(batch, PreparedAnswers):
             return self.stage.loss(batch, generator, shared)
         loss = self.policy.answer_loss(batch)
         return LossTerms(self.weight * loss, {"answer": loss.detach()})
@@ -164,14 +195,17 @@ class RaterStage:
         """Never."""
         return False
 
-    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+    def prepare(self, batch: Batch) -> Prepared:
+        """See ``Policy.prepare``."""
+        return self.policy.prepare(batch)
+
+    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """Squared error between rating and label, on a chunk the policy makes for the batch, over valid actions."""
-        policy, config = self.policy, self.rater.config
-        decoder = policy.model.decoder
+        model, config = self.policy.model, self.rater.config
+        decoder, targets = model.decoder, batch.targets
         with torch.no_grad():
-            prefix = policy.encode(batch.observation)
-            targets = policy.targets(batch)
-            seeds = torch.randint(2**62, (len(batch.observation),), generator=generator).tolist()
+            prefix = model.read(model.backbone.embed(batch.inputs))
+            seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
             made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.sampling)
             error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
@@ -198,17 +232,26 @@ class LatentStage:
 
     Args:
         model: what trains.
-        config: how.
+        replacement: of codebook entries that are hardly used.
         steps: of the whole run, which the care of the codebook is a share of.
         action: normaliser of the actions, for a model with an action head.
+        action_weight: of the action head's loss.
     """
 
-    def __init__(self, model: LatentActionModel, config: LatentTraining, steps: int, action: Normalizer | None = None) -> None:
+    def __init__(
+        self,
+        model: LatentActionModel,
+        replacement: Replacement,
+        steps: int,
+        action: Normalizer | None = None,
+        action_weight: float = 0.01,
+    ) -> None:
         if (model.act is None) != (action is None):
             raise CapabilityError(
                 "A latent action model needs a normaliser of the actions if it has an action head, else none."
             )
-        self.model, self.config, self.steps, self.action = model, config, steps, action
+        self.model, self.replacement, self.steps = model, replacement, steps
+        self.action, self.action_weight = action, action_weight
 
     @property
     def module(self) -> LatentActionModel:
@@ -219,6 +262,10 @@ class LatentStage:
     def uneven(self) -> bool:
         """Never: an unused entry's gradient is 0, not missing."""
         return False
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The images as they are: the model turns them into numbers itself."""
+        return batch
 
     def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
         """Mean squared error of the later frame's pixels in [−1, 1]; with an action head also that of the mean action.
@@ -232,12 +279,12 @@ class LatentStage:
         if passed.action_BD is not None and self.action is not None:
             wanted_BD = self.action.forward(batch.action_BLD).mean(1)
             parts["action"] = functional.mse_loss(passed.action_BD.float(), wanted_BD)
-            total = total + self.config.action_weight * parts["action"]
+            total = total + self.action_weight * parts["action"]
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
 
     def after_step(self, step: int, shared: Generator) -> None:
         """Move codebook entries that are hardly used."""
-        self.model.book.tend(self.config.replacement, step, self.steps, shared)
+        self.model.book.tend(self.replacement, step, self.steps, shared)
 
     def to(self, device: torch.device) -> None:
         """See ``Stage``."""

@@ -10,23 +10,22 @@ V image tokens of all images.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaflow.backbones.pretrained_prompt import in_words, open_pretrained, transformers_library, where
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.pretrained_processor import ChatProcessor, open_pretrained, padding_of, transformers_library, where
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError, ConfigError
 
-if TYPE_CHECKING:
-    from vlaflow.backbones.molmo2 import MolmoConfig
-
-NAME = "Molmo2"
+NAME, FAMILY = "Molmo2", "molmo2"
 SETTINGS = "vlaflow_molmo2.json"
 PLACE, PATCH, COLUMN, START, END = "<|image|>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_end>"
 END_OF_TURN = "<|im_end|>"
@@ -88,29 +87,6 @@ class Pictures:
         return torch.where(one_VK >= 0, one_VK + offset_I11, -1).flatten(0, 1)
 
 
-@dataclass(frozen=True)
-class MolmoPrompt:
-    """B conversations as the network reads them; on the CPU, padded on the right.
-
-    Args:
-        id_BP: token ids.
-        padding_mask_BP: bool, False on padding.
-        picture_BP: bool, tokens that belong to an image, its marks included; these see each other.
-        patch_BP: bool, where image features go.
-        state_BP: bool, where the state goes; nowhere without a state token.
-        patches_INC: of all images; None without views.
-        pooled_VK: see ``Images.pooled``.
-    """
-
-    id_BP: Tensor
-    padding_mask_BP: Tensor
-    picture_BP: Tensor
-    patch_BP: Tensor
-    state_BP: Tensor
-    patches_INC: Tensor | None
-    pooled_VK: Tensor | None
-
-
 class MolmoReader:
     """Tokenizer, chat template and image settings of a Molmo2 folder.
 
@@ -128,7 +104,7 @@ class MolmoReader:
         Raises:
             ConfigError: when there is no tokenizer, chat template or image settings.
         """
-        hub = transformers_library(NAME)
+        hub = transformers_library(NAME, FAMILY)
         tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
         known = Path(source) / SETTINGS
         if known.exists():
@@ -152,39 +128,62 @@ class MolmoReader:
         """The token that ends an assistant turn."""
         return END_OF_TURN
 
-    def read(self, observation: ObservationBatch, config: MolmoConfig) -> MolmoPrompt:
-        """A user turn of images, state and lower-cased instruction, and the beginning of the assistant's turn (A1)."""
-        texts = [self._conversation(sentence, config) for sentence in observation.instructions]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+
+class MolmoProcessor(ChatProcessor[MolmoReader]):
+    """A user turn of images, state and lower-cased instruction, and the beginning of the assistant's turn (A1).
+
+    Args:
+        reader, views, state_dim, state_token: see ``ChatProcessor``.
+    """
+
+    def __init__(self, reader: MolmoReader | None, views: Sequence[str], state_dim: int, *, state_token: str | None) -> None:
+        super().__init__(NAME, reader, views, state_dim, state_token=state_token)
+
+    def conversation(self, sentence: str) -> str:
+        """See the base class; with the tokens of every image in the place of its placeholder.
+
+        Raises:
+            ConfigError: for a template that makes no place for every image.
+        """
+        tokenizer, text = self.reader.tokenizer, super().conversation(sentence.lower())
+        begin = tokenizer.bos_token or tokenizer.eos_token
+        text = text if text.startswith(begin) else begin + text
+        if text.count(PLACE) != len(self.views):
+            raise ConfigError(f"The chat template makes {text.count(PLACE)} places for {len(self.views)} images.")
+        return text.replace(PLACE, self.reader.pictures.words)
+
+    def read(self, observation: ObservationBatch) -> Inputs:
+        """See the base class.
+
+        Raises:
+            CapabilityError: for a chat template that shows images after words.
+        """
+        reader = self.reader
+        texts = [self.conversation(sentence) for sentence in observation.instructions]
+        tokens = reader.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
         id_BP = tokens["input_ids"]
         picture_BP = torch.zeros_like(id_BP, dtype=torch.bool)
         for token in (PATCH, COLUMN, START, "<im_start>", END):
-            picture_BP |= where(self.tokenizer, id_BP, token)
-        state_BP = torch.zeros_like(picture_BP)
-        if config.state_token is not None:
-            state_BP = where(self.tokenizer, id_BP, config.state_token)
-            if not bool((state_BP.sum(1) == 1).all()):
-                raise ConfigError(f"state_token '{config.state_token}' must be one token, used once in the conversation.")
+            picture_BP |= where(reader.tokenizer, id_BP, token)
         if not bool((picture_BP == picture_BP[:1]).all()):
             raise CapabilityError("This chat template shows images after words; Molmo2's own shows them first.")
         patches_INC = pooled_VK = None
-        if config.views:
-            sides = torch.stack([self.pictures.patches(observation.images[view].cpu()) for view in config.views], 1)
+        if self.views:
+            sides = torch.stack([reader.pictures.patches(observation.images[view]) for view in self.views], 1)
             patches_INC = sides.flatten(0, 1)
-            pooled_VK = self.pictures.pooled(len(patches_INC))
-        patch_BP = where(self.tokenizer, id_BP, PATCH)
-        return MolmoPrompt(id_BP, tokens["attention_mask"].bool(), picture_BP, patch_BP, state_BP, patches_INC, pooled_VK)
-
-    def _conversation(self, sentence: str, config: MolmoConfig) -> str:
-        shown = [{"type": "image"} for _ in config.views]
-        said = {"type": "text", "text": (config.state_token or "") + in_words(sentence.lower())}
-        turns = [{"role": "user", "content": [*shown, said]}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        begin = self.tokenizer.bos_token or self.tokenizer.eos_token
-        text = text if text.startswith(begin) else begin + text
-        if text.count(PLACE) != len(config.views):
-            raise ConfigError(f"The chat template makes {text.count(PLACE)} places for {len(config.views)} images.")
-        return text.replace(PLACE, self.pictures.words)
+            pooled_VK = reader.pictures.pooled(len(patches_INC))
+        padding_mask_BP, count_B = padding_of(tokens["attention_mask"])
+        return Inputs(
+            state_BS=observation.state_BS,
+            id_BP=id_BP,
+            padding_mask_BP=padding_mask_BP,
+            patches=patches_INC,
+            pooled_VK=pooled_VK,
+            image_BP=where(reader.tokenizer, id_BP, PATCH),
+            state_BP=self.state_places(id_BP),
+            picture_P=picture_BP[0],
+            next_position_B=count_B,
+        )
 
 
 def _pictures(settings: dict[str, Any], hub: Any, source: str) -> Pictures:

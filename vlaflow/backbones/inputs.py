@@ -1,0 +1,125 @@
+"""What a backbone takes, and the processors that make it of observations: on the CPU, before any device is touched.
+
+    inputs = config.processor()(observation)                # in the loader's thread, or in the server's worker
+    prefix = backbone.embed(inputs.to(device))
+
+A processor resizes images, cuts patches, tokenizes and counts positions; the network only computes. It holds values and no
+network, so training and serving share it and any thread may run it.
+
+Shape letters: B batch, P prefix tokens, S state dimension, I images of the whole batch, N patches of all images, C numbers of
+a patch, V image tokens of all images, K patches pooled to a token, T answer tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.errors import CapabilityError, SpecError
+
+HOST = {"host": True}
+"""Metadata of a field that stays on the CPU, because whoever reads it needs numbers, not tensors."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """B observations as a network reads them, padded on the right. What a backbone has no use for is None or empty.
+
+    Args:
+        state_BS: float32, the normalised proprioceptive state; 0 where it is unknown.
+        id_BP: int64 ids: tokens of a pretrained model, placeholders included; bytes of the instruction for the tiny one.
+        padding_mask_BP: bool, False on padding; None when there is none.
+        images: by view, uint8 (B, H, W, 3).
+        patches: float32, what the vision tower reads of all images, in the order of their tokens: patches (N, C) or
+            (I, N, C), or whole images (I, 3, H, W).
+        grid_I3: int64, frames (1), rows and columns of patches of every image. It stays on the CPU.
+        patch_position_N2: int64, row and column of every patch.
+        pooled_VK: int64, the patches that become each image token; −1 beyond the border.
+        image_BP: bool, where image features go.
+        state_BP: bool, where the state goes.
+        picture_P: bool, tokens that belong to an image, its marks included, and see each other; alike in all rows.
+        position_3BP: int64, time, height and width of every token, for rotary positions of three kinds.
+        next_position_B: int64, the position of the first token after the prefix.
+    """
+
+    state_BS: Tensor
+    id_BP: Tensor
+    padding_mask_BP: Tensor | None = None
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    patches: Tensor | None = None
+    grid_I3: Tensor | None = field(default=None, metadata=HOST)
+    patch_position_N2: Tensor | None = None
+    pooled_VK: Tensor | None = None
+    image_BP: Tensor | None = None
+    state_BP: Tensor | None = None
+    picture_P: Tensor | None = None
+    position_3BP: Tensor | None = None
+    next_position_B: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.state_BS)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same on another device, but for what stays on the CPU."""
+        moved = {
+            f.name: _moved(getattr(self, f.name), device, non_blocking)
+            for f in dataclasses.fields(self)
+            if not f.metadata.get("host")
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in value.items()}
+    return None if value is None else value.to(device, non_blocking=non_blocking)
+
+
+class Processor(ABC):
+    """Makes ``Inputs`` of observations, and knows the words of answers. It touches no device."""
+
+    @abstractmethod
+    def __call__(self, observation: ObservationBatch) -> Inputs:
+        """What the network takes of B observations on the CPU, whose state is normalised.
+
+        Raises:
+            SpecError: for a state of another length, or an instruction that cannot be read.
+        """
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends an answer."""
+        raise self._speechless()
+
+    def answer_ids(self, answers: Sequence[str]) -> Tensor:
+        """Ids of each answer and its end, (B, T) int64, padded with −100."""
+        raise self._speechless()
+
+    def answer_texts(self, id_BT: Tensor) -> list[str]:
+        """What rows of ids say, up to their end."""
+        raise self._speechless()
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Write what it needs besides the backbone's config into a checkpoint folder; nothing by default."""
+
+    def _speechless(self) -> CapabilityError:
+        return CapabilityError(f"{type(self).__name__} knows no answers, so its backbone cannot be asked.")
+
+
+def require_state(observation: ObservationBatch, expected: int) -> None:
+    """Refuse a state of another length.
+
+    Raises:
+        SpecError: with both lengths.
+    """
+    found = observation.state_BS.shape[1]
+    if found != expected:
+        raise SpecError(f"The policy expects a state of length {expected}, got {found}.")

@@ -1,0 +1,81 @@
+"""What the tiny backbone reads: images of one size, the instruction as UTF-8 bytes, the state; answers are bytes too.
+
+Shape letters: B batch, N bytes, P prefix tokens, T answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vlaflow.backbones.inputs import Inputs, Processor, require_state
+from vlaflow.backbones.language import IGNORED
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.errors import SpecError
+
+PAD, END = 256, 256
+"""The id after those of the 256 bytes: it pads an instruction, and ends an answer."""
+
+
+class TinyProcessor(Processor):
+    """See the module text.
+
+    Args:
+        cells: image tokens, by view.
+        state_dim: length of the state, S.
+        text_bytes: longest instruction in bytes.
+        text_patch: bytes per text token.
+    """
+
+    def __init__(self, cells: Mapping[str, int], state_dim: int, *, text_bytes: int, text_patch: int) -> None:
+        self.cells, self.state_dim = dict(cells), state_dim
+        self.text_bytes, self.text_patch = text_bytes, text_patch
+
+    def __call__(self, observation: ObservationBatch) -> Inputs:
+        """See the base class.
+
+        Raises:
+            SpecError: for an instruction longer than ``text_bytes`` or a state of another length.
+        """
+        require_state(observation, self.state_dim)
+        byte_BN = self._bytes(observation.instructions)
+        written_BT = (byte_BN < PAD).view(len(observation), -1, self.text_patch).any(-1)
+        padding_mask_BP = None
+        if not bool(written_BT.all()):
+            images_before, state_after = sum(self.cells.values()), 1
+            padding_mask_BP = functional.pad(written_BT, (images_before, state_after), value=True)
+        images = {view: observation.images[view] for view in self.cells}
+        return Inputs(observation.state_BS, byte_BN, padding_mask_BP, images)
+
+    @property
+    def end_id(self) -> int:
+        """See ``Processor``."""
+        return END
+
+    def answer_ids(self, answers: Sequence[str]) -> Tensor:
+        """UTF-8 bytes and the end."""
+        rows = [torch.tensor([*answer.encode(), END]) for answer in answers]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+    def answer_texts(self, id_BT: Tensor) -> list[str]:
+        """Bytes up to the end, wrong UTF-8 as the replacement character."""
+        rows = ([number for number in row if number >= 0] for row in id_BT.tolist())
+        return [bytes(row[: row.index(END)] if END in row else row).decode(errors="replace") for row in rows]
+
+    def _bytes(self, instructions: Sequence[str]) -> Tensor:
+        """Bytes (B, N) padded to the batch's longest sentence, in whole text tokens."""
+        sentences = [sentence.encode() for sentence in instructions]
+        for raw in sentences:
+            if len(raw) > self.text_bytes:
+                raise SpecError(
+                    f"The instruction '{raw.decode()}' has {len(raw)} bytes, the policy reads at most {self.text_bytes}."
+                )
+        length = -(-max(len(raw) for raw in sentences) // self.text_patch) * self.text_patch
+        byte_BN = np.full((len(sentences), length), PAD, np.int64)
+        for row, raw in enumerate(sentences):
+            byte_BN[row, : len(raw)] = np.frombuffer(raw, np.uint8)
+        return torch.from_numpy(byte_BN)

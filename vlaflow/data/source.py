@@ -1,0 +1,34 @@
+"""What training draws its samples from, and what they are when they leave the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+
+from vlaflow.data.batch import Batch, VqaBatch
+
+Sample = Batch | VqaBatch
+
+
+class Source(Protocol):
+    """Numbered samples: ``data.windows.Windows``, ``data.image_cache.VqaSource``, or anything like them."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def batch(self, indices: np.ndarray) -> Sample:
+        """The samples at ``indices``."""
+
+
+class Ready(Protocol):
+    """A batch as a stage's loss takes it (``Stage.prepare``)."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same on another device."""
+
+
+Prepare = Callable[[Any], Ready]
+"""What is done to every batch on the CPU, in the loader's thread where there is one."""

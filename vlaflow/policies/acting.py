@@ -1,0 +1,105 @@
+"""What every objective that learns from recorded actions shares: the data set opened strictly, and its chunks as samples."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vlaflow.data.exclusions import Exclusions, exclusions
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.windows import Windows
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.policies.base import Policy
+from vlaflow.policies.recipe import Base, TrainConfig
+from vlaflow.spec import ActionSpec
+
+
+def open_actions(root: Path | str) -> Dataset:
+    """Open a data set of actions whose meaning is known.
+
+    Raises:
+        DataError: it is none, or holds no actions.
+        SpecError: it does not say what its actions mean.
+    """
+    dataset = Dataset.open(root)
+    stated_spec(dataset)
+    return dataset
+
+
+def stated_spec(dataset: Dataset) -> ActionSpec:
+    """The data set's action spec.
+
+    Raises:
+        SpecError: it states none.
+    """
+    if dataset.action_spec is None:
+        raise SpecError(
+            f"{dataset.root} does not say what its actions mean, and a policy must know. "
+            f"Add an action spec to its meta/info.json (docs/datasets.md), or open it with Dataset.open(root, action_spec=...)."
+        )
+    return dataset.action_spec
+
+
+def require_same_robot(base: Base, dataset: Dataset) -> None:
+    """Refuse a data set whose actions mean something else than those of the policy that is continued, with a ``SpecError``."""
+    base.policy.action_spec.require_match(stated_spec(dataset), f"checkpoint {base.path}", f"data set {dataset.root}")
+
+
+def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage: str = "") -> Exclusions:
+    """How much of the training episodes the config's rules leave out of the loss.
+
+    Args:
+        config: the rules, and the largest share they may leave out.
+        dataset: what to learn from.
+        chunk_size: actions per chunk.
+        stage: of a pipeline and a dot, before the keys that the error suggests.
+
+    Raises:
+        ConfigError: they leave out more.
+    """
+    found = exclusions(dataset, config.episodes(dataset)[0], chunk_size, config.pauses, config.interventions)
+    if found.total > config.max_excluded:
+        keys = {"pauses": found.paused, "interventions": found.intervened}
+        largest = max(keys, key=lambda key: keys[key] or 0.0)
+        raise ConfigError(
+            f"The rules for pauses and interventions leave {found.total:.1%} of the actions of {dataset.root} out of the loss "
+            f"({found.shares}), more than max_excluded = {config.max_excluded:g} allows. Keep these actions with --set "
+            f"{stage}{largest}=none, or train on the rest with --set {stage}max_excluded=1."
+        )
+    return found
+
+
+def tell_exclusions(config: TrainConfig, dataset: Dataset, chunk_size: int) -> None:
+    """Print what ``require_enough`` found, or raise what it raises."""
+    found = require_enough(config, dataset, chunk_size)
+    if found.shares:
+        sys.stderr.write(f"Left out of the loss, as shares of the actions: {found.shares}.\n")
+
+
+def chunks_of(
+    policy: Policy, config: TrainConfig, dataset: Dataset, code_NK: np.ndarray | None = None
+) -> tuple[Windows, Windows | None]:
+    """The chunks of the episodes for training, and those of the held-out ones, at the size the policy sees.
+
+    Args:
+        policy: what is to learn from them.
+        config: which episodes, and the rules for what is left out.
+        dataset: the data set.
+        code_NK: latent action codes by row.
+    """
+    chunk_size, views = policy.config.decoder.chunk_size, policy.model.backbone.views
+    sizes = set(views.values())
+    if len(sizes) > 1:
+        raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
+    cache = FrameCache.open(dataset, sizes.pop(), list(views))
+
+    def cut(episodes: tuple[int, ...]) -> Windows:
+        return Windows(
+            dataset, cache, chunk_size, episodes, config.pauses, intervention_rule=config.interventions, code_NK=code_NK
+        )
+
+    train, held = config.episodes(dataset)
+    return cut(train), cut(held) if held else None

@@ -1,0 +1,83 @@
+"""The model card: what someone else needs to know to judge a checkpoint and to reproduce it.
+
+The lines about a training itself (steps, losses, command) come from ``training.card``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vlaflow.actions.latent import LatentActionModel
+from vlaflow.data.lerobot import Dataset
+from vlaflow.policies.base import Policy
+
+
+def policy_card(
+    policy: Policy, dataset: Dataset, training: Sequence[str], what: str, sources: Mapping[str, str] | None = None
+) -> str:
+    """The text of README.md, in Markdown; that of a stage which continues a policy begins with the policy's own.
+
+    Args:
+        policy: what was trained.
+        dataset: what it learned from.
+        training: lines about this training.
+        what: heading of a later stage's part.
+        sources: what it learned from in addition to the data set, by name, in words.
+    """
+    size = f"{len(dataset.episodes)} episodes, {len(dataset)} frames"
+    facts = [f"- Data: {dataset.root.name}, {size}, fingerprint {dataset.fingerprint}"]
+    facts += [f"- {name}: {words}" for name, words in (sources or {}).items()]
+    if policy.card:
+        return "\n".join([policy.card.rstrip(), "", f"## {what}", "", *facts, *training])
+    millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    spec = policy.action_spec
+    tasks = sorted(set(dataset.tasks))
+    shown = [f"  - {task}" for task in tasks[:20]] + ([f"  - and {len(tasks) - 20} more"] if len(tasks) > 20 else [])
+    lines = [
+        f"# {policy.config.system} policy",
+        "",
+        f"A vision-language-action policy of {millions:.1f} M parameters, trained with vlaflow.",
+        "",
+        "```python",
+        "from vlaflow.policies.base import Policy",
+        'chunk = Policy.from_pretrained("<this folder>").act(observation)',
+        "```",
+        "",
+        f"- Robot: {spec.robot}, {spec.rate_hz:g} actions per second",
+        f"- Actions: {', '.join(f'{d.name} ({d.unit}, {d.mode})' for d in spec.dimensions)}; chunks of {spec.chunk_size}",
+        f"- Views: {', '.join(policy.model.backbone.views)}",
+        *facts,
+        "- Instructions:",
+        *shown,
+        "",
+        "## Training of the policy",
+        "",
+        *training,
+    ]
+    return "\n".join(lines)
+
+
+def latent_card(model: LatentActionModel, dataset: Dataset, training: Sequence[str]) -> str:
+    """The text of a latent action model's README.md; arguments as for ``policy_card``."""
+    c, origin = model.config, model.origin
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    lines = [
+        "# Latent action model",
+        "",
+        f"What changed between two frames as {c.codes} codes of {c.book}, learned from video; {millions:.1f} M parameters, "
+        "trained with vlaflow.",
+        "",
+        "```python",
+        "from vlaflow.actions.latent import LatentActionModel",
+        'id_BK = LatentActionModel.from_pretrained("<this folder>").codes(earlier_BHW3, later_BHW3)',
+        "```",
+        "",
+        f"- Frames: view '{origin.view}', {c.image_size}x{c.image_size} pixels, {origin.gap_s:g} s apart ({origin.gap} frames "
+        f"at {origin.rate_hz:g} per second)",
+        f"- Data: {dataset.root.name}, {len(dataset.episodes)} episodes, {len(dataset)} frames, fingerprint {origin.dataset}",
+        "",
+        "## Training",
+        "",
+        *training,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,318 @@
+"""What this package's training stages learn: a policy, a confidence rater on a frozen policy, or a latent action model.
+
+    TrainConfig(PolicyObjective(tiny(data)), steps=3500)
+    TrainConfig(RaterObjective(tiny_rater(policy)), steps=250)
+    TrainConfig(LatentObjective(LatentConfig(), view="front"), steps=1200)
+
+Each says what it needs, builds its networks and samples, and describes the checkpoint; the losses are in ``stages``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from vlaflow.actions.io import load_tokenizer
+from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
+from vlaflow.actions.nsvq import Replacement
+from vlaflow.config import to_json
+from vlaflow.data import stats
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.pairs import FramePairs, chosen_view
+from vlaflow.data.stats import FeatureStats
+from vlaflow.data.transforms import Normalizer
+from vlaflow.data.vqa import VqaDataset
+from vlaflow.data.windows import action_chunks
+from vlaflow.decoders.rater import RaterConfig
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.policies.acting import (
+    chunks_of,
+    open_actions,
+    require_enough,
+    require_same_robot,
+    stated_spec,
+    tell_exclusions,
+)
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.card import latent_card, policy_card
+from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
+from vlaflow.policies.provenance import run_of
+from vlaflow.policies.recipe import Assets, Base, Foreseen, Objective, Setup, TrainConfig
+from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
+from vlaflow.policies.vqa import VqaTraining, require_askable, vqa_of
+
+
+@dataclass(frozen=True)
+class PolicyObjective(Objective):
+    """Backbone and decoder learn to act, from scratch or from the weights of a trained policy.
+
+    Args:
+        policy: the assembly.
+        vqa: VQA co-training; None for none.
+    """
+
+    policy: PolicyConfig
+    vqa: VqaTraining | None = None
+
+    @property
+    def names_codes(self) -> bool:
+        """See ``Objective``."""
+        return self.policy.decoder.latent_codes is not None
+
+    def concern(self, assets: Assets) -> Assets:
+        """All of them."""
+        return assets
+
+    def told(self, assets: Assets) -> PolicyObjective:
+        """A VQA data set brings co-training along."""
+        return replace(self, vqa=VqaTraining()) if assets.vqa and self.vqa is None else self
+
+    def require(self, assets: Assets) -> None:
+        """Questions and their config belong together."""
+        if self.vqa is not None and assets.vqa is None:
+            raise ConfigError("This recipe also learns from questions; name a set of them with --vqa, or --set vqa=none.")
+        if self.vqa is None and assets.vqa is not None:
+            raise ConfigError(f"vqa is none, so {assets.vqa} would not be looked at; leave --vqa out.")
+        if assets.base is not None and assets.tokenizer is not None:
+            raise ConfigError(
+                f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {assets.tokenizer} out."
+            )
+
+    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+        """See ``Objective``."""
+        if self.vqa is not None and assets.vqa is not None:
+            require_askable(self.policy, VqaDataset.open(assets.vqa, self.vqa.turns))
+        require_enough(config, self.open(root), self.policy.decoder.chunk_size, stage)
+        wanted = self.policy.decoder.latent_codes
+        if wanted is not None and before.latent is not None:
+            fit_codes(before.latent, wanted, "The latent action model of this pipeline", stage)
+        return replace(before, policy=self.policy)
+
+    def open(self, root: Path | str) -> Dataset:
+        """See ``Objective``."""
+        return open_actions(root)
+
+    def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
+        """See ``Objective``."""
+        tell_exclusions(config, dataset, self.policy.decoder.chunk_size)
+        if assets.base is None:
+            policy, objective = self._created(config, dataset, assets.tokenizer)
+            identity: dict[str, Any] = {}
+        else:
+            policy, objective = self._continued(config, dataset, assets.base, assets.latent), self
+            identity = assets.base.identity()
+        code_NK, latent = codes_of(policy, dataset, assets.latent, config.interventions)
+        identity |= latent
+        sources = {}
+        if latent:
+            sources["Latent actions"] = f"codes of {Path(str(assets.latent)).name}, fingerprint {latent['latent']}"
+        train, held = chunks_of(policy, config, dataset, code_NK)
+        stage: Stage = PolicyStage(policy)
+        vqa = None
+        if self.vqa is not None and assets.vqa is not None:
+            vqa, trained, line = vqa_of(policy, self.vqa, assets.vqa)
+            stage = AnsweringStage(stage, policy, self.vqa.weight)
+            identity["vqa"] = to_json(trained)
+            sources = {"VQA": line, **sources}
+
+        def card(training: Sequence[str]) -> str:
+            return policy_card(policy, dataset, training, "Further training of the policy", sources)
+
+        return Setup(objective, stage, train, held, vqa, identity, card)
+
+    def _created(self, config: TrainConfig, dataset: Dataset, tokenizer: Path | str | None) -> tuple[Policy, PolicyObjective]:
+        if not dataset.columns().state.shape[1]:
+            raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
+        episodes = config.episodes(dataset)[0]
+        measured = stats.compute(dataset, episodes)
+        fitted = replace(self, policy=self._with_tokenizer(dataset, measured["action"], episodes, tokenizer))
+        return Policy.create(fitted.policy, stated_spec(dataset), measured, config.seed), fitted
+
+    def _continued(self, config: TrainConfig, dataset: Dataset, base: Base, latent: Path | str | None) -> Policy:
+        """A policy with the weights of another one; normalisation stays that one's."""
+        require_same_robot(base, dataset)
+        if base.policy.model.rater is not None:
+            raise ConfigError(
+                f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
+                "checkpoint that the rater was trained for, and train another rater afterwards."
+            )
+        for key in ("state_normalisation", "action_normalisation"):
+            ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"policy.{key} is '{ours}', but {base.path} was trained with '{theirs}', which its weights take for "
+                    "granted. Leave out the --set that changes it."
+                )
+        require_same_model(run_of(base.folder).get("latent"), latent, base.path)
+        own = base.policy
+        created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder)
+        further = replace(created, card=own.card)
+        try:
+            further.model.load_state_dict(base.policy.model.state_dict())
+        except RuntimeError as error:
+            raise ConfigError(
+                f"The networks of this config are not those of {base.path}, so they cannot start from its weights "
+                f"({str(error).splitlines()[-1].strip()}). Leave out the --set that changes them."
+            ) from error
+        return further
+
+    def _with_tokenizer(
+        self, dataset: Dataset, action: FeatureStats, episodes: Sequence[int], file: Path | str | None
+    ) -> PolicyConfig:
+        """The assembly with the given tokenizer, or one fitted on the episodes where its decoder needs one."""
+        decoder, mode = self.policy.decoder, self.policy.action_normalisation
+        if file is not None:
+            decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
+        elif decoder.unfitted:
+            chunks = torch.from_numpy(action_chunks(dataset, decoder.chunk_size, episodes))
+            decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
+        return replace(self.policy, decoder=decoder)
+
+
+@dataclass(frozen=True)
+class RaterObjective(Objective):
+    """A confidence rater learns on a trained policy, whose own weights stay as they are.
+
+    Args:
+        rater: its networks.
+    """
+
+    rater: RaterConfig
+
+    def concern(self, assets: Assets) -> Assets:
+        """The policy alone."""
+        return Assets(assets.base)
+
+    def require(self, assets: Assets) -> None:
+        """Nothing but a policy."""
+        if assets.vqa is not None:
+            raise ConfigError("A rater learns no questions; leave --vqa out.")
+        if assets.latent is not None:
+            raise ConfigError("A rater learns no latent actions; leave --latent out.")
+        if assets.tokenizer is not None:
+            raise ConfigError(
+                f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {assets.tokenizer} out."
+            )
+
+    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+        """See ``Objective``."""
+        if before.policy is None:
+            return before
+        require_enough(config, self.open(root), before.policy.decoder.chunk_size, stage)
+        return replace(before, policy=replace(before.policy, rater=self.rater))
+
+    def open(self, root: Path | str) -> Dataset:
+        """See ``Objective``."""
+        return open_actions(root)
+
+    def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
+        """See ``Objective``; the same seed and fraction hold out the same episodes as the policy's training did."""
+        base = assets.base
+        if base is None:
+            raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
+        require_same_robot(base, dataset)
+        tell_exclusions(config, dataset, base.policy.config.decoder.chunk_size)
+        policy = base.policy.with_rater(self.rater, config.seed)
+        train, held = chunks_of(policy, config, dataset)
+
+        def card(training: Sequence[str]) -> str:
+            return policy_card(policy, dataset, training, "Training of the confidence rater")
+
+        return Setup(self, RaterStage(policy), train, held, None, base.identity(), card)
+
+
+@dataclass(frozen=True)
+class LatentObjective(Objective):
+    """A latent action model learns from video alone; actions are only read where it has an action head.
+
+    Args:
+        model: the networks.
+        view: the camera view it looks at.
+        gap_s: time between the frames of a pair in seconds; pairs that would cross the end of an episode are not formed.
+        replacement: of codebook entries that are hardly used.
+        action_weight: of the action head's squared error (normalised actions) relative to that of the pixels (in [−1, 1]).
+    """
+
+    model: LatentConfig
+    view: str
+    gap_s: float = 1.0
+    replacement: Replacement = field(default_factory=Replacement)
+    action_weight: float = 0.01
+    makes: ClassVar[Literal["policy", "latent"]] = "latent"
+
+    def check(self, config: TrainConfig) -> None:
+        """See ``Objective``."""
+        if config.shift or config.augment or config.state_mask or config.pauses:
+            raise ConfigError(
+                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
+            )
+
+    def concern(self, assets: Assets) -> Assets:
+        """None."""
+        return Assets()
+
+    def require(self, assets: Assets) -> None:
+        """Nothing."""
+        if assets.base is not None:
+            raise ConfigError("A latent action model starts from video alone; leave --policy out.")
+        if assets.tokenizer is not None:
+            raise ConfigError(f"A latent action model has no use for the action tokenizer {assets.tokenizer}; leave it out.")
+        for flag, given in (("--latent", assets.latent), ("--vqa", assets.vqa)):
+            if given is not None:
+                raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
+
+    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+        """See ``Objective``."""
+        return replace(before, latent=self.model)
+
+    def open(self, root: Path | str) -> Dataset:
+        """See ``Objective``."""
+        return Dataset.open(root, video=True)
+
+    def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
+        """See ``Objective``; a view that is missing and episodes that are all too short for the gap are a ``DataError``."""
+        train, held = self._pairs(config, dataset)
+        origin = Origin(
+            dataset.fingerprint, self.view, dataset.fps, self.gap_s, train.gap, config.validation_fraction, config.seed
+        )
+        action = self._action(config, dataset)
+        model = LatentActionModel.create(self.model, origin, config.seed)
+        stage = LatentStage(model, self.replacement, config.steps, action, self.action_weight)
+
+        def card(training: Sequence[str]) -> str:
+            return latent_card(model, dataset, training)
+
+        return Setup(self, stage, train, held, None, {}, card)
+
+    def _pairs(self, config: TrainConfig, dataset: Dataset) -> tuple[FramePairs, FramePairs | None]:
+        train_episodes, held_episodes = config.episodes(dataset)
+        cache = FrameCache.open(dataset, self.model.image_size, [chosen_view(dataset, self.view)])
+        train = FramePairs(dataset, cache, self.view, self.gap_s, episodes=train_episodes)
+        held: FramePairs | None = None
+        if any(dataset.episodes[e].length > train.gap for e in held_episodes):
+            held = FramePairs(dataset, cache, self.view, self.gap_s, episodes=held_episodes)
+        elif held_episodes:
+            sys.stderr.write(
+                f"Held out: none of the {len(held_episodes)} episodes is longer than the gap; nothing is measured.\n"
+            )
+        for which, pairs in (("For training", train), ("Held out", held)):
+            if pairs is not None and pairs.short:
+                sys.stderr.write(f"{which}: {pairs.left_out()}\n")
+        return train, held
+
+    def _action(self, config: TrainConfig, dataset: Dataset) -> Normalizer | None:
+        """Of the actions, for a model with an action head."""
+        if not self.model.action_dim:
+            return None
+        found = dataset.columns().action.shape[1]
+        if found != self.model.action_dim:
+            raise SpecError(
+                f"model.action_dim is {self.model.action_dim}, but the actions of {dataset.root} have {found} dimensions."
+            )
+        return Normalizer.from_stats(stats.compute(dataset, config.episodes(dataset)[0])["action"], "mean_std")

@@ -1,0 +1,98 @@
+"""From observations in robot units to what a policy's networks take: on the CPU, by values alone.
+
+Training runs it in the loader's thread, a server in its worker, ``Policy.act`` where it is called; all three run this one.
+
+Shape letters: B batch, S state dimension, T answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlaflow.backbones.inputs import Inputs, Processor
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.data.frames import resize
+from vlaflow.data.transforms import Normalizer
+from vlaflow.decoders.base import Targets
+from vlaflow.errors import SpecError, nearest
+
+
+@dataclass(frozen=True)
+class PolicyProcessor:
+    """Checks views, resizes images, normalises the state, and has the backbone's processor make the inputs.
+
+    Args:
+        views: with the square image size each is resized to; None leaves the size to the backbone's processor.
+        state: normaliser of the state.
+        backbone: the backbone's processor.
+    """
+
+    views: Mapping[str, int | None]
+    state: Normalizer
+    backbone: Processor
+
+    def __call__(self, observation: ObservationBatch) -> Inputs:
+        """What the networks take of B observations on the CPU, in robot units.
+
+        Raises:
+            SpecError: for missing views, a state of another length, or an instruction that cannot be read.
+        """
+        for view in self.views:
+            if view not in observation.images:
+                raise SpecError(
+                    f"The policy looks at view '{view}', which the observation lacks; {nearest(view, observation.images)}"
+                )
+        expected, found = self.state.dim, observation.state_BS.shape[1]
+        if expected != found:
+            raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
+        images = {view: _resized(observation.images[view], size) for view, size in self.views.items()}
+        state_BS = self.state.forward(observation.state_BS)
+        if observation.known_BS is not None:
+            state_BS = state_BS * observation.known_BS
+        return self.backbone(replace(observation, images=images, state_BS=state_BS, known_BS=None))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training batch as the networks take it.
+
+    Args:
+        inputs: of the observations.
+        targets: what is to be learned, normalised.
+    """
+
+    inputs: Inputs
+    targets: Targets
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Prepared:
+        """The same on another device."""
+        return Prepared(self.inputs.to(device, non_blocking=non_blocking), self.targets.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
+class PreparedAnswers:
+    """Questions and their answers as the networks take them.
+
+    Args:
+        inputs: of the questions and their images.
+        answer_BT: int64 ids of the answers and their ends, padded with −100. They stay on the CPU, which checks them.
+    """
+
+    inputs: Inputs
+    answer_BT: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PreparedAnswers:
+        """The same on another device."""
+        return replace(self, inputs=self.inputs.to(device, non_blocking=non_blocking))
+
+
+def _resized(image_BHWC: Tensor, size: int | None) -> Tensor:
+    """As the frame cache did for training."""
+    if size is None or image_BHWC.shape[1:3] == (size, size):
+        return image_BHWC
+    return torch.from_numpy(np.stack([resize(image, size) for image in image_BHWC.numpy()]))
