@@ -12,9 +12,9 @@
 ``Policy``                         a checkpoint, opened: ``act`` turns an ``Observation`` into a ``Chunk`` of actions
 ``Dataset``                        demonstrations in LeRobot's format
 ``ActionSpec``                     what the numbers of an action mean
-``Dense``, ``TwoStage``,           how much compute to spend on a chunk, for ``Policy.act``
-``Refine``, ``RefineTokens``,
-``EarlyExit``
+``Dense``, ``Consensus``,          how much compute to spend on a chunk, for ``Policy.act``
+``TwoStage``, ``EarlyExit``,
+``Refine``, ``RefineTokens``
 =================================  ===================================================================================
 
 Each name is imported when it is first used, so ``import vlaflow`` alone loads neither torch nor NumPy.
@@ -28,6 +28,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlaflow.compute.consensus import Consensus
     from vlaflow.compute.dense import Dense
     from vlaflow.compute.early_exit import EarlyExit
     from vlaflow.compute.refine import Refine
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActionSpec",
     "Chunk",
+    "Consensus",
     "Dataset",
     "Dense",
     "EarlyExit",
@@ -61,6 +63,7 @@ __all__ = [
 _MODULES = {
     "ActionSpec": "spec",
     "Chunk": "spec",
+    "Consensus": "compute.consensus",
     "Dataset": "data.lerobot",
     "Dense": "compute.dense",
     "EarlyExit": "compute.early_exit",

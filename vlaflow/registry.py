@@ -46,9 +46,12 @@ OURS: dict[Group, dict[str, str]] = {
     },
     "compute": {
         "dense": "vlaflow.compute.dense:DENSE",
+        "mean": "vlaflow.compute.consensus:MEAN",
+        "medoid": "vlaflow.compute.consensus:MEDOID",
         "two-stage": "vlaflow.compute.two_stage:TWO_STAGE",
         "refine": "vlaflow.compute.refine:REFINE",
         "refine-random": "vlaflow.compute.refine:REFINE_RANDOM",
+        "refine-spread": "vlaflow.compute.refine:REFINE_SPREAD",
         "refine-tokens": "vlaflow.compute.refine_tokens:REFINE_TOKENS",
         "exit": "vlaflow.compute.calibration:EXIT",
         "budget": "vlaflow.compute.budget:BUDGET",

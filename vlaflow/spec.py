@@ -166,6 +166,8 @@ class Chunk:
     Args:
         actions: (L, D) float32, robot units.
         confidence: (L,) in (0, 1), one per action, from the confidence rater; None without a rater.
+        spread: (L,) >= 0, how far several draws are apart (``compute.consensus``): their root mean square distance to their
+            mean, over draws and dimensions, in units of normalised actions; None for a single draw.
         regenerated: (L,) bool, which actions were regenerated after the first round; None without refinement.
         draft: (L, D), the actions of the first round if refinement changed any; else None.
         layers: backbone layers run over the prefix.
@@ -180,6 +182,7 @@ class Chunk:
 
     actions: np.ndarray
     confidence: np.ndarray | None = None
+    spread: np.ndarray | None = None
     regenerated: np.ndarray | None = None
     draft: np.ndarray | None = None
     layers: int = 0

@@ -40,11 +40,15 @@ def test_what_once_was_the_depth_is_refused():
 
 
 def test_refinement_takes_settings_and_an_inner_policy_of_its_own():
-    assert parse("refine:2@0.5") == Refine(sampling=HALF, inner=Dense.by(HALF))
+    assert parse("refine:2@0.5") == Refine(sampling=HALF, inner=Dense.by(HALF), label="refine:2@0.5")
     both = parse("refine-random:2@0.5+dense:10")
     assert (both.sampling, both.inner) == (HALF, Dense(label="dense:10"))
     tokens = parse("refine-tokens:8,temperature=0+two-stage:14+2")
-    assert tokens == RefineTokens(sampling=Sampling(8, temperature=0.0), inner=TwoStage(label="two-stage:14+2"))
+    assert tokens == RefineTokens(
+        sampling=Sampling(8, temperature=0.0),
+        inner=TwoStage(label="two-stage:14+2"),
+        label="refine-tokens:8,temperature=0",
+    )
     staged = parse("two-stage:6+2/0.3,temperature=0")
     assert (staged.refresh, staged.sampling) == (0.3, Sampling(8, temperature=0.0))
 

@@ -210,9 +210,10 @@ def test_what_each_decoder_is_able_to():
         config: [c.name for c in able(helpers.token_policy(config).model)]
         for config in (AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig)
     }
-    assert names[AutoregressiveConfig] == ["dense"]
-    assert names[MaskedDiffusionConfig] == ["dense", "refine-tokens"]
-    assert names[DiscreteFlowConfig] == ["dense", "two-stage:14+2"]
+    everyone = ["dense", "mean:2", "medoid:2"]
+    assert names[AutoregressiveConfig] == everyone
+    assert names[MaskedDiffusionConfig] == [*everyone, "refine-tokens"]
+    assert names[DiscreteFlowConfig] == [*everyone, "two-stage:14+2"]
 
 
 @pytest.mark.parametrize(

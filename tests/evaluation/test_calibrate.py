@@ -58,7 +58,7 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
     assert made.checkpoint in page
     assert main(["bench", "latency", str(folder), "--rounds", "20"]) == 0
     assert {PROFILE} <= {f.name for f in folder.iterdir()}
-    names = ("dense", "dense:2,depth=1", "exit:budget-0.4", "budget:100000")
+    names = ("dense", "dense:2,depth=1", "mean:8", "medoid:2+dense:1@0.5", "exit:budget-0.4", "budget:100000")
     computes = [word for name in names for word in ("--compute", name)]
     arguments = ["--env", ENV, "--episodes", "1", "--max-steps", "20", "--steps", "2", "--no-videos", "--workers", "0"]
     assert main(["eval", str(folder), *computes, *arguments, "--out", str(tmp_path / "eval")]) == 0
@@ -66,6 +66,8 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
     passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["evaluations"]}
     assert passes["dense"] == 3 + 2 * 3
     assert passes["dense:2,depth=1"] == 1 + 2 * 1
+    assert passes["mean:8"] == 3 + 8 * 2 * 3
+    assert passes["medoid:2+dense:1@0.5"] == 3 + 2 * 1 * 3
     assert "ms at p99" in capsys.readouterr().out
 
 

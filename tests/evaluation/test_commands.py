@@ -60,8 +60,9 @@ def test_a_missing_checkpoint_is_one_sentence(capsys):
 def test_a_sound_checkpoint_passes_its_check(checkpoint, bare_checkpoint, capsys):
     assert main(["check", "policy", str(checkpoint)]) == 0
     assert "BROKEN" not in capsys.readouterr().out
-    assert {f.compute for f in check_policy(bare_checkpoint)} == {"any", "dense", "refine-random"}
-    assert [c.name for c in able(make_policy(masks="synchronous").model)] == ["dense"]
+    draws = ["dense", "mean:2", "medoid:2"]
+    assert {f.compute for f in check_policy(bare_checkpoint)} == {"any", *draws, "refine-random", "refine-spread(mean:2)"}
+    assert [c.name for c in able(make_policy(masks="synchronous").model)] == draws
 
 
 def test_a_checkpoint_with_broken_numbers_fails_its_check(checkpoint, tmp_path, capsys):

@@ -154,6 +154,7 @@ class Decoded:
         regenerated_BL: bool, actions regenerated.
         draft_BLD: the chunk before refinement.
         tokens: what a decoder of tokens knows of its chunks.
+        spread_BL: root mean square distance of several draws from their mean, normalised, where there were several.
     """
 
     action_BLD: Tensor
@@ -165,6 +166,7 @@ class Decoded:
     regenerated_BL: Tensor | None = None
     draft_BLD: Tensor | None = None
     tokens: Tokens | None = None
+    spread_BL: Tensor | None = None
 
 
 class ComputePolicy(ABC):
@@ -190,6 +192,18 @@ class ComputePolicy(ABC):
         conditioning: Conditioning | None = None,
     ) -> Decoded:
         """Chunks for B embedded observations, one generator each."""
+
+    def read(self, model: Model, prefix: Prefix) -> Prefix:
+        """The prefix as deep as every chunk on it needs it, whatever the noise; several draws share that.
+
+        By default no layer is known to be needed.
+        """
+        return prefix
+
+    @property
+    def reports_spread(self) -> bool:
+        """Whether it says how far several draws lie apart (``Decoded.spread_BL``)."""
+        return False
 
     @property
     def stages(self) -> Stages | None:

@@ -63,6 +63,10 @@ class Dense(ComputePolicy):
         """All stochastic."""
         return Stages(self.sampling) if self.depth is None else None
 
+    def read(self, model: Model, prefix: Prefix) -> Prefix:
+        """Through all its layers."""
+        return model.read(prefix, self.depth)
+
     def decode(
         self,
         model: Model,
@@ -74,7 +78,7 @@ class Dense(ComputePolicy):
         """See ``ComputePolicy``."""
         depth = self.depth or model.backbone.spec.depth
         with watch.part("prefix"):
-            prefix = model.read(prefix, depth)
+            prefix = self.read(model, prefix)
         with watch.part("first"):
             state = model.decoder.solve(prefix, generators, self.sampling, conditioning)
             action_BLD, tokens = model.decoder.finish(state), model.decoder.tokens(state)

@@ -162,6 +162,10 @@ class EarlyExit(ComputePolicy):
         needs = Requirements(exits=self.plan.depths).sampled(self.plan.sampling)
         return needs.also(Capability.CONDITIONING) if self.plan.warm_start in ("anchor", "renoise") else needs
 
+    def read(self, model: Model, prefix: Prefix) -> Prefix:
+        """Through the first depth; the others are for those that stay."""
+        return model.read(prefix, self.plan.depths[0])
+
     def decode(
         self,
         model: Model,

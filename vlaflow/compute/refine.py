@@ -5,6 +5,7 @@ The prefix is never encoded again. When nothing is doubted, nothing more is comp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
+from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Conditioning
@@ -22,25 +24,100 @@ from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class BelowThreshold:
+class Draft:
+    """What a doubt looks at: first chunks of R observations.
+
+    Args:
+        model, watch: as in ``ComputePolicy.decode``.
+        prefix: at full depth.
+        generators: one per observation.
+        action_RLD: normalised.
+        spread_RL: of the draws they were made from, where there were several.
+    """
+
+    model: Model
+    prefix: Prefix
+    generators: Sequence[Generator]
+    action_RLD: Tensor
+    spread_RL: Tensor | None
+    watch: Stopwatch
+
+
+class Doubt(ABC):
+    """Which actions of a draft to regenerate. A kind is a frozen dataclass.
+
+    Attributes:
+        name: of the refinement, for tables.
+        rater, spread: whether it asks the rater; whether it needs several draws.
+    """
+
+    name: str
+    rater: bool = False
+    spread: bool = False
+
+    @abstractmethod
+    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """Doubted actions, bool (R, L), and the rater's confidence where it was asked."""
+
+
+@dataclass(frozen=True)
+class BelowThreshold(Doubt):
     """Doubt the actions that the rater gives less than ``threshold`` (AsyncVLA eq. 3)."""
 
     threshold: float = 0.5
+
+    name = "refine"
+    rater = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"A confidence threshold lies in [0, 1], got {self.threshold}.")
 
+    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """See ``Doubt``."""
+        if draft.model.rater is None:
+            raise CapabilityError("Refinement by confidence needs a rater.")
+        with draft.watch.part("rater"):
+            confidence_RL = draft.model.rater(draft.prefix, draft.action_RLD)
+            return confidence_RL < self.threshold, confidence_RL
+
 
 @dataclass(frozen=True)
-class AtRandom:
+class AtRandom(Doubt):
     """Doubt each action with this probability: the paper's control for the rater."""
 
     probability: float = 0.5
 
+    name = "refine-random"
+
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
             raise ConfigError(f"A probability lies in [0, 1], got {self.probability}.")
+
+    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """See ``Doubt``."""
+        draws = [torch.rand(draft.action_RLD.shape[1], generator=g) < self.probability for g in draft.generators]
+        return torch.stack(draws).to(draft.action_RLD.device), None
+
+
+@dataclass(frozen=True)
+class Spread(Doubt):
+    """Doubt the actions on which several draws lie more than ``threshold`` apart, in the units of ``Chunk.spread``."""
+
+    threshold: float = 0.5
+
+    name = "refine-spread"
+    spread = True
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ConfigError(f"A spread is 0 or more, got {self.threshold}.")
+
+    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """See ``Doubt``."""
+        if draft.spread_RL is None:
+            raise CapabilityError("Refinement by spread needs several draws.")
+        return draft.spread_RL > self.threshold, None
 
 
 @dataclass(frozen=True)
@@ -53,26 +130,37 @@ class Refine(ComputePolicy):
         inner: makes the first chunk.
         any_training: also run on a checkpoint that never saw mixed clocks, to measure what becomes of it (claim C2 of the
             paper: it collapses).
+        label: of the round itself, for tables; by default that of the doubt.
     """
 
-    doubt: BelowThreshold | AtRandom = BelowThreshold()
+    doubt: Doubt = BelowThreshold()
     sampling: Sampling = field(default_factory=Sampling)
     inner: ComputePolicy = field(default_factory=Dense)
     any_training: bool = False
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.doubt.spread and not self.inner.reports_spread:
+            raise ConfigError(
+                f"{self.name} doubts actions on which several draws differ, and its first round makes one chunk. Give it a "
+                "consensus, as in refine-spread+mean:8."
+            )
 
     @property
     def name(self) -> str:
         """For tables."""
-        own = "refine" if isinstance(self.doubt, BelowThreshold) else "refine-random"
-        return own if isinstance(self.inner, Dense) else f"{own}({self.inner.name})"
+        own = self.label or self.doubt.name
+        return own if self.inner.name == "dense" else f"{own}({self.inner.name})"
 
     @property
     def needs(self) -> Requirements:
         """A rater where one is asked, unified training unless waived, and whatever the first round needs."""
-        needs = self.inner.needs.sampled(self.sampling).also(
-            Capability.CONDITIONING, rater=isinstance(self.doubt, BelowThreshold)
-        )
+        needs = self.inner.needs.sampled(self.sampling).also(Capability.CONDITIONING, rater=self.doubt.rater)
         return needs if self.any_training else needs.also(Capability.REGENERATION)
+
+    def read(self, model: Model, prefix: Prefix) -> Prefix:
+        """As the first round does."""
+        return self.inner.read(model, prefix)
 
     def decode(
         self,
@@ -89,7 +177,7 @@ class Refine(ComputePolicy):
         first = self.inner.decode(model, prefix, generators, watch, conditioning)
         draft_BLD, device = first.action_BLD, first.action_BLD.device
         action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
-        confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if isinstance(self.doubt, BelowThreshold) else None
+        confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if self.doubt.rater else None
         each = model.decoder.nfe(self.sampling)
         layers, passes, nfe, groups = list(first.layers), list(first.layer_passes), list(first.nfe), []
         depth = model.backbone.spec.depth
@@ -99,7 +187,8 @@ class Refine(ComputePolicy):
                 prefix = model.read(group.prefix)
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
-            doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
+            spread_RL = None if first.spread_BL is None else first.spread_BL[row_R]
+            doubt_RL, rating_RL = self.doubt.judge(Draft(model, prefix, mine, draft_RLD, spread_RL, watch))
             kept = conditioning.select(row_R) if conditioning is not None else None
             if kept is not None:
                 doubt_RL = doubt_RL & ~kept.committed_BL
@@ -131,26 +220,16 @@ class Refine(ComputePolicy):
             confidence_BL=confidence_BL if confidence_BL is not None else first.confidence_BL,
             regenerated_BL=doubted_BL,
             draft_BLD=draft_BLD,
+            spread_BL=first.spread_BL,
         )
 
-    def _doubted(
-        self, model: Model, prefix: Prefix, generators: Sequence[Generator], draft_BLD: Tensor, watch: Stopwatch
-    ) -> tuple[Tensor, Tensor | None]:
-        """Which actions to regenerate, bool (B, L), and the rater's confidence where it was asked."""
-        if isinstance(self.doubt, AtRandom):
-            draws = [torch.rand(draft_BLD.shape[1], generator=g) < self.doubt.probability for g in generators]
-            return torch.stack(draws).to(draft_BLD.device), None
-        if model.rater is None:
-            raise CapabilityError("Refinement by confidence needs a rater.")
-        with watch.part("rater"):
-            confidence_BL = model.rater(prefix, draft_BLD)
-            return confidence_BL < self.doubt.threshold, confidence_BL
 
-
-def _parse(typed: Spelling, doubt: BelowThreshold | AtRandom) -> Refine:
-    sampling = typed.sampling()
-    return Refine(doubt, sampling, typed.inner or Dense.by(sampling), typed.knobs.any_training)
+def _parse(typed: Spelling, doubt: Doubt) -> Refine:
+    sampling, label = typed.sampling(), typed.own if typed.more else ""
+    inner = typed.inner or (Consensus(inner=Dense.by(sampling)) if doubt.spread else Dense.by(sampling))
+    return Refine(doubt, sampling, inner, typed.knobs.any_training, label)
 
 
 REFINE = ComputeKind(lambda typed: _parse(typed, BelowThreshold(typed.knobs.threshold)), example="refine")
 REFINE_RANDOM = ComputeKind(lambda typed: _parse(typed, AtRandom()), example="refine-random")
+REFINE_SPREAD = ComputeKind(lambda typed: _parse(typed, Spread(typed.knobs.threshold)), example="refine-spread+mean:2")

@@ -56,7 +56,7 @@ class RefineTokens(ComputePolicy):
     @property
     def name(self) -> str:
         """For tables."""
-        return self.label if isinstance(self.inner, Dense) else f"{self.label}({self.inner.name})"
+        return self.label if self.inner.name == "dense" else f"{self.label}({self.inner.name})"
 
     @property
     def needs(self) -> Requirements:
@@ -65,6 +65,10 @@ class RefineTokens(ComputePolicy):
         """
         rater = isinstance(self.doubt, BelowThreshold)
         return self.inner.needs.sampled(self.sampling).also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=rater)
+
+    def read(self, model: Model, prefix: Prefix) -> Prefix:
+        """As the first round does."""
+        return self.inner.read(model, prefix)
 
     def decode(
         self,
@@ -167,7 +171,7 @@ class RefineTokens(ComputePolicy):
 
 def _parse(typed: Spelling) -> RefineTokens:
     sampling = typed.sampling()
-    return RefineTokens(Improbable(typed.knobs.threshold), sampling, typed.inner or Dense.by(sampling))
+    return RefineTokens(Improbable(typed.knobs.threshold), sampling, typed.inner or Dense.by(sampling), typed.own)
 
 
 REFINE_TOKENS = ComputeKind(_parse, example="refine-tokens")

@@ -27,7 +27,7 @@ class Knobs:
 
     Args:
         steps: solver steps per round, where the spelling states none.
-        threshold: confidence below which "refine" regenerates an action.
+        threshold: confidence below which "refine" regenerates an action; spread above which "refine-spread" does.
         any_training: see ``Refine``.
         device, threads: what is computed with, for budgets.
     """
@@ -59,6 +59,12 @@ class Spelling:
     inner: ComputePolicy | None
     knobs: Knobs
     checkpoint: Checkpoint | None
+
+    @property
+    def own(self) -> str:
+        """What was typed of the kind itself: all but the inner compute policy."""
+        kind = re.split("[:+]", self.name, maxsplit=1)[0]
+        return f"{kind}:{self.more}" if self.more else kind
 
     def sampling(self, text: str | None = None) -> Sampling:
         """The settings of the sampler.

@@ -82,6 +82,10 @@ class TwoStage(ComputePolicy):
         """The same with the prefix run at every step, where it reads the tokens."""
         return replace(self, refresh=0.0) if Capability.JOINT_ATTENTION in model.decoder.capabilities else None
 
+    def read(self, model: Model, prefix: Prefix) -> Prefix:
+        """Through all layers."""
+        return model.read(prefix)
+
     def decode(
         self,
         model: Model,
@@ -93,7 +97,7 @@ class TwoStage(ComputePolicy):
         """See ``ComputePolicy``."""
         decoder, depth = model.decoder, model.backbone.spec.depth
         with watch.part("prefix"):
-            prefix = model.read(prefix)
+            prefix = self.read(model, prefix)
         with watch.part("first"):
             state = decoder.start(prefix, generators, self.sampling, conditioning)
             if self.refresh is not None:

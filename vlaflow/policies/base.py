@@ -302,6 +302,7 @@ class Policy:
             Chunk(
                 actions=action_BLD[i].clip(low, high),
                 confidence=None if out.confidence_BL is None else out.confidence_BL[i].float().cpu().numpy(),
+                spread=None if out.spread_BL is None else out.spread_BL[i].float().cpu().numpy(),
                 regenerated=None if out.regenerated_BL is None else out.regenerated_BL[i].cpu().numpy(),
                 draft=None if draft_BLD is None else draft_BLD[i],
                 layers=out.layers[i],

@@ -10,7 +10,7 @@ Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (t
 reply is {"reset": true}), "action_prefix" and "inference_delay" (what the robot will have executed when the answer comes,
 which the answer begins with), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's),
 "follow_operator" (see ``dashboard``) and, as RoboArena's clients do, "endpoint": "infer" or "reset". A reply also holds
-"confidence" where a rater judged, "layers", "nfe" and the milliseconds by part.
+"confidence" where a rater judged, "spread" where there were several draws, "layers", "nfe" and the milliseconds by part.
 
 Nothing of one connection reaches another: all it keeps is how many chunks it has had, which seeds the next one's noise.
 """
@@ -385,6 +385,8 @@ def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
     }
     if chunk.confidence is not None:
         reply["confidence"] = chunk.confidence.astype(np.float32)
+    if chunk.spread is not None:
+        reply["spread"] = chunk.spread.astype(np.float32)
     return reply
 
 
