@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         home = Checkpoint(options.checkpoint, fingerprint(options.checkpoint))
         ways |= {c.name: (policy, c) for c in parse_all(options.compute, Knobs(steps), home)}
     if policy.model.rater is not None and not options.only:
-        ways["refine, nothing doubted"] = (policy, Refine(BelowThreshold(0.0), steps, Dense(steps)))
-        ways["refine, some action doubted"] = (policy, Refine(BelowThreshold(1.0), steps, Dense(steps)))
+        ways["refine, nothing rejected"] = (policy, Refine(BelowThreshold(0.0), steps, Dense(steps)))
+        ways["refine, some action rejected"] = (policy, Refine(BelowThreshold(1.0), steps, Dense(steps)))
     if options.compile:
         ways[f"dense({steps}), torch.compile"] = (compiled(policy), Dense(steps))
     same = policy.act(seen, Dense(steps)).actions

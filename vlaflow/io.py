@@ -34,13 +34,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     Raises:
         CheckpointError: naming a tensor that is missing, unknown, of another shape or type, or not finite.
     """
-    if not file.exists():
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Copy the whole folder.")
-    try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); the file is damaged. Copy it again.") from error
-    own = model.state_dict()
+    weights, own = read_weights(file), model.state_dict()
     for name in own.keys() - weights.keys():
         raise CheckpointError(f"{file} lacks '{name}', which config.json requires; they belong to different checkpoints.")
     for name in weights.keys() - own.keys():
@@ -59,6 +53,20 @@ def load_weights(model: nn.Module, file: Path) -> None:
             )
     require_finite(weights, file)
     model.load_state_dict(weights)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, unchecked.
+
+    Raises:
+        CheckpointError: for a missing or damaged file.
+    """
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Copy the whole folder.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); the file is damaged. Copy it again.") from error
 
 
 def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:

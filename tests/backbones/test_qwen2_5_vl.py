@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from tests import helpers
+from vlaflow.backbones.base import BackboneConfig
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.backbones.qwen2_5_vl_processor import QwenReader
 from vlaflow.data.batch import ObservationBatch
@@ -385,9 +386,12 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, folder):
         QwenReader.open(str(tmp_path / "mute"))
 
 
-def test_each_rater_knows_its_backbone():
-    small, large = tiny(DataSpec(4, 4, ("image",))), qwen3b(DataSpec(4, 4, ("image",)), source=None)
-    with pytest.raises(CapabilityError, match=r"asyncvla\.rater3b"):
-        tiny_rater(large)
-    with pytest.raises(CapabilityError, match=r"asyncvla\.rater\."):
-        qwen3b_rater(small)
+def test_each_rater_is_made_of_its_backbones_blocks():
+    """A rater reads the states of its own backbone, so their widths agree; a backbone that offers no block is refused."""
+    for policy, rater in (
+        (tiny(DataSpec(4, 4, ("image",))), tiny_rater),
+        (qwen3b(DataSpec(4, 4, ("image",)), source=None), qwen3b_rater),
+    ):
+        assert rater(policy).block == policy.backbone.rater_block()
+    with pytest.raises(CapabilityError, match="rater_block"):
+        BackboneConfig.rater_block(policy.backbone)

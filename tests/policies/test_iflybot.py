@@ -14,6 +14,7 @@ from tests.backbones.test_qwen2_5_vl import write_model
 from tests.data.toyset import FPS, LENGTHS, write_v3
 from tests.serving.live import request, serving
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
+from vlaflow.actions.stored_latent import StoredLatentModel
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
@@ -76,6 +77,23 @@ def test_codes_are_computed_once_per_model(dataset, monkeypatch):
     assert not calls
     dataset_codes(model(seed=1), dataset)
     assert calls
+
+
+def test_a_stored_model_is_opened_only_where_the_codes_are_missing(dataset, tmp_path, monkeypatch):
+    """The same codes and fingerprint as the open model's; the second time there is no network at all."""
+    made = model(seed=2)
+    made.save_pretrained(tmp_path)
+    first = dataset_codes(StoredLatentModel.open(tmp_path), dataset)
+    assert np.array_equal(first.id_NK, dataset_codes(made, dataset).id_NK)
+    assert StoredLatentModel.open(tmp_path).fingerprint() == made.fingerprint()
+
+    def opened(*_):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(LatentActionModel, "from_pretrained", opened)
+    assert np.array_equal(dataset_codes(StoredLatentModel.open(tmp_path), dataset).id_NK, first.id_NK)
+    with pytest.raises(AssertionError, match="was opened"):
+        dataset_codes(StoredLatentModel.open(tmp_path), dataset, view="corner")
 
 
 def test_another_view_is_another_question(dataset):

@@ -24,7 +24,7 @@ from vlaflow.config import to_json
 from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
-from vlaflow.serving import layouts
+from vlaflow.serving import observation_keys
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.observation_keys import ObservationKeys, choose, read
 from vlaflow.serving.server import PolicyServer, ServerConfig
@@ -99,9 +99,9 @@ def test_given_actions_come_back_to_the_bit_and_shape_the_rest(address):
     with Client(address) as client:
         assert client.metadata["max_action_prefix"] == 5
         free = client.infer(request(1, seed=7))["actions"]
-        held = client.infer(request(1, seed=7, given=given, inference_delay=3))["actions"]
-        all_held = client.infer(request(1, seed=7, given=given))["actions"]
-        none_held = client.infer(request(1, seed=7, given=given, inference_delay=0))["actions"]
+        held = client.infer(request(1, seed=7, action_prefix=given, inference_delay=3))["actions"]
+        all_held = client.infer(request(1, seed=7, action_prefix=given))["actions"]
+        none_held = client.infer(request(1, seed=7, action_prefix=given, inference_delay=0))["actions"]
     np.testing.assert_array_equal(held[:3], given[:3])
     np.testing.assert_array_equal(all_held[:4], given)
     np.testing.assert_array_equal(none_held, free)
@@ -114,7 +114,7 @@ def test_given_actions_come_back_to_the_bit_and_shape_the_rest(address):
 def test_a_server_can_be_told_to_guide(address):
     given = np.full((5, 4), 0.5, np.float32)
     with serving(engine=EngineConfig(guided=True)) as (_, guided), Client(guided) as one, Client(address) as other:
-        asked = request(1, seed=7, given=given, inference_delay=2)
+        asked = request(1, seed=7, action_prefix=given, inference_delay=2)
         assert (one.infer(asked)["actions"][2:] != other.infer(asked)["actions"][2:]).any()
 
 
@@ -127,7 +127,7 @@ def test_a_server_can_be_told_to_guide(address):
         ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 3}, "must lie in 0 .."),
         ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": -1}, "must lie in 0 .."),
         ({"action_prefix": np.full((2, 4), np.inf, np.float32)}, "finite"),
-        ({"action_prefix": np.array(1.0)}, "'given'"),
+        ({"action_prefix": np.array(1.0)}, "'action_prefix'"),
         ({"action_prefix": np.zeros((2, 3), np.float32)}, "4 dimensions here, got 3"),
         ({"action_prefix": np.zeros((6, 4), np.float32)}, "at most 5 committed"),
         ({"budget_ms": 5}, "does not know what fits"),
@@ -188,11 +188,11 @@ def test_roboarenas_clients_get_their_metadata_and_a_bare_array_of_what_is_to_be
 def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, space):
     dimensions = [{"mode": mode}] * 7 + [{"mode": "absolute"}]
     spec = {"robot": "arm", "dimensions": dimensions}
-    images = dict.fromkeys(layouts.ROBOARENA.images, 224)
-    found = layouts.ROBOARENA.protocol.hello({"images": images, "action_spec": spec})
+    images = dict.fromkeys(observation_keys.ROBOARENA.images, 224)
+    found = observation_keys.ROBOARENA.protocol.hello({"images": images, "action_spec": spec})
     assert found["action_space"] == space
     assert found["needs_wrist_camera"]
-    other = layouts.ROBOARENA.protocol.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
+    other = observation_keys.ROBOARENA.protocol.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
     assert other["action_space"] == "arm"
 
 
@@ -404,17 +404,17 @@ def test_layouts_read_what_openpis_clients_send():
     assert seen.state.tolist() == [*range(7), 0.5]
     aloha = {
         "state": np.zeros(14),
-        "images": {k.rsplit("/")[1]: image.transpose(2, 0, 1) for k in layouts.ALOHA.images},
+        "images": {k.rsplit("/")[1]: image.transpose(2, 0, 1) for k in observation_keys.ALOHA.images},
         "prompt": "y",
     }
     seen = read(aloha, **choose("aloha", ("a", "b", "c", "d")))
     assert all(np.array_equal(seen.images[v], image) for v in "abcd")
     own = choose("libero", ("front",), images=("cam",), state=("joints", "grip"))
-    assert own["observation_keys"] == replace(layouts.LIBERO, images=("cam",), state=("joints", "grip"))
+    assert own["observation_keys"] == replace(observation_keys.LIBERO, images=("cam",), state=("joints", "grip"))
     assert read({"cam": image, "joints": [1, 2], "grip": 3, "prompt": "z"}, **own).state.tolist() == [1, 2, 3]
     with pytest.raises(ConfigError, match="Name the keys of its images with --image"):
         choose("libero", ("front",))
-    with pytest.raises(ConfigError, match="no layout 'libro'; did you mean 'libero'"):
+    with pytest.raises(ConfigError, match="no observation keys 'libro'; did you mean 'libero'"):
         choose("libro", ("a", "b"))
     with pytest.raises(RequestError, match="lacks 'prompt'"):
         read({"a": image, "s": [1]}, ObservationKeys(("a",), ("s",)), ("v",))

@@ -22,9 +22,9 @@ class Watched:
     def __init__(self):
         self.seen = []
 
-    def decode(self, model, prefix, generators, watch, given=None):
-        self.seen.append((threading.current_thread().name, len(generators), given is not None))
-        return Dense(1).decode(model, prefix, generators, watch, given)
+    def decode(self, model, prefix, generators, watch, conditioning=None):
+        self.seen.append((threading.current_thread().name, len(generators), conditioning is not None))
+        return Dense(1).decode(model, prefix, generators, watch, conditioning)
 
 
 def test_the_first_chunks_are_made_before_the_first_client_is_let_in():
@@ -56,10 +56,10 @@ class TooLarge:
 
     name, needs = "too large", Dense().needs
 
-    def decode(self, model, prefix, generators, watch, given=None):
+    def decode(self, model, prefix, generators, watch, conditioning=None):
         if len(generators) > 2:
             raise MemoryError("out of memory")
-        return Dense(3).decode(model, prefix, generators, watch, given)
+        return Dense(3).decode(model, prefix, generators, watch, conditioning)
 
 
 def test_a_batch_that_does_not_fit_keeps_no_server_from_serving(caplog):

@@ -294,10 +294,7 @@ class LatentActionModel(nn.Module):
 
     def fingerprint(self) -> str:
         """16 hex digits of config, origin and weights: two models with the same fingerprint give the same codes."""
-        digest = hashlib.sha256(json.dumps(to_json(LatentFile(self.config, self.origin, ""))).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return latent_fingerprint(self.config, self.origin, self.state_dict())
 
     def save_pretrained(self, folder: Path | str, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """Write ``config.json``, ``model.safetensors`` and ``README.md``.
@@ -327,6 +324,14 @@ class LatentActionModel(nn.Module):
         model = LatentActionModel.create(found.model, found.origin, 0)
         load_weights(model, folder / "model.safetensors")
         return model.to(device).eval()
+
+
+def latent_fingerprint(config: LatentConfig, origin: Origin, weights: Mapping[str, Tensor]) -> str:
+    """See ``LatentActionModel.fingerprint``."""
+    digest = hashlib.sha256(json.dumps(to_json(LatentFile(config, origin, ""))).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _block(config: LatentConfig) -> BlockConfig:

@@ -127,12 +127,7 @@ class Answers:
         if previous_RLD is None or plan.warm_start in ("fresh", "same"):
             return self.conditioning
         clock_RL = previous_RLD.new_full(previous_RLD.shape[:2], 1.0 if plan.warm_start == "anchor" else plan.restart)
-        if self.conditioning is not None:
-            done_RL = self.conditioning.clock_BL == 0
-            clock_RL = clock_RL.masked_fill(done_RL, 0)
-            previous_RLD = torch.where(done_RL[..., None], self.conditioning.action_BLD, previous_RLD)
-        guidance = self.conditioning.guidance if self.conditioning is not None else None
-        return Conditioning(previous_RLD, clock_RL, noised=plan.warm_start == "anchor", guidance=guidance)
+        return Conditioning.around(self.conditioning, previous_RLD, clock_RL, noised=plan.warm_start == "anchor")
 
 
 @dataclass(frozen=True)

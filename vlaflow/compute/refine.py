@@ -98,7 +98,7 @@ class Refine(ComputePolicy):
             doubt_RL, rating_RL = self._doubted(model, prefix, mine, draft_RLD, watch)
             kept = conditioning.select(row_R) if conditioning is not None else None
             if kept is not None:
-                doubt_RL = doubt_RL & (kept.clock_BL > 0)
+                doubt_RL = doubt_RL & ~kept.committed_BL
             doubted_BL[row_R] = doubt_RL
             if confidence_BL is not None and rating_RL is not None:
                 confidence_BL[row_R] = rating_RL
@@ -108,7 +108,7 @@ class Refine(ComputePolicy):
             again_A = doubt_RL.any(1).nonzero()[:, 0]
             if len(again_A):  # only chunks with a doubt cost anything more
                 with watch.part("refine"):
-                    begin = Conditioning(draft_RLD, doubt_RL.float(), guidance=kept.guidance if kept is not None else None)
+                    begin = Conditioning.around(kept, draft_RLD, doubt_RL.float())
                     part = prefix if len(again_A) == len(row_R) else prefix.select(again_A)
                     theirs = [mine[place] for place in again_A.tolist()]
                     action_BLD[row_R[again_A]] = model.decoder.sample(part, theirs, self.steps, begin.select(again_A))

@@ -121,6 +121,27 @@ class Conditioning:
         guidance = self.guidance and Guidance(self.guidance.action_BLD[row_R], self.guidance.weight_BL[row_R])
         return Conditioning(self.action_BLD[row_R], self.clock_BL[row_R], self.noised, guidance)
 
+    @property
+    def committed_BL(self) -> Tensor:
+        """bool, actions at clock 0, which nothing changes."""
+        return self.clock_BL == 0
+
+    @staticmethod
+    def around(conditioning: Conditioning | None, draft_BLD: Tensor, clock_BL: Tensor, *, noised: bool = False) -> Conditioning:
+        """What a chunk starts from that is made from a draft of itself: what was committed stays, and so does the guidance.
+
+        Args:
+            conditioning: that the draft was made with.
+            draft_BLD: normalised actions.
+            clock_BL: of the draft's actions, in [0, 1].
+            noised: see the class.
+        """
+        if conditioning is None:
+            return Conditioning(draft_BLD, clock_BL, noised)
+        kept_BL = conditioning.committed_BL
+        draft_BLD = torch.where(kept_BL[..., None], conditioning.action_BLD, draft_BLD)
+        return Conditioning(draft_BLD, clock_BL.masked_fill(kept_BL, 0), noised, conditioning.guidance)
+
 
 @dataclass(frozen=True)
 class TokenConditioning:

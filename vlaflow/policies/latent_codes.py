@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlaflow.actions.latent import LatentActionModel, LatentConfig
+from vlaflow.actions.latent import LatentConfig
+from vlaflow.actions.stored_latent import StoredLatentModel
 from vlaflow.data.exclusions import intervened
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import InterventionRule
@@ -26,7 +27,8 @@ def codes_of(
 ) -> tuple[np.ndarray | None, dict[str, str]]:
     """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity.
 
-    A code that tells of an intervention, which the observation did not foretell, is left out.
+    Codes are computed once per model and data set and kept next to it; where they are, the model itself is not opened. A code
+    that tells of an intervention, which the observation did not foretell, is left out.
     """
     wanted = policy.config.decoder.latent_codes
     if wanted is None:
@@ -38,7 +40,7 @@ def codes_of(
             "This decoder learns to name latent actions; give it a latent action model with --latent (train one: vlaflow train "
             "iflybot.latent --dataset DIR --out DIR), or --set policy.decoder.teaches=false."
         )
-    model = LatentActionModel.from_pretrained(path)
+    model = StoredLatentModel.open(path)
     fit_codes(model.config, wanted, str(path))
     with ExitStack() as stack:
         bar: Progress | None = None
@@ -70,7 +72,7 @@ def require_same_model(before: str | None, path: Path | str | None, policy_path:
     """
     if before is None or path is None:
         return
-    now = LatentActionModel.from_pretrained(path).fingerprint()
+    now = StoredLatentModel.open(path).fingerprint()
     if now != before:
         raise ConfigError(
             f"{policy_path} has learned to name the codes of the latent action model {before}, and {path} is {now}, whose "

@@ -53,7 +53,7 @@ class Client:
 
         Args:
             observation: images, state and prompt under the keys of the server's layout; optionally "seed", "reset",
-                "deadline_ms", "action_spec", "given" and "inference_delay", "budget_ms".
+                "deadline_ms", "action_spec", "action_prefix" and "inference_delay", "budget_ms".
 
         Raises:
             RequestError: the server's sentence, no server, or one whose actions mean something else than the first one's.

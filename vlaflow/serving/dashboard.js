@@ -84,8 +84,8 @@ function bars(title, unit, values, top, xlabel, words) {
 
 // -- showing ---------------------------------------------------------------------------------------------------------
 
-function showChunk(chunk, pictures) {
-  $("pictures").replaceChildren(...Object.entries(pictures).map(([view, data]) => {
+function showChunk(chunk, images) {
+  $("images").replaceChildren(...Object.entries(images).map(([view, data]) => {
     const figure = make("figure", null);
     figure.append(make("img", null, { src: data, alt: `what camera '${view}' showed` }), make("figcaption", view));
     return figure;
@@ -164,7 +164,7 @@ function take(message) {
   } else if (message.kind === "refused") {
     $("refusal").textContent = message.sentence;
   } else {
-    if (message.chunk) showChunk(message.chunk, message.pictures);
+    if (message.chunk) showChunk(message.chunk, message.images);
     showNow(message);
   }
 }

@@ -114,7 +114,7 @@ def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: S
 
 
 def committed(request: dict[str, Any]) -> ActionPrefix | None:
-    """What the request says of the chunk before, taken out of it: "given" (N, D), of which "inference_delay" are committed.
+    """The request's action prefix, taken out of it: "action_prefix" (N, D), of which "inference_delay" are committed.
 
     Raises:
         RequestError: for one without the other, or something else than actions and a whole number.
@@ -122,10 +122,10 @@ def committed(request: dict[str, Any]) -> ActionPrefix | None:
     prefix, delay = request.pop("action_prefix", None), request.pop("inference_delay", None)
     if prefix is None:
         if delay is not None:
-            raise RequestError("'inference_delay' says how many of the 'given' actions are committed; send both.")
+            raise RequestError("'inference_delay' says how many of the 'action_prefix' actions are committed; send both.")
         return None
     if not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "fiu":
-        raise RequestError("'given' must be an array of actions, (N, D), in robot units.")
+        raise RequestError("'action_prefix' must be an array of actions, (N, D), in robot units.")
     if isinstance(delay, np.integer):
         delay = int(delay)
     if delay is not None and (not isinstance(delay, int) or isinstance(delay, bool)):
@@ -133,7 +133,7 @@ def committed(request: dict[str, Any]) -> ActionPrefix | None:
     try:
         return ActionPrefix(prefix.astype(np.float32), len(prefix) if delay is None else delay)
     except (SpecError, TypeError) as error:
-        raise RequestError(f"'given' with 'inference_delay': {error}") from error
+        raise RequestError(f"'action_prefix' with 'inference_delay': {error}") from error
 
 
 def _vector(value: Any, key: str) -> np.ndarray:

@@ -7,10 +7,10 @@ and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metri
 the page's origin, and can send no token in a header.
 
 Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (the noise starts over; with nothing else the
-reply is {"reset": true}), "given" and "inference_delay" (what the robot will have executed when the answer comes, which the
-answer begins with), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's), "follow_operator" (see
-``dashboard``) and, as RoboArena's clients do, "endpoint": "infer" or "reset". A reply also holds "confidence" where a rater
-judged, "layers", "evaluations" and the milliseconds by part.
+reply is {"reset": true}), "action_prefix" and "inference_delay" (what the robot will have executed when the answer comes,
+which the answer begins with), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's),
+"follow_operator" (see ``dashboard``) and, as RoboArena's clients do, "endpoint": "infer" or "reset". A reply also holds
+"confidence" where a rater judged, "layers", "nfe" and the milliseconds by part.
 
 Nothing of one connection reaches another: all it keeps is how many chunks it has had, which seeds the next one's noise.
 """

@@ -1,6 +1,6 @@
 """The latent actions of a whole data set: what the language model is taught to name, and what reports look at.
 
-    codes = dataset_codes(LatentActionModel.from_pretrained("runs/iflybot/latent"), Dataset.open("runs/demo/dataset"))
+    codes = dataset_codes(StoredLatentModel.open("runs/iflybot/latent"), Dataset.open("runs/demo/dataset"))
     id_BK = codes.id_NK[rows]      # −1 in the rows of the last frames of an episode, which begin no pair
 
 Shape letters: N rows of the data set, K codes.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlaflow.actions.latent import LatentActionModel
+from vlaflow.actions.stored_latent import CodeModel
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs, chosen_view, pair_table
@@ -36,7 +36,7 @@ class DatasetCodes:
 
 
 def model_pairs(
-    model: LatentActionModel, dataset: Dataset, *, view: str | None = None, episodes: Sequence[int] | None = None
+    model: CodeModel, dataset: Dataset, *, view: str | None = None, episodes: Sequence[int] | None = None
 ) -> FramePairs:
     """The frame pairs of a data set as the model was trained on them: its size, its gap in seconds.
 
@@ -55,7 +55,7 @@ def model_pairs(
 
 
 def dataset_codes(
-    model: LatentActionModel,
+    model: CodeModel,
     dataset: Dataset,
     *,
     view: str | None = None,
@@ -64,7 +64,7 @@ def dataset_codes(
     """The codes of every frame of a data set, computed once per model and data set and kept next to the frame cache.
 
     Args:
-        model: the latent action model.
+        model: the latent action model; a stored one is opened only where the codes are not there yet.
         dataset: any data set with video.
         view: by default the one the model was trained on.
         progress: called with (pairs done, pairs in all) while computing.
