@@ -97,8 +97,8 @@ def chunks(numbers: NumberFormat) -> str:
         "AsyncVLA: the same, rater, 10 more steps": chunk(asyncvla) + rating(asyncvla) + step(asyncvla) * 10,
         "AsyncVLA: prefix again at each of 10 steps, images once": embed(asyncvla) + step_without_cache(asyncvla) * 10,
         "A1-FM: prefix, 10 steps": chunk(a1),
-        "A1-FM: all 14 exits asked in vain, 10 steps each": ladder(a1, asked, 10),
-        "A1-FM: all 14 exits asked in vain, 2 steps each": ladder(a1, asked, 2),
+        "A1-FM: all 14 exits evaluated, none taken, 10 steps each": ladder(a1, asked, 10),
+        "A1-FM: all 14 exits evaluated, none taken, 2 steps each": ladder(a1, asked, 2),
         "A1-FM: exit after 6 layers, 2 steps each": ladder(a1, (1, 2, 4, 6), 2),
     }
     for budget in (1.0, 0.4):
@@ -108,7 +108,7 @@ def chunks(numbers: NumberFormat) -> str:
     rows |= {
         "A1-MLP: prefix, head": chunk(full_size.a1_regression()),
         "iFlyBot-VLA: latent tokens as queries, 5 steps": chunk(iflybot),
-        "iFlyBot-VLA: latent tokens written one by one, 5 steps": chunk(written) + words(written, 10),
+        "iFlyBot-VLA: latent tokens generated one by one, 5 steps": chunk(written) + words(written, 10),
         "DFM-VLA: prefix once, 16 passes": chunk(dfm),
         "DFM-VLA: prefix once, 4 passes": chunk(dfm, steps=4),
         "DFM-VLA: prefix again at each of 16 passes": embed(dfm) + step_without_cache(dfm) * 16,
@@ -130,8 +130,8 @@ def a1_counts() -> dict[str, tuple[float, float]]:
         "vision and language": (11074.37, prefix_pass(a1)),
         "one flow step (total with 10 steps − vision and language, by 10)": (5.593, step(a1)),
         "total, 10 steps": (11130.30, chunk(a1)),
-        "total, every exit asked, 10 steps each": (11503.30, ladder(a1, asked, 10)),
-        "total, every exit asked, 2 steps each": (11160.20, ladder(a1, asked, 2)),
+        "total, every exit evaluated, 10 steps each": (11503.30, ladder(a1, asked, 10)),
+        "total, every exit evaluated, 2 steps each": (11160.20, ladder(a1, asked, 2)),
         "regression head": (1.850, step(full_size.a1_regression())),
     }
     return {name: (published, cost.flops / 1e9) for name, (published, cost) in counts.items()}

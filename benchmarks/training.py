@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     noise_samples = config.decoder.noise_samples
     seconds = seconds_in_turns(arms, options.rounds, warmup=2)
     parameters = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    name = f"{parameters:.1f} M parameters, {size} observations × {noise_samples} draws"
+    name = f"{parameters:.1f} M parameters, {size} observations × {noise_samples} noise samples"
     return report("training", options, [Case.of_rates(name, "samples/s", size * noise_samples, seconds)], options.json)
 
 

@@ -23,6 +23,7 @@ from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.errors import CapabilityError, DataError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot import recipes
@@ -241,7 +242,7 @@ def test_a_compute_policy_it_cannot_run_is_one_sentence(compute, message):
 def test_with_exits_it_answers_at_every_depth():
     """Each depth reads the codes that depth names, never those of a depth before it."""
     made = small(exits=ExitTraining((1, 2)))
-    chunk = made.act(helpers.observation(), EarlyExit(ExitPlan((1, 2), steps=2), (inf,)))
+    chunk = made.act(helpers.observation(), EarlyExit(ExitPlan((1, 2), sampling=Sampling(2)), (inf,)))
     assert np.array_equal(chunk.actions, made.act(helpers.observation(), Dense(2)).actions)
     assert chunk.layers == 2
 
