@@ -35,9 +35,10 @@ from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.model import Model
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint
+from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.simulators.metaworld_tasks import ACTION, TASKS
 from vlaflow.spec import Observation
@@ -97,7 +98,7 @@ class Recomputed(ComputePolicy):
         conditioning: Conditioning | None = None,
     ) -> Decoded:
         """See ``ComputePolicy``."""
-        state = model.decoder.start(prefix, generators, self.steps, conditioning)
+        state = model.decoder.start(prefix, generators, Sampling(self.steps), conditioning)
         whole = prefix
         for _ in range(self.steps):
             with watch.part("prefix"):
@@ -168,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         home = Checkpoint(options.checkpoint, fingerprint(options.checkpoint))
         ways |= {c.name: (policy, c) for c in parse_all(options.compute, Knobs(steps), home)}
     if policy.model.rater is not None and not options.only:
-        ways["refine, nothing rejected"] = (policy, Refine(BelowThreshold(0.0), steps, Dense(steps)))
-        ways["refine, some action rejected"] = (policy, Refine(BelowThreshold(1.0), steps, Dense(steps)))
+        ways["refine, nothing rejected"] = (policy, Refine(BelowThreshold(0.0), Sampling(steps), Dense(steps)))
+        ways["refine, some action rejected"] = (policy, Refine(BelowThreshold(1.0), Sampling(steps), Dense(steps)))
     if options.compile:
         ways[f"dense({steps}), torch.compile"] = (compiled(policy), Dense(steps))
     same = policy.act(seen, Dense(steps)).actions

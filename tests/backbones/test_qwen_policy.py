@@ -16,6 +16,7 @@ from vlaflow.data.batch import Batch
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CheckpointError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 
@@ -51,7 +52,7 @@ def test_a_checkpoint_needs_nothing_else(tmp_path, folder):
     second.save_pretrained(tmp_path / "two")
     shutil.rmtree(tmp_path / "one")
     third = Policy.from_pretrained(tmp_path / "two")
-    compute = Refine(AtRandom(0.5), steps=2, inner=Dense(2))
+    compute = Refine(AtRandom(0.5), sampling=Sampling(2), inner=Dense(2))
     for one, other in zip(first.act(observations(), compute), third.act(observations(), compute), strict=True):
         np.testing.assert_array_equal(one.actions, other.actions)
         assert one.actions.shape == (6, 4)
@@ -73,7 +74,7 @@ def test_the_prefix_is_encoded_once(monkeypatch, folder):
     """Three layers over the prompt, then three per solver step over six actions; the rater runs its own block."""
     made = policy(folder)
     calls = count_layers(monkeypatch, made.model.backbone)
-    chunk = made.act(observation(), Refine(AtRandom(1.0), steps=2, inner=Dense(2)))
+    chunk = made.act(observation(), Refine(AtRandom(1.0), sampling=Sampling(2), inner=Dense(2)))
     assert len(calls) == 3 * (1 + 2 + 2)
     assert [tokens for _, tokens in calls].count(6) == 12
     assert chunk.layer_passes == len(calls)
@@ -109,7 +110,7 @@ def test_bfloat16_serves_and_trains(folder):
     assert small.model.backbone.network.dtype == torch.bfloat16
     assert small.model.decoder.codec.project.weight.dtype == torch.float32
     assert small.model.backbone.network.language_model.rotary_emb.inv_freq.dtype == torch.float32
-    exact, rough = policy(folder).act(observation()), small.act(observation(), Refine(steps=2))
+    exact, rough = policy(folder).act(observation()), small.act(observation(), Refine(sampling=Sampling(2)))
     assert rough.actions.dtype == np.float32
     np.testing.assert_allclose(small.act(observation()).actions, exact.actions, atol=0.1)
     with torch.autocast("cpu", torch.bfloat16):

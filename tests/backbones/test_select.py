@@ -19,6 +19,7 @@ from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.spec import Observation
 
@@ -96,7 +97,7 @@ def test_early_exit_splits_a_batch(config):
     settings = PolicyConfig("test", config, decoder, exits=ExitTraining((1, 2, 3)), n_action_steps=3)
     stats = {"state": feature_stats(4, 1), "action": feature_stats(4, 2)}
     made = Policy.create(settings, action_spec(4), stats, seed=0)
-    model, plan = made.model.eval(), ExitPlan((1, 2, 3), metric="l2", steps=2)
+    model, plan = made.model.eval(), ExitPlan((1, 2, 3), metric="l2", sampling=Sampling(2))
 
     def prefix(rows):
         return made.embed(ObservationBatch.collate([observation(row) for row in rows]))

@@ -32,6 +32,7 @@ from vlaflow.backbones.qwen2_5_vl import QwenConfig
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.flow import ActionCodec, FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig, make_norm
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
@@ -111,7 +112,7 @@ def test_experts_and_query_tokens_cost_what_the_counter_says(decoder):
     embedded = helpers.embed(model.backbone, observed(config))
     for depth in range(1, config.backbone.depth + 1):
         prefix = model.backbone.run(embedded, depth)
-        state = model.decoder.start(prefix, helpers.generators(1), 10)
+        state = model.decoder.start(prefix, helpers.generators(1), Sampling(10))
         assert step(shape, depth).flops == pytest.approx(
             counted(lambda s=state, p=prefix: model.decoder.advance(s, p, 1)), rel=SAME
         )

@@ -13,6 +13,7 @@ from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import Refine
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.versions import machine
 
 PLAN = ExitPlan((1, 2, 3))
@@ -54,7 +55,7 @@ def test_a_calibration_survives_its_file_and_never_means_never(tmp_path):
         ({"plan": replace(PLAN, metric="l2")}, "made with metric cosine, and l2 is asked"),
         ({"plan": replace(PLAN, depths=(1, 3))}, r"depths \(1, 2, 3\), and \(1, 3\)"),
         ({"plan": replace(PLAN, warm_start="anchor")}, "warm_start same"),
-        ({"plan": replace(PLAN, steps=10)}, "steps 2, and 10"),
+        ({"plan": replace(PLAN, sampling=Sampling(10))}, "sampling 2, and 10"),
     ],
 )
 def test_what_it_was_not_made_for_is_refused_in_one_sentence(asked, words):
@@ -81,7 +82,7 @@ def test_an_exit_is_found_by_name_and_refused_for_other_weights(tmp_path):
 
 
 def test_names_that_people_type():
-    assert parse("dense:2@3") == Dense(2, 3, label="dense:2@3")
+    assert parse("dense:2,depth=3") == Dense(2, depth=3, label="dense:2,depth=3")
     assert parse("dense", Knobs(steps=7)) == Dense(7)
     for wrong in ("dense:x", "dens", "exit:fast", "budget:20", "exit"):
         with pytest.raises(ConfigError):
@@ -106,9 +107,9 @@ def test_what_an_early_exit_loses_by_its_few_steps_counts():
     taken = choose(25, TIMES, LOSS, {"fast": BETTER})
     assert taken.error == pytest.approx(0.55 * 0.4 / 0.5)
     assert taken.deviation == pytest.approx(0.2 + 0.1)
-    assert choose(25, TIMES, LOSS, {"fast": MADE}).compute.name == "dense:2@3"  # as good, and sooner at worst
+    assert choose(25, TIMES, LOSS, {"fast": MADE}).compute.name == "dense:2,depth=3"  # as good, and sooner at worst
     lost = replace(LOSS, rungs=(*LOSS.rungs[:3], Rung(3, 2, 0.4, 0.9), LOSS.rungs[4]))
-    assert choose(25, TIMES, lost, {"fast": BETTER}).compute.name == "dense:1@3"
+    assert choose(25, TIMES, lost, {"fast": BETTER}).compute.name == "dense:1,depth=3"
 
 
 def test_a_ladder_without_the_steps_of_an_early_exit_is_measured_again():
@@ -118,7 +119,7 @@ def test_a_ladder_without_the_steps_of_an_early_exit_is_measured_again():
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
-    with pytest.raises(CalibrationError, match=r"Nothing fits 2 ms here; the fastest, dense:1@1, takes 4.5 ms"):
+    with pytest.raises(CalibrationError, match=r"Nothing fits 2 ms here; the fastest, dense:1,depth=1, takes 4.5 ms"):
         choose(2, TIMES, LOSS, {})
 
 

@@ -9,6 +9,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
 from vlaflow.decoders.base import Conditioning
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 
 ROUNDING = {"atol": 1e-5, "rtol": 1e-4}  # float32 of other batch sizes: sums in another order, two layers, nine steps
 
@@ -23,7 +24,9 @@ def rate(monkeypatch, policy, confidence):
     monkeypatch.setattr(policy.model.rater, "forward", lambda prefix, action: torch.tensor(confidence))
 
 
-@pytest.mark.parametrize("compute", [Dense(5), Refine(AtRandom(1.0), 5, Dense(5)), Refine(BelowThreshold(1.0), 5, Dense(5))])
+@pytest.mark.parametrize(
+    "compute", [Dense(5), Refine(AtRandom(1.0), Sampling(5), Dense(5)), Refine(BelowThreshold(1.0), Sampling(5), Dense(5))]
+)
 def test_the_prefix_is_encoded_once_whatever_happens_afterwards(compute, monkeypatch):
     policy = helpers.policy(rater=True)
     calls = helpers.count_layers(monkeypatch, policy.model.backbone)
@@ -58,7 +61,7 @@ def test_a_chunk_without_doubts_costs_nothing_more_whatever_its_neighbours(monke
     policy = helpers.policy(rater=True)
     confidence = [[0.1] * 6, [0.9] * 6, [0.9, 0.1, 0.9, 0.1, 0.9, 0.9]]
     rate(monkeypatch, policy, confidence)
-    out, dense = decode(policy, Refine(steps=4, inner=Dense(5)), 3), decode(policy, Dense(5), 3)
+    out, dense = decode(policy, Refine(sampling=Sampling(4), inner=Dense(5)), 3), decode(policy, Dense(5), 3)
     assert out.nfe == (9, 5, 9)
     assert out.layer_passes == (2 * (1 + 9) + 1, 2 * (1 + 5) + 1, 2 * (1 + 9) + 1)
     assert torch.equal(out.action_BLD[1], dense.action_BLD[1])
@@ -66,7 +69,7 @@ def test_a_chunk_without_doubts_costs_nothing_more_whatever_its_neighbours(monke
         rate(monkeypatch, policy, confidence[row : row + 1])
         prefix = policy.embed(helpers.batch(3).observation).select(torch.tensor([row]))
         with torch.no_grad():
-            alone = Refine(steps=4, inner=Dense(5)).decode(
+            alone = Refine(sampling=Sampling(4), inner=Dense(5)).decode(
                 policy.model, prefix, [helpers.generators(3)[row]], Stopwatch(policy.device)
             )
         assert (alone.nfe[0], alone.layer_passes[0]) == (out.nfe[row], out.layer_passes[row])
@@ -89,7 +92,7 @@ def test_doubting_everything_makes_a_whole_new_chunk_as_dense_would_from_that_no
     torch.randn(6, 4, generator=generator)  # the first round's noise
     torch.rand(6, generator=generator)  # the mask
     with torch.no_grad():
-        again = policy.model.decoder.sample(out.groups[0].prefix, [generator], 10)
+        again = policy.model.decoder.sample(out.groups[0].prefix, [generator], Sampling(10))
     torch.testing.assert_close(out.action_BLD, again, rtol=0, atol=1e-6)
 
 

@@ -20,6 +20,7 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.stacks.expert import ExpertConfig
@@ -53,7 +54,7 @@ def decode(made, compute, count=3, rows=None, conditioning=None):
 
 
 def exit_at(warm="same", thresholds=NEVER, steps=3, **plan):
-    return EarlyExit(ExitPlan(DEPTHS, steps=steps, warm_start=warm, **plan), thresholds)
+    return EarlyExit(ExitPlan(DEPTHS, sampling=Sampling(steps), warm_start=warm, **plan), thresholds)
 
 
 def test_chunks_that_are_no_numbers_are_taken_at_the_last_exit_and_keep_their_row():
@@ -189,7 +190,7 @@ def test_committed_actions_stay_as_they_are_at_every_depth(warm):
 def test_refinement_of_an_early_exit_has_the_whole_depth(doubt, monkeypatch):
     made = policy(rater=True)
     calls = helpers.count_layers(monkeypatch, made.model.backbone)
-    out = decode(made, Refine(doubt, 3, exit_at(thresholds=(inf, inf, inf))), count=2)
+    out = decode(made, Refine(doubt, Sampling(3), exit_at(thresholds=(inf, inf, inf))), count=2)
     assert out.layers == (4, 4)
     suffix = [index for index, tokens in calls if tokens == 6]
     assert [index for index, tokens in calls if tokens != 6] == [0, 1, 2, 3]  # each prefix layer once

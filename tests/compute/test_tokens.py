@@ -20,6 +20,7 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig
 
 SIX = [helpers.observation(seed) for seed in range(6)]
@@ -51,7 +52,7 @@ def test_the_last_settling_steps_ends_at_the_networks_own_best_tokens():
     decoder = policy.model.decoder
     with torch.inference_mode():
         prefix = policy.encode(helpers.batch(4).observation)
-        state = decoder.advance(decoder.start(prefix, helpers.generators(4), 4), prefix, 3)
+        state = decoder.advance(decoder.start(prefix, helpers.generators(4), Sampling(4)), prefix, 3)
         best = decoder.head(decoder.hidden(state.id_BS, prefix, (2,))[0]).argmax(-1)
     assert torch.equal(made.tokens.id_BS, best)
 
@@ -99,7 +100,7 @@ def test_only_improbable_tokens_are_made_anew(config):
     policy = helpers.token_policy(config)
     dense = decode(policy, Dense(8))
     threshold = float(dense.tokens.probability_BS.median())
-    refined = decode(policy, RefineTokens(Improbable(threshold), 4, Dense(8)))
+    refined = decode(policy, RefineTokens(Improbable(threshold), Sampling(4), Dense(8)))
     doubted = dense.tokens.probability_BS < threshold
     assert doubted.any()
     assert not doubted.all()
@@ -117,7 +118,7 @@ def test_what_is_reported_of_a_chunk_depends_on_no_neighbour(config):
     policy = helpers.token_policy(config)
     worst = decode(policy, Dense(8)).tokens.probability_BS.amin(1).sort().values
     assert worst[2] - worst[1] > 1e-3
-    compute = RefineTokens(Improbable(float(worst[1:3].mean())), 4, Dense(8))
+    compute = RefineTokens(Improbable(float(worst[1:3].mean())), Sampling(4), Dense(8))
     together = decode(policy, compute)
     assert sorted(count > 8 for count in together.nfe) == [False, False, True, True]
     for row in range(4):
@@ -133,7 +134,7 @@ def test_a_rater_rejects_the_tokens_of_the_actions_it_doubts():
     policy = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
     policy = policy.with_rater(RaterConfig(BlockConfig(32, 2, 2, 16, 64), depth=1), seed=0)
     dense = decode(policy, Dense(8))
-    compute = RefineTokens(BelowThreshold(0.5), 4, Dense(8))
+    compute = RefineTokens(BelowThreshold(0.5), Sampling(4), Dense(8))
     refined = decode(policy, compute)
     doubted = (refined.confidence_BL < 0.5).repeat_interleave(4, 1)
     assert torch.equal(refined.tokens.id_BS[~doubted], dense.tokens.id_BS[~doubted])
@@ -145,7 +146,7 @@ def test_given_actions_are_never_doubted():
     policy = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
     action_BLD = torch.from_numpy(helpers.chunks(4))
     conditioning = Conditioning(action_BLD, torch.tensor([0.0, 0, 1, 1, 1, 1]).expand(4, -1))
-    made = decode(policy, RefineTokens(Improbable(1.0), 4, Dense(8)), conditioning=conditioning)
+    made = decode(policy, RefineTokens(Improbable(1.0), Sampling(4), Dense(8)), conditioning=conditioning)
     expected = torch.from_numpy(helpers.BINS.decode(helpers.BINS.encode(action_BLD.numpy())).action_BLD)
     assert torch.equal(made.action_BLD[:, :2], expected[:, :2])
 
@@ -160,7 +161,7 @@ def test_refinement_of_tokens_needs_tokens():
 @pytest.mark.parametrize("config", [AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig])
 def test_early_exit_works_on_a_multi_exit_decoder_of_tokens_row_by_row(config):
     policy = helpers.token_policy(config, depth=3, exits=ExitTraining((1, 2, 3)))
-    plan = ExitPlan((1, 2, 3), "l2", steps=3, warm_start="same")
+    plan = ExitPlan((1, 2, 3), "l2", sampling=Sampling(3), warm_start="same")
     leaving = EarlyExit(plan, (1.0, float("inf")))
     whole = [policy.act(o, leaving, generator=torch.Generator().manual_seed(i)) for i, o in enumerate(SIX)]
     batched = policy.act(SIX, leaving, generator=helpers.generators(6))
@@ -177,8 +178,8 @@ def test_early_exit_works_on_a_multi_exit_decoder_of_tokens_row_by_row(config):
 
 def test_refinement_after_early_exit_continues_the_prefix_where_it_stopped():
     policy = helpers.token_policy(DiscreteFlowConfig, depth=3, exits=ExitTraining((1, 2, 3)))
-    inner = EarlyExit(ExitPlan((1, 2, 3), "l2", steps=3, warm_start="same"), (float("inf"), float("inf")))
-    out = decode(policy, RefineTokens(Improbable(1.0), 2, inner))
+    inner = EarlyExit(ExitPlan((1, 2, 3), "l2", sampling=Sampling(3), warm_start="same"), (float("inf"), float("inf")))
+    out = decode(policy, RefineTokens(Improbable(1.0), Sampling(2), inner))
     assert out.layers == (3,) * 4
     assert all(group.prefix.depth == 3 for group in out.groups)
     assert out.nfe == (3 + 3 + 2,) * 4
@@ -195,7 +196,7 @@ def test_names():
     assert parse("two-stage:14+2") == TwoStage(14, 2, label="two-stage:14+2")
     assert parse("two-stage:14+2/0.3").refresh == 0.3
     refine = parse("refine-tokens+two-stage:6+2", Knobs(steps=4, threshold=0.7))
-    assert refine == RefineTokens(Improbable(0.7), 4, TwoStage(6, 2, label="two-stage:6+2"))
+    assert refine == RefineTokens(Improbable(0.7), Sampling(4), TwoStage(6, 2, label="two-stage:6+2"))
     assert refine.name == "refine-tokens(two-stage:6+2)"
     for wrong in ("two-stage", "two-stage:14", "two-stage:a+b"):
         with pytest.raises(ConfigError, match="as in two-stage:14"):

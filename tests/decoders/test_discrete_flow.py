@@ -8,6 +8,7 @@ import torch
 from tests import helpers
 from tests.decoders.test_tokens import EQUAL, prefix_of, targets_of
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig, EmbeddingMetric
+from vlaflow.flows.sampling import Sampling
 
 
 def test_an_untrained_clock_input_changes_nothing_and_learns_from_the_first_step():
@@ -50,9 +51,9 @@ def test_exact_cache_equals_no_cache_and_counts_its_runs():
     decoder, prefix = policy.model.decoder, prefix_of(policy)
 
     with torch.inference_mode():
-        state = decoder.start(prefix, helpers.generators(3), 6)
+        state = decoder.start(prefix, helpers.generators(3), Sampling(6))
         cached = decoder.advance(state, prefix, 6)
-        bare = decoder.advance(replace(decoder.start(prefix, helpers.generators(3), 6), refresh=0.0), prefix, 6)
+        bare = decoder.advance(replace(decoder.start(prefix, helpers.generators(3), Sampling(6)), refresh=0.0), prefix, 6)
     assert torch.equal(cached.id_BS, bare.id_BS)
     torch.testing.assert_close(cached.probability_BS, bare.probability_BS, **EQUAL)
     assert decoder.tokens(cached).prefix_runs == (0, 0, 0)
@@ -65,7 +66,7 @@ def test_full_attention_with_a_refresh_at_every_step_is_one_joint_pass_per_step(
     prefix = prefix_of(policy)
     assert prefix.depth == 0, "nothing is run before the tokens are there"
     with torch.inference_mode():
-        state = decoder.start(prefix, helpers.generators(3), 5)
+        state = decoder.start(prefix, helpers.generators(3), Sampling(5))
         for done in range(5):
             hidden, _ = decoder.stack.joint(decoder.embedding(state.id_BS), prefix, 2)
             guess = decoder.head(hidden).argmax(-1)
@@ -92,7 +93,7 @@ def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_
     policy = helpers.token_policy(DiscreteFlowConfig, attention="full", refresh=0.5)
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     with torch.inference_mode():
-        state = decoder.advance(decoder.start(prefix, helpers.generators(3), 12), prefix, 12)
+        state = decoder.advance(decoder.start(prefix, helpers.generators(3), Sampling(12)), prefix, 12)
         fresh = decoder.stack.joint(decoder.embedding(state.seen_BS), prefix, 2)[1]
     runs = decoder.tokens(state).prefix_runs
     assert all(1 <= r < 12 for r in runs)
@@ -100,7 +101,7 @@ def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_
         torch.testing.assert_close(kept.key_CGPE, made.key_CGPE, **EQUAL)
         torch.testing.assert_close(kept.value_CGPE, made.value_CGPE, **EQUAL)
     with torch.inference_mode():
-        never = decoder.advance(decoder.start(prefix, helpers.generators(3), 12), prefix, 1)
+        never = decoder.advance(decoder.start(prefix, helpers.generators(3), Sampling(12)), prefix, 1)
     assert decoder.tokens(never).prefix_runs == (1, 1, 1)
 
 

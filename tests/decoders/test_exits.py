@@ -11,6 +11,7 @@ from vlaflow.decoders.exits import ExitTraining, every
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.stacks.expert import ExpertConfig
@@ -91,11 +92,11 @@ def test_regression_answers_the_same_for_any_steps_and_noise(queries, expert):
     made.model.eval()
     with torch.no_grad():
         prefix = made.encode(helpers.batch().observation)
-        one = made.model.decoder.sample(prefix, helpers.generators(3), 1)
-        ten = made.model.decoder.sample(prefix, helpers.generators(3, seed=9), 10)
+        one = made.model.decoder.sample(prefix, helpers.generators(3), Sampling(1))
+        ten = made.model.decoder.sample(prefix, helpers.generators(3, seed=9), Sampling(10))
     assert one.shape == (3, 6, 4)
     assert torch.equal(one, ten)
-    assert made.model.decoder.nfe(10) == 1
+    assert made.model.decoder.nfe(Sampling(10)) == 1
 
 
 def test_regression_counts_valid_actions_only_and_learns():
@@ -104,7 +105,7 @@ def test_regression_counts_valid_actions_only_and_learns():
     action, valid = torch.randn(3, 6, 4, generator=generator()), torch.ones(3, 6, dtype=torch.bool)
     valid[:, 4:] = False
     with torch.no_grad():
-        made_BLD = decoder.sample(prefix, helpers.generators(3), 1)
+        made_BLD = decoder.sample(prefix, helpers.generators(3), Sampling(1))
     terms = decoder.loss(prefix, Targets(action, valid), generator())
     torch.testing.assert_close(terms.total, (made_BLD - action)[:, :4].abs().mean())
     optimiser = torch.optim.Adam(decoder.parameters(), 3e-3)
@@ -119,7 +120,9 @@ def test_regression_cannot_start_from_given_actions():
     made = policy(RegressionConfig(4, chunk_size=6))
     prefix = made.encode(helpers.batch().observation)
     with pytest.raises(CapabilityError, match="given"):
-        made.model.decoder.start(prefix, helpers.generators(3), 1, Conditioning(torch.zeros(3, 6, 4), torch.zeros(3, 6)))
+        made.model.decoder.start(
+            prefix, helpers.generators(3), Sampling(1), Conditioning(torch.zeros(3, 6, 4), torch.zeros(3, 6))
+        )
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

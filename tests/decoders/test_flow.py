@@ -7,6 +7,7 @@ import torch
 
 from tests import helpers
 from vlaflow.decoders.base import Conditioning, Targets
+from vlaflow.flows.sampling import Sampling
 
 
 def prefix_of(policy, count=2):
@@ -21,7 +22,7 @@ def test_an_exact_velocity_decodes_to_the_action(steps, monkeypatch):
     monkeypatch.setattr(decoder, "velocity", lambda x, clock, prefix: (x - action) / clock[..., None].clamp(min=1e-9))
     prefix = prefix_of(policy)
     with torch.no_grad():
-        state = decoder.advance(decoder.start(prefix, helpers.generators(2), steps), prefix, steps)
+        state = decoder.advance(decoder.start(prefix, helpers.generators(2), Sampling(steps)), prefix, steps)
     torch.testing.assert_close(decoder.finish(state), action, atol=1e-5, rtol=0)
     assert torch.equal(state.clock_at(state.done), torch.zeros(2, 6))
 
@@ -30,7 +31,7 @@ def test_steps_may_be_taken_a_few_at_a_time():
     policy = helpers.policy()
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     with torch.no_grad():
-        start = decoder.start(prefix, helpers.generators(2), 7)
+        start = decoder.start(prefix, helpers.generators(2), Sampling(7))
         whole = decoder.advance(start, prefix, 7)
         parts = decoder.advance(decoder.advance(decoder.advance(start, prefix, 2), prefix, 1), prefix, 99)
     assert torch.equal(whole.x_BLX, parts.x_BLX)
@@ -42,7 +43,7 @@ def test_given_actions_come_back_unchanged_to_the_bit():
     action, clock = torch.randn(2, 6, 4), torch.ones(2, 6)
     clock[:, :3] = 0
     with torch.no_grad():
-        state = decoder.start(prefix, helpers.generators(2), 5, Conditioning(action, clock))
+        state = decoder.start(prefix, helpers.generators(2), Sampling(5), Conditioning(action, clock))
         out = decoder.finish(decoder.advance(state, prefix, 5))
     assert torch.equal(out[:, :3], action[:, :3])
     assert not torch.isclose(out[:, 3:], action[:, 3:]).all(-1).any()
@@ -52,8 +53,8 @@ def test_given_everything_at_clock_one_is_ordinary_generation():
     policy = helpers.policy()
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     conditioning = Conditioning(torch.randn(2, 6, 4), torch.ones(2, 6))
-    fresh = decoder.start(prefix, helpers.generators(2), 5)
-    same = decoder.start(prefix, helpers.generators(2), 5, conditioning)
+    fresh = decoder.start(prefix, helpers.generators(2), Sampling(5))
+    same = decoder.start(prefix, helpers.generators(2), Sampling(5), conditioning)
     torch.testing.assert_close(fresh.x_BLX, same.x_BLX, rtol=0, atol=1e-7)
     assert torch.equal(fresh.start_BL, same.start_BL)
 
@@ -129,7 +130,7 @@ def test_padding_dimensions_take_no_part_in_the_loss():
     with torch.no_grad():
         decoder.codec.head[-1].bias[4:] += 5
     assert torch.equal(before, decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total)
-    assert decoder.finish(decoder.start(prefix, helpers.generators(2), 5)).shape == (2, 6, 4)
+    assert decoder.finish(decoder.start(prefix, helpers.generators(2), Sampling(5))).shape == (2, 6, 4)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -142,7 +143,7 @@ def test_padding_dimensions_stay_what_training_showed_and_touch_nothing(guided):
         known_B, committed_B = torch.tensor([5, 4]), torch.tensor([2, 1])
         conditioning = decoder.continued(torch.randn(2, 6, 4), known_B, committed_B, guided=True)
     with torch.no_grad():
-        state = begun = decoder.start(prefix, helpers.generators(2), 5, conditioning)
+        state = begun = decoder.start(prefix, helpers.generators(2), Sampling(5), conditioning)
         for done in range(1, 6):
             state = decoder.advance(state, prefix)
             expected = state.clock_at(done)[..., None] * begun.x_BLX[..., 4:]
@@ -157,8 +158,8 @@ def test_padding_of_actions_that_are_noised_already_is_noised_too():
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     clock = torch.full((2, 6), 0.5)
     clock[:, :2] = 0
-    fresh = decoder.start(prefix, helpers.generators(2), 5).x_BLX[..., 4:]
-    state = decoder.start(prefix, helpers.generators(2), 5, Conditioning(torch.randn(2, 6, 4), clock, noised=True))
+    fresh = decoder.start(prefix, helpers.generators(2), Sampling(5)).x_BLX[..., 4:]
+    state = decoder.start(prefix, helpers.generators(2), Sampling(5), Conditioning(torch.randn(2, 6, 4), clock, noised=True))
     assert torch.equal(state.x_BLX[..., 4:], clock[..., None] * fresh)
 
 

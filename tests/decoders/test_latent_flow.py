@@ -15,6 +15,7 @@ from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.errors import ConfigError
 from vlaflow.flows import gaussian
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.stacks.expert import ExpertConfig
@@ -126,7 +127,7 @@ def test_the_latent_experts_output_depends_on_the_image_through_the_codes_alone(
         with torch.no_grad():
             written = decoder.latent.read(here)
             seen = [decoder._seen(prefix, written) for prefix in (here, there)]
-            chunks = [decoder.flow.sample(prefix, helpers.generators(3), 2) for prefix in seen]
+            chunks = [decoder.flow.sample(prefix, helpers.generators(3), Sampling(2)) for prefix in seen]
         assert torch.equal(chunks[0], chunks[1]) == same
 
 

@@ -17,6 +17,7 @@ from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.tokens import cross_entropy
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.masked import still_masked
+from vlaflow.flows.sampling import Sampling
 
 EQUAL = {"atol": 2e-5, "rtol": 1e-4}  # float32 products in another order
 REVISING = [
@@ -60,7 +61,7 @@ def test_with_an_oracle_every_decoder_reaches_the_target(config, settings, steps
     if settings.get("velocity") == "rate":
         torch.nn.init.constant_(decoder.rate.bias, 50.0)
     with torch.inference_mode():
-        state = decoder.solve(prefix_of(policy), helpers.generators(3), steps)
+        state = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(steps))
     assert torch.equal(state.id_BS, id_BS)
     made = decoder.finish(state)
     expected = torch.from_numpy(decoder.tokenizer.decode(id_BS.numpy()).action_BLD)
@@ -84,9 +85,11 @@ class Turning(torch.nn.Module):
 def test_same_seed_same_tokens_and_no_observation_depends_on_its_neighbours(config, settings):
     policy = helpers.token_policy(config, **settings)
     with torch.inference_mode():
-        whole = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 6)
-        again = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 6)
-        one = policy.model.decoder.solve(prefix_of(policy).select(torch.tensor([1])), helpers.generators(1, seed=1), 6)
+        whole = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(6))
+        again = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(6))
+        one = policy.model.decoder.solve(
+            prefix_of(policy).select(torch.tensor([1])), helpers.generators(1, seed=1), Sampling(6)
+        )
     assert torch.equal(whole.id_BS, again.id_BS)
     assert torch.equal(whole.id_BS[1:2], one.id_BS)
 
@@ -160,14 +163,14 @@ def test_scores_that_are_no_numbers_become_no_chunk(config, settings):
     policy = helpers.token_policy(config, **settings)
     torch.nn.init.constant_(policy.model.decoder.head.weight, float("nan"))
     with torch.inference_mode():
-        assert policy.model.decoder.sample(prefix_of(policy), helpers.generators(3), 3).isnan().all()
+        assert policy.model.decoder.sample(prefix_of(policy), helpers.generators(3), Sampling(3)).isnan().all()
 
 
 def test_groups_that_took_other_numbers_of_steps_fit_into_one_batch():
     policy = helpers.token_policy(MaskedDiffusionConfig)
     decoder = policy.model.decoder
     with torch.inference_mode():
-        parts = [decoder.tokens(decoder.solve(prefix_of(policy), helpers.generators(3), steps)) for steps in (2, 5)]
+        parts = [decoder.tokens(decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(steps))) for steps in (2, 5)]
     joined = Tokens.cat(parts)
     assert joined.revised_BN.shape == (6, 5)
     assert torch.equal(joined.revised_BN[:3, :2], parts[0].revised_BN)
@@ -180,7 +183,7 @@ def test_how_often_a_token_leaves_is_the_rate_heads_alone(doubt):
     """However probable the network holds the token itself: with rho = 1 and one step every token goes to another."""
     policy = helpers.token_policy(DiscreteFlowConfig, velocity="rate", jump="linear")
     decoder, prefix = policy.model.decoder, prefix_of(policy)
-    begun = decoder.start(prefix, helpers.generators(3), 1)
+    begun = decoder.start(prefix, helpers.generators(3), Sampling(1))
     torch.nn.init.zeros_(decoder.rate.weight)
     torch.nn.init.constant_(decoder.rate.bias, math.log(math.e - 1))  # softplus is 1
     decoder.head = helpers.Oracle(begun.id_BS, decoder.vocabulary)
@@ -197,7 +200,7 @@ def test_given_tokens_at_clock_0_never_change_and_the_others_do(config, settings
     id_BS, _ = decoder.encode(targets_of(policy))
     clock_BS = (torch.arange(decoder.slots) % 2).float().expand(3, -1)
     with torch.inference_mode():
-        state = decoder.solve(prefix_of(policy), helpers.generators(3), 5, TokenConditioning(id_BS, clock_BS))
+        state = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(5), TokenConditioning(id_BS, clock_BS))
         if Capability.DETERMINISTIC_STEPS in decoder.capabilities:
             state = decoder.refine_deterministic(state, prefix_of(policy), 2)
     kept = clock_BS == 0
@@ -212,7 +215,7 @@ def test_nothing_to_make_changes_nothing(config, settings):
     id_BS, _ = policy.model.decoder.encode(targets_of(policy))
     with torch.inference_mode():
         conditioning = TokenConditioning(id_BS, torch.zeros(id_BS.shape))
-        state = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), 4, conditioning)
+        state = policy.model.decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(4), conditioning)
     assert torch.equal(state.id_BS, id_BS)
 
 
@@ -223,7 +226,7 @@ def test_decoding_leaves_the_prefix_as_it_was(config, settings):
     prefix = prefix_of(policy)
     before = [x.clone() for kv in prefix.kv_cache for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW.clone()]
     with torch.inference_mode():
-        state = policy.model.decoder.solve(prefix, helpers.generators(3), 4)
+        state = policy.model.decoder.solve(prefix, helpers.generators(3), Sampling(4))
         if Capability.DETERMINISTIC_STEPS in policy.model.decoder.capabilities:
             policy.model.decoder.refine_deterministic(state, prefix, 2)
     after = [x for kv in prefix.kv_cache for x in (kv.key_CGPE, kv.value_CGPE)] + [prefix.hidden_BPW]
@@ -235,7 +238,9 @@ def test_given_actions_need_tokens_that_belong_to_one_action():
     action_BLD = torch.from_numpy(helpers.chunks(3))
     clock_BL = torch.tensor([0.0, 0, 0, 1, 1, 1]).expand(3, -1)
     with torch.inference_mode():
-        made = bins.model.decoder.sample(prefix_of(bins), helpers.generators(3), 4, Conditioning(action_BLD, clock_BL))
+        made = bins.model.decoder.sample(
+            prefix_of(bins), helpers.generators(3), Sampling(4), Conditioning(action_BLD, clock_BL)
+        )
     ids = helpers.BINS.encode(action_BLD.numpy())
     expected = torch.from_numpy(helpers.BINS.decode(ids).action_BLD)
     assert torch.equal(made[:, :3], expected[:, :3])
@@ -243,7 +248,7 @@ def test_given_actions_need_tokens_that_belong_to_one_action():
     assert Capability.CONDITIONING in bins.model.decoder.capabilities
     assert Capability.CONDITIONING not in fast.model.decoder.capabilities
     with pytest.raises(CapabilityError, match="Train it with bins"):
-        fast.model.decoder.start(prefix_of(fast), helpers.generators(3), 4, Conditioning(action_BLD, clock_BL))
+        fast.model.decoder.start(prefix_of(fast), helpers.generators(3), Sampling(4), Conditioning(action_BLD, clock_BL))
 
 
 @pytest.mark.parametrize("remask", [False, True])
@@ -251,7 +256,7 @@ def test_given_actions_need_tokens_that_belong_to_one_action():
 def test_masked_diffusion_leaves_exactly_the_scheduled_numbers_masked(steps, remask):
     policy = helpers.token_policy(MaskedDiffusionConfig, remask=remask)
     decoder, prefix = policy.model.decoder, prefix_of(policy)
-    state = decoder.start(prefix, helpers.generators(3), steps)
+    state = decoder.start(prefix, helpers.generators(3), Sampling(steps))
     count_B = torch.full((3,), decoder.slots)
     before = state.hidden_BS
     with torch.inference_mode():
@@ -267,7 +272,7 @@ def test_masked_diffusion_leaves_exactly_the_scheduled_numbers_masked(steps, rem
 def test_without_remasking_a_revealed_token_is_final():
     policy = helpers.token_policy(MaskedDiffusionConfig)
     decoder, prefix = policy.model.decoder, prefix_of(policy)
-    state = decoder.start(prefix, helpers.generators(3), 8)
+    state = decoder.start(prefix, helpers.generators(3), Sampling(8))
     with torch.inference_mode():
         for _ in range(8):
             known, ids = ~state.hidden_BS, state.id_BS
@@ -280,7 +285,7 @@ def test_the_autoregressive_cache_gives_what_one_causal_pass_gives():
     policy = helpers.token_policy(AutoregressiveConfig)
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     with torch.inference_mode():
-        state = decoder.solve(prefix, helpers.generators(3), 1)
+        state = decoder.solve(prefix, helpers.generators(3), Sampling(1))
         logits_BSV = decoder.logits(state.id_BS, prefix)
     for row, length in enumerate(state.length_B.tolist()):
         assert torch.equal(logits_BSV[row, :length].argmax(-1), state.id_BS[row, :length])
@@ -306,7 +311,7 @@ def test_a_sequence_without_an_end_stops_at_the_last_slot_and_is_counted():
     never[decoder.tokenizer.end], never[0] = -1e9, 1e9
     decoder.head.bias.data = never
     with torch.inference_mode():
-        state = decoder.solve(prefix, helpers.generators(3), 1)
+        state = decoder.solve(prefix, helpers.generators(3), Sampling(1))
     report = decoder.tokens(state)
     assert report.nfe == (decoder.slots,) * 3
     assert report.repaired_B.all()
@@ -314,7 +319,7 @@ def test_a_sequence_without_an_end_stops_at_the_last_slot_and_is_counted():
     always = -never
     decoder.head.bias.data = always
     with torch.inference_mode():
-        ended = decoder.tokens(decoder.solve(prefix, helpers.generators(3), 1))
+        ended = decoder.tokens(decoder.solve(prefix, helpers.generators(3), Sampling(1)))
     assert ended.nfe == (1,) * 3
     assert ended.repaired_B.all(), "no coefficient at all is no chunk either"
 
@@ -336,7 +341,7 @@ def test_of_the_end_tokens_only_the_first_is_learned_by_autoregression():
 def test_sampling_at_a_temperature_depends_on_the_seed_alone():
     policy = helpers.token_policy(AutoregressiveConfig, temperature=1.0)
     with torch.inference_mode():
-        ids = [policy.model.decoder.solve(prefix_of(policy), helpers.generators(3, s), 1).id_BS for s in (0, 0, 5)]
+        ids = [policy.model.decoder.solve(prefix_of(policy), helpers.generators(3, s), Sampling(1)).id_BS for s in (0, 0, 5)]
     assert torch.equal(ids[0], ids[1])
     assert not torch.equal(ids[0], ids[2])
 
@@ -345,14 +350,14 @@ def test_settling_is_deterministic_and_stops_where_nothing_changes():
     policy = helpers.token_policy(DiscreteFlowConfig)
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     with torch.inference_mode():
-        state = decoder.solve(prefix, helpers.generators(3), 4)
+        state = decoder.solve(prefix, helpers.generators(3), Sampling(4))
         one, other = decoder.refine_deterministic(state, prefix, 30), decoder.refine_deterministic(state, prefix, 30)
         assert torch.equal(one.id_BS, other.id_BS)
         if not one.revised[-1].any():
             assert torch.equal(decoder.refine_deterministic(one, prefix).id_BS, one.id_BS)
     oracled, id_BS = oracle(policy)
     with torch.inference_mode():
-        settled = oracled.refine_deterministic(oracled.start(prefix, helpers.generators(3), 16), prefix, 1)
+        settled = oracled.refine_deterministic(oracled.start(prefix, helpers.generators(3), Sampling(16)), prefix, 1)
         assert torch.equal(settled.id_BS, id_BS)
         assert not oracled.refine_deterministic(settled, prefix, 1).revised[-1].any()
 
@@ -360,7 +365,7 @@ def test_settling_is_deterministic_and_stops_where_nothing_changes():
 def test_tokens_revised_are_counted_step_by_step():
     policy = helpers.token_policy(DiscreteFlowConfig)
     decoder, prefix = policy.model.decoder, prefix_of(policy)
-    state, counted = decoder.start(prefix, helpers.generators(3), 6), []
+    state, counted = decoder.start(prefix, helpers.generators(3), Sampling(6)), []
     with torch.inference_mode():
         for _ in range(6):
             before = state.id_BS
@@ -391,7 +396,9 @@ def test_configs_that_make_no_sense_are_refused():
         policy.loss(policy.prepare(helpers.batch(2)), torch.Generator(), torch.Generator())
     ar = helpers.token_policy(AutoregressiveConfig)
     with pytest.raises(CapabilityError, match="cannot start from given tokens"):
-        ar.model.decoder.start(prefix_of(ar), helpers.generators(3), 1, TokenConditioning(torch.zeros(3, 1), torch.zeros(3, 1)))
+        ar.model.decoder.start(
+            prefix_of(ar), helpers.generators(3), Sampling(1), TokenConditioning(torch.zeros(3, 1), torch.zeros(3, 1))
+        )
     with pytest.raises(CapabilityError, match="no deterministic steps"):
         ar.model.decoder.refine_deterministic(None, None)
 

@@ -58,14 +58,14 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
     assert made.checkpoint in page
     assert main(["bench", "latency", str(folder), "--rounds", "20"]) == 0
     assert {PROFILE} <= {f.name for f in folder.iterdir()}
-    names = ("dense", "dense:2@1", "exit:budget-0.4", "budget:100000")
+    names = ("dense", "dense:2,depth=1", "exit:budget-0.4", "budget:100000")
     computes = [word for name in names for word in ("--compute", name)]
     arguments = ["--env", ENV, "--episodes", "1", "--max-steps", "20", "--steps", "2", "--no-videos", "--workers", "0"]
     assert main(["eval", str(folder), *computes, *arguments, "--out", str(tmp_path / "eval")]) == 0
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
     passes = {e["compute"]: e["layer_passes_per_chunk"] for e in found["evaluations"]}
     assert passes["dense"] == 3 + 2 * 3
-    assert passes["dense:2@1"] == 1 + 2 * 1
+    assert passes["dense:2,depth=1"] == 1 + 2 * 1
     assert "ms at p99" in capsys.readouterr().out
 
 
@@ -101,7 +101,7 @@ def test_a_ladder_knows_the_steps_of_every_calibration(trained, dataset, tmp_pat
     ladder = folder / "calibration/ladder.json"
 
     def calibrated(steps, name):
-        words = ["--steps", str(steps), "--frames", "16", "--name", name]
+        words = ["--sampling", str(steps), "--frames", "16", "--name", name]
         assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
         return {rung["nfe"] for rung in json.loads(ladder.read_text())["rungs"]}
 

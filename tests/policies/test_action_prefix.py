@@ -17,6 +17,7 @@ from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.flows import gaussian
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.spec import ActionPrefix
 
@@ -39,7 +40,7 @@ def act(policy, action_prefix=None, compute=None, seed=1, **more):
         (TRAINED, Dense(3), False),
         (TRAINED, Dense(3), True),
         (UNTRAINED, Dense(3), False),
-        (helpers.policy(), Refine(AtRandom(0.9), 3), False),
+        (helpers.policy(), Refine(AtRandom(0.9), Sampling(3)), False),
         (BINS, TwoStage(2, 1), False),
     ],
 )
@@ -57,7 +58,7 @@ def test_what_follows_depends_on_what_is_committed(policy):
 
 def test_what_is_made_anew_is_guided_like_the_first_round():
     """Regenerated without it, the chunk would continue nothing, and its committed beginning would end in a jump."""
-    policy, compute = helpers.policy(), Refine(AtRandom(1.0), 3)
+    policy, compute = helpers.policy(), Refine(AtRandom(1.0), Sampling(3))
     one, other = (act(policy, action_prefix(seed=seed), compute, guided=True) for seed in (5, 6))
     assert (one[2:] != other[2:]).any()
 
@@ -83,7 +84,7 @@ def test_early_exit_keeps_committed_actions_in_every_warm_start():
     policy = Policy.create(replace(config, exits=ExitTraining((1, 2))), helpers.action_spec(), UNTRAINED.stats, seed=0)
     for start in ("fresh", "same", "anchor", "renoise"):
         for guided in (False, True):
-            compute = EarlyExit(ExitPlan((1, 2), warm_start=start, steps=2), (float("inf"),))
+            compute = EarlyExit(ExitPlan((1, 2), warm_start=start, sampling=Sampling(2)), (float("inf"),))
             given = action_prefix()
             actions = policy.act(
                 [helpers.observation(i) for i in range(2)], compute, action_prefix=[given, None], guided=guided
@@ -106,8 +107,8 @@ def test_guidance_leads_to_the_known_actions_where_the_velocity_is_that_of_gauss
     prefix = UNTRAINED.embed(helpers.batch(1).observation)
     conditioning = decoder.continued(padded, torch.tensor([5]), torch.tensor([5]))
     with torch.no_grad():
-        free = decoder.sample(prefix, helpers.generators(1), 40)[0, :5]
-        led = decoder.sample(prefix, helpers.generators(1), 40, conditioning)[0, :5]
+        free = decoder.sample(prefix, helpers.generators(1), Sampling(40))[0, :5]
+        led = decoder.sample(prefix, helpers.generators(1), Sampling(40), conditioning)[0, :5]
         assert (led - target).abs().max() < 0.1 * (free - target).abs().max()
 
 

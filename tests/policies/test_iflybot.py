@@ -23,6 +23,7 @@ from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.errors import CapabilityError, DataError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy
 from vlaflow.policies.iflybot import recipes
@@ -81,8 +82,8 @@ def test_codes_are_computed_once_per_model(dataset, monkeypatch):
 
 def test_a_stored_model_is_opened_only_where_the_codes_are_missing(dataset, tmp_path, monkeypatch):
     """The same codes and fingerprint as the open model's; the second time there is no network at all."""
-    made = model(seed=2)
-    made.save_pretrained(tmp_path)
+    model(seed=2).save_pretrained(tmp_path)
+    made = LatentActionModel.from_pretrained(tmp_path)
     first = dataset_codes(StoredLatentModel.open(tmp_path), dataset)
     assert np.array_equal(first.id_NK, dataset_codes(made, dataset).id_NK)
     assert StoredLatentModel.open(tmp_path).fingerprint() == made.fingerprint()
@@ -241,7 +242,7 @@ def test_a_compute_policy_it_cannot_run_is_one_sentence(compute, message):
 def test_with_exits_it_answers_at_every_depth():
     """Each depth reads the codes that depth names, never those of a depth before it."""
     made = small(exits=ExitTraining((1, 2)))
-    chunk = made.act(helpers.observation(), EarlyExit(ExitPlan((1, 2), steps=2), (inf,)))
+    chunk = made.act(helpers.observation(), EarlyExit(ExitPlan((1, 2), sampling=Sampling(2)), (inf,)))
     assert np.array_equal(chunk.actions, made.act(helpers.observation(), Dense(2)).actions)
     assert chunk.layers == 2
 

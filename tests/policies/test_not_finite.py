@@ -22,6 +22,7 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import CalibrationError, CheckpointError, NotFiniteError, RequestError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.robot.client import Client
 
@@ -54,7 +55,7 @@ def test_no_compute_policy_answers_with_an_action_that_is_no_number(kind, value)
         made.model.backbone.state.weight.fill_(value)
     computes = able(made.model)
     if len(made.model.depths) > 1:
-        plan = ExitPlan(made.model.depths, steps=3)
+        plan = ExitPlan(made.model.depths, sampling=Sampling(3))
         computes.append(EarlyExit(plan, (inf,) * len(plan.exits)))
     assert computes
     for compute in computes:

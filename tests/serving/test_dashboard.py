@@ -21,6 +21,7 @@ from tests.serving.live import POLICY, Slow, expected, port_of, request, serving
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.errors import RequestError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.robot.client import Client
 from vlaflow.serving import dashboard
 from vlaflow.serving.dashboard import SUBPROTOCOL
@@ -88,7 +89,7 @@ def test_the_stream_tells_what_the_last_request_showed_and_got(live):
 
 
 def test_a_raters_confidence_and_the_draft_are_told():
-    served = serving(RATED, Refine(BelowThreshold(1.0), 3, Dense(3)), dashboard=True)
+    served = serving(RATED, Refine(BelowThreshold(1.0), Sampling(3), Dense(3)), dashboard=True)
     with served as (_, address), watching(address) as stream, Client(address) as client:
         reply = client.infer(request(0))
         chunk = told(stream, lambda m: "chunk" in m)["chunk"]
@@ -259,7 +260,7 @@ def tab(tmp_path_factory):
 def shown(tab):
     """A page that shows a rated and refined chunk, and the client that asked for it."""
     with (
-        serving(RATED, Refine(BelowThreshold(1.0), 3, Dense(3)), dashboard=True) as (server, address),
+        serving(RATED, Refine(BelowThreshold(1.0), Sampling(3), Dense(3)), dashboard=True) as (server, address),
         Client(address) as client,
     ):
         tab.open(address.replace("ws", "http") + "/dashboard")

@@ -22,6 +22,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import BelowThreshold, Refine
 from vlaflow.config import to_json
 from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving import observation_keys
@@ -199,7 +200,7 @@ def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, 
 def test_every_array_of_a_reply_begins_with_the_chunk_size():
     """openpi's broker cuts all arrays of a reply into steps, so one of another length would break it."""
     with (
-        serving(policy=helpers.policy(rater=True), compute=Refine(BelowThreshold(0.5), 3, Dense(3))) as (_, address),
+        serving(policy=helpers.policy(rater=True), compute=Refine(BelowThreshold(0.5), Sampling(3), Dense(3))) as (_, address),
         Client(address) as client,
     ):
         reply = client.infer(request(0))

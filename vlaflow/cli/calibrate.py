@@ -50,8 +50,8 @@ class Arguments:
     """Depths that answer, the last the full one; all that were trained by default. The first is only compared with."""
     metric: Literal["cosine", "l2", "mean_abs", "max_abs"] = "cosine"
     """How two answers are compared."""
-    steps: int = 2
-    """Solver steps at each depth."""
+    sampling: str = "2"
+    """Solver steps at each depth, and other settings of the sampler, as in --compute dense:2@0.5."""
     warm_start: Literal["fresh", "same", "anchor", "renoise"] = "same"
     """Where the next depth's answer starts: new noise, the same noise, the answer as it is, or the answer noised again."""
     restart: float = 0.5
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
+    from vlaflow.compute.spelling import read_sampling
     from vlaflow.evaluation import calibrate
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.reports.calibration import write_page
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
         target=_target(given),
         depths=given.depths,
         metric=given.metric,
-        steps=given.steps,
+        sampling=read_sampling(given.sampling, 2, f"--sampling {given.sampling}"),
         warm_start=given.warm_start,
         restart=given.restart,
         deviation=given.deviation,

@@ -28,13 +28,14 @@ class Eval:
     Args:
         checkpoint: folder, or Hugging Face repository id.
         env: suite/task, or a group such as metaworld/easy; repeat the option for more.
-        compute: dense, dense:2 (solver steps), dense:2@3 (steps @ layers), refine (what is rated below ``threshold`` is made
-            is regenerated), refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint),
-            refine+exit:NAME, or budget:MS; repeat the option for more. Dense alone when none is named.
+        compute: dense, dense:2 (solver steps), dense:2@0.5 (from half the noise; docs/sampling.md), dense:2,depth=3 (through
+            three layers), refine (what is rated below ``threshold`` is regenerated), refine-random (each action with
+            probability 0.5), exit:NAME (a calibration of the checkpoint), refine+exit:NAME, or budget:MS; repeat the option
+            for more. Dense alone when none is named.
         episodes: per environment and compute policy.
         out: folder for results.json, report.html and videos.
         n_action_steps: actions executed per chunk; the checkpoint's own number by default.
-        steps: solver steps per round.
+        steps: solver steps per round, where the compute policy states none.
         threshold: confidence below which refine regenerates an action.
         any_training: refine a checkpoint that was not trained for it too, to see what becomes of it.
         max_steps: steps after which an episode is cut off; the suite's own by default.

@@ -30,7 +30,7 @@ class Arguments:
         checkpoint: folder, or Hugging Face repository id.
         compute: how much to compute, as in vlaflow eval.
         budget_ms: whatever fits so many milliseconds on this machine, in place of --compute (vlaflow bench latency CKPT first).
-        steps: solver steps per round.
+        steps: solver steps per round, where the compute policy states none.
         observation_keys: which keys clients send: metaworld, libero, droid, aloha, roboarena, or one that another package
         brings.
         image: key of an image, in the order of the policy's views, in place of the layout's; repeat for more.

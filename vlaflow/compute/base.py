@@ -18,6 +18,7 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.decoders.base import Capability, Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError
+from vlaflow.flows.sampling import Sampling
 
 _WITHOUT = {
     Capability.TOKEN_CONDITIONING: (
@@ -38,6 +39,12 @@ _WITHOUT = {
     Capability.PREFIX_REFRESH: (
         "{compute} says when the prefix is run again, and a {decoder} runs it once. Leave the share of changed tokens out."
     ),
+    Capability.CONTINUOUS: (
+        "{compute} sets a noise scale or a second-order solver, which a {decoder} does not have. Leave them out, or use a flow "
+        "decoder."
+    ),
+    Capability.GRID: "{compute} states the clocks of its steps, and a {decoder} has none to state. Give a number of steps.",
+    Capability.TEMPERATURE: "{compute} sets a temperature, and a {decoder} draws no tokens. Leave it out.",
     Capability.JOINT_ATTENTION: "{compute} needs a decoder whose prefix reads the action tokens, which a {decoder}'s does not.",
 }
 """What is said where a capability is missing, in the order in which they are looked for."""
@@ -60,6 +67,15 @@ class Requirements:
     def also(self, *capabilities: Capability, rater: bool = False) -> Requirements:
         """These, and more."""
         return replace(self, capabilities=self.capabilities | set(capabilities), rater=self.rater or rater)
+
+    def sampled(self, sampling: Sampling) -> Requirements:
+        """These, and what the settings of a sampler need."""
+        asked = {
+            Capability.CONTINUOUS: sampling.noise_scale != 1 or sampling.solver != "euler",
+            Capability.GRID: sampling.grid is not None,
+            Capability.TEMPERATURE: sampling.temperature is not None,
+        }
+        return self.also(*(capability for capability, needed in asked.items() if needed))
 
     def check(self, model: Model, compute: str) -> None:
         """Refuse a model that lacks something.
@@ -105,10 +121,15 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Stages:
-    """Solver steps of one chunk: stochastic ones, then deterministic ones (``Decoder.refine_deterministic``)."""
+    """Solver steps of one chunk, the last ``settling`` of them deterministic (``Decoder.refine_deterministic``)."""
 
-    stochastic: int
+    sampling: Sampling
     settling: int = 0
+
+    @property
+    def stochastic(self) -> int:
+        """Those before the deterministic ones."""
+        return self.sampling.steps - self.settling
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -116,13 +117,15 @@ class Choice:
 def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[str, Calibration]) -> Choice:
     """The candidate with the smallest error that fits; of equal ones the fastest.
 
+    An early exit whose sampler has another noise scale, grid or solver than the ladder's is none: it cannot be compared.
+
     Raises:
         CalibrationError: when nothing fits, saying what the fastest takes.
     """
     full_error = max(ladder.rungs, key=lambda r: (r.depth, r.nfe)).error
     candidates = [
         Choice(
-            Dense(rung.nfe, rung.depth, label=f"dense:{rung.nfe}@{rung.depth}"),
+            Dense(rung.nfe, depth=rung.depth, label=f"dense:{rung.nfe},depth={rung.depth}"),
             profile.jitter * profile.dense(rung.depth, rung.nfe),
             rung.deviation,
             rung.error,
@@ -131,6 +134,8 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
         for rung in ladder.rungs
     ]
     for name, found in exits.items():
+        if found.plan.sampling != Sampling(found.plan.sampling.steps):
+            continue
         each = round(found.seen.nfe / max(_answers(found), 1e-9))
         worst = profile.jitter * profile.worst(found.plan.depths, each)
         base = next((r for r in ladder.rungs if (r.depth, r.nfe) == (found.plan.depths[-1], each)), None)

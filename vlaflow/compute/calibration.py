@@ -84,7 +84,7 @@ class Calibration:
     Args:
         checkpoint: fingerprint of the checkpoint.
         dataset: fingerprint of the data set.
-        plan: exits, metric, steps and warm start that were measured.
+        plan: exits, metric, sampling and warm start that were measured.
         thresholds: of every exit but the last, which is always taken; None is never.
         target: how they were chosen.
         samples: how many they were chosen from.
@@ -117,7 +117,7 @@ class Calibration:
         if dataset not in (None, self.dataset):
             raise CalibrationError(f"{where} was made on data set {self.dataset}, and this one is {dataset}. {again}")
         if plan is not None and plan != self.plan:
-            names = ("depths", "metric", "steps", "warm_start", "restart")
+            names = ("depths", "metric", "sampling", "warm_start", "restart")
             name = next(n for n in names if getattr(plan, n) != getattr(self.plan, n))
             mine, asked = getattr(self.plan, name), getattr(plan, name)
             raise CalibrationError(f"{where} was made with {name} {mine}, and {asked} is asked. {again}")

@@ -14,7 +14,7 @@ from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, St
 from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Conditioning, Tokens
 from vlaflow.decoders.model import Model
-from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling, Solver
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,31 @@ class Dense(ComputePolicy):
     """``steps`` solver steps through all layers, or through the first ``depth`` of a multi-exit checkpoint.
 
     Args:
-        steps: at least 1.
+        steps, noise_scale, grid, solver, temperature: see ``Sampling``.
         depth: layers to run; None for all.
         label: for tables.
     """
 
     steps: int = 10
+    noise_scale: float = 1.0
+    grid: tuple[float, ...] | None = None
+    solver: Solver = "euler"
+    temperature: float | None = None
     depth: int | None = None
     label: str = "dense"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"A flow needs at least one solver step, got {self.steps}.")
+        object.__setattr__(self, "steps", self.sampling.steps)  # those of a stated grid
+
+    @staticmethod
+    def by(sampling: Sampling, depth: int | None = None, label: str = "dense") -> Dense:
+        """With these settings."""
+        return Dense(**vars(sampling), depth=depth, label=label)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The settings of the sampler."""
+        return Sampling(self.steps, self.noise_scale, self.grid, self.solver, self.temperature)
 
     @property
     def name(self) -> str:
@@ -42,13 +55,13 @@ class Dense(ComputePolicy):
 
     @property
     def needs(self) -> Requirements:
-        """Nothing beyond a trained decoder, for all layers."""
-        return Requirements(exits=() if self.depth is None else (self.depth,))
+        """For all layers, only what the settings of the sampler need."""
+        return Requirements(exits=() if self.depth is None else (self.depth,)).sampled(self.sampling)
 
     @property
     def stages(self) -> Stages | None:
         """All stochastic."""
-        return Stages(self.steps) if self.depth is None else None
+        return Stages(self.sampling) if self.depth is None else None
 
     def decode(
         self,
@@ -63,10 +76,10 @@ class Dense(ComputePolicy):
         with watch.part("prefix"):
             prefix = model.read(prefix, depth)
         with watch.part("first"):
-            state = model.decoder.solve(prefix, generators, self.steps, conditioning)
+            state = model.decoder.solve(prefix, generators, self.sampling, conditioning)
             action_BLD, tokens = model.decoder.finish(state), model.decoder.tokens(state)
         batch = prefix.batch
-        nfe = tokens.nfe if tokens else (model.decoder.nfe(self.steps),) * batch
+        nfe = tokens.nfe if tokens else (model.decoder.nfe(self.sampling),) * batch
         return Decoded(
             action_BLD,
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
@@ -85,13 +98,10 @@ def spent(prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None)
 
 
 def _parse(typed: Spelling) -> Dense:
-    typed.require(more=True, usage="dense takes steps and layers as in dense:2 or dense:2@3.")
-    if not typed.more:
-        return Dense(typed.knobs.steps)
-    found = re.fullmatch(r"(\d+)(?:@(\d+))?", typed.more)
-    if found is None:
-        raise ConfigError(f"dense takes steps and layers as in dense:2 or dense:2@3, got '{typed.name}'.")
-    return Dense(int(found[1]), int(found[2]) if found[2] else None, label=typed.name)
+    typed.require(more=True, usage="dense takes settings of the sampler as in dense:2@0.5, and layers as in dense:2,depth=3.")
+    found = re.fullmatch(r"(.*?)(?:,depth=(\d+))?", typed.more)
+    settings, depth = found.groups() if found else (typed.more, None)
+    return Dense.by(typed.sampling(settings), int(depth) if depth else None, label=typed.name)
 
 
 DENSE = ComputeKind(_parse, example="dense")

@@ -11,7 +11,7 @@ Shape letters: B batch, R observations still under way, L chunk size, D action d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Literal
 
@@ -24,6 +24,7 @@ from vlaflow.compute.distance import Metric, distance
 from vlaflow.decoders.base import Capability, Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling
 
 WarmStart = Literal["fresh", "same", "anchor", "renoise"]
 
@@ -36,7 +37,7 @@ class ExitPlan:
         depths: numbers of layers at which a chunk is made, ascending; the last is the full depth. The first is the reference
             that the second is compared with, so exits are ``depths[1:]``.
         metric: see ``distance``.
-        steps: solver steps at each depth (A1: 10, truncated 2). The full depth has as many.
+        sampling: settings of the sampler at each depth (A1: 10 steps, truncated 2), the full one included.
         warm_start: where the chunk of the next depth starts. "fresh": new noise every time (A1's plain early exit, where a
             part of the discrepancy is sampling noise); "same": the observation's one noise; "anchor": the previous depth's
             chunk with the clock set back to 1, as A1's code does, off the training distribution; "renoise": the previous
@@ -46,15 +47,15 @@ class ExitPlan:
 
     depths: tuple[int, ...]
     metric: Metric = "cosine"
-    steps: int = 2
+    sampling: Sampling = field(default_factory=lambda: Sampling(2))
     warm_start: WarmStart = "same"
     restart: float = 0.5
 
     def __post_init__(self) -> None:
         if len(self.depths) < 2 or self.depths[0] < 1 or list(self.depths) != sorted(set(self.depths)):
             raise ConfigError(f"An early exit compares at least two ascending depths from 1 on, got {list(self.depths)}.")
-        if self.steps < 1 or not 0 < self.restart <= 1:
-            raise ConfigError(f"steps is at least 1 and restart in (0, 1], got {self.steps} and {self.restart}.")
+        if not 0 < self.restart <= 1:
+            raise ConfigError(f"restart lies in (0, 1], got {self.restart}.")
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -105,7 +106,7 @@ class Answers:
                         generator.set_state(begin)
                 self.previous_RLD = self.current_RLD
                 decoder = self.model.decoder
-                state = decoder.solve(self.prefix, self.generators, self.plan.steps, self._given())
+                state = decoder.solve(self.prefix, self.generators, self.plan.sampling, self._given())
                 action_RLD, self.tokens = decoder.finish(state), decoder.tokens(state)
                 self.current_RLD = action_RLD
             yield depth, action_RLD
@@ -158,7 +159,7 @@ class EarlyExit(ComputePolicy):
     @property
     def needs(self) -> Requirements:
         """A checkpoint that learned to answer at every depth of the plan."""
-        needs = Requirements(exits=self.plan.depths)
+        needs = Requirements(exits=self.plan.depths).sampled(self.plan.sampling)
         return needs.also(Capability.CONDITIONING) if self.plan.warm_start in ("anchor", "renoise") else needs
 
     def decode(
@@ -176,7 +177,7 @@ class EarlyExit(ComputePolicy):
         groups: list[Group] = []
         tokens: list[Tokens] = []
         layers, passes, nfe = [0] * batch, [0] * batch, [0] * batch
-        each, spent = model.decoder.nfe(self.plan.steps), torch.zeros(batch, dtype=torch.long)
+        each, spent = model.decoder.nfe(self.plan.sampling), torch.zeros(batch, dtype=torch.long)
         calls = torch.zeros_like(spent)
         answers = self.plan.answers(model, prefix, generators, watch, conditioning)
         for number, (depth, action_RLD) in enumerate(answers):

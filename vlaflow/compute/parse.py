@@ -2,8 +2,13 @@
 
 dense            all layers, all solver steps
 dense:2          2 solver steps
-dense:2@3        … through the first 3 layers
+dense:2@0.5      … from half the noise; settings of the sampler may follow any kind that solves (docs/sampling.md)
+dense:1-0.3-0    … at stated clocks
+dense:5,midpoint … of second order, two evaluations each
+dense:16,temperature=0  … of tokens, greedily
+dense:2,depth=3  … through the first 3 layers
 refine           the dense chunk, and what its rater doubts regenerated
+refine:2@0.5     … both rounds with these settings; refine:2@0.5+dense the second alone
 refine-random    the same with random doubts
 two-stage:14+2   14 stochastic steps and 2 deterministic ones, for discrete flows
 two-stage:14+2/0.3  … whose prefix is run again when 30 % of the tokens have changed (0: at every step, no cache)
@@ -40,6 +45,10 @@ def parse(name: str, knobs: Knobs = DEFAULTS, checkpoint: Checkpoint | None = No
     """
     found = re.fullmatch(r"([^:+]*)(?::(.*)|\+(.*))?", name)
     kind, more, after = found.groups() if found else (name, None, None)
+    for sign in re.finditer(r"\+([^:+]+)", more or ""):  # only before the name of a kind: two-stage:14+2 has a sign of its own
+        if sign[1] in registry.names("compute"):
+            more, after = sign.string[: sign.start()], sign.string[sign.start() + 1 :]
+            break
     made = registry.load("compute", kind, ComputeKind, f"There is no compute policy '{kind}'")
     inner = None if after is None else parse(after, knobs, checkpoint)
     return made.parse(Spelling(name, more or "", inner, knobs, checkpoint))

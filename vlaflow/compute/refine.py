@@ -18,6 +18,7 @@ from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Refine(ComputePolicy):
 
     Args:
         doubt: which actions to regenerate.
-        steps: solver steps of the second round.
+        sampling: of the second round.
         inner: makes the first chunk.
         any_training: also run on a checkpoint that never saw mixed clocks, to measure what becomes of it (claim C2 of the
             paper: it collapses).
     """
 
     doubt: BelowThreshold | AtRandom = BelowThreshold()
-    steps: int = 10
+    sampling: Sampling = field(default_factory=Sampling)
     inner: ComputePolicy = field(default_factory=Dense)
     any_training: bool = False
 
@@ -68,7 +69,9 @@ class Refine(ComputePolicy):
     @property
     def needs(self) -> Requirements:
         """A rater where one is asked, unified training unless waived, and whatever the first round needs."""
-        needs = self.inner.needs.also(Capability.CONDITIONING, rater=isinstance(self.doubt, BelowThreshold))
+        needs = self.inner.needs.sampled(self.sampling).also(
+            Capability.CONDITIONING, rater=isinstance(self.doubt, BelowThreshold)
+        )
         return needs if self.any_training else needs.also(Capability.REGENERATION)
 
     def decode(
@@ -87,6 +90,7 @@ class Refine(ComputePolicy):
         draft_BLD, device = first.action_BLD, first.action_BLD.device
         action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
         confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if isinstance(self.doubt, BelowThreshold) else None
+        each = model.decoder.nfe(self.sampling)
         layers, passes, nfe, groups = list(first.layers), list(first.layer_passes), list(first.nfe), []
         depth = model.backbone.spec.depth
         for group in first.groups:
@@ -111,12 +115,12 @@ class Refine(ComputePolicy):
                     begin = Conditioning.around(kept, draft_RLD, doubt_RL.float())
                     part = prefix if len(again_A) == len(row_R) else prefix.select(again_A)
                     theirs = [mine[place] for place in again_A.tolist()]
-                    action_BLD[row_R[again_A]] = model.decoder.sample(part, theirs, self.steps, begin.select(again_A))
+                    action_BLD[row_R[again_A]] = model.decoder.sample(part, theirs, self.sampling, begin.select(again_A))
             for row in row_R.tolist():
                 passes[row] += extra
             for row in row_R[again_A].tolist():
-                passes[row] += self.steps * depth
-                nfe[row] += self.steps
+                passes[row] += each * depth
+                nfe[row] += each
                 layers[row] = depth
         return Decoded(
             action_BLD,
@@ -144,8 +148,8 @@ class Refine(ComputePolicy):
 
 
 def _parse(typed: Spelling, doubt: BelowThreshold | AtRandom) -> Refine:
-    typed.require(inner=True, usage="refine and refine-random may be followed by another one, as in refine+exit:NAME.")
-    return Refine(doubt, typed.knobs.steps, typed.inner or Dense(typed.knobs.steps), typed.knobs.any_training)
+    sampling = typed.sampling()
+    return Refine(doubt, sampling, typed.inner or Dense.by(sampling), typed.knobs.any_training)
 
 
 REFINE = ComputeKind(lambda typed: _parse(typed, BelowThreshold(typed.knobs.threshold)), example="refine")

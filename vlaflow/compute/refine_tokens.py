@@ -23,6 +23,7 @@ from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, TokenConditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class RefineTokens(ComputePolicy):
 
     Args:
         doubt: which tokens; ``BelowThreshold`` asks the rater, for tokenizers whose tokens belong to one action.
-        steps: solver steps of the second round.
+        sampling: of the second round.
         inner: makes the first chunk.
         label: for tables.
     """
 
     doubt: Improbable | BelowThreshold = Improbable()
-    steps: int = 8
+    sampling: Sampling = field(default_factory=lambda: Sampling(8))
     inner: ComputePolicy = field(default_factory=Dense)
     label: str = "refine-tokens"
 
@@ -63,7 +64,7 @@ class RefineTokens(ComputePolicy):
         first round needs.
         """
         rater = isinstance(self.doubt, BelowThreshold)
-        return self.inner.needs.also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=rater)
+        return self.inner.needs.sampled(self.sampling).also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=rater)
 
     def decode(
         self,
@@ -136,7 +137,7 @@ class RefineTokens(ComputePolicy):
         watch: Stopwatch,
     ) -> Tokens:
         with watch.part("refine"):
-            state = decoder.solve(prefix, generators, self.steps, TokenConditioning(before.id_BS, doubt_RS.float()))
+            state = decoder.solve(prefix, generators, self.sampling, TokenConditioning(before.id_BS, doubt_RS.float()))
             after = decoder.tokens(state)
         assert after is not None  # it has a tokenizer
         probability_RS = torch.where(doubt_RS, after.probability_BS, before.probability_BS)
@@ -165,9 +166,8 @@ class RefineTokens(ComputePolicy):
 
 
 def _parse(typed: Spelling) -> RefineTokens:
-    typed.require(inner=True, usage="refine-tokens may be followed by another one, as in refine-tokens+two-stage:14+2.")
-    knobs = typed.knobs
-    return RefineTokens(Improbable(knobs.threshold), knobs.steps, typed.inner or Dense(knobs.steps))
+    sampling = typed.sampling()
+    return RefineTokens(Improbable(typed.knobs.threshold), sampling, typed.inner or Dense.by(sampling))
 
 
 REFINE_TOKENS = ComputeKind(_parse, example="refine-tokens")

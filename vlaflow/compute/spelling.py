@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling, Solver
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Knobs:
     """What the command line may turn.
 
     Args:
-        steps: solver steps per round.
+        steps: solver steps per round, where the spelling states none.
         threshold: confidence below which "refine" regenerates an action.
         any_training: see ``Refine``.
         device, threads: what is computed with, for budgets.
@@ -41,7 +44,7 @@ DEFAULTS = Knobs()
 
 @dataclass(frozen=True)
 class Spelling:
-    """What was typed: KIND, KIND:MORE or KIND+ANOTHER.
+    """What was typed: KIND, KIND:MORE, KIND+ANOTHER or KIND:MORE+ANOTHER.
 
     Args:
         name: all of it.
@@ -56,6 +59,17 @@ class Spelling:
     inner: ComputePolicy | None
     knobs: Knobs
     checkpoint: Checkpoint | None
+
+    def sampling(self, text: str | None = None) -> Sampling:
+        """The settings of the sampler.
+
+        Args:
+            text: how they are typed (see ``read_sampling``); all that follows the colon by default.
+
+        Raises:
+            ConfigError: for a malformed one.
+        """
+        return read_sampling(self.more if text is None else text, self.knobs.steps, self.name)
 
     def measured(self) -> Checkpoint:
         """The checkpoint, for kinds that read what was measured for it.
@@ -79,6 +93,42 @@ class Spelling:
         """
         if (self.more and not more) or (self.inner is not None and not inner):
             raise ConfigError(f"'{self.name}' is no compute policy; {usage}")
+
+
+_SAMPLING = re.compile(
+    r"(?:(?P<grid>[\d.]+(?:-[\d.]+)+)|(?P<steps>\d*))(?:@(?P<noise_scale>[\d.]+))?"
+    r"(?:,(?P<solver>euler|midpoint|heun))?(?:,temperature=(?P<temperature>[\d.]+))?"
+)
+
+
+def read_sampling(text: str, steps: int, name: str) -> Sampling:
+    """Settings of the sampler, as ``str(sampling)`` writes them.
+
+    Args:
+        text: steps or a grid of clocks, then ``@NOISE_SCALE``, ``,SOLVER``, ``,temperature=T``; each may be left out.
+        steps: where there is neither steps nor a grid.
+        name: all that was typed, for the refusal.
+
+    Raises:
+        ConfigError: for a malformed or impossible one.
+    """
+    found = _SAMPLING.fullmatch(text)
+    try:
+        if found is None:
+            raise ValueError
+        given = {key: value for key, value in found.groupdict().items() if value}
+        return Sampling(
+            int(given.get("steps", steps)),
+            float(given.get("noise_scale", 1)),
+            tuple(map(float, given["grid"].split("-"))) if "grid" in given else None,
+            cast(Solver, given.get("solver", "euler")),
+            float(given["temperature"]) if "temperature" in given else None,
+        )
+    except ValueError:
+        raise ConfigError(
+            f"Settings of the sampler are typed as in 10, 2@0.5 (noise scale), 1-0.3-0 (clocks), 5,midpoint (or heun) and "
+            f"16,temperature=0, which '{name}' does not follow."
+        ) from None
 
 
 @dataclass(frozen=True)

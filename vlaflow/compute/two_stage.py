@@ -20,6 +20,7 @@ from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class TwoStage(ComputePolicy):
         stochastic, settling: steps; together at least 1.
         refresh: share of the tokens that must have changed for the prefix to be run again (see ``DiscreteFlowConfig``); None
             leaves it to the checkpoint. With a prefix that is blind to the tokens, 0 is no cache at all: the same chunk, later.
+        grid, temperature: see ``Sampling``; a grid is of both stages together.
         label: for tables.
     """
 
     stochastic: int = 14
     settling: int = 2
     refresh: float | None = None
+    grid: tuple[float, ...] | None = None
+    temperature: float | None = None
     label: str = "two-stage"
 
     def __post_init__(self) -> None:
@@ -43,11 +47,20 @@ class TwoStage(ComputePolicy):
             raise ConfigError(f"Two stages need steps ≥ 0 and one in all, got {self.stochastic} and {self.settling}.")
         if self.refresh is not None and not 0 <= self.refresh <= 1:
             raise ConfigError(f"refresh is a share of the tokens, in [0, 1], got {self.refresh}.")
+        if self.sampling.steps != self.steps:
+            raise ConfigError(
+                f"A grid for two stages of {self.steps} steps has {self.steps + 1} clocks, got {list(self.grid or ())}."
+            )
 
     @property
     def steps(self) -> int:
         """Of both stages."""
         return self.stochastic + self.settling
+
+    @property
+    def sampling(self) -> Sampling:
+        """The settings of the sampler, both stages together."""
+        return Sampling(self.steps, grid=self.grid, temperature=self.temperature)
 
     @property
     def name(self) -> str:
@@ -57,13 +70,13 @@ class TwoStage(ComputePolicy):
     @property
     def needs(self) -> Requirements:
         """A discrete flow: no other decoder's solver steps may be cut into two stages."""
-        needs = Requirements(frozenset({Capability.DETERMINISTIC_STEPS}))
+        needs = Requirements(frozenset({Capability.DETERMINISTIC_STEPS})).sampled(self.sampling)
         return needs if self.refresh is None else needs.also(Capability.PREFIX_REFRESH)
 
     @property
     def stages(self) -> Stages:
         """Both."""
-        return Stages(self.stochastic, self.settling)
+        return Stages(self.sampling, self.settling)
 
     def exact(self, model: Model) -> TwoStage | None:
         """The same with the prefix run at every step, where it reads the tokens."""
@@ -82,7 +95,7 @@ class TwoStage(ComputePolicy):
         with watch.part("prefix"):
             prefix = model.read(prefix)
         with watch.part("first"):
-            state = decoder.start(prefix, generators, self.steps, conditioning)
+            state = decoder.start(prefix, generators, self.sampling, conditioning)
             if self.refresh is not None:
                 state = decoder.refreshing(state, self.refresh)
             state = decoder.advance(state, prefix, self.stochastic)
@@ -90,7 +103,7 @@ class TwoStage(ComputePolicy):
             with watch.part("refine_deterministic"):
                 state = decoder.refine_deterministic(state, prefix, self.settling)
         action_BLD, tokens, batch = decoder.finish(state), decoder.tokens(state), prefix.batch
-        nfe = tokens.nfe if tokens else (decoder.nfe(self.steps),) * batch
+        nfe = tokens.nfe if tokens else (decoder.nfe(self.sampling),) * batch
         return Decoded(
             action_BLD,
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
@@ -102,10 +115,14 @@ class TwoStage(ComputePolicy):
 
 
 def _parse(typed: Spelling) -> TwoStage:
-    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?", typed.more)
-    if found is None:
-        raise ConfigError(f"two-stage takes stochastic and deterministic steps as in two-stage:14+2, got '{typed.name}'.")
-    return TwoStage(int(found[1]), int(found[2]), float(found[3]) if found[3] else None, label=typed.name)
+    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?(?:,temperature=(\d*\.?\d+))?", typed.more)
+    if found is None or typed.inner is not None:
+        raise ConfigError(
+            "two-stage takes stochastic and deterministic steps, and may take a refresh and a temperature, as in "
+            f"two-stage:14+2/0.3,temperature=0; got '{typed.name}'."
+        )
+    refresh, temperature = (float(number) if number else None for number in found.groups()[2:])
+    return TwoStage(int(found[1]), int(found[2]), refresh, temperature=temperature, label=typed.name)
 
 
 TWO_STAGE = ComputeKind(_parse, example="two-stage:14+2")

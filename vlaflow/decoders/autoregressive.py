@@ -15,10 +15,11 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
+from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.flows.categorical import pick, uniforms
+from vlaflow.flows.categorical import pick, tempered, uniforms
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.attention import causal_mask
 from vlaflow.stacks.shared import Cache, SharedStack
 
@@ -68,7 +69,12 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         self.config = config
         self.begin = self.vocabulary
 
-    def nfe(self, steps: int) -> int:
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Tokens are drawn, and nothing can be given beforehand."""
+        return frozenset({Capability.TEMPERATURE})
+
+    def nfe(self, sampling: Sampling) -> int:
         """One a slot, at most, whatever number of steps."""
         return self.slots
 
@@ -88,7 +94,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> AutoregressiveState:
         """No tokens yet.
@@ -105,7 +111,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
             probability_BS=torch.ones(b, self.slots, device=device),
             generators=tuple(generators),
             done=0,
-            steps=self.slots,
+            sampling=sampling,
             cache=self.stack.cache(prefix, self.slots),
             length_B=torch.zeros(b, dtype=torch.long, device=device),
             ended_B=torch.zeros(b, dtype=torch.bool, device=device),
@@ -119,7 +125,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
             before_B = torch.full_like(state.length_B, self.begin) if slot == 0 else state.id_BS[:, slot - 1]
             hidden_B1W = SharedStack.extend(self.embedding(before_B[:, None]), prefix, state.cache)
             logits_B1V = self.head(hidden_B1W)
-            next_B1 = self._choose(logits_B1V, state.generators)
+            next_B1 = self._choose(logits_B1V, state)
             chance_B1 = probability_of(logits_B1V, next_B1)
             free_B = ~state.ended_B
             id_BS, probability_BS = state.id_BS.clone(), state.probability_BS.clone()
@@ -137,11 +143,11 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> AutoregressiveState:
         """Tokens until all sequences have ended or are full."""
-        return self.advance(self.start(prefix, generators, steps, conditioning), prefix, self.slots)
+        return self.advance(self.start(prefix, generators, sampling, conditioning), prefix, self.slots)
 
     def tokens(self, state: AutoregressiveState) -> Tokens:
         """See ``Decoder``; a sequence that filled its slots without an end counts as repaired."""
@@ -160,8 +166,9 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
     def _shifted(self, id_BS: Tensor) -> Tensor:
         return torch.cat((torch.full_like(id_BS[:, :1], self.begin), id_BS[:, :-1]), 1)
 
-    def _choose(self, logits_B1V: Tensor, generators: Sequence[Generator]) -> Tensor:
-        if self.config.temperature == 0:
+    def _choose(self, logits_B1V: Tensor, state: AutoregressiveState) -> Tensor:
+        asked = state.sampling.temperature
+        temperature = self.config.temperature if asked is None else asked
+        if temperature == 0:  # without a draw for every token
             return logits_B1V.argmax(-1)
-        chance_B1V = (logits_B1V.float() / self.config.temperature).softmax(-1)
-        return pick(chance_B1V, uniforms(generators, (1,), logits_B1V.device))
+        return pick(tempered(logits_B1V, temperature), uniforms(state.generators, (1,), logits_B1V.device))

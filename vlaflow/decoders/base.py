@@ -25,6 +25,7 @@ from vlaflow.actions.fast import FastTokenizer
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
 from vlaflow.data.batch import Executed
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.registry import Group, Part
 
 State = TypeVar("State")
@@ -282,6 +283,12 @@ class Capability(StrEnum):
     """It has a ``refine_deterministic``: deterministic steps that may still revise every token."""
     PREFIX_REFRESH = "prefix-refresh"
     """It has a ``refreshing``: the share of changed tokens from which the prefix is run again can be chosen."""
+    CONTINUOUS = "continuous"
+    """Its tokens glide from Gaussian noise: the scale of the noise and the solver can be chosen."""
+    GRID = "grid"
+    """The clocks of its solver steps can be stated."""
+    TEMPERATURE = "temperature"
+    """It draws tokens, and the temperature can be chosen."""
     JOINT_ATTENTION = "joint-attention"
     """The prefix reads the action tokens too, so keys and values kept from an earlier step are an approximation."""
 
@@ -305,8 +312,8 @@ class Decoder(nn.Module, ABC, Generic[State]):
         return self.chunk_size if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
 
     @abstractmethod
-    def nfe(self, steps: int) -> int:
-        """Network evaluations that ``steps`` solver steps cost."""
+    def nfe(self, sampling: Sampling) -> int:
+        """Network evaluations that a chunk costs."""
 
     @abstractmethod
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
@@ -321,10 +328,10 @@ class Decoder(nn.Module, ABC, Generic[State]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> State:
-        """Initial tokens for B observations, to be finished in ``steps`` solver steps; one generator per observation."""
+        """Initial tokens for B observations, to be finished as ``sampling`` says; one generator per observation."""
 
     @abstractmethod
     def advance(self, state: State, prefix: Prefix, steps: int = 1) -> State:
@@ -394,18 +401,18 @@ class Decoder(nn.Module, ABC, Generic[State]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> State:
         """Start, and all steps at ``prefix.depth``."""
-        return self.advance(self.start(prefix, generators, steps, conditioning), prefix, steps)
+        return self.advance(self.start(prefix, generators, sampling, conditioning), prefix, sampling.steps)
 
     def sample(
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> Tensor:
         """A whole chunk (B, L, D): start, all steps, finish."""
-        return self.finish(self.solve(prefix, generators, steps, conditioning))
+        return self.finish(self.solve(prefix, generators, sampling, conditioning))

@@ -31,7 +31,8 @@ from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, 
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import discrete, gaussian, metrics
-from vlaflow.flows.categorical import pick, uniforms
+from vlaflow.flows.categorical import pick, tempered, uniforms
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.time import clock_embedding
 
 _SMALLEST = 1e-9
@@ -71,7 +72,8 @@ class DiscreteFlowConfig(TokenConfig):
         metric: of the metric path.
         schedule: c and α of the metric path.
         jump: "linear" leaves with min(1, hλ) (DFM-VLA), "exponential" with 1 − exp(−hλ) (FUDOKI).
-        guess: the final chunk as the network sees it: the "top" token everywhere [ours], or a "sample".
+        guess: the final chunk as the network sees it, unless a temperature is asked for: the "top" token everywhere [ours], or
+            a "sample".
         masks: "synchronous" draws one clock per chunk; "unified" noises each token with a probability y ~ U(0, 1), so that
             tokens given clean are context the network knows [ours, after AsyncVLA].
         clock_input: add a projection of the embedding of each token's clock to its own; the projection starts at zero [ours].
@@ -153,7 +155,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         the clocks cannot tell the two apart.
         """
         c = self.config
-        found = {Capability.DETERMINISTIC_STEPS, Capability.PREFIX_REFRESH}
+        found = {Capability.DETERMINISTIC_STEPS, Capability.PREFIX_REFRESH, Capability.GRID, Capability.TEMPERATURE}
         if c.masks == "unified" or (c.velocity == "rate" and not c.clock_input):
             found.add(Capability.REGENERATION)
         if c.attention == "full":
@@ -253,7 +255,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> DiscreteFlowState:
         """Uniform noise; given tokens enter as a draw from the path at their clock."""
@@ -272,7 +274,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             torch.ones_like(clock_BS),
             tuple(generators),
             done=0,
-            steps=steps,
+            sampling=sampling,
             refresh=refresh,
             refreshed=torch.zeros(len(id_BS), dtype=torch.long, device=device),
         )
@@ -283,7 +285,8 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         With a rate head a token leaves at λ = ρ/t for another one, drawn as the network's scores have it among the others (Edit
         Flows, substitutions alone); what the network still holds to be right at the end stays.
         """
-        for done in range(state.done, min(state.done + steps, state.steps)):
+        temperature, count = self.temperature(state.sampling), state.sampling.steps
+        for done in range(state.done, min(state.done + steps, count)):
             # A token that started at 0 never moves; a clock of 1 keeps its unused rates finite.
             now_BS = state.clock_at(done).masked_fill(~state.free_BS, 1.0)
             next_BS = state.clock_at(done + 1).masked_fill(~state.free_BS, 1.0)
@@ -291,14 +294,15 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             logits_BSV = self.head(hidden_BSW)
             uniform_3BS = uniforms(state.generators, (3, self.slots), logits_BSV.device).transpose(0, 1)
             chance_BSV = logits_BSV.float().softmax(-1)
-            guess_BS = chance_BSV.argmax(-1) if self.config.guess == "top" else pick(chance_BSV, uniform_3BS[0])
+            end_BSV = tempered(logits_BSV, temperature)
+            guess_BS = pick(end_BSV, uniform_3BS[0])
             if self.rate is not None:
                 rho_BS = functional.softplus(self.rate(hidden_BSW)[..., 0].float())
-                other_BSV = chance_BSV.scatter(-1, state.id_BS[..., None], 0.0)
+                other_BSV = end_BSV.scatter(-1, state.id_BS[..., None], 0.0)
                 other_BSV = other_BSV / other_BSV.sum(-1, keepdim=True).clamp(min=_SMALLEST)  # given that it is wrong
                 rate_BSV = other_BSV * (rho_BS / now_BS)[..., None]
                 id_BS = discrete.jump(state.id_BS, rate_BSV, now_BS - next_BS, uniform_3BS[1:], self.config.jump)
-            elif done + 1 == state.steps:
+            elif done + 1 == count:
                 id_BS = guess_BS
             else:
                 schedule, stride_BS = self.config.schedule, now_BS - next_BS
@@ -311,12 +315,18 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     def refine_deterministic(self, state: DiscreteFlowState, prefix: Prefix, steps: int = 1) -> DiscreteFlowState:
         """Deterministic steps: the most probable token in every slot. They change nothing once nothing changes."""
         for _ in range(steps):
-            clock_BS = state.clock_at(min(state.done, state.steps))
+            clock_BS = state.clock_at(min(state.done, state.sampling.steps))
             hidden_BSW, state = self._look(state, clock_BS, prefix)
             logits_BSV = self.head(hidden_BSW)
             best_BS = logits_BSV.argmax(-1)
             state = state.moved(best_BS, probability_of(logits_BSV, best_BS))
         return state
+
+    def temperature(self, sampling: Sampling) -> float:
+        """Of the predicted final chunk; what the config calls a top guess is 0, a sample 1, and the rate head draws at 1."""
+        if sampling.temperature is not None:
+            return sampling.temperature
+        return 1.0 if self.rate is not None or self.config.guess == "sample" else 0.0
 
     def tokens(self, state: DiscreteFlowState) -> Tokens:
         """See ``Decoder``."""

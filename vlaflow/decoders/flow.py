@@ -1,4 +1,4 @@
-"""The flow-matching decoder: one token per action, a clock per token, Euler steps.
+"""The flow-matching decoder: one token per action, a clock per token, solver steps of first or second order.
 
 Trained with AsyncVLA's unified masks it serves synchronous generation (all clocks 1) and regeneration (clocks 0 on the
 actions to keep) with the same weights; with "synchronous" masks it is the usual π0-style decoder.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from vlaflow.decoders.base import (
 )
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows import gaussian, guidance
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
 from vlaflow.stacks.base import Stack
@@ -132,19 +134,19 @@ class FlowState:
         x_BLX: float32, normalised and padded actions at their current clocks.
         start_BL: the clock each token started from.
         done: solver steps taken.
-        steps: solver steps in all.
-        guide: padded actions to be bent towards.
+        sampling: all of them.
+        guidance: padded actions to be bent towards.
     """
 
     x_BLX: Tensor
     start_BL: Tensor
     done: int
-    steps: int
+    sampling: Sampling
     guidance: Guidance | None = None
 
     def clock_at(self, done: int) -> Tensor:
-        """Clocks after ``done`` steps: every token walks from its start to exactly 0 in ``steps`` equal strides."""
-        return self.start_BL * (1 - done / self.steps)
+        """Clocks after ``done`` steps: every token walks from its start to exactly 0."""
+        return self.start_BL * self.sampling.clock(done)
 
 
 class FlowDecoder(Decoder[FlowState]):
@@ -163,18 +165,18 @@ class FlowDecoder(Decoder[FlowState]):
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Conditioning always; regeneration after training with mixed clocks."""
+        """Regeneration only after training with mixed clocks."""
         trained = {Capability.REGENERATION} if self.config.masks == "unified" else set()
-        return frozenset({Capability.CONDITIONING} | trained)
+        return frozenset({Capability.CONDITIONING, Capability.CONTINUOUS, Capability.GRID} | trained)
 
     @property
     def max_action_prefix(self) -> int:
         """As trained; with mixed clocks, or by guidance, any number that leaves actions to make."""
         return self.config.committed or self.chunk_size - 1
 
-    def nfe(self, steps: int) -> int:
-        """One a step."""
-        return steps
+    def nfe(self, sampling: Sampling) -> int:
+        """One a step, or two to second order."""
+        return sampling.evaluations
 
     def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix) -> Tensor:
         """Predicted dx/dt (B, L, X) of tokens at their clocks.
@@ -222,7 +224,7 @@ class FlowDecoder(Decoder[FlowState]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> FlowState:
         """Noise where nothing is given; given actions enter at the point of the path that belongs to their clock.
@@ -233,9 +235,10 @@ class FlowDecoder(Decoder[FlowState]):
         if isinstance(conditioning, TokenConditioning):
             raise CapabilityError("A flow decoder has no vocabulary; give it actions.")
         c, device = self.config, prefix.hidden_BPW.device
-        noise_BLX = gaussian.standard_normal(generators, (c.chunk_size, c.padded_dim or c.action_dim)).to(device)
+        shape = (c.chunk_size, c.padded_dim or c.action_dim)
+        noise_BLX = gaussian.standard_normal(generators, shape, sampling.noise_scale).to(device)
         if conditioning is None:
-            return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, steps)
+            return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, sampling)
         x_BLX = self._pad(conditioning.action_BLD.float())
         d = c.action_dim
         if not conditioning.noised:
@@ -245,7 +248,7 @@ class FlowDecoder(Decoder[FlowState]):
         guide = conditioning.guidance and replace(
             conditioning.guidance, action_BLD=self._pad(conditioning.guidance.action_BLD.float())
         )
-        return FlowState(x_BLX, conditioning.clock_BL, 0, steps, guide)
+        return FlowState(x_BLX, conditioning.clock_BL, 0, sampling, guide)
 
     def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Conditioning:
         """See ``Decoder``; trained with committed or mixed clocks it is given them, otherwise bent towards them."""
@@ -255,25 +258,26 @@ class FlowDecoder(Decoder[FlowState]):
         return Conditioning(torch.zeros_like(action_BLD), torch.ones_like(guide.weight_BL), guidance=guide)
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
-        """Euler steps; the integration stays in float32 whatever the network computes in."""
-        for done in range(state.done, min(state.done + steps, state.steps)):
+        """Solver steps; the integration stays in float32 whatever the network computes in."""
+        velocity, count = partial(self._velocity, prefix, state.guidance), state.sampling.steps
+        for done in range(state.done, min(state.done + steps, count)):
             now_BL, next_BL = state.clock_at(done), state.clock_at(done + 1)
-            if state.guidance is None:
-                velocity_BLX = self.velocity(state.x_BLX, now_BL, prefix).float()
-            else:
-                velocity_BLX = self._guided(state, state.guidance, now_BL, prefix)
-            state = replace(state, x_BLX=gaussian.step(state.x_BLX, velocity_BLX, now_BL, next_BL), done=done + 1)
+            x_BLX = gaussian.solver_step(state.sampling.solver, state.x_BLX, velocity, now_BL, next_BL, last=done + 1 == count)
+            state = replace(state, x_BLX=x_BLX, done=done + 1)
         return state
 
     def finish(self, state: FlowState) -> Tensor:
         """The real dimensions."""
         return state.x_BLX[..., : self.action_dim]
 
-    def _guided(self, state: FlowState, guide: Guidance, now_BL: Tensor, prefix: Prefix) -> Tensor:
+    def _velocity(self, prefix: Prefix, guide: Guidance | None, x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
+        """The velocity in float32, bent where there is something to be bent towards."""
+        if guide is None:
+            return self.velocity(x_BLX, clock_BL, prefix).float()
         with torch.enable_grad():
-            x_BLX = state.x_BLX.detach().requires_grad_()
-            velocity_BLX = self.velocity(x_BLX, now_BL, prefix).float()
-            bent_BLX = guidance.guided(x_BLX, velocity_BLX, now_BL, guide.action_BLD, guide.weight_BL)
+            x_BLX = x_BLX.detach().requires_grad_()
+            velocity_BLX = self.velocity(x_BLX, clock_BL, prefix).float()
+            bent_BLX = guidance.guided(x_BLX, velocity_BLX, clock_BL, guide.action_BLD, guide.weight_BL)
         return torch.cat((bent_BLX[..., : self.action_dim], velocity_BLX.detach()[..., self.action_dim :]), -1)
 
     def _pad(self, action_BLD: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from vlaflow.decoders.base import (
 from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,9 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         """As its flow."""
         return self.flow.max_action_prefix
 
-    def nfe(self, steps: int) -> int:
+    def nfe(self, sampling: Sampling) -> int:
         """Of the expert; the latent tokens are one more pass of a few tokens through the backbone."""
-        return self.flow.nfe(steps)
+        return self.flow.nfe(sampling)
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Flow loss, and the cross-entropies of codes and FAST tokens at the deepest exit.
@@ -175,15 +176,15 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> LatentFlowState:
         """The latent tokens, then the flow's noise."""
         seen = self._seen(prefix, self.latent.read(prefix))
-        return LatentFlowState(self.flow.start(seen, generators, steps, conditioning), seen)
+        return LatentFlowState(self.flow.start(seen, generators, sampling, conditioning), seen)
 
     def advance(self, state: LatentFlowState, prefix: Prefix, steps: int = 1) -> LatentFlowState:
-        """Euler steps of the expert."""
+        """Solver steps of the expert."""
         return replace(state, flow=self.flow.advance(state.flow, state.seen, steps))
 
     def finish(self, state: LatentFlowState) -> Tensor:

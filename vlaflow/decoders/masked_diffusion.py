@@ -18,7 +18,8 @@ from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, 
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import masked
-from vlaflow.flows.categorical import gumbel, pick, uniforms
+from vlaflow.flows.categorical import gumbel, pick, tempered, uniforms
+from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     @property
     def capabilities(self) -> frozenset[Capability]:
         """Conditioning, and regeneration: training masks any tokens and shows the others."""
-        return self.conditioning | {Capability.REGENERATION}
+        return self.conditioning | {Capability.REGENERATION, Capability.GRID, Capability.TEMPERATURE}
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Cross-entropy of the masked tokens."""
@@ -96,7 +97,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> MaskedState:
         """Everything masked, but for what is given at clock 0."""
@@ -112,25 +113,31 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
             torch.ones_like(clock_BS),
             tuple(generators),
             done=0,
-            steps=steps,
+            sampling=sampling,
             hidden_BS=clock_BS > 0,
             looks_B=torch.zeros(prefix.batch, dtype=torch.long, device=device),
         )
 
     def advance(self, state: MaskedState, prefix: Prefix, steps: int = 1) -> MaskedState:
-        """Predict all masked tokens and reveal the surest, as many as the cosine schedule says."""
-        c, count_B = self.config, state.free_BS.sum(1)
-        for done in range(state.done, min(state.done + steps, state.steps)):
+        """Predict all masked tokens and reveal the surest, as many as the cosine schedule says.
+
+        A temperature that is asked for stands for both of the config's: at 0 no step depends on a generator.
+        """
+        c, count_B, asked = self.config, state.free_BS.sum(1), state.sampling
+        temperature = c.temperature if asked.temperature is None else asked.temperature
+        choice_temperature = c.choice_temperature if asked.temperature is None else asked.temperature
+        for done in range(state.done, min(state.done + steps, asked.steps)):
+            progress = asked.progress(done + 1)
             if not bool(state.hidden_BS.any()) and not c.remask:
                 break
             logits_BSV = self._look(state, prefix)
             uniform_B2S = uniforms(state.generators, (2, self.slots), logits_BSV.device)
-            drawn_BS = self._draw(logits_BSV, uniform_B2S[:, 0])
+            drawn_BS = pick(tempered(logits_BSV, temperature), uniform_B2S[:, 0])
             id_BS = torch.where(state.hidden_BS, drawn_BS, state.id_BS)
             chance_BS = torch.where(state.hidden_BS, probability_of(logits_BSV, id_BS), state.probability_BS)
-            left_B = masked.still_masked(count_B, done + 1, state.steps)
-            noise_BS = gumbel(uniform_B2S[:, 1]) * c.choice_temperature * masked.masked_share((done + 1) / state.steps).float()
-            fading_BS = torch.where(state.hidden_BS, 1.0, 1 - (done + 1) / state.steps)
+            left_B = masked.still_masked(count_B, done + 1, asked.steps, progress)
+            noise_BS = gumbel(uniform_B2S[:, 1]) * choice_temperature * masked.masked_share(progress).float()
+            fading_BS = torch.where(state.hidden_BS, 1.0, 1 - progress)
             sure_BS = (chance_BS * fading_BS).clamp(min=1e-30).log() + noise_BS
             competes_BS = state.free_BS if c.remask else state.hidden_BS
             hidden_BS = masked.lowest(sure_BS.masked_fill(~competes_BS, float("inf")), left_B) & competes_BS
@@ -141,8 +148,3 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     def _look(self, state: MaskedState, prefix: Prefix) -> Tensor:
         id_BS = state.id_BS.masked_fill(state.hidden_BS, self.mask)
         return self.head(self.hidden(id_BS, prefix, (prefix.depth,))[0])
-
-    def _draw(self, logits_BSV: Tensor, uniform_BS: Tensor) -> Tensor:
-        if self.config.temperature == 0:
-            return logits_BSV.argmax(-1)
-        return pick((logits_BSV.float() / self.config.temperature).softmax(-1), uniform_BS)

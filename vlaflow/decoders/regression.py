@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LossTerms, Targets, TokenConditioning, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.stacks.base import Stack
 from vlaflow.stacks.expert import ExpertConfig
@@ -79,7 +80,7 @@ class RegressionDecoder(Decoder[RegressionState]):
             config.tokens // config.chunk_size * width, config.hidden or width, config.action_dim, config.head_layers
         )
 
-    def nfe(self, steps: int) -> int:
+    def nfe(self, sampling: Sampling) -> int:
         """One, whatever number of steps."""
         return 1
 
@@ -104,7 +105,7 @@ class RegressionDecoder(Decoder[RegressionState]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> RegressionState:
         """Nothing to prepare.

@@ -22,6 +22,7 @@ from vlaflow.actions.fast import FastFit, FastTokenizer
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.stacks.shared import SharedStack
 
 
@@ -94,7 +95,8 @@ class TokenState:
         start_BS: the clock each token started from; one that started at 0 never changes.
         probability_BS: what the network gave each token when it last looked; 1 for given ones.
         generators: one per observation; every step draws from them.
-        done, steps: solver steps taken, and in all.
+        done: solver steps taken.
+        sampling: all of them.
         revised: tokens that each step changed, (B,) each.
     """
 
@@ -103,7 +105,7 @@ class TokenState:
     probability_BS: Tensor
     generators: tuple[Generator, ...]
     done: int
-    steps: int
+    sampling: Sampling
     revised: tuple[Tensor, ...] = ()
 
     @property
@@ -112,8 +114,8 @@ class TokenState:
         return self.start_BS > 0
 
     def clock_at(self, done: int) -> Tensor:
-        """Clocks after ``done`` steps: every token walks from its start to exactly 0 in ``steps`` equal strides."""
-        return self.start_BS * (1 - done / self.steps)
+        """Clocks after ``done`` steps: every token walks from its start to exactly 0."""
+        return self.start_BS * self.sampling.clock(done)
 
     def moved(self: State, id_BS: Tensor, probability_BS: Tensor) -> State:
         """After one more step; tokens that started at clock 0 stay whatever is proposed."""
@@ -164,9 +166,9 @@ class TokenDecoder(Decoder[State]):
         by_action = {Capability.CONDITIONING} if self.tokenizer.local else set()
         return frozenset({Capability.TOKEN_CONDITIONING} | by_action)
 
-    def nfe(self, steps: int) -> int:
+    def nfe(self, sampling: Sampling) -> int:
         """One a step."""
-        return steps
+        return sampling.steps
 
     def encode(self, targets: Targets) -> tuple[Tensor, Tensor]:
         """Ids (B, S) of chunks and float weights (B, S) of their tokens in the loss, on the targets' device.

@@ -9,7 +9,7 @@ Shape letters: N samples, K exits, B batch, L chunk size, D action dimension.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -39,6 +39,7 @@ from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.io import read_json, require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
@@ -118,7 +119,7 @@ class Request:
         name: name of the file ``CKPT/calibration/NAME.json``.
         target: shares or risk.
         depths: depths with an exit; empty for all that were trained.
-        metric, steps, warm_start, restart: see ``ExitPlan``.
+        metric, sampling, warm_start, restart: see ``ExitPlan``.
         deviation: metric of the deviation from the full depth.
         frames: number of frames to measure, over both halves.
         new_data: the checkpoint was not trained on any episode of the data set.
@@ -129,7 +130,7 @@ class Request:
     target: Target
     depths: tuple[int, ...] = ()
     metric: Metric = "cosine"
-    steps: int = 2
+    sampling: Sampling = field(default_factory=lambda: Sampling(2))
     warm_start: WarmStart = "same"
     restart: float = 0.5
     deviation: Metric = "max_abs"
@@ -160,7 +161,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
             f"{checkpoint} was trained with its full depth ({depths[-1]}) as the only exit, so there is nothing to calibrate. "
             "Train it with exits (docs/concepts.md)."
         )
-    plan = ExitPlan(depths, request.metric, request.steps, request.warm_start, request.restart)
+    plan = ExitPlan(depths, request.metric, request.sampling, request.warm_start, request.restart)
     EarlyExit(plan, (inf,) * len(plan.exits)).needs.check(policy.model, "calibration")
     if depths[-1] != policy.model.depths[-1]:
         raise ConfigError(f"The last of the depths must be the full one, {policy.model.depths[-1]}, got {list(depths)}.")
@@ -178,7 +179,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     made.save(file)
     known = folder / LADDER
     if request.ladder and not _measured(known, mark, policy, plan):
-        save(ladder(policy, frames, mark, {*LADDER_STEPS, plan.steps}), known)
+        save(ladder(policy, frames, mark, {*LADDER_STEPS, plan.sampling.steps}), known)
     return Calibrated(made, table, file)
 
 
@@ -188,7 +189,7 @@ def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
         return False
     found = read_json(file)
     known = {rung["nfe"] for rung in found.get("rungs", ())}
-    return found.get("checkpoint") == mark and policy.model.decoder.nfe(plan.steps) in known
+    return found.get("checkpoint") == mark and policy.model.decoder.nfe(Sampling(plan.sampling.steps)) in known
 
 
 def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
@@ -284,7 +285,7 @@ def calibrate(
     fresh_N = ~table.choose_N
     exit_F = taken(table.discrepancy_NK[fresh_N], threshold_K)
     rows, exits = np.arange(len(exit_F)), len(plan.exits)
-    each = policy.model.decoder.nfe(plan.steps)
+    each = policy.model.decoder.nfe(plan.sampling)
     depth_K = np.asarray(plan.exits)
     spent_K = np.cumsum(np.asarray(plan.depths))[1:] * each + depth_K
     above = None
@@ -319,7 +320,7 @@ def calibrate(
 def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[int] = LADDER_STEPS) -> Ladder:
     """Error of every fixed depth and number of solver steps, with the same noise as the most expensive of them."""
     model, depths = policy.model, policy.model.depths
-    steps = sorted({model.decoder.nfe(s) for s in steps})
+    steps = sorted({model.decoder.nfe(Sampling(s)) for s in steps})
     sums = {(depth, s): np.zeros(2) for depth in depths for s in steps}
     count = 0
     with progress(len(frames.index_N), "Measuring steps") as bar:
@@ -335,7 +336,7 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[in
             def sampled(depth: int, s: int) -> Tensor:
                 for generator, state in zip(generators, begin, strict=True):  # noqa: B023
                     generator.set_state(state)
-                return model.decoder.sample(prefixes[depth], generators, s)  # noqa: B023
+                return model.decoder.sample(prefixes[depth], generators, Sampling(s))  # noqa: B023
 
             full_BLD = sampled(depths[-1], steps[-1])
             for depth, s in sums:

@@ -13,6 +13,7 @@ from vlaflow.compute.budget import Profile
 from vlaflow.compute.dense import Dense
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.versions import device_name, machine, versions
@@ -38,15 +39,15 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
         with torch.inference_mode():
             embedded = policy.embed(batch)
             prefixes = {depth: model.read(embedded, depth) for depth in depths}
-            steps = 4
+            sampling = Sampling(4)
             parts: dict[str, Callable[[], object]] = {"embed": lambda: policy.embed(batch)}
             for depth in depths:
                 parts[f"prefix {depth}"] = lambda depth=depth: model.read(embedded, depth)  # type: ignore[misc]
                 if depth in model.depths:
                     parts[f"step {depth}"] = lambda depth=depth: model.decoder.sample(  # type: ignore[misc]
-                        prefixes[depth], [Generator().manual_seed(0)], steps
+                        prefixes[depth], [Generator().manual_seed(0)], sampling
                     )
-            parts["chunk"] = lambda: policy.act(observation, Dense(steps), generator=Generator().manual_seed(0))
+            parts["chunk"] = lambda: policy.act(observation, Dense.by(sampling), generator=Generator().manual_seed(0))
             times: dict[str, list[float]] = {name: [] for name in parts}
             for turn in range(-3, rounds):
                 for name, part in parts.items():
@@ -58,8 +59,8 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
         torch.set_num_threads(before)
     middle = {name: float(np.median(ms)) for name, ms in times.items()}
     with torch.inference_mode():
-        tokens = model.decoder.tokens(model.decoder.solve(prefixes[depths[-1]], [Generator().manual_seed(0)], steps))
-    each = tokens.nfe[0] if tokens else model.decoder.nfe(steps)
+        tokens = model.decoder.tokens(model.decoder.solve(prefixes[depths[-1]], [Generator().manual_seed(0)], sampling))
+    each = tokens.nfe[0] if tokens else model.decoder.nfe(sampling)
     full = middle[f"prefix {depths[-1]}"] + middle[f"step {depths[-1]}"]
     return Profile(
         checkpoint=checkpoint,

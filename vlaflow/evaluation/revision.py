@@ -62,7 +62,7 @@ def follow(
     tokens, probability, actions = [], [], []
     with torch.inference_mode():
         prefix = policy.encode(ObservationBatch.collate([observation]))
-        state = decoder.start(prefix, [generator], stochastic + settling)
+        state = decoder.start(prefix, [generator], stages.sampling)
         for step in range(stochastic + settling + 1):
             if step:
                 state = (decoder.advance if step <= stochastic else decoder.refine_deterministic)(state, prefix)

@@ -34,6 +34,14 @@ def pick(weight_BSV: Tensor, uniform_BS: Tensor) -> Tensor:
     return index_BS1[..., 0].clamp(max=weight_BSV.shape[-1] - 1) * (cumulative_BSV[..., -1] > 0)
 
 
+def tempered(logits_BSV: Tensor, temperature: float) -> Tensor:
+    """softmax(logits/temperature), float32 (B, S, V); at 0 all the weight is on the most probable token."""
+    if temperature == 0:
+        best_BS1 = logits_BSV.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits_BSV, dtype=torch.float32).scatter_(-1, best_BS1, 1.0)
+    return (logits_BSV.float() / temperature).softmax(-1)
+
+
 def gumbel(uniform: Tensor) -> Tensor:
     """Standard Gumbel noise −log(−log u), finite for u in [0, 1)."""
     tiny = torch.finfo(uniform.dtype).tiny

@@ -18,18 +18,19 @@ def masked_share(progress: Tensor | float) -> Tensor:
     return torch.cos(torch.as_tensor(progress, dtype=torch.float64) * (math.pi / 2)).clamp(min=0)
 
 
-def still_masked(count_B: Tensor, done: int, steps: int) -> Tensor:
-    """Number of tokens that remain masked after ``done`` of ``steps`` steps, int64 (B,): ⌊N·cos(π·done/(2·steps))⌋.
+def still_masked(count_B: Tensor, done: int, steps: int, progress: float | None = None) -> Tensor:
+    """Number of tokens that remain masked after ``done`` of ``steps`` steps, int64 (B,): ⌊N·cos(π·progress/2)⌋.
 
     Every step unmasks at least one token as long as any is masked; after the last step none is.
 
     Args:
         count_B: tokens that were masked at the start, N.
         done: 1 … steps.
+        progress: share of the way that these steps are; None for done/steps.
     """
     if done >= steps:
         return torch.zeros_like(count_B)
-    planned_B = (count_B * masked_share(done / steps).to(count_B.device)).floor().long()
+    planned_B = (count_B * masked_share(done / steps if progress is None else progress).to(count_B.device)).floor().long()
     return torch.minimum(planned_B, (count_B - done).clamp(min=0))
 
 

@@ -27,6 +27,7 @@ from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.processor import Prepared, PreparedAnswers
 from vlaflow.stacks.expert import ExpertStack
@@ -180,7 +181,7 @@ class RaterStage:
     def __init__(self, policy: Policy, steps: int = 10) -> None:
         if policy.model.rater is None:
             raise CapabilityError("The rater stage needs a policy with a rater; use policy.with_rater(config, seed).")
-        self.policy, self.steps, self.rater = policy, steps, policy.model.rater
+        self.policy, self.sampling, self.rater = policy, Sampling(steps), policy.model.rater
         policy.model.backbone.requires_grad_(False)
         policy.model.decoder.requires_grad_(False)
 
@@ -205,7 +206,7 @@ class RaterStage:
         with torch.no_grad():
             prefix = model.read(model.backbone.embed(batch.inputs))
             seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
-            made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.steps)
+            made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.sampling)
             error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
         rating_BL = self.rater(prefix, made_BLD)

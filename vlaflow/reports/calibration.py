@@ -48,7 +48,7 @@ def write_page(made: Calibration, table: ExitMeasurements, file: Path) -> Path:
         "checkpoint": made.checkpoint,
         "data set": made.dataset,
         "exits at depths": ", ".join(map(str, plan.depths)),
-        "solver steps at each": str(plan.steps),
+        "solver steps at each": str(plan.sampling),
         "warm start": plan.warm_start + (f" from clock {plan.restart:g}" if plan.warm_start == "renoise" else ""),
         "command": made.command,
         "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),

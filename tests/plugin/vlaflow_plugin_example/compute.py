@@ -15,6 +15,7 @@ from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Averaged(ComputePolicy):
         first = Dense(self.steps).decode(model, prefix, generators, watch, conditioning)
         made, encoded = [first.action_BLD], first.groups[0].prefix
         with watch.part("first"):
-            made += [model.decoder.sample(encoded, generators, self.steps, conditioning) for _ in range(self.chunks - 1)]
+            made += [
+                model.decoder.sample(encoded, generators, Sampling(self.steps), conditioning) for _ in range(self.chunks - 1)
+            ]
         nfe = tuple(count * self.chunks for count in first.nfe)
         more = [(total - once) * first.layers[0] for total, once in zip(nfe, first.nfe, strict=True)]
         passes = tuple(a + b for a, b in zip(first.layer_passes, more, strict=True))

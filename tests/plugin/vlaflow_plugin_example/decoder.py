@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LossTerms, Targets, TokenConditioning, mean_over_exits
+from vlaflow.flows.sampling import Sampling
 from vlaflow.stacks.shared import SharedStack
 
 
@@ -54,7 +55,7 @@ class LineDecoder(Decoder[Tensor | None]):
             found.append(torch.lerp(first_BD[:, None], last_BD[:, None], self.share_L1))
         return found
 
-    def nfe(self, steps: int) -> int:
+    def nfe(self, sampling: Sampling) -> int:
         """One, whatever number of steps."""
         return 1
 
@@ -71,7 +72,7 @@ class LineDecoder(Decoder[Tensor | None]):
         self,
         prefix: Prefix,
         generators: Sequence[Generator],
-        steps: int,
+        sampling: Sampling,
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> None:
         """Nothing yet."""
