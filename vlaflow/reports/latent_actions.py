@@ -55,9 +55,7 @@ def write_page(found: LatentMeasurements, title: str, file: Path) -> Path:
         (f"{100 * pixels.explained:.0f} %", "of the change in pixels is reconstructed from the codes"),
     ]
     if found.probes:
-        tiles.append(
-            (f"{np.nanmean(found.probes['codes']):.2f}", "of the actions' variance predicted from the codes")
-        )
+        tiles.append((f"{np.nanmean(found.probes['codes']):.2f}", "of the action variance predicted from the codes"))
     places = ", ".join(f"{value:.1f}" for value in usage.place_perplexity)
     caption = f"Share of each entry among the codes of {usage.pairs} held-out pairs; the line is the fair share."
     return page.write(
