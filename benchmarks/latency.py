@@ -38,7 +38,7 @@ from vlaflow.decoders.model import Model
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.asyncvla.policy import tiny, tiny_rater
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import fingerprint
+from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.simulators.metaworld_tasks import ACTION, TASKS
 from vlaflow.spec import Observation

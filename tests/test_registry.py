@@ -202,5 +202,5 @@ def test_an_entry_must_be_what_its_group_holds(install):
 def test_a_suite_is_registered_by_the_name_it_has(install):
     text = "from vlaflow.simulators.metaworld_suite import SUITE"
     install("alias", [("simulators", "alias", "alias_part:SUITE")], {"alias_part": text})
-    with pytest.raises(ConfigError, match="registered as 'alias' calls itself 'metaworld'"):
+    with pytest.raises(ConfigError, match="registered as 'alias' is named 'metaworld'"):
         parse_env_name("alias/reach-v3")

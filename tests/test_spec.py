@@ -44,7 +44,7 @@ def test_rate_gripper_and_length_are_compared():
 
 
 def test_a_blank_is_refused():
-    with pytest.raises(SpecError, match="leaves 'unit' blank"):
+    with pytest.raises(SpecError, match="has an empty 'unit'"):
         Dimension("x", " ", "world", -1, 1, "forward")
 
 

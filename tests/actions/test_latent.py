@@ -142,7 +142,7 @@ def test_weights_of_another_size_are_refused(tmp_path):
 
 
 def test_frames_of_another_size_are_refused():
-    with pytest.raises(SpecError, match="reads frames of 28x28 pixels, got 32x32"):
+    with pytest.raises(SpecError, match="needs frames of 28x28 pixels, got 32x32"):
         model().codes(frames(0, size=32), frames(1, size=32))
 
 
@@ -151,9 +151,9 @@ def test_frames_of_another_size_are_refused():
     [
         ({"patch": 5}, "multiple of patch 5"),
         ({"heads": 3}, "multiple of heads 3"),
-        ({"book": 1}, "from 2 to 32767 entries"),
+        ({"book": 1}, "must have 2 to 32767 entries"),
         ({"grid": (0, 8)}, "at least 1"),
-        ({"grid": (5, 2)}, "finer than the 4x4 places that are pooled"),
+        ({"grid": (5, 2)}, "finer than the 4x4 positions that are pooled"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(wrong, message):

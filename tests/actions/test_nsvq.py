@@ -75,7 +75,7 @@ def near(made, ids):
 
 def tended(made, ids, rule, step=9, steps=100, seed=0):
     made(near(made, ids), torch.Generator().manual_seed(0))
-    return made.tend(rule, step, steps, torch.Generator().manual_seed(seed))
+    return made.replace_unused(rule, step, steps, torch.Generator().manual_seed(seed))
 
 
 RULE = Replacement(every=10, until=0.7, threshold=0.1, noise=0.02)
@@ -116,7 +116,7 @@ def test_uses_add_up_over_steps_and_parts_until_the_next_replacement():
     made = book()
     for ids in ([1, 1], [1, 2]):
         made(near(made, ids), torch.Generator().manual_seed(0))
-    made.tend(RULE, 0, 100, torch.Generator())
+    made.replace_unused(RULE, 0, 100, torch.Generator())
     assert tended(made, [3], RULE, step=1) == 0
     assert made.used_V[:4].tolist() == [0, 3, 1, 1]
 
@@ -124,7 +124,7 @@ def test_uses_add_up_over_steps_and_parts_until_the_next_replacement():
 def test_uses_outside_training_do_not_count():
     made = book().eval()
     made(near(made, [1, 2]))
-    made.train().tend(RULE, 0, 100, torch.Generator())
+    made.train().replace_unused(RULE, 0, 100, torch.Generator())
     assert made.used_V.sum() == 0
 
 

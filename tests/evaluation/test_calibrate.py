@@ -145,7 +145,7 @@ def test_same_seed_same_bytes(trained, dataset, tmp_path):
         (["--depths", "1", "5"], "answers at depth 5"),
         (["--depths", "1", "2"], "The last of the depths must be the full one, 3, got [1, 2]"),
         (["--max-deviation", "1"], "take more episodes"),
-        (["--name", "ladder"], "cannot be called"),
+        (["--name", "ladder"], "cannot be named"),
         (["--exit-budget", "-1"], "positive number"),
     ],
 )
@@ -175,5 +175,5 @@ def test_a_checkpoint_without_its_training_folder_says_how_to_go_on(trained, dat
 
 
 def test_a_policy_without_exits_has_nothing_to_calibrate(bare_checkpoint, dataset):
-    with pytest.raises(ConfigError, match=r"at its full depth alone \(1\), so there is nothing to calibrate"):
+    with pytest.raises(ConfigError, match=r"with its full depth \(1\) as the only exit, so there is nothing to calibrate"):
         run(bare_checkpoint, dataset, Request("any", ByShares()))

@@ -26,7 +26,7 @@ def test_eval_writes_results_videos_and_a_report(checkpoint, tmp_path, capsys):
         ("dense", 2, (1000, 1001), 4),
         ("refine", 2, (1000, 1001), 4),
     ]
-    assert [entry.told for entry in found.language] == ["right", "other", "empty"]
+    assert [entry.condition for entry in found.language] == ["right", "other", "empty"]
     assert found.minutes.evaluate is not None
     assert found.minutes.train is None
     assert "no success in 12 steps" in (out / "report.html").read_text()
@@ -84,7 +84,7 @@ def test_a_policy_that_ignores_its_seed_fails_its_check(checkpoint, monkeypatch)
         return replace(answer, actions=np.clip(answer.actions * 0 + next(counter) * 1e-4, -1, 1))
 
     monkeypatch.setattr(Policy, "act", restless)
-    broken = {f.promise for f in check_policy(checkpoint) if not f.kept}
+    broken = {f.promise for f in check_policy(checkpoint) if not f.passed}
     assert "same seed, same bytes" in broken
 
 

@@ -205,7 +205,7 @@ def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
 def test_a_file_of_another_kind_is_never_overwritten(tmp_path):
     """LeRobot v2.1 has a file of the same name in meta/."""
     (tmp_path / FILE).write_text('{"episode_index": 0, "length": 5}\n')
-    with pytest.raises(ConfigError, match="is no log of an evaluation"):
+    with pytest.raises(ConfigError, match="is not the log of an evaluation"):
         EpisodeLog(tmp_path, Made, {}, fresh=True)
     assert "episode_index" in (tmp_path / FILE).read_text()
 

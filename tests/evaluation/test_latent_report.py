@@ -43,7 +43,7 @@ def test_a_model_that_ignores_its_codes_does_as_well_with_other_ones(root, tmp_p
     model, dataset = saved(root, tmp_path / "m")
     model.decoder.leave.weight.data.zero_()
     model.decoder.leave.bias.data.zero_()
-    _, held = latent_report.look(model, dataset)
+    _, held = latent_report.encode_pairs(model, dataset)
     found = latent_report.pixels(model, held)
     earlier, later = (frames.double() / 255 for frames in held.pairs.frames(held.index_M))
     assert found.copy == pytest.approx((earlier - later).square().mean().item(), rel=1e-5)
@@ -55,11 +55,11 @@ def test_training_and_held_out_episodes_are_apart_and_divided_as_in_training(roo
     from vlaflow.data.windows import split_episodes
 
     model, dataset = saved(root, tmp_path / "m")
-    train, held = latent_report.look(model, dataset)
+    train, held = latent_report.encode_pairs(model, dataset)
     assert (train.pairs.episodes, held.pairs.episodes) == split_episodes(dataset, 0.3, 0)
 
 
 def test_data_of_which_nothing_was_held_out_is_refused_unless_it_is_new(root, tmp_path):
     with pytest.raises(SpecError, match="training held out no episode"):
-        latent_report.look(*saved(root, tmp_path / "m", held_out=0.0))
-    assert latent_report.look(*saved(root, tmp_path / "n", held_out=0.0, own=False))
+        latent_report.encode_pairs(*saved(root, tmp_path / "m", held_out=0.0))
+    assert latent_report.encode_pairs(*saved(root, tmp_path / "n", held_out=0.0, own=False))

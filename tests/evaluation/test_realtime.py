@@ -81,12 +81,12 @@ def test_only_waiting_costs_time(mode, steps):
     episode = play(mode, 25.0)
     assert episode.success
     assert episode.first_success_step == steps
-    assert episode.stood == steps - 20
+    assert episode.idle == steps - 20
 
 
 def test_a_delay_is_rounded_up_to_whole_steps():
-    assert play("wait", 12.5).stood == 4
-    assert play("wait", 12.6).stood == 8
+    assert play("wait", 12.5).idle == 4
+    assert play("wait", 12.6).idle == 8
 
 
 def test_jitter_only_lengthens_and_is_the_same_for_every_hand_over(monkeypatch):
@@ -125,7 +125,7 @@ def test_an_episode_in_which_a_request_failed_is_no_result(delay_ms):
                 raise RequestError("32 requests are waiting already; try again later.")
             return super().__call__(request)
 
-    with pytest.raises(RequestError, match=r"in the middle of an episode.*: 32 requests are waiting"):
+    with pytest.raises(RequestError, match=r"during an episode.*: 32 requests are waiting"):
         play("switch", delay_ms, infer=Busy())
 
 
@@ -136,8 +136,8 @@ def test_a_request_has_the_keys_of_the_servers_layout():
     assert infer.requests[0]["prompt"] == "Go"
 
 
-def move(x, fresh=False, stood=False, gripper=0.0):
-    return Move(np.array([x, 0, 0, gripper], np.float32), 1, 0, fresh, stood)
+def move(x, fresh=False, idle=False, gripper=0.0):
+    return Move(np.array([x, 0, 0, gripper], np.float32), 1, 0, fresh, idle)
 
 
 def test_jerk_at_a_step_of_the_velocity_is_the_step_on_both_sides_of_it():
@@ -150,10 +150,10 @@ def test_jerk_at_a_step_of_the_velocity_is_the_step_on_both_sides_of_it():
 
 
 def test_the_gripper_is_no_motion_and_coming_to_a_stand_is_a_boundary():
-    moves = [move(0.5, gripper=-1), move(0.5, gripper=1), move(0.5), move(0, stood=True), move(0, stood=True)]
+    moves = [move(0.5, gripper=-1), move(0.5, gripper=1), move(0.5), move(0, idle=True), move(0, idle=True)]
     motion = wire.Motion.of(moves, ACTION)
     assert motion.boundaries == (3,)
-    assert motion.stood == (3, 4)
+    assert motion.idle == (3, 4)
     assert motion.mean(at_boundaries=False) == 0
     assert wire.Motion.of(moves[:2], ACTION).mean(at_boundaries=True) is None
 
@@ -169,7 +169,7 @@ def test_cells_and_pairs_count_what_happened():
         ("wait", 100.0): 0,  # four waits of 8 steps
         ("commit", 100.0): 3,
     }
-    assert found["wait", 100.0].stood_share > 0.4
+    assert found["wait", 100.0].idle_share > 0.4
     assert [(p.first, p.second, p.delay_ms, p.success[0]) for p in pairs] == [
         ("wait", "commit", 0.0, 0.0),
         ("wait", "commit", 100.0, 1.0),
@@ -182,9 +182,9 @@ def test_cells_and_pairs_count_what_happened():
     ("change", "config", "error", "sentence"),
     [
         ({"action_spec": to_json(helpers.action_spec())}, {}, SpecError, "do not mean the same"),
-        ({"chunk_size": None}, {}, SpecError, "does not say chunk_size"),
-        ({"fingerprint": None}, {}, SpecError, "does not say fingerprint"),
-        ({"views": ["wrist"]}, {}, SpecError, "looks at 'wrist'"),
+        ({"chunk_size": None}, {}, SpecError, "lacks chunk_size"),
+        ({"fingerprint": None}, {}, SpecError, "lacks fingerprint"),
+        ({"views": ["wrist"]}, {}, SpecError, "needs view 'wrist'"),
         ({"state": ["a", "b"]}, {}, SpecError, "in parts"),
         ({"max_action_prefix": 0}, {}, ConfigError, "cannot continue"),
         ({}, {"n_action_steps": 12}, ConfigError, "at most 11"),
@@ -251,7 +251,7 @@ def test_a_failed_episode_is_begun_again_and_one_of_another_policy_counts_for_no
 
 @pytest.mark.parametrize("jitter_ms", [-1.0, float("nan"), float("inf")])
 def test_jitter_that_is_none_is_refused(jitter_ms):
-    with pytest.raises(ConfigError, match="Jitter makes answers later"):
+    with pytest.raises(ConfigError, match="jitter must be at least 0 ms"):
         wire.RealtimeEvaluationConfig(jitter_ms=jitter_ms)
 
 

@@ -99,7 +99,7 @@ def test_the_language_swap_tells_every_environment_something_else():
     test = language.plan_swap(synthetic.ENVS, Dense(), 2)
     assert len(test.jobs) == 3 * 2 * 2
     for env in synthetic.ENVS:
-        said = {test.said[env, kind] for kind in language.KINDS}
+        said = {test.instructions[env, kind] for kind in language.KINDS}
         assert len(said) == 3
     alone = language.plan_swap(synthetic.ENVS[:1], Dense(), 1)
-    assert alone.said[synthetic.ENVS[0], "other"] not in ("", "Open a drawer")
+    assert alone.instructions[synthetic.ENVS[0], "other"] not in ("", "Open a drawer")

@@ -10,7 +10,7 @@ from tests.evaluation.conftest import ENV
 from vlaflow.compute.parse import parse, parse_all
 from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
-from vlaflow.evaluation.latency import measure, seen_on_the_way
+from vlaflow.evaluation.latency import collect_observations, measure
 from vlaflow.evaluation.rollout import (
     EpisodeJob,
     RolloutConfig,
@@ -32,7 +32,7 @@ def moments_of(checkpoint, compute):
     policy, chunks = Policy.from_pretrained(checkpoint), []
     job = EpisodeJob(ENV, parse(compute, Knobs(steps=2)), 1000)
     with one_thread():
-        episode = play(policy, open_env(policy, ENV, "fast"), job, SHORT, look=lambda step, seen, chunk: chunks.append(chunk))
+        episode = play(policy, open_env(policy, ENV, "fast"), job, SHORT, before=lambda step, seen, chunk: chunks.append(chunk))
     return episode, chunks
 
 
@@ -98,7 +98,7 @@ def test_impossible_settings_are_refused(checkpoint, wrong):
 def test_latency_parts_add_up_to_the_total(checkpoint):
     policy = Policy.from_pretrained(checkpoint)
     with one_thread():
-        seen = seen_on_the_way(policy, plan([ENV], [parse("dense")], 2), SHORT)
+        seen = collect_observations(policy, plan([ENV], [parse("dense")], 2), SHORT)
     assert len(seen) > 2
     dense, refine = measure(policy, parse_all(["dense", "refine"], Knobs(2)), seen, chunks=4, warm_up=1)
     assert (dense.chunks, dense.nfe, dense.layer_passes) == (4, 2.0, 3.0)

@@ -70,7 +70,7 @@ def test_paired_difference_holds_the_estimate_and_turns_with_the_order(table):
 def test_pairs_are_counted_by_position():
     table = PairedOutcomes.of([True, True, False, False, True], [True, False, True, False, True])
     assert table == PairedOutcomes(2, 1, 1, 1)
-    with pytest.raises(ConfigError, match="as many"):
+    with pytest.raises(ConfigError, match="equally many"):
         PairedOutcomes.of([True], [True, False])
 
 

@@ -152,7 +152,7 @@ def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked,
     assert held_out(out, other) == tuple(range(5))  # known by its fingerprint, so another set
     bare = new_policy(tiny_config())
     bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="nobody knows which questions"):
+    with pytest.raises(CheckpointError, match="unknown which questions"):
         run(tmp_path / "bare", asked, AnswerConfig(), tmp_path / "c")
     with pytest.raises(CapabilityError, match="no language-model head"):
         run(tmp_path / "bare", asked, AnswerConfig(part="all"), tmp_path / "c")

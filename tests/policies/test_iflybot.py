@@ -82,8 +82,8 @@ def test_codes_are_computed_once_per_model(dataset, monkeypatch):
 
 def test_a_stored_model_is_opened_only_where_the_codes_are_missing(dataset, tmp_path, monkeypatch):
     """The same codes and fingerprint as the open model's; the second time there is no network at all."""
-    made = model(seed=2)
-    made.save_pretrained(tmp_path)
+    model(seed=2).save_pretrained(tmp_path)
+    made = LatentActionModel.from_pretrained(tmp_path)
     first = dataset_codes(StoredLatentModel.open(tmp_path), dataset)
     assert np.array_equal(first.id_NK, dataset_codes(made, dataset).id_NK)
     assert StoredLatentModel.open(tmp_path).fingerprint() == made.fingerprint()

@@ -120,7 +120,7 @@ def poison(value):
 def test_weights_that_are_not_finite_are_refused_by_file_and_name(checkpoint, name, value):
     name = next(own for own in load_file(checkpoint / "model.safetensors") if own.startswith(name))
     rewrite(checkpoint, {name: poison(value)})
-    with pytest.raises(CheckpointError, match=rf"'{name}' in .*model\.safetensors holds NaN or an infinite value"):
+    with pytest.raises(CheckpointError, match=rf"'{name}' in .*model\.safetensors contains NaN or an infinite value"):
         Policy.from_pretrained(checkpoint)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from vlaflow.evaluation import results as r
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import Latency
-from vlaflow.evaluation.rollout import Episode
+from vlaflow.evaluation.rollout import EpisodeResult
 from vlaflow.evaluation.statistics import Percentiles, wilson
-from vlaflow.evaluation.videos import EpisodeVideo, Moment
+from vlaflow.evaluation.videos import EpisodeVideo, VideoChunk
 
 ENVS = ("metaworld/drawer-open-v3", "metaworld/button-press-topdown-v3", "metaworld/window-close-v3")
 COMPUTES = ("dense", "refine", "refine-random")
@@ -26,7 +26,7 @@ def episodes(n=20, seed=0):
                 steps, chunks = step or 500, math.ceil((step or 500) / 8)
                 passes = chunks * (44, 72, 84)[c]
                 found.append(
-                    Episode(
+                    EpisodeResult(
                         env,
                         compute,
                         1000 + s,
@@ -102,14 +102,14 @@ def log(steps=600):
     ]
 
 
-def moment(step=24, seed=3):
+def video_chunk(step=24, seed=3):
     random = np.random.default_rng(seed)
     draft = np.cumsum(random.normal(0, 0.15, (16, 4)), 0).clip(-1, 1)
     confidence = random.uniform(0.2, 0.98, 16)
     again = confidence < 0.5
     actions = np.where(again[:, None], draft + random.normal(0, 0.12, (16, 4)), draft).clip(-1, 1)
     rows = [tuple(tuple(float(v) for v in row) for row in a) for a in (actions, draft)]
-    return Moment(step, "seen.png", rows[0], rows[1], tuple(map(float, confidence)), tuple(map(bool, again)), 8)
+    return VideoChunk(step, "seen.png", rows[0], rows[1], tuple(map(float, confidence)), tuple(map(bool, again)), 8)
 
 
 def videos():
@@ -119,7 +119,7 @@ def videos():
         for success in (True, False):
             one = next((e for e in some if e.success == success), None)
             if one:
-                found.append(EpisodeVideo(one, "video.mp4", 2, ("x", "y", "z", "gripper"), (moment(0, 5), moment())))
+                found.append(EpisodeVideo(one, "video.mp4", 2, ("x", "y", "z", "gripper"), (video_chunk(0, 5), video_chunk())))
     return found
 
 

@@ -32,10 +32,10 @@ def test_the_page_shows_every_pair_and_every_transfer(root, tmp_path, capsys):
     for part in (
         "of 16",
         "perplexity",
-        "The same codes on other first frames",
+        "Transfer to other first frames",
         "other pairs' codes",
         "dx",
-        "Perplexity by place",
+        "Perplexity by position",
     ):
         assert part in page
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -49,7 +49,7 @@ def test_without_actions_the_page_leaves_out_what_they_would_tell(root, tmp_path
     saved(root, tmp_path / "m")
     out = tmp_path / "page.html"
     assert command.main(["latent-report", str(tmp_path / "m"), "--dataset", str(root), "--out", str(out)]) == 0
-    assert "Do the codes tell the actions" not in out.read_text()
+    assert "Prediction of the actions" not in out.read_text()
     assert "variance" not in capsys.readouterr().out
 
 

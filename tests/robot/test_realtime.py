@@ -65,7 +65,7 @@ class Robot:
 
 
 def chunks(moves):
-    return [None if m.stood else m.chunk for m in moves]
+    return [None if m.idle else m.chunk for m in moves]
 
 
 @pytest.mark.parametrize("mode", ["wait", "switch", "commit"])
@@ -83,12 +83,12 @@ def test_waiting_stands_still_for_the_delay_and_starts_the_chunk_where_it_stands
     moves = robot.run(14)
     assert chunks(moves) == [1] * 4 + [None] * 3 + [2] * 4 + [None] * 3
     assert [m.place for m in moves[7:11]] == [0, 1, 2, 3]
-    assert robot.controller.counts.stood == 6
+    assert robot.controller.counts.idle == 6
 
 
 def test_standing_still_is_no_displacement_and_the_last_absolute_value():
     move = Robot(3, mode="wait", n_action_steps=4).begin().run(5)[-1]
-    assert move.stood
+    assert move.idle
     assert move.action.tolist() == [0.0, 3.0]
 
 
@@ -107,7 +107,7 @@ def test_committing_tells_the_policy_what_will_be_executed_and_never_jumps():
     assert [m.place for m in moves if m.fresh] == [0, 3, 3]
     # at its action 3 the second chunk goes on exactly where the first was left
     assert [m.action[1] for m in moves[:7]] == [0, 1, 2, 3, 4, 5, 6]
-    assert robot.controller.counts.late == robot.controller.counts.beyond == robot.controller.counts.stood == 0
+    assert robot.controller.counts.late == robot.controller.counts.beyond == robot.controller.counts.idle == 0
 
 
 def test_an_ensemble_averages_what_all_chunks_say_of_this_moment():
@@ -171,7 +171,7 @@ def test_a_robot_with_nothing_left_stands_and_loses_no_action():
     moves = robot.run(15)
     assert chunks(moves) == [1] * 12 + [None] * 2 + [2]
     assert moves[-1].place == 8  # eight actions were executed since it was asked for, not ten
-    assert robot.controller.counts.stood == 2
+    assert robot.controller.counts.idle == 2
 
 
 class Scripted:

@@ -108,13 +108,13 @@ class Endless(MetaWorldEnv):
     ("kind", "promises"),
     [
         (Forgetful, ["The same seed"]),
-        (Eager, ["Advancing takes no image"]),
-        (Disturbed, ["Rendering does not disturb"]),
+        (Eager, ["Advancing renders nothing"]),
+        (Disturbed, ["Rendering does not change"]),
         (Careless, ["An action of the wrong length"]),
         (Silent, ["The instruction", "The action spec", 'metadata["render_fps"]']),
         (Deaf, ["Different seeds"]),
         (Gambler, ["Nothing draws"]),
-        (Unlike, ["observe() shows"]),
+        (Unlike, ["observe() returns"]),
         (Endless, ["The episode is cut off"]),
     ],
 )

@@ -19,7 +19,7 @@ from vlaflow.simulators.metaworld import CAMERA
 from vlaflow.simulators.metaworld_scenes import SCENES, pixel
 from vlaflow.simulators.metaworld_tasks import TASKS
 from vlaflow.simulators.record import episode_seed
-from vlaflow.simulators.record_vqa import FIRST_RUN, Look, VqaRecordingConfig, balance, record_vqa
+from vlaflow.simulators.record_vqa import FIRST_RUN, SampledFrame, VqaRecordingConfig, balance, record_vqa
 from vlaflow.simulators.scenes import KINDS, Condition, Facts, Margins, Thing, VqaItem, ask, facts_of
 
 ENVS = ("metaworld/window-close-v3", "metaworld/button-press-topdown-v3")
@@ -221,7 +221,7 @@ def test_every_scene_names_what_its_model_holds(envs):
 def test_a_task_without_a_scene_says_which_have_one():
     env = make("metaworld/soccer-v3", size=16)
     env.restart(1)
-    with pytest.raises(CapabilityError, match=r"Nothing can be asked about metaworld/soccer-v3 yet.*drawer-open-v3"):
+    with pytest.raises(CapabilityError, match=r"There are no questions about metaworld/soccer-v3 yet.*drawer-open-v3"):
         facts_of(env)
     with pytest.raises(CapabilityError, match="does not state facts"):
         facts_of(type("Mute", (), {"name": "suite/mute"})())
@@ -302,7 +302,7 @@ def test_every_wording_has_as_many_questions_with_one_answer_as_with_any_other(r
 
 def test_balancing_keeps_at_most_so_many_and_drops_what_has_one_answer():
     asked = [(VqaItem("side", "L?", "lr"[i % 3 == 0]), VqaItem("state", "S?", "yes")) for i in range(30)]
-    looks = [Look("s/t", i, i, 0, f"{i}.png", questions) for i, questions in enumerate(asked)]
+    looks = [SampledFrame("s/t", i, i, 0, f"{i}.png", questions) for i, questions in enumerate(asked)]
     kept, dropped = balance(looks, replace(CONFIG, most=4))
     assert Counter(asked.answer for _, asked in kept) == {"l": 4, "r": 4}
     assert dropped == {"s/t": ["S?"]}
@@ -313,7 +313,7 @@ def test_balancing_keeps_at_most_so_many_and_drops_what_has_one_answer():
 def test_wrong_requests_are_one_sentence_and_leave_nothing(recorded, tmp_path):
     with pytest.raises(DataError, match="exists already"):
         record_vqa(CONFIG, recorded[0])
-    with pytest.raises(CapabilityError, match="Nothing can be asked"):
+    with pytest.raises(CapabilityError, match="There are no questions"):
         record_vqa(replace(CONFIG, envs=("metaworld/soccer-v3",)), tmp_path / "x", workers=0)
     with pytest.raises(DataError, match="two answers"):
         record_vqa(replace(CONFIG, envs=ENVS[:1], episodes=1, frames=1), tmp_path / "x", workers=0)

@@ -59,6 +59,9 @@ class MeanStage:
     def after_step(self, step, shared):
         pass
 
+    def prepare(self, batch):
+        return batch
+
     def to(self, device):
         self.module.to(device)
 
@@ -74,14 +77,14 @@ class MeanObjective(Objective):
 
     scale: float = 1.0
 
-    def concern(self, assets):
+    def used_assets(self, assets):
         return Assets()
 
     def require(self, assets):
         if assets != Assets():
             raise ConfigError("A mean needs nothing but a data set.")
 
-    def foresee(self, config, root, assets, before, stage):
+    def check_plan(self, config, root, assets, before, stage):
         return before
 
     def open(self, root):

@@ -1,8 +1,8 @@
-"""The contract of an action tokenizer, and what a fitted one promises.
+"""The interface of an action tokenizer.
 
-A tokenizer works on normalised chunks (L, D) and fills a fixed number of slots; what a sequence does not need of them is
-taken by the end token. It is a frozen dataclass of plain numbers: saved in a checkpoint's config.json or in a file of its own,
-the same ids on every run. ``fast.py`` and ``bins.py`` hold the two kinds, ``files.py`` reads and writes them.
+A tokenizer maps normalised chunks (L, D) to a fixed number of token slots; unused slots contain the end token. It is a frozen
+dataclass of plain numbers, saved in a checkpoint's config.json or in its own file, and gives the same ids in every run.
+``fast.py`` and ``bins.py`` contain the two kinds, ``io.py`` reads and writes them.
 
 Shape letters: B batch, L chunk size, D action dimension, S token slots.
 """
@@ -19,11 +19,11 @@ from vlaflow.errors import ConfigError
 
 @dataclass(frozen=True)
 class Decoding:
-    """Chunks made of tokens.
+    """Chunks decoded from tokens.
 
     Args:
         action_BLD: float32, normalised, always finite.
-        repaired_B: bool, chunks whose tokens did not describe one exactly, made by the tokenizer's stated rule.
+        repaired_B: bool, chunks whose tokens were not a valid encoding, repaired by the tokenizer's rules.
     """
 
     action_BLD: np.ndarray
@@ -43,11 +43,11 @@ class Tokenizer(Protocol):
 
     @property
     def slots(self) -> int:
-        """Tokens per chunk with the end tokens that fill it up, S."""
+        """Tokens per chunk, including end tokens as padding, S."""
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids, the end token included where there is one; ids are 0 … vocabulary − 1."""
+        """Number of ids, including the end token if there is one; ids are 0 … vocabulary − 1."""
 
     @property
     def end(self) -> int | None:
@@ -55,21 +55,21 @@ class Tokenizer(Protocol):
 
     @property
     def local(self) -> bool:
-        """Whether slot s belongs to action s // D alone, so that single actions can be given or regenerated."""
+        """Whether slot s belongs to action s // D alone, so that single actions can be fixed or regenerated."""
 
     @property
     def ordered(self) -> bool:
-        """Whether neighbouring ids mean neighbouring values, so that their difference is a distance."""
+        """Whether neighbouring ids stand for neighbouring values, so that their difference is a distance."""
 
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
-        """Ids, int64 (B, S)."""
+        """Encode chunks: ids, int64 (B, S)."""
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
-        """Chunks of any ids, also of ones that no chunk encodes to."""
+        """Decode any ids, including those that are not the encoding of a chunk."""
 
 
 def check_chunks(action_BLD: np.ndarray, chunk_size: int, dim: int) -> np.ndarray:
-    """The chunks as float64.
+    """Check chunks and return them as float64.
 
     Raises:
         ConfigError: for another shape or values that are not finite.
@@ -80,5 +80,5 @@ def check_chunks(action_BLD: np.ndarray, chunk_size: int, dim: int) -> np.ndarra
             "Fit one for this chunk size: vlaflow data fit-tokenizer."
         )
     if not np.isfinite(action_BLD).all():
-        raise ConfigError("A chunk to be tokenised holds a value that is not finite.")
+        raise ConfigError("A chunk to be tokenised contains a value that is not finite.")
     return action_BLD.astype(np.float64)

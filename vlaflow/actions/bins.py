@@ -1,4 +1,4 @@
-"""Bins: every number of a chunk becomes the interval it lies in, uniform or by quantiles, per dimension.
+"""Bins: every number of a chunk becomes the index of its interval, uniform or by quantiles, per dimension.
 
 Slot l·D + d holds the bin of dimension d of action l. All dimensions share the ids 0 … bins − 1, in ascending order, so the
 difference of two ids is a distance. Values outside the outer edges go to the outer bins.
@@ -20,11 +20,11 @@ from vlaflow.errors import ConfigError
 
 @dataclass(frozen=True)
 class BinsFit:
-    """What to fit.
+    """Settings for fitting a ``BinsTokenizer``.
 
     Args:
-        bins: intervals per dimension, K.
-        spacing: "uniform" between the smallest and the largest value, or "quantile" with as many values in each.
+        bins: number of intervals per dimension, K.
+        spacing: "uniform" between the smallest and the largest value, or "quantile" with equally many values in each.
     """
 
     bins: int = 64
@@ -35,7 +35,7 @@ class BinsFit:
             raise ConfigError(f"A tokenizer needs at least 2 bins, got {self.bins}.")
 
     def fit(self, action_NLD: np.ndarray) -> BinsTokenizer:
-        """A tokenizer whose edges come from N normalised chunks."""
+        """Fit the edges to N normalised chunks."""
         chunk_size, dim = action_NLD.shape[1:]
         value_ND = check_chunks(action_NLD, chunk_size, dim).reshape(-1, dim)
         share_K1 = np.linspace(0, 1, self.bins + 1)
@@ -51,12 +51,12 @@ class BinsFit:
 
 @dataclass(frozen=True)
 class BinsTokenizer:
-    """See the module text.
+    """A tokenizer with one bin per number; see the module docstring.
 
     Args:
         chunk_size, dim: L and D.
         edges: D rows of K + 1 ascending numbers, the outer ones included.
-        centres: D rows of the K values that ids decode to.
+        centres: D rows of the K values that the ids decode to.
     """
 
     chunk_size: int
@@ -72,12 +72,12 @@ class BinsTokenizer:
 
     @property
     def bins(self) -> int:
-        """Intervals per dimension, K."""
+        """Number of intervals per dimension, K."""
         return len(self.centres[0])
 
     @property
     def vocabulary(self) -> int:
-        """K."""
+        """Number of ids, K."""
         return self.bins
 
     @property
@@ -87,34 +87,34 @@ class BinsTokenizer:
 
     @property
     def slots(self) -> int:
-        """L·D."""
+        """Tokens per chunk, L·D."""
         return self.chunk_size * self.dim
 
     @property
     def local(self) -> bool:
-        """Always."""
+        """True: every slot belongs to one action."""
         return True
 
     @property
     def ordered(self) -> bool:
-        """Always."""
+        """True: ids ascend with their values."""
         return True
 
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
-        """Ids, int64 (B, L·D)."""
+        """Encode chunks: ids, int64 (B, L·D)."""
         action_BLD = check_chunks(action_BLD, self.chunk_size, self.dim)
         columns = [np.searchsorted(edge_K1[1:-1], action_BLD[..., d], "right") for d, edge_K1 in enumerate(self._edges)]
         return np.stack(columns, -1).reshape(len(action_BLD), -1).astype(np.int64)
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
-        """Bin centres; every id means something, so nothing is ever repaired."""
+        """Decode to bin centres; every id is valid, so nothing is ever repaired."""
         id_BLD = id_BS.reshape(len(id_BS), self.chunk_size, self.dim)
         action_BLD = self._centres[np.arange(self.dim), id_BLD]  # (D, K) by (D,) and (B, L, D)
         return Decoding(action_BLD.astype(np.float32), np.zeros(len(id_BS), bool))
 
     @property
     def error_bound(self) -> tuple[float, ...]:
-        """Largest error per dimension of a value between the outer edges, from a centre to an edge."""
+        """Largest error per dimension of a value between the outer edges: the distance from a centre to an edge."""
         far = np.maximum(self._centres - self._edges[:, :-1], self._edges[:, 1:] - self._centres)
         return tuple(far.max(1).tolist())
 
@@ -128,10 +128,9 @@ class BinsTokenizer:
 
 
 def _quantile_edges(value_N: np.ndarray, bins: int) -> np.ndarray:
-    """Edges halfway between neighbouring values, where the counts come closest to equal shares.
+    """Edges halfway between neighbouring values, such that counts are as equal as possible.
 
-    A value that much of the data has is never cut off from its bin: an edge lies next to it, and a share that it swallows
-    leaves a bin empty.
+    A value that occurs often is never split between bins: an edge lies next to it, and bins may remain empty.
     """
     value_U, count_U = np.unique(value_N, return_counts=True)
     if len(value_U) == 1:
@@ -146,7 +145,7 @@ def _quantile_edges(value_N: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _centres(value_N: np.ndarray, edge_K1: np.ndarray, spacing: str) -> tuple[float, ...]:
-    """Midpoints, or for quantiles the mean of the values in each bin: much of the data may lie on one edge."""
+    """Midpoints, or for quantiles the mean of the values in each bin, because much of the data may lie on one edge."""
     centre_K = (edge_K1[:-1] + edge_K1[1:]) / 2
     if spacing == "quantile":
         place_N = np.searchsorted(edge_K1[1:-1], value_N, "right")

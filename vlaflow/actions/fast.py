@@ -4,13 +4,12 @@
     sequence     = low frequencies of all dimensions first, one symbol per coefficient
     ids          = byte-pair encoding of the sequence, learned on training chunks; then end tokens up to the slots
 
-Ids 0 … symbols − 1 are single coefficients, the merged ones follow in the order in which they were learned, the end token is
-last. Two merged ids with neighbouring numbers have nothing in common, and one changed id may move every coefficient after it.
+Ids 0 … symbols − 1 are single coefficients, merged ids follow in the order in which they were learned, the end token is
+last. Neighbouring merged ids have nothing in common, and changing one id may shift all later coefficients.
 Without merges every token is one coefficient, ids are ordered, and all sequences have the same length.
 
-What cannot be told exactly is decoded by rules, and counted: coefficients outside the fitted range are clipped to it; a
-sequence longer than the slots loses its end (the highest frequencies); of a decoded sequence, coefficients that are missing are
-0 and those in excess are dropped.
+Inexact cases follow rules, and are counted: coefficients outside the fitted range are clipped; a sequence longer than the
+slots loses its end (the highest frequencies); when decoding, missing coefficients are 0 and surplus ones are dropped.
 
 Shape letters: B batch, L chunk size, D action dimension, S token slots.
 """
@@ -28,18 +27,18 @@ from vlaflow.actions.base import Decoding, check_chunks
 from vlaflow.errors import ConfigError
 
 FIRST = 0x4E00
-"""Code point of symbol 0: from here on every code point is a letter that no text rule of a tokenizer treats apart."""
+"""Code point of symbol 0; the following ones are all letters, without special treatment in text tokenizers."""
 MOST = 20_000
-"""Symbols that fit between there and the next code points with a meaning of their own."""
+"""Number of such code points from ``FIRST``."""
 
 
 @dataclass(frozen=True)
 class FastFit:
-    """What to fit.
+    """Settings for fitting a ``FastTokenizer``.
 
     Args:
-        scale: units of rounding; larger is finer and longer. (π0-FAST 10; UD-VLA 50 on chunks of 10.)
-        vocabulary: symbols and merges, without the end token; None merges nothing: every coefficient is a token.
+        scale: rounding units per normalised unit; larger is finer and longer. (π0-FAST 10; UD-VLA 50 on chunks of 10.)
+        vocabulary: number of symbols and merges, without the end token; None for no merges: every coefficient is a token.
     """
 
     scale: float = 10.0
@@ -47,18 +46,20 @@ class FastFit:
 
     def __post_init__(self) -> None:
         if not self.scale > 0 or (self.vocabulary is not None and self.vocabulary < 2):
-            raise ConfigError(f"FAST needs a scale above 0 and 2 ids or more, got {self.scale} and {self.vocabulary}.")
+            raise ConfigError(
+                f"FAST needs a scale above 0 and a vocabulary of at least 2, got {self.scale} and {self.vocabulary}."
+            )
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Merges are learned by the tokenizers package."""
+        """Packages needed for fitting."""
         return () if self.vocabulary is None else ("tokenizers",)
 
     def fit(self, action_NLD: np.ndarray) -> FastTokenizer:
-        """A tokenizer learned from N normalised chunks; the same chunks give the same tokenizer.
+        """Fit a tokenizer to N normalised chunks; the same chunks give the same tokenizer.
 
         Raises:
-            ConfigError: when the chunks have more different coefficients than the vocabulary has room for.
+            ConfigError: the range of the coefficients does not fit into the vocabulary.
         """
         chunk_size, dim = action_NLD.shape[1:]
         coefficient_NC = _coefficients(check_chunks(action_NLD, chunk_size, dim), self.scale)
@@ -80,15 +81,15 @@ class FastFit:
 
 @dataclass(frozen=True)
 class FastTokenizer:
-    """See the module text.
+    """A fitted FAST tokenizer; see the module docstring.
 
     Args:
         chunk_size, dim: L and D.
-        scale: units of rounding.
-        low: coefficient that symbol 0 stands for.
+        scale: rounding units per normalised unit.
+        low: coefficient of symbol 0.
         symbols: coefficients low … low + symbols − 1 have ids of their own.
         merges: pairs of ids, in the order learned.
-        slots: tokens per chunk, the end included, S.
+        slots: tokens per chunk, including the end token, S.
     """
 
     chunk_size: int
@@ -101,31 +102,31 @@ class FastTokenizer:
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Merges are applied by the tokenizers package."""
+        """Packages needed for encoding."""
         return ("tokenizers",) if self.merges else ()
 
     @property
     def vocabulary(self) -> int:
-        """Symbols, different merged tokens, and the end."""
+        """Number of ids: symbols, distinct merged tokens, and the end token."""
         return len(self._pieces) + (self.end is not None)
 
     @property
     def end(self) -> int | None:
-        """The last id; none where nothing is merged, for then all sequences have one token per coefficient."""
+        """The last id; None without merges, because then every sequence has one token per coefficient."""
         return len(self._pieces) if self.merges else None
 
     @property
     def ordered(self) -> bool:
-        """Whether ids ascend with what they mean: coefficients do, merges do not."""
+        """Whether ids ascend with their values: true for coefficients, not for merges."""
         return not self.merges
 
     @property
     def local(self) -> bool:
-        """Never: a token speaks of frequencies."""
+        """False: a token describes a frequency, not an action."""
         return False
 
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
-        """Ids, int64 (B, S), filled up with end tokens."""
+        """Encode chunks: ids, int64 (B, S), padded with end tokens."""
         coefficient_BC = _coefficients(check_chunks(action_BLD, self.chunk_size, self.dim), self.scale)
         place_BC = np.clip(coefficient_BC - self.low, 0, self.symbols - 1)
         if self.end is None:
@@ -137,7 +138,7 @@ class FastTokenizer:
         return id_BS
 
     def exact(self, action_BLD: np.ndarray) -> np.ndarray:
-        """bool (B,): chunks whose ids lose nothing but the rounding (all in the fitted range, and within the slots)."""
+        """bool (B,): chunks that lose nothing but the rounding (all coefficients in the fitted range, and enough slots)."""
         place_BC = _coefficients(check_chunks(action_BLD, self.chunk_size, self.dim), self.scale) - self.low
         inside_B = np.asarray(((place_BC >= 0) & (place_BC < self.symbols)).all(1))
         if self.end is None:
@@ -147,14 +148,14 @@ class FastTokenizer:
         return inside_B & fits_B
 
     def lengths(self, id_BS: np.ndarray) -> np.ndarray:
-        """Tokens before the end, int64 (B,)."""
+        """Number of tokens before the end, int64 (B,)."""
         if self.end is None:
             return np.full(len(id_BS), id_BS.shape[1])
         ended_BS = id_BS == self.end
         return np.where(ended_BS.any(1), ended_BS.argmax(1), id_BS.shape[1])
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
-        """Chunks of any ids; what follows the first end token is not read."""
+        """Decode any ids; ids after the first end token are ignored."""
         wanted = self.chunk_size * self.dim
         coefficient_BC = np.zeros((len(id_BS), wanted))
         repaired_B = np.zeros(len(id_BS), bool)
@@ -168,12 +169,12 @@ class FastTokenizer:
 
     @property
     def error_bound(self) -> float:
-        """Largest root mean square error per dimension of a chunk that ``exact`` calls so: half a unit in every coefficient."""
+        """Largest root mean square error per dimension of a chunk for which ``exact`` is true: half a unit per coefficient."""
         return 0.5 / self.scale
 
     @cached_property
     def _pieces(self) -> list[tuple[int, ...]]:
-        """The symbols that each id stands for; a merge that gives an earlier string again has that string's id."""
+        """The symbols of each id; a merge that repeats an earlier string shares its id."""
         pieces: list[tuple[int, ...]] = [(symbol,) for symbol in range(self.symbols)]
         known = set(pieces)
         for left, right in self.merges:
@@ -203,7 +204,7 @@ def _text(symbol_C: np.ndarray) -> str:
 
 
 def _learn(texts: list[str], symbols: int, vocabulary: int) -> tuple[tuple[int, int], ...]:
-    """Merges as pairs of ids."""
+    """Learn the merges, as pairs of ids."""
     import json
 
     from tokenizers import Tokenizer as Library

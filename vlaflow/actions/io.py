@@ -1,6 +1,6 @@
-"""Action tokenizers as JSON files of their own: ``vlaflow data fit-tokenizer`` writes them, training reads them.
+"""Action tokenizers as JSON files: ``vlaflow data fit-tokenizer`` writes them, training reads them.
 
-A checkpoint holds its tokenizer in its config.json and needs no such file.
+A checkpoint contains its tokenizer in its config.json and needs no such file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from vlaflow.errors import ConfigError
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A fitted tokenizer and what it was fitted on.
+    """A fitted tokenizer and the data it was fitted on.
 
     Args:
-        tokenizer: for normalised chunks.
-        normalisation: mode of the normaliser whose chunks it was fitted on.
+        tokenizer: tokenizer of normalised chunks.
+        normalisation: mode of the normaliser of these chunks.
         dataset: fingerprint of the data set.
-        vlaflow: version that wrote it.
+        vlaflow: version that wrote the file.
     """
 
     tokenizer: FastTokenizer | BinsTokenizer
@@ -34,7 +34,7 @@ class TokenizerFile:
 
 
 def save_tokenizer(file: Path, content: TokenizerFile) -> None:
-    """Write it, making folders as needed."""
+    """Write a tokenizer file, creating folders as needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(to_json(content), indent=1) + "\n")
 
@@ -46,7 +46,7 @@ def open_tokenizer(file: Path) -> TokenizerFile:
         ConfigError: for a missing or damaged file.
     """
     if not file.is_file():
-        raise ConfigError(f"There is no tokenizer file {file}. Make one: vlaflow data fit-tokenizer DATASET --out {file}")
+        raise ConfigError(f"There is no tokenizer file {file}. Fit one: vlaflow data fit-tokenizer DATASET --out {file}")
     try:
         data = json.loads(file.read_text())
     except ValueError as error:
@@ -55,15 +55,15 @@ def open_tokenizer(file: Path) -> TokenizerFile:
 
 
 def load_tokenizer(file: Path, normalisation: str) -> FastTokenizer | BinsTokenizer:
-    """The tokenizer of a file, for actions normalised this way.
+    """Load a tokenizer for actions with this normalisation.
 
     Raises:
-        ConfigError: also when it was fitted on actions normalised another way.
+        ConfigError: a missing or damaged file, or a tokenizer for another normalisation.
     """
     found = open_tokenizer(file)
     if found.normalisation != normalisation:
         raise ConfigError(
-            f"{file} was fitted on actions normalised by '{found.normalisation}', this policy normalises by '{normalisation}'. "
+            f"{file} was fitted on actions normalised by '{found.normalisation}', but this policy uses '{normalisation}'. "
             f"Fit it again: vlaflow data fit-tokenizer --normalisation {normalisation}"
         )
     return found.tokenizer

@@ -1,19 +1,19 @@
-"""The latent action model: what changed between two frames as K codes of a small book, learned from video alone.
+"""The latent action model: the change between two frames as K codes of a small codebook, learned from video alone.
 
     model = LatentActionModel.from_pretrained("runs/iflybot/latent")
     id_BK = model.codes(earlier_BHW3, later_BHW3)              # int64 in 0 … book − 1
-    image_BHW3 = model.apply_codes(another_BHW3, id_BK)        # the same change, seen from another first frame
+    image_BHW3 = model.apply_codes(another_BHW3, id_BK)        # the same change, applied to another frame
 
 iFlyBot-VLA's first stage, after LAPA. Both frames are cut into patches. Spatial blocks mix the patches of one frame, then
 causal temporal blocks let the later frame see the earlier one. The difference of the two frames' features, later minus
-earlier, is projected to a few dimensions, pooled to K vectors and quantised (``nsvq``). The decoder has the earlier frame's
-patches, whose gradient is cut off, and reads the codes as further keys and values; it must make the later frame. Whatever it
-cannot see in the earlier frame has to pass through the codes.
+earlier, is projected to a few dimensions, pooled to K vectors and quantised (``nsvq``). The decoder gets the patches of
+the earlier frame, without a gradient, attends to the codes as additional keys and values, and predicts the later frame.
+Whatever the earlier frame does not show has to pass through the codes.
 
-Nothing here knows of data sets: ``data.pairs`` makes the frame pairs, ``policies.stages.LatentStage`` trains.
+``data.pairs`` provides the frame pairs, ``policies.stages`` trains the model.
 
 Shape letters: B batch, H, W height and width of an image, P patches, C channels of the network, K codes, V entries of the
-book, E dimension of an entry, D action dimension.
+codebook, E dimension of an entry, D action dimension.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ class LatentConfig:
         image_size: side of the square frames in pixels; a multiple of ``patch``.
         patch: side of a patch in pixels.
         width, heads, ffn: of all blocks.
-        spatial, temporal, decoder: how many blocks mix the patches of a frame, mix the two frames, make the later frame.
-        grid: rows and columns that the difference is pooled to, each at most half the patches along a side (rounded up); their
-            product is the number of codes, K.
-        code_dim: dimension of an entry, E.
-        book: entries, V.
-        action_dim: where it is not 0, a head also predicts the mean action between the frames from the codes, with so many
-            dimensions.
+        spatial, temporal, decoder: number of blocks within each frame, between the two frames, and in the decoder.
+        grid: rows and columns to which the difference is pooled, each at most half the patches along a side (rounded up);
+            their product is the number of codes, K.
+        code_dim: dimension of a codebook entry, E.
+        book: number of codebook entries, V.
+        action_dim: dimension of the mean action between the frames, which a head also predicts from the codes; 0 for no head.
     """
 
     image_size: int = 56
@@ -80,34 +79,34 @@ class LatentConfig:
         pooled = (self.side + 1) // 2  # after the convolution of stride 2
         if max(self.grid) > pooled:
             raise ConfigError(
-                f"A grid of {self.grid[0]}x{self.grid[1]} is finer than the {pooled}x{pooled} places that are pooled, so codes "
-                "would only repeat each other. Take smaller patches or a smaller grid."
+                f"A grid of {self.grid[0]}x{self.grid[1]} is finer than the {pooled}x{pooled} positions that are pooled, so "
+                "codes would be copies of each other. Use smaller patches or a smaller grid."
             )
         if not 2 <= self.book < 2**15:
-            raise ConfigError(f"A book has from 2 to 32767 entries, got {self.book}.")
+            raise ConfigError(f"The codebook must have 2 to 32767 entries, got {self.book}.")
 
     @property
     def codes(self) -> int:
-        """Codes of a frame pair, K."""
+        """Number of codes of a frame pair, K."""
         return self.grid[0] * self.grid[1]
 
     @property
     def side(self) -> int:
-        """Patches along a side of a frame."""
+        """Number of patches along a side of a frame."""
         return self.image_size // self.patch
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a latent action model learned from; codes mean something for pairs like these.
+    """The training data of a latent action model; its codes are meaningful for similar frame pairs.
 
     Args:
         dataset: fingerprint of the data set.
         view: the camera view.
-        rate_hz: frames per second there.
-        gap_s: time between the frames of a pair in seconds, as asked for.
+        rate_hz: frames per second of the data set.
+        gap_s: configured time between the frames of a pair in seconds.
         gap: the same in frames.
-        held_out, seed: the share of each task's episodes that training did not see, and the seed of that division.
+        held_out, seed: share of each task's episodes that was held out from training, and the seed of that split.
     """
 
     dataset: str
@@ -129,13 +128,13 @@ class LatentFile:
 
 
 @dataclass(frozen=True)
-class Passed:
-    """What came out of a pass over frame pairs.
+class LatentOutput:
+    """The output of a forward pass over frame pairs.
 
     Args:
-        later_BHW3: the later frame as decoded, float in about [−1, 1].
-        id_BK: the codes' ids.
-        action_BD: normalised mean action between the frames, where the model has an action head.
+        later_BHW3: the predicted later frame, float in about [−1, 1].
+        id_BK: ids of the codes.
+        action_BD: predicted normalised mean action between the frames; None without an action head.
     """
 
     later_BHW3: Tensor
@@ -144,7 +143,7 @@ class Passed:
 
 
 class Encoder(nn.Module):
-    """A frame pair to K vectors."""
+    """Encodes a frame pair as K vectors."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -158,7 +157,7 @@ class Encoder(nn.Module):
         self.pool = nn.Conv2d(c.code_dim, c.code_dim, 3, stride=2, padding=1)
 
     def features(self, earlier_BPC: Tensor, later_BPC: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded patches (B, P, C) of both frames to features of both; the earlier's do not depend on the later frame."""
+        """Features of both frames from embedded patches (B, P, C); those of the earlier do not depend on the later frame."""
         b, c = len(earlier_BPC), self.config
         x_BPC = torch.cat((earlier_BPC, later_BPC)) + self.place
         for block in self.spatial:
@@ -170,7 +169,7 @@ class Encoder(nn.Module):
         return earlier_BPC, later_BPC
 
     def forward(self, earlier_BPC: Tensor, later_BPC: Tensor) -> Tensor:
-        """Embedded patches of both frames → (B, K, E), not quantised."""
+        """Embedded patches of both frames → (B, K, E), before quantisation."""
         c = self.config
         earlier_BPC, later_BPC = self.features(earlier_BPC, later_BPC)
         change_BPE = self.project(later_BPC - earlier_BPC)
@@ -179,7 +178,7 @@ class Encoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """The earlier frame's patches and K codes to the later frame."""
+    """Predicts the later frame from the patches of the earlier frame and K codes."""
 
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
@@ -206,10 +205,10 @@ class ImageDecoder(nn.Module):
 
 
 class LatentActionModel(nn.Module):
-    """See the module text.
+    """Encoder, codebook and decoder; see the module docstring.
 
     Attributes:
-        config, origin: as given.
+        config, origin: the arguments.
         book: the codebook.
     """
 
@@ -233,25 +232,25 @@ class LatentActionModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks live."""
+        """Device of the networks."""
         return self.patches.project.weight.device
 
-    def forward(self, earlier_BHW3: Tensor, later_BHW3: Tensor, generator: Generator | None = None) -> Passed:
+    def forward(self, earlier_BHW3: Tensor, later_BHW3: Tensor, generator: Generator | None = None) -> LatentOutput:
         """Encode, quantise, decode.
 
         Args:
             earlier_BHW3, later_BHW3: uint8 frames of the model's size.
-            generator: of the quantisation's noise; needed in training.
+            generator: for the noise of the quantisation; needed in training.
         """
         earlier_BHW3, later_BHW3 = self._prepare(earlier_BHW3), self._prepare(later_BHW3)
         earlier_BPC, later_BPC = self.patches(earlier_BHW3), self.patches(later_BHW3)
         value_BKE, id_BK = self.book(self.encoder(earlier_BPC, later_BPC), generator)
         action_BD = None if self.act is None else self.act(value_BKE.flatten(1))
-        return Passed(self.decoder(earlier_BPC.detach(), value_BKE), id_BK, action_BD)
+        return LatentOutput(self.decoder(earlier_BPC.detach(), value_BKE), id_BK, action_BD)
 
     @torch.no_grad()
     def vectors(self, earlier_BHW3: Tensor, later_BHW3: Tensor) -> Tensor:
-        """What is quantised: float32 (B, K, E) of uint8 frames of the model's size."""
+        """The vectors before quantisation, float32 (B, K, E), of uint8 frames of the model's size."""
         earlier_BHW3, later_BHW3 = self._prepare(earlier_BHW3), self._prepare(later_BHW3)
         return self.encoder(self.patches(earlier_BHW3), self.patches(later_BHW3))
 
@@ -269,7 +268,7 @@ class LatentActionModel(nn.Module):
 
     @torch.no_grad()
     def apply_codes(self, earlier_BHW3: Tensor, id_BK: Tensor) -> Tensor:
-        """What a latent action makes of a frame.
+        """Apply a latent action to a frame.
 
         Args:
             earlier_BHW3: uint8 frames of the model's size.
@@ -279,31 +278,31 @@ class LatentActionModel(nn.Module):
             uint8 (B, H, W, 3).
         """
         patch_BPC = self.patches(self._prepare(earlier_BHW3))
-        made_BHW3 = self.decoder(patch_BPC, self.book.entry_VE[id_BK.to(self.device)])
-        return ((made_BHW3.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        later_BHW3 = self.decoder(patch_BPC, self.book.entry_VE[id_BK.to(self.device)])
+        return ((later_BHW3.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def _prepare(self, image_BHW3: Tensor) -> Tensor:
         size = self.config.image_size
         if image_BHW3.shape[1:] != (size, size, 3):
             found = "x".join(map(str, image_BHW3.shape[1:3]))
             raise SpecError(
-                f"The latent action model reads frames of {size}x{size} pixels, got {found}; use data.frames.resize."
+                f"The latent action model needs frames of {size}x{size} pixels, got {found}; use data.frames.resize."
             )
         return image_BHW3.to(self.device).float() / 127.5 - 1
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """16 hex digits of config, origin and weights: two models with the same one give the same codes."""
+        """16 hex digits of config, origin and weights: two models with the same fingerprint give the same codes."""
         return latent_fingerprint(self.config, self.origin, self.state_dict())
 
     def save_pretrained(self, folder: Path | str, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """Write ``config.json``, ``model.safetensors`` and ``README.md``.
 
         Args:
-            folder: where to.
-            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
-            card: text of the README.md.
+            folder: folder of the checkpoint.
+            weights: tensors to save instead of the model's own with the same names, e.g. averaged ones.
+            card: content of README.md.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -318,7 +317,7 @@ class LatentActionModel(nn.Module):
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
-            ConfigError: a config.json of something else, such as a policy.
+            ConfigError: config.json describes something else, such as a policy.
         """
         folder = Path(folder)
         found = from_json(LatentFile, read_json(folder / "config.json"), str(folder / "config.json"))

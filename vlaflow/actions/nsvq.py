@@ -1,13 +1,15 @@
-"""A codebook that learns by noise substitution (NSVQ: Vali and Bäckström, IEEE Access 2022), and the care of unused entries.
+"""A codebook that learns by noise substitution (NSVQ: Vali and Bäckström, IEEE Access 2022), replacing unused entries.
 
-In training a vector is not replaced by its nearest entry but by itself plus noise as long as its error would be. So the decoder
-sees what quantisation costs, the encoder's gradient passes through the sum, and the entry gets one through that length: it
-moves towards its vectors where a smaller error helps. No action prefix loss, no codebook loss, no straight-through estimate.
+In training, a vector is not replaced by its nearest entry; instead, noise of the same length as the quantisation error is added
+to it. So the decoder sees an error of that size, the encoder's gradient passes through the sum, and the entry gets a gradient
+through the length of the noise, towards its vectors where a smaller error helps. This needs no commitment loss, no codebook
+loss and no straight-through estimate.
 
-An entry that nothing is near gets no gradient and would stay unused for ever, so rarely used entries are moved next to much
-used ones from time to time. Uses are counted over all processes and the draws are the same in each: the book stays one book.
+An entry far from all vectors gets no gradient and would remain unused forever, so rarely used entries are regularly moved next
+to frequently used ones. Uses are counted over all processes, and all draw the same numbers, so the codebook stays the same in
+each.
 
-Shape letters: B batch, K codes of a pair, V entries of the book, E dimension of an entry.
+Shape letters: B batch, K codes of a pair, V entries of the codebook, E dimension of an entry.
 """
 
 from __future__ import annotations
@@ -23,20 +25,21 @@ from vlaflow.errors import CapabilityError, ConfigError
 
 @dataclass(frozen=True)
 class Replacement:
-    """When an entry counts as unused, and what becomes of it.
+    """Rule for replacing unused codebook entries.
 
-    Every ``every`` steps, while less than ``until`` of the run is over, the uses since the last such step are looked at. An
-    entry with less than ``threshold`` times its fair share 1/V of them is moved to an entry drawn by how often it is used,
-    plus normal noise of ``noise`` times that entry's length.
+    Every ``every`` steps, during the first ``until`` of the run, entries with less than ``threshold`` times the fair share 1/V
+    of the uses since the last check are replaced: each is moved to another entry, sampled in proportion to its uses, plus
+    normal noise of ``noise`` times that entry's length.
 
-    (NSVQ's own code replaces below a share of 0.01, whatever V is. LAPA's and iFlyBot's divide by the batch size in place of
-    the steps, so their threshold is not what it says; they also count and draw in each process, and the books drift apart.)
+    (NSVQ's own code replaces below a share of 0.01, whatever V is. LAPA's and iFlyBot's divide by the batch size instead of
+    the number of steps, so their threshold means something else; they also count and draw separately in each process, so the
+    codebooks diverge.)
 
     Args:
-        every: steps.
-        until: share of the run, in [0, 1]; the end is left to settle. 0 never replaces.
-        threshold: of the fair share, below 1.
-        noise: positive, or a moved entry would stay its neighbour's double.
+        every: number of steps between checks.
+        until: share of the run with replacements, in [0, 1]; 0 for none.
+        threshold: share of the fair share below which an entry is replaced, in [0, 1).
+        noise: relative noise; positive, because otherwise the moved entry would equal its source.
     """
 
     every: int = 50
@@ -71,19 +74,19 @@ class Codebook(nn.Module):
         self._step_V: Tensor | None = None
 
     def nearest(self, x_BKE: Tensor) -> Tensor:
-        """The nearest entry of each vector, int64 (B, K); of equally near ones the first."""
+        """The nearest entry of each vector, int64 (B, K); the first one in a tie."""
         return torch.cdist(x_BKE.float(), self.entry_VE.float(), compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
 
     def forward(self, x_BKE: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Quantise.
+        """Quantise vectors.
 
         Args:
             x_BKE: vectors.
-            generator: of the noise, needed in training.
+            generator: for the noise; needed in training.
 
         Returns:
-            In training v = x + (|x − c*| / |z|) z with z ~ N(0, I), so |v − x| = |x − c*|; otherwise c* itself. And the ids
-            of c*, int64 (B, K).
+            In training v = x + (|x − c*| / |z|) z with z ~ N(0, I), so |v − x| = |x − c*|; otherwise c* itself; and the
+            ids of c*, int64 (B, K).
         """
         id_BK = self.nearest(x_BKE.detach())
         code_BKE = self.entry_VE[id_BK]
@@ -101,21 +104,21 @@ class Codebook(nn.Module):
         self._step_V = count_V if self._step_V is None else self._step_V + count_V
 
     @torch.no_grad()
-    def tend(self, rule: Replacement, step: int, steps: int, generator: Generator) -> int:
-        """Take in what a training step used and, where the rule says so, move the entries that are hardly used.
+    def replace_unused(self, rule: Replacement, step: int, steps: int, generator: Generator) -> int:
+        """Count the uses of a training step and, when due by the rule, replace rarely used entries.
 
-        Every process that trains must call it after every step.
+        Every training process must call it after every step.
 
         Args:
             rule: see ``Replacement``.
-            step, steps: number of the step, from 0, and of all steps.
+            step, steps: index of the step, from 0, and total number of steps.
             generator: a CPU generator in the same state in every process.
 
         Returns:
-            How many entries were moved.
+            The number of replaced entries.
         """
         if type(self.entry_VE) is not nn.Parameter or type(self.entry_VE.data) is not Tensor:
-            raise CapabilityError("A codebook cannot be spread over processes; train latent actions with DDP, not with FSDP.")
+            raise CapabilityError("A codebook cannot be sharded; train latent actions with DDP, not with FSDP.")
         step_V = torch.zeros_like(self.used_V) if self._step_V is None else self._step_V
         self._step_V = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -137,6 +140,6 @@ class Codebook(nn.Module):
 
 
 def perplexity(id_BK: Tensor, entries: int) -> Tensor:
-    """exp of the entropy of how often each entry occurs: V where all are used alike, 1 where one alone is."""
+    """exp of the entropy of the entries' frequencies: V if all are used equally, 1 if only one is used."""
     share_V = torch.bincount(id_BK.flatten(), minlength=entries).float() / max(id_BK.numel(), 1)
     return torch.special.entr(share_V).sum().exp()

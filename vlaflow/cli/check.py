@@ -1,7 +1,4 @@
-"""``vlaflow check env NAME``, ``vlaflow check policy CKPT``: try something against everything it promises.
-
-One kind of thing per first word.
-"""
+"""``vlaflow check env NAME``, ``vlaflow check policy CKPT``: check an environment or a checkpoint against its contract."""
 
 from __future__ import annotations
 
@@ -16,19 +13,19 @@ HELP = """usage: vlaflow check WHAT ...
   env NAME      an environment, e.g. vlaflow check env metaworld/drawer-open-v3
   policy CKPT   a checkpoint, e.g. vlaflow check policy runs/demo/rated
 
-Exit status 0 when every promise is kept, 1 when one is broken, 2 for a mistake in the command."""
+Exit status: 0 if every promise is kept, 1 if one is broken, 2 for a mistake in the command."""
 
 
 @dataclass(frozen=True)
-class Environments:
-    """Run every conformance check on environments and print a table.
+class CheckEnvironments:
+    """Run all conformance checks on environments and print a table.
 
     Example: vlaflow check env metaworld/drawer-open-v3
 
     Args:
         names: suite/task, or groups such as metaworld/hard.
         render: rendering quality to check with.
-        size: side of the image in pixels; the suite's default when left out.
+        size: side of the image in pixels; the suite's default if omitted.
     """
 
     names: tuple[str, ...]
@@ -37,7 +34,7 @@ class Environments:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckPolicy:
     """Run made-up observations through every compute policy a checkpoint supports and print a table.
 
     Example: vlaflow check policy runs/demo/rated
@@ -45,7 +42,7 @@ class Checkpoint:
     Args:
         checkpoint: folder, or Hugging Face repository id.
         device: where to run it.
-        observations: how many to make up.
+        observations: number of made-up observations.
     """
 
     checkpoint: str
@@ -60,14 +57,14 @@ def main(argv: list[str]) -> int:
         return 0
     kind, *rest = argv
     if kind not in KINDS:
-        raise ConfigError(f"vlaflow check knows no '{kind}'; {nearest(kind, KINDS)}")
+        raise ConfigError(f"vlaflow check has no '{kind}'; {nearest(kind, KINDS)}")
     return KINDS[kind](rest)
 
 
 def _environments(argv: list[str]) -> int:
     import tyro
 
-    arguments = tyro.cli(Environments, prog="vlaflow check env", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+    arguments = tyro.cli(CheckEnvironments, prog="vlaflow check env", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
 
     from vlaflow.simulators import expand_env_names, make
     from vlaflow.simulators.checker import check_environment
@@ -79,7 +76,7 @@ def _environments(argv: list[str]) -> int:
         env = make(name, render=arguments.render, size=arguments.size)
         findings = check_environment(env)
         env.close()
-        _table(name, [(f.promise, f.passed, f.seen) for f in findings])
+        _table(name, [(f.promise, f.passed, f.observed) for f in findings])
         broken += sum(not f.passed for f in findings)
     return 1 if broken else 0
 
@@ -87,26 +84,26 @@ def _environments(argv: list[str]) -> int:
 def _policy(argv: list[str]) -> int:
     import tyro
 
-    arguments = tyro.cli(Checkpoint, prog="vlaflow check policy", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+    arguments = tyro.cli(CheckPolicy, prog="vlaflow check policy", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
 
     from vlaflow.evaluation.check_policy import check_policy
 
     if arguments.observations < 1:
         raise ConfigError(f"A check needs at least one observation, got {arguments.observations}.")
     findings = check_policy(arguments.checkpoint, arguments.device, arguments.observations)
-    _table(arguments.checkpoint, [(f"{f.compute}: {f.promise}", f.kept, f.seen) for f in findings], "seen")
-    return 0 if all(f.kept for f in findings) else 1
+    _table(arguments.checkpoint, [(f"{f.compute}: {f.promise}", f.passed, f.observed) for f in findings], "observed")
+    return 0 if all(f.passed for f in findings) else 1
 
 
-def _table(title: str, rows: list[tuple[str, bool, str]], seen_title: str = "seen instead") -> None:
+def _table(title: str, rows: list[tuple[str, bool, str]], column: str = "observed instead") -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "promise", seen_title, title=title, title_justify="left", show_lines=False)
-    for promise, passed, seen in rows:
+    table = Table("", "promise", column, title=title, title_justify="left", show_lines=False)
+    for promise, passed, observed in rows:
         mark = Text("kept", "green") if passed else Text("BROKEN", "bold red")
-        table.add_row(mark, Text(promise), Text(seen, "" if passed else "red"))
+        table.add_row(mark, Text(promise), Text(observed, "" if passed else "red"))
     console = Console()
     console.print(table)
     failed = sum(not passed for _, passed, _ in rows)

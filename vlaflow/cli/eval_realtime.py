@@ -132,7 +132,7 @@ def table(found: RealtimeResults) -> Table:
         "95 % interval",
         "steps",
         "jerk",
-        "stood",
+        "idle",
         "late",
         box=box.SIMPLE,
         padding=0,
@@ -149,7 +149,7 @@ def table(found: RealtimeResults) -> Table:
             f"{100 * low:.0f} to {100 * high:.0f} %",
             f"{cell.steps:g}" if cell.steps else "none",
             f"{cell.boundary_jerk[0]:.4f}" if cell.boundary_jerk else "none",
-            f"{100 * cell.stood_share:.0f} %",
+            f"{100 * cell.idle_share:.0f} %",
             f"{100 * cell.late_share:.0f} %",
             end_section=cell.mode == found.cells[-1].mode,
         )

@@ -17,7 +17,7 @@ def latent_report(arguments: LatentReport) -> int:
 
     from vlaflow.actions.latent import LatentActionModel
     from vlaflow.data.lerobot import Dataset
-    from vlaflow.evaluation.latent_report import examples, look, pixels, probes, usage
+    from vlaflow.evaluation.latent_report import encode_pairs, examples, pixels, probes, usage
     from vlaflow.io import require_writable
     from vlaflow.reports import latent_actions as page
     from vlaflow.versions import command_line, versions
@@ -28,12 +28,12 @@ def latent_report(arguments: LatentReport) -> int:
     require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)
     console = Console()
-    train, held = look(model, dataset)
+    train, held = encode_pairs(model, dataset)
     for seen in (train, held):
         if seen.pairs.short:
             console.print(seen.pairs.left_out(), soft_wrap=True, highlight=False)
     book, origin = model.config.book, model.origin
-    found = page.Found(
+    found = page.LatentMeasurements(
         usage(held.id_MK, book),
         pixels(model, held),
         probes(train, held, book, len(dataset.tasks)),

@@ -23,7 +23,7 @@ LEVELS = 200
 
 
 @dataclass(frozen=True)
-class Table:
+class ExitMeasurements:
     """What every depth answered.
 
     Args:

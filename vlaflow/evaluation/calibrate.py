@@ -1,7 +1,7 @@
-"""Measuring an early exit on held-out data, and what a fixed depth and number of steps would lose.
+"""Calibrating early exits on held-out data, and measuring the error of fixed depths and numbers of steps.
 
-The episodes that training held out are divided in two: thresholds are made from one half, and what they do is reported from
-the other. For every frame all depths answer once, so any number of targets can be tried on one measurement.
+The episodes that training held out are divided in two halves: one determines the thresholds, the other shows their effect. All
+depths are evaluated once for every frame, so any number of targets can be tried on one measurement.
 
 Shape letters: N samples, K exits, B batch, L chunk size, D action dimension.
 """
@@ -27,7 +27,7 @@ from vlaflow.compute.distance import Metric, distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
 from vlaflow.compute.thresholds import (
     Distribution,
-    Table,
+    ExitMeasurements,
     exit_shares,
     filtered_quantiles,
     require_finite,
@@ -51,10 +51,10 @@ LADDER_STEPS = (1, 2, 3, 5, 10)
 
 
 class Target(Protocol):
-    """What thresholds are chosen for."""
+    """Criterion by which thresholds are chosen."""
 
-    def choose(self, table: Table) -> tuple[np.ndarray, ShareTarget | RiskTarget]:
-        """Thresholds (K,) from a measurement, and the target as it is written down."""
+    def choose(self, table: ExitMeasurements) -> tuple[np.ndarray, ShareTarget | RiskTarget]:
+        """Thresholds (K,) from a measurement, and the target as it is recorded."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Sample:
     choose_N: np.ndarray
 
     def batches(self) -> Iterator[tuple[Batch, list[Generator]]]:
-        """Batches with a generator for every frame, which depends on the frame alone."""
+        """Batches with one generator per frame, which depends on the frame alone."""
         for begin in range(0, len(self.index_N), BATCH):
             index_B = self.index_N[begin : begin + BATCH]
             yield self.windows.batch(index_B), [Generator().manual_seed(int(self.windows.rows[i])) for i in index_B]
@@ -74,13 +74,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class ByShares:
-    """A1's way: see ``thresholds.exit_shares``."""
+    """A1's criterion, the share of chunks per exit: see ``thresholds.exit_shares``."""
 
     distribution: Distribution = "exponential"
     budget: float = 0.4
     first_exit: bool = True
 
-    def choose(self, table: Table) -> tuple[np.ndarray, ShareTarget]:
+    def choose(self, table: ExitMeasurements) -> tuple[np.ndarray, ShareTarget]:
         """See ``Target``."""
         exits = table.discrepancy_NK.shape[1]
         share_K = exit_shares(self.distribution, self.budget, exits, first_exit=self.first_exit)
@@ -97,7 +97,7 @@ class ByRisk:
     error: float = 0.05
     metric: Metric = "max_abs"
 
-    def choose(self, table: Table) -> tuple[np.ndarray, RiskTarget]:
+    def choose(self, table: ExitMeasurements) -> tuple[np.ndarray, RiskTarget]:
         """See ``Target``."""
         own = table.choose_N
         threshold_K = risk_controlled(
@@ -116,14 +116,14 @@ class Request:
     """One calibration of a checkpoint.
 
     Args:
-        name: of the file ``CKPT/calibration/NAME.json``.
+        name: name of the file ``CKPT/calibration/NAME.json``.
         target: shares or risk.
-        depths: that answer; empty for all that were trained.
+        depths: depths with an exit; empty for all that were trained.
         metric, sampling, warm_start, restart: see ``ExitPlan``.
         deviation: metric of the deviation from the full depth.
-        frames: to measure, over both halves.
-        new_data: the checkpoint never learned from any episode of the data set.
-        ladder: also measure what fixed depths and steps lose, unless that was done before.
+        frames: number of frames to measure, over both halves.
+        new_data: the checkpoint was not trained on any episode of the data set.
+        ladder: also measure the error of fixed depths and steps, unless that was done before.
     """
 
     name: str
@@ -144,7 +144,7 @@ class Calibrated:
     """A calibration, the measurement it was made from, and its file ``CKPT/calibration/NAME.json``."""
 
     calibration: Calibration
-    table: Table
+    table: ExitMeasurements
     file: Path
 
 
@@ -152,13 +152,13 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     """Measure, choose thresholds, and write ``CKPT/calibration/NAME.json``.
 
     Raises:
-        VlaflowError: when checkpoint, data and plan do not fit together, or the name is taken by another data set's.
+        VlaflowError: when checkpoint, data and plan do not fit together, or another data set's calibration has the name.
     """
     policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
     depths = request.depths or policy.model.depths
     if len(policy.model.depths) < 2:
         raise ConfigError(
-            f"{checkpoint} learned to answer at its full depth alone ({depths[-1]}), so there is nothing to calibrate. "
+            f"{checkpoint} was trained with its full depth ({depths[-1]}) as the only exit, so there is nothing to calibrate. "
             "Train it with exits (docs/concepts.md)."
         )
     plan = ExitPlan(depths, request.metric, request.sampling, request.warm_start, request.restart)
@@ -168,7 +168,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     folder = checkpoint / FOLDER
     file = folder / f"{request.name}.json"
     if file.name == LADDER or file.parent != folder:
-        raise ConfigError(f"A calibration cannot be called '{request.name}'; take another name.")
+        raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
     if file.exists():
         Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
     require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
@@ -184,7 +184,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
 
 
 def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
-    """Whether there is a ladder of this checkpoint that knows what the plan's number of steps loses."""
+    """Whether the file holds a measurement of this checkpoint that includes the plan's number of steps."""
     if not file.exists():
         return False
     found = read_json(file)
@@ -193,18 +193,18 @@ def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
 
 
 def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
-    """The episodes of ``dataset`` that neither the checkpoint nor one that it continues has learned from.
+    """The episodes of ``dataset`` on which neither the checkpoint nor one that it continues was trained.
 
-    All of them for another data set than they were trained on; for their own those that training held out.
+    For a data set of their training, the episodes that it held out; for any other data set, all episodes.
 
     Raises:
-        CalibrationError: when the checkpoint does not say, or training held out fewer than two.
+        CalibrationError: the checkpoint does not record this, or training held out fewer than two.
     """
     trained = trained_on(folder)
     if not trained:
         raise CalibrationError(
-            f"{folder} lacks training/, so nobody knows which episodes it learned from. Say that {dataset.root} is new to it "
-            "with --episodes all, or calibrate in the folder where it was trained."
+            f"{folder} lacks training/, so it is unknown which episodes it was trained on. If {dataset.root} is new to it, "
+            "pass --episodes all, or calibrate in the folder where it was trained."
         )
     held = new_episodes(dataset, trained)
     if len(held) < 2 and any(each.data == dataset.fingerprint for each in trained):
@@ -216,9 +216,9 @@ def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
 
 
 def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: int, seed: int = 0) -> Sample:
-    """``frames`` frames of the episodes, half of them for thresholds and half to see what these do; no episode is in both.
+    """Sample frames of the episodes, half of them for the thresholds and half for testing them; no episode is in both halves.
 
-    Episodes take turns between the halves in a random order of each task, so both halves hold every task.
+    Episodes are assigned to the halves alternately, in a random order within each task, so both halves contain every task.
     """
     if len(episodes) < 2 or frames < 4:
         raise ConfigError(f"Calibration needs at least two episodes and four frames, got {len(episodes)} and {frames}.")
@@ -242,8 +242,8 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
 
 
 @torch.no_grad()
-def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "max_abs", seed: int = 0) -> Table:
-    """Let every depth of the plan answer at every frame."""
+def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "max_abs", seed: int = 0) -> ExitMeasurements:
+    """Evaluate every depth of the plan on every frame."""
     discrepancy, deviation, largest, error = [], [], [], []
     policy.model.eval()
     with progress(len(frames.index_N), "Measuring exits") as bar:
@@ -266,19 +266,21 @@ def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "ma
         torch.cat(part).double().cpu().numpy() for part in (discrepancy, deviation, largest, error)
     )
     require_finite(near_NK)
-    return Table(near_NK, far_NK, largest_NK, error_NK, frames.choose_N, _tuning(frames, seed))
+    return ExitMeasurements(near_NK, far_NK, largest_NK, error_NK, frames.choose_N, _tuning(frames, seed))
 
 
 def _tuning(frames: Sample, seed: int) -> np.ndarray:
-    """Frames that define the sequence of thresholds, (N,) bool; the others of their half test it. No episode does both."""
+    """Frames that define the sequence of thresholds, (N,) bool; the others of their half test it, with other episodes."""
     windows = frames.windows
     episode_N = windows.dataset.columns().episode[windows.rows[frames.index_N]]
     choosing = np.unique(episode_N[frames.choose_N])
     return np.isin(episode_N, np.random.default_rng([seed, 1]).permutation(choosing)[::2])
 
 
-def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, target: Target, checkpoint: str) -> Calibration:
-    """Choose thresholds, and say what they do on the other half."""
+def calibrate(
+    policy: Policy, plan: ExitPlan, frames: Sample, table: ExitMeasurements, *, target: Target, checkpoint: str
+) -> Calibration:
+    """Choose thresholds, and report their effect on the other half."""
     threshold_K, written = target.choose(table)
     fresh_N = ~table.choose_N
     exit_F = taken(table.discrepancy_NK[fresh_N], threshold_K)
@@ -316,7 +318,7 @@ def calibrate(policy: Policy, plan: ExitPlan, frames: Sample, table: Table, *, t
 
 @torch.no_grad()
 def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[int] = LADDER_STEPS) -> Ladder:
-    """What a fixed depth and number of solver steps would lose, from the same noise as the fullest of them."""
+    """Error of every fixed depth and number of solver steps, with the same noise as the most expensive of them."""
     model, depths = policy.model, policy.model.depths
     steps = sorted({model.decoder.nfe(Sampling(s)) for s in steps})
     sums = {(depth, s): np.zeros(2) for depth in depths for s in steps}
@@ -331,18 +333,20 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[in
             target_BLD = policy.targets(batch).action_BLD.to(policy.device)
             weight_BL = batch.valid_BL.to(policy.device).float()
 
-            def made(depth: int, s: int) -> Tensor:
+            def sampled(depth: int, s: int) -> Tensor:
                 for generator, state in zip(generators, begin, strict=True):  # noqa: B023
                     generator.set_state(state)
                 return model.decoder.sample(prefixes[depth], generators, Sampling(s))  # noqa: B023
 
-            full_BLD = made(depths[-1], steps[-1])
+            full_BLD = sampled(depths[-1], steps[-1])
             for depth, s in sums:
-                chunk_BLD = made(depth, s)
+                chunk_BLD = sampled(depth, s)
                 error_B = _error(chunk_BLD, target_BLD, weight_BL)
                 far_B = distance("max_abs", chunk_BLD, full_BLD)
                 if not bool(far_B.isfinite().all()):
-                    raise ConfigError("Some chunks are not finite; the checkpoint makes chunks that are no numbers.")
+                    raise ConfigError(
+                        "The checkpoint computes chunks that are not finite; train it again with a lower learning rate."
+                    )
                 sums[depth, s] += (float(far_B.sum()), float(error_B.nan_to_num(0).sum()))  # NaN: no action is valid
             count += len(generators)
             bar.advance(len(generators))

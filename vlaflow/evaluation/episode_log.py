@@ -1,8 +1,8 @@
-"""``episodes.jsonl``: the finished episodes of an evaluation under way, so that an interrupted one continues.
+"""``episodes.jsonl``: the finished episodes of a running evaluation, so that it can be continued after an interruption.
 
-The first line holds the settings that decide the episodes, every further line one finished episode. A line is written whole,
-flushed to the disk and never changed; one that a kill or a power cut left unfinished is cut off when the log is opened again.
-When the results are written, the log is removed: it exists only while an evaluation is unfinished.
+The first line contains the settings that determine the episodes, every other line one finished episode. A line is written at
+once, flushed to the disk and never changed; a line left incomplete by a kill or a power cut is removed when the log is opened
+again. The log exists only while an evaluation is unfinished: it is removed when the results are written.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class EpisodeLog(Generic[E]):
     """The log of one folder, open for appending; a context manager.
 
     Args:
-        folder: of the evaluation; made when it is missing.
+        folder: folder of the evaluation; created if it does not exist.
         kind: dataclass of an episode.
-        settings: JSON values by name; everything that an episode is a function of.
-        fresh: discard a log that is there instead of continuing it.
+        settings: everything that determines the episodes, as JSON values by name.
+        fresh: discard an existing log instead of continuing it.
 
     Attributes:
-        finished: episodes by their number in the evaluation's list of jobs.
-        seconds: wall time spent before, by the runs that this one continues.
+        finished: finished episodes by the number of their job.
+        seconds: wall time of the earlier runs that this one continues.
 
     Raises:
         ConfigError: the folder cannot be written, another evaluation is writing into it, or its log was begun with other
             settings.
-        DataError: the log is damaged elsewhere than at its end.
+        DataError: the log is damaged, other than at its end.
     """
 
     def __init__(self, folder: Path, kind: type[E], settings: Mapping[str, Any], *, fresh: bool = False) -> None:
@@ -61,8 +61,8 @@ class EpisodeLog(Generic[E]):
             self._claim()
             content = self._read()
             if content and not content.startswith(f'{{"format": "{FORMAT}"'.encode()):
-                raise ConfigError(f"{self.file} is no log of an evaluation. Choose another --out.")
-            if content.count(b"\n") > 1 and not fresh:  # a header alone holds nothing worth keeping
+                raise ConfigError(f"{self.file} is not the log of an evaluation. Choose another --out.")
+            if content.count(b"\n") > 1 and not fresh:  # a header alone is not worth keeping
                 self._continue(content, header)
             else:
                 os.ftruncate(self._place, 0)
@@ -75,19 +75,19 @@ class EpisodeLog(Generic[E]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Let go of the file; it stays for the next run."""
+        """Close the file and keep it for the next run."""
         os.close(self._place)
 
     @property
     def spent(self) -> float:
-        """Seconds of wall time, those of the runs that this one continues included."""
+        """Seconds of wall time, including the earlier runs that this one continues."""
         return self.seconds + time.monotonic() - self._began
 
     def add(self, number: int, episode: E) -> None:
-        """Keep a finished episode; it survives whatever happens to this process.
+        """Store a finished episode on disk.
 
         Raises:
-            DataError: the disk is full or may not be written.
+            DataError: the disk is full or not writable.
         """
         self._append({"job": number, "seconds": round(self.spent, 3), "episode": to_json(episode)})
         self.finished[number] = episode
@@ -95,15 +95,15 @@ class EpisodeLog(Generic[E]):
     def complete(
         self, jobs: Sequence[J], play: Callable[[Sequence[J], Callable[[int, E], None]], object], description: str
     ) -> list[E]:
-        """Play the jobs that are not finished yet, keeping each episode.
+        """Run the jobs that are not finished yet and store each episode.
 
         Args:
-            jobs: all of the evaluation, the same list in the same order for the same settings.
-            play: takes the jobs that are left and a function to call with the number among them and the episode of each.
+            jobs: all jobs of the evaluation; the same settings must give the same list.
+            play: takes the remaining jobs and a function to call with the number (among these) and the episode of each.
             description: for the progress bar.
 
         Returns:
-            all episodes, in the order of the jobs.
+            All episodes, in the order of the jobs.
         """
         left = [number for number in range(len(jobs)) if number not in self.finished]
         before = f", {len(self.finished)} done before" if self.finished else ""
@@ -117,7 +117,7 @@ class EpisodeLog(Generic[E]):
         return [self.finished[number] for number in range(len(jobs))]
 
     def remove(self) -> None:
-        """The results hold everything now."""
+        """Remove the log, once the results are written."""
         self.file.unlink(missing_ok=True)
 
     def _claim(self) -> None:
@@ -125,13 +125,13 @@ class EpisodeLog(Generic[E]):
             fcntl.flock(self._place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"Another evaluation is writing into {self.file.parent}. Wait for it, or choose another --out."
+                f"Another evaluation is writing to {self.file.parent}. Wait for it, or choose another --out."
             ) from error
         except OSError:  # a network folder without locks
             return
 
     def _read(self) -> bytes:
-        """All whole lines; what follows the last of them is cut off."""
+        """Read all complete lines, and truncate the file after them."""
         content = self.file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -161,7 +161,7 @@ class EpisodeLog(Generic[E]):
             end = os.fstat(self._place).st_size
             try:
                 if os.write(self._place, text) < len(text):
-                    # a disk that fills up takes a part of the line first, and refuses only the next write
+                    # a full disk first writes a part of the line, and only the next write fails
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(self._place)
             except OSError:

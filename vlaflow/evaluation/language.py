@@ -1,7 +1,7 @@
-"""Does the policy listen? The same seeds under the right instruction, another task's, and none.
+"""Whether the policy follows its instruction: the same seeds with the right instruction, another task's, and none.
 
-A policy that succeeds whatever it is told recognises the scene and ignores the sentence; one that fails without its
-instruction listens. Neither is a fault by itself, but only the second can be told what to do.
+A policy that succeeds with any instruction recognises the scene and ignores the instruction; one that fails without the right
+instruction follows it. Neither is an error, but only the second can be instructed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.results import LanguageResult
-from vlaflow.evaluation.rollout import FIRST_SEED, Episode, EpisodeJob
+from vlaflow.evaluation.rollout import FIRST_SEED, EpisodeJob, EpisodeResult
 from vlaflow.evaluation.statistics import wilson
 from vlaflow.simulators.base import parse_env_name, simulator_spec
 
@@ -21,52 +21,54 @@ KINDS = ("right", "other", "empty")
 
 @dataclass(frozen=True)
 class LanguageTest:
-    """What the language-swap test runs.
+    """The episodes of the language-swap test.
 
     Args:
-        jobs: "other" and "empty" episodes, to be run.
-        envs, seeds: what is compared; the "right" episodes come from the evaluation itself.
-        said: the words, by (environment, kind).
+        jobs: the "other" and "empty" episodes to run.
+        envs, seeds: environments and seeds; the "right" episodes are those of the evaluation itself.
+        instructions: instructions by (environment, kind).
     """
 
     jobs: tuple[EpisodeJob, ...]
     envs: tuple[str, ...]
     seeds: tuple[int, ...]
-    said: dict[tuple[str, str], str]
+    instructions: dict[tuple[str, str], str]
 
 
 def plan_swap(
     envs: Sequence[str], compute: ComputePolicy, episodes: int, first_seed: int = FIRST_SEED, max_steps: int | None = None
 ) -> LanguageTest:
-    """Swap the instructions of ``envs`` in a circle; a single one borrows the sentence of another task of its suite."""
+    """Swap the instructions of ``envs`` cyclically; a single environment gets that of another task of its suite."""
     if episodes < 1:
         raise ConfigError(f"The language-swap test needs at least one episode, got {episodes}.")
-    seeds, said, jobs = tuple(range(first_seed, first_seed + episodes)), {}, []
+    seeds, instructions, jobs = tuple(range(first_seed, first_seed + episodes)), {}, []
     for number, env in enumerate(envs):
         right = _instruction(env)
         others = [_instruction(e) for e in (*envs[number + 1 :], *envs[:number])]
         others += list(simulator_spec(parse_env_name(env)[0]).tasks.values())
-        said[env, "right"], said[env, "empty"] = right, ""
-        said[env, "other"] = next((o for o in others if o != right), "Do something else")
-        jobs += [EpisodeJob(env, compute, seed, said[env, kind], max_steps) for kind in ("other", "empty") for seed in seeds]
-    return LanguageTest(tuple(jobs), tuple(envs), seeds, said)
+        instructions[env, "right"], instructions[env, "empty"] = right, ""
+        instructions[env, "other"] = next((o for o in others if o != right), "Do something else")
+        jobs += [
+            EpisodeJob(env, compute, seed, instructions[env, kind], max_steps) for kind in ("other", "empty") for seed in seeds
+        ]
+    return LanguageTest(tuple(jobs), tuple(envs), seeds, instructions)
 
 
 def count_swap(
-    test: LanguageTest, right: Sequence[Episode], swapped: Sequence[Episode], max_steps: int
+    test: LanguageTest, right: Sequence[EpisodeResult], swapped: Sequence[EpisodeResult], max_steps: int
 ) -> tuple[LanguageResult, ...]:
-    """Successes within ``max_steps`` steps, for every environment and kind of instruction.
+    """Count successes within ``max_steps`` steps, for every environment and kind of instruction.
 
     Args:
-        test: what was run.
-        right: episodes of the evaluation with the same compute policy; those of other seeds are left out.
-        swapped: outcomes of ``test.jobs``.
-        max_steps: that of the swapped episodes.
+        test: the test.
+        right: episodes of the evaluation with the same compute policy; those with other seeds are ignored.
+        swapped: results of ``test.jobs``.
+        max_steps: step limit of the swapped episodes.
     """
     found = []
     for env in test.envs:
         for kind in KINDS:
-            words = test.said[env, kind]
+            words = test.instructions[env, kind]
             pool = right if kind == "right" else swapped
             mine = {e.seed: e.first_success_step for e in pool if e.env == env and e.instruction == words}
             if any(seed not in mine for seed in test.seeds):

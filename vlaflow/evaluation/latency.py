@@ -1,7 +1,7 @@
-"""How long a chunk takes, by part: one process, one thread, nothing else to do.
+"""Latency of a chunk, by part: one process, one thread, on an otherwise idle machine.
 
-Compute policies take turns on the same observations, so a machine that slows down slows all of them. Rollouts are not
-timed: they share the machine with each other and with the simulator.
+Compute policies take turns on the same observations, so a slowdown of the machine affects all of them. Rollouts are not timed,
+because they share the machine with each other and with the simulator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
 
 PARTS = ("prefix", "first", "refine_deterministic", "rater", "refine")
-"""Parts of a chunk's time in the order they happen; a part that did not happen took 0 ms. The rest is ``other``."""
+"""Parts of a chunk's time in order; a part that was not run counts as 0 ms. The rest is ``other``."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Latency:
     """Milliseconds per chunk of one compute policy.
 
     Args:
-        compute: by name.
-        chunks: how many were timed.
+        compute: name of the compute policy.
+        chunks: number of timed chunks.
         total: from observation to actions in robot units.
-        parts: percentiles of each part; "other" is what is left of each total (image resizing, units).
-        mean_parts: mean of each part, which add up to ``mean``.
+        parts: percentiles of each part; "other" is the rest of each total (image resizing, units).
+        mean_parts: mean of each part; they add up to ``mean``.
         mean: mean of the total.
         layer_passes: mean network layers run per chunk.
         nfe: mean decoder evaluations per chunk.
         regenerated_share: mean share of the actions that were regenerated.
-        drift: where the prefix depends on the tokens and is not run at every step: how far the actions are from those that it
-            would make if it were, mean absolute difference in robot units; None where the cache is exact.
+        drift: for prefixes that depend on the tokens but are not run at every step: mean absolute difference, in robot units,
+            from the actions with a prefix run at every step; None where the cache is exact.
     """
 
     compute: str
@@ -54,8 +54,8 @@ class Latency:
 def measure(
     policy: Policy, computes: Sequence[ComputePolicy], observations: Sequence[Observation], chunks: int = 60, warm_up: int = 3
 ) -> list[Latency]:
-    """Time ``chunks`` chunks of every compute policy, in turns, spread over the observations, after a few uncounted ones."""
-    seen: dict[str, list[dict[str, float]]] = {compute.name: [] for compute in computes}
+    """Time ``chunks`` chunks of every compute policy, in turns, spread over the observations, after a warm-up."""
+    times: dict[str, list[dict[str, float]]] = {compute.name: [] for compute in computes}
     work: dict[str, list[tuple[int, int, float]]] = {compute.name: [] for compute in computes}
     with one_thread():
         for turn in range(-warm_up, chunks):
@@ -64,11 +64,11 @@ def measure(
                 chunk = policy.act(observation, compute, generator=chunk_generator(turn % 2**20, 0))
                 if turn < 0:
                     continue
-                seen[compute.name].append(dict(chunk.milliseconds))
+                times[compute.name].append(dict(chunk.milliseconds))
                 again = 0.0 if chunk.regenerated is None else float(chunk.regenerated.mean())
                 work[compute.name].append((chunk.layer_passes, chunk.nfe, again))
         drifts = {compute.name: _drift(policy, compute, observations[:chunks]) for compute in computes}
-    return [replace(_summary(name, times, work[name]), drift=drifts[name]) for name, times in seen.items()]
+    return [replace(_summary(name, timed, work[name]), drift=drifts[name]) for name, timed in times.items()]
 
 
 def _drift(policy: Policy, compute: ComputePolicy, observations: Sequence[Observation]) -> float | None:
@@ -76,24 +76,25 @@ def _drift(policy: Policy, compute: ComputePolicy, observations: Sequence[Observ
     if exact is None:
         return None
     chunks = [
-        [policy.act(seen, c, generator=chunk_generator(i, 0)).actions for i, seen in enumerate(observations)]
+        [policy.act(each, c, generator=chunk_generator(i, 0)).actions for i, each in enumerate(observations)]
         for c in (compute, exact)
     ]
     return float(np.abs(np.array(chunks[0]) - np.array(chunks[1])).mean())
 
 
-def seen_on_the_way(policy: Policy, jobs: Sequence[EpisodeJob], config: RolloutConfig) -> list[Observation]:
-    """What the policy is asked about in these episodes, the episodes taking turns.
+def collect_observations(policy: Policy, jobs: Sequence[EpisodeJob], config: RolloutConfig) -> list[Observation]:
+    """The observations of these episodes, interleaved.
 
-    Adaptive compute policies take longer where a scene is hard, so beginnings of episodes alone would not do.
+    Adaptive compute policies take longer in difficult scenes, so the first steps of episodes would not be representative.
     """
     episodes: list[list[Observation]] = []
     for job in jobs:
-        seen: list[Observation] = []
-        play(policy, open_env(policy, job.env, config.render), job, config, look=lambda step, now, chunk: seen.append(now))  # noqa: B023
-        episodes.append(seen)
+        observed: list[Observation] = []
+        observe = lambda step, now, chunk, observed=observed: observed.append(now)  # noqa: E731
+        play(policy, open_env(policy, job.env, config.render), job, config, before=observe)
+        episodes.append(observed)
     longest = max(map(len, episodes))
-    return [seen[i] for i in range(longest) for seen in episodes if i < len(seen)]
+    return [each[i] for i in range(longest) for each in episodes if i < len(each)]
 
 
 def _summary(name: str, times: list[dict[str, float]], work: list[tuple[int, int, float]]) -> Latency:

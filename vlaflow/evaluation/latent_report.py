@@ -1,8 +1,8 @@
-"""What the codes of a latent action model are worth, on episodes it has not seen.
+"""Quality of the codes of a latent action model, on held-out episodes.
 
-Are all entries used? How much of what changed do the codes bring back? Can the actions between the frames be told from them?
+Are all entries used? How much of the change between the frames do the codes reconstruct? Can actions be predicted from them?
 
-Shape letters: M pairs, K codes, V entries of the book, E dimension of an entry, D action dimension, F features of a probe.
+Shape letters: M pairs, K codes, V entries of the codebook, E dimension of an entry, D action dimension, F features of a probe.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from vlaflow.errors import SpecError
 from vlaflow.policies.iflybot.codes import model_pairs
 
 PAIRS = 4000
-"""Pairs that are looked at, at most, of the training and of the held-out episodes each."""
+"""Largest number of pairs, each of the training and of the held-out episodes."""
 BATCH = 128
 ROWS = 6
-"""Pairs that are shown as examples."""
+"""Number of example pairs."""
 OTHER_DATA = 0.06
-"""Share of the episodes that the probe does not learn from, where training says nothing because it never saw the data."""
+"""Share of the episodes held out from the probes, for data on which the model was not trained."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Pairs and what the model made of them.
+class EncodedPairs:
+    """Frame pairs and their codes.
 
     Args:
         pairs: all pairs of the episodes.
-        index_M: which of them.
+        index_M: indices of the measured pairs.
         id_MK: their codes.
-        vector_MF: what was quantised, flattened.
-        action_MD: mean action between the frames, robot units; D = 0 where the data set holds none.
+        vector_MF: the vectors before quantisation, flattened.
+        action_MD: mean action between the frames, robot units; D = 0 if the data set has no actions.
         task_M: index of the task.
     """
 
@@ -52,15 +52,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Usage:
-    """How the entries of the book are used.
+    """Usage of the codebook entries.
 
     Args:
-        share_V: of all codes, adds up to 1.
-        share_KV: the same for each of the K places.
-        used: entries with a tenth of their fair share 1/V or more.
+        share_V: share of each entry among all codes; adds up to 1.
+        share_KV: the same for each of the K positions.
+        used: number of entries with at least a tenth of the fair share 1/V.
         perplexity: exp of the entropy of ``share_V``, 1 … V.
-        distinct: different rows of K codes, of ``pairs``.
-        pairs: how many were looked at.
+        distinct: number of different rows of K codes.
+        pairs: number of measured pairs.
     """
 
     share_V: np.ndarray
@@ -72,20 +72,20 @@ class Usage:
 
     @property
     def place_perplexity(self) -> np.ndarray:
-        """Perplexity of each of the K places, (K,)."""
+        """Perplexity of each of the K positions, (K,)."""
         share_KV = np.where(self.share_KV > 0, self.share_KV, 1.0)
         return np.exp(-(self.share_KV * np.log(share_KV)).sum(1))
 
 
 @dataclass(frozen=True)
-class Examples:
+class LatentExamples:
     """A few held-out pairs, uint8 images (R, H, W, 3).
 
     Args:
         gap_s: time between the frames.
         id_RK: their codes.
         earlier, later: both frames.
-        decoded: the later frame as the model makes it of the earlier one and the codes.
+        decoded: the later frame as predicted from the earlier one and the codes.
         transferred: (R, R, H, W, 3), the codes of each pair applied to the earlier frame of each.
     """
 
@@ -102,9 +102,9 @@ class Pixels:
     """Mean squared errors of the later frame, pixels in [0, 1].
 
     Args:
-        copy: of the earlier frame in its place.
-        decoded: of what the model makes of the pair's own codes.
-        other: of what it makes of another pair's codes.
+        copy: error of the earlier frame.
+        decoded: error of the prediction from the pair's own codes.
+        other: error of the prediction from another pair's codes.
     """
 
     copy: float
@@ -113,15 +113,15 @@ class Pixels:
 
     @property
     def explained(self) -> float:
-        """Share of the change that the codes bring back: 1 − decoded / copy."""
+        """Share of the change that the codes reconstruct: 1 − decoded / copy."""
         return 1 - self.decoded / self.copy if self.copy else 0.0
 
 
-def look(model: LatentActionModel, dataset: Dataset) -> tuple[Seen, Seen]:
-    """Pairs of training and of held-out episodes, divided as training did; data that it never saw is divided in the same way.
+def encode_pairs(model: LatentActionModel, dataset: Dataset) -> tuple[EncodedPairs, EncodedPairs]:
+    """Encode pairs of the training and of the held-out episodes, split as in training; other data is split in the same way.
 
     Raises:
-        SpecError: nothing was, or can be, held out.
+        SpecError: nothing is, or can be, held out.
         DataError: see ``FramePairs``.
     """
     origin = model.origin
@@ -129,11 +129,13 @@ def look(model: LatentActionModel, dataset: Dataset) -> tuple[Seen, Seen]:
     train, held = split_episodes(dataset, origin.held_out if own else origin.held_out or OTHER_DATA, origin.seed)
     if not held:
         why = "training held out no episode" if own and not origin.held_out else "there is one episode per task"
-        raise SpecError(f"Nothing of {dataset.root} is held out: {why}. Train with a validation_fraction, or name other data.")
-    return _see(model, dataset, train), _see(model, dataset, held)
+        raise SpecError(
+            f"No episode of {dataset.root} is held out: {why}. Train with a validation_fraction, or use other data."
+        )
+    return _encode(model, dataset, train), _encode(model, dataset, held)
 
 
-def _see(model: LatentActionModel, dataset: Dataset, episodes: Sequence[int]) -> Seen:
+def _encode(model: LatentActionModel, dataset: Dataset, episodes: Sequence[int]) -> EncodedPairs:
     pairs = model_pairs(model, dataset, episodes=episodes)
     index_M = np.unique(np.linspace(0, len(pairs) - 1, min(PAIRS, len(pairs))).round().astype(np.int64))
     ids, vectors = [], []
@@ -143,11 +145,11 @@ def _see(model: LatentActionModel, dataset: Dataset, episodes: Sequence[int]) ->
         vectors.append(vector_BKE.flatten(1).float().cpu().numpy())
     rows, columns = pairs.rows[index_M], dataset.columns()
     action_MD = columns.executed[rows[:, None] + np.arange(pairs.gap)].mean(1)
-    return Seen(pairs, index_M, np.concatenate(ids), np.concatenate(vectors), action_MD, columns.task[rows])
+    return EncodedPairs(pairs, index_M, np.concatenate(ids), np.concatenate(vectors), action_MD, columns.task[rows])
 
 
 def usage(id_MK: np.ndarray, book: int) -> Usage:
-    """Count."""
+    """Compute the usage of the codebook."""
     share_KV = np.stack([np.bincount(column, minlength=book) for column in id_MK.T]) / len(id_MK)
     share_V = share_KV.mean(0)
     positive = share_V[share_V > 0]
@@ -161,70 +163,70 @@ def usage(id_MK: np.ndarray, book: int) -> Usage:
     )
 
 
-def pixels(model: LatentActionModel, seen: Seen, seed: int = 0) -> Pixels:
-    """Decode every pair with its own codes and with those of a pair drawn at random."""
-    other_M = np.random.default_rng(seed).permutation(len(seen.index_M))
+def pixels(model: LatentActionModel, encoded: EncodedPairs, seed: int = 0) -> Pixels:
+    """Decode every pair with its own codes and with those of a random pair."""
+    other_M = np.random.default_rng(seed).permutation(len(encoded.index_M))
     sums = np.zeros(3)
-    for start in range(0, len(seen.index_M), BATCH):
+    for start in range(0, len(encoded.index_M), BATCH):
         part = slice(start, start + BATCH)
-        earlier, later = seen.pairs.frames(seen.index_M[part])
+        earlier, later = encoded.pairs.frames(encoded.index_M[part])
         own, others = (
-            model.apply_codes(earlier, torch.from_numpy(ids)) for ids in (seen.id_MK[part], seen.id_MK[other_M[part]])
+            model.apply_codes(earlier, torch.from_numpy(ids)) for ids in (encoded.id_MK[part], encoded.id_MK[other_M[part]])
         )
         wanted = later.float() / 255
         sums += [float((image.cpu().float() / 255 - wanted).square().mean((1, 2, 3)).sum()) for image in (earlier, own, others)]
-    return Pixels(*(sums / len(seen.index_M)).tolist())
+    return Pixels(*(sums / len(encoded.index_M)).tolist())
 
 
-def examples(model: LatentActionModel, seen: Seen) -> Examples:
-    """``ROWS`` pairs in which much moves, and what the model makes of their codes."""
-    place_R = _moving(seen)
-    earlier, later = seen.pairs.frames(seen.index_M[place_R])
-    id_RK = seen.id_MK[place_R]
+def examples(model: LatentActionModel, encoded: EncodedPairs) -> LatentExamples:
+    """``ROWS`` pairs with much motion, and the predictions from their codes."""
+    place_R = _moving(encoded)
+    earlier, later = encoded.pairs.frames(encoded.index_M[place_R])
+    id_RK = encoded.id_MK[place_R]
     made = [model.apply_codes(earlier, torch.from_numpy(ids).expand(len(place_R), -1)).cpu().numpy() for ids in id_RK]
     decoded = model.apply_codes(earlier, torch.from_numpy(id_RK)).cpu().numpy()
-    return Examples(seen.pairs.gap_s, id_RK, earlier.numpy(), later.numpy(), decoded, np.stack(made))
+    return LatentExamples(encoded.pairs.gap_s, id_RK, earlier.numpy(), later.numpy(), decoded, np.stack(made))
 
 
-def _moving(seen: Seen) -> np.ndarray:
-    """Places in ``seen`` of ``ROWS`` pairs in which much moves, the tasks taking turns, int64 (R,)."""
-    earlier, later = seen.pairs.frames(seen.index_M)
+def _moving(encoded: EncodedPairs) -> np.ndarray:
+    """Indices in ``encoded`` of ``ROWS`` pairs with much motion, the tasks taking turns, int64 (R,)."""
+    earlier, later = encoded.pairs.frames(encoded.index_M)
     change_M = (earlier.float() - later.float()).square().mean((1, 2, 3)).numpy()
-    tasks = np.unique(seen.task_M)
+    tasks = np.unique(encoded.task_M)
     chosen = []
     for number in range(min(ROWS, len(change_M))):
-        members = np.flatnonzero(seen.task_M == tasks[number % len(tasks)])
+        members = np.flatnonzero(encoded.task_M == tasks[number % len(tasks)])
         order = members[np.argsort(change_M[members])]
-        # from the ninth tenth down by a fifth, so that a task that comes again shows another pair
+        # from the 90 % quantile down by 20 % per round, so that a repeated task shows another pair
         chosen.append(order[int((0.9 - 0.2 * (number // len(tasks))) * (len(order) - 1))])
     return np.array(chosen)
 
 
-def probes(train: Seen, held: Seen, book: int, tasks: int, seed: int = 0) -> Mapping[str, np.ndarray]:
-    """How well the mean action between the frames can be told from codes, per dimension, by ridge regression.
+def probes(train: EncodedPairs, held: EncodedPairs, book: int, tasks: int, seed: int = 0) -> Mapping[str, np.ndarray]:
+    """How well the mean action between the frames can be predicted from the codes, per dimension, by ridge regression.
 
     Returns:
-        By what it is told from, share of the variance explained on held-out pairs, (D,): "codes"; "vectors", before
-        quantisation; "task", its number alone; "chance", codes of other pairs. NaN for a dimension that stands still in the
-        held-out pairs; empty where there is no other.
+        By predictor, share of the variance explained on held-out pairs, (D,): "codes"; "vectors", before quantisation;
+        "task", its number alone; "chance", codes of other pairs. NaN for a dimension that is constant in the held-out
+        pairs; empty if all are.
     """
     if still(held.action_MD).all():
         return {}
     shuffled = np.random.default_rng(seed).permutation(len(train.index_M))
-    codes = [_one_hot(seen.id_MK, book) for seen in (train, held)]
+    codes = [_one_hot(encoded.id_MK, book) for encoded in (train, held)]
     named = {
         "codes": codes,
         "vectors": [train.vector_MF, held.vector_MF],
-        "task": [_one_hot(seen.task_M[:, None], tasks) for seen in (train, held)],
+        "task": [_one_hot(encoded.task_M[:, None], tasks) for encoded in (train, held)],
         "chance": [codes[0][shuffled], codes[1]],
     }
     return {name: explained(a, train.action_MD, b, held.action_MD) for name, (a, b) in named.items()}
 
 
 def explained(x_MF: np.ndarray, y_MD: np.ndarray, new_x_MF: np.ndarray, new_y_MD: np.ndarray, ridge: float = 1.0) -> np.ndarray:
-    """1 − residual / variance of a ridge regression on new data, (D,); 0 is what the training mean explains, or less.
+    """1 − residual / variance of a ridge regression on new data, (D,); predicting the training mean gives 0 or less.
 
-    NaN where the new data stand still: there is nothing to tell.
+    NaN for dimensions that are constant in the new data.
     """
     x_mean_F, y_mean_D = x_MF.mean(0), y_MD.mean(0)
     scale_F = np.maximum(x_MF.std(0), 1e-6)
@@ -236,7 +238,7 @@ def explained(x_MF: np.ndarray, y_MD: np.ndarray, new_x_MF: np.ndarray, new_y_MD
 
 
 def still(y_MD: np.ndarray) -> np.ndarray:
-    """Dimensions that do not vary but for rounding, bool (D,), such as those a shorter action was padded with."""
+    """Dimensions that are constant except for rounding, bool (D,), such as the padding of shorter actions."""
     y_MD = y_MD.astype(np.float64)
     return y_MD.var(0) <= 1e-10 * np.square(y_MD).mean(0)
 

@@ -23,16 +23,16 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
     """Time embedding, every layer's prefix and a decoder evaluation at every exit, in turns; medians.
 
     Args:
-        policy: what to time.
-        checkpoint: its fingerprint.
-        rounds: times each part is measured, at least 20.
-        threads: of torch.
+        policy: the policy to time.
+        checkpoint: fingerprint of its checkpoint.
+        rounds: number of measurements of each part, at least 20.
+        threads: number of torch threads.
     """
     if rounds < 20:
-        raise ConfigError(f"A 99th percentile needs some rounds; take at least 20 instead of {rounds}.")
-    model, seen = policy.model.eval(), example(policy)
+        raise ConfigError(f"A 99th percentile needs at least 20 rounds, got {rounds}.")
+    model, observation = policy.model.eval(), example(policy)
     depths = range(1, model.backbone.spec.depth + 1)
-    batch = ObservationBatch.collate([seen])
+    batch = ObservationBatch.collate([observation])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -47,7 +47,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
                     parts[f"step {depth}"] = lambda depth=depth: model.decoder.sample(  # type: ignore[misc]
                         prefixes[depth], [Generator().manual_seed(0)], sampling
                     )
-            parts["chunk"] = lambda: policy.act(seen, Dense.by(sampling), generator=Generator().manual_seed(0))
+            parts["chunk"] = lambda: policy.act(observation, Dense.by(sampling), generator=Generator().manual_seed(0))
             times: dict[str, list[float]] = {name: [] for name in parts}
             for turn in range(-3, rounds):
                 for name, part in parts.items():

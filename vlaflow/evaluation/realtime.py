@@ -1,11 +1,11 @@
-"""Episodes against a running server with stated delays: what does inference that takes time cost, and which hand-over helps?
+"""Episodes against a running server with simulated delays: the cost of inference time, and which hand-over reduces it.
 
-The simulation advances one control step at a time; an answer is handed out as many steps later as its delay says, however long
-it really took. So every way of handing over is compared on one clock, on the same seeds and with the same noise. The first
-chunk of an episode is waited for, as on a robot; afterwards the world does not stop.
+The simulation advances one control step at a time; a reply is delivered after its simulated delay in steps, however long it
+really took. So all hand-overs are compared on one clock, on the same seeds and with the same noise. The first chunk of an
+episode is waited for, as on a robot; afterwards the simulation does not stop.
 
-Jerk is the second difference of the commanded motion (the action's displacements, in the action's units per step²), at
-boundaries, where a chunk hands over to another one or the robot comes to a stand, and elsewhere.
+Jerk is the second difference of the commanded motion (the displacements of the action, in action units per step²), at
+boundaries, where another chunk takes over or the robot becomes idle, and elsewhere.
 
 Shape letters: T steps, D action dimension.
 """
@@ -31,11 +31,11 @@ from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import ActionSpec, Observation
 
 _TRIES = 3
-SAID = {
+REQUIRED = {
     *("action_spec", "views", "state", "images", "chunk_size", "n_action_steps"),
     *("system", "compute", "compute_settings", "guided", "checkpoint", "fingerprint"),
 }
-"""What must be in a server's metadata."""
+"""Required keys of a server's metadata."""
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -44,10 +44,10 @@ class RealtimeEvaluationConfig:
     """How episodes are run.
 
     Args:
-        n_action_steps: actions executed before the next chunk is asked for; None takes the checkpoint's own.
-        max_steps: control steps after which an episode is cut off; None takes the suite's.
-        jitter_ms: every delay is longer by up to so much, uniformly.
-        fade: actions over which a new chunk is faded in.
+        n_action_steps: actions executed before the next chunk is requested; None for the checkpoint's default.
+        max_steps: limit of control steps per episode; None for the suite's.
+        jitter_ms: largest random addition to every delay, uniformly distributed.
+        fade: number of actions over which a new chunk is faded in.
         render: image quality.
     """
 
@@ -59,7 +59,7 @@ class RealtimeEvaluationConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.jitter_ms < math.inf:
-            raise ConfigError(f"Jitter makes answers later, by 0 ms or more, got {self.jitter_ms:g}.")
+            raise ConfigError(f"The jitter must be at least 0 ms and finite, got {self.jitter_ms:g}.")
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class RealtimeJob:
     Args:
         env: "suite/task".
         mode: how chunks hand over.
-        delay_ms: that every answer takes.
-        seed: of the reset, the noise and the jitter.
-        trace: keep the actions.
+        delay_ms: delay of every reply.
+        seed: seed of the reset, the noise and the jitter.
+        trace: whether to keep the actions.
     """
 
     env: str
@@ -82,35 +82,35 @@ class RealtimeJob:
 
     @property
     def name(self) -> str:
-        """For error messages."""
+        """Name of the job in error messages."""
         return f"{self.env}, {self.mode}, {self.delay_ms:g} ms, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What was executed: actions (T, D), and the steps at which something else took over."""
+    """The executed actions (T, D), the boundaries between chunks, and the idle steps."""
 
     actions: tuple[tuple[float, ...], ...]
     boundaries: tuple[int, ...]
-    stood: tuple[int, ...]
+    idle: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class RealtimeEpisode:
-    """What came of one episode.
+    """The outcome of one episode.
 
     Args:
         env, mode, delay_ms, seed: as in the job.
-        success: at any step.
+        success: whether any step succeeded.
         first_success_step: counted from 1; None without success.
-        steps: control steps until the episode ended, standing included.
-        chunks: answers used.
-        stood: control steps without an action to execute.
-        late: answers that came after more actions than had been committed.
-        beyond: requests that could not commit as much as their expected delay.
-        boundaries: steps at which something else took over.
-        boundary_jerk, inner_jerk: mean second difference there and elsewhere; None where there was none.
-        trace: the actions, where they were kept.
+        steps: control steps until the episode ended, including idle ones.
+        chunks: number of replies used.
+        idle: control steps without an action to execute.
+        late: replies that arrived after more actions than had been committed.
+        beyond: requests that could not commit as many actions as the expected delay.
+        boundaries: number of steps at which another chunk took over or the robot became idle.
+        boundary_jerk, inner_jerk: mean second difference there and elsewhere; None if there is none.
+        trace: the actions, if they were kept.
     """
 
     env: str
@@ -121,7 +121,7 @@ class RealtimeEpisode:
     first_success_step: int | None
     steps: int
     chunks: int
-    stood: int
+    idle: int
     late: int
     beyond: int
     boundaries: int
@@ -137,11 +137,11 @@ def plan(
     episodes: int,
     first_seed: int = FIRST_SEED,
 ) -> list[RealtimeJob]:
-    """Every hand-over at every delay on the same seeds of every environment; the first seed's actions are kept."""
+    """List the jobs: every hand-over at every delay on the same seeds of every environment; the first seed keeps a trace."""
     if not envs:
         raise ConfigError("Nothing to drive: name at least one environment, e.g. --env metaworld/drawer-open-v3.")
     if episodes < 1 or not all(0 <= delay < math.inf for delay in delays_ms or (-1,)):
-        raise ConfigError("This takes at least one episode and at least one delay, each of 0 ms or more.")
+        raise ConfigError("A real-time evaluation needs at least one episode and at least one delay, each at least 0 ms.")
     return [
         RealtimeJob(env, mode, delay, seed, trace=seed == first_seed)
         for env in envs
@@ -160,18 +160,18 @@ def evaluate(
     workers: int = 1,
     finished: Callable[[int, RealtimeEpisode], None] | None = None,
 ) -> list[RealtimeEpisode]:
-    """Run episodes, each worker with a connection of its own; results in the order of the jobs.
+    """Run episodes, each worker with its own connection; results in the order of the jobs.
 
     Args:
-        server: its address.
+        server: address of the server.
         jobs: see ``plan``.
-        config: the same for all jobs.
-        token: of the server.
-        workers: processes; 0 runs in this one.
-        finished: called with a job's number and its episode as soon as it has ended.
+        config: settings of all jobs.
+        token: token of the server.
+        workers: number of processes; 0 for this process.
+        finished: called with the number of a job and its result as soon as it is done.
 
     Raises:
-        RequestError: no server, or what it answered.
+        RequestError: the server cannot be reached, or refuses a request.
         SpecError, ConfigError: before the first episode, when server, environments and settings do not fit together.
     """
     with Client(server, token) as client:
@@ -184,16 +184,16 @@ def evaluate(
 def require_fit(
     metadata: Mapping[str, Any], server: str, jobs: Sequence[RealtimeJob], config: RealtimeEvaluationConfig
 ) -> None:
-    """Refuse what cannot work.
+    """Refuse combinations that cannot work.
 
     Raises:
-        SpecError: when actions or views mean something else to an environment.
+        SpecError: actions or views of policy and environment differ.
         ConfigError: for an impossible ``n_action_steps``, ``max_steps`` or mode.
     """
-    if missing := SAID - metadata.keys():
+    if missing := REQUIRED - metadata.keys():
         raise SpecError(
-            f"{server} does not say {', '.join(sorted(missing))}; this drives servers of vlaflow alone: vlaflow serve CKPT "
-            "--observation-keys metaworld."
+            f"The metadata of {server} lacks {', '.join(sorted(missing))}; only servers of vlaflow can be used: vlaflow serve "
+            "CKPT --observation-keys metaworld."
         )
     theirs = from_json(ActionSpec, dict(metadata["action_spec"]), f"the metadata of {server}")
     for env in sorted({job.env for job in jobs}):
@@ -201,9 +201,9 @@ def require_fit(
         theirs.require_match(spec.action, f"the policy at {server}", f"environment {env}")
         for view in metadata["views"]:
             if view not in spec.views:
-                raise SpecError(f"The policy at {server} looks at '{view}', which {env} lacks; {nearest(view, spec.views)}")
+                raise SpecError(f"The policy at {server} needs view '{view}', which {env} lacks; {nearest(view, spec.views)}")
         if len(metadata["state"]) != 1:
-            raise SpecError(f"{server} wants the state in parts {metadata['state']}; serve with --observation-keys metaworld.")
+            raise SpecError(f"{server} needs the state in parts {metadata['state']}; serve with --observation-keys metaworld.")
         if config.max_steps is not None and not 1 <= config.max_steps <= spec.max_steps:
             raise ConfigError(f"max_steps of {env} must lie in 1..{spec.max_steps}, got {config.max_steps}.")
     for mode in sorted({job.mode for job in jobs}):
@@ -211,7 +211,7 @@ def require_fit(
 
 
 def settings(mode: HandOver, metadata: Mapping[str, Any], config: RealtimeEvaluationConfig) -> RealtimeConfig:
-    """The controller's."""
+    """Settings of the controller."""
     n_action_steps = int(metadata["n_action_steps"]) if config.n_action_steps is None else config.n_action_steps
     return RealtimeConfig(mode, n_action_steps=n_action_steps, fade=config.fade)
 
@@ -219,41 +219,41 @@ def settings(mode: HandOver, metadata: Mapping[str, Any], config: RealtimeEvalua
 def play(
     infer: Infer, metadata: Mapping[str, Any], env: Environment, job: RealtimeJob, config: RealtimeEvaluationConfig
 ) -> RealtimeEpisode:
-    """One episode.
+    """Run one episode.
 
     Args:
-        infer: the server.
-        metadata: what it said first.
-        env: reset here; the environment named in the job.
-        job: what to run.
-        config: how.
+        infer: sends a request to the server.
+        metadata: metadata of the server.
+        env: the environment named in the job; it is reset first.
+        job: the episode to run.
+        config: settings.
 
     Raises:
-        RequestError: when a request fails; a robot that stands for a busy server would look like one that hands over badly.
+        RequestError: a request failed; idle steps because of a busy server would be attributed to the hand-over.
     """
-    rate, asked = env.action_spec.rate_hz, 0
+    rate, requests = env.action_spec.rate_hz, 0
     jitter = np.random.default_rng(np.random.SeedSequence((job.seed, 1)))
 
     def delay() -> int:
         milliseconds = job.delay_ms + config.jitter_ms * jitter.random()
         return math.ceil(milliseconds * rate / 1e3 - 1e-9)
 
-    def look() -> dict[str, Any]:
-        nonlocal asked
-        seed, asked = chunk_seed(job.seed, asked), asked + 1
+    def observe() -> dict[str, Any]:
+        nonlocal requests
+        seed, requests = chunk_seed(job.seed, requests), requests + 1
         return {**as_request(env.observe(), metadata), "seed": seed}
 
     transport = SimulatedTransport(infer, delay)
     controller = RealtimeController(transport, metadata, settings(job.mode, metadata, config))
     env.restart(job.seed)
-    controller.begin(look())
+    controller.begin(observe())
     moves: list[Move] = []
     max_steps, done = config.max_steps or env._max_episode_steps, False
     info: dict[str, Any] = {}
     while not done:
-        moves.append(controller.act(look))
+        moves.append(controller.act(observe))
         if controller.counts.failed:
-            raise RequestError(f"A request failed in the middle of an episode, which says nothing then: {controller.failure}")
+            raise RequestError(f"A request failed during an episode, which makes its result meaningless: {controller.failure}")
         _, terminated, truncated, info = env.advance(moves[-1].action)
         transport.tick()
         done = terminated or truncated or len(moves) >= max_steps
@@ -268,7 +268,7 @@ def play(
         first_success_step=first if first > 0 else None,
         steps=len(moves),
         chunks=counts.answered,
-        stood=counts.stood,
+        idle=counts.idle,
         late=counts.late,
         beyond=counts.beyond,
         boundaries=len(motion.boundaries),
@@ -280,36 +280,36 @@ def play(
 
 @dataclass(frozen=True)
 class Motion:
-    """Executed actions and where something else took over.
+    """Executed actions and their boundaries.
 
     Args:
-        action_TD: as executed.
-        boundaries: steps (from 1 on) at which another chunk took over, or the robot came to a stand.
-        stood: steps at which it stood.
+        action_TD: the executed actions.
+        boundaries: steps (from 1 on) at which another chunk took over or the robot became idle.
+        idle: steps without an action to execute.
         moving_D: which dimensions are displacements.
     """
 
     action_TD: np.ndarray
     boundaries: tuple[int, ...]
-    stood: tuple[int, ...]
+    idle: tuple[int, ...]
     moving_D: np.ndarray = field(repr=False)
 
     @staticmethod
     def of(moves: Sequence[Move], spec: ActionSpec) -> Motion:
-        """From what a controller decided."""
-        stops = [i for i in range(1, len(moves)) if moves[i].stood and not moves[i - 1].stood]
+        """Build from the moves of a controller."""
+        stops = [i for i in range(1, len(moves)) if moves[i].idle and not moves[i - 1].idle]
         fresh = [i for i, move in enumerate(moves) if move.fresh and i]
         return Motion(
             np.stack([move.action for move in moves]).clip(spec.low, spec.high),
             tuple(sorted({*stops, *fresh})),
-            tuple(i for i, move in enumerate(moves) if move.stood),
+            tuple(i for i, move in enumerate(moves) if move.idle),
             np.array([d.mode == "delta" for d in spec.dimensions]),
         )
 
     def mean(self, *, at_boundaries: bool) -> float | None:
         """Mean norm of a_t − 2·a_{t−1} + a_{t−2} over the displacements.
 
-        A change at step b shows in the second differences of b and b + 1; both belong to the boundary.
+        A change at step b affects the second differences at b and b + 1; both belong to the boundary.
         """
         moving_TD = self.action_TD[:, self.moving_D]
         jerk_T = np.zeros(len(moving_TD))
@@ -322,20 +322,20 @@ class Motion:
 
     @property
     def trace(self) -> Trace:
-        """For the report."""
-        return Trace(tuple(tuple(map(float, row)) for row in self.action_TD), self.boundaries, self.stood)
+        """The trace for the report."""
+        return Trace(tuple(tuple(map(float, row)) for row in self.action_TD), self.boundaries, self.idle)
 
 
-def as_request(seen: Observation, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """An observation under the keys of the server's layout."""
-    images = {key: seen.images[view] for key, view in zip(metadata["images"], metadata["views"], strict=True)}
-    return {**images, metadata["state"][0]: seen.state, "prompt": seen.instruction}
+def as_request(observation: Observation, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """An observation with the keys of the server."""
+    images = {key: observation.images[view] for key, view in zip(metadata["images"], metadata["views"], strict=True)}
+    return {**images, metadata["state"][0]: observation.state, "prompt": observation.instruction}
 
 
 def _play_job(
     job: RealtimeJob, client: Client, *, config: RealtimeEvaluationConfig, metadata: Mapping[str, Any]
 ) -> RealtimeEpisode:
-    """One episode; begun again when a request fails, for it is the same one whenever it is run."""
+    """Run one episode, and repeat it if a request fails."""
     size = max((s for s in metadata["images"].values() if s), default=None)
     env = cached(job.env, render=config.render, size=size)
     for left in reversed(range(_TRIES)):
@@ -346,5 +346,7 @@ def _play_job(
             if not left:
                 raise
     if client.metadata != metadata:
-        raise RequestError("The server was restarted with another policy or other settings in the middle; start over.")
+        raise RequestError(
+            "The server was restarted with another policy or other settings during the evaluation; run the command again."
+        )
     return episode

@@ -1,4 +1,4 @@
-"""``results.json`` of episodes in real time: what each hand-over does at each delay, and which is better, in pairs."""
+"""``results.json`` of episodes in real time: results of each hand-over at each delay, and paired comparisons."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ FORMAT = "vlaflow results in real time 1"
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of handing over at one delay, all environments pooled.
+    """Results of one hand-over at one delay, over all environments.
 
     Args:
-        mode, delay_ms: which.
+        mode, delay_ms: the hand-over and the delay.
         episodes, successes, interval: with the 95 % Wilson interval of the rate.
         per_env: successes by environment.
-        steps: median control steps to success, of the episodes that succeeded; None without one.
-        boundary_jerk, inner_jerk: means over the episodes that have them, with 95 % bootstrap intervals; None without.
-        stood_share: share of the control steps at which the robot had nothing to execute.
-        late_share: share of the answers that came after more actions than had been committed.
+        steps: median control steps to success over the successful episodes; None if there are none.
+        boundary_jerk, inner_jerk: means over the episodes that have one, with 95 % bootstrap intervals; None if none has.
+        idle_share: share of the control steps at which the robot had nothing to execute.
+        late_share: share of the replies that arrived after more actions than had been committed.
     """
 
     mode: HandOver
@@ -43,22 +43,22 @@ class Cell:
     steps: float | None
     boundary_jerk: tuple[float, float, float] | None
     inner_jerk: tuple[float, float, float] | None
-    stood_share: float
+    idle_share: float
     late_share: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways of handing over at one delay, on the same seeds; differences are second minus first.
+    """Comparison of two hand-overs at one delay on the same seeds; differences are second minus first.
 
     Args:
         env: environment, or "all".
-        first, second, delay_ms: which.
+        first, second, delay_ms: the two hand-overs and the delay.
         success: difference of the rates, and its 95 % interval.
         success_p: exact McNemar test.
-        jerk: mean difference of the jerk at boundaries over episodes that have both; None without.
-        smoother, rougher: episodes in which the second's is smaller, or larger.
-        jerk_p: exact sign test of these.
+        jerk: mean difference of the jerk at boundaries over episodes that have both; None if there are none.
+        smoother, rougher: number of episodes in which the second has less, or more, jerk.
+        jerk_p: exact sign test of these two numbers.
     """
 
     env: str
@@ -75,14 +75,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RealtimeResults:
-    """Everything.
+    """The content of ``results.json``.
 
     Args:
-        server, system, compute, compute_settings, guided, checkpoint, fingerprint: the policy, as its server describes it.
-        envs, seeds, execute, max_steps, jitter_ms, fade, rate_hz: how the episodes were run.
-        cells, comparisons: what was found.
-        episodes: each of them.
-        versions, command, machine: what it was found with.
+        server, system, compute, compute_settings, guided, checkpoint, fingerprint: the policy, as described by its server.
+        envs, seeds, n_action_steps, max_steps, jitter_ms, fade, rate_hz: how the episodes were run.
+        cells, comparisons: the results.
+        episodes: the single episodes.
+        versions, command, machine: how the results were obtained.
     """
 
     server: str
@@ -107,7 +107,7 @@ class RealtimeResults:
     machine: str
 
     def write(self, file: Path) -> None:
-        """As JSON."""
+        """Write as JSON."""
         write_json(file, {"format": FORMAT, **to_json(self)})
 
 
@@ -131,12 +131,12 @@ def count(episodes: Sequence[RealtimeEpisode]) -> tuple[tuple[Cell, ...], tuple[
 def results(
     server: str, metadata: Mapping[str, Any], config: RealtimeEvaluationConfig, episodes: Sequence[RealtimeEpisode]
 ) -> RealtimeResults:
-    """Count, and add what is needed to repeat it.
+    """Compute the results, and add what is needed to reproduce them.
 
     Args:
-        server, metadata: its address, and what it said first.
+        server, metadata: address and metadata of the server.
         config: how the episodes were run.
-        episodes: all of them.
+        episodes: all episodes.
     """
     spec = simulator_spec(parse_env_name(episodes[0].env)[0])
     cells, comparisons = count(episodes)
@@ -179,7 +179,7 @@ def _cell(mode: HandOver, delay_ms: float, mine: Sequence[RealtimeEpisode]) -> C
         median(firsts) if firsts else None,
         _mean([e.boundary_jerk for e in mine if e.boundary_jerk is not None]),
         _mean([e.inner_jerk for e in mine if e.inner_jerk is not None]),
-        sum(e.stood for e in mine) / sum(e.steps for e in mine),
+        sum(e.idle for e in mine) / sum(e.steps for e in mine),
         sum(e.late for e in mine) / max(1, sum(e.chunks for e in mine)),
     )
 

@@ -1,7 +1,7 @@
-"""``results.json``: what was measured, on which seeds, with what, and what may be concluded. Written and read strictly.
+"""``results.json``: the measurements, their seeds and settings, and the conclusions. Written and read strictly.
 
-``evaluations`` holds one entry per environment and compute policy; everything else is derived from its episodes or says
-how they came about. Counting is done here, the formulas are in ``statistics``.
+``evaluations`` contains one entry per environment and compute policy; everything else is derived from its episodes or describes
+how they were run. Counting is done here; the formulas are in ``statistics``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation.latency import Latency
 from vlaflow.evaluation.revision import Revision
-from vlaflow.evaluation.rollout import Episode
+from vlaflow.evaluation.rollout import EpisodeResult
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, mcnemar, paired_difference, wilson
 
 T = TypeVar("T")
 FORMAT = "vlaflow results 1"
 ALL_PAIRS = 4
-"""Compute policies up to which every pair is tested; with more, the number of tests would say more than their results."""
+"""Largest number of compute policies for which every pair is tested; with more, there would be too many tests."""
 EARLY = 400
-"""Other published tables end episodes here; successes up to this step are counted next to those up to the step limit."""
+"""Step limit of other published tables; successes up to this step are counted too."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Evaluation:
     Args:
         env, compute: names.
         episodes, successes: counts.
-        interval: of the success rate, Wilson, 95 %.
-        first_success_steps: per seed, counted from 1; null where there was no success.
-        latency_ms: of a chunk, over the observations of all environments; null where it was not measured.
-        seeds: of the episodes, in the order of every list here.
-        successes_within_400: as if episodes ended at step 400.
-        execute, max_steps, render: how the episodes were run.
+        interval: 95 % Wilson interval of the success rate.
+        first_success_steps: per seed, counted from 1; null without success.
+        latency_ms: latency of a chunk over the observations of all environments; null if not measured.
+        seeds: seeds of the episodes, in the order of all lists here.
+        successes_within_400: successes with a step limit of 400.
+        n_action_steps, max_steps, render: how the episodes were run.
         solver_steps: decoder evaluations of the first round.
-        nfe_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over the episodes' chunks.
-        revised_per_chunk: tokens that each solver step changes, means; empty for decoders without tokens.
-        repaired_share: share of the chunks whose tokens did not describe one exactly.
-        per_episode: everything known of each episode.
+        nfe_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over all chunks.
+        revised_per_chunk: mean number of tokens changed by each solver step; empty for decoders without tokens.
+        repaired_share: share of the chunks whose tokens were not a valid encoding.
+        per_episode: the single episodes.
     """
 
     env: str
@@ -65,14 +65,14 @@ class Evaluation:
     nfe_per_chunk: float
     layer_passes_per_chunk: float
     regenerated_per_chunk: float
-    per_episode: tuple[Episode, ...]
+    per_episode: tuple[EpisodeResult, ...]
     revised_per_chunk: tuple[float, ...] = ()
     repaired_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Overall:
-    """One compute policy over all environments: episodes pooled, and the mean of the environments' rates."""
+    """One compute policy over all environments: all episodes together, and the mean of the environments' success rates."""
 
     compute: str
     episodes: int
@@ -83,14 +83,14 @@ class Overall:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two compute policies on the same seeds.
+    """Comparison of two compute policies on the same seeds.
 
     Args:
         env: an environment, or "all".
-        first, second: compute policies.
-        both, only_first, only_second, neither: seeds on which they succeeded.
+        first, second: the compute policies.
+        both, only_first, only_second, neither: number of seeds on which they succeeded.
         difference: success rate of the second minus that of the first.
-        interval: of the difference, Newcombe's method 10, 95 %.
+        interval: 95 % interval of the difference, Newcombe's method 10.
         p_value: exact McNemar test.
     """
 
@@ -108,18 +108,18 @@ class PairedTest:
 
 @dataclass(frozen=True)
 class LanguageResult:
-    """One environment under one kind of instruction, dense, on the same seeds for every kind.
+    """Results of the language-swap test in one environment with one kind of instruction, on the same seeds for all kinds.
 
     Args:
-        env: environment.
-        told: "right", "other" or "empty".
-        instruction: the words.
+        env: the environment.
+        condition: "right", "other" or "empty".
+        instruction: the instruction.
         episodes, successes, interval, seeds, first_success_steps: as in ``Evaluation``.
-        max_steps: steps within which a success counts.
+        max_steps: step limit of a success.
     """
 
     env: str
-    told: str
+    condition: str
     instruction: str
     episodes: int
     successes: int
@@ -131,7 +131,7 @@ class LanguageResult:
 
 @dataclass(frozen=True)
 class Minutes:
-    """Wall time by step; null where a step was not part of this run. ``total`` is their sum."""
+    """Wall time by step in minutes; null for steps that were not part of this run. ``total`` is their sum."""
 
     install: float | None = None
     record: float | None = None
@@ -142,7 +142,7 @@ class Minutes:
     total: float | None = None
 
     def summed(self) -> Minutes:
-        """With the total of the steps that are known."""
+        """The same with ``total``, the sum of the known steps."""
         return replace(self, total=sum(self.steps.values()) if self.steps else None)
 
     @property
@@ -153,16 +153,16 @@ class Minutes:
 
 @dataclass(frozen=True)
 class Results:
-    """The whole file.
+    """The content of ``results.json``.
 
     Args:
-        format: of this file.
+        format: format of this file.
         evaluations: see ``Evaluation``.
         minutes: see ``Minutes``.
-        versions: of everything that ran.
-        command: that wrote this file.
-        commands: the single steps, where the command ran several.
-        checkpoint, fingerprint: what was evaluated, and its content hash.
+        versions: versions of all packages involved.
+        command: the command that wrote this file.
+        commands: the single steps, if the command ran several.
+        checkpoint, fingerprint: the evaluated checkpoint and its content hash.
         machine: processor, cores and system.
         overall, paired, latency, language, revision: see their classes.
     """
@@ -193,12 +193,12 @@ class Results:
         return tuple(dict.fromkeys(e.env for e in self.evaluations))
 
     def of(self, env: str, compute: str) -> Evaluation:
-        """One entry."""
+        """The entry of this environment and compute policy."""
         return next(e for e in self.evaluations if (e.env, e.compute) == (env, compute))
 
 
 def count(
-    episodes: Sequence[Episode],
+    episodes: Sequence[EpisodeResult],
     latency: Sequence[Latency],
     *,
     n_action_steps: int,
@@ -206,9 +206,9 @@ def count(
     render: str,
     solver_steps: int,
 ) -> tuple[Evaluation, ...]:
-    """Entries for every (environment, compute policy) among the episodes, in their order."""
+    """Compute an entry for every (environment, compute policy) of the episodes, in their order."""
     times = {entry.compute: entry.total for entry in latency}
-    groups: dict[tuple[str, str], list[Episode]] = {}
+    groups: dict[tuple[str, str], list[EpisodeResult]] = {}
     for episode in episodes:
         groups.setdefault((episode.env, episode.compute), []).append(episode)
     found = []
@@ -243,7 +243,7 @@ def count(
 
 
 def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
-    """Every compute policy over all environments."""
+    """Pool the episodes of every compute policy over all environments."""
     found = []
     for compute in dict.fromkeys(e.compute for e in evaluations):
         mine = [e for e in evaluations if e.compute == compute]
@@ -254,7 +254,7 @@ def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
 
 
 def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
-    """Every pair of up to four compute policies, each of more against the first; in every environment and over all."""
+    """Test every pair of up to four compute policies, or each of more against the first, per environment and over all."""
     envs = list(dict.fromkeys(e.env for e in evaluations))
     computes = list(dict.fromkeys(e.compute for e in evaluations))
     pairs = list(combinations(computes, 2)) if len(computes) <= ALL_PAIRS else [(computes[0], c) for c in computes[1:]]
@@ -288,7 +288,7 @@ def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
 
 
 def write(results: Results, file: Path) -> None:
-    """Write the file whole or not at all."""
+    """Write the file completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     part.write_text(json.dumps(asdict(results), indent=1, allow_nan=False) + "\n")
@@ -309,10 +309,10 @@ def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:
     """Read a results file strictly.
 
     Args:
-        kind: the dataclass it was written from.
-        file: JSON with a "format".
-        expected: that format.
-        command: the command that writes the file, for the error when it is missing.
+        kind: dataclass of the content.
+        file: JSON file with a "format".
+        expected: the expected format.
+        command: command that writes the file, named in the error if it is missing.
 
     Raises:
         DataError, ConfigError: see ``read``.
@@ -325,7 +325,7 @@ def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:
         raise DataError(f"{file} is not valid JSON ({error}); it is damaged. Run the evaluation again.") from error
     if not isinstance(data, dict) or data.get("format") != expected:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise DataError(f"{file} has the format {found!r}, this version of vlaflow reads {expected!r}.")
+        raise DataError(f"{file} has format {found!r}, but this version of vlaflow reads {expected!r}.")
     return from_json(kind, data, str(file))
 
 

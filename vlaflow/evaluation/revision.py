@@ -1,4 +1,4 @@
-"""One chunk of a decoder of tokens, step by step: what each token was, how sure the network was of it, and the actions meant.
+"""One chunk of a token decoder, step by step: the tokens, their probabilities, and the decoded actions.
 
 Shape letters: S token slots, N steps, L chunk size, D action dimension.
 """
@@ -22,17 +22,17 @@ HIDDEN = -1
 
 @dataclass(frozen=True)
 class Revision:
-    """A chunk from noise to the end; row 0 is the start, row n what step n left.
+    """A chunk from noise to its final tokens; row 0 is the start, row n the state after step n.
 
     Args:
-        compute: name of the compute policy whose steps they are.
-        instruction: what was asked.
-        settling: how many of the last steps were deterministic.
-        tokens: (N + 1, S) ids; −1 where a token was still masked.
-        probability: (N + 1, S), what the network gave each when it last looked.
-        actions: (N + 1, L, D), what the tokens mean, robot units.
+        compute: name of the compute policy.
+        instruction: the instruction.
+        settling: number of deterministic steps at the end.
+        tokens: (N + 1, S) ids; −1 for masked tokens.
+        probability: (N + 1, S), probability of each token when the network last evaluated it.
+        actions: (N + 1, L, D), the decoded actions, robot units.
         dimensions: names of the D dimensions.
-        end: id of the end token; None where there is none.
+        end: id of the end token; None if there is none.
     """
 
     compute: str
@@ -48,13 +48,13 @@ class Revision:
 def follow(
     policy: Policy, computes: Sequence[ComputePolicy], observation: Observation, generator: Generator
 ) -> Revision | None:
-    """The steps of the first compute policy with deterministic ones, or else of the first that has nothing but steps.
+    """Record the steps of the first compute policy with deterministic steps, or else of the first one that consists of steps.
 
-    None for decoders that do not revise tokens.
+    Returns None for decoders that do not revise tokens.
     """
     decoder = policy.model.decoder
     stepping = [(c, c.stages) for c in computes if c.stages is not None]
-    stepping.sort(key=lambda each: not each[1].settling)  # stable: of equal ones the first
+    stepping.sort(key=lambda each: not each[1].settling)  # stable: the first one in a tie
     if Capability.TOKEN_CONDITIONING not in decoder.capabilities or decoder.tokenizer is None or not stepping:
         return None
     chosen, stages = stepping[0]

@@ -1,6 +1,6 @@
 """A whole evaluation: paired episodes, language swap, latency, videos, and the files that hold them.
 
-``vlaflow eval``, the demo and ``evaluate`` all call ``run``; what each part means is said where the part lives.
+``vlaflow eval``, the demo and ``evaluate`` all call ``run``; the parts are documented in their own modules.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from vlaflow.config import JSON, to_json
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import language, results, videos
 from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
-from vlaflow.evaluation.latency import Latency, measure, seen_on_the_way
+from vlaflow.evaluation.latency import Latency, collect_observations, measure
 from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import Revision, follow
 from vlaflow.evaluation.rollout import (
     FIRST_SEED,
-    Episode,
     EpisodeJob,
+    EpisodeResult,
     RolloutConfig,
     chunk_generator,
     one_thread,
@@ -48,15 +48,15 @@ class EvaluationConfig:
     Args:
         envs: tasks or groups.
         computes: names of compute policies.
-        episodes: per environment and compute policy.
-        first_seed: episode i has the seed ``first_seed + i``.
+        episodes: episodes per environment and compute policy.
+        first_seed: episode i has seed ``first_seed + i``.
         knobs: settings of the compute policies.
         rollout: how episodes are run.
         latency_chunks: chunks timed per compute policy.
-        language_episodes: per environment and wrong instruction; 0 leaves the language-swap test out.
-        language_max_steps: steps within which a success counts there.
-        videos: video a success and a failure per environment.
-        workers: processes.
+        language_episodes: episodes per environment and wrong instruction; 0 for no language-swap test.
+        language_max_steps: step limit of a success in that test.
+        videos: whether to record a success and a failure per environment.
+        workers: number of processes.
     """
 
     envs: tuple[str, ...]
@@ -75,10 +75,10 @@ class EvaluationConfig:
         if not self.envs or not self.computes:
             raise ConfigError("An evaluation needs at least one --env and one --compute.")
         if self.workers < 0 or self.latency_chunks < 1 or self.language_episodes < 0:
-            raise ConfigError("workers and language episodes are at least 0, latency chunks at least 1.")
+            raise ConfigError("workers and language_episodes must be at least 0, latency_chunks at least 1.")
         if self.language_episodes > self.episodes:
             raise ConfigError(
-                f"The language-swap test compares with the evaluation's own episodes, so it cannot run "
+                f"The language-swap test uses the evaluation's own episodes, so it cannot run more of them: "
                 f"{self.language_episodes} of {self.episodes}."
             )
 
@@ -184,9 +184,9 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     require_writable(out / RESULTS)
     if config.videos:
         require_writable(out / VIDEOS / videos.FILE)
-    with EpisodeLog(out, Episode, _settings(config, home, computes, rollout), fresh=fresh) as log:
+    with EpisodeLog(out, EpisodeResult, _settings(config, home, computes, rollout), fresh=fresh) as log:
 
-        def play(left: Sequence[EpisodeJob], finished: Callable[[int, Episode], None]) -> None:
+        def play(left: Sequence[EpisodeJob], finished: Callable[[int, EpisodeResult], None]) -> None:
             play_all(folder, left, rollout, workers=config.workers, finished=finished)
 
         played = log.complete(everything, play, "Evaluating")
@@ -231,9 +231,9 @@ def _timed(
 ) -> tuple[list[Latency], Revision | None]:
     """Latency of every compute policy on observations of the first seed, and one chunk followed step by step."""
     with one_thread():
-        seen = seen_on_the_way(policy, plan(envs, computes[:1], 1, config.first_seed), rollout)
-    latency = measure(policy, computes, seen, config.latency_chunks)
-    return latency, follow(policy, computes, seen[len(seen) // 2], chunk_generator(config.first_seed, 0))
+        observations = collect_observations(policy, plan(envs, computes[:1], 1, config.first_seed), rollout)
+    latency = measure(policy, computes, observations, config.latency_chunks)
+    return latency, follow(policy, computes, observations[len(observations) // 2], chunk_generator(config.first_seed, 0))
 
 
 def _settings(

@@ -1,7 +1,7 @@
-"""How much a handful of episodes can say: intervals and paired tests for successes, percentiles for times.
+"""Statistics for few episodes: intervals and paired tests for successes, percentiles for times.
 
-All compute policies of one evaluation see the same seeds, so comparisons are paired throughout. Every function takes
-counts or plain sequences and knows nothing of episodes; what is compared with what is decided in ``results``.
+All compute policies of an evaluation run on the same seeds, so all comparisons are paired. The functions take counts or plain
+sequences; ``results`` decides what is compared.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson's score interval for a success rate.
 
     The rates p that a score test would not reject: those with |s/n − p| ≤ z·√(p(1−p)/n), which is a quadratic in p.
-    It stays inside [0, 1] and keeps its level at n = 20, where s/n ± 1.96·standard error does neither.
+    It lies within [0, 1] and keeps its level at n = 20, unlike s/n ± 1.96·standard error.
 
-    >>> wilson(20, 20).low  # 0.839: twenty successes in a row still leave room for a failure in six
+    >>> wilson(20, 20).low  # 0.839: twenty successes in a row do not rule out a failure rate of one in six
     """
     if not 0 <= successes <= n or n < 1:
         raise ConfigError(f"{successes} successes in {n} episodes is not a success rate.")
@@ -55,7 +55,7 @@ class PairedOutcomes:
     def of(first: Sequence[bool], second: Sequence[bool]) -> PairedOutcomes:
         """Count pairs; position i of both sequences belongs to the same seed."""
         if len(first) != len(second) or not first:
-            raise ConfigError(f"Paired outcomes need as many of one as of the other, got {len(first)} and {len(second)}.")
+            raise ConfigError(f"Paired outcomes need equally many of both, got {len(first)} and {len(second)}.")
         pairs = list(zip(map(bool, first), map(bool, second), strict=True))
         return PairedOutcomes(*(pairs.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))))
 
@@ -73,14 +73,14 @@ class PairedOutcomes:
 def mcnemar(outcomes: PairedOutcomes) -> float:
     """Exact two-sided McNemar test: p-value of "neither policy wins more often than the other".
 
-    Only the seeds on which the two disagree speak; under the hypothesis each of them is a fair coin, so the p-value is that
-    of a binomial test with one half. 1.0 where they never disagree.
+    Only the seeds on which the two disagree matter; under the null hypothesis each of them is a fair coin, so the p-value is
+    that of a binomial test with probability one half. It is 1.0 if they never disagree.
     """
     return sign_test(outcomes.only_second, outcomes.only_first)
 
 
 def sign_test(positive: int, negative: int) -> float:
-    """Exact two-sided sign test: p-value of as uneven a split as this, or a more uneven one, from fair coins."""
+    """Exact two-sided sign test: probability of a split at least as uneven as this from fair coins."""
     n, smaller = positive + negative, min(positive, negative)
     tail = sum(math.comb(n, k) for k in range(smaller + 1)) / 2**n
     return min(1.0, 2 * tail)
@@ -90,8 +90,8 @@ def paired_difference(outcomes: PairedOutcomes, level: float = 0.95) -> Interval
     """Interval for the difference of two paired success rates, second minus first.
 
     Newcombe (1998), method 10: the two Wilson intervals combined as the sides of a triangle whose angle is the correlation
-    of the outcomes (continuity-corrected, so that few pairs do not claim a high one). Lies inside [−1, 1] and has a width
-    also where the policies never disagree.
+    of the outcomes (continuity-corrected, so that few pairs do not suggest a high one). It lies within [−1, 1] and has a
+    positive width even if the policies never disagree.
     """
     a, b, c, d = outcomes.both, outcomes.only_second, outcomes.only_first, outcomes.neither
     n = outcomes.n
@@ -113,7 +113,7 @@ def paired_difference(outcomes: PairedOutcomes, level: float = 0.95) -> Interval
 
 
 def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile bootstrap of a mean, for paired differences that are no proportions (steps, milliseconds)."""
+    """Percentile bootstrap of a mean, for paired differences other than proportions (steps, milliseconds)."""
     sample = np.asarray(values, np.float64)
     if not len(sample):
         raise ConfigError("A bootstrap needs at least one value.")
@@ -124,7 +124,7 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 10
 
 @dataclass(frozen=True)
 class Percentiles:
-    """The middle and the slow end of a set of times, in the times' unit."""
+    """Median and 99th percentile of times, in their unit."""
 
     p50: float
     p99: float
@@ -140,7 +140,7 @@ class Percentiles:
 
 def _z(level: float) -> float:
     if not 0 < level < 1:
-        raise ConfigError(f"A confidence level lies between 0 and 1, got {level}.")
+        raise ConfigError(f"A confidence level must lie between 0 and 1, got {level}.")
     from statistics import NormalDist
 
     return NormalDist().inv_cdf((1 + level) / 2)

@@ -1,4 +1,4 @@
-"""What an action tokenizer keeps, how long its sequences are, and what one wrong token does, on demonstrations it has not seen.
+"""Quality of action tokenizers on held-out demonstrations: reconstruction error, sequence length, effect of a wrong token.
 
 Shape letters: N chunks, L chunk size, D action dimension, S token slots.
 """
@@ -22,9 +22,9 @@ from vlaflow.errors import ConfigError, SpecError
 Fit = FastFit | BinsFit
 Fitted = FastTokenizer | BinsTokenizer
 SHOWN = 3
-"""Tokenizers whose example chunk is drawn; more lines cannot be told apart."""
+"""Number of tokenizers in the plot of the example chunk; more lines could not be distinguished."""
 CHUNKS = 4000
-"""Held-out chunks that are looked at, at most; their statistics do not move with more."""
+"""Largest number of held-out chunks to measure; with more, the statistics hardly change."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Material:
 
 @dataclass(frozen=True)
 class Quality:
-    """One tokenizer on held-out chunks. Errors are in normalised units, where the actions lie in about [−1, 1].
+    """Measurements of one tokenizer on held-out chunks. Errors are in normalised units, with actions in about [−1, 1].
 
     Args:
-        name: for tables.
-        vocabulary, slots: of the tokenizer.
-        tokens: mean tokens per chunk, end tokens aside.
-        longest: most tokens of a held-out chunk.
+        name: name in tables.
+        vocabulary, slots: size of the vocabulary, and tokens per chunk including end tokens.
+        tokens: mean number of tokens per chunk, without end tokens.
+        longest: largest number of tokens of a held-out chunk.
         numbers_per_token: L·D / tokens.
-        compression: bits of the float32 numbers per bit of the tokens, each worth log2 of the vocabulary.
-        error: root mean square of reconstruction.
+        compression: bits of the float32 numbers per bit of the tokens, each with log2(vocabulary) bits.
+        error: root mean square error of the reconstruction.
         largest: largest error of any number.
         inexact: share of the chunks that lost more than rounding (out of range, or longer than the slots).
         neighbour: median root mean square change of the chunk when one token's id is raised or lowered by one.
         random: the same when one token becomes any other.
-        repaired: share of the chunks with one random token that no longer describe a chunk exactly.
+        repaired: share of the chunks that are no longer a valid encoding after one token is replaced at random.
         order: see ``metric_rank``, for the difference of the ids.
     """
 
@@ -73,13 +73,13 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """What is drawn next to the numbers.
+class TokenizerExamples:
+    """The data of the plots.
 
     Args:
-        length_share: by tokenizer whose sequences differ in length, share of the held-out chunks that take 0, 1, 2, … tokens.
-        chunk_LD: the held-out chunk that moves most, normalised.
-        decoded: that chunk as decoded from the tokens of a few tokenizers, (L, D) each.
+        length_share: by tokenizer with sequences of different lengths, share of the held-out chunks with 0, 1, 2, … tokens.
+        chunk_LD: the held-out chunk with the most motion, normalised.
+        decoded: that chunk after encoding and decoding by a few tokenizers, (L, D) each.
         dimensions: names of the action dimensions.
     """
 
@@ -90,10 +90,10 @@ class Examples:
 
 
 def material(dataset: Dataset, chunk_size: int, mode: Mode, validation_fraction: float = 0.06, seed: int = 0) -> Material:
-    """Chunks as training sees them: normalised by statistics of the training episodes, the same episodes held out.
+    """Chunks as in training: normalised by statistics of the training episodes, with the same episodes held out.
 
     Raises:
-        SpecError: a data set of a single episode per task, where nothing can be held out.
+        SpecError: the data set has one episode per task, so nothing can be held out.
     """
     train, held = split_episodes(dataset, validation_fraction, seed)
     if not held:
@@ -148,14 +148,14 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
 
 
 def lengths(tokenizer: Fitted, id_NS: np.ndarray) -> np.ndarray:
-    """Tokens per chunk, end tokens aside, int64 (N,)."""
+    """Number of tokens per chunk without end tokens, int64 (N,)."""
     if isinstance(tokenizer, FastTokenizer):
         return tokenizer.lengths(id_NS)
     return np.full(len(id_NS), id_NS.shape[1])
 
 
 def standard_fits() -> tuple[Fit, ...]:
-    """What a report compares when it is given no tokenizer."""
+    """The tokenizers that a report compares by default."""
     fast = tuple(FastFit(scale, vocabulary) for scale in (5.0, 10.0, 20.0) for vocabulary in (256, 1024))
     return (*fast, FastFit(10.0, None), BinsFit(32), BinsFit(64), BinsFit(128), BinsFit(64, "quantile"))
 
@@ -166,19 +166,19 @@ def fit(what: Fit, chunks: Material) -> Fitted:
 
 
 def example_chunk(chunks: Material) -> np.ndarray:
-    """The held-out chunk that moves most, (L, D): on one that stands still every tokenizer is perfect."""
+    """The held-out chunk with the most motion, (L, D), because without motion every tokenizer is perfect."""
     return chunks.held[int(chunks.held.std(1).sum(1).argmax())]
 
 
-def examples(tokenizers: Sequence[Fitted], chunks: Material, dimensions: Sequence[str]) -> Examples:
-    """Lengths of sequences, and one chunk as a few tokenizers bring it back."""
+def examples(tokenizers: Sequence[Fitted], chunks: Material, dimensions: Sequence[str]) -> TokenizerExamples:
+    """Lengths of sequences, and one chunk as reconstructed by a few tokenizers."""
     chunk_LD, shares = example_chunk(chunks), {}
     for tokenizer in [t for t in tokenizers if isinstance(t, FastTokenizer)][:5]:
         length_N = lengths(tokenizer, tokenizer.encode(chunks.held))
         shares[describe(tokenizer)] = np.bincount(length_N) / len(length_N)
     chosen = tokenizers[:: -(-len(tokenizers) // SHOWN)]
     decoded = {describe(t): t.decode(t.encode(chunk_LD[None])).action_BLD[0] for t in chosen}
-    return Examples(shares, chunk_LD, decoded, tuple(dimensions))
+    return TokenizerExamples(shares, chunk_LD, decoded, tuple(dimensions))
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,9 @@ class Disturbed:
     """Chunks in which one token each was replaced.
 
     Args:
-        before_N, after_N: the token's ids.
+        before_N, after_N: ids of the token before and after.
         change_N: root mean square change of the chunk.
-        repaired_N: bool, the tokens no longer describe a chunk exactly.
+        repaired_N: bool, whether the tokens are no longer a valid encoding.
     """
 
     before_N: np.ndarray
@@ -198,14 +198,14 @@ class Disturbed:
 
 
 def disturbed(tokenizer: Fitted, id_NS: np.ndarray, rng: np.random.Generator, near: bool) -> Disturbed:
-    """Replace one token of every chunk by a neighbouring id, or by any other; end tokens neither change nor appear.
+    """Replace one token of every chunk by a neighbouring id, or by any other; end tokens are neither replaced nor inserted.
 
     Raises:
         ConfigError: a vocabulary of a single token.
     """
     ids = tokenizer.vocabulary - (tokenizer.end is not None)
     if ids < 2:
-        raise ConfigError("A vocabulary of one token cannot be disturbed.")
+        raise ConfigError("Tokens of a vocabulary of one cannot be replaced.")
     length_N = lengths(tokenizer, id_NS)
     rows = np.flatnonzero(length_N > 0)
     place = (rng.uniform(size=len(rows)) * length_N[rows]).astype(int)
@@ -222,16 +222,16 @@ def disturbed(tokenizer: Fitted, id_NS: np.ndarray, rng: np.random.Generator, ne
 
 
 def metric_rank(tokenizer: Fitted, chunks: Material, distance_VV: np.ndarray, seed: int = 0) -> float:
-    """Is a distance of ids one of actions? Spearman's rank correlation, over single random replacements in held-out chunks.
+    """Whether a distance between ids reflects the change of actions: Spearman's rank correlation over random replacements.
 
     Args:
-        tokenizer: V ids.
-        chunks: see ``material``.
-        distance_VV: between ids.
-        seed: of the replacements.
+        tokenizer: a tokenizer with V ids.
+        chunks: see ``material``; one token of each held-out chunk is replaced.
+        distance_VV: distance between ids.
+        seed: seed of the replacements.
 
     Returns:
-        1 where a farther id always moves the chunk farther, 0 where the distance says nothing.
+        1 if a larger distance always changes the chunk more, 0 if they are unrelated.
     """
     from scipy.stats import spearmanr
 

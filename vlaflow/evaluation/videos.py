@@ -1,7 +1,7 @@
-"""Videos of single episodes, and the chunks a policy made on the way, for the report.
+"""Videos of single episodes, with some of the policy's chunks, for the report.
 
-An episode is run again: it is the same to the bit, so results stay unburdened by images. A second environment of the
-same seed takes the same actions next to the first and is recorded at its own size; the policy's own pixels are not touched.
+The episode is run again, with bit for bit the same outcome, so that the evaluation itself need not keep images. A second
+environment with the same seed executes the same actions and is recorded at its own size; the policy's images are unaffected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from vlaflow.config import from_json, to_json
 from vlaflow.data.video import REPRODUCIBLE
 from vlaflow.errors import DataError
-from vlaflow.evaluation.rollout import Episode, EpisodeJob, RolloutConfig, one_thread, open_env, play
+from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult, RolloutConfig, one_thread, open_env, play
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.simulators.base import cached
@@ -33,21 +33,21 @@ Numbers = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Moment:
+class VideoChunk:
     """One chunk of an episode.
 
     Args:
-        step: steps executed before it.
-        image: file of what the policy saw, next to the video.
+        step: number of steps executed before it.
+        image: file of the policy's image, next to the video.
         actions: (L, D), robot units.
-        draft: first round's actions where some were regenerated.
-        confidence: (L,), where a rater judged the draft.
+        draft: actions of the first round, if any were regenerated.
+        confidence: (L,), the rater's confidence in the draft; None without a rater.
         regenerated: (L,), which actions were regenerated.
-        executed: how many of the L actions were executed.
+        executed: number of executed actions.
     """
 
     step: int
-    picture: str
+    image: str
     actions: tuple[Numbers, ...]
     draft: tuple[Numbers, ...] | None
     confidence: Numbers | None
@@ -57,19 +57,20 @@ class Moment:
 
 @dataclass(frozen=True)
 class EpisodeVideo:
-    """A recorded episode: the file (next to ``videos.json``), how long a second of it took, and some of its chunks."""
+    """A recorded episode: the file (next to ``videos.json``), steps per video frame, and some of its chunks."""
 
-    episode: Episode
+    episode: EpisodeResult
     file: str
     frame_every: int
     dimensions: tuple[str, ...]
-    moments: tuple[Moment, ...]
+    chunks: tuple[VideoChunk, ...]
 
 
-def choose(episodes: Sequence[Episode]) -> list[Episode]:
-    """A success and a failure per environment, where there are any.
+def choose(episodes: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    """A success and a failure per environment, if there are any.
 
-    Refinement is preferred, because its chunks show what was regenerated; of the successes the one of middle length is taken.
+    Refinement is preferred, because its chunks show regenerated actions; of several episodes, the one of median length is
+    chosen.
     """
     chosen = []
     for env in dict.fromkeys(e.env for e in episodes):
@@ -87,17 +88,17 @@ def choose(episodes: Sequence[Episode]) -> list[Episode]:
 def record_videos(
     checkpoint: Path | str,
     jobs: Sequence[EpisodeJob],
-    expected: Sequence[Episode],
+    expected: Sequence[EpisodeResult],
     folder: Path,
     config: RolloutConfig,
     *,
     workers: int = 1,
     size: int = 240,
 ) -> list[EpisodeVideo]:
-    """Run and video the jobs; write ``videos.json`` and its videos and images into ``folder``.
+    """Run and record the jobs; write ``videos.json`` and its videos and images into ``folder``.
 
     Args:
-        expected: what the jobs gave before; decides the frame rate and must be reached again.
+        expected: earlier results of the jobs, which must be reproduced; they determine the frame rate.
         size: side of the image in pixels.
     """
     source, tasks = local_folder(checkpoint), list(zip(jobs, expected, strict=True))
@@ -111,7 +112,7 @@ def record_videos(
 
 
 def read_videos(folder: Path) -> list[EpisodeVideo]:
-    """The videos of a folder, or none where there is no ``videos.json``."""
+    """The videos of a folder, or an empty list without ``videos.json``."""
     file = folder / FILE
     if not file.exists():
         return []
@@ -123,50 +124,52 @@ def read_videos(folder: Path) -> list[EpisodeVideo]:
 
 
 def _record_one(
-    task: tuple[EpisodeJob, Episode], policy: Policy, *, folder: str, config: RolloutConfig, size: int
+    task: tuple[EpisodeJob, EpisodeResult], policy: Policy, *, folder: str, config: RolloutConfig, size: int
 ) -> EpisodeVideo:
     job, expected = task
     every = max(2, -(-expected.steps // MOST_FRAMES))
-    twin = cached(job.env, render=config.render, size=size)
-    twin.restart(job.seed)
-    frames, seen, taken = [twin.render()], list[tuple[int, np.ndarray, Chunk, int]](), 0
+    recorder = cached(job.env, render=config.render, size=size)
+    recorder.restart(job.seed)
+    frames, shown, taken = [recorder.render()], list[tuple[int, np.ndarray, Chunk, int]](), 0
 
     def follow(steps: int, observation: Observation, chunk: Chunk) -> None:
         nonlocal taken
-        picture = next(iter(observation.images.values()))
-        seen.append((taken, picture, chunk, steps - taken))
+        image = next(iter(observation.images.values()))
+        shown.append((taken, image, chunk, steps - taken))
         for action in chunk.actions[: steps - taken]:
-            twin.advance(action)
+            recorder.advance(action)
             taken += 1
             if taken % every == 0 or taken == expected.steps:
-                frames.append(twin.render())
+                frames.append(recorder.render())
 
     episode = play(policy, open_env(policy, job.env, config.render), job, config, after=follow)
     if episode != expected:
-        raise DataError(f"{job.name} did not repeat itself; results of this machine are not reproducible. Please report this.")
+        raise DataError(
+            f"{job.name} had another outcome when it was repeated, so results here are not reproducible. Please report this."
+        )
     stem = re.sub(r"[^\w.-]+", "-", f"{job.env.rpartition('/')[2]}-{job.compute.name}-{job.seed}")
     steps_shown = [min(i * every, episode.steps) for i in range(len(frames))]
     outcome = f"success at step {episode.first_success_step}" if episode.success else f"no success in {episode.steps} steps"
     lines = (job.env.rpartition("/")[2], f"{job.compute.name}, seed {job.seed}")
     captioned = [caption(f, *lines, f"step {s}: {outcome}") for f, s in zip(frames, steps_shown, strict=True)]
     write_mp4(captioned + [captioned[-1]] * (FRAMES_PER_SECOND // 2), Path(folder) / f"{stem}.mp4")
-    chosen = sorted({0, len(seen) // 2})
-    moments = tuple(_moment(seen[i], f"{stem}-{seen[i][0]}.png", Path(folder)) for i in chosen)
-    return EpisodeVideo(episode, f"{stem}.mp4", every, tuple(d.name for d in policy.action_spec.dimensions), moments)
+    chosen = sorted({0, len(shown) // 2})
+    chunks = tuple(_video_chunk(shown[i], f"{stem}-{shown[i][0]}.png", Path(folder)) for i in chosen)
+    return EpisodeVideo(episode, f"{stem}.mp4", every, tuple(d.name for d in policy.action_spec.dimensions), chunks)
 
 
-def _moment(seen: tuple[int, np.ndarray, Chunk, int], name: str, folder: Path) -> Moment:
+def _video_chunk(shown: tuple[int, np.ndarray, Chunk, int], name: str, folder: Path) -> VideoChunk:
     from PIL import Image
 
-    step, picture, chunk, executed = seen
-    Image.fromarray(picture).save(folder / name)
+    step, image, chunk, executed = shown
+    Image.fromarray(image).save(folder / name)
 
     def rows(array: np.ndarray) -> tuple[Numbers, ...]:
         return tuple(tuple(round(float(v), 5) for v in row) for row in array)
 
-    return Moment(
+    return VideoChunk(
         step=step,
-        picture=name,
+        image=name,
         actions=rows(chunk.actions),
         draft=None if chunk.draft is None else rows(chunk.draft),
         confidence=None if chunk.confidence is None else tuple(round(float(v), 5) for v in chunk.confidence),
@@ -176,12 +179,12 @@ def _moment(seen: tuple[int, np.ndarray, Chunk, int], name: str, folder: Path) -
 
 
 def caption(frame: np.ndarray, *lines: str) -> np.ndarray:
-    """The frame with lines of text on a strip above it, where a player's controls do not hide them."""
+    """Add lines of text on a strip above the frame, where the controls of a player do not hide them."""
     from PIL import Image, ImageDraw, ImageFont
 
     height, width, _ = frame.shape
     strip = 16 * len(lines) + 6
-    strip += (height + strip) % 2  # H.264 wants even sides
+    strip += (height + strip) % 2  # H.264 needs even sides
     page = Image.new("RGB", (width + width % 2, height + strip), (16, 18, 22))
     page.paste(Image.fromarray(frame), (0, strip))
     font, draw = ImageFont.load_default(12), ImageDraw.Draw(page)
@@ -191,7 +194,7 @@ def caption(frame: np.ndarray, *lines: str) -> np.ndarray:
 
 
 def write_mp4(frames: Sequence[np.ndarray], file: Path, rate: int = FRAMES_PER_SECOND) -> None:
-    """H.264 in 4:2:0, which every browser plays; the same frames give the same bytes."""
+    """Write H.264 in 4:2:0, which every browser plays; the same frames give the same bytes."""
     import av
 
     height, width, _ = frames[0].shape

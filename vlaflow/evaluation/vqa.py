@@ -1,11 +1,11 @@
-"""How well a checkpoint answers questions about images, by kind, next to what can be had without looking.
+"""Accuracy of a checkpoint on questions about images, by kind, compared with baselines that do not use the image.
 
-An answer is right when it has ended and equals the true one but for case and spaces. Two baselines belong to every accuracy:
+A reply is right if it has ended and equals the true answer except for case and spaces. Two baselines belong to every accuracy:
 
-    majority    always the most frequent of the true answers to the same wording: the most that words alone can give
-    blind       the checkpoint itself, shown the image of another question with the same wording
+    majority    always the most frequent true answer to the same wording: the upper bound without images
+    blind       the checkpoint itself with the image of another question with the same wording
 
-Both are measured on the very same questions, so seeing and blind answers are compared in pairs (McNemar's exact test).
+Both use the same questions, so replies with and without the right image are compared in pairs (McNemar's exact test).
 """
 
 from __future__ import annotations
@@ -41,50 +41,50 @@ Part = Literal["held-out", "all"]
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """One question, and what was said.
+    """One question and the checkpoint's replies.
 
     Args:
-        name, question_kind, question, answer: as in the set.
-        said: with its image.
-        ended: whether the answer came to its end within the limit; one that did not is wrong.
-        blind: said with another question's image; None where that was not tried.
-        blind_ended: as ``ended``, of ``blind``.
+        name, question_kind, question, answer: as in the data set.
+        reply: the reply with the question's image.
+        ended: whether the reply ended within the limit; otherwise it is wrong.
+        blind: the reply with another question's image; None if that was not measured.
+        blind_ended: as ``ended``, for ``blind``.
     """
 
     name: str
     question_kind: str
     question: str
     answer: str
-    said: str
+    reply: str
     ended: bool
     blind: str | None = None
     blind_ended: bool = True
 
     @property
     def right(self) -> bool:
-        """Said and true are the same but for case and spaces."""
-        return self.ended and normal(self.said) == normal(self.answer)
+        """Whether the reply equals the true answer except for case and spaces."""
+        return self.ended and normal(self.reply) == normal(self.answer)
 
     @property
     def right_blind(self) -> bool:
-        """Whether the answer without the right image was right."""
+        """Whether the reply without the right image was right."""
         return self.blind is not None and self.blind_ended and normal(self.blind) == normal(self.answer)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One kind of question, or all.
+    """Accuracy on one kind of question, or on all.
 
     Args:
-        question_kind: "all" for all of them.
-        questions, right: counts.
-        interval: of the accuracy, Wilson, 95 %.
+        question_kind: the kind; "all" for all questions.
+        questions, right: number of questions and of right replies.
+        interval: 95 % Wilson interval of the accuracy.
         majority: right answers of the majority-class baseline: always the most frequent true answer to the same wording.
-        blind: right answers with other questions' images; None where that was not tried.
+        blind: right replies with other questions' images; None if not measured.
         difference: accuracy minus blind accuracy.
-        difference_interval: Newcombe's method 10, 95 %.
-        p_value: exact McNemar test of seeing against blind.
-        unended: answers that had not ended within the limit.
+        difference_interval: its 95 % interval, Newcombe's method 10.
+        p_value: exact McNemar test of replies with the right image against blind ones.
+        unended: replies that did not end within the limit.
     """
 
     question_kind: str
@@ -101,18 +101,18 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class AnswerResults:
-    """The whole file.
+    """The content of ``answers.json``.
 
     Args:
-        kinds: by kind, and all together last.
-        per_question: everything that was said.
-        part: which questions were asked.
-        questions, questions_fingerprint: the set.
-        checkpoint, fingerprint: the policy that answered.
-        limit: most tokens of an answer.
-        seed: of the exchange of images.
-        command, machine, versions: how this file came about.
-        format: of this file.
+        kinds: accuracies by kind, with all questions last.
+        per_question: the single questions.
+        part: which questions were used.
+        questions, questions_fingerprint: the VQA data set.
+        checkpoint, fingerprint: the policy.
+        limit: largest number of tokens of a reply.
+        seed: seed of the exchange of images.
+        command, machine, versions: how the results were obtained.
+        format: format of this file.
     """
 
     kinds: tuple[Accuracy, ...]
@@ -137,16 +137,16 @@ class AnswerResults:
 
 @dataclass(frozen=True)
 class AnswerConfig:
-    """What is asked.
+    """Settings of a VQA evaluation.
 
     Args:
-        part: the questions that training held out, or all of a set that the checkpoint never learned from.
-        turns: as in ``VqaDataset.open``; None as in training, or all.
-        limit: most tokens of an answer.
-        batch_size: questions answered together.
-        blind: also ask with exchanged images.
-        seed: of the exchange.
-        size: side at which images are shown to backbones that look at any size.
+        part: the questions that training held out, or all of a data set on which the checkpoint was not trained.
+        turns: as in ``VqaDataset.open``; None for those of the training, or all.
+        limit: largest number of tokens of a reply.
+        batch_size: questions per batch.
+        blind: whether to measure with exchanged images too.
+        seed: seed of the exchange.
+        size: image size for backbones that accept any.
         device: where the networks run.
     """
 
@@ -161,7 +161,7 @@ class AnswerConfig:
 
     def __post_init__(self) -> None:
         if self.limit < 1 or self.batch_size < 1:
-            raise ConfigError(f"limit and batch_size are at least 1, got {self.limit} and {self.batch_size}.")
+            raise ConfigError(f"limit and batch_size must be at least 1, got {self.limit} and {self.batch_size}.")
 
 
 def run(
@@ -171,27 +171,27 @@ def run(
     out: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> AnswerResults:
-    """Ask, and write ``answers.json`` into ``out``.
+    """Evaluate a checkpoint on a VQA data set, and write ``answers.json`` into ``out``.
 
     Args:
         checkpoint: folder or Hugging Face repository id.
-        questions: file or folder of a set.
-        config: what is asked.
-        out: folder.
-        progress: called with (questions done, questions in all); asking again blindly counts too.
+        questions: file or folder of a VQA data set.
+        config: settings.
+        out: folder of the results.
+        progress: called with (questions done, total questions), including blind ones.
 
     Raises:
         VlaflowError: when the parts do not fit together.
     """
     folder = local_folder(checkpoint)
-    asked = next((each.vqa for each in reversed(trained_on(folder)) if each.vqa is not None), None)
-    turns = config.turns or (asked.turns if asked else "all")
+    trained = next((each.vqa for each in reversed(trained_on(folder)) if each.vqa is not None), None)
+    turns = config.turns or (trained.turns if trained else "all")
     found = VqaDataset.open(questions, turns)
     chosen = tuple(range(len(found))) if config.part == "all" else held_out(folder, found, turns)
     policy = Policy.from_pretrained(folder, config.device)
     speaking(policy.model.backbone)
     views = policy.model.backbone.views
-    image_cache = ImageCache.open(found, next(iter(views.values())) or (asked.size if asked else config.size))
+    image_cache = ImageCache.open(found, next(iter(views.values())) or (trained.size if trained else config.size))
     source = VqaSource(found, image_cache, tuple(views), len(policy.stats["state"].mean), chosen)
     require_writable(out / FILE)
     answered = ask(policy, source, config, progress)
@@ -214,24 +214,24 @@ def run(
 
 
 def held_out(folder: Path, questions: VqaDataset, turns: Turns = "all") -> tuple[int, ...]:
-    """The questions that neither the checkpoint nor one that it continues has learned from.
+    """The questions on which neither the checkpoint nor one that it continues was trained.
 
-    Those that training held out of a set of its own, all of another one.
+    For a data set of their training, the questions that it held out; for any other data set, all questions.
 
     Args:
-        folder: of the checkpoint.
-        questions: the set.
-        turns: how it was opened.
+        folder: folder of the checkpoint.
+        questions: the VQA data set.
+        turns: the turns with which it was opened.
 
     Raises:
-        CheckpointError: when the checkpoint does not say, or training held out none.
-        ConfigError: when training read the conversations of this set in another way.
+        CheckpointError: the checkpoint does not record this, or training held out none.
+        ConfigError: training used other turns of the conversations in this data set.
     """
     trained = trained_on(folder)
     if not trained:
         raise CheckpointError(
-            f"{folder} lacks training/, so nobody knows which questions it learned from. Say that {questions.file} is new "
-            "to it with --part all, or evaluate in the folder where it was trained."
+            f"{folder} lacks training/, so it is unknown which questions it was trained on. If {questions.file} is new "
+            "to it, pass --part all, or evaluate in the folder where it was trained."
         )
     new = new_questions(questions, turns, trained, folder)
     if not new:
@@ -242,24 +242,24 @@ def held_out(folder: Path, questions: VqaDataset, turns: Turns = "all") -> tuple
 def ask(
     policy: Policy, source: VqaSource, config: AnswerConfig, progress: Callable[[int, int], None] | None = None
 ) -> list[AnsweredQuestion]:
-    """What a policy says to every question of a source, with its image and, where ``config.blind``, with another's."""
-    asked = [source.questions.questions[i] for i in source.indices]
-    total = len(asked) * (1 + config.blind)
-    seen = _answers(policy, source, None, config, lambda done: progress and progress(done, total))
-    blind: Sequence[Answer | None] = [None] * len(asked)
+    """The policy's replies to every question of a source, with its image and, if ``config.blind``, with another's."""
+    questions = [source.questions.questions[i] for i in source.indices]
+    total = len(questions) * (1 + config.blind)
+    replies = _answers(policy, source, None, config, lambda done: progress and progress(done, total))
+    blind: Sequence[Answer | None] = [None] * len(questions)
     if config.blind:
-        partners = exchange(asked, config.seed)
-        blind = _answers(policy, source, partners, config, lambda done: progress and progress(len(asked) + done, total))
+        partners = exchange(questions, config.seed)
+        blind = _answers(policy, source, partners, config, lambda done: progress and progress(len(questions) + done, total))
     return [
         AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, *((b.text, b.ended) if b else ()))
-        for q, s, b in zip(asked, seen, blind, strict=True)
+        for q, s, b in zip(questions, replies, blind, strict=True)
     ]
 
 
 def exchange(questions: Sequence[Question], seed: int) -> np.ndarray:
-    """For each question another one with the same wording and other images, int64; −1 where there is none.
+    """For each question, the index of another one with the same wording and other images, int64; −1 if there is none.
 
-    Those of one wording are put in a random order, in which each takes the next one's images that differ from its own.
+    The questions with one wording are put in a random order, and each gets the next images that differ from its own.
     """
     partner = np.full(len(questions), -1, np.int64)
     wordings: dict[str, list[int]] = {}
@@ -274,14 +274,14 @@ def exchange(questions: Sequence[Question], seed: int) -> np.ndarray:
 
 
 def count(answered: Sequence[AnsweredQuestion]) -> tuple[Accuracy, ...]:
-    """Accuracies by kind in the order of their first questions, and of all together."""
+    """Accuracies by kind, in the order of their first questions, and of all questions together."""
     kinds = list(dict.fromkeys(each.question_kind for each in answered))
     groups = {kind or "unnamed": [each for each in answered if each.question_kind == kind] for kind in kinds}
     return tuple(_accuracy(name, group) for name, group in (*groups.items(), (EVERYTHING, list(answered))))
 
 
 def normal(text: str) -> str:
-    """Without case, and with single spaces."""
+    """Normalise case and spaces."""
     return " ".join(text.casefold().split())
 
 
@@ -329,20 +329,20 @@ def _answers(
     config: AnswerConfig,
     progress: Callable[[int], object],
 ) -> list[Answer]:
-    said: list[Answer] = []
+    replies: list[Answer] = []
     for start in range(0, len(source), config.batch_size):
         indices = np.arange(start, min(start + config.batch_size, len(source)))
         batch = source.batch(indices)
         if partners is not None:
-            batch = _with_pictures_of(batch, source, partners[indices])
-        said += policy.reply(batch.observation, config.limit)
-        progress(len(said))
-    return said
+            batch = _with_images_of(batch, source, partners[indices])
+        replies += policy.reply(batch.observation, config.limit)
+        progress(len(replies))
+    return replies
 
 
-def _with_pictures_of(batch: VqaBatch, source: VqaSource, partners: np.ndarray) -> VqaBatch:
-    """The questions with others' images; black where there is no other."""
+def _with_images_of(batch: VqaBatch, source: VqaSource, partners: np.ndarray) -> VqaBatch:
+    """Replace the images of the questions by those of their partners; black without a partner."""
     images = source.batch(np.maximum(partners, 0)).observation.images
-    lonely_B = torch.from_numpy(partners < 0)
-    images = {view: image.masked_fill(lonely_B[:, None, None, None], 0) for view, image in images.items()}
+    without_B = torch.from_numpy(partners < 0)
+    images = {view: image.masked_fill(without_B[:, None, None, None], 0) for view, image in images.items()}
     return replace(batch, observation=replace(batch.observation, images=images))

@@ -1,4 +1,4 @@
-"""Draws from categorical distributions with a generator per observation.
+"""Sampling from categorical distributions, with one generator per observation.
 
 Shape letters: B batch, S token slots, V vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 
 def uniforms(generators: Sequence[Generator], shape: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Uniform numbers in [0, 1), (B, *shape): every observation has its own generator, so none depends on its neighbours."""
+    """Uniform numbers in [0, 1), (B, *shape): every observation has its own generator, so it does not depend on its batch."""
     return torch.stack([torch.rand(tuple(shape), generator=g) for g in generators]).to(device)
 
 
@@ -28,7 +28,7 @@ def pick(weight_BSV: Tensor, uniform_BS: Tensor) -> Tensor:
     """
     cumulative_BSV = weight_BSV.cumsum(-1)
     wanted_BS1 = (uniform_BS * cumulative_BSV[..., -1])[..., None]
-    # Rounding must not carry the wanted mass to the row's very end, where searchsorted would leave the vocabulary.
+    # Rounding must not carry the wanted mass to the end of the row, where searchsorted would return V.
     below_BS1 = torch.nextafter(cumulative_BSV[..., -1:], torch.zeros_like(wanted_BS1))
     index_BS1 = torch.searchsorted(cumulative_BSV, torch.minimum(wanted_BS1, below_BS1).clamp(min=0), right=True)
     return index_BS1[..., 0].clamp(max=weight_BSV.shape[-1] - 1) * (cumulative_BSV[..., -1] > 0)

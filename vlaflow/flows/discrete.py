@@ -1,7 +1,7 @@
 """Discrete flow matching: probability paths over a vocabulary, their velocities, and the jumps of the Markov chain.
 
-A token does not glide, it jumps, and may jump again at every step. The clock is ours: 1 is uniform noise, 0 is the target.
-The papers (DFM-VLA, FUDOKI, the kinetic-optimal paths of Shaul et al. 2024) run t = 1 − clock; every equation says so.
+A token does not move continuously; it jumps, and may jump again at every step. Clock 1 is uniform noise, 0 is the target.
+The papers (DFM-VLA, FUDOKI, the kinetic-optimal paths of Shaul et al. 2024) use t = 1 − clock, as the equations say.
 
 Two paths from noise to a target token y:
 
@@ -28,11 +28,11 @@ JumpRule = Literal["linear", "exponential"]
 
 @dataclass(frozen=True)
 class MetricSchedule:
-    """β = c·(t/(1 − t))^α with t = 1 − clock: how sharply the path looks at the target.
+    """β = c·(t/(1 − t))^α with t = 1 − clock: how strongly the path concentrates on the target.
 
     Args:
-        c: β at clock 1/2; larger values arrive earlier.
-        alpha: 1 starts to move at a finite rate; below 1 the rate at clock 1 is infinite, above it is 0.
+        c: β at clock 1/2; with larger values, tokens reach the target earlier.
+        alpha: the initial rate, at clock 1, is finite for 1, infinite below 1 and 0 above 1.
     """
 
     c: float = 3.0
@@ -49,8 +49,8 @@ class MetricSchedule:
     def rate(self, clock: Tensor, stride: Tensor) -> Tensor:
         """dβ/dt = c·α·(t/(1 − t))^(α−1)/(1 − t)² at t = 1 − clock.
 
-        Where that is infinite (clock 1 with α < 1) it is the mean over the stride, (β(clock − stride) − β(clock))/stride: the
-        first step then moves, instead of being skipped.
+        Where this is infinite (clock 1 with α < 1), it is the mean over the stride, (β(clock − stride) − β(clock))/stride, so
+        that the first step has an effect.
         """
         slope = self.c * self.alpha * ((1 - clock) / clock) ** (self.alpha - 1) / clock**2
         if self.alpha >= 1:
@@ -96,12 +96,12 @@ def jump(token_BS: Tensor, rate_BSV: Tensor, stride_BS: Tensor, uniform_2BS: Ten
     Args:
         token_BS: current tokens.
         rate_BSV: rates ≥ 0, 0 at the current token.
-        stride_BS: how far the clock falls, ≥ 0; a token whose clock stands stays.
-        uniform_2BS: two uniform numbers per token: whether, and whereto.
+        stride_BS: decrease of the clock, ≥ 0; tokens with stride 0 stay.
+        uniform_2BS: two uniform numbers per token: whether to jump, and where.
         rule: see ``JumpRule``.
     """
     total_BS = rate_BSV.sum(-1)
-    # A rate that has become infinite leaves for certain, but 0 · ∞ must not become a number at a clock that stands.
+    # An infinite rate leaves with certainty, but 0 · ∞ must not become NaN when the stride is 0.
     expected_BS = torch.where(stride_BS > 0, stride_BS * total_BS, 0.0)
     leave_BS = expected_BS if rule == "linear" else -torch.expm1(-expected_BS)
     goes_BS = (uniform_2BS[0] < leave_BS) & (total_BS > 0)

@@ -2,7 +2,7 @@
 
 Clock 1 is pure noise, 0 is the action: x_t = t·noise + (1 − t)·action, velocity u = noise − action. Tokens may carry
 different clocks: all equal is ordinary (synchronous) flow matching; 1 on some and 0 on the rest is AsyncVLA's
-regeneration; 0 on a committed beginning is real-time chunking.
+regeneration; 0 on committed actions is real-time chunking.
 
 Shape letters: B batch, L chunk size, D action dimension.
 """
@@ -20,8 +20,8 @@ from vlaflow.flows.sampling import Solver
 def interpolate(action_BLD: Tensor, noise_BLD: Tensor, clock_BL: Tensor) -> Tensor:
     """Point on the straight path from noise to action, token by token.
 
-    x_t = t·noise + (1 − t)·action (AsyncVLA eq. 5 with t = τ·m; A1 writes the path the other way round). A token with
-    clock 0 is returned unchanged to the bit.
+    x_t = t·noise + (1 − t)·action (AsyncVLA eq. 5 with t = τ·m; A1's time runs in the opposite direction). A token
+    with clock 0 is returned unchanged, bit for bit.
 
     Args:
         action_BLD: normalised actions, (B, L, D).
@@ -40,7 +40,7 @@ def velocity_target(action_BLD: Tensor, noise_BLD: Tensor) -> Tensor:
 def step(x_BLD: Tensor, velocity_BLD: Tensor, from_BL: Tensor, to_BL: Tensor) -> Tensor:
     """One Euler step of every token from its clock to a lower one: x + (to − from)·velocity (AsyncVLA eq. 1).
 
-    A token whose clock does not move is returned unchanged to the bit, whatever its velocity.
+    A token whose clock does not change is returned unchanged, bit for bit, whatever its velocity.
     """
     delta_BL1 = (to_BL - from_BL)[..., None]
     return torch.where(delta_BL1 == 0, x_BLD, x_BLD + delta_BL1 * velocity_BLD)
@@ -80,8 +80,8 @@ def solver_step(
 def sample_time(shape: Sequence[int], generator: Generator, alpha: float = 1.5, floor: float = 0.001) -> Tensor:
     """Training noise levels: floor + (1 − floor)·b with b ~ Beta(α, 1), drawn exactly as U^(1/α).
 
-    The mean of Beta(1.5, 1) is 0.6: noisier levels are visited more often. (Dividing two powers of uniforms without
-    Jöhnk's acceptance test, as some public code does, is not a Beta draw: mean 0.558.)
+    The mean of Beta(1.5, 1) is 0.6: noisier levels are sampled more often. (The ratio of powers of two uniforms without
+    Jöhnk's acceptance test, as in some public code, is not Beta distributed: its mean is 0.558.)
     """
     return floor + (1 - floor) * torch.rand(tuple(shape), generator=generator) ** (1 / alpha)
 
@@ -91,12 +91,12 @@ def sample_mask(batch: int, chunk_size: int, generator: Generator, whole: float 
 
     Args:
         batch, chunk_size: B and L.
-        generator: of all randomness.
-        whole: probability that a sample's y is 1, so that all its tokens are noised, beyond what the paper draws; the
-            rest keeps y ~ U(0, 1).
+        generator: the source of randomness.
+        whole: probability, beyond the paper's, that a sample has y = 1, so that all its tokens are noised; the others keep
+            y ~ U(0, 1).
 
     Returns:
-        float (B, L): 1 where a token is noised and learned, 0 where it is given clean as context.
+        float (B, L): 1 where a token is noised and learned, 0 where it is clean context.
     """
     y_B1 = torch.rand(batch, 1, generator=generator)
     y_B1 = y_B1 / (1 - whole) if whole < 1 else torch.ones_like(y_B1)
@@ -104,36 +104,36 @@ def sample_mask(batch: int, chunk_size: int, generator: Generator, whole: float 
 
 
 def sample_beginning(batch: int, chunk_size: int, longest: int, generator: Generator, whole: float = 0.0) -> Tensor:
-    """Training mask of real-time chunking: the first n tokens of each sample are given clean, n uniform in 0 … ``longest``.
+    """Training mask of real-time chunking: the first n tokens of each sample are clean, n uniform in 0 … ``longest``.
 
     Args:
         batch, chunk_size: B and L.
         longest: at most L.
-        generator: of all randomness.
-        whole: probability that a sample is given nothing. Without it the first actions of a chunk are hardly ever learned:
-            the i-th is noised in i of ``longest`` + 1 samples.
+        generator: the source of randomness.
+        whole: probability that a sample has no clean tokens. Without it the first actions of a chunk are rarely learned: the
+            i-th is noised in i of ``longest`` + 1 samples.
 
     Returns:
-        float (B, L): 1 where a token is noised and learned, 0 on the given beginning.
+        float (B, L): 1 where a token is noised and learned, 0 on the clean prefix.
     """
     count_B1 = torch.randint(longest + 1, (batch, 1), generator=generator)
-    given_B1 = torch.rand(batch, 1, generator=generator) >= whole
-    return (torch.arange(chunk_size)[None] >= count_B1 * given_B1).float()
+    clean_B1 = torch.rand(batch, 1, generator=generator) >= whole
+    return (torch.arange(chunk_size)[None] >= count_B1 * clean_B1).float()
 
 
 def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor) -> Tensor:
-    """Mean of error² over the tokens with weight 1; exactly 0, without a gradient, when there is none.
+    """Mean of error² over the tokens with weight 1; exactly 0, with zero gradient, when there are none.
 
-    (The paper divides by the batch size; dividing by the number of learned elements keeps the learning rate from
-    depending on masks, padding and pauses.)
+    (The paper divides by the batch size; dividing by the number of learned elements makes the learning rate independent of
+    masks, padding and pauses.)
     """
-    # where() before the square: neither the sum nor the gradient may see an excluded error, finite or not
+    # where() before the square: an excluded error must affect neither the sum nor the gradient, finite or not
     learned_BLD = torch.where(weight_BL[..., None] > 0, error_BLD.float(), 0.0)
     return learned_BLD.square().sum() / (weight_BL.sum() * error_BLD.shape[-1]).clamp(min=1)
 
 
 def standard_normal(generators: Sequence[Generator], shape: Sequence[int], scale: float = 1.0) -> Tensor:
-    """Noise (B, *shape) for a batch in which every item has its own generator, so no item depends on its neighbours.
+    """Noise (B, *shape) for a batch in which every item has its own generator, so that it does not depend on its batch.
 
     It is multiplied by ``scale``; at 0 the generators advance all the same, so that what is drawn later is the same.
     """

@@ -1,6 +1,6 @@
-"""Masked discrete diffusion: how many tokens stay masked, and which are revealed (MaskGIT's cosine schedule).
+"""Masked discrete diffusion: how many tokens remain masked, and which are unmasked (MaskGIT's cosine schedule).
 
-Clocks are binary here: 1 is masked, 0 is revealed.
+Clocks are binary here: 1 is masked, 0 is unmasked.
 
 Shape letters: B batch, S token slots.
 """
@@ -19,9 +19,9 @@ def masked_share(progress: Tensor | float) -> Tensor:
 
 
 def still_masked(count_B: Tensor, done: int, steps: int, progress: float | None = None) -> Tensor:
-    """Tokens that stay masked after ``done`` of ``steps`` steps, int64 (B,): ⌊N·cos(π·progress/2)⌋.
+    """Number of tokens that remain masked after ``done`` of ``steps`` steps, int64 (B,): ⌊N·cos(π·progress/2)⌋.
 
-    Every step reveals at least one token while any is masked; the last step leaves none.
+    Every step unmasks at least one token as long as any is masked; after the last step none is.
 
     Args:
         count_B: tokens that were masked at the start, N.
@@ -37,7 +37,7 @@ def still_masked(count_B: Tensor, done: int, steps: int, progress: float | None 
 def training_mask(batch: int, slots: int, generator: Generator, floor: float = 0.1) -> Tensor:
     """bool (B, S): every token is masked with probability max(cos(πr/2), floor), r ~ U(0, 1) per sample.
 
-    The floor keeps samples from teaching nothing.
+    Because of the floor, samples without masked tokens are rare.
     """
     share_B1 = masked_share(torch.rand(batch, 1, generator=generator)).clamp(min=floor)
     return torch.rand(batch, slots, generator=generator) < share_B1

@@ -1,7 +1,7 @@
 """Distances between the tokens of a vocabulary, for metric-induced paths.
 
-Every distance is divided by its mean over different tokens. So β means the same for every table: without it, the nearly
-parallel rows of never-trained ids (distances of 0.005) would leave the path at uniform noise for ever.
+Distances are divided by their mean over pairs of different tokens, so that β has the same meaning for every table: without it,
+the nearly parallel rows of untrained ids (distances of 0.005) would keep the path at uniform noise forever.
 
 Shape letters: V vocabulary, W width.
 """
@@ -18,16 +18,16 @@ from vlaflow.errors import ConfigError
 Power = Literal[1, 2, 4]
 
 INDISTINCT = 1e-6
-"""A mean distance below this is the rounding of float32 and no distance."""
+"""A mean distance below this is only float32 rounding."""
 
 
 def embedding_distance(table_VW: Tensor, power: Power = 2) -> Tensor:
-    """‖ē_x − ē_y‖^power of the unit-norm rows, rescaled to mean 1 off the diagonal; (V, V) float32, 0 on it.
+    """‖ē_x − ē_y‖^power of the unit-norm rows, rescaled to mean 1 off the diagonal and 0 on it; (V, V) float32.
 
-    The papers speak of the Euclidean distance; FUDOKI's code takes the fourth power. The power acts as a hidden schedule:
-    the larger, the earlier the chain arrives.
+    The papers use the Euclidean distance, FUDOKI's code its fourth power. The power acts as a hidden schedule: the larger it
+    is, the earlier the chain reaches the target.
     """
-    with torch.autocast(table_VW.device.type, enabled=False):  # in bfloat16 near rows would fall together
+    with torch.autocast(table_VW.device.type, enabled=False):  # in bfloat16 close rows would coincide
         unit_VW = torch.nn.functional.normalize(table_VW.float(), dim=-1)
         square_VV = (2 - 2 * unit_VW @ unit_VW.T).clamp(min=0)
         return _rescaled(square_VV ** (power / 2))
@@ -38,8 +38,8 @@ def bin_distance(bins: int, others: int = 0, power: Power = 1) -> Tensor:
 
     Args:
         bins: ids 0 … bins − 1 are intervals in ascending order.
-        others: further ids without an order, such as an end token: as far from everything as the bins are on average.
-        power: of the difference.
+        others: number of further ids without an order, such as an end token, at the mean distance from all others.
+        power: exponent of the difference.
     """
     place_K = torch.arange(bins, dtype=torch.float32)
     near_KK = (place_K[:, None] - place_K).abs() ** power

@@ -1,1 +1,1 @@
-"""Plain transformer parts. Nothing here knows about images, actions or clocks as a policy uses them."""
+"""Plain transformer parts, independent of policies."""

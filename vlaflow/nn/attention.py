@@ -1,12 +1,12 @@
-"""Attention over two groups of tokens: one's own, and a memory whose keys and values somebody else computed.
+"""Attention over two groups of tokens: the sequence's own, and a cache of keys and values computed before.
 
-The memory (a prefix) is read in place: scores over memory and over own tokens are computed apart and share one softmax,
-so nothing ever copies or grows the prefix's keys and values, neither at a solver step nor for several noise samples.
+The cache (of a prefix) is used in place: scores over cached and own tokens are computed separately and share one softmax, so
+the prefix's keys and values are never copied or extended, neither at a solver step nor for several noise samples.
 
-In bfloat16 and float16, products accumulate in float32 and scores reach the softmax unrounded, as in fused kernels: rounded
-scores would cost four times the error. A CPU has no such product; there a float32 copy lives as long as the product takes.
+In bfloat16 and float16, products accumulate in float32 and scores enter the softmax unrounded, as in fused kernels: rounded
+scores would have four times the error. CPUs have no such product; there a float32 copy exists during the product.
 
-Shape letters: B batch of queries, C batch of the memory (B = C · draws), T queries, S own keys, P memory keys,
+Shape letters: B batch of queries, C batch of the cache (B = C · noise samples), T queries, S own keys, P cached keys,
 H heads, G key/value heads, E head dimension, W width.
 """
 
@@ -22,12 +22,12 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of one layer, with a mask of the tokens that may be seen.
+    """Keys and values of one layer, with a mask of the tokens that may be attended to.
 
     Args:
         key_CGPE: keys after rotation, (C, G, P, E).
         value_CGPE: values, same shape.
-        mask_CP: bool, True where a token may be seen; None when all may.
+        mask_CP: bool, True where a token may be attended to; None for all.
     """
 
     key_CGPE: Tensor
@@ -35,11 +35,11 @@ class KeyValues:
     mask_CP: Tensor | None = None
 
     def detach(self) -> KeyValues:
-        """The same numbers without a path back to the network that computed them."""
+        """The same values, detached from the graph that computed them."""
         return KeyValues(self.key_CGPE.detach(), self.value_CGPE.detach(), self.mask_CP)
 
     def cat(self, other: KeyValues) -> KeyValues:
-        """These tokens and after them those of ``other``."""
+        """Concatenate the tokens of ``other`` after these."""
         mask_CP = None
         if self.mask_CP is not None or other.mask_CP is not None:
             mask_CP = torch.cat((self._mask(), other._mask()), 1)
@@ -51,37 +51,37 @@ class KeyValues:
         return self.mask_CP if self.mask_CP is not None else self.key_CGPE.new_ones(c, p, dtype=torch.bool)
 
     def with_rows(self, row_R: Tensor, new: KeyValues) -> KeyValues:
-        """These rows of the batch replaced; masks stay."""
+        """Replace rows of the batch; masks are kept."""
         key_CGPE = self.key_CGPE.index_copy(0, row_R, new.key_CGPE)
         return KeyValues(key_CGPE, self.value_CGPE.index_copy(0, row_R, new.value_CGPE), self.mask_CP)
 
     def select(self, row_R: Tensor) -> KeyValues:
-        """Rows of the batch, in the order of the int64 indices."""
+        """Select rows of the batch, in the order of the int64 indices."""
         mask_CP = None if self.mask_CP is None else self.mask_CP[row_R]
         return KeyValues(self.key_CGPE[row_R], self.value_CGPE[row_R], mask_CP)
 
 
 def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None, mask_TS: Tensor | None = None) -> Tensor:
-    """softmax(q·[k_memory, k_own]ᵀ/√E) [v_memory, v_own], for grouped-query heads and shared memories.
+    """softmax(q·[k_cache, k_own]ᵀ/√E) [v_cache, v_own], for grouped-query heads and shared caches.
 
     Args:
         query_BHTE: (B, H, T, E); H is a multiple of the G key/value heads.
         own: keys and values of the queries' own sequence, batch B; its mask hides padding.
-        kv_cache: keys and values of batch C, where B is a multiple of C: queries b·draws … (b+1)·draws − 1 read memory b.
-        mask_TS: bool (T, S), True where query t may see own token s (causal masks); None for full attention.
+        kv_cache: keys and values of batch C, where B is a multiple of C: with n = B / C, queries b·n … (b+1)·n − 1 use cache b.
+        mask_TS: bool (T, S), True where query t may attend to own token s (causal masks); None for full attention.
 
     Returns:
         (B, H, T, E).
     """
-    # Training on a CPU in bf16, the fused kernel's backward pass takes five times the plain products' time; in float32 the
-    # fused one is a fifth faster (AVX2) or equal (AVX512).
+    # When training on a CPU in bf16, the backward pass of the fused kernel takes five times as long as plain products; in
+    # float32 the fused kernel is a fifth faster (AVX2) or equal (AVX512).
     plain = torch.is_grad_enabled() and query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
     if kv_cache is None and not plain:
         return _fused(query_BHTE, own, mask_TS)
     b, h, t, e = query_BHTE.shape
     g = own.key_CGPE.shape[1]
-    short = query_BHTE.dtype in _SHORT  # scaled now, a short query would be rounded: its scores are scaled instead
-    query_BGRE = (query_BHTE if short else query_BHTE * e**-0.5).reshape(b, g, (h // g) * t, e)
+    half = query_BHTE.dtype in _HALF  # scaling a half-precision query would round it; its scores are scaled instead
+    query_BGRE = (query_BHTE if half else query_BHTE * e**-0.5).reshape(b, g, (h // g) * t, e)
     scores_BGRS = _hide(_product(query_BGRE, own.key_CGPE.mT), own.mask_CP, mask_TS)
     if kv_cache is None:
         weights_BGRS = _softmax(scores_BGRS, query_BHTE)
@@ -96,7 +96,7 @@ def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None
 
 
 def causal_mask(tokens: int, device: torch.device | None = None) -> Tensor:
-    """bool (T, T), True where query t may see own token s ≤ t: the ``mask_TS`` of ``attend``."""
+    """bool (T, T), True where query t may attend to own token s ≤ t: the ``mask_TS`` of ``attend``."""
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
 
 
@@ -109,32 +109,32 @@ def _fused(query_BHTE: Tensor, own: KeyValues, mask_TS: Tensor | None) -> Tensor
 
 
 def _softmax(scores_BGRS: Tensor, query_BHTE: Tensor) -> Tensor:
-    """Weights in the queries' number format."""
-    if query_BHTE.dtype in _SHORT:
+    """Attention weights in the dtype of the queries."""
+    if query_BHTE.dtype in _HALF:
         scores_BGRS = scores_BGRS * query_BHTE.shape[-1] ** -0.5
     return scores_BGRS.softmax(-1).to(query_BHTE.dtype)
 
 
 def _product(one_BGMK: Tensor, other_BGKN: Tensor) -> Tensor:
-    """The matrix product, in float32 at least."""
-    if one_BGMK.dtype in _SHORT:
-        return _LongProduct.apply(one_BGMK, other_BGKN)
+    """The matrix product, at least in float32."""
+    if one_BGMK.dtype in _HALF:
+        return _Float32Product.apply(one_BGMK, other_BGKN)
     return one_BGMK @ other_BGKN
 
 
-_SHORT = (torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
 
 
-class _LongProduct(torch.autograd.Function):
-    """The float32 product of matrices in a short number format; their gradients are short products, as usual."""
+class _Float32Product(torch.autograd.Function):
+    """The float32 product of half-precision matrices; gradients are half-precision products, as usual."""
 
     @staticmethod
     def forward(ctx: Any, one_BGMK: Tensor, other_BGKN: Tensor) -> Tensor:
         ctx.save_for_backward(one_BGMK, other_BGKN)
-        if one_BGMK.is_cuda:  # the kernel exists on CUDA alone, and without a derivative
-            made = torch.bmm(one_BGMK.flatten(0, 1), other_BGKN.flatten(0, 1), out_dtype=torch.float32)
-            return made.unflatten(0, one_BGMK.shape[:2])
-        with torch.autocast(one_BGMK.device.type, enabled=False):  # autocast would make the product short again
+        if one_BGMK.is_cuda:  # this kernel exists only on CUDA, and has no derivative
+            product = torch.bmm(one_BGMK.flatten(0, 1), other_BGKN.flatten(0, 1), out_dtype=torch.float32)
+            return product.unflatten(0, one_BGMK.shape[:2])
+        with torch.autocast(one_BGMK.device.type, enabled=False):  # autocast would compute the product in half precision
             return one_BGMK.float() @ other_BGKN.float()
 
     @staticmethod
@@ -144,9 +144,9 @@ class _LongProduct(torch.autograd.Function):
         return grad_BGMN @ other_BGKN.mT, one_BGMK.mT @ grad_BGMN
 
 
-def _hide(scores_BGRS: Tensor, seen_BS: Tensor | None, mask_TS: Tensor | None) -> Tensor:
-    if seen_BS is not None:
-        scores_BGRS = scores_BGRS.masked_fill(~seen_BS[:, None, None, :], float("-inf"))
+def _hide(scores_BGRS: Tensor, visible_BS: Tensor | None, mask_TS: Tensor | None) -> Tensor:
+    if visible_BS is not None:
+        scores_BGRS = scores_BGRS.masked_fill(~visible_BS[:, None, None, :], float("-inf"))
     if mask_TS is not None:
         b, g, r, s = scores_BGRS.shape
         t = mask_TS.shape[0]
@@ -155,7 +155,7 @@ def _hide(scores_BGRS: Tensor, seen_BS: Tensor | None, mask_TS: Tensor | None) -
 
 
 def _merge_samples(x_BGRZ: Tensor, c: int) -> Tensor:
-    """(C·draws, G, R, Z) → (C, G, draws·R, Z): the draws of one memory become more queries of one product."""
+    """(C·n, G, R, Z) → (C, G, n·R, Z): the n noise samples of one cache become further queries of one product."""
     b, g, r, z = x_BGRZ.shape
     if b == c:
         return x_BGRZ

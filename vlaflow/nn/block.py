@@ -1,7 +1,7 @@
-"""A pre-norm transformer block that returns its keys and values, and reads injected ones.
+"""A pre-norm transformer block that returns its keys and values and attends to a cache of further ones.
 
-LayerNorm and erf-GELU are the defaults because they are the fast ones on a CPU (RMSNorm and tanh-GELU cost 4 to 5 times
-as much there); "rms" and ``gated`` give the block of the Qwen family.
+LayerNorm and erf-GELU are the defaults because they are faster on a CPU (RMSNorm and tanh-GELU take 4 to 5 times as long
+there); "rms" and ``gated`` give the block of the Qwen family.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch.nn import functional
 from vlaflow.nn.attention import KeyValues, attend
 
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Queries (B, H, T, E) and keys (B, G, T, E) to the same, rotated to their positions."""
+"""Rotates queries (B, H, T, E) and keys (B, G, T, E) by their positions."""
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block.
+    """Settings of one block.
 
     Args:
         width: hidden size, W.
         heads: query heads, H.
         kv_heads: key/value heads, G; divides ``heads``.
-        head_dim: E.
+        head_dim: dimension per head, E.
         ffn: inner width of the feed-forward part.
         norm: "layer" or "rms".
         gated: SwiGLU with three matrices instead of GELU with two.
         qkv_bias: biases on the query, key and value projections.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
 
     width: int
@@ -89,14 +89,14 @@ class Block(nn.Module):
         mask_TS: Tensor | None = None,
         rotate: Rotate | None = None,
     ) -> tuple[Tensor, KeyValues]:
-        """One block.
+        """Apply the block.
 
         Args:
             x_BTW: hidden states, (B, T, W).
-            kv_cache: injected keys and values that every token sees, or None.
-            padding_mask_BT: bool, False on padding tokens, which nobody attends to.
-            mask_TS: bool (T, T), True where token t may see token s; None for full attention.
-            rotate: turns queries and keys to their positions, where positions are rotations.
+            kv_cache: further keys and values that every token attends to, or None.
+            padding_mask_BT: bool, False on padding tokens, which are never attended to.
+            mask_TS: bool (T, T), True where token t may attend to token s; None for full attention.
+            rotate: applies rotary positions to queries and keys; None for none.
 
         Returns:
             New hidden states and this block's own keys and values.

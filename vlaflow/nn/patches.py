@@ -1,6 +1,6 @@
-"""Images as square patches, and back.
+"""Conversion between images and square patches.
 
-Shape letters: B batch, H height, W width, P patches (row by row), N numbers of a patch (3 · cell²).
+Shape letters: B batch, H height, W width, P patches (row by row), N values per patch (3 · cell²).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def from_patches(patch_BPN: Tensor, cell: int, height: int) -> Tensor:
 
 
 class PatchStem(nn.Module):
-    """One linear projection per image cell."""
+    """A linear projection of every patch."""
 
     def __init__(self, cell: int, width: int) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage
     return found
 
 
-def tell_exclusions(config: TrainConfig, dataset: Dataset, chunk_size: int) -> None:
+def print_exclusions(config: TrainConfig, dataset: Dataset, chunk_size: int) -> None:
     """Print what ``require_enough`` found, or raise what it raises."""
     found = require_enough(config, dataset, chunk_size)
     if found.shares:

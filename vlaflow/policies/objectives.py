@@ -34,16 +34,16 @@ from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.acting import (
     chunks_of,
     open_actions,
+    print_exclusions,
     require_enough,
     require_same_robot,
     stated_spec,
-    tell_exclusions,
 )
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
 from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
 from vlaflow.policies.provenance import run_of
-from vlaflow.policies.recipe import Assets, Base, Foreseen, Objective, Setup, TrainConfig
+from vlaflow.policies.recipe import Assets, Base, EarlierStages, Objective, Setup, TrainConfig
 from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
 from vlaflow.policies.vqa import VqaTraining, require_askable, vqa_of
 
@@ -65,11 +65,11 @@ class PolicyObjective(Objective):
         """See ``Objective``."""
         return self.policy.decoder.latent_codes is not None
 
-    def concern(self, assets: Assets) -> Assets:
+    def used_assets(self, assets: Assets) -> Assets:
         """All of them."""
         return assets
 
-    def told(self, assets: Assets) -> PolicyObjective:
+    def with_assets(self, assets: Assets) -> PolicyObjective:
         """A VQA data set brings co-training along."""
         return replace(self, vqa=VqaTraining()) if assets.vqa and self.vqa is None else self
 
@@ -84,7 +84,7 @@ class PolicyObjective(Objective):
                 f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {assets.tokenizer} out."
             )
 
-    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
         """See ``Objective``."""
         if self.vqa is not None and assets.vqa is not None:
             require_askable(self.policy, VqaDataset.open(assets.vqa, self.vqa.turns))
@@ -100,7 +100,7 @@ class PolicyObjective(Objective):
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``."""
-        tell_exclusions(config, dataset, self.policy.decoder.chunk_size)
+        print_exclusions(config, dataset, self.policy.decoder.chunk_size)
         if assets.base is None:
             policy, objective = self._created(config, dataset, assets.tokenizer)
             identity: dict[str, Any] = {}
@@ -185,7 +185,7 @@ class RaterObjective(Objective):
 
     rater: RaterConfig
 
-    def concern(self, assets: Assets) -> Assets:
+    def used_assets(self, assets: Assets) -> Assets:
         """The policy alone."""
         return Assets(assets.base)
 
@@ -200,7 +200,7 @@ class RaterObjective(Objective):
                 f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {assets.tokenizer} out."
             )
 
-    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
         """See ``Objective``."""
         if before.policy is None:
             return before
@@ -217,7 +217,7 @@ class RaterObjective(Objective):
         if base is None:
             raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
         require_same_robot(base, dataset)
-        tell_exclusions(config, dataset, base.policy.config.decoder.chunk_size)
+        print_exclusions(config, dataset, base.policy.config.decoder.chunk_size)
         policy = base.policy.with_rater(self.rater, config.seed)
         train, held = chunks_of(policy, config, dataset)
 
@@ -253,7 +253,7 @@ class LatentObjective(Objective):
                 "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
             )
 
-    def concern(self, assets: Assets) -> Assets:
+    def used_assets(self, assets: Assets) -> Assets:
         """None."""
         return Assets()
 
@@ -267,7 +267,7 @@ class LatentObjective(Objective):
             if given is not None:
                 raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
 
-    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
         """See ``Objective``."""
         return replace(before, latent=self.model)
 

@@ -150,7 +150,7 @@ class Assets:
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class EarlierStages:
     """What the stages of a pipeline before the present one will have made, known before any of them runs."""
 
     policy: PolicyConfig | None = None
@@ -198,10 +198,10 @@ class Objective(ABC):
         """Refuse values of the config around it that it cannot follow, with a ``ConfigError``; by default none."""
 
     @abstractmethod
-    def concern(self, assets: Assets) -> Assets:
+    def used_assets(self, assets: Assets) -> Assets:
         """The part of a pipeline's assets that concerns this stage."""
 
-    def told(self, assets: Assets) -> Self:
+    def with_assets(self, assets: Assets) -> Self:
         """The objective with what the assets bring along, before ``--set`` is applied; by default nothing."""
         return self
 
@@ -214,7 +214,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def foresee(self, config: TrainConfig, root: Path, assets: Assets, before: Foreseen, stage: str) -> Foreseen:
+    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
         """What will be there after this stage of a pipeline; raises what can be known to be wrong before any stage runs.
 
         Args:

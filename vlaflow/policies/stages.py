@@ -284,7 +284,7 @@ class LatentStage:
 
     def after_step(self, step: int, shared: Generator) -> None:
         """Move codebook entries that are hardly used."""
-        self.model.book.tend(self.replacement, step, self.steps, shared)
+        self.model.book.replace_unused(self.replacement, step, self.steps, shared)
 
     def to(self, device: torch.device) -> None:
         """See ``Stage``."""

@@ -1,1 +1,1 @@
-"""Pages a person reads: one base template, filled from results; nothing here runs a policy. Start at ``evaluation``."""
+"""HTML pages made from results with one base template; nothing here runs a policy. Start at ``evaluation``."""

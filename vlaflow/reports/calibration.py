@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vlaflow.compute.calibration import Calibration, ShareTarget
-from vlaflow.compute.thresholds import Table, exit_shares, filtered_quantiles, taken
+from vlaflow.compute.thresholds import ExitMeasurements, exit_shares, filtered_quantiles, taken
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure
@@ -15,39 +15,39 @@ from vlaflow.reports.page import Figure
 BUDGETS = tuple(np.geomspace(0.02, 4, 25).tolist())
 
 
-def write_page(made: Calibration, table: Table, file: Path) -> Path:
-    """One self-contained HTML file.
+def write_page(made: Calibration, table: ExitMeasurements, file: Path) -> Path:
+    """Write one self-contained HTML file.
 
     Args:
         made: the calibration.
-        table: the measurement it was made from.
-        file: where to.
+        table: the measurement behind it.
+        file: the page to write.
     """
-    seen, plan = made.seen, made.plan
+    test, plan = made.seen, made.plan
     figures = (
         Figure(
             discrepancies(made, table),
             f"How far each depth's chunk is from the one before it ({plan.metric}), on the {made.samples} frames that the "
-            "thresholds are made from. A chunk leaves where it first lies left of a threshold (vertical line).",
+            "thresholds were chosen on. A chunk exits at the first depth with a discrepancy below its threshold (vertical).",
         ),
-        Figure(shares(made), f"Share of the chunks that leave at each depth, on {seen.samples} other frames."),
+        Figure(shares(made), f"Share of the chunks that exit at each depth, on {test.samples} other frames."),
         Figure(
             trade_off(made, table),
-            "Mean depth against the mean largest difference to the full depth's chunk (standard deviations of the actions), on "
-            "the other frames, for exponential targets of every budget. The mark is this calibration.",
+            "Mean depth against the mean largest difference from the full-depth chunk (standard deviations of the actions), on "
+            "the other frames, for exponential targets of different budgets. The diamond is this calibration.",
         ),
     )
     tiles = [
-        (f"{seen.layers:.2f} of {plan.exits[-1]}", "layers on average"),
-        (f"{seen.nfe:.1f}", "network evaluations per chunk on average"),
-        (f"{seen.error:.4f}", f"distance to the demonstrations, at full depth {seen.full_error:.4f}"),
+        (f"{test.layers:.2f} of {plan.exits[-1]}", "layers on average"),
+        (f"{test.nfe:.1f}", "network evaluations per chunk on average"),
+        (f"{test.error:.4f}", f"distance to the demonstrations, {test.full_error:.4f} at full depth"),
     ]
-    if seen.above is not None:
-        tiles.append((f"{100 * seen.above:.1f} %", "of the chunks above the largest deviation"))
+    if test.above is not None:
+        tiles.append((f"{100 * test.above:.1f} %", "of the chunks above the largest allowed deviation"))
     facts = {
         "checkpoint": made.checkpoint,
         "data set": made.dataset,
-        "depths that answer": ", ".join(map(str, plan.depths)),
+        "exits at depths": ", ".join(map(str, plan.depths)),
         "solver steps at each": str(plan.sampling),
         "warm start": plan.warm_start + (f" from clock {plan.restart:g}" if plan.warm_start == "renoise" else ""),
         "command": made.command,
@@ -57,7 +57,7 @@ def write_page(made: Calibration, table: Table, file: Path) -> Path:
     return page.write(file, "calibration.html", title=title, tile_entries=tiles, figures=figures, fact_entries=facts)
 
 
-def discrepancies(made: Calibration, table: Table) -> str:
+def discrepancies(made: Calibration, table: ExitMeasurements) -> str:
     """A cumulative curve for each exit but the last, with its threshold."""
     plan, own = made.plan, table.discrepancy_NK[table.choose_N]
     floor = max(float(own[own > 0].min()), 1e-9) if (own > 0).any() else 1e-9
@@ -74,10 +74,10 @@ def discrepancies(made: Calibration, table: Table) -> str:
 
 
 def shares(made: Calibration) -> str:
-    """Bars of what was seen, and the target where there is one."""
+    """Bars of the measured shares, and the target shares if there are any."""
     places = np.arange(len(made.plan.exits))
     with figure(WIDTH, 2.2) as (_, axis, done):
-        axis.bar(places, [100 * s for s in made.seen.shares], 0.6, color=SERIES[0], label="seen")
+        axis.bar(places, [100 * s for s in made.seen.shares], 0.6, color=SERIES[0], label="measured")
         if isinstance(made.target, ShareTarget):
             target = [100 * s for s in made.target.shares]
             axis.plot(places, target, "D", color=SERIES[1], ms=6, label="target", clip_on=False)
@@ -87,7 +87,7 @@ def shares(made: Calibration) -> str:
         return done()
 
 
-def trade_off(made: Calibration, table: Table) -> str:
+def trade_off(made: Calibration, table: ExitMeasurements) -> str:
     """Mean depth against mean deviation over all budgets."""
     own, fresh, depth_K = table.choose_N, ~table.choose_N, np.asarray(made.plan.exits)
     rows, points = np.arange(int(fresh.sum())), []

@@ -31,7 +31,7 @@ def write_page(dataset: Dataset, path: Path, limit: int = 12) -> Path:
     """Write ``path`` (.html or .png) with up to ``limit`` episodes.
 
     Raises:
-        ConfigError: another ending.
+        ConfigError: another file ending.
         DataError: a damaged video or table.
     """
     episodes = chosen_episodes(dataset, limit)
@@ -98,7 +98,7 @@ def _curves(axes: Any, dataset: Dataset, episode: int, name: str) -> None:
     labels = dataset.dimension_names(name)
     units = {d.name: d.unit for d in dataset.action_spec.dimensions} if dataset.action_spec and name == "action" else {}
     seconds = np.arange(len(values)) / dataset.fps
-    styles = ("-", "--", ":", "-.")  # so that curves can be told apart in greyscale too
+    styles = ("-", "--", ":", "-.")  # curves must be distinguishable in greyscale
     for d in range(values.shape[1]):
         label = f"{labels[d]} [{units[labels[d]]}]" if labels[d] in units else labels[d]
         axes.plot(seconds, values[:, d], styles[d % len(styles)], linewidth=1, label=label)

@@ -1,9 +1,8 @@
-"""``report.html`` of an evaluation: one page with everything in it, images and videos too; it asks no server for anything.
+"""``report.html`` of an evaluation: one self-contained page, including images and videos.
 
-It opens with the robot doing the task, the success rate and the latency; what only repeats is folded. The page is filled from
-``results.json`` and ``videos/`` and can be made again from them at any time. Its layout is in ``templates/evaluation.html``,
-its
-plots in ``evaluation_plots``; here is what it says in words and tables.
+It opens with a video of the robot, the success rate and the latency; repetitive tables are folded. The page is made from
+``results.json`` and ``videos/`` and can be made again at any time. Its layout is in ``templates/evaluation.html``, its plots in
+``evaluation_plots``, its text and tables here.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from vlaflow.reports.words import percent, rate, short, signed
 
 Log = Sequence[Mapping[str, Any]]
 NOTABLE = 0.05
-"""p-value below which a paired test has something to tell."""
+"""p-value below which a paired test is notable."""
 
 
 def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | None = None) -> Path:
-    """Make ``report.html`` from what an evaluation left in ``out``.
+    """Write ``report.html`` from the results of an evaluation in ``out``.
 
     Args:
-        out: folder with ``results.json`` and, where videos were made, ``videos/``.
+        out: folder with ``results.json`` and, if videos were recorded, ``videos/``.
         logs: entries of training logs (step, loss, validation) by the name of the loss.
-        title: of the page.
+        title: title of the page.
 
     Returns:
-        the page's path.
+        The path of the page.
     """
     return page.write(out / "report.html", "evaluation.html", **values(read(out / RESULTS), out / VIDEOS, logs or {}, title))
 
 
 def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str | None = None) -> dict[str, Any]:
-    """What the template shows."""
+    """The values of the template."""
     videos, first, envs = read_videos(folder), results.evaluations[0], len(results.envs)
     lead = next((video for video in videos if video.episode.success), videos[0] if videos else None)
     revising = [e for e in results.evaluations if e.revised_per_chunk and sum(e.revised_per_chunk)]
@@ -54,14 +53,12 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "more_clips": [_clip(video, folder) for video in videos if video is not lead],
         "protocol": f"{first.episodes} episodes per environment and compute policy on the same seeds, {first.seeds[0]} to "
         f"{first.seeds[-1]}; {first.n_action_steps} actions of each chunk executed; at most {first.max_steps} "
-        "steps; a success at any "
-        "step counts and ends the episode.",
+        "steps; the first success ends the episode.",
         "success": Figure(plots.success(results)),
         "success_table": success_table(results),
         "paired": paired(results),
-        "latency_protocol": f"{results.latency[0].chunks} chunks per compute policy in turns on the same observations, one "
-        f"process and one thread with nothing else running, on {results.machine}. The prefix is encoded once per observation, "
-        "whatever follows.",
+        "latency_protocol": f"{results.latency[0].chunks} chunks per compute policy, in turns on the same observations, with "
+        f"one process and one thread on an idle machine, {results.machine}. The prefix is encoded once per observation.",
         "latency": Figure(plots.latency(results.latency)),
         "latency_table": latency_table(results),
         "costs": costs(results),
@@ -71,14 +68,14 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "revised": Figure(revision_plots.revised(revising)) if revising else None,
         "revision": revision(results),
         "losses": [Figure(plots.loss(log, name), f"{name}.") for name, log in logs.items() if log],
-        "moments": [m for video in videos if _telling(video, videos) for m in _moments(video, folder)],
+        "chunks": [m for video in videos if _telling(video, videos) for m in _chunks(video, folder)],
         "language": language(results),
         "minutes": Figure(plots.minutes(results.minutes)) if _steps(results.minutes) > 1 else None,
         "commands": results.commands or (results.command,),
         "fact_entries": facts(results),
         "caveats": caveats(results),
     }
-    optional = {"Videos": "more_clips", "Tokens": "revision", "Training": "losses", "Chunks": "moments", "Language": "language"}
+    optional = {"Videos": "more_clips", "Tokens": "revision", "Training": "losses", "Chunks": "chunks", "Language": "language"}
     order = ("Success", "Latency", "Videos", "Steps", "Tokens", "Training", "Chunks", "Language", "Reproduce", "Limits")
     shown["sections"] = [
         name for name in order if name not in optional or shown[optional[name]] or (name == "Tokens" and revising)
@@ -87,7 +84,7 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
 
 
 def headline(results: Results) -> list[str]:
-    """What was found, in sentences that carry their uncertainty."""
+    """The main results in sentences, with their uncertainty."""
     first, *others = results.overall
     n_envs = len(results.envs)
     where = short(results.envs[0]) if n_envs == 1 else f"{n_envs} environments"
@@ -102,7 +99,7 @@ def headline(results: Results) -> list[str]:
 
 
 def verdict(test: PairedTest) -> str:
-    """A paired test in a sentence that does not say more than it found."""
+    """The result of a paired test in a sentence that does not overstate it."""
     points = f"{signed(test.difference)} points [{signed(test.interval[0])}, {signed(test.interval[1])}]"
     apart = test.only_first + test.only_second
     if test.p_value < 0.05:
@@ -112,11 +109,11 @@ def verdict(test: PairedTest) -> str:
             else (f"Worse than {test.first}: {points}, p = {test.p_value:.2g}.")
         )
     seeds = f"they disagree on {apart} of {test.both + test.neither + apart} episodes" if apart else "they never disagree"
-    return f"No difference from {test.first} could be shown: {points}, {seeds}, p = {test.p_value:.2g}."
+    return f"No significant difference from {test.first}: {points}, {seeds}, p = {test.p_value:.2g}."
 
 
 def tiles(results: Results) -> list[tuple[str, str]]:
-    """The figures people come for: success with its interval, latency, and the time that everything took."""
+    """The main numbers: success with its interval, latency, and the total time."""
     found = [
         (
             rate(o.successes, o.episodes),
@@ -127,12 +124,12 @@ def tiles(results: Results) -> list[tuple[str, str]]:
     first = results.latency[0]
     found.append((f"{first.total.p50:.1f} ms", f"per chunk, {first.compute} p50 (p99 {first.total.p99:.1f} ms)"))
     if _steps(results.minutes) > 1 and results.minutes.total is not None:
-        found.append((f"{results.minutes.total:.1f} min", "for everything, on this machine"))
+        found.append((f"{results.minutes.total:.1f} min", "in total, on this machine"))
     return found
 
 
 def success_table(results: Results) -> Table:
-    """A row per environment, a column per compute policy."""
+    """Success rates: a row per environment, a column per compute policy."""
 
     def cells(entries: Sequence[Any]) -> list[page.Cell]:
         return [(f"{e.successes}/{e.episodes}", percent(e.interval)) for e in entries]
@@ -145,7 +142,7 @@ def success_table(results: Results) -> Table:
 
 
 def paired(results: Results) -> dict[str, Any] | None:
-    """The paired tests, and in a sentence whether any of them has something to tell."""
+    """The paired tests, with a sentence on how many of them are notable."""
     if not results.paired:
         return None
     notable = [t for t in results.paired if t.p_value < NOTABLE]
@@ -167,7 +164,7 @@ def paired(results: Results) -> dict[str, Any] | None:
 
 
 def latency_table(results: Results) -> Table:
-    """Milliseconds by part, and what was computed."""
+    """Milliseconds by part, and the amount of computation."""
     parts = [part for part in (*PARTS, "other") if any(part in entry.parts for entry in results.latency)]
     rows = [
         [
@@ -187,7 +184,7 @@ def latency_table(results: Results) -> Table:
 
 
 def steps_table(results: Results) -> Table:
-    """How many steps a success takes."""
+    """Number of steps to success."""
     early = results.evaluations[0].max_steps > EARLY
     rows = []
     for e in results.evaluations:
@@ -202,15 +199,15 @@ def steps_table(results: Results) -> Table:
 
 
 def revision(results: Results) -> dict[str, Any] | None:
-    """One chunk of tokens on its way from noise to what was sent."""
+    """One chunk of tokens, from noise to the final actions."""
     found = results.revision
     if found is None:
         return None
     ends = " Steps right of the dotted line are deterministic." if found.settling else ""
     text = (
-        f"One chunk ({found.compute}, “{found.instruction}”) from noise to what was sent. Each square is a token, the darker "
-        "the surer the network was of it; an orange dot marks a token that this step changed; small squares are end tokens."
-        f"{ends} Below: the actions that the tokens meant, step by step."
+        f"One chunk ({found.compute}, “{found.instruction}”) from noise to the final tokens. Each square is a token, "
+        "darker for a higher probability; an orange dot marks a token changed by this step; small squares are end tokens."
+        f"{ends} Below: the decoded actions, step by step."
     )
     return {"text": text, "figures": [Figure(revision_plots.tokens(found)), Figure(revision_plots.actions(found))]}
 
@@ -219,7 +216,7 @@ def language(results: Results) -> dict[str, Any] | None:
     """The language-swap test."""
     if not results.language:
         return None
-    of = {(entry.env, entry.told): entry for entry in results.language}
+    of = {(entry.env, entry.condition): entry for entry in results.language}
     rows: list[list[page.Cell]] = [
         [
             env,
@@ -229,15 +226,15 @@ def language(results: Results) -> dict[str, Any] | None:
         for env in results.envs
     ]
     text = (
-        "The dense policy on the same seeds, told the right sentence, another task's, or nothing. A success is the "
-        f"environment's own task within {results.language[0].max_steps} steps. A policy that succeeds whatever it is told "
-        "goes by what it sees."
+        "The dense policy on the same seeds with the right instruction, another task's, or none. A success is the "
+        f"environment's own task within {results.language[0].max_steps} steps. A policy that succeeds with any instruction "
+        "ignores it."
     )
-    return {"text": text, "table": Table(("environment", *KINDS, "the other sentence"), rows, (0, 1 + len(KINDS)))}
+    return {"text": text, "table": Table(("environment", *KINDS, "the other instruction"), rows, (0, 1 + len(KINDS)))}
 
 
 def facts(results: Results) -> dict[str, str]:
-    """What it takes to repeat the evaluation."""
+    """What is needed to reproduce the evaluation."""
     first = results.evaluations[0]
     return {
         "checkpoint": f"{results.checkpoint}, content {results.fingerprint}",
@@ -251,7 +248,7 @@ def facts(results: Results) -> dict[str, str]:
 
 
 def costs(results: Results) -> list[str]:
-    """What rating and regeneration cost, as shares of a chunk's time (claim C4)."""
+    """Cost of rating and regeneration, as shares of a chunk's time (claim C4)."""
     found = []
     for entry in results.latency:
         extra = [
@@ -263,7 +260,7 @@ def costs(results: Results) -> list[str]:
             ratio = f" A chunk takes {entry.total.p50 / base.total.p50:.2f} times as long as a dense one (p50)." if base else ""
             found.append(f"{entry.compute}: {shares} of a chunk's time.{ratio}")
     found += [
-        f"{entry.compute}: the prefix is not run at every step; its actions differ from those it would make then by "
+        f"{entry.compute}: the prefix is not recomputed at every step, which changes the actions by "
         f"{entry.drift:.4f} on average (robot units)."
         for entry in results.latency
         if entry.drift is not None
@@ -272,26 +269,26 @@ def costs(results: Results) -> list[str]:
 
 
 def caveats(results: Results) -> list[str]:
-    """What the numbers cannot say."""
+    """Limits of the results."""
     n = results.evaluations[0].episodes
     some = results.evaluations[0]
     width = max(100 * (e.interval[1] - e.interval[0]) for e in results.evaluations)
     found = [
         f"{n} episodes per environment: the intervals are up to {width:.0f} points wide. Intervals and p-values are for one "
-        "trained checkpoint; another training seed would give another policy.",
-        "Several pairs are compared and the p-values are not corrected for that.",
+        "trained checkpoint; a policy trained with another seed would differ.",
+        "Several pairs are compared, and the p-values are not corrected for this.",
         f"Number of executed actions ({some.n_action_steps}), camera, image size and rendering "
-        f"({some.render}) all move success "
-        "rates: compare only numbers that agree in them.",
-        "p99 of so few chunks is close to the slowest one seen.",
+        f"({some.render}) all affect success "
+        "rates: compare only results with the same settings.",
+        "With so few chunks, p99 is close to the slowest one.",
     ]
     if any(compute.startswith("refine") for compute in results.computes):
         found.append(
-            "The rater learned relative errors: within a chunk a low rating says worse than its neighbours, not wrong. Some "
-            "action of a perfect chunk can still be regenerated."
+            "The rater was trained on relative errors: a low rating means worse than the other actions of the chunk, not "
+            "wrong. Some action of a perfect chunk can still be regenerated."
         )
     if results.language:
-        found.append(f"The language-swap test has n = {results.language[0].episodes} per cell and tells only large effects.")
+        found.append(f"The language-swap test has n = {results.language[0].episodes} per cell and detects only large effects.")
     return found
 
 
@@ -304,25 +301,25 @@ def _clip(video: EpisodeVideo, folder: Path) -> dict[str, str]:
     }
 
 
-def _moments(video: EpisodeVideo, folder: Path) -> list[dict[str, Any]]:
+def _chunks(video: EpisodeVideo, folder: Path) -> list[dict[str, Any]]:
     e, found = video.episode, []
-    for moment in video.moments:
-        detail = f"{e.compute}, seed {e.seed}, step {moment.step}"
-        if moment.regenerated is not None:
-            detail += f"; {sum(moment.regenerated)} of {len(moment.actions)} actions regenerated"
+    for chunk in video.chunks:
+        detail = f"{e.compute}, seed {e.seed}, step {chunk.step}"
+        if chunk.regenerated is not None:
+            detail += f"; {sum(chunk.regenerated)} of {len(chunk.actions)} actions regenerated"
         found.append(
             {
                 "title": short(e.env),
                 "detail": detail,
-                "image": page.data_url((folder / moment.picture).read_bytes(), "image/png"),
-                "svg": plots.chunk(video, moment),
+                "image": page.data_url((folder / chunk.image).read_bytes(), "image/png"),
+                "svg": plots.chunk(video, chunk),
             }
         )
     return found
 
 
 def _telling(video: EpisodeVideo, videos: Sequence[EpisodeVideo]) -> bool:
-    """Whether its chunks are shown: those of a success, or of a failure where the environment has no success."""
+    """Whether to show the chunks of a video: those of a success, or of a failure if the environment has no success."""
     return video.episode.success or not any(f.episode.success for f in videos if f.episode.env == video.episode.env)
 
 

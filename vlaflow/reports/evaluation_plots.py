@@ -9,7 +9,7 @@ import numpy as np
 
 from vlaflow.evaluation.latency import PARTS, Latency
 from vlaflow.evaluation.results import EARLY, Minutes, Results
-from vlaflow.evaluation.videos import EpisodeVideo, Moment
+from vlaflow.evaluation.videos import EpisodeVideo, VideoChunk
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, PAPER, SERIES, WIDTH, figure
 from vlaflow.reports.words import short
 
@@ -49,7 +49,7 @@ def success(results: Results) -> str:
 
 
 def first_success(results: Results) -> str:
-    """Share of the episodes that succeeded by each step, per environment."""
+    """Share of the episodes that have succeeded by each step, per environment."""
     envs, columns = results.envs, min(3, len(results.envs))
     rows = -(-len(envs) // columns)
     with figure(WIDTH, 2 * rows + 0.4, rows, columns, sharey=True) as (_, axes, done):
@@ -74,7 +74,7 @@ def first_success(results: Results) -> str:
 
 
 def latency(entries: Sequence[Latency]) -> str:
-    """Mean milliseconds by part, stacked, with p50 and p99 of the whole."""
+    """Mean milliseconds by part, stacked, with p50 and p99 of the total."""
     with figure(WIDTH, 0.95 + 0.5 * len(entries)) as (_, axis, done):
         names = [part for part in (*PARTS, "other") if any(part in e.mean_parts for e in entries)]
         for row, entry in enumerate(entries):
@@ -98,7 +98,7 @@ def latency(entries: Sequence[Latency]) -> str:
 def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
     """Training loss, its running mean, and the loss on held-out episodes; entries as in ``training/log.jsonl``.
 
-    Steps on questions have a loss of another kind and are left out.
+    Steps on questions have another kind of loss and are left out.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -127,12 +127,12 @@ def loss(entries: Sequence[Mapping[str, Any]], label: str) -> str:
         return done()
 
 
-def chunk(video: EpisodeVideo, moment: Moment) -> str:
-    """One chunk: every dimension over the step limit, draft and answer, confidence below."""
-    actions = np.array(moment.actions)
-    draft = None if moment.draft is None else np.array(moment.draft)
-    doubted = np.flatnonzero(moment.regenerated) if moment.regenerated else np.array([], int)
-    n, rated = actions.shape[1], moment.confidence is not None
+def chunk(video: EpisodeVideo, shown: VideoChunk) -> str:
+    """One chunk: every dimension over the step limit, draft and final actions, confidence below."""
+    actions = np.array(shown.actions)
+    draft = None if shown.draft is None else np.array(shown.draft)
+    doubted = np.flatnonzero(shown.regenerated) if shown.regenerated else np.array([], int)
+    n, rated = actions.shape[1], shown.confidence is not None
     ratios = [1.0] * n + ([0.9] if rated else [])
     with figure(4.4, 0.6 * len(ratios) + 0.75, len(ratios), 1, sharex=True, height_ratios=ratios) as (_, axes, done):
         grid = np.atleast_1d(axes)
@@ -140,16 +140,16 @@ def chunk(video: EpisodeVideo, moment: Moment) -> str:
         for axis in grid:
             for token in doubted:
                 axis.axvspan(token - 0.5, token + 0.5, color=FAINT, alpha=0.35, lw=0)
-            if moment.executed < len(actions):
-                axis.axvline(moment.executed - 0.5, color=INK, lw=0.8, ls=":")
+            if shown.executed < len(actions):
+                axis.axvline(shown.executed - 0.5, color=INK, lw=0.8, ls=":")
         for d in range(n):
             if draft is not None:
                 grid[d].plot(x, draft[:, d], color=SERIES[1], ls="--", lw=1.4)
             grid[d].plot(x, actions[:, d], color=SERIES[0], lw=1.6, marker="o", ms=2.5)
             grid[d].set(ylim=(-1.15, 1.15), yticks=(-1, 0, 1))
             grid[d].set_ylabel(video.dimensions[d], rotation=0, ha="right", va="center")
-        if moment.confidence is not None:
-            grid[-1].bar(x, moment.confidence, 0.7, color=SERIES[2])
+        if shown.confidence is not None:
+            grid[-1].bar(x, shown.confidence, 0.7, color=SERIES[2])
             grid[-1].axhline(0.5, color=INK, lw=0.8)
             grid[-1].set(ylim=(0, 1), yticks=(0, 1))
             grid[-1].set_ylabel("confidence", rotation=0, ha="right", va="center")

@@ -1,7 +1,7 @@
-"""Figures as inline SVG that takes its colours from the page, so one page serves light, dark and print.
+"""Figures as inline SVG with the colours of the page, so that one page works in light mode, dark mode and print.
 
-Matplotlib draws with placeholder colours, which are replaced by CSS variables afterwards (``templates/report.css`` defines
-them). Colours differ in lightness as well as hue, and every series also has its own marker or line, so nothing is lost in grey.
+Matplotlib draws with placeholder colours, which are then replaced by CSS variables (defined in ``templates/report.css``).
+Colours differ in lightness as well as hue, and every series has its own marker or line, so figures work in greyscale too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _CSS = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
 }
 MARKERS, LINES = "os^Dv", ("-", "--", ":", "-.", (0, (1, 1)))
 WIDTH = 5.6
-"""Inches: so much that text is readable both in a column of a desk screen and on a telephone."""
+"""Width in inches, so that text is readable on a desktop screen and on a phone."""
 
 
 @contextmanager
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **settings: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """A matplotlib figure, its axes, and a function that returns the finished SVG. No global state is touched."""
+    """A matplotlib figure, its axes, and a function that returns the finished SVG. No global state is changed."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **setti
 
 
 def _inline(svg: str) -> str:
-    """Body of an SVG file for use inside a page: page colours, width of the column, no metadata."""
+    """Adapt an SVG file for use within a page: colours of the page, width of the column, no metadata."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns:xlink="[^"]*"| xmlns="[^"]*"', "", svg)

@@ -1,6 +1,6 @@
-"""The page of a latent action model: how its codes are used, what they bring back, and what they do to other first frames.
+"""The page of a latent action model: usage of its codes, reconstructions, and their effect on other first frames.
 
-Shape letters: H, W height and width of an image, R example pairs, K codes, V entries of the book.
+Shape letters: H, W height and width of an image, R example pairs, K codes, V entries of the codebook.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vlaflow.evaluation.latent_report import Examples, Pixels, Usage
+from vlaflow.evaluation.latent_report import LatentExamples, Pixels, Usage
 from vlaflow.reports import page
 from vlaflow.reports.figure import INK, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table, image_url
 
 GAIN = 2.0
-"""By how much the images of a change are amplified around grey."""
+"""Amplification of changes, around grey."""
 SOURCES = {
     "codes": "the codes",
     "vectors": "the vectors before quantisation",
@@ -27,44 +27,44 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """Everything the page tells.
+class LatentMeasurements:
+    """The content of the page.
 
     Args:
-        usage, pixels: of held-out pairs.
+        usage, pixels: measurements on held-out pairs.
         probes: see ``latent_report.probes``.
-        examples: pairs that are shown.
-        names: of the action dimensions.
+        examples: example pairs.
+        names: names of the action dimensions.
         facts: name and value, for the table at the end.
     """
 
     usage: Usage
     pixels: Pixels
     probes: Mapping[str, np.ndarray]
-    examples: Examples
+    examples: LatentExamples
     names: Sequence[str]
     facts: Mapping[str, str]
 
 
-def write_page(found: Found, title: str, file: Path) -> Path:
-    """One self-contained HTML file."""
+def write_page(found: LatentMeasurements, title: str, file: Path) -> Path:
+    """Write one self-contained HTML file."""
     usage, pixels, shown = found.usage, found.pixels, found.examples
     tiles = [
-        (f"{usage.used} of {len(usage.share_V)}", "entries used at a tenth of their fair share or more"),
+        (f"{usage.used} of {len(usage.share_V)}", "entries used with at least a tenth of the fair share"),
         (f"{usage.perplexity:.1f}", f"perplexity, at most {len(usage.share_V)}"),
-        (f"{100 * pixels.explained:.0f} %", "of the change in pixels is brought back by the codes"),
+        (f"{100 * pixels.explained:.0f} %", "of the change in pixels is reconstructed from the codes"),
     ]
     if found.probes:
-        tiles.append((f"{np.nanmean(found.probes['codes']):.2f}", "of the actions' variance is told by the codes (0: none)"))
+        tiles.append((f"{np.nanmean(found.probes['codes']):.2f}", "of the action variance predicted from the codes"))
     places = ", ".join(f"{value:.1f}" for value in usage.place_perplexity)
-    caption = f"Share of each entry among the codes of {usage.pairs} held-out pairs; the line is an even share."
+    caption = f"Share of each entry among the codes of {usage.pairs} held-out pairs; the line is the fair share."
     return page.write(
         file,
         "latent_actions.html",
         title=title,
         tile_entries=tiles,
         shares=Figure(shares(usage), caption),
-        usage_text=f"{usage.distinct} of the {usage.pairs} pairs' rows of codes are different. Perplexity by place: {places}.",
+        usage_text=f"{usage.distinct} of the {usage.pairs} pairs have distinct codes. Perplexity by position: {places}.",
         pixels=pixel_table(pixels),
         reconstructions=reconstructions(shown),
         reconstructions_text=f"Held-out pairs {shown.gap_s:g} s apart. The last two columns are amplified {GAIN:g} times "
@@ -76,24 +76,24 @@ def write_page(found: Found, title: str, file: Path) -> Path:
 
 
 def shares(usage: Usage) -> str:
-    """A bar per entry."""
+    """A bar per codebook entry."""
     with figure(WIDTH, 2.0) as (_, axis, done):
         axis.bar(np.arange(len(usage.share_V)), 100 * usage.share_V, 0.75, color=SERIES[0])
         axis.axhline(100 / len(usage.share_V), color=INK, lw=1, ls="--")
-        axis.set(xlabel="entry of the book", ylabel="% of the codes", xlim=(-0.8, len(usage.share_V) - 0.2))
+        axis.set(xlabel="codebook entry", ylabel="% of the codes", xlim=(-0.8, len(usage.share_V) - 0.2))
         return done()
 
 
-def reconstructions(shown: Examples) -> list[tuple[str, list[str]]]:
-    """A row per pair: its codes, both frames, what was decoded, and both changes."""
+def reconstructions(shown: LatentExamples) -> list[tuple[str, list[str]]]:
+    """A row per pair: its codes, both frames, the prediction, and both changes."""
     rows = []
     for ids, a, b, c in zip(shown.id_RK, shown.earlier, shown.later, shown.decoded, strict=True):
         rows.append((_codes(ids), [image_url(image) for image in (a, b, c, difference(b, a), difference(c, a))]))
     return rows
 
 
-def transfer(shown: Examples) -> list[tuple[str, list[str]]]:
-    """A row per pair whose codes are taken, a column per first frame they are applied to."""
+def transfer(shown: LatentExamples) -> list[tuple[str, list[str]]]:
+    """A row per pair whose codes are used, a column per first frame to which they are applied."""
     rows = [("first frame", [image_url(image) for image in shown.earlier])]
     for ids, made in zip(shown.id_RK, shown.transferred, strict=True):
         rows.append((_codes(ids), [image_url(difference(b, a)) for a, b in zip(shown.earlier, made, strict=True)]))
@@ -101,12 +101,12 @@ def transfer(shown: Examples) -> list[tuple[str, list[str]]]:
 
 
 def difference(image_HW3: np.ndarray, before_HW3: np.ndarray) -> np.ndarray:
-    """A change as an image: grey where nothing changed, uint8 (H, W, 3)."""
+    """A change as an image, grey where nothing changes: uint8 (H, W, 3)."""
     return (127.5 + GAIN * (image_HW3.astype(float) - before_HW3)).round().clip(0, 255).astype(np.uint8)
 
 
 def pixel_table(pixels: Pixels) -> Table:
-    """What stands in for the later frame, and how far it is from it."""
+    """Errors of the prediction of the later frame, and of its baselines."""
     named = {"the earlier frame": pixels.copy, "decoded": pixels.decoded, "decoded with another pair's codes": pixels.other}
     rows = [
         (
@@ -117,21 +117,21 @@ def pixel_table(pixels: Pixels) -> Table:
         )
         for name, value in named.items()
     ]
-    heads = ("in place of the later frame", "squared error", "PSNR, dB", "of the change")
+    heads = ("instead of the later frame", "squared error", "PSNR, dB", "of the change")
     return Table(heads, rows, caption="Pixels in [0, 1], held-out pairs.")
 
 
-def probe_table(found: Found) -> Table:
-    """How well the actions can be told, by dimension and on average."""
+def probe_table(found: LatentMeasurements) -> Table:
+    """How well the actions are predicted, by dimension and on average."""
     rows = [
         (SOURCES[name], *("" if np.isnan(value) else f"{value:.2f}" for value in (*value_D, np.nanmean(value_D))))
         for name, value_D in found.probes.items()
     ]
     caption = (
         "Share of the variance of the mean action between the frames that ridge regression explains on held-out episodes; "
-        "empty for a dimension that stands still in them."
+        "empty for dimensions that are constant there."
     )
-    return Table(("told from", *found.names, "mean"), rows, caption=caption)
+    return Table(("predicted from", *found.names, "mean"), rows, caption=caption)
 
 
 def _codes(id_K: np.ndarray) -> str:

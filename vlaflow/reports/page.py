@@ -1,7 +1,7 @@
-"""How every page is made: a template that extends ``templates/base.html``, filled with values, in one self-contained file.
+"""Pages as self-contained files: a template that extends ``templates/base.html``, filled with values.
 
-A template lays out what a page module hands it and computes nothing. Text is escaped; drawings are our own SVG, in which
-matplotlib has escaped the text, and are not.
+A template lays out the values of a page module and computes nothing. Text is escaped; figures are not, because they are SVG
+from matplotlib, which escapes text itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jinja2
 
 Cell = str | tuple[str, str]
-"""Text, or text and a smaller remark after it."""
+"""Text, or text and a smaller remark."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Table:
     """A table of texts.
 
     Args:
-        heads: of the columns.
-        rows: as many cells each.
-        text: columns that are aligned as text; numbers stand to the right.
+        heads: headings of the columns.
+        rows: rows of cells, one per column.
+        text: columns that are aligned left, as text; the others are aligned right.
         totals: rows with a rule above them.
-        caption: above the table.
-        dense: many narrow columns.
+        caption: text above the table.
+        dense: whether there are many narrow columns.
     """
 
     heads: Sequence[str]
@@ -48,14 +48,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing made with ``figure.figure``, which is put into the page as it is, and what it shows in a sentence."""
+    """An SVG made with ``figure.figure``, and its caption."""
 
     svg: str
     caption: str = ""
 
 
 def write(file: Path, template: str, **values: Any) -> Path:
-    """Fill a template and write the page whole or not at all; returns the file."""
+    """Fill a template and write the page, completely or not at all; returns the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     part.write_text(render(template, **values), encoding="utf-8")
@@ -64,17 +64,17 @@ def write(file: Path, template: str, **values: Any) -> Path:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page as text."""
+    """Fill a template and return the page as text."""
     return _number_ids(_templates().get_template(template).render(**values))
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """A file inside the page."""
+    """Encode a file as a data URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def image_url(image_HW3: np.ndarray) -> str:
-    """A uint8 image inside the page, as PNG."""
+    """Encode a uint8 image as the data URL of a PNG."""
     from PIL import Image
 
     stream = io.BytesIO()
@@ -96,7 +96,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _number_ids(page: str) -> str:
-    """Every drawing was made alone, so their ids repeat; in one page each drawing gets ids of its own."""
+    """Make the ids of the figures unique within the page, because every figure was made separately."""
     number = 0
 
     def own(found: re.Match[str]) -> str:

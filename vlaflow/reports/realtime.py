@@ -16,7 +16,7 @@ from vlaflow.reports.page import Figure, Table
 from vlaflow.reports.words import short
 
 NOTABLE = 0.05
-"""p-value below which a comparison has something to tell."""
+"""p-value below which a comparison is notable."""
 WORDS = {
     "wait": "wait (synchronous)",
     "switch": "switch (naive asynchronous)",
@@ -26,13 +26,13 @@ WORDS = {
 
 
 def write_page(found: RealtimeResults, file: Path) -> Path:
-    """One self-contained HTML file."""
+    """Write one self-contained HTML file."""
     figures = [
-        Figure(success(found), "Successes against the delay of every answer; bars are 95 % Wilson intervals."),
+        Figure(success(found), "Success rate against the delay of replies; bars are 95 % Wilson intervals."),
         Figure(
             jerk(found),
-            "Mean second difference of the commanded motion where chunks hand over (bars: 95 % bootstrap over episodes), and "
-            "between (faint).",
+            "Mean second difference of the commanded motion at boundaries between chunks (bars: 95 % bootstrap over episodes), "
+            "and elsewhere (faint).",
         ),
     ]
     if drawn := executed(found):
@@ -69,7 +69,7 @@ def success(found: RealtimeResults) -> str:
             rate = np.array([100 * c.successes / c.episodes for c in cells])
             bars = np.array([[r - 100 * c.interval[0], 100 * c.interval[1] - r] for r, c in zip(rate, cells, strict=True)]).T
             _line(axis, at, rate, bars.clip(0), number)
-        axis.set(ylim=(0, 102), ylabel="success, %", xlabel="delay of an answer, ms")
+        axis.set(ylim=(0, 102), ylabel="success, %", xlabel="delay of a reply, ms")
         _legend(axis, _by_mode(found))
         return done()
 
@@ -85,14 +85,14 @@ def jerk(found: RealtimeResults) -> str:
                 _line(axis, at, value[:, 0], bars, number)
             inner = [c for c in cells if c.inner_jerk]
             axis.plot(_places(inner, number), [c.inner_jerk[0] for c in inner if c.inner_jerk], color=FAINT, lw=0.8)
-        axis.set(ylabel="second difference of the motion,\naction units per step²", xlabel="delay of an answer, ms")
+        axis.set(ylabel="second difference of the motion,\naction units per step²", xlabel="delay of a reply, ms")
         axis.set_ylim(bottom=0)
         _legend(axis, _by_mode(found))
         return done()
 
 
 def executed(found: RealtimeResults) -> Figure | None:
-    """The actions of the first seed, one panel per mode, at the upper middle of the delays: it matters and is not hopeless."""
+    """The actions of the first seed, one panel per mode, at the upper median of the delays."""
     delays = sorted({c.delay_ms for c in found.cells})
     delay = delays[len(delays) // 2]
     traces = {e.mode: e.trace for e in found.episodes if e.trace and e.delay_ms == delay and e.env == found.envs[0]}
@@ -106,7 +106,7 @@ def executed(found: RealtimeResults) -> Figure | None:
     return Figure(
         drawn,
         f"The first seed of {short(found.envs[0])} at {delay:g} ms, as executed: one line per action dimension, a vertical "
-        "line where another chunk took over, a band where the robot stood still.",
+        "line where another chunk took over, a band where the robot was idle.",
     )
 
 
@@ -116,7 +116,7 @@ def _panel(axis: Any, trace: Trace, mode: str) -> None:
         axis.plot(values[:, dimension], color=SERIES[dimension % 5], ls=LINES[dimension % 5], lw=1.1)
     for step in trace.boundaries:
         axis.axvline(step, color=INK, lw=0.5)
-    for step in trace.stood:
+    for step in trace.idle:
         axis.axvspan(step - 0.5, step + 0.5, color=FAINT, alpha=0.25, lw=0)
     axis.set_title(WORDS[mode], loc="left")
 
@@ -126,7 +126,7 @@ def _by_mode(found: RealtimeResults) -> dict[str, list[Cell]]:
 
 
 def _places(cells: list[Cell], number: int) -> np.ndarray:
-    """Delays, set apart a little so that bars do not hide each other."""
+    """Delays, slightly shifted so that bars do not overlap."""
     return np.array([c.delay_ms for c in cells]) + 3.0 * number
 
 
@@ -147,8 +147,8 @@ CELLS = (
     "steps to success",
     "jerk at boundaries",
     "jerk elsewhere",
-    "stood still",
-    "late answers",
+    "idle",
+    "late replies",
 )
 PAIRS = ("delay, ms", "task", "compared", "success, points", "p", "jerk", "smoother : rougher", "p")
 
@@ -165,7 +165,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
         f"{cell.steps:g}" if cell.steps else "none",
         mean(cell.boundary_jerk),
         mean(cell.inner_jerk),
-        f"{100 * cell.stood_share:.0f} %",
+        f"{100 * cell.idle_share:.0f} %",
         f"{100 * cell.late_share:.0f} %",
     )
 

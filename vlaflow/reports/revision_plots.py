@@ -1,4 +1,4 @@
-"""A chunk being revised, as an image: every token at every step, and the actions they meant on the way."""
+"""Plots of the revision of a chunk: every token at every step, and the decoded actions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlaflow.reports.figure import FAINT, INK, LINES, SERIES, WIDTH, figure
 
 
 def tokens(found: Revision) -> str:
-    """A cell per step and slot; the darker the surer; a dot where the step changed the token."""
+    """A cell per step and slot, darker for a higher probability, with a dot where the step changed the token."""
     id_NS, chance_NS = np.array(found.tokens), np.array(found.probability)
     steps, slots = id_NS.shape
     with figure(WIDTH, 0.9 + 0.075 * slots) as (_, axis, done):
@@ -31,7 +31,7 @@ def tokens(found: Revision) -> str:
 
 
 def actions(found: Revision) -> str:
-    """A curve per step and dimension, the last one dark."""
+    """A curve per step and dimension, darkest for the last step."""
     action_NLD = np.array(found.actions)
     steps, length, dims = action_NLD.shape
     x = np.arange(1, length + 1)

@@ -1,4 +1,4 @@
-"""The page of a tokenizer report: error against length, lengths of sequences, and a chunk as each tokenizer gives it back."""
+"""The page of a tokenizer report: error against length, lengths of sequences, and a chunk reconstructed by each tokenizer."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from pathlib import Path
 
 import numpy as np
 
-from vlaflow.evaluation.tokenizer_report import Examples, Quality
+from vlaflow.evaluation.tokenizer_report import Quality, TokenizerExamples
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
 
 
-def write_page(found: Sequence[Quality], shown: Examples, title: str, file: Path) -> Path:
-    """One self-contained HTML file.
+def write_page(found: Sequence[Quality], shown: TokenizerExamples, title: str, file: Path) -> Path:
+    """Write one self-contained HTML file.
 
     Args:
-        found: what was measured of each tokenizer.
-        shown: what is drawn.
-        title: of the page.
-        file: where to.
+        found: measurements of each tokenizer.
+        shown: data of the plots.
+        title: title of the page.
+        file: the page to write.
     """
-    figures = [Figure(trade_off(found), "Error of reconstruction against tokens per chunk: left and low is better.")]
+    figures = [Figure(trade_off(found), "Reconstruction error against tokens per chunk: low and left is better.")]
     if shown.length_share:
-        text = "How many tokens a held-out chunk takes, by tokenizers whose sequences differ in length."
+        text = "Number of tokens of a held-out chunk, for tokenizers with sequences of different lengths."
         figures.append(Figure(histograms(shown), text))
-    text = "The held-out chunk that moves most: as demonstrated (dark) and as decoded from its tokens."
+    text = "The held-out chunk with the most motion: as demonstrated (dark) and as decoded from its tokens."
     figures.append(Figure(example(shown), text))
     measured = Table(HEADINGS, [cells(row) for row in found])
     return page.write(file, "tokenizers.html", title=title, measured=measured, figures=figures, reading=READING)
 
 
 READING = (
-    "Errors are root mean squares in normalised units. “id ±1” and “random id”: how far one such change of one token moves the "
-    "chunk, median; “repaired”: random changes after which the tokens no longer describe a chunk exactly; “order”: rank "
-    "correlation of the difference of two ids with the change of the chunk, 1 where ids are a metric of actions."
+    "Errors are root mean squares in normalised units. “id ±1” and “random id”: median change of the chunk when one token is "
+    "changed so; “repaired”: share of random changes after which the tokens are no longer a valid encoding; “order”: rank "
+    "correlation of the difference of two ids with the change of the chunk, 1 if ids are a metric of actions."
 )
 HEADINGS = (
     "tokenizer",
@@ -55,7 +55,7 @@ HEADINGS = (
 
 
 def cells(row: Quality) -> tuple[str, ...]:
-    """One line of the table, as texts."""
+    """One row of the table, as text."""
     return (
         row.name,
         str(row.vocabulary),
@@ -74,7 +74,7 @@ def cells(row: Quality) -> tuple[str, ...]:
 
 
 def trade_off(found: Sequence[Quality]) -> str:
-    """A point per tokenizer, named."""
+    """A labelled point per tokenizer."""
     with figure(WIDTH, 2.8) as (_, axis, done):
         for i, row in enumerate(found):
             axis.plot(row.tokens, row.error, MARKERS[i % 5], color=SERIES[i % 5], ms=6)
@@ -84,7 +84,7 @@ def trade_off(found: Sequence[Quality]) -> str:
         return done()
 
 
-def histograms(shown: Examples) -> str:
+def histograms(shown: TokenizerExamples) -> str:
     """Step histograms of sequence lengths."""
     with figure(WIDTH, 2.4) as (_, axis, done):
         for i, (name, share) in enumerate(shown.length_share.items()):
@@ -94,7 +94,7 @@ def histograms(shown: Examples) -> str:
         return done()
 
 
-def example(shown: Examples) -> str:
+def example(shown: TokenizerExamples) -> str:
     """One row per action dimension."""
     x, dims = np.arange(1, len(shown.chunk_LD) + 1), len(shown.dimensions)
     with figure(WIDTH, 1.0 * dims + 0.5, dims, 1, sharex=True, squeeze=False) as (_, axes, done):

@@ -11,14 +11,14 @@ def short(env: str) -> str:
 
 
 def percent(interval: tuple[float, float]) -> str:
-    """84 to 100 %, with a decimal where the interval is narrow."""
+    """84 to 100 %, with a decimal if the interval is narrow."""
     low, high = (100 * side for side in interval)
     digits = 0 if high - low > 10 else 1
     return f"{low:.{digits}f} to {high:.{digits}f} %"
 
 
 def signed(difference: float) -> str:
-    """A difference of rates in percentage points, with a true minus."""
+    """A difference of rates in percentage points, with a proper minus sign."""
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
@@ -28,6 +28,6 @@ def rate(successes: int, n: int) -> str:
 
 
 def middle(steps: tuple[int | None, ...]) -> str:
-    """The median over the successes."""
+    """The median number of steps over the successes."""
     known = sorted(step for step in steps if step is not None)
     return f"{known[len(known) // 2]}" if known else "none"

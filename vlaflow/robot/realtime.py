@@ -103,7 +103,7 @@ class Counts:
         dropped: answers to older requests or earlier episodes.
         late: answers that came after more actions than had been committed.
         beyond: requests whose expected delay was longer than could be committed.
-        stood: control steps without an action to execute.
+        idle: control steps without an action to execute.
     """
 
     requests: int = 0
@@ -112,7 +112,7 @@ class Counts:
     dropped: int = 0
     late: int = 0
     beyond: int = 0
-    stood: int = 0
+    idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ class Move:
         place: index in that chunk.
         fresh: decided by other requests than the action before: where a chunk really hands over to the next, or enters or
             leaves the average of an ensemble.
-        stood: nothing was left; the robot stands still.
+        idle: nothing was left; the robot stands still.
     """
 
     action: np.ndarray
     chunk: int
     place: int
     fresh: bool
-    stood: bool
+    idle: bool
 
 
 @dataclass
@@ -245,8 +245,8 @@ class RealtimeController:
         move = self._move()
         self._step += 1
         self._last_D = move.action
-        self._moved += not move.stood
-        self.counts.stood += move.stood
+        self._moved += not move.idle
+        self.counts.idle += move.idle
         return move
 
     # -- requests and answers ----------------------------------------------------------------------------------------
@@ -316,14 +316,14 @@ class RealtimeController:
         newest, place = self._chunks[-1], self._place()
         waiting = self.config.mode == "wait" and self._request is not None and place >= self.config.n_action_steps
         if waiting or place >= self._chunk_size:
-            return Move(np.where(self._stays_D, self._last_D, np.float32(0)), newest.number, place, fresh=False, stood=True)
+            return Move(np.where(self._stays_D, self._last_D, np.float32(0)), newest.number, place, fresh=False, idle=True)
         if self.config.mode == "ensemble":
             chunks = [c for c in self._chunks if self._moved - c.start < self._chunk_size]
             action_D, origin = self._mean(chunks), tuple(c.number for c in chunks)
         else:
             action_D, origin = newest.action_LD[place], (int(newest.origin_L[place]),)
         fresh, self._origin = origin != self._origin, origin
-        return Move(action_D, newest.number, place, fresh, stood=False)
+        return Move(action_D, newest.number, place, fresh, idle=False)
 
     def _mean(self, chunks: list[_Chunk]) -> np.ndarray:
         weight_C = np.exp(-self.config.rate * np.arange(len(chunks)))

@@ -1,6 +1,6 @@
 """Simulated robots: environments by name, chunked execution, workers, scripted experts, recording and checking.
 
-Nothing heavy is imported here; mujoco, metaworld and gymnasium load when an environment is made.
+Nothing heavy is imported here; mujoco, metaworld and gymnasium are loaded when an environment is created.
 """
 
 from vlaflow.simulators.base import (

@@ -1,7 +1,7 @@
-"""What every simulator offers: names, capabilities, and environments that a policy, a recorder or a checker can drive.
+"""The interface of every simulator: names, capabilities, and environments that a policy, a recorder or a checker can drive.
 
 An environment is named ``suite/task`` ("metaworld/drawer-open-v3"); ``suite/group`` and ``suite/all`` stand for several.
-Importing this module loads no simulator: suites are found by name and imported when one is asked for.
+Importing this module loads no simulator: suites are found by name and imported on first use.
 The environments are ordinary `gymnasium.Env`s with a few additions, listed at `Environment`.
 """
 
@@ -22,10 +22,10 @@ Render = Literal["fast", "exact"]
 
 @dataclass(frozen=True)
 class SimulatorSpec:
-    """What a suite of environments is and can do. Known without importing the simulator.
+    """Description of a suite of environments, available without importing the simulator.
 
     Args:
-        suite: the word before the slash.
+        suite: the name before the slash.
         tasks: instruction of every task, by task name.
         groups: task names by group name.
         robot: robot type, as written into data sets.
@@ -33,9 +33,9 @@ class SimulatorSpec:
         state_names: the S numbers of the state, in order.
         views: camera views of an observation.
         max_steps: steps after which an episode is cut off.
-        size: side of the image in pixels when none is asked for, by quality.
-        lazy: physics can advance without rendering.
-        protocol: whose evaluation protocol this follows, for reports.
+        size: default side of the image in pixels, by rendering quality.
+        lazy: whether physics can advance without rendering.
+        protocol: the evaluation protocol that this follows, for reports.
     """
 
     suite: str
@@ -53,12 +53,12 @@ class SimulatorSpec:
 
 @runtime_checkable
 class Environment(Protocol):
-    """A `gymnasium.Env` with what this library adds to it.
+    """A `gymnasium.Env` with the additions of this library.
 
-    Observations are ``{"pixels": (H, W, 3) uint8, "agent_pos": (S,) float32}`` (``pixels`` is a dict by view where there
+    Observations are ``{"pixels": (H, W, 3) uint8, "agent_pos": (S,) float32}`` (``pixels`` is a dict by view if there
     are several views). ``info`` holds ``success`` and ``is_success`` (bool, at this step), ``steps`` (int, since reset)
-    and ``first_success_step`` (int, counted from 1; −1 while there is none). The first success terminates the episode;
-    stepping on is allowed until the step limit.
+    and ``first_success_step`` (int, counted from 1; −1 before the first success). The first success terminates the episode;
+    further steps are allowed until the step limit.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Environment(Protocol):
 
     @property
     def renders(self) -> int:
-        """Images taken since the environment was made."""
+        """Number of images rendered since the environment was created."""
         ...
 
     @property
@@ -84,7 +84,7 @@ class Environment(Protocol):
         ...
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin an episode and render. The same seed gives the same bytes, whatever happened before."""
+        """Start an episode and render. The same seed gives the same bytes, whatever happened before."""
         ...
 
     def restart(self, seed: int | None = None) -> dict[str, Any]:
@@ -100,11 +100,11 @@ class Environment(Protocol):
         ...
 
     def observe(self) -> Observation:
-        """What a policy sees now; rendered at most once per step."""
+        """The current observation; rendered at most once per step."""
         ...
 
     def render(self) -> np.ndarray:
-        """The image now, (H, W, 3) uint8."""
+        """The current image, (H, W, 3) uint8."""
         ...
 
     def close(self) -> None:
@@ -116,25 +116,25 @@ class Expert(Protocol):
     """Maps the privileged state of its simulator to an action."""
 
     def __call__(self, env: Environment, error: np.ndarray | None = None) -> np.ndarray:
-        """The clean action for the state ``env`` is in, (D,) float32, within the action's range.
+        """The clean action for the current state of ``env``, (D,) float32, within the action's range.
 
         Args:
             env: the environment.
-            error: (3,), metres by which the expert is wrong about where its hand is.
+            error: (3,), error in metres of the hand position that the expert assumes.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite as it is registered under ``vlaflow.simulators``, importable without its simulator.
+    """A suite as registered under ``vlaflow.simulators``, importable without its simulator.
 
     Args:
-        spec: what it is; ``spec.suite`` is the name it is registered by.
-        build: makes the environment of a task, with an image quality and a side in pixels (None: the suite's own), importing
-            the simulator.
-        expert: makes the scripted expert of a task; None where the suite has none.
-        install: what brings the simulator, as an argument of ``pip install``.
+        spec: its description; ``spec.suite`` is the name under which it is registered.
+        build: creates the environment of a task from a rendering quality and an image size in pixels (None: the suite's
+            default), importing the simulator.
+        expert: creates the scripted expert of a task; None if the suite has none.
+        install: argument of ``pip install`` that installs the simulator.
     """
 
     spec: SimulatorSpec
@@ -149,15 +149,17 @@ def suites() -> tuple[str, ...]:
 
 
 def suite_of(name: str) -> Suite:
-    """An installed suite, without importing its simulator.
+    """Find an installed suite without importing its simulator.
 
     Raises:
         ConfigError: for an unknown suite, with the nearest valid name.
-        CapabilityError: for another distribution's that cannot be imported.
+        CapabilityError: for a suite of another distribution that cannot be imported.
     """
     found = registry.load("simulators", name, Suite, f"There is no simulator suite '{name}'")
     if found.spec.suite != name:
-        raise ConfigError(f"The suite registered as '{name}' calls itself '{found.spec.suite}'; both must be the same.")
+        raise ConfigError(
+            f"The suite registered as '{name}' is named '{found.spec.suite}' in its spec; both names must be equal."
+        )
     return found
 
 
@@ -170,7 +172,7 @@ def parse_env_name(name: str) -> tuple[str, str]:
     """Split "metaworld/drawer-open-v3" into ("metaworld", "drawer-open-v3").
 
     Raises:
-        ConfigError: one sentence with the nearest valid name when the suite or the task does not exist.
+        ConfigError: the suite or the task does not exist; the message names the nearest valid one.
     """
     suite, slash, task = name.partition("/")
     if not slash:
@@ -185,7 +187,7 @@ def parse_env_name(name: str) -> tuple[str, str]:
 
 
 def expand_env_names(names: str | Sequence[str]) -> list[str]:
-    """Replace groups ("metaworld/easy", "metaworld/all") by their tasks; duplicates are dropped, order is kept.
+    """Replace groups ("metaworld/easy", "metaworld/all") with their tasks, without duplicates and in order.
 
     Raises:
         ConfigError: for a name that is neither a task nor a group.
@@ -205,13 +207,13 @@ def expand_env_names(names: str | Sequence[str]) -> list[str]:
 
 
 def make(name: str, *, render: Render = "fast", size: int | None = None) -> Environment:
-    """Build one environment.
+    """Create an environment.
 
     Args:
         name: "suite/task".
-        render: "exact" keeps the simulator's own rendering defaults, which published numbers were measured with; "fast"
-            drops multisampling, shadows and reflections. Train and test with the same one.
-        size: side of the image in pixels; None takes the suite's default for this ``render``.
+        render: "exact" keeps the rendering defaults of the simulator, with which published numbers were measured; "fast"
+            disables multisampling, shadows and reflections. Train and evaluate with the same one.
+        size: side of the image in pixels; None for the suite's default for this ``render``.
 
     Raises:
         ConfigError: for an unknown name or an impossible size.
@@ -231,7 +233,7 @@ def make(name: str, *, render: Render = "fast", size: int | None = None) -> Envi
 
 
 def _has(suite: str, task: str) -> bool:
-    """Whether a suite has such a task; one that cannot be imported has none."""
+    """Whether a suite has this task; False if the suite cannot be imported."""
     try:
         return task in simulator_spec(suite).tasks
     except (CapabilityError, ConfigError):
@@ -243,10 +245,10 @@ _KEEP = 8
 
 
 def cached(name: str, *, render: Render = "fast", size: int | None = None) -> Environment:
-    """The environment of this process with these settings, built on the first call; reset it before use.
+    """The environment of this process with these settings, created on the first call; reset it before use.
 
     Workers use this so that consecutive episodes of one task share one environment. The last 8 are kept (an environment
-    that has rendered holds 10 to 60 MB); older ones are closed. Never hold two users of the same one.
+    that has rendered takes 10 to 60 MB); older ones are closed. One environment must not be used in two places at once.
     """
     key = (name, render, size)
     env = _kept.pop(key, None) or make(name, render=render, size=size)

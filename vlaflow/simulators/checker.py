@@ -1,10 +1,10 @@
-"""Does an environment keep every promise that policies, recorders and evaluations rely on?
+"""Conformance checks: whether an environment keeps every promise that policies, recorders and evaluations rely on.
 
 Any environment with the methods of `vlaflow.simulators.base.Environment` can be checked, not only those of this library:
 
     findings = check_environment(make("metaworld/drawer-open-v3"))
 
-Each check is a function whose docstring is the promise and whose failure is an exception saying what was seen instead.
+Each check is a function whose docstring is the promise and whose failure is an exception that says what was observed instead.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ SEED = 1000
 
 
 @dataclass(frozen=True)
-class Finding:
+class EnvironmentFinding:
     """The outcome of one check.
 
     Args:
-        promise: one sentence, what should hold.
+        promise: what should hold, in one sentence.
         passed: whether it does.
-        seen: what was seen instead; empty when passed.
+        observed: what was observed instead; empty if passed.
     """
 
     promise: str
     passed: bool
-    seen: str = ""
+    observed: str = ""
 
 
-def check_environment(env: Any, progress: Callable[[int, int], None] | None = None) -> list[Finding]:
-    """Run every check on one environment; none stops the others.
+def check_environment(env: Any, progress: Callable[[int, int], None] | None = None) -> list[EnvironmentFinding]:
+    """Run every check on one environment; a failed check does not stop the others.
 
     Args:
-        env: an environment; it is reset and stepped, not closed.
+        env: the environment; it is reset and stepped, but not closed.
         progress: called as ``progress(done, total)``.
     """
     findings = []
@@ -49,23 +49,23 @@ def check_environment(env: Any, progress: Callable[[int, int], None] | None = No
         promise = " ".join((check.__doc__ or check.__name__).split())
         try:
             check(env)
-        except Exception as problem:  # whatever goes wrong is the finding
+        except Exception as problem:  # any failure is a finding
             what = str(problem) if isinstance(problem, Broken | VlaflowError) else f"{type(problem).__name__}: {problem}"
-            findings.append(Finding(promise, False, " ".join(what.split())))
+            findings.append(EnvironmentFinding(promise, False, " ".join(what.split())))
         else:
-            findings.append(Finding(promise, True))
+            findings.append(EnvironmentFinding(promise, True))
         if progress:
             progress(number, len(CHECKS))
     return findings
 
 
-class Broken(Exception):  # noqa: N818 - a finding, not a defect of this library
-    """A promise that is not kept."""
+class Broken(Exception):  # noqa: N818 - a finding, not an error of this library
+    """A promise was not kept."""
 
 
-def _require(holds: object, seen: str) -> None:
+def _require(holds: object, observed: str) -> None:
     if not bool(holds):
-        raise Broken(seen)
+        raise Broken(observed)
 
 
 def _promise(check: Check) -> Check:
@@ -74,21 +74,21 @@ def _promise(check: Check) -> Check:
 
 
 def _actions(env: Any, count: int, seed: int = 0) -> np.ndarray:
-    """Random actions within range, (count, D) float32; a fixed function of ``seed``."""
+    """Random actions within range, (count, D) float32, determined by ``seed``."""
     space = env.action_space
     return np.random.default_rng(seed).uniform(space.low, space.high, (count, *space.shape)).astype(np.float32)
 
 
 def _trace(env: Any, seed: int, actions: np.ndarray) -> list[np.ndarray]:
-    """Every number and pixel of an episode's beginning."""
+    """All numbers and pixels of the first steps of an episode."""
     observation, _ = env.reset(seed=seed)
-    seen = _flat(observation)
+    trace = _flat(observation)
     for action in actions:
         observation, reward, terminated, truncated, _ = env.step(action)
-        seen += [*_flat(observation), np.array([reward, terminated, truncated])]
+        trace += [*_flat(observation), np.array([reward, terminated, truncated])]
         if terminated or truncated:
             break
-    return seen
+    return trace
 
 
 def _flat(observation: dict[str, Any]) -> list[np.ndarray]:
@@ -103,15 +103,15 @@ def _same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 @_promise
 def _spaces(env: Any) -> None:
-    """The spaces are those of the contract: pixels uint8 (H, W, 3), agent_pos float32 (S,), one bounded float32 action."""
+    """The spaces follow the contract: pixels uint8 (H, W, 3), agent_pos float32 (S,), one bounded float32 action."""
     from gymnasium import spaces
 
-    given = env.observation_space
-    _require(isinstance(given, spaces.Dict) and set(given) == {"pixels", "agent_pos"}, f"the observation space is {given}")
-    state: Any = given["agent_pos"]
+    space = env.observation_space
+    _require(isinstance(space, spaces.Dict) and set(space) == {"pixels", "agent_pos"}, f"the observation space is {space}")
+    state: Any = space["agent_pos"]
     _require(state.dtype == np.float32 and len(state.shape) == 1, f"agent_pos is {state}")
     _require(len(env.state_names) == state.shape[0], f"{len(env.state_names)} state names for {state.shape[0]} numbers")
-    pixels = given["pixels"]
+    pixels = space["pixels"]
     images: list[Any] = list(pixels.values()) if isinstance(pixels, spaces.Dict) else [pixels]
     for image in images:
         _require(image.dtype == np.uint8 and len(image.shape) == 3 and image.shape[2] == 3, f"pixels are {image}")
@@ -121,7 +121,7 @@ def _spaces(env: Any) -> None:
 
 @_promise
 def _observations_fit(env: Any) -> None:
-    """What reset and step return lies in the observation space, and rewards and flags have their types."""
+    """Observations of reset and step lie in the observation space, and rewards and flags have the right types."""
     observation, info = env.reset(seed=SEED)
     _require(env.observation_space.contains(observation), "the reset's observation does not fit its space")
     _require(isinstance(info, dict), f"the reset's info is {type(info).__name__}")
@@ -129,12 +129,12 @@ def _observations_fit(env: Any) -> None:
         observation, reward, terminated, truncated, _ = env.step(action)
         _require(env.observation_space.contains(observation), "a step's observation does not fit its space")
         _require(np.isfinite(reward), f"the reward is {reward}")
-        _require(isinstance(terminated, bool) and isinstance(truncated, bool), "terminated or truncated is no bool")
+        _require(isinstance(terminated, bool) and isinstance(truncated, bool), "terminated or truncated is not a bool")
 
 
 @_promise
-def _pictures_show_something(env: Any) -> None:
-    """The image is not of one colour."""
+def _images_show_something(env: Any) -> None:
+    """The image is not a single colour."""
     image = _flat(env.reset(seed=SEED)[0])[0]
     _require(image.std() > 1, f"all pixels lie within {image.min()}..{image.max()}")
 
@@ -163,7 +163,7 @@ def _rate(env: Any) -> None:
 
 @_promise
 def _info(env: Any) -> None:
-    """info holds success, is_success (bool), steps and first_success_step (int), and counts right."""
+    """info holds success, is_success (bool), steps and first_success_step (int), with the right values."""
     _, info = env.reset(seed=SEED)
     for number, action in enumerate([None, *_actions(env, 2)]):
         if action is not None:
@@ -202,7 +202,7 @@ def _global_generator(env: Any) -> None:
 
 @_promise
 def _chunks(env: Any) -> None:
-    """A chunk equals single steps to the bit."""
+    """Executing a chunk equals executing single steps, bit for bit."""
     from vlaflow.simulators.chunks import ChunkEnv
 
     actions = _actions(env, 6)
@@ -215,32 +215,36 @@ def _chunks(env: Any) -> None:
         expected, _, _, _, wanted = single[end - 1]
         _require(_same(_flat(observation), _flat(expected)), f"the observation after {end} steps differs")
         rewards = sum(step[1] for step in single[end - 3 : end])
-        _require(np.isclose(reward, rewards, rtol=1e-9), f"the reward of 3 steps is {reward}, one by one {rewards}")
-        _require(info["steps"] == wanted["steps"], f"{info['steps']} steps were counted, one by one {wanted['steps']}")
+        _require(
+            np.isclose(reward, rewards, rtol=1e-9), f"the reward of a chunk of 3 is {reward}, that of single steps {rewards}"
+        )
+        _require(
+            info["steps"] == wanted["steps"], f"a chunk counts {info['steps']} steps, single steps count {wanted['steps']}"
+        )
 
 
 @_promise
 def _lazy(env: Any) -> None:
-    """Advancing takes no image, and looking twice at one moment takes one."""
+    """Advancing renders nothing, and observing the same step twice renders once."""
     env.restart(SEED)
     before = env.renders
     for action in _actions(env, 3):
         env.advance(action)
-    _require(env.renders == before, f"{env.renders - before} images in 3 steps nobody looked at")
+    _require(env.renders == before, f"{env.renders - before} images rendered in 3 steps without an observation")
     env.observe()
     env.observe()
-    _require(env.renders == before + len(env.views), f"{env.renders - before} images for one look")
+    _require(env.renders == before + len(env.views), f"{env.renders - before} images rendered for one observation")
 
 
 @_promise
 def _rendering_is_passive(env: Any) -> None:
-    """Rendering does not disturb the physics."""
+    """Rendering does not change the physics."""
     states = []
-    for look in (False, True):
+    for render in (False, True):
         env.restart(SEED)
         for action in _actions(env, 8):
             env.advance(action)
-            if look:
+            if render:
                 env.render()
         states.append(np.array(env.observe().state))
     _require(np.array_equal(states[0], states[1]), f"the states differ by up to {np.abs(states[0] - states[1]).max():.3g}")
@@ -248,19 +252,19 @@ def _rendering_is_passive(env: Any) -> None:
 
 @_promise
 def _observe(env: Any) -> None:
-    """observe() shows what step returned."""
+    """observe() returns the same as step."""
     env.reset(seed=SEED)
     observation = env.step(_actions(env, 1)[0])[0]
-    seen = env.observe()
-    _require(_same(_flat(observation), [*seen.images.values(), seen.state]), "they differ")
-    _require(seen.instruction == env.task_description, f"its instruction is {seen.instruction!r}")
-    sizes = {view: image.shape[:2] for view, image in seen.images.items()}
-    _require(sizes == env.views, f"views are {sizes}, declared are {env.views}")
+    observed = env.observe()
+    _require(_same(_flat(observation), [*observed.images.values(), observed.state]), "they differ")
+    _require(observed.instruction == env.task_description, f"its instruction is {observed.instruction!r}")
+    sizes = {view: image.shape[:2] for view, image in observed.images.items()}
+    _require(sizes == env.views, f"views are {sizes}, but {env.views} are declared")
 
 
 @_promise
 def _refusals(env: Any) -> None:
-    """An action of the wrong length, or with a value that is not finite, is refused with a sentence."""
+    """An action of the wrong length, or with a value that is not finite, is refused with a clear error."""
     env.restart(SEED)
     dimension = env.action_space.shape[0]
     for bad, what in ((np.zeros(dimension + 1), "one number too many"), (np.full(dimension, np.nan), "not a number")):

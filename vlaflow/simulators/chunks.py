@@ -1,7 +1,7 @@
-"""Executing a chunk of actions open loop and rendering only the frame the policy looks at next.
+"""Executing a chunk of actions open loop, rendering only the frame that the policy observes next.
 
-Rendering is nine tenths of a simulated second, and between two looks of a policy nobody sees the frames. Skipping them
-changes nothing else: states, successes and the frames that are rendered stay the same to the bit (tests/simulators).
+Rendering takes nine tenths of the time, and the policy never observes the frames within a chunk. Skipping them changes
+nothing else: states, successes and the frames that are rendered stay the same to the bit (tests/simulators).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from gymnasium import spaces  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Executed:
-    """What came of one chunk.
+class ChunkOutcome:
+    """The outcome of executing one chunk.
 
     Args:
-        steps: actions executed.
+        steps: number of actions executed.
         reward: sum of the rewards.
         terminated: the task was achieved.
         truncated: the step limit was reached.
@@ -42,7 +42,7 @@ class Executed:
 
     @property
     def done(self) -> bool:
-        """The episode is over."""
+        """Whether the episode is over."""
         return self.terminated or self.truncated
 
 
@@ -51,13 +51,13 @@ class ChunkEnv(gymnasium.Wrapper):
 
     Args:
         env: any environment of this library.
-        n_action_steps: actions executed per chunk, k. Longer chunks are cut, shorter ones executed whole.
-        video: keep frames for a video.
+        n_action_steps: actions executed per chunk, k. Longer chunks are cut, shorter ones are executed completely.
+        video: whether to keep frames for a video.
         video_every: keep one frame in this many steps (the first of an episode and the last are always kept).
-        max_steps: end episodes earlier than the environment does, e.g. 400; None leaves its own.
+        max_steps: step limit below that of the environment, e.g. 400; None keeps its own.
 
     Example:
-        >>> env = ChunkEnv(make("metaworld/drawer-open-v3"), execute=8)
+        >>> env = ChunkEnv(make("metaworld/drawer-open-v3"), n_action_steps=8)
         >>> env.restart(seed=1000)
         >>> while not (outcome := env.execute(policy.act(env.observe()).actions)).done: ...
     """
@@ -73,7 +73,7 @@ class ChunkEnv(gymnasium.Wrapper):
     ) -> None:
         if n_action_steps < 1 or video_every < 1:
             raise ConfigError(
-                f"n_action_steps and video_every count steps and must be 1 or more, got {n_action_steps} and {video_every}."
+                f"n_action_steps and video_every count steps and must be at least 1, got {n_action_steps} and {video_every}."
             )
         if max_steps is not None and not 1 <= max_steps <= env._max_episode_steps:
             raise ConfigError(f"max_steps of {env.name} must lie in 1..{env._max_episode_steps}, got {max_steps}.")
@@ -93,19 +93,19 @@ class ChunkEnv(gymnasium.Wrapper):
         )
 
     def restart(self, seed: int | None = None) -> dict[str, Any]:
-        """Begin an episode without rendering (but for the video's first frame); returns info."""
+        """Start an episode without rendering (except the first frame of a video); returns info."""
         info = self._inner.restart(seed)
         self.frames = [self._inner.render()] if self._video else []
         return info
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin an episode: (observation, info)."""
+        """Start an episode: (observation, info)."""
         observation, info = self._inner.reset(seed=seed, options=options)
         self.frames = [self._inner.render()] if self._video else []
         return observation, info
 
-    def execute(self, chunk: np.ndarray) -> Executed:
-        """Execute the first k actions of a chunk; stops at success and at the step limit; renders nothing (but video frames).
+    def execute(self, chunk: np.ndarray) -> ChunkOutcome:
+        """Execute the first k actions of a chunk; stops at success and at the step limit; renders only video frames.
 
         Args:
             chunk: (L, D), L >= 1, robot units.
@@ -116,7 +116,7 @@ class ChunkEnv(gymnasium.Wrapper):
         chunk = np.asarray(chunk)
         dimension = self._inner.action_spec.dim
         if chunk.ndim != 2 or chunk.shape[0] < 1 or chunk.shape[1] != dimension:
-            raise SpecError(f"A chunk for {self._inner.name} has the shape (L, {dimension}) with L >= 1, got {chunk.shape}.")
+            raise SpecError(f"A chunk for {self._inner.name} must have shape (L, {dimension}) with L >= 1, got {chunk.shape}.")
         total, steps = 0.0, 0
         for action in chunk[: self._n_action_steps]:
             reward, terminated, truncated, info = self._inner.advance(action)
@@ -127,16 +127,16 @@ class ChunkEnv(gymnasium.Wrapper):
                 self.frames.append(self._inner.render())
             if last:
                 break
-        return Executed(steps, total, terminated, truncated, info)
+        return ChunkOutcome(steps, total, terminated, truncated, info)
 
     def step(self, chunk: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """`n_action_steps`, then render once: (observation, summed reward, terminated, truncated, info with ``executed``)."""
+        """Execute a chunk, then render once: (observation, summed reward, terminated, truncated, info with ``executed``)."""
         done = self.execute(chunk)
-        seen = self._inner.observe()
-        pixels: Any = dict(seen.images) if len(seen.images) > 1 else next(iter(seen.images.values()))
+        observed = self._inner.observe()
+        pixels: Any = dict(observed.images) if len(observed.images) > 1 else next(iter(observed.images.values()))
         info = {**done.info, "executed": done.steps}
-        return {"pixels": pixels, "agent_pos": seen.state}, done.reward, done.terminated, done.truncated, info
+        return {"pixels": pixels, "agent_pos": observed.state}, done.reward, done.terminated, done.truncated, info
 
     def observe(self) -> Observation:
-        """What a policy sees now; rendered at most once per step."""
+        """The current observation; rendered at most once per step."""
         return self._inner.observe()

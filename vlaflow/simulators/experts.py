@@ -1,12 +1,12 @@
-"""Scripted demonstrators: the suites' own experts, and mistakes that are executed but not learned.
+"""Scripted demonstrators: the experts of the suites, and mistakes that are executed but not learned.
 
-A demonstration of a perfect expert never shows how to get back after a mistake. So noise is added to the action that is
-*executed*, while the *label* stays the expert's clean action for the state the noise led to (as in DART, Laskey et al.
-2017). Noise is forgotten within a few steps, but a policy that sees its goal in the wrong place errs for a whole chunk. An
-expert that misjudges does so too: for a while it acts as if its hand were somewhere else.
+Demonstrations of a perfect expert never show how to recover from a mistake. So noise is added to the *executed* action, while
+the *label* remains the expert's clean action for the state that the noise led to (as in DART, Laskey et al. 2017). Noise
+averages out within a few steps, but a policy that misjudges the position of its goal errs for a whole chunk. An expert that
+misjudges does the same: for some time it acts as if its hand were somewhere else.
 
-Meta-World's answer actions as large as 24; the simulator cuts them to ±1, and the cut action is what is stored, or else one
-wild number would set the scale of the normalisation.
+Meta-World's experts return actions as large as 24; the simulator clips them to ±1, and the clipped action is recorded, because
+otherwise a single outlier would determine the scale of the normalisation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def expert_for(name: str) -> Expert:
 
     Raises:
         ConfigError: for an unknown environment.
-        CapabilityError: when the suite ships no experts.
+        CapabilityError: when the suite has no experts.
     """
     suite, task = parse_env_name(name)
     expert = suite_of(suite).expert
@@ -39,18 +39,18 @@ def expert_for(name: str) -> Expert:
 
 
 class Wandering:
-    """An expert whose hand first visits random points of Meta-World's workspace, opening and closing, above most things.
+    """An expert whose hand first visits random points of Meta-World's workspace, opening and closing the gripper.
 
-    An expert alone takes one way only: images of it show the hand on one side of everything.
+    An expert alone always takes the same path, so its images show the hand on one side of everything.
 
     Args:
         expert: takes over after the last point; it must depend on the current state only.
-        generator: of this episode.
-        points: to visit, each for ``STEPS`` steps (the hand moves 1 cm a step).
+        generator: the generator of this episode.
+        points: number of points to visit, each for ``STEPS`` steps (the hand moves 1 cm per step).
     """
 
     STEPS = 30
-    LOW, HIGH = (-0.45, 0.42, 0.08), (0.45, 0.9, 0.42)  # metres; the hand reaches to 0.5, 1 and 0.5
+    LOW, HIGH = (-0.45, 0.42, 0.08), (0.45, 0.9, 0.42)  # metres; the hand can reach 0.5, 1 and 0.5
 
     def __init__(self, expert: Expert, generator: np.random.Generator, points: int) -> None:
         self._expert, self._done = expert, 0
@@ -58,8 +58,8 @@ class Wandering:
         self._grips = generator.choice([-1.0, 1.0], points)
 
     def __call__(self, env: Any, error: np.ndarray | None = None) -> np.ndarray:
-        """The action for the state ``env`` is in, (4,) float32; on the way to a point nothing is misjudged."""
-        if error is None:  # what it would do if it were wrong is no step of its own
+        """The action for the current state of ``env``, (4,) float32; on the way to a point, nothing is misjudged."""
+        if error is None:  # the call with an error is for the same step
             self._done += 1
         number = (self._done - 1) // self.STEPS
         if number >= len(self._goals):
@@ -69,24 +69,24 @@ class Wandering:
 
 
 SOUND, WRONG = (16, 49), (8, 33)
-"""Steps, from and up to but without the second, for which an expert that misjudges is right, then wrong."""
+"""Ranges [low, high) of the number of steps for which a misjudging expert is right, then wrong."""
 
 MISJUDGED = 0.5
-"""Share of the episodes in which it misjudges."""
+"""Share of the episodes in which the expert misjudges."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What makes the executed action differ from the label, in the action's own units (±1 is the full range).
+    """Differences between the executed action and the label, in units of the action (±1 is the full range).
 
     Args:
         scale: standard deviation on the movement dimensions; 0 executes the clean action.
-        gripper: standard deviation on the gripper. 0 by default: a disturbed gripper drops what it holds.
+        gripper: standard deviation on the gripper. 0 by default: a disturbed gripper drops its object.
         memory: correlation ρ of consecutive steps, in [0, 1). The noise is n_t = ρ n_{t−1} + sqrt(1 − ρ²) ε_t, whose
             standard deviation is the same at every step; a larger ρ pushes the hand further off the path.
-        misjudge: standard deviation, in metres along each axis, of where the expert believes its hand to be, in half of the
-            episodes. It is sound for ``SOUND`` steps, then wrong for ``WRONG`` with one error, and so on, each number drawn
-            again. The other episodes show long stretches of what is right, without which a policy stays imprecise.
+        misjudge: standard deviation, in metres per axis, of the error in the hand position that the expert assumes, in half of
+            the episodes. The expert is right for ``SOUND`` steps, then wrong by a constant error for ``WRONG`` steps, and so
+            on, with new draws each time. The other episodes are undisturbed, without which a policy stays imprecise.
     """
 
     scale: float = 0.1
@@ -96,7 +96,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         if not (min(self.scale, self.gripper, self.misjudge) >= 0 and 0 <= self.memory < 1):
-            raise ConfigError(f"Noise needs scale, gripper and misjudge of 0 or more and memory in [0, 1), got {self}.")
+            raise ConfigError(f"Noise needs scale, gripper and misjudge of at least 0 and memory in [0, 1), got {self}.")
 
 
 class Noisy:
@@ -104,12 +104,12 @@ class Noisy:
 
     Args:
         expert: gives the clean action.
-        noise: how much.
-        generator: of this episode; see `episode_generator`.
+        noise: size of the disturbance.
+        generator: the generator of this episode; see `episode_generator`.
         is_gripper: (D,) bool, the dimensions that take ``noise.gripper`` instead of ``noise.scale``.
 
     Attributes:
-        error: (3,) metres by which the latest action's expert was wrong about its hand; None where it was not.
+        error: (3,) error in metres of the assumed hand position at the latest action; None if it was right.
     """
 
     def __init__(self, expert: Expert, noise: Noise, generator: np.random.Generator, is_gripper: np.ndarray) -> None:
@@ -137,5 +137,5 @@ class Noisy:
 
 
 def episode_generator(name: str, seed: int) -> np.random.Generator:
-    """The generator of one episode's noise: a function of environment and seed only, so that workers may share the work."""
+    """The generator of one episode's noise; depends on environment and seed only, so any worker can run the episode."""
     return np.random.default_rng((zlib.crc32(name.encode()), seed))

@@ -1,7 +1,7 @@
-"""Off-screen OpenGL for MuJoCo: the environment variables it wants, and one image-taker per model.
+"""Off-screen OpenGL for MuJoCo: environment variables, and one off-screen camera per model.
 
-MuJoCo picks its OpenGL library when it is first imported, so `prepare` must run before that; every simulator of this
-room calls it. A user's own settings always win. Nothing here knows about tasks.
+MuJoCo chooses its OpenGL library when it is first imported, so `prepare` must run before that; every simulator of this
+package calls it. The user's own settings always take precedence.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NO_OPENGL = (
 
 
 def prepare() -> str:
-    """Set MUJOCO_GL and the thread count of Mesa's software renderer, where the user has not, before mujoco is imported.
+    """Set MUJOCO_GL and the thread count of Mesa's software renderer, unless the user did, before mujoco is imported.
 
-    On Linux EGL is preferred, OSMesa is the fallback, and "disable" is set where neither is installed, so that physics
-    without images still works. Elsewhere MuJoCo's own choice stands. LP_NUM_THREADS=1 because a second llvmpipe thread
-    costs 15 % more processor time and no less wall time when every core already has a worker of its own.
+    On Linux EGL is preferred, OSMesa is the fallback, and "disable" is set if neither is installed, so that physics
+    without images still works. On other systems MuJoCo chooses. LP_NUM_THREADS is 1 because a second llvmpipe thread costs
+    15 % more processor time and saves no wall time when every core already has a worker.
 
     Returns:
-        the backend in force, e.g. "egl".
+        the selected backend, e.g. "egl".
     """
     os.environ.setdefault("LP_NUM_THREADS", "1")
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
@@ -59,13 +59,13 @@ _contexts = threading.local()
 
 
 def _context() -> Any:
-    """The OpenGL context of this thread, made on first use and made current.
+    """The OpenGL context of this thread, created on first use and made current.
 
-    One context serves every model of the thread: a context per environment costs memory and, with EGL, fails to be
-    released in an orderly way when Python exits.
+    All models of a thread share one context: a context per environment costs memory and, with EGL, is not released properly
+    when Python exits.
 
     Raises:
-        CapabilityError: when no OpenGL works here, naming the packages to install.
+        CapabilityError: when OpenGL does not work here, naming the packages to install.
     """
     context = getattr(_contexts, "context", None)
     if context is None or _contexts.process != os.getpid():  # a context does not survive a fork
@@ -84,7 +84,7 @@ def _context() -> Any:
 
 
 def _backend() -> Any:
-    """The class of OpenGL contexts. Taken by name: mujoco.GLContext is GLFW when somebody imported mujoco before us."""
+    """The class of OpenGL contexts, by name: mujoco.GLContext is GLFW's if mujoco was imported before ``prepare``."""
     name = prepare()
     if sys.platform == "linux" and name in ("egl", "osmesa"):
         return import_module(f"mujoco.{name}").GLContext
@@ -94,16 +94,16 @@ def _backend() -> Any:
     return maker
 
 
-class Picture:
-    """Takes images of one MuJoCo model with one of its cameras.
+class OffscreenCamera:
+    """Renders images of one MuJoCo model with one of its cameras.
 
     Args:
-        model: the mujoco.MjModel. With quality "fast" its off-screen buffer is set to the image's size without
-            multisampling, which concerns images only.
+        model: the mujoco.MjModel. With quality "fast" its off-screen buffer is set to the size of the image
+            without multisampling, which affects images only.
         camera: name of a camera of the model.
-        size: side of the square image, pixels.
-        quality: "exact" keeps every default of the model (4 samples per pixel, shadows, reflections), which is what
-            published Meta-World numbers were measured with; "fast" drops all three and is about ten times cheaper.
+        size: side of the square image in pixels.
+        quality: "exact" keeps every default of the model (4 samples per pixel, shadows, reflections), with which
+            published Meta-World numbers were measured; "fast" disables all three and is about ten times cheaper.
     """
 
     def __init__(self, model: Any, camera: str, size: int, quality: Quality) -> None:
@@ -121,14 +121,14 @@ class Picture:
         self._camera.fixedcamid = model.camera(camera).id
 
     def _open(self) -> None:
-        """Upload the model to OpenGL (on the first image, so that an environment that is never rendered needs no GL)."""
+        """Upload the model to OpenGL (on the first image, so that an environment that is never rendered needs no OpenGL)."""
         mujoco = self._mujoco
         _context()
         screen = self._model.vis.global_
         if self.quality == "fast":
             screen.offwidth = screen.offheight = self.size
             self._model.vis.quality.offsamples = 0
-            self._model.vis.quality.shadowsize = 0  # no shadow map is drawn, so none of 64 MB is allocated
+            self._model.vis.quality.shadowsize = 0  # no shadow map is used, so its 64 MB need not be allocated
         else:
             screen.offwidth, screen.offheight = max(screen.offwidth, self.size), max(screen.offheight, self.size)
         self._scene = mujoco.MjvScene(self._model, 1000)
@@ -142,7 +142,7 @@ class Picture:
             raise CapabilityError(NO_OPENGL.format(why=str(problem))) from problem
 
     def take(self, data: Any) -> np.ndarray:
-        """An image of the scene in ``data`` (mujoco.MjData, read only), (size, size, 3) uint8, row 0 at the bottom."""
+        """Render the scene in ``data`` (mujoco.MjData, only read): (size, size, 3) uint8, row 0 at the bottom."""
         mujoco = self._mujoco
         if self._gpu is None:
             self._open()
@@ -159,7 +159,7 @@ class Picture:
         )
         view = mujoco.MjrRect(0, 0, self.size, self.size)
         # Before every image: models share one OpenGL context, and without this the first image after another model's
-        # is painted into that model's buffer, while the pixels read back are this model's previous image.
+        # is rendered into that model's buffer, while the pixels read back are this model's previous image.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
         mujoco.mjr_render(view, self._scene, self._gpu)
         pixels = np.empty((self.size, self.size, 3), np.uint8)
@@ -168,7 +168,7 @@ class Picture:
         return pixels
 
     def close(self) -> None:
-        """Release what was uploaded; a later image uploads it again."""
+        """Release the uploaded model; a later image uploads it again."""
         if self._gpu is not None:
             _context()
             self._gpu.free()

@@ -1,17 +1,17 @@
-"""Meta-World v3 as LeRobot evaluates it, with rendering only when somebody looks.
+"""Meta-World v3 as LeRobot evaluates it, rendered only on demand.
 
 The protocol, checked to the bit against frames and states of LeRobot's own environment (tests/simulators):
-camera corner2 moved to (0.75, 0.075, 0.7) and its image turned by 180 degrees; state = the first four numbers of the
+camera corner2 moved to (0.75, 0.075, 0.7) and its image rotated by 180 degrees; state = the first four numbers of the
 raw observation (hand position in metres, opening of the fingers); object and goal drawn from the reset seed; the first
-success ends the episode; cut off after 500 steps. Published tables also use 400: read it off ``first_success_step``.
+success ends the episode; the step limit is 500. Published tables also use 400: see ``first_success_step``.
 
 LeRobot prepares each task with ``MT1(task, seed=42)``, resets it once with MT1's first random vector, and then draws from
-the reset seed. Only that one vector of MT1's fifty matters; drawing it alone builds in 0.2 s instead of 1.2 s.
+the reset seed. Only the first of MT1's fifty vectors matters; drawing it alone takes 0.2 s instead of 1.2 s.
 
-It matters because of a quirk: a reset frame shows the goal dot where the *first of two* draws inside Meta-World's reset put
-it, at a height taken from the world as it was before the reset. The policy's first image thus depends, by a few pixels, on
-the episode before. Here every reset begins from the state of a freshly made LeRobot environment, so that a seed alone
-decides every byte and environments may be reused (checked on all 50 tasks).
+It matters because of a quirk: in the first frame, the goal dot is where the *first of two* draws inside Meta-World's reset put
+it, at a height from before the reset. The policy's first image thus depends, by a few pixels, on the previous episode. Here
+every reset starts from the state of a new LeRobot environment, so the seed alone determines every byte and environments can
+be reused (checked on all 50 tasks).
 
 The tasks and the action spec are in ``metaworld_tasks``; what recording adds to the scripted experts is in ``experts``.
 """
@@ -41,12 +41,12 @@ STATE = 4
 
 
 class MetaWorldEnv(gymnasium.Env):
-    """One Meta-World task. See `vlaflow.simulators.base.Environment` for what it offers.
+    """One Meta-World task. See `vlaflow.simulators.base.Environment` for its methods.
 
     Args:
         task: e.g. "drawer-open-v3".
         render: "exact" for LeRobot's pixels, "fast" for about a tenth of the cost.
-        size: side of the image in pixels; None is 480 when exact, 96 when fast.
+        size: side of the image in pixels; None for 480 with "exact", 96 with "fast".
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - gymnasium's own form
@@ -63,7 +63,7 @@ class MetaWorldEnv(gymnasium.Env):
         self._max_episode_steps = SPEC.max_steps
         self._sim, self._first_draw = _simulation(task)
         side = size or SPEC.size[render]
-        self._picture = gl.Picture(self._sim.model, CAMERA, side, render)
+        self._camera = gl.OffscreenCamera(self._sim.model, CAMERA, side, render)
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION.dim,), np.float32)
         self.observation_space = spaces.Dict(
             {
@@ -77,13 +77,13 @@ class MetaWorldEnv(gymnasium.Env):
 
     @property
     def renders(self) -> int:
-        """Images taken since the environment was made."""
-        return self._picture.taken
+        """Number of images rendered since the environment was created."""
+        return self._camera.taken
 
     @property
     def views(self) -> dict[str, tuple[int, int]]:
         """(height, width) of the one view."""
-        return {self.view: (self._picture.size, self._picture.size)}
+        return {self.view: (self._camera.size, self._camera.size)}
 
     @property
     def raw_observation(self) -> np.ndarray:
@@ -101,7 +101,7 @@ class MetaWorldEnv(gymnasium.Env):
         """`reset` without rendering.
 
         Args:
-            seed: decides where object and goal are; None continues the current random stream.
+            seed: determines where object and goal are; None continues the current random stream.
 
         Returns:
             info, as after a step.
@@ -118,7 +118,7 @@ class MetaWorldEnv(gymnasium.Env):
         return self._info(False)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin an episode: (observation, info). The same seed gives the same bytes, whatever happened before."""
+        """Start an episode: (observation, info). The same seed gives the same bytes, whatever happened before."""
         info = self.restart(seed)
         return self._observation(), info
 
@@ -126,7 +126,7 @@ class MetaWorldEnv(gymnasium.Env):
         """Execute one action without rendering.
 
         Args:
-            action: (4,). Values beyond ±1 are executed as ±1, by the simulator itself.
+            action: (4,). The simulator clips values to ±1.
 
         Returns:
             (Meta-World's dense reward, terminated by success, truncated by the step limit, info)
@@ -134,12 +134,12 @@ class MetaWorldEnv(gymnasium.Env):
         Raises:
             SpecError: for an action of another shape or with values that are not finite, and after the step limit.
         """
-        given = np.asarray(action, np.float32)
-        if given.shape != (ACTION.dim,) or not np.isfinite(given).all():
+        command = np.asarray(action, np.float32)
+        if command.shape != (ACTION.dim,) or not np.isfinite(command).all():
             raise SpecError(f"{self.name} expects {ACTION.dim} finite numbers as an action, got {np.asarray(action)!r}.")
         if self._raw is None or self._sim.curr_path_length >= SPEC.max_steps:
             raise SpecError(f"The episode of {self.name} is over or has not begun. Call reset(seed=...) first.")
-        self._raw, reward, _, truncated, details = self._sim.step(given)
+        self._raw, reward, _, truncated, details = self._sim.step(command)
         self._image = None
         success = bool(details["success"])
         if success and self._first_success < 0:
@@ -152,28 +152,28 @@ class MetaWorldEnv(gymnasium.Env):
         return self._observation(), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray:
-        """The image now, (size, size, 3) uint8 RGB, upright; rendered at most once per step."""
+        """The current image, (size, size, 3) uint8 RGB, upright; rendered at most once per step."""
         if self._image is None:
-            # The buffer's row 0 is the bottom, and LeRobot turns the upright image by 180 degrees: together that
-            # leaves the rows as they are and mirrors the columns.
-            self._image = self._picture.take(self._sim.data)[:, ::-1].copy()
+            # The buffer's row 0 is the bottom, and LeRobot rotates the upright image by 180 degrees: together, the
+            # rows stay as they are and the columns are mirrored.
+            self._image = self._camera.take(self._sim.data)[:, ::-1].copy()
         return self._image.copy()
 
     def observe(self) -> Observation:
-        """What a policy sees now."""
+        """The current observation."""
         return Observation({self.view: self.render()}, self.state, self.task_description)
 
     def facts(self) -> Facts:
-        """Where things are and in which state; see ``scenes``.
+        """Positions and states of the things in the scene; see ``scenes``.
 
         Raises:
-            CapabilityError: for a task that cannot be asked about.
+            CapabilityError: for a task without questions.
         """
         return metaworld_scenes.facts(self.task, self._sim, CAMERA, self.raw_observation[3])
 
     def close(self) -> None:
-        """Release the image's buffers; the environment may still be used."""
-        self._picture.close()
+        """Release the buffers of the camera; the environment can still be used."""
+        self._camera.close()
 
     def _observation(self) -> dict[str, Any]:
         return {"pixels": self.render(), "agent_pos": self.state}
@@ -188,7 +188,7 @@ class MetaWorldEnv(gymnasium.Env):
 
 
 class MetaWorldExpert:
-    """Meta-World's scripted policy for one task. Without memory: the action depends on the current state only."""
+    """Meta-World's scripted policy for one task; the action depends on the current state only."""
 
     def __init__(self, task: str) -> None:
         gl.prepare()
@@ -199,22 +199,22 @@ class MetaWorldExpert:
 
     def __call__(self, env: Any, error: np.ndarray | None = None) -> np.ndarray:
         """See ``Expert``."""
-        seen = env.raw_observation
+        raw = env.raw_observation
         if error is not None:
-            seen = seen.copy()
-            seen[:3] += error
+            raw = raw.copy()
+            raw[:3] += error
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "Constant(s) may be too high": they are, and are cut below
-            action = self._policy.get_action(seen)
+            warnings.simplefilter("ignore")  # "Constant(s) may be too high": they are, and are clipped below
+            action = self._policy.get_action(raw)
         return np.clip(np.asarray(action, np.float32), env.action_spec.low, env.action_spec.high)
 
 
 def _simulation(task: str) -> tuple[Any, np.ndarray]:
-    """Meta-World's own environment, and the random vector that ``MT1(task, seed=42).train_tasks[0]`` would hold."""
+    """Meta-World's own environment, and the random vector of ``MT1(task, seed=42).train_tasks[0]``."""
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     sim = ALL_V3_ENVIRONMENTS[task]()
-    # What set_task would set from MT1's task: the goal is part of the raw observation (the experts need it).
+    # As set_task does with MT1's task: the goal is part of the raw observation (the experts need it).
     sim._set_task_called, sim._partially_observable = True, False
     sim.__dict__.pop("sawyer_observation_space", None)  # cached for a hidden goal
     sim.model.cam_pos[sim.model.camera(CAMERA).id] = CAMERA_POSITION

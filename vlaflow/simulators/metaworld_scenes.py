@@ -1,6 +1,6 @@
-"""What is to be seen in Meta-World's scenes: named points of their bodies, states of their joints, and the camera's view.
+"""The contents of Meta-World's scenes: named points of bodies, states of joints, and the camera's projection.
 
-Everything is read from MuJoCo's own state. Tasks that are not in ``SCENES`` cannot be asked about yet.
+Everything is read from MuJoCo's state. There are no questions yet about tasks that are not in ``SCENES``.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from vlaflow.simulators.scenes import Condition, Facts, Thing
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the scene: an element of MuJoCo's model, and metres to add in the world frame."""
+    """A point of the scene: an element of MuJoCo's model, plus an offset in metres, in the world frame."""
 
     kind: Literal["body", "site", "geom"]
     name: str
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def place(self, data: Any) -> np.ndarray:
-        """(3,) metres, world frame."""
+        """Position (3,) in metres, world frame."""
         return getattr(data, self.kind)(self.name).xpos + np.array(self.shift)
 
 
 @dataclass(frozen=True)
 class StateQuestion:
-    """A state and what it is called.
+    """A question about a state, and how to answer it.
 
     Args:
         words: the question.
-        high, low: answers at or above ``above`` and at or below ``below``.
-        joint: whose position is looked at, with its sign turned where ``sign`` is −1; or
-        height: the point whose height in metres is.
+        high, low: answers for values ≥ ``above`` and ≤ ``below``.
+        joint: name of the joint whose position, times ``sign``, is the value; or
+        height: the point whose height in metres is the value.
     """
 
     words: str
@@ -48,8 +48,8 @@ class StateQuestion:
     sign: int = 1
     height: Point | None = None
 
-    def look(self, data: Any) -> Condition:
-        """The state now."""
+    def evaluate(self, data: Any) -> Condition:
+        """The current state."""
         if self.joint is not None:
             value = self.sign * float(data.joint(self.joint).qpos[0])
         else:
@@ -61,7 +61,7 @@ class StateQuestion:
 
 @dataclass(frozen=True)
 class Scene:
-    """What stands on the table, which points of it have names, and which states."""
+    """The object on the table, its named points, and questions about its state."""
 
     subject: str
     things: Mapping[str, Point]
@@ -118,15 +118,15 @@ def facts(task: str, sim: Any, camera: str, opening: float) -> Facts:
     Args:
         task: e.g. "drawer-open-v3".
         sim: Meta-World's environment.
-        camera: its camera, whose image is turned by 180 degrees.
-        opening: of the gripper, in [0, 1].
+        camera: its camera, whose image is rotated by 180 degrees.
+        opening: opening of the gripper, in [0, 1].
 
     Raises:
         CapabilityError: for a task without an entry in ``SCENES``.
     """
     if task not in SCENES:
         raise CapabilityError(
-            f"Nothing can be asked about metaworld/{task} yet; there are questions for {', '.join(SCENES)}. "
+            f"There are no questions about metaworld/{task} yet, only about {', '.join(SCENES)}. "
             "Add an entry to SCENES in vlaflow/simulators/metaworld_scenes.py."
         )
     scene = SCENES[task]
@@ -135,20 +135,20 @@ def facts(task: str, sim: Any, camera: str, opening: float) -> Facts:
         return Thing(position, pixel(sim.model, sim.data, camera, position))
 
     things = {name: thing(point.place(sim.data)) for name, point in scene.things.items()}
-    conditions = tuple(question.look(sim.data) for question in scene.questions)
+    conditions = tuple(question.evaluate(sim.data) for question in scene.questions)
     return Facts(scene.subject, thing(np.array(sim.tcp_center)), float(opening), things, conditions)
 
 
 def pixel(model: Any, data: Any, camera: str, position: np.ndarray) -> np.ndarray:
-    """Where a point (3,) appears in the image turned by 180 degrees, (2,) shares from the left and from the top.
+    """Project a point (3,) into the image rotated by 180 degrees: (2,) shares of its width and height, from the top left.
 
     The camera looks along its −z axis with x to the right and y up; a point at depth d and height y appears y/(d·tan(φ/2))
-    half-images above the middle, φ being the vertical field of view. Behind the camera the answer lies outside [0, 1].
+    half-images above the middle, φ being the vertical field of view. A point behind the camera gives infinity.
     """
     number = model.camera(camera).id
-    seen = data.cam_xmat[number].reshape(3, 3).T @ (position - data.cam_xpos[number])
-    depth = -seen[2]
+    point = data.cam_xmat[number].reshape(3, 3).T @ (position - data.cam_xpos[number])
+    depth = -point[2]
     if depth <= 0:
         return np.full(2, np.inf)
     half = depth * np.tan(np.deg2rad(model.cam_fovy[number]) / 2)
-    return np.array([0.5 - seen[0] / (2 * half), 0.5 + seen[1] / (2 * half)])
+    return np.array([0.5 - point[0] / (2 * half), 0.5 + point[1] / (2 * half)])

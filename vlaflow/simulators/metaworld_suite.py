@@ -1,4 +1,4 @@
-"""Meta-World as a suite: its spec, and how an environment and an expert are built; the simulator is imported only then."""
+"""Meta-World as a suite: its spec and functions that create environments and experts, importing the simulator."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Meta-World v3 as far as it is known without importing it: the 50 tasks, what an action means, the suite's spec.
+"""Facts about Meta-World v3 that need no import of it: the 50 tasks, what an action means, the suite's spec.
 
-Instructions and groups are the ones LeRobot's Meta-World configuration uses, faults included,
-because published checkpoints were trained on them: push-v3 and push-back-v3 share one sentence, and lever-pull-v3
-says "down" although the lever goes up. The line in the third column says what the simulator really checks.
+Instructions and groups are those of LeRobot's Meta-World configuration, mistakes included,
+because published checkpoints were trained on them: push-v3 and push-back-v3 have the same instruction, and lever-pull-v3
+says "down" although the lever goes up. The third column says what the simulator actually checks.
 Reach, push and pick-place tasks show their goal in the image as a coloured dot only.
 """
 
@@ -24,7 +24,7 @@ class Task:
     Args:
         instruction: the sentence given to the policy.
         group: difficulty group (28 easy, 11 medium, 6 hard, 5 very hard).
-        about: what has to happen, for people.
+        about: what has to happen, for readers.
     """
 
     instruction: str

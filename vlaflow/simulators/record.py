@@ -1,13 +1,13 @@
 """Recording demonstrations of scripted experts as a LeRobot data set.
 
 Frame t holds the image and the state *before* action t, and the action label is the expert's clean action for exactly
-that state; with noise, what was executed differs from the label (see ``experts``), and is stored with it. Only successful
-episodes are kept, with a few frames after the first success, so that a policy also sees what the end looks like.
+that state; with noise, the executed action differs from the label (see ``experts``) and is recorded too. Only successful
+episodes are kept, with a few frames after the first success, so that a policy also learns from the end.
 
-Workers record, and encode their videos, in parallel; the parent only joins. The same config gives the same bytes with any
+Workers record and encode videos in parallel; the parent process only joins them. The same config gives the same bytes with any
 number of workers, because an episode is a function of its environment and seed alone.
 
-Seeds of recordings begin at 10 000. Evaluation uses 1000 + i (LeRobot's protocol), so no episode is seen in both.
+Seeds of recordings start at 10 000. Evaluation uses 1000 + i (LeRobot's protocol), so no episode occurs in both.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class RecordConfig:
         episodes: successful episodes per environment.
         size: side of the image in pixels, even; None takes the suite's default.
         render: "fast" or "exact"; evaluate with the same.
-        seed: shifts every episode's seed; see `episode_seed`.
+        seed: changes the seed of every episode; see `episode_seed`.
         noise: disturbance of the executed actions.
         after_success: frames kept after the first success.
-        attempts: seeds tried per episode before giving up on the expert.
+        attempts: largest number of seeds tried per episode.
     """
 
     envs: tuple[str, ...]
@@ -68,21 +68,23 @@ class RecordConfig:
         if not 0 <= self.seed <= 4000:
             raise ConfigError(f"seed must lie in 0..4000, got {self.seed}.")
         if self.after_success < 0 or not 1 <= self.attempts <= _SEED_STRIDE // _ATTEMPT_STRIDE - 1:
-            raise ConfigError(f"after_success must be 0 or more and attempts 1..99: {self.after_success}, {self.attempts}.")
+            raise ConfigError(
+                f"after_success must be at least 0 and attempts lie in 1..99, got {self.after_success}, {self.attempts}."
+            )
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One recorded episode of T frames, as a worker hands it over.
+    """One recorded episode of T frames, as a worker returns it.
 
     Args:
         name: "suite/task".
         instruction: the task in words.
-        seed: of the reset.
-        attempts: seeds tried, this one included.
+        seed: seed of the reset.
+        attempts: number of seeds tried, this one included.
         state: (T, S) float32.
         action: (T, D) float32, the clean labels.
-        executed: (T, D) float32, what the simulator was given.
+        executed: (T, D) float32, the executed actions.
         success: (T,) bool, whether the step taken at frame t ended in success.
         videos: encoded segments by view, T frames each.
     """
@@ -100,13 +102,13 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `record` did.
+    """The result of `record`.
 
     Args:
-        root: the data set.
-        episodes: successful episodes written.
-        frames: in all.
-        failed: episodes thrown away because the expert failed, by environment.
+        root: folder of the data set.
+        episodes: number of successful episodes written.
+        frames: total number of frames.
+        failed: number of episodes discarded because the expert failed, by environment.
     """
 
     root: Path
@@ -124,15 +126,15 @@ class RecordJob:
 
     @property
     def name(self) -> str:
-        """For errors."""
+        """Name of the job in error messages."""
         return f"{self.env}, episode {self.episode}"
 
 
 def episode_seed(run: int, episode: int, attempt: int) -> int:
-    """The reset seed: 10 000 + 1 000 000·run + 10 000·attempt + episode.
+    """The seed of the reset: 10 000 + 1 000 000·run + 10 000·attempt + episode.
 
-    Never 1000 + i, and no two (run, attempt, episode) share one. Attempts have seeds of their own, so that a failure of one
-    episode does not shift the seeds of the next, whichever worker runs it.
+    It is never 1000 + i, and different for all (run, attempt, episode). Every attempt has its own seed, so that a failed
+    episode does not change the seeds of the next, whichever worker runs it.
     """
     return FIRST_SEED + _SEED_STRIDE * run + _ATTEMPT_STRIDE * attempt + episode
 
@@ -142,18 +144,18 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
 
     Args:
         config: what to record.
-        out: the data set's folder; appears only when complete.
+        out: folder of the data set; it is created only when complete.
         workers: processes; 0 records in this one.
         progress: called as ``progress(done, total)`` after each episode.
 
     Raises:
-        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be made.
-        DataError: when ``out`` exists, an expert keeps failing, or the disk is full or may not be written.
+        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be created.
+        DataError: when ``out`` exists, an expert keeps failing, or the disk is full or not writable.
     """
     names = expand_env_names(config.envs)
     suites = {name.partition("/")[0] for name in names}
     if len(suites) > 1:
-        raise ConfigError(f"A data set holds one robot, and these are several suites: {', '.join(sorted(suites))}.")
+        raise ConfigError(f"A data set contains one robot, but these are several suites: {', '.join(sorted(suites))}.")
     spec = simulator_spec(suites.pop())
     side = config.size or spec.size[config.render]
     jobs = [RecordJob(name, episode) for name in names for episode in range(config.episodes)]
@@ -207,13 +209,13 @@ def _provenance(
 def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Path) -> Demonstration:
     """Record one successful episode; runs in a worker.
 
-    The expert plays without images first, and what it executed is then repeated with images: physics costs a twentieth
-    of rendering, and an episode that fails runs to the step limit.
+    The expert first plays without images, and its executed actions are then repeated with images: physics costs a twentieth
+    of rendering, and a failed episode runs to the step limit.
     """
     found = find_episode(job.env, job.episode, config, config.seed, size)
     env = found.env
     env.restart(found.seed)
-    frames = [_look_and_act(env, step) for step in found.steps]
+    frames = [_observe_and_act(env, step) for step in found.steps]
     with storing(scratch.parent):
         videos = {
             view: encode_video(
@@ -246,8 +248,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An episode in which the expert succeeds; ``env`` is somewhere in it, and ``env.restart(seed)`` brings it back."""
+class ExpertEpisode:
+    """An episode in which the expert succeeds; ``env.restart(seed)`` returns to its start."""
 
     env: Any
     seed: int
@@ -255,15 +257,15 @@ class Found:
     steps: list[Step]
 
 
-def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: int, *, wander: int = 0) -> Found:
-    """Play, without images, until the expert succeeds from the start of an episode.
+def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: int, *, wander: int = 0) -> ExpertEpisode:
+    """Try seeds, without images, until the expert succeeds.
 
     Args:
         name: "suite/task".
-        episode: number.
+        episode: number of the episode.
         config: noise, rendering and attempts.
         run: see ``episode_seed``.
-        size: side of the image that the environment will take.
+        size: side in pixels of the images of the environment.
         wander: random points that the hand visits before the expert begins.
 
     Raises:
@@ -278,15 +280,15 @@ def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: 
         env.restart(seed)
         steps = _play(env, expert, config.after_success)
         if steps is not None:
-            return Found(env, seed, attempt + 1, steps)
+            return ExpertEpisode(env, seed, attempt + 1, steps)
     raise DataError(
-        f"The expert of {name} failed with {config.attempts} seeds in a row, the last being {seed}, under {config.noise}. "
+        f"The expert of {name} failed with {config.attempts} seeds in a row, the last one {seed}, with {config.noise}. "
         f"Use less noise."
     )
 
 
 def _play(env: Environment, expert: Noisy, after_success: int) -> list[Step] | None:
-    """Let the expert act from the start of an episode; None when the step limit comes before success."""
+    """Let the expert act from the start of an episode; None if it does not succeed before the step limit."""
     steps: list[Step] = []
     left: int | None = None
     while True:
@@ -303,9 +305,9 @@ def _play(env: Environment, expert: Noisy, after_success: int) -> list[Step] | N
             return None
 
 
-def _look_and_act(env: Environment, step: Step) -> Observation:
-    seen = env.observe()
+def _observe_and_act(env: Environment, step: Step) -> Observation:
+    observation = env.observe()
     _, success, _, _ = env.advance(step.executed)
     if success != step.success:
-        raise RuntimeError(f"{env.name} is not deterministic: repeating the same actions did not end the same way.")
-    return seen
+        raise RuntimeError(f"{env.name} is not deterministic: the same actions did not have the same outcome.")
+    return observation

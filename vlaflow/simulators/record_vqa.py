@@ -1,16 +1,16 @@
-"""Recording a question set: images along experts' episodes, and what is true in them.
+"""Recording a VQA data set: images from episodes of scripted experts, with questions and true answers.
 
-An episode is found and repeated as in ``record``, with seeds of its own, so no image comes from a recorded demonstration
-or an evaluation. The gripper first visits some random points, then the expert does the task. Of the frames some, evenly
-spaced, are looked at and asked about (``scenes.ask``).
+Episodes are found and repeated as in ``record``, but with other seeds, so no image comes from a recorded demonstration or an
+evaluation. The gripper first visits some random points, then the expert does the task. Questions are asked about a number of
+evenly spaced frames (``scenes.ask``).
 
-Of all these candidates a balanced part is kept: in every environment, of each question as many with one answer as with any
-other, drawn at random, at most ``most``. So knowing only the wording, or also the environment, is no better than chance.
-The question of what stands on the table has one answer per environment; it is balanced over all of them. A question that has
-only one answer left is dropped, which the README says.
+A balanced random subset of these candidates is kept: in every environment, each question occurs equally often with each of its
+answers, at most ``most`` times. So a model that knows only the question, or also the environment, is no better than chance.
+The question of what stands on the table has one answer per environment, so it is balanced over all environments. A question
+with only one answer is dropped, and the README of the data set lists it.
 
-The layout is that of ``data.vqa``; "group" is the episode, so that episodes are held out as a whole. The same config
-gives the same bytes with any number of workers.
+The format is that of ``data.vqa``; "group" is the episode, so that whole episodes are held out. The same config gives the same
+bytes with any number of workers.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.versions import versions
 
 FIRST_RUN = 4001
-"""``record_seed`` runs from here on are those of question sets; recordings end at 4000."""
+"""First ``run`` of ``record.episode_seed`` for VQA data sets; recordings end at 4000."""
 EVERYWHERE = ("what",)
-"""Kinds that are balanced over all environments together."""
+"""Kinds of question that are balanced over all environments together."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class VqaRecordingConfig:
 
     Args:
         envs: "suite/task" or groups; all of one suite.
-        episodes: per environment.
-        frames: looked at in each episode.
-        kinds: of questions, see ``scenes.KINDS``.
-        most: questions kept of one wording with one answer, in one environment.
-        size, render: of the images, as recorded data sets have them.
-        seed: another seed gives other episodes, 0 to 199.
+        episodes: episodes per environment.
+        frames: frames per episode with questions.
+        kinds: kinds of question, see ``scenes.KINDS``.
+        most: largest number of questions with the same wording and answer in one environment.
+        size, render: size and rendering quality of the images, as in ``record.RecordConfig``.
+        seed: 0 to 199; another seed gives other episodes.
         wander: random points that the gripper visits before the expert begins.
         noise: disturbance of the expert.
         margins: how clear an answer must be.
@@ -79,35 +79,37 @@ class VqaRecordingConfig:
         if not 0 <= self.seed < 200:
             raise ConfigError(f"seed must lie in 0..199, got {self.seed}.")
         if self.frames < 1 or self.most < 1 or not 0 <= self.wander <= 10:
-            raise ConfigError(f"frames and most are at least 1, wander 0 to 10: {self.frames}, {self.most}, {self.wander}.")
+            raise ConfigError(
+                f"frames and most must be at least 1 and wander lie in 0..10, got {self.frames}, {self.most}, {self.wander}."
+            )
         self.episode_config()
 
     def episode_config(self) -> RecordConfig:
-        """How episodes are found."""
+        """Settings for finding episodes."""
         return RecordConfig(self.envs, self.episodes, self.size, self.render, noise=self.noise)
 
 
 @dataclass(frozen=True)
-class Look:
-    """One frame that was looked at."""
+class SampledFrame:
+    """One frame of an episode, with its questions."""
 
     env: str
     episode: int
     seed: int
     step: int
     image: str
-    asked: tuple[VqaItem, ...]
+    items: tuple[VqaItem, ...]
 
 
 @dataclass(frozen=True)
 class VqaRecordingSummary:
-    """What ``record_vqa`` did.
+    """The result of ``record_vqa``.
 
     Args:
-        root: the set.
-        counts: questions by kind, wording and answer.
-        dropped: wordings that had one answer only, by environment.
-        images: images written.
+        root: folder of the data set.
+        counts: number of questions by kind, wording and answer.
+        dropped: wordings with only one answer, by environment.
+        images: number of images written.
     """
 
     root: Path
@@ -117,30 +119,30 @@ class VqaRecordingSummary:
 
     @property
     def questions(self) -> int:
-        """In all."""
+        """Total number of questions."""
         return sum(n for wordings in self.counts.values() for answers in wordings.values() for n in answers.values())
 
 
 def record_vqa(
     config: VqaRecordingConfig, out: Path, workers: int = 2, progress: Progress | None = None
 ) -> VqaRecordingSummary:
-    """Record and write a question set.
+    """Record and write a VQA data set.
 
     Args:
         config: what to record.
-        out: the set's folder; appears only when complete.
+        out: folder of the data set; it is created only when complete.
         workers: processes; 0 records in this one.
         progress: called as ``progress(done, total)`` after each episode.
 
     Raises:
-        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be made.
-        CapabilityError: for an environment that nothing can be asked about.
+        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be created.
+        CapabilityError: for an environment without questions.
         DataError: when ``out`` exists, an expert keeps failing, or no question has two answers.
     """
     names = expand_env_names(config.envs)
     suites = {name.partition("/")[0] for name in names}
     if len(suites) > 1:
-        raise ConfigError(f"A question set holds one robot, and these are several suites: {', '.join(sorted(suites))}.")
+        raise ConfigError(f"A VQA data set contains one robot, but these are several suites: {', '.join(sorted(suites))}.")
     if out.exists():
         raise DataError(f"{out} exists already. Choose another --out, or remove it first.")
     side = config.size or simulator_spec(suites.pop()).size[config.render]
@@ -150,18 +152,18 @@ def record_vqa(
     try:
         for name in names:
             (partial / _folder(name)).mkdir(parents=True)
-        work = functools.partial(_look, config=config, size=side, root=partial)
-        looks = [look for episode in iterate_jobs(work, jobs, workers, progress=progress) for look in episode]
-        kept, dropped = balance(looks, config)
+        work = functools.partial(_sample_frames, config=config, size=side, root=partial)
+        frames = [frame for episode in iterate_jobs(work, jobs, workers, progress=progress) for frame in episode]
+        kept, dropped = balance(frames, config)
         if not kept:
             raise DataError(f"No question about {', '.join(names)} has two answers. Record more episodes, or other tasks.")
-        shown = {look.image for look, _ in kept}
-        for look in looks:
-            if look.image not in shown:
-                (partial / look.image).unlink()
+        shown = {frame.image for frame, _ in kept}
+        for frame in frames:
+            if frame.image not in shown:
+                (partial / frame.image).unlink()
         counts = _count(kept)
-        (partial / "questions.jsonl").write_text("".join(_line(look, asked) for look, asked in kept), encoding="utf-8")
-        meta = _metadata(config, side, looks, counts, dropped)
+        (partial / "questions.jsonl").write_text("".join(_line(frame, item) for frame, item in kept), encoding="utf-8")
+        meta = _metadata(config, side, frames, counts, dropped)
         (partial / "metadata.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_readme(meta, len(shown)), encoding="utf-8")
         partial.chmod(0o755)
@@ -171,13 +173,15 @@ def record_vqa(
     return VqaRecordingSummary(out, counts, dropped, len(shown))
 
 
-def balance(looks: Sequence[Look], config: VqaRecordingConfig) -> tuple[list[tuple[Look, VqaItem]], dict[str, list[str]]]:
-    """The questions that are kept, in the order of the looks, and the wordings that had one answer only, by environment."""
+def balance(
+    frames: Sequence[SampledFrame], config: VqaRecordingConfig
+) -> tuple[list[tuple[SampledFrame, VqaItem]], dict[str, list[str]]]:
+    """The questions to keep, in the order of the frames, and the wordings with only one answer, by environment."""
     pools: dict[tuple[str, str], dict[str, list[tuple[int, int]]]] = {}
-    for i, look in enumerate(looks):
-        for j, asked in enumerate(look.asked):
-            where = "all environments" if asked.kind in EVERYWHERE else look.env
-            pools.setdefault((where, asked.question), {}).setdefault(asked.answer, []).append((i, j))
+    for i, frame in enumerate(frames):
+        for j, item in enumerate(frame.items):
+            where = "all environments" if item.kind in EVERYWHERE else frame.env
+            pools.setdefault((where, item.question), {}).setdefault(item.answer, []).append((i, j))
     kept: list[tuple[int, int]] = []
     dropped: dict[str, list[str]] = {}
     for (where, question), answers in pools.items():
@@ -189,52 +193,52 @@ def balance(looks: Sequence[Look], config: VqaRecordingConfig) -> tuple[list[tup
             salt = zlib.crc32(f"{where}\0{question}\0{answer}".encode())
             order = np.random.default_rng([config.seed, salt]).permutation(len(places))
             kept += [places[k] for k in order[:number]]
-    return [(looks[i], looks[i].asked[j]) for i, j in sorted(kept)], dropped
+    return [(frames[i], frames[i].items[j]) for i, j in sorted(kept)], dropped
 
 
-def _look(job: RecordJob, config: VqaRecordingConfig, size: int, root: Path) -> list[Look]:
-    """Look at some frames of one episode; runs in a worker."""
+def _sample_frames(job: RecordJob, config: VqaRecordingConfig, size: int, root: Path) -> list[SampledFrame]:
+    """Sample frames of one episode and ask about them; runs in a worker."""
     from PIL import Image
 
     env: Any = cached(job.env, render=config.render, size=size)
     env.restart(0)
-    facts_of(env)  # refused before an expert plays
+    facts_of(env)  # fails before the expert plays
     found = find_episode(job.env, job.episode, config.episode_config(), FIRST_RUN + config.seed, size, wander=config.wander)
     env.restart(found.seed)
     chosen = set(np.linspace(0, len(found.steps) - 1, min(config.frames, len(found.steps))).round().astype(int).tolist())
-    looks = []
+    frames = []
     for number, step in enumerate(found.steps):
         if number in chosen:
             image = f"{_folder(job.env)}/{job.episode:05d}-{number:03d}.png"
             Image.fromarray(env.render()).save(root / image)
-            asked = tuple(each for each in ask(facts_of(env), config.margins) if each.kind in config.kinds)
-            looks.append(Look(job.env, job.episode, found.seed, number, image, asked))
+            items = tuple(each for each in ask(facts_of(env), config.margins) if each.kind in config.kinds)
+            frames.append(SampledFrame(job.env, job.episode, found.seed, number, image, items))
         env.advance(step.executed)
-    return looks
+    return frames
 
 
 def _folder(env: str) -> str:
     return f"images/{env.partition('/')[2]}"
 
 
-def _line(look: Look, asked: VqaItem) -> str:
-    task = look.env.partition("/")[2]
+def _line(frame: SampledFrame, item: VqaItem) -> str:
+    task = frame.env.partition("/")[2]
     record = {
-        "id": f"{task}-{look.episode}-{look.step}-{asked.kind}-{zlib.crc32(asked.question.encode()):08x}",
-        "image": look.image,
-        "conversations": [{"from": "human", "value": f"<image>\n{asked.question}"}, {"from": "gpt", "value": asked.answer}],
-        "kind": asked.kind,
-        "group": f"{look.env}, seed {look.seed}",
-        "env": look.env,
-        "seed": look.seed,
-        "step": look.step,
+        "id": f"{task}-{frame.episode}-{frame.step}-{item.kind}-{zlib.crc32(item.question.encode()):08x}",
+        "image": frame.image,
+        "conversations": [{"from": "human", "value": f"<image>\n{item.question}"}, {"from": "gpt", "value": item.answer}],
+        "kind": item.kind,
+        "group": f"{frame.env}, seed {frame.seed}",
+        "env": frame.env,
+        "seed": frame.seed,
+        "step": frame.step,
     }
     return json.dumps(record) + "\n"
 
 
-def _count(kept: Sequence[tuple[Look, VqaItem]]) -> dict[str, dict[str, dict[str, int]]]:
+def _count(kept: Sequence[tuple[SampledFrame, VqaItem]]) -> dict[str, dict[str, dict[str, int]]]:
     """Questions by kind, wording and answer, sorted by name within the order of the kinds."""
-    numbers = Counter((asked.kind, asked.question, asked.answer) for _, asked in kept)
+    numbers = Counter((item.kind, item.question, item.answer) for _, item in kept)
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for kind, question, answer in sorted(numbers, key=lambda key: (list(KINDS).index(key[0]), *key[1:])):
         counts.setdefault(kind, {}).setdefault(question, {})[answer] = numbers[kind, question, answer]
@@ -244,13 +248,13 @@ def _count(kept: Sequence[tuple[Look, VqaItem]]) -> dict[str, dict[str, dict[str
 def _metadata(
     config: VqaRecordingConfig,
     side: int,
-    looks: Sequence[Look],
+    frames: Sequence[SampledFrame],
     counts: Mapping[str, Any],
     dropped: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     seeds: dict[str, list[int]] = {}
-    for look in looks:
-        seeds.setdefault(look.env, []).append(look.seed)
+    for frame in frames:
+        seeds.setdefault(frame.env, []).append(frame.seed)
     return {
         "how": "images along scripted experts' episodes; answers from the simulator's state; answers balanced by wording",
         "size": side,

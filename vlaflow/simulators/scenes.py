@@ -1,8 +1,8 @@
-"""What can be asked about a scene, and the true answers: pure functions of facts that a simulator states.
+"""Questions about a scene and their true answers, as pure functions of facts from the simulator.
 
-A simulator that can be asked about has ``facts()`` (see ``facts_of``): where things are, in metres and in the image, and
-what state they are in. ``ask`` turns facts into questions. What is too close to call in the image is not asked: every kind
-has a margin, and positions are compared in shares of the image, so the same margins hold at any size.
+An environment with questions has a method ``facts()`` (see ``facts_of``): the positions of things, in metres and in the image,
+and their states. ``ask`` turns facts into questions. Ambiguous cases are not asked: every kind of question has a margin, and
+positions are compared in shares of the image, so the same margins hold at any size.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from vlaflow.errors import CapabilityError
 
 @dataclass(frozen=True)
 class Thing:
-    """Where something is.
+    """Position of a thing in the scene.
 
     Args:
         position: (3,) metres, world frame.
-        pixel: (2,) shares of the image's width from its left and of its height from its top; in [0, 1] when in view.
+        pixel: (2,) position in the image as shares of its width and height, from the top left; in [0, 1] when in view.
     """
 
     position: np.ndarray
@@ -32,11 +32,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Condition:
-    """A state that a question asks for.
+    """A question about a state.
 
     Args:
-        question: in words.
-        answer: the true one, or None where the state is between the answers.
+        question: the question in words.
+        answer: the true answer; None if the state is between the answers.
     """
 
     question: str
@@ -45,14 +45,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is so in a scene now.
+    """The current facts of a scene.
 
     Args:
-        subject: what stands on the table, in a word.
-        gripper: where the point between the fingers is.
-        opening: of the fingers: 1 open, 0 closed.
-        things: by name, e.g. "button".
-        conditions: of the things.
+        subject: what stands on the table, in one word.
+        gripper: position of the point between the fingers.
+        opening: opening of the fingers: 1 open, 0 closed.
+        things: positions by name, e.g. "button".
+        conditions: questions about the states of the things.
     """
 
     subject: str
@@ -64,17 +64,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Margins:
-    """How clear an answer must be to be asked for.
+    """How clear an answer must be for its question to be asked.
 
     Args:
-        image: smallest distance of two things along the image's side, as a share of it (0.06 is 6 of 96 pixels).
-        half: smallest distance from the image's middle, as a share of its width, to be in one half of it.
-        near, far: metres from the gripper.
-        nearer: the nearer of two things is at most this share of the other's distance away.
-        open, closed: openings of the gripper.
+        image: smallest distance of two things along a side of the image, as a share of it (0.06 is 6 of 96 pixels).
+        half: smallest distance from the middle of the image, as a share of its width, to count as in one half.
+        near, far: largest and smallest distance from the gripper in metres to count as near and as far.
+        nearer: largest ratio of two distances from the gripper for the question of which is nearer.
+        open, closed: smallest and largest opening of the gripper to count as open and as closed.
     """
 
-    picture: float = 0.06
+    image: float = 0.06
     half: float = 0.04
     near: float = 0.06
     far: float = 0.15
@@ -104,22 +104,22 @@ KINDS = {
 }
 
 USUAL = tuple(kind for kind in KINDS if kind != "gripper")
-"""Kinds that show clearly in 96 pixels. The fingers are 2 to 8 of these apart: 74 % right where the others reach 99 %."""
+"""Kinds that are clearly visible in 96 pixels. The fingers are 2 to 8 pixels apart: 74 % accuracy against 99 % elsewhere."""
 
 
 def facts_of(env: Any) -> Facts:
-    """The facts of the scene an environment is in.
+    """The current facts of an environment's scene.
 
     Raises:
-        CapabilityError: when it states none.
+        CapabilityError: the environment states none.
     """
     if not callable(getattr(env, "facts", None)):
-        raise CapabilityError(f"{env.name} does not state facts about its scene, so nothing can be asked about it.")
+        raise CapabilityError(f"{env.name} does not state facts about its scene, so there are no questions about it.")
     return env.facts()
 
 
 def ask(facts: Facts, margins: Margins | None = None) -> list[VqaItem]:
-    """Every question with a clear answer."""
+    """All questions with a clear answer."""
     margins = margins or Margins()
     found = [VqaItem("what", "What stands on the table?", facts.subject)]
     gripper = facts.gripper
@@ -127,10 +127,10 @@ def ask(facts: Facts, margins: Margins | None = None) -> list[VqaItem]:
         if not (_in_view(gripper) and _in_view(thing)):
             continue
         right, down = gripper.pixel - thing.pixel
-        if abs(right) >= margins.picture:
+        if abs(right) >= margins.image:
             answer = "right" if right > 0 else "left"
             found.append(VqaItem("side", f"Is the gripper left or right of the {name} in the image?", answer))
-        if abs(down) >= margins.picture:
+        if abs(down) >= margins.image:
             answer = "below" if down > 0 else "above"
             found.append(VqaItem("height", f"Is the gripper above or below the {name} in the image?", answer))
         metres = _distance(gripper, thing)

@@ -1,9 +1,9 @@
-"""A small pool of processes for episodes: recording and evaluation both run on it.
+"""A small pool of processes for episodes, used by recording and evaluation.
 
-What it promises: results in the order of the jobs, whatever the number of workers; the error of a job is raised in the
+Its guarantees: results in the order of the jobs, whatever the number of workers; the error of a job is raised in the
 parent and names the job; a worker that dies is noticed at once; Ctrl-C and SIGTERM leave no process behind. Each worker
-is a fresh interpreter (OpenGL does not survive a fork) with one thread for BLAS, torch and Mesa, because there is a
-worker per core already. Determinism is the jobs' own affair: a job carries its seed and reads no global random state.
+is a new interpreter (OpenGL does not survive a fork) with one thread for BLAS, torch and Mesa, because there is already one
+worker per core. Jobs are responsible for determinism: a job contains its seed and uses no global random state.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA
 
 
 class WorkerError(VlaflowError):
-    """A worker process ended without answering."""
+    """A worker process ended without returning a result."""
 
 
 class JobError(Exception):
-    """A job raised something that is not a `VlaflowError`: a defect. Carries the worker's traceback as its cause."""
+    """A job raised something other than a `VlaflowError`: a bug. Its cause is the worker's traceback."""
 
 
 class _Remote(Exception):  # noqa: N818 - never raised, only shown as the cause of another
@@ -55,7 +55,7 @@ def run_jobs(
     finished: Callable[[int, Result], None] | None = None,
     threads: int = 1,
 ) -> list[Result]:
-    """Run ``function`` on every job; the list of results in the order of the jobs. See `iterate_jobs`."""
+    """Run ``function`` on every job and return the results in the order of the jobs. See `iterate_jobs`."""
     found = iterate_jobs(function, jobs, workers, setup=setup, progress=progress, finished=finished, threads=threads)
     return list(found)
 
@@ -70,25 +70,25 @@ def iterate_jobs(
     finished: Callable[[int, Result], None] | None = None,
     threads: int = 1,
 ) -> Iterator[Result]:
-    """Run ``function`` on every job and yield the results in the order of the jobs, each as soon as its turn has come.
+    """Run ``function`` on every job and yield the results in the order of the jobs, each as soon as possible.
 
     Args:
         function: importable by name (or a functools.partial of such); called as ``function(job)``, or as
             ``function(job, tools)`` when there is a ``setup``.
         jobs: picklable.
         workers: processes; 0 runs in this process, one job after the other, for debugging.
-        setup: called once in every worker before its first job; what it returns (a loaded policy, ...) is ``tools``.
+        setup: called once in every worker before its first job; its return value (a loaded policy, ...) is ``tools``.
         progress: called in this process as ``progress(done, total)`` after every finished job.
-        finished: called in this process with a job's number and result as soon as it is there, whichever job's turn it is.
+        finished: called in this process with the number and result of each job as soon as it is done, in any order.
         threads: BLAS and torch threads of each worker.
 
     Raises:
-        VlaflowError: the one a job raised, with the job's name added.
+        VlaflowError: raised by a job; the name of the job is added.
         JobError: any other exception of a job, with its traceback.
         WorkerError: when a worker dies.
     """
     if workers < 0 or threads < 1:
-        raise ConfigError(f"workers must be 0 or more and threads 1 or more, got {workers} and {threads}.")
+        raise ConfigError(f"workers must be at least 0 and threads at least 1, got {workers} and {threads}.")
     if workers == 0 or not jobs:
         tools = (setup(),) if setup and jobs else ()
         for done, job in enumerate(jobs, 1):
@@ -106,7 +106,7 @@ def iterate_jobs(
 
 
 class _Failure:
-    """What a worker sends back when a job, or the setup, raised."""
+    """Result of a job, or of the setup, that raised an exception."""
 
     def __init__(self, error: BaseException) -> None:
         self.text = traceback.format_exc()
@@ -170,7 +170,7 @@ class _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the pipes, which ends idle workers; stop those that are still at work."""
+        """Close the pipes, which ends idle workers, and stop the busy ones."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
@@ -185,15 +185,15 @@ class _Pool:
 
     def run(self, jobs: Sequence[Any], progress: Progress | None, finished: Callable[[int, Any], None] | None) -> Iterator[Any]:
         results: dict[int, Any] = {}
-        given: dict[Connection, int] = {}
+        running: dict[Connection, int] = {}
         waiting = iter(range(len(jobs)))
         due = done = 0
         for pipe in self.pipes:
-            self._give(pipe, waiting, given, jobs)
+            self._assign(pipe, waiting, running, jobs)
         while due < len(jobs):
-            ready = set(wait(list(given)))
-            for pipe in [p for p in given if p in ready]:
-                number = given.pop(pipe)
+            ready = set(wait(list(running)))
+            for pipe in [p for p in running if p in ready]:
+                number = running.pop(pipe)
                 try:
                     outcome, in_setup = pipe.recv()
                 except (EOFError, ConnectionResetError):
@@ -206,12 +206,12 @@ class _Pool:
                     finished(number, outcome)
                 if progress:
                     progress(done, len(jobs))
-                self._give(pipe, waiting, given, jobs)
+                self._assign(pipe, waiting, running, jobs)
             while due in results:
                 yield results.pop(due)
                 due += 1
 
-    def _give(self, pipe: Connection, waiting: Iterator[int], given: dict[Connection, int], jobs: Sequence[Any]) -> None:
+    def _assign(self, pipe: Connection, waiting: Iterator[int], running: dict[Connection, int], jobs: Sequence[Any]) -> None:
         number = next(waiting, None)
         if number is None:
             return
@@ -219,7 +219,7 @@ class _Pool:
             pipe.send(jobs[number])
         except (BrokenPipeError, ConnectionResetError):
             self._dead(pipe, jobs[number])
-        given[pipe] = number
+        running[pipe] = number
 
     def _dead(self, pipe: Any, job: Any) -> None:
         process = self.processes[self.pipes.index(pipe)]
@@ -233,8 +233,8 @@ class _Pool:
 
 
 def _work(pipe: Connection, function: Callable[..., Any], setup: Callable[[], Any] | None, threads: int) -> None:
-    """The life of a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, which then ends us
+    """The main loop of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and then ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -276,14 +276,14 @@ def _prepare(setup: Callable[[], Any] | None, threads: int) -> Any:
 
 
 def _end_with(parent: Any) -> None:
-    """Do not outlive a parent that was killed."""
+    """Exit when the parent process ends, even if it was killed."""
     parent.join()
     os._exit(1)
 
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for children started inside; a fresh interpreter reads them before it loads BLAS."""
+    """Set environment variables for child processes started inside the context, which read them before loading BLAS."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -298,7 +298,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit while workers run, so that they are ended and temporary files removed."""
+    """Turn SIGTERM into SystemExit while workers run, so that workers are stopped and temporary files removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -316,12 +316,12 @@ def _signals() -> Iterator[None]:
 def make_vector(
     name: str, n: int, *, render: Render = "fast", size: int | None = None, n_action_steps: int | None = None
 ) -> Any:
-    """N copies of an environment as a `gymnasium.vector.AsyncVectorEnv`, one process each.
+    """Create N copies of an environment as a `gymnasium.vector.AsyncVectorEnv`, one process each.
 
     Args:
         name: "suite/task".
         n: number of environments.
-        n_action_steps: None steps single actions (n, D); k steps chunks (n, k, D) open loop.
+        n_action_steps: None for steps with single actions (n, D), k for chunks (n, k, D) executed open loop.
         render: as for `make`.
         size: as for `make`.
     """
@@ -331,7 +331,7 @@ def make_vector(
     from gymnasium.vector import AsyncVectorEnv
 
     build = functools.partial(_build, name, render, size, n_action_steps)
-    # A reset after the end belongs to the caller: the next episode's seed is its to choose.
+    # No automatic reset: the caller chooses the seed of the next episode.
     return AsyncVectorEnv([build] * n, context="spawn", autoreset_mode="Disabled")
 
 

@@ -42,7 +42,7 @@ class Options:
 
 def overridden(config: TrainConfig, overrides: Mapping[str, str] | None, assets: Assets) -> TrainConfig:
     """The config with what assets bring along and then its own values; assets that do not fit it are refused."""
-    config = replace(config, objective=config.objective.told(assets))
+    config = replace(config, objective=config.objective.with_assets(assets))
     config = override(config, overrides) if overrides else config
     config.objective.require(assets)
     return config

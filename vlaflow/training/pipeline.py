@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.packages import packages_of, require
-from vlaflow.policies.recipe import DataSpec, Foreseen, Objective
+from vlaflow.policies.recipe import DataSpec, EarlierStages, Objective
 from vlaflow.training import checkpoint
 from vlaflow.training.options import Options, overridden
 from vlaflow.training.recipes import Recipe, find_recipe
@@ -55,19 +55,19 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
             )
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")
-    data, foreseen, planned = DataSpec.of(dataset), Foreseen(), []
+    data, earlier, planned = DataSpec.of(dataset), EarlierStages(), []
     for name in names:
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
-        config = recipe.config(data, foreseen.policy)
-        assets = config.objective.concern(options.assets())
+        config = recipe.config(data, earlier.policy)
+        assets = config.objective.used_assets(options.assets())
         if own.get("vqa") in ("none", "null"):
             assets = replace(assets, vqa=None)
         if recipe.continues:
             assets = replace(assets, tokenizer=None)
         config = overridden(config, own, assets)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
-        foreseen = config.objective.foresee(config, Path(dataset), assets, foreseen, f"{name}.")
+        earlier = config.objective.check_plan(config, Path(dataset), assets, earlier, f"{name}.")
         mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)
         planned.append(Planned(recipe, folder, mine, config.objective))
     if not options.fresh:
