@@ -233,6 +233,14 @@ def test_a_chunk_is_the_same_alone_and_in_a_batch():
         )
 
 
+def test_the_flow_heeds_noise_scale_grid_and_solver():
+    made, quiet = policy(), Dense(grid=(1.0, 0.3, 0.0), noise_scale=0, solver="midpoint")
+    one, other = (made.act(helpers.observation(), quiet, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    assert (one.actions == other.actions).all()
+    assert one.nfe == 4
+    assert (made.act(helpers.observation(), Dense(2)).actions != one.actions).any()
+
+
 @pytest.mark.parametrize("answer", ["parallel", "autoregressive"])
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path, answer):
     made = policy(answer, sees="prefix+latent")
