@@ -18,7 +18,7 @@ from vlaflow.config import from_json, to_json
 from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.registry import OURS, Entry, find, installed, kind_of
+from vlaflow.registry import OURS, RegistryEntry, find, installed, kind_of
 from vlaflow.serving.observation_keys import ObservationKeys, choose
 from vlaflow.simulators.base import Suite, parse_env_name
 from vlaflow.training.recipes import find_recipe, list_recipes
@@ -160,7 +160,7 @@ def test_an_entry_must_be_a_config_of_its_group_under_its_own_name(install, name
 
 
 def test_an_entry_says_its_module():
-    assert Entry("decoders", "x", "package.module:Name").module == "package.module"
+    assert RegistryEntry("decoders", "x", "package.module:Name").module == "package.module"
     assert registry.find("backbones", "TinyConfig").load() is TinyConfig
 
 

@@ -311,3 +311,13 @@ def test_every_system_has_the_same_files():
         f"{relative(s)}/{name}" for s in systems for name in ("policy.py", "recipes.py", "README.md") if not (s / name).exists()
     ]
     assert not missing
+
+
+def test_no_two_classes_share_a_name():
+    """One word for one thing: a reader who searches for a class finds one."""
+    places = {}
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(relative(path))
+    assert not {name: files for name, files in places.items() if len(files) > 1}

@@ -86,7 +86,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegistryEntry:
     """An installed part that is not imported yet.
 
     Args:
@@ -128,12 +128,12 @@ class Entry:
 
 
 @cache
-def installed(group: Group) -> dict[str, tuple[Entry, ...]]:
+def installed(group: Group) -> dict[str, tuple[RegistryEntry, ...]]:
     """All parts of a group by name, vlaflow's own first; a name that several distributions claim has several entries."""
-    found = {name: [Entry(group, name, value)] for name, value in OURS[group].items()}
+    found = {name: [RegistryEntry(group, name, value)] for name, value in OURS[group].items()}
     for point in sorted(entry_points(group=f"vlaflow.{group}"), key=lambda point: point.name):
         origin = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
-        entry = Entry(group, point.name, point.value, origin)
+        entry = RegistryEntry(group, point.name, point.value, origin)
         if entry not in found.setdefault(point.name, []):
             found[point.name].append(entry)
     return {name: tuple(entries) for name, entries in found.items()}
@@ -144,7 +144,7 @@ def names(group: Group) -> tuple[str, ...]:
     return tuple(installed(group))
 
 
-def find(group: Group, name: str, unknown: str = "", *, typed: bool = True) -> Entry:
+def find(group: Group, name: str, unknown: str = "", *, typed: bool = True) -> RegistryEntry:
     """Look up the part of that name without importing it.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlaflow.errors import ConfigError, RequestError
-from vlaflow.robot.realtime import Answer, RealtimeConfig, RealtimeController
+from vlaflow.robot.realtime import RealtimeConfig, RealtimeController, Reply
 from vlaflow.robot.transports import BackgroundTransport, SimulatedTransport
 
 CHUNK_SIZE, DIM = 12, 2
@@ -191,7 +191,7 @@ class Scripted:
         return self.poll(), 0.0
 
     def answer(self, number, value):
-        self.due.append(Answer(number, {"actions": np.full((CHUNK_SIZE, DIM), value, np.float32)}))
+        self.due.append(Reply(number, {"actions": np.full((CHUNK_SIZE, DIM), value, np.float32)}))
 
 
 def begun(transport, **config):
@@ -263,7 +263,7 @@ def test_no_first_chunk_is_an_error():
 )
 def test_a_first_answer_that_is_no_chunk_is_an_error_and_not_waited_for_again(reply):
     transport = Scripted()
-    transport.due.append(Answer(1, reply))
+    transport.due.append(Reply(1, reply))
     controller = RealtimeController(transport, METADATA, RealtimeConfig())
     with pytest.raises(RequestError, match=r"not a finite chunk|no array of numbers"):
         controller.begin({})
@@ -280,7 +280,7 @@ def test_a_chunk_of_another_shape_is_not_executed():
     controller = begun(transport, mode="switch", n_action_steps=1)
     controller.act(dict)
     controller.act(dict)
-    transport.due.append(Answer(2, {"actions": np.full((CHUNK_SIZE, DIM), np.nan)}))
+    transport.due.append(Reply(2, {"actions": np.full((CHUNK_SIZE, DIM), np.nan)}))
     assert controller.act(dict).chunk == 1
     assert controller.counts.failed == 1
 

@@ -120,7 +120,7 @@ def test_every_variant_is_one_override_away_and_runs(dataset, tmp_path, change, 
     assert set(parts) == ({"velocity"} if codes is None else taught)
     findings = check_policy(tmp_path / "p", observations=2)
     assert [f.compute for f in findings[:2]] == ["any", "dense"]
-    assert all(finding.kept for finding in findings)
+    assert all(finding.passed for finding in findings)
 
 
 # -- what a step touches -------------------------------------------------------------------------------------------------------

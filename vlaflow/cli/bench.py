@@ -10,7 +10,7 @@ import tyro
 
 
 @dataclass(frozen=True)
-class Arguments:
+class BenchArguments:
     """Time a checkpoint on this machine, part by part, and write CKPT/latency.json, which --compute budget:MS reads.
 
     Example: vlaflow bench latency runs/a1/policy
@@ -32,7 +32,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow bench ...``; returns the exit status."""
-    given = tyro.cli(Arguments, prog="vlaflow bench", args=argv)
+    given = tyro.cli(BenchArguments, prog="vlaflow bench", args=argv)
 
     from rich.console import Console
     from rich.table import Table

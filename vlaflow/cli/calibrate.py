@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class CalibrateArguments:
     """Measure when a multi-exit checkpoint may answer early, and write CKPT/calibration/NAME.json with plots next to it.
 
     Example: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --exit-budget 0.4
@@ -68,7 +68,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
-    given = tyro.cli(Arguments, prog="vlaflow calibrate", args=argv)
+    given = tyro.cli(CalibrateArguments, prog="vlaflow calibrate", args=argv)
     if given.exit_budget is not None and given.max_deviation is not None:
         raise ConfigError("Give either --exit-budget or --max-deviation: one fixes the compute, the other the risk.")
     require(*PAGES)  # the page comes last, and should not be what fails
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _target(given: Arguments) -> ByRisk | ByShares:
+def _target(given: CalibrateArguments) -> ByRisk | ByShares:
     from vlaflow.evaluation.calibrate import ByRisk, ByShares
 
     if given.max_deviation is not None:
@@ -109,7 +109,7 @@ def _target(given: Arguments) -> ByRisk | ByShares:
     return ByShares(given.exit_distribution, 0.4 if given.exit_budget is None else given.exit_budget, given.first_exit)
 
 
-def _name(given: Arguments) -> str:
+def _name(given: CalibrateArguments) -> str:
     if given.max_deviation is not None:
         return f"deviation-{given.max_deviation:g}"
     return f"budget-{0.4 if given.exit_budget is None else given.exit_budget:g}"

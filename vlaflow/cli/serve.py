@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class ServeArguments:
     """Serve a checkpoint to robots that speak openpi's protocol.
 
     Example: vlaflow serve runs/demo/rated --observation-keys metaworld --compute refine
@@ -76,7 +76,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
-    a = tyro.cli(Arguments, args=argv, prog="vlaflow serve")
+    a = tyro.cli(ServeArguments, args=argv, prog="vlaflow serve")
 
     import torch
 

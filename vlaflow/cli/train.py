@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class TrainArguments:
     """What ``vlaflow train`` takes."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
@@ -50,7 +50,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Train by recipe. Status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
-    given = tyro.cli(Arguments, args=argv, prog="vlaflow train", description=_description())
+    given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
     overrides = dict(_pair(text) for text in given.set)
     for key, value in (("steps", given.steps), ("batch_size", given.batch_size)):
         if value is not None:
@@ -58,10 +58,11 @@ def main(argv: list[str]) -> int:
 
     find_recipe(given.recipe)  # a misspelt name is answered before torch is loaded
 
-    from vlaflow.training.run import Options, train
+    from vlaflow.training.run import Options, leave_group, train
 
     options = Options(overrides, given.tracker, given.fresh, vqa=given.vqa, tokenizer=given.tokenizer, latent=given.latent)
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
+    leave_group()
     if os.environ.get("RANK", "0") == "0":  # launched several times over, one process speaks
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
     return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0

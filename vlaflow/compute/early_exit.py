@@ -69,12 +69,12 @@ class ExitPlan:
         generators: Sequence[Generator],
         watch: Stopwatch,
         conditioning: Conditioning | None = None,
-    ) -> Answers:
+    ) -> ExitAnswers:
         """The chunks of these observations, one depth after the other."""
-        return Answers(self, model, prefix, generators, watch=watch, conditioning=conditioning)
+        return ExitAnswers(self, model, prefix, generators, watch=watch, conditioning=conditioning)
 
 
-class Answers:
+class ExitAnswers:
     """Chunks of growing depth for observations under way; ``keep`` drops those that are done."""
 
     def __init__(

@@ -66,7 +66,7 @@ class RealtimeConfig:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What came of a request.
 
     Args:
@@ -86,15 +86,15 @@ class Transport(Protocol):
     def ask(self, number: int, request: Mapping[str, Any]) -> None:
         """Send a request; never blocks."""
 
-    def poll(self) -> list[Answer]:
+    def poll(self) -> list[Reply]:
         """Answers that have come since; never blocks."""
 
-    def wait(self) -> tuple[list[Answer], float]:
+    def wait(self) -> tuple[list[Reply], float]:
         """At least one answer, and how many control periods it took."""
 
 
 @dataclass
-class Counts:
+class RealtimeCounts:
     """What happened, since the controller was made.
 
     Args:
@@ -173,7 +173,7 @@ class RealtimeController:
     transport: Transport
     metadata: Mapping[str, Any]
     config: RealtimeConfig = field(default_factory=RealtimeConfig)
-    counts: Counts = field(default_factory=Counts)
+    counts: RealtimeCounts = field(default_factory=RealtimeCounts)
     failure: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -269,7 +269,7 @@ class RealtimeController:
         self.counts.requests += 1
         self.transport.ask(self._number, message)
 
-    def _take(self, answers: list[Answer], measured: bool = False) -> None:
+    def _take(self, answers: list[Reply], measured: bool = False) -> None:
         for answer in answers:
             asked = self._request
             if asked is None or answer.number != asked.number:
@@ -297,7 +297,7 @@ class RealtimeController:
             self._chunks.append(_Chunk(answer.number, action_LD, origin_L, asked.moved))
             self._chunks = [c for c in self._chunks if self._moved - c.start < self._chunk_size]
 
-    def _actions(self, answer: Answer) -> np.ndarray:
+    def _actions(self, answer: Reply) -> np.ndarray:
         if answer.reply is None:
             raise RequestError(answer.error)
         try:

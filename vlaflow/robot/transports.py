@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from vlaflow.errors import ConfigError, RequestError
-from vlaflow.robot.realtime import Answer
+from vlaflow.robot.realtime import Reply
 
 logger = logging.getLogger("vlaflow.robot")
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -44,7 +44,7 @@ class BackgroundTransport:
         self._client = client
         self._rate_hz = float(client.metadata["rate_hz"])
         self._requests: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue()
-        self._answers: queue.Queue[Answer] = queue.Queue()
+        self._answers: queue.Queue[Reply] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -52,7 +52,7 @@ class BackgroundTransport:
         """See ``Transport``."""
         self._requests.put((number, request))
 
-    def poll(self) -> list[Answer]:
+    def poll(self) -> list[Reply]:
         """See ``Transport``."""
         found = []
         while True:
@@ -61,7 +61,7 @@ class BackgroundTransport:
             except queue.Empty:
                 return found
 
-    def wait(self) -> tuple[list[Answer], float]:
+    def wait(self) -> tuple[list[Reply], float]:
         """See ``Transport``."""
         began = time.monotonic()
         first = self._answers.get()
@@ -82,12 +82,12 @@ class BackgroundTransport:
         while (item := self._requests.get()) is not None:
             number, request = item
             try:
-                answer = Answer(number, self._client.infer(request))
+                answer = Reply(number, self._client.infer(request))
             except RequestError as error:
-                answer = Answer(number, None, str(error))
+                answer = Reply(number, None, str(error))
             except Exception as error:
                 logger.exception("request %d met a defect of the client", number)
-                answer = Answer(number, None, f"{type(error).__name__}: {error}")
+                answer = Reply(number, None, f"{type(error).__name__}: {error}")
             self._answers.put(answer)
 
 
@@ -103,23 +103,23 @@ class SimulatedTransport:
 
     def __init__(self, infer: Infer, delay: Callable[[], int]) -> None:
         self._infer, self._delay, self._now = infer, delay, 0
-        self._under_way: list[tuple[int, Answer]] = []
+        self._under_way: list[tuple[int, Reply]] = []
 
     def ask(self, number: int, request: Mapping[str, Any]) -> None:
         """See ``Transport``."""
         try:
-            answer = Answer(number, self._infer(request))
+            answer = Reply(number, self._infer(request))
         except RequestError as error:
-            answer = Answer(number, None, str(error))
+            answer = Reply(number, None, str(error))
         self._under_way.append((self._now + self._delay(), answer))
 
-    def poll(self) -> list[Answer]:
+    def poll(self) -> list[Reply]:
         """See ``Transport``."""
         due = [answer for when, answer in self._under_way if when <= self._now]
         self._under_way = [(when, answer) for when, answer in self._under_way if when > self._now]
         return due
 
-    def wait(self) -> tuple[list[Answer], float]:
+    def wait(self) -> tuple[list[Reply], float]:
         """See ``Transport``; the robot stands, so the time passes at once."""
         began = self._now
         self._now = max(self._now, min(when for when, _ in self._under_way))

@@ -39,7 +39,7 @@ from websockets.typing import Subprotocol
 
 from vlaflow.errors import RequestError
 from vlaflow.serving.engine import Engine
-from vlaflow.serving.request_log import OUTCOMES, RECENT, Entry, Event, RequestLog, sentence
+from vlaflow.serving.request_log import OUTCOMES, RECENT, Event, RequestEntry, RequestLog, sentence
 from vlaflow.spec import Chunk, Observation
 
 PAGE, STREAM = "/dashboard", "/dashboard/stream"
@@ -83,14 +83,14 @@ class Dashboard:
     instruction: str | None = None
     watchers: int = 0
     told: int = 0
-    _last: tuple[Entry, Observation, Chunk, float] | None = None
+    _last: tuple[RequestEntry, Observation, Chunk, float] | None = None
     _work: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=120))
     _followed: int = 0
     _ignored: int = 0
 
     # -- what the server tells ---------------------------------------------------------------------------------------
 
-    def saw(self, entry: Entry) -> None:
+    def saw(self, entry: RequestEntry) -> None:
         """A request has ended."""
         if entry.chunk is not None and entry.observation is not None:
             self._last = entry, entry.observation, entry.chunk, time.monotonic()
@@ -143,7 +143,7 @@ class Dashboard:
         listening = asyncio.create_task(self._listen(connection, name))
         try:
             await connection.send(json.dumps(_finite({"kind": "hello", **self.hello})))
-            shown: Entry | None = None
+            shown: RequestEntry | None = None
             while not listening.done():
                 last = self._last if self._last is not None and self._last[0] is not shown else None
                 shown = self._last[0] if self._last is not None else None
@@ -222,7 +222,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _message(now: dict[str, Any], lines: list[dict[str, Any]], last: tuple[Entry, Observation, Chunk, float] | None) -> str:
+def _message(
+    now: dict[str, Any], lines: list[dict[str, Any]], last: tuple[RequestEntry, Observation, Chunk, float] | None
+) -> str:
     """What a page is told; runs in a thread."""
     message: dict[str, Any] = {"kind": "now", **now, "lines": lines}
     if last is not None:

@@ -50,7 +50,7 @@ class EngineConfig:
 
 
 @dataclass
-class Counts:
+class BatchCounts:
     """What the engine has done."""
 
     requests: int = 0
@@ -99,7 +99,7 @@ class Engine:
 
     policy: Policy
     config: EngineConfig = field(default_factory=EngineConfig)
-    counts: Counts = field(default_factory=Counts)
+    counts: BatchCounts = field(default_factory=BatchCounts)
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ class Event:
 
 
 @dataclass
-class Entry:
+class RequestEntry:
     """A request under way; the handler records its outcome."""
 
     client: str
@@ -110,7 +110,7 @@ class RequestLog:
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
     recent: deque[tuple[float, float, str]] = field(default_factory=lambda: deque(maxlen=RECENT))
     lines: deque[Event] = field(default_factory=lambda: deque(maxlen=LINES))
-    observer: Callable[[Entry], None] | None = None
+    observer: Callable[[RequestEntry], None] | None = None
     _requests: int = 0
 
     def say(self, event: str, client: str | None = None, note: str | None = None, **more: Any) -> None:
@@ -135,10 +135,10 @@ class RequestLog:
         self.say("turned away", client, why)
 
     @contextmanager
-    def request(self, client: str) -> Iterator[Entry]:
+    def request(self, client: str) -> Iterator[RequestEntry]:
         """A request, from its frame to its answer."""
         self._requests += 1
-        entry = Entry(client, self._requests, time.perf_counter())
+        entry = RequestEntry(client, self._requests, time.perf_counter())
         try:
             yield entry
         except asyncio.CancelledError:

@@ -43,7 +43,7 @@ from vlaflow.robot import wire
 from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import ActRequest, Engine, EngineConfig
 from vlaflow.serving.observation_keys import ObservationKeys, committed, read
-from vlaflow.serving.request_log import Entry, OneLine, RequestLog
+from vlaflow.serving.request_log import OneLine, RequestEntry, RequestLog
 from vlaflow.spec import ActionSpec, Chunk
 
 logger = logging.getLogger("vlaflow.serving")
@@ -323,7 +323,7 @@ class PolicyServer:
             else reply
         )
 
-    async def _answer(self, frame: str | bytes, chunks: int, entry: Entry) -> tuple[dict[str, Any] | str, int]:
+    async def _answer(self, frame: str | bytes, chunks: int, entry: RequestEntry) -> tuple[dict[str, Any] | str, int]:
         if isinstance(frame, str):
             raise RequestError("Requests are binary msgpack frames; this was text.")
         request = wire.unpack(frame, self.config.most_bytes)

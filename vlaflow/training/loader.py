@@ -31,7 +31,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """One part of a step's batch.
 
     Args:
@@ -77,9 +77,9 @@ class Loader:
         # Beside a CPU model a loading thread only takes its cores away: loading is one hundredth of a step there.
         ahead = device.type != "cpu" if ahead is None else ahead
         self._ahead = ThreadPoolExecutor(1, "feed") if ahead else None
-        self._next: tuple[int, Future[list[Part]]] | None = None
+        self._next: tuple[int, Future[list[StepPart]]] | None = None
 
-    def step(self, step: int) -> list[Part]:
+    def step(self, step: int) -> list[StepPart]:
         """The parts of step 0, 1, 2, ..."""
         if self._ahead is None:
             return self._load(step)
@@ -92,7 +92,7 @@ class Loader:
         if self._ahead is not None:
             self._ahead.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, step: int) -> list[Part]:
+    def _load(self, step: int) -> list[StepPart]:
         c, rank = self.config, self.place.rank
         mine = self.order.indices(step)[rank * c.batch_size : (rank + 1) * c.batch_size]
         parts = []
@@ -109,7 +109,7 @@ class Loader:
                 batch = replace(batch, observation=replace(batch.observation, known_BS=known_BS))
             generator = Generator().manual_seed(mix("loss", c.seed, step, rank, number))
             shared = Generator().manual_seed(mix("shared", c.seed, step))
-            parts.append(Part(batch, self.prepare(batch).to(self.device, non_blocking=True), generator, shared))
+            parts.append(StepPart(batch, self.prepare(batch).to(self.device, non_blocking=True), generator, shared))
         return parts
 
     def _changed(self, batch: Sample, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Sample:
@@ -137,7 +137,7 @@ class Alternating:
         """How many of the steps 0 .. step − 1 are on questions."""
         return int(step * self.share)
 
-    def step(self, step: int) -> list[Part]:
+    def step(self, step: int) -> list[StepPart]:
         """The parts of step 0, 1, 2, ...: all actions or all questions."""
         asked = self.vqa_steps_before(step)
         return self.asking.step(asked) if self.vqa_steps_before(step + 1) > asked else self.acting.step(step - asked)
@@ -175,7 +175,7 @@ class Held:
         chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
         self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
 
-    def parts(self, place: Place, device: torch.device, prepare: Prepare) -> Iterator[tuple[Part, bool]]:
+    def parts(self, place: Place, device: torch.device, prepare: Prepare) -> Iterator[tuple[StepPart, bool]]:
         """The batches of one process, and whether each counts.
 
         Every process gets equally many, as sharded models need; the surplus ones are repetitions that do not count.
@@ -185,4 +185,4 @@ class Held:
             generator = Generator().manual_seed(mix("validation", self.seed, number % total))
             shared = Generator().manual_seed(mix("shared validation", self.seed))
             batch = self.source.batch(self.batches[number % total])
-            yield Part(batch, prepare(batch).to(device, non_blocking=True), generator, shared), number < total
+            yield StepPart(batch, prepare(batch).to(device, non_blocking=True), generator, shared), number < total

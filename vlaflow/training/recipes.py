@@ -37,7 +37,7 @@ class Recipe:
     system: str
     function: str
     summary: str
-    entry: registry.Entry
+    entry: registry.RegistryEntry
 
     @property
     def name(self) -> str:

@@ -127,3 +127,13 @@ def train_stage(
         tracker=options.tracker,
         fresh=options.fresh,
     ).run()
+
+
+def leave_group() -> None:
+    """End the communication of processes that train together; call it last.
+
+    A process that exits while the group's threads still run is aborted now and then ("terminate called without an active
+    exception"), and its launcher then takes a finished training for a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

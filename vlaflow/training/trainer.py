@@ -36,7 +36,7 @@ from vlaflow.training import checkpoint
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.full_tensor import reshard, whole
-from vlaflow.training.loader import Held, Loader, Part, Place, alternating, mix
+from vlaflow.training.loader import Held, Loader, Place, StepPart, alternating, mix
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
@@ -207,7 +207,7 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _one_step(self, stop: bool) -> tuple[dict[str, Any], bool, Part]:
+    def _one_step(self, stop: bool) -> tuple[dict[str, Any], bool, StepPart]:
         """Take step number ``self.step``.
 
         Returns:
@@ -257,7 +257,7 @@ class Trainer:
             parts[0],
         )
 
-    def _diverged(self, complaint: str, parts: list[Part]) -> str:
+    def _diverged(self, complaint: str, parts: list[StepPart]) -> str:
         look = "Look at them" if isinstance(parts[0].batch, VqaBatch) else "Look at them (vlaflow data show)"
         return (
             f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: "
@@ -293,7 +293,7 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def _measure(self, parts: Iterable[tuple[Part, bool]]) -> dict[str, float]:
+    def _measure(self, parts: Iterable[tuple[StepPart, bool]]) -> dict[str, float]:
         """Losses on samples, of which some count, with the averaged weights."""
         module = self.stage.module
         module.eval()
@@ -313,7 +313,7 @@ class Trainer:
 
     # -- saving and continuing ---------------------------------------------------------------------------------------
 
-    def _save(self, part: Part) -> None:
+    def _save(self, part: StepPart) -> None:
         """Write a checkpoint of weights that are finite and, on samples of the step just taken, give a finite loss.
 
         Raises:
@@ -420,7 +420,7 @@ class _Silent:
         """Nothing: the first process reports for all."""
 
 
-def _shares(parts: list[Part]) -> list[float]:
+def _shares(parts: list[StepPart]) -> list[float]:
     """Each part's weight in the step, by valid actions (or answers); they add up to 1."""
     counts = [part.batch.targets for part in parts]
     total = sum(counts)
