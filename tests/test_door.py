@@ -54,7 +54,7 @@ def test_names_are_listed_before_they_are_used():
     assert {*vlaflow.__all__, "__version__"} <= set(listed)
 
 
-@pytest.mark.parametrize(("typed", "hint"), [("Polcy", "did you mean 'Policy'"), ("xyz", "valid names: ActionSpec, ")])
+@pytest.mark.parametrize(("typed", "hint"), [("Policee", "did you mean 'Policy'"), ("xyz", "valid names: ActionSpec, ")])
 def test_an_unknown_name_gets_the_nearest_one(typed, hint):
     with pytest.raises(AttributeError, match=hint):
         getattr(vlaflow, typed)

@@ -192,15 +192,15 @@ def test_every_draw_leaves_early_for_itself():
     out = decode(policy, Consensus(8, "mean", inner))
     torch.testing.assert_close(out.action_BLD, single_draws(policy, inner, 8).mean(1), **ROUNDING)
     first, second = plan.sampling.steps * (1 + 2), plan.sampling.steps * (1 + 2 + 3)
-    lates = []
+    counts = []
     for row in range(2):  # some draws leave at depth 2 and the rest at depth 3; the first layer was read once
         late, rest = divmod(out.layer_passes[row] - 1 - 8 * (1 + first), 1 + second - first)
         assert rest == 0
         assert 0 <= late <= 8
         assert out.nfe[row] == plan.sampling.steps * (2 * 8 + late)
         assert out.layers[row] == (3 if late else 2)
-        lates.append(late)
-    assert any(0 < late < 8 for late in lates)
+        counts.append(late)
+    assert any(0 < late < 8 for late in counts)
 
 
 def test_refinement_regenerates_where_the_draws_lie_apart(monkeypatch):

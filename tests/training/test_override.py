@@ -59,7 +59,7 @@ def test_nested_groups_are_given_as_json():
         ("optim.schedule", "cosin", "did you mean 'cosine'"),
         ("steps.more", "1", "is 6, not a group"),
         ("policy.rater.depth", "1", "'policy.rater' is not set in this recipe"),
-        ("polcy.n_action_steps", "1", "did you mean 'policy'"),
+        ("policee.n_action_steps", "1", "did you mean 'policy'"),
         ("policy.n_action_stpes", "1", "did you mean 'n_action_steps'"),
         ("objective.policy.n_action_steps", "1", "Unknown key 'objective'"),
         ("batch_size", "0", "at least 1"),
