@@ -45,7 +45,7 @@ CASES = {
     "fit FAST": (["data", "fit-tokenizer", "DATA", "--out", "OUT/fast.json", "--chunk-size", "4"], "tokens"),
     "fit bins": (["data", "fit-tokenizer", "DATA", "--out", "OUT/bins.json", "--chunk-size", "4", "--kind", "bins"], WORKS),
     "compare tokenizers": (["data", "tokenizer-report", "DATA", "--out", "OUT/tokens.html", "--chunk-size", "4"], "viz"),
-    "look at latent actions": (["data", "latent-report", "LATENT", "--dataset", "DATA", "--out", "OUT/latent.html"], "viz"),
+    "report on latent actions": (["data", "latent-report", "LATENT", "--dataset", "DATA", "--out", "OUT/latent.html"], "viz"),
 }
 
 

@@ -140,8 +140,8 @@ def test_every_command_shows_an_example_in_its_help(name):
 
 
 def test_a_demo_in_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
-    from vlaflow.cli.demo import Demo, Diary, Settings
+    from vlaflow.cli.demo import Demo, DemoLog, Settings
 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be created .* Choose another --out"):
-        Diary(tmp_path / "file/deeper/demo", Settings.of(Demo(quick=True)))
+        DemoLog(tmp_path / "file/deeper/demo", Settings.of(Demo(quick=True)))

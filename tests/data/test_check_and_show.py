@@ -60,7 +60,7 @@ def test_check_remarks_on_what_may_be_meant(copy):
 
 def test_command_check_returns_0_or_1(copy, capsys):
     assert main(["check", str(copy)]) == 0
-    assert f"Sound: {sum(LENGTHS)} rows read, {2 * sum(LENGTHS)} frames decoded" in capsys.readouterr().out
+    assert f"No problems: {sum(LENGTHS)} rows read, {2 * sum(LENGTHS)} frames decoded" in capsys.readouterr().out
     cut_in_half(next(copy.glob("videos/*corner/*/*.mp4")))
     assert main(["check", str(copy)]) == 1
     printed = capsys.readouterr().out

@@ -141,4 +141,4 @@ def test_a_folder_of_another_demo_is_refused(demo, tmp_path, capsys):
     assert "choose another --out" in capsys.readouterr().err
     (tmp_path / "precious.txt").write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "not a demo" in capsys.readouterr().err
+    assert "contains no demo" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_the_page_shows_every_pair_and_every_transfer(root, tmp_path, capsys):
         assert part in page
     assert "http" not in page.replace("http://www.w3.org", "")
     said = capsys.readouterr().out
-    assert re.search(r"\d+ of 16 entries used, perplexity [\d.]+; the codes bring back", said)
+    assert re.search(r"\d+ of 16 entries used, perplexity [\d.]+; the codes reconstruct", said)
     assert "of the actions' variance" in said
 
 

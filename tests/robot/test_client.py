@@ -77,9 +77,7 @@ def test_a_server_without_metadata_is_given_up_and_leaves_no_thread():
         assert until(lambda: threading.active_count() <= before)
 
 
-@pytest.mark.parametrize(
-    ("first", "sentence"), [("hello", "text instead of its metadata"), (wire.pack([1]), "began with a list")]
-)
+@pytest.mark.parametrize(("first", "sentence"), [("hello", "text instead of its metadata"), (wire.pack([1]), "sent a list")])
 def test_metadata_is_a_map(first, sentence):
     with answering(lambda connection: connection.send(first)) as address, pytest.raises(RequestError, match=sentence):
         Client(address)
@@ -91,7 +89,7 @@ def test_a_server_that_hangs_up_at_every_request_is_one_sentence():
         connection.recv()
 
     with answering(once) as address, Client(address) as client:
-        with pytest.raises(RequestError, match="ended the connection twice"):
+        with pytest.raises(RequestError, match="closed the connection twice"):
             client.infer({})
         assert client.reconnected == 1
 
@@ -103,7 +101,7 @@ def test_a_server_that_was_started_anew_and_continues_less_is_refused():
         client.infer(request(0))
     with client:
         less = serving(policy=helpers.policy(masks="synchronous", committed=2), port=port_of(address))
-        with less, pytest.raises(RequestError, match="another max action prefix than this client began with"):
+        with less, pytest.raises(RequestError, match="another max action prefix than this client was created with"):
             client.infer(request(0))
         with serving(policy=helpers.policy(masks="synchronous", committed=4), port=port_of(address)):
             client.infer(request(0))
@@ -126,7 +124,7 @@ def test_a_server_that_was_started_anew_for_another_robot_does_not_move_this_one
     with client:
         with serving(policy=replace(POLICY, action_spec=absolute), port=port_of(address)):
             for _ in range(2):
-                with pytest.raises(RequestError, match="another action spec than this client began with"):
+                with pytest.raises(RequestError, match="another action spec than this client was created with"):
                     client.infer(request(0))
         with serving(port=port_of(address)):
             np.testing.assert_array_equal(client.infer(request(0, seed=3))["actions"], expected(0, 3))

@@ -238,7 +238,7 @@ def test_a_failed_answer_is_asked_for_again_while_the_robot_goes_on(caplog):
     assert chunks(moves) == [1] * 7 + [4] * 2
     assert robot.controller.counts.failed == 2
     assert caplog.text.count("the server is gone") == 1  # two failures in a row, said once
-    assert "answered again" in caplog.text
+    assert "succeeded again" in caplog.text
 
 
 def test_no_first_chunk_is_an_error():
@@ -299,10 +299,10 @@ def test_jitter_never_makes_committing_jump_within_what_it_remembers():
     ("config", "metadata", "sentence"),
     [
         ({"n_action_steps": 0}, METADATA, "at least 1"),
-        ({"n_action_steps": CHUNK_SIZE}, METADATA, "n_action_steps is at most 11"),
-        ({"n_action_steps": CHUNK_SIZE + 1, "mode": "wait"}, METADATA, "n_action_steps is at most 12"),
+        ({"n_action_steps": CHUNK_SIZE}, METADATA, "n_action_steps must be at most 11"),
+        ({"n_action_steps": CHUNK_SIZE + 1, "mode": "wait"}, METADATA, "n_action_steps must be at most 12"),
         ({"mode": "commit"}, {**METADATA, "max_action_prefix": 0}, "cannot continue committed actions"),
-        ({}, {"rate_hz": 50.0}, "does not say its 'chunk_size'"),
+        ({}, {"rate_hz": 50.0}, "lacks 'chunk_size'"),
     ],
 )
 def test_impossible_settings_are_refused(config, metadata, sentence):

@@ -198,10 +198,10 @@ def test_pages_that_never_read_slow_nobody_and_miss_frames():
         assert until(lambda: server.dashboard.watchers == 2)
         for _ in range(60):
             np.testing.assert_array_equal(client.infer({**seen, "seed": 0})["actions"], known)
-        made = server.dashboard.told
+        made = server.dashboard.messages_sent
         for _ in range(10):
             client.infer({**seen, "seed": 0})
-        assert server.dashboard.told == made
+        assert server.dashboard.messages_sent == made
         for page in pages:
             page.close()
         assert until(lambda: server.dashboard.watchers == 0)
@@ -211,7 +211,7 @@ def test_a_fifth_page_is_turned_away():
     with serving(dashboard=True) as (_, address), ExitStack() as open_:
         for _ in range(4):
             json.loads(open_.enter_context(watching(address)).recv(10))
-        with pytest.raises(ConnectionClosed, match="4 pages watch already"), watching(address) as fifth:
+        with pytest.raises(ConnectionClosed, match="4 pages are already watching"), watching(address) as fifth:
             fifth.recv(10)
 
 
@@ -287,7 +287,7 @@ def test_what_is_typed_into_the_browser_is_what_the_policy_is_told(shown):
     page.run("document.getElementById('words').value = 'Close it'; document.getElementById('set').click()")
     assert page.until("document.getElementById('standing').textContent.startsWith('In force: “Close it”')")
     assert client.infer(request(0, follow_operator=True))["instruction"] == "Close it"
-    assert page.until("document.getElementById('standing').textContent.includes('1 requests followed, 0 kept')")
+    assert page.until("document.getElementById('standing').textContent.includes('1 requests followed it, 0 kept')")
     page.run("document.getElementById('clear').click()")
     assert page.until("document.getElementById('standing').textContent.startsWith('Off')")
     assert page.run("document.getElementById('clear').disabled")
@@ -375,5 +375,5 @@ def test_an_instruction_that_cannot_be_sent_is_said_to_be_lost(tab):
         tab.until("!document.getElementById('clear').disabled")
     tab.until("document.getElementById('link').textContent != 'live'")
     tab.run("document.getElementById('clear').click()")
-    assert tab.until("document.getElementById('refusal').textContent.includes('was not told')")
+    assert tab.until("document.getElementById('refusal').textContent.includes('was not sent')")
     assert tab.run("document.getElementById('words').value") == "Stop"

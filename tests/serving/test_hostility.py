@@ -239,7 +239,7 @@ def test_a_flood_of_requests_from_one_client_keeps_no_other_waiting():
 def test_more_connections_than_the_limit_are_turned_away_with_a_sentence():
     with serving(connections=2) as (server, address):
         with Client(address) as first, Client(address):
-            with pytest.raises(RequestError, match="does not take this client: 2 clients are connected already"):
+            with pytest.raises(RequestError, match="refuses this client: 2 clients are connected already"):
                 Client(address)
             with pytest.raises(InvalidStatus, match="503"), connect(address):
                 pass
@@ -353,7 +353,7 @@ def test_a_server_killed_in_the_middle_of_a_request_leaves_nothing_behind():
     process.kill()
     process.communicate()
     assert not family
-    with pytest.raises(RequestError, match=f"ws://127.0.0.1:{port} cannot be reached: .* Start it: vlaflow serve CKPT"):
+    with pytest.raises(RequestError, match=f"ws://127.0.0.1:{port} cannot be reached: .* Start the server: vlaflow serve CKPT"):
         client.infer(request(0))
     with serving(port=port):  # the same port, at once
         np.testing.assert_array_equal(client.infer(request(0, seed=3))["actions"], expected(0, 3))

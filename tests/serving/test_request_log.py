@@ -125,7 +125,7 @@ def test_a_defect_is_in_the_log_with_its_traceback_and_nowhere_else(lines):
 
     with serving(compute=Broken(0)) as (_, address), Client(address) as client, pytest.raises(RequestError) as caught:
         client.infer(request(0))
-    assert str(caught.value) == "The server failed on this request; its log says why."
+    assert str(caught.value) == "The server failed on this request; see its log."
     found = [json.loads(line) for line in lines]
     (traceback,) = [line for line in found if "traceback" in line]
     assert "KeyError: 'inside'" in traceback["traceback"]

@@ -80,7 +80,7 @@ def test_every_connection_has_its_own_noise_which_reset_starts_over(address):
         ({**request(), "prompt": "x" * 500}, "at most 32"),
         ({**request(), "seed": -1}, "'seed' must be a number"),
         ({**request(), "endpoint": "delete"}, "no endpoint"),
-        ([1, 2], "A request is a map"),
+        ([1, 2], "A request must be a map"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_the_connection_stays(address, bad, sentence):
@@ -124,14 +124,14 @@ def test_a_server_can_be_told_to_guide(address):
     [
         ({"inference_delay": 2}, "send both"),
         ({"action_prefix": [[1.0] * 4]}, "must be an array of actions"),
-        ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 1.5}, "whole number"),
+        ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 1.5}, "integer number"),
         ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 3}, "must lie in 0 .."),
         ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": -1}, "must lie in 0 .."),
         ({"action_prefix": np.full((2, 4), np.inf, np.float32)}, "finite"),
         ({"action_prefix": np.array(1.0)}, "'action_prefix'"),
         ({"action_prefix": np.zeros((2, 3), np.float32)}, "4 dimensions here, got 3"),
         ({"action_prefix": np.zeros((6, 4), np.float32)}, "at most 5 committed"),
-        ({"budget_ms": 5}, "does not know what fits"),
+        ({"budget_ms": 5}, "no latency profile"),
     ],
 )
 def test_what_cannot_be_continued_or_budgeted_is_one_sentence(address, bad, sentence):
@@ -333,7 +333,7 @@ def test_health_metrics_and_the_token():
         assert urllib.request.urlopen(f"{web}/healthz").read() == b"OK\n"
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{web}/metrics")
-        with pytest.raises(RequestError, match="does not take this client: Send 'Authorization: Api-Key TOKEN'"):
+        with pytest.raises(RequestError, match="refuses this client: Send 'Authorization: Api-Key TOKEN'"):
             Client(address)
         with Client(address, token="secret") as client:
             client.infer(request(0))
@@ -352,7 +352,7 @@ def test_a_spec_with_endless_ranges_matches_itself():
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
-    [({"token": ""}, "token is empty"), ({"port": 70_000}, r"0\.\.65535"), ({"connections": 0}, "at least one connection")],
+    [({"token": ""}, "token is empty"), ({"port": 70_000}, r"0\.\.65535"), ({"connections": 0}, "must be at least 1")],
 )
 def test_impossible_places_are_refused(wrong, sentence):
     with pytest.raises(ConfigError, match=sentence):
@@ -387,7 +387,7 @@ def test_a_restarted_server_is_found_again():
         np.testing.assert_array_equal(client.infer(request(0, seed=3))["actions"], expected(0, 3))
         assert client.reconnected == 1
         client.close()
-    with pytest.raises(RequestError, match="Start it: vlaflow serve"):
+    with pytest.raises(RequestError, match="Start the server: vlaflow serve"):
         Client(address)
 
 
@@ -413,7 +413,7 @@ def test_layouts_read_what_openpis_clients_send():
     own = choose("libero", ("front",), images=("cam",), state=("joints", "grip"))
     assert own["observation_keys"] == replace(observation_keys.LIBERO, images=("cam",), state=("joints", "grip"))
     assert read({"cam": image, "joints": [1, 2], "grip": 3, "prompt": "z"}, **own).state.tolist() == [1, 2, 3]
-    with pytest.raises(ConfigError, match="Name the keys of its images with --image"):
+    with pytest.raises(ConfigError, match="Name the keys of the images with --image"):
         choose("libero", ("front",))
     with pytest.raises(ConfigError, match="no observation keys 'libro'; did you mean 'libero'"):
         choose("libro", ("a", "b"))

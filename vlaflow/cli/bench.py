@@ -1,4 +1,4 @@
-"""``vlaflow bench latency``: how long each part of a chunk takes on this machine, for budgets in milliseconds."""
+"""``vlaflow bench latency``: the latency of each part of a chunk on this machine, for budgets in milliseconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class BenchArguments:
 
     Example: vlaflow bench latency runs/a1/policy
 
-    Nothing else should run meanwhile.
+    Nothing else should run at the same time.
     """
 
     what: Annotated[Literal["latency"], tyro.conf.Positional]
@@ -23,9 +23,9 @@ class BenchArguments:
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """Folder of a checkpoint."""
     rounds: int = 100
-    """Times each part is measured."""
+    """Number of measurements of each part."""
     threads: int = 1
-    """Threads of torch; evaluation and serving take one."""
+    """Number of torch threads; evaluation and serving use one."""
     device: str = "cpu"
     """Where the networks run."""
 

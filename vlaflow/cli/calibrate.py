@@ -1,4 +1,4 @@
-"""``vlaflow calibrate``: when may a checkpoint answer before its last layer, measured on held-out data."""
+"""``vlaflow calibrate``: thresholds of early exits, measured on held-out data."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrateArguments:
-    """Measure when a multi-exit checkpoint may answer early, and write CKPT/calibration/NAME.json with plots next to it.
+    """Calibrate the early exits of a checkpoint, and write CKPT/calibration/NAME.json with a page of plots next to it.
 
     Example: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --exit-budget 0.4
 
     Then: vlaflow eval runs/a1/policy --env metaworld/drawer-open-v3 --compute dense --compute exit:budget-0.4
 
-    Half of the held-out episodes choose the thresholds, the other half show what these do. Give either a budget (which share of
-    the chunks leaves at which depth) or a largest deviation from the answer of full depth.
+    Half of the held-out episodes determine the thresholds, the other half show their effect. Give either a budget (the share of
+    chunks that exit at each depth) or a largest deviation from the chunk of full depth.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """Folder of a checkpoint trained with exits."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """LeRobot data set; of the checkpoint's own, the episodes that training held out are taken."""
+    """LeRobot data set; for the data set of the training, its held-out episodes are used."""
     exit_budget: float | None = None
-    """Compute budget c of the exit distribution; smaller leaves earlier. 0.4 unless a deviation is given."""
+    """Compute budget c of the exit distribution; smaller values exit earlier. 0.4 unless --max-deviation is given."""
     exit_distribution: Literal["exponential", "gaussian", "gamma"] = "exponential"
     """Family of the exit distribution."""
     first_exit: bool = True
-    """Whether the first exit may be taken at all."""
+    """Whether to use the first exit."""
     max_deviation: float | None = None
-    """Largest difference of a chunk from the full depth's, by --deviation on normalised actions; instead of --exit-budget."""
+    """Largest difference of a chunk from that of full depth, in --deviation on normalised actions; replaces --exit-budget."""
     confidence: float = 0.9
-    """With --max-deviation: at least this share of the chunks stays within it (holds with 95 % probability)."""
+    """With --max-deviation: at least this share of the chunks stays within it (with 95 % probability)."""
     deviation: Literal["max_abs", "mean_abs", "l2", "cosine"] = "max_abs"
     """How the deviation is measured; max_abs is in standard deviations of the actions."""
     name: str | None = None
-    """Name of the calibration; made of the target by default."""
+    """Name of the calibration; derived from the target by default."""
     depths: tuple[int, ...] = ()
-    """Depths that answer, the last the full one; all that were trained by default. The first is only compared with."""
+    """Depths of the exits, ending with the full one; all trained ones by default. The first is only compared with."""
     metric: Literal["cosine", "l2", "mean_abs", "max_abs"] = "cosine"
-    """How two answers are compared."""
+    """How the chunks of two depths are compared."""
     sampling: str = "2"
     """Solver steps at each depth, and other settings of the sampler, as in --compute dense:2@0.5."""
     warm_start: Literal["fresh", "same", "anchor", "renoise"] = "same"
-    """Where the next depth's answer starts: new noise, the same noise, the answer as it is, or the answer noised again."""
+    """Where the sampling at the next depth starts: new noise, the same noise, the last chunk, or that chunk noised again."""
     restart: float = 0.5
     """Clock that renoise starts from."""
     episodes: Literal["held-out", "all"] = "held-out"
-    """Which episodes to measure on; all only for data that the checkpoint never learned from."""
+    """Which episodes to measure on; all only for data on which the checkpoint was not trained."""
     frames: int = 1024
-    """Frames to measure, over both halves."""
+    """Number of frames to measure, over both halves."""
     ladder: bool = True
-    """Also measure what fixed depths and steps lose, which --compute budget:MS needs."""
+    """Also measure the error of fixed depths and steps, which --compute budget:MS needs."""
     device: str = "cpu"
     """Where the networks run."""
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     given = tyro.cli(CalibrateArguments, prog="vlaflow calibrate", args=argv)
     if given.exit_budget is not None and given.max_deviation is not None:
         raise ConfigError("Give either --exit-budget or --max-deviation: one fixes the compute, the other the risk.")
-    require(*PAGES)  # the page comes last, and should not be what fails
+    require(*PAGES)  # checked first, because the page is written last
 
     from rich.console import Console
 
@@ -116,15 +116,15 @@ def _name(given: CalibrateArguments) -> str:
 
 
 def _words(made: Calibration) -> str:
-    seen, plan = made.seen, made.plan
-    shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, seen.shares, strict=True))
+    test, plan = made.seen, made.plan
+    shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, test.shares, strict=True))
     lines = [
-        f"Thresholds from {made.samples} frames, tried on {seen.samples} others from other episodes.",
-        f"Chunks that leave at depth {shares}; {seen.layers:.2f} of {plan.exits[-1]} layers and {seen.nfe:.1f} "
+        f"Thresholds from {made.samples} frames, tested on {test.samples} others from other episodes.",
+        f"Chunks that exit at depth {shares}; {test.layers:.2f} of {plan.exits[-1]} layers and {test.nfe:.1f} "
         "evaluations on average.",
-        f"Largest difference to the full depth {seen.deviation:.3f} standard deviations on average; distance to the "
-        f"demonstrations {seen.error:.4f}, at full depth {seen.full_error:.4f}.",
+        f"Largest difference from the full depth {test.deviation:.3f} standard deviations on average; distance to the "
+        f"demonstrations {test.error:.4f}, at full depth {test.full_error:.4f}.",
     ]
-    if seen.above is not None:
-        lines.append(f"Above the largest deviation allowed: {100 * seen.above:.1f} % of the chunks.")
+    if test.above is not None:
+        lines.append(f"Above the largest allowed deviation: {100 * test.above:.1f} % of the chunks.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""``vlaflow data check DIR`` and ``vlaflow data show DIR``: is it sound, what is in it; action tokenizers, latent actions."""
+"""``vlaflow data ...``: check and show data sets, fit and compare action tokenizers, report on latent actions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Normalisation = Literal["quantile", "min_max", "mean_std", "identity"]
 
 @dataclass(frozen=True)
 class Check:
-    """Read every row and decode every frame; list all that is wrong.
+    """Read every row and decode every frame; list all problems.
 
     Example: vlaflow data check runs/demo/dataset
 
-    Exit status 0 when sound, 1 when something must be fixed, 2 when it is no data set at all.
+    Exit status: 0 if there are no problems, 1 if something must be fixed, 2 if it is not a data set.
 
     Args:
         directory: a LeRobot data set, v3.0 or v2.1 (the folder that holds meta/).
-        workers: decoding threads.
+        workers: number of decoding threads.
     """
 
     directory: Path
@@ -34,14 +34,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Show:
-    """Print tasks, episodes and statistics; with --out also thumbnails and a curve per dimension.
+    """Print tasks, episodes and statistics; with --out also write a page with thumbnails and a curve per dimension.
 
     Example: vlaflow data show runs/demo/dataset --out runs/demo/dataset.html
 
     Args:
         directory: a LeRobot data set, v3.0 or v2.1 (the folder that holds meta/).
         out: write a page here, .html (self-contained) or .png.
-        episodes: how many episodes to show there.
+        episodes: number of episodes on the page.
     """
 
     directory: Path
@@ -51,12 +51,12 @@ class Show:
 
 @dataclass(frozen=True)
 class FitTokenizer:
-    """Fit a tokenizer on a data set's training episodes and write it to a file that training takes.
+    """Fit an action tokenizer to the training episodes of a data set and write it to a file.
 
     Example: vlaflow data fit-tokenizer runs/demo/dataset --out runs/fast.json --scale 10 --vocabulary 256
 
-    Training fits one by itself; a file is for looking at it first (tokenizer-report), or for one tokenizer in several trainings
-    (vlaflow train ... --tokenizer FILE).
+    Training fits a tokenizer by default; a file is for inspecting it first (tokenizer-report), or for using one tokenizer in
+    several trainings (vlaflow train ... --tokenizer FILE).
 
     Args:
         directory: a LeRobot data set.
@@ -64,10 +64,10 @@ class FitTokenizer:
         kind: "fast" (cosine transform and byte-pair encoding) or "bins".
         chunk_size: actions per chunk.
         normalisation: as in the policy's action_normalisation.
-        scale: of FAST: units of rounding per unit of the normalised actions.
-        vocabulary: of FAST: coefficients and merges; none merges nothing.
-        bins: of bins: intervals per dimension.
-        spacing: of bins: "uniform" or "quantile".
+        scale: for fast: rounding units per unit of the normalised actions.
+        vocabulary: for fast: number of coefficients and merges; none for no merges.
+        bins: for bins: number of intervals per dimension.
+        spacing: for bins: "uniform" or "quantile".
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
@@ -83,17 +83,17 @@ class FitTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """Reconstruction error, length and compression of tokenizers on episodes they were not fitted on, with plots.
+    """Compare tokenizers by reconstruction error, length and compression on held-out episodes; write a page with plots.
 
     Example: vlaflow data tokenizer-report runs/demo/dataset --out runs/tokenizers.html
 
     Args:
         directory: a LeRobot data set.
         out: the page, .html.
-        tokenizer: files to compare; by default a row of sizes of both kinds is fitted.
+        tokenizer: files to compare; repeat for more; by default several sizes of both kinds are fitted.
         chunk_size: actions per chunk of the tokenizers fitted here.
-        normalisation: of the actions.
-        policy: a checkpoint with a discrete flow: also say how well its own metric orders its tokens.
+        normalisation: normalisation of the actions.
+        policy: a checkpoint with a discrete flow: also report how well its own metric orders its tokens.
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
@@ -106,13 +106,13 @@ class TokenizerReport:
 
 @dataclass(frozen=True)
 class LatentReport:
-    """How a latent action model's codes are used, what they bring back of a frame, what they tell of the actions; a page.
+    """Report how a latent action model uses its codes, and how well they reconstruct frames and predict actions.
 
     Example: vlaflow data latent-report runs/iflybot/latent --dataset runs/demo/dataset --out runs/latent.html
 
     Args:
         model: folder of a latent action model (vlaflow train iflybot.latent).
-        dataset: a LeRobot data set with video; of the model's own, the episodes that training held out are measured.
+        dataset: a LeRobot data set with video; for the data set of the training, its held-out episodes are used.
         out: the page, .html.
         device: where the networks run.
     """
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
     )
-    description = "Check or show a data set; fit and compare action tokenizers; look at latent actions."
+    description = "Check or show a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
     actions: dict[type, Any] = {
         Check: _check,
@@ -169,7 +169,7 @@ def _check(arguments: Check) -> int:
     if findings.problems:
         console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
         return 1
-    console.print(f"Sound: {len(dataset)} rows read, {findings.frames} frames decoded.", style="green")
+    console.print(f"No problems: {len(dataset)} rows read, {findings.frames} frames decoded.", style="green")
     return 0
 
 
@@ -209,7 +209,7 @@ def _print_summary(console: Any, dataset: Dataset) -> None:
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {
         "data set": f"{dataset.root} (LeRobot {dataset.version})",
-        "robot": dataset.action_spec.robot if dataset.action_spec else "not stated (no action spec)",
+        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec)",
         "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
         "tasks": str(len(dataset.tasks)),
         "views": views or "none",

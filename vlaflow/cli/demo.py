@@ -1,6 +1,6 @@
-"""``vlaflow demo``: record, train, rate, calibrate, evaluate, report; each step is printed as the command that does it alone.
+"""``vlaflow demo``: record, train, calibrate, evaluate and report; each step is printed as a command of its own.
 
-The folder remembers what is done (``demo.json``), so the same command continues an interrupted demo and repeats nothing.
+Finished steps are recorded in ``demo.json``, so the same command continues an interrupted demo.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMPUTES = ("dense", "refine", "refine-random", f"exit:{CALIBRATION}")
 
 @dataclass(frozen=True)
 class Demo:
-    """From nothing to an evaluated AsyncVLA policy and a report, on two CPU cores in a quarter of an hour.
+    """Train and evaluate an AsyncVLA policy from scratch and write a report, on two CPU cores in a quarter of an hour.
 
     Example: vlaflow demo --out runs/demo
 
@@ -45,7 +45,7 @@ class Demo:
         eval_episodes: episodes per task and compute policy.
         steps: training steps of the policy; the recipe's own by default.
         workers: processes for recording and evaluation; one per core is best.
-        quick: a few steps on one task, to see that everything works; learns nothing.
+        quick: a few steps on one task, to check that everything works; the policy does not learn.
     """
 
     out: Path = Path("runs/demo")
@@ -58,7 +58,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the demo's result; fixed for a folder once it is begun."""
+    """Settings that determine the demo's result; fixed once a demo has been started in a folder."""
 
     envs: tuple[str, ...]
     episodes: int
@@ -75,9 +75,9 @@ class Settings:
 
     @staticmethod
     def of(arguments: Demo) -> Settings:
-        """The settings the arguments ask for."""
-        asked = (arguments.episodes, arguments.eval_episodes, arguments.steps)
-        if min(n for n in asked if n is not None) < 1:
+        """The settings for these arguments."""
+        counts = (arguments.episodes, arguments.eval_episodes, arguments.steps)
+        if min(n for n in counts if n is not None) < 1:
             raise ConfigError("episodes, eval-episodes and steps must be at least 1.")
         if arguments.quick:
             return Settings(ENVS[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 0.5)
@@ -102,37 +102,37 @@ def main(argv: list[str]) -> int:
     arguments = tyro.cli(Demo, prog="vlaflow demo", args=argv)
     require("metaworld", "mujoco", "accelerate", "psutil", *PAGES, what="The demo", extra="demo")
     settings = Settings.of(arguments)
-    diary = Diary(arguments.out, settings)
+    log = DemoLog(arguments.out, settings)
     dataset, policy, rated = (arguments.out / name for name in ("dataset", "policy", "rated"))
     commands = equivalent(settings, arguments.out, arguments.workers)
 
-    with diary.step("record", commands["record"]) as due:
+    with log.step("record", commands["record"]) as due:
         if due and not dataset.exists():
             _record(settings, dataset, arguments.workers)
     for step, recipe, source, goal, steps in (
         ("train", "asyncvla.demo", None, policy, settings.steps),
         ("rater", "asyncvla.rater", policy, rated, settings.rater_steps),
     ):
-        with diary.step(step, commands[step]) as due:
+        with log.step(step, commands[step]) as due:
             overrides = {"steps": steps, "batch_size": settings.batch_size, "validation_fraction": settings.validation_fraction}
             stopped = _train(recipe, dataset, goal, policy=source, overrides=overrides, command=commands[step]) if due else None
             if stopped is not None:
-                diary.leave()
+                log.leave()
                 return stopped
-    with diary.step("calibrate", commands["calibrate"]) as due:
+    with log.step("calibrate", commands["calibrate"]) as due:
         if due:
             _calibrate(settings, rated, dataset)
-    with diary.step("evaluate", commands["evaluate"]) as due:
+    with log.step("evaluate", commands["evaluate"]) as due:
         if due:
             _evaluate(settings, rated, arguments.out, arguments.workers)
-    return _report(arguments.out, diary, settings, tuple(commands.values()))
+    return _report(arguments.out, log, settings, tuple(commands.values()))
 
 
-class Diary:
-    """What is done in a folder and how long it took.
+class DemoLog:
+    """The finished steps of a demo and their durations.
 
     Raises:
-        ConfigError: when the folder was begun with other settings, or cannot be made.
+        ConfigError: the demo in the folder has other settings, or the folder cannot be created.
     """
 
     def __init__(self, out: Path, settings: Settings) -> None:
@@ -150,20 +150,20 @@ class Diary:
             for name, value in plain.items():
                 if before.get(name) != value:
                     raise ConfigError(
-                        f"The demo in {out} was begun with {name} = {before.get(name)}, not {value}. "
+                        f"The demo in {out} was started with {name} = {before.get(name)}, not {value}. "
                         f"Continue it with the same options, or choose another --out."
                     )
         elif out.exists() and any(out.iterdir()):
-            raise ConfigError(f"{out} holds something that is not a demo. Choose another --out.")
+            raise ConfigError(f"{out} is not empty and contains no demo. Choose another --out.")
         self._settings = plain
         make_folder(out)
         self._save()
 
     @contextmanager
     def step(self, name: str, command: str) -> Iterator[bool]:
-        """Announce a step, time it, and remember it as done; yields whether there is anything left to do."""
+        """Print the command of a step, time the step and record it as done; yields whether it still has to run."""
         due = name not in self.done
-        _say(f"\n$ {command}" + ("" if due else "   (done before)"))
+        _print(f"\n$ {command}" + ("" if due else "   (done before)"))
         began = time.monotonic()
         try:
             yield due
@@ -175,11 +175,11 @@ class Diary:
                 self._save()
 
     def leave(self) -> None:
-        """The step under way was stopped and is not done."""
+        """Mark the current step as stopped before it was done."""
         self._left = True
 
     def minutes(self) -> Minutes:
-        """By step; the installation's from where ``make demo`` left it. Making the page is not counted."""
+        """Minutes by step, with the installation as measured by ``make demo``; writing the page is not counted."""
         from vlaflow.evaluation.results import Minutes
 
         spent = {name: seconds / 60 for name, seconds in self.seconds.items()}
@@ -192,7 +192,7 @@ class Diary:
 
 
 def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
-    """Every step as a command of its own."""
+    """The equivalent command of every step."""
     dataset, policy, rated = (str(out / name) for name in ("dataset", "policy", "rated"))
     envs = [word for env in settings.envs for word in ("--env", env)]
     computes = [word for compute in COMPUTES for word in ("--compute", compute)]
@@ -238,14 +238,16 @@ def _record(settings: Settings, dataset: Path, workers: int) -> None:
 def _train(
     recipe: str, dataset: Path, out: Path, *, policy: Path | None, overrides: Mapping[str, float | None], command: str
 ) -> int | None:
-    """Train; returns an exit status when a signal ended it early."""
+    """Train; returns an exit status if a signal ended it early, else None."""
     from vlaflow.training.run import Options, train
 
-    given = {key: str(value) for key, value in overrides.items() if value}
-    outcome = train(recipe, dataset, out, policy=policy, options=Options(given, command=command))
+    texts = {key: str(value) for key, value in overrides.items() if value}
+    outcome = train(recipe, dataset, out, policy=policy, options=Options(texts, command=command))
     if outcome.signal is None:
         return None
-    _say(f"Stopped after step {outcome.step} of {outcome.steps}; everything is saved. Run the same command again to continue.")
+    _print(
+        f"Stopped after step {outcome.step} of {outcome.steps}; everything is saved. Run the same command again to continue."
+    )
     return 130 if outcome.signal == signal.SIGINT else 0
 
 
@@ -275,7 +277,7 @@ def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> 
     run(checkpoint, config, out)
 
 
-def _report(out: Path, diary: Diary, settings: Settings, commands: tuple[str, ...]) -> int:
+def _report(out: Path, log: DemoLog, settings: Settings, commands: tuple[str, ...]) -> int:
     from rich.console import Console
 
     from vlaflow.cli.eval import table
@@ -285,7 +287,7 @@ def _report(out: Path, diary: Diary, settings: Settings, commands: tuple[str, ..
     from vlaflow.training.metrics_log import read_log
     from vlaflow.versions import command_line
 
-    minutes = diary.minutes()
+    minutes = log.minutes()
     found: Results = replace(results.read(out / RESULTS), minutes=minutes, command=command_line(), commands=commands)
     results.write(found, out / RESULTS)
     logs = {"velocity error, squared": read_log(out / "policy"), "rating error, squared": read_log(out / "rated")}
@@ -301,7 +303,7 @@ def _report(out: Path, diary: Diary, settings: Settings, commands: tuple[str, ..
 
 
 def _install_minutes() -> float | None:
-    """What ``make demo`` measured, from the environment or from the file its set-up leaves in the virtual environment."""
+    """Installation time measured by ``make demo``, from an environment variable or a file in the virtual environment."""
     text = os.environ.get("VLAFLOW_INSTALL_SECONDS", "")
     left = Path(sys.prefix) / ".vlaflow-install-seconds"
     if not text and left.exists():
@@ -312,6 +314,6 @@ def _install_minutes() -> float | None:
         return None
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

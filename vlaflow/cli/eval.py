@@ -22,8 +22,8 @@ class Eval:
 
     Example: vlaflow eval runs/demo/rated --env metaworld/drawer-open-v3 --episodes 20 --compute dense --compute refine
 
-    All compute policies see the same seeds and start from the same noise, so they are compared in pairs. The same arguments
-    give the same successes with any number of workers. Run the same command again to continue after an interruption.
+    All compute policies use the same seeds and noise, so they are compared in pairs. The same arguments give the same
+    successes with any number of workers. Run the same command again to continue after an interruption.
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
@@ -32,18 +32,18 @@ class Eval:
             three layers), mean:8 or medoid:8 (of eight draws), refine (what is rated below ``threshold`` is regenerated),
             refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint), refine+exit:NAME,
             or budget:MS; repeat the option for more. Dense alone when none is named.
-        episodes: per environment and compute policy.
+        episodes: number of episodes per environment and compute policy.
         out: folder for results.json, report.html and videos.
-        n_action_steps: actions executed per chunk; the checkpoint's own number by default.
+        n_action_steps: actions executed per chunk; the checkpoint's default if omitted.
         steps: solver steps per round, where the compute policy states none.
         threshold: confidence below which refine regenerates an action; spread above which refine-spread does.
-        any_training: refine a checkpoint that was not trained for it too, to see what becomes of it.
-        max_steps: steps after which an episode is cut off; the suite's own by default.
+        any_training: also refine a checkpoint that was not trained for it.
+        max_steps: step limit of an episode; the suite's by default.
         render: image quality; use the one the policy was trained with.
-        seed: of the first episode; the others follow.
-        workers: processes; one per core is best.
-        language: episodes per environment and wrong instruction of the language-swap test; 0 leaves it out.
-        videos: video a success and a failure per environment.
+        seed: seed of the first episode; the others follow.
+        workers: number of processes; one per core is best.
+        language: episodes per environment and wrong instruction of the language-swap test; 0 to skip it.
+        videos: record a success and a failure per environment.
         device: where the networks run.
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
     """
@@ -70,7 +70,7 @@ class Eval:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval ...``; returns the exit status."""
     arguments = tyro.cli(Eval, prog="vlaflow eval", args=argv, config=(tyro.conf.UseAppendAction,))
-    require(*PAGES)  # the report comes last, and should not be what fails
+    require(*PAGES)  # checked first, because the report is written last
 
     from rich.console import Console
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
 
 
 def chosen(checkpoint: str, name: str, device: str) -> str:
-    """What a budget in milliseconds picked, and what it expects to lose."""
+    """The compute policy chosen for a budget in milliseconds, and its expected loss."""
     from vlaflow.compute.budget import within
     from vlaflow.compute.spelling import Checkpoint
     from vlaflow.policies.checkpoint import local_folder
@@ -113,7 +113,7 @@ def chosen(checkpoint: str, name: str, device: str) -> str:
 
 
 def table(results: Results) -> RenderableType:
-    """Successes, intervals, steps and latency in brief, and the paired tests below."""
+    """Table of successes, intervals, steps and latency, followed by the paired tests."""
     from rich import box
     from rich.console import Group
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""``vlaflow eval-realtime --server ws://...``: episodes in real time, with simulated delays of inference."""
+"""``vlaflow eval-realtime --server ws://...``: episodes in real time, with simulated inference delays."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 Mode = Literal["wait", "switch", "ensemble", "commit"]
 POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", "n_action_steps")
-"""What a server's metadata says about its policy."""
+"""Keys of a server's metadata that describe its policy."""
 
 
 @dataclass(frozen=True)
 class EvalRealtime:
-    """Compare ways of handing over from chunk to chunk while inference takes time; write results.json and report.html.
+    """Compare hand-overs between chunks with simulated inference delays; write results.json and report.html.
 
     Example: vlaflow eval-realtime --server ws://127.0.0.1:8000 --env metaworld/drawer-open-v3 --delay-ms 0 --delay-ms 200
 
-    Start the server first: vlaflow serve CKPT. Every mode sees the same seeds, noise and delays.
+    Start the server first: vlaflow serve CKPT. All modes use the same seeds, noise and delays.
 
     Args:
         env: suite/task, or a group; repeat the option for more.
         server: address of a vlaflow server.
         mode: wait (synchronous), switch (naive asynchronous), ensemble (temporal ensembling), commit (real-time chunking);
             repeat the option for more. All four when none is named.
-        delay_ms: that an answer takes; repeat for more. 0 and 200 when none is named.
-        jitter_ms: every delay is longer by up to so much.
-        n_action_steps: actions executed before the next chunk is asked for; the checkpoint's own number by default.
+        delay_ms: delay of a reply; repeat for more. 0 and 200 when none is named.
+        jitter_ms: largest random addition to a delay.
+        n_action_steps: actions executed before the next chunk is requested; the checkpoint's default if omitted.
         fade: actions over which a new chunk is faded in (switch and commit).
-        episodes: per environment, mode and delay.
-        max_steps: control steps after which an episode is cut off; the suite's own by default.
+        episodes: number of episodes per environment, mode and delay.
+        max_steps: limit of control steps per episode; the suite's by default.
         render: image quality; use the one the policy was trained with.
-        seed: of the first episode; the others follow.
-        workers: processes, each with a connection of its own.
-        token: of the server; by default VLAFLOW_TOKEN of the environment.
+        seed: seed of the first episode; the others follow.
+        workers: number of processes, each with its own connection.
+        token: token of the server; by default the environment variable VLAFLOW_TOKEN.
         out: folder for results.json and report.html.
         fresh: discard an unfinished comparison in ``out``; without it, the same command continues one.
     """
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         def play(left: Sequence[wire.RealtimeJob], finished: Callable[[int, wire.RealtimeEpisode], None]) -> None:
             wire.evaluate(a.server, left, config, token=token, workers=a.workers, finished=finished)
 
-        episodes = log.complete(jobs, play, "Driving")
+        episodes = log.complete(jobs, play, "Evaluating")
         found = results(a.server, metadata, config, episodes)
         with storing(a.out, "The results", KEPT):
             found.write(a.out / "results.json")
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
 
 
 def table(found: RealtimeResults) -> Table:
-    """Successes and jerk in brief."""
+    """Table of successes and jerk."""
     from rich import box
     from rich.table import Table
 
@@ -136,7 +136,8 @@ def table(found: RealtimeResults) -> Table:
         "late",
         box=box.SIMPLE,
         padding=0,
-        title=f"{len(found.seeds)} episodes per environment, asked after {found.n_action_steps} actions, {found.rate_hz:g} Hz",
+        title=f"{len(found.seeds)} episodes per environment, a new chunk requested after {found.n_action_steps} actions, "
+        f"{found.rate_hz:g} Hz",
         title_style="",
         title_justify="left",
     )

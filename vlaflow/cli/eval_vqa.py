@@ -1,4 +1,4 @@
-"""``vlaflow eval-vqa``: how well a checkpoint answers questions about images."""
+"""``vlaflow eval-vqa``: a checkpoint's accuracy on questions about images."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalVqa:
-    """Count right answers by kind of question, next to the majority-class baseline and answers without the right image.
+    """Measure accuracy by kind of question, compared with the majority-class baseline and with replies without the right image.
 
     Example: vlaflow eval-vqa runs/co/policy --vqa runs/qa --out runs/co/answers
 
-    Writes answers.json. An answer is right when it equals the true one but for case and spaces.
+    Writes answers.json. A reply is right if it equals the true answer except for case and spaces.
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
-        vqa: file or folder of a question set.
+        vqa: file or folder of a VQA data set.
         out: folder for answers.json.
-        part: the questions that training held out, or all of a set that is new to the checkpoint.
-        turns: of conversations: all, or the first alone; as in training by default.
-        limit: most tokens of an answer, its end included.
-        batch_size: questions answered together.
-        blind: also ask with the images of other questions of the same wording.
-        seed: of the exchange of images.
+        part: the questions that training held out, or all of a data set that is new to the checkpoint.
+        turns: all turns of conversations, or only the first; as in training by default.
+        limit: largest number of tokens of a reply, including its end.
+        batch_size: questions per batch.
+        blind: also measure with the images of other questions of the same wording.
+        seed: seed of the exchange of images.
         device: where the networks run.
     """
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         seed=given.seed,
         device=given.device,
     )
-    with progress(100, "Asking") as bar:
+    with progress(100, "Evaluating") as bar:
         shown = [0]
 
         def report(done: int, total: int) -> None:
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def table(results: AnswerResults) -> RenderableType:
-    """Right answers, interval and baselines of each kind."""
+    """Table of right replies, intervals and baselines by kind."""
     from rich import box
     from rich.table import Table
 
@@ -99,5 +99,5 @@ def table(results: AnswerResults) -> RenderableType:
         )
     unended = results.overall.unended
     if unended:
-        grid.caption = f"{unended} answer(s) had not ended after {results.limit} tokens and count as wrong."
+        grid.caption = f"{unended} reply(s) had not ended after {results.limit} tokens and count as wrong."
     return grid

@@ -1,4 +1,4 @@
-"""What ``vlaflow data latent-report`` does; its arguments are in ``data``."""
+"""``vlaflow data latent-report``; its arguments are in ``data``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def latent_report(arguments: LatentReport) -> int:
-    """Measure, print, write the page."""
+    """Measure, print a summary and write the page."""
     from numpy import nanmean
     from rich.console import Console
 
@@ -29,9 +29,9 @@ def latent_report(arguments: LatentReport) -> int:
     model = LatentActionModel.from_pretrained(a.model, a.device)
     console = Console()
     train, held = encode_pairs(model, dataset)
-    for seen in (train, held):
-        if seen.pairs.short:
-            console.print(seen.pairs.left_out(), soft_wrap=True, highlight=False)
+    for encoded in (train, held):
+        if encoded.pairs.short:
+            console.print(encoded.pairs.left_out(), soft_wrap=True, highlight=False)
     book, origin = model.config.book, model.origin
     found = page.LatentMeasurements(
         usage(held.id_MK, book),
@@ -49,11 +49,11 @@ def latent_report(arguments: LatentReport) -> int:
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
     )
-    told = f" The codes tell {nanmean(found.probes['codes']):.2f} of the actions' variance." if found.probes else ""
+    predicted = f" The codes predict {nanmean(found.probes['codes']):.2f} of the actions' variance." if found.probes else ""
     console.print(
-        f"{found.usage.used} of {book} entries used, perplexity {found.usage.perplexity:.1f}; the codes bring back "
+        f"{found.usage.used} of {book} entries used, perplexity {found.usage.perplexity:.1f}; the codes reconstruct "
         f"{100 * found.pixels.explained:.0f} % of the change (another pair's: "
-        f"{100 * (1 - found.pixels.other / found.pixels.copy) if found.pixels.copy else 0:.0f} %).{told}",
+        f"{100 * (1 - found.pixels.other / found.pixels.copy) if found.pixels.copy else 0:.0f} %).{predicted}",
         soft_wrap=True,
         highlight=False,
     )

@@ -1,10 +1,9 @@
-"""``vlaflow COMMAND ...``: finds the command's module, imports only that one, and turns errors into sentences.
+"""``vlaflow COMMAND ...``: imports only the module of the command, and prints errors as sentences.
 
 A command is a module here with ``main(argv: list[str]) -> int`` that returns an exit status and reads its arguments with
-tyro. Nothing heavy may be imported above: ``vlaflow --help`` answers at once.
+tyro. No heavy package may be imported at the top of a module: ``vlaflow --help`` must be instant.
 
-Exit status: 0 done, 1 the command found something wrong (a failed check), 2 something the user can fix,
-130 interrupted.
+Exit status: 0 success, 1 a failed check, 2 an error that the user can fix, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from vlaflow.packages import EXTRAS, missing
 
 COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
-    "record": "let scripted experts demonstrate tasks and write a LeRobot dataset",
-    "record-vqa": "ask about simulated scenes and write a question set",
+    "record": "record demonstrations of scripted experts as a LeRobot data set",
+    "record-vqa": "record questions about simulated scenes as a VQA data set",
     "train": "train a policy, or one of its later stages, by recipe",
-    "calibrate": "measure when a checkpoint may answer before its last layer",
+    "calibrate": "calibrate the early exits of a checkpoint on held-out data",
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
-    "eval-vqa": "count a checkpoint's right answers to questions about images",
-    "serve": "put a checkpoint behind openpi's websocket protocol",
-    "eval-realtime": "drive an environment in real time, with simulated delays of inference",
-    "check": "try an environment or a checkpoint against everything it promises",
-    "data": "check or show a dataset; fit and compare action tokenizers; look at latent actions",
+    "eval-vqa": "measure a checkpoint's accuracy on questions about images",
+    "serve": "serve a checkpoint with openpi's websocket protocol",
+    "eval-realtime": "evaluate in real time, with simulated inference delays",
+    "check": "check that an environment or a checkpoint keeps its contract",
+    "data": "check or show a data set; fit and compare action tokenizers; report on latent actions",
 }
 
 
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _refuse("Interrupted.")
         return 130
-    except BrokenPipeError:  # the reader went away, as in `vlaflow --help | head -1`
+    except BrokenPipeError:  # the reader closed the pipe, as in `vlaflow --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -78,8 +77,8 @@ usage: vlaflow COMMAND ...
 
 {listed}
 
-vlaflow COMMAND --help   what it takes, with an example
-vlaflow --version        versions of vlaflow and of what it stands on"""
+vlaflow COMMAND --help   its options, with an example
+vlaflow --version        versions of vlaflow and its dependencies"""
 
 
 def _show(text: str) -> int:

@@ -1,4 +1,4 @@
-"""``vlaflow record``: scripted experts demonstrate, and a LeRobot data set comes out."""
+"""``vlaflow record``: demonstrations of scripted experts as a LeRobot data set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Record:
-    """Let scripted experts demonstrate tasks and write a LeRobot v3.0 data set.
+    """Record demonstrations of scripted experts as a LeRobot v3.0 data set.
 
     Example: vlaflow record --env metaworld/drawer-open-v3 --env metaworld/window-close-v3 --episodes 50 --out runs/data
 
@@ -18,16 +18,16 @@ class Record:
     Args:
         env: suite/task, or a group such as metaworld/easy or metaworld/all; repeat the option for more.
         out: folder of the new data set; must not exist.
-        episodes: successful episodes per environment.
-        workers: recording processes; one per core is best.
+        episodes: number of successful episodes per environment.
+        workers: number of recording processes; one per core is best.
         size: side of the image in pixels, even.
-        render: exact keeps the simulator's shadows and smoothing (published numbers), fast leaves them out.
-        seed: another seed gives other episodes, and never those of an evaluation.
-        noise: standard deviation of what is added to the executed movement (1 is the full range); the label stays clean.
+        render: exact keeps the simulator's shadows and antialiasing (published numbers), fast omits them.
+        seed: another seed gives other episodes, but never those of an evaluation.
+        noise: standard deviation of the noise on the executed movement (1 is the full range); the label stays clean.
         noise_memory: correlation of the noise from one step to the next, 0 to below 1.
-        misjudge: metres by which the expert, in half of the episodes, is at times wrong about where its hand is (standard
-            deviation per axis), and acts on it; the label stays clean.
-        after_success: frames kept after the first success.
+        misjudge: standard deviation in metres per axis of a temporary error in the hand position that the expert assumes, in
+            half of the episodes; the label stays clean.
+        after_success: number of frames kept after the first success.
     """
 
     env: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""``vlaflow record-vqa``: questions about simulated scenes, with images and true answers."""
+"""``vlaflow record-vqa``: questions about simulated scenes, with images and true answers, as a VQA data set."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RecordVqa:
-    """Ask about images along scripted experts' episodes and write a question set in LLaVA's layout.
+    """Record questions about images from episodes of scripted experts as a VQA data set in LLaVA's format.
 
     Example: vlaflow record-vqa --env metaworld/drawer-open-v3 --env metaworld/window-close-v3 --episodes 50 --out runs/qa
 
-    Answers come from the simulator's state and are balanced, so always giving the most frequent one is no better than
-    chance. The same arguments give the same bytes with any number of workers.
+    Answers come from the simulator's state and are balanced, so that the most frequent answer is no better than chance. The
+    same arguments give the same bytes with any number of workers.
 
     Args:
         env: suite/task, or a group; repeat the option for more.
-        out: folder of the new set; must not exist.
-        episodes: per environment.
-        frames: looked at in each episode.
-        kind: of questions: what, side, height, near, nearer, state, gripper, count; repeat the option for more. All but
-            gripper when none is named; that one asks for a larger image than 96.
-        most: questions kept of one wording with one answer, in one environment.
-        workers: recording processes; one per core is best.
-        size: side of the image in pixels; use the one the policy looks at.
-        render: use the one of the robot's data.
-        seed: another seed gives other episodes, never those of a recording or an evaluation.
-        wander: random points that the gripper visits before the expert begins.
-        noise: standard deviation of what is added to the movement (1 is the full range).
+        out: folder of the new data set; must not exist.
+        episodes: number of episodes per environment.
+        frames: number of frames per episode.
+        kind: kinds of question: what, side, height, near, nearer, state, gripper, count; repeat the option for more. All but
+            gripper when none is named; gripper needs an image larger than 96.
+        most: largest number of questions with the same wording and answer in one environment.
+        workers: number of recording processes; one per core is best.
+        size: side of the image in pixels; use that of the policy.
+        render: image quality; use that of the robot's data.
+        seed: another seed gives other episodes, but never those of a recording or an evaluation.
+        wander: number of random points that the gripper visits before the expert begins.
+        noise: standard deviation of the noise on the movement (1 is the full range).
     """
 
     env: tuple[str, ...]
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     console = Console()
     console.print(f"Written: {summary.root}: {summary.questions} questions, {summary.images} images.", soft_wrap=True)
     for kind, wordings in summary.counts.items():
-        number = sum(n for answers in wordings.values() for n in answers.values())
-        said = sorted({answer for answers in wordings.values() for answer in answers})
-        console.print(f"  {kind}: {number} ({', '.join(said)})", soft_wrap=True)
+        number = sum(n for counts in wordings.values() for n in counts.values())
+        answers = sorted({answer for counts in wordings.values() for answer in counts})
+        console.print(f"  {kind}: {number} ({', '.join(answers)})", soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""``vlaflow serve CKPT``: a checkpoint behind openpi's websocket protocol."""
+"""``vlaflow serve CKPT``: serve a checkpoint with openpi's websocket protocol."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """Serve a checkpoint to robots that speak openpi's protocol.
+    """Serve a checkpoint to robots with openpi's protocol.
 
     Example: vlaflow serve runs/demo/rated --observation-keys metaworld --compute refine
 
-    Listens on this machine alone; other machines need --host and a --token. Ctrl-C finishes what runs.
+    By default only this machine can connect; others need --host and --token. Ctrl-C finishes open requests and exits.
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
-        compute: how much to compute, as in vlaflow eval.
-        budget_ms: whatever fits so many milliseconds on this machine, in place of --compute (vlaflow bench latency CKPT first).
+        compute: compute policy, as in vlaflow eval.
+        budget_ms: choose a compute policy for this many milliseconds, instead of --compute (run vlaflow bench latency first).
         steps: solver steps per round, where the compute policy states none.
-        observation_keys: which keys clients send: metaworld, libero, droid, aloha, roboarena, or one that another package
-        brings.
-        image: key of an image, in the order of the policy's views, in place of the layout's; repeat for more.
-        state: key of a part of the state, in place of the layout's; repeat for more.
+        observation_keys: keys that clients send: metaworld, libero, droid, aloha, roboarena, or those of another package.
+        image: key of an image, instead of those above, in the order of the policy's views; repeat for more.
+        state: key of a part of the state, instead of those above; repeat for more.
         host: address to listen on.
-        port: of the server; 0 takes a free one.
-        token: clients must send it; by default VLAFLOW_TOKEN of the environment, which no list of processes shows.
-        batch: most requests answered together.
-        wait_ms: how long the first request of a batch waits for company.
-        queue: most requests waiting.
-        deadline_ms: a request that has waited so long is not computed, unless it brings a deadline of its own.
-        most_mib: largest request; a client can make the server hold two of them.
-        guided: continue committed actions by guidance even where the checkpoint was trained for them.
-        connections: most clients at a time.
-        dashboard: serve a page to watch and instruct the policy at /dashboard.
-        log_format: a sentence per event, or a JSON object.
-        threads: of torch, where the networks run on the CPU; vlaflow bench latency measures one.
+        port: port to listen on; 0 for a free one.
+        token: token that clients must send; by default the environment variable VLAFLOW_TOKEN, which process lists do not show.
+        batch: largest number of requests per batch.
+        wait_ms: how long the first request of a batch waits for others.
+        queue: largest number of waiting requests.
+        deadline_ms: longest wait of a request before it fails, unless the request states its own.
+        most_mib: largest request in MiB; the server may hold two of them per client.
+        guided: continue action prefixes by guidance even if the checkpoint was trained for them.
+        connections: largest number of clients.
+        dashboard: serve a page at /dashboard to watch and instruct the policy.
+        log_format: log each event as a sentence or as a JSON object.
+        threads: number of torch threads, if the networks run on the CPU; vlaflow bench latency uses one.
         device: where the networks run.
     """
 
@@ -102,7 +101,7 @@ def main(argv: list[str]) -> int:
     policy = Policy.from_pretrained(folder, a.device)
     views = tuple(policy.model.backbone.views)
 
-    @lru_cache(maxsize=64)  # which policy fits is read from files
+    @lru_cache(maxsize=64)  # choosing a policy reads files
     def within(milliseconds: float) -> ComputePolicy:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
@@ -130,5 +129,5 @@ def main(argv: list[str]) -> int:
     try:
         asyncio.run(serve())
     except OSError as error:
-        raise ConfigError(f"{a.host}:{a.port} cannot be listened on ({error.strerror}); choose another --port.") from error
+        raise ConfigError(f"Cannot listen on {a.host}:{a.port} ({error.strerror}); choose another --port.") from error
     return 0

@@ -1,4 +1,4 @@
-"""What ``vlaflow data fit-tokenizer`` and ``vlaflow data tokenizer-report`` do; their arguments are in ``data``."""
+"""``vlaflow data fit-tokenizer`` and ``vlaflow data tokenizer-report``; their arguments are in ``data``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def fit_tokenizer(arguments: FitTokenizer) -> int:
-    """Fit, write, say what came of it."""
+    """Fit and write a tokenizer, and print its quality."""
     from rich.console import Console
 
     from vlaflow.actions.bins import BinsFit
@@ -28,11 +28,11 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     chunks = material(dataset, a.chunk_size, a.normalisation)
     made = fit(FastFit(a.scale, a.vocabulary) if a.kind == "fast" else BinsFit(a.bins, a.spacing), chunks)
     save_tokenizer(a.out, TokenizerFile(made, a.normalisation, dataset.fingerprint))
-    seen = quality(made, chunks)
+    measured = quality(made, chunks)
     Console().print(
-        f"{seen.name}: {seen.tokens:.1f} tokens per chunk of {a.chunk_size} (at most {seen.slots}), error "
-        f"{seen.error:.4f} rms, "
-        f"{100 * seen.inexact:.2f} % of the held-out chunks lose more than rounding.\nWritten: {a.out}",
+        f"{measured.name}: {measured.tokens:.1f} tokens per chunk of {a.chunk_size} (at most {measured.slots}), error "
+        f"{measured.error:.4f} rms, "
+        f"{100 * measured.inexact:.2f} % of the held-out chunks lose more than rounding.\nWritten: {a.out}",
         soft_wrap=True,
         highlight=False,
     )
@@ -40,7 +40,7 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
 
 
 def tokenizer_report(arguments: TokenizerReport) -> int:
-    """Measure, print the table, write the page."""
+    """Measure, print the table and write the page."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``vlaflow train``: a recipe, a data set and a folder in, a checkpoint out; run it again to continue."""
+"""``vlaflow train``: train a checkpoint by recipe; run it again to continue."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """What ``vlaflow train`` takes."""
+    """Arguments of ``vlaflow train``."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Which system and stage, e.g. asyncvla.demo; listed below."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """LeRobot data set that states an action spec."""
+    """LeRobot data set with an action spec."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder of the checkpoint; an unfinished run in it is continued."""
+    """Folder of the checkpoint; an unfinished run there is continued."""
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
-    """Trained policy to continue, for the recipes of raters and of later stages."""
+    """Trained policy to continue, for recipes of raters and of later stages."""
     vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """VQA data set for co-training, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Action tokenizer of vlaflow data fit-tokenizer, for decoders of tokens; by default one is fitted."""
+    """Action tokenizer from vlaflow data fit-tokenizer, for token decoders; fitted by default."""
     latent: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Latent action model of iflybot.latent, for decoders that learn to name its codes."""
+    """Latent action model from iflybot.latent, for decoders that predict its codes."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Optimiser steps, in place of the recipe's."""
+    """Optimiser steps, instead of the recipe's."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Observations per step and process, in place of the recipe's."""
+    """Observations per step and process, instead of the recipe's."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
-    """Another value of the recipe, e.g. --set optim.learning_rate=3e-4; may be repeated."""
+    """Change a value of the recipe, e.g. --set optim.learning_rate=3e-4; may be repeated."""
     tracker: Literal["auto", "tensorboard", "wandb", "trackio", "none"] = "auto"
-    """Where the log goes besides training/log.jsonl; auto is TensorBoard where it is installed."""
+    """Where to log besides training/log.jsonl; auto uses TensorBoard if it is installed."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Start over; an old checkpoint in --out is moved aside."""
+    """Start over; an existing checkpoint in --out is moved aside."""
 
 
 def main(argv: list[str]) -> int:
-    """Train by recipe. Status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    """Train by recipe. Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
     given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
     overrides = dict(_pair(text) for text in given.set)
     for key, value in (("steps", given.steps), ("batch_size", given.batch_size)):
         if value is not None:
             overrides[key] = str(value)
 
-    find_recipe(given.recipe)  # a misspelt name is answered before torch is loaded
+    find_recipe(given.recipe)  # a misspelt name fails before torch is imported
 
     from vlaflow.training.run import Options, leave_group, train
 
     options = Options(overrides, given.tracker, given.fresh, vqa=given.vqa, tokenizer=given.tokenizer, latent=given.latent)
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
     leave_group()
-    if os.environ.get("RANK", "0") == "0":  # launched several times over, one process speaks
+    if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
     return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
 

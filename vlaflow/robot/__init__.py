@@ -1,10 +1,10 @@
-"""What a robot's computer needs: the client, the wire format and the real-time controller.
+"""Everything that runs on the robot's computer: the client, the wire format and the real-time controller.
 
-Nothing here imports torch; numpy, msgpack and websockets are enough. The server is in ``serving``.
+These modules do not import torch; they need numpy, msgpack and websockets. The server is in ``serving``.
 
 >>> from vlaflow.robot import BackgroundTransport, Client, RealtimeConfig, RealtimeController
 
-These names are imported when they are first used, so that the controller needs no websockets.
+These names are imported when they are first used, so the controller works without websockets.
 """
 
 import importlib

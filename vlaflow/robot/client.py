@@ -22,11 +22,11 @@ from vlaflow.robot import wire
 
 logger = logging.getLogger("vlaflow.robot")
 _CLOSE_S = 2.0
-"""Longest wait for a server to say goodbye."""
+"""Longest wait for the closing handshake, in seconds."""
 
 
 class Client:
-    """One connection, one request at a time. Reconnects by itself after the server was restarted.
+    """One connection, with one request at a time. It reconnects automatically after a restart of the server.
 
     After a restart, a server with another action spec, another chunk size, or a policy that accepts a shorter action prefix is
     refused, because the caller was set up for the first one.
@@ -49,14 +49,14 @@ class Client:
         self._connection, self.metadata = self._connect()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """Ask for a chunk.
+        """Request a chunk.
 
         Args:
-            observation: images, state and prompt under the keys of the server's layout; optionally "seed", "reset",
+            observation: images, state and prompt with the observation keys of the server; optionally "seed", "reset",
                 "deadline_ms", "action_spec", "action_prefix" and "inference_delay", "budget_ms".
 
         Raises:
-            RequestError: the server's sentence, no server, or one whose actions mean something else than the first one's.
+            RequestError: the server refuses the request, cannot be reached, or was restarted with other actions.
         """
         message = wire.pack(dict(observation))
         try:
@@ -66,14 +66,14 @@ class Client:
         try:
             return self._exchange(message)
         except ConnectionClosed as error:
-            raise RequestError(f"{self.address} ended the connection twice at this request: {error}.") from error
+            raise RequestError(f"{self.address} closed the connection twice during this request: {error}.") from error
 
     def reset(self) -> None:
-        """Begin an episode: the noise starts over."""
+        """Start an episode: the noise sequence starts over."""
         self.infer({"reset": True})
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._open.close()
 
     def __enter__(self) -> Client:
@@ -87,7 +87,7 @@ class Client:
         try:
             reply = self._connection.recv(self.timeout_s)
         except TimeoutError as error:
-            self._open.close()  # a late answer must not be taken for the next request's
+            self._open.close()  # a late reply must not be taken for that to the next request
             raise RequestError(f"{self.address} did not answer within {self.timeout_s:g} s.") from error
         if isinstance(reply, str):
             raise RequestError(reply)
@@ -101,11 +101,11 @@ class Client:
         if changed:
             self._open.close()
             raise RequestError(
-                f"{self.address} was restarted with another {changed[0].replace('_', ' ')} than this client began with; "
-                "make a new client for it, or start the server with the checkpoint of before."
+                f"{self.address} was restarted with another {changed[0].replace('_', ' ')} than this client was created with; "
+                "create a new client, or start the server with the previous checkpoint."
             )
         self.metadata, self.reconnected = metadata, self.reconnected + 1
-        logger.warning("%s was lost; connected again to %s", self.address, metadata.get("server", "another server"))
+        logger.warning("connection to %s was lost; reconnected to %s", self.address, metadata.get("server", "another server"))
 
     def _connect(self) -> tuple[ClientConnection, dict[str, Any]]:
         headers = {"Authorization": f"Api-Key {self.token}"} if self.token else {}
@@ -125,21 +125,23 @@ class Client:
                 _give_up_after(connection.socket, self.timeout_s)
                 first = connection.recv(self.timeout_s)
             except InvalidStatus as error:
-                said = error.response.body.decode(errors="replace").strip() or f"HTTP status {error.response.status_code}"
-                raise RequestError(f"{self.address} does not take this client: {said:.200}") from error
+                reason = error.response.body.decode(errors="replace").strip() or f"HTTP status {error.response.status_code}"
+                raise RequestError(f"{self.address} refuses this client: {reason:.200}") from error
             except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
-                raise RequestError(f"{self.address} cannot be reached: {error}. Start it: vlaflow serve CKPT") from error
+                raise RequestError(
+                    f"{self.address} cannot be reached: {error}. Start the server: vlaflow serve CKPT"
+                ) from error
             if isinstance(first, str):
                 raise RequestError(f"{self.address} sent text instead of its metadata: {first:.200}")
             metadata = wire.unpack(first)
             if not isinstance(metadata, dict):
-                raise RequestError(f"{self.address} began with a {type(metadata).__name__} instead of its metadata.")
+                raise RequestError(f"{self.address} sent a {type(metadata).__name__} instead of its metadata.")
             self._open = opening.pop_all()
         return connection, metadata
 
 
 def _give_up_after(connection: socket.socket, seconds: float) -> None:
-    """A cut cable is noticed while sending, too: data that nobody acknowledges for so long ends the connection."""
+    """Close the connection if sent data is not acknowledged for this long, so that a cut cable is noticed while sending too."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-        with suppress(OSError):  # closed already: the reader gets the error
+        with suppress(OSError):  # already closed: the reader gets the error
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(1e3 * seconds)))

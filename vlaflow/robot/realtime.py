@@ -1,21 +1,21 @@
-"""Control that need not stop for inference: the next chunk is made while this one is being executed.
+"""Real-time control: the next chunk is computed while the current one is being executed.
 
 >>> with Client("ws://127.0.0.1:8000") as client, BackgroundTransport(client) as transport:
 ...     controller = RealtimeController(transport, client.metadata, RealtimeConfig("commit"))
-...     controller.begin(look())             # waits for the first chunk
+...     controller.begin(observe())          # waits for the first chunk
 ...     while True:                          # once per control period
-...         robot.move(controller.act(look).action)
+...         robot.move(controller.act(observe).action)
 
-What a chunk's time is: its first action belongs to the moment when its observation was taken, and every action the robot
-executes since then uses up one of it. Standing still uses up none. So an answer that comes d actions later is entered at its
-action d, and one that the robot had to stand and wait for goes on where the robot stands.
+Timing of a chunk: its first action belongs to the time step of its observation, and every action that the robot executes since
+then uses up one action of the chunk. Idle steps use up none. So a chunk that arrives d actions later is entered at its action
+d, and one that the robot had to wait for continues where the robot stopped.
 
-Rules. One request is under way at a time. A robot with nothing left to execute stands still: displacements are 0, absolute
-values stay. An answer to an older request, or to one of the episode before, is dropped. An answer that failed is asked for
-again at the next step, while what is left is executed. All of it is counted. Time is counted in control steps, so nothing here
-sleeps or reads a clock, and a simulation drives it as a robot does.
+Rules. One request is in progress at a time. A robot with nothing left to execute is idle: displacements are 0, absolute values
+are held. A reply to an earlier request, or to one of the previous episode, is dropped. A failed request is repeated at the next
+step, while the rest of the chunk is executed. All of this is counted. Time is counted in control steps, so nothing here sleeps
+or reads a clock, and a simulation can drive the controller as a robot does.
 
-Needs numpy alone. Shape letters: L chunk size, D action dimension, N actions left.
+Needs only numpy. Shape letters: L chunk size, D action dimension, N actions left.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from vlaflow.errors import ConfigError, RequestError
 
 logger = logging.getLogger("vlaflow.robot")
 HandOver = Literal["wait", "switch", "ensemble", "commit"]
-Look = Callable[[], Mapping[str, Any]]
-"""Takes the observation now, as a request."""
+Observe = Callable[[], Mapping[str, Any]]
+"""Returns the current observation as a request."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class RealtimeConfig:
     """How one chunk hands over to the next.
 
     Args:
-        mode: "wait" stands still while the next chunk is made (synchronous); "switch" goes on and changes to the new chunk when
-            it comes (naive asynchronous); "ensemble" averages all chunks that speak of this moment, with the weights
-            exp(−rate·i), the oldest i = 0 (ACT's temporal ensembling); "commit" tells the policy what will have been executed
-            by then, and the new chunk begins with it (real-time chunking).
-        n_action_steps: actions of a chunk that are executed before the next one is asked for.
-        expected: control steps that an answer takes, until one has been measured.
-        memory: latest delays remembered; the longest of them is what "commit" counts on.
-        fade: actions over which a new chunk is faded in ("switch" and "commit"); 0 is a hard change.
-        rate: of the ensemble's weights.
+        mode: "wait" is idle while the next chunk is computed (synchronous); "switch" continues and changes to the new chunk
+            when it arrives (naive asynchronous); "ensemble" averages all chunks that contain the current step, with weights
+            exp(−rate·i), i = 0 for the oldest (ACT's temporal ensembling); "commit" sends the policy the actions that will
+            have been executed by then, and the new chunk begins with them (real-time chunking).
+        n_action_steps: actions of a chunk that are executed before the next one is requested.
+        expected: expected delay of a reply in control steps, until one has been measured.
+        memory: number of recent delays to remember; "commit" expects the longest of them.
+        fade: number of actions over which a new chunk is faded in ("switch" and "commit"); 0 for an abrupt change.
+        rate: decay rate of the weights of "ensemble".
     """
 
     mode: HandOver = "commit"
@@ -62,16 +62,16 @@ class RealtimeConfig:
 
     def __post_init__(self) -> None:
         if min(self.n_action_steps, self.memory) < 1 or min(self.expected, self.fade, self.rate) < 0:
-            raise ConfigError("n_action_steps and memory are at least 1; expected, fade and rate at least 0.")
+            raise ConfigError("n_action_steps and memory must be at least 1; expected, fade and rate at least 0.")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a request.
+    """The outcome of a request.
 
     Args:
-        number: of the request.
-        reply: the server's, with "actions" (L, D); None when it failed.
+        number: number of the request.
+        reply: the server's reply, with "actions" (L, D); None if the request failed.
         error: why it failed.
     """
 
@@ -81,28 +81,28 @@ class Reply:
 
 
 class Transport(Protocol):
-    """The way to the policy and back; ``transports`` has them."""
+    """Sends requests to the policy and receives its replies; see ``transports``."""
 
     def ask(self, number: int, request: Mapping[str, Any]) -> None:
         """Send a request; never blocks."""
 
     def poll(self) -> list[Reply]:
-        """Answers that have come since; never blocks."""
+        """Replies that have arrived since the last call; never blocks."""
 
     def wait(self) -> tuple[list[Reply], float]:
-        """At least one answer, and how many control periods it took."""
+        """Wait for at least one reply; returns the replies and the number of control periods waited."""
 
 
 @dataclass
 class RealtimeCounts:
-    """What happened, since the controller was made.
+    """Counts of events since the controller was created.
 
     Args:
-        asked, answered: requests and answers used.
-        failed: answers that were errors.
-        dropped: answers to older requests or earlier episodes.
-        late: answers that came after more actions than had been committed.
-        beyond: requests whose expected delay was longer than could be committed.
+        requests, answered: requests sent and replies used.
+        failed: requests that failed.
+        dropped: replies to earlier requests or episodes.
+        late: replies that arrived after more actions than had been committed.
+        beyond: requests whose expected delay was longer than the policy can commit.
         idle: control steps without an action to execute.
     """
 
@@ -117,15 +117,15 @@ class RealtimeCounts:
 
 @dataclass(frozen=True)
 class Move:
-    """What to do in this control period.
+    """The action of one control period.
 
     Args:
         action: (D,) float32, robot units.
-        chunk: number of the request whose chunk it is from; of the newest one in an ensemble.
+        chunk: number of the request whose chunk it is from; the newest one for "ensemble".
         place: index in that chunk.
-        fresh: decided by other requests than the action before: where a chunk really hands over to the next, or enters or
-            leaves the average of an ensemble.
-        idle: nothing was left; the robot stands still.
+        fresh: whether it comes from other requests than the previous action: where a chunk takes over from another, or
+            enters or leaves the average of "ensemble".
+        idle: whether there was nothing left to execute, so that the robot stops.
     """
 
     action: np.ndarray
@@ -137,8 +137,9 @@ class Move:
 
 @dataclass
 class _Chunk:
-    """A chunk as it is executed: ``origin_L`` says by which request each action was decided, ``start`` is the count of
-    executed actions at which its first was due.
+    """A chunk being executed.
+
+    ``origin_L`` is the request that decided each action, ``start`` the number of executed actions when its first was due.
     """
 
     number: int
@@ -158,16 +159,16 @@ class _Request:
 
 @dataclass
 class RealtimeController:
-    """See the module text.
+    """Executes chunks while the next ones are computed; see the module docstring.
 
     Args:
-        transport: to the policy.
-        metadata: the server's: "chunk_size", "action_spec", and "max_action_prefix", the longest it can continue.
+        transport: connection to the policy.
+        metadata: the server's "chunk_size", "action_spec", and "max_action_prefix", the longest prefix it can continue.
         config: how chunks hand over.
 
     Attributes:
-        counts: what happened.
-        failure: why the latest of the answers that failed did; "" where none did in this episode.
+        counts: counts of events.
+        failure: why the latest failed request failed; "" if none has failed in this episode.
     """
 
     transport: Transport
@@ -179,7 +180,7 @@ class RealtimeController:
     def __post_init__(self) -> None:
         if not {"chunk_size", "action_spec"} <= self.metadata.keys():
             raise ConfigError(
-                "This server does not say its 'chunk_size' and 'action_spec', which real-time control needs; add them to the "
+                "The server's metadata lacks 'chunk_size' or 'action_spec', which real-time control needs; add them to the "
                 "metadata, or use vlaflow serve."
             )
         self._chunk_size = int(self.metadata["chunk_size"])
@@ -188,13 +189,13 @@ class RealtimeController:
         self._stays_D = np.array([d.get("mode", "delta") == "absolute" for d in dimensions])
         most = self._chunk_size if self.config.mode == "wait" else self._chunk_size - 1
         if self.config.n_action_steps > most:
-            before = "" if self.config.mode == "wait" else "; ask for the next one before they are used up"
+            before = "" if self.config.mode == "wait" else ", and the next one must be requested before they are used up"
             raise ConfigError(
-                f"Chunks have {self._chunk_size} actions{before}: n_action_steps is at most {most}, got "
+                f"Chunks have {self._chunk_size} actions{before}: n_action_steps must be at most {most}, got "
                 f"{self.config.n_action_steps}."
             )
         if self.config.mode == "commit" and not self._longest:
-            raise ConfigError("This server's policy cannot continue committed actions; use mode 'switch' or 'ensemble'.")
+            raise ConfigError("The server's policy cannot continue committed actions; use mode 'switch' or 'ensemble'.")
         self._number = self._step = self._moved = 0
         self._origin: tuple[int, ...] = ()
         self._request: _Request | None = None
@@ -205,17 +206,17 @@ class RealtimeController:
 
     @property
     def delay(self) -> int:
-        """Control steps that the next answer is expected to take: the longest of the latest."""
+        """Expected delay of the next reply in control steps: the longest of the recent ones."""
         return math.ceil(max(self._delays, default=self.config.expected))
 
     def begin(self, request: Mapping[str, Any]) -> None:
-        """Start an episode: forget the one before, and wait for the first chunk while the robot stands.
+        """Start an episode: forget the previous one, and wait for the first chunk.
 
         Args:
             request: the first observation.
 
         Raises:
-            RequestError: when there is no first chunk: the server's sentence, or what is wrong with its answer.
+            RequestError: there is no first chunk, because the server refused the request or its reply is invalid.
         """
         self._chunks, self._step, self._moved, self._failing, self.failure = [], 0, 0, False, ""
         self._ask({**request, "reset": True})
@@ -227,21 +228,21 @@ class RealtimeController:
             if self._request is None and not self._chunks:
                 raise RequestError(self.failure)
 
-    def act(self, look: Look) -> Move:
+    def act(self, observe: Observe) -> Move:
         """The action for this control period.
 
         Args:
-            look: takes the observation; called only when a chunk is asked for.
+            observe: returns the observation; called only when a chunk is requested.
 
         Raises:
-            ConfigError: before an episode was begun.
+            ConfigError: no episode was started.
         """
         if not self._chunks:
-            raise ConfigError("There is no chunk to execute; begin(request) waits for an episode's first one.")
+            raise ConfigError("There is no chunk to execute; call begin(request) at the start of an episode.")
         self._take(self.transport.poll())
         if self._request is None and self._place() >= self.config.n_action_steps:
-            self._ask(look())
-            self._take(self.transport.poll())  # an answer that takes no time is used at once
+            self._ask(observe())
+            self._take(self.transport.poll())  # a reply without delay is used at once
         move = self._move()
         self._step += 1
         self._last_D = move.action
@@ -252,7 +253,7 @@ class RealtimeController:
     # -- requests and answers ----------------------------------------------------------------------------------------
 
     def _place(self) -> int:
-        """Actions of the newest chunk that have been used up."""
+        """Number of actions of the newest chunk that have been used up."""
         return self._moved - self._chunks[-1].start
 
     def _ask(self, request: Mapping[str, Any]) -> None:
@@ -271,8 +272,8 @@ class RealtimeController:
 
     def _take(self, answers: list[Reply], measured: bool = False) -> None:
         for answer in answers:
-            asked = self._request
-            if asked is None or answer.number != asked.number:
+            request = self._request
+            if request is None or answer.number != request.number:
                 self.counts.dropped += 1
                 continue
             self._request = None
@@ -280,21 +281,21 @@ class RealtimeController:
                 action_LD = self._actions(answer)
             except RequestError as error:
                 self.counts.failed += 1
-                if not self._failing and self._chunks:  # once for a row of failures, which come as fast as the robot steps
-                    logger.warning("request %d failed, asking again: %s", answer.number, error)
+                if not self._failing and self._chunks:  # once per series of failures, which can repeat at every control step
+                    logger.warning("request %d failed, repeating it: %s", answer.number, error)
                 self._failing, self.failure = True, str(error)
                 continue
             if self._failing:
                 self._failing = False
-                logger.warning("request %d is answered again", answer.number)
+                logger.warning("request %d succeeded again", answer.number)
             if not measured:
-                self._delays.append(self._step - asked.step)
+                self._delays.append(self._step - request.step)
             self.counts.answered += 1
-            self.counts.late += self.config.mode == "commit" and self._moved - asked.moved > asked.committed
+            self.counts.late += self.config.mode == "commit" and self._moved - request.moved > request.committed
             origin_L = np.full(self._chunk_size, answer.number)
-            origin_L[: asked.committed] = asked.origin_N[: asked.committed]
-            action_LD = self._faded(action_LD, asked.moved, max(self._moved - asked.moved, asked.committed))
-            self._chunks.append(_Chunk(answer.number, action_LD, origin_L, asked.moved))
+            origin_L[: request.committed] = request.origin_N[: request.committed]
+            action_LD = self._faded(action_LD, request.moved, max(self._moved - request.moved, request.committed))
+            self._chunks.append(_Chunk(answer.number, action_LD, origin_L, request.moved))
             self._chunks = [c for c in self._chunks if self._moved - c.start < self._chunk_size]
 
     def _actions(self, answer: Reply) -> np.ndarray:
@@ -303,7 +304,7 @@ class RealtimeController:
         try:
             action_LD = np.asarray(answer.reply["actions"], np.float32)
         except (TypeError, ValueError, LookupError) as error:
-            raise RequestError("The server's answer has no array of numbers named 'actions'.") from error
+            raise RequestError("The server's reply has no array of numbers named 'actions'.") from error
         if action_LD.shape != (self._chunk_size, len(self._stays_D)) or not np.isfinite(action_LD).all():
             raise RequestError(
                 f"The server's actions are not a finite chunk of shape {(self._chunk_size, len(self._stays_D))}."
@@ -327,15 +328,15 @@ class RealtimeController:
 
     def _mean(self, chunks: list[_Chunk]) -> np.ndarray:
         weight_C = np.exp(-self.config.rate * np.arange(len(chunks)))
-        said_CD = np.stack([c.action_LD[self._moved - c.start] for c in chunks])
-        return ((weight_C[:, None] * said_CD).sum(0) / weight_C.sum()).astype(np.float32)
+        action_CD = np.stack([c.action_LD[self._moved - c.start] for c in chunks])
+        return ((weight_C[:, None] * action_CD).sum(0) / weight_C.sum()).astype(np.float32)
 
     def _faded(self, action_LD: np.ndarray, start: int, enters: int) -> np.ndarray:
-        """The new chunk as it will be executed: from ``enters`` on it takes over from the newest one in equal steps."""
+        """Fade the new chunk in: from index ``enters`` on, it replaces the current one in equal steps."""
         if not self.config.fade or not self._chunks or self.config.mode not in ("switch", "commit"):
             return action_LD
         before, action_LD = self._chunks[-1], action_LD.copy()
-        ahead = start - before.start  # where the new chunk begins in the one before
+        ahead = start - before.start  # where the new chunk begins in the current one
         for place in range(enters, min(enters + self.config.fade, self._chunk_size - ahead)):
             share = np.float32((place - enters + 1) / (self.config.fade + 1))
             action_LD[place] = share * action_LD[place] + (1 - share) * before.action_LD[place + ahead]

@@ -1,4 +1,4 @@
-"""The two ways to a policy that a real-time controller has: a thread next to the robot's loop, and a simulated delay."""
+"""Transports of a real-time controller: a background thread, and a simulated delay."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ logger = logging.getLogger("vlaflow.robot")
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-class Asks(Protocol):
-    """What a transport needs of a client."""
+class InferenceClient(Protocol):
+    """The client that a transport needs."""
 
     metadata: dict[str, Any]
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """A chunk, or `RequestError`."""
+        """Request a chunk; raises `RequestError`."""
 
 
 class BackgroundTransport:
-    """Requests go out from a thread of their own, one after the other; the robot's loop never waits.
+    """Sends requests from a background thread, one at a time, so that the control loop never waits.
 
     Args:
-        client: asked by the thread alone. It connects again by itself after a restart of the server.
+        client: used by the thread alone. It reconnects automatically after a restart of the server.
 
     Raises:
-        ConfigError: when the server does not say its control rate.
+        ConfigError: the server's metadata lacks its control rate.
 
     >>> with BackgroundTransport(client) as transport: ...
     """
 
-    def __init__(self, client: Asks) -> None:
+    def __init__(self, client: InferenceClient) -> None:
         if "rate_hz" not in client.metadata:
-            raise ConfigError("This server does not say its 'rate_hz', which real-time control needs; use vlaflow serve.")
+            raise ConfigError("The server's metadata lacks 'rate_hz', which real-time control needs; use vlaflow serve.")
         self._client = client
         self._rate_hz = float(client.metadata["rate_hz"])
         self._requests: queue.Queue[tuple[int, Mapping[str, Any]] | None] = queue.Queue()
@@ -68,7 +68,7 @@ class BackgroundTransport:
         return [first, *self.poll()], (time.monotonic() - began) * self._rate_hz
 
     def close(self) -> None:
-        """End the thread once it has its answer."""
+        """Stop the thread after its current request."""
         self._requests.put(None)
         self._thread.join()
 
@@ -86,19 +86,19 @@ class BackgroundTransport:
             except RequestError as error:
                 answer = Reply(number, None, str(error))
             except Exception as error:
-                logger.exception("request %d met a defect of the client", number)
+                logger.exception("request %d failed because of a bug in the client", number)
                 answer = Reply(number, None, f"{type(error).__name__}: {error}")
             self._answers.put(answer)
 
 
 class SimulatedTransport:
-    """Answers are made at once and handed out so many control steps later, so that every delay is measured on one clock.
+    """Computes replies at once and delivers them a number of control steps later, so that all delays follow one clock.
 
     Args:
-        infer: makes an answer.
-        delay: control steps that the next one takes, 0 or more.
+        infer: computes a reply.
+        delay: returns the delay of the next reply in control steps, at least 0.
 
-    ``tick`` once per control step.
+    Call ``tick`` once per control step.
     """
 
     def __init__(self, infer: Infer, delay: Callable[[], int]) -> None:
@@ -120,11 +120,11 @@ class SimulatedTransport:
         return due
 
     def wait(self) -> tuple[list[Reply], float]:
-        """See ``Transport``; the robot stands, so the time passes at once."""
+        """See ``Transport``; the simulated time passes at once."""
         began = self._now
         self._now = max(self._now, min(when for when, _ in self._under_way))
         return self.poll(), float(self._now - began)
 
     def tick(self) -> None:
-        """A control step passes."""
+        """Advance by one control step."""
         self._now += 1

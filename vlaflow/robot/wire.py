@@ -1,12 +1,13 @@
 """The codec of openpi's protocol: msgpack with markers for NumPy arrays and scalars, decoded strictly.
 
 An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": text, b"shape": ints}; a NumPy scalar is a map
-{b"__npgeneric__": True, b"data": number, b"dtype": text}. Booleans, integers and floats of 1 to 8 bytes pass, nothing else: no
-objects, no records, no complex numbers, no extension types. Nothing is executed.
+{b"__npgeneric__": True, b"data": number, b"dtype": text}. Only booleans, integers and floats of 1 to 8 bytes are allowed:
+no objects, no records, no complex numbers, no extension types. Nothing is executed.
 
-msgpack makes a container before it has seen what is in it, and an empty map of one byte becomes sixty-four: a small message can
-ask for a lot of memory. So a message is surveyed before it is decoded, header by header, and one with too many values, too
-deep, with too long a text or with less than it announces is refused. What is left to decode takes little more than its bytes.
+msgpack allocates a container before it has read its content, and an empty map of one byte takes 64 bytes in memory, so a small
+message could allocate a lot of memory. Therefore the headers of a message are checked before it is decoded, and a message with
+too many values, too deep nesting, too long a text or missing content is refused. Decoding the rest takes little more memory
+than its size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MOST_DIMENSIONS = 8
 MOST_VALUES = 10_000
 MOST_DEPTH = 32
 MOST_TEXT = 2**16
-"""Bytes of one text or key; arrays are not texts."""
+"""Largest size of a text or key in bytes."""
 
 
 def pack(message: Any) -> bytes:
@@ -37,17 +38,17 @@ def pack(message: Any) -> bytes:
     try:
         return msgpack.packb(message, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"A message can hold texts, numbers, lists, maps and arrays of numbers: {error}.") from error
+        raise RequestError(f"A message can contain texts, numbers, lists, maps and arrays of numbers: {error}.") from error
 
 
 def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
     """Decode one message; its arrays are read-only.
 
     Raises:
-        RequestError: for a message that is too large, damaged, or holds what the protocol does not have.
+        RequestError: for a message that is too large, damaged, or contains types that the protocol does not have.
     """
     if len(data) > most_bytes:
-        raise RequestError(f"The message has {len(data)} bytes, at most {most_bytes} are taken. Send smaller images.")
+        raise RequestError(f"The message has {len(data)} bytes, but at most {most_bytes} are accepted. Send smaller images.")
     _survey(data)
     try:
         return msgpack.unpackb(data, object_hook=_decode, strict_map_key=True)
@@ -58,13 +59,13 @@ def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
 
 
 def _heads() -> tuple[tuple[int, int, int], ...]:
-    """By first byte: (bytes of the head that give a length, values per unit of it, bytes otherwise), from msgpack's format.
+    """Headers by first byte: (bytes of the length field, values per unit of length, other bytes), from msgpack's format.
 
-    A length in the first byte itself is given as the negative number of its bits; -1 values stand for text, 0 for bytes.
+    A length in the first byte itself is given as minus the number of its bits; -1 values stand for text, 0 for bytes.
     """
     text, plain = -1, 0
     heads = [(0, 0, 0)] * 0x80 + [(-4, 2, 0)] * 16 + [(-4, 1, 0)] * 16 + [(-5, text, 0)] * 32
-    heads += [(0, 0, 0)] * 4  # nil, one that is never used, false, true
+    heads += [(0, 0, 0)] * 4  # nil, never used, false, true
     heads += [(1, plain, 0), (2, plain, 0), (4, plain, 0)]  # bin
     heads += [(1, plain, 1), (2, plain, 1), (4, plain, 1)]  # ext
     heads += [(0, 0, n) for n in (4, 8, 1, 2, 4, 8, 1, 2, 4, 8)]  # float, uint, int
@@ -75,13 +76,13 @@ def _heads() -> tuple[tuple[int, int, int], ...]:
 
 _HEADS = _heads()
 _EXTENSIONS = frozenset((*range(0xC7, 0xCA), *range(0xD4, 0xD9)))
-"""First bytes of extension types. msgpack makes a time of one of them without asking, so they are refused before."""
+"""First bytes of extension types. msgpack decodes one of them as a time without being asked, so they are refused here."""
 
 
 def _survey(data: bytes) -> None:
-    """Walk over the heads of all values, and refuse what would take more than it looks like."""
+    """Check the headers of all values, and refuse messages that would take more memory than their size suggests."""
     size, at, values = len(data), 0, 0
-    open_ = [1]  # values that are still to come, by container
+    open_ = [1]  # number of remaining values, by container
     while open_:
         if not open_[-1]:
             open_.pop()
@@ -92,7 +93,7 @@ def _survey(data: bytes) -> None:
             raise RequestError("The message is not valid msgpack (it ends too early).")
         first = data[at]
         if first in _EXTENSIONS:
-            raise RequestError("The message holds an extension type, which this protocol does not have.")
+            raise RequestError("The message contains an extension type, which this protocol does not have.")
         width, unit, length = _HEADS[first]
         at += 1
         if width < 0:
@@ -103,12 +104,12 @@ def _survey(data: bytes) -> None:
         if unit > 0:
             open_.append(count * unit)
             if values + count * unit > MOST_VALUES:
-                raise RequestError(f"The message holds more than {MOST_VALUES} values; send images and states as arrays.")
+                raise RequestError(f"The message contains more than {MOST_VALUES} values; send images and states as arrays.")
             if len(open_) > MOST_DEPTH:
                 raise RequestError(f"The message is nested more than {MOST_DEPTH} deep.")
             continue
         if unit < 0 and count > MOST_TEXT:
-            raise RequestError(f"A text of the message has {count} bytes, at most {MOST_TEXT} are taken.")
+            raise RequestError(f"A text of the message has {count} bytes, but at most {MOST_TEXT} are accepted.")
         at += length + count
     if at > size:
         raise RequestError("The message is not valid msgpack (it ends too early).")
@@ -132,28 +133,28 @@ def _decode(found: dict[Any, Any]) -> Any:
     if b"__npgeneric__" in found:
         data = found.get(b"data")
         if not isinstance(data, bool | int | float):
-            raise RequestError("A NumPy scalar of a message holds no number.")
+            raise RequestError("A NumPy scalar of the message is not a number.")
         try:
             with np.errstate(over="raise"):
                 return _dtype(found).type(data)
         except (OverflowError, FloatingPointError, ValueError) as error:
-            raise RequestError("A NumPy scalar of a message does not fit its own type.") from error
+            raise RequestError("A NumPy scalar of the message does not fit its type.") from error
     return found
 
 
 def _array(found: dict[Any, Any]) -> np.ndarray:
     data, shape, dtype = found.get(b"data"), found.get(b"shape"), _dtype(found)
     if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
-        raise RequestError("An array of a message lacks its data or its shape.")
+        raise RequestError("An array of the message lacks its data or its shape.")
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise RequestError("The shape of an array of a message must be whole numbers from 0 on.")
+        raise RequestError("The shape of an array of the message must consist of integers ≥ 0.")
     if math.prod(shape) * dtype.itemsize != len(data):
-        raise RequestError(f"An array of a message has shape {shape} of {dtype} and {len(data)} bytes, which do not fit.")
+        raise RequestError(f"An array of the message has shape {shape} of {dtype} but {len(data)} bytes, which does not match.")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _dtype(found: dict[Any, Any]) -> np.dtype:
     name = found.get(b"dtype")
     if not isinstance(name, str) or name not in DTYPES:
-        raise RequestError(f"An array of a message has the type {name!r:.40}; booleans, integers and floats are taken.")
+        raise RequestError(f"An array of the message has type {name!r:.40}; only booleans, integers and floats are accepted.")
     return np.dtype(name)

@@ -1,1 +1,1 @@
-"""Policies behind a socket: openpi's websocket protocol, strictly decoded, inference off the event loop."""
+"""The policy server: openpi's websocket protocol, strictly decoded, with inference off the event loop."""

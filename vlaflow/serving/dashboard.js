@@ -1,4 +1,4 @@
-// The operator's page. Text from elsewhere only ever becomes text: nothing here builds HTML from strings.
+// The operator's page. Received text is only ever inserted as text: nothing here builds HTML from strings.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -56,7 +56,7 @@ function curve(chunk, at) {
   const known = values.filter((value) => value !== null);
   const low = dimension.low ?? Math.min(0, ...known), high = dimension.high ?? Math.max(0, ...known);
   const words = `${dimension.name} in ${dimension.unit}, ${values.length} actions over ${short(last)} seconds, ` +
-    (known.length < values.length ? "some of them no numbers" : `from ${short(values[0])} to ${short(values[values.length - 1])}`);
+    (known.length < values.length ? "some of them not finite" : `from ${short(values[0])} to ${short(values[values.length - 1])}`);
   const { svg, where } = chart(dimension.name, dimension.unit, [0, last], [low, high], "time, s", words);
   const [x0, top] = where(0, high), [x1, bottom] = where(seconds(hello.n_action_steps - 1), low);
   const line = (column) => path(column.map((value, i) => [seconds(i), value]).filter(([, y]) => y !== null).map(([x, y]) => where(x, y)));
@@ -87,7 +87,7 @@ function bars(title, unit, values, top, xlabel, words) {
 function showChunk(chunk, images) {
   $("images").replaceChildren(...Object.entries(images).map(([view, data]) => {
     const figure = make("figure", null);
-    figure.append(make("img", null, { src: data, alt: `what camera '${view}' showed` }), make("figcaption", view));
+    figure.append(make("img", null, { src: data, alt: `image of view '${view}'` }), make("figcaption", view));
     return figure;
   }));
   $("told").textContent = `“${chunk.instruction}” · ${chunk.client}, request ${chunk.request}`;
@@ -95,7 +95,7 @@ function showChunk(chunk, images) {
   const notes = [`${chunk.layers} of ${hello.depth} layers`, `${chunk.nfe} nfe`, parts];
   const again = chunk.regenerated ? chunk.regenerated.filter(Boolean).length : 0;
   if (chunk.regenerated) notes.push(`${again} actions regenerated${again ? " (ringed; the draft is dashed)" : ""}`);
-  $("about").textContent = notes.join(" · ") + ` · shaded: the ${hello.n_action_steps} actions executed before the next answer`;
+  $("about").textContent = notes.join(" · ") + ` · shaded: the ${hello.n_action_steps} actions executed before the next chunk`;
   const drawn = hello.dimensions.map((_, at) => curve(chunk, at));
   if (chunk.confidence) {
     const lowest = Math.min(...chunk.confidence);
@@ -107,7 +107,7 @@ function showChunk(chunk, images) {
   head.append(...columns.map((name) => make("th", name, { scope: "col" })));
   $("table").replaceChildren(head, ...chunk.actions.map((row, i) => {
     const line = make("tr", null), cells = chunk.confidence ? [...row, chunk.confidence[i]] : row;
-    line.append(make("th", i + 1, { scope: "row" }), ...cells.map((x) => make("td", x === null ? "no number" : x.toFixed(3))));
+    line.append(make("th", i + 1, { scope: "row" }), ...cells.map((x) => make("td", x === null ? "not finite" : x.toFixed(3))));
     return line;
   }));
 }
@@ -123,19 +123,19 @@ function showNow(now) {
     ["answered", o.answered],
     ["refused", o.refused + o.failed],
     ["busy or late", o.busy + o.late],
-    ["last answer", now.age_s === null ? "–" : `${now.age_s} s ago`],
+    ["last reply", now.age_s === null ? "–" : `${now.age_s} s ago`],
   ];
   $("numbers").replaceChildren(...rows.map(([name, value]) => {
     const pair = make("div", null);
     pair.append(make("dt", name), make("dd", value));
     return pair;
   }));
-  const on = now.instruction !== null, said = $("standing");
+  const on = now.instruction !== null, standing = $("standing");
   const words = on
-    ? `In force: “${now.instruction}” · ${now.followed} requests followed, ${now.ignored} kept their own words`
-    : "Off: every request is answered with its own words.";
-  if (said.textContent !== words) said.textContent = words;
-  said.className = on ? "on" : "";
+    ? `In force: “${now.instruction}” · ${now.followed} requests followed it, ${now.ignored} kept their own instruction`
+    : "Off: every request keeps its own instruction.";
+  if (standing.textContent !== words) standing.textContent = words;
+  standing.className = on ? "on" : "";
   $("clear").disabled = !on;
   const layers = now.work.map(([n]) => n), nfe = now.work.map(([, n]) => n), of = `last ${now.work.length} chunks`;
   const mean = (xs) => short(xs.reduce((a, b) => a + b, 0) / (xs.length || 1));
@@ -194,10 +194,10 @@ $("ask").onsubmit = (event) => {
   $("token").value = "";
   connect();
 };
-// A closed socket drops what it is given without a word, and an operator must not believe that the robot was told.
+// A closed socket silently drops messages, and the operator must not believe that the instruction was sent.
 function instruct(words) {
   const open = socket.readyState === WebSocket.OPEN;
-  $("refusal").textContent = open ? "" : "The connection is lost: the server was not told.";
+  $("refusal").textContent = open ? "" : "The connection is lost; the instruction was not sent.";
   if (open) socket.send(JSON.stringify({ instruction: words }));
   return open;
 }

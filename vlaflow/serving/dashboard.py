@@ -1,15 +1,15 @@
-"""The operator's page: what the policy saw last, what it answered, how long that took, and a box for an instruction.
+"""The operator's page: the last observation and chunk, latencies, and a field for an instruction.
 
-``/dashboard`` is a page without data; ``/dashboard/stream`` is a websocket that feeds it. The server's rules hold for the
-stream: on this machine alone without a token, and with the token otherwise (a browser cannot set headers, so it comes as a
-subprotocol, never in an address). Only the page of this server may open it, and without a token only under a name of this
-machine; else any page that a browser shows could look through the robot's eyes.
+``/dashboard`` is a page without data; ``/dashboard/stream`` is a websocket that feeds it. The stream has the same rules as the
+server: without a token, access from this machine only; otherwise with the token (a browser cannot set headers, so the token is
+sent as a subprotocol, never in an address). Only the page of this server may open the stream, and without a token only under a
+name of this machine; otherwise any page in a browser could see the robot's images.
 
-Inference never waits for a watcher. An answer leaves a reference here and no more; images are encoded in a thread, for each
-watcher at its own pace, and a slow one misses frames.
+Inference never waits for a watching page. A reply only leaves a reference here; images are encoded in a thread, for each page
+at its own pace, and a slow page misses frames.
 
-The operator's instruction is off until it is set and stays until it is cleared. It takes the place of a request's prompt only
-where the request says ``"follow_operator": true``, and then the reply says which words were used.
+The operator's instruction is off until it is set and remains until it is cleared. It replaces the prompt of a request only if
+the request contains ``"follow_operator": true``; the reply then states the instruction that was used.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data
 _WRONG = frozenset({"refused", "busy", "late", "failed", "turned away"})
 _LONGEST_INSTRUCTION = 300
 _SIDE = 480
-"""Pixels of an image on the page; larger ones are made smaller."""
+"""Largest side of an image on the page in pixels."""
 
 
 @dataclass
 class Dashboard:
-    """See the module text.
+    """State of the operator's page; see the module docstring.
 
     Args:
-        journal, engine: of the server.
-        hello: what the page is told first; JSON data.
-        token: the server's.
-        rate_hz: how often a watcher is told, at most.
-        most: watchers at a time.
+        request_log, engine: those of the server.
+        hello: first message to a page; JSON data.
+        token: token of the server.
+        rate_hz: largest number of messages per second to a page.
+        most: largest number of open pages.
 
     Attributes:
-        instruction: the operator's, while one is in force.
-        watchers: pages that are open.
-        told: messages sent to pages.
+        instruction: the operator's instruction; None if none is set.
+        watchers: number of open pages.
+        messages_sent: number of messages sent to pages.
     """
 
     request_log: RequestLog
@@ -82,31 +82,31 @@ class Dashboard:
     most: int = 4
     instruction: str | None = None
     watchers: int = 0
-    told: int = 0
+    messages_sent: int = 0
     _last: tuple[RequestEntry, Observation, Chunk, float] | None = None
     _work: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=120))
     _followed: int = 0
     _ignored: int = 0
 
-    # -- what the server tells ---------------------------------------------------------------------------------------
+    # -- called by the server ----------------------------------------------------------------------------------------
 
-    def saw(self, entry: RequestEntry) -> None:
-        """A request has ended."""
+    def record(self, entry: RequestEntry) -> None:
+        """Record a finished request."""
         if entry.chunk is not None and entry.observation is not None:
             self._last = entry, entry.observation, entry.chunk, time.monotonic()
             self._work.append((entry.chunk.layers, entry.chunk.nfe))
 
     def instruct(self, observation: Observation, follows: bool) -> Observation:
-        """The observation with the operator's instruction, where one is set and the request follows it."""
+        """The observation, with the operator's instruction if one is set and the request follows it."""
         if self.instruction is None:
             return observation
         self._followed, self._ignored = self._followed + follows, self._ignored + (not follows)
         return replace(observation, instruction=self.instruction) if follows else observation
 
-    # -- what browsers ask -------------------------------------------------------------------------------------------
+    # -- called by browsers ------------------------------------------------------------------------------------------
 
     def http(self, request: Request) -> Response | None:
-        """The page and its parts, which hold no data; None for every other path."""
+        """The page, its style and its script, which contain no data; None for any other path."""
         if request.path not in _FILES:
             return None
         name, kind = _FILES[request.path]
@@ -124,11 +124,11 @@ class Dashboard:
         return Response(HTTPStatus.OK, "OK", Headers(headers), body)
 
     def refusal(self, request: Request) -> str | None:
-        """Why this request may not open the stream; None where it may."""
+        """Why this request may not open the stream; None if it may."""
         if not same_origin(request):
             return "Only the page of this server may watch it."
         if self.token is None:
-            return None if named_here(request) else "Without a token the page opens on this machine alone."
+            return None if named_here(request) else "Without a token, only this machine may watch."
         offered = ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).split(",")
         tokens = [word.strip().removeprefix("token.") for word in offered if word.strip().startswith("token.")]
         return None if any(_same(token, self.token) for token in tokens) else "This page needs the server's token."
@@ -136,10 +136,10 @@ class Dashboard:
     async def watch(self, connection: ServerConnection, name: str) -> None:
         """Feed one page until it is closed."""
         if self.watchers >= self.most:
-            await connection.close(1013, f"{self.most} pages watch already.")
+            await connection.close(1013, f"{self.most} pages are already watching.")
             return
         self.watchers += 1
-        self.request_log.say("watching", name)
+        self.request_log.write("watching", name)
         listening = asyncio.create_task(self._listen(connection, name))
         try:
             await connection.send(json.dumps(_finite({"kind": "hello", **self.hello})))
@@ -149,17 +149,17 @@ class Dashboard:
                 shown = self._last[0] if self._last is not None else None
                 now, lines = self._now(), [_line(event) for event in list(self.request_log.lines)[-12:]]
                 await connection.send(await asyncio.to_thread(_message, now, lines, last))
-                self.told += 1
+                self.messages_sent += 1
                 await asyncio.wait([listening], timeout=1 / self.rate_hz)
         except websockets.ConnectionClosed:
             pass
         finally:
             listening.cancel()
             self.watchers -= 1
-            self.request_log.say("watched", name)
+            self.request_log.write("watched", name)
 
     async def _listen(self, connection: ServerConnection, name: str) -> None:
-        """Take what the operator types."""
+        """Receive the operator's instructions."""
         with suppress(websockets.ConnectionClosed):
             async for frame in connection:
                 try:
@@ -168,7 +168,7 @@ class Dashboard:
                     await connection.send(json.dumps({"kind": "refused", "sentence": str(error)}))
                     continue
                 self.instruction, self._followed, self._ignored = words, 0, 0
-                self.request_log.say("instruction", name, "cleared" if words is None else f"set to '{words}'")
+                self.request_log.write("instruction", name, "cleared" if words is None else f"set to '{words}'")
 
     def _now(self) -> dict[str, Any]:
         request_log, now = self.request_log, time.monotonic()
@@ -190,13 +190,13 @@ class Dashboard:
 
 
 def same_origin(request: Request) -> bool:
-    """Whether the origin that a browser names is the address that it asks."""
+    """Whether the origin stated by a browser is the requested host."""
     origins, hosts = request.headers.get_all("Origin"), request.headers.get_all("Host")
     return len(origins) == len(hosts) == 1 and origins[0].partition("://")[2] == hosts[0]
 
 
 def named_here(request: Request) -> bool:
-    """Whether this machine is asked by a name of its own, and not by one that a stranger pointed at it."""
+    """Whether the requested host is a name of this machine, and not a foreign name that resolves to it."""
     host = "".join(request.headers.get_all("Host"))
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     return name.strip("[]") in LOOPBACK
@@ -206,15 +206,15 @@ def _line(event: Event) -> dict[str, Any]:
     return {"text": str(event), "wrong": event.event in _WRONG}
 
 
-def _rate(moments: Sequence[float], now: float, seconds: float = 10.0) -> float:
-    """Events per second over the last seconds, or over as far back as the moments go where they are cut short."""
-    if len(moments) == RECENT:
-        seconds = max(min(seconds, now - moments[0]), 1e-3)
-    return round(sum(at > now - seconds for at in moments) / seconds, 2)
+def _rate(times: Sequence[float], now: float, seconds: float = 10.0) -> float:
+    """Events per second over the last seconds, or over a shorter period if ``times`` does not reach back that far."""
+    if len(times) == RECENT:
+        seconds = max(min(seconds, now - times[0]), 1e-3)
+    return round(sum(at > now - seconds for at in times) / seconds, 2)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinities; what is no number is null there."""
+    """Replace values that are not finite by None, because JSON has no NaN or infinity."""
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -225,7 +225,7 @@ def _finite(value: Any) -> Any:
 def _message(
     now: dict[str, Any], lines: list[dict[str, Any]], last: tuple[RequestEntry, Observation, Chunk, float] | None
 ) -> str:
-    """What a page is told; runs in a thread."""
+    """The message to a page; runs in a thread."""
     message: dict[str, Any] = {"kind": "now", **now, "lines": lines}
     if last is not None:
         entry, observation, chunk, _ = last
@@ -241,37 +241,37 @@ def _message(
             "nfe": chunk.nfe,
             "milliseconds": {part: round(ms, 2) for part, ms in chunk.milliseconds.items()},
         }
-        message["images"] = {view: _picture(image) for view, image in observation.images.items()}
+        message["images"] = {view: _data_url(image) for view, image in observation.images.items()}
     return json.dumps(_finite(message))
 
 
-def _picture(image: np.ndarray) -> str:
-    """A JPEG as a data address."""
+def _data_url(image: np.ndarray) -> str:
+    """Encode an image as the data URL of a JPEG."""
     from PIL import Image
 
-    picture, file = Image.fromarray(image), io.BytesIO()
-    picture.thumbnail((_SIDE, _SIDE))
-    picture.save(file, "JPEG", quality=85)
+    thumbnail, file = Image.fromarray(image), io.BytesIO()
+    thumbnail.thumbnail((_SIDE, _SIDE))
+    thumbnail.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _instruction(frame: str | bytes) -> str | None:
-    """What the operator wants said; None to clear it."""
+    """Decode the operator's instruction; None clears it."""
     try:
         found = json.loads(frame)
     except (ValueError, RecursionError) as error:
-        raise RequestError("The page sends JSON.") from error
+        raise RequestError("Messages of the page must be JSON.") from error
     words = found.get("instruction", 0) if isinstance(found, dict) else 0
     if words is None:
         return None
     if not isinstance(words, str) or not words.strip() or len(words) > _LONGEST_INSTRUCTION:
-        raise RequestError(f"An instruction has 1 to {_LONGEST_INSTRUCTION} characters.")
+        raise RequestError(f"An instruction must have 1 to {_LONGEST_INSTRUCTION} characters.")
     return sentence(words.strip())  # on one line
 
 
 def _same(encoded: str, token: str) -> bool:
     try:
-        given = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+        decoded = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     except (ValueError, binascii.Error):
         return False
-    return hmac.compare_digest(given, token.encode())
+    return hmac.compare_digest(decoded, token.encode())

@@ -1,8 +1,8 @@
 """Inference off the event loop: requests of several clients in one bounded queue, answered together by one thread.
 
-A batch is closed when it is full, or when its first request has waited long enough and no other is there. Batching changes no
-answer: every request has its own noise, and a policy answers an observation alone as in company. A request whose deadline
-passes while it waits is told so then, and not computed.
+A batch is closed when it is full, or when its first request has waited long enough and no other request is waiting. Batching
+changes no result: every request has its own noise, and the chunk for an observation does not depend on the rest of the batch. A
+request whose deadline passes while it waits fails at that time and is not computed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ logger = logging.getLogger("vlaflow.serving")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How requests are gathered.
+    """How requests are batched.
 
     Args:
-        batch: most requests answered together.
-        wait_ms: how long the first of a batch waits for company.
-        queue: most requests waiting; more are refused as busy.
-        deadline_ms: a request that has waited longer is given up.
-        guided: continue chunks by guidance even where training gave the decoder committed actions.
+        batch: largest number of requests per batch.
+        wait_ms: how long the first request of a batch waits for others.
+        queue: largest number of waiting requests; more are refused as busy.
+        deadline_ms: longest wait of a request before it fails.
+        guided: continue action prefixes by guidance even if the decoder was trained for them.
     """
 
     batch: int = 8
@@ -46,12 +46,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.queue) < 1 or self.wait_ms < 0 or not self.deadline_ms > 0:
-            raise ConfigError("batch and queue are at least 1, wait_ms at least 0 and deadline_ms more.")
+            raise ConfigError("batch and queue must be at least 1, wait_ms at least 0 and deadline_ms above 0.")
 
 
 @dataclass
 class BatchCounts:
-    """What the engine has done."""
+    """Counts of the engine since it was created."""
 
     requests: int = 0
     answered: int = 0
@@ -64,13 +64,13 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class ActRequest:
-    """A request, understood.
+    """A decoded request.
 
     Args:
-        observation: what the robot sees.
-        compute: how much to compute.
-        generator: of its noise.
-        action_prefix: what of the chunk before the new one begins with.
+        observation: the observation.
+        compute: the compute policy.
+        generator: generator of the noise.
+        action_prefix: actions of the current chunk with which the new one begins.
     """
 
     observation: Observation
@@ -80,7 +80,7 @@ class ActRequest:
 
     @property
     def kind(self) -> object:
-        """Only requests of one kind can be computed together: one compute policy, one shape, all or none continued."""
+        """Requests of equal kind can be batched: same compute policy and shapes, and all or none with an action prefix."""
         shapes = tuple((view, image.shape) for view, image in sorted(self.observation.images.items()))
         return repr(self.compute), shapes, self.observation.state.shape, self.action_prefix is None
 
@@ -95,7 +95,7 @@ class _Waiting:
 
 @dataclass
 class Engine:
-    """See the module text; ``run`` is a task of the event loop, ``ask`` is called by every connection."""
+    """Batches and computes requests; ``run`` is a task of the event loop, ``ask`` is called by every connection."""
 
     policy: Policy
     config: EngineConfig = field(default_factory=EngineConfig)
@@ -108,16 +108,16 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
         return self._queue.qsize()
 
     async def ask(self, request: ActRequest, deadline_ms: float | None = None) -> Chunk:
-        """The chunk for one request.
+        """Compute the chunk for one request.
 
         Raises:
             BusyError: the queue is full.
-            DeadlineError: it waited too long.
-            VlaflowError: whatever is wrong with the observation.
+            DeadlineError: the request waited too long.
+            VlaflowError: the observation is invalid.
         """
         self.counts.requests += 1
         seconds, loop = (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3, asyncio.get_running_loop()
@@ -134,29 +134,29 @@ class Engine:
             timer.cancel()
 
     async def warm_up(self, compute: ComputePolicy, rounds: int) -> None:
-        """Make chunks that nobody asked for: ``rounds`` times alone, and once as many as are batched, new and continued.
+        """Compute dummy chunks: ``rounds`` times a single one, and once a full batch, each with and without an action prefix.
 
-        The first chunks of a process and of a thread are slow (lazy initialisation, memory that grows, kernels that are chosen
-        or compiled); no client shall have them. Where so many at once fail, for want of memory say, they will be computed one
-        by one when clients ask.
+        The first chunks of a process and of a thread are slow (lazy initialisation, growing memory, kernel selection and
+        compilation), and clients should not have to wait for them. If a full batch fails, e.g. for lack of memory, requests
+        of clients are computed one by one.
         """
-        seen, policy = example(self.policy), self.policy
+        observation, policy = example(self.policy), self.policy
         continues = self.config.guided or policy.model.decoder.max_action_prefix
-        before = ActionPrefix(np.array([policy.stats["action"].mean], np.float32), 1)
+        prefix = ActionPrefix(np.array([policy.stats["action"].mean], np.float32), 1)
         loop = asyncio.get_running_loop()
         for size, times in ((1, rounds), (self.config.batch, 1)):
-            for action_prefix in (None, before) if continues else (None,):
-                requests = [ActRequest(seen, compute, Generator().manual_seed(i), action_prefix) for i in range(size)]
+            for action_prefix in (None, prefix) if continues else (None,):
+                requests = [ActRequest(observation, compute, Generator().manual_seed(i), action_prefix) for i in range(size)]
                 for _ in range(times):
                     try:
                         await loop.run_in_executor(self._thread, self._act, requests)
-                    except (RuntimeError, MemoryError):  # as torch says that memory is short; anything else is a defect
+                    except (RuntimeError, MemoryError):  # torch reports a lack of memory like this; anything else is a bug
                         if size == 1:
                             raise
                         logger.warning("%d requests at once cannot be computed together", size, exc_info=True)
 
     async def run(self) -> None:
-        """Answer requests until cancelled; what is being computed then is still answered."""
+        """Process requests until cancelled; a batch in progress is still finished."""
         while True:
             batch = [await self._queue.get()]
             closes = self.clock() + self.config.wait_ms / 1e3
@@ -186,7 +186,7 @@ class Engine:
             self.counts.seconds += self.clock() - began
 
     def _in_time(self, waiting: _Waiting) -> bool:
-        """Whether somebody still waits for it."""
+        """Whether the client is still waiting for the request."""
         if self.clock() > waiting.until:
             self._expire(waiting)
         return not waiting.answer.done()
@@ -195,26 +195,26 @@ class Engine:
         if waiting.begun or waiting.answer.done():
             return
         self.counts.late += 1
-        _settle(waiting, DeadlineError("The request waited longer than its deadline; it was not computed."))
+        _resolve(waiting, DeadlineError("The request waited longer than its deadline; it was not computed."))
 
     async def _compute(self, group: list[_Waiting]) -> None:
         requests, loop = [waiting.request for waiting in group], asyncio.get_running_loop()
         states = [a.generator.get_state() for a in requests]
         try:
             chunks = await loop.run_in_executor(self._thread, self._act, requests)
-        except Exception as error:  # whatever it was, it is the answer to the request
+        except Exception as error:  # any error is the result of the request
             if len(group) == 1:
                 self.counts.refused += 1
-                _settle(group[0], error)
+                _resolve(group[0], error)
                 return
-            # One bad request must not spoil the others: each again by itself, with its noise as it was.
+            # One bad request must not affect the others: repeat each by itself, with the same noise.
             for waiting, state in zip(group, states, strict=True):
                 waiting.request.generator.set_state(state)
                 await self._compute([waiting])
             return
         for waiting, chunk in zip(group, chunks, strict=True):
             self.counts.answered += 1
-            _settle(waiting, chunk)
+            _resolve(waiting, chunk)
 
     def _act(self, requests: list[ActRequest]) -> list[Chunk]:
         return self.policy.act(
@@ -226,12 +226,12 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Wait for the thread to finish what it computes."""
+        """Wait for the thread to finish its batch."""
         self._thread.shutdown(wait=True)
 
 
-def _settle(waiting: _Waiting, outcome: Chunk | Exception) -> None:
-    if waiting.answer.done():  # the client has gone
+def _resolve(waiting: _Waiting, outcome: Chunk | Exception) -> None:
+    if waiting.answer.done():  # the client has left
         return
     if isinstance(outcome, Exception):
         waiting.answer.set_exception(outcome)

@@ -1,7 +1,7 @@
-"""Which key of a request is what: the layouts that openpi's and RoboArena's clients send, and mappings of one's own.
+"""Observation keys of requests: those of openpi's and RoboArena's clients, and custom ones.
 
-A layout lists image keys in order; they are the policy's views in their order. So a policy trained on two views serves any
-robot that sends two, and one that sends another number is refused before the first request.
+The image keys correspond to the policy's views, in order. So a policy trained on two views serves any robot that sends two
+images, and another number of images is refused before the first request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from vlaflow import registry
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
 from vlaflow.serving.protocols import OPENPI, WireProtocol
-from vlaflow.serving.protocols import ROBOARENA as ROBOARENA_DIALECT
+from vlaflow.serving.protocols import ROBOARENA as ROBOARENA_PROTOCOL
 from vlaflow.spec import ActionPrefix, Observation
 
 MOST_STATE = 4096
@@ -26,14 +26,14 @@ _NAMED_KEYS = 50
 
 @dataclass(frozen=True)
 class ObservationKeys:
-    """Where things are in a request.
+    """The keys of a request.
 
     Args:
         images: keys of the images, uint8 (H, W, 3), or (3, H, W) with ``channels_first``; "a/b" may be one key or nested maps.
-        state: keys of the parts of the state, joined in this order.
+        state: keys of the parts of the state, concatenated in this order.
         prompt: key of the instruction.
-        channels_first: images are (3, H, W).
-        protocol: what is said first, and what an answer looks like.
+        channels_first: whether images are (3, H, W).
+        protocol: format of the metadata and of the replies.
     """
 
     images: tuple[str, ...]
@@ -57,20 +57,20 @@ ALOHA = ObservationKeys(
 ROBOARENA = ObservationKeys(
     ("observation/exterior_image_0_left", "observation/wrist_image_left"),
     ("observation/joint_position", "observation/gripper_position"),
-    protocol=ROBOARENA_DIALECT,
+    protocol=ROBOARENA_PROTOCOL,
 )
 
 
 def choose(name: str, views: Sequence[str], images: Sequence[str] = (), state: Sequence[str] = ()) -> dict[str, Any]:
-    """The layout for these views, as keyword arguments of ``read``.
+    """The observation keys for these views, as keyword arguments of ``read``.
 
     Args:
-        name: of an installed layout (``registry``).
-        views: of the policy, in order.
-        images, state: keys in place of the layout's.
+        name: name of installed observation keys (``registry``).
+        views: views of the policy, in order.
+        images, state: keys to use instead of the installed ones.
 
     Raises:
-        ConfigError: no such layout, or another number of images than views.
+        ConfigError: unknown name, or the number of images differs from that of the views.
     """
     observation_keys = registry.load("layouts", name, ObservationKeys, f"There are no observation keys '{name}'")
     observation_keys = replace(
@@ -79,17 +79,17 @@ def choose(name: str, views: Sequence[str], images: Sequence[str] = (), state: S
     if len(observation_keys.images) != len(views):
         raise ConfigError(
             f"The observation keys '{name}' name {len(observation_keys.images)} images "
-            f"{list(observation_keys.images)}, the policy looks at {len(views)} views {list(views)}. Name the "
-            "keys of its images with --image."
+            f"{list(observation_keys.images)}, but the policy has {len(views)} views {list(views)}. Name the "
+            "keys of the images with --image."
         )
     return {"observation_keys": observation_keys, "views": tuple(views)}
 
 
 def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: Sequence[str]) -> Observation:
-    """The observation of a request.
+    """Read the observation of a request.
 
     Raises:
-        RequestError: for a missing key, or one that holds something else.
+        RequestError: a key is missing or has an invalid value.
     """
     images = {}
     for view, key in zip(views, observation_keys.images, strict=True):
@@ -97,7 +97,7 @@ def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: S
         if not isinstance(image, np.ndarray):
             raise RequestError(f"'{key}' must be an image, a uint8 array of shape (height, width, 3).")
         if image.size == 0 or max(image.shape, default=0) > MOST_SIDE:
-            raise RequestError(f"'{key}' must be an image of 1 to {MOST_SIDE} pixels a side, this was {list(image.shape)}.")
+            raise RequestError(f"'{key}' must be an image of 1 to {MOST_SIDE} pixels per side, got shape {list(image.shape)}.")
         images[view] = (
             np.ascontiguousarray(image.transpose(1, 2, 0)) if observation_keys.channels_first and image.ndim == 3 else image
         )
@@ -106,7 +106,7 @@ def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: S
     if not isinstance(prompt, str):
         raise RequestError(f"'{observation_keys.prompt}' must be the instruction in words.")
     if sum(map(len, parts)) > MOST_STATE:
-        raise RequestError(f"The state ({', '.join(observation_keys.state)}) may have {MOST_STATE} numbers at most.")
+        raise RequestError(f"The state ({', '.join(observation_keys.state)}) may have at most {MOST_STATE} numbers.")
     try:
         return Observation(images, np.concatenate(parts), prompt)
     except SpecError as error:
@@ -114,10 +114,10 @@ def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: S
 
 
 def committed(request: dict[str, Any]) -> ActionPrefix | None:
-    """The request's action prefix, taken out of it: "action_prefix" (N, D), of which "inference_delay" are committed.
+    """Remove and decode the action prefix of a request: "action_prefix" (N, D), of which "inference_delay" are committed.
 
     Raises:
-        RequestError: for one without the other, or something else than actions and a whole number.
+        RequestError: "inference_delay" without "action_prefix", or invalid values.
     """
     prefix, delay = request.pop("action_prefix", None), request.pop("inference_delay", None)
     if prefix is None:
@@ -129,7 +129,7 @@ def committed(request: dict[str, Any]) -> ActionPrefix | None:
     if isinstance(delay, np.integer):
         delay = int(delay)
     if delay is not None and (not isinstance(delay, int) or isinstance(delay, bool)):
-        raise RequestError("'inference_delay' must be a whole number of actions.")
+        raise RequestError("'inference_delay' must be an integer number of actions.")
     try:
         return ActionPrefix(prefix.astype(np.float32), len(prefix) if delay is None else delay)
     except (SpecError, TypeError) as error:
@@ -137,7 +137,7 @@ def committed(request: dict[str, Any]) -> ActionPrefix | None:
 
 
 def _vector(value: Any, key: str) -> np.ndarray:
-    """A part of the state; what float32 cannot hold becomes infinite, which an observation refuses."""
+    """Decode a part of the state; numbers too large for float32 become infinite, which an observation refuses."""
     try:
         found = np.atleast_1d(np.asarray(value))
     except ValueError:  # lists of unequal lengths
@@ -154,7 +154,9 @@ def _find(request: Mapping[str, Any], key: str) -> Any:
     found: Any = request
     for part in key.split("/"):
         if not isinstance(found, Mapping) or part not in found:
-            given = [name for name in islice(request, _NAMED_KEYS) if isinstance(name, str) and len(name) < 80]
-            raise RequestError(f"The request lacks '{key}'; {nearest(key, given)}" if given else f"The request lacks '{key}'.")
+            present = [name for name in islice(request, _NAMED_KEYS) if isinstance(name, str) and len(name) < 80]
+            raise RequestError(
+                f"The request lacks '{key}'; {nearest(key, present)}" if present else f"The request lacks '{key}'."
+            )
         found = found[part]
     return found

@@ -1,9 +1,9 @@
-"""What is said around the actions: openpi's protocol as it is, and the variant that RoboArena's clients speak.
+"""Wire protocols: openpi's, and the variant of RoboArena's clients.
 
-Both are msgpack over a websocket, with the server speaking first. RoboArena's clients read the first message as a fixed set of
-fields, want a bare array for an answer and execute all of it, so they get the actions that this policy executes per chunk
-and no others. Requests differ in nothing that a layout would not say: an "endpoint", and a "session_id" that is not needed,
-because a connection is a session.
+Both are msgpack over a websocket, and the server sends the first message. RoboArena's clients expect a fixed set of fields in
+the first message and a bare array as reply, and execute all of it, so they get only the actions that this policy executes per
+chunk. Requests differ only in their observation keys, an "endpoint", and a "session_id" that is ignored, because a connection
+is a session.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 ARM_AND_GRIPPER = 8
-"""Numbers of an action in RoboArena's two action spaces: seven joints and the gripper."""
+"""Action dimension of RoboArena's two action spaces: seven joints and the gripper."""
 
 
 @dataclass(frozen=True)
 class WireProtocol:
-    """Two functions.
+    """The format of the server's messages.
 
     Args:
-        hello: the first message, of the server's metadata.
-        answer: what is sent for a reply, of the reply and the actions to execute per chunk.
+        hello: makes the first message from the server's metadata.
+        answer: makes the message of a reply from the reply and the number of actions to execute per chunk.
     """
 
     hello: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -30,7 +30,7 @@ class WireProtocol:
 
 
 def _roboarena_hello(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of RoboArena's server config; an action space of its own has the robot's name."""
+    """The fields of RoboArena's server config; other action spaces are named after the robot."""
     images, spec = metadata["images"], metadata["action_spec"]
     sizes = set(images.values())
     side = sizes.pop() if len(sizes) == 1 else None

@@ -1,7 +1,7 @@
-"""What happens at the server, written down once: for the log, for ``/metrics`` and for observers.
+"""Records the server's events for the log, for ``/metrics`` and for observers.
 
-A line of the log is a sentence, or with ``JsonLines`` a JSON object. No line holds an image or a token. A refusal may quote a
-few words of a request, cut and stripped of what would break a line.
+A line of the log is a sentence, or a JSON object with ``JsonLines``. It never contains an image or a token. A refusal may quote
+a part of a request, shortened and without control characters.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOST_SENTENCE = 400
 
 
 def sentence(error: object) -> str:
-    """An error's text on one line, without control characters, and without its middle where it is long."""
+    """The text of an error on one line, without control characters, and without its middle if it is long."""
     text = str(error)
     if len(text) > MOST_SENTENCE:
         text = f"{text[: MOST_SENTENCE // 2]} ... {text[-MOST_SENTENCE // 2 :]}"
@@ -47,11 +47,11 @@ class Event:
     Args:
         event: what happened: an outcome of a request, or "warming up", "serving", "dashboard", "connected", "left",
             "turned away", "watching", "watched", "instruction", "stopping".
-        client: address and port, where one is concerned.
-        request: number of the request, counted over the server's life.
-        ms: from the frame's arrival to its answer.
-        layers, nfe: computed for it.
-        note: the rest, in words.
+        client: address and port, if the event concerns a client.
+        request: number of the request since the server started.
+        ms: milliseconds from the arrival of the request to the reply.
+        layers, nfe: amount of computation.
+        note: further details in words.
     """
 
     event: str
@@ -71,7 +71,7 @@ class Event:
 
 @dataclass
 class RequestEntry:
-    """A request under way; the handler records its outcome."""
+    """A request in progress; the handler records its outcome."""
 
     client: str
     number: int
@@ -82,7 +82,7 @@ class RequestEntry:
     chunk: Chunk | None = None
 
     def refused(self, error: VlaflowError) -> str:
-        """Take down an error and return its sentence for the client."""
+        """Record an error and return its message for the client."""
         self.outcome = "busy" if isinstance(error, BusyError) else "late" if isinstance(error, DeadlineError) else "refused"
         self.note = sentence(error)
         return self.note
@@ -90,15 +90,15 @@ class RequestEntry:
 
 @dataclass
 class RequestLog:
-    """Counts, times and the log.
+    """Counts, latencies and the log.
 
     Attributes:
-        outcomes: requests by what came of them.
-        connections: connections that were taken and those turned away.
-        clients: connected now.
-        recent: (when it ended, milliseconds, outcome) of the last requests.
-        lines: the last of the log.
-        observer: told of every request that has ended.
+        outcomes: number of requests by outcome.
+        connections: number of connections, taken and turned away.
+        clients: currently connected clients.
+        recent: (end time, milliseconds, outcome) of the last requests.
+        lines: last events of the log.
+        observer: called with every finished request.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -113,30 +113,30 @@ class RequestLog:
     observer: Callable[[RequestEntry], None] | None = None
     _requests: int = 0
 
-    def say(self, event: str, client: str | None = None, note: str | None = None, **more: Any) -> None:
-        """Write a line."""
+    def write(self, event: str, client: str | None = None, note: str | None = None, **more: Any) -> None:
+        """Write a line to the log."""
         self._log(Event(event, client, note=note, **more))
 
     @contextmanager
     def connected(self, client: str) -> Iterator[None]:
-        """A client, from its coming to its leaving."""
+        """Context of a connected client."""
         self.clients.add(client)
         self.connections["taken"] += 1
-        self.say("connected", client)
+        self.write("connected", client)
         try:
             yield
         finally:
             self.clients.discard(client)
-            self.say("left", client)
+            self.write("left", client)
 
     def turned_away(self, client: str, why: str) -> None:
-        """A connection that was not taken."""
+        """Record a refused connection."""
         self.connections["turned away"] += 1
-        self.say("turned away", client, why)
+        self.write("turned away", client, why)
 
     @contextmanager
     def request(self, client: str) -> Iterator[RequestEntry]:
-        """A request, from its frame to its answer."""
+        """Context of a request, from its arrival to the reply."""
         self._requests += 1
         entry = RequestEntry(client, self._requests, time.perf_counter())
         try:
@@ -165,7 +165,7 @@ class RequestLog:
             logger.info("%s", event, extra={"event": event})
 
     def exposition(self, engine: Engine) -> str:
-        """Everything that is counted, in Prometheus' text format."""
+        """All counts in Prometheus' text format."""
         counts, times = engine.counts, "vlaflow_request_seconds"
         edges = [*(f"{edge:g}" for edge in BUCKETS_S), "+Inf"]
         cumulative = list(accumulate(self.buckets))
@@ -177,10 +177,10 @@ class RequestLog:
             'vlaflow_connections_total{outcome="turned_away"}': self.connections["turned away"],
         }
         families: list[tuple[str, str, str, Mapping[str, float] | float]] = [
-            ("vlaflow_requests_total", "counter", "Frames received, by what came of them.", requests),
-            (times, "histogram", "From a frame's arrival to its answer, of answered requests.", histogram),
+            ("vlaflow_requests_total", "counter", "Requests received, by outcome.", requests),
+            (times, "histogram", "Time from the arrival of a request to the reply, over answered requests.", histogram),
             ("vlaflow_connections_total", "counter", "Connections, taken and turned away.", connections),
-            ("vlaflow_clients", "gauge", "Clients connected now.", len(self.clients)),
+            ("vlaflow_clients", "gauge", "Currently connected clients.", len(self.clients)),
             ("vlaflow_queue_depth", "gauge", "Requests waiting for the next batch.", engine.waiting),
             ("vlaflow_batches_total", "counter", "Batches computed.", counts.batches),
             ("vlaflow_inference_seconds_total", "counter", "Time spent computing batches.", round(counts.seconds, 6)),
@@ -195,7 +195,7 @@ class RequestLog:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, and the event's fields or, of other records, the message."""
+    """One JSON object per line: time, level, and the fields of the event or the message of other records."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See ``logging.Formatter``."""
@@ -214,7 +214,7 @@ class JsonLines(logging.Formatter):
 
 
 class OneLine(logging.Filter):
-    """For the websocket library's log: its small talk is left out, and what strangers send is worth a line, not a traceback."""
+    """Filter for the log of the websocket library: only warnings, and errors of clients as one line without traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """See ``logging.Filter``."""

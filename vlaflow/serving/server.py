@@ -1,18 +1,17 @@
 """The server: openpi's websocket protocol for any checkpoint and compute policy.
 
 A client connects and gets the metadata; then every request, a map in one binary frame, is answered by a map with "actions"
-(chunk_size, D) in robot units. Whatever is wrong with a request comes back as a text frame with one sentence, without a
-traceback,
-and the connection stays. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are turned away: a browser names
-the page's origin, and can send no token in a header.
+(chunk_size, D) in robot units. An invalid request is answered by a text frame with one sentence, without a traceback, and the
+connection stays open. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are refused: a browser states the
+origin of the page, and cannot send a token in a header.
 
-Beyond openpi's keys a request may hold "seed" (noise of this chunk), "reset" (the noise starts over; with nothing else the
-reply is {"reset": true}), "action_prefix" and "inference_delay" (what the robot will have executed when the answer comes,
-which the answer begins with), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's),
-"follow_operator" (see ``dashboard``) and, as RoboArena's clients do, "endpoint": "infer" or "reset". A reply also holds
-"confidence" where a rater judged, "spread" where there were several draws, "layers", "nfe" and the milliseconds by part.
+Besides openpi's keys a request may contain "seed" (of this chunk's noise), "reset" (the noise sequence starts over; alone, the
+reply is {"reset": true}), "action_prefix" and "inference_delay" (actions that the robot will have executed when the
+reply arrives, with which the chunk begins), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's),
+"follow_operator" (see ``dashboard``) and, from RoboArena's clients, "endpoint": "infer" or "reset". A reply also contains
+"confidence" if there is a rater, "layers", "nfe" and the milliseconds by part.
 
-Nothing of one connection reaches another: all it keeps is how many chunks it has had, which seeds the next one's noise.
+Connections do not affect each other: the only state of a connection is its number of chunks, which seeds the next one's noise.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ T = TypeVar("T")
 _ONE_LINE = OneLine()
 _CLOSE_S = 2.0
 _FRAMES_AHEAD = 1
-"""Requests that a client may have under way while one is answered; more stay in its socket. The websocket library stops reading
-when there is one more than its ``max_queue``."""
+"""Requests that are read ahead while one is processed; more remain in the socket. The websocket library stops reading when
+there is one more than its ``max_queue``."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,17 @@ class ServerConfig:
 
     Args:
         observation_keys, views: see ``observation_keys.choose``.
-        host, port: anything but loopback needs a ``token``. Port 0 takes a free one.
+        host, port: address to listen on; other than loopback needs a ``token``. Port 0 selects a free one.
         token: clients send it as "Authorization: Api-Key TOKEN".
-        engine: how requests are gathered.
+        engine: how requests are batched.
         most_bytes: largest request.
-        connections: most clients at a time; more are turned away.
-        open_s: a client that has not sent its headers after so long is dropped.
-        idle_s: a connection that does not answer pings for so long is closed.
-        budget: what fits so many milliseconds, for requests with a "budget_ms" of their own.
-        dashboard: serve the operator's page, too.
-        warm_up: chunks that are made before the first client is let in; 0 for none.
-        checkpoint, fingerprint: what the policy was loaded from, and its content hash, for the metadata.
+        connections: largest number of clients; more are turned away.
+        open_s: longest wait for the headers of a client.
+        idle_s: longest time without a reply to pings before a connection is closed.
+        budget: the compute policy for a budget in milliseconds, for requests with a "budget_ms".
+        dashboard: whether to serve the operator's page.
+        warm_up: number of chunks computed before the first client is accepted; 0 for none.
+        checkpoint, fingerprint: checkpoint of the policy and its content hash, for the metadata.
     """
 
     observation_keys: ObservationKeys
@@ -92,10 +91,10 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if self.token is not None and not self.token.strip():
-            raise ConfigError("The token is empty, which no client can send; give one, or none to serve this machine alone.")
+            raise ConfigError("The token is empty, which no client can send; set a token, or none to serve this machine alone.")
         if not 0 <= self.port < 2**16 or min(self.connections, self.most_bytes, self.warm_up + 1) < 1:
             raise ConfigError(
-                "A port lies in 0..65535; there is at least one connection and one byte in a request, and warm_up at least 0."
+                "port must lie in 0..65535, connections and most_bytes must be at least 1, and warm_up at least 0."
             )
         if self.host not in LOOPBACK and not self.token:
             raise ConfigError(
@@ -105,7 +104,7 @@ class ServerConfig:
 
 @dataclass
 class PolicyServer:
-    """See the module text.
+    """Serves a policy; see the module docstring.
 
     >>> server = PolicyServer(policy, Dense(), ServerConfig(**choose("metaworld", ("corner2",))))
     >>> asyncio.run(server.serve())
@@ -124,7 +123,7 @@ class PolicyServer:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a client is told first."""
+        """The first message to a client."""
         policy = self.policy
         return {
             "server": f"vlaflow {__version__}",
@@ -157,14 +156,14 @@ class PolicyServer:
             "depth": policy.model.backbone.spec.depth,
         }
         page = Dashboard(self.request_log, self.engine, hello, self.config.token)
-        self.request_log.observer = page.saw
+        self.request_log.observer = page.record
         return page
 
     async def serve(self, ready: asyncio.Future[int] | None = None) -> None:
-        """Make the first, slow chunks, then serve until ``stop``, then finish what runs.
+        """Warm up, serve until ``stop``, then finish open requests.
 
         Args:
-            ready: told the port once requests are taken.
+            ready: set to the port once requests are accepted.
         """
         worker = asyncio.create_task(self.engine.run())
         quiet = logging.getLogger("vlaflow.serving.websockets")
@@ -191,9 +190,9 @@ class PolicyServer:
             port = _port(server)
             what, host = f"{self.policy.config.system} with {self.compute.name}", self.config.host
             place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            self.request_log.say("serving", note=f"{what} on ws://{place}")
+            self.request_log.write("serving", note=f"{what} on ws://{place}")
             if self.dashboard is not None:
-                self.request_log.say("dashboard", note=f"http://{place}{PAGE}")
+                self.request_log.write("dashboard", note=f"http://{place}{PAGE}")
             if ready is not None:
                 ready.set_result(port)
             await self._stop.wait()
@@ -204,10 +203,10 @@ class PolicyServer:
             self.engine.close()
 
     async def _warmed_up(self) -> bool:
-        """Make the first chunks; False when it is told to stop meanwhile."""
+        """Compute the first chunks; False if ``stop`` was called meanwhile."""
         if not self.config.warm_up:
             return True
-        self.request_log.say("warming up", note=f"the first chunks of {self.compute.name} are slow")
+        self.request_log.write("warming up", note=f"the first chunks of {self.compute.name} are slow")
         warming = asyncio.create_task(self.engine.warm_up(self.compute, self.config.warm_up))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait((warming, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -221,7 +220,7 @@ class PolicyServer:
 
     async def _finish(self, server: Server) -> None:
         """Finish open requests, then close; clients that keep their connection open are not waited for."""
-        self.request_log.say("stopping", note="what runs is finished")
+        self.request_log.write("stopping", note="open requests are finished")
         server.close(close_connections=False)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.config.engine.deadline_ms / 1e3)
@@ -230,13 +229,13 @@ class PolicyServer:
             await asyncio.wait_for(server.wait_closed(), _CLOSE_S)
 
     def stop(self) -> None:
-        """Take no new connections and end ``serve``."""
+        """Accept no new connections and end ``serve``."""
         self._stop.set()
 
     # -- connections -------------------------------------------------------------------------------------------------
 
     def _http(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer plain HTTP, and turn away clients that may not connect."""
+        """Answer plain HTTP, and refuse clients that may not connect."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         if self.dashboard is not None and (page := self.dashboard.http(request)):
@@ -245,8 +244,8 @@ class PolicyServer:
             why = self.dashboard.refusal(request) if self.dashboard is not None else "Serve with --dashboard to watch."
             return None if why is None else self._turn_away(connection, HTTPStatus.FORBIDDEN, why)
         if self.config.token is not None:
-            given = request.headers.get_all("Authorization")
-            if not hmac.compare_digest(" ".join(given).encode(errors="replace"), f"Api-Key {self.config.token}".encode()):
+            sent = request.headers.get_all("Authorization")
+            if not hmac.compare_digest(" ".join(sent).encode(errors="replace"), f"Api-Key {self.config.token}".encode()):
                 return self._turn_away(connection, HTTPStatus.UNAUTHORIZED, "Send 'Authorization: Api-Key TOKEN'.")
         if request.path == "/metrics":
             return connection.respond(HTTPStatus.OK, self.request_log.exposition(self.engine))
@@ -255,14 +254,14 @@ class PolicyServer:
             and request.headers.get_all("Origin")
             and not (same_origin(request) and named_here(request))
         ):
-            return self._turn_away(connection, HTTPStatus.FORBIDDEN, "Robots connect here, web pages do not.")
+            return self._turn_away(connection, HTTPStatus.FORBIDDEN, "Web pages may not connect to the policy.")
         if len(self.request_log.clients) >= self.config.connections:
             return self._turn_away(connection, HTTPStatus.SERVICE_UNAVAILABLE, self._full)
         return None
 
     @property
     def _full(self) -> str:
-        return f"{self.config.connections} clients are connected already, more are not taken; try again later."
+        return f"{self.config.connections} clients are connected already, which is the limit; try again later."
 
     def _turn_away(self, connection: ServerConnection, status: HTTPStatus, why: str) -> Response:
         self.request_log.turned_away(_name(connection), why)
@@ -273,7 +272,7 @@ class PolicyServer:
         if self.dashboard is not None and connection.request is not None and connection.request.path == STREAM:
             await self.dashboard.watch(connection, name)
             return
-        if len(self.request_log.clients) >= self.config.connections:  # several came at once
+        if len(self.request_log.clients) >= self.config.connections:  # several connected at once
             self.request_log.turned_away(name, self._full)
             await connection.close(1013, self._full)
             return
@@ -283,7 +282,7 @@ class PolicyServer:
                 with self._busy():
                     reply, chunks = await _while_there(connection, self._reply(frame, chunks, name))
                     await connection.send(reply)
-                await asyncio.sleep(0)  # a client that sends ahead of its answers must not keep the others waiting
+                await asyncio.sleep(0)  # a client that sends several requests at once must not block the others
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -297,7 +296,7 @@ class PolicyServer:
                 self._idle.set()
 
     async def _reply(self, frame: str | bytes, chunks: int, name: str) -> tuple[str | bytes, int]:
-        """The frame to send, and how many chunks the connection has had."""
+        """The frame to send, and the connection's number of chunks so far."""
         with self.request_log.request(name) as entry:
             try:
                 if self._stop.is_set():
@@ -306,17 +305,17 @@ class PolicyServer:
             except VlaflowError as error:
                 return entry.refused(error), chunks
             except Exception:
-                logger.exception("%s: a defect of the server", name)
-                return "The server failed on this request; its log says why.", chunks
+                logger.exception("%s: a bug in the server", name)
+                return "The server failed on this request; see its log.", chunks
             entry.outcome = "answered" if entry.chunk is not None else "reset"
             if isinstance(reply, str):
                 return reply, chunks
             if "server_timing" in reply:
                 reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
-            return wire.pack(self._said(reply)), chunks
+            return wire.pack(self._encoded(reply)), chunks
 
-    def _said(self, reply: dict[str, Any]) -> Any:
-        """The reply in the words of the client's protocol."""
+    def _encoded(self, reply: dict[str, Any]) -> Any:
+        """The reply in the format of the client's protocol."""
         return (
             self.config.observation_keys.protocol.answer(reply, self.policy.config.n_action_steps)
             if "actions" in reply
@@ -325,13 +324,13 @@ class PolicyServer:
 
     async def _answer(self, frame: str | bytes, chunks: int, entry: RequestEntry) -> tuple[dict[str, Any] | str, int]:
         if isinstance(frame, str):
-            raise RequestError("Requests are binary msgpack frames; this was text.")
+            raise RequestError("Requests must be binary msgpack frames, got text.")
         request = wire.unpack(frame, self.config.most_bytes)
         if not isinstance(request, dict):
-            raise RequestError(f"A request is a map, this was a {type(request).__name__}.")
+            raise RequestError(f"A request must be a map, got a {type(request).__name__}.")
         endpoint = request.pop("endpoint", None)
         if endpoint is not None and (not isinstance(endpoint, str) or endpoint not in ("infer", "reset")):
-            raise RequestError(f"There is no endpoint {endpoint!r:.40}; 'infer' and 'reset' are.")
+            raise RequestError(f"There is no endpoint {endpoint!r:.40}; there are 'infer' and 'reset'.")
         self._require_spec(request.pop("action_spec", None))
         if endpoint == "reset":
             return "reset successful", 0
@@ -350,16 +349,16 @@ class PolicyServer:
         generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
         began = time.perf_counter()
         try:
-            asked = ActRequest(observation, compute, generator, action_prefix)
-            chunk = entry.chunk = await self.engine.ask(asked, deadline_ms)
+            act_request = ActRequest(observation, compute, generator, action_prefix)
+            chunk = entry.chunk = await self.engine.ask(act_request, deadline_ms)
         except SpecError as error:
             raise RequestError(str(error)) from error
-        told = {"instruction": observation.instruction} if follows else {}
-        return {**_reply(chunk, 1e3 * (time.perf_counter() - began)), **told}, chunks + 1
+        extra = {"instruction": observation.instruction} if follows else {}
+        return {**_reply(chunk, 1e3 * (time.perf_counter() - began)), **extra}, chunks + 1
 
     def _within(self, budget_ms: float) -> ComputePolicy:
         if self.config.budget is None:
-            raise RequestError("This server does not know what fits a budget_ms; measure first: vlaflow bench latency CKPT")
+            raise RequestError("This server has no latency profile for budget_ms; measure one: vlaflow bench latency CKPT")
         try:
             return self.config.budget(budget_ms)
         except VlaflowError as error:
@@ -391,7 +390,7 @@ def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
 
 
 async def _while_there(connection: ServerConnection, answering: Coroutine[Any, Any, T]) -> T:
-    """What comes of ``answering``; when the client leaves first it is cancelled, for nobody waits for it any more.
+    """The result of ``answering``, which is cancelled if the client disconnects first.
 
     Raises:
         websockets.ConnectionClosed: the client has left.
@@ -415,7 +414,7 @@ def _number(value: Any, name: str) -> float | None:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
-        raise RequestError(f"'{name}' must be a number from 0 on.")
+        raise RequestError(f"'{name}' must be a number ≥ 0 and below 2⁶³.")
     return value
 
 
@@ -426,17 +425,17 @@ def _flag(value: Any, name: str) -> bool:
 
 
 def _name(connection: ServerConnection) -> str:
-    """A client's address and port, as in the log."""
+    """Address and port of a client, for the log."""
     address = connection.remote_address
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"{address}"
 
 
 def _plain(value: Any) -> Any:
-    """Maps with text keys, as JSON would give them."""
+    """Convert to plain maps with text keys, as from JSON."""
     try:
-        return json.loads(json.dumps(value))  # as Python writes it: a range may be infinite
+        return json.loads(json.dumps(value))  # with Python's infinities: a range may be infinite
     except (TypeError, ValueError) as error:
-        raise RequestError("'action_spec' must hold texts, numbers, lists and maps.") from error
+        raise RequestError("'action_spec' must consist of texts, numbers, lists and maps.") from error
 
 
 def _port(server: Server) -> int:
