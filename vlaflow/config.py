@@ -1,8 +1,8 @@
 """Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is an error and never ignored.
 
-Every dataclass is written with a "kind" key, its class name, which selects the member of a union of
-dataclasses, or one of the installed kinds where a field is open to other distributions (``registry.Part``). A file can never
-name a module, and a field that becomes a union later still reads older files.
+Every dataclass is written with a "kind" key, its class name, which selects the member of a union of dataclasses, or one of the
+installed kinds where a field is open to other distributions (``registry.Part``). A file can never name a module, and a field
+that becomes a union later still reads older files.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def require(*packages: str, what: str = "This", extra: str | None = None) -> Non
 
     Args:
         packages: import names.
-        what: that needs them, as the sentence begins.
-        extra: that brings them all; by default each package's own.
+        what: what needs them; the sentence begins with it.
+        extra: the extra that brings them all; by default each package's own.
 
     Raises:
         CapabilityError: naming the first that is missing, and the extra that brings it.

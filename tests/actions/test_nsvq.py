@@ -73,7 +73,7 @@ def near(made, ids):
     return made.entry_VE.detach()[torch.tensor(ids)][:, None]
 
 
-def tended(made, ids, rule, step=9, steps=100, seed=0):
+def replaced(made, ids, rule, step=9, steps=100, seed=0):
     made(near(made, ids), torch.Generator().manual_seed(0))
     return made.replace_unused(rule, step, steps, torch.Generator().manual_seed(seed))
 
@@ -81,10 +81,10 @@ def tended(made, ids, rule, step=9, steps=100, seed=0):
 RULE = Replacement(every=10, until=0.7, threshold=0.1, noise=0.02)
 
 
-def test_unused_entries_move_beside_used_ones_and_used_ones_stay():
+def test_unused_entries_move_next_to_used_ones_and_used_ones_stay():
     made = book()
     before = made.entry_VE.detach().clone()
-    assert tended(made, [2, 5, 5, 7], RULE) == 13
+    assert replaced(made, [2, 5, 5, 7], RULE) == 13
     used = [2, 5, 7]
     assert torch.equal(made.entry_VE[used], before[used])
     distance = torch.cdist(made.entry_VE, before[used])
@@ -100,7 +100,7 @@ def test_what_counts_as_unused_depends_on_shares_and_not_on_how_many_codes_were_
     """Of 64 codes an entry with 1 has a quarter of its fair share 1/16, which is above a tenth and below a half."""
     ids = ([0] * 63 + [3]) * copies
     for threshold, moved in ((0.1, 14), (0.5, 15)):
-        assert tended(book(), ids, Replacement(10, 0.7, threshold, 0.02)) == moved
+        assert replaced(book(), ids, Replacement(10, 0.7, threshold, 0.02)) == moved
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_counts_as_unused_depends_on_shares_and_not_on_how_many_codes_were_
 def test_entries_move_at_whole_multiples_and_not_at_the_end(step, due):
     """Every 10 of 100 steps, and while less than 0.7 of the run is over."""
     assert RULE.due(step, 100) is due
-    assert (tended(book(), [0], RULE, step) > 0) is due
+    assert (replaced(book(), [0], RULE, step) > 0) is due
 
 
 def test_uses_add_up_over_steps_and_parts_until_the_next_replacement():
@@ -117,7 +117,7 @@ def test_uses_add_up_over_steps_and_parts_until_the_next_replacement():
     for ids in ([1, 1], [1, 2]):
         made(near(made, ids), torch.Generator().manual_seed(0))
     made.replace_unused(RULE, 0, 100, torch.Generator())
-    assert tended(made, [3], RULE, step=1) == 0
+    assert replaced(made, [3], RULE, step=1) == 0
     assert made.used_V[:4].tolist() == [0, 3, 1, 1]
 
 
@@ -131,7 +131,7 @@ def test_uses_outside_training_do_not_count():
 def test_the_same_draws_give_the_same_book():
     a, b, c = book(), book(), book()
     for made, seed in ((a, 0), (b, 0), (c, 1)):
-        tended(made, [2, 5, 5, 7], RULE, seed=seed)
+        replaced(made, [2, 5, 5, 7], RULE, seed=seed)
     assert torch.equal(a.entry_VE, b.entry_VE)
     assert not torch.equal(a.entry_VE, c.entry_VE)
 

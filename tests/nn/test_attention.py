@@ -1,4 +1,4 @@
-"""Attention over an injected memory equals attention over everything concatenated."""
+"""Attention over an injected cache equals attention over everything concatenated."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def draw(seed, *shape):
 @pytest.mark.parametrize("noise_samples", [1, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_memory_and_own_tokens_share_one_softmax(kv_heads, noise_samples, causal, grad):
+def test_cached_and_own_tokens_share_one_softmax(kv_heads, noise_samples, causal, grad):
     """Reference: torch's own attention on concatenated, repeated keys and values, in double precision."""
     c, t, p, e = 2, 5, 7, 8
     b = c * noise_samples
@@ -53,13 +53,13 @@ def test_the_training_path_equals_the_fused_one(kv_heads):
     torch.testing.assert_close(explicit, fused)
 
 
-def short(dtype, memory_tokens):
-    """Random heads of 32, where 1/√E is no power of two, with scores of up to 15: queries, own tokens, memory."""
+def half_precision(dtype, cached_tokens):
+    """Random heads of 32, where 1/√E is no power of two, with scores of up to 15: queries, own tokens, cache."""
     query, *rest = (
         draw(seed, 4, 4, n, 32).mul(scale).to(dtype)
-        for seed, n, scale in ((0, 16, 3), (1, 16, 1), (2, 16, 1), (3, memory_tokens, 1), (4, memory_tokens, 1))
+        for seed, n, scale in ((0, 16, 3), (1, 16, 1), (2, 16, 1), (3, cached_tokens, 1), (4, cached_tokens, 1))
     )
-    return query, KeyValues(*rest[:2]), KeyValues(*rest[2:]) if memory_tokens else None
+    return query, KeyValues(*rest[:2]), KeyValues(*rest[2:]) if cached_tokens else None
 
 
 def squares(query, own, kv_cache, attention):
@@ -73,19 +73,19 @@ def squares(query, own, kv_cache, attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("memory_tokens", [0, 100])
-def test_short_number_formats_are_as_exact_as_the_fused_kernel(dtype, memory_tokens):
+@pytest.mark.parametrize("cached_tokens", [0, 100])
+def test_half_precision_is_as_exact_as_the_fused_kernel(dtype, cached_tokens):
     """Root mean square errors against double precision, of the result and of its gradients: within twice the fused kernel's.
 
     Ours also round the normalised weights and, in the gradients, the sum of the two groups, a third more in all. Scores rounded
     before the softmax cost up to six times as much.
     """
-    parts = short(dtype, memory_tokens)
+    parts = half_precision(dtype, cached_tokens)
 
     def ours(query, key, value):
-        split = (memory_tokens, 16)
+        split = (cached_tokens, 16)
         (past_key, key), (past_value, value) = key.split(split, 2), value.split(split, 2)
-        return attend(query, KeyValues(key, value), KeyValues(past_key, past_value) if memory_tokens else None)
+        return attend(query, KeyValues(key, value), KeyValues(past_key, past_value) if cached_tokens else None)
 
     fused = squares(*parts, functional.scaled_dot_product_attention)
     long = (
@@ -98,15 +98,15 @@ def test_short_number_formats_are_as_exact_as_the_fused_kernel(dtype, memory_tok
 
 
 def test_autocast_does_not_round_scores():
-    """It would make every product short again."""
-    query, own, kv_cache = short(torch.bfloat16, 20)
+    """It would round every product to half precision again."""
+    query, own, kv_cache = half_precision(torch.bfloat16, 20)
     plain = attend(query, own, kv_cache)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(attend(query, own, kv_cache), plain)
 
 
-def test_a_decoding_step_never_copies_the_memory():
-    """The largest tensor a step allocates stays smaller than the memory's keys, which are far longer than anything else."""
+def test_a_decoding_step_never_copies_the_cache():
+    """The largest tensor a step allocates stays smaller than the cache's keys, which are far longer than anything else."""
     kv_cache = KeyValues(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))
     own = KeyValues(torch.randn(1, 2, 4, 64), torch.randn(1, 2, 4, 64))
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:

@@ -56,7 +56,7 @@ def test_what_follows_depends_on_what_is_committed(policy):
     assert (act(policy, action_prefix(seed=5))[2:] != act(policy, action_prefix(seed=6))[2:]).any()
 
 
-def test_what_is_made_anew_is_guided_like_the_first_round():
+def test_what_is_regenerated_is_guided_like_the_first_round():
     """Regenerated without it, the chunk would continue nothing, and its committed beginning would end in a jump."""
     policy, compute = helpers.policy(), Refine(AtRandom(1.0), Sampling(3))
     one, other = (act(policy, action_prefix(seed=seed), compute, guided=True) for seed in (5, 6))

@@ -26,7 +26,7 @@ def write_state(folder, step, **run):
     (state_folder(folder, step) / "state.json").write_text(json.dumps({"run": run}))
 
 
-def told(fraction, seed, data="d", **more):
+def run_from(fraction, seed, data="d", **more):
     return {"data": data, "config": {"validation_fraction": fraction, "seed": seed}, **more}
 
 
@@ -50,11 +50,11 @@ def test_training_states_are_in_the_order_of_their_steps(tmp_path):
     assert newest_state(tmp_path / "nothing") is None
 
 
-def test_what_a_checkpoint_learned_from_is_told_to_those_that_continue_it(tmp_path):
+def test_a_checkpoint_passes_on_what_it_learned_from(tmp_path):
     asked = TrainedVqa("q", "all", 0.1, 448)
-    write_state(tmp_path / "first", 3, **told(0.2, 0, vqa=to_json(asked)))
-    write_state(tmp_path / "second", 3, **told(0.3, 1), **ancestry(tmp_path / "first"))
-    write_state(tmp_path / "third", 3, **told(0.1, 0, "e"), **ancestry(tmp_path / "second"))
+    write_state(tmp_path / "first", 3, **run_from(0.2, 0, vqa=to_json(asked)))
+    write_state(tmp_path / "second", 3, **run_from(0.3, 1), **ancestry(tmp_path / "first"))
+    write_state(tmp_path / "third", 3, **run_from(0.1, 0, "e"), **ancestry(tmp_path / "second"))
     wanted = (TrainedOn("d", 0.2, 0, asked), TrainedOn("d", 0.3, 1), TrainedOn("e", 0.1, 0))
     assert trained_on(tmp_path / "third") == wanted
     assert trained_on(tmp_path / "published") == ()

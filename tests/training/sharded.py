@@ -1,6 +1,6 @@
 """Trainings of a few steps with FSDP2 over gloo, on a CPU, for processes that train together (see ``together``).
 
-Accelerate leaves FSDP out on a CPU, so it is told that this is a machine with several devices, each of which is the CPU.
+Accelerate leaves FSDP out on a CPU, so this pretends to be a machine with several devices, each of which is the CPU.
 """
 
 from pathlib import Path

@@ -150,7 +150,7 @@ def test_questions_touch_no_parameter_of_decoder_or_expert_and_actions_no_langua
 
 
 def test_the_third_stage_starts_from_the_seconds_weights_to_the_bit(dataset, latent, joint, tmp_path):
-    """One step at rate 0 leaves them; statistics and tokenizer are the checkpoint's, truncation and draws the recipe's."""
+    """One step at rate 0 leaves them; statistics and tokenizer are the checkpoint's, the decoder's changes the recipe's."""
     still = flybot.sets(("steps=1", "optim.learning_rate=0.0", "ema_decay=none", "demonstrations=0.3"))
     assert command.main(flybot.fine(dataset, tmp_path / "p", joint, latent, *still)) == 0
     before, after = load_file(joint / "model.safetensors"), load_file(tmp_path / "p/model.safetensors")

@@ -79,7 +79,7 @@ def test_a_signal_in_the_very_last_step_changes_nothing(whole, dataset, tmp_path
     assert same(whole, out)
 
 
-def test_started_anew_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset, tmp_path, cut, capsys):
+def test_a_fresh_start_of_a_pipeline_keeps_nothing_and_loses_nothing(whole, dataset, tmp_path, cut, capsys):
     """The old checkpoints of all stages are moved aside together: a finished run's, then one's that was cut in stage one."""
     out = shutil.copytree(whole, tmp_path / "demo")
     cut("iflybot.latent", 3, break_down)

@@ -230,7 +230,7 @@ class Backbone(nn.Module, ABC):
         """
 
     def rotation(self, prefix: Prefix, batch: int, tokens: int) -> Rotate | None:
-        """How an expert rotates suffix tokens to the positions that ``place`` gives, draws innermost in the batch.
+        """How an expert rotates suffix tokens to the positions that ``place`` gives, noise samples innermost in the batch.
 
         None where this backbone's positions are not rotations: the expert then learns positions of its own.
         """
@@ -275,7 +275,3 @@ class Backbone(nn.Module, ABC):
             if index + 1 in depths:
                 found.append(self.finish(hidden_BTW).to(suffix_BTW.dtype))
         return found, tuple(written)
-
-    def answer_loss(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
-        """Language-model loss on an answer; only backbones with a vocabulary have one (see ``language``)."""
-        raise CapabilityError(f"{type(self).__name__} has no language-model head; use a backbone that has one.")

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlaflow.backbones.emu3_processor import FAMILY, NAME, EmuProcessor, EmuReader
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig, plain_architecture
-from vlaflow.backbones.pretrained_processor import checkpoint_source
+from vlaflow.backbones.pretrained_processor import open_reader
 from vlaflow.errors import ConfigError
 
 
@@ -70,8 +70,8 @@ class EmuConfig(PretrainedConfig):
 
     def processor(self, folder: Path | None = None) -> EmuProcessor:
         """See the base class."""
-        source = checkpoint_source(self.source, folder)
-        return EmuProcessor(EmuReader.open(source) if source else None, self.views, self.state_dim, pixels=self.pixels)
+        reader = open_reader(EmuReader, self.source, folder)
+        return EmuProcessor(reader, self.views, self.state_dim, pixels=self.pixels)
 
     @property
     def prefix_attention(self) -> Literal["full", "causal"]:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained_processor import (
     PretrainedProcessor,
+    Reader,
     in_words,
     open_pretrained,
-    padding_of,
     transformers_library,
     where,
 )
@@ -31,33 +31,32 @@ NAME, FAMILY = "Emu3", "emu3"
 END_OF_LINE, FIRST_CODE = "<|extra_200|>", "<|visual token 000000|>"
 
 
-class EmuReader:
+class EmuReader(Reader):
     """Tokenizer and image processor of an Emu3 folder."""
 
     def __init__(self, tokenizer: Any, pictures: Any) -> None:
-        self.tokenizer, self.pictures = tokenizer, pictures
-        tokenizer.padding_side = "right"
+        super().__init__(tokenizer, pictures)
         self.end_of_line, self.first_code = (self._known(token) for token in (END_OF_LINE, FIRST_CODE))
 
-    @staticmethod
-    def open(source: str) -> EmuReader:
-        """From a folder or Hub name.
+    @classmethod
+    def open(cls, source: str) -> Self:
+        """See the base class.
 
         Raises:
             ConfigError: when there is no tokenizer or image processor, or it lacks the tokens of images.
         """
         hub = transformers_library(NAME, FAMILY)
         tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
-        return EmuReader(tokenizer, open_pretrained(hub.Emu3ImageProcessor, source, NAME))
+        return cls(tokenizer, open_pretrained(hub.Emu3ImageProcessor, source, NAME))
 
     def save(self, folder: Path) -> None:
-        """Everything ``open`` reads."""
+        """See the base class."""
         self.pictures.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @property
     def end(self) -> str:
-        """The token that ends an assistant turn."""
+        """See the base class."""
         return self.tokenizer.eos_token
 
     def _known(self, token: str) -> int:
@@ -98,13 +97,11 @@ class EmuProcessor(PretrainedProcessor[EmuReader]):
             block = f"{token.boi_token}{rows}*{columns}{token.image_wrapper_token}"
             blocks = len(self.views) * (block + token.image_token * (rows * line) + token.eof_token + token.eoi_token)
         texts = [f"{token.bos_token}{in_words(sentence)}{blocks}" for sentence in observation.instructions]
-        tokens = token(texts, padding=True, return_tensors="pt")
-        id_BP = tokens["input_ids"]
+        id_BP, padding_mask_BP, count_B = self.tokens(texts)
         placeholder_BP = where(token, id_BP, token.image_token)
         place_BP = placeholder_BP.cumsum(1) - 1
         image_BP = placeholder_BP & (place_BP % line < line - 1)
         id_BP = torch.where(placeholder_BP, torch.where(image_BP, reader.first_code, reader.end_of_line), id_BP)
-        padding_mask_BP, count_B = padding_of(tokens["attention_mask"])
         return Inputs(
             state_BS=observation.state_BS,
             id_BP=id_BP,

@@ -26,7 +26,7 @@ from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError, SpecError
 
 HOST = {"host": True}
-"""Metadata of a field that stays on the CPU, because whoever reads it needs numbers, not tensors."""
+"""Metadata of a field that stays on the CPU, because the network uses its values as Python numbers."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.backbones.base import Backbone, BackboneConfig, Prefix
 from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.nn.attention import causal_mask
 
@@ -84,10 +84,7 @@ class LanguageBackbone(Backbone):
             CapabilityError: without a language-model head.
         """
         if not self.vocabulary:
-            raise CapabilityError(
-                f"This {type(self).__name__} has no language-model head, so it can neither learn nor give answers. "
-                "Train one that has: --set policy.backbone.answers=true."
-            )
+            raise headless(self)
 
     def _check(self, answer_ids: Tensor) -> None:
         self.require_head()
@@ -104,6 +101,14 @@ class LanguageBackbone(Backbone):
             )
 
 
+def headless(backbone: Backbone | BackboneConfig) -> CapabilityError:
+    """The error for a network without a language-model head, or for its config."""
+    return CapabilityError(
+        f"{type(backbone).__name__} has no language-model head, so it can neither learn nor give answers. Train a policy whose "
+        "backbone has one; the tiny one has with --set policy.backbone.answers=true."
+    )
+
+
 def speaking(backbone: Backbone) -> LanguageBackbone:
     """The backbone, where it can be asked.
 
@@ -111,6 +116,6 @@ def speaking(backbone: Backbone) -> LanguageBackbone:
         CapabilityError: when it has no language-model head.
     """
     if not isinstance(backbone, LanguageBackbone):
-        raise CapabilityError(f"{type(backbone).__name__} has no language-model head, so it cannot answer.")
+        raise headless(backbone)
     backbone.require_head()
     return backbone

@@ -22,7 +22,7 @@ from torch import Tensor
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.molmo2_processor import FAMILY, NAME, MolmoProcessor, MolmoReader
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
-from vlaflow.backbones.pretrained_processor import checkpoint_source
+from vlaflow.backbones.pretrained_processor import open_reader
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import causal_mask
 
@@ -68,8 +68,7 @@ class MolmoConfig(PretrainedConfig):
 
     def processor(self, folder: Path | None = None) -> MolmoProcessor:
         """See the base class."""
-        source = checkpoint_source(self.source, folder)
-        reader = MolmoReader.open(source) if source else None
+        reader = open_reader(MolmoReader, self.source, folder)
         return MolmoProcessor(reader, self.views, self.state_dim, state_token=self.state_token)
 
     @property

@@ -9,21 +9,28 @@ V image tokens of all images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vlaflow.backbones.inputs import Inputs
-from vlaflow.backbones.pretrained_processor import ChatProcessor, open_pretrained, padding_of, transformers_library, where
+from vlaflow.backbones.pretrained_processor import (
+    ChatProcessor,
+    Reader,
+    open_pretrained,
+    require_chat_template,
+    transformers_library,
+    where,
+)
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.io import read_json, write_json
 
 NAME, FAMILY = "Molmo2", "molmo2"
 SETTINGS = "vlaflow_molmo2.json"
@@ -87,18 +94,16 @@ class Pictures:
         return torch.where(one_VK >= 0, one_VK + offset_I11, -1).flatten(0, 1)
 
 
-class MolmoReader:
+class MolmoReader(Reader):
     """Tokenizer, chat template and image settings of a Molmo2 folder.
 
-    transformers' image processor for Molmo2 needs torchvision; ``Images`` makes the same overview without it.
+    transformers' image processor for Molmo2 needs torchvision; ``Pictures`` makes the same overview without it.
     """
 
-    def __init__(self, tokenizer: Any, pictures: Pictures) -> None:
-        self.tokenizer, self.pictures = tokenizer, pictures
-        tokenizer.padding_side = "right"
+    pictures: Pictures
 
-    @staticmethod
-    def open(source: str) -> MolmoReader:
+    @classmethod
+    def open(cls, source: str) -> Self:
         """From a published folder or Hub name, or from what ``save`` wrote.
 
         Raises:
@@ -107,25 +112,24 @@ class MolmoReader:
         hub = transformers_library(NAME, FAMILY)
         tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
         known = Path(source) / SETTINGS
+        settings: dict[str, Any] = {}
         if known.exists():
-            pictures = from_json(Pictures, json.loads(known.read_text()), str(known))
+            pictures = from_json(Pictures, read_json(known), str(known))
         else:
             settings, _ = hub.Molmo2Processor.get_processor_dict(source)
-            tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
-            pictures = _pictures(settings, hub, source)
-        if not tokenizer.chat_template:
-            raise ConfigError(f"'{source}' has no chat template; use the instruction-tuned model.")
-        return MolmoReader(tokenizer, pictures)
+            pictures = _pictures(settings, source)
+        require_chat_template(tokenizer, settings, source)
+        return cls(tokenizer, pictures)
 
     def save(self, folder: Path) -> None:
-        """Everything ``open`` reads."""
+        """See the base class."""
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
-        (folder / SETTINGS).write_text(json.dumps(to_json(self.pictures), indent=2) + "\n")
+        write_json(folder / SETTINGS, to_json(self.pictures))
 
     @property
     def end(self) -> str:
-        """The token that ends an assistant turn."""
+        """See the base class."""
         return END_OF_TURN
 
 
@@ -160,8 +164,7 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
         """
         reader = self.reader
         texts = [self.conversation(sentence) for sentence in observation.instructions]
-        tokens = reader.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        id_BP = tokens["input_ids"]
+        id_BP, padding_mask_BP, count_B = self.tokens(texts, add_special_tokens=False)
         picture_BP = torch.zeros_like(id_BP, dtype=torch.bool)
         for token in (PATCH, COLUMN, START, "<im_start>", END):
             picture_BP |= where(reader.tokenizer, id_BP, token)
@@ -172,7 +175,6 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
             sides = torch.stack([reader.pictures.patches(observation.images[view]) for view in self.views], 1)
             patches_INC = sides.flatten(0, 1)
             pooled_VK = reader.pictures.pooled(len(patches_INC))
-        padding_mask_BP, count_B = padding_of(tokens["attention_mask"])
         return Inputs(
             state_BS=observation.state_BS,
             id_BP=id_BP,
@@ -186,7 +188,7 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
         )
 
 
-def _pictures(settings: dict[str, Any], hub: Any, source: str) -> Pictures:
+def _pictures(settings: dict[str, Any], source: str) -> Pictures:
     inner = settings.get("image_processor")
     own = inner if isinstance(inner, dict) else open_pretrained(_Settings, source, NAME)
     size = own.get("size", {"height": Pictures.side})

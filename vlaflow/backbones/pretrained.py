@@ -228,14 +228,14 @@ class PretrainedBackbone(LanguageBackbone):
             query_BTHE, key_BTGE = attention.q_norm(query_BTHE), attention.k_norm(key_BTGE)
         value_BGTE = value_BTGE.transpose(1, 2)
         query_BHTE, key_BGTE = self._rotate(query_BTHE.transpose(1, 2), key_BTGE.transpose(1, 2), *rotary)
-        # Under autocast the rotation is float32 and the values are not; the memory keeps one, small, number format.
+        # Under autocast the rotation is float32 and the values are not; the cache holds both in the values' smaller dtype.
         own = KeyValues(key_BGTE.to(value_BGTE.dtype), value_BGTE, padding_mask_BT)
         mixed_BHTE = attend(query_BHTE.to(value_BGTE.dtype), own, kv_cache, mask_TS)
         hidden_BTW = hidden_BTW + attention.o_proj(mixed_BHTE.transpose(1, 2).reshape(b, t, -1))
         return hidden_BTW + block.mlp(block.post_attention_layernorm(hidden_BTW)), own
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
-        """Text positions that continue each observation's own; draws innermost, as in ``attend``."""
+        """Text positions that continue each observation's own; noise samples innermost, as in ``attend``."""
         suffix_BTW = suffix_BTW.to(prefix.hidden_BPW.dtype)
         batch, tokens, _ = suffix_BTW.shape
         return suffix_BTW, self._after(prefix, batch, tokens, offset)

@@ -9,12 +9,12 @@ Shape letters: B batch, P prompt tokens, T answer tokens.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,17 +28,35 @@ FOLDER = "processor"
 """Of a checkpoint: tokenizer, chat template and image settings, all JSON."""
 
 
-class Reader(Protocol):
-    """Tokenizer and image settings of a pretrained model."""
+class Reader(ABC):
+    """Tokenizer and image settings of a pretrained model.
 
-    tokenizer: Any
+    Args:
+        tokenizer: made to pad on the right, because under a causal mask a row of padding in front would see nothing: NaN.
+        pictures: how images become what the vision part takes.
+    """
+
+    def __init__(self, tokenizer: Any, pictures: Any) -> None:
+        self.tokenizer, self.pictures = tokenizer, pictures
+        tokenizer.padding_side = "right"
+
+    @classmethod
+    @abstractmethod
+    def open(cls, source: str) -> Self:
+        """From a folder or Hub name.
+
+        Raises:
+            ConfigError: when a file is missing that reading needs.
+        """
 
     @property
+    @abstractmethod
     def end(self) -> str:
         """The token that ends an assistant turn."""
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write everything that reading needs, as JSON."""
+        """Write everything that ``open`` reads, as JSON."""
 
 
 R = TypeVar("R", bound=Reader)
@@ -86,6 +104,12 @@ class PretrainedProcessor(Processor, Generic[R]):
     def read(self, observation: ObservationBatch) -> Inputs:
         """The same, of a state whose length has been checked."""
 
+    def tokens(self, texts: Sequence[str], **options: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Ids of texts (B, P), their mask as the network takes it (None when nothing is padded), and tokens per row (B,)."""
+        found = self.reader.tokenizer(texts, padding=True, return_tensors="pt", **options)
+        mask_BP = found["attention_mask"].bool()
+        return found["input_ids"], None if bool(mask_BP.all()) else mask_BP, mask_BP.sum(1)
+
     @property
     def end_id(self) -> int:
         """The end of an assistant turn."""
@@ -93,9 +117,8 @@ class PretrainedProcessor(Processor, Generic[R]):
 
     def answer_ids(self, answers: Sequence[str]) -> Tensor:
         """Tokens of an assistant turn with its end, (B, T) int64, padded with −100."""
-        reader = self.reader
-        tokens = reader.tokenizer([in_words(answer) + reader.end for answer in answers], padding=True, return_tensors="pt")
-        return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+        id_BT, mask_BT, _ = self.tokens([in_words(answer) + self.reader.end for answer in answers])
+        return id_BT if mask_BT is None else id_BT.masked_fill(~mask_BT, IGNORED)
 
     def answer_texts(self, id_BT: Tensor) -> list[str]:
         """Words up to the end of the turn."""
@@ -171,27 +194,34 @@ def where(tokenizer: Any, id_BP: Tensor, token: str) -> Tensor:
     return torch.zeros_like(id_BP, dtype=torch.bool) if known is None else id_BP == known
 
 
-def padding_of(attention_BP: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A tokenizer's mask as the network takes it (None when nothing is padded), and the tokens of each row, int64 (B,)."""
-    count_B = attention_BP.sum(1)
-    return None if bool((count_B == attention_BP.shape[1]).all()) else attention_BP.bool(), count_B
+def require_chat_template(tokenizer: Any, settings: Mapping[str, Any], source: str) -> None:
+    """Give the tokenizer the chat template of the processor's settings, where they have one, and refuse a model without.
+
+    Raises:
+        ConfigError: when neither has one.
+    """
+    tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
+    if not tokenizer.chat_template:
+        raise ConfigError(f"'{source}' has no chat template; use the instruction-tuned model.")
 
 
-def checkpoint_source(source: str | None, folder: Path | None) -> str | None:
-    """Where a reader is opened: a checkpoint's own files, the model a policy starts from, or nowhere.
+def open_reader(kind: type[R], source: str | None, folder: Path | None) -> R | None:
+    """The reader of a checkpoint, or of the model that a policy starts from; None with neither.
 
     Args:
+        kind: of the reader.
         source: folder or Hub name in the config.
         folder: of a checkpoint.
 
     Raises:
-        CheckpointError: when the checkpoint lacks them.
+        CheckpointError: when the checkpoint lacks its files.
+        ConfigError: see ``Reader.open``.
     """
-    if folder is None:
-        return source
-    if not (folder / FOLDER).is_dir():
-        raise CheckpointError(f"{folder / FOLDER} is missing (tokenizer and image settings). Copy the whole folder.")
-    return str(folder / FOLDER)
+    if folder is not None:
+        if not (folder / FOLDER).is_dir():
+            raise CheckpointError(f"{folder / FOLDER} is missing (tokenizer and image settings). Copy the whole folder.")
+        source = str(folder / FOLDER)
+    return kind.open(source) if source else None
 
 
 def transformers_library(name: str, family: str) -> ModuleType:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
-from vlaflow.backbones.pretrained_processor import checkpoint_source
+from vlaflow.backbones.pretrained_processor import open_reader
 from vlaflow.backbones.qwen2_5_vl_processor import FAMILY, NAME, QwenProcessor, QwenReader
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
@@ -86,9 +86,8 @@ class QwenConfig(PretrainedConfig):
 
     def processor(self, folder: Path | None = None) -> QwenProcessor:
         """See the base class."""
-        source = checkpoint_source(self.source, folder)
         return QwenProcessor(
-            QwenReader.open(source) if source else None,
+            open_reader(QwenReader, self.source, folder),
             self.views,
             self.state_dim,
             pixels=(self.min_pixels, self.max_pixels),

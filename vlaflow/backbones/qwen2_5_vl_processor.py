@@ -7,35 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vlaflow.backbones.inputs import Inputs
-from vlaflow.backbones.pretrained_processor import ChatProcessor, open_pretrained, padding_of, transformers_library, where
+from vlaflow.backbones.pretrained_processor import (
+    ChatProcessor,
+    Reader,
+    open_pretrained,
+    require_chat_template,
+    transformers_library,
+    where,
+)
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.errors import ConfigError
 
 NAME, FAMILY = "Qwen2.5-VL", "qwen2_5_vl"
 IMAGE_TOKEN = "<|image_pad|>"  # noqa: S105
 
 
-class QwenReader:
+class QwenReader(Reader):
     """Tokenizer, chat template and image processor of a Qwen2.5-VL folder.
 
     transformers' own ``Qwen2_5_VLProcessor`` joins these with a video processor that needs torchvision; a policy has no
     use for it. Images are always resized by Pillow, so a checkpoint sees the same pixels on every machine.
     """
 
-    def __init__(self, tokenizer: Any, pictures: Any) -> None:
-        self.tokenizer, self.pictures = tokenizer, pictures
-        tokenizer.padding_side = "right"  # under a causal mask a row of padding in front would see nothing: NaN
-
-    @staticmethod
-    def open(source: str) -> QwenReader:
-        """From a folder or Hub name.
+    @classmethod
+    def open(cls, source: str) -> Self:
+        """See the base class.
 
         Raises:
             ConfigError: when there is no tokenizer, image processor or chat template.
@@ -44,19 +46,17 @@ class QwenReader:
         tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
         pictures = open_pretrained(hub.AutoImageProcessor, source, NAME, backend="pil")
         settings, _ = hub.Qwen2_5_VLProcessor.get_processor_dict(source)
-        tokenizer.chat_template = settings.get("chat_template") or tokenizer.chat_template
-        if not tokenizer.chat_template:
-            raise ConfigError(f"'{source}' has no chat template; use the instruction-tuned model.")
-        return QwenReader(tokenizer, pictures)
+        require_chat_template(tokenizer, settings, source)
+        return cls(tokenizer, pictures)
 
     def save(self, folder: Path) -> None:
-        """Everything ``open`` reads."""
+        """See the base class."""
         self.pictures.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
 
     @property
     def end(self) -> str:
-        """The token that ends an assistant turn."""
+        """See the base class."""
         return "<|im_end|>"
 
 
@@ -89,15 +89,13 @@ class QwenProcessor(ChatProcessor[QwenReader]):
         if self.views:
             sides = [observation.images[view].numpy() for view in self.views]
             images = [side[i] for i in range(len(observation)) for side in sides]
-            seen = reader.pictures(images, size=self.size, input_data_format="channels_last", return_tensors="pt")
-            patches, grid_I3 = seen["pixel_values"], seen["image_grid_thw"]
+            found = reader.pictures(images, size=self.size, input_data_format="channels_last", return_tensors="pt")
+            patches, grid_I3 = found["pixel_values"], found["image_grid_thw"]
             patch_position_N2 = patch_positions(grid_I3, merge)
             counts = iter((grid_I3.prod(1) // merge**2).tolist())
             texts = [_spread(text, counts) for text in texts]
-        tokens = reader.tokenizer(texts, padding=True, return_tensors="pt")
-        id_BP = tokens["input_ids"]
+        id_BP, padding_mask_BP, _ = self.tokens(texts)
         image_BP = where(reader.tokenizer, id_BP, IMAGE_TOKEN)
-        padding_mask_BP, _ = padding_of(tokens["attention_mask"])
         position_3BP = token_positions(image_BP, None if grid_I3 is None else grid_I3[:, 1:] // merge)
         if padding_mask_BP is not None:
             position_3BP = position_3BP.masked_fill(~padding_mask_BP, 0)

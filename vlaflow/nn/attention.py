@@ -3,8 +3,8 @@
 The cache (of a prefix) is used in place: scores over cached and own tokens are computed separately and share one softmax, so
 the prefix's keys and values are never copied or extended, neither at a solver step nor for several noise samples.
 
-In bfloat16 and float16, products accumulate in float32 and scores enter the softmax unrounded, as in fused kernels: rounded
-scores would have four times the error. CPUs have no such product; there a float32 copy exists during the product.
+In bfloat16 and float16, products accumulate in float32 and scores enter the softmax unrounded, as in fused kernels; rounded
+scores would multiply the error (tests/nn/test_attention.py). CPUs have no such product; there a float32 copy exists during it.
 
 Shape letters: B batch of queries, C batch of the cache (B = C · noise samples), T queries, S own keys, P cached keys,
 H heads, G key/value heads, E head dimension, W width.

@@ -28,7 +28,7 @@ def codes_of(
     """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity.
 
     Codes are computed once per model and data set and kept next to it; where they are, the model itself is not opened. A code
-    that tells of an intervention, which the observation did not foretell, is left out.
+    of a pair that spans an intervention, which the observation could not predict, is left out.
     """
     wanted = policy.config.decoder.latent_codes
     if wanted is None:
@@ -55,8 +55,8 @@ def codes_of(
         codes = dataset_codes(model, dataset, progress=tell)
     before = np.concatenate(([0], np.cumsum(intervened(dataset, rule))))
     end_N = np.minimum(np.arange(len(dataset)) + codes.gap, len(dataset))
-    foretold_N = before[end_N] == before[:-1]
-    return np.where(foretold_N[:, None], codes.id_NK, -1), {"latent": model.fingerprint()}
+    predictable_N = before[end_N] == before[:-1]
+    return np.where(predictable_N[:, None], codes.id_NK, -1), {"latent": model.fingerprint()}
 
 
 def require_same_model(before: str | None, path: Path | str | None, policy_path: Path | str) -> None:

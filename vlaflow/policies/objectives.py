@@ -80,9 +80,7 @@ class PolicyObjective(Objective):
         if self.vqa is None and assets.vqa is not None:
             raise ConfigError(f"vqa is none, so {assets.vqa} would not be looked at; leave --vqa out.")
         if assets.base is not None and assets.tokenizer is not None:
-            raise ConfigError(
-                f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {assets.tokenizer} out."
-            )
+            raise _keeps_its_tokenizer(assets.tokenizer)
 
     def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
         """See ``Objective``."""
@@ -196,9 +194,7 @@ class RaterObjective(Objective):
         if assets.latent is not None:
             raise ConfigError("A rater learns no latent actions; leave --latent out.")
         if assets.tokenizer is not None:
-            raise ConfigError(
-                f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {assets.tokenizer} out."
-            )
+            raise _keeps_its_tokenizer(assets.tokenizer)
 
     def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
         """See ``Objective``."""
@@ -316,3 +312,7 @@ class LatentObjective(Objective):
                 f"model.action_dim is {self.model.action_dim}, but the actions of {dataset.root} have {found} dimensions."
             )
         return Normalizer.from_stats(stats.compute(dataset, config.episodes(dataset)[0])["action"], "mean_std")
+
+
+def _keeps_its_tokenizer(given: Path | str) -> ConfigError:
+    return ConfigError(f"A checkpoint keeps the tokenizer it was trained with; leave --tokenizer {given} out.")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlaflow.backbones.inputs import Inputs, Processor
+from vlaflow.backbones.inputs import Inputs, Processor, require_state
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.data.frames import resize
 from vlaflow.data.transforms import Normalizer
@@ -47,9 +47,7 @@ class PolicyProcessor:
                 raise SpecError(
                     f"The policy looks at view '{view}', which the observation lacks; {nearest(view, observation.images)}"
                 )
-        expected, found = self.state.dim, observation.state_BS.shape[1]
-        if expected != found:
-            raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
+        require_state(observation, self.state.dim)
         images = {view: _resized(observation.images[view], size) for view, size in self.views.items()}
         state_BS = self.state.forward(observation.state_BS)
         if observation.known_BS is not None:

@@ -51,7 +51,7 @@ def newest_state(folder: Path) -> tuple[int, Path] | None:
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """What the run in a checkpoint folder was told (recipe, data, config, ...); empty where there is no training state."""
+    """Recipe, data, config, ... of the run in a checkpoint folder; empty where there is no training state."""
     found = newest_state(folder)
     return {} if found is None else read_json(found[1] / STATE).get("run", {})
 
@@ -99,7 +99,7 @@ def trained_on(folder: Path) -> tuple[TrainedOn, ...]:
 
 
 def ancestry(folder: Path) -> dict[str, Any]:
-    """What a run that continues a checkpoint is told of it, so that ``trained_on`` finds it there; JSON data."""
+    """What a run that continues a checkpoint records about it, so that ``trained_on`` finds it there; JSON data."""
     before = trained_on(folder)
     return {"ancestors": [to_json(each) for each in before]} if before else {}
 
@@ -131,8 +131,8 @@ def new_questions(vqa: VqaDataset, turns: Turns, trained: Sequence[TrainedOn], f
             new &= set(vqa.split(asked.held_out)[1])
         elif asked.turns != turns and asked.fingerprint == VqaDataset.open(vqa.file, asked.turns).fingerprint:
             raise ConfigError(
-                f"{folder} learned from {vqa.file} with turns={asked.turns}, so nobody knows what of it is new with "
-                f"turns={turns}. Give --turns {asked.turns}, or ask everything with --part all."
+                f"{folder} learned from {vqa.file} with turns={asked.turns}, so it is unknown which questions are new "
+                f"with turns={turns}. Give --turns {asked.turns}, or ask everything with --part all."
             )
     return tuple(sorted(new))
 

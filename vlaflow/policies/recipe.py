@@ -109,7 +109,7 @@ class Base:
 
     Args:
         policy: the policy.
-        path: where the user said it is, for messages.
+        path: as the user gave it, for messages.
         folder: where it lies on disk.
     """
 
@@ -128,7 +128,7 @@ class Base:
         return Base(Policy.from_pretrained(folder), str(path), folder)
 
     def identity(self) -> dict[str, Any]:
-        """What a run that continues it is told of it, JSON data."""
+        """What a run that continues it records about it, JSON data."""
         return {"policy": fingerprint(self.folder), **ancestry(self.folder)}
 
 
@@ -207,7 +207,7 @@ class Objective(ABC):
 
     @abstractmethod
     def require(self, assets: Assets) -> None:
-        """Refuse assets that it cannot use, and miss those that it cannot do without.
+        """Refuse assets that it cannot use, and demand those that it cannot do without.
 
         Raises:
             ConfigError: with the option to give or to leave out.

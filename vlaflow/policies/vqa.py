@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlaflow.backbones.language import headless
 from vlaflow.data.image_cache import ImageCache, VqaSource, require_shown
 from vlaflow.data.vqa import Turns, VqaDataset
-from vlaflow.errors import CapabilityError, ConfigError, SpecError
+from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.provenance import TrainedVqa
 from vlaflow.policies.stages import CoTraining
@@ -53,10 +54,7 @@ def require_askable(policy: PolicyConfig, vqa: VqaDataset) -> None:
     """
     backbone = policy.backbone
     if not backbone.can_answer:
-        raise CapabilityError(
-            "This backbone has no language-model head, so it can neither learn nor give answers. Train one that has: --set "
-            "policy.backbone.answers=true."
-        )
+        raise headless(backbone)
     for question in vqa.questions:
         require_shown(question, vqa, backbone.views)
         for text, limit in (

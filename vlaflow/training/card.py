@@ -1,4 +1,4 @@
-"""What every model card tells of a training; the rest of a card is in ``policies.card``."""
+"""What every model card says about a training; the rest of a card is in ``policies.card``."""
 
 from __future__ import annotations
 

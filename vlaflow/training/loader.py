@@ -74,9 +74,9 @@ class Loader:
         self.source, self.config, self.place, self.device, self.prepare = source, config, place, device, prepare
         self.order = Order(len(source), config.batch_size * place.world, config.seed)
         self.shift = RandomShift(config.shift)
-        # Beside a CPU model a loading thread only takes its cores away: loading is one hundredth of a step there.
+        # Next to a model on the CPU a loading thread only takes its cores away: loading is one hundredth of a step there.
         ahead = device.type != "cpu" if ahead is None else ahead
-        self._ahead = ThreadPoolExecutor(1, "feed") if ahead else None
+        self._ahead = ThreadPoolExecutor(1, "loader") if ahead else None
         self._next: tuple[int, Future[list[StepPart]]] | None = None
 
     def step(self, step: int) -> list[StepPart]:
@@ -118,15 +118,15 @@ class Loader:
 
 
 class Alternating:
-    """Some steps are taken on questions, all others on actions, each from its own feed.
+    """Some steps are taken on questions, all others on actions, each from its own loader.
 
     Of the first n steps, floor(n · share) are on questions, for every n: the two are as evenly mixed as whole steps allow.
-    Which of its own steps a feed is at follows from the step's number alone, so nothing needs to be saved, and the actions'
+    Which of its own steps a loader is at follows from the step's number alone, so nothing needs to be saved, and the actions'
     samples are the same, in the same order, as without questions.
 
     Args:
-        acting: feed of the actions.
-        asking: feed of the questions.
+        acting: loader of the actions.
+        asking: loader of the questions.
         share: of the steps on questions, in (0, 1).
     """
 

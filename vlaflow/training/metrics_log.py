@@ -1,8 +1,8 @@
 """What a run reports as it goes: a line of JSON per step, and a tracker (TensorBoard by default) with the same numbers.
 
-``training/log.jsonl`` holds one object per step: step, loss, parts, rate, gradient (norm before clipping), samples_per_second,
-seconds (of training so far), and where it was measured, validation. A resumed run first drops the lines past its step, so
-the file reads as if nothing had happened.
+``training/log.jsonl`` holds one object per step: step, loss (answer_loss for a step on questions), parts, rate, gradient (norm
+before clipping), samples_per_second, seconds (of training so far), and where it was measured, validation. A resumed run first
+drops the lines past its step, so the file reads as if nothing had happened.
 """
 
 from __future__ import annotations

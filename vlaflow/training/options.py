@@ -1,4 +1,4 @@
-"""What a training run may be told besides recipe, data and place, and what that makes of a recipe's config."""
+"""The options of a training run besides recipe, data set and folder, and a recipe's config with them applied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlaflow.training.metrics_log import Tracker
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may be told besides recipe, data and place.
+    """The options of a run besides recipe, data set and folder.
 
     Args:
         overrides: values by dotted key of the ``TrainConfig``, as text: {"optim.learning_rate": "3e-4"}.

@@ -1,7 +1,7 @@
 """The training loop: one for every stage, from one CPU process to many GPUs (through ``accelerate launch``).
 
 A run is a function of its config, its data and the step number. Everything random in a step is drawn from generators that
-the step number seeds (see ``feed``), so a run that was killed and continued ends with the same bytes as one that was not.
+the step number seeds (see ``loader``), so a run that was killed and continued ends with the same bytes as one that was not.
 
 Two normalisations are approximate and say so here. With accumulation, parts are weighted by how many valid actions they
 hold: exact for losses that average over valid actions, right on average where random masks thin them out further. Across
@@ -106,7 +106,7 @@ class Trainer:
     ) -> None:
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
         self._train, self._validation_source, self._vqa, self._fresh = train, validation, vqa, fresh
-        self._told, self._log_with = {**(identity or {})}, choose_tracker(tracker)
+        self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
         self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
         self.step, self._seconds, self._saved = 0, 0.0, -1
@@ -127,7 +127,7 @@ class Trainer:
             raise CapabilityError("Only the second version of FSDP is supported; set fsdp_version: 2 in Accelerate's config.")
         self.device = self.accelerator.device
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        run = {**self._told, "processes": self.place.world, "config": _without(to_json(config))}
+        run = {**self._given_identity, "processes": self.place.world, "config": _without(to_json(config))}
         self.identity = json.loads(json.dumps(run))
         if self._is_main and (aside := checkpoint.prepare(self.out, self._fresh)):
             sys.stderr.write(f"The old checkpoint is now {aside}.\n")

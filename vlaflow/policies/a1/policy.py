@@ -51,7 +51,7 @@ def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8,
 
     Args:
         data: at most 32 dimensions of state and action each; both are padded to 32.
-        chunk size, n_action_steps: 10 and 8 on LIBERO, 50 and 5 on VLABench.
+        chunk_size, n_action_steps: 10 and 8 on LIBERO, 50 and 5 on VLABench.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     expert = a1_expert()

@@ -17,9 +17,9 @@ from vlaflow.policies.tiny import tiny_backbone
 def tiny(data: DataSpec) -> PolicyConfig:
     """A policy of 1.0 M parameters that learns from scratch on a laptop CPU: chunks of 16, 8 executed.
 
-    Half of the draws noise every action: with the paper's masks alone a short training learns to copy neighbouring actions
-    before it learns to look. It also answers after two and three of its four layers, for early exit; these answers count a
-    fifth of the loss, so that the last loses little.
+    Half of the noise samples noise every action: with the paper's masks alone a short training learns to copy neighbouring
+    actions before it learns to look. It also answers after two and three of its four layers, for early exit; these answers
+    count a fifth of the loss, so that the last loses little.
     """
     return PolicyConfig(
         system="asyncvla",

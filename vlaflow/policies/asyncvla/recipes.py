@@ -29,9 +29,9 @@ def realtime(data: DataSpec) -> TrainConfig:
 
     vlaflow train asyncvla.realtime --dataset runs/demo/dataset --out runs/realtime
 
-    Chunks of 48 actions, 0.6 s on Meta-World; their first 0 to 32, 0.4 s, may be committed already. Half of the draws commit
-    nothing: chunks of 64 that were learned without such draws were imprecise (docs/log.md). What is committed is what was
-    executed, where the data set keeps it (docs/decisions/013-beginnings-are-what-was-executed.md).
+    Chunks of 48 actions, 0.6 s on Meta-World; their first 0 to 32, 0.4 s, may be committed already. Half of the noise
+    samples commit nothing: chunks of 64 that were learned without such samples were imprecise (docs/log.md). What is
+    committed is what was executed, where the data set keeps it (docs/decisions/013-beginnings-are-what-was-executed.md).
     """
     policy = tiny(data)
     decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, committed=32)

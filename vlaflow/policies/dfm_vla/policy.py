@@ -19,7 +19,7 @@ def tiny(data: DataSpec, decoder: DiscreteFlowConfig) -> PolicyConfig:
 
 
 def emu3(data: DataSpec, *, chunk_size: int = 10, source: str | None = "Emu3-community/Emu3-Stage1-hf") -> PolicyConfig:
-    """DFM-VLA as published, as far as it tells: Emu3, FAST at scale 50 with 1024 ids, everything sees everything, 14 + 2 steps.
+    """DFM-VLA as far as the paper specifies it: Emu3, FAST at scale 50 with 1024 ids, everything sees everything, 14 + 2 steps.
 
     Args:
         data: shape of the data set; the state is not read.

@@ -27,12 +27,10 @@ class DatasetCodes:
     Args:
         id_NK: int64, in [0, book); all −1 where a row begins no pair.
         gap: frames between the two frames of a pair.
-        short: episodes that are too short for a pair.
     """
 
     id_NK: np.ndarray
     gap: int
-    short: tuple[int, ...]
 
 
 def model_pairs(
@@ -76,4 +74,4 @@ def dataset_codes(
     if pairs.short:
         sys.stderr.write(f"{dataset.root}: {pairs.left_out()}\n")
     id_NK = pair_table(pairs, model.codes, model.fingerprint(), progress)
-    return DatasetCodes(id_NK, pairs.gap, pairs.short)
+    return DatasetCodes(id_NK, pairs.gap)

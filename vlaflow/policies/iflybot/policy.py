@@ -22,7 +22,7 @@ def tiny_latent() -> LatentConfig:
 
 
 def full_latent() -> LatentConfig:
-    """The published size, as far as public code tells (LAPA with NSVQ): frames of 224, patches of 32; 325.6 M."""
+    """The published size, as far as the public code shows (LAPA with NSVQ): frames of 224, patches of 32; 325.6 M."""
     return LatentConfig(
         image_size=224,
         patch=32,
@@ -71,7 +71,7 @@ def qwen3b(
     Args:
         data: at most 20 dimensions of state and action each, for two arms; both are padded to 20. Its views, head, left
             wrist and right wrist camera, are each brought to the area of 448 × 448 pixels, 256 tokens.
-        chunk size, n_action_steps: 30, one second; 7 and 7 on LIBERO.
+        chunk_size, n_action_steps: 30, one second; 7 and 7 on LIBERO.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
     """
     block = BlockConfig(1024, heads=16, kv_heads=16, head_dim=64, ffn=1024, norm="rms")
