@@ -170,7 +170,7 @@ def table_of(case: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code; asked for after the measurement."""
+    """What the numbers depend on besides the code; read after the measurement."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "cpu": cpu_model(),

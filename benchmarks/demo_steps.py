@@ -16,7 +16,7 @@ import tyro
 
 from benchmarks._timing import Case, report
 
-STEPS = ("install", "record", "train", "rater", "evaluate")
+STEPS = ("install", "record", "train", "rater", "calibrate", "evaluate")
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Recomputed(ComputePolicy):
-    """Dense without a memory: every solver step encodes the observation again.
+    """Dense without a cache: every solver step encodes the observation again.
 
     Args:
         steps: solver steps.

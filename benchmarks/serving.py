@@ -31,7 +31,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.robot import Client, wire
 
 SAME_CHUNK = 1e-4
-"""Robot units: in company a product may be rounded in another order."""
+"""Robot units: within a batch a sum may be rounded in another order."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline().strip()
     if not line:
-        raise SystemExit("A client ended early; what it said is above.")
+        raise SystemExit("A client ended early; its output is above.")
     return line
 
 

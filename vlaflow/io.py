@@ -1,6 +1,7 @@
 """Reading and writing: the files of a checkpoint, strictly, and folders that must exist before work begins.
 
-JSON and safetensors only; nothing that is read is ever executed.
+JSON and safetensors only; nothing that is read is ever executed. torch is imported when weights are read, so that workers that
+record need not load it.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from vlaflow.errors import CheckpointError, ConfigError, DataError
 
-WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+WEIGHTS = {"float32", "bfloat16", "float16"}
 """Weight types that are converted to each other; the config says which one a network computes in."""
 
 
@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
             raise CheckpointError(
                 f"'{name}' in {file} has shape {tuple(tensor.shape)}, but config.json requires {tuple(own[name].shape)}."
             )
-        if tensor.dtype != own[name].dtype and not {tensor.dtype, own[name].dtype} <= set(WEIGHTS):
+        if tensor.dtype != own[name].dtype and not {_short(tensor.dtype), _short(own[name].dtype)} <= WEIGHTS:
             raise CheckpointError(
                 f"'{name}' in {file} is of type {_short(tensor.dtype)}, but the network's is {_short(own[name].dtype)}. Save "
                 "the checkpoint with its own types; quantised ones cannot be opened."
@@ -61,6 +61,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: for a missing or damaged file.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not file.exists():
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Copy the whole folder.")
     try:
@@ -84,6 +87,8 @@ def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor that contains NaN or an infinite value, or None."""
+    import torch
+
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor.detach())  # one pass without a copy; NaN wins in both

@@ -1,6 +1,6 @@
 """What a processor can do at most: multiply-adds per second by number format, and bytes per second from its memory.
 
-The presets are the manufacturers' figures without sparsity. Nobody reaches them: hand-tuned kernels come to 70 to 80 % on
+The presets are the manufacturers' figures without sparsity. No program reaches them: hand-tuned kernels come to 70 to 80 % on
 whole policies, compiled PyTorch to about half. So a roofline time is what no program can beat, not what one should expect.
 """
 

@@ -58,7 +58,7 @@ def exit_at(warm="same", thresholds=NEVER, steps=3, **plan):
 
 
 def test_chunks_that_are_no_numbers_are_taken_at_the_last_exit_and_keep_their_row():
-    """They are nobody's neighbour's business, and the server reports what they are."""
+    """They change no other row; ``Policy.act`` refuses them."""
     made = policy()
     torch.nn.init.constant_(made.model.decoder.codec.head[-1].weight, float("nan"))
     found = decode(made, exit_at(thresholds=(inf, inf, inf)))

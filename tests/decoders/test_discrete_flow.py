@@ -97,7 +97,7 @@ def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_
         fresh = decoder.stack.joint(decoder.embedding(state.seen_BS), prefix, 2)[1]
     runs = decoder.tokens(state).prefix_runs
     assert all(1 <= r < 12 for r in runs)
-    for kept, made in zip(state.kv_cache.kv_cache, fresh.kv_cache, strict=True):
+    for kept, made in zip(state.prefix.kv_cache, fresh.kv_cache, strict=True):
         torch.testing.assert_close(kept.key_CGPE, made.key_CGPE, **EQUAL)
         torch.testing.assert_close(kept.value_CGPE, made.value_CGPE, **EQUAL)
     with torch.inference_mode():

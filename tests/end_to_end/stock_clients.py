@@ -54,7 +54,7 @@ class Client:
     """A kind of client: what it is started with, and where it looks for image and state."""
 
     name: str
-    observation_keys: tuple[str, ...]
+    options: tuple[str, ...]
     image: str
     state: str
 
@@ -103,9 +103,9 @@ class Body:
 
 
 @contextmanager
-def serving(checkpoint: Path, observation_keys: tuple[str, ...]) -> Iterator[str]:
+def serving(checkpoint: Path, options: tuple[str, ...]) -> Iterator[str]:
     """``vlaflow serve`` in a process of its own; yields its address."""
-    command = [sys.executable, "-m", "vlaflow", "serve", str(checkpoint), "--port", "0", *observation_keys]
+    command = [sys.executable, "-m", "vlaflow", "serve", str(checkpoint), "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:
@@ -155,7 +155,7 @@ def main() -> int:
             raise CapabilityError(f"There is no {options.clients}: tools/setup-clients.sh makes it.")
         failed = False
         for client in (OPENPI, ROBOARENA):
-            with serving(options.checkpoint, client.observation_keys) as address:
+            with serving(options.checkpoint, client.options) as address:
                 body = drive(client, address, options)
             done = sum(body.successes)
             sys.stdout.write(

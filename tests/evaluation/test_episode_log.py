@@ -161,7 +161,7 @@ def test_fresh_discards_an_unfinished_evaluation(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize("place", ["taken/out", "taken", "folder/results.json", "folder/videos"])
 def test_an_unusable_out_is_one_sentence_before_any_episode(checkpoint, tmp_path, monkeypatch, capsys, place):
     (tmp_path / "taken").write_text("a file")
-    monkeypatch.setattr(module, "evaluate", lambda *given, **settings: pytest.fail("an episode was played"))
+    monkeypatch.setattr(module, "play_all", lambda *given, **settings: pytest.fail("an episode was played"))
     out = tmp_path / place
     if place == "folder/results.json":
         out.mkdir(parents=True)

@@ -13,7 +13,7 @@ from vlaflow.cli.main import main as command
 from vlaflow.compute.dense import Dense
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError, RequestError, SpecError
-from vlaflow.evaluation import realtime as wire
+from vlaflow.evaluation import realtime
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.realtime_results import count, results
 from vlaflow.reports.realtime import write_page
@@ -71,8 +71,8 @@ class Forward:
 
 
 def play(mode, delay_ms, seed=1000, infer=None, **config):
-    job = wire.RealtimeJob(ENV, mode, delay_ms, seed, trace=True)
-    return wire.play(infer or Forward(), METADATA, World(), job, wire.RealtimeEvaluationConfig(**config))
+    job = realtime.RealtimeJob(ENV, mode, delay_ms, seed, trace=True)
+    return realtime.play(infer or Forward(), METADATA, World(), job, realtime.RealtimeEvaluationConfig(**config))
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("wait", 28), ("switch", 20), ("ensemble", 20), ("commit", 20)])
@@ -92,12 +92,12 @@ def test_a_delay_is_rounded_up_to_whole_steps():
 def test_jitter_only_lengthens_and_is_the_same_for_every_hand_over(monkeypatch):
     delays: dict[str, list[int]] = {}
 
-    class Noting(wire.SimulatedTransport):
+    class Noting(realtime.SimulatedTransport):
         def __init__(self, infer, delay):
             steps = delays.setdefault(mode, [])
             super().__init__(infer, lambda: steps.append(delay()) or steps[-1])
 
-    monkeypatch.setattr(wire, "SimulatedTransport", Noting)
+    monkeypatch.setattr(realtime, "SimulatedTransport", Noting)
     for mode in ("wait", "switch", "commit"):
         play(mode, 25.0, jitter_ms=50.0)
     shortest = min(map(len, delays.values()))
@@ -143,7 +143,7 @@ def move(x, fresh=False, idle=False, gripper=0.0):
 def test_jerk_at_a_step_of_the_velocity_is_the_step_on_both_sides_of_it():
     """0, 0, 0, then ½ for ever: the second difference is ½ at the change, −½ after it and 0 elsewhere."""
     moves = [move(0), move(0), move(0), move(0.5, fresh=True), move(0.5), move(0.5), move(0.5)]
-    motion = wire.Motion.of(moves, ACTION)
+    motion = realtime.Motion.of(moves, ACTION)
     assert motion.boundaries == (3,)
     assert motion.mean(at_boundaries=True) == pytest.approx(0.5)
     assert motion.mean(at_boundaries=False) == 0
@@ -151,15 +151,15 @@ def test_jerk_at_a_step_of_the_velocity_is_the_step_on_both_sides_of_it():
 
 def test_the_gripper_is_no_motion_and_coming_to_a_stand_is_a_boundary():
     moves = [move(0.5, gripper=-1), move(0.5, gripper=1), move(0.5), move(0, idle=True), move(0, idle=True)]
-    motion = wire.Motion.of(moves, ACTION)
+    motion = realtime.Motion.of(moves, ACTION)
     assert motion.boundaries == (3,)
     assert motion.idle == (3, 4)
     assert motion.mean(at_boundaries=False) == 0
-    assert wire.Motion.of(moves[:2], ACTION).mean(at_boundaries=True) is None
+    assert realtime.Motion.of(moves[:2], ACTION).mean(at_boundaries=True) is None
 
 
 def test_cells_and_pairs_count_what_happened():
-    jobs = wire.plan((ENV,), ("wait", "commit"), (0.0, 100.0), 3)
+    jobs = realtime.plan((ENV,), ("wait", "commit"), (0.0, 100.0), 3)
     episodes = [play(job.mode, job.delay_ms, job.seed, max_steps=30) for job in jobs]
     cells, pairs = count(episodes)
     found = {(c.mode, c.delay_ms): c for c in cells}
@@ -193,10 +193,10 @@ def test_cells_and_pairs_count_what_happened():
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, error, sentence):
-    jobs = wire.plan((ENV,), ("commit",), (0.0,), 1)
+    jobs = realtime.plan((ENV,), ("commit",), (0.0,), 1)
     metadata = {key: value for key, value in {**METADATA, **change}.items() if value is not None}
     with pytest.raises(error, match=sentence):
-        wire.require_fit(metadata, "ws://here", jobs, wire.RealtimeEvaluationConfig(**config))
+        realtime.require_fit(metadata, "ws://here", jobs, realtime.RealtimeEvaluationConfig(**config))
 
 
 def test_two_tasks_are_compared_apart_and_together():
@@ -242,25 +242,25 @@ class Sometimes(Forward):
     ],
 )
 def test_a_failed_episode_is_begun_again_and_one_of_another_policy_counts_for_nothing(client, sentence, monkeypatch):
-    monkeypatch.setattr(wire, "cached", lambda *_, **__: World())
-    job = wire.RealtimeJob(ENV, "switch", 25.0, 1000)
+    monkeypatch.setattr(realtime, "cached", lambda *_, **__: World())
+    job = realtime.RealtimeJob(ENV, "switch", 25.0, 1000)
     with pytest.raises(RequestError, match=sentence) if sentence else nullcontext():
-        episode = wire._play_job(job, client, config=wire.RealtimeEvaluationConfig(), metadata=METADATA)
+        episode = realtime._play_job(job, client, config=realtime.RealtimeEvaluationConfig(), metadata=METADATA)
         assert episode == replace(play("switch", 25.0), trace=None)
 
 
 @pytest.mark.parametrize("jitter_ms", [-1.0, float("nan"), float("inf")])
 def test_jitter_that_is_none_is_refused(jitter_ms):
     with pytest.raises(ConfigError, match="jitter must be at least 0 ms"):
-        wire.RealtimeEvaluationConfig(jitter_ms=jitter_ms)
+        realtime.RealtimeEvaluationConfig(jitter_ms=jitter_ms)
 
 
 def test_impossible_plans_are_refused():
     with pytest.raises(ConfigError, match="name at least one environment"):
-        wire.plan((), ("wait",), (0.0,), 1)
+        realtime.plan((), ("wait",), (0.0,), 1)
     for episodes, delays in ((0, (0.0,)), (1, ()), (1, (-1.0,)), (1, (float("inf"),))):
         with pytest.raises(ConfigError, match="at least one"):
-            wire.plan((ENV,), ("wait",), delays, episodes)
+            realtime.plan((ENV,), ("wait",), delays, episodes)
 
 
 def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
@@ -270,11 +270,11 @@ def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
         {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)},
         seed=0,
     )
-    jobs = wire.plan((ENV,), ("switch", "commit"), (0.0, 25.0), 1)
-    config = wire.RealtimeEvaluationConfig(n_action_steps=3, max_steps=8)
+    jobs = realtime.plan((ENV,), ("switch", "commit"), (0.0, 25.0), 1)
+    config = realtime.RealtimeEvaluationConfig(n_action_steps=3, max_steps=8)
     with serving(policy, Dense(2)) as (server, address):
-        once = wire.evaluate(address, jobs, config, workers=0)
-        again = wire.evaluate(address, jobs, config, workers=0)
+        once = realtime.evaluate(address, jobs, config, workers=0)
+        again = realtime.evaluate(address, jobs, config, workers=0)
     assert once == again
     assert all(episode.steps == 8 for episode in once)
     outcome = results(address, server.metadata, config, once)

@@ -1,13 +1,15 @@
 """The page needs nothing but itself, and holds every number."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
 
 from tests.reports import synthetic
 from vlaflow.evaluation import results
-from vlaflow.reports.evaluation import write_report
+from vlaflow.reports import evaluation_plots as plots
+from vlaflow.reports.evaluation import caveats, write_report
 from vlaflow.reports.words import percent
 
 
@@ -105,3 +107,20 @@ def test_the_same_results_give_the_same_page(tmp_path):
     """No counter and no time finds its way into the page."""
     synthetic.write(tmp_path)
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
+
+
+def test_the_legend_of_many_compute_policies_leaves_the_plot_room():
+    """Matplotlib warns where the decorations of a plot leave no room for the plot itself."""
+    made = synthetic.results()
+    many = tuple(replace(e, compute=f"{e.compute}:{number}") for number in range(3) for e in made.evaluations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.success(replace(made, evaluations=many, overall=results.pool(many)))
+        plots.minutes(results.Minutes(2.1, 1.4, 6.3, 0.9, 0.2, 2.6).summed())
+
+
+def test_only_a_refinement_by_a_rater_has_the_limits_of_a_rater():
+    made = synthetic.results()
+    assert any("rater" in sentence for sentence in caveats(made))
+    unrated = replace(made, latency=tuple(entry for entry in made.latency if "rater" not in entry.parts))
+    assert not any("rater" in sentence for sentence in caveats(unrated))

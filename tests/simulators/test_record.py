@@ -1,6 +1,8 @@
 """Recording: alignment, reproducibility, what is kept."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +29,13 @@ def recorded(tmp_path_factory):
     root = tmp_path_factory.mktemp("record") / "one"
     summary = record(RecordConfig(ENVS, episodes=1, size=48, noise=Noise(0.2)), root, workers=0)
     return root, summary
+
+
+@pytest.mark.parametrize("module", ["simulators.record", "simulators.record_vqa", "cli.demo"])
+def test_what_records_loads_no_torch(module):
+    """Every worker is a new interpreter, and loading torch takes seconds and memory for nothing."""
+    code = f"import sys, vlaflow.{module}; raise SystemExit('torch' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], check=False).returncode
 
 
 def test_any_number_of_workers_gives_the_same_bytes(recorded, tmp_path):

@@ -36,7 +36,8 @@ class Eval:
         out: folder for results.json, report.html and videos.
         n_action_steps: actions executed per chunk; the checkpoint's default if omitted.
         steps: solver steps per round, where the compute policy states none.
-        threshold: confidence below which refine regenerates an action; spread above which refine-spread does.
+        threshold: confidence below which refine regenerates an action; spread above which refine-spread does; probability below
+            which refine-tokens regenerates a token.
         any_training: also refine a checkpoint that was not trained for it.
         max_steps: step limit of an episode; the suite's by default.
         render: image quality; use the one the policy was trained with.

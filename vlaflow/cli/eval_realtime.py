@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from vlaflow.config import to_json
-    from vlaflow.evaluation import realtime as wire
+    from vlaflow.evaluation import realtime
     from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
     from vlaflow.evaluation.realtime_results import results
     from vlaflow.io import require_writable, storing
@@ -87,8 +87,8 @@ def main(argv: list[str]) -> int:
     envs = expand_env_names(a.env)
     modes = tuple(dict.fromkeys(a.mode)) or ("wait", "switch", "ensemble", "commit")
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
-    config = wire.RealtimeEvaluationConfig(a.n_action_steps, a.max_steps, a.jitter_ms, a.fade, a.render)
-    jobs = wire.plan(envs, modes, delays, a.episodes, a.seed)
+    config = realtime.RealtimeEvaluationConfig(a.n_action_steps, a.max_steps, a.jitter_ms, a.fade, a.render)
+    jobs = realtime.plan(envs, modes, delays, a.episodes, a.seed)
     require_writable(a.out / "results.json")
     token = a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN")
     with Client(a.server, token) as client:
@@ -103,10 +103,10 @@ def main(argv: list[str]) -> int:
         "config": to_json(config),
         "versions": versions(),
     }
-    with EpisodeLog(a.out, wire.RealtimeEpisode, settings, fresh=a.fresh) as log:
+    with EpisodeLog(a.out, realtime.RealtimeEpisode, settings, fresh=a.fresh) as log:
 
-        def play(left: Sequence[wire.RealtimeJob], finished: Callable[[int, wire.RealtimeEpisode], None]) -> None:
-            wire.evaluate(a.server, left, config, token=token, workers=a.workers, finished=finished)
+        def play(left: Sequence[realtime.RealtimeJob], finished: Callable[[int, realtime.RealtimeEpisode], None]) -> None:
+            realtime.evaluate(a.server, left, config, token=token, workers=a.workers, finished=finished)
 
         episodes = log.complete(jobs, play, "Evaluating")
         found = results(a.server, metadata, config, episodes)

@@ -47,7 +47,7 @@ _WITHOUT = {
     Capability.TEMPERATURE: "{compute} sets a temperature, and a {decoder} draws no tokens. Leave it out.",
     Capability.JOINT_ATTENTION: "{compute} needs a decoder whose prefix reads the action tokens, which a {decoder}'s does not.",
 }
-"""What is said where a capability is missing, in the order in which they are looked for."""
+"""The error for each missing capability, in the order in which they are checked."""
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ class Calibration:
         if plan is not None and plan != self.plan:
             names = ("depths", "metric", "sampling", "warm_start", "restart")
             name = next(n for n in names if getattr(plan, n) != getattr(self.plan, n))
-            mine, asked = getattr(self.plan, name), getattr(plan, name)
-            raise CalibrationError(f"{where} was made with {name} {mine}, and {asked} is asked. {again}")
+            mine, wanted = getattr(self.plan, name), getattr(plan, name)
+            raise CalibrationError(f"{where} was made with {name} {mine}, not {wanted}. {again}")
 
     def early_exit(self, label: str) -> EarlyExit:
         """The compute policy."""

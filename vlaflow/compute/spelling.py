@@ -27,7 +27,8 @@ class Knobs:
 
     Args:
         steps: solver steps per round, where the spelling states none.
-        threshold: confidence below which "refine" regenerates an action; spread above which "refine-spread" does.
+        threshold: confidence below which "refine" regenerates an action; spread above which "refine-spread" does; probability
+            below which "refine-tokens" regenerates a token.
         any_training: see ``Refine``.
         device, threads: what is computed with, for budgets.
     """

@@ -28,7 +28,7 @@ class ExitMeasurements:
 
     Args:
         discrepancy_NK: to the depth before, by the plan's metric.
-        deviation_NK: to the full depth, by the metric asked.
+        deviation_NK: to the full depth, by the metric of the request.
         largest_NK: to the full depth, largest absolute difference.
         error_NK: mean absolute distance to the demonstrated actions, normalised.
         choose_N: bool, the half that thresholds are made from.
@@ -82,7 +82,7 @@ def taken(discrepancy_NK: np.ndarray, threshold_K: Sequence[float] | np.ndarray)
 def filtered_quantiles(discrepancy_NK: np.ndarray, share_K: np.ndarray) -> np.ndarray:
     """Thresholds (K,) that let the target shares leave, exit by exit among those still there (A1 Alg. 1).
 
-    Everybody at a threshold leaves with it, so ties may let more leave than asked; later exits then let fewer. An exit
+    All samples at a threshold leave, so ties may let more leave than asked; later exits then let fewer. An exit
     without a share, or whose share was already used up, is never taken; the last always.
     """
     require_finite(discrepancy_NK)

@@ -34,7 +34,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said, and whether its end came within the limit."""
+    """The text of an answer, and whether its end came within the limit."""
 
     text: str
     ended: bool

@@ -39,7 +39,9 @@ class AutoregressiveConfig(TokenConfig):
         if self.temperature < 0:
             raise ConfigError(f"A temperature is 0 (greedy) or more, got {self.temperature}.")
         if self.noise_samples != 1:
-            raise ConfigError("An autoregressive decoder corrupts nothing, so draws is 1.")
+            raise ConfigError(
+                f"An autoregressive decoder corrupts nothing, so noise_samples must be 1, got {self.noise_samples}."
+            )
 
     def build(self, spec: BackboneSpec) -> AutoregressiveDecoder:
         """The decoder for such a backbone, randomly initialised."""

@@ -13,7 +13,7 @@ DFM-VLA).
 
 The paper runs t = 1 − clock. The network does not see the clock unless ``clock_input`` says so.
 
-Shape letters: B batch (observations × draws, draws innermost), S token slots, V vocabulary, W width.
+Shape letters: B batch (observations × noise samples, samples innermost), S token slots, V vocabulary, W width.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ class DiscreteFlowState(TokenState):
     Args:
         refresh: see ``DiscreteFlowConfig``; for both kinds of attention.
         seen_BS: tokens that the prefix saw when it was last run.
-        kv_cache: the prefix as it was then; None before the first step.
+        prefix: as it was then; None before the first step.
         refreshed: how often it was run for each observation, int64 (B,).
     """
 
     refresh: float = 1.0
     seen_BS: Tensor | None = None
-    kv_cache: Prefix | None = None
+    prefix: Prefix | None = None
     refreshed: Tensor = field(kw_only=True)
 
 
@@ -338,14 +338,14 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         embedded_BSW = self._embed(state.id_BS, clock_BS)
         if not full and state.refresh >= 1:
             return self.stack(embedded_BSW, prefix), state
-        if state.seen_BS is None or state.kv_cache is None:
+        if state.seen_BS is None or state.prefix is None:
             due_B = torch.ones(len(state.id_BS), dtype=torch.bool, device=state.id_BS.device)
         else:
             changed_B = (state.id_BS != state.seen_BS).float().mean(1)
             due_B = changed_B >= state.refresh if state.refresh == 0 else changed_B > state.refresh
         if not bool(due_B.any()):
-            assert state.kv_cache is not None
-            return self.stack(embedded_BSW, state.kv_cache), state
+            assert state.prefix is not None
+            return self.stack(embedded_BSW, state.prefix), state
         row_R = due_B.nonzero()[:, 0]
         depth, part = prefix.depth or prefix.backbone.spec.depth, prefix.restart().select(row_R)
         if full:
@@ -353,12 +353,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         else:
             fresh = prefix.backbone.run(part, depth)
             hidden_RSW = self.stack(embedded_BSW[row_R], fresh)
-        kv_cache, seen_BS = fresh, state.id_BS
-        if state.kv_cache is not None and state.seen_BS is not None and len(row_R) < len(state.id_BS):
-            layers = zip(state.kv_cache.kv_cache, fresh.kv_cache, strict=True)
-            kv_cache = replace(state.kv_cache, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
+        latest, seen_BS = fresh, state.id_BS
+        if state.prefix is not None and state.seen_BS is not None and len(row_R) < len(state.id_BS):
+            layers = zip(state.prefix.kv_cache, fresh.kv_cache, strict=True)
+            latest = replace(state.prefix, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
             seen_BS = torch.where(due_B[:, None], state.id_BS, state.seen_BS)
-            hidden_BSW = self.stack(embedded_BSW, kv_cache).index_copy(0, row_R, hidden_RSW)
+            hidden_BSW = self.stack(embedded_BSW, latest).index_copy(0, row_R, hidden_RSW)
         else:
             hidden_BSW = hidden_RSW
-        return hidden_BSW, replace(state, kv_cache=kv_cache, seen_BS=seen_BS, refreshed=state.refreshed + due_B)
+        return hidden_BSW, replace(state, prefix=latest, seen_BS=seen_BS, refreshed=state.refreshed + due_B)

@@ -191,7 +191,7 @@ class FlowDecoder(Decoder[FlowState]):
         return torch.cat((made_BLX[..., : self.action_dim].float(), known_BLX), -1)
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
-        """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K draws a prefix."""
+        """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K samples a prefix."""
         c, device = self.config, targets.action_BLD.device
         action_BLX = self._pad(targets.action_BLD.float()).repeat_interleave(c.noise_samples, 0)
         valid_BL = targets.valid_BL.repeat_interleave(c.noise_samples, 0)

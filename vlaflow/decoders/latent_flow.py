@@ -45,7 +45,7 @@ class LatentFlowConfig(DecoderConfig):
 
     Args:
         flow: makes the actions; has an expert.
-        latent: the codes that are said first.
+        latent: the codes that are predicted first.
         fast: FAST tokens as further targets of the backbone; None for none.
         sees: what the expert reads.
         truncate: no gradient from the flow loss into the backbone.
@@ -66,12 +66,11 @@ class LatentFlowConfig(DecoderConfig):
         if self.flow.expert is None:
             raise ConfigError("A latent flow needs an expert; set decoder.flow.expert.")
         if not self.teaches and self.latent.answer == "autoregressive":
-            raise ConfigError("Codes that are said one after the other cannot be left untaught; use answer='parallel'.")
+            raise ConfigError("Codes that are predicted one after the other cannot be left untaught; use answer='parallel'.")
         if self.fast is not None and (self.fast.chunk_size, self.fast.action_dim) != (self.chunk_size, self.action_dim):
             raise ConfigError(
                 f"FAST tokens of {self.fast.chunk_size} actions of {self.fast.action_dim} dimensions do not describe "
-                "the flow's "
-                f"chunks of {self.chunk_size} of {self.action_dim}; give both the same."
+                f"the flow's chunks of {self.chunk_size} of {self.action_dim}; give both the same."
             )
 
     @property
@@ -105,7 +104,7 @@ class LatentFlowConfig(DecoderConfig):
 
     @property
     def latent_codes(self) -> LatentCodes | None:
-        """Those that are said first, where they are targets at all."""
+        """Those that are predicted first, where they are targets at all."""
         return LatentCodes(self.latent.codes, self.latent.book) if self.teaches else None
 
     def build(self, spec: BackboneSpec) -> LatentFlowDecoder:
@@ -196,7 +195,7 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         return self.flow.continued(action_BLD, known_B, committed_B, guided=guided)
 
     def codes(self, prefix: Prefix) -> Tensor:
-        """The codes the backbone says, int64 (B, K)."""
+        """The codes that the backbone predicts, int64 (B, K)."""
         with torch.no_grad():
             return self.latent.logits(self.latent.read(prefix).hidden[-1]).argmax(-1)
 

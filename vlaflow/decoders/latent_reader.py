@@ -1,4 +1,4 @@
-"""Latent action tokens: the backbone says what will happen in a few codes before anybody makes an action (iFlyBot-VLA §3).
+"""Latent action tokens: the backbone predicts what will happen, in a few codes, before any action is made (iFlyBot-VLA §3).
 
 The codes are those of a latent action model (``actions.latent``), K of a book of N. By default the backbone answers all of them
 in one pass, from K learned query tokens that see the prefix and one another; "autoregressive" answers one after the other, each
@@ -107,7 +107,7 @@ class LatentReader(nn.Module):
             return self._parallel(prefix, depths)
         assert code_BK is not None  # see LatentFlowConfig
         if bool((code_BK < 0).any()):
-            # with gradients, which nobody asks for: autocast keeps the weights it casts, and must not keep them without
+            # with gradients, which are not needed: autocast keeps the weights it casts, and must not keep them without
             code_BK = torch.where(code_BK < 0, self.logits(self.read(prefix).hidden[-1]).argmax(-1), code_BK)
         mask_TS = causal_mask(self.config.codes + 1, code_BK.device)
         hidden, kv_cache = prefix.backbone.follow(self._shifted(code_BK), prefix, depths, mask_TS)

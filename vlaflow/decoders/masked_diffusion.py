@@ -2,7 +2,7 @@
 
 A clock of 1 is a masked token, 0 a revealed one. Without remasking a revealed token is final.
 
-Shape letters: B batch (observations × draws, draws innermost), S token slots, V vocabulary.
+Shape letters: B batch (observations × noise samples, samples innermost), S token slots, V vocabulary.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class RegressionConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         if min(self.action_dim, self.chunk_size) < 1:
-            raise ConfigError(f"action_dim and chunk size must be at least 1, got {self.action_dim} and {self.chunk_size}.")
+            raise ConfigError(f"action_dim and chunk_size must be at least 1, got {self.action_dim} and {self.chunk_size}.")
 
     @property
     def tokens(self) -> int:

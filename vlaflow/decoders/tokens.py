@@ -2,8 +2,8 @@
 
 The output projection has one row per action token and no others, whatever vocabulary the backbone was pretrained on.
 
-Shape letters: B batch (observations × draws, draws innermost), S token slots, V vocabulary, W width, L chunk size, D action
-dimension.
+Shape letters: B batch (observations × noise samples, samples innermost), S token slots, V vocabulary, W width, L chunk size, D
+action dimension.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class TokenConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         if min(self.action_dim, self.chunk_size, self.noise_samples) < 1:
-            raise ConfigError("action_dim, chunk size and draws must be at least 1.")
+            raise ConfigError(
+                f"action_dim, chunk_size and noise_samples must be at least 1, got {self.action_dim}, {self.chunk_size} and "
+                f"{self.noise_samples}."
+            )
         fitted = self.tokenizer
         if isinstance(fitted, FastTokenizer | BinsTokenizer) and (fitted.chunk_size, fitted.dim) != (
             self.chunk_size,

@@ -25,7 +25,7 @@ from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
 from vlaflow.evaluation.rollout import FIRST_SEED, chunk_seed
 from vlaflow.robot.client import Client
 from vlaflow.robot.realtime import HandOver, Move, RealtimeConfig, RealtimeController
-from vlaflow.robot.transports import SimulatedTransport
+from vlaflow.robot.transports import Infer, SimulatedTransport
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import ActionSpec, Observation
@@ -36,7 +36,6 @@ REQUIRED = {
     *("system", "compute", "compute_settings", "guided", "checkpoint", "fingerprint"),
 }
 """Required keys of a server's metadata."""
-Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

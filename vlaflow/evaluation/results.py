@@ -42,7 +42,7 @@ class Evaluation:
         seeds: seeds of the episodes, in the order of all lists here.
         successes_within_400: successes with a step limit of 400.
         n_action_steps, max_steps, render: how the episodes were run.
-        solver_steps: decoder evaluations of the first round.
+        solver_steps: solver steps per round of compute policies whose name states none.
         nfe_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over all chunks.
         revised_per_chunk: mean number of tokens changed by each solver step; empty for decoders without tokens.
         repaired_share: share of the chunks whose tokens were not a valid encoding.

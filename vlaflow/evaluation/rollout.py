@@ -148,7 +148,7 @@ def play_all(
     config = replace(config, n_action_steps=config.n_action_steps or policy.config.n_action_steps)
     play = functools.partial(_play_job, config=config)
     with one_thread():
-        setup = functools.partial(_open, str(folder), config.device)
+        setup = functools.partial(Policy.from_pretrained, str(folder), config.device)
         return run_jobs(play, jobs, workers, setup=setup, progress=progress, finished=finished)
 
 
@@ -270,10 +270,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _open(folder: str, device: str) -> Policy:
-    return Policy.from_pretrained(folder, device)
 
 
 def _play_job(job: EpisodeJob, policy: Policy, *, config: RolloutConfig) -> EpisodeResult:

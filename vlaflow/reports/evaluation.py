@@ -19,11 +19,9 @@ from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports import page, revision_plots
 from vlaflow.reports.page import Figure, Table
-from vlaflow.reports.words import percent, rate, short, signed
+from vlaflow.reports.words import NOTABLE, percent, rate, short, signed
 
 Log = Sequence[Mapping[str, Any]]
-NOTABLE = 0.05
-"""p-value below which a paired test is notable."""
 
 
 def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | None = None) -> Path:
@@ -102,12 +100,8 @@ def verdict(test: PairedTest) -> str:
     """The result of a paired test in a sentence that does not overstate it."""
     points = f"{signed(test.difference)} points [{signed(test.interval[0])}, {signed(test.interval[1])}]"
     apart = test.only_first + test.only_second
-    if test.p_value < 0.05:
-        return (
-            f"Better than {test.first}: {points}, p = {test.p_value:.2g}."
-            if test.difference > 0
-            else (f"Worse than {test.first}: {points}, p = {test.p_value:.2g}.")
-        )
+    if test.p_value < NOTABLE:
+        return f"{'Better' if test.difference > 0 else 'Worse'} than {test.first}: {points}, p = {test.p_value:.2g}."
     seeds = f"they disagree on {apart} of {test.both + test.neither + apart} episodes" if apart else "they never disagree"
     return f"No significant difference from {test.first}: {points}, {seeds}, p = {test.p_value:.2g}."
 
@@ -239,8 +233,8 @@ def facts(results: Results) -> dict[str, str]:
     return {
         "checkpoint": f"{results.checkpoint}, content {results.fingerprint}",
         "seeds": f"{', '.join(map(str, first.seeds))}; the noise of chunk k of an episode is drawn from (seed, k)",
-        "settings": f"{first.solver_steps} solver steps per round, {first.n_action_steps} actions executed per chunk, at most "
-        f"{first.max_steps} steps, {first.render} rendering",
+        "settings": f"{first.solver_steps} solver steps per round where the compute policy states none, "
+        f"{first.n_action_steps} actions executed per chunk, at most {first.max_steps} steps, {first.render} rendering",
         "machine": results.machine,
         "minutes": _minutes(results.minutes),
         "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
@@ -277,12 +271,11 @@ def caveats(results: Results) -> list[str]:
         f"{n} episodes per environment: the intervals are up to {width:.0f} points wide. Intervals and p-values are for one "
         "trained checkpoint; a policy trained with another seed would differ.",
         "Several pairs are compared, and the p-values are not corrected for this.",
-        f"Number of executed actions ({some.n_action_steps}), camera, image size and rendering "
-        f"({some.render}) all affect success "
-        "rates: compare only results with the same settings.",
+        f"Number of executed actions ({some.n_action_steps}), camera, image size and rendering ({some.render}) all affect "
+        "success rates: compare only results with the same settings.",
         "With so few chunks, p99 is close to the slowest one.",
     ]
-    if any(compute.startswith("refine") for compute in results.computes):
+    if any("rater" in entry.parts for entry in results.latency):
         found.append(
             "The rater was trained on relative errors: a low rating means worse than the other actions of the chunk, not "
             "wrong. Some action of a perfect chunk can still be regenerated."

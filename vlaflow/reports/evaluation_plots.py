@@ -21,13 +21,17 @@ PART_NAMES = {
     "refine": "second round",
     "other": "other",
 }
+LEGEND_COLUMNS = 3
+"""A legend above a plot has at most so many; a wider one would leave the plot no room."""
 
 
 def success(results: Results) -> str:
     """Success rate with its interval, one row per environment, one marker per compute policy."""
     computes, envs = results.computes, results.envs
     rows = [*envs, *(["all"] if len(envs) > 1 else [])]
-    with figure(WIDTH, 0.75 + (0.2 * len(computes) + 0.22) * len(rows)) as (_, axis, done):
+    columns = min(len(computes), LEGEND_COLUMNS)
+    height = 0.55 + 0.2 * -(-len(computes) // columns) + (0.2 * len(computes) + 0.22) * len(rows)
+    with figure(WIDTH, height) as (_, axis, done):
         for c, compute in enumerate(computes):
             for r, env in enumerate(rows):
                 entry: Any = (
@@ -44,7 +48,7 @@ def success(results: Results) -> str:
         axis.set(xlim=(0, 100), xlabel="success, % of episodes (bar: 95 % Wilson interval)")
         axis.set_ylim(len(rows) * (len(computes) + 1) - 1.3, -0.8)
         axis.tick_params(axis="y", length=0, pad=8)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(computes))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
         return done()
 
 
@@ -91,7 +95,7 @@ def latency(entries: Sequence[Latency]) -> str:
         axis.set(xlabel="milliseconds per chunk (bars: mean of each part)", xlim=(0, 1.08 * max(e.total.p99 for e in entries)))
         axis.set_ylim(len(entries) - 0.4, -0.6)
         axis.tick_params(axis="y", length=0, pad=8)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=LEGEND_COLUMNS)
         return done()
 
 
@@ -160,11 +164,12 @@ def chunk(video: EpisodeVideo, shown: VideoChunk) -> str:
 def minutes(spent: Minutes) -> str:
     """Wall time by step, one stacked bar."""
     known = [(name, value) for name, value in spent.steps.items() if value]
-    with figure(WIDTH, 1.15) as (_, axis, done):
+    columns = min(len(known), LEGEND_COLUMNS)
+    with figure(WIDTH, 0.95 + 0.2 * -(-len(known) // columns)) as (_, axis, done):
         left = 0.0
         for i, (name, value) in enumerate(known):
             axis.barh(0, value, 0.6, left, color=SERIES[i % 5], edgecolor=PAPER, label=f"{name} {value:.1f}")
             left += value
         axis.set(yticks=[], xlabel="minutes of wall time", xlim=(0, left * 1.001))
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(known))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
         return done()

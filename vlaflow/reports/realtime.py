@@ -13,10 +13,8 @@ from vlaflow.evaluation.realtime_results import Cell, Comparison, RealtimeResult
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
-from vlaflow.reports.words import short
+from vlaflow.reports.words import NOTABLE, short
 
-NOTABLE = 0.05
-"""p-value below which a comparison is notable."""
 WORDS = {
     "wait": "wait (synchronous)",
     "switch": "switch (naive asynchronous)",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+NOTABLE = 0.05
+"""p-value below which a comparison is notable."""
+
 
 def short(env: str) -> str:
     """The task without its suite and version."""

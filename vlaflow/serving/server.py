@@ -9,7 +9,7 @@ Besides openpi's keys a request may contain "seed" (of this chunk's noise), "res
 reply is {"reset": true}), "action_prefix" and "inference_delay" (actions that the robot will have executed when the
 reply arrives, with which the chunk begins), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's),
 "follow_operator" (see ``dashboard``) and, from RoboArena's clients, "endpoint": "infer" or "reset". A reply also contains
-"confidence" if there is a rater, "layers", "nfe" and the milliseconds by part.
+"confidence" if there is a rater, "spread" if several draws were made, "layers", "nfe", "repaired" and the milliseconds by part.
 
 Connections do not affect each other: the only state of a connection is its number of chunks, which seeds the next one's noise.
 """

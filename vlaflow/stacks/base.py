@@ -1,6 +1,6 @@
 """The contract of a stack: the network that moves suffix tokens through as many layers as the prefix has run.
 
-Shape letters: B batch (observations × noise samples, draws innermost), T suffix tokens, W width of the stack.
+Shape letters: B batch (observations × noise samples, samples innermost), T suffix tokens, W width of the stack.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ A1's code does. Since the mapping of layers is the identity, a prefix that stopp
 and the final norm and the decoder's head serve every depth. Which tokens' keys and values there are to read is not the
 expert's affair: a decoder may show it those of the latent action tokens alone (``decoders.latent_flow``).
 
-Shape letters: B batch (observations × noise samples, draws innermost), T suffix tokens, S state dimension, W width, G key/value
-heads and E head dimension of the backbone.
+Shape letters: B batch (observations × noise samples, samples innermost), T suffix tokens, S state dimension, W width, G
+key/value heads and E head dimension of the backbone.
 """
 
 from __future__ import annotations
@@ -102,16 +102,16 @@ class ExpertStack(Stack):
         if not self.config.projected:
             rotate = prefix.backbone.rotation(prefix, len(hidden_BTW), hidden_BTW.shape[1])
         for index in range(depths[-1]):
-            hidden_BTW, _ = self.layers[index](hidden_BTW, self._memory(index, prefix), None, mask_TS, rotate)
+            hidden_BTW, _ = self.layers[index](hidden_BTW, self._keys_and_values(index, prefix), None, mask_TS, rotate)
             if index + 1 in depths:
-                # the state token, which stands after the time token, is nobody's answer
+                # the state token, which stands after the time token, is no answer
                 kept_BTW = hidden_BTW[:, self.time_tokens - tokens :]
                 if self.time_tokens:
                     kept_BTW = torch.cat((hidden_BTW[:, : self.time_tokens], kept_BTW), 1)
                 found.append(self.norm(kept_BTW).to(suffix_BTW.dtype))
         return found
 
-    def _memory(self, index: int, prefix: Prefix) -> KeyValues:
+    def _keys_and_values(self, index: int, prefix: Prefix) -> KeyValues:
         theirs = prefix.kv_cache[index]
         if not self.config.projected:
             return theirs

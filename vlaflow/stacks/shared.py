@@ -59,9 +59,9 @@ class SharedStack(Stack):
     def cache(prefix: Prefix, room: int) -> Cache:
         """Buffers that hold the prefix and have room for so many suffix tokens; the prefix is copied once."""
         layers, p = [], prefix.kv_cache[0].key_CGPE.shape[2]
-        for kv_cache in prefix.kv_cache:
-            key, value = (functional.pad(x, (0, 0, 0, room)) for x in (kv_cache.key_CGPE, kv_cache.value_CGPE))
-            mask = None if kv_cache.mask_CP is None else functional.pad(kv_cache.mask_CP, (0, room), value=True)
+        for layer in prefix.kv_cache:
+            key, value = (functional.pad(x, (0, 0, 0, room)) for x in (layer.key_CGPE, layer.value_CGPE))
+            mask = None if layer.mask_CP is None else functional.pad(layer.mask_CP, (0, room), value=True)
             layers.append(KeyValues(key, value, mask))
         return Cache(layers, p, p)
 
@@ -86,7 +86,7 @@ class SharedStack(Stack):
 
         Returns:
             The suffix's hidden states (B, T, W), and the prefix with the keys and values it had there. With several noise
-            draws per observation the prefix has as many rows as the suffix.
+            samples per observation the prefix has as many rows as the suffix.
         """
         start, backbone = prefix.restart(), prefix.backbone
         noise_samples = len(suffix_BTW) // start.batch

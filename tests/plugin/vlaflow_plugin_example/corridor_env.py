@@ -54,10 +54,10 @@ class CorridorEnv(gymnasium.Env):
 
     def advance(self, action: np.ndarray) -> tuple[float, bool, bool, dict[str, Any]]:
         """Move the dot."""
-        conditioning = np.asarray(action, np.float32)
-        if conditioning.shape != (1,) or not np.isfinite(conditioning).all():
+        command = np.asarray(action, np.float32)
+        if command.shape != (1,) or not np.isfinite(command).all():
             raise SpecError(f"{self.name} expects one finite number as an action, got {np.asarray(action)!r}.")
-        self.position = float(np.clip(self.position + np.clip(conditioning[0], -1, 1) / 10, 0, 1))
+        self.position = float(np.clip(self.position + np.clip(command[0], -1, 1) / 10, 0, 1))
         self.steps, self._image = self.steps + 1, None
         success = abs(self.position - self.goal) < 0.05
         if success and self.first_success < 0:
