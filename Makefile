@@ -21,7 +21,7 @@ demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another plac
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-isa: setup-dev ## the numerical rooms' tests with every instruction set of this processor; ARGS="-k words" for a part
+test-isa: setup-dev ## the numerical tests with each instruction set of this processor; ARGS="-k words" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.instruction_sets $(ARGS)
 
 test-clients: setup-dev setup-clients ## stock openpi and RoboArena clients against a trained checkpoint; CKPT=DIR ARGS="--env NAME"

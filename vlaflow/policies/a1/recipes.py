@@ -38,7 +38,7 @@ def libero(data: DataSpec) -> TrainConfig:
     accelerate launch -m vlaflow train a1.libero --dataset DIR --out DIR
 
     Batch 128 in all (divide ``batch_size`` by the number of GPUs), 50 000 steps, the language model at 5e-6 after 1000 frozen
-    steps of a warm-up of 2000, everything of the actions at 5e-5, the vision tower and its connector frozen, cosine to a tenth,
+    steps of a warm-up of 2000, the action networks at 5e-5, the vision tower and its connector frozen, cosine to a tenth,
     erased and sharpened images, no state masking. No run has been made with it yet.
     """
     return TrainConfig(

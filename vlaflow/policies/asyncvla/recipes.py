@@ -25,13 +25,13 @@ def demo(data: DataSpec) -> TrainConfig:
 
 
 def realtime(data: DataSpec) -> TrainConfig:
-    """The demo for a robot that does not stop to think: long chunks that continue each other (real-time chunking).
+    """The demo for real-time control: long chunks that continue the one being executed (real-time chunking).
 
     vlaflow train asyncvla.realtime --dataset runs/demo/dataset --out runs/realtime
 
-    Chunks of 48 actions, 0.6 s on Meta-World; their first 0 to 32, 0.4 s, may be committed already. Half of the noise
-    samples commit nothing: chunks of 64 that were learned without such samples were imprecise (docs/log.md). What is
-    committed is what was executed, where the data set keeps it (docs/decisions/013-beginnings-are-what-was-executed.md).
+    Chunks of 48 actions (0.6 s on Meta-World), of which the first 0 to 32 (0.4 s) may be committed. Half of the noise samples
+    commit nothing: chunks of 64 that were trained without such samples were imprecise (docs/log.md). Committed actions are
+    executed ones, where the data set has them (docs/decisions/013-action-prefixes-are-what-was-executed.md).
     """
     policy = tiny(data)
     decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, committed=32)
@@ -39,7 +39,7 @@ def realtime(data: DataSpec) -> TrainConfig:
 
 
 def finetune(policy: PolicyConfig) -> TrainConfig:
-    """A trained policy of the demo's size further, on more data or on fewer tasks; its networks stay as they are.
+    """Continued training of a policy of the demo's size, on more data or on fewer tasks; its networks stay the same.
 
     vlaflow train asyncvla.finetune --policy runs/realtime --dataset runs/demo/dataset --out runs/realtime-3
     """
@@ -66,9 +66,9 @@ def libero(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train asyncvla.libero --dataset DIR --out DIR
 
-    Rates, betas, decay and schedule are AsyncVLA's; chunk length, batch (512 in all: divide
-    ``batch_size`` by the number of GPUs), epochs (50 of 273 k frames) and 3 % warm-up are EO-1's, on whose code it was
-    built; pauses are left out of the loss as the paper says, by our rule. No run has been made with it yet.
+    Learning rates, betas, decay and schedule are AsyncVLA's; chunk size, batch (512 in all: divide ``batch_size`` by the
+    number of GPUs), epochs (50 of 273 k frames) and 3 % warm-up are those of EO-1, on whose code AsyncVLA is probably based;
+    pauses are excluded from the loss as in the paper, by our rule. No run has been made with it yet.
     """
     return TrainConfig(
         PolicyObjective(qwen3b(data, chunk_size=8)),
@@ -97,6 +97,8 @@ def rater3b(policy: PolicyConfig) -> TrainConfig:
     """The confidence rater of AsyncVLA-3B on the frozen policy. The paper gives no numbers; these are ours.
 
     accelerate launch -m vlaflow train asyncvla.rater3b --policy DIR --dataset DIR --out DIR
+
+    No run has been made with it yet.
     """
     return TrainConfig(
         RaterObjective(qwen3b_rater(policy)),

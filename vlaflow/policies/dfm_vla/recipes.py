@@ -1,7 +1,7 @@
 """DFM-VLA's training stages. Each recipe is a function of the data set's shape and returns one frozen config.
 
-The demos make their tokens of cosine coefficients without byte-pair merges; ``demo_fast`` merges, as the paper does. What that
-changes is measured in docs/tokens.md.
+The tokens of the demos are cosine coefficients without byte-pair merges, except those of ``demo_bins`` and of ``demo_fast``,
+which merges as the paper does. docs/tokens.md compares the three.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def latent(data: DataSpec) -> TrainConfig:
     vlaflow train iflybot.latent --dataset runs/demo/dataset --out runs/iflybot/latent
 
     0.9 M parameters; on five Meta-World tasks, 50 demonstrations each, all 32 entries are used (perplexity 28.6), and on
-    held-out episodes the codes bring back 76 % of the change in pixels and explain 0.83 of the mean action's variance
+    held-out episodes the codes reconstruct 76 % of the change in pixels and explain 0.83 of the mean action's variance
     (docs/log.md).
     Pairs are 0.2 s apart, the span of the demo's chunks of 16: at 80 frames per second whole episodes last about a second.
     """
@@ -47,7 +47,7 @@ def latent(data: DataSpec) -> TrainConfig:
 
 
 def joint(data: DataSpec) -> TrainConfig:
-    """Second stage: the backbone learns codes and FAST tokens, an expert next to it the actions; truncated gradients.
+    """Second stage: the backbone learns codes and FAST tokens, an expert learns the actions; truncated gradients.
 
     vlaflow train iflybot.joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out runs/iflybot/joint
     """
@@ -90,7 +90,8 @@ def joint3b(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train iflybot.joint3b --dataset DIR --latent DIR --out DIR
 
-    Constant 2e-6 with four observations per GPU and no decay, as the published code's defaults; it does not state the steps.
+    Constant 2e-6 with four observations per GPU and no decay, as in the published code's defaults; the number of steps is not
+    stated.
     """
     return TrainConfig(
         PolicyObjective(qwen3b(data)),
