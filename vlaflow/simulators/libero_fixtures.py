@@ -1,0 +1,209 @@
+"""Skills for fixtures: drawers are opened by their handles and pushed shut, knobs are turned, flat things are pushed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlaflow.simulators.libero_geometry import TIP, corridor_top, find_grasps, rotation_vector, yaw_rotation
+from vlaflow.simulators.libero_scene import COARSE, Part, Scene
+from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
+
+
+def outward(part: Part) -> np.ndarray:
+    """The horizontal direction in which a drawer opens, (3,): towards its lower limit, as in LIBERO's cabinets."""
+    return -part.axis if part.low < -part.high else part.axis
+
+
+def handle(scene: Scene, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Center (3,) and half extents (3,) of a drawer's handle: its outermost box."""
+    centers, halves = scene.boxes(part.body)
+    number = int(np.argmax(centers @ outward(part)))
+    return centers[number], halves[number]
+
+
+class OpenDrawer:
+    """Grip the handle from the front, with the hand level and one finger above and one below, and pull.
+
+    Args:
+        region: the region inside the drawer, e.g. "wooden_cabinet_1_top_region".
+        wide: open it to the end, not just until the predicate holds.
+    """
+
+    STANDOFF = 0.09
+
+    def __init__(self, region: str, wide: bool = False) -> None:
+        self._region, self._wide = region, wide
+
+    def done(self, scene: Scene) -> bool:
+        """Whether the drawer is open and the hand away from its handle."""
+        return self._opened(scene, scene.part(self._region)) and not self._engaged(scene)
+
+    def aim(self, scene: Scene) -> Aim:
+        """What to do next."""
+        part = scene.part(self._region)
+        out, (grip, _), hand = outward(part), handle(scene, part), scene.hand
+        level = np.stack([[0.0, 0.0, -1.0], np.cross(-out, [0.0, 0.0, -1.0]), -out], 1)
+        offset = hand - grip
+        along = float(offset @ out)
+        lateral = float(np.linalg.norm(offset - along * out))
+        if self._opened(scene, part):
+            back = 0.05 if scene.opening > 0.06 else 0.0
+            return Aim(hand + back * out, level, OPEN)
+        if scene.closing > 0.95 and scene.opening > 0.008 and max(abs(along), lateral) < 0.02:
+            return Aim(grip + 0.05 * out, level, CLOSED)
+        slack = 1.0 if scene.closing < 0.05 else 2.0
+        turn = float(np.linalg.norm(rotation_vector(level @ scene.rotation.T)))
+        if along < 0.008 * slack and lateral < 0.010 * slack and turn < 0.15 * slack:
+            return Aim(grip, level, CLOSED)
+        gap = float(np.clip(3 * (lateral - 0.006) + 0.3 * max(0.0, turn - 0.1), 0, self.STANDOFF))
+        goal = grip + gap * out
+        top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.06)
+        return Aim(glide(hand, goal, top + scene.below + 0.02, near=0.05), level, OPEN)
+
+    def _opened(self, scene: Scene, part: Part) -> bool:
+        if not self._wide:
+            return scene.holds(["open", self._region])
+        share = abs(part.value) / max(abs(part.low), abs(part.high))
+        return share > (0.95 if scene.closing > 0.5 else 0.7)  # what bumps into it may move it a little
+
+    def _engaged(self, scene: Scene) -> bool:
+        part = scene.part(self._region)
+        offset = scene.hand - handle(scene, part)[0]
+        along = float(offset @ outward(part))
+        return float(np.linalg.norm(offset - along * outward(part))) < 0.06 and along < 0.045
+
+
+class CloseDrawer:
+    """Push the front of a drawer with closed fingers.
+
+    Args:
+        region: the region inside the drawer.
+    """
+
+    def __init__(self, region: str) -> None:
+        self._region = region
+
+    def done(self, scene: Scene) -> bool:
+        """Whether the drawer is shut."""
+        return scene.holds(["close", self._region])
+
+    def aim(self, scene: Scene) -> Aim:
+        """What to do next."""
+        part = scene.part(self._region)
+        out, (center, half), hand = outward(part), handle(scene, part), scene.hand
+        contact = center + (float(half @ np.abs(out)) + 0.02) * out
+        yaw = nearest_yaw(float(np.arctan2(-out[0], out[1])))
+        offset = hand - contact
+        lateral = float(np.linalg.norm(offset[:2] - (offset @ out) * out[:2]))
+        if lateral < 0.03 and abs(offset[2]) < 0.02 and offset @ out < 0.06:
+            push = contact - 0.07 * out
+            return Aim(push, yaw_rotation(yaw), CLOSED)
+        goal = contact + 0.03 * out
+        top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
+        return Aim(glide(hand, goal, top + scene.below + 0.03, turn_to(yaw, scene.rotation)), yaw_rotation(yaw), CLOSED)
+
+
+class TurnKnob:
+    """Grip a knob from above and turn it.
+
+    Args:
+        goal: the predicate, e.g. ["turnon", "flat_stove_1"].
+    """
+
+    LEAD = 0.5
+
+    def __init__(self, goal: list[str]) -> None:
+        self._goal, self._fixture = goal, goal[1]
+        self._hold: tuple[np.ndarray, float] | None = None
+
+    def done(self, scene: Scene) -> bool:
+        """Whether the predicate holds and the hand has let go."""
+        return scene.holds(self._goal) and not any(scene.touching_part(scene.part(self._fixture).body))
+
+    def aim(self, scene: Scene) -> Aim:
+        """What to do next."""
+        part, hand = scene.part(self._fixture), scene.hand
+        if scene.holds(self._goal):
+            rise = 0.05 if scene.opening > 0.06 else 0.0
+            return Aim(hand + [0.0, 0.0, rise], scene.rotation, OPEN)
+        if self._hold is None:
+            self._hold = self._plan(scene, part)
+        offset, yaw = self._hold
+        sign = 1.0 if self._goal[0] == "turnon" else -1.0
+        both = all(scene.touching_part(part.body)) and scene.closing > 0.95
+        angle = part.value + (sign * self.LEAD if both else 0.0)
+        goal = part.anchor + _turned(offset, angle)
+        turned = yaw_rotation(yaw + angle)
+        if both:
+            return Aim(np.append(goal[:2], goal[2]), turned, CLOSED)
+        error, slack = goal - hand, 1.0 if scene.closing < 0.05 else 3.0
+        turn = turn_to(yaw + angle, scene.rotation)
+        if np.linalg.norm(error[:2]) < 0.008 * slack and abs(error[2]) < 0.008 * slack and turn < 0.12 * slack:
+            return Aim(goal, turned, CLOSED)
+        top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
+        return Aim(glide(hand, goal, top + scene.below + 0.02, turn), turned, OPEN)
+
+    def _plan(self, scene: Scene, part: Part) -> tuple[np.ndarray, float]:
+        """Offset of the hand from the axis and its yaw, with the knob at 0."""
+        knob = scene.points(self._fixture, body=part.body)
+        grasps = find_grasps(knob, scene.others(self._fixture), scene.floor, scene.hand, scene.stretch)
+        return _turned(grasps[0].position - part.anchor, -part.value), grasps[0].yaw - part.value
+
+
+class Push:
+    """Push an object over the table to a region: both open fingers behind it, the hand leaning over it.
+
+    Between two fingers a dish cannot turn away, and leaning fingers hold its rim down. Leaning also keeps the hand clear of
+    what stands behind the object.
+
+    Args:
+        goal: the predicate, e.g. ["on", "plate_1", "main_table_stove_front_region"].
+    """
+
+    LEAN = np.deg2rad(30)
+
+    def __init__(self, goal: list[str]) -> None:
+        self._goal = goal
+        _, self._object, self._target = goal
+
+    def done(self, scene: Scene) -> bool:
+        """Whether the object is in the region."""
+        return scene.holds(self._goal)
+
+    def aim(self, scene: Scene) -> Aim:
+        """What to do next."""
+        position, hand = scene.pose(self._object)[0], scene.hand
+        cloud = scene.points(self._object, COARSE)
+        way = scene.pose(self._target)[0][:2] - position[:2]
+        ahead = np.append(way / max(1e-6, float(np.linalg.norm(way))), 0.0)
+        opening = np.array([-ahead[1], ahead[0], 0.0])
+        opening *= 1.0 if opening @ scene.rotation[:, 0] > 0 else -1.0
+        approach = np.array([0.0, 0.0, -np.cos(self.LEAN)]) - np.sin(self.LEAN) * ahead
+        leaning = np.stack([opening, np.cross(approach, opening), approach], 1)
+        radius = float(np.linalg.norm(cloud[:, :2] - position[:2], axis=1).max())
+        back = np.sqrt(max(0.0, radius**2 - 0.045**2)) + 0.012
+        height = scene.floor + TIP
+        offset = position - hand
+        aside = float(offset @ opening)
+        turn = float(np.linalg.norm(rotation_vector(leaning @ scene.rotation.T)))
+        if abs(aside) < 0.03 and 0.3 * back < offset @ ahead < back + 0.04 and hand[2] < height + 0.03 and turn < 0.5:
+            return Aim(np.append((hand + 0.04 * ahead + aside * opening)[:2], height - 0.01), leaning, OPEN)
+        goal = np.append((position - (back + 0.025) * ahead)[:2], height)
+        top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
+        return Aim(glide(hand, goal, top + scene.below + 0.02, turn), leaning, OPEN)
+
+
+def _turned(vector: np.ndarray, angle: float) -> np.ndarray:
+    """A vector (3,) rotated about the vertical."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([c * vector[0] - s * vector[1], s * vector[0] + c * vector[1], vector[2]])
+
+
+def nearest_yaw(yaw: float) -> float:
+    """The same yaw up to half turns, after which the hand looks the same, within ±90°."""
+    return float((yaw + np.pi / 2) % np.pi - np.pi / 2)
+
+
+Skill = Any

@@ -1,0 +1,147 @@
+"""Picking an object up and putting it where a goal predicate wants it: the skill that most of LIBERO needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlaflow.simulators.libero_geometry import Grasp, Place, corridor_top, find_grasps, find_place, yaw_rotation
+from vlaflow.simulators.libero_scene import COARSE, Scene
+from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
+
+CLEARANCE = 0.02
+"""Metres above obstacles at which the hand, or what it holds, travels."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A grasp in the frame of its object, so that it follows the object: offset (3,) and rotation (3, 3) of the hand."""
+
+    offset: np.ndarray
+    turn: np.ndarray
+    upright: np.ndarray
+
+
+class PickPlace:
+    """Bring an object to a region or onto another object.
+
+    Args:
+        goal: the predicate, e.g. ["on", "akita_black_bowl_1", "plate_1"].
+    """
+
+    def __init__(self, goal: list[str]) -> None:
+        self.goal = goal
+        self._relation, self._object, self._target = goal
+        self._hold: Hold | None = None
+        self._place: Place | None = None
+        self._failures = 0
+
+    def done(self, scene: Scene) -> bool:
+        """Whether the object is where it belongs and the hand has let go."""
+        return scene.holds(self.goal) and not any(scene.touching(self._object)) and scene.closing < 0.5
+
+    def aim(self, scene: Scene) -> Aim:
+        """What to do next."""
+        position, _ = scene.pose(self._object)
+        both = all(scene.touching(self._object))
+        arrived = self._place is not None and self._near_place(scene, position)
+        if both and (arrived or scene.closing > 0.95):
+            return self._carry(scene, position, arrived)
+        if arrived and self._place is not None:
+            return self._release(scene)
+        return self._pick(scene)
+
+    def _near_place(self, scene: Scene, position: np.ndarray) -> bool:
+        """Whether the object is where it is to be let go: at the planned height, or resting on something a little higher."""
+        assert self._place is not None
+        offset = position - self._place.position
+        slack = 1.0 if scene.closing > 0.95 else 2.0
+        low = 0.05 if scene.supported(self._object) else 0.010 * slack
+        return float(np.linalg.norm(offset[:2])) < 0.012 * slack and offset[2] < low
+
+    def _carry(self, scene: Scene, position: np.ndarray, arrived: bool) -> Aim:
+        if self._place is None:
+            self._place = self._plan_place(scene, position)
+        hand, place = scene.hand, self._place
+        if arrived:
+            return Aim(hand, scene.rotation, OPEN)
+        goal = hand + place.position - position
+        cloud = scene.points(self._object, COARSE)
+        below = max(scene.below, hand[2] - float(cloud[:, 2].min()))
+        radius = float(np.linalg.norm(cloud[:, :2] - hand[:2], axis=1).max()) + 0.01
+        others = scene.others(self._object, spacing=COARSE)
+        way_out = clear_of_overhang(cloud, others)
+        if way_out is not None:
+            return Aim(hand + way_out, scene.rotation, CLOSED)
+        top = corridor_top(others, hand, goal, max(0.05, radius))
+        cruise = max(top, scene.floor + 0.03) + below + CLEARANCE
+        way = glide(hand, goal, cruise, turn_to(place.yaw, scene.rotation))
+        return Aim(way, yaw_rotation(place.yaw), CLOSED)
+
+    def _release(self, scene: Scene) -> Aim:
+        """Open, and rise when open."""
+        self._hold = None
+        rise = 0.05 if scene.opening > 0.07 else 0.0
+        return Aim(scene.hand + [0.0, 0.0, rise], scene.rotation, OPEN)
+
+    def _pick(self, scene: Scene) -> Aim:
+        position, rotation = scene.pose(self._object)
+        if self._hold is None or self._hold.upright @ rotation[2] < 0.95:
+            self._hold = self._plan_grasp(scene, position, rotation)
+            self._place = None
+        goal, wanted = position + rotation @ self._hold.offset, rotation @ self._hold.turn
+        yaw = float(np.arctan2(-wanted[0, 0], wanted[1, 0]))
+        hand, turn = scene.hand, turn_to(yaw, scene.rotation)
+        slack = 1.0 if scene.closing < 0.05 else 3.0
+        offset = goal - hand
+        if np.linalg.norm(offset[:2]) < 0.008 * slack and abs(offset[2]) < 0.008 * slack and turn < 0.12 * slack:
+            if scene.closing > 0.99 and scene.still:
+                self._failures += 1
+                self._hold = None
+            # Free along the opening, so that the fingers centre themselves on what does not move.
+            opening = scene.rotation[:, 0]
+            return Aim(goal - opening * (opening @ offset), yaw_rotation(yaw), CLOSED)
+        top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
+        return Aim(glide(hand, goal, top + scene.below + CLEARANCE, turn), yaw_rotation(yaw), OPEN)
+
+    def _plan_grasp(self, scene: Scene, position: np.ndarray, rotation: np.ndarray) -> Hold:
+        away = np.append(scene.spots(self._target)[0] - position[:2], 0.0)
+
+        def far(grips: np.ndarray) -> np.ndarray:
+            return scene.stretch(grips) + scene.stretch(grips + away)
+
+        cloud, others = scene.points(self._object), scene.others(self._object)
+        grasps = find_grasps(cloud, others, scene.floor, scene.hand, far) or find_grasps(
+            cloud, others[:0], scene.floor, scene.hand, far
+        )
+        if not grasps:
+            grasps = [Grasp(position, 0.0, 0.0, 0.0)]
+        best = grasps[self._failures % len(grasps)]
+        return Hold(rotation.T @ (best.position - position), rotation.T @ yaw_rotation(best.yaw), rotation[2].copy())
+
+    def _plan_place(self, scene: Scene, position: np.ndarray) -> Place:
+        spots = scene.spots(self._target)
+        rotation = scene.rotation
+        yaw = float(np.arctan2(-rotation[0, 0], rotation[1, 0]))
+        others = scene.others(self._object)
+        found = find_place(scene.points(self._object), position, scene.hand, yaw, others, scene.floor, spots, scene.stretch)
+        assert found is not None
+        return found
+
+
+def clear_of_overhang(held: np.ndarray, others: np.ndarray) -> np.ndarray | None:
+    """Where to move (3,) what cannot rise because something is above it; None if it can.
+
+    Args:
+        held: (N, 3) points of the object in the hand.
+        others: (M, 3) points of everything else.
+    """
+    center, top = held[:, :2].mean(0), float(held[:, 2].max())
+    radius = float(np.linalg.norm(held[:, :2] - center, axis=1).max())
+    above = others[(others[:, 2] > top - 0.01) & (np.linalg.norm(others[:, :2] - center, axis=1) < radius + 0.015)]
+    if not len(above):
+        return None
+    away = center - above[:, :2].mean(0)
+    room = float(above[:, 2].min()) - top - 0.02
+    return np.append(0.03 * away / max(1e-6, float(np.linalg.norm(away))), np.clip(room, -0.02, 0.02))
