@@ -119,7 +119,7 @@ def table(results: Results) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from vlaflow.reports.words import middle, percent, short
+    from vlaflow.reports.words import middle, percent, short, step_limits
 
     first = results.evaluations[0]
     grid = Table(
@@ -133,7 +133,7 @@ def table(results: Results) -> RenderableType:
         box=box.SIMPLE,
         padding=0,
         title=f"{first.episodes} episodes each, seeds {first.seeds[0]} to {first.seeds[-1]}, "
-        f"{first.n_action_steps} actions per chunk executed, step limit {first.max_steps}",
+        f"{first.n_action_steps} actions per chunk executed, step limit {step_limits(results.evaluations)}",
         title_style="",
         title_justify="left",
     )
