@@ -53,9 +53,9 @@ def test_a_calibration_survives_its_file_and_never_means_never(tmp_path):
         ({"checkpoint": "bb"}, "made for checkpoint aa, and this one is bb"),
         ({"dataset": "ee"}, "data set dd, and this one is ee"),
         ({"plan": replace(PLAN, metric="l2")}, "made with metric cosine, not l2"),
-        ({"plan": replace(PLAN, depths=(1, 3))}, r"depths \(1, 2, 3\), and \(1, 3\)"),
+        ({"plan": replace(PLAN, depths=(1, 3))}, r"depths \(1, 2, 3\), not \(1, 3\)"),
         ({"plan": replace(PLAN, warm_start="anchor")}, "warm_start same"),
-        ({"plan": replace(PLAN, sampling=Sampling(10))}, "sampling 2, and 10"),
+        ({"plan": replace(PLAN, sampling=Sampling(10))}, "sampling 2, not 10"),
     ],
 )
 def test_what_it_was_not_made_for_is_refused_in_one_sentence(asked, words):

@@ -56,10 +56,12 @@ def test_half_a_file_is_refused(tmp_path):
         results.read(file)
 
 
-def test_successes_are_counted_up_to_the_max_steps_and_up_to_400():
+def test_successes_are_counted_up_to_the_max_steps_and_up_to_the_limits_of_published_evaluations():
     entry = next(e for e in synthetic.results().evaluations if any(s and s > 400 for s in e.first_success_steps))
     assert entry.successes == sum(s is not None for s in entry.first_success_steps)
-    assert entry.successes_within_400 == sum(s is not None and s <= 400 for s in entry.first_success_steps) < entry.successes
+    early = sum(s is not None and s <= 400 for s in entry.first_success_steps)
+    assert early < entry.successes
+    assert entry.within == (results.Within("lerobot", 500, entry.successes), results.Within("evo1", 400, early))
     assert entry.interval == (wilson(entry.successes, 20).low, wilson(entry.successes, 20).high)
 
 
@@ -100,6 +102,17 @@ def test_a_seed_with_fewer_repetitions_is_refused():
     some = [replace(e, noise_seed=r) for e in synthetic.episodes() for r in range(1 + (e.seed > 1003))]
     with pytest.raises(ConfigError, match="same number of noise seeds"):
         results.count(some, [], n_action_steps=8, max_steps=500, render="fast", solver_steps=10)
+
+
+def test_limits_of_published_evaluations_are_pooled_and_those_beyond_the_max_steps_left_out():
+    dense = [e for e in synthetic.results().evaluations if e.compute == "dense"]
+    (overall,) = results.pool(dense)
+    assert overall.within == {p: sum(w.successes for e in dense for w in e.within if w.protocol == p) for p in overall.within}
+    assert set(overall.within) == {"lerobot", "evo1"}
+    cut = results.count(
+        synthetic.episodes(), synthetic.latency(), n_action_steps=8, max_steps=450, render="fast", solver_steps=10
+    )
+    assert {w.protocol for e in cut for w in e.within} == {"evo1"}
 
 
 def test_every_paired_test_accounts_for_every_seed():

@@ -122,7 +122,7 @@ def table(results: Results) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from vlaflow.reports.words import middle, percent, played, short, too_few
+    from vlaflow.reports.words import middle, percent, played, short, step_limits, too_few
 
     first = results.evaluations[0]
     grid = Table(
@@ -135,7 +135,8 @@ def table(results: Results) -> RenderableType:
         "p99 ms",
         box=box.SIMPLE,
         padding=0,
-        title=f"{played(results)}, {first.n_action_steps} actions per chunk executed, step limit {first.max_steps}",
+        title=f"{played(results)}, {first.n_action_steps} actions per chunk executed, "
+        f"step limit {step_limits(results.evaluations)}",
         title_style="",
         title_justify="left",
     )

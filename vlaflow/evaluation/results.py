@@ -25,13 +25,27 @@ from vlaflow.evaluation.power import detectable_difference, pairs_needed
 from vlaflow.evaluation.revision import Revision
 from vlaflow.evaluation.rollout import EpisodeResult
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, paired_difference, wilson
+from vlaflow.simulators.base import protocol_limits, step_limit
 
 T = TypeVar("T")
 FORMAT = "vlaflow results 1"
 ALL_PAIRS = 4
 """Largest number of compute policies for which every pair is tested; with more, there would be too many tests."""
-EARLY = 400
-"""Step limit of other published tables; successes up to this step are counted too."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Successes that an evaluation with the step limit of a published one would have counted.
+
+    Args:
+        protocol: name of the published evaluation, see ``SimulatorSpec.protocols``.
+        max_steps: its step limit.
+        successes: number of episodes whose first success is not later.
+    """
+
+    protocol: str
+    max_steps: int
+    successes: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Evaluation:
         first_success_steps: per episode, counted from 1; null without success.
         latency_ms: latency of a chunk over the observations of all environments; null if not measured.
         seeds, noise_seeds: seeds of the episodes, in the order of all lists here.
-        successes_within_400: successes with a step limit of 400.
+        within: successes within the limits of published evaluations, as far as they do not exceed ``max_steps``.
         n_action_steps, max_steps, render: how the episodes were run.
         solver_steps: solver steps per round of compute policies whose name states none.
         nfe_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over all chunks.
@@ -64,7 +78,7 @@ class Evaluation:
     latency_ms: Percentiles | None
     seeds: tuple[int, ...]
     noise_seeds: tuple[int, ...]
-    successes_within_400: int
+    within: tuple[Within, ...]
     n_action_steps: int
     max_steps: int
     render: str
@@ -80,7 +94,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Overall:
-    """One compute policy over all environments: all episodes together, and the mean of the environments' success rates."""
+    """One compute policy over all environments: all episodes together, and the mean of the environments' success rates.
+
+    Args:
+        within: successes by published evaluation, as far as every environment counts them.
+    """
 
     compute: str
     episodes: int
@@ -88,6 +106,7 @@ class Overall:
     interval: tuple[float, float]
     effective_episodes: float
     mean_over_envs: float
+    within: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -218,11 +237,17 @@ def count(
     latency: Sequence[Latency],
     *,
     n_action_steps: int,
-    max_steps: int,
+    max_steps: int | None,
     render: str,
     solver_steps: int,
 ) -> tuple[Evaluation, ...]:
-    """Compute an entry for every (environment, compute policy) of the episodes, in their order."""
+    """Compute an entry for every (environment, compute policy) of the episodes, in their order.
+
+    Args:
+        episodes, latency: the measurements.
+        n_action_steps, render, solver_steps: how the episodes were run.
+        max_steps: step limit of all episodes; None for the suites' limits.
+    """
     times = {entry.compute: entry.total for entry in latency}
     groups: dict[tuple[str, str], list[EpisodeResult]] = {}
     for episode in episodes:
@@ -232,7 +257,7 @@ def count(
         n, successes = len(group), sum(e.success for e in group)
         effective = effective_size(_success_SR(group))
         chunks = sum(e.chunks for e in group)
-        firsts = tuple(e.first_success_step for e in group)
+        firsts, limit = tuple(e.first_success_step for e in group), step_limit(env, max_steps)
         found.append(
             Evaluation(
                 env=env,
@@ -244,9 +269,9 @@ def count(
                 latency_ms=times.get(compute),
                 seeds=tuple(e.seed for e in group),
                 noise_seeds=tuple(e.noise_seed for e in group),
-                successes_within_400=sum(first is not None and first <= EARLY for first in firsts),
+                within=_within(env, firsts, limit),
                 n_action_steps=n_action_steps,
-                max_steps=max_steps,
+                max_steps=limit,
                 render=render,
                 solver_steps=solver_steps,
                 nfe_per_chunk=sum(e.nfe for e in group) / chunks,
@@ -269,8 +294,24 @@ def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
         n, successes = sum(e.episodes for e in mine), sum(e.successes for e in mine)
         mean = sum(e.successes / e.episodes for e in mine) / len(mine)
         effective = effective_size(_success_SR([p for e in mine for p in e.per_episode]))
-        found.append(Overall(compute, n, successes, _pair(wilson(successes, n, effective=effective)), effective, mean))
+        interval = _pair(wilson(successes, n, effective=effective))
+        found.append(Overall(compute, n, successes, interval, effective, mean, _within_all(mine)))
     return tuple(found)
+
+
+def _within(env: str, firsts: Sequence[int | None], max_steps: int) -> tuple[Within, ...]:
+    """Count the first successes up to the limit of every published evaluation."""
+    return tuple(
+        Within(protocol, limit, sum(first is not None and first <= limit for first in firsts))
+        for protocol, limit in protocol_limits(env).items()
+        if limit <= max_steps
+    )
+
+
+def _within_all(evaluations: Sequence[Evaluation]) -> dict[str, int]:
+    """Add up the successes of the published evaluations that all of these count."""
+    counts = [{w.protocol: w.successes for w in e.within} for e in evaluations]
+    return {protocol: sum(c[protocol] for c in counts) for protocol in counts[0] if all(protocol in c for c in counts)}
 
 
 def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:

@@ -25,7 +25,7 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec
+from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
 
@@ -285,8 +285,8 @@ def require_fit(
         for view in policy.model.backbone.views:
             if view not in spec.views:
                 raise SpecError(f"{checkpoint} needs view '{view}', which {env} lacks; {nearest(view, spec.views)}")
-        if config.max_steps is not None and not 1 <= config.max_steps <= spec.max_steps:
-            raise ConfigError(f"max_steps of {env} must lie in 1..{spec.max_steps}, got {config.max_steps}.")
+        if config.max_steps is not None and not 1 <= config.max_steps <= step_limit(env):
+            raise ConfigError(f"max_steps of {env} must lie in 1..{step_limit(env)}, got {config.max_steps}.")
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
 

@@ -34,7 +34,7 @@ from vlaflow.io import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.simulators.base import Render, expand_env_names, parse_env_name, simulator_spec
+from vlaflow.simulators.base import Render, expand_env_names, step_limit
 from vlaflow.versions import command_line, machine, versions
 
 VIDEOS = "videos"
@@ -173,12 +173,10 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     computes = parse_all(config.computes, config.knobs, home)
     policy = Policy.from_pretrained(folder, config.rollout.device)
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
-    max_steps = rollout.max_steps or min(simulator_spec(parse_env_name(env)[0]).max_steps for env in envs)
-    rollout = replace(rollout, max_steps=max_steps)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
 
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
-    swap_max_steps = min(config.language_max_steps, max_steps)
+    swap_max_steps = min(config.language_max_steps, *(step_limit(env, rollout.max_steps) for env in envs))
     swap = None
     if config.language_episodes:
         dense = parse("dense", config.knobs)
@@ -207,7 +205,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
                 episodes,
                 latency,
                 n_action_steps=rollout.n_action_steps or 0,
-                max_steps=max_steps,
+                max_steps=rollout.max_steps,
                 render=rollout.render,
                 solver_steps=config.knobs.steps,
             )

@@ -13,13 +13,13 @@ from typing import Any
 
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
-from vlaflow.evaluation.results import EARLY, Minutes, PairedTest, Results, read
+from vlaflow.evaluation.results import Evaluation, Minutes, PairedTest, Results, Within, read
 from vlaflow.evaluation.run import RESULTS, VIDEOS
 from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports import page, revision_plots
 from vlaflow.reports.page import Figure, Table
-from vlaflow.reports.words import NOTABLE, percent, played, rate, short, signed, too_few
+from vlaflow.reports.words import NOTABLE, percent, played, rate, short, signed, step_limits, too_few
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -50,7 +50,7 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "lead_clip": _clip(lead, folder) if lead else None,
         "more_clips": [_clip(video, folder) for video in videos if video is not lead],
         "protocol": f"{played(results)}, the same for every compute policy; {first.n_action_steps} actions of each chunk "
-        f"executed; at most {first.max_steps} steps; the first success ends the episode.",
+        f"executed; at most {step_limits(results.evaluations)} steps; the first success ends the episode.",
         "success": Figure(plots.success(results)),
         "success_table": success_table(results),
         "too_few": too_few(results),
@@ -60,7 +60,7 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "latency": Figure(plots.latency(results.latency)),
         "latency_table": latency_table(results),
         "costs": costs(results),
-        "early": first.max_steps > EARLY,
+        "early": sorted({w.max_steps for e in results.evaluations for w in earlier(e)}),
         "first_success": Figure(plots.first_success(results)),
         "steps_table": steps_table(results),
         "revised": Figure(revision_plots.revised(revising)) if revising else None,
@@ -132,6 +132,9 @@ def success_table(results: Results) -> Table:
     if len(results.envs) > 1:
         rows.append(["all", *cells(results.overall)])
         rows.append(["mean over environments", *(f"{100 * o.mean_over_envs:.1f} %" for o in results.overall)])
+        for protocol in dict.fromkeys(w.protocol for e in results.evaluations for w in earlier(e)):
+            counts = [(o.within.get(protocol), o.episodes) for o in results.overall]
+            rows.append([f"all, within {protocol}'s limits", *("–" if k is None else f"{k}/{n}" for k, n in counts)])
     return Table(("environment", *results.computes), rows, totals=(len(results.envs),))
 
 
@@ -185,17 +188,23 @@ def latency_table(results: Results) -> Table:
     return Table(("compute", "p50, ms", "p99, ms", *names, *counts), rows, dense=True)
 
 
+def earlier(entry: Evaluation) -> list[Within]:
+    """Published evaluations that stop before this one."""
+    return [w for w in entry.within if w.max_steps < entry.max_steps]
+
+
 def steps_table(results: Results) -> Table:
     """Number of steps to success."""
-    early = results.evaluations[0].max_steps > EARLY
+    early = list(dict.fromkeys(w.protocol for e in results.evaluations for w in earlier(e)))
     rows = []
     for e in results.evaluations:
         known = sorted(step for step in e.first_success_steps if step is not None)
         three = (known[len(known) // 2], known[0], known[-1]) if known else ("–", "–", "–")
-        within = [f"{e.successes_within_400}/{e.episodes}"] if early else []
+        counts = {w.protocol: f"{w.successes}/{e.episodes} by step {w.max_steps}" for w in e.within}
+        within = [counts.get(protocol, "–") for protocol in early]
         chunks = sum(p.chunks for p in e.per_episode) / e.episodes
         rows.append([short(e.env), e.compute, *map(str, three), *within, f"{chunks:.1f}"])
-    within = [f"success by step {EARLY}"] if early else []
+    within = [f"success within {protocol}'s limit" for protocol in early]
     heads = ("environment", "compute", "median step of success", "earliest", "latest", *within, "chunks per episode")
     return Table(heads, rows, (0, 1))
 
@@ -243,7 +252,8 @@ def facts(results: Results) -> dict[str, str]:
         "seeds": f"{', '.join(map(str, dict.fromkeys(first.seeds)))}; the noise of chunk k of an episode is drawn from "
         f"{'(seed, k, noise seed)' if max(first.noise_seeds) else '(seed, k)'}",
         "settings": f"{first.solver_steps} solver steps per round where the compute policy states none, "
-        f"{first.n_action_steps} actions executed per chunk, at most {first.max_steps} steps, {first.render} rendering",
+        f"{first.n_action_steps} actions executed per chunk, at most {step_limits(results.evaluations)} steps, "
+        f"{first.render} rendering",
         "machine": results.machine,
         "minutes": _minutes(results.minutes),
         "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from vlaflow.evaluation.results import PairedTest, Results
+from vlaflow.evaluation.results import Evaluation, PairedTest, Results
 
 NOTABLE = 0.05
 """p-value below which a comparison is notable."""
@@ -14,7 +13,13 @@ NOTABLE = 0.05
 
 def short(env: str) -> str:
     """The task without its suite and version."""
-    return re.sub(r"-v\d+$", "", env.rpartition("/")[2])
+    return re.sub(r"-v\d+$", "", env.partition("/")[2])
+
+
+def step_limits(evaluations: Sequence[Evaluation]) -> str:
+    """500, or 280 to 520 if the environments differ."""
+    limits = sorted({e.max_steps for e in evaluations})
+    return f"{limits[0]}" if len(limits) == 1 else f"{limits[0]} to {limits[-1]}"
 
 
 def percent(interval: tuple[float, float]) -> str:
