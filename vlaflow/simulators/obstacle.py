@@ -1,8 +1,8 @@
 """A table seen from above: a hand at the bottom, a goal at the top, an obstacle between them; and an expert with two ways.
 
-Positions are shares of the table's side, x to the right and y up. The seed determines where hand, obstacle and goal are, and also
-the side on which the expert passes; this side is not part of any observation. Contact ends an episode: ``truncated`` is set and
-there was no success (``terminated`` stands for success, as in every environment here).
+Positions are shares of the table's side, x to the right and y up. The seed determines where hand, obstacle and goal are, and
+also the side on which the expert passes; this side is not part of any observation. Contact ends an episode: ``truncated`` is
+set and there was no success (``terminated`` stands for success, as in every environment here).
 
 Physics and images are a few lines of NumPy; gymnasium is needed for the interface only.
 """

@@ -1,8 +1,8 @@
 """The obstacle as a suite: its spec and functions that create the environment and its expert.
 
-A hand that must pass an obstacle, on either side, to reach a goal: demonstrations go left or right with equal chance and nothing
-in an observation says which, so the mean of the two ways runs into the obstacle. It is the smallest task on which a policy must
-choose one of several good actions (docs/sampling.md). The environment is in ``obstacle``.
+A hand that must pass an obstacle, on either side, to reach a goal: demonstrations go left or right with equal chance and
+nothing in an observation says which, so the mean of the two ways runs into the obstacle. It is the smallest task on which a
+policy must choose one of several good actions (docs/sampling.md). The environment is in ``obstacle``.
 """
 
 from __future__ import annotations
