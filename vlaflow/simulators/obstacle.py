@@ -17,7 +17,7 @@ from gymnasium import spaces
 
 from vlaflow.errors import SpecError
 from vlaflow.simulators.base import Render
-from vlaflow.simulators.obstacle_suite import SPEC
+from vlaflow.simulators.obstacle_task import SPEC
 from vlaflow.spec import Observation
 
 STEP = 0.02
