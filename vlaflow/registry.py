@@ -56,7 +56,10 @@ OURS: dict[Group, dict[str, str]] = {
         "exit": "vlaflow.compute.calibration:EXIT",
         "budget": "vlaflow.compute.budget:BUDGET",
     },
-    "simulators": {"metaworld": "vlaflow.simulators.metaworld_suite:SUITE"},
+    "simulators": {
+        "libero": "vlaflow.simulators.libero_suite:SUITE",
+        "metaworld": "vlaflow.simulators.metaworld_suite:SUITE",
+    },
     "layouts": {
         "metaworld": "vlaflow.serving.observation_keys:METAWORLD",
         "libero": "vlaflow.serving.observation_keys:LIBERO",

@@ -34,7 +34,7 @@ from vlaflow.io import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.simulators.base import Render, expand_env_names, step_limit
+from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
 from vlaflow.versions import command_line, machine, versions
 
 VIDEOS = "videos"
@@ -208,7 +208,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
             found = Results(
                 evaluations=evaluations,
                 minutes=Minutes(evaluate=log.spent / 60).summed(),
-                versions=versions(),
+                versions=versions() | rendering_versions(envs, rollout.render),
                 command=command_line(),
                 checkpoint=str(checkpoint),
                 fingerprint=home.fingerprint,
@@ -246,6 +246,6 @@ def _settings(
         "first_seed": config.first_seed,
         "rollout": to_json(rollout),
         "language": [config.language_episodes, config.language_max_steps],
-        "versions": versions(),
+        "versions": versions() | rendering_versions(config.envs, rollout.render),
         "machine": machine(),
     }
