@@ -127,7 +127,7 @@ def choose(
     """The cheapest candidate whose score is within one standard error of the best that fits.
 
     This is the rule by which Breiman et al. (1984, §3.4.3) prune trees: of settings that the measurement cannot tell apart, the
-    cheapest one. The cheapest runs the fewest layers: measured times vary, and the same measurement should give the same choice.
+    cheapest one. The cheapest runs the fewest layers; measured times vary, and the same scores should give the same choice.
 
     Args:
         candidates: with ``behind`` and ``standard_error`` against the best eligible one.
