@@ -57,7 +57,10 @@ OURS: dict[Group, dict[str, str]] = {
         "budget": "vlaflow.compute.budget:BUDGET",
         "auto": "vlaflow.compute.auto:AUTO",
     },
-    "simulators": {"metaworld": "vlaflow.simulators.metaworld_suite:SUITE"},
+    "simulators": {
+        "metaworld": "vlaflow.simulators.metaworld_suite:SUITE",
+        "obstacle": "vlaflow.simulators.obstacle_suite:SUITE",
+    },
     "layouts": {
         "metaworld": "vlaflow.serving.observation_keys:METAWORLD",
         "libero": "vlaflow.serving.observation_keys:LIBERO",

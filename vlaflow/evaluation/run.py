@@ -50,8 +50,9 @@ class EvaluationConfig:
     Args:
         envs: tasks or groups.
         computes: names of compute policies; by default "auto" if the checkpoint's sampler was calibrated, else "dense".
-        episodes: episodes per environment and compute policy.
-        first_seed: episode i has seed ``first_seed + i``.
+        episodes: environment seeds per environment and compute policy.
+        first_seed: the first environment seed; the others follow.
+        noise_seeds: episodes per environment seed, with other noise of the policy each.
         knobs: settings of the compute policies.
         rollout: how episodes are run.
         latency_chunks: chunks timed per compute policy.
@@ -65,6 +66,7 @@ class EvaluationConfig:
     computes: tuple[str, ...] = ()
     episodes: int = 20
     first_seed: int = FIRST_SEED
+    noise_seeds: int = 1
     knobs: Knobs = field(default_factory=Knobs)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 60
@@ -93,6 +95,7 @@ def evaluate(
     compute: str | Sequence[str] = (),
     episodes: int = 20,
     first_seed: int = FIRST_SEED,
+    noise_seeds: int = 1,
     solver_steps: int = 10,
     n_action_steps: int | None = None,
     max_steps: int | None = None,
@@ -117,8 +120,9 @@ def evaluate(
         out: folder of the results.
         compute: names of compute policies as ``vlaflow eval --compute`` takes them: "dense:2", "exit:NAME", "budget:20"; by
             default "auto" if the checkpoint's sampler was calibrated, else "dense".
-        episodes: per environment and compute policy.
-        first_seed: episode i has the seed ``first_seed + i``.
+        episodes: environment seeds per environment and compute policy.
+        first_seed: the first environment seed; the others follow.
+        noise_seeds: episodes per environment seed, with other noise of the policy each; intervals and tests account for it.
         solver_steps: of the decoder, for compute policies whose name states no number.
         n_action_steps: actions executed per chunk; None takes the checkpoint's own.
         max_steps: steps after which an episode is cut off; None takes the suite's.
@@ -140,6 +144,7 @@ def evaluate(
         computes=(compute,) if isinstance(compute, str) else tuple(compute),
         episodes=episodes,
         first_seed=first_seed,
+        noise_seeds=noise_seeds,
         knobs=Knobs(solver_steps, device=device),
         rollout=RolloutConfig(n_action_steps, max_steps, render, device),
         videos=videos,
@@ -176,7 +181,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
 
-    jobs = plan(envs, computes, config.episodes, config.first_seed)
+    jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
     swap_max_steps = min(config.language_max_steps, *(step_limit(env, rollout.max_steps) for env in envs))
     swap = None
     if config.language_episodes:
@@ -247,6 +252,7 @@ def _settings(
         "computes": [to_json(compute) for compute in computes],
         "episodes": config.episodes,
         "first_seed": config.first_seed,
+        "noise_seeds": config.noise_seeds,
         "rollout": to_json(rollout),
         "language": [config.language_episodes, config.language_max_steps],
         "versions": versions(),
