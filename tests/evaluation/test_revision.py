@@ -75,7 +75,7 @@ def test_the_report_shows_the_revision_and_the_tokens_changed_step_by_step(tmp_p
     assert 'id="tokens"' not in write_report(tmp_path).read_text()
 
 
-def test_the_error_of_an_adaptive_cache_is_measured_and_told(tmp_path):
+def test_the_error_of_an_adaptive_cache_is_measured_and_reported(tmp_path):
     policy = helpers.token_policy(DiscreteFlowConfig, attention="full")
     with torch.no_grad():  # an untrained network hardly looks at what it is given
         for parameter in policy.model.parameters():
