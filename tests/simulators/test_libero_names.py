@@ -58,7 +58,7 @@ def test_the_version_of_the_pictures_is_recorded_with_the_versions():
     [
         ("libero/spatial_env/0", "not all of its descriptions, initial states and objects"),
         ("libero/object/10", "did you mean 'libero/object/1'"),
-        ("libero/objekt/1", "did you mean 'libero/object/1'"),
+        ("libero/objectx/1", "did you mean 'libero/object/1'"),
     ],
 )
 def test_a_task_that_cannot_run_is_refused_before_anything_is_imported(name, words):
