@@ -97,9 +97,9 @@ def test_a_placement_that_is_never_found_is_an_error_and_not_an_endless_loop(env
 
 def test_a_missing_file_is_one_sentence(monkeypatch):
     from vlaflow.simulators import libero_tasks
-    from vlaflow.simulators.libero_tasks import Task
+    from vlaflow.simulators.libero_tasks import LiberoTask
 
-    monkeypatch.setitem(libero_tasks.TASKS, TASK, Task("libero_object", "pick_up_the_moon", "pick up the moon"))
+    monkeypatch.setitem(libero_tasks.TASKS, TASK, LiberoTask("libero_object", "pick_up_the_moon", "pick up the moon"))
     with pytest.raises(CapabilityError, match=r"lacks .*pick_up_the_moon\.bddl; it is damaged: pip install"):
         make(f"libero/{TASK}")
 

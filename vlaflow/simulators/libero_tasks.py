@@ -27,7 +27,7 @@ RENDERING = {"fast": "fast 1", "exact": "exact 1"}
 
 
 @dataclass(frozen=True)
-class Task:
+class LiberoTask:
     """One task.
 
     Args:
@@ -66,8 +66,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     for suite, names in _CATALOGUE["tasks"].items()
 }
 
-TASKS: dict[str, Task] = {
-    task: Task(suite, name, instruction)
+TASKS: dict[str, LiberoTask] = {
+    task: LiberoTask(suite, name, instruction)
     for suite, names in _CATALOGUE["tasks"].items()
     for task, name, instruction in zip(
         GROUPS[_short(suite)], names, _CATALOGUE["instructions"].get(suite, map(_words, names)), strict=True

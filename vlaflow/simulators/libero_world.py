@@ -24,7 +24,7 @@ import numpy as np
 
 from vlaflow.errors import ConfigError
 from vlaflow.simulators import libero_package
-from vlaflow.simulators.libero_tasks import Task
+from vlaflow.simulators.libero_tasks import LiberoTask
 
 SETTLING = 10
 """Actions executed after a reset, so that objects come to rest, before the episode begins."""
@@ -52,7 +52,7 @@ class World:
         model, data: MuJoCo's.
     """
 
-    def __init__(self, task: Task, observe: Callable[[], None]) -> None:
+    def __init__(self, task: LiberoTask, observe: Callable[[], None]) -> None:
         envs = libero_package.load()
         import mujoco
         from robosuite import load_controller_config
