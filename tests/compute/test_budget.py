@@ -106,7 +106,7 @@ def test_what_an_early_exit_loses_by_its_few_steps_counts():
     """Its own full depth is compared at as many steps; what these lose comes on top."""
     taken = choose(25, TIMES, LOSS, {"fast": BETTER})
     assert taken.error == pytest.approx(0.55 * 0.4 / 0.5)
-    assert taken.deviation == pytest.approx(0.2 + 0.1)
+    assert f"by {0.2 + 0.1:.3f} standard deviations" in taken.loss
     assert choose(25, TIMES, LOSS, {"fast": MADE}).compute.name == "dense:2,depth=3"  # as good, and sooner at worst
     lost = replace(LOSS, rungs=(*LOSS.rungs[:3], Rung(3, 2, 0.4, 0.9), LOSS.rungs[4]))
     assert choose(25, TIMES, lost, {"fast": BETTER}).compute.name == "dense:1,depth=3"

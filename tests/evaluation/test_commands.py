@@ -125,7 +125,8 @@ def test_the_demo_goes_from_nothing_to_a_report(demo):
     out, run = demo
     assert run.returncode == 0, run.stderr
     found = results.read(out / "results.json")
-    assert found.computes == ("dense", "refine", "refine-random", "exit:adaptive")
+    choice = json.loads((out / "rated" / "calibration" / "sampler.json").read_text())["choice"]
+    assert found.computes == (choice, "dense", "refine", "exit:adaptive")
     assert None not in (found.minutes.record, found.minutes.train, found.minutes.rater, found.minutes.evaluate)
     page = (out / "report.html").read_text()
     assert "velocity error" in page

@@ -31,7 +31,8 @@ class Eval:
         compute: dense, dense:2 (solver steps), dense:2@0.5 (from half the noise; docs/sampling.md), dense:2,depth=3 (through
             three layers), mean:8 or medoid:8 (of eight draws), refine (what is rated below ``threshold`` is regenerated),
             refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint), refine+exit:NAME,
-            or budget:MS; repeat the option for more. Dense alone when none is named.
+            budget:MS, or auto (chosen by vlaflow calibrate --sampler); repeat the option for more. By default auto if the
+            checkpoint's sampler was calibrated, else dense.
         episodes: number of environment seeds per environment and compute policy.
         noise_seeds: episodes per environment seed, with other noise of the policy each; the intervals account for it.
         out: folder for results.json, report.html and videos.
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
 
     config = EvaluationConfig(
         envs=arguments.env,
-        computes=arguments.compute or ("dense",),
+        computes=arguments.compute,
         episodes=arguments.episodes,
         first_seed=arguments.seed,
         noise_seeds=arguments.noise_seeds,
@@ -98,21 +99,25 @@ def main(argv: list[str]) -> int:
     page = write_report(arguments.out)
     console = Console()
     for name in arguments.compute:
-        if name.startswith("budget:"):
-            console.print(f"{name} took {chosen(arguments.checkpoint, name, arguments.device)}")
+        if name == "auto" or name.startswith("budget:"):
+            console.print(f"{name} is {chosen(arguments.checkpoint, name, arguments.device)}")
     console.print(table(results))
     console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
     return 0
 
 
 def chosen(checkpoint: str, name: str, device: str) -> str:
-    """The compute policy chosen for a budget in milliseconds, and its expected loss."""
+    """The compute policy that "auto" or a budget in milliseconds stands for, with what was measured of it."""
+    from vlaflow.compute.auto import calibrated
     from vlaflow.compute.budget import within
     from vlaflow.compute.spelling import Checkpoint
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
 
     folder = local_folder(checkpoint)
+    if name == "auto":
+        found = calibrated(folder, fingerprint)
+        return found.name if found else name
     return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), device))
 
 

@@ -14,7 +14,7 @@ from vlaflow.evaluation.realtime import RealtimeEpisode, RealtimeEvaluationConfi
 from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
 from vlaflow.io import write_json
 from vlaflow.robot.realtime import HandOver
-from vlaflow.simulators.base import parse_env_name, simulator_spec, step_limit
+from vlaflow.simulators.base import parse_env_name, rendering_versions, simulator_spec, step_limit
 from vlaflow.versions import command_line, machine, versions
 
 FORMAT = "vlaflow results in real time 1"
@@ -158,7 +158,7 @@ def results(
         cells=cells,
         comparisons=comparisons,
         episodes=tuple(episodes),
-        versions=versions(),
+        versions=versions() | rendering_versions((e.env for e in episodes), config.render),
         command=command_line(),
         machine=machine(),
     )

@@ -237,7 +237,7 @@ def language(results: Results) -> dict[str, Any] | None:
         for env in results.envs
     ]
     text = (
-        "The dense policy on the same seeds with the right instruction, another task's, or none. A success is the "
+        f"{results.computes[0]} on the same seeds with the right instruction, another task's, or none. A success is the "
         f"environment's own task within {results.language[0].max_steps} steps. A policy that succeeds with any instruction "
         "ignores it."
     )
@@ -269,8 +269,12 @@ def costs(results: Results) -> list[str]:
         ]
         if extra:
             shares = " and ".join(f"the {name} takes {share:.1f} %" for name, share in extra)
-            base = next((b for b in results.latency if b.compute == "dense"), None)
-            ratio = f" A chunk takes {entry.total.p50 / base.total.p50:.2f} times as long as a dense one (p50)." if base else ""
+            base = next((b for b in results.latency if b.compute == results.computes[0]), None)
+            ratio = (
+                f" A chunk takes {entry.total.p50 / base.total.p50:.2f} times as long as with {base.compute} (p50)."
+                if base
+                else ""
+            )
             found.append(f"{entry.compute}: {shares} of a chunk's time.{ratio}")
     found += [
         f"{entry.compute}: the prefix is not recomputed at every step, which changes the actions by "

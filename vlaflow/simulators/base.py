@@ -8,7 +8,7 @@ The environments are ordinary `gymnasium.Env`s with a few additions, listed at `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -203,6 +203,13 @@ def protocol_limits(name: str) -> dict[str, int]:
     """Step limits of published evaluations of the environment "suite/task", by the evaluation's name."""
     suite, task = parse_env_name(name)
     return {protocol: limits[task] for protocol, limits in simulator_spec(suite).protocols.items()}
+
+
+def rendering_versions(names: Iterable[str], render: Render) -> dict[str, str]:
+    """Versions of the pictures of the suites of some environments, as results and data sets record them with ``versions``."""
+    suites = dict.fromkeys(name.partition("/")[0] for name in names)
+    found = {suite: simulator_spec(suite).rendering.get(render) for suite in suites}
+    return {f"{suite} pictures": version for suite, version in found.items() if version}
 
 
 def parse_env_name(name: str) -> tuple[str, str]:

@@ -26,7 +26,15 @@ from vlaflow.data.video import Segment, encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.io import make_folder, storing
-from vlaflow.simulators.base import RANDOM_START, Environment, Render, cached, expand_env_names, simulator_spec
+from vlaflow.simulators.base import (
+    RANDOM_START,
+    Environment,
+    Render,
+    cached,
+    expand_env_names,
+    rendering_versions,
+    simulator_spec,
+)
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.spec import Observation
@@ -203,7 +211,7 @@ def _provenance(
         "seed": config.seed,
         "seeds": seeds,
         "failed": failed,
-        "versions": versions(),
+        "versions": versions() | rendering_versions(config.envs, config.render),
     }
 
 
