@@ -20,7 +20,7 @@ from vlaflow.simulators.base import Render
 from vlaflow.simulators.obstacle_task import SPEC
 from vlaflow.spec import Observation
 
-STEP = 0.02
+STEP = 0.04
 """Displacement of the hand by an action of 1."""
 HAND, OBSTACLE, GOAL = 0.03, 0.15, 0.05
 """Radii. The goal is reached by the centre of the hand."""
@@ -42,7 +42,7 @@ class ObstacleEnv(gymnasium.Env):
         side: side on which the expert passes, −1 left or +1 right.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - gymnasium's own form
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - gymnasium's own form
 
     def __init__(self, task: str, render: Render = "fast", size: int | None = None) -> None:
         self.name, self.task, self.task_description = f"obstacle/{task}", task, SPEC.tasks[task]
