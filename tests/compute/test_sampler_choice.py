@@ -19,7 +19,9 @@ from vlaflow.versions import machine
 
 
 def candidate(compute, p50, score, error=0.0, **more):
-    return Candidate(compute, nfe=1, layer_passes=p50, p50=p50, p99=2 * p50, score=score, standard_error=error, **more)
+    return Candidate(
+        compute, nfe=1, layer_passes=p50, p50=p50, p99=2 * p50, score=score, behind=score - 0.3, standard_error=error, **more
+    )
 
 
 FOUND = (candidate("dense:1", 1, 0.5, 0.1), candidate("dense:2", 2, 0.31, 0.05), candidate("dense:10", 10, 0.3))
@@ -34,7 +36,7 @@ MADE = SamplerCalibration(
     envs=("metaworld/drawer-open-v3",),
     first_seed=500_000,
     seeds=40,
-    multimodality=0.0,
+    two_groups=0.0,
     machine=machine(),
     device="cpu",
     threads=1,
@@ -58,7 +60,7 @@ def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen():
 
 
 def test_of_equal_scores_the_cheapest_wins():
-    equal = [replace(each, score=0.3, standard_error=0.0) for each in FOUND]
+    equal = [replace(each, score=0.3, behind=0.0, standard_error=0.0) for each in FOUND]
     assert choose(equal, None).compute == "dense:1"
 
 

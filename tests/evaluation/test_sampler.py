@@ -11,6 +11,7 @@ import torch
 from tests import helpers
 from tests.evaluation.conftest import ENV
 from vlaflow.cli.main import main
+from vlaflow.compute.base import ComputePolicy, Decoded
 from vlaflow.compute.parse import parse
 from vlaflow.compute.sampler_choice import FAILURES, load
 from vlaflow.compute.spelling import Checkpoint
@@ -18,9 +19,18 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CalibrationError
 from vlaflow.evaluation import sampler_episodes
 from vlaflow.evaluation.calibrate import sample
-from vlaflow.evaluation.calibrate_sampler import CRITERION, SamplerRequest, candidates, run
+from vlaflow.evaluation.calibrate_sampler import SamplerRequest, candidates, run
 from vlaflow.evaluation.rollout import RolloutConfig
-from vlaflow.evaluation.sampler_measures import SampledChunks, SamplerMeasures, Scale, measure
+from vlaflow.evaluation.sampler_measures import (
+    CRITERION,
+    Demonstrated,
+    SampledChunks,
+    SamplerMeasures,
+    Scale,
+    measure,
+    plausible_error,
+    two_group_share,
+)
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.simulators.record import RecordConfig, record
@@ -56,12 +66,19 @@ def checkpoint(trained, tmp_path):
 
 # -- measures ------------------------------------------------------------------------------------------------------------
 
-SCALE = Scale(4, torch.tensor([False, False, True]), torch.zeros(3))
+SCALE = Scale(
+    4,
+    torch.tensor([False, False, True]),
+    torch.zeros(3),
+    Demonstrated(torch.zeros(1, 12, dtype=torch.float64), torch.tensor([99])),
+)
 
 
 def sampled(chunk_BKLD, target_BLD, after_BLD=None, valid_BL=None):
     valid_BL = torch.ones(target_BLD.shape[:2], dtype=torch.bool) if valid_BL is None else valid_BL
-    return SampledChunks(chunk_BKLD, after_BLD, target_BLD, valid_BL, np.ones(len(target_BLD), bool))
+    return SampledChunks(
+        chunk_BKLD, after_BLD, target_BLD, valid_BL, np.ones(len(target_BLD), bool), torch.arange(len(target_BLD))
+    )
 
 
 def draws(batch=3, k=2, length=6, dim=3):
@@ -74,7 +91,7 @@ def test_the_demonstration_itself_has_no_error_spread_or_inconsistency():
     found = SCALE.values(sampled(target_BLD[:, None].expand(-1, 2, -1, -1), target_BLD, after_BLD))
     assert set(found) >= {"executed_error", "gripper_error", "spread", "inconsistency", "nearest_error"}
     for name, value_B in found.items():
-        assert name == "roughness" or not bool(value_B.any()), name
+        assert name in ("roughness", "implausibility") or not bool(value_B.any()), name
 
 
 def test_an_offset_is_all_error_and_no_shape():
@@ -114,6 +131,23 @@ def test_a_straight_line_is_not_rough():
     assert float(SCALE.values(sampled(chunk_BKLD, chunk_BKLD[:, 0]))["roughness"]) == pytest.approx(2.5)
 
 
+def test_what_was_demonstrated_in_another_episode_is_plausible():
+    one, other = torch.zeros(12), torch.ones(12)
+    found = Demonstrated(torch.stack((one, other)), torch.tensor([3, 4]))
+    chunk_BKHD = torch.stack((one, other, (one + other) / 2)).view(1, 3, 4, 3)
+    torch.testing.assert_close(found.distance(chunk_BKHD, torch.tensor([5])), torch.tensor([[0.0, 0.0, 0.25]]))
+    torch.testing.assert_close(found.distance(chunk_BKHD, torch.tensor([3])), torch.tensor([[1.0, 0.0, 0.25]]))
+    alone = Demonstrated(one[None], torch.tensor([3]))
+    assert bool(alone.distance(chunk_BKHD, torch.tensor([3])).isnan().all())
+
+
+def test_the_criterion_is_the_geometric_mean_and_the_error_alone_where_there_is_nothing_to_compare_with():
+    episode_N = np.array([0, 0, 1])
+    error_N = np.array([1.0, 3.0, 5.0])
+    far = SamplerMeasures({"executed_error": error_N, "implausibility": np.array([8.0, 8.0, np.nan])}, 1, 1)
+    np.testing.assert_allclose(np.exp(plausible_error(far, episode_N)), [4.0, 5.0])
+
+
 def test_means_by_episode_leave_out_frames_without_a_measure():
     found = SamplerMeasures({"x": np.array([1.0, np.nan, 3.0, np.nan])}, 1, 1)
     np.testing.assert_array_equal(found.by_episode("x", np.array([7, 7, 4, 9])), [3.0, 1.0, np.nan])
@@ -134,6 +168,29 @@ def test_the_same_frames_give_the_same_measures_and_costs_are_counted(trained, d
     few, _ = measure(policy, computes, frames, n_action_steps=8, draws=1)
     assert "inconsistency" in one[0].values
     assert "inconsistency" not in few[0].values
+
+
+class TwoWays(ComputePolicy):
+    """Half of the draws are all +a, the others all −a, and every other observation has only one of the ways."""
+
+    def __init__(self, apart):
+        self.apart = apart
+
+    name = "two ways"
+
+    def decode(self, model, prefix, generators, watch, conditioning=None):
+        side = torch.tensor([1.0 if i % 2 or torch.rand((), generator=g) < 0.5 else -1.0 for i, g in enumerate(generators)])
+        batch, zeros = len(generators), (0,) * len(generators)
+        chunk_BLD = self.apart * side[:, None, None] + torch.zeros(batch, 16, 4)
+        return Decoded(chunk_BLD, (), zeros, zeros, zeros)
+
+
+def test_two_groups_are_noticed_where_they_are_far_apart(trained, dataset):
+    policy, data = Policy.from_pretrained(trained), Dataset.open(dataset)
+    frames = sample(policy, data, range(4), 64)
+    far, near = (two_group_share(policy, TwoWays(apart), frames, draws=16) for apart in (1.0, 0.1))
+    assert 0.4 < far <= 0.5  # a lone draw on one side is a group, too
+    assert near == 0
 
 
 # -- calibration -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def require_equal(what, ours, theirs):
     assert np.array_equal(ours, theirs), f"{what}: {ours} is not {theirs}"
 
 
-def main(task, size, seed, steps=12):
+def main(task, size, seed, steps=6):
     env = make(f"libero/{task}", render="exact", size=size)
     from libero.libero.envs import OffScreenRenderEnv
     from robosuite.utils.transform_utils import quat2axisangle

@@ -9,12 +9,13 @@ import pytest
 
 from tests.simulators.libero_catalogue import needs_libero
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.simulators import make
+from vlaflow.simulators import display, gl, make
 from vlaflow.simulators.base import RANDOM_START
 from vlaflow.simulators.checker import check_environment
+from vlaflow.simulators.libero_tasks import CAMERAS
 
 pytestmark = [needs_libero, pytest.mark.xdist_group("libero")]
-TASK, SIZE, SEED = "object/3", 64, 1003
+TASK, SIZE, SEED = "object/3", 128, 1003
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +120,52 @@ def test_views_come_as_a_dict_and_as_observations_with_the_same_pixels(env):
     assert list(observation["pixels"]) == list(env.views) == ["image", "wrist_image"]
     assert all(np.array_equal(observation["pixels"][view], observed.images[view]) for view in env.views)
     assert np.array_equal(env.render(), observed.images["image"])
+
+
+def cameras(env, *, simplify=False):
+    found = gl.OffscreenCameras(env.raw.sim.model._model, tuple(CAMERAS.values()), SIZE, "fast", (0,), simplify=simplify)
+    found.capture(env.raw.sim.data._data)
+    return found
+
+
+def pictures(env, **how):
+    taking = cameras(env, **how)
+    found = [taking.take(camera).astype(int) for camera in CAMERAS.values()]
+    taking.close()
+    return found
+
+
+def test_leaving_out_what_lies_outside_the_picture_changes_no_pixel(env, monkeypatch):
+    env.restart(SEED)
+    culled = pictures(env)
+    shown = [scene.ngeom for scene in cameras(env)._scenes.values()]
+    monkeypatch.setattr(gl, "in_view", lambda model, data, camera: np.ones(model.ngeom, bool))
+    assert all(np.array_equal(a, b) for a, b in zip(culled, pictures(env), strict=True))
+    assert all(a < b.ngeom for a, b in zip(shown, cameras(env)._scenes.values(), strict=True))
+
+
+def test_simplified_pictures_resemble_the_others(env):
+    """Switching multisampling off alone changes pixels by 1.1 of 255 on average."""
+    env.restart(SEED)
+    for plain, simplified in zip(pictures(env), pictures(env, simplify=True), strict=True):
+        assert np.abs(plain - simplified).mean() < 2
+        assert not np.array_equal(plain, simplified)
+
+
+def test_simplifying_leaves_the_model_as_it_was_and_moves_no_vertex_far(env):
+    model = env.raw.sim.model._model
+    names = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum", "tex_width", "tex_height")
+    before = {name: getattr(model, name).copy() for name in (*names, "tex_data")}
+    with display.simplified(model, SIZE):
+        assert model.mesh_facenum.sum() < before["mesh_facenum"].sum() / 2
+        for number in np.flatnonzero(model.mesh_facenum != before["mesh_facenum"]):
+            vertices = slice(model.mesh_vertadr[number], model.mesh_vertadr[number] + model.mesh_vertnum[number])
+            start = model.mesh_faceadr[number]
+            faces = model.mesh_face[start : start + model.mesh_facenum[number]]
+            corners, old = model.mesh_vert[vertices][faces].reshape(-1, 3), before["mesh_vert"][vertices]
+            cell = max(display.FINEST / SIZE, display.COARSEST / SIZE * np.ptp(old, axis=0).max())
+            assert (corners >= old.min(0) - 1e-6).all()
+            assert (corners <= old.max(0) + 1e-6).all()
+            moved = np.abs(model.mesh_vert[vertices] - old).max()
+            assert 0 < moved <= cell * 1.001
+    assert all(np.array_equal(getattr(model, name), value) for name, value in before.items())

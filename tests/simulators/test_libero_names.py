@@ -7,7 +7,7 @@ import pytest
 
 from tests.simulators import libero_catalogue
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.simulators import expand_env_names, make, parse_env_name, simulator_spec
+from vlaflow.simulators import base, expand_env_names, make, parse_env_name, simulator_spec
 from vlaflow.simulators.base import protocol_limits, rendering_versions, step_limit
 from vlaflow.simulators.libero_tasks import TASKS
 
@@ -94,6 +94,26 @@ def test_the_missing_package_is_named_with_a_command(monkeypatch):
     monkeypatch.setattr(libero_package.metadata, "version", not_found)
     with pytest.raises(CapabilityError, match=r"pip install 'vlaflow\[libero\]'"):
         make("libero/object/0")
+
+
+def test_a_worker_keeps_as_many_environments_as_their_memory_allows(monkeypatch):
+    """Two of LIBERO's count as much as eight of Meta-World's; the oldest is closed first."""
+    closed = []
+
+    class Stub:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            closed.append(self.name)
+
+    monkeypatch.setattr(base, "_kept", {})
+    monkeypatch.setattr(base, "make", lambda name, **_: Stub(name))
+    names = ["metaworld/reach-v3", "metaworld/push-v3", "libero/goal/0", "libero/goal/1", "metaworld/reach-v3", "libero/goal/2"]
+    first = [base.cached(name) for name in names]
+    assert first[0].name == "metaworld/reach-v3"
+    assert closed == ["metaworld/reach-v3", "metaworld/push-v3", "libero/goal/0", "libero/goal/1"]
+    assert base.cached("libero/goal/2") is first[-1]
 
 
 @libero_catalogue.needs_libero

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -203,7 +204,7 @@ def choose_sampler(
                     p50=median,
                     p99=worst,
                     score=score,
-                    behind=base.behind + score - base.score,
+                    behind=base.behind + log(found.seen.error / found.seen.full_error),
                 )
             )
     taken = choose_candidate(candidates, milliseconds)

@@ -34,7 +34,7 @@ class Candidate:
         nfe, layer_passes: means per chunk.
         p50, p99: milliseconds per chunk.
         score: what the choice is made by, smaller is better: see ``SamplerCalibration.criterion``.
-        behind: how much larger its score is than the best candidate's.
+        behind: how far it is behind the best candidate: mean log ratio of the scores on frames, difference of failure rates.
         standard_error: of ``behind``; 0 for the best candidate.
         measures: everything that was measured on held-out frames, by name (``evaluation.sampler_measures``).
         episodes, successes: of a calibration in simulation.
@@ -69,7 +69,7 @@ class SamplerCalibration:
         frames: held-out frames measured.
         envs: environments of a calibration in simulation.
         first_seed, seeds: its seeds are ``first_seed`` … ``first_seed + seeds - 1``.
-        multimodality: of the draws, in [0, 1] (``compute.multimodality``).
+        two_groups: share of held-out frames whose draws fall into two groups that are far apart.
         machine, device, threads: where milliseconds were measured; with one thread of the CPU (``evaluation.latency``).
         command, versions: that made it.
     """
@@ -84,7 +84,7 @@ class SamplerCalibration:
     envs: tuple[str, ...]
     first_seed: int
     seeds: int
-    multimodality: float
+    two_groups: float
     machine: str
     device: str
     threads: int
@@ -145,7 +145,7 @@ def choose(
             f"Nothing fits {limit:g} ms here; the fastest, {fastest.compute}, takes {fastest.p99:.1f} ms at p99. Allow more."
         )
     best = min(fitting, key=lambda each: (each.score, each.layer_passes))
-    near = [each for each in fitting if each.score - best.score <= each.standard_error]
+    near = [each for each in fitting if each.behind - best.behind <= each.standard_error]
     return min([*near, best], key=lambda each: (each.layer_passes, each.score))
 
 

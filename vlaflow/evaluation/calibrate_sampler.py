@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import exp, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from vlaflow.evaluation.calibrate import BATCH, Sample, held_out, sample
 from vlaflow.evaluation.latency import measure as measure_latency
 from vlaflow.evaluation.rollout import RolloutConfig, require_fit
 from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
-from vlaflow.evaluation.sampler_measures import SamplerMeasures, measure
+from vlaflow.evaluation.sampler_measures import CRITERION, SamplerMeasures, measure, plausible_error, two_group_share
 from vlaflow.flows.sampling import Sampling
 from vlaflow.io import require_writable
 from vlaflow.policies.base import Policy
@@ -34,8 +34,9 @@ from vlaflow.simulators.base import expand_env_names
 from vlaflow.spec import Observation
 from vlaflow.versions import command_line, device_name, machine, versions
 
-CRITERION = "executed_error"
-"""The measure on held-out frames that the choice is made by; docs/sampling.md says what it can foretell."""
+MOST_TWO_GROUPS = 0.1
+"""With a larger share of frames in two groups, means are not chosen without a simulator."""
+AVERAGES = "averages draws that fall into two groups"
 STEPS = (1, 2, 3, 5, 10)
 NOISE_SCALES = (1.0, 0.5, 0.0)
 TEMPERATURES = (None, 1.0, 0.0)
@@ -127,6 +128,7 @@ def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = 
     frames = sample(policy, data, episodes, request.frames)
     measures, _ = measure(policy, computes, frames, n_action_steps=n_action_steps, draws=request.draws)
     times = measure_latency(policy, computes, _observations(frames, request.latency_chunks), request.latency_chunks)
+    two_groups = two_group_share(policy, parse("dense"), frames)
     measured = [
         Candidate(name, each.nfe, each.layer_passes, time.total.p50, time.total.p99, 0.0, measures=_means(each))
         for name, each, time in zip(names, measures, times, strict=True)
@@ -141,6 +143,8 @@ def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = 
         scored, seeds = simulation.score(measured, request.budget_ms, request.episodes)
     else:
         scored, seeds = _by_frames(measured, measures, frames), 0
+        if two_groups > MOST_TWO_GROUPS:
+            scored = [replace(each, reason=AVERAGES) if c.averages else each for each, c in zip(scored, computes, strict=True)]
     made = SamplerCalibration(
         checkpoint=mark,
         dataset=data.fingerprint,
@@ -152,7 +156,7 @@ def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = 
         envs=envs,
         first_seed=FIRST_SEED,
         seeds=seeds,
-        multimodality=0.0,
+        two_groups=two_groups,
         machine=machine(),
         device=device_name(device),
         threads=1,
@@ -201,15 +205,15 @@ def _means(found: SamplerMeasures) -> dict[str, float]:
 
 
 def _by_frames(found: Sequence[Candidate], measures: Sequence[SamplerMeasures], frames: Sample) -> list[Candidate]:
-    """With scores by ``CRITERION``, and standard errors of the paired differences over held-out episodes."""
+    """With scores by ``CRITERION``, and standard errors of the paired log ratios over held-out episodes."""
     episode_N = frames.windows.dataset.columns().episode[frames.windows.rows[frames.index_N]]
-    score_E = [each.by_episode(CRITERION, episode_N) for each in measures]
-    mean = [float(np.nanmean(score)) for score in score_E]
+    log_E = [plausible_error(each, episode_N) for each in measures]
+    mean = [float(np.nanmean(each)) for each in log_E]
     best = int(np.argmin(mean))
     scored = []
     for number, candidate in enumerate(found):
-        behind_E = score_E[number] - score_E[best]
+        behind_E = log_E[number] - log_E[best]
         behind_E = behind_E[np.isfinite(behind_E)]
         error = float(behind_E.std(ddof=1) / sqrt(len(behind_E))) if len(behind_E) > 1 else 0.0
-        scored.append(replace(candidate, score=mean[number], behind=mean[number] - mean[best], standard_error=error))
+        scored.append(replace(candidate, score=exp(mean[number]), behind=mean[number] - mean[best], standard_error=error))
     return scored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import exp
 from pathlib import Path
 
 from vlaflow.compute.sampler_choice import FAILURES, Candidate, SamplerCalibration
@@ -9,6 +10,8 @@ from vlaflow.evaluation.sampler_measures import MEASURES
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
+
+PLAUSIBLE = "the geometric mean of the executed actions' squared distances to the demonstration and to any demonstration"
 
 
 def write_page(made: SamplerCalibration, file: Path) -> Path:
@@ -28,6 +31,7 @@ def write_page(made: SamplerCalibration, file: Path) -> Path:
         "checkpoint": made.checkpoint,
         "data set": made.dataset,
         "held-out frames": str(made.frames),
+        "draws in two groups": f"on {100 * made.two_groups:.0f} % of the frames",
         **(
             {
                 "environments": ", ".join(made.envs),
@@ -99,7 +103,8 @@ def pareto(made: SamplerCalibration) -> str:
     with figure(WIDTH, 3.2) as (_, axis, done):
         axis.plot([each.p50 for each in best], [scale * each.score for each in best], "-", color=FAINT, lw=1.2)
         for each in shown:
-            axis.errorbar(each.p50, scale * each.score, scale * each.standard_error, color=SERIES[0], fmt="o", ms=4, lw=0.8)
+            low, high = (scale * abs(_moved(made, each, sign) - each.score) for sign in (-1, 1))
+            axis.errorbar(each.p50, scale * each.score, [[low], [high]], color=SERIES[0], fmt="o", ms=4, lw=0.8)
         for each in best:
             axis.annotate(each.compute, (each.p50, scale * each.score), (4, 4), textcoords="offset points", color=INK)
         axis.plot(made.chosen.p50, scale * made.chosen.score, "D", color=INK, ms=7)
@@ -111,8 +116,15 @@ def pareto(made: SamplerCalibration) -> str:
         return done()
 
 
+def _moved(made: SamplerCalibration, each: Candidate, sign: int) -> float:
+    """The score one standard error away; that of scores on frames is one of their logarithm."""
+    if made.criterion == FAILURES:
+        return each.score + sign * each.standard_error
+    return each.score * exp(sign * each.standard_error)
+
+
 def _criterion(made: SamplerCalibration) -> str:
-    return "the share of episodes that failed" if made.criterion == FAILURES else MEASURES[made.criterion]
+    return "the share of episodes that failed" if made.criterion == FAILURES else PLAUSIBLE
 
 
 def _score(made: SamplerCalibration, each: Candidate) -> str:

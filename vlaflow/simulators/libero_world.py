@@ -4,7 +4,8 @@ Both are checked to the bit against the stock environment (tests/simulators/test
 
 - ``reset`` restores the compiled model and MuJoCo's data instead of building the scene again: 0.1 s instead of 4 to 10 s.
 - ``execute`` computes positions and velocities once per substep instead of three times. MuJoCo starts its constraint solver
-  from the previous solution, so the two repetitions of the solver that the stock environment causes are kept.
+  from the previous solution, so the two repetitions of the solver that the stock environment causes are kept. ``Arm``
+  takes the place of robosuite's controller.
 
 The stock environment returns observations of the second-to-last of the 25 substeps of an action, not of the last, because its
 sensors' clock is two substeps ahead after a stored state was set. ``execute`` therefore calls ``observe`` at that moment.
@@ -17,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vlaflow.errors import ConfigError
 from vlaflow.simulators import libero_package
+from vlaflow.simulators.libero_arm import Arm
 from vlaflow.simulators.libero_tasks import LiberoTask
 
 SETTLING = 10
@@ -100,27 +101,27 @@ class World:
         sim.forward()
         raw._check_success()
         raw._post_process()
+        self._arm = Arm(raw, self._solve)
         for _ in range(SETTLING):
             self.execute(_STILL)
 
     def execute(self, action: np.ndarray) -> bool:
         """Execute one action (7,) and return whether the goal holds afterwards."""
-        mujoco, model, data = self._mujoco, self.model, self.data
-        # The stock environment calls this before every substep, and so does its controller. Positions and velocities
-        # are computed by then, so only the solver is repeated.
-        solve = self.raw.sim.forward = partial(mujoco.mj_forwardSkip, model, data, mujoco.mjtStage.mjSTAGE_VEL, 1)
-        try:
-            for substep in range(1, SUBSTEPS + 1):
-                mujoco.mj_step1(model, data)
-                solve()
-                self.raw._pre_action(action, substep == 1)
-                mujoco.mj_step2(model, data)
-                if substep == OBSERVED:
-                    self._observe()
-        finally:
-            del self.raw.sim.forward
+        for substep in range(1, SUBSTEPS + 1):
+            self._mujoco.mj_step1(self.model, self.data)
+            self._solve()
+            if substep == 1:
+                self._arm.aim(action)
+            self._arm.drive()
+            self._mujoco.mj_step2(self.model, self.data)
+            if substep == OBSERVED:
+                self._observe()
         self.raw._post_process()
         return bool(self.raw._check_success())
+
+    def _solve(self) -> None:
+        """Repeat the constraint solver, as the stock environment does before every substep and when its controller reads."""
+        self._mujoco.mj_forwardSkip(self.model, self.data, self._mujoco.mjtStage.mjSTAGE_VEL, 1)
 
     @property
     def state(self) -> np.ndarray:
