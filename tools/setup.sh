@@ -20,6 +20,7 @@ case $level in demo | dev) ;; *) echo "usage: tools/setup.sh demo|dev" >&2 && ex
 venv=.venv
 log=$venv/install.log
 gl_packages=(libegl1 libgl1-mesa-dri libopengl0)
+cv2_packages=(libgl1 libglib2.0-0) # of OpenCV, which LIBERO's robosuite imports
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "$*" && exit 1; }
@@ -154,6 +155,14 @@ setup_gl() {
     [ "$level" = dev ] # developers may go on: most tests need no picture
 }
 
+setup_cv2() {
+    $venv/bin/python -c 'import cv2' >>"$log" 2>&1 && return
+    say "OpenCV cannot be imported yet: installing ${cv2_packages[*]} ..."
+    changed=yes
+    if apt_install "${cv2_packages[@]}" && $venv/bin/python -c 'import cv2' >>"$log" 2>&1; then return; fi
+    say "LIBERO cannot be imported: install OpenCV's libraries (Debian, Ubuntu: sudo apt install ${cv2_packages[*]})."
+}
+
 # For the tests of the page of `vlaflow serve --dashboard`; without one they are skipped, and say so.
 setup_browser() {
     local name
@@ -171,7 +180,7 @@ setup_browser() {
 changed=
 is_done dev || is_done "$level" || install
 setup_gl
-if [ "$level" = dev ]; then setup_browser; fi
+if [ "$level" = dev ]; then setup_cv2 && setup_browser; fi
 if [ -n "$changed" ]; then
     before=$(cat $venv/.vlaflow-install-seconds 2>/dev/null || echo 0)
     echo $((before + SECONDS)) >$venv/.vlaflow-install-seconds

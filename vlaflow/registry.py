@@ -55,8 +55,13 @@ OURS: dict[Group, dict[str, str]] = {
         "refine-tokens": "vlaflow.compute.refine_tokens:REFINE_TOKENS",
         "exit": "vlaflow.compute.calibration:EXIT",
         "budget": "vlaflow.compute.budget:BUDGET",
+        "auto": "vlaflow.compute.auto:AUTO",
     },
-    "simulators": {"metaworld": "vlaflow.simulators.metaworld_suite:SUITE"},
+    "simulators": {
+        "libero": "vlaflow.simulators.libero_suite:SUITE",
+        "metaworld": "vlaflow.simulators.metaworld_suite:SUITE",
+        "obstacle": "vlaflow.simulators.obstacle_suite:SUITE",
+    },
     "layouts": {
         "metaworld": "vlaflow.serving.observation_keys:METAWORLD",
         "libero": "vlaflow.serving.observation_keys:LIBERO",

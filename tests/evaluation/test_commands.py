@@ -12,6 +12,7 @@ import pytest
 from tests.evaluation.conftest import ENV, make_policy
 from vlaflow.cli.main import main
 from vlaflow.compute.parse import able
+from vlaflow.errors import DataError
 from vlaflow.evaluation import results
 from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.policies.base import Policy
@@ -34,6 +35,27 @@ def test_eval_writes_results_videos_and_a_report(checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "0/2" in printed
     assert "refine against dense" in printed
+
+
+def test_eval_plays_every_seed_with_every_noise_seed(checkpoint, tmp_path, capsys, monkeypatch):
+    """The first noise seed gives the episodes of an evaluation without the option, and another number continues no log."""
+    words = ["eval", str(checkpoint), "--env", ENV, "--episodes", "2", "--max-steps", "8", "--steps", "2", "--workers", "0"]
+    words += ["--no-videos", "--out", str(tmp_path)]
+    assert main(words) == 0
+    plain = results.read(tmp_path / "results.json").evaluations[0]
+    assert main([*words, "--noise-seeds", "2"]) == 0
+    found = results.read(tmp_path / "results.json").evaluations[0]
+    assert (found.seeds, found.noise_seeds) == ((1000, 1000, 1001, 1001), (0, 1, 0, 1))
+    assert found.per_episode[::2] == plain.per_episode
+    assert "4 episodes each, seeds 1000 to 1001, 2 noise seeds each" in " ".join(capsys.readouterr().out.split())
+
+    def interrupted(*_):
+        raise DataError("the disk is full")
+
+    monkeypatch.setattr(results, "write", interrupted)
+    assert main(words) == 2
+    assert main([*words, "--noise-seeds", "2"]) == 2
+    assert "noise_seeds = 1, not 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -103,7 +125,8 @@ def test_the_demo_goes_from_nothing_to_a_report(demo):
     out, run = demo
     assert run.returncode == 0, run.stderr
     found = results.read(out / "results.json")
-    assert found.computes == ("dense", "refine", "refine-random", "exit:adaptive")
+    choice = json.loads((out / "rated" / "calibration" / "sampler.json").read_text())["choice"]
+    assert found.computes == (choice, "dense", "refine", "exit:adaptive")
     assert None not in (found.minutes.record, found.minutes.train, found.minutes.rater, found.minutes.evaluate)
     page = (out / "report.html").read_text()
     assert "velocity error" in page

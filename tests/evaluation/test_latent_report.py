@@ -25,7 +25,7 @@ def test_a_line_is_explained_and_noise_is_not():
     assert (latent_report.explained(x, noise, new_x, rng.normal(size=(200, 2))) < 0.02).all()
 
 
-def test_of_a_dimension_that_stands_still_nothing_is_told():
+def test_a_dimension_that_stands_still_has_no_share():
     """Neither 1, which padding would get, nor the minus millions of a residual over no variance."""
     rng = np.random.default_rng(0)
     x, new_x = rng.normal(size=(400, 3)), rng.normal(size=(200, 3))

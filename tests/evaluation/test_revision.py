@@ -75,7 +75,7 @@ def test_the_report_shows_the_revision_and_the_tokens_changed_step_by_step(tmp_p
     assert 'id="tokens"' not in write_report(tmp_path).read_text()
 
 
-def test_the_error_of_an_adaptive_cache_is_measured_and_told(tmp_path):
+def test_the_error_of_an_adaptive_cache_is_measured_and_reported(tmp_path):
     policy = helpers.token_policy(DiscreteFlowConfig, attention="full")
     with torch.no_grad():  # an untrained network hardly looks at what it is given
         for parameter in policy.model.parameters():
@@ -93,7 +93,7 @@ def test_the_error_of_an_adaptive_cache_is_measured_and_told(tmp_path):
 
 def test_revisions_and_repairs_are_counted_over_chunks():
     def episode(seed, revised, repaired):
-        return EpisodeResult("env", "dense", seed, "x", True, 5, 5, 2, 20, 40, 0, revised, repaired)
+        return EpisodeResult("metaworld/drawer-open-v3", "dense", seed, "x", True, 5, 5, 2, 20, 40, 0, revised, repaired)
 
     (entry,) = count(
         [episode(0, (8, 4), 1), episode(1, (4, 2, 6), 0)], [], n_action_steps=8, max_steps=500, render="fast", solver_steps=10

@@ -15,6 +15,7 @@ from vlaflow.evaluation.rollout import (
     EpisodeJob,
     RolloutConfig,
     chunk_generator,
+    chunk_seed,
     one_thread,
     open_env,
     plan,
@@ -67,6 +68,44 @@ def test_the_max_steps_ends_an_episode_and_every_step_is_counted(checkpoint):
 def test_neighbouring_seeds_and_chunks_have_different_noise():
     states = {chunk_generator(seed, chunk).initial_seed() for seed in range(1000, 1020) for chunk in range(63)}
     assert len(states) == 20 * 63
+
+
+def test_noise_seeds_are_other_noise_and_the_first_is_none():
+    """All differ; the first keeps the numbers that this seed had before there were any others."""
+    states = {chunk_seed(seed, chunk, noise) for seed in range(1000, 1010) for chunk in range(20) for noise in range(5)}
+    assert len(states) == 10 * 20 * 5
+    assert chunk_seed(1000, 3) == chunk_seed(1000, 3, 0) == 8771877438590485100
+
+
+def test_every_compute_policy_plays_every_seed_with_every_noise_seed():
+    dense, refine = parse_all(["dense", "refine"])
+    jobs = plan([ENV], [dense, refine], 2, 7, noise_seeds=3)
+    played = [(job.seed, job.noise_seed) for job in jobs if job.compute == dense]
+    assert played == [(7, 0), (7, 1), (7, 2), (8, 0), (8, 1), (8, 2)]
+    assert played == [(job.seed, job.noise_seed) for job in jobs if job.compute == refine]
+    assert plan([ENV], [dense], 2, 7) == [job for job in plan([ENV], [dense], 2, 7, noise_seeds=3) if not job.noise_seed]
+
+
+def test_a_noise_seed_changes_the_noise_and_nothing_else(checkpoint):
+    """The same scene, so the same first observation, and another chunk; the result says which."""
+    first, seen = [], []
+    policy = Policy.from_pretrained(checkpoint)
+    for noise_seed in (0, 1):
+        job = EpisodeJob(ENV, parse("dense", Knobs(steps=2)), 1000, noise_seed=noise_seed)
+        chunks, observations = [], []
+        with one_thread():
+            episode = play(
+                policy,
+                open_env(policy, ENV, "fast"),
+                job,
+                RolloutConfig(max_steps=4),
+                before=lambda step, o, chunk, c=chunks, s=observations: (c.append(chunk), s.append(o)),
+            )
+        assert episode.noise_seed == noise_seed
+        first.append(chunks[0].actions)
+        seen.append(observations[0])
+    np.testing.assert_array_equal(seen[0].state, seen[1].state)
+    assert not np.array_equal(first[0], first[1])
 
 
 def test_a_missing_rater_is_refused_before_any_episode(bare_checkpoint):

@@ -68,7 +68,7 @@ def test_accuracies_by_kind_in_closed_form():
     assert count([replace(each, blind=None) for each in answered])[0].p_value is None
 
 
-def test_the_commonest_answer_is_that_of_the_wording_and_not_of_the_kind():
+def test_the_most_frequent_answer_is_that_of_the_wording_and_not_of_the_kind():
     answered = [said("open", "", question="A?"), said("open", "", question="A?"), said("closed", "", question="B?")]
     assert count(answered)[-1].majority == 3
 

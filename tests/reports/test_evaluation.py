@@ -10,7 +10,7 @@ from tests.reports import synthetic
 from vlaflow.evaluation import results
 from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports.evaluation import caveats, write_report
-from vlaflow.reports.words import percent
+from vlaflow.reports.words import percent, too_few
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,46 @@ def test_tests_with_nothing_to_tell_are_folded_and_those_with_something_are_open
         assert said in written
         assert f"<details{' open' * opened}><summary>{said}" in written
         assert written.count("<td>0.5</td>") == sum(test.p_value == 0.5 for test in paired), "folded, not left out"
+
+
+def test_a_difference_that_so_few_episodes_cannot_show_comes_with_a_warning(tmp_path):
+    """Twenty pairs cannot tell five points from chance; a significant difference needs no such sentence."""
+    made = synthetic.results()
+    mild = tuple(
+        replace(test, difference=0.05, p_value=0.6, detectable=0.25 + 0.1 * (test.env == "all"), episodes_needed=741)
+        for test in made.paired
+    )
+    assert too_few(replace(made, paired=mild)) == [
+        "With 20 pairs per environment, differences below about 25 points cannot be told from chance; at least 741 episodes "
+        "per environment would be needed for the 5.0 points shown (refine against dense, drawer-open).",
+        "With 60 pairs over all environments, differences below about 35 points cannot be told from chance; at least 741 "
+        "episodes over all environments would be needed for the 5.0 points shown (refine against dense).",
+    ]
+    none = tuple(replace(test, difference=0.0, p_value=1.0, detectable=0.2, episodes_needed=None) for test in made.paired[-1:])
+    assert too_few(replace(made, paired=none)) == [
+        "With 60 pairs, differences below about 20 points cannot be told from chance."
+    ]
+    assert not too_few(replace(made, paired=tuple(replace(test, p_value=0.01) for test in mild)))
+    results.write(replace(made, paired=mild), tmp_path / "results.json")
+    assert "cannot be told from chance" in write_report(tmp_path).read_text()
+
+
+def test_repetitions_are_described(tmp_path):
+    """The page says how many noise seeds there were, and names the methods that account for them."""
+    episodes = [replace(e, noise_seed=r) for e in synthetic.episodes() for r in range(3)]
+    evaluations = results.count(episodes, synthetic.latency(), n_action_steps=8, max_steps=500, render="fast", solver_steps=10)
+    made = replace(
+        synthetic.results(),
+        evaluations=evaluations,
+        overall=results.pool(evaluations),
+        paired=results.compare(evaluations),
+    )
+    results.write(made, tmp_path / "results.json")
+    assert results.read(tmp_path / "results.json") == made
+    page = write_report(tmp_path).read_text()
+    assert "60 episodes each, seeds 1000 to 1019, 3 noise seeds each" in page
+    assert "permutation test over environment seeds" in page
+    assert "(worth 20 independent ones)" in page
 
 
 def test_the_same_results_give_the_same_page(tmp_path):

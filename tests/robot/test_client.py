@@ -94,7 +94,7 @@ def test_a_server_that_hangs_up_at_every_request_is_one_sentence():
         assert client.reconnected == 1
 
 
-def test_a_server_that_was_started_anew_and_continues_less_is_refused():
+def test_a_server_that_was_restarted_and_continues_less_is_refused():
     """Every request of a robot that commits more would fail, and it would stand for ever."""
     with serving(policy=helpers.policy(masks="synchronous", committed=3)) as (_, address):
         client = Client(address)
@@ -114,7 +114,7 @@ def test_data_that_nobody_acknowledges_ends_the_connection_after_the_timeout():
         assert client._connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2500
 
 
-def test_a_server_that_was_started_anew_for_another_robot_does_not_move_this_one():
+def test_a_server_that_was_restarted_for_another_robot_does_not_move_this_one():
     """Its actions have the same shape, and would be executed as if they meant the same."""
     spec = POLICY.action_spec
     absolute = replace(spec, dimensions=tuple(replace(d, mode="absolute") for d in spec.dimensions))

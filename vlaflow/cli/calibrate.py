@@ -1,4 +1,4 @@
-"""``vlaflow calibrate``: thresholds of early exits, measured on held-out data."""
+"""``vlaflow calibrate``: thresholds of early exits, or the sampler, measured on held-out data or in simulation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrateArguments:
-    """Calibrate the early exits of a checkpoint, and write CKPT/calibration/NAME.json with a page of plots next to it.
+    """Calibrate the sampler or the early exits of a checkpoint; results and a page of plots are written to CKPT/calibration.
 
-    Example: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --exit-budget 0.4
+    Sampler: vlaflow calibrate runs/demo/policy --dataset runs/demo/dataset --sampler --budget-ms 20
+
+    Then --compute auto, the default of vlaflow eval and serve, runs the chosen steps, noise scale and number of draws.
+
+    Exits: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --exit-budget 0.4
 
     Then: vlaflow eval runs/a1/policy --env metaworld/drawer-open-v3 --compute dense --compute exit:budget-0.4
 
-    Half of the held-out episodes determine the thresholds, the other half show their effect. Give either a budget (the share of
-    chunks that exit at each depth) or a largest deviation from the chunk of full depth.
+    Half of the held-out episodes determine the thresholds of exits, the other half show their effect. Give either a budget (the
+    share of chunks that exit at each depth) or a largest deviation from the chunk of full depth.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
-    """Folder of a checkpoint trained with exits."""
+    """Folder of a checkpoint; exits can be calibrated if it was trained with them."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """LeRobot data set; for the data set of the training, its held-out episodes are used."""
+    sampler: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Calibrate the sampler instead of exits: solver steps, noise scale, temperature, draws, depth."""
+    budget_ms: float | None = None
+    """With --sampler: largest 99th percentile of a chunk in milliseconds, on this machine."""
+    env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """With --sampler: choose by success in these environments, on seeds that no evaluation uses; repeat for more."""
+    rollouts: int = 1200
+    """With --env: episodes of all candidates together (successive halving)."""
+    compute: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """With --sampler: a candidate, instead of the default ones; repeat for more."""
+    workers: int = 2
+    """With --env: number of processes."""
     exit_budget: float | None = None
     """Compute budget c of the exit distribution; smaller values exit earlier. 0.4 unless --max-deviation is given."""
     exit_distribution: Literal["exponential", "gaussian", "gamma"] = "exponential"
@@ -58,8 +74,8 @@ class CalibrateArguments:
     """Clock that renoise starts from."""
     episodes: Literal["held-out", "all"] = "held-out"
     """Which episodes to measure on; all only for data on which the checkpoint was not trained."""
-    frames: int = 1024
-    """Number of frames to measure, over both halves."""
+    frames: int | None = None
+    """Number of frames to measure: 1024 by default, for exits over both halves; 256 with --sampler."""
     ladder: bool = True
     """Also measure the error of fixed depths and steps, which --compute budget:MS needs."""
     device: str = "cpu"
@@ -71,8 +87,42 @@ def main(argv: list[str]) -> int:
     given = tyro.cli(CalibrateArguments, prog="vlaflow calibrate", args=argv)
     if given.exit_budget is not None and given.max_deviation is not None:
         raise ConfigError("Give either --exit-budget or --max-deviation: one fixes the compute, the other the risk.")
+    simulated = [f"--{name}" for name in ("budget_ms", "env", "compute") if getattr(given, name) not in (None, ())]
+    if simulated and not given.sampler:
+        raise ConfigError(f"{simulated[0].replace('_', '-')} calibrates the sampler; add --sampler.")
     require(*PAGES)  # checked first, because the page is written last
+    return _sampler(given) if given.sampler else _exits(given)
 
+
+def _sampler(given: CalibrateArguments) -> int:
+    from rich.console import Console
+
+    from vlaflow.compute.calibration import FOLDER
+    from vlaflow.compute.sampler_choice import FILE
+    from vlaflow.evaluation import calibrate_sampler
+    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.reports.sampler import words, write_page
+
+    request = calibrate_sampler.SamplerRequest(
+        computes=given.compute,
+        budget_ms=given.budget_ms,
+        frames=given.frames or 256,
+        new_data=given.episodes == "all",
+        envs=given.env,
+        episodes=given.rollouts,
+        workers=given.workers,
+    )
+    checkpoint = local_folder(given.checkpoint)
+    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device)
+    file = checkpoint / FOLDER / FILE
+    page = write_page(made, file.with_suffix(".html"))
+    console = Console()
+    console.print(words(made))
+    console.print(f"Written: {file} and {page}", soft_wrap=True)
+    return 0
+
+
+def _exits(given: CalibrateArguments) -> int:
     from rich.console import Console
 
     from vlaflow.compute.spelling import read_sampling
@@ -89,7 +139,7 @@ def main(argv: list[str]) -> int:
         warm_start=given.warm_start,
         restart=given.restart,
         deviation=given.deviation,
-        frames=given.frames,
+        frames=given.frames or 1024,
         new_data=given.episodes == "all",
         ladder=given.ladder,
     )

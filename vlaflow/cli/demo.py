@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ENVS = ("metaworld/drawer-open-v3", "metaworld/button-press-topdown-v3", "metaworld/window-close-v3")
 CALIBRATION = "adaptive"
-COMPUTES = ("dense", "refine", "refine-random", f"exit:{CALIBRATION}")
+COMPUTES = ("auto", "dense", "refine", f"exit:{CALIBRATION}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Settings:
     language_episodes: int
     solver_steps: int
     frames: int
+    sampler_frames: int
     validation_fraction: float | None
 
     @staticmethod
@@ -80,7 +81,7 @@ class Settings:
         if min(n for n in counts if n is not None) < 1:
             raise ConfigError("episodes, eval-episodes and steps must be at least 1.")
         if arguments.quick:
-            return Settings(ENVS[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 0.5)
+            return Settings(ENVS[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 8, 0.5)
         return Settings(
             ENVS,
             arguments.episodes,
@@ -93,6 +94,7 @@ class Settings:
             min(5, arguments.eval_episodes),
             10,
             512,
+            96,
             None,
         )
 
@@ -121,6 +123,7 @@ def main(argv: list[str]) -> int:
                 return stopped
     with log.step("calibrate", commands["calibrate"]) as due:
         if due:
+            _sampler(settings, rated, dataset)
             _calibrate(settings, rated, dataset)
     with log.step("evaluate", commands["evaluate"]) as due:
         if due:
@@ -208,13 +211,17 @@ def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
     return {
         "record": command("record", *envs, "--episodes", settings.episodes, "--out", dataset, "--workers", workers),
         "train": command(
-            "train", "asyncvla.demo", "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch, *held
+            *("train", "asyncvla.demo", "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch, *held),
+            "--no-calibrate",
         ),
         "rater": command(
             *("train", "asyncvla.rater", "--policy", policy, "--dataset", dataset, "--out", rated),
             *(*steps(settings.rater_steps), *batch, *held),
+            "--no-calibrate",
         ),
-        "calibrate": command(
+        "calibrate": command("calibrate", rated, "--dataset", dataset, "--sampler", "--frames", settings.sampler_frames)
+        + " && "
+        + command(
             *("calibrate", rated, "--dataset", dataset, "--name", CALIBRATION),
             *("--frames", settings.frames, "--no-ladder"),
         ),
@@ -249,6 +256,16 @@ def _train(
         f"Stopped after step {outcome.step} of {outcome.steps}; everything is saved. Run the same command again to continue."
     )
     return 130 if outcome.signal == signal.SIGINT else 0
+
+
+def _sampler(settings: Settings, checkpoint: Path, dataset: Path) -> None:
+    from vlaflow.compute.calibration import FOLDER
+    from vlaflow.compute.sampler_choice import FILE
+    from vlaflow.evaluation.calibrate_sampler import SamplerRequest, run
+    from vlaflow.reports.sampler import write_page
+
+    made = run(checkpoint, dataset, SamplerRequest(frames=settings.sampler_frames))
+    write_page(made, (checkpoint / FOLDER / FILE).with_suffix(".html"))
 
 
 def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:

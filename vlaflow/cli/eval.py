@@ -31,8 +31,10 @@ class Eval:
         compute: dense, dense:2 (solver steps), dense:2@0.5 (from half the noise; docs/sampling.md), dense:2,depth=3 (through
             three layers), mean:8 or medoid:8 (of eight draws), refine (what is rated below ``threshold`` is regenerated),
             refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint), refine+exit:NAME,
-            or budget:MS; repeat the option for more. Dense alone when none is named.
-        episodes: number of episodes per environment and compute policy.
+            budget:MS, or auto (chosen by vlaflow calibrate --sampler); repeat the option for more. By default auto if the
+            checkpoint's sampler was calibrated, else dense.
+        episodes: number of environment seeds per environment and compute policy.
+        noise_seeds: episodes per environment seed, with other noise of the policy each; the intervals account for it.
         out: folder for results.json, report.html and videos.
         n_action_steps: actions executed per chunk; the checkpoint's default if omitted.
         steps: solver steps per round, where the compute policy states none.
@@ -41,7 +43,7 @@ class Eval:
         any_training: also refine a checkpoint that was not trained for it.
         max_steps: step limit of an episode; the suite's by default.
         render: image quality; use the one the policy was trained with.
-        seed: seed of the first episode; the others follow.
+        seed: the first environment seed; the others follow.
         workers: number of processes; one per core is best.
         language: episodes per environment and wrong instruction of the language-swap test; 0 to skip it.
         videos: record a success and a failure per environment.
@@ -53,6 +55,7 @@ class Eval:
     env: tuple[str, ...]
     compute: tuple[str, ...] = ()
     episodes: int = 20
+    noise_seeds: int = 1
     out: Path = Path("runs/eval")
     n_action_steps: int | None = None
     steps: int = 10
@@ -82,9 +85,10 @@ def main(argv: list[str]) -> int:
 
     config = EvaluationConfig(
         envs=arguments.env,
-        computes=arguments.compute or ("dense",),
+        computes=arguments.compute,
         episodes=arguments.episodes,
         first_seed=arguments.seed,
+        noise_seeds=arguments.noise_seeds,
         knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device),
         rollout=RolloutConfig(arguments.n_action_steps, arguments.max_steps, arguments.render, arguments.device),
         language_episodes=arguments.language,
@@ -95,21 +99,25 @@ def main(argv: list[str]) -> int:
     page = write_report(arguments.out)
     console = Console()
     for name in arguments.compute:
-        if name.startswith("budget:"):
-            console.print(f"{name} took {chosen(arguments.checkpoint, name, arguments.device)}")
+        if name == "auto" or name.startswith("budget:"):
+            console.print(f"{name} is {chosen(arguments.checkpoint, name, arguments.device)}")
     console.print(table(results))
     console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
     return 0
 
 
 def chosen(checkpoint: str, name: str, device: str) -> str:
-    """The compute policy chosen for a budget in milliseconds, and its expected loss."""
+    """The compute policy that "auto" or a budget in milliseconds stands for, with what was measured of it."""
+    from vlaflow.compute.auto import calibrated
     from vlaflow.compute.budget import within
     from vlaflow.compute.spelling import Checkpoint
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
 
     folder = local_folder(checkpoint)
+    if name == "auto":
+        found = calibrated(folder, fingerprint)
+        return found.name if found else name
     return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), device))
 
 
@@ -119,7 +127,7 @@ def table(results: Results) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from vlaflow.reports.words import middle, percent, short
+    from vlaflow.reports.words import middle, percent, played, short, step_limits, too_few
 
     first = results.evaluations[0]
     grid = Table(
@@ -132,8 +140,8 @@ def table(results: Results) -> RenderableType:
         "p99 ms",
         box=box.SIMPLE,
         padding=0,
-        title=f"{first.episodes} episodes each, seeds {first.seeds[0]} to {first.seeds[-1]}, "
-        f"{first.n_action_steps} actions per chunk executed, step limit {first.max_steps}",
+        title=f"{played(results)}, {first.n_action_steps} actions per chunk executed, "
+        f"step limit {step_limits(results.evaluations)}",
         title_style="",
         title_justify="left",
     )
@@ -152,7 +160,7 @@ def table(results: Results) -> RenderableType:
         for overall in results.overall:
             rate = f"{overall.successes}/{overall.episodes}"
             grid.add_row("all", overall.compute, rate, percent(overall.interval))
-    return Group(grid, *(sentence(test) for test in results.paired if test.env == "all"))
+    return Group(grid, *(sentence(test) for test in results.paired if test.env == "all"), *too_few(results))
 
 
 def sentence(test: PairedTest) -> str:
@@ -160,5 +168,5 @@ def sentence(test: PairedTest) -> str:
     low, high = (100 * side for side in test.interval)
     return (
         f"{test.second} against {test.first}: {100 * test.difference:+.1f} points [{low:+.1f}, {high:+.1f}], "
-        f"alone successful on {test.only_second} and {test.only_first} seeds, p = {test.p_value:.2g}"
+        f"alone successful in {test.only_second} and {test.only_first} episodes, p = {test.p_value:.2g}"
     )

@@ -28,7 +28,7 @@ class ServeArguments:
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
-        compute: compute policy, as in vlaflow eval.
+        compute: compute policy, as in vlaflow eval; the calibrated one (auto) by default, or dense where there is none.
         budget_ms: choose a compute policy for this many milliseconds, instead of --compute (run vlaflow bench latency first).
         steps: solver steps per round, where the compute policy states none.
         observation_keys: keys that clients send: metaworld, libero, droid, aloha, roboarena, or those of another package.
@@ -51,7 +51,7 @@ class ServeArguments:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    compute: str = "dense"
+    compute: str | None = None
     budget_ms: float | None = None
     steps: int = 10
     observation_keys: str = "metaworld"
@@ -79,6 +79,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
+    from vlaflow.compute.auto import default_name
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
-    name = a.compute if a.budget_ms is None else f"budget:{a.budget_ms:g}"
+    name = (a.compute or default_name(folder)) if a.budget_ms is None else f"budget:{a.budget_ms:g}"
     home, knobs = Checkpoint(folder, fingerprint(folder)), Knobs(a.steps, device=a.device, threads=a.threads)
     compute = parse(name, knobs, home)
     policy = Policy.from_pretrained(folder, a.device)

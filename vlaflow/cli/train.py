@@ -44,6 +44,8 @@ class TrainArguments:
     """Change a value of the recipe, e.g. --set optim.learning_rate=3e-4; may be repeated."""
     tracker: Literal["auto", "tensorboard", "wandb", "trackio", "none"] = "auto"
     """Where to log besides training/log.jsonl; auto uses TensorBoard if it is installed."""
+    calibrate: bool = True
+    """Calibrate the sampler of the finished policy on held-out frames, in a minute at most; see vlaflow calibrate --sampler."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over; an existing checkpoint in --out is moved aside."""
 
@@ -65,6 +67,10 @@ def main(argv: list[str]) -> int:
     leave_group()
     if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
+        if given.calibrate and outcome.finished and outcome.policy is not None:
+            from vlaflow.evaluation.calibrate_sampler import after_training
+
+            sys.stdout.write(after_training(outcome.policy, given.dataset) + "\n")
     return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
 
 

@@ -206,6 +206,11 @@ class ComputePolicy(ABC):
         return False
 
     @property
+    def averages(self) -> bool:
+        """Whether its chunks are means of several draws, which no draw need be near."""
+        return False
+
+    @property
     def stages(self) -> Stages | None:
         """Its solver steps, where it takes all of them at full depth, one after the other; None where it does more or less."""
         return None

@@ -1,21 +1,27 @@
 """The best that fits so many milliseconds: depth, solver steps or early exit, by measured time and measured loss.
 
-Three measurements come together: how long each part takes here (``Profile``, by ``vlaflow bench latency CKPT``), what a fixed
-depth and number of steps loses (``Ladder``) and what each calibrated early exit does (both by ``vlaflow calibrate``).
+Where the sampler was calibrated on this machine (``vlaflow calibrate CKPT --sampler``), its candidates are compared: steps,
+noise scales, draws, depths. Otherwise a fixed depth and number of steps is chosen, by what it loses (``Ladder``). Calibrated
+early exits compete in both cases, if the parts of a chunk were timed here (``Profile``, by ``vlaflow bench latency CKPT``).
 What must fit is the 99th percentile of the worst case: an early exit counts with all of its depths.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.calibration import FOLDER, Calibration
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.parse import parse
+from vlaflow.compute.sampler_choice import FAILURES, SamplerCalibration, load
+from vlaflow.compute.sampler_choice import FILE as SAMPLER
+from vlaflow.compute.sampler_choice import choose as choose_candidate
 from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError
@@ -95,23 +101,26 @@ class Choice:
 
     Args:
         compute: the compute policy.
-        milliseconds: predicted 99th percentile of the worst case.
-        deviation, error: as in ``Rung``; ``full_error`` is that of everything there is.
+        milliseconds: 99th percentile of the worst case, measured or predicted from its parts.
+        error: what it is chosen by, smaller is better.
+        loss: what it is expected to lose, as the rest of a sentence.
     """
 
     compute: ComputePolicy
     milliseconds: float
-    deviation: float
     error: float
-    full_error: float
+    loss: str
 
     def __str__(self) -> str:
-        more = 100 * (self.error / self.full_error - 1) if self.full_error else 0.0
-        return (
-            f"{self.compute.name}: {self.milliseconds:.1f} ms at p99 in the worst case; its chunks differ from the full "
-            f"computation's by {self.deviation:.3f} standard deviations at most on average, and from the demonstrations by "
-            f"{more:+.1f} % compared with it."
-        )
+        return f"{self.compute.name}: {self.milliseconds:.1f} ms at p99 in the worst case; {self.loss}."
+
+
+def _loss(deviation: float, error: float, full_error: float) -> str:
+    more = 100 * (error / full_error - 1) if full_error else 0.0
+    return (
+        f"its chunks differ from the full computation's by {deviation:.3f} standard deviations at most on average, and from "
+        f"the demonstrations by {more:+.1f} % compared with it"
+    )
 
 
 def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[str, Calibration]) -> Choice:
@@ -127,17 +136,15 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
         Choice(
             Dense(rung.nfe, depth=rung.depth, label=f"dense:{rung.nfe},depth={rung.depth}"),
             profile.jitter * profile.dense(rung.depth, rung.nfe),
-            rung.deviation,
             rung.error,
-            full_error,
+            _loss(rung.deviation, rung.error, full_error),
         )
         for rung in ladder.rungs
     ]
     for name, found in exits.items():
         if found.plan.sampling != Sampling(found.plan.sampling.steps):
             continue
-        each = round(found.seen.nfe / max(_answers(found), 1e-9))
-        worst = profile.jitter * profile.worst(found.plan.depths, each)
+        each, worst = _worst(profile, found)
         base = next((r for r in ladder.rungs if (r.depth, r.nfe) == (found.plan.depths[-1], each)), None)
         if base is None:
             raise CalibrationError(
@@ -147,7 +154,7 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
         # an early exit is compared with its own full depth on the same frames, and that with everything there is
         error = base.error * found.seen.error / found.seen.full_error
         deviation = base.deviation + found.seen.deviation  # at most, by the triangle inequality
-        candidates.append(Choice(found.early_exit(f"exit:{name}"), worst, deviation, error, full_error))
+        candidates.append(Choice(found.early_exit(f"exit:{name}"), worst, error, _loss(deviation, error, full_error)))
     fitting = [c for c in candidates if c.milliseconds <= milliseconds]
     if not fitting:
         fastest = min(candidates, key=lambda c: c.milliseconds)
@@ -156,6 +163,53 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
             "at p99. Allow more, or train with exits."
         )
     return min(fitting, key=lambda c: (c.error, c.milliseconds))
+
+
+def _worst(profile: Profile, found: Calibration) -> tuple[int, float]:
+    """Evaluations at each depth of an early exit, and its 99th percentile when it takes all of its depths."""
+    each = round(found.seen.nfe / max(_answers(found), 1e-9))
+    return each, profile.jitter * profile.worst(found.plan.depths, each)
+
+
+def choose_sampler(
+    milliseconds: float,
+    calibration: SamplerCalibration,
+    profile: Profile | None,
+    exits: dict[str, Calibration],
+    parse: Callable[[str], ComputePolicy],
+) -> Choice:
+    """The calibrated sampler, or early exit, that fits: the cheapest within one standard error of the best.
+
+    An early exit is scored as its own full depth is, times what it loses against that on the frames of its calibration. It
+    competes where its full depth is a candidate, a profile says how long it takes at worst, and the score is a measure on
+    frames.
+
+    Raises:
+        CalibrationError: when nothing fits, saying what the fastest takes.
+    """
+    candidates = list(calibration.candidates)
+    full = {each.compute: each for each in candidates}
+    for name, found in exits.items():
+        base = full.get(f"dense:{found.plan.sampling}")
+        if base is not None and profile is not None and calibration.criterion != FAILURES:
+            _, worst = _worst(profile, found)
+            score = base.score * found.seen.error / found.seen.full_error
+            median = worst / profile.jitter
+            candidates.append(
+                replace(
+                    base,
+                    compute=f"exit:{name}",
+                    nfe=found.seen.nfe,
+                    layer_passes=found.seen.layer_passes,
+                    p50=median,
+                    p99=worst,
+                    score=score,
+                    behind=base.behind + log(found.seen.error / found.seen.full_error),
+                )
+            )
+    taken = choose_candidate(candidates, milliseconds)
+    scored = f"{calibration.criterion} {taken.score:.4g}, {taken.behind:.4g} ± {taken.standard_error:.2g} behind the best"
+    return Choice(parse(taken.compute), taken.p99, taken.score, scored)
 
 
 def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", threads: int = 1) -> Choice:
@@ -170,11 +224,26 @@ def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", thr
         CalibrationError: when a measurement is missing, of other weights or of another machine, device or number of threads;
             or nothing fits.
     """
-    profile = _read(checkpoint.folder / PROFILE, Profile, TIME)
+    calibration = load(checkpoint)
+    if calibration is not None and calibration.here(device, threads):
+        exits = dict(_exits(checkpoint))
+        profile = _profile(checkpoint, device, threads) if exits and (checkpoint.folder / PROFILE).exists() else None
+        return choose_sampler(milliseconds, calibration, profile, exits, lambda name: parse(name, checkpoint=checkpoint))
+    profile = _profile(checkpoint, device, threads)
     ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, "Measure it: vlaflow calibrate CKPT --dataset DIR")
-    for file, found in ((PROFILE, profile.checkpoint), (LADDER, ladder.checkpoint)):
-        if found != checkpoint.fingerprint:
-            raise CalibrationError(f"{file} in {checkpoint.folder} was measured with other weights; measure again.")
+    _require_weights(checkpoint, LADDER, ladder.checkpoint)
+    return choose(milliseconds, profile, ladder, dict(_exits(checkpoint)))
+
+
+def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
+    if found != checkpoint.fingerprint:
+        raise CalibrationError(f"{file} in {checkpoint.folder} was measured with other weights; measure again.")
+
+
+def _profile(checkpoint: Checkpoint, device: str, threads: int) -> Profile:
+    """The profile of the checkpoint, measured here."""
+    profile = _read(checkpoint.folder / PROFILE, Profile, TIME)
+    _require_weights(checkpoint, PROFILE, profile.checkpoint)
     if profile.machine != machine():
         raise CalibrationError(
             f"{PROFILE} in {checkpoint.folder} was measured on {profile.machine}; this is {machine()}. {TIME}"
@@ -185,7 +254,7 @@ def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", thr
             f"{PROFILE} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s); this is {now[0]} "
             f"with {now[1]}. {TIME} --device {device} --threads {threads}"
         )
-    return choose(milliseconds, profile, ladder, dict(_exits(checkpoint)))
+    return profile
 
 
 def save(value: Any, file: Path) -> None:
@@ -198,7 +267,7 @@ def save(value: Any, file: Path) -> None:
 
 def _exits(checkpoint: Checkpoint) -> Iterator[tuple[str, Calibration]]:
     for file in sorted((checkpoint.folder / FOLDER).glob("*.json")):
-        if file.name != LADDER:
+        if file.name not in (LADDER, SAMPLER):
             found = Calibration.load(file)
             if found.checkpoint == checkpoint.fingerprint:
                 yield file.stem, found

@@ -54,13 +54,18 @@ class Consensus(ComputePolicy):
 
     @property
     def needs(self) -> Requirements:
-        """Whatever a draw needs."""
+        """What one draw needs."""
         return self.inner.needs
 
     @property
     def reports_spread(self) -> bool:
-        """Always."""
+        """Whether it reports the spread, which it always does."""
         return True
+
+    @property
+    def averages(self) -> bool:
+        """Whether it, or what makes its draws, takes means."""
+        return self.choose == "mean" or self.inner.averages
 
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As far as a draw reads it."""

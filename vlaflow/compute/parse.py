@@ -19,6 +19,7 @@ two-stage:14+2/0.3  … whose prefix is run again when 30 % of the tokens have c
 refine-tokens    the dense chunk of a decoder of tokens, and the tokens below the threshold regenerated
 exit:NAME        early exit by the calibration CKPT/calibration/NAME.json
 refine+exit:NAME refinement of that
+auto             what vlaflow calibrate CKPT --sampler chose for the checkpoint
 budget:20        whatever fits 20 ms on this machine (vlaflow bench latency CKPT comes first)
 """
 

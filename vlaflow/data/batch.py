@@ -63,6 +63,13 @@ class ObservationBatch:
         state = torch.from_numpy(np.stack([np.asarray(o.state, np.float32) for o in observations]))
         return ObservationBatch(images, state, [o.instruction for o in observations])
 
+    def split(self) -> list[Observation]:
+        """Single observations, the inverse of ``collate``; ``known_BS`` is left out."""
+        return [
+            Observation({view: x[i].cpu().numpy() for view, x in self.images.items()}, self.state_BS[i].cpu().numpy(), words)
+            for i, words in enumerate(self.instructions)
+        ]
+
 
 @dataclass(frozen=True)
 class Executed:

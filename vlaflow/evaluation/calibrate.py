@@ -25,6 +25,7 @@ from vlaflow.compute.budget import LADDER, Ladder, Rung, save
 from vlaflow.compute.calibration import FOLDER, Calibration, RiskTarget, Seen, ShareTarget
 from vlaflow.compute.distance import Metric, distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
+from vlaflow.compute.sampler_choice import FILE as SAMPLER
 from vlaflow.compute.thresholds import (
     Distribution,
     ExitMeasurements,
@@ -167,7 +168,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
         raise ConfigError(f"The last of the depths must be the full one, {policy.model.depths[-1]}, got {list(depths)}.")
     folder = checkpoint / FOLDER
     file = folder / f"{request.name}.json"
-    if file.name == LADDER or file.parent != folder:
+    if file.name in (LADDER, SAMPLER) or file.parent != folder:
         raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
     if file.exists():
         Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)

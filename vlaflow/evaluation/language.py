@@ -61,7 +61,7 @@ def count_swap(
 
     Args:
         test: the test.
-        right: episodes of the evaluation with the same compute policy; those with other seeds are ignored.
+        right: episodes of the evaluation with the same compute policy; those with other seeds or noise seeds are ignored.
         swapped: results of ``test.jobs``.
         max_steps: step limit of the swapped episodes.
     """
@@ -70,7 +70,7 @@ def count_swap(
         for kind in KINDS:
             words = test.instructions[env, kind]
             pool = right if kind == "right" else swapped
-            mine = {e.seed: e.first_success_step for e in pool if e.env == env and e.instruction == words}
+            mine = {e.seed: e.first_success_step for e in pool if (e.env, e.instruction, e.noise_seed) == (env, words, 0)}
             if any(seed not in mine for seed in test.seeds):
                 raise ConfigError(f"The language-swap test of {env} needs the seeds {list(test.seeds)}; some were not run.")
             firsts = tuple(step if step is not None and step <= max_steps else None for step in (mine[s] for s in test.seeds))

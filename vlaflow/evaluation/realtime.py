@@ -26,7 +26,7 @@ from vlaflow.evaluation.rollout import FIRST_SEED, chunk_seed
 from vlaflow.robot.client import Client
 from vlaflow.robot.realtime import HandOver, Move, RealtimeConfig, RealtimeController
 from vlaflow.robot.transports import Infer, SimulatedTransport
-from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec
+from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import ActionSpec, Observation
 
@@ -203,8 +203,8 @@ def require_fit(
                 raise SpecError(f"The policy at {server} needs view '{view}', which {env} lacks; {nearest(view, spec.views)}")
         if len(metadata["state"]) != 1:
             raise SpecError(f"{server} needs the state in parts {metadata['state']}; serve with --observation-keys metaworld.")
-        if config.max_steps is not None and not 1 <= config.max_steps <= spec.max_steps:
-            raise ConfigError(f"max_steps of {env} must lie in 1..{spec.max_steps}, got {config.max_steps}.")
+        if config.max_steps is not None and not 1 <= config.max_steps <= step_limit(env):
+            raise ConfigError(f"max_steps of {env} must lie in 1..{step_limit(env)}, got {config.max_steps}.")
     for mode in sorted({job.mode for job in jobs}):
         RealtimeController(SimulatedTransport(dict, int), metadata, settings(mode, metadata, config))
 

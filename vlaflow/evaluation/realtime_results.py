@@ -14,7 +14,7 @@ from vlaflow.evaluation.realtime import RealtimeEpisode, RealtimeEvaluationConfi
 from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
 from vlaflow.io import write_json
 from vlaflow.robot.realtime import HandOver
-from vlaflow.simulators.base import parse_env_name, simulator_spec
+from vlaflow.simulators.base import parse_env_name, rendering_versions, simulator_spec, step_limit
 from vlaflow.versions import command_line, machine, versions
 
 FORMAT = "vlaflow results in real time 1"
@@ -151,14 +151,14 @@ def results(
         envs=tuple(dict.fromkeys(e.env for e in episodes)),
         seeds=tuple(dict.fromkeys(e.seed for e in episodes)),
         n_action_steps=config.n_action_steps or int(metadata["n_action_steps"]),
-        max_steps=config.max_steps or spec.max_steps,
+        max_steps=max(step_limit(e.env, config.max_steps) for e in episodes),
         jitter_ms=config.jitter_ms,
         fade=config.fade,
         rate_hz=spec.action.rate_hz,
         cells=cells,
         comparisons=comparisons,
         episodes=tuple(episodes),
-        versions=versions(),
+        versions=versions() | rendering_versions((e.env for e in episodes), config.render),
         command=command_line(),
         machine=machine(),
     )

@@ -7,6 +7,7 @@ how they were run. Counting is done here; the formulas are in ``statistics``.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,19 +15,37 @@ from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.evaluation.clusters import effective_size, sign_flip_test
 from vlaflow.evaluation.latency import Latency
+from vlaflow.evaluation.power import detectable_difference, pairs_needed
 from vlaflow.evaluation.revision import Revision
 from vlaflow.evaluation.rollout import EpisodeResult
-from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, mcnemar, paired_difference, wilson
+from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, paired_difference, wilson
+from vlaflow.simulators.base import protocol_limits, step_limit
 
 T = TypeVar("T")
 FORMAT = "vlaflow results 1"
 ALL_PAIRS = 4
 """Largest number of compute policies for which every pair is tested; with more, there would be too many tests."""
-EARLY = 400
-"""Step limit of other published tables; successes up to this step are counted too."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Successes that an evaluation with the step limit of a published one would have counted.
+
+    Args:
+        protocol: name of the published evaluation, see ``SimulatorSpec.protocols``.
+        max_steps: its step limit.
+        successes: number of episodes whose first success is not later.
+    """
+
+    protocol: str
+    max_steps: int
+    successes: int
 
 
 @dataclass(frozen=True)
@@ -36,17 +55,18 @@ class Evaluation:
     Args:
         env, compute: names.
         episodes, successes: counts.
-        interval: 95 % Wilson interval of the success rate.
-        first_success_steps: per seed, counted from 1; null without success.
+        interval: 95 % Wilson interval of the success rate, for ``effective_episodes``.
+        first_success_steps: per episode, counted from 1; null without success.
         latency_ms: latency of a chunk over the observations of all environments; null if not measured.
-        seeds: seeds of the episodes, in the order of all lists here.
-        successes_within_400: successes with a step limit of 400.
+        seeds, noise_seeds: seeds of the episodes, in the order of all lists here.
+        within: successes within the limits of published evaluations, as far as they do not exceed ``max_steps``.
         n_action_steps, max_steps, render: how the episodes were run.
         solver_steps: solver steps per round of compute policies whose name states none.
         nfe_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over all chunks.
         revised_per_chunk: mean number of tokens changed by each solver step; empty for decoders without tokens.
         repaired_share: share of the chunks whose tokens were not a valid encoding.
         per_episode: the single episodes.
+        effective_episodes: number of independent episodes that these are worth; fewer if environment seeds are repeated.
     """
 
     env: str
@@ -57,7 +77,8 @@ class Evaluation:
     first_success_steps: tuple[int | None, ...]
     latency_ms: Percentiles | None
     seeds: tuple[int, ...]
-    successes_within_400: int
+    noise_seeds: tuple[int, ...]
+    within: tuple[Within, ...]
     n_action_steps: int
     max_steps: int
     render: str
@@ -66,32 +87,43 @@ class Evaluation:
     layer_passes_per_chunk: float
     regenerated_per_chunk: float
     per_episode: tuple[EpisodeResult, ...]
+    effective_episodes: float
     revised_per_chunk: tuple[float, ...] = ()
     repaired_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Overall:
-    """One compute policy over all environments: all episodes together, and the mean of the environments' success rates."""
+    """One compute policy over all environments: all episodes together, and the mean of the environments' success rates.
+
+    Args:
+        within: successes by published evaluation, as far as every environment counts them.
+    """
 
     compute: str
     episodes: int
     successes: int
     interval: tuple[float, float]
+    effective_episodes: float
     mean_over_envs: float
+    within: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Comparison of two compute policies on the same seeds.
+    """Comparison of two compute policies on the same seeds and noise seeds.
 
     Args:
         env: an environment, or "all".
         first, second: the compute policies.
-        both, only_first, only_second, neither: number of seeds on which they succeeded.
+        both, only_first, only_second, neither: number of pairs of episodes in which they succeeded.
         difference: success rate of the second minus that of the first.
-        interval: 95 % interval of the difference, Newcombe's method 10.
-        p_value: exact McNemar test.
+        interval: 95 % interval of the difference, Newcombe's method 10, for ``effective_pairs``.
+        p_value: exact McNemar test; with several noise seeds, the exact permutation test over environment seeds.
+        effective_pairs: number of independent pairs that these are worth; fewer if environment seeds are repeated.
+        detectable: the smallest true difference that so many pairs show with 80 % probability.
+        episodes_needed: episodes per compute policy that would show the observed difference with 80 % probability; None for a
+            difference of 0.
     """
 
     env: str
@@ -104,6 +136,9 @@ class PairedTest:
     difference: float
     interval: tuple[float, float]
     p_value: float
+    effective_pairs: float
+    detectable: float
+    episodes_needed: int | None
 
 
 @dataclass(frozen=True)
@@ -202,11 +237,17 @@ def count(
     latency: Sequence[Latency],
     *,
     n_action_steps: int,
-    max_steps: int,
+    max_steps: int | None,
     render: str,
     solver_steps: int,
 ) -> tuple[Evaluation, ...]:
-    """Compute an entry for every (environment, compute policy) of the episodes, in their order."""
+    """Compute an entry for every (environment, compute policy) of the episodes, in their order.
+
+    Args:
+        episodes, latency: the measurements.
+        n_action_steps, render, solver_steps: how the episodes were run.
+        max_steps: step limit of all episodes; None for the suites' limits.
+    """
     times = {entry.compute: entry.total for entry in latency}
     groups: dict[tuple[str, str], list[EpisodeResult]] = {}
     for episode in episodes:
@@ -214,27 +255,30 @@ def count(
     found = []
     for (env, compute), group in groups.items():
         n, successes = len(group), sum(e.success for e in group)
+        effective = effective_size(_success_SR(group))
         chunks = sum(e.chunks for e in group)
-        firsts = tuple(e.first_success_step for e in group)
+        firsts, limit = tuple(e.first_success_step for e in group), step_limit(env, max_steps)
         found.append(
             Evaluation(
                 env=env,
                 compute=compute,
                 episodes=n,
                 successes=successes,
-                interval=_pair(wilson(successes, n)),
+                interval=_pair(wilson(successes, n, effective=effective)),
                 first_success_steps=firsts,
                 latency_ms=times.get(compute),
                 seeds=tuple(e.seed for e in group),
-                successes_within_400=sum(first is not None and first <= EARLY for first in firsts),
+                noise_seeds=tuple(e.noise_seed for e in group),
+                within=_within(env, firsts, limit),
                 n_action_steps=n_action_steps,
-                max_steps=max_steps,
+                max_steps=limit,
                 render=render,
                 solver_steps=solver_steps,
                 nfe_per_chunk=sum(e.nfe for e in group) / chunks,
                 layer_passes_per_chunk=sum(e.layer_passes for e in group) / chunks,
                 regenerated_per_chunk=sum(e.regenerated for e in group) / chunks,
                 per_episode=tuple(group),
+                effective_episodes=effective,
                 revised_per_chunk=tuple(sum(c) / chunks for c in zip_longest(*(e.revised for e in group), fillvalue=0)),
                 repaired_share=sum(e.repaired for e in group) / chunks,
             )
@@ -249,8 +293,25 @@ def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
         mine = [e for e in evaluations if e.compute == compute]
         n, successes = sum(e.episodes for e in mine), sum(e.successes for e in mine)
         mean = sum(e.successes / e.episodes for e in mine) / len(mine)
-        found.append(Overall(compute, n, successes, _pair(wilson(successes, n)), mean))
+        effective = effective_size(_success_SR([p for e in mine for p in e.per_episode]))
+        interval = _pair(wilson(successes, n, effective=effective))
+        found.append(Overall(compute, n, successes, interval, effective, mean, _within_all(mine)))
     return tuple(found)
+
+
+def _within(env: str, firsts: Sequence[int | None], max_steps: int) -> tuple[Within, ...]:
+    """Count the first successes up to the limit of every published evaluation."""
+    return tuple(
+        Within(protocol, limit, sum(first is not None and first <= limit for first in firsts))
+        for protocol, limit in protocol_limits(env).items()
+        if limit <= max_steps
+    )
+
+
+def _within_all(evaluations: Sequence[Evaluation]) -> dict[str, int]:
+    """Add up the successes of the published evaluations that all of these count."""
+    counts = [{w.protocol: w.successes for w in e.within} for e in evaluations]
+    return {protocol: sum(c[protocol] for c in counts) for protocol in counts[0] if all(protocol in c for c in counts)}
 
 
 def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
@@ -261,30 +322,60 @@ def compare(evaluations: Sequence[Evaluation]) -> tuple[PairedTest, ...]:
     found = []
     for env in [*(envs if len(envs) > 1 else []), "all"]:
         for first, second in pairs:
-            sides = []
-            for compute in (first, second):
-                mine = [e for e in evaluations if e.compute == compute and env in (e.env, "all")]
-                sides.append({(e.env, seed): p.success for e in mine for seed, p in zip(e.seeds, e.per_episode, strict=True)})
-            if sides[0].keys() != sides[1].keys():
-                raise ConfigError(
-                    f"'{first}' and '{second}' were not evaluated on the same seeds; a paired test is impossible."
-                )
-            table = PairedOutcomes.of([sides[0][key] for key in sides[0]], [sides[1][key] for key in sides[0]])
-            found.append(
-                PairedTest(
-                    env,
-                    first,
-                    second,
-                    table.both,
-                    table.only_first,
-                    table.only_second,
-                    table.neither,
-                    table.difference,
-                    _pair(paired_difference(table)),
-                    mcnemar(table),
-                )
-            )
+            sides = [
+                [p for e in evaluations if e.compute == compute and env in (e.env, "all") for p in e.per_episode]
+                for compute in (first, second)
+            ]
+            found.append(_test(env, first, second, *sides))
     return tuple(found)
+
+
+def _test(
+    env: str, first: str, second: str, first_episodes: Sequence[EpisodeResult], second_episodes: Sequence[EpisodeResult]
+) -> PairedTest:
+    """Test the episodes of two compute policies in pairs."""
+    of_second = {_key(e): e for e in second_episodes}
+    if {_key(e) for e in first_episodes} != of_second.keys():
+        raise ConfigError(f"'{first}' and '{second}' were not evaluated on the same seeds; a paired test is impossible.")
+    matched = [of_second[_key(e)] for e in first_episodes]
+    table = PairedOutcomes.of([e.success for e in first_episodes], [e.success for e in matched])
+    difference_SR = _success_SR(matched) - _success_SR(first_episodes)
+    effective = effective_size(difference_SR)
+    disagreement = (table.only_first + table.only_second) / table.n
+    needed = pairs_needed(disagreement, table.difference)
+    return PairedTest(
+        env,
+        first,
+        second,
+        table.both,
+        table.only_first,
+        table.only_second,
+        table.neither,
+        table.difference,
+        _pair(paired_difference(table, effective=effective)),
+        sign_flip_test(difference_SR.sum(1).tolist()),
+        effective,
+        detectable_difference(disagreement, effective),
+        None if needed is None else math.ceil(needed * table.n / effective),
+    )
+
+
+def _key(episode: EpisodeResult) -> tuple[str, int, int]:
+    return episode.env, episode.seed, episode.noise_seed
+
+
+def _success_SR(episodes: Sequence[EpisodeResult]) -> np.ndarray:
+    """Successes as integers, a row per environment and seed, in the order of the episodes.
+
+    Raises:
+        ConfigError: the environment seeds were not played with equally many noise seeds.
+    """
+    rows: dict[tuple[str, int], list[int]] = {}
+    for episode in episodes:
+        rows.setdefault((episode.env, episode.seed), []).append(int(episode.success))
+    if len({len(row) for row in rows.values()}) > 1:
+        raise ConfigError("Every environment seed must be played with the same number of noise seeds to be counted.")
+    return np.array(list(rows.values()))
 
 
 def write(results: Results, file: Path) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vlaflow.compute import sampler_choice
+from vlaflow.compute.auto import default_name
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.compute.parse import parse, parse_all
+from vlaflow.compute.parse import parse_all
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import JSON, to_json
 from vlaflow.errors import ConfigError
@@ -34,7 +36,7 @@ from vlaflow.io import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.simulators.base import Render, expand_env_names, parse_env_name, simulator_spec
+from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
 from vlaflow.versions import command_line, machine, versions
 
 VIDEOS = "videos"
@@ -47,9 +49,10 @@ class EvaluationConfig:
 
     Args:
         envs: tasks or groups.
-        computes: names of compute policies.
-        episodes: episodes per environment and compute policy.
-        first_seed: episode i has seed ``first_seed + i``.
+        computes: names of compute policies; by default "auto" if the checkpoint's sampler was calibrated, else "dense".
+        episodes: environment seeds per environment and compute policy.
+        first_seed: the first environment seed; the others follow.
+        noise_seeds: episodes per environment seed, with other noise of the policy each.
         knobs: settings of the compute policies.
         rollout: how episodes are run.
         latency_chunks: chunks timed per compute policy.
@@ -60,9 +63,10 @@ class EvaluationConfig:
     """
 
     envs: tuple[str, ...]
-    computes: tuple[str, ...] = ("dense",)
+    computes: tuple[str, ...] = ()
     episodes: int = 20
     first_seed: int = FIRST_SEED
+    noise_seeds: int = 1
     knobs: Knobs = field(default_factory=Knobs)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 60
@@ -72,8 +76,8 @@ class EvaluationConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if not self.envs or not self.computes:
-            raise ConfigError("An evaluation needs at least one --env and one --compute.")
+        if not self.envs:
+            raise ConfigError("An evaluation needs at least one --env.")
         if self.workers < 0 or self.latency_chunks < 1 or self.language_episodes < 0:
             raise ConfigError("workers and language_episodes must be at least 0, latency_chunks at least 1.")
         if self.language_episodes > self.episodes:
@@ -88,9 +92,10 @@ def evaluate(
     env: str | Sequence[str],
     out: Path | str,
     *,
-    compute: str | Sequence[str] = "dense",
+    compute: str | Sequence[str] = (),
     episodes: int = 20,
     first_seed: int = FIRST_SEED,
+    noise_seeds: int = 1,
     solver_steps: int = 10,
     n_action_steps: int | None = None,
     max_steps: int | None = None,
@@ -113,9 +118,11 @@ def evaluate(
         checkpoint: folder or Hub repository.
         env: environments or groups of them: "metaworld/drawer-open-v3", "metaworld/easy".
         out: folder of the results.
-        compute: names of compute policies as ``vlaflow eval --compute`` takes them: "dense:2", "exit:NAME", "budget:20".
-        episodes: per environment and compute policy.
-        first_seed: episode i has the seed ``first_seed + i``.
+        compute: names of compute policies as ``vlaflow eval --compute`` takes them: "dense:2", "exit:NAME", "budget:20"; by
+            default "auto" if the checkpoint's sampler was calibrated, else "dense".
+        episodes: environment seeds per environment and compute policy.
+        first_seed: the first environment seed; the others follow.
+        noise_seeds: episodes per environment seed, with other noise of the policy each; intervals and tests account for it.
         solver_steps: of the decoder, for compute policies whose name states no number.
         n_action_steps: actions executed per chunk; None takes the checkpoint's own.
         max_steps: steps after which an episode is cut off; None takes the suite's.
@@ -137,6 +144,7 @@ def evaluate(
         computes=(compute,) if isinstance(compute, str) else tuple(compute),
         episodes=episodes,
         first_seed=first_seed,
+        noise_seeds=noise_seeds,
         knobs=Knobs(solver_steps, device=device),
         rollout=RolloutConfig(n_action_steps, max_steps, render, device),
         videos=videos,
@@ -165,21 +173,19 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     folder = local_folder(checkpoint)
     envs = expand_env_names(config.envs)
     home = Checkpoint(folder, fingerprint(folder))
+    config = replace(config, computes=config.computes or (default_name(folder),))
+    if "auto" in config.computes and (calibration := sampler_choice.load(home)):
+        calibration.require_unseen(envs, config.first_seed, config.episodes)
     computes = parse_all(config.computes, config.knobs, home)
     policy = Policy.from_pretrained(folder, config.rollout.device)
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
-    max_steps = rollout.max_steps or min(simulator_spec(parse_env_name(env)[0]).max_steps for env in envs)
-    rollout = replace(rollout, max_steps=max_steps)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
 
-    jobs = plan(envs, computes, config.episodes, config.first_seed)
-    swap_max_steps = min(config.language_max_steps, max_steps)
+    jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
+    swap_max_steps = min(config.language_max_steps, *(step_limit(env, rollout.max_steps) for env in envs))
     swap = None
     if config.language_episodes:
-        dense = parse("dense", config.knobs)
-        swap = language.plan_swap(envs, dense, config.language_episodes, config.first_seed, swap_max_steps)
-        if "dense" not in config.computes:
-            raise ConfigError("The language-swap test compares with the dense policy: add --compute dense.")
+        swap = language.plan_swap(envs, computes[0], config.language_episodes, config.first_seed, swap_max_steps)
     everything = [*jobs, *(swap.jobs if swap else ())]
     require_writable(out / RESULTS)
     if config.videos:
@@ -202,15 +208,15 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
                 episodes,
                 latency,
                 n_action_steps=rollout.n_action_steps or 0,
-                max_steps=max_steps,
+                max_steps=rollout.max_steps,
                 render=rollout.render,
                 solver_steps=config.knobs.steps,
             )
-            dense_episodes = [e for e in episodes if e.compute == "dense"]
+            right = [e for e in episodes if e.compute == computes[0].name]
             found = Results(
                 evaluations=evaluations,
                 minutes=Minutes(evaluate=log.spent / 60).summed(),
-                versions=versions(),
+                versions=versions() | rendering_versions(envs, rollout.render),
                 command=command_line(),
                 checkpoint=str(checkpoint),
                 fingerprint=home.fingerprint,
@@ -219,7 +225,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
                 paired=results.compare(evaluations),
                 latency=tuple(latency),
                 revision=revision,
-                language=language.count_swap(swap, dense_episodes, swapped, swap_max_steps) if swap else (),
+                language=language.count_swap(swap, right, swapped, swap_max_steps) if swap else (),
             )
             results.write(found, out / RESULTS)
         log.remove()
@@ -246,8 +252,9 @@ def _settings(
         "computes": [to_json(compute) for compute in computes],
         "episodes": config.episodes,
         "first_seed": config.first_seed,
+        "noise_seeds": config.noise_seeds,
         "rollout": to_json(rollout),
         "language": [config.language_episodes, config.language_max_steps],
-        "versions": versions(),
+        "versions": versions() | rendering_versions(config.envs, rollout.render),
         "machine": machine(),
     }

@@ -23,20 +23,25 @@ class Interval:
     high: float
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+def wilson(successes: int, n: int, level: float = 0.95, effective: float | None = None) -> Interval:
     """Wilson's score interval for a success rate.
 
     The rates p that a score test would not reject: those with |s/n − p| ≤ z·√(p(1−p)/n), which is a quadratic in p.
     It lies within [0, 1] and keeps its level at n = 20, unlike s/n ± 1.96·standard error.
 
     >>> wilson(20, 20).low  # 0.839: twenty successes in a row do not rule out a failure rate of one in six
+
+    Args:
+        successes, n: counts.
+        level: confidence level.
+        effective: number of independent episodes that these are worth, if fewer (``clusters.effective_size``).
     """
     if not 0 <= successes <= n or n < 1:
         raise ConfigError(f"{successes} successes in {n} episodes is not a success rate.")
-    z2 = _z(level) ** 2
-    rate = successes / n
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2) / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    z2 = quantile(level) ** 2
+    rate, size = successes / n, n if effective is None else effective
+    centre = (rate + z2 / (2 * size)) / (1 + z2 / size)
+    half = math.sqrt(z2) / (1 + z2 / size) * math.sqrt(rate * (1 - rate) / size + z2 / (4 * size * size))
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return Interval(low, high)
@@ -86,21 +91,26 @@ def sign_test(positive: int, negative: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired_difference(outcomes: PairedOutcomes, level: float = 0.95) -> Interval:
+def paired_difference(outcomes: PairedOutcomes, level: float = 0.95, effective: float | None = None) -> Interval:
     """Interval for the difference of two paired success rates, second minus first.
 
     Newcombe (1998), method 10: the two Wilson intervals combined as the sides of a triangle whose angle is the correlation
     of the outcomes (continuity-corrected, so that few pairs do not suggest a high one). It lies within [−1, 1] and has a
     positive width even if the policies never disagree.
+
+    Args:
+        outcomes: the pairs.
+        level: confidence level.
+        effective: number of independent pairs that these are worth, if fewer (``clusters.effective_size``).
     """
     a, b, c, d = outcomes.both, outcomes.only_second, outcomes.only_first, outcomes.neither
     n = outcomes.n
     mine, theirs = (a + b) / n, (a + c) / n  # second, first
-    own, other = wilson(a + b, n, level), wilson(a + c, n, level)
+    own, other = wilson(a + b, n, level, effective), wilson(a + c, n, level, effective)
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     covariance = float(a * d - b * c)
     if covariance > 0:
-        covariance = max(covariance - n / 2, 0.0)
+        covariance = max(covariance - n * n / (2 * (effective or n)), 0.0)
     correlation = covariance / math.sqrt(margins) if margins else 0.0
 
     def side(x: float, y: float) -> float:
@@ -138,7 +148,8 @@ class Percentiles:
         return Percentiles(float(p50), float(p99))
 
 
-def _z(level: float) -> float:
+def quantile(level: float) -> float:
+    """The number that a standard normal variable exceeds in absolute value with probability 1 − ``level``."""
     if not 0 < level < 1:
         raise ConfigError(f"A confidence level must lie between 0 and 1, got {level}.")
     from statistics import NormalDist

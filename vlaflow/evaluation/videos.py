@@ -147,10 +147,10 @@ def _record_one(
         raise DataError(
             f"{job.name} had another outcome when it was repeated, so results here are not reproducible. Please report this."
         )
-    stem = re.sub(r"[^\w.-]+", "-", f"{job.env.rpartition('/')[2]}-{job.compute.name}-{job.seed}")
+    stem = re.sub(r"[^\w.-]+", "-", f"{job.env.partition('/')[2]}-{job.compute.name}-{job.seed}-{job.noise_seed}")
     steps_shown = [min(i * every, episode.steps) for i in range(len(frames))]
     outcome = f"success at step {episode.first_success_step}" if episode.success else f"no success in {episode.steps} steps"
-    lines = (job.env.rpartition("/")[2], f"{job.compute.name}, seed {job.seed}")
+    lines = (job.env.partition("/")[2], f"{job.compute.name}, {episode.seed_label}")
     captioned = [caption(f, *lines, f"step {s}: {outcome}") for f, s in zip(frames, steps_shown, strict=True)]
     write_mp4(captioned + [captioned[-1]] * (FRAMES_PER_SECOND // 2), Path(folder) / f"{stem}.mp4")
     chosen = sorted({0, len(shown) // 2})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,6 +25,7 @@ from vlaflow import __version__
 from vlaflow.backbones.base import BackboneConfig, Prefix
 from vlaflow.backbones.inputs import Processor
 from vlaflow.backbones.language import speaking
+from vlaflow.compute.auto import calibrated
 from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.config import from_json, to_json
@@ -40,6 +42,7 @@ from vlaflow.io import load_weights, read_json, write_json
 from vlaflow.policies.action_prefix import conditioning_of
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
+from vlaflow.policies.provenance import fingerprint
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
 
 
@@ -95,6 +98,7 @@ class Policy:
         model: the networks.
         card: text of the checkpoint's README.md.
         backbone_processor: makes the backbone's inputs; by default the one that the config opens.
+        folder: the checkpoint it was opened from; None for a new one.
 
     Attributes:
         processor: from observations in robot units to the networks' inputs, on the CPU (see ``PolicyProcessor``).
@@ -106,6 +110,7 @@ class Policy:
     model: Model
     card: str = ""
     backbone_processor: Processor | None = field(default=None, repr=False)
+    folder: Path | None = None
     processor: PolicyProcessor = field(init=False, repr=False)
     _action: Normalizer = field(init=False, repr=False)
 
@@ -151,7 +156,16 @@ class Policy:
             torch.manual_seed(seed)
             network = rater.build(self.config.decoder.action_dim, self.config.decoder.chunk_size)
         model = Model(self.model.backbone, self.model.decoder, network, self.model.depths)
-        return replace(self, config=replace(self.config, rater=rater), model=model)
+        return replace(self, config=replace(self.config, rater=rater), model=model, folder=None)
+
+    @cached_property
+    def default_compute(self) -> ComputePolicy:
+        """What ``act`` runs unless the caller says otherwise: ``auto`` where the sampler was calibrated, else ``Dense()``.
+
+        Raises:
+            CalibrationError: for a calibration of other weights.
+        """
+        return (None if self.folder is None else calibrated(self.folder, fingerprint)) or Dense()
 
     @property
     def device(self) -> torch.device:
@@ -244,7 +258,7 @@ class Policy:
 
         Args:
             observation: one observation, or several of the same robot, in robot units.
-            compute: how much compute to spend; ``Dense()`` by default.
+            compute: how much compute to spend; ``default_compute`` by default.
             generator: one per observation; by default each is seeded with 0, so the same observation gives the same chunk.
             action_prefix: what of the chunk before each new one continues; None for a fresh start.
             guided: continue by guidance even where training gave the decoder committed actions.
@@ -275,7 +289,7 @@ class Policy:
         conditioning = conditioning_of(action_prefixes, self.model.decoder, self._action, device=self.device, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
         with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode():
-            chunks = self._decode(observations, compute or Dense(), generators, conditioning)
+            chunks = self._decode(observations, compute or self.default_compute, generators, conditioning)
         for chunk, known in zip(chunks, action_prefixes, strict=True):
             if known is not None:
                 chunk.actions[: known.count] = known.actions[: known.count]
@@ -381,7 +395,7 @@ class Policy:
         load_weights(model, folder / "model.safetensors")
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor)
+        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder)
 
 
 def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:

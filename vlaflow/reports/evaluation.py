@@ -13,13 +13,13 @@ from typing import Any
 
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
-from vlaflow.evaluation.results import EARLY, Minutes, PairedTest, Results, read
+from vlaflow.evaluation.results import Evaluation, Minutes, PairedTest, Results, Within, read
 from vlaflow.evaluation.run import RESULTS, VIDEOS
 from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports import page, revision_plots
 from vlaflow.reports.page import Figure, Table
-from vlaflow.reports.words import NOTABLE, percent, rate, short, signed
+from vlaflow.reports.words import NOTABLE, percent, played, rate, short, signed, step_limits, too_few
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -49,18 +49,18 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "tile_entries": tiles(results),
         "lead_clip": _clip(lead, folder) if lead else None,
         "more_clips": [_clip(video, folder) for video in videos if video is not lead],
-        "protocol": f"{first.episodes} episodes per environment and compute policy on the same seeds, {first.seeds[0]} to "
-        f"{first.seeds[-1]}; {first.n_action_steps} actions of each chunk executed; at most {first.max_steps} "
-        "steps; the first success ends the episode.",
+        "protocol": f"{played(results)}, the same for every compute policy; {first.n_action_steps} actions of each chunk "
+        f"executed; at most {step_limits(results.evaluations)} steps; the first success ends the episode.",
         "success": Figure(plots.success(results)),
         "success_table": success_table(results),
+        "too_few": too_few(results),
         "paired": paired(results),
         "latency_protocol": f"{results.latency[0].chunks} chunks per compute policy, in turns on the same observations, with "
         f"one process and one thread on an idle machine, {results.machine}. The prefix is encoded once per observation.",
         "latency": Figure(plots.latency(results.latency)),
         "latency_table": latency_table(results),
         "costs": costs(results),
-        "early": first.max_steps > EARLY,
+        "early": sorted({w.max_steps for e in results.evaluations for w in earlier(e)}),
         "first_success": Figure(plots.first_success(results)),
         "steps_table": steps_table(results),
         "revised": Figure(revision_plots.revised(revising)) if revising else None,
@@ -132,6 +132,9 @@ def success_table(results: Results) -> Table:
     if len(results.envs) > 1:
         rows.append(["all", *cells(results.overall)])
         rows.append(["mean over environments", *(f"{100 * o.mean_over_envs:.1f} %" for o in results.overall)])
+        for protocol in dict.fromkeys(w.protocol for e in results.evaluations for w in earlier(e)):
+            counts = [(o.within.get(protocol), o.episodes) for o in results.overall]
+            rows.append([f"all, within {protocol}'s limits", *("–" if k is None else f"{k}/{n}" for k, n in counts)])
     return Table(("environment", *results.computes), rows, totals=(len(results.envs),))
 
 
@@ -152,9 +155,17 @@ def paired(results: Results) -> dict[str, Any] | None:
         ]
         for t in results.paired
     ]
+    repeated = any(max(e.noise_seeds) for e in results.evaluations)
+    method = (
+        "p: exact permutation test over environment seeds; interval of the difference: Newcombe's method 10, 95 %, with the "
+        "effective number of pairs."
+        if repeated
+        else "p: exact McNemar test; interval of the difference: Newcombe's method 10, 95 %."
+    )
     heads = ("environment", "compared", "both", "only the first", "only the second", "neither", "difference, points", "p")
     overall = next((i for i, t in enumerate(results.paired) if t.env == "all"), 0)
-    return {"summary": summary, "notable": bool(notable), "table": Table(heads, rows, (0, 1), (overall,) if overall else ())}
+    table = Table(heads, rows, (0, 1), (overall,) if overall else ())
+    return {"summary": summary, "notable": bool(notable), "method": method, "table": table}
 
 
 def latency_table(results: Results) -> Table:
@@ -177,17 +188,23 @@ def latency_table(results: Results) -> Table:
     return Table(("compute", "p50, ms", "p99, ms", *names, *counts), rows, dense=True)
 
 
+def earlier(entry: Evaluation) -> list[Within]:
+    """Published evaluations that stop before this one."""
+    return [w for w in entry.within if w.max_steps < entry.max_steps]
+
+
 def steps_table(results: Results) -> Table:
     """Number of steps to success."""
-    early = results.evaluations[0].max_steps > EARLY
+    early = list(dict.fromkeys(w.protocol for e in results.evaluations for w in earlier(e)))
     rows = []
     for e in results.evaluations:
         known = sorted(step for step in e.first_success_steps if step is not None)
         three = (known[len(known) // 2], known[0], known[-1]) if known else ("–", "–", "–")
-        within = [f"{e.successes_within_400}/{e.episodes}"] if early else []
+        counts = {w.protocol: f"{w.successes}/{e.episodes} by step {w.max_steps}" for w in e.within}
+        within = [counts.get(protocol, "–") for protocol in early]
         chunks = sum(p.chunks for p in e.per_episode) / e.episodes
         rows.append([short(e.env), e.compute, *map(str, three), *within, f"{chunks:.1f}"])
-    within = [f"success by step {EARLY}"] if early else []
+    within = [f"success within {protocol}'s limit" for protocol in early]
     heads = ("environment", "compute", "median step of success", "earliest", "latest", *within, "chunks per episode")
     return Table(heads, rows, (0, 1))
 
@@ -220,7 +237,7 @@ def language(results: Results) -> dict[str, Any] | None:
         for env in results.envs
     ]
     text = (
-        "The dense policy on the same seeds with the right instruction, another task's, or none. A success is the "
+        f"{results.computes[0]} on the same seeds with the right instruction, another task's, or none. A success is the "
         f"environment's own task within {results.language[0].max_steps} steps. A policy that succeeds with any instruction "
         "ignores it."
     )
@@ -232,9 +249,11 @@ def facts(results: Results) -> dict[str, str]:
     first = results.evaluations[0]
     return {
         "checkpoint": f"{results.checkpoint}, content {results.fingerprint}",
-        "seeds": f"{', '.join(map(str, first.seeds))}; the noise of chunk k of an episode is drawn from (seed, k)",
+        "seeds": f"{', '.join(map(str, dict.fromkeys(first.seeds)))}; the noise of chunk k of an episode is drawn from "
+        f"{'(seed, k, noise seed)' if max(first.noise_seeds) else '(seed, k)'}",
         "settings": f"{first.solver_steps} solver steps per round where the compute policy states none, "
-        f"{first.n_action_steps} actions executed per chunk, at most {first.max_steps} steps, {first.render} rendering",
+        f"{first.n_action_steps} actions executed per chunk, at most {step_limits(results.evaluations)} steps, "
+        f"{first.render} rendering",
         "machine": results.machine,
         "minutes": _minutes(results.minutes),
         "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
@@ -250,8 +269,12 @@ def costs(results: Results) -> list[str]:
         ]
         if extra:
             shares = " and ".join(f"the {name} takes {share:.1f} %" for name, share in extra)
-            base = next((b for b in results.latency if b.compute == "dense"), None)
-            ratio = f" A chunk takes {entry.total.p50 / base.total.p50:.2f} times as long as a dense one (p50)." if base else ""
+            base = next((b for b in results.latency if b.compute == results.computes[0]), None)
+            ratio = (
+                f" A chunk takes {entry.total.p50 / base.total.p50:.2f} times as long as with {base.compute} (p50)."
+                if base
+                else ""
+            )
             found.append(f"{entry.compute}: {shares} of a chunk's time.{ratio}")
     found += [
         f"{entry.compute}: the prefix is not recomputed at every step, which changes the actions by "
@@ -290,14 +313,14 @@ def _clip(video: EpisodeVideo, folder: Path) -> dict[str, str]:
     outcome = f"success at step {e.first_success_step}" if e.success else f"no success in {e.steps} steps"
     return {
         "source": page.data_url((folder / video.file).read_bytes(), "video/mp4"),
-        "text": f"{short(e.env)}, {e.compute}, seed {e.seed}: {outcome}. One frame in {video.frame_every} steps.",
+        "text": f"{short(e.env)}, {e.compute}, {e.seed_label}: {outcome}. One frame in {video.frame_every} steps.",
     }
 
 
 def _chunks(video: EpisodeVideo, folder: Path) -> list[dict[str, Any]]:
     e, found = video.episode, []
     for chunk in video.chunks:
-        detail = f"{e.compute}, seed {e.seed}, step {chunk.step}"
+        detail = f"{e.compute}, {e.seed_label}, step {chunk.step}"
         if chunk.regenerated is not None:
             detail += f"; {sum(chunk.regenerated)} of {len(chunk.actions)} actions regenerated"
         found.append(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.evaluation.latency import PARTS, Latency
-from vlaflow.evaluation.results import EARLY, Minutes, Results
+from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.videos import EpisodeVideo, VideoChunk
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, PAPER, SERIES, WIDTH, figure
 from vlaflow.reports.words import short
@@ -67,8 +67,8 @@ def first_success(results: Results) -> str:
                 x = [0, *steps, entry.max_steps]
                 y = [0, *(100 * (i + 1) / entry.episodes for i in range(len(steps))), 100 * len(steps) / entry.episodes]
                 axis.step(x, y, where="post", color=SERIES[c % 5], ls=LINES[c % 5], lw=1.8, label=compute, clip_on=False)
-            if entry.max_steps > EARLY:
-                axis.axvline(EARLY, color=FAINT, lw=0.8)
+            for limit in {w.max_steps for w in entry.within if w.max_steps < entry.max_steps}:
+                axis.axvline(limit, color=FAINT, lw=0.8)
             axis.set(title=short(env), xlim=(0, entry.max_steps), ylim=(0, 100), xlabel="simulator steps")
             axis.locator_params(axis="x", nbins=3)
         for axis in grid[::columns]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+from vlaflow.evaluation.results import Evaluation, PairedTest, Results
 
 NOTABLE = 0.05
 """p-value below which a comparison is notable."""
@@ -10,7 +13,13 @@ NOTABLE = 0.05
 
 def short(env: str) -> str:
     """The task without its suite and version."""
-    return re.sub(r"-v\d+$", "", env.rpartition("/")[2])
+    return re.sub(r"-v\d+$", "", env.partition("/")[2])
+
+
+def step_limits(evaluations: Sequence[Evaluation]) -> str:
+    """500, or 280 to 520 if the environments differ."""
+    limits = sorted({e.max_steps for e in evaluations})
+    return f"{limits[0]}" if len(limits) == 1 else f"{limits[0]} to {limits[-1]}"
 
 
 def percent(interval: tuple[float, float]) -> str:
@@ -34,3 +43,42 @@ def middle(steps: tuple[int | None, ...]) -> str:
     """The median number of steps over the successes."""
     known = sorted(step for step in steps if step is not None)
     return f"{known[len(known) // 2]}" if known else "none"
+
+
+def played(results: Results) -> str:
+    """Number of episodes per environment and compute policy, and their seeds."""
+    first = results.evaluations[0]
+    seeds, repetitions = sorted(set(first.seeds)), len(set(first.noise_seeds))
+    span = f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"{first.episodes} episodes each, {span}" + (f", {repetitions} noise seeds each" if repetitions > 1 else "")
+
+
+def too_few(results: Results) -> list[str]:
+    """What the number of episodes cannot show: a sentence for single environments and one for all together, where needed.
+
+    A difference that is not significant and smaller than the smallest detectable one may be chance, and so may its absence.
+    """
+    single = [test for test in results.paired if test.env != "all"]
+    pooled = [test for test in results.paired if test.env == "all"]
+    where = "over all environments" if single else ""
+    return [*_too_few(single, "per environment"), *_too_few(pooled, where)]
+
+
+def _too_few(tests: list[PairedTest], where: str) -> list[str]:
+    open_tests = [t for t in tests if t.p_value >= NOTABLE and abs(t.difference) < t.detectable]
+    if not open_tests:
+        return []
+    largest = max(open_tests, key=lambda t: abs(t.difference))
+    pairs = largest.both + largest.only_first + largest.only_second + largest.neither
+    worth = f" (worth {largest.effective_pairs:.0f} independent ones)" if round(largest.effective_pairs) < pairs else ""
+    low, high = (f"{100 * side(t.detectable for t in open_tests):.0f}" for side in (min, max))
+    limit = low if low == high else f"{low} to {high}"
+    place = f" {where}" if where else ""
+    sentence = f"With {pairs} pairs{place}{worth}, differences below about {limit} points cannot be told from chance"
+    if largest.episodes_needed is None:
+        return [f"{sentence}."]
+    which = f"{largest.second} against {largest.first}" + ("" if largest.env == "all" else f", {short(largest.env)}")
+    return [
+        f"{sentence}; at least {largest.episodes_needed} episodes{place} would be needed for the "
+        f"{100 * abs(largest.difference):.1f} points shown ({which})."
+    ]

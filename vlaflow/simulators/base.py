@@ -1,14 +1,16 @@
 """The interface of every simulator: names, capabilities, and environments that a policy, a recorder or a checker can drive.
 
-An environment is named ``suite/task`` ("metaworld/drawer-open-v3"); ``suite/group`` and ``suite/all`` stand for several.
+An environment is named ``suite/task`` ("metaworld/drawer-open-v3", "libero/object/3"; the suite ends at the first slash);
+``suite/group`` and ``suite/all`` stand for several.
 Importing this module loads no simulator: suites are found by name and imported on first use.
 The environments are ordinary `gymnasium.Env`s with a few additions, listed at `Environment`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,10 +34,17 @@ class SimulatorSpec:
         action: what an action means.
         state_names: the S numbers of the state, in order.
         views: camera views of an observation.
-        max_steps: steps after which an episode is cut off.
+        max_steps: steps after which an episode is cut off, by task name.
+        protocols: step limits of published evaluations, by the evaluation's name and then by task name. None exceeds
+            ``max_steps``, so one run gives the success rate under each of them, from the step of the first success.
         size: default side of the image in pixels, by rendering quality.
         lazy: whether physics can advance without rendering.
         protocol: the evaluation protocol that this follows, for reports.
+        rendering: version of the pictures by rendering quality; a change of pixels changes it. Empty where the
+            simulator's own version says it.
+        excluded: groups that the simulator lists but that cannot run here, with the reason.
+        kept: number of environments that a worker keeps for later episodes. One that has rendered takes 10 to 60 MB of
+            memory in Meta-World, and 300 MB in LIBERO.
     """
 
     suite: str
@@ -45,10 +54,14 @@ class SimulatorSpec:
     action: ActionSpec
     state_names: tuple[str, ...]
     views: tuple[str, ...]
-    max_steps: int
+    max_steps: Mapping[str, int]
+    protocols: Mapping[str, Mapping[str, int]]
     size: Mapping[str, int]
     lazy: bool
     protocol: str
+    rendering: Mapping[str, str] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    kept: int = 8
 
 
 @runtime_checkable
@@ -56,9 +69,16 @@ class Environment(Protocol):
     """A `gymnasium.Env` with the additions of this library.
 
     Observations are ``{"pixels": (H, W, 3) uint8, "agent_pos": (S,) float32}`` (``pixels`` is a dict by view if there
-    are several views). ``info`` holds ``success`` and ``is_success`` (bool, at this step), ``steps`` (int, since reset)
-    and ``first_success_step`` (int, counted from 1; −1 before the first success). The first success terminates the episode;
-    further steps are allowed until the step limit.
+    are several views; see ``pixels``). ``info`` holds ``success`` and ``is_success`` (bool, at this step), ``steps``
+    (int, since reset) and ``first_success_step`` (int, counted from 1; −1 before the first success). The first success
+    terminates the episode; further steps are allowed until the step limit.
+
+    A simulator with stored initial states starts an episode at one of them, which the seed selects, as its evaluation
+    protocol asks; the option ``{"start": "random"}`` draws a placement from the seed instead. Recording uses this option.
+    Where every placement is drawn anyway, it changes nothing.
+
+    Attributes:
+        view: the main view, which ``render`` returns and videos show.
     """
 
     name: str
@@ -84,10 +104,10 @@ class Environment(Protocol):
         ...
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode and render. The same seed gives the same bytes, whatever happened before."""
+        """Start an episode and render. The same seed and options give the same bytes, whatever happened before."""
         ...
 
-    def restart(self, seed: int | None = None) -> dict[str, Any]:
+    def restart(self, seed: int | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
         """`reset` without rendering; returns info."""
         ...
 
@@ -104,12 +124,21 @@ class Environment(Protocol):
         ...
 
     def render(self) -> np.ndarray:
-        """The current image, (H, W, 3) uint8."""
+        """The current image of the main view, (H, W, 3) uint8."""
         ...
 
     def close(self) -> None:
         """Release the simulator."""
         ...
+
+
+RANDOM_START: dict[str, Any] = {"start": "random"}
+"""Option of a reset: draw the placement from the seed, also where there are stored initial states."""
+
+
+def pixels(images: Mapping[str, np.ndarray]) -> Any:
+    """``pixels`` of an observation: the image of the only view, or a dict of images by view."""
+    return dict(images) if len(images) > 1 else next(iter(images.values()))
 
 
 class Expert(Protocol):
@@ -168,6 +197,25 @@ def simulator_spec(suite: str) -> SimulatorSpec:
     return suite_of(suite).spec
 
 
+def step_limit(name: str, max_steps: int | None = None) -> int:
+    """Steps after which an episode of the environment "suite/task" is cut off: ``max_steps``, or the suite's limit."""
+    suite, task = parse_env_name(name)
+    return max_steps or simulator_spec(suite).max_steps[task]
+
+
+def protocol_limits(name: str) -> dict[str, int]:
+    """Step limits of published evaluations of the environment "suite/task", by the evaluation's name."""
+    suite, task = parse_env_name(name)
+    return {protocol: limits[task] for protocol, limits in simulator_spec(suite).protocols.items()}
+
+
+def rendering_versions(names: Iterable[str], render: Render) -> dict[str, str]:
+    """Versions of the pictures of the suites of some environments, as results and data sets record them with ``versions``."""
+    suites = dict.fromkeys(name.partition("/")[0] for name in names)
+    found = {suite: simulator_spec(suite).rendering.get(render) for suite in suites}
+    return {f"{suite} pictures": version for suite, version in found.items() if version}
+
+
 def parse_env_name(name: str) -> tuple[str, str]:
     """Split "metaworld/drawer-open-v3" into ("metaworld", "drawer-open-v3").
 
@@ -179,10 +227,11 @@ def parse_env_name(name: str) -> tuple[str, str]:
         owners = [s for s in suites() if _has(s, name)]
         hint = f"did you mean '{owners[0]}/{name}'?" if owners else "for example 'metaworld/drawer-open-v3'."
         raise ConfigError(f"An environment is named 'suite/task', got '{name}'; {hint}")
-    tasks = simulator_spec(suite).tasks
-    if task not in tasks:
-        full = [f"{suite}/{t}" for t in tasks]
-        raise ConfigError(f"There is no environment '{name}'; {nearest(name, full)}")
+    spec = simulator_spec(suite)
+    if task not in spec.tasks:
+        reason = spec.excluded.get(task.partition("/")[0])
+        hint = reason if reason else nearest(name, [f"{suite}/{t}" for t in [*spec.tasks, *spec.groups]])
+        raise ConfigError(f"There is no environment '{name}'; {hint}")
     return suite, task
 
 
@@ -217,7 +266,7 @@ def make(name: str, *, render: Render = "fast", size: int | None = None) -> Envi
 
     Raises:
         ConfigError: for an unknown name or an impossible size.
-        CapabilityError: when the simulator is not installed.
+        CapabilityError: when the simulator is not installed, or lacks a file that this task needs.
     """
     suite, task = parse_env_name(name)
     found = suite_of(suite)
@@ -241,18 +290,18 @@ def _has(suite: str, task: str) -> bool:
 
 
 _kept: dict[tuple[str, Render, int | None], Environment] = {}
-_KEEP = 8
 
 
 def cached(name: str, *, render: Render = "fast", size: int | None = None) -> Environment:
     """The environment of this process with these settings, created on the first call; reset it before use.
 
-    Workers use this so that consecutive episodes of one task share one environment. The last 8 are kept (an environment
-    that has rendered takes 10 to 60 MB); older ones are closed. One environment must not be used in two places at once.
+    Workers use this so that consecutive episodes of one task share one environment. The latest are kept, as many as their
+    suite allows (``SimulatorSpec.kept``); older ones are closed. One environment must not be used in two places at once.
     """
     key = (name, render, size)
     env = _kept.pop(key, None) or make(name, render=render, size=size)
     _kept[key] = env
-    while len(_kept) > _KEEP:
+    while sum(1 / simulator_spec(suite.partition("/")[0]).kept for suite, _, _ in _kept) > 1 + 1e-9:
         _kept.pop(next(iter(_kept))).close()
+        gc.collect()  # simulators refer to themselves in circles, and one model may take 300 MB
     return env

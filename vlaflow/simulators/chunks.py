@@ -13,7 +13,7 @@ import numpy as np
 
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.simulators import gl
-from vlaflow.simulators.base import Environment
+from vlaflow.simulators.base import Environment, pixels
 from vlaflow.spec import Observation
 
 gl.prepare()
@@ -92,9 +92,9 @@ class ChunkEnv(gymnasium.Wrapper):
             single.dtype,
         )
 
-    def restart(self, seed: int | None = None) -> dict[str, Any]:
+    def restart(self, seed: int | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
         """Start an episode without rendering (except the first frame of a video); returns info."""
-        info = self._inner.restart(seed)
+        info = self._inner.restart(seed, options)
         self.frames = [self._inner.render()] if self._video else []
         return info
 
@@ -133,9 +133,8 @@ class ChunkEnv(gymnasium.Wrapper):
         """Execute a chunk, then render once: (observation, summed reward, terminated, truncated, info with ``executed``)."""
         done = self.execute(chunk)
         observed = self._inner.observe()
-        pixels: Any = dict(observed.images) if len(observed.images) > 1 else next(iter(observed.images.values()))
-        info = {**done.info, "executed": done.steps}
-        return {"pixels": pixels, "agent_pos": observed.state}, done.reward, done.terminated, done.truncated, info
+        observation = {"pixels": pixels(observed.images), "agent_pos": observed.state}
+        return observation, done.reward, done.terminated, done.truncated, {**done.info, "executed": done.steps}
 
     def observe(self) -> Observation:
         """The current observation; rendered at most once per step."""

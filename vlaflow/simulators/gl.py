@@ -1,4 +1,4 @@
-"""Off-screen OpenGL for MuJoCo: environment variables, and one off-screen camera per model.
+"""Off-screen OpenGL for MuJoCo: environment variables, and the off-screen cameras of a model.
 
 MuJoCo chooses its OpenGL library when it is first imported, so `prepare` must run before that; every simulator of this
 package calls it. The user's own settings always take precedence.
@@ -11,14 +11,19 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
 
 from vlaflow.errors import CapabilityError
+from vlaflow.simulators.display import in_view, simplified
 
 Quality = Literal["fast", "exact"]
+_HIDDEN_GROUP = 5
+"""A group of geoms that MuJoCo does not show by default."""
 
 NO_OPENGL = (
     "MuJoCo found no OpenGL to render off screen ({why}). On Debian or Ubuntu: apt-get install libegl1 libgl1 libopengl0 "
@@ -94,31 +99,100 @@ def _backend() -> Any:
     return maker
 
 
-class OffscreenCamera:
-    """Renders images of one MuJoCo model with one of its cameras.
+class OffscreenCameras:
+    """Renders images of one MuJoCo model with some of its cameras.
+
+    A picture is taken in two steps, so that it can show a moment that is over when it is asked for: ``capture`` records what
+    each camera sees (microseconds), ``take`` renders the latest capture (milliseconds).
 
     Args:
         model: the mujoco.MjModel. With quality "fast" its off-screen buffer is set to the size of the image
             without multisampling, which affects images only.
-        camera: name of a camera of the model.
-        size: side of the square image in pixels.
+        cameras: names of cameras of the model.
+        size: side of the square images in pixels.
         quality: "exact" keeps every default of the model (4 samples per pixel, shadows, reflections), with which
-            published Meta-World numbers were measured; "fast" disables all three and is about ten times cheaper.
+            published numbers were measured; "fast" disables all three, leaves out what lies outside the picture, and is
+            several times cheaper.
+        hidden: groups of geoms that are not shown, in addition to MuJoCo's default.
+        simplify: with "fast", also simplify display meshes; see ``display``.
     """
 
-    def __init__(self, model: Any, camera: str, size: int, quality: Quality) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cameras: Sequence[str],
+        size: int,
+        quality: Quality,
+        hidden: Sequence[int] = (),
+        *,
+        simplify: bool = False,
+    ) -> None:
         import mujoco
 
         self._mujoco = mujoco
         self._model = model
+        self._simplify = simplify
         self.size = size
         self.quality = quality
         self.taken = 0
-        self._scene: Any = None
         self._gpu: Any = None
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = model.camera(camera).id
+        self._options, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
+        for group in hidden:
+            self._options.geomgroup[group] = 0
+        self._cameras, self._scenes = {}, {}
+        for name in cameras:
+            camera = mujoco.MjvCamera()
+            camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(name).id
+            self._cameras[name], self._scenes[name] = camera, mujoco.MjvScene(model, 1000)
+            if quality == "fast":
+                self._scenes[name].flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+                self._scenes[name].flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+
+    def capture(self, data: Any) -> None:
+        """Record what the cameras see in ``data`` (mujoco.MjData, only read); needs no OpenGL."""
+        for name, scene in self._scenes.items():
+            camera = self._cameras[name]
+            with self._culled(data, camera.fixedcamid):
+                self._mujoco.mjv_updateScene(
+                    self._model, data, self._options, self._perturbation, camera, self._mujoco.mjtCatBit.mjCAT_ALL, scene
+                )
+
+    def take(self, camera: str) -> np.ndarray:
+        """Render the latest capture of a camera: (size, size, 3) uint8, row 0 at the bottom."""
+        mujoco = self._mujoco
+        if self._gpu is None:
+            self._open()
+        else:
+            _context()
+        view = mujoco.MjrRect(0, 0, self.size, self.size)
+        # Before every image: models share one OpenGL context, and without this the first image after another model's
+        # is rendered into that model's buffer, while the pixels read back are this model's previous image.
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
+        mujoco.mjr_render(view, self._scenes[camera], self._gpu)
+        pixels = np.empty((self.size, self.size, 3), np.uint8)
+        mujoco.mjr_readPixels(pixels, None, view, self._gpu)
+        self.taken += 1
+        return pixels
+
+    def close(self) -> None:
+        """Release the uploaded model; a later image uploads it again."""
+        if self._gpu is not None:
+            _context()
+            self._gpu.free()
+            self._gpu = None
+
+    @contextmanager
+    def _culled(self, data: Any, camera: int) -> Iterator[None]:
+        """Hide geoms outside the picture, with "fast"."""
+        if self.quality != "fast":
+            yield
+            return
+        group = self._model.geom_group.copy()
+        self._model.geom_group[~in_view(self._model, data, camera)] = _HIDDEN_GROUP
+        try:
+            yield
+        finally:
+            self._model.geom_group[:] = group
 
     def _open(self) -> None:
         """Upload the model to OpenGL (on the first image, so that an environment that is never rendered needs no OpenGL)."""
@@ -131,45 +205,9 @@ class OffscreenCamera:
             self._model.vis.quality.shadowsize = 0  # no shadow map is used, so its 64 MB need not be allocated
         else:
             screen.offwidth, screen.offheight = max(screen.offwidth, self.size), max(screen.offheight, self.size)
-        self._scene = mujoco.MjvScene(self._model, 1000)
-        if self.quality == "fast":
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._options, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
+        simplify = self._simplify and self.quality == "fast"
         try:
-            self._gpu = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
+            with simplified(self._model, self.size) if simplify else nullcontext():
+                self._gpu = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
         except mujoco.FatalError as problem:
             raise CapabilityError(NO_OPENGL.format(why=str(problem))) from problem
-
-    def take(self, data: Any) -> np.ndarray:
-        """Render the scene in ``data`` (mujoco.MjData, only read): (size, size, 3) uint8, row 0 at the bottom."""
-        mujoco = self._mujoco
-        if self._gpu is None:
-            self._open()
-        else:
-            _context()
-        mujoco.mjv_updateScene(
-            self._model,
-            data,
-            self._options,
-            self._perturbation,
-            self._camera,
-            mujoco.mjtCatBit.mjCAT_ALL,
-            self._scene,
-        )
-        view = mujoco.MjrRect(0, 0, self.size, self.size)
-        # Before every image: models share one OpenGL context, and without this the first image after another model's
-        # is rendered into that model's buffer, while the pixels read back are this model's previous image.
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
-        mujoco.mjr_render(view, self._scene, self._gpu)
-        pixels = np.empty((self.size, self.size, 3), np.uint8)
-        mujoco.mjr_readPixels(pixels, None, view, self._gpu)
-        self.taken += 1
-        return pixels
-
-    def close(self) -> None:
-        """Release the uploaded model; a later image uploads it again."""
-        if self._gpu is not None:
-            _context()
-            self._gpu.free()
-            self._gpu = self._scene = None

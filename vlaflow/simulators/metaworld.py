@@ -60,10 +60,10 @@ class MetaWorldEnv(gymnasium.Env):
         self.render_quality: Render = render
         self.action_spec = ACTION
         self.state_names = SPEC.state_names
-        self._max_episode_steps = SPEC.max_steps
+        self._max_episode_steps = SPEC.max_steps[task]
         self._sim, self._first_draw = _simulation(task)
         side = size or SPEC.size[render]
-        self._camera = gl.OffscreenCamera(self._sim.model, CAMERA, side, render)
+        self._camera = gl.OffscreenCameras(self._sim.model, (CAMERA,), side, render)
         self.action_space = spaces.Box(-1.0, 1.0, (ACTION.dim,), np.float32)
         self.observation_space = spaces.Dict(
             {
@@ -97,11 +97,12 @@ class MetaWorldEnv(gymnasium.Env):
         """Proprioception, (4,) float32: hand position in metres (world frame), opening of the fingers in [0, 1]."""
         return self.raw_observation[:STATE].astype(np.float32)
 
-    def restart(self, seed: int | None = None) -> dict[str, Any]:
+    def restart(self, seed: int | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
         """`reset` without rendering.
 
         Args:
             seed: determines where object and goal are; None continues the current random stream.
+            options: ignored.
 
         Returns:
             info, as after a step.
@@ -137,7 +138,7 @@ class MetaWorldEnv(gymnasium.Env):
         command = np.asarray(action, np.float32)
         if command.shape != (ACTION.dim,) or not np.isfinite(command).all():
             raise SpecError(f"{self.name} expects {ACTION.dim} finite numbers as an action, got {np.asarray(action)!r}.")
-        if self._raw is None or self._sim.curr_path_length >= SPEC.max_steps:
+        if self._raw is None or self._sim.curr_path_length >= self._max_episode_steps:
             raise SpecError(f"The episode of {self.name} is over or has not begun. Call reset(seed=...) first.")
         self._raw, reward, _, truncated, details = self._sim.step(command)
         self._image = None
@@ -156,7 +157,8 @@ class MetaWorldEnv(gymnasium.Env):
         if self._image is None:
             # The buffer's row 0 is the bottom, and LeRobot rotates the upright image by 180 degrees: together, the
             # rows stay as they are and the columns are mirrored.
-            self._image = self._camera.take(self._sim.data)[:, ::-1].copy()
+            self._camera.capture(self._sim.data)
+            self._image = self._camera.take(CAMERA)[:, ::-1].copy()
         return self._image.copy()
 
     def observe(self) -> Observation:

@@ -120,7 +120,8 @@ SPEC = SimulatorSpec(
     # hand position in metres (world), then the fingers' distance as a fraction of 0.1 m: 1 open, 0 closed
     state_names=("x", "y", "z", "gripper_opening"),
     views=("image",),
-    max_steps=500,
+    max_steps=dict.fromkeys(TASKS, 500),
+    protocols={"lerobot": dict.fromkeys(TASKS, 500), "evo1": dict.fromkeys(TASKS, 400)},
     size={"fast": 96, "exact": 480},
     lazy=True,
     protocol="LeRobot 0.6 Meta-World: corner2 camera, first success ends, 500 steps",

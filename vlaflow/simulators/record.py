@@ -5,7 +5,8 @@ that state; with noise, the executed action differs from the label (see ``expert
 episodes are kept, with a few frames after the first success, so that a policy also learns from the end.
 
 Workers record and encode videos in parallel; the parent process only joins them. The same config gives the same bytes with any
-number of workers, because an episode is a function of its environment and seed alone.
+number of workers, because an episode is a function of its environment and seed alone. Every episode starts at a placement
+drawn from its seed, also where evaluations use stored initial states.
 
 Seeds of recordings start at 10 000. Evaluation uses 1000 + i (LeRobot's protocol), so no episode occurs in both.
 """
@@ -25,7 +26,15 @@ from vlaflow.data.video import Segment, encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.io import make_folder, storing
-from vlaflow.simulators.base import Environment, Render, cached, expand_env_names, simulator_spec
+from vlaflow.simulators.base import (
+    RANDOM_START,
+    Environment,
+    Render,
+    cached,
+    expand_env_names,
+    rendering_versions,
+    simulator_spec,
+)
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
 from vlaflow.simulators.workers import Progress, iterate_jobs
 from vlaflow.spec import Observation
@@ -202,7 +211,7 @@ def _provenance(
         "seed": config.seed,
         "seeds": seeds,
         "failed": failed,
-        "versions": versions(),
+        "versions": versions() | rendering_versions(config.envs, config.render),
     }
 
 
@@ -214,7 +223,7 @@ def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Pa
     """
     found = find_episode(job.env, job.episode, config, config.seed, size)
     env = found.env
-    env.restart(found.seed)
+    env.restart(found.seed, RANDOM_START)
     frames = [_observe_and_act(env, step) for step in found.steps]
     with storing(scratch.parent):
         videos = {
@@ -249,7 +258,7 @@ class Step:
 
 @dataclass(frozen=True)
 class ExpertEpisode:
-    """An episode in which the expert succeeds; ``env.restart(seed)`` returns to its start."""
+    """An episode in which the expert succeeds; ``env.restart(seed, RANDOM_START)`` returns to its start."""
 
     env: Any
     seed: int
@@ -277,7 +286,7 @@ def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: 
         seed = episode_seed(run, episode, attempt)
         generator, clean = episode_generator(name, seed), expert_for(name)
         expert = Noisy(Wandering(clean, generator, wander) if wander else clean, config.noise, generator, is_gripper)
-        env.restart(seed)
+        env.restart(seed, RANDOM_START)
         steps = _play(env, expert, config.after_success)
         if steps is not None:
             return ExpertEpisode(env, seed, attempt + 1, steps)

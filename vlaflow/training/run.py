@@ -115,7 +115,7 @@ def train_stage(
     def card(outcome: Outcome) -> str:
         return setup.card(training_lines(config, outcome, recipe=name, command=command, **counts))
 
-    return Trainer(
+    trainer = Trainer(
         setup.stage,
         config,
         setup.train,
@@ -126,7 +126,8 @@ def train_stage(
         card=card,
         tracker=options.tracker,
         fresh=options.fresh,
-    ).run()
+    )
+    return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
 
 
 def leave_group() -> None:

@@ -54,6 +54,7 @@ class Outcome:
         seconds: of training, over all attempts.
         signal: the signal that asked for its end, or None; it may have come when nothing was left to cut short.
         more: whether stages of a pipeline are still to come.
+        policy: folder of the policy that the run made; None if it made something else.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Outcome:
     seconds: float
     signal: int | None = None
     more: bool = False
+    policy: Path | None = None
 
     @property
     def finished(self) -> bool:

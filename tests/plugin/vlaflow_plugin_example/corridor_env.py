@@ -22,7 +22,7 @@ class CorridorEnv(gymnasium.Env):
     def __init__(self, task: str, render: Render, size: int | None) -> None:
         self.name, self.task, self.task_description = f"corridor/{task}", task, SPEC.tasks[task]
         self.view, self.render_quality, self.render_mode = SPEC.views[0], render, "rgb_array"
-        self.action_spec, self.state_names, self._max_episode_steps = SPEC.action, SPEC.state_names, SPEC.max_steps
+        self.action_spec, self.state_names, self._max_episode_steps = SPEC.action, SPEC.state_names, SPEC.max_steps[task]
         self.side = size or SPEC.size[render]
         self.goal = float(task == "right")
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -40,7 +40,7 @@ class CorridorEnv(gymnasium.Env):
         """One, from above."""
         return {self.view: (self.side, self.side)}
 
-    def restart(self, seed: int | None = None) -> dict[str, Any]:
+    def restart(self, seed: int | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
         """Put the dot somewhere in the middle."""
         super().reset(seed=seed)
         self.position = float(self.np_random.uniform(0.3, 0.7))

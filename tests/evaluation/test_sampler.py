@@ -1,0 +1,276 @@
+"""``vlaflow calibrate --sampler`` from a trained checkpoint to ``auto``; measures in closed form."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests import helpers
+from tests.evaluation.conftest import ENV
+from vlaflow.cli.main import main
+from vlaflow.compute.base import ComputePolicy, Decoded
+from vlaflow.compute.parse import parse
+from vlaflow.compute.sampler_choice import FAILURES, load
+from vlaflow.compute.spelling import Checkpoint
+from vlaflow.data.lerobot import Dataset
+from vlaflow.errors import CalibrationError
+from vlaflow.evaluation import sampler_episodes
+from vlaflow.evaluation.calibrate import sample
+from vlaflow.evaluation.calibrate_sampler import SamplerRequest, candidates, run
+from vlaflow.evaluation.rollout import RolloutConfig
+from vlaflow.evaluation.sampler_measures import (
+    CRITERION,
+    Demonstrated,
+    SampledChunks,
+    SamplerMeasures,
+    Scale,
+    measure,
+    plausible_error,
+    two_group_share,
+)
+from vlaflow.policies.base import Policy
+from vlaflow.policies.provenance import fingerprint
+from vlaflow.simulators.record import RecordConfig, record
+from vlaflow.training.run import Options, train
+
+WAYS = ("dense:2", "dense:2@0", "mean:2+dense:1")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampler") / "dataset"
+    record(RecordConfig((ENV,), 4, size=64), out, workers=0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """A few steps of AsyncVLA's demo."""
+    out = tmp_path_factory.mktemp("sampler") / "policy"
+    small = {"steps": "3", "batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
+    shape = {"width": "32", "heads": "2", "ffn": "64", "depth": "2", "image_size": "64"}
+    changes = small | {f"policy.backbone.{k}": v for k, v in shape.items()} | {"policy.exits": "null"}
+    train("asyncvla.demo", dataset, out, options=Options(changes, tracker="none", command="test", threads=1))
+    return out
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(trained, folder)
+    return folder
+
+
+# -- measures ------------------------------------------------------------------------------------------------------------
+
+SCALE = Scale(
+    4,
+    torch.tensor([False, False, True]),
+    torch.zeros(3),
+    Demonstrated(torch.zeros(1, 12, dtype=torch.float64), torch.tensor([99])),
+)
+
+
+def sampled(chunk_BKLD, target_BLD, after_BLD=None, valid_BL=None):
+    valid_BL = torch.ones(target_BLD.shape[:2], dtype=torch.bool) if valid_BL is None else valid_BL
+    return SampledChunks(
+        chunk_BKLD, after_BLD, target_BLD, valid_BL, np.ones(len(target_BLD), bool), torch.arange(len(target_BLD))
+    )
+
+
+def draws(batch=3, k=2, length=6, dim=3):
+    return torch.randn(batch, k, length, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_the_demonstration_itself_has_no_error_spread_or_inconsistency():
+    target_BLD = draws()[:, 0]
+    after_BLD = torch.cat((target_BLD[:, 4:], target_BLD[:, :4]), 1)
+    found = SCALE.values(sampled(target_BLD[:, None].expand(-1, 2, -1, -1), target_BLD, after_BLD))
+    assert set(found) >= {"executed_error", "gripper_error", "spread", "inconsistency", "nearest_error"}
+    for name, value_B in found.items():
+        assert name in ("roughness", "implausibility") or not bool(value_B.any()), name
+
+
+def test_an_offset_is_all_error_and_no_shape():
+    target_BLD = draws()[:, 0]
+    found = SCALE.values(sampled((target_BLD + 0.5)[:, None], target_BLD))
+    for name in ("executed_error", "chunk_error", "first_error"):
+        torch.testing.assert_close(found[name], torch.full((3,), 0.25, dtype=torch.float64))
+    assert float(found["shape_error"].max()) < 1e-12
+
+
+def test_draws_on_both_sides_have_their_distance_as_spread_and_the_nearer_one_counts():
+    target_BLD = torch.zeros(1, 6, 3, dtype=torch.float64)
+    chunk_BKLD = torch.stack((target_BLD + 1, target_BLD - 3), 1)
+    found = SCALE.values(sampled(chunk_BKLD, target_BLD, target_BLD + 2))
+    assert float(found["spread"]) == pytest.approx(2)
+    assert float(found["nearest_error"]) == pytest.approx(1)
+    assert float(found["executed_error"]) == pytest.approx(5)
+    assert float(found["inconsistency"]) == pytest.approx(1)  # the rest of the first draw is 1, the later chunk 2
+
+
+def test_the_gripper_counts_by_its_side_and_only_executed_valid_actions_count():
+    target_BLD = torch.ones(1, 6, 3, dtype=torch.float64)
+    chunk_BKLD = target_BLD[:, None].clone()
+    chunk_BKLD[0, 0, [0, 3, 5], 2] = -1  # one of them is not executed, and one is not valid
+    valid_BL = torch.tensor([[True, True, True, False, True, True]])
+    found = SCALE.values(sampled(chunk_BKLD, target_BLD, valid_BL=valid_BL))
+    assert float(found["gripper_error"]) == pytest.approx(1 / 3)
+    assert float(found["executed_error"]) == pytest.approx(4 / 9)
+    assert float(found["chunk_error"]) == pytest.approx(8 / 15)
+
+
+def test_a_straight_line_is_not_rough():
+    line_L = torch.arange(6, dtype=torch.float64)
+    chunk_BKLD = line_L[None, None, :, None].expand(1, 1, 6, 3).clone()
+    assert float(SCALE.values(sampled(chunk_BKLD, chunk_BKLD[:, 0]))["roughness"]) == 0
+    chunk_BKLD[..., 2, :2] += 1  # second differences 1, −2 at executed places 1, 2
+    assert float(SCALE.values(sampled(chunk_BKLD, chunk_BKLD[:, 0]))["roughness"]) == pytest.approx(2.5)
+
+
+def test_what_was_demonstrated_in_another_episode_is_plausible():
+    one, other = torch.zeros(12), torch.ones(12)
+    found = Demonstrated(torch.stack((one, other)), torch.tensor([3, 4]))
+    chunk_BKHD = torch.stack((one, other, (one + other) / 2)).view(1, 3, 4, 3)
+    torch.testing.assert_close(found.distance(chunk_BKHD, torch.tensor([5])), torch.tensor([[0.0, 0.0, 0.25]]))
+    torch.testing.assert_close(found.distance(chunk_BKHD, torch.tensor([3])), torch.tensor([[1.0, 0.0, 0.25]]))
+    alone = Demonstrated(one[None], torch.tensor([3]))
+    assert bool(alone.distance(chunk_BKHD, torch.tensor([3])).isnan().all())
+
+
+def test_the_criterion_is_the_geometric_mean_and_the_error_alone_where_there_is_nothing_to_compare_with():
+    episode_N = np.array([0, 0, 1])
+    error_N = np.array([1.0, 3.0, 5.0])
+    far = SamplerMeasures({"executed_error": error_N, "implausibility": np.array([8.0, 8.0, np.nan])}, 1, 1)
+    np.testing.assert_allclose(np.exp(plausible_error(far, episode_N)), [4.0, 5.0])
+
+
+def test_means_by_episode_leave_out_frames_without_a_measure():
+    found = SamplerMeasures({"x": np.array([1.0, np.nan, 3.0, np.nan])}, 1, 1)
+    np.testing.assert_array_equal(found.by_episode("x", np.array([7, 7, 4, 9])), [3.0, 1.0, np.nan])
+
+
+def test_the_same_frames_give_the_same_measures_and_costs_are_counted(trained, dataset):
+    policy, data = Policy.from_pretrained(trained), Dataset.open(dataset)
+    frames = sample(policy, data, range(4), 12)
+    computes = [parse(name) for name in WAYS]
+    one, chunk_NKLD = measure(policy, computes, frames, n_action_steps=8)
+    other, _ = measure(policy, computes, frames, n_action_steps=8)
+    assert chunk_NKLD.shape == (12, 2, 16, 4)
+    for a, b in zip(one, other, strict=True):
+        assert all(np.array_equal(a.values[name], b.values[name], equal_nan=True) for name in a.values)
+    assert [each.nfe for each in one] == [2, 2, 2]
+    assert not one[1].values["spread"].any()  # nothing is random at noise scale 0
+    assert one[0].values["spread"].all()
+    few, _ = measure(policy, computes, frames, n_action_steps=8, draws=1)
+    assert "inconsistency" in one[0].values
+    assert "inconsistency" not in few[0].values
+
+
+class TwoWays(ComputePolicy):
+    """Half of the draws are all +a, the others all −a, and every other observation has only one of the ways."""
+
+    def __init__(self, apart):
+        self.apart = apart
+
+    name = "two ways"
+
+    def decode(self, model, prefix, generators, watch, conditioning=None):
+        side = torch.tensor([1.0 if i % 2 or torch.rand((), generator=g) < 0.5 else -1.0 for i, g in enumerate(generators)])
+        batch, zeros = len(generators), (0,) * len(generators)
+        chunk_BLD = self.apart * side[:, None, None] + torch.zeros(batch, 16, 4)
+        return Decoded(chunk_BLD, (), zeros, zeros, zeros)
+
+
+def test_two_groups_are_noticed_where_they_are_far_apart(trained, dataset):
+    policy, data = Policy.from_pretrained(trained), Dataset.open(dataset)
+    frames = sample(policy, data, range(4), 64)
+    far, near = (two_group_share(policy, TwoWays(apart), frames, draws=16) for apart in (1.0, 0.1))
+    assert 0.4 < far <= 0.5  # a lone draw on one side is a group, too
+    assert near == 0
+
+
+# -- calibration -----------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_what_the_model_can_run():
+    flow = candidates(helpers.policy().model)
+    assert {"dense:10", "dense:2@0", "mean:4+dense:2", "medoid:8+dense:2"} <= set(flow)
+    assert not any("temperature" in name or "two-stage" in name for name in flow)
+    for name in flow:
+        parse(name).needs.check(helpers.policy().model, name)
+
+
+def test_frames_choose_and_auto_is_the_default_of_eval_and_act(checkpoint, dataset, tmp_path, capsys):
+    words = [word for name in WAYS for word in ("--compute", name)]
+    assert main(["calibrate", str(checkpoint), "--dataset", str(dataset), "--sampler", "--frames", "16", *words]) == 0
+    made = load(Checkpoint(checkpoint, fingerprint(checkpoint)))
+    assert made is not None
+    assert [each.compute for each in made.candidates] == list(WAYS)
+    assert made.criterion == CRITERION
+    assert made.frames == 16
+    assert all(0 < each.p50 <= each.p99 for each in made.candidates)
+    assert f"Chosen: {made.choice}" in capsys.readouterr().out
+    page = (checkpoint / "calibration" / "sampler.html").read_text()
+    assert all(name in page for name in WAYS)
+
+    out = tmp_path / "eval"
+    short = ["--episodes", "1", "--max-steps", "16", "--no-videos", "--workers", "0"]
+    assert main(["eval", str(checkpoint), "--env", ENV, *short, "--out", str(out)]) == 0
+    assert {e["compute"] for e in json.loads((out / "results.json").read_text())["evaluations"]} == {made.choice}
+    policy = Policy.from_pretrained(checkpoint)
+    assert policy.default_compute == parse(made.choice)
+    seen = sample(policy, Dataset.open(dataset), range(4), 4).windows.batch(np.array([0])).observation.split()[0]
+    assert np.array_equal(policy.act(seen).actions, policy.act(seen, parse(made.choice)).actions)
+
+
+def test_a_calibration_of_other_weights_is_refused(checkpoint, dataset):
+    run(checkpoint, dataset, SamplerRequest(WAYS[:2], frames=8, latency_chunks=2, draws=1))
+    policy = Policy.from_pretrained(checkpoint)
+    first = next(policy.model.parameters())
+    first.data += 1
+    policy.save_pretrained(checkpoint)
+    with pytest.raises(CalibrationError, match="was made for checkpoint"):
+        _ = Policy.from_pretrained(checkpoint).default_compute
+
+
+def test_episodes_choose_on_their_own_seeds_and_an_interrupted_calibration_continues(
+    checkpoint, dataset, tmp_path, monkeypatch, capsys
+):
+    short = RolloutConfig(max_steps=8)
+    request = SamplerRequest(WAYS, frames=8, latency_chunks=2, draws=1, envs=(ENV,), episodes=12, rollout=short, workers=0)
+    played, real = [], sampler_episodes.play_all
+
+    def stumble(folder, jobs, *arguments, finished, **settings):
+        def note(place, episode):
+            finished(place, episode)
+            played.append(jobs[place])
+            if len(played) == 5:
+                raise KeyboardInterrupt
+
+        return real(folder, jobs, *arguments, finished=note, **settings)
+
+    monkeypatch.setattr(sampler_episodes, "play_all", stumble)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, dataset, request)
+    assert load(Checkpoint(checkpoint, fingerprint(checkpoint))) is None
+    made = run(checkpoint, dataset, request)
+    assert len(played) == sum(each.episodes for each in made.candidates) <= 12
+    assert len({(job.compute, job.seed) for job in played}) == len(played)
+    assert made.criterion == FAILURES
+    assert min(job.seed for job in played) == made.first_seed == 500_000
+    assert max(job.seed for job in played) == made.first_seed + made.seeds - 1
+    assert not (checkpoint / "calibration" / "sampler-episodes").exists()
+    again = run(checkpoint, dataset, request)
+    assert [replace(e, p50=0, p99=0) for e in again.candidates] == [replace(e, p50=0, p99=0) for e in made.candidates]
+    words = ["--seed", "500001", "--episodes", "1", "--workers", "0", "--out", str(tmp_path / "eval")]
+    assert main(["eval", str(checkpoint), "--env", ENV, *words]) == 2
+    assert f"Evaluate other seeds: --seed {500_000 + made.seeds}" in capsys.readouterr().err
+
+
+def test_options_of_the_sampler_need_it(checkpoint, dataset, capsys):
+    assert main(["calibrate", str(checkpoint), "--dataset", str(dataset), "--budget-ms", "20"]) == 2
+    assert "--budget-ms calibrates the sampler; add --sampler" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""Which compute policy samples a checkpoint's chunks: what was measured, how one was chosen, and the provenance of both.
+
+It lies in the checkpoint folder as ``calibration/sampler.json``; ``auto`` reads it (``compute.auto``) and ``budget:MS`` chooses
+among the same candidates. How they are measured is in ``evaluation.calibrate_sampler``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+
+from vlaflow.compute.calibration import FOLDER
+from vlaflow.compute.spelling import Checkpoint
+from vlaflow.config import from_json, to_json
+from vlaflow.errors import CalibrationError, CheckpointError, ConfigError
+from vlaflow.io import read_json
+from vlaflow.versions import device_name, machine
+
+FILE = "sampler.json"
+FAILURES = "failures"
+"""Criterion of a calibration in simulation."""
+AGAIN = "Calibrate: vlaflow calibrate CKPT --dataset DIR --sampler"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One compute policy and what was measured of it.
+
+    Args:
+        compute: as on the command line.
+        nfe, layer_passes: means per chunk.
+        p50, p99: milliseconds per chunk.
+        score: what the choice is made by, smaller is better: see ``SamplerCalibration.criterion``.
+        behind: how far it is behind the best candidate: mean log ratio of the scores on frames, difference of failure rates.
+        standard_error: of ``behind``; 0 for the best candidate.
+        measures: everything that was measured on held-out frames, by name (``evaluation.sampler_measures``).
+        episodes, successes: of a calibration in simulation.
+        reason: why it was not eligible; empty for eligible candidates.
+    """
+
+    compute: str
+    nfe: float
+    layer_passes: float
+    p50: float
+    p99: float
+    score: float
+    behind: float = 0.0
+    standard_error: float = 0.0
+    measures: dict[str, float] = field(default_factory=dict)
+    episodes: int = 0
+    successes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SamplerCalibration:
+    """All candidates, the chosen one, and what the choice was made from.
+
+    Args:
+        checkpoint: fingerprint.
+        dataset: fingerprint of the data set; empty for a calibration in simulation alone.
+        criterion: name of the score: a measure on held-out frames, or "failures", the share of episodes that failed.
+        candidates: in the order in which they were tried.
+        choice: ``compute`` of the chosen one.
+        budget_ms: the 99th percentile had to stay within it; None for no limit.
+        frames: held-out frames measured.
+        envs: environments of a calibration in simulation.
+        first_seed, seeds: its seeds are ``first_seed`` … ``first_seed + seeds - 1``.
+        two_groups: share of held-out frames whose draws fall into two groups that are far apart.
+        machine, device, threads: where milliseconds were measured; with one thread of the CPU (``evaluation.latency``).
+        command, versions: that made it.
+    """
+
+    checkpoint: str
+    dataset: str
+    criterion: str
+    candidates: tuple[Candidate, ...]
+    choice: str
+    budget_ms: float | None
+    frames: int
+    envs: tuple[str, ...]
+    first_seed: int
+    seeds: int
+    two_groups: float
+    machine: str
+    device: str
+    threads: int
+    command: str
+    versions: dict[str, str]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that ``auto`` stands for."""
+        return next(each for each in self.candidates if each.compute == self.choice)
+
+    def here(self, device: str, threads: int) -> bool:
+        """Whether its milliseconds hold for this machine, device and number of threads."""
+        return (self.machine, self.device, self.threads) == (machine(), device_name(device), threads)
+
+    def require_unseen(self, envs: Sequence[str], first_seed: int, episodes: int) -> None:
+        """Refuse to report a success rate on the episodes that the choice was made from.
+
+        Raises:
+            ConfigError: naming seeds that are free.
+        """
+        shared = set(envs) & set(self.envs)
+        if shared and first_seed < self.first_seed + self.seeds and self.first_seed < first_seed + episodes:
+            raise ConfigError(
+                f"'auto' was chosen on seeds {self.first_seed} to {self.first_seed + self.seeds - 1} of {min(shared)}, so its "
+                f"success cannot be measured on them. Evaluate other seeds: --seed {self.first_seed + self.seeds}."
+            )
+
+    def save(self, file: Path) -> None:
+        """Write as JSON, completely or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(to_json(self), indent=2, allow_nan=False) + "\n")
+        part.replace(file)
+
+
+def choose(
+    candidates: Sequence[Candidate], budget_ms: float | None, eligible: Callable[[Candidate], bool] = lambda each: True
+) -> Candidate:
+    """The cheapest candidate whose score is within one standard error of the best that fits.
+
+    This is the rule by which Breiman et al. (1984, §3.4.3) prune trees: of settings that the measurement cannot tell apart, the
+    cheapest one. The cheapest runs the fewest layers; measured times vary, and the same scores should give the same choice.
+
+    Args:
+        candidates: with ``behind`` and ``standard_error`` against the best eligible one.
+        budget_ms: largest 99th percentile; None for no limit.
+        eligible: further conditions.
+
+    Raises:
+        CalibrationError: when none fits, saying what the fastest takes.
+    """
+    limit = inf if budget_ms is None else budget_ms
+    fitting = [each for each in candidates if not each.reason and each.p99 <= limit and eligible(each)]
+    if not fitting:
+        fastest = min(candidates, key=lambda each: each.p99)
+        raise CalibrationError(
+            f"Nothing fits {limit:g} ms here; the fastest, {fastest.compute}, takes {fastest.p99:.1f} ms at p99. Allow more."
+        )
+    best = min(fitting, key=lambda each: (each.score, each.layer_passes))
+    near = [each for each in fitting if each.behind - best.behind <= each.standard_error]
+    return min([*near, best], key=lambda each: (each.layer_passes, each.score))
+
+
+def load(checkpoint: Checkpoint) -> SamplerCalibration | None:
+    """The calibration in the checkpoint folder; None where there is none.
+
+    Raises:
+        CalibrationError: for a damaged file, or one that was made for other weights.
+        ConfigError: for a wrong key or value in it.
+    """
+    file = checkpoint.folder / FOLDER / FILE
+    if not file.exists():
+        return None
+    try:
+        found = from_json(SamplerCalibration, read_json(file), str(file))
+    except CheckpointError as error:
+        raise CalibrationError(f"{file} is damaged. {AGAIN}") from error
+    if found.checkpoint != checkpoint.fingerprint:
+        raise CalibrationError(
+            f"{file} was made for checkpoint {found.checkpoint}, and this one is {checkpoint.fingerprint}. {AGAIN}"
+        )
+    if found.choice not in {each.compute for each in found.candidates}:
+        raise CalibrationError(f"{file} chooses {found.choice}, which is no candidate in it. {AGAIN}")
+    return found

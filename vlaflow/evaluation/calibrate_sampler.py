@@ -1,0 +1,219 @@
+"""Calibrating the sampler of a checkpoint (steps, noise scale, temperature, draws, depth) by held-out data or by episodes.
+
+Without an environment every candidate is measured on held-out frames; with one, by episodes and successive halving. Both end in
+``CKPT/calibration/sampler.json`` (``compute.sampler_choice``), which ``--compute auto`` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import exp, sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlaflow.compute.calibration import FOLDER
+from vlaflow.compute.parse import parse
+from vlaflow.compute.sampler_choice import AGAIN, FAILURES, FILE, Candidate, SamplerCalibration, choose
+from vlaflow.config import JSON, to_json
+from vlaflow.data.lerobot import Dataset
+from vlaflow.decoders.model import Model
+from vlaflow.errors import CalibrationError, CapabilityError
+from vlaflow.evaluation.calibrate import BATCH, Sample, held_out, sample
+from vlaflow.evaluation.latency import measure as measure_latency
+from vlaflow.evaluation.rollout import RolloutConfig, require_fit
+from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
+from vlaflow.evaluation.sampler_measures import CRITERION, SamplerMeasures, measure, plausible_error, two_group_share
+from vlaflow.flows.sampling import Sampling
+from vlaflow.io import require_writable
+from vlaflow.policies.base import Policy
+from vlaflow.policies.provenance import fingerprint
+from vlaflow.simulators.base import expand_env_names
+from vlaflow.spec import Observation
+from vlaflow.versions import command_line, device_name, machine, versions
+
+MOST_TWO_GROUPS = 0.1
+"""With a larger share of frames in two groups, means are not chosen without a simulator."""
+AVERAGES = "averages draws that fall into two groups"
+STEPS = (1, 2, 3, 5, 10)
+NOISE_SCALES = (1.0, 0.5, 0.0)
+TEMPERATURES = (None, 1.0, 0.0)
+DRAWS = (4, 8)
+QUICK_FRAMES, QUICK_CHUNKS, QUICK_MS = 96, 10, 60_000.0
+"""After a training: most frames, timed chunks per candidate, and milliseconds that single chunks on all frames may take."""
+
+
+@dataclass(frozen=True)
+class SamplerRequest:
+    """One calibration of a sampler.
+
+    Args:
+        computes: candidates as on the command line; empty for those of ``candidates``.
+        budget_ms: largest 99th percentile of a chunk; None for no limit.
+        frames: held-out frames to measure.
+        draws: chunks per frame and candidate; with one, only errors and roughness are measured.
+        new_data: the checkpoint was not trained on any episode of the data set.
+        envs: environments or groups; empty to calibrate on held-out frames alone.
+        episodes: of all candidates together, for a calibration in simulation.
+        rollout: how episodes are run.
+        latency_chunks: chunks timed per candidate.
+        workers: processes for episodes.
+    """
+
+    computes: tuple[str, ...] = ()
+    budget_ms: float | None = None
+    frames: int = 256
+    draws: int = 2
+    new_data: bool = False
+    envs: tuple[str, ...] = ()
+    episodes: int = 1200
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    latency_chunks: int = 20
+    workers: int = 1
+
+
+def candidates(model: Model) -> list[str]:
+    """Ways to sample that this model can run, as on the command line, the cheapest first.
+
+    Steps × noise scales for continuous flows, steps × temperatures for decoders of tokens, deterministic steps for discrete
+    flows, means and medoids of several draws of two steps, and two steps at every trained depth.
+    """
+    decoder = model.decoder
+    steps = [s for n, s in enumerate(STEPS) if not n or decoder.nfe(Sampling(s)) != decoder.nfe(Sampling(STEPS[n - 1]))]
+    few = min(steps, key=lambda s: abs(s - 2))
+    names = [f"dense:{s}@{scale:g}".removesuffix("@1") for s in steps for scale in NOISE_SCALES]
+    names += [f"dense:{s},temperature={t:g}" for s in steps for t in TEMPERATURES if t is not None]
+    names += [f"two-stage:{first}+{last}" for first, last in ((0, 1), (0, 4), (2, 2), (14, 2))]
+    names += [f"{choice}:{draws}+dense:{few}" for draws in DRAWS for choice in ("mean", "medoid")]
+    names += [f"dense:{few},depth={depth}" for depth in model.depths[:-1]]
+    found = []
+    for name in names:
+        compute = parse(name)
+        try:
+            compute.needs.check(model, name)
+        except CapabilityError:
+            continue
+        found.append(name)
+    return found
+
+
+def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = "cpu") -> SamplerCalibration:
+    """Measure every candidate, choose one, and write ``CKPT/calibration/sampler.json``.
+
+    Args:
+        checkpoint: folder of a policy.
+        dataset: LeRobot data set whose held-out episodes are measured.
+        request: what to measure.
+        device: where the networks run.
+
+    Raises:
+        VlaflowError: when checkpoint, data, environments and candidates do not fit together, or nothing fits the budget.
+    """
+    policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
+    names = list(request.computes) or candidates(policy.model)
+    computes = [parse(name) for name in names]
+    for compute in computes:
+        compute.needs.check(policy.model, compute.name)
+    envs = tuple(expand_env_names(request.envs))
+    n_action_steps = request.rollout.n_action_steps or policy.config.n_action_steps
+    rollout = replace(request.rollout, device=device, n_action_steps=n_action_steps)
+    if envs:
+        require_fit(policy, str(checkpoint), set(envs), computes, rollout)
+    file = checkpoint / FOLDER / FILE
+    require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
+
+    episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
+    frames = sample(policy, data, episodes, request.frames)
+    measures, _ = measure(policy, computes, frames, n_action_steps=n_action_steps, draws=request.draws)
+    times = measure_latency(policy, computes, _observations(frames, request.latency_chunks), request.latency_chunks)
+    two_groups = two_group_share(policy, parse("dense"), frames)
+    measured = [
+        Candidate(name, each.nfe, each.layer_passes, time.total.p50, time.total.p99, 0.0, measures=_means(each))
+        for name, each, time in zip(names, measures, times, strict=True)
+    ]
+    simulation = None
+    if envs:
+        settings: dict[str, JSON] = {"checkpoint": mark, "candidates": names, "envs": list(envs), "episodes": request.episodes}
+        folder = checkpoint / FOLDER / "sampler-episodes"
+        simulation = Simulation(
+            checkpoint, computes, envs, rollout, request.workers, folder, {**settings, "rollout": to_json(rollout)}
+        )
+        scored, seeds = simulation.score(measured, request.budget_ms, request.episodes)
+    else:
+        scored, seeds = _by_frames(measured, measures, frames), 0
+        if two_groups > MOST_TWO_GROUPS:
+            scored = [replace(each, reason=AVERAGES) if c.averages else each for each, c in zip(scored, computes, strict=True)]
+    made = SamplerCalibration(
+        checkpoint=mark,
+        dataset=data.fingerprint,
+        criterion=FAILURES if envs else CRITERION,
+        candidates=tuple(scored),
+        choice=choose(scored, request.budget_ms).compute,
+        budget_ms=request.budget_ms,
+        frames=len(frames.index_N),
+        envs=envs,
+        first_seed=FIRST_SEED,
+        seeds=seeds,
+        two_groups=two_groups,
+        machine=machine(),
+        device=device_name(device),
+        threads=1,
+        command=command_line(),
+        versions=versions(),
+    )
+    made.save(file)
+    if simulation is not None:
+        simulation.close()
+    return made
+
+
+def after_training(checkpoint: Path, dataset: Path, device: str | None = None) -> str:
+    """Calibrate a fresh checkpoint on as many held-out frames as fit into about a minute; returns a sentence about it.
+
+    A checkpoint without held-out episodes, or too slow for this, stays without a calibration.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy, data = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset)
+    try:
+        frames = sample(policy, data, held_out(checkpoint, data), QUICK_FRAMES)
+        names = tuple(candidates(policy.model))
+        times = measure_latency(policy, [parse(name) for name in names], _observations(frames, 2), 2, warm_up=1)
+        count = min(QUICK_FRAMES, int(QUICK_MS / sum(time.mean for time in times)))
+        if count < BATCH:
+            return f"The sampler was not calibrated, which would take more than a minute here. {AGAIN}"
+        request = SamplerRequest(names, frames=count, draws=1, latency_chunks=QUICK_CHUNKS)
+        made = run(checkpoint, dataset, request, device)
+    except CalibrationError as reason:
+        return f"The sampler was not calibrated: {reason}"
+    chosen = made.chosen
+    return f"Calibrated the sampler on {made.frames} held-out frames: {chosen.compute}, {chosen.p50:.1f} ms per chunk."
+
+
+def _observations(frames: Sample, count: int) -> list[Observation]:
+    """Some of the frames, spread evenly."""
+    windows = frames.windows
+    index_N = frames.index_N[np.linspace(0, len(frames.index_N) - 1, min(count, len(frames.index_N))).astype(int)]
+    return windows.batch(index_N).observation.split()
+
+
+def _means(found: SamplerMeasures) -> dict[str, float]:
+    """Means over the frames that have something to measure; a measure that no frame has is left out."""
+    known = {name: value_N[np.isfinite(value_N)] for name, value_N in found.values.items()}
+    return {name: float(value.mean()) for name, value in known.items() if len(value)}
+
+
+def _by_frames(found: Sequence[Candidate], measures: Sequence[SamplerMeasures], frames: Sample) -> list[Candidate]:
+    """With scores by ``CRITERION``, and standard errors of the paired log ratios over held-out episodes."""
+    episode_N = frames.windows.dataset.columns().episode[frames.windows.rows[frames.index_N]]
+    log_E = [plausible_error(each, episode_N) for each in measures]
+    mean = [float(np.nanmean(each)) for each in log_E]
+    best = int(np.argmin(mean))
+    scored = []
+    for number, candidate in enumerate(found):
+        behind_E = log_E[number] - log_E[best]
+        behind_E = behind_E[np.isfinite(behind_E)]
+        error = float(behind_E.std(ddof=1) / sqrt(len(behind_E))) if len(behind_E) > 1 else 0.0
+        scored.append(replace(candidate, score=exp(mean[number]), behind=mean[number] - mean[best], standard_error=error))
+    return scored

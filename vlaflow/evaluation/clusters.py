@@ -1,0 +1,71 @@
+"""Statistics for repeated episodes: every environment seed is played R times, with other noise of the policy each time.
+
+Repetitions of one environment seed share its scene, so they say less than as many other scenes would. Here each environment
+seed is a cluster. An interval is the one for independent episodes (``statistics``) with fewer of them, the effective number; a
+paired test flips the signs of whole clusters. With R = 1 both are the methods for independent episodes, to the bit.
+
+A bootstrap over clusters was tried first and rejected (docs/decisions/015-repetitions-are-clusters.md): at 20 clusters and high
+success rates its intervals miss the true rate far too often, and they have no width if all episodes succeed.
+
+Shape letters: S environment seeds (clusters), R noise seeds (repetitions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from vlaflow.evaluation.statistics import quantile
+
+
+def effective_size(value_SR: np.ndarray, level: float = 0.95) -> float:
+    """Number of independent episodes whose mean would be known as well as that of these.
+
+    n / deff · (z / t)², at least S and at most n = S·R (Korn & Graubard 1998). The design effect deff is the variance of the
+    mean from the spread of the S cluster means, divided by that for n independent values (Kish 1965), and t, Student's
+    quantile with S − 1 degrees of freedom, accounts for having estimated it from S clusters.
+
+    Repetitions that never differ give S: they add nothing. So do values that are all equal, which say nothing about what the
+    repetitions share, and a single cluster.
+
+    Args:
+        value_SR: successes as 0 and 1, or paired differences as −1, 0 and 1.
+        level: confidence level of the interval that the number is meant for.
+    """
+    from scipy.stats import t
+
+    seeds, repetitions = value_SR.shape
+    n = seeds * repetitions
+    variance = float(value_SR.var())
+    if seeds < 2 or repetitions < 2 or variance == 0:
+        return float(seeds)
+    of_mean = float(value_SR.mean(1).var(ddof=1)) / seeds
+    if of_mean == 0:
+        return float(n)
+    shrink = quantile(level) / float(t.ppf((1 + level) / 2, seeds - 1))
+    return min(max(variance / of_mean * shrink**2, float(seeds)), float(n))
+
+
+def sign_flip_test(differences: Iterable[int]) -> float:
+    """Exact two-sided permutation test over clusters: p-value of "neither policy wins more often than the other".
+
+    If the policies are exchangeable, the difference of every cluster has either sign with equal probability. The p-value is the
+    share of all assignments of signs whose total is at least as far from 0 as the observed one; these are counted, not sampled.
+    With one repetition this is McNemar's exact test, and with R identical ones it is the same as with one.
+
+    Args:
+        differences: successes of the second policy minus those of the first, per cluster.
+    """
+    sizes, observed = [], 0
+    for difference in differences:
+        observed += difference
+        sizes += [abs(difference)] if difference else []
+    ways = {0: 1}  # number of assignments by their total of the positive differences
+    for size in sizes:
+        after = dict(ways)
+        for total, count in ways.items():
+            after[total + size] = after.get(total + size, 0) + count
+        ways = after
+    extreme = sum(count for total, count in ways.items() if abs(2 * total - sum(sizes)) >= abs(observed))
+    return int(extreme) / 2 ** len(sizes)
