@@ -59,6 +59,12 @@ def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen():
     assert choose(unsure, None).compute == "dense:1"
 
 
+def test_a_tolerance_makes_close_ones_equal():
+    certain = [replace(each, standard_error=0.0) for each in FOUND]
+    assert choose(certain, None, tolerance=0.02).compute == "dense:2"
+    assert choose(certain, None, tolerance=0.2).compute == "dense:1"
+
+
 def test_of_equal_scores_the_cheapest_wins():
     equal = [replace(each, score=0.3, behind=0.0, standard_error=0.0) for each in FOUND]
     assert choose(equal, None).compute == "dense:1"
@@ -124,7 +130,8 @@ def test_a_budget_chooses_among_the_calibrated_samplers(checkpoint, monkeypatch)
 
 
 def test_an_early_exit_competes_at_its_worst_case():
-    by_frames = replace(MADE, criterion="executed_error", candidates=tuple(replace(e, standard_error=0.0) for e in FOUND))
+    certain = tuple(replace(each, standard_error=0.0, behind=10 * each.behind) for each in FOUND)
+    by_frames = replace(MADE, criterion="plausible_error", candidates=certain)
     plan = ExitPlan((1, 2, 3), sampling=Sampling(2))
     share = ShareTarget("exponential", 0.4, True, (0.7, 0.3))
     better = Seen(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, error=0.8, full_error=1.0)
