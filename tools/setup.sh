@@ -180,7 +180,10 @@ setup_browser() {
 changed=
 is_done dev || is_done "$level" || install
 setup_gl
-if [ "$level" = dev ]; then setup_cv2 && setup_browser; fi
+if [ "$level" = dev ]; then
+    setup_cv2
+    setup_browser
+fi
 if [ -n "$changed" ]; then
     before=$(cat $venv/.vlaflow-install-seconds 2>/dev/null || echo 0)
     echo $((before + SECONDS)) >$venv/.vlaflow-install-seconds

@@ -1,6 +1,7 @@
 """The choice of a sampler: one standard error, provenance, and what ``auto`` stands for."""
 
 from dataclasses import replace
+from math import log
 
 import pytest
 
@@ -57,6 +58,12 @@ def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen():
     assert choose(certain, None).compute == "dense:10"
     unsure = [replace(each, standard_error=1.0) for each in FOUND]
     assert choose(unsure, None).compute == "dense:1"
+
+
+def test_a_tolerance_makes_close_ones_equal():
+    certain = [replace(each, standard_error=0.0) for each in FOUND]
+    assert choose(certain, None, tolerance=0.02).compute == "dense:2"
+    assert choose(certain, None, tolerance=0.2).compute == "dense:1"
 
 
 def test_of_equal_scores_the_cheapest_wins():
@@ -124,10 +131,12 @@ def test_a_budget_chooses_among_the_calibrated_samplers(checkpoint, monkeypatch)
 
 
 def test_an_early_exit_competes_at_its_worst_case():
-    by_frames = replace(MADE, criterion="executed_error", candidates=tuple(replace(e, standard_error=0.0) for e in FOUND))
+    scores = {"dense:1": 2.0, "dense:2": 1.0, "dense:10": 0.75}
+    found = tuple(replace(e, score=scores[e.compute], behind=log(scores[e.compute] / 0.75), standard_error=0.0) for e in FOUND)
+    by_frames = replace(MADE, criterion="plausible_error", candidates=found)
     plan = ExitPlan((1, 2, 3), sampling=Sampling(2))
     share = ShareTarget("exponential", 0.4, True, (0.7, 0.3))
-    better = Seen(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, error=0.8, full_error=1.0)
+    better = Seen(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, error=0.5, full_error=1.0)
     exits = {"fast": Calibration("aa", "dd", plan, (None,), share, 100, better, "", {})}
     profile = Profile("aa", machine(), 1, base=1.0, prefix=(1, 2, 3), step=(1, 2, 3), jitter=1.5, chunks=9, versions={})
     worst = 1.5 * (1 + 3 + 2 * (1 + 2 + 3))

@@ -169,3 +169,29 @@ def test_simplifying_leaves_the_model_as_it_was_and_moves_no_vertex_far(env):
             moved = np.abs(model.mesh_vert[vertices] - old).max()
             assert 0 < moved <= cell * 1.001
     assert all(np.array_equal(getattr(model, name), value) for name, value in before.items())
+
+
+def test_the_benchmark_compares_all_ways_with_the_stock_environment(monkeypatch, tmp_path):
+    """Without the stock environment itself, which takes long to build."""
+    import json
+
+    from benchmarks import libero_rendering
+
+    class Stock:
+        def __init__(self, task, size):
+            assert (task, size) == (TASK, 32)
+
+        def do(self, what):
+            return lambda: None
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(libero_rendering, "Stock", Stock)
+    file = tmp_path / "found.json"
+    sizes = ["--steps", "2", "--size", "32", "--rounds", "1"]
+    assert libero_rendering.main(["--envs", f"libero/{TASK}", *sizes, "--json", str(file)]) == 0
+    ways, resets = json.loads(file.read_text())["cases"]
+    assert len(ways["arms"]) == 6
+    assert any("stock" in way for way in ways["times_as_long_as_first"])
+    assert resets["unit"] == "s"

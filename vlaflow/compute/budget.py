@@ -207,7 +207,7 @@ def choose_sampler(
                     behind=base.behind + log(found.seen.error / found.seen.full_error),
                 )
             )
-    taken = choose_candidate(candidates, milliseconds)
+    taken = choose_candidate(candidates, milliseconds, calibration.tolerance)
     scored = f"{calibration.criterion} {taken.score:.4g}, {taken.behind:.4g} ± {taken.standard_error:.2g} behind the best"
     return Choice(parse(taken.compute), taken.p99, taken.score, scored)
 

@@ -7,7 +7,7 @@ among the same candidates. How they are measured is in ``evaluation.calibrate_sa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -22,6 +22,8 @@ from vlaflow.versions import device_name, machine
 FILE = "sampler.json"
 FAILURES = "failures"
 """Criterion of a calibration in simulation."""
+TOLERANCE = 0.2
+"""Log ratio below which two scores on frames count as equal: no success rate differed with so little (docs/sampling.md)."""
 AGAIN = "Calibrate: vlaflow calibrate CKPT --dataset DIR --sampler"
 
 
@@ -96,6 +98,11 @@ class SamplerCalibration:
         """The candidate that ``auto`` stands for."""
         return next(each for each in self.candidates if each.compute == self.choice)
 
+    @property
+    def tolerance(self) -> float:
+        """Difference of ``behind`` that does not count: none for episodes."""
+        return 0.0 if self.criterion == FAILURES else TOLERANCE
+
     def here(self, device: str, threads: int) -> bool:
         """Whether its milliseconds hold for this machine, device and number of threads."""
         return (self.machine, self.device, self.threads) == (machine(), device_name(device), threads)
@@ -121,10 +128,8 @@ class SamplerCalibration:
         part.replace(file)
 
 
-def choose(
-    candidates: Sequence[Candidate], budget_ms: float | None, eligible: Callable[[Candidate], bool] = lambda each: True
-) -> Candidate:
-    """The cheapest candidate whose score is within one standard error of the best that fits.
+def choose(candidates: Sequence[Candidate], budget_ms: float | None, tolerance: float = 0.0) -> Candidate:
+    """The cheapest candidate whose score is within one standard error, or the tolerance, of the best that fits.
 
     This is the rule by which Breiman et al. (1984, §3.4.3) prune trees: of settings that the measurement cannot tell apart, the
     cheapest one. The cheapest runs the fewest layers; measured times vary, and the same scores should give the same choice.
@@ -132,20 +137,20 @@ def choose(
     Args:
         candidates: with ``behind`` and ``standard_error`` against the best eligible one.
         budget_ms: largest 99th percentile; None for no limit.
-        eligible: further conditions.
+        tolerance: difference of ``behind`` that does not count.
 
     Raises:
         CalibrationError: when none fits, saying what the fastest takes.
     """
     limit = inf if budget_ms is None else budget_ms
-    fitting = [each for each in candidates if not each.reason and each.p99 <= limit and eligible(each)]
+    fitting = [each for each in candidates if not each.reason and each.p99 <= limit]
     if not fitting:
         fastest = min(candidates, key=lambda each: each.p99)
         raise CalibrationError(
             f"Nothing fits {limit:g} ms here; the fastest, {fastest.compute}, takes {fastest.p99:.1f} ms at p99. Allow more."
         )
     best = min(fitting, key=lambda each: (each.score, each.layer_passes))
-    near = [each for each in fitting if each.behind - best.behind <= each.standard_error]
+    near = [each for each in fitting if each.behind - best.behind <= max(each.standard_error, tolerance)]
     return min([*near, best], key=lambda each: (each.layer_passes, each.score))
 
 

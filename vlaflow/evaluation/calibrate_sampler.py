@@ -16,7 +16,7 @@ import torch
 
 from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.parse import parse
-from vlaflow.compute.sampler_choice import AGAIN, FAILURES, FILE, Candidate, SamplerCalibration, choose
+from vlaflow.compute.sampler_choice import AGAIN, FAILURES, FILE, TOLERANCE, Candidate, SamplerCalibration, choose
 from vlaflow.config import JSON, to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.model import Model
@@ -150,7 +150,7 @@ def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = 
         dataset=data.fingerprint,
         criterion=FAILURES if envs else CRITERION,
         candidates=tuple(scored),
-        choice=choose(scored, request.budget_ms).compute,
+        choice=choose(scored, request.budget_ms, 0.0 if envs else TOLERANCE).compute,
         budget_ms=request.budget_ms,
         frames=len(frames.index_N),
         envs=envs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, expm1
 from pathlib import Path
 
 from vlaflow.compute.sampler_choice import FAILURES, Candidate, SamplerCalibration
@@ -25,7 +25,7 @@ def write_page(made: SamplerCalibration, file: Path) -> Path:
     caption = (
         f"Every candidate: milliseconds per chunk (p50) against {_criterion(made)}. The line is the Pareto front: no other "
         "candidate is both faster and better. Bars are one standard error of the paired difference from the best; the diamond "
-        "is the chosen one, the cheapest within one standard error."
+        f"is the chosen one, the cheapest {_near(made)}."
     )
     facts = {
         "checkpoint": made.checkpoint,
@@ -67,9 +67,7 @@ def words(made: SamplerCalibration) -> str:
         f"Chosen: {chosen.compute}, {_score(made, chosen)}, {chosen.p50:.1f} ms per chunk at p50 and {chosen.p99:.1f} at p99.",
     ]
     if best.compute != chosen.compute:
-        lines.append(
-            f"The best is {best.compute}, {_score(made, best)}, {best.p50:.1f} ms; the difference is within one standard error."
-        )
+        lines.append(f"The best is {best.compute}, {_score(made, best)}, {best.p50:.1f} ms; which is not clearly better.")
     return "\n".join(lines)
 
 
@@ -121,6 +119,11 @@ def _moved(made: SamplerCalibration, each: Candidate, sign: int) -> float:
     if made.criterion == FAILURES:
         return each.score + sign * each.standard_error
     return each.score * exp(sign * each.standard_error)
+
+
+def _near(made: SamplerCalibration) -> str:
+    within = f" or {100 * expm1(made.tolerance):.0f} % of the score" if made.tolerance else ""
+    return f"within one standard error{within} of the best"
 
 
 def _criterion(made: SamplerCalibration) -> str:
