@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from vlaflow.simulators.libero_geometry import TIP, corridor_top, find_grasps, rotation_vector, yaw_rotation
+from vlaflow.simulators.libero_geometry import TIP, corridor_top, nearest_yaw, rotation_vector, turned_about_z, yaw_rotation
+from vlaflow.simulators.libero_grasps import Surroundings, find_grasps
 from vlaflow.simulators.libero_scene import COARSE, Part, Scene
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 
@@ -39,6 +38,10 @@ class OpenDrawer:
     def done(self, scene: Scene) -> bool:
         """Whether the drawer is open and the hand away from its handle."""
         return self._opened(scene, scene.part(self._region)) and not self._engaged(scene)
+
+    def busy(self, scene: Scene) -> bool:
+        """Never: it can be taken up again."""
+        return False
 
     def aim(self, scene: Scene) -> Aim:
         """What to do next."""
@@ -89,6 +92,10 @@ class CloseDrawer:
         """Whether the drawer is shut."""
         return scene.holds(["close", self._region])
 
+    def busy(self, scene: Scene) -> bool:
+        """Never: it can be taken up again."""
+        return False
+
     def aim(self, scene: Scene) -> Aim:
         """What to do next."""
         part = scene.part(self._region)
@@ -122,19 +129,23 @@ class TurnKnob:
         """Whether the predicate holds and the hand has let go."""
         return scene.holds(self._goal) and not any(scene.touching_part(scene.part(self._fixture).body))
 
+    def busy(self, scene: Scene) -> bool:
+        """Never: it can be taken up again."""
+        return False
+
     def aim(self, scene: Scene) -> Aim:
         """What to do next."""
         part, hand = scene.part(self._fixture), scene.hand
         if scene.holds(self._goal):
             rise = 0.05 if scene.opening > 0.06 else 0.0
-            return Aim(hand + [0.0, 0.0, rise], scene.rotation, OPEN)
+            return Aim(hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
         if self._hold is None:
             self._hold = self._plan(scene, part)
         offset, yaw = self._hold
         sign = 1.0 if self._goal[0] == "turnon" else -1.0
         both = all(scene.touching_part(part.body)) and scene.closing > 0.95
         angle = part.value + (sign * self.LEAD if both else 0.0)
-        goal = part.anchor + _turned(offset, angle)
+        goal = part.anchor + turned_about_z(offset, angle)
         turned = yaw_rotation(yaw + angle)
         if both:
             return Aim(np.append(goal[:2], goal[2]), turned, CLOSED)
@@ -148,8 +159,9 @@ class TurnKnob:
     def _plan(self, scene: Scene, part: Part) -> tuple[np.ndarray, float]:
         """Offset of the hand from the axis and its yaw, with the knob at 0."""
         knob = scene.points(self._fixture, body=part.body)
-        grasps = find_grasps(knob, scene.others(self._fixture), scene.floor, scene.hand, scene.stretch)
-        return _turned(grasps[0].position - part.anchor, -part.value), grasps[0].yaw - part.value
+        around = Surroundings(scene.others(self._fixture), scene.floor, scene.stretch)
+        grasps = find_grasps(knob, around, scene.hand)
+        return turned_about_z(grasps[0].position - part.anchor, -part.value), grasps[0].yaw - part.value
 
 
 class Push:
@@ -172,6 +184,10 @@ class Push:
         """Whether the object is in the region."""
         return scene.holds(self._goal)
 
+    def busy(self, scene: Scene) -> bool:
+        """Never: it can be taken up again."""
+        return False
+
     def aim(self, scene: Scene) -> Aim:
         """What to do next."""
         position, hand = scene.pose(self._object)[0], scene.hand
@@ -193,17 +209,3 @@ class Push:
         goal = np.append((position - (back + 0.025) * ahead)[:2], height)
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), leaning, OPEN)
-
-
-def _turned(vector: np.ndarray, angle: float) -> np.ndarray:
-    """A vector (3,) rotated about the vertical."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([c * vector[0] - s * vector[1], s * vector[0] + c * vector[1], vector[2]])
-
-
-def nearest_yaw(yaw: float) -> float:
-    """The same yaw up to half turns, after which the hand looks the same, within ±90°."""
-    return float((yaw + np.pi / 2) % np.pi - np.pi / 2)
-
-
-Skill = Any

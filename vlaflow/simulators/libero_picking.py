@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlaflow.simulators.libero_geometry import Grasp, Place, corridor_top, find_grasps, find_place, yaw_rotation
+from vlaflow.simulators.libero_geometry import corridor_top, yaw_of, yaw_rotation
+from vlaflow.simulators.libero_grasps import Grasp, Held, Place, Surroundings, find_grasps, find_place
 from vlaflow.simulators.libero_scene import COARSE, Scene
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 
@@ -41,31 +42,32 @@ class PickPlace:
         """Whether the object is where it belongs and the hand has let go."""
         return scene.holds(self.goal) and not any(scene.touching(self._object)) and scene.closing < 0.5
 
+    def busy(self, scene: Scene) -> bool:
+        """Whether the object is in the hand and not yet where it belongs."""
+        return scene.closing > 0.5 and all(scene.touching(self._object)) and not self.done(scene)
+
     def aim(self, scene: Scene) -> Aim:
         """What to do next."""
         position, _ = scene.pose(self._object)
-        both = all(scene.touching(self._object))
-        arrived = self._place is not None and self._near_place(scene, position)
-        if both and (arrived or scene.closing > 0.95):
-            return self._carry(scene, position, arrived)
-        if arrived and self._place is not None:
+        if self._arrived(scene, position):
             return self._release(scene)
+        if all(scene.touching(self._object)) and scene.closing > 0.95:
+            return self._carry(scene, position)
         return self._pick(scene)
 
-    def _near_place(self, scene: Scene, position: np.ndarray) -> bool:
+    def _arrived(self, scene: Scene, position: np.ndarray) -> bool:
         """Whether the object is where it is to be let go: at the planned height, or resting on something a little higher."""
-        assert self._place is not None
+        if self._place is None:
+            return False
         offset = position - self._place.position
         slack = 1.0 if scene.closing > 0.95 else 2.0
         low = 0.05 if scene.supported(self._object) else 0.010 * slack
         return float(np.linalg.norm(offset[:2])) < 0.012 * slack and offset[2] < low
 
-    def _carry(self, scene: Scene, position: np.ndarray, arrived: bool) -> Aim:
+    def _carry(self, scene: Scene, position: np.ndarray) -> Aim:
         if self._place is None:
             self._place = self._plan_place(scene, position)
         hand, place = scene.hand, self._place
-        if arrived:
-            return Aim(hand, scene.rotation, OPEN)
         goal = hand + place.position - position
         cloud = scene.points(self._object, COARSE)
         below = max(scene.below, hand[2] - float(cloud[:, 2].min()))
@@ -83,7 +85,7 @@ class PickPlace:
         """Open, and rise when open."""
         self._hold = None
         rise = 0.05 if scene.opening > 0.07 else 0.0
-        return Aim(scene.hand + [0.0, 0.0, rise], scene.rotation, OPEN)
+        return Aim(scene.hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
 
     def _pick(self, scene: Scene) -> Aim:
         position, rotation = scene.pose(self._object)
@@ -91,7 +93,7 @@ class PickPlace:
             self._hold = self._plan_grasp(scene, position, rotation)
             self._place = None
         goal, wanted = position + rotation @ self._hold.offset, rotation @ self._hold.turn
-        yaw = float(np.arctan2(-wanted[0, 0], wanted[1, 0]))
+        yaw = yaw_of(wanted)
         hand, turn = scene.hand, turn_to(yaw, scene.rotation)
         slack = 1.0 if scene.closing < 0.05 else 3.0
         offset = goal - hand
@@ -108,26 +110,23 @@ class PickPlace:
     def _plan_grasp(self, scene: Scene, position: np.ndarray, rotation: np.ndarray) -> Hold:
         away = np.append(scene.spots(self._target)[0] - position[:2], 0.0)
 
-        def far(grips: np.ndarray) -> np.ndarray:
+        def strain(grips: np.ndarray) -> np.ndarray:
             return scene.stretch(grips) + scene.stretch(grips + away)
 
         cloud, others = scene.points(self._object), scene.others(self._object)
-        grasps = find_grasps(cloud, others, scene.floor, scene.hand, far) or find_grasps(
-            cloud, others[:0], scene.floor, scene.hand, far
-        )
+        grasps = find_grasps(cloud, Surroundings(others, scene.floor, strain), scene.hand)
+        if not grasps:  # nothing fits: touch something
+            grasps = find_grasps(cloud, Surroundings(others[:0], scene.floor, strain), scene.hand)
         if not grasps:
             grasps = [Grasp(position, 0.0, 0.0, 0.0)]
         best = grasps[self._failures % len(grasps)]
         return Hold(rotation.T @ (best.position - position), rotation.T @ yaw_rotation(best.yaw), rotation[2].copy())
 
     def _plan_place(self, scene: Scene, position: np.ndarray) -> Place:
-        spots = scene.spots(self._target)
-        rotation = scene.rotation
-        yaw = float(np.arctan2(-rotation[0, 0], rotation[1, 0]))
-        others = scene.others(self._object)
-        found = find_place(scene.points(self._object), position, scene.hand, yaw, others, scene.floor, spots, scene.stretch)
-        assert found is not None
-        return found
+        spots, yaw = scene.spots(self._target), yaw_of(scene.rotation)
+        held = Held(scene.points(self._object), position, scene.hand, yaw)
+        around = Surroundings(scene.others(self._object), scene.floor, scene.stretch)
+        return find_place(held, around, spots) or Place(np.append(spots[0], position[2]), yaw, 0.0)
 
 
 def clear_of_overhang(held: np.ndarray, others: np.ndarray) -> np.ndarray | None:

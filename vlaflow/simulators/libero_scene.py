@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import mujoco
 import numpy as np
 
 from vlaflow.simulators.libero_geometry import box_points
@@ -45,7 +44,7 @@ class Part:
 
 
 ARM, FLANGE, WRIST = 0.69, 0.088, 0.21
-"""Largest distance from shoulder to wrist, and how far the wrist is behind and above the grip site of a hand that points down."""
+"""Largest distance from shoulder to wrist, and how far the wrist is behind and above the grip site if the hand points down."""
 
 
 class Scene:
@@ -75,7 +74,7 @@ class Scene:
         joints = [self._model.joint(f"gripper0_finger_joint{k}") for k in (1, 2)]
         self._finger_positions, self._finger_speeds = [j.qposadr[0] for j in joints], [j.dofadr[0] for j in joints]
         self._grip = self._model.site("gripper0_grip_site").id
-        known = {root for root in self._roots.values()} | {int(root_of[self._robot[0]])}
+        known = set(self._roots.values()) | {int(root_of[self._robot[0]])}
         self._floor = self._surface(solid & ~np.isin(root_of, list(known)), names)
 
     @property
@@ -232,9 +231,10 @@ class Scene:
         if key not in self._clouds:
             clouds = []
             for geom in np.flatnonzero(self._solid & (self._model.geom_bodyid == body)):
-                box, rotation = self._model.geom_aabb[geom], np.empty(9)
-                mujoco.mju_quat2Mat(rotation, self._model.geom_quat[geom])
-                clouds.append((box_points(box[3:], spacing) + box[:3]) @ rotation.reshape(3, 3).T + self._model.geom_pos[geom])
+                box = self._model.geom_aabb[geom]
+                points = (box_points(box[3:], spacing) + box[:3]) @ self._data.geom_xmat[geom].reshape(3, 3).T
+                points += self._data.geom_xpos[geom] - self._data.xpos[body]
+                clouds.append(points @ self._data.xmat[body].reshape(3, 3))
             self._clouds[key] = np.concatenate(clouds)
         return self._clouds[key]
 

@@ -8,17 +8,19 @@ to the goal (`glide`), and the gripper's own state tells closing from opening.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from vlaflow.simulators.libero_geometry import rotation_vector, yaw_rotation
+from vlaflow.simulators.libero_geometry import rotation_vector, yaw_of
+from vlaflow.simulators.libero_scene import Scene
 
 STEP = (0.05, 0.5)
 """Metres and radians by which an action of 1 moves the target of LIBERO's controller."""
 
 STRAIGHT = 0.70
-"""Distance from shoulder to wrist, in metres, at which the hand no longer turns. The elbow is straight at 0.71, and near that the
-controller's forces for position and rotation can cancel out: the hand stays where it is, short of its goal."""
+"""Distance from shoulder to wrist, in metres, at which the hand no longer tilts. The elbow is straight at 0.71; near that, the
+controller's forces for position and rotation can cancel out, and the hand stays where it is, short of its goal."""
 
 OPEN, CLOSED = -1.0, 1.0
 
@@ -38,6 +40,22 @@ class Aim:
     rotation: np.ndarray
     gripper: float
     gain: float = 1.2
+
+
+class Skill(Protocol):
+    """One part of a task."""
+
+    def done(self, scene: Scene) -> bool:
+        """Whether nothing remains to be done."""
+        ...
+
+    def busy(self, scene: Scene) -> bool:
+        """Whether it must not be interrupted, because it holds something."""
+        ...
+
+    def aim(self, scene: Scene) -> Aim:
+        """What the hand should do next."""
+        ...
 
 
 def action(hand: np.ndarray, rotation: np.ndarray, aim: Aim, extension: float = 0.0) -> np.ndarray:
@@ -63,7 +81,7 @@ def action(hand: np.ndarray, rotation: np.ndarray, aim: Aim, extension: float = 
 def turn_to(yaw: float, rotation: np.ndarray) -> float:
     """How far the hand still has to turn to this yaw and to point down, in radians; a tilt of 0.3 is tolerated."""
     tilt = float(np.arccos(np.clip(-rotation[2, 2], -1, 1)))
-    angle = abs(float(np.angle(np.exp(1j * (yaw - np.arctan2(-rotation[0, 0], rotation[1, 0]))))))
+    angle = abs(float(np.angle(np.exp(1j * (yaw - yaw_of(rotation))))))
     return max(angle if tilt < 1 else 0.0, tilt - 0.2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlaflow.simulators.base import Environment, Render, Suite
+from vlaflow.simulators.base import Environment, Expert, Render, Suite
 from vlaflow.simulators.libero_tasks import SPEC
 
 
@@ -12,4 +12,10 @@ def _build(task: str, render: Render, size: int | None) -> Environment:
     return LiberoEnv(task, render, size)
 
 
-SUITE = Suite(SPEC, _build, install="vlaflow[libero]")
+def _expert(task: str) -> Expert:
+    from vlaflow.simulators.libero_experts import LiberoExpert
+
+    return LiberoExpert(task)
+
+
+SUITE = Suite(SPEC, _build, _expert, install="vlaflow[libero]")
