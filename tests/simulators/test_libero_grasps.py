@@ -16,7 +16,7 @@ from vlaflow.simulators.libero_geometry import (
     yaw_of,
     yaw_rotation,
 )
-from vlaflow.simulators.libero_grasps import Held, Surroundings, find_grasps, find_place
+from vlaflow.simulators.libero_grasps import Carried, Surroundings, find_grasps, find_place
 from vlaflow.simulators.libero_picking import clear_of_overhang
 from vlaflow.simulators.libero_skills import CLOSED, Aim, action, glide
 
@@ -121,7 +121,7 @@ def test_nothing_fits_around_what_is_too_wide():
 
 def held(points, origin):
     grip = np.array([*origin[:2], points[:, 2].max() - 0.02])
-    return Held(points, np.asarray(origin, float), grip, 0.0)
+    return Carried(points, np.asarray(origin, float), grip, 0.0)
 
 
 def test_an_object_is_put_down_just_above_the_floor():

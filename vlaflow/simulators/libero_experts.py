@@ -20,7 +20,7 @@ import numpy as np
 from vlaflow.errors import CapabilityError
 from vlaflow.simulators.libero_fixtures import CloseDrawer, OpenDrawer, Push, TurnKnob
 from vlaflow.simulators.libero_picking import PickPlace
-from vlaflow.simulators.libero_scene import Scene
+from vlaflow.simulators.libero_scene import LiberoScene
 from vlaflow.simulators.libero_skills import OPEN, Aim, Skill, action
 
 
@@ -33,7 +33,7 @@ class LiberoExpert:
 
     def __init__(self, task: str) -> None:
         self._task = task
-        self._scene: Scene | None = None
+        self._scene: LiberoScene | None = None
         self._skills: list[Skill] = []
         self._steps = 0
 
@@ -43,7 +43,7 @@ class LiberoExpert:
         With an error, nothing is remembered: that call only asks what would be done if the hand were elsewhere.
         """
         if self._scene is None or self._scene.env is not env or env.steps < self._steps or (env.steps == 0 and error is None):
-            self._scene = Scene(env)
+            self._scene = LiberoScene(env)
             self._skills = program(self._scene, env.goal, env.task_description)
         self._steps = env.steps
         skills = self._skills if error is None else copy.deepcopy(self._skills)
@@ -54,7 +54,7 @@ class LiberoExpert:
         return action(scene.hand, scene.rotation, aim, scene.extension)
 
 
-def program(scene: Scene, goal: list[list[str]], instruction: str) -> list[Skill]:
+def program(scene: LiberoScene, goal: list[list[str]], instruction: str) -> list[Skill]:
     """The skills that reach a goal, in order: open and turn on, move things, close.
 
     Args:
@@ -90,7 +90,7 @@ def program(scene: Scene, goal: list[list[str]], instruction: str) -> list[Skill
     return first + then + last
 
 
-def _next(scene: Scene, skills: list[Skill]) -> Aim:
+def _next(scene: LiberoScene, skills: list[Skill]) -> Aim:
     """What the first unfinished skill wants, or a later one that holds something; after all of them, rise with open fingers."""
     busy = next((skill for skill in skills if skill.busy(scene)), None)
     skill = busy or next((skill for skill in skills if not skill.done(scene)), None)

@@ -6,16 +6,16 @@ import numpy as np
 
 from vlaflow.simulators.libero_geometry import TIP, corridor_top, nearest_yaw, rotation_vector, turned_about_z, yaw_rotation
 from vlaflow.simulators.libero_grasps import Surroundings, find_grasps
-from vlaflow.simulators.libero_scene import COARSE, Part, Scene
+from vlaflow.simulators.libero_scene import COARSE, MovingPart, LiberoScene
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 
 
-def outward(part: Part) -> np.ndarray:
+def outward(part: MovingPart) -> np.ndarray:
     """The horizontal direction in which a drawer opens, (3,): towards its lower limit, as in LIBERO's cabinets."""
     return -part.axis if part.low < -part.high else part.axis
 
 
-def handle(scene: Scene, part: Part) -> tuple[np.ndarray, np.ndarray]:
+def handle(scene: LiberoScene, part: MovingPart) -> tuple[np.ndarray, np.ndarray]:
     """Center (3,) and half extents (3,) of a drawer's handle: its outermost box."""
     centers, halves = scene.boxes(part.body)
     number = int(np.argmax(centers @ outward(part)))
@@ -35,15 +35,15 @@ class OpenDrawer:
     def __init__(self, region: str, wide: bool = False) -> None:
         self._region, self._wide = region, wide
 
-    def done(self, scene: Scene) -> bool:
+    def done(self, scene: LiberoScene) -> bool:
         """Whether the drawer is open and the hand away from its handle."""
         return self._opened(scene, scene.part(self._region)) and not self._engaged(scene)
 
-    def busy(self, scene: Scene) -> bool:
+    def busy(self, scene: LiberoScene) -> bool:
         """Never: it can be taken up again."""
         return False
 
-    def aim(self, scene: Scene) -> Aim:
+    def aim(self, scene: LiberoScene) -> Aim:
         """What to do next."""
         part = scene.part(self._region)
         out, (grip, _), hand = outward(part), handle(scene, part), scene.hand
@@ -65,13 +65,13 @@ class OpenDrawer:
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.06)
         return Aim(glide(hand, goal, top + scene.below + 0.02, near=0.05), level, OPEN)
 
-    def _opened(self, scene: Scene, part: Part) -> bool:
+    def _opened(self, scene: LiberoScene, part: MovingPart) -> bool:
         if not self._wide:
             return scene.holds(["open", self._region])
         share = abs(part.value) / max(abs(part.low), abs(part.high))
         return share > (0.95 if scene.closing > 0.5 else 0.7)  # what bumps into it may move it a little
 
-    def _engaged(self, scene: Scene) -> bool:
+    def _engaged(self, scene: LiberoScene) -> bool:
         part = scene.part(self._region)
         offset = scene.hand - handle(scene, part)[0]
         along = float(offset @ outward(part))
@@ -88,15 +88,15 @@ class CloseDrawer:
     def __init__(self, region: str) -> None:
         self._region = region
 
-    def done(self, scene: Scene) -> bool:
+    def done(self, scene: LiberoScene) -> bool:
         """Whether the drawer is shut."""
         return scene.holds(["close", self._region])
 
-    def busy(self, scene: Scene) -> bool:
+    def busy(self, scene: LiberoScene) -> bool:
         """Never: it can be taken up again."""
         return False
 
-    def aim(self, scene: Scene) -> Aim:
+    def aim(self, scene: LiberoScene) -> Aim:
         """What to do next."""
         part = scene.part(self._region)
         out, (center, half), hand = outward(part), handle(scene, part), scene.hand
@@ -125,15 +125,15 @@ class TurnKnob:
         self._goal, self._fixture = goal, goal[1]
         self._hold: tuple[np.ndarray, float] | None = None
 
-    def done(self, scene: Scene) -> bool:
+    def done(self, scene: LiberoScene) -> bool:
         """Whether the predicate holds and the hand has let go."""
         return scene.holds(self._goal) and not any(scene.touching_part(scene.part(self._fixture).body))
 
-    def busy(self, scene: Scene) -> bool:
+    def busy(self, scene: LiberoScene) -> bool:
         """Never: it can be taken up again."""
         return False
 
-    def aim(self, scene: Scene) -> Aim:
+    def aim(self, scene: LiberoScene) -> Aim:
         """What to do next."""
         part, hand = scene.part(self._fixture), scene.hand
         if scene.holds(self._goal):
@@ -156,7 +156,7 @@ class TurnKnob:
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), turned, OPEN)
 
-    def _plan(self, scene: Scene, part: Part) -> tuple[np.ndarray, float]:
+    def _plan(self, scene: LiberoScene, part: MovingPart) -> tuple[np.ndarray, float]:
         """Offset of the hand from the axis and its yaw, with the knob at 0."""
         knob = scene.points(self._fixture, body=part.body)
         around = Surroundings(scene.others(self._fixture), scene.floor, scene.stretch)
@@ -180,15 +180,15 @@ class Push:
         self._goal = goal
         _, self._object, self._target = goal
 
-    def done(self, scene: Scene) -> bool:
+    def done(self, scene: LiberoScene) -> bool:
         """Whether the object is in the region."""
         return scene.holds(self._goal)
 
-    def busy(self, scene: Scene) -> bool:
+    def busy(self, scene: LiberoScene) -> bool:
         """Never: it can be taken up again."""
         return False
 
-    def aim(self, scene: Scene) -> Aim:
+    def aim(self, scene: LiberoScene) -> Aim:
         """What to do next."""
         position, hand = scene.pose(self._object)[0], scene.hand
         cloud = scene.points(self._object, COARSE)

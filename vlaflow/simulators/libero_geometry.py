@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
 CELL = 0.004
 """Side of a cell of a height map."""
@@ -110,9 +109,14 @@ def window_maximum(heights: np.ndarray, half_u: float, half_v: float, shift_u: f
         half_v: half of the rectangle's side along v.
         shift_u: distance along u from the cell to the middle of the rectangle.
     """
-    size = (2 * round(half_u / CELL) + 1, 2 * round(half_v / CELL) + 1)
-    found = ndimage.maximum_filter(heights, size, mode="constant", cval=NOTHING)
-    return ndimage.shift(found, (-round(shift_u / CELL), 0), order=0, mode="constant", cval=NOTHING)
+    for axis, half in enumerate((half_u, half_v)):
+        cells = round(half / CELL)
+        margin = [(cells, cells) if k == axis else (0, 0) for k in range(2)]
+        padded = np.pad(heights, margin, constant_values=NOTHING)
+        heights = np.lib.stride_tricks.sliding_window_view(padded, 2 * cells + 1, axis).max(-1)
+    shift = round(shift_u / CELL)
+    moved = np.pad(heights, ((max(0, -shift), max(0, shift)), (0, 0)), constant_values=NOTHING)
+    return moved[max(0, shift) :][: len(heights)]
 
 
 def hand_limit(heights: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 from vlaflow.simulators.libero_geometry import (
     CELL,
@@ -84,7 +83,7 @@ def find_grasps(target: np.ndarray, around: Surroundings, hand: np.ndarray) -> l
     found: list[Grasp] = []
     for yaw in YAWS:
         own = raster(target, center, yaw)
-        others = np.maximum(ndimage.maximum_filter(raster(near, center, yaw), 3), around.floor)  # one cell of clearance
+        others = np.maximum(window_maximum(raster(near, center, yaw), CELL, CELL), around.floor)  # one cell of clearance
         top = window_maximum(own, 0.034, 0.010)
         height = np.maximum(hand_limit(np.maximum(own, others)), top - 0.022)
         cells = np.argwhere((top - height > -0.003) & (top > NOTHING))
@@ -140,7 +139,7 @@ def _between_fingers(own: np.ndarray, cells: np.ndarray, z: np.ndarray) -> tuple
 
 
 @dataclass(frozen=True)
-class Held:
+class Carried:
     """An object in the hand.
 
     Args:
@@ -171,7 +170,7 @@ class Place:
     cost: float
 
 
-def find_place(held: Held, around: Surroundings, spots: np.ndarray) -> Place | None:
+def find_place(held: Carried, around: Surroundings, spots: np.ndarray) -> Place | None:
     """The best place for an object in the hand: low, near the first spot, with little rotation and an unstrained arm.
 
     The height follows from the shapes: the lowest at which neither the object nor the hand, with its fingers open, touches
@@ -191,7 +190,7 @@ def find_place(held: Held, around: Surroundings, spots: np.ndarray) -> Place | N
     away = np.linalg.norm(spots - center, axis=1) / 0.03
     best: list[tuple[np.ndarray, np.ndarray, float]] = []
     for turn in YAWS[np.abs(held.yaw + YAWS) < MOST_TURNED]:
-        heights = np.maximum(ndimage.maximum_filter(raster(near, center, held.yaw + turn, 2 * REACH), 3), around.floor)
+        heights = np.maximum(window_maximum(raster(near, center, held.yaw + turn, 2 * REACH), CELL, CELL), around.floor)
         axes = yaw_rotation(held.yaw + turn)[:2, :2]
         grips = (spots - center) @ axes - arm[:2]  # (K, 2) in the frame of the hand
         at = np.round(grips / CELL).astype(int) + len(heights) // 2
@@ -208,7 +207,7 @@ def find_place(held: Held, around: Surroundings, spots: np.ndarray) -> Place | N
     return Place(np.append(spots[number], z[number] + 0.004 - arm[2]), float(yaw), float(cost[number]))
 
 
-def _bottoms(held: Held) -> np.ndarray:
+def _bottoms(held: Carried) -> np.ndarray:
     """Lowest height of object and open hand over the cells of a map in the hand's frame, relative to the grip site, (n, n)."""
     local = (held.points - held.grip) @ yaw_rotation(held.yaw)  # opening, side, approach (downwards)
     size = 2 * round(REACH / CELL) + 1

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlaflow.simulators.libero_geometry import corridor_top, yaw_of, yaw_rotation
-from vlaflow.simulators.libero_grasps import Grasp, Held, Place, Surroundings, find_grasps, find_place
-from vlaflow.simulators.libero_scene import COARSE, Scene
+from vlaflow.simulators.libero_grasps import Grasp, Carried, Place, Surroundings, find_grasps, find_place
+from vlaflow.simulators.libero_scene import COARSE, LiberoScene
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 
 CLEARANCE = 0.02
@@ -38,15 +38,15 @@ class PickPlace:
         self._place: Place | None = None
         self._failures = 0
 
-    def done(self, scene: Scene) -> bool:
+    def done(self, scene: LiberoScene) -> bool:
         """Whether the object is where it belongs and the hand has let go."""
         return scene.holds(self.goal) and not any(scene.touching(self._object)) and scene.closing < 0.5
 
-    def busy(self, scene: Scene) -> bool:
+    def busy(self, scene: LiberoScene) -> bool:
         """Whether the object is in the hand and not yet where it belongs."""
         return scene.closing > 0.5 and all(scene.touching(self._object)) and not self.done(scene)
 
-    def aim(self, scene: Scene) -> Aim:
+    def aim(self, scene: LiberoScene) -> Aim:
         """What to do next."""
         position, _ = scene.pose(self._object)
         if self._arrived(scene, position):
@@ -55,7 +55,7 @@ class PickPlace:
             return self._carry(scene, position)
         return self._pick(scene)
 
-    def _arrived(self, scene: Scene, position: np.ndarray) -> bool:
+    def _arrived(self, scene: LiberoScene, position: np.ndarray) -> bool:
         """Whether the object is where it is to be let go: at the planned height, or resting on something a little higher."""
         if self._place is None:
             return False
@@ -64,7 +64,7 @@ class PickPlace:
         low = 0.05 if scene.supported(self._object) else 0.010 * slack
         return float(np.linalg.norm(offset[:2])) < 0.012 * slack and offset[2] < low
 
-    def _carry(self, scene: Scene, position: np.ndarray) -> Aim:
+    def _carry(self, scene: LiberoScene, position: np.ndarray) -> Aim:
         if self._place is None:
             self._place = self._plan_place(scene, position)
         hand, place = scene.hand, self._place
@@ -81,13 +81,13 @@ class PickPlace:
         way = glide(hand, goal, cruise, turn_to(place.yaw, scene.rotation))
         return Aim(way, yaw_rotation(place.yaw), CLOSED)
 
-    def _release(self, scene: Scene) -> Aim:
+    def _release(self, scene: LiberoScene) -> Aim:
         """Open, and rise when open."""
         self._hold = None
         rise = 0.05 if scene.opening > 0.07 else 0.0
         return Aim(scene.hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
 
-    def _pick(self, scene: Scene) -> Aim:
+    def _pick(self, scene: LiberoScene) -> Aim:
         position, rotation = scene.pose(self._object)
         if self._hold is None or self._hold.upright @ rotation[2] < 0.95:
             self._hold = self._plan_grasp(scene, position, rotation)
@@ -107,7 +107,7 @@ class PickPlace:
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + CLEARANCE, turn), yaw_rotation(yaw), OPEN)
 
-    def _plan_grasp(self, scene: Scene, position: np.ndarray, rotation: np.ndarray) -> Hold:
+    def _plan_grasp(self, scene: LiberoScene, position: np.ndarray, rotation: np.ndarray) -> Hold:
         away = np.append(scene.spots(self._target)[0] - position[:2], 0.0)
 
         def strain(grips: np.ndarray) -> np.ndarray:
@@ -122,9 +122,9 @@ class PickPlace:
         best = grasps[self._failures % len(grasps)]
         return Hold(rotation.T @ (best.position - position), rotation.T @ yaw_rotation(best.yaw), rotation[2].copy())
 
-    def _plan_place(self, scene: Scene, position: np.ndarray) -> Place:
+    def _plan_place(self, scene: LiberoScene, position: np.ndarray) -> Place:
         spots, yaw = scene.spots(self._target), yaw_of(scene.rotation)
-        held = Held(scene.points(self._object), position, scene.hand, yaw)
+        held = Carried(scene.points(self._object), position, scene.hand, yaw)
         around = Surroundings(scene.others(self._object), scene.floor, scene.stretch)
         return find_place(held, around, spots) or Place(np.append(spots[0], position[2]), yaw, 0.0)
 

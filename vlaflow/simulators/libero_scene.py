@@ -1,6 +1,6 @@
 """What LIBERO's scripted experts see: the privileged state of the simulator in plain arrays.
 
-`Scene` reads poses, collision boxes, contacts and goal predicates from a `LiberoEnv`. How things are gripped is in
+`LiberoScene` reads poses, collision boxes, contacts and goal predicates from a `LiberoEnv`. How things are gripped is in
 ``libero_geometry``, what is done with them in ``libero_skills``.
 """
 
@@ -23,7 +23,7 @@ HAND = np.concatenate([HAND * (0.104, 0.032, 0.046) - (0, 0, 0.077), HAND * (0.0
 
 
 @dataclass(frozen=True)
-class Part:
+class MovingPart:
     """A moving part of a fixture.
 
     Args:
@@ -47,7 +47,7 @@ ARM, FLANGE, WRIST = 0.69, 0.088, 0.21
 """Largest distance from shoulder to wrist, and how far the wrist is behind and above the grip site if the hand points down."""
 
 
-class Scene:
+class LiberoScene:
     """The state of one LIBERO environment.
 
     Args:
@@ -178,13 +178,13 @@ class Scene:
         grid = grid[(np.abs(grid) <= np.maximum(half - 0.02, 0.005)).all(1)]
         return center[:2] + grid[np.argsort((grid**2).sum(1), kind="stable")]
 
-    def part(self, region: str) -> Part:
+    def part(self, region: str) -> MovingPart:
         """The drawer or door to which a region belongs, or the first moving part of a fixture."""
         site = self._raw.object_sites_dict.get(region)
         bodies = [int(self._model.site_bodyid[self._model.site(region).id])] if site is not None else self._parts[region]
         body = next(b for b in bodies if self._model.body_jntnum[b])
         joint = int(self._model.body_jntadr[body])
-        return Part(
+        return MovingPart(
             body=self._model.body(body).name,
             value=float(self._data.qpos[self._model.jnt_qposadr[joint]]),
             low=float(self._model.jnt_range[joint, 0]),

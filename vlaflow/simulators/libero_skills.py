@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from vlaflow.simulators.libero_geometry import rotation_vector, yaw_of
-from vlaflow.simulators.libero_scene import Scene
+from vlaflow.simulators.libero_scene import LiberoScene
 
 STEP = (0.05, 0.5)
 """Metres and radians by which an action of 1 moves the target of LIBERO's controller."""
@@ -45,15 +45,15 @@ class Aim:
 class Skill(Protocol):
     """One part of a task."""
 
-    def done(self, scene: Scene) -> bool:
+    def done(self, scene: LiberoScene) -> bool:
         """Whether nothing remains to be done."""
         ...
 
-    def busy(self, scene: Scene) -> bool:
+    def busy(self, scene: LiberoScene) -> bool:
         """Whether it must not be interrupted, because it holds something."""
         ...
 
-    def aim(self, scene: Scene) -> Aim:
+    def aim(self, scene: LiberoScene) -> Aim:
         """What the hand should do next."""
         ...
 
