@@ -6,7 +6,7 @@ import numpy as np
 
 from vlaflow.simulators.libero_geometry import TIP, corridor_top, nearest_yaw, rotation_vector, turned_about_z, yaw_rotation
 from vlaflow.simulators.libero_grasps import Surroundings, find_grasps
-from vlaflow.simulators.libero_scene import COARSE, MovingPart, LiberoScene
+from vlaflow.simulators.libero_scene import COARSE, LiberoScene, MovingPart
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 
 

@@ -156,7 +156,7 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where an object is let go.
 
     Args:
@@ -170,7 +170,7 @@ class Place:
     cost: float
 
 
-def find_place(held: Carried, around: Surroundings, spots: np.ndarray) -> Place | None:
+def find_place(held: Carried, around: Surroundings, spots: np.ndarray) -> Placement | None:
     """The best place for an object in the hand: low, near the first spot, with little rotation and an unstrained arm.
 
     The height follows from the shapes: the lowest at which neither the object nor the hand, with its fingers open, touches
@@ -204,7 +204,7 @@ def find_place(held: Carried, around: Surroundings, spots: np.ndarray) -> Place 
     options = [((z - lowest) / 0.015 + more, z, yaw) for z, more, yaw in best]
     cost, z, yaw = min(options, key=lambda option: float(option[0].min()))
     number = int(np.argmin(cost))
-    return Place(np.append(spots[number], z[number] + 0.004 - arm[2]), float(yaw), float(cost[number]))
+    return Placement(np.append(spots[number], z[number] + 0.004 - arm[2]), float(yaw), float(cost[number]))
 
 
 def _bottoms(held: Carried) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlaflow.simulators.libero_geometry import corridor_top, yaw_of, yaw_rotation
-from vlaflow.simulators.libero_grasps import Grasp, Carried, Place, Surroundings, find_grasps, find_place
+from vlaflow.simulators.libero_grasps import Carried, Grasp, Placement, Surroundings, find_grasps, find_place
 from vlaflow.simulators.libero_scene import COARSE, LiberoScene
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 
@@ -35,7 +35,7 @@ class PickPlace:
         self.goal = goal
         self._relation, self._object, self._target = goal
         self._hold: Hold | None = None
-        self._place: Place | None = None
+        self._place: Placement | None = None
         self._failures = 0
 
     def done(self, scene: LiberoScene) -> bool:
@@ -122,11 +122,11 @@ class PickPlace:
         best = grasps[self._failures % len(grasps)]
         return Hold(rotation.T @ (best.position - position), rotation.T @ yaw_rotation(best.yaw), rotation[2].copy())
 
-    def _plan_place(self, scene: LiberoScene, position: np.ndarray) -> Place:
+    def _plan_place(self, scene: LiberoScene, position: np.ndarray) -> Placement:
         spots, yaw = scene.spots(self._target), yaw_of(scene.rotation)
         held = Carried(scene.points(self._object), position, scene.hand, yaw)
         around = Surroundings(scene.others(self._object), scene.floor, scene.stretch)
-        return find_place(held, around, spots) or Place(np.append(spots[0], position[2]), yaw, 0.0)
+        return find_place(held, around, spots) or Placement(np.append(spots[0], position[2]), yaw, 0.0)
 
 
 def clear_of_overhang(held: np.ndarray, others: np.ndarray) -> np.ndarray | None:
