@@ -81,7 +81,7 @@ def measure(folder):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     try:
-        places = ["--dataset", str(dataset), "--out", str(out), "--tracker", "none"]
+        places = ["--dataset", str(dataset), "--out", str(out), "--tracker", "none", "--no-calibrate"]
         changes = ["--steps", str(STEPS), "--set", "precision=fp32", "--set", "checkpoint_every=20"]
         assert command.main(["asyncvla.demo", *places, *changes]) == 0
         lines = (json.loads(line) for line in (out / "training/log.jsonl").read_text().splitlines())

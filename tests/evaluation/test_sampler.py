@@ -19,7 +19,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CalibrationError
 from vlaflow.evaluation import sampler_episodes
 from vlaflow.evaluation.calibrate import sample
-from vlaflow.evaluation.calibrate_sampler import SamplerRequest, candidates, run
+from vlaflow.evaluation.calibrate_sampler import SamplerRequest, after_training, candidates, run
 from vlaflow.evaluation.rollout import RolloutConfig
 from vlaflow.evaluation.sampler_measures import (
     CRITERION,
@@ -269,6 +269,19 @@ def test_episodes_choose_on_their_own_seeds_and_an_interrupted_calibration_conti
     words = ["--seed", "500001", "--episodes", "1", "--workers", "0", "--out", str(tmp_path / "eval")]
     assert main(["eval", str(checkpoint), "--env", ENV, *words]) == 2
     assert f"Evaluate other seeds: --seed {500_000 + made.seeds}" in capsys.readouterr().err
+
+
+def test_a_training_ends_with_it_where_episodes_were_held_out(checkpoint, dataset, tmp_path):
+    assert after_training(checkpoint, dataset).startswith("Calibrated the sampler on 96 held-out frames: ")
+    assert Policy.from_pretrained(checkpoint).default_compute.name == load_choice(checkpoint)
+    shutil.rmtree(checkpoint / "training")
+    (checkpoint / "calibration" / "sampler.json").unlink()
+    assert "it is unknown which episodes it was trained on" in after_training(checkpoint, dataset)
+    assert not (checkpoint / "calibration" / "sampler.json").exists()
+
+
+def load_choice(checkpoint):
+    return json.loads((checkpoint / "calibration" / "sampler.json").read_text())["choice"]
 
 
 def test_options_of_the_sampler_need_it(checkpoint, dataset, capsys):

@@ -31,7 +31,7 @@ def of_fine(before=""):
 
 
 def places(dataset, out, *more):
-    return ["--dataset", str(dataset), "--out", str(out), "--tracker", "none", *map(str, more)]
+    return ["--dataset", str(dataset), "--out", str(out), "--tracker", "none", "--no-calibrate", *map(str, more)]
 
 
 def demo(dataset, out, *more):

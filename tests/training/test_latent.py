@@ -99,7 +99,19 @@ TINY = ("image_size=32", "patch=4", "width=16", "heads=2", "ffn=32", "spatial=1"
 
 def arguments(dataset, out, *more):
     small = [word for value in TINY for word in ("--set", f"model.{value}")]
-    places = ["--dataset", str(dataset), "--out", str(out), "--tracker", "none", "--steps", "3", "--batch-size", "4"]
+    places = [
+        "--dataset",
+        str(dataset),
+        "--out",
+        str(out),
+        "--tracker",
+        "none",
+        "--no-calibrate",
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+    ]
     return ["iflybot.latent", *places, *small, *more]
 
 

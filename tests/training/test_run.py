@@ -32,7 +32,7 @@ def arguments(dataset, out, *more):
     small += ["--set", "policy.exits=none"]
     own = ["--steps", str(STEPS), "--batch-size", "4", "--set", "checkpoint_every=7", "--set", "optim.warmup_steps=5"]
     places = ["--dataset", str(dataset), "--out", str(out)]
-    return ["asyncvla.demo", *places, *own, *small, "--set", "validate_every=25", "--tracker", "none", *more]
+    return ["asyncvla.demo", *places, *own, *small, "--set", "validate_every=25", "--tracker", "none", "--no-calibrate", *more]
 
 
 def start(dataset, out):
@@ -118,7 +118,10 @@ def test_the_card_says_what_it_is_and_how_to_repeat_it(trained):
 def test_the_rater_leaves_the_policy_untouched_to_the_bit(trained, dataset, tmp_path):
     out = tmp_path / "rated"
     places = ["--policy", str(trained), "--dataset", str(dataset), "--out", str(out)]
-    assert command.main(["asyncvla.rater", *places, "--steps", "3", "--batch-size", "4", "--tracker", "none"]) == 0
+    assert (
+        command.main(["asyncvla.rater", *places, "--steps", "3", "--batch-size", "4", "--tracker", "none", "--no-calibrate"])
+        == 0
+    )
     before, after = load_file(trained / "model.safetensors"), load_file(out / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"rater"}

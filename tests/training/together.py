@@ -23,7 +23,6 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.latent_codes import codes_of
 from vlaflow.policies.stages import PolicyStage
 from vlaflow.stacks.expert import ExpertConfig
-from vlaflow.training.run import leave_group
 from vlaflow.training.trainer import Trainer
 
 
@@ -83,4 +82,3 @@ if __name__ == "__main__":
     train_together(out / "latent")
     train_codes_together(out / "flybot")
     train_sharded(out / "sharded")
-    leave_group()

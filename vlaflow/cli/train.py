@@ -60,11 +60,10 @@ def main(argv: list[str]) -> int:
 
     find_recipe(given.recipe)  # a misspelt name fails before torch is imported
 
-    from vlaflow.training.run import Options, leave_group, train
+    from vlaflow.training.run import Options, train
 
     options = Options(overrides, given.tracker, given.fresh, vqa=given.vqa, tokenizer=given.tokenizer, latent=given.latent)
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
-    leave_group()
     if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
         if given.calibrate and outcome.finished and outcome.policy is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def train_stage(
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
     torch.set_num_threads(options.threads or training_threads())
+    atexit.unregister(leave_group)
+    atexit.register(leave_group)  # once, and not before: a group that was left cannot be joined again
     setup = config.objective.set_up(config, opened, assets)
     config = replace(config, objective=setup.objective)
     counts = {part: len(episodes) for part, episodes in zip(("train", "held"), config.episodes(opened), strict=True)}
@@ -131,7 +134,7 @@ def train_stage(
 
 
 def leave_group() -> None:
-    """End the communication of processes that train together; call it last.
+    """End the communication of processes that train together; runs when the process exits.
 
     A process that exits while the group's threads still run is aborted now and then ("terminate called without an active
     exception"), and its launcher then takes a finished training for a failed one.
