@@ -81,8 +81,10 @@ def program(scene: LiberoScene, goal: list[list[str]], instruction: str) -> list
             then.append(Push([kind, name, *target]))
         elif kind in ("on", "in"):
             if scene.is_drawer(target[0]):
-                first.append(OpenDrawer(target[0], wide=True))
-            then.append(PickPlace([kind, name, *target]))
+                first.append(OpenDrawer(target[0], inside=[kind, name, *target]))
+            same = [each for each in goal if each[0] == "on" == kind and each[2:] == target]
+            number = same.index([kind, name, *target]) if len(same) > 1 else 0
+            then.append(PickPlace([kind, name, *target], number, max(1, len(same))))
         else:
             raise CapabilityError(
                 f"There is no scripted expert for '{instruction}': '{kind}' is not among the experts' skills."

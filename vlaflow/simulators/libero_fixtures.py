@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlaflow.simulators.libero_geometry import TIP, corridor_top, nearest_yaw, rotation_vector, turned_about_z, yaw_rotation
+from vlaflow.simulators.libero_geometry import TIP, corridor_top, rotation_vector, turned_about_z, yaw_of, yaw_rotation
 from vlaflow.simulators.libero_grasps import Surroundings, find_grasps
 from vlaflow.simulators.libero_scene import COARSE, LiberoScene, MovingPart
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
@@ -13,6 +13,17 @@ from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 def outward(part: MovingPart) -> np.ndarray:
     """The horizontal direction in which a drawer opens, (3,): towards its lower limit, as in LIBERO's cabinets."""
     return -part.axis if part.low < -part.high else part.axis
+
+
+def lean(towards: np.ndarray, angle: float, rotation: np.ndarray) -> np.ndarray:
+    """Rotation (3, 3) of a hand whose fingers point down and, by an angle, towards a horizontal direction.
+
+    The fingers open across that direction, the way round that is nearer to the current ``rotation``.
+    """
+    opening = np.array([-towards[1], towards[0], 0.0])
+    opening *= 1.0 if opening @ rotation[:, 0] > 0 else -1.0
+    approach = np.sin(angle) * towards - np.array([0.0, 0.0, np.cos(angle)])
+    return np.stack([opening, np.cross(approach, opening), approach], 1)
 
 
 def handle(scene: LiberoScene, part: MovingPart) -> tuple[np.ndarray, np.ndarray]:
@@ -27,17 +38,20 @@ class OpenDrawer:
 
     Args:
         region: the region inside the drawer, e.g. "wooden_cabinet_1_top_region".
-        wide: open it to the end, not just until the predicate holds.
+        inside: the predicate for which it must be open, if that is not a goal itself; then two thirds are enough.
     """
 
     STANDOFF = 0.09
 
-    def __init__(self, region: str, wide: bool = False) -> None:
-        self._region, self._wide = region, wide
+    def __init__(self, region: str, inside: list[str] | None = None) -> None:
+        self._region, self._inside = region, inside
 
     def done(self, scene: LiberoScene) -> bool:
-        """Whether the drawer is open and the hand away from its handle."""
-        return self._opened(scene, scene.part(self._region)) and not self._engaged(scene)
+        """Whether the drawer is open, or need not be any more, and the hand is away from its handle."""
+        if self._inside and scene.holds(self._inside):
+            return True
+        part = scene.part(self._region)
+        return self._opened(scene, part) and not self._engaged(scene, part)
 
     def busy(self, scene: LiberoScene) -> bool:
         """Never: it can be taken up again."""
@@ -66,24 +80,27 @@ class OpenDrawer:
         return Aim(glide(hand, goal, top + scene.below + 0.02, near=0.05), level, OPEN)
 
     def _opened(self, scene: LiberoScene, part: MovingPart) -> bool:
-        if not self._wide:
+        if not self._inside:
             return scene.holds(["open", self._region])
         share = abs(part.value) / max(abs(part.low), abs(part.high))
-        return share > (0.95 if scene.closing > 0.5 else 0.7)  # what bumps into it may move it a little
+        return share > (0.65 if scene.closing > 0.5 else 0.5)  # what bumps into it may move it a little
 
-    def _engaged(self, scene: LiberoScene) -> bool:
-        part = scene.part(self._region)
-        offset = scene.hand - handle(scene, part)[0]
-        along = float(offset @ outward(part))
-        return float(np.linalg.norm(offset - along * outward(part))) < 0.06 and along < 0.045
+    def _engaged(self, scene: LiberoScene, part: MovingPart) -> bool:
+        """Whether the hand, still level, is around the handle."""
+        offset, out = scene.hand - handle(scene, part)[0], outward(part)
+        along = float(offset @ out)
+        near = float(np.linalg.norm(offset - along * out)) < 0.06 and along < 0.045
+        return near and float(scene.rotation[:, 2] @ out) < -0.7
 
 
 class CloseDrawer:
-    """Push the front of a drawer with closed fingers.
+    """Push the handle of a drawer with closed fingers, the hand leaning back so that only the fingertips get near.
 
     Args:
         region: the region inside the drawer.
     """
+
+    LEAN = np.deg2rad(45)
 
     def __init__(self, region: str) -> None:
         self._region = region
@@ -100,16 +117,17 @@ class CloseDrawer:
         """What to do next."""
         part = scene.part(self._region)
         out, (center, half), hand = outward(part), handle(scene, part), scene.hand
-        contact = center + (float(half @ np.abs(out)) + 0.02) * out
-        yaw = nearest_yaw(float(np.arctan2(-out[0], out[1])))
+        leaning = lean(-out, self.LEAN, scene.rotation)
+        contact = center + (float(half @ np.abs(out)) + 0.015) * out
+        contact[2] = max(center[2], scene.floor + TIP)
         offset = hand - contact
         lateral = float(np.linalg.norm(offset[:2] - (offset @ out) * out[:2]))
-        if lateral < 0.03 and abs(offset[2]) < 0.02 and offset @ out < 0.06:
-            push = contact - 0.07 * out
-            return Aim(push, yaw_rotation(yaw), CLOSED)
-        goal = contact + 0.03 * out
+        turn = float(np.linalg.norm(rotation_vector(leaning @ scene.rotation.T)))
+        if lateral < 0.03 and abs(offset[2]) < 0.025 and offset @ out < 0.06 and turn < 0.5:
+            return Aim(contact - 0.07 * out, leaning, CLOSED)
+        goal = contact + 0.035 * out
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
-        return Aim(glide(hand, goal, top + scene.below + 0.03, turn_to(yaw, scene.rotation)), yaw_rotation(yaw), CLOSED)
+        return Aim(glide(hand, goal, top + scene.below + 0.02, turn), leaning, CLOSED)
 
 
 class TurnKnob:
@@ -141,20 +159,23 @@ class TurnKnob:
             return Aim(hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
         if self._hold is None:
             self._hold = self._plan(scene, part)
-        offset, yaw = self._hold
         sign = 1.0 if self._goal[0] == "turnon" else -1.0
-        both = all(scene.touching_part(part.body)) and scene.closing > 0.95
-        angle = part.value + (sign * self.LEAD if both else 0.0)
-        goal = part.anchor + turned_about_z(offset, angle)
-        turned = yaw_rotation(yaw + angle)
-        if both:
-            return Aim(np.append(goal[:2], goal[2]), turned, CLOSED)
-        error, slack = goal - hand, 1.0 if scene.closing < 0.05 else 3.0
-        turn = turn_to(yaw + angle, scene.rotation)
+        goal, turned = self._pose(part, part.value)
+        error, turn = goal - hand, turn_to(yaw_of(turned), scene.rotation)
+        if scene.closing > 0.95 and scene.opening > 0.01 and np.linalg.norm(error) < 0.03:
+            goal, turned = self._pose(part, part.value + sign * self.LEAD)
+            return Aim(goal, turned, CLOSED)
+        slack = 1.0 if scene.closing < 0.05 else 3.0
         if np.linalg.norm(error[:2]) < 0.008 * slack and abs(error[2]) < 0.008 * slack and turn < 0.12 * slack:
             return Aim(goal, turned, CLOSED)
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), turned, OPEN)
+
+    def _pose(self, part: MovingPart, angle: float) -> tuple[np.ndarray, np.ndarray]:
+        """Position and rotation of the hand that grips the knob at an angle."""
+        assert self._hold is not None
+        offset, yaw = self._hold
+        return part.anchor + turned_about_z(offset, angle), yaw_rotation(yaw + angle)
 
     def _plan(self, scene: LiberoScene, part: MovingPart) -> tuple[np.ndarray, float]:
         """Offset of the hand from the axis and its yaw, with the knob at 0."""
@@ -194,10 +215,8 @@ class Push:
         cloud = scene.points(self._object, COARSE)
         way = scene.pose(self._target)[0][:2] - position[:2]
         ahead = np.append(way / max(1e-6, float(np.linalg.norm(way))), 0.0)
-        opening = np.array([-ahead[1], ahead[0], 0.0])
-        opening *= 1.0 if opening @ scene.rotation[:, 0] > 0 else -1.0
-        approach = np.array([0.0, 0.0, -np.cos(self.LEAN)]) - np.sin(self.LEAN) * ahead
-        leaning = np.stack([opening, np.cross(approach, opening), approach], 1)
+        leaning = lean(-ahead, self.LEAN, scene.rotation)
+        opening = leaning[:, 0]
         radius = float(np.linalg.norm(cloud[:, :2] - position[:2], axis=1).max())
         back = np.sqrt(max(0.0, radius**2 - 0.045**2)) + 0.012
         height = scene.floor + TIP

@@ -15,6 +15,13 @@ CLEARANCE = 0.02
 """Metres above obstacles at which the hand, or what it holds, travels."""
 
 
+CHOICE = 6
+"""Number of grasps of which the place is planned before one is chosen, where an object goes into something."""
+
+THINNEST = 0.003
+"""Opening of the fingers, in metres, above which there is something between them."""
+
+
 @dataclass(frozen=True)
 class Hold:
     """A grasp in the frame of its object, so that it follows the object: offset (3,) and rotation (3, 3) of the hand."""
@@ -29,10 +36,12 @@ class PickPlace:
 
     Args:
         goal: the predicate, e.g. ["on", "akita_black_bowl_1", "plate_1"].
+        number: which of several objects for the same region this is.
+        of: how many there are.
     """
 
-    def __init__(self, goal: list[str]) -> None:
-        self.goal = goal
+    def __init__(self, goal: list[str], number: int = 0, of: int = 1) -> None:
+        self.goal, self._slot = goal, (number, of)
         self._relation, self._object, self._target = goal
         self._hold: Hold | None = None
         self._place: Placement | None = None
@@ -40,20 +49,25 @@ class PickPlace:
 
     def done(self, scene: LiberoScene) -> bool:
         """Whether the object is where it belongs and the hand has let go."""
-        return scene.holds(self.goal) and not any(scene.touching(self._object)) and scene.closing < 0.5
+        return scene.holds(self.goal) and not any(scene.touching(self._object))
 
     def busy(self, scene: LiberoScene) -> bool:
         """Whether the object is in the hand and not yet where it belongs."""
-        return scene.closing > 0.5 and all(scene.touching(self._object)) and not self.done(scene)
+        return self._gripped(scene) and not self.done(scene)
 
     def aim(self, scene: LiberoScene) -> Aim:
         """What to do next."""
         position, _ = scene.pose(self._object)
         if self._arrived(scene, position):
             return self._release(scene)
-        if all(scene.touching(self._object)) and scene.closing > 0.95:
+        if self._gripped(scene):
             return self._carry(scene, position)
         return self._pick(scene)
+
+    def _gripped(self, scene: LiberoScene) -> bool:
+        """Whether the object is between the closed fingers; one of them may lose touch for a moment."""
+        touching = scene.touching(self._object)
+        return scene.closing > 0.95 and (all(touching) or (any(touching) and scene.opening > THINNEST and scene.still))
 
     def _arrived(self, scene: LiberoScene, position: np.ndarray) -> bool:
         """Whether the object is where it is to be let go: at the planned height, or resting on something a little higher."""
@@ -66,7 +80,7 @@ class PickPlace:
 
     def _carry(self, scene: LiberoScene, position: np.ndarray) -> Aim:
         if self._place is None:
-            self._place = self._plan_place(scene, position)
+            self._place = self._plan_place(scene, position, scene.hand, yaw_of(scene.rotation))
         hand, place = scene.hand, self._place
         goal = hand + place.position - position
         cloud = scene.points(self._object, COARSE)
@@ -85,6 +99,8 @@ class PickPlace:
         """Open, and rise when open."""
         self._hold = None
         rise = 0.05 if scene.opening > 0.07 else 0.0
+        if rise and scene.hand[2] - scene.points(self._object, COARSE)[:, 2].max() > 0.05:
+            self._place = None  # it is not where it should be: once more
         return Aim(scene.hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
 
     def _pick(self, scene: LiberoScene) -> Aim:
@@ -95,6 +111,8 @@ class PickPlace:
         goal, wanted = position + rotation @ self._hold.offset, rotation @ self._hold.turn
         yaw = yaw_of(wanted)
         hand, turn = scene.hand, turn_to(yaw, scene.rotation)
+        if scene.rotation[2, 2] > -0.8:  # the hand is level, as after opening a drawer: first turn it, near the arm
+            return Aim(hand + 0.03 * scene.inward, yaw_rotation(yaw), OPEN)
         slack = 1.0 if scene.closing < 0.05 else 3.0
         offset = goal - hand
         if np.linalg.norm(offset[:2]) < 0.008 * slack and abs(offset[2]) < 0.008 * slack and turn < 0.12 * slack:
@@ -108,7 +126,7 @@ class PickPlace:
         return Aim(glide(hand, goal, top + scene.below + CLEARANCE, turn), yaw_rotation(yaw), OPEN)
 
     def _plan_grasp(self, scene: LiberoScene, position: np.ndarray, rotation: np.ndarray) -> Hold:
-        away = np.append(scene.spots(self._target)[0] - position[:2], 0.0)
+        away = np.append(scene.spots(self._target, *self._slot)[0] - position[:2], 0.0)
 
         def strain(grips: np.ndarray) -> np.ndarray:
             return scene.stretch(grips) + scene.stretch(grips + away)
@@ -119,12 +137,23 @@ class PickPlace:
             grasps = find_grasps(cloud, Surroundings(others[:0], scene.floor, strain), scene.hand)
         if not grasps:
             grasps = [Grasp(position, 0.0, 0.0, 0.0)]
+        if self._relation == "in":
+            grasps = self._by_place(scene, position, grasps[:CHOICE])
         best = grasps[self._failures % len(grasps)]
         return Hold(rotation.T @ (best.position - position), rotation.T @ yaw_rotation(best.yaw), rotation[2].copy())
 
-    def _plan_place(self, scene: LiberoScene, position: np.ndarray) -> Placement:
-        spots, yaw = scene.spots(self._target), yaw_of(scene.rotation)
-        held = Carried(scene.points(self._object), position, scene.hand, yaw)
+    def _by_place(self, scene: LiberoScene, position: np.ndarray, grasps: list[Grasp]) -> list[Grasp]:
+        """Grasps in the order of their cost together with that of the place: walls leave no room for some."""
+        places = [self._plan_place(scene, position, grasp.position, grasp.yaw) for grasp in grasps]
+        lowest = min(place.position[2] for place in places)
+        costs = [
+            grasp.cost + place.cost + (place.position[2] - lowest) / 0.015 for grasp, place in zip(grasps, places, strict=True)
+        ]
+        return [grasps[k] for k in np.argsort(costs, kind="stable")]
+
+    def _plan_place(self, scene: LiberoScene, position: np.ndarray, grip: np.ndarray, yaw: float) -> Placement:
+        spots = scene.spots(self._target, *self._slot)
+        held = Carried(scene.points(self._object), position, grip, yaw)
         around = Surroundings(scene.others(self._object), scene.floor, scene.stretch)
         return find_place(held, around, spots) or Placement(np.append(spots[0], position[2]), yaw, 0.0)
 
@@ -138,7 +167,7 @@ def clear_of_overhang(held: np.ndarray, others: np.ndarray) -> np.ndarray | None
     """
     center, top = held[:, :2].mean(0), float(held[:, 2].max())
     radius = float(np.linalg.norm(held[:, :2] - center, axis=1).max())
-    above = others[(others[:, 2] > top - 0.01) & (np.linalg.norm(others[:, :2] - center, axis=1) < radius + 0.015)]
+    above = others[(others[:, 2] > top - 0.01) & (np.linalg.norm(others[:, :2] - center, axis=1) < radius + 0.005)]
     if not len(above):
         return None
     away = center - above[:, :2].mean(0)

@@ -74,8 +74,8 @@ class LiberoScene:
         joints = [self._model.joint(f"gripper0_finger_joint{k}") for k in (1, 2)]
         self._finger_positions, self._finger_speeds = [j.qposadr[0] for j in joints], [j.dofadr[0] for j in joints]
         self._grip = self._model.site("gripper0_grip_site").id
-        known = set(self._roots.values()) | {int(root_of[self._robot[0]])}
-        self._floor = self._surface(solid & ~np.isin(root_of, list(known)), names)
+        bottoms = [float(self.points(name, COARSE)[:, 2].min()) for name in raw.objects_dict]
+        self._floor = min((z for z in bottoms if z > self._shoulder[2] - 0.6), default=0.0)  # one may have fallen off
 
     @property
     def hand(self) -> np.ndarray:
@@ -115,7 +115,7 @@ class LiberoScene:
 
     @property
     def floor(self) -> float:
-        """Height of the table (or floor) on which everything stands."""
+        """Height of the table (or floor) on which everything stands: of the lowest object at the beginning."""
         return self._floor
 
     def pose(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -154,6 +154,12 @@ class LiberoScene:
         """Distance from the shoulder to the wrist in metres; the elbow is straight at 0.71."""
         return float(np.linalg.norm(self._data.xpos[self._wrist] - self._shoulder))
 
+    @property
+    def inward(self) -> np.ndarray:
+        """Horizontal direction from the hand to the shoulder, (3,)."""
+        way = (self._shoulder - self.hand) * (1.0, 1.0, 0.0)
+        return np.asarray(way / np.linalg.norm(way))
+
     def within_reach(self, position: np.ndarray) -> np.ndarray:
         """The position (3,), moved towards the shoulder as far as the arm needs it.
 
@@ -168,15 +174,23 @@ class LiberoScene:
         """Whether a goal predicate is true."""
         return bool(self._raw._eval_predicate(goal))
 
-    def spots(self, region: str) -> np.ndarray:
-        """Positions of an object's origin that would be in, or on, a region or an object: (K, 2), the best first."""
+    def spots(self, region: str, number: int = 0, of: int = 1) -> np.ndarray:
+        """Positions of an object's origin that would be in, or on, a region or an object: (K, 2), the best first.
+
+        Args:
+            region: its name.
+            number: which of several objects that go to the same region this is; each has its own corner.
+            of: how many there are.
+        """
         center, rotation = self.pose(region)
         site = self._raw.object_sites_dict.get(region)
         half = np.abs(rotation @ site.size)[:2] if site is not None else np.zeros(2)
         steps = np.arange(-8, 9) * 0.01
         grid = np.stack(np.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2)
         grid = grid[(np.abs(grid) <= np.maximum(half - 0.02, 0.005)).all(1)]
-        return center[:2] + grid[np.argsort((grid**2).sum(1), kind="stable")]
+        angle = np.pi / 4 + 2 * np.pi * number / of
+        best = 0.8 * half * (np.cos(angle), np.sin(angle)) if of > 1 else np.zeros(2)
+        return np.asarray(center[:2] + grid[np.argsort(((grid - best) ** 2).sum(1), kind="stable")])
 
     def part(self, region: str) -> MovingPart:
         """The drawer or door to which a region belongs, or the first moving part of a fixture."""
@@ -237,15 +251,3 @@ class LiberoScene:
                 clouds.append(points @ self._data.xmat[body].reshape(3, 3))
             self._clouds[key] = np.concatenate(clouds)
         return self._clouds[key]
-
-    def _surface(self, solid: np.ndarray, names: list[str]) -> float:
-        """The highest surface of the arena below the objects: a box that contains their middle, or the floor at 0."""
-        middle = np.median([self.pose(n)[0][:2] for n in self._roots], axis=0)
-        top = 0.0
-        for geom in np.flatnonzero(solid & (self._model.geom_type == 6)):
-            if names[geom].startswith("mount0"):
-                continue
-            center, half = self._data.geom_xpos[geom], self._model.geom_size[geom]  # the arena's boxes are not turned
-            if (np.abs(center[:2] - middle) < half[:2]).all():
-                top = max(top, float(center[2] + half[2]))
-        return top

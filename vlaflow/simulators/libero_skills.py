@@ -19,8 +19,8 @@ STEP = (0.05, 0.5)
 """Metres and radians by which an action of 1 moves the target of LIBERO's controller."""
 
 STRAIGHT = 0.70
-"""Distance from shoulder to wrist, in metres, at which the hand no longer tilts. The elbow is straight at 0.71; near that, the
-controller's forces for position and rotation can cancel out, and the hand stays where it is, short of its goal."""
+"""Distance from shoulder to wrist, in metres, at which tilts below 0.3 rad are no longer corrected. The elbow is straight at
+0.71; near that, the controller's forces for position and rotation can cancel out, and the hand stays short of its goal."""
 
 OPEN, CLOSED = -1.0, 1.0
 
@@ -72,8 +72,10 @@ def action(hand: np.ndarray, rotation: np.ndarray, aim: Aim, extension: float = 
     move = aim.gain * (aim.position - hand) / STEP[0]
     scale = max(1.0, float(np.abs(move[:2]).max()), -float(move[2]))
     move = np.append(move[:2] / scale, min(1.0, move[2]) if move[2] > 0 else move[2] / scale)
-    turn = aim.gain * rotation_vector(aim.rotation @ rotation.T) / STEP[1]
-    turn[:2] *= np.clip((STRAIGHT - extension) / 0.05, 1e-3, 1.0)
+    turn = rotation_vector(aim.rotation @ rotation.T)
+    tilt = float(np.linalg.norm(turn[:2]))
+    turn[:2] *= np.clip(max((STRAIGHT - extension) / 0.05, (tilt - 0.3) / 0.3), 1e-3, 1.0)
+    turn *= aim.gain / STEP[1]
     turn /= max(1.0, float(np.abs(turn).max()))
     return np.concatenate([move, turn, [aim.gripper]]).astype(np.float32)
 
