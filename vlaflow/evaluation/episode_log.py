@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -93,7 +93,11 @@ class EpisodeLog(Generic[E]):
         self.finished[number] = episode
 
     def complete(
-        self, jobs: Sequence[J], play: Callable[[Sequence[J], Callable[[int, E], None]], object], description: str
+        self,
+        jobs: Sequence[J],
+        play: Callable[[Sequence[J], Callable[[int, E], None]], object],
+        description: str,
+        blocks: Iterable[Sequence[int]] = (),
     ) -> list[E]:
         """Run the jobs that are not finished yet and store each episode.
 
@@ -101,10 +105,15 @@ class EpisodeLog(Generic[E]):
             jobs: all jobs of the evaluation; the same settings must give the same list.
             play: takes the remaining jobs and a function to call with the number (among these) and the episode of each.
             description: for the progress bar.
+            blocks: numbers of jobs that are run together. If one of a block is not finished, the whole block is run again.
 
         Returns:
             All episodes, in the order of the jobs.
         """
+        for block in blocks:
+            if any(number not in self.finished for number in block):
+                for number in block:
+                    self.finished.pop(number, None)
         left = [number for number in range(len(jobs)) if number not in self.finished]
         before = f", {len(self.finished)} done before" if self.finished else ""
         with progress(len(left), description + before) as bar:
