@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import CapabilityError
-from vlaflow.simulators.libero_fixtures import CloseDrawer, OpenDrawer, Push, TurnKnob
+from vlaflow.simulators.libero_fixtures import CloseDrawer, OpenDrawer, Push, Settle, TurnKnob
 from vlaflow.simulators.libero_picking import PickPlace
 from vlaflow.simulators.libero_scene import LiberoScene
 from vlaflow.simulators.libero_skills import OPEN, Aim, Skill, action
@@ -85,6 +85,8 @@ def program(scene: LiberoScene, goal: list[list[str]], instruction: str) -> list
             same = [each for each in goal if each[0] == "on" == kind and each[2:] == target]
             number = same.index([kind, name, *target]) if len(same) > 1 else 0
             then.append(PickPlace([kind, name, *target], number, max(1, len(same))))
+            if ["close", *target] in goal:
+                last.insert(0, Settle([kind, name, *target], scene.pose(name)[1][2].copy()))
         else:
             raise CapabilityError(
                 f"There is no scripted expert for '{instruction}': '{kind}' is not among the experts' skills."

@@ -49,7 +49,7 @@ class PickPlace:
 
     def done(self, scene: LiberoScene) -> bool:
         """Whether the object is where it belongs and the hand has let go."""
-        return scene.holds(self.goal) and not any(scene.touching(self._object))
+        return scene.holds(self.goal) and (scene.opening < THINNEST or not any(scene.touching(self._object)))
 
     def busy(self, scene: LiberoScene) -> bool:
         """Whether the object is in the hand and not yet where it belongs."""
