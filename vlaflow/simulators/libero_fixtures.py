@@ -205,22 +205,16 @@ class TurnKnob:
         if self._hold is None:
             self._hold = self._plan(scene, part)
         sign = 1.0 if self._goal[0] == "turnon" else -1.0
-        goal, turned = self._pose(part, part.value)
+        goal, turned = _pose(self._hold, part, part.value)
         error, turn = goal - hand, turn_to(yaw_of(turned), scene.rotation)
         if scene.closing > 0.95 and scene.opening > 0.01 and np.linalg.norm(error) < 0.03:
-            goal, turned = self._pose(part, part.value + sign * self.LEAD)
+            goal, turned = _pose(self._hold, part, part.value + sign * self.LEAD)
             return Aim(goal, turned, CLOSED)
         slack = 1.0 if scene.closing < 0.05 else 3.0
         if np.linalg.norm(error[:2]) < 0.008 * slack and abs(error[2]) < 0.008 * slack and turn < 0.12 * slack:
             return Aim(goal, turned, CLOSED)
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), turned, OPEN)
-
-    def _pose(self, part: MovingPart, angle: float) -> tuple[np.ndarray, np.ndarray]:
-        """Position and rotation of the hand that grips the knob at an angle."""
-        assert self._hold is not None
-        offset, yaw = self._hold
-        return part.anchor + turned_about_z(offset, angle), yaw_rotation(yaw + angle)
 
     def _plan(self, scene: LiberoScene, part: MovingPart) -> tuple[np.ndarray, float]:
         """Offset of the hand from the axis and its yaw, with the knob at 0."""
@@ -289,3 +283,9 @@ class Push:
             fingers = (position - back * side)[:2] + np.array([[0.052], [-0.052]]) * opening
             room.append(min(0.02, float(np.linalg.norm(others[:, None] - fingers, axis=2).min(initial=1.0))))
         return float(self.SLANTS[int(np.argmax(room))])
+
+
+def _pose(hold: tuple[np.ndarray, float], part: MovingPart, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Position (3,) and rotation (3, 3) of the hand that grips a knob at an angle, given its offset and yaw at 0."""
+    offset, yaw = hold
+    return part.anchor + turned_about_z(offset, angle), yaw_rotation(yaw + angle)

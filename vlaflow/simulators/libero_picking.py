@@ -14,7 +14,6 @@ from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 CLEARANCE = 0.02
 """Metres above obstacles at which the hand, or what it holds, travels."""
 
-
 CHOICE = 6
 """Number of grasps of which the place is planned before one is chosen, where an object goes into something."""
 
@@ -24,7 +23,13 @@ THINNEST = 0.003
 
 @dataclass(frozen=True)
 class Hold:
-    """A grasp in the frame of its object, so that it follows the object: offset (3,) and rotation (3, 3) of the hand."""
+    """A grasp in the frame of its object, so that it follows the object.
+
+    Args:
+        offset: (3,) of the hand.
+        turn: (3, 3) rotation of the hand.
+        upright: (3,) the vertical when the grasp was planned; a fallen object needs another one.
+    """
 
     offset: np.ndarray
     turn: np.ndarray
@@ -79,6 +84,7 @@ class PickPlace:
         return float(np.linalg.norm(offset[:2])) < 0.012 * slack and offset[2] < low
 
     def _carry(self, scene: LiberoScene, position: np.ndarray) -> Aim:
+        """Take the object over what is in the way to its place; the hand corrects for how it hangs."""
         if self._place is None:
             self._place = self._plan_place(scene, position, scene.hand, yaw_of(scene.rotation))
         hand, place = scene.hand, self._place
@@ -104,6 +110,7 @@ class PickPlace:
         return Aim(scene.hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
 
     def _pick(self, scene: LiberoScene) -> Aim:
+        """Go to the grasp from above and close the fingers; try another grasp if they close on nothing."""
         position, rotation = scene.pose(self._object)
         if self._hold is None or self._hold.upright @ rotation[2] < 0.95:
             self._hold = self._plan_grasp(scene, position, rotation)
@@ -126,6 +133,7 @@ class PickPlace:
         return Aim(glide(hand, goal, top + scene.below + CLEARANCE, turn), yaw_rotation(yaw), OPEN)
 
     def _plan_grasp(self, scene: LiberoScene, position: np.ndarray, rotation: np.ndarray) -> Hold:
+        """The best grasp, or after failures the next best, that strains the arm neither here nor at the target."""
         away = np.append(scene.spots(self._target, *self._slot)[0] - position[:2], 0.0)
 
         def strain(grips: np.ndarray) -> np.ndarray:
@@ -152,6 +160,7 @@ class PickPlace:
         return [grasps[k] for k in np.argsort(costs, kind="stable")]
 
     def _plan_place(self, scene: LiberoScene, position: np.ndarray, grip: np.ndarray, yaw: float) -> Placement:
+        """Where the object is put down if it is gripped at ``grip`` with this yaw while it is at ``position``."""
         spots = scene.spots(self._target, *self._slot)
         held = Carried(scene.points(self._object), position, grip, yaw)
         around = Surroundings(scene.others(self._object), scene.floor, scene.stretch)
