@@ -99,7 +99,8 @@ class PickPlace:
         top = corridor_top(others, hand, goal, max(0.05, radius))
         cruise = max(top, scene.floor + 0.03) + below + CLEARANCE
         way = glide(hand, goal, cruise, turn_to(place.yaw, scene.rotation))
-        return Aim(way, yaw_rotation(place.yaw), CLOSED)
+        low = way[2] - hand[2] > 0.03  # there may be no room to turn yet
+        return Aim(way, scene.rotation if low else yaw_rotation(place.yaw), CLOSED)
 
     def _release(self, scene: LiberoScene) -> Aim:
         """Open, and rise when open."""

@@ -71,8 +71,8 @@ def action(hand: np.ndarray, rotation: np.ndarray, aim: Aim, extension: float = 
         extension: of the arm; see `STRAIGHT`.
     """
     move = GAIN * (aim.position - hand) / STEP[0]
-    scale = max(1.0, float(np.abs(move[:2]).max()))
-    move = np.append(move[:2] / scale, np.clip(move[2] if move[2] > 0 else move[2] / scale, -1, 1))
+    scale = max(1.0, float(np.abs(move[:2]).max()), -float(move[2]))
+    move = np.append(move[:2] / scale, min(1.0, move[2]) if move[2] > 0 else move[2] / scale)
     turn = rotation_vector(aim.rotation @ rotation.T)
     tilt = float(np.linalg.norm(turn[:2]))
     turn[:2] *= np.clip(max((STRAIGHT - extension) / 0.05, (tilt - 0.3) / 0.3), 1e-3, 1.0)
