@@ -119,8 +119,9 @@ class PickPlace:
         goal, wanted = position + rotation @ self._hold.offset, rotation @ self._hold.turn
         yaw = yaw_of(wanted)
         hand, turn = scene.hand, turn_to(yaw, scene.rotation)
-        if scene.rotation[2, 2] > -0.8:  # the hand is level, as after opening a drawer: first turn it, near the arm
-            return Aim(hand + 0.03 * scene.inward, yaw_rotation(yaw), OPEN)
+        if scene.rotation[2, 2] > -0.8:  # level, as after opening a drawer: there must be room to turn the hand
+            room = scene.extension < 0.67
+            return Aim(hand + 0.03 * scene.inward, yaw_rotation(yaw) if room else scene.rotation, OPEN)
         slack = 1.0 if scene.closing < 0.05 else 3.0
         offset = goal - hand
         if np.linalg.norm(offset[:2]) < 0.008 * slack and abs(offset[2]) < 0.008 * slack and turn < 0.12 * slack:

@@ -22,7 +22,7 @@ GAIN = 1.2
 """How far the controller's target is set, relative to the distance to the aim; at 1 the hand arrives without overshoot."""
 
 STRAIGHT = 0.70
-"""Distance from shoulder to wrist, in metres, at which tilts below 0.3 rad are no longer corrected. The elbow is straight at
+"""Distance from shoulder to wrist, in metres, at which tilts below 0.6 rad are no longer corrected. The elbow is straight at
 0.71; near that, the controller's forces for position and rotation can cancel out, and the hand stays short of its goal."""
 
 OPEN, CLOSED = -1.0, 1.0
@@ -75,7 +75,7 @@ def action(hand: np.ndarray, rotation: np.ndarray, aim: Aim, extension: float = 
     move = np.append(move[:2] / scale, min(1.0, move[2]) if move[2] > 0 else move[2] / scale)
     turn = rotation_vector(aim.rotation @ rotation.T)
     tilt = float(np.linalg.norm(turn[:2]))
-    turn[:2] *= np.clip(max((STRAIGHT - extension) / 0.05, (tilt - 0.3) / 0.3), 1e-3, 1.0)
+    turn[:2] *= np.clip(max((STRAIGHT - extension) / 0.05, (tilt - 0.6) / 0.3), 1e-3, 1.0)
     turn *= GAIN / STEP[1]
     turn /= max(1.0, float(np.abs(turn).max()))
     return np.concatenate([move, turn, [aim.gripper]]).astype(np.float32)
