@@ -235,11 +235,9 @@ def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
 
 
 def _record(settings: Settings, dataset: Path, workers: int) -> None:
-    from vlaflow.progress import progress
-    from vlaflow.simulators.record import RecordConfig, record
+    from vlaflow.simulators.record import RecordConfig, record_with_progress
 
-    with progress(len(settings.envs) * settings.episodes, "Recording") as bar:
-        record(RecordConfig(settings.envs, settings.episodes), dataset, workers, lambda *_: bar.advance())
+    record_with_progress(RecordConfig(settings.envs, settings.episodes), dataset, workers)
 
 
 def _train(
