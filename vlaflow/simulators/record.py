@@ -39,7 +39,7 @@ from vlaflow.simulators.base import (
     simulator_spec,
 )
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
-from vlaflow.simulators.recording import KEPT, Demonstration, RecordJob, Recording, finished_before, keep, video_file
+from vlaflow.simulators.recording import KEPT, Demonstration, Recording, RecordJob, finished_before, keep, video_file
 from vlaflow.simulators.workers import iterate_jobs
 from vlaflow.spec import Observation
 from vlaflow.versions import versions

@@ -24,6 +24,7 @@ from vlaflow.data.video import Segment
 from vlaflow.errors import ConfigError
 
 SETTINGS = "settings.json"
+ARRAYS = ("state", "action", "executed", "success")
 KEPT = "the finished episodes are kept. Make room and repeat the command, or choose another --out"
 
 
@@ -115,7 +116,7 @@ class Recording:
                     if path.stat().st_size != size:
                         return None
                     videos[view] = Segment(path, len(stored["action"]), stored[f"histogram {view}"])
-                arrays = {name: stored[name] for name in ("state", "action", "executed", "success")}
+                arrays = {name: stored[name] for name in ARRAYS}
                 return Demonstration(job.env, facts["instruction"], facts["seed"], facts["attempts"], **arrays, videos=videos)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
@@ -156,7 +157,7 @@ def keep(folder: Path, job: RecordJob, demo: Demonstration) -> None:
         "attempts": demo.attempts,
         "bytes": {view: segment.path.stat().st_size for view, segment in demo.videos.items()},
     }
-    arrays = {"state": demo.state, "action": demo.action, "executed": demo.executed, "success": demo.success}
+    arrays: dict[str, Any] = {name: getattr(demo, name) for name in ARRAYS}
     arrays |= {f"histogram {view}": segment.histogram for view, segment in demo.videos.items()}
     part = folder / f".{job.stem}.part"
     with part.open("wb") as file:
