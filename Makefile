@@ -1,6 +1,6 @@
-# The two commands are `make demo` and `make test`; `make help` lists the others. How .venv comes about: tools/setup.sh.
+# The main commands are `make demo` and `make test`; `make help` lists the others. How .venv comes about: tools/setup.sh.
 
-OUT ?= runs/demo
+OUT ?=
 CKPT ?= runs/demo/rated
 ARGS ?=
 export PYTHON
@@ -10,13 +10,16 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo test test-isa test-clients fuzz lint format bench clean setup-demo setup-dev setup-clients
+.PHONY: help demo libero test test-isa test-clients fuzz lint format bench clean setup-demo setup-libero setup-dev setup-clients
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another place than runs/demo
-	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --out "$(OUT)" $(ARGS)
+	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+libero: setup-libero ## the same on three tasks of LIBERO-Object, in up to an hour; OUT=DIR for another place than runs/libero-demo
+	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan libero $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
@@ -47,7 +50,7 @@ clean: ## remove .venv, .venv-clients and caches; runs/ stays
 	@rm -rf .venv .venv-clients build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-setup-demo setup-dev: setup-%:
+setup-demo setup-libero setup-dev: setup-%:
 	@tools/setup.sh $*
 
 setup-clients: setup-dev

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -78,6 +78,10 @@ class BackboneConfig(Part, ABC):
     @abstractmethod
     def build(self) -> Backbone:
         """The network, initialised from torch's global generator."""
+
+    def resolved(self) -> Self:
+        """With what is read from files that the config only names, as runs and checkpoints record it; by default as it is."""
+        return self
 
     @abstractmethod
     def processor(self, folder: Path | None = None) -> Processor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.data.quality import PauseRule
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.libero_small import EXITS, small, small_training
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
 from vlaflow.policies.tiny import tiny_training
@@ -59,6 +61,16 @@ def rater(policy: PolicyConfig) -> TrainConfig:
         ema_decay=0.98,
         pauses=PauseRule(),
     )
+
+
+def libero_small(data: DataSpec) -> TrainConfig:
+    """AsyncVLA on LIBERO from scratch on a CPU: one suite, or all four from one data set.
+
+    vlaflow train asyncvla.libero_small --dataset runs/libero/object --out runs/libero/asyncvla
+
+    Its rater is ``asyncvla.rater``.
+    """
+    return small_training(replace(small(tiny(data), data), exits=ExitTraining(EXITS, shallow=0.2)))
 
 
 def libero(data: DataSpec) -> TrainConfig:

@@ -12,6 +12,7 @@ from vlaflow.actions.bins import BinsFit
 from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
 from vlaflow.flows.discrete import MetricSchedule
 from vlaflow.policies.dfm_vla.policy import emu3, tiny
+from vlaflow.policies.libero_small import small, small_training
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
 from vlaflow.policies.tiny import COEFFICIENTS, FAST, tiny_training
@@ -63,6 +64,15 @@ def demo_fast(data: DataSpec) -> TrainConfig:
     vlaflow train dfm_vla.demo_fast --dataset runs/demo/dataset --out runs/dfm/fast
     """
     return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, FAST)), steps=3000)
+
+
+def libero_small(data: DataSpec) -> TrainConfig:
+    """DFM-VLA, embedding-guided, on LIBERO from scratch on a CPU.
+
+    vlaflow train dfm_vla.libero_small --dataset runs/libero/object --out runs/libero/dfm
+    """
+    policy = tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, schedule=GRADUAL))
+    return small_training(small(policy, data, suffix=16 * data.action_dim))
 
 
 def libero(data: DataSpec) -> TrainConfig:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import PolicyConfig
-from vlaflow.policies.iflybot.policy import full_latent, qwen3b, tiny, tiny_latent
+from vlaflow.policies.iflybot.policy import full_latent, qwen3b, small, tiny, tiny_latent
+from vlaflow.policies.libero_small import OPTIM as SMALL_OPTIM
+from vlaflow.policies.libero_small import small_training
 from vlaflow.policies.objectives import LatentObjective, PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, Pipeline, TrainConfig
 from vlaflow.policies.tiny import OPTIM, tiny_training
@@ -63,6 +65,39 @@ def fine(policy: PolicyConfig) -> TrainConfig:
     return replace(
         tiny_training(_whole(policy, noise_samples=5), steps=1000, optim=optim), validate_every=250, checkpoint_every=500
     )
+
+
+def libero_small() -> Pipeline:
+    """iFlyBot-VLA on LIBERO, its three stages one after the other, from scratch on a CPU.
+
+    vlaflow train iflybot.libero_small --dataset runs/libero/object --out runs/libero/iflybot
+    """
+    return Pipeline((small_latent, small_joint, small_fine))
+
+
+def small_latent(data: DataSpec) -> TrainConfig:
+    """The latent action model of ``libero_small``; its pairs are 0.8 s apart, the span of 16 actions.
+
+    vlaflow train iflybot.small_latent --dataset runs/libero/object --out runs/libero/latent
+    """
+    return replace(latent(data), objective=LatentObjective(tiny_latent(), data.views[0], gap_s=0.8), steps=4000)
+
+
+def small_joint(data: DataSpec) -> TrainConfig:
+    """Second stage of ``libero_small``.
+
+    vlaflow train iflybot.small_joint --dataset runs/libero/object --latent runs/libero/latent --out runs/libero/joint
+    """
+    return small_training(small(data), steps=18_000, optim=replace(SMALL_OPTIM, final_fraction=0.3))
+
+
+def small_fine(policy: PolicyConfig) -> TrainConfig:
+    """Third stage of ``libero_small``.
+
+    vlaflow train iflybot.small_fine --policy runs/libero/joint --dataset DIR --latent runs/libero/latent --out DIR
+    """
+    optim = replace(SMALL_OPTIM, learning_rate=2e-4, warmup_steps=100)
+    return small_training(_whole(policy, noise_samples=5), steps=6000, optim=optim)
 
 
 def latent_full(data: DataSpec) -> TrainConfig:
