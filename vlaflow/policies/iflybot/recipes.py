@@ -80,7 +80,9 @@ def small_latent(data: DataSpec) -> TrainConfig:
 
     vlaflow train iflybot.small_latent --dataset runs/libero/object --out runs/libero/latent
     """
-    return replace(latent(data), objective=LatentObjective(tiny_latent(), data.views[0], gap_s=0.8), steps=4000)
+    return replace(
+        latent(data), objective=LatentObjective(tiny_latent(), data.views[0], gap_s=0.8), steps=4000, interventions=None
+    )
 
 
 def small_joint(data: DataSpec) -> TrainConfig:
