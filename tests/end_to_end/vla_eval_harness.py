@@ -84,7 +84,9 @@ def played_here(policy: Policy, compute: ComputePolicy, name: str, episodes: int
         if isinstance(policy, ScriptedPolicy):
             policy.write(TASKS[name.partition("/")[2]].instruction, seed, expert_actions(env, name, seed))
         seen: Seen = []
-        result = play(policy, env, EpisodeJob(name, compute, seed), config, before=lambda _, *both, seen=seen: seen.append(both))
+        result = play(
+            policy, env, EpisodeJob(name, compute, seed), config, before=lambda _, *both, seen=seen: seen.append(both)
+        )
         all_played.append(Played(result.success, result.steps, seen))
     return all_played
 
@@ -130,7 +132,12 @@ def _surroundings() -> dict[str, str]:
 
 def outcomes(out: Path) -> list[tuple[bool, int]]:
     """(success, steps) of the episodes in the harness's own results."""
-    raise NotImplementedError
+    (file,) = out.glob("*_aggregate.json")
+    (task,) = json.loads(file.read_text())["tasks"]
+    failed = [each["failure_detail"] for each in task["episodes"] if each.get("failure_reason")]
+    if failed:
+        raise SystemExit(f"vla-eval could not play {len(failed)} episodes: {failed[0]}")
+    return [(each["metrics"]["success"], each["steps"]) for each in sorted(task["episodes"], key=lambda e: e["episode_id"])]
 
 
 def differences(here: Played, there: Played) -> list[str]:

@@ -1,4 +1,4 @@
-"""Seeds of episodes and of a policy's noise in them: wherever an episode of a seed is played, its chunks have the same noise."""
+"""Seeds of episodes and of a policy's noise in them: wherever an episode is played, its chunks start from the same noise."""
 
 from __future__ import annotations
 

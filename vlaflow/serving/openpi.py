@@ -116,21 +116,8 @@ class RoboArenaConversation(OpenpiConversation):
     """A connection in RoboArena's variant."""
 
     def metadata(self) -> dict[str, Any]:
-        """The fields of RoboArena's server config; other action spaces are named after the robot."""
-        metadata = super().metadata()
-        images, spec = metadata["images"], metadata["action_spec"]
-        sizes = set(images.values())
-        side = sizes.pop() if len(sizes) == 1 else None
-        modes = {dimension["mode"] for dimension in spec["dimensions"][:-1]}
-        joints = {"absolute": "joint_position", "delta": "joint_velocity"}.get(modes.pop() if len(modes) == 1 else "")
-        return {
-            "image_resolution": [side, side] if side else None,
-            "needs_wrist_camera": any("wrist" in key for key in images),
-            "n_external_cameras": sum("exterior" in key for key in images),
-            "needs_stereo_camera": any(key.endswith("_right") for key in images),
-            "needs_session_id": False,
-            "action_space": joints if joints and len(spec["dimensions"]) == ARM_AND_GRIPPER else spec["robot"],
-        }
+        """See ``roboarena_config``."""
+        return roboarena_config(super().metadata())
 
     def encoded(self, reply: dict[str, Any]) -> np.ndarray:
         """The actions to execute, (n_action_steps, D)."""
@@ -140,6 +127,23 @@ class RoboArenaConversation(OpenpiConversation):
 
 OPENPI = WireProtocol(OpenpiConversation)
 ROBOARENA = WireProtocol(RoboArenaConversation)
+
+
+def roboarena_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of RoboArena's server config; other action spaces are named after the robot."""
+    images, spec = metadata["images"], metadata["action_spec"]
+    sizes = set(images.values())
+    side = sizes.pop() if len(sizes) == 1 else None
+    modes = {dimension["mode"] for dimension in spec["dimensions"][:-1]}
+    joints = {"absolute": "joint_position", "delta": "joint_velocity"}.get(modes.pop() if len(modes) == 1 else "")
+    return {
+        "image_resolution": [side, side] if side else None,
+        "needs_wrist_camera": any("wrist" in key for key in images),
+        "n_external_cameras": sum("exterior" in key for key in images),
+        "needs_stereo_camera": any(key.endswith("_right") for key in images),
+        "needs_session_id": False,
+        "action_space": joints if joints and len(spec["dimensions"]) == ARM_AND_GRIPPER else spec["robot"],
+    }
 
 
 def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:

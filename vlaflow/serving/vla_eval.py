@@ -112,8 +112,9 @@ class VlaEvalConversation(Conversation):
         if kind == "episode_start":
             task = payload.get("task")
             number = task.get("episode_idx") if isinstance(task, Mapping) else None
-            known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
-            self._begin(FIRST_SEED + (number if known else self._episodes))
+            if not isinstance(number, int) or not 0 <= number < 2**31:
+                number = self._episodes
+            self._begin(FIRST_SEED + number)
             self._episodes += 1
         return None
 
@@ -134,7 +135,9 @@ class VlaEvalConversation(Conversation):
             return self._rest.pop(0)
         size, most = sum(math.prod(image.shape) for image in _images(payload)), self.server.config.most_bytes
         if size > most:
-            raise RequestError(f"The images of the message have {size} bytes, but at most {most} are accepted. Send smaller images.")
+            raise RequestError(
+                f"The images of the message have {size} bytes, but at most {most} are accepted. Send smaller images."
+            )
         observation = self.server.observe(await asyncio.to_thread(_decoded, payload))
         chunk = await self.infer(observation, chunk_generator(self._seed, self._chunks), entry)
         self._chunks, entry.outcome = self._chunks + 1, "answered"
@@ -145,8 +148,7 @@ class VlaEvalConversation(Conversation):
         version = theirs.get("protocol_version", VERSION)
         if not isinstance(version, int) or version != VERSION:
             raise RequestError(
-                f"This server speaks version {VERSION} of vla-eval's protocol, not {version!r:.20}; use "
-                "vla-eval 0.8."
+                f"This server speaks version {VERSION} of vla-eval's protocol, not {version!r:.20}; use vla-eval 0.8."
             )
         metadata = self.server.metadata
         views = [key.rpartition("/")[2] for key in metadata["images"]]
@@ -165,6 +167,7 @@ class VlaEvalConversation(Conversation):
         }
 
     def _message(self, frame: str | bytes) -> tuple[str, dict[str, Any]]:
+        self._seq = 0
         if isinstance(frame, str):
             raise RequestError("Messages must be binary msgpack frames, got text.")
         message = wire.unpack(frame, self.server.config.most_bytes, _decode)
@@ -224,8 +227,7 @@ def _decode(found: dict[Any, Any]) -> Any:
     """What a map of a message stands for; images are decoded later."""
     data, shape, form = found.get("data"), found.get("shape"), found.get("format", "raw")
     if "__image__" in found and isinstance(form, str) and form in FORMATS:
-        whole = isinstance(data, bytes) and isinstance(shape, list)
-        if not whole or not all(isinstance(side, int) and side > 0 for side in shape):
+        if not isinstance(data, bytes) or not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
             raise RequestError("An image of the message lacks its data or its shape.")
         return EncodedImage(data, FORMATS[form], tuple(shape))
     if "__image__" in found or "__ndarray__" in found:
