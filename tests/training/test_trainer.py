@@ -395,3 +395,19 @@ def test_training_learns(tmp_path):
     run(tmp_path / "p", replace(config, optim=replace(config.optim, learning_rate=1e-2)), Memory(8))
     losses = [entry["loss"] for entry in read_log(tmp_path / "p")]
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3
+
+
+def test_a_hurried_checkpoint_keeps_the_earlier_policy_and_continues_to_the_same_end(tmp_path, monkeypatch):
+    """What SIGTERM leaves of a sharded run: everything needed to go on, and the policy of the checkpoint before."""
+    save = Trainer._save
+    monkeypatch.setattr(Trainer, "_save", lambda self, part, hurried=False: save(self, part, hurried=self.step == 4))
+    with pytest.raises(RuntimeError, match="cut"):
+        run(tmp_path / "p", source=Cut(Memory(), at=5))
+    monkeypatch.undo()
+    assert newest_state(tmp_path / "p")[0] == 4
+    run(tmp_path / "two", tiny_config(steps=6, checkpoint_every=2), source=Memory())
+    averages = load_file(tmp_path / "p/training/step-000002/average.safetensors")
+    policy = dict(Policy.from_pretrained(tmp_path / "p").model.named_parameters())
+    assert all(torch.equal(policy[name], average) for name, average in averages.items())
+    run(tmp_path / "p")
+    assert weights(tmp_path / "p") == weights(tmp_path / "two")
