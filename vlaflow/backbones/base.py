@@ -204,6 +204,14 @@ class Backbone(nn.Module, ABC):
     def views(self) -> Mapping[str, int | None]:
         """The camera views it reads, with the square image size each is resized to (None: any size)."""
 
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """Its layers, and those of its parts, each with the name of the method that runs it.
+
+        Nothing else may read a block's parameters: sharded training gathers them for the time of that call. None by default.
+        """
+        return {}
+
     @abstractmethod
     def embed(self, inputs: Inputs) -> Prefix:
         """Tokens of B observations before the first layer. All is on the device but what ``Inputs`` keeps on the CPU, and

@@ -164,6 +164,11 @@ class TinyBackbone(LanguageBackbone):
         """Views and their image side."""
         return dict.fromkeys(self.config.views, self.config.image_size)
 
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """See the base class."""
+        return dict.fromkeys(self.layers, "forward")
+
     def embed(self, inputs: Inputs) -> Prefix:
         """See the base class."""
         c = self.config

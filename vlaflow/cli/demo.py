@@ -125,7 +125,11 @@ def main(argv: list[str]) -> int:
         ("rater", plan.rater, policy, rated, settings.rater_steps),
     ):
         with log.step(step, commands[step]) as due:
-            overrides = {"steps": steps, "batch_size": settings.batch_size, "validation_fraction": settings.validation_fraction}
+            overrides = {
+                "steps": steps,
+                "global_batch_size": settings.batch_size,
+                "validation_fraction": settings.validation_fraction,
+            }
             stopped = _train(recipe, dataset, goal, policy=source, overrides=overrides, command=commands[step]) if due else None
             if stopped is not None:
                 log.leave()

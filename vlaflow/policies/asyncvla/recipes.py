@@ -57,7 +57,7 @@ def rater(policy: PolicyConfig) -> TrainConfig:
         RaterObjective(tiny_rater(policy)),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
         steps=250,
-        batch_size=32,
+        global_batch_size=32,
         ema_decay=0.98,
         pauses=PauseRule(),
     )
@@ -78,9 +78,9 @@ def libero(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train asyncvla.libero --dataset DIR --out DIR
 
-    Learning rates, betas, decay and schedule are AsyncVLA's; chunk size, batch (512 in all: divide ``batch_size`` by the
-    number of GPUs), epochs (50 of 273 k frames) and 3 % warm-up are those of EO-1, on whose code AsyncVLA is probably based;
-    pauses are excluded from the loss as in the paper, by our rule. No run has been made with it yet.
+    Learning rates, betas, decay and schedule are AsyncVLA's; chunk size, batch, epochs (50 of 273 k frames) and 3 % warm-up are
+    those of EO-1, on whose code AsyncVLA is probably based; pauses are excluded from the loss as in the paper, by our rule. No
+    run has been made with it yet.
     """
     return TrainConfig(
         PolicyObjective(qwen3b(data, chunk_size=8)),
@@ -95,7 +95,7 @@ def libero(data: DataSpec) -> TrainConfig:
             ),
         ),
         steps=26_700,
-        batch_size=512,
+        global_batch_size=512,
         accumulate=16,
         ema_decay=None,
         pauses=PauseRule(),
@@ -116,7 +116,7 @@ def rater3b(policy: PolicyConfig) -> TrainConfig:
         RaterObjective(qwen3b_rater(policy)),
         optim=OptimConfig(learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=100),
         steps=2000,
-        batch_size=256,
+        global_batch_size=256,
         accumulate=8,
         ema_decay=None,
         pauses=PauseRule(),

@@ -80,8 +80,8 @@ def libero(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train dfm_vla.libero --dataset DIR --out DIR
 
-    AdamW (0.9, 0.95, 1e-6) with decay 0.1, 8e-5 falling to 5e-6 along a cosine after 50 steps, clipped at 5; batch 256 in all
-    (divide ``batch_size`` by the number of GPUs), in four parts; 20 000 steps. The image tokenizer stays frozen.
+    AdamW (0.9, 0.95, 1e-6) with decay 0.1, 8e-5 falling to 5e-6 along a cosine after 50 steps, clipped at 5; batch 256 in
+    parts of eight; 20 000 steps. The image tokenizer stays frozen.
     """
     return TrainConfig(
         PolicyObjective(emu3(data)),
@@ -96,8 +96,8 @@ def libero(data: DataSpec) -> TrainConfig:
             groups=(ParameterGroup("backbone.network.vqmodel.", frozen=True),),
         ),
         steps=20_000,
-        batch_size=256,
-        accumulate=4,
+        global_batch_size=256,
+        accumulate=32,
         ema_decay=None,
         validate_every=1000,
         checkpoint_every=2000,

@@ -41,7 +41,7 @@ def latent(data: DataSpec) -> TrainConfig:
         LatentObjective(tiny_latent(), data.views[0], gap_s=0.2),
         optim=OPTIM,
         steps=1200,
-        batch_size=32,
+        global_batch_size=32,
         ema_decay=0.99,
         validate_every=200,
         checkpoint_every=400,
@@ -108,13 +108,13 @@ def latent_full(data: DataSpec) -> TrainConfig:
     accelerate launch -m vlaflow train iflybot.latent_full --dataset DIR --out DIR
 
     Sizes and the gap of one second as in iFlyBot-VLA's code; it states neither steps nor rates, so these are LAPA's: 100 000
-    steps of 64 in all (divide ``batch_size`` by the number of GPUs), 1e-4.
+    steps of 64, 1e-4.
     """
     return TrainConfig(
         LatentObjective(full_latent(), data.views[0], gap_s=1.0),
         optim=OptimConfig(learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=100_000,
-        batch_size=64,
+        global_batch_size=64,
         ema_decay=None,
         validate_every=2000,
         checkpoint_every=5000,
@@ -127,14 +127,15 @@ def joint3b(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train iflybot.joint3b --dataset DIR --latent DIR --out DIR
 
-    Constant 2e-6 with four observations per GPU and no decay, as in the published code's defaults; the number of steps is not
-    stated.
+    Constant 2e-6 with four observations per GPU (32 on eight) and no decay, as in the published code's defaults; the number of
+    steps is not stated.
     """
     return TrainConfig(
         PolicyObjective(qwen3b(data)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=200_000,
-        batch_size=4,
+        global_batch_size=32,
+        accumulate=8,
         ema_decay=None,
         validate_every=5000,
         checkpoint_every=5000,
@@ -151,7 +152,8 @@ def fine3b(policy: PolicyConfig) -> TrainConfig:
         PolicyObjective(_whole(policy, noise_samples=5)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=50_000,
-        batch_size=4,
+        global_batch_size=32,
+        accumulate=8,
         ema_decay=None,
         validate_every=5000,
         checkpoint_every=5000,
