@@ -59,7 +59,7 @@ def small_training(policy: PolicyConfig, *, steps: int = 25_000, optim: OptimCon
         PolicyObjective(policy),
         optim=optim,
         steps=steps,
-        batch_size=64,
+        global_batch_size=64,
         ema_decay=0.999,
         shift=6,
         pauses=PauseRule(),
