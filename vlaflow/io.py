@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 WEIGHTS = {"float32", "bfloat16", "float16"}
 """Weight types that are converted to each other; the config says which one a network computes in."""
 
+STORED = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+}
+"""Tensor types and their names in safetensors files, in the order that safetensors sorts them, smallest first."""
+
 
 def load_weights(model: nn.Module, file: Path) -> None:
     """Load the weights of a model, strictly.
@@ -83,6 +97,44 @@ def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
             f"'{name}' in {file} contains NaN or an infinite value, so the network cannot be used: the training diverged "
             "or the file is damaged. Use an earlier checkpoint, or train again with a lower learning rate."
         )
+
+
+def save_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    like: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time; the bytes are those of ``safetensors.torch.save_file``.
+
+    Args:
+        file: where to.
+        tensors: by name, on any device; a mapping may make each when it is asked for.
+        like: all names to write, with tensors of the same shape and type, which are written where ``tensors`` has none; by
+            default ``tensors`` are all.
+        about: text for the header.
+    """
+    import torch
+
+    like = tensors if like is None else like
+    names = sorted(like, key=lambda name: (-list(STORED).index(_short(like[name].dtype)), name))
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    end = 0
+    for name in names:
+        start, end = end, end + like[name].numel() * like[name].element_size()
+        shape, kind = list(like[name].shape), STORED[_short(like[name].dtype)]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = (tensors if name in tensors else like)[name].detach().cpu().contiguous()
+            if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
+                raise ValueError(f"'{name}' is not of the shape and type it was announced with.")
+            if tensor.numel():
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

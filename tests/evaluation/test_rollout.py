@@ -14,8 +14,6 @@ from vlaflow.evaluation.latency import collect_observations, measure
 from vlaflow.evaluation.rollout import (
     EpisodeJob,
     RolloutConfig,
-    chunk_generator,
-    chunk_seed,
     one_thread,
     open_env,
     plan,
@@ -24,6 +22,7 @@ from vlaflow.evaluation.rollout import (
     require_fit,
 )
 from vlaflow.policies.base import Policy
+from vlaflow.policies.seeds import chunk_generator, chunk_seed
 
 SHORT = RolloutConfig(max_steps=10)
 

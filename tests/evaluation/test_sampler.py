@@ -50,7 +50,7 @@ def dataset(tmp_path_factory):
 def trained(dataset, tmp_path_factory):
     """A few steps of AsyncVLA's demo."""
     out = tmp_path_factory.mktemp("sampler") / "policy"
-    small = {"steps": "3", "batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
+    small = {"steps": "3", "global_batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
     shape = {"width": "32", "heads": "2", "ffn": "64", "depth": "2", "image_size": "64"}
     changes = small | {f"policy.backbone.{k}": v for k, v in shape.items()} | {"policy.exits": "null"}
     train("asyncvla.demo", dataset, out, options=Options(changes, tracker="none", command="test", threads=1))

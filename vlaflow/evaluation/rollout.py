@@ -22,21 +22,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
 
 if TYPE_CHECKING:
     from vlaflow.simulators.chunks import ChunkEnv
-
-FIRST_SEED = 1000
 
 Observer = Callable[[int, Observation, Chunk], None]
 """Called with the step, the observation at that step, and the policy's chunk."""
@@ -352,20 +350,6 @@ def _episode(chunked: ChunkEnv, job: EpisodeJob, before: Observer | None = None,
 def seed_label(seed: int, noise_seed: int) -> str:
     """The seeds of an episode in words, without a noise seed of 0."""
     return f"seed {seed}, noise {noise_seed}" if noise_seed else f"seed {seed}"
-
-
-def chunk_generator(seed: int, chunk: int, noise_seed: int = 0) -> torch.Generator:
-    """The noise generator of chunk number ``chunk`` in the episode of ``seed`` and ``noise_seed``."""
-    return torch.Generator().manual_seed(chunk_seed(seed, chunk, noise_seed))
-
-
-def chunk_seed(seed: int, chunk: int, noise_seed: int = 0) -> int:
-    """Seed of that noise, below 2⁶³; NumPy's SeedSequence makes similar seeds independent.
-
-    A noise seed above 0 is a child of the sequence of (seed, chunk), so adding repetitions does not change the first.
-    """
-    sequence = np.random.SeedSequence((seed, chunk), spawn_key=(noise_seed,) if noise_seed else ())
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def require_fit(

@@ -22,12 +22,10 @@ from vlaflow.evaluation.latency import Latency, collect_observations, measure
 from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import Revision, follow
 from vlaflow.evaluation.rollout import (
-    FIRST_SEED,
     EpisodeJob,
     EpisodeResult,
     RolloutConfig,
     blocks,
-    chunk_generator,
     one_thread,
     plan,
     play_all,
@@ -37,6 +35,7 @@ from vlaflow.io import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
+from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
 from vlaflow.versions import command_line, machine, versions
 

@@ -13,6 +13,7 @@ than its size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -41,8 +42,13 @@ def pack(message: Any) -> bytes:
         raise RequestError(f"A message can contain texts, numbers, lists, maps and arrays of numbers: {error}.") from error
 
 
-def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
+def unpack(data: bytes, most_bytes: int = MOST_BYTES, decode: Callable[[dict[Any, Any]], Any] | None = None) -> Any:
     """Decode one message; its arrays are read-only.
+
+    Args:
+        data: the message.
+        most_bytes: largest size.
+        decode: called with every map, and returns what it stands for; None for openpi's arrays and scalars.
 
     Raises:
         RequestError: for a message that is too large, damaged, or contains types that the protocol does not have.
@@ -51,7 +57,7 @@ def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
         raise RequestError(f"The message has {len(data)} bytes, but at most {most_bytes} are accepted. Send smaller images.")
     _survey(data)
     try:
-        return msgpack.unpackb(data, object_hook=_decode, strict_map_key=True)
+        return msgpack.unpackb(data, object_hook=decode or _decode, strict_map_key=True)
     except RequestError:
         raise
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
@@ -129,32 +135,36 @@ def _encode(value: Any) -> Any:
 
 def _decode(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" in found:
-        return _array(found)
+        return array(found.get(b"data"), found.get(b"shape"), found.get(b"dtype"))
     if b"__npgeneric__" in found:
         data = found.get(b"data")
         if not isinstance(data, bool | int | float):
             raise RequestError("A NumPy scalar of the message is not a number.")
         try:
             with np.errstate(over="raise"):
-                return _dtype(found).type(data)
+                return _dtype(found.get(b"dtype")).type(data)
         except (OverflowError, FloatingPointError, ValueError) as error:
             raise RequestError("A NumPy scalar of the message does not fit its type.") from error
     return found
 
 
-def _array(found: dict[Any, Any]) -> np.ndarray:
-    data, shape, dtype = found.get(b"data"), found.get(b"shape"), _dtype(found)
+def array(data: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """The array of these bytes, read-only.
+
+    Raises:
+        RequestError: the parts do not make an array of booleans, integers or floats.
+    """
+    kind = _dtype(dtype)
     if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
         raise RequestError("An array of the message lacks its data or its shape.")
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
         raise RequestError("The shape of an array of the message must consist of integers ≥ 0.")
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise RequestError(f"An array of the message has shape {shape} of {dtype} but {len(data)} bytes, which does not match.")
-    return np.frombuffer(data, dtype).reshape(shape)
+    if math.prod(shape) * kind.itemsize != len(data):
+        raise RequestError(f"An array of the message has shape {shape} of {kind} but {len(data)} bytes, which does not match.")
+    return np.frombuffer(data, kind).reshape(shape)
 
 
-def _dtype(found: dict[Any, Any]) -> np.dtype:
-    name = found.get(b"dtype")
+def _dtype(name: Any) -> np.dtype:
     if not isinstance(name, str) or name not in DTYPES:
         raise RequestError(f"An array of the message has type {name!r:.40}; only booleans, integers and floats are accepted.")
     return np.dtype(name)
