@@ -85,7 +85,7 @@ def test_recipes_differ_in_decoder_and_exits_alone(name):
     a, b = mine.objective.policy, other.objective.policy
     assert replace(a.backbone, suffix=0) == replace(b.backbone, suffix=0)
     assert (a.action_normalisation, a.n_action_steps, a.decoder.chunk_size) == ("quantile", 8, 16)
-    assert (mine.batch_size, mine.shift, mine.ema_decay) == (other.batch_size, other.shift, other.ema_decay)
+    assert (mine.global_batch_size, mine.shift, mine.ema_decay) == (other.global_batch_size, other.shift, other.ema_decay)
 
 
 def test_the_pipeline_takes_as_many_steps_of_the_policy_as_the_others():
