@@ -240,7 +240,7 @@ def test_a_calibration_of_other_weights_is_refused(checkpoint, dataset):
 def test_episodes_choose_on_their_own_seeds_and_an_interrupted_calibration_continues(
     checkpoint, dataset, tmp_path, monkeypatch, capsys
 ):
-    short = RolloutConfig(max_steps=8)
+    short = RolloutConfig(max_steps=8, batch=1)
     request = SamplerRequest(WAYS, frames=8, latency_chunks=2, draws=1, envs=(ENV,), episodes=12, rollout=short, workers=0)
     played, real = [], sampler_episodes.play_all
 
