@@ -12,7 +12,7 @@ from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.evaluation.latency import collect_observations, measure
 from vlaflow.evaluation.rollout import (
-    Block,
+    EpisodeBlock,
     EpisodeJob,
     RolloutConfig,
     blocks,
@@ -72,7 +72,9 @@ def test_a_block_plays_every_episode_with_its_own_scene_and_noise(checkpoint, co
     with one_thread():
         for job, chunks in zip(jobs, alone, strict=True):
             play(policy, open_env(policy, ENV, "fast"), job, config, after=into(chunks))
-        found = play_block(policy, Block(tuple(jobs)), config, after={i: into(chunks) for i, chunks in enumerate(together)})
+        found = play_block(
+            policy, EpisodeBlock(tuple(jobs)), config, after={i: into(chunks) for i, chunks in enumerate(together)}
+        )
     assert [(e.seed, e.steps, e.chunks) for e in found] == [(1000, 6, 3), (1001, 2, 1), (1002, 4, 2)]
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose(other, one, atol=1e-3)

@@ -195,13 +195,13 @@ def play_all(
 
     with one_thread():
         setup = functools.partial(Policy.from_pretrained, str(folder), config.device)
-        together = [Block(tuple(jobs[place] for place in block)) for block in places]
+        together = [EpisodeBlock(tuple(jobs[place] for place in block)) for block in places]
         run_jobs(functools.partial(_play_block, config=config), together, workers, setup=setup, finished=keep)
     return [found[place] for place in range(len(jobs))]
 
 
 @dataclass(frozen=True)
-class Block:
+class EpisodeBlock:
     """Episodes of one environment and compute policy, played together by one process.
 
     Args:
@@ -258,7 +258,7 @@ def play(
 
 
 def play_block(
-    policy: Policy, block: Block, config: RolloutConfig, *, after: Mapping[int, Observer] | None = None
+    policy: Policy, block: EpisodeBlock, config: RolloutConfig, *, after: Mapping[int, Observer] | None = None
 ) -> list[EpisodeResult]:
     """Run the episodes of a block in this process.
 
@@ -400,5 +400,5 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _play_block(block: Block, policy: Policy, *, config: RolloutConfig) -> list[EpisodeResult]:
+def _play_block(block: EpisodeBlock, policy: Policy, *, config: RolloutConfig) -> list[EpisodeResult]:
     return play_block(policy, block, config)

@@ -19,7 +19,7 @@ import numpy as np
 from vlaflow.config import from_json, to_json
 from vlaflow.data.video import REPRODUCIBLE
 from vlaflow.errors import DataError
-from vlaflow.evaluation.rollout import Block, EpisodeJob, EpisodeResult, RolloutConfig, blocks, one_thread, play_block
+from vlaflow.evaluation.rollout import EpisodeBlock, EpisodeJob, EpisodeResult, RolloutConfig, blocks, one_thread, play_block
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.simulators.base import cached
@@ -109,7 +109,7 @@ def record_videos(
     source, jobs, chosen = local_folder(checkpoint), list(played), choose(list(played.values()))
     tasks = []
     for places in blocks(jobs, config.batch):
-        block = Block(tuple(jobs[place] for place in places))
+        block = EpisodeBlock(tuple(jobs[place] for place in places))
         tasks += [(block, n, played[job]) for n, job in enumerate(block.jobs) if played[job] in chosen]
     folder.mkdir(parents=True, exist_ok=True)
     run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
@@ -133,7 +133,7 @@ def read_videos(folder: Path) -> list[EpisodeVideo]:
 
 
 def _record_one(
-    task: tuple[Block, int, EpisodeResult], policy: Policy, *, folder: str, config: RolloutConfig, size: int
+    task: tuple[EpisodeBlock, int, EpisodeResult], policy: Policy, *, folder: str, config: RolloutConfig, size: int
 ) -> EpisodeVideo:
     block, place, expected = task
     job = block.jobs[place]
