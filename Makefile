@@ -19,7 +19,7 @@ help: ## this list
 demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another place than runs/demo
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-libero: setup-libero ## the same on three tasks of LIBERO-Object, in up to an hour; OUT=DIR for another place than runs/libero-demo
+libero: setup-libero ## the same on three tasks of LIBERO-Object; OUT=DIR for another place than runs/libero-demo
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan libero $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part

@@ -2,9 +2,9 @@
 # Make .venv ready: tools/setup.sh demo|libero|dev
 #
 # "demo" is what `make demo` needs, "libero" adds LIBERO, "dev" adds LIBERO, transformers, the development tools and a browser.
-# Everything is pinned by constraints.txt. Run again it does nothing; after an interrupted run it starts over, because a package that was killed
-# half-way can look complete to pip. Here live Python, packages, GL libraries and the browser; what is then run is in the
-# Makefile.
+# Everything is pinned by constraints.txt. Run again it does nothing; after an interrupted run it starts over, because a package
+# that was killed half-way can look complete to pip. Here live Python, packages, GL libraries and the browser; what is then run
+# is in the Makefile.
 #
 #   .venv/.vlaflow-installing       present while an installation is under way, so left behind by one that was killed
 #   .venv/.vlaflow-stamp-LEVEL      hash of what was installed, written last

@@ -202,6 +202,25 @@ def require_makeable(folder: Path) -> None:
         raise _refusal(folder, f"{there} is not writable")
 
 
+def claim(place: int, busy: str) -> None:
+    """Lock an open file or folder until it is closed; a process that is killed lets go of it by itself.
+
+    Args:
+        place: its descriptor.
+        busy: sentence for the error.
+
+    Raises:
+        ConfigError: another process has locked it.
+        OSError: it cannot be locked, as on some network folders.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(busy) from error
+
+
 def require_writable(file: Path, cure: str = "Choose another --out.") -> None:
     """Create the folder of a file and verify that the file can be written, before the work whose result it will hold.
 

@@ -8,18 +8,18 @@ again. The log exists only while an evaluation is unfinished: it is removed when
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.io import require_writable, storing
+from vlaflow.io import claim, require_writable, storing
 from vlaflow.progress import progress
 
 FILE = "episodes.jsonl"
@@ -58,7 +58,8 @@ class EpisodeLog(Generic[E]):
         header = {"format": FORMAT, "settings": json.loads(_line(settings))}
         self._place = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            self._claim()
+            with suppress(OSError):  # a network folder without locks
+                claim(self._place, f"Another evaluation is writing to {folder}. Wait for it, or choose another --out.")
             content = self._read()
             if content and not content.startswith(f'{{"format": "{FORMAT}"'.encode()):
                 raise ConfigError(f"{self.file} is not the log of an evaluation. Choose another --out.")
@@ -128,16 +129,6 @@ class EpisodeLog(Generic[E]):
     def remove(self) -> None:
         """Remove the log, once the results are written."""
         self.file.unlink(missing_ok=True)
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"Another evaluation is writing to {self.file.parent}. Wait for it, or choose another --out."
-            ) from error
-        except OSError:  # a network folder without locks
-            return
 
     def _read(self) -> bytes:
         """Read all complete lines, and truncate the file after them."""

@@ -211,6 +211,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
                 max_steps=rollout.max_steps,
                 render=rollout.render,
                 solver_steps=config.knobs.steps,
+                batch=rollout.batch,
             )
             right = [e for e in episodes if e.compute == computes[0].name]
             found = Results(

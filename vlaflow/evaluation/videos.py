@@ -111,6 +111,7 @@ def record_videos(
     for places in blocks(jobs, config.batch):
         block = EpisodeBlock(tuple(jobs[place] for place in places))
         tasks += [(block, n, played[job]) for n, job in enumerate(block.jobs) if played[job] in chosen]
+    tasks.sort(key=lambda task: chosen.index(task[2]))
     folder.mkdir(parents=True, exist_ok=True)
     run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
     with one_thread():

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.backbones.tiny import TinyConfig
-from vlaflow.data.quality import PauseRule
 from vlaflow.policies.base import PolicyConfig
-from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, TrainConfig
+from vlaflow.policies.tiny import tiny_training
 
 DEPTH = 6
 HEADS, HEAD_DIM = 8, 32
@@ -55,16 +54,12 @@ def small_training(policy: PolicyConfig, *, steps: int = 25_000, optim: OptimCon
     Executed actions are not compared with the labels: LIBERO's experts hardly rotate the hand, so in relation to the range of
     these labels the recorder's noise would count as an intervention in 40 % of the frames.
     """
-    return TrainConfig(
-        PolicyObjective(policy),
-        optim=optim,
-        steps=steps,
+    return replace(
+        tiny_training(policy, steps=steps, optim=optim),
         global_batch_size=64,
         ema_decay=0.999,
         shift=6,
-        pauses=PauseRule(),
         interventions=None,
         validation_fraction=0.04,
         validate_every=1000,
-        checkpoint_every=1000,
     )

@@ -7,12 +7,12 @@ is in ``settings.json``.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ import numpy as np
 
 from vlaflow.data.video import Segment
 from vlaflow.errors import ConfigError
+from vlaflow.io import claim
 
 SETTINGS = "settings.json"
 ARRAYS = ("state", "action", "executed", "success")
@@ -91,7 +92,8 @@ class Recording:
         self.folder.mkdir(exist_ok=True)
         self._place = os.open(self.folder, os.O_RDONLY)
         try:
-            self._claim()
+            with suppress(OSError):  # a network folder without locks
+                claim(self._place, f"Another process is recording into {self.folder}. Wait for it, or choose another --out.")
             self._require(json.loads(json.dumps(settings)))
         except BaseException:
             os.close(self._place)
@@ -120,16 +122,6 @@ class Recording:
                 return Demonstration(job.env, facts["instruction"], facts["seed"], facts["attempts"], **arrays, videos=videos)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"Another process is recording into {self.folder}. Wait for it, or choose another --out."
-            ) from error
-        except OSError:  # a network folder without locks
-            return
 
     def _require(self, settings: Mapping[str, Any]) -> None:
         file, number = self.folder / SETTINGS, sum(1 for _ in self.folder.glob("*.npz"))

@@ -17,21 +17,21 @@ tensor at a time: nobody gathers the network.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.io import make_folder, read_json, require_makeable, write_json
+from vlaflow.io import claim, make_folder, read_json, require_makeable, write_json
 from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
 from vlaflow.training.pieces import Pieces, piece, write_piece
@@ -72,7 +72,6 @@ def restore(
     Raises:
         CheckpointError: a file that is missing, damaged, incomplete, not finite or of another network.
     """
-    wanted = state["moments"]
     try:
         with (
             Pieces(folder, "weights", state["writers"]) as weights,
@@ -80,7 +79,7 @@ def restore(
             Pieces(folder, "average", state["writers"]) if ema is not None else nullcontext() as average,
         ):
             # A parameter that got no gradient yet has no moments, so only their number tells whether some are missing.
-            if len(moments) != wanted:
+            if len(moments) != state["moments"]:
                 raise CheckpointError(
                     f"{folder} holds {len(moments)} of the optimizer's {state['moments']} moments, so the run would not "
                     "continue as it began."
@@ -106,32 +105,18 @@ def restore(
         ) from error
 
 
-class PolicyWeights(Mapping[str, Tensor]):
+@contextmanager
+def policy_weights(folder: Path, writers: int, averaged: bool) -> Iterator[Mapping[str, Tensor]]:
     """The weights that a policy gets of a training state: averages where there are some; each is read when it is asked for.
 
     Args:
         folder: of the training state.
         writers: number of processes that wrote it.
-        names: of the weights.
         averaged: whether there are averages.
     """
-
-    def __init__(self, folder: Path, writers: int, names: Collection[str], averaged: bool) -> None:
-        self._names, self._groups = names, [Pieces(folder, "weights", writers)]
-        if averaged:
-            self._groups.insert(0, Pieces(folder, "average", writers))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return next(group[name] for group in self._groups if name in group)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __len__(self) -> int:
-        return len(self._names)
+    with ExitStack() as opened:
+        groups = ("average", "weights") if averaged else ("weights",)
+        yield ChainMap(*(cast(Any, opened.enter_context(Pieces(folder, group, writers))) for group in groups))
 
 
 def require_free(out: Path) -> None:
@@ -151,13 +136,10 @@ def claimed(out: Path) -> Iterator[None]:
     make_folder(out)
     place = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(place)
-        raise ConfigError(f"Another run is training into {out}. Wait for it, or give another --out.") from error
-    except OSError as error:  # a network folder without locks
-        logger.warning("%s cannot be locked (%s); start no second run in it.", out, error.strerror)
-    try:
+        try:
+            claim(place, f"Another run is training into {out}. Wait for it, or give another --out.")
+        except OSError as error:  # a network folder without locks
+            logger.warning("%s cannot be locked (%s); start no second run in it.", out, error.strerror)
         yield
     finally:
         os.close(place)

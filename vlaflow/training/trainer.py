@@ -369,8 +369,8 @@ class Trainer:
         card = self._card(self._outcome(None)) if self._card is not None and self.team.is_first else ""
 
         def save_policy(folder: Path) -> None:
-            weights = checkpoint.PolicyWeights(folder.parent, writers, module.state_dict().keys(), self._ema is not None)
-            self.stage.save(folder, weights, card)
+            with checkpoint.policy_weights(folder.parent, writers, self._ema is not None) as weights:
+                self.stage.save(folder, weights, card)
 
         checkpoint.publish(self.out, self.step, state, tensors, None if hurried else save_policy, team=self.team)
         self._saved = self.step
