@@ -39,11 +39,13 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.compute.budget import PROFILE, save
     from vlaflow.evaluation.profile import profile
+    from vlaflow.outputs import require_writable
     from vlaflow.policies.base import Policy
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
 
     folder = local_folder(given.checkpoint)
+    require_writable(folder / PROFILE, cure="Make it writable, or time a copy of the checkpoint.")
     found = profile(Policy.from_pretrained(folder, given.device), fingerprint(folder), given.rounds, given.threads)
     save(found, folder / PROFILE)
     table = Table("depth", "prefix ms", "step ms", title=f"{found.machine}, {found.threads} thread(s)", title_justify="left")

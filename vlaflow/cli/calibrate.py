@@ -113,12 +113,11 @@ def _sampler(given: CalibrateArguments) -> int:
         workers=given.workers,
     )
     checkpoint = local_folder(given.checkpoint)
-    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device)
+    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, report=write_page)
     file = checkpoint / FOLDER / FILE
-    page = write_page(made, file.with_suffix(".html"))
     console = Console()
     console.print(words(made))
-    console.print(f"Written: {file} and {page}", soft_wrap=True)
+    console.print(f"Written: {file} and {file.with_suffix('.html')}", soft_wrap=True)
     return 0
 
 

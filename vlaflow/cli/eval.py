@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
-    from vlaflow.reports.evaluation import write_report
+    from vlaflow.reports.evaluation import PAGE, write_report
 
     config = EvaluationConfig(
         envs=arguments.env,
@@ -100,14 +100,13 @@ def main(argv: list[str]) -> int:
         videos=arguments.videos,
         workers=arguments.workers,
     )
-    results = run(arguments.checkpoint, config, arguments.out, fresh=arguments.fresh)
-    page = write_report(arguments.out)
+    results = run(arguments.checkpoint, config, arguments.out, fresh=arguments.fresh, report=write_report)
     console = Console()
     for name in arguments.compute:
         if name == "auto" or name.startswith("budget:"):
             console.print(f"{name} is {chosen(arguments.checkpoint, name, arguments.device)}")
     console.print(table(results))
-    console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
+    console.print(f"Written: {arguments.out / 'results.json'} and {arguments.out / PAGE}", soft_wrap=True)
     return 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,7 @@ from vlaflow.data import writer_meta as meta
 from vlaflow.data.lerobot import EXTRA_KEY
 from vlaflow.data.video import Joiner, Segment, encode_video, read_segment, require_even
 from vlaflow.errors import DataError, SpecError, nearest
+from vlaflow.outputs import Part, write_json
 from vlaflow.spec import ActionSpec
 
 ARROW = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
@@ -102,7 +102,8 @@ class Writer:
         self._joiners: dict[str, Joiner] = {}
         self._joiner_numbers = dict.fromkeys(views, -1)
         self.root.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.root.name}.partial-", dir=self.root.parent))
+        self._part = Part(self.root, folder=True)
+        self._folder = self._part.path
         self._scratch = self._folder / "segments"
 
     def __enter__(self) -> Writer:
@@ -180,14 +181,13 @@ class Writer:
         self._close()
         stats = {key: meta.vector_stats(np.concatenate(parts)) for key, parts in self._values.items()}
         stats |= {self._keys[view]: meta.image_stats(h, self._frames) for view, h in self._histograms.items()}
-        meta.write_json(self._folder / "meta/stats.json", stats)
+        write_json(self._folder / "meta/stats.json", stats, indent=4)
         meta.write_tasks(self._folder / "meta/tasks.parquet", list(self._tasks))
         meta.write_episodes(self._folder / "meta/episodes", self._rows, self._limits[0])
-        meta.write_json(self._folder / "meta/info.json", self._info())
-        self._folder.chmod(0o755)  # the hidden folder was private
+        write_json(self._folder / "meta/info.json", self._info(), indent=4)
         self._whole = True
         try:
-            self._folder.rename(self.root)
+            self._part.publish()
         except OSError as error:
             raise DataError(
                 f"The finished data set is in {self._folder}, but could not be renamed to {self.root} ({error.strerror}). "
@@ -202,7 +202,7 @@ class Writer:
             with contextlib.suppress(Exception):  # closing flushes, which fails again on a full disk
                 file.close()
         self._table, self._table_file, self._joiners = None, None, {}
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._part.discard()
 
     def _declare(self) -> dict[str, dict[str, Any]]:
         cameras = {self._keys[view]: meta.video_feature(h, w, self.fps) for view, (h, w) in self.views.items()}

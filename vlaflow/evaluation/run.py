@@ -31,7 +31,7 @@ from vlaflow.evaluation.rollout import (
     play_all,
     require_fit,
 )
-from vlaflow.io import require_writable, storing
+from vlaflow.outputs import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
@@ -155,7 +155,14 @@ def evaluate(
     return run(checkpoint, config, Path(out), fresh=fresh)
 
 
-def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: bool = False) -> Results:
+def run(
+    checkpoint: Path | str,
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    fresh: bool = False,
+    report: Callable[[Path], object] | None = None,
+) -> Results:
     """Measure, and write ``results.json`` and ``videos/`` into ``out``.
 
     Every finished episode is kept in ``episodes.jsonl`` until the results are written. An evaluation that was interrupted
@@ -166,6 +173,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
         config: what to measure.
         out: folder.
         fresh: discard an unfinished evaluation in ``out`` instead of continuing it.
+        report: called with ``out`` when the results are written, e.g. ``vlaflow.reports.evaluation.write_report``; if it fails,
+            the finished episodes are kept.
 
     Raises:
         VlaflowError: before the first episode, when the parts do not fit together, ``out`` cannot be written, or it holds an
@@ -189,9 +198,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     if config.language_episodes:
         swap = language.plan_swap(envs, computes[0], config.language_episodes, config.first_seed, swap_max_steps)
     everything = [*jobs, *(swap.jobs if swap else ())]
-    require_writable(out / RESULTS)
-    if config.videos:
-        require_writable(out / VIDEOS / videos.FILE)
+    require_writable(out / RESULTS, *([out / VIDEOS / videos.FILE] if config.videos else []))
     with EpisodeLog(out, EpisodeResult, _settings(config, home, computes, rollout), fresh=fresh) as log:
 
         def play(left: Sequence[EpisodeJob], finished: Callable[[int, EpisodeResult], None]) -> None:
@@ -229,6 +236,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
                 language=language.count_swap(swap, right, swapped, swap_max_steps) if swap else (),
             )
             results.write(found, out / RESULTS)
+            if report is not None:
+                report(out)
         log.remove()
     return found
 

@@ -37,7 +37,8 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError, NotFiniteError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.io import load_weights, read_json, save_tensors
+from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
@@ -368,7 +369,7 @@ class Policy:
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_json(folder / "action_spec.json", to_json(self.action_spec))
         write_json(folder / "stats.json", {name: to_json(s) for name, s in self.stats.items()})
-        (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
+        write_text(folder / "README.md", self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
         save_tensors(folder / "model.safetensors", weights or {}, like=self.model.state_dict())
         self.processor.backbone.save(folder)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vlaflow.errors import ConfigError
-from vlaflow.io import require_makeable
+from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
 from vlaflow.training.card import training_lines
