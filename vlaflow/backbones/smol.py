@@ -1,9 +1,9 @@
 """SmolLM2 as a backbone: a pretrained language model that fits a laptop, with eyes that are learned or borrowed.
 
 The language model is SmolLM2-135M, or any other Llama model with a chat template; ``layers`` takes the first so many, as
-SmolVLA takes half. Images come from ``vision`` (learned from scratch by default), so in contrast to a pretrained vision-language model
-nothing has yet taught the language model what the image tokens mean. The prefix is causal. Layers and files are those of every
-pretrained backbone (``pretrained``).
+SmolVLA takes half. Images come from ``vision`` (learned from scratch by default), so in contrast to a pretrained
+vision-language model nothing has yet taught the language model what the image tokens mean. The prefix is causal. Layers and
+files are those of every pretrained backbone (``pretrained``).
 
 Shape letters: B batch, P prefix tokens, W width.
 """
@@ -23,7 +23,7 @@ from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import open_reader, transformers_library
 from vlaflow.backbones.smol_processor import FAMILY, NAME, SmolProcessor, SmolReader, open_from
-from vlaflow.backbones.vision import CONV, Encoder, EncoderSpec, Stem, open_encoder, vision_packages
+from vlaflow.backbones.vision import CONV, EncoderSpec, PretrainedVision, ScratchVision, open_encoder, vision_packages
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
 
@@ -148,14 +148,14 @@ class SmolBackbone(PretrainedBackbone):
     def __init__(self, config: SmolConfig) -> None:
         super().__init__(config)
         config, width = self.config, self.spec.width
-        self.vision: Stem | Encoder
+        self.vision: ScratchVision | PretrainedVision
         if config.vision == CONV:
-            self.vision = Stem(config.cell, width)
+            self.vision = ScratchVision(config.cell, width)
         else:
             hub, dtype = transformers_library(NAME, FAMILY), getattr(torch, config.dtype)
             network, spec = open_encoder(config.vision, config.encoder, hub, dtype)
             self.config = replace(config, encoder=spec)
-            self.vision = Encoder(network, spec, size=config.image_size, cell=config.cell, width=width)
+            self.vision = PretrainedVision(network, spec, size=config.image_size, cell=config.cell, width=width)
 
     @staticmethod
     def architecture_of(config: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class EncoderSpec:
     std: tuple[float, ...] = HALF
 
 
-class Stem(nn.Module):
+class ScratchVision(nn.Module):
     """Convolutions learned from scratch; ``cell`` is a power of two from 4 on."""
 
     def __init__(self, cell: int, width: int) -> None:
@@ -66,7 +66,7 @@ class Stem(nn.Module):
         return ()
 
 
-class Encoder(nn.Module):
+class PretrainedVision(nn.Module):
     """A pretrained encoder, its features folded to one token per cell and projected.
 
     Args:

