@@ -34,6 +34,7 @@ class ServeArguments:
         observation_keys: keys that clients send: metaworld, libero, droid, aloha, roboarena, or those of another package.
         image: key of an image, instead of those above, in the order of the policy's views; repeat for more.
         state: key of a part of the state, instead of those above; repeat for more.
+        default_prompt: instruction of requests without a prompt, which are refused by default.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
         token: token that clients must send; by default the environment variable VLAFLOW_TOKEN, which process lists do not show.
@@ -57,6 +58,7 @@ class ServeArguments:
     observation_keys: str = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    default_prompt: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = None
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.observation_keys, views, a.image, a.state),
+        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),

@@ -8,7 +8,6 @@ again. The log exists only while an evaluation is unfinished: it is removed when
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import time
@@ -19,7 +18,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.io import require_writable, storing
+from vlaflow.io import lock, require_writable, storing
 from vlaflow.progress import progress
 
 FILE = "episodes.jsonl"
@@ -122,7 +121,7 @@ class EpisodeLog(Generic[E]):
 
     def _claim(self) -> None:
         try:
-            fcntl.flock(self._place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._place, wait=False)
         except BlockingIOError as error:
             raise ConfigError(
                 f"Another evaluation is writing to {self.file.parent}. Wait for it, or choose another --out."

@@ -312,7 +312,7 @@ class PolicyServer:
                 return reply, chunks
             if "server_timing" in reply:
                 reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
-            return wire.pack(self._encoded(reply)), chunks
+            return wire.pack(self._encoded(reply), entry.dialect), chunks
 
     def _encoded(self, reply: dict[str, Any]) -> Any:
         """The reply in the format of the client's protocol."""
@@ -325,7 +325,7 @@ class PolicyServer:
     async def _answer(self, frame: str | bytes, chunks: int, entry: RequestEntry) -> tuple[dict[str, Any] | str, int]:
         if isinstance(frame, str):
             raise RequestError("Requests must be binary msgpack frames, got text.")
-        request = wire.unpack(frame, self.config.most_bytes)
+        request, entry.dialect = wire.unpack_as_sent(frame, self.config.most_bytes)
         if not isinstance(request, dict):
             raise RequestError(f"A request must be a map, got a {type(request).__name__}.")
         endpoint = request.pop("endpoint", None)

@@ -14,7 +14,6 @@ one before. No pickle: JSON and safetensors.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -30,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.io import first_not_finite, make_folder, read_json, require_makeable, write_json
+from vlaflow.io import first_not_finite, lock, make_folder, read_json, require_makeable, write_json
 from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
 from vlaflow.training.full_tensor import spread, whole
@@ -113,7 +112,7 @@ def claimed(out: Path) -> Iterator[None]:
     make_folder(out)
     place = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(place, wait=False)
     except BlockingIOError as error:
         os.close(place)
         raise ConfigError(f"Another run is training into {out}. Wait for it, or give another --out.") from error
