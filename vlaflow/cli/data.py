@@ -123,9 +123,30 @@ class LatentReport:
     device: str = "cpu"
 
 
+@dataclass(frozen=True)
+class PushToHub:
+    """Upload a data set to the Hugging Face Hub, under the tag of its format version, where LeRobot looks for it.
+
+    Example: vlaflow data push runs/peg USER/peg --private
+
+    Derived files (.cache) stay here. Log in first: hf auth login.
+
+    Args:
+        directory: a LeRobot data set.
+        repository: USER/NAME; created if it does not exist.
+        private: make a repository that is created private.
+        message: message of the commit.
+    """
+
+    directory: Path
+    repository: str
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    message: str = "Upload with vlaflow"
+
+
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
-    from vlaflow.cli.data_edit import Push, push
+    from vlaflow.cli.data_edit import push
     from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
@@ -136,7 +157,7 @@ def main(argv: list[str]) -> int:
         | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
-        | Annotated[positional(Push), tyro.conf.subcommand("push")]
+        | Annotated[positional(PushToHub), tyro.conf.subcommand("push")]
     )
     description = "Check, show or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
@@ -146,7 +167,7 @@ def main(argv: list[str]) -> int:
         FitTokenizer: fit_tokenizer,
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
-        Push: push,
+        PushToHub: push,
     }
     status: int = actions[type(chosen)](chosen)
     return status

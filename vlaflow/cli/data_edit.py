@@ -1,36 +1,14 @@
-"""``vlaflow data push``: upload a data set to the Hugging Face Hub."""
+"""``vlaflow data push``; its arguments are in ``data``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-
-@dataclass(frozen=True)
-class Push:
-    """Upload a data set to the Hugging Face Hub, under the tag of its format version, where LeRobot looks for it.
-
-    Example: vlaflow data push runs/peg USER/peg --private
-
-    Derived files (.cache) stay here. Log in first: hf auth login.
-
-    Args:
-        directory: a LeRobot data set.
-        repository: USER/NAME; created if it does not exist.
-        private: make a repository that is created private.
-        message: message of the commit.
-    """
-
-    directory: Path
-    repository: str
-    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    message: str = "Upload with vlaflow"
+if TYPE_CHECKING:
+    from vlaflow.cli.data import PushToHub
 
 
-def push(arguments: Push) -> int:
+def push(arguments: PushToHub) -> int:
     """Check that it is a data set, and upload it."""
     from rich.console import Console
 
