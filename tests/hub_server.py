@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback: repositories of one commit each that can be fetched, and pushed to.
 
 with hub(tmp_path, {"user/toy": folder}) as server:
-    done = server.run("from vlaflow.data.hub import data_folder; print(data_folder('hf://user/toy'))")
+    status, out, err = server.run(["data", "check", "user/toy"])[0]
     server.fetched      # paths of the files that were fetched
 """
 
@@ -49,22 +49,57 @@ class Hub:
     fetched: list = field(default_factory=list)
     address: str = ""
 
-    def run(self, *command, **environment):
-        """Run ``python -m vlaflow COMMAND`` with this Hub."""
-        return self._run("-m", "vlaflow", *command, **environment)
+    def run(self, *steps, **environment):
+        """Run steps in one fresh process with this Hub, whose address huggingface_hub reads only once.
 
-    def python(self, code, **environment):
-        """Run Python code with this Hub."""
-        return self._run("-c", code, **environment)
+        Args:
+            steps: each the arguments of a vlaflow command, or the name of a data set to open.
+            environment: further environment variables.
 
-    def _run(self, *arguments, **environment):
+        Returns:
+            For each step (exit status, standard output, standard error); a data set prints its rows, the frames of its first
+            episode, its origin and its fingerprint.
+        """
         base = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         base |= {"HF_ENDPOINT": self.address, "HF_HOME": str(self.home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "hf_x"}
         base |= {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
-        environment = {**base, **environment}
-        return subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment, cwd=self.home
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS, json.dumps(steps)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**base, **environment},
+            cwd=self.home,
         )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+STEPS = """
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from vlaflow.cli.main import main
+from vlaflow.data.hub import origin
+from vlaflow.data.lerobot import Dataset
+from vlaflow.errors import VlaflowError
+
+def opened(name):
+    try:
+        dataset = Dataset.open(name)
+        print(len(dataset), len(dataset.frames(0, "corner")), origin(dataset.root), dataset.fingerprint)
+    except VlaflowError as error:
+        sys.stderr.write(f"{error}\\n")
+        return 2
+    return 0
+
+results = []
+for step in json.loads(sys.argv[1]):
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        status = opened(step) if isinstance(step, str) else main(step)
+    results.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(results))
+"""
 
 
 def read_folder(folder):
@@ -179,7 +214,7 @@ def hub(home, folders):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield state

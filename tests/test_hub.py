@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.hub import HubName, hub_name
+from vlaflow.hub import HubName, _announce, hub_name
 from vlaflow.policies.checkpoint import local_folder
 
 
@@ -15,6 +15,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "runs/demo/dataset").mkdir(parents=True)
     (tmp_path / "runs/peg").mkdir()
     monkeypatch.chdir(tmp_path)
+    _announce.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,8 @@ def test_a_bare_name_means_the_hub_if_no_such_folder_is_near_and_it_is_said(give
     assert found is not None
     assert found.repository == "user/toy"
     assert capsys.readouterr().err.startswith(f"There is no folder {given} here, so the data set {found} is fetched")
+    hub_name(given, "data set")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

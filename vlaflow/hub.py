@@ -5,7 +5,8 @@ Which of the two a name like ``runs/demo`` means is decided in one place, ``hub_
 1. ``hf://USER/NAME`` always means the Hub.
 2. A path that exists is that folder.
 3. ``USER/NAME`` means the Hub, unless there is a folder ``USER`` here: then it is taken for a mistyped path and refused with
-   both readings. A fetch is announced on standard error, so that no path is taken for a name without a word.
+   both readings. A fetch is announced on standard error, and an error of the Hub says that there is no such folder either, so
+   that no path is taken for a name without a word.
 4. Anything else is a path.
 
 ``@REVISION`` after the name chooses a branch, a tag or a commit.
@@ -18,6 +19,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -72,8 +74,13 @@ def hub_name(given: Path | str, kind: Kind) -> HubName | None:
         raise ConfigError(
             f"There is no folder {text}{hint} If the {kind} of that name on the Hugging Face Hub is meant, write {name}"
         )
-    sys.stderr.write(f"There is no folder {text} here, so the {kind} {name} is fetched from the Hugging Face Hub.\n")
+    _announce(f"There is no folder {text} here, so the {kind} {name} is fetched from the Hugging Face Hub.\n")
     return name
+
+
+@cache  # a command opens its data set several times
+def _announce(sentence: str) -> None:
+    sys.stderr.write(sentence)
 
 
 def download(name: HubName, kind: Kind, patterns: Sequence[str]) -> tuple[Path, HubName]:
@@ -105,18 +112,19 @@ def _sentence(name: HubName, kind: Kind, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     where = constants.ENDPOINT
+    folder = "" if Path(name.repository).exists() else f", and there is no folder {name.repository} here"
     if isinstance(error, GatedRepoError):
         return f"{name} asks for consent: accept its terms on {where}, then log in (hf auth login)."
     if isinstance(error, RepositoryNotFoundError):
-        return f"{where} has no {kind} {name}, or it is private. Check the name, or log in (hf auth login)."
+        return f"{where} has no {kind} {name}, or it is private{folder}. Check the name, or log in (hf auth login)."
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no such revision. Give a branch, a tag or a full commit after the @."
     if constants.HF_HUB_OFFLINE:
         return (
             f"{name} is not (completely) in the cache of this machine ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids "
-            "fetching it. Unset it, or give a folder."
+            f"fetching it{folder}. Unset it, or give a folder."
         )
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{error}".strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    return f"{name} could not be fetched from {where} ({reason}). Check the connection, or give a folder."
+    return f"{name} could not be fetched from {where} ({reason}){folder}. Check the connection, or give a folder."

@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 WEIGHTS = {"float32", "bfloat16", "float16"}
 """Weight types that are converted to each other; the config says which one a network computes in."""
 
+STORED = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+}
+"""Tensor types and their names in safetensors files, in the order that safetensors sorts them, smallest first."""
+
 
 def load_weights(model: nn.Module, file: Path) -> None:
     """Load the weights of a model, strictly.
@@ -84,6 +98,44 @@ def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
             f"'{name}' in {file} contains NaN or an infinite value, so the network cannot be used: the training diverged "
             "or the file is damaged. Use an earlier checkpoint, or train again with a lower learning rate."
         )
+
+
+def save_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    like: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time; the bytes are those of ``safetensors.torch.save_file``.
+
+    Args:
+        file: where to.
+        tensors: by name, on any device; a mapping may make each when it is asked for.
+        like: all names to write, with tensors of the same shape and type, which are written where ``tensors`` has none; by
+            default ``tensors`` are all.
+        about: text for the header.
+    """
+    import torch
+
+    like = tensors if like is None else like
+    names = sorted(like, key=lambda name: (-list(STORED).index(_short(like[name].dtype)), name))
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    end = 0
+    for name in names:
+        start, end = end, end + like[name].numel() * like[name].element_size()
+        shape, kind = list(like[name].shape), STORED[_short(like[name].dtype)]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = (tensors if name in tensors else like)[name].detach().cpu().contiguous()
+            if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
+                raise ValueError(f"'{name}' is not of the shape and type it was announced with.")
+            if tensor.numel():
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -154,6 +206,30 @@ def require_makeable(folder: Path) -> None:
         raise _refusal(folder, f"{there} is not writable")
 
 
+def claim(place: int, busy: str | None = None) -> None:
+    """Lock an open file or folder until it is closed; a process that is killed lets go of it by itself.
+
+    Args:
+        place: its descriptor.
+        busy: sentence for the error if another process has locked it; None to wait for that process.
+
+    Raises:
+        ConfigError: another process has locked it.
+        OSError: it cannot be locked, as on some network folders and on systems without ``fcntl``.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(errno.ENOLCK, "this system has no file locks") from error
+    if busy is None:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        return
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(busy) from error
+
+
 def require_writable(file: Path, cure: str = "Choose another --out.") -> None:
     """Create the folder of a file and verify that the file can be written, before the work whose result it will hold.
 
@@ -195,23 +271,6 @@ def storing(
             raise
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{what} could not be written to {folder} ({reason}); {kept}.") from error
-
-
-def lock(descriptor: int, *, wait: bool) -> None:
-    """Take an exclusive lock on an open file, which the kernel releases whenever the process ends.
-
-    Args:
-        descriptor: of the file or folder.
-        wait: for a process that holds it; otherwise a ``BlockingIOError``.
-
-    Raises:
-        OSError: there are no locks here, as on some network folders and on systems without ``fcntl``.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError(errno.ENOLCK, "this system has no file locks") from error
-    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def allocate(file: Path, size: int) -> None:

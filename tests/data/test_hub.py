@@ -10,17 +10,6 @@ from tests.hub_server import commit_of, hub, read_folder
 from vlaflow.data.hub import needed, origin, title
 from vlaflow.data.lerobot import Dataset
 
-OPEN = """
-from vlaflow.data.hub import origin
-from vlaflow.data.lerobot import Dataset
-from vlaflow.errors import VlaflowError
-try:
-    dataset = Dataset.open({name!r})
-    print(len(dataset), len(dataset.frames(0, "corner")), origin(dataset.root), dataset.fingerprint)
-except VlaflowError as error:
-    print(error)
-"""
-
 
 @pytest.fixture
 def server(pristine, tmp_path):
@@ -35,79 +24,68 @@ def server(pristine, tmp_path):
         yield running
 
 
-def opened(server, name, **environment):
-    done = server.python(OPEN.format(name=name), **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_a_data_set_of_the_hub_is_that_of_its_folder_and_its_commit_is_known(server, pristine):
-    commit = commit_of(server.repositories["datasets/user/toy"])
-    here = Dataset.open(pristine)
-    expected = f"{len(here)} {here.episodes[0].length} hf://user/toy@{commit} {here.fingerprint}"
-    assert opened(server, "user/toy") == expected
-    assert sorted(server.fetched) == sorted(p for p in read_folder(pristine) if not p.startswith("."))
-
-    server.fetched.clear()
-    assert opened(server, f"hf://user/toy@{commit}") == expected
-    assert server.fetched == []
-
-    assert opened(server, "user/toy", HF_HUB_OFFLINE="1") == expected
-
-
-def test_the_commands_take_a_name_and_show_the_commit(server):
-    done = server.run("data", "check", "user/toy")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "No problems" in done.stdout
-    assert "is fetched from the Hugging Face Hub" in done.stderr
-    done = server.run("data", "show", "hf://user/toy")
-    assert f"hf://user/toy@{commit_of(server.repositories['datasets/user/toy'])}" in done.stdout.replace("\n", "")
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("hf://user/typo", "has no data set hf://user/typo, or it is private"),
-        ("hf://user/toy@v9", "hf://user/toy@v9 has no such revision"),
-        ("hf://user/closed", "asks for consent"),
-    ],
-)
-def test_what_the_hub_refuses_is_one_sentence(server, name, sentence):
+def test_data_sets_are_fetched_shown_refused_and_pushed(server, pristine, tmp_path):
+    """One process for all, since starting one takes longer than what it does."""
+    commit, here = commit_of(server.repositories["datasets/user/toy"]), Dataset.open(pristine)
     server.gated.add("datasets/user/closed")
-    said = opened(server, name)
-    assert sentence in said
-    assert "\n" not in said
+    (tmp_path / "empty").mkdir()
+    bare, explicit, check, show, typo, revision, gated, push, pushed, empty = server.run(
+        "user/toy",
+        f"hf://user/toy@{commit}",
+        ["data", "check", "user/toy"],
+        ["data", "show", "hf://user/toy"],
+        "hf://user/typo",
+        "hf://user/toy@v9",
+        "hf://user/closed",
+        ["data", "push", str(pristine), "user/new"],
+        "hf://user/new@v3.0",
+        ["data", "push", str(tmp_path / "empty"), "user/new"],
+    )
+    files = sorted(path for path in read_folder(pristine) if not path.startswith("."))
+
+    # what is fetched is the data set of the folder; only its own files are fetched, once, and the commit is known
+    facts = f"{len(here)} {here.episodes[0].length} hf://user/toy@{commit} {here.fingerprint}"
+    assert bare[1].strip() == explicit[1].strip() == facts
+    assert sorted(server.fetched) == sorted(2 * files)  # of user/toy and of user/new
+    assert "is fetched from the Hugging Face Hub" in bare[2]
+    assert explicit[2] == ""
+    assert (check[0], show[0]) == (0, 0)
+    assert "No problems" in check[1]
+    assert f"hf://user/toy@{commit}" in show[1].replace("\n", "")
+
+    # what the Hub refuses is one sentence
+    for (status, _, said), sentence in (
+        (typo, "has no data set hf://user/typo, or it is private, and there is no folder user/typo here"),
+        (revision, "hf://user/toy@v9 has no such revision"),
+        (gated, "asks for consent"),
+    ):
+        assert status == 2
+        assert sentence in said
+        assert said.count("\n") == 1
+
+    # what is pushed is the data set, tagged with its format, and can be fetched
+    made = server.repositories["datasets/user/new"]
+    assert f"hf://user/new@{commit_of(made)}" in push[1].replace("\n", "")
+    assert server.tags == {"datasets/user/new": {"v3.0": commit_of(made)}}
+    assert {path: made[path] for path in files} == {path: read_folder(pristine)[path] for path in files}
+    assert not any(path.startswith(".cache") for path in made)
+    assert pushed[1].strip().endswith(f"hf://user/new@{commit_of(made)} {here.fingerprint}")
+    assert empty[0] == 2
+    assert "is not a LeRobot data set" in empty[2]
+
+    # offline, what was fetched is there
+    again, missing = server.run("user/toy", "hf://user/else", HF_HUB_OFFLINE="1")
+    assert again[1].strip() == facts
+    assert "HF_HUB_OFFLINE forbids" in missing[2]
 
 
-def test_without_a_connection_it_is_one_sentence(server):
-    offline = opened(server, "hf://user/toy", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE forbids" in offline
-    unreachable = opened(server, "hf://user/toy", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "hf://user/toy could not be fetched from http://127.0.0.1:9" in unreachable
-    assert "\n" not in offline + unreachable
-
-
-def test_a_pushed_data_set_can_be_fetched_and_is_tagged_with_its_format(server, pristine):
-    done = server.run("data", "push", str(pristine), "user/new")
-    assert done.returncode == 0, done.stderr
-    files = server.repositories["datasets/user/new"]
-    commit = commit_of(files)
-    assert f"hf://user/new@{commit}" in done.stdout.replace("\n", "")
-    assert server.tags == {"datasets/user/new": {"v3.0": commit}}
-    assert {p: d for p, d in files.items() if p != "README.md"} == {
-        p: d for p, d in read_folder(pristine).items() if not p.startswith(".")
-    }
-    assert opened(server, "hf://user/new@v3.0").endswith(f"hf://user/new@{commit} {Dataset.open(pristine).fingerprint}")
-    (pristine.parent / "gone").mkdir(exist_ok=True)
-    done = server.run("data", "push", str(pristine.parent / "gone"), "user/new")
-    assert done.returncode == 2
-    assert "is not a LeRobot data set" in done.stderr
-
-
-def test_a_push_without_a_connection_is_one_sentence(server, pristine):
-    done = server.run("data", "push", str(pristine), "user/new", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 2
-    assert "could not be pushed to hf://user/new" in done.stderr.strip().splitlines()[-1]
+def test_without_a_connection_it_is_one_sentence(server, pristine):
+    fetch, push = server.run("hf://user/toy", ["data", "push", str(pristine), "user/new"], HF_ENDPOINT="http://127.0.0.1:9")
+    assert "hf://user/toy could not be fetched from http://127.0.0.1:9" in fetch[2]
+    assert "there is no folder user/toy here" in fetch[2]
+    assert "could not be pushed to hf://user/new" in push[2].strip().splitlines()[-1]
+    assert (fetch[0], push[0]) == (2, 2)
+    assert fetch[2].count("\n") == 1
 
 
 def test_only_declared_tables_and_videos_are_needed(copy):

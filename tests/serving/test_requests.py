@@ -13,7 +13,8 @@ from vlaflow.errors import ConfigError, RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.robot.wire import Dialect
-from vlaflow.serving.observation_keys import choose, committed, read
+from vlaflow.serving.observation_keys import choose, read
+from vlaflow.serving.openpi import committed
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
 

@@ -28,6 +28,7 @@ from vlaflow.robot.client import Client
 from vlaflow.serving import observation_keys
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.observation_keys import ObservationKeys, choose, read
+from vlaflow.serving.openpi import roboarena_config
 from vlaflow.serving.server import PolicyServer, ServerConfig
 from vlaflow.spec import ActionPrefix
 
@@ -190,10 +191,10 @@ def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, 
     dimensions = [{"mode": mode}] * 7 + [{"mode": "absolute"}]
     spec = {"robot": "arm", "dimensions": dimensions}
     images = dict.fromkeys(observation_keys.ROBOARENA.images, 224)
-    found = observation_keys.ROBOARENA.protocol.hello({"images": images, "action_spec": spec})
+    found = roboarena_config({"images": images, "action_spec": spec})
     assert found["action_space"] == space
     assert found["needs_wrist_camera"]
-    other = observation_keys.ROBOARENA.protocol.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
+    other = roboarena_config({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
     assert other["action_space"] == "arm"
 
 

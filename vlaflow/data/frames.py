@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import DataError, SpecError
-from vlaflow.io import allocate, lock
+from vlaflow.io import allocate, claim
 
 logger = logging.getLogger("vlaflow.data")
 
@@ -206,7 +206,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, which the kernel releases whenever the process ends."""
     with path.open("w") as file:
         try:
-            lock(file.fileno(), wait=True)
+            claim(file.fileno())
         except OSError as error:  # a network folder without locks
             logger.warning("%s cannot be locked (%s); do not start a second process that needs it now.", path, error.strerror)
         yield

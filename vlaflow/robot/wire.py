@@ -15,6 +15,7 @@ than its size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -51,20 +52,30 @@ def pack(message: Any, dialect: Dialect = Dialect.OPENPI) -> bytes:
         raise RequestError(f"A message can contain texts, numbers, lists, maps and arrays of numbers: {error}.") from error
 
 
-def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
+def unpack(data: bytes, most_bytes: int = MOST_BYTES, decode: Callable[[dict[Any, Any]], Any] | None = None) -> Any:
     """Decode one message; its arrays are read-only.
+
+    Args:
+        data: the message.
+        most_bytes: largest size.
+        decode: called with every map, and returns what it stands for; None for arrays and scalars of both dialects.
 
     Raises:
         RequestError: for a message that is too large, damaged, or contains types that the protocol does not have.
     """
-    return unpack_as_sent(data, most_bytes)[0]
+    if len(data) > most_bytes:
+        raise RequestError(f"The message has {len(data)} bytes, but at most {most_bytes} are accepted. Send smaller images.")
+    _survey(data)
+    try:
+        return msgpack.unpackb(data, object_hook=decode or _decode, strict_map_key=True)
+    except RequestError:
+        raise
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise RequestError(f"The message is not valid msgpack ({type(error).__name__}).") from error
 
 
 def unpack_as_sent(data: bytes, most_bytes: int = MOST_BYTES) -> tuple[Any, Dialect]:
     """Decode one message, and tell the dialect of its arrays, which the answer should have too; raises as ``unpack`` does."""
-    if len(data) > most_bytes:
-        raise RequestError(f"The message has {len(data)} bytes, but at most {most_bytes} are accepted. Send smaller images.")
-    _survey(data)
     dialect = Dialect.OPENPI
 
     def decode(found: dict[Any, Any]) -> Any:
@@ -73,12 +84,8 @@ def unpack_as_sent(data: bytes, most_bytes: int = MOST_BYTES) -> tuple[Any, Dial
             dialect = Dialect.MSGPACK_NUMPY
         return _decode(found)
 
-    try:
-        return msgpack.unpackb(data, object_hook=decode, strict_map_key=True), dialect
-    except RequestError:
-        raise
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
-        raise RequestError(f"The message is not valid msgpack ({type(error).__name__}).") from error
+    message = unpack(data, most_bytes, decode)
+    return message, dialect
 
 
 def _heads() -> tuple[tuple[int, int, int], ...]:
@@ -164,13 +171,13 @@ def _require_numbers(value: Any) -> None:
 
 def _decode(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" in found:
-        return _array(found.get(b"data"), found.get(b"shape"), _dtype(found.get(b"dtype")))
+        return array(found.get(b"data"), found.get(b"shape"), found.get(b"dtype"))
     if b"__npgeneric__" in found:
         return _scalar(found.get(b"data"), _dtype(found.get(b"dtype")))
     if b"nd" in found:
-        shape = found.get(b"shape") if found[b"nd"] else []
-        array = _array(found.get(b"data"), shape, _dtype(found.get(b"type")))
-        return array if found[b"nd"] else array[()]
+        if found[b"nd"]:
+            return array(found.get(b"data"), found.get(b"shape"), found.get(b"type"))
+        return array(found.get(b"data"), [], found.get(b"type"))[()]
     return found
 
 
@@ -184,14 +191,20 @@ def _scalar(data: Any, dtype: np.dtype) -> Any:
         raise RequestError("A NumPy scalar of the message does not fit its type.") from error
 
 
-def _array(data: Any, shape: Any, dtype: np.dtype) -> np.ndarray:
+def array(data: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """The array of these bytes, read-only.
+
+    Raises:
+        RequestError: the parts do not make an array of booleans, integers or floats.
+    """
+    kind = _dtype(dtype)
     if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
         raise RequestError("An array of the message lacks its data or its shape.")
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
         raise RequestError("The shape of an array of the message must consist of integers ≥ 0.")
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise RequestError(f"An array of the message has shape {shape} of {dtype} but {len(data)} bytes, which does not match.")
-    return np.frombuffer(data, dtype).reshape(shape)
+    if math.prod(shape) * kind.itemsize != len(data):
+        raise RequestError(f"An array of the message has shape {shape} of {kind} but {len(data)} bytes, which does not match.")
+    return np.frombuffer(data, kind).reshape(shape)
 
 
 def _dtype(name: Any) -> np.dtype:

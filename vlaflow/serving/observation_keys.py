@@ -1,4 +1,4 @@
-"""Observation keys of requests: those of openpi's and RoboArena's clients, and custom ones.
+"""Observation keys of requests: those of openpi's, RoboArena's and vla-eval's clients, and custom ones.
 
 The image keys correspond to the policy's views, in order. So a policy trained on two views serves any robot that sends two
 images, and another number of images is refused before the first request.
@@ -15,10 +15,10 @@ import numpy as np
 
 from vlaflow import registry
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
-from vlaflow.serving.protocols import OPENPI, WireProtocol
-from vlaflow.serving.protocols import ROBOARENA as ROBOARENA_PROTOCOL
-from vlaflow.serving.request_images import image_of
-from vlaflow.spec import ActionPrefix, Observation
+from vlaflow.serving import openpi, vla_eval
+from vlaflow.serving.conversation import WireProtocol
+from vlaflow.serving.request_arrays import array_of, image_of
+from vlaflow.spec import Observation
 
 MOST_STATE = 4096
 _NAMED_KEYS = 50
@@ -29,11 +29,11 @@ class ObservationKeys:
     """The keys of a request.
 
     Args:
-        images: keys of the images (see ``request_images``); "a/b" may be one key or nested maps.
-        state: keys of the parts of the state, concatenated in this order.
+        images: keys of the images (see ``request_arrays``); "a/b" may be one key or nested maps.
+        state: keys of the parts of the state, concatenated in this order; none for clients that send no state.
         prompt: key of the instruction.
         channels_first: whether images whose shape leaves it open are (3, H, W).
-        protocol: format of the metadata and of the replies.
+        protocol: the protocol that these clients speak.
         default_prompt: the instruction of requests without one; None refuses them.
     """
 
@@ -41,7 +41,7 @@ class ObservationKeys:
     state: tuple[str, ...]
     prompt: str = "prompt"
     channels_first: bool = False
-    protocol: WireProtocol = OPENPI
+    protocol: WireProtocol = openpi.OPENPI
     default_prompt: str | None = None
 
 
@@ -59,8 +59,16 @@ ALOHA = ObservationKeys(
 ROBOARENA = ObservationKeys(
     ("observation/exterior_image_0_left", "observation/wrist_image_left"),
     ("observation/joint_position", "observation/gripper_position"),
-    protocol=ROBOARENA_PROTOCOL,
+    protocol=openpi.ROBOARENA,
 )
+VLA_EVAL_LIBERO = ObservationKeys(
+    ("images/agentview", "images/wrist"), ("states",), "task_description", protocol=vla_eval.LIBERO
+)
+VLA_EVAL_CALVIN = ObservationKeys(
+    ("images/rgb_static", "images/rgb_gripper"), ("states",), "task_description", protocol=vla_eval.TWO_VIEWS
+)
+VLA_EVAL_SIMPLER = ObservationKeys(("images/primary",), ("states",), "task_description", protocol=vla_eval.ONE_VIEW)
+VLA_EVAL_VLABENCH = ObservationKeys(("images/primary",), (), "task_description", protocol=vla_eval.NO_STATE)
 
 
 def choose(
@@ -114,39 +122,14 @@ def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: S
     if sum(map(len, parts)) > MOST_STATE:
         raise RequestError(f"The state ({', '.join(observation_keys.state)}) may have at most {MOST_STATE} numbers.")
     try:
-        return Observation(images, np.concatenate(parts), prompt)
+        return Observation(images, np.concatenate(parts) if parts else np.zeros(0, np.float32), prompt)
     except SpecError as error:
         raise RequestError(str(error)) from error
 
 
-def committed(request: dict[str, Any]) -> ActionPrefix | None:
-    """Remove and decode the action prefix of a request: "action_prefix" (N, D), of which "inference_delay" are committed.
-
-    Raises:
-        RequestError: "inference_delay" without "action_prefix", or invalid values.
-    """
-    prefix, delay = request.pop("action_prefix", None), request.pop("inference_delay", None)
-    if prefix is None:
-        if delay is not None:
-            raise RequestError("'inference_delay' says how many of the 'action_prefix' actions are committed; send both.")
-        return None
-    if isinstance(prefix, list):
-        prefix = _array_of(prefix)
-    if not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "fiu":
-        raise RequestError("'action_prefix' must be an array of actions, (N, D), in robot units.")
-    if isinstance(delay, np.integer):
-        delay = int(delay)
-    if delay is not None and (not isinstance(delay, int) or isinstance(delay, bool)):
-        raise RequestError("'inference_delay' must be an integer number of actions.")
-    try:
-        return ActionPrefix(prefix.astype(np.float32), len(prefix) if delay is None else delay)
-    except (SpecError, TypeError) as error:
-        raise RequestError(f"'action_prefix' with 'inference_delay': {error}") from error
-
-
 def _vector(value: Any, key: str) -> np.ndarray:
     """Decode a part of the state; numbers too large for float32 become infinite, which an observation refuses."""
-    found = np.atleast_1d(_array_of(value))
+    found = np.atleast_1d(array_of(value))
     if found.dtype.kind not in "biuf":
         raise RequestError(f"'{key}' must be a vector of numbers.")
     if found.ndim != 1:
@@ -154,13 +137,6 @@ def _vector(value: Any, key: str) -> np.ndarray:
         raise RequestError(f"'{key}' must be a vector of numbers, got shape {list(found.shape)}.{cure}")
     with np.errstate(over="ignore"):
         return found.astype(np.float32)
-
-
-def _array_of(value: Any) -> np.ndarray:
-    try:
-        return np.asarray(value)
-    except ValueError:  # lists of unequal lengths
-        return np.empty(0, object)
 
 
 def _prompt(request: Mapping[str, Any], observation_keys: ObservationKeys) -> str:

@@ -26,8 +26,8 @@ from vlaflow.spec import Chunk, Observation
 
 logger = logging.getLogger("vlaflow.serving")
 
-Outcome = Literal["answered", "reset", "refused", "busy", "late", "gone", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("answered", "reset", "refused", "busy", "late", "gone", "failed")
+Outcome = Literal["answered", "continued", "reset", "refused", "busy", "late", "gone", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("answered", "continued", "reset", "refused", "busy", "late", "gone", "failed")
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RECENT, LINES = 1024, 50
 MOST_SENTENCE = 400
@@ -157,7 +157,8 @@ class RequestLog:
                 self.seconds += seconds
                 self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
             work = {"layers": chunk.layers, "nfe": chunk.nfe} if chunk is not None else {}
-            self._log(Event(entry.outcome, client, entry.number, 1e3 * seconds, note=entry.note, **work))
+            if entry.outcome != "continued":  # one line per chunk, not per step
+                self._log(Event(entry.outcome, client, entry.number, 1e3 * seconds, note=entry.note, **work))
             if self.observer is not None:
                 self.observer(entry)
 

@@ -131,6 +131,7 @@ def train_stage(
         card=card,
         tracker=options.tracker,
         fresh=options.fresh,
+        shard=options.shard,
     )
     return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
 

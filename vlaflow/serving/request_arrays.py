@@ -1,6 +1,6 @@
-"""Images of a request, as clients of several kinds send them, converted to what a policy sees: uint8 (H, W, 3), RGB.
+"""Arrays of a request, as clients of several kinds send them; images are converted to what a policy sees: uint8 (H, W, 3), RGB.
 
-Accepted are uint8 or other integers from 0 to 255, floats in [0, 1] (as LeRobot has them), channels last or first,
+Accepted as images are uint8 or other integers from 0 to 255, floats in [0, 1] (as LeRobot has them), channels last or first,
 and nested lists. Anything else is refused with what was sent and how to convert it; nothing is guessed from the content, except
 that three channels lie where there is an axis of length three.
 """
@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import RequestError
+from vlaflow.serving.conversation import MOST_SIDE
 
-MOST_SIDE = 4096
+
+def array_of(value: Any) -> np.ndarray:
+    """An array, or the array of nested lists; lists of unequal lengths give an empty one of objects."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.empty(0, object)
 
 
 def image_of(value: Any, key: str, channels_first: bool) -> np.ndarray:
@@ -37,10 +44,7 @@ def image_of(value: Any, key: str, channels_first: bool) -> np.ndarray:
 
 
 def _from_list(value: list[Any], key: str) -> np.ndarray:
-    try:
-        found = np.asarray(value)
-    except ValueError:  # lists of unequal lengths
-        found = np.empty(0, object)
+    found = array_of(value)
     if found.dtype.kind not in "uif":
         raise RequestError(f"'{key}' must be an image, an array of shape (height, width, 3), got a list of something else.")
     return found
