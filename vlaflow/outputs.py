@@ -8,19 +8,21 @@ the disk become a ``StorageError``. Checkpoints of a training run have rules of 
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from vlaflow.errors import ConfigError, StorageError
+from vlaflow.errors import CapabilityError, ConfigError, StorageError
 
+_ZEROS = 16 * 2**20
+"""Bytes that are written at once where a file cannot be allocated by one call."""
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """Error numbers of a disk that is full, broken or not writable."""
 OTHER = "Choose another --out."
@@ -56,8 +58,8 @@ class Part:
             else:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
             self._descriptor = os.open(self.path, flags, 0o666)
-            with suppress(OSError):
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            with suppress(OSError):  # a network folder without locks
+                claim(self._descriptor)
             if _is_at(self._descriptor, self.path):  # else another process removed it before it was locked
                 return
             os.close(self._descriptor)
@@ -213,17 +215,24 @@ def _prove(file: Path, cure: str) -> None:
         raise ConfigError(f"{file.parent} cannot be written ({error.strerror}). {cure}") from error
 
 
-def claim(place: int, busy: str) -> None:
+def claim(place: int, busy: str | None = None) -> None:
     """Lock an open file or folder until it is closed; a process that is killed lets go of it by itself.
 
     Args:
         place: its descriptor.
-        busy: sentence for the error.
+        busy: sentence for the error if another process has locked it; None to wait for that process.
 
     Raises:
         ConfigError: another process has locked it.
-        OSError: it cannot be locked, as on some network folders.
+        OSError: it cannot be locked, as on some network folders and on systems without ``fcntl``.
     """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(errno.ENOLCK, "this system has no file locks") from error
+    if busy is None:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        return
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -259,6 +268,38 @@ def refused(sentence: str, error: Any) -> StorageError:
     return made
 
 
+def allocate(file: Path, size: int) -> None:
+    """Create a file of zeros and allocate its space at once; macOS has no call for that, so the zeros are written there.
+
+    Raises:
+        OSError: no space left.
+    """
+    with file.open("wb") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, size)
+            return
+        except AttributeError:  # macOS, Windows
+            pass
+        except OSError as error:  # a file system without it, where the C library does not help out
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        for start in range(0, size, _ZEROS):
+            opened.write(bytes(min(_ZEROS, size - start)))
+
+
+def require_system(system: str | None = None) -> None:
+    """Refuse Windows, whose folders can be neither locked nor replaced while they are open.
+
+    Raises:
+        CapabilityError: with what to use instead.
+    """
+    if (system or sys.platform) == "win32":
+        raise CapabilityError(
+            "vlaflow runs on Linux and macOS; on Windows, install it within WSL (wsl --install). A robot's computer may run "
+            "Windows: vlaflow.robot works there."
+        )
+
+
 def _refusal(folder: Path, reason: str | None, cure: str = OTHER) -> ConfigError:
     return ConfigError(f"The folder {folder} cannot be created ({reason}). {cure}")
 
@@ -270,8 +311,8 @@ def _in_use(path: Path) -> bool:
     except OSError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        claim(descriptor, f"{path} is being written.")
+    except (ConfigError, OSError):
         return True
     finally:
         os.close(descriptor)

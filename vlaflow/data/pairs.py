@@ -200,5 +200,6 @@ def _encode_all(
 
 def _write(file: Path, value_NK: np.ndarray) -> None:
     """Write the table so that it is complete or absent, even if the process is killed."""
-    with whole_file(file) as part:
+    kept = "nothing of it was kept. Make room, or set VLAFLOW_CACHE to another folder"
+    with whole_file(file, "The table of codes", kept) as part:
         save_file({"value_NK": value_NK}, part)
