@@ -51,6 +51,8 @@ class Eval:
         videos: record a success and a failure per environment.
         device: where the networks run.
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
+        shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge makes the results of
+            all parts (docs/scale.md).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -72,6 +74,7 @@ class Eval:
     videos: bool = True
     device: str = "cpu"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    shard: str | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -83,8 +86,8 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
-    from vlaflow.evaluation.run import EvaluationConfig, run
-    from vlaflow.reports.evaluation import write_report
+    from vlaflow.evaluation.run import EvaluationConfig, play_shard, run
+    from vlaflow.evaluation.shards import Shard
 
     config = EvaluationConfig(
         envs=arguments.env,
@@ -100,15 +103,32 @@ def main(argv: list[str]) -> int:
         videos=arguments.videos,
         workers=arguments.workers,
     )
-    results = run(arguments.checkpoint, config, arguments.out, fresh=arguments.fresh)
-    page = write_report(arguments.out)
-    console = Console()
+    console, out = Console(), arguments.out
+    if arguments.shard is not None:
+        shard = Shard.parse(arguments.shard)
+        played = play_shard(arguments.checkpoint, config, out, shard, fresh=arguments.fresh)
+        console.print(
+            f"Shard {shard}, {played} episodes: {out / shard.file}. When all shards are there: vlaflow merge {out}",
+            soft_wrap=True,
+        )
+        return 0
+    results = run(arguments.checkpoint, config, out, fresh=arguments.fresh)
     for name in arguments.compute:
         if name == "auto" or name.startswith("budget:"):
             console.print(f"{name} is {chosen(arguments.checkpoint, name, arguments.device)}")
-    console.print(table(results))
-    console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
+    show(results, out)
     return 0
+
+
+def show(results: Results, out: Path) -> None:
+    """Write the report of the results in a folder, and print their table."""
+    from rich.console import Console
+
+    from vlaflow.reports.evaluation import write_report
+
+    page, console = write_report(out), Console()
+    console.print(table(results))
+    console.print(f"Written: {out / 'results.json'} and {page}", soft_wrap=True)
 
 
 def chosen(checkpoint: str, name: str, device: str) -> str:

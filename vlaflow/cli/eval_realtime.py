@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.config import to_json
     from vlaflow.evaluation import realtime
-    from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
+    from vlaflow.evaluation.episode_log import EpisodeLog
     from vlaflow.evaluation.realtime_results import results
     from vlaflow.io import require_writable, storing
     from vlaflow.reports.realtime import write_page
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
 
         episodes = log.complete(jobs, play, "Evaluating")
         found = results(a.server, metadata, config, episodes)
-        with storing(a.out, "The results", KEPT):
+        with storing(a.out, "The results", log.kept):
             found.write(a.out / "results.json")
         log.remove()
     page = write_page(found, a.out / "report.html")

@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": "calibrate the early exits of a checkpoint on held-out data",
     "bench": "time a checkpoint on this machine, part by part",
     "eval": "measure a checkpoint's success rate and latency in an environment",
+    "merge": "make the results of an evaluation that several machines played",
     "eval-vqa": "measure a checkpoint's accuracy on questions about images",
     "serve": "serve a checkpoint with openpi's websocket protocol",
     "eval-realtime": "evaluate in real time, with simulated inference delays",
