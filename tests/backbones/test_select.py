@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests import helpers
+from tests.backbones import smol
 from tests.backbones import test_emu3 as emu3
 from tests.backbones import test_molmo2 as molmo2
-from tests.backbones import smol
 from tests.backbones import test_qwen2_5_vl as qwen
 from tests.helpers import action_spec, feature_stats, generators
 from vlaflow.backbones.smol import SmolConfig

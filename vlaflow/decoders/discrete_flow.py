@@ -171,7 +171,8 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         self.config = c = config
         if c.metric.ordered and not self.tokenizer.ordered:
             raise ConfigError(
-                f"{type(c.metric).__name__} needs a tokenizer whose ids are ordered: use bins, FAST without merges, or EmbeddingMetric."
+                f"{type(c.metric).__name__} needs a tokenizer whose ids are ordered: use bins, FAST without merges, or "
+                "EmbeddingMetric."
             )
         self.clock = nn.Linear(spec.width, spec.width) if c.clock_input else None
         if self.clock is not None:  # drawn at random it would drown the tokens' embeddings, which are twenty times smaller
