@@ -28,6 +28,8 @@ class BenchArguments:
     """Number of torch threads; evaluation and serving use one."""
     device: str = "cpu"
     """Where the networks run."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What they compute in."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
 
     folder = local_folder(given.checkpoint)
     require_writable(folder / PROFILE, cure="Make it writable, or time a copy of the checkpoint.")
-    found = profile(Policy.from_pretrained(folder, given.device), fingerprint(folder), given.rounds, given.threads)
+    found = profile(Policy.from_pretrained(folder, given.device, given.dtype), fingerprint(folder), given.rounds, given.threads)
     save(found, folder / PROFILE)
     table = Table("depth", "prefix ms", "step ms", title=f"{found.machine}, {found.threads} thread(s)", title_justify="left")
     for depth, (prefix, step) in enumerate(zip(found.prefix, found.step, strict=True), 1):

@@ -27,6 +27,7 @@ from vlaflow.evaluation.rollout import RolloutConfig, require_fit
 from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
 from vlaflow.evaluation.sampler_measures import CRITERION, SamplerMeasures, measure, plausible_error, two_group_share
 from vlaflow.flows.sampling import Sampling
+from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
@@ -104,6 +105,7 @@ def run(
     dataset: Path,
     request: SamplerRequest,
     device: str = "cpu",
+    dtype: Dtype = "fp32",
     *,
     report: Callable[[SamplerCalibration, Path], object] | None = None,
 ) -> SamplerCalibration:
@@ -113,20 +115,20 @@ def run(
         checkpoint: folder of a policy.
         dataset: LeRobot data set whose held-out episodes are measured.
         request: what to measure.
-        device: where the networks run.
+        device, dtype: where the networks run, and what they compute in.
         report: writes a page; called with the calibration and the path of the page before finished episodes are discarded.
 
     Raises:
         VlaflowError: when checkpoint, data, environments and candidates do not fit together, or nothing fits the budget.
     """
-    policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
+    policy, data, mark = Policy.from_pretrained(checkpoint, device, dtype), Dataset.open(dataset), fingerprint(checkpoint)
     names = list(request.computes) or candidates(policy.model)
     computes = [parse(name) for name in names]
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
     envs = tuple(expand_env_names(request.envs))
     n_action_steps = request.rollout.n_action_steps or policy.config.n_action_steps
-    rollout = replace(request.rollout, device=device, n_action_steps=n_action_steps)
+    rollout = replace(request.rollout, device=device, dtype=dtype, n_action_steps=n_action_steps)
     if envs:
         require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     file = checkpoint / FOLDER / FILE
@@ -170,6 +172,7 @@ def run(
         threads=1,
         command=command_line(),
         versions=versions(),
+        dtype=dtype,
     )
     made.save(file)
     if report is not None:
