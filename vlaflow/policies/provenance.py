@@ -29,7 +29,8 @@ STATE = "state.json"
 def fingerprint(folder: Path) -> str:
     """Content hash of a checkpoint's config and weights."""
     digest = hashlib.sha256()
-    for name in ("config.json", "action_spec.json", "stats.json", "model.safetensors"):
+    several = ("robots.json",) if (folder / "robots.json").exists() else ("action_spec.json", "stats.json")
+    for name in ("config.json", *several, "model.safetensors"):
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 
