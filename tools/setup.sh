@@ -107,7 +107,7 @@ install() {
     touch $venv/.vlaflow-installing
 
     say "Installing the pinned packages into .venv (mostly download; everything is in $log) ..."
-    # Not compiled in advance: that would double the time, for modules of which few are ever imported.
+    # Not compiled here: that would double the time, for modules of which few are ever imported (see compile_imports).
     pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt)
     if ! {
         "${pip[@]}" setuptools &&
@@ -180,12 +180,36 @@ setup_browser() {
     say "There is no Chromium: the tests of the dashboard's page will be skipped (Debian, Ubuntu: sudo apt install chromium)."
 }
 
+# Each process would compile these again, for 2 to 5 s, where Python is asked to write no bytecode (PYTHONDONTWRITEBYTECODE).
+compile_imports() {
+    local modules=(accelerate av gymnasium jinja2 matplotlib.pyplot metaworld mujoco pyarrow.parquet rich.progress safetensors.torch
+        scipy.fft scipy.stats torch._dynamo torch.distributed.fsdp torch.distributed.run websockets.asyncio.server)
+    [ "$level" = demo ] || modules+=(robosuite)
+    [ "$level" != dev ] || modules+=(hypothesis mypy.main pytest transformers xdist)
+    say "Compiling what is imported ..."
+    PYTHONDONTWRITEBYTECODE='' $venv/bin/python - "${modules[@]}" >>"$log" 2>&1 <<'IMPORT' || say "Some modules could not be imported ($log)."
+import importlib
+import sys
+import traceback
+
+missing = 0
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        traceback.print_exc()
+        missing += 1
+sys.exit(missing)
+IMPORT
+}
+
 changed=
 is_done dev || is_done "$level" || { [ "$level" = demo ] && is_done libero; } || install
 setup_gl
 [ "$level" = demo ] || setup_cv2
 [ "$level" != dev ] || setup_browser
 if [ -n "$changed" ]; then
+    compile_imports
     before=$(cat $venv/.vlaflow-install-seconds 2>/dev/null || echo 0)
     echo $((before + SECONDS)) >$venv/.vlaflow-install-seconds
     say "Ready after $SECONDS s."

@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from vlaflow.errors import CheckpointError, ConfigError, DataError
+from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -168,6 +169,9 @@ def write_json(file: Path, data: object) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n")
 
 
+_ZEROS = 16 * 2**20
+"""Bytes that are written at once where a file cannot be allocated by one call."""
+
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """Error numbers of a disk that is full, broken or not writable."""
 
@@ -202,19 +206,24 @@ def require_makeable(folder: Path) -> None:
         raise _refusal(folder, f"{there} is not writable")
 
 
-def claim(place: int, busy: str) -> None:
+def claim(place: int, busy: str | None = None) -> None:
     """Lock an open file or folder until it is closed; a process that is killed lets go of it by itself.
 
     Args:
         place: its descriptor.
-        busy: sentence for the error.
+        busy: sentence for the error if another process has locked it; None to wait for that process.
 
     Raises:
         ConfigError: another process has locked it.
-        OSError: it cannot be locked, as on some network folders.
+        OSError: it cannot be locked, as on some network folders and on systems without ``fcntl``.
     """
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(errno.ENOLCK, "this system has no file locks") from error
+    if busy is None:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        return
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -262,6 +271,38 @@ def storing(
             raise
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{what} could not be written to {folder} ({reason}); {kept}.") from error
+
+
+def allocate(file: Path, size: int) -> None:
+    """Create a file of zeros and allocate its space at once; macOS has no call for that, so the zeros are written there.
+
+    Raises:
+        OSError: no space left.
+    """
+    with file.open("wb") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, size)
+            return
+        except AttributeError:  # macOS, Windows
+            pass
+        except OSError as error:  # a file system without it, where the C library does not help out
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        for start in range(0, size, _ZEROS):
+            opened.write(bytes(min(_ZEROS, size - start)))
+
+
+def require_system(system: str | None = None) -> None:
+    """Refuse Windows, whose folders can be neither locked nor replaced while they are open.
+
+    Raises:
+        CapabilityError: with what to use instead.
+    """
+    if (system or sys.platform) == "win32":
+        raise CapabilityError(
+            "vlaflow runs on Linux and macOS; on Windows, install it within WSL (wsl --install). A robot's computer may run "
+            "Windows: vlaflow.robot works there."
+        )
 
 
 def _refusal(folder: Path, reason: str | None, cure: str = "Choose another --out.") -> ConfigError:

@@ -35,6 +35,7 @@ class ServeArguments:
             vla-eval-simpler, vla-eval-vlabench, or those of another package.
         image: key of an image, instead of those above, in the order of the policy's views; repeat for more.
         state: key of a part of the state, instead of those above; repeat for more.
+        default_prompt: instruction of requests without a prompt, which are refused by default.
         n_action_steps: actions of a chunk that clients execute, instead of the checkpoint's default.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
@@ -59,6 +60,7 @@ class ServeArguments:
     observation_keys: str = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    default_prompt: str | None = None
     n_action_steps: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.observation_keys, views, a.image, a.state),
+        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),

@@ -25,7 +25,7 @@ class TrainArguments:
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Which system and stage, e.g. asyncvla.demo; listed below."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """LeRobot data set with an action spec."""
+    """LeRobot data set with an action spec: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the checkpoint; an unfinished run there is continued."""
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None

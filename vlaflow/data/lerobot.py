@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlaflow.config import from_json
+from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_meta import Episode, Meta, inside, read_meta, read_parquet
 from vlaflow.data.video import TOLERANCE_S, VideoError, decode_frames
 from vlaflow.data.video_offsets import largest_drift_s
@@ -34,7 +35,6 @@ __all__ = ["Columns", "Dataset", "Episode", "view_name"]
 
 EXTRA_KEY = "x_vlaflow"
 """Our own block in meta/info.json; LeRobot ignores unknown keys with a warning."""
-
 
 EXECUTED_KEY = "executed_action"
 """Column of the actions that the robot executed, where they differ from those to be learned. LeRobot trains on every column
@@ -117,7 +117,7 @@ class Dataset:
         """Open a data set; only its meta folder is read.
 
         Args:
-            root: the folder that holds meta/, data/ and videos/.
+            root: the folder that holds meta/, data/ and videos/, or a name on the Hub (``hub.data_folder``).
             action_spec: what an action means, for data sets without an action spec.
             video: only the video is needed: a data set without actions can be opened too; its ``columns().action`` has
                 shape (N, 0).
@@ -126,7 +126,7 @@ class Dataset:
             DataError: not a data set, unsupported version, files missing, meta contradicting itself.
             SpecError: the action spec does not fit the actions.
         """
-        return cls(read_meta(Path(root)), action_spec, video)
+        return cls(read_meta(data_folder(root)), action_spec, video)
 
     def __len__(self) -> int:
         """Number of rows, N."""

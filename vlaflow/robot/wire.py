@@ -1,8 +1,10 @@
 """The codec of openpi's protocol: msgpack with markers for NumPy arrays and scalars, decoded strictly.
 
 An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": text, b"shape": ints}; a NumPy scalar is a map
-{b"__npgeneric__": True, b"data": number, b"dtype": text}. Only booleans, integers and floats of 1 to 8 bytes are allowed:
-no objects, no records, no complex numbers, no extension types. Nothing is executed.
+{b"__npgeneric__": True, b"data": number, b"dtype": text}. The msgpack-numpy package marks them in another way (``Dialect``):
+{b"nd": True, b"type": text, b"kind": b"", b"shape": ints, b"data": bytes}, and {b"nd": False, b"type": text, b"data": bytes}.
+Both are read, and a server answers each client in the client's own. Only booleans, integers and floats of 1 to 8 bytes are
+allowed: no objects, no records, no complex numbers, no extension types. Nothing is executed.
 
 msgpack allocates a container before it has read its content, and an empty map of one byte takes 64 bytes in memory, so a small
 message could allocate a lot of memory. Therefore the headers of a message are checked before it is decoded, and a message with
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import msgpack
@@ -30,14 +33,21 @@ MOST_TEXT = 2**16
 """Largest size of a text or key in bytes."""
 
 
-def pack(message: Any) -> bytes:
+class Dialect(Enum):
+    """How arrays and scalars are marked: as by openpi's client, or as by the msgpack-numpy package."""
+
+    OPENPI = "openpi"
+    MSGPACK_NUMPY = "msgpack-numpy"
+
+
+def pack(message: Any, dialect: Dialect = Dialect.OPENPI) -> bytes:
     """Encode plain Python values and NumPy arrays.
 
     Raises:
         RequestError: for anything else.
     """
     try:
-        return msgpack.packb(message, default=_encode)
+        return msgpack.packb(message, default=_encode if dialect is Dialect.OPENPI else _encode_msgpack_numpy)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"A message can contain texts, numbers, lists, maps and arrays of numbers: {error}.") from error
 
@@ -48,7 +58,7 @@ def unpack(data: bytes, most_bytes: int = MOST_BYTES, decode: Callable[[dict[Any
     Args:
         data: the message.
         most_bytes: largest size.
-        decode: called with every map, and returns what it stands for; None for openpi's arrays and scalars.
+        decode: called with every map, and returns what it stands for; None for arrays and scalars of both dialects.
 
     Raises:
         RequestError: for a message that is too large, damaged, or contains types that the protocol does not have.
@@ -62,6 +72,20 @@ def unpack(data: bytes, most_bytes: int = MOST_BYTES, decode: Callable[[dict[Any
         raise
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise RequestError(f"The message is not valid msgpack ({type(error).__name__}).") from error
+
+
+def unpack_as_sent(data: bytes, most_bytes: int = MOST_BYTES) -> tuple[Any, Dialect]:
+    """Decode one message, and tell the dialect of its arrays, which the answer should have too; raises as ``unpack`` does."""
+    dialect = Dialect.OPENPI
+
+    def decode(found: dict[Any, Any]) -> Any:
+        nonlocal dialect
+        if b"nd" in found:
+            dialect = Dialect.MSGPACK_NUMPY
+        return _decode(found)
+
+    message = unpack(data, most_bytes, decode)
+    return message, dialect
 
 
 def _heads() -> tuple[tuple[int, int, int], ...]:
@@ -122,30 +146,49 @@ def _survey(data: bytes) -> None:
 
 
 def _encode(value: Any) -> Any:
+    _require_numbers(value)
     if isinstance(value, np.ndarray):
-        if value.dtype.str not in DTYPES:
-            raise RequestError(f"An array of {value.dtype} cannot be sent; booleans, integers and floats can.")
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
-    if isinstance(value, np.generic):
-        if value.dtype.str not in DTYPES:
-            raise RequestError(f"A number of type {value.dtype} cannot be sent.")
-        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
-    raise TypeError(f"not a {type(value).__name__}")
+    return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+
+
+def _encode_msgpack_numpy(value: Any) -> Any:
+    _require_numbers(value)
+    if isinstance(value, np.ndarray):
+        return {b"nd": True, b"type": value.dtype.str, b"kind": b"", b"shape": value.shape, b"data": value.tobytes()}
+    return {b"nd": False, b"type": value.dtype.str, b"data": value.tobytes()}
+
+
+def _require_numbers(value: Any) -> None:
+    """Refuse anything but an array or a scalar of NumPy's numbers."""
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"not a {type(value).__name__}")
+    if value.dtype.str not in DTYPES:
+        if isinstance(value, np.ndarray):
+            raise RequestError(f"An array of {value.dtype} cannot be sent; booleans, integers and floats can.")
+        raise RequestError(f"A number of type {value.dtype} cannot be sent.")
 
 
 def _decode(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" in found:
         return array(found.get(b"data"), found.get(b"shape"), found.get(b"dtype"))
     if b"__npgeneric__" in found:
-        data = found.get(b"data")
-        if not isinstance(data, bool | int | float):
-            raise RequestError("A NumPy scalar of the message is not a number.")
-        try:
-            with np.errstate(over="raise"):
-                return _dtype(found.get(b"dtype")).type(data)
-        except (OverflowError, FloatingPointError, ValueError) as error:
-            raise RequestError("A NumPy scalar of the message does not fit its type.") from error
+        return _scalar(found.get(b"data"), _dtype(found.get(b"dtype")))
+    if b"nd" in found:
+        if found[b"nd"]:
+            return array(found.get(b"data"), found.get(b"shape"), found.get(b"type"))
+        return array(found.get(b"data"), [], found.get(b"type"))[()]
     return found
+
+
+def _scalar(data: Any, dtype: np.dtype) -> Any:
+    if not isinstance(data, bool | int | float):
+        raise RequestError("A NumPy scalar of the message is not a number.")
+    try:
+        with np.errstate(over="raise"):
+            return dtype.type(data)
+    except (OverflowError, FloatingPointError, ValueError) as error:
+        raise RequestError("A NumPy scalar of the message does not fit its type.") from error
 
 
 def array(data: Any, shape: Any, dtype: Any) -> np.ndarray:

@@ -28,6 +28,7 @@ from vlaflow.config import from_json
 from vlaflow.errors import RequestError, SpecError, VlaflowError
 from vlaflow.robot import wire
 from vlaflow.serving.conversation import Conversation, WireProtocol
+from vlaflow.serving.request_arrays import array_of
 from vlaflow.serving.request_log import RequestEntry
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk
 
@@ -59,7 +60,7 @@ class OpenpiConversation(Conversation):
 
     async def answer(self, frame: str | bytes, entry: RequestEntry) -> str | bytes:
         """See ``Conversation``."""
-        request = self._request(frame)
+        request = self._request(frame, entry)
         endpoint = request.pop("endpoint", None)
         if endpoint is not None and (not isinstance(endpoint, str) or endpoint not in ("infer", "reset")):
             raise RequestError(f"There is no endpoint {endpoint!r:.40}; there are 'infer' and 'reset'.")
@@ -67,10 +68,10 @@ class OpenpiConversation(Conversation):
         restarts = _flag(request.pop("reset", False), "reset")
         if endpoint == "reset" or (restarts and not request):
             self._chunks, entry.outcome = 0, "reset"
-            return "reset successful" if endpoint == "reset" else wire.pack({"reset": True})
+            return "reset successful" if endpoint == "reset" else wire.pack({"reset": True}, entry.dialect)
         chunks = 0 if restarts else self._chunks
         seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
-        budget_ms, action_prefix = _number(request.pop("budget_ms", None), "budget_ms"), _committed(request)
+        budget_ms, action_prefix = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
         compute = None if budget_ms is None else self._within(budget_ms)
         follows = _flag(request.pop("follow_operator", False), "follow_operator")
         observation = self.server.observe(request, follows)
@@ -84,12 +85,12 @@ class OpenpiConversation(Conversation):
             reply["instruction"] = observation.instruction
         self._chunks, entry.outcome = chunks + 1, "answered"
         reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
-        return wire.pack(self.encoded(reply))
+        return wire.pack(self.encoded(reply), entry.dialect)
 
-    def _request(self, frame: str | bytes) -> dict[str, Any]:
+    def _request(self, frame: str | bytes, entry: RequestEntry) -> dict[str, Any]:
         if isinstance(frame, str):
             raise RequestError("Requests must be binary msgpack frames, got text.")
-        request = wire.unpack(frame, self.server.config.most_bytes)
+        request, entry.dialect = wire.unpack_as_sent(frame, self.server.config.most_bytes)
         if not isinstance(request, dict):
             raise RequestError(f"A request must be a map, got a {type(request).__name__}.")
         return request
@@ -162,7 +163,7 @@ def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
     return reply
 
 
-def _committed(request: dict[str, Any]) -> ActionPrefix | None:
+def committed(request: dict[str, Any]) -> ActionPrefix | None:
     """Remove and decode the action prefix of a request: "action_prefix" (N, D), of which "inference_delay" are committed.
 
     Raises:
@@ -173,6 +174,8 @@ def _committed(request: dict[str, Any]) -> ActionPrefix | None:
         if delay is not None:
             raise RequestError("'inference_delay' says how many of the 'action_prefix' actions are committed; send both.")
         return None
+    if isinstance(prefix, list):
+        prefix = array_of(prefix)
     if not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "fiu":
         raise RequestError("'action_prefix' must be an array of actions, (N, D), in robot units.")
     if isinstance(delay, np.integer):
