@@ -137,7 +137,7 @@ class Batch:
         frame_B: int64, the frame within that episode.
         code_BK: int64, latent action codes of the frame, −1 where there are none; None unless the training uses them.
         executed: the actions executed at these steps; None if they equal ``action_BLD``.
-        mask_BLD: bool; False in dimensions and steps that a chunk of the sample's robot does not have, and which hold 0 or repeat
+        mask_BLD: bool; False in dimensions and steps that a chunk of the sample's robot does not have: they hold 0, or repeat
             its last action. None when every robot has all of them.
         sources: the data set of each sample; empty where there is one.
     """

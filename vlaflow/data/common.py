@@ -113,7 +113,7 @@ class Normalizers:
     def forward(self, x_BD: Tensor, robot_B: Tensor | None) -> Tensor:
         """Robot units to normalised units, (B, ..., D), each row by its robot.
 
-        Without ``robot_B`` the rows are of the only robot; with several they are of none, as questions, and nothing is known: 0.
+        Without ``robot_B`` the rows are of the only robot; with several they are of none, as questions are, and become 0.
         """
         if robot_B is None:
             return self.robots[0].forward(x_BD) if len(self.robots) == 1 else torch.zeros_like(x_BD)

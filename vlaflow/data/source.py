@@ -14,7 +14,7 @@ Sample = Batch | VqaBatch
 
 
 class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, ``data.mixture.Mixed``, ``data.image_cache.VqaSource``, or anything like them."""
+    """Numbered samples: ``data.windows.Windows``, ``data.mixture.Mixed``, ``data.image_cache.VqaSource``, or the like."""
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -115,8 +115,8 @@ def weights_of(members: Sequence[Member], mixture: Mixture) -> list[float]:
         for name in names:
             if name not in mixture.weights:
                 raise ConfigError(
-                    f"The mixture has no weight for a data set '{name}'; {nearest(name, mixture.weights)} Name it with --dataset "
-                    f"NAME=DIR; names with weights: {', '.join(mixture.weights)}."
+                    f"The mixture has no weight for a data set '{name}'; {nearest(name, mixture.weights)} Give its name with "
+                    f"--dataset NAME=DIR: {', '.join(mixture.weights)}."
                 )
         total = sum(mixture.weights[name] for name in dict.fromkeys(names))
         within = _shared(members, names)

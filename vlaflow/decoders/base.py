@@ -252,6 +252,11 @@ class DecoderConfig(Part, ABC):
     def build(self, spec: BackboneSpec) -> Decoder[Any]:
         """The decoder for such a backbone, initialised from torch's global generator."""
 
+    def with_chunk_size(self, chunk_size: int) -> Self:
+        """The config of a decoder of longer or shorter chunks; kinds whose parts have chunk sizes of their own override it."""
+        changed: Self = replace(self, chunk_size=chunk_size)  # type: ignore[type-var]  # every kind is a dataclass
+        return changed
+
     @property
     def unfitted(self) -> bool:
         """Whether its action tokenizer is still to be fitted on the training data."""

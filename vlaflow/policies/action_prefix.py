@@ -73,9 +73,8 @@ def conditioning_of(
                 f"{action_prefix.count}."
             )
         rows.append(normalizer.forward(torch.from_numpy(action_ND)))
-    action_BLD = torch.stack([functional.pad(row, (0, decoder.action_dim - dim, 0, chunk_size - len(row))) for row in rows]).to(
-        device
-    )
+    padded = [functional.pad(row, (0, decoder.action_dim - dim, 0, chunk_size - len(row))) for row in rows]
+    action_BLD = torch.stack(padded).to(device)
     known_B = torch.tensor([len(row) for row in rows], device=device)
     committed_B = torch.tensor([c.count if c else 0 for c in action_prefixes], device=device)
     return decoder.continued(action_BLD, known_B, committed_B, guided=guided)

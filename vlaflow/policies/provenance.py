@@ -141,4 +141,6 @@ def new_questions(vqa: VqaDataset, turns: Turns, trained: Sequence[TrainedOn], f
 def _trained_on(run: Mapping[str, Any], where: str) -> tuple[TrainedOn, ...]:
     before = tuple(from_json(TrainedOn, each, where) for each in run.get("ancestors", ()))
     asked = from_json(TrainedVqa, run["vqa"], where) if "vqa" in run else None
-    return (*before, TrainedOn(run["data"], run["config"]["validation_fraction"], run["config"]["seed"], asked))
+    data = [each["data"] for each in run["mixture"]] if "mixture" in run else [run["data"]]
+    config = run["config"]
+    return (*before, *(TrainedOn(each, config["validation_fraction"], config["seed"], asked) for each in data))
