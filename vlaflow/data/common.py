@@ -110,7 +110,7 @@ class Normalizers:
     robots: tuple[Normalizer, ...]
     dim: int
 
-    def forward(self, x_BD: Tensor, robot_B: Tensor | None) -> Tensor:
+    def forward(self, x_BD: Tensor, robot_B: Tensor | None = None) -> Tensor:
         """Robot units to normalised units, (B, ..., D), each row by its robot.
 
         Without ``robot_B`` the rows are of the only robot; with several they are of none, as questions are, and become 0.

@@ -134,9 +134,8 @@ class Policy:
         every = [robot.stats for robot in self.robots.values()] or [dict(self.stats)]
         state = tuple(Normalizer.from_stats(stats["state"], c.state_normalisation) for stats in every)
         action = tuple(Normalizer.from_stats(stats["action"], c.action_normalisation) for stats in every)
-        views, mine = dict(self.model.backbone.views), self.robots.get(self.robot or "")
-        if mine is not None and mine.image_size is not None:
-            views = {view: size or mine.image_size for view, size in views.items()}
+        side = self.robots[self.robot].image_size if self.robot else None
+        views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own)
         self.action_normalizer = Normalizer.from_stats(self.stats["action"], c.action_normalisation)

@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.config import to_json
 from vlaflow.data.batch import VqaBatch
 from vlaflow.data.mixture import Order
-from vlaflow.data.source import MakeOrder, Ready, Source
+from vlaflow.data.source import MakeOrder, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
 from vlaflow.policies.provenance import newest_state
@@ -38,9 +38,10 @@ from vlaflow.training import checkpoint, sharding
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
+from vlaflow.training.loss_module import LossModule
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
-from vlaflow.training.precision import autocast, use_bf16
+from vlaflow.training.precision import use_bf16
 from vlaflow.training.team import Team
 from vlaflow.versions import versions
 
@@ -161,7 +162,7 @@ class Trainer:
 
     def _spread(self, bf16: bool) -> nn.Module:
         """The stage's loss as a module: sharded if asked for and there are layers to shard, else a copy in every process."""
-        whole = _Step(self.stage, bf16, self.device)
+        whole = LossModule(self.stage, bf16, self.device)
         blocks = sharding.blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         if self.sharded:
@@ -431,20 +432,6 @@ class Trainer:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"
         name = "loss" if "loss" in entry else "answer_loss"
         return f"{name.replace('_', ' ')} {entry[name]:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
-
-
-class _Step(nn.Module):
-    """The stage's loss as a forward pass, which is where DDP and FSDP listen."""
-
-    def __init__(self, stage: Stage, bf16: bool, device: torch.device) -> None:
-        super().__init__()
-        self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
-
-    def forward(self, batch: Ready, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
-        with autocast(self._bf16, self._device):
-            terms = self._loss(batch, generator, shared)
-        return terms.total, dict(terms.parts)
 
 
 class _Silent:
