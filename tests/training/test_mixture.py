@@ -135,7 +135,7 @@ def rebuilt(policy, decoder):
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=["unified", "committed", "regression"])
 def test_padding_and_masks_change_nothing_for_the_robot_that_has_them_all(mixed, decoder):
-    """Its loss is that of a policy of its own, alone in a batch and next to the other robot; to the rounding of masked kernels."""
+    """Its loss is that of a policy of its own, alone in a batch and next to the other robot, up to rounding."""
     policy, source, single = (rebuilt(each, decoder) if isinstance(each, Policy) else each for each in mixed)
     first = len(source) - 8
     batch, generator = source.batch(np.arange(first, first + 4)), torch.Generator()

@@ -58,7 +58,17 @@ class TrainArguments:
 
 
 def main(argv: list[str]) -> int:
-    """Train by recipe. Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    """Run ``vlaflow train ...``; returns the exit status."""
+    return status(run(argv))
+
+
+def status(outcome: Outcome) -> int:
+    """Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
+
+
+def run(argv: list[str]) -> Outcome:
+    """Train by recipe, as the arguments say, and print what came of it."""
     given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
     overrides = dict(_pair(text) for text in given.set)
     for key, value in (
@@ -88,7 +98,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
         if given.calibrate and outcome.finished and outcome.policy is not None:
             sys.stdout.write(_calibrated(outcome.policy, [entry.root for entry in entries(given.dataset)]) + "\n")
-    return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
+    return outcome
 
 
 def _calibrated(policy: Path, roots: list[str]) -> str:

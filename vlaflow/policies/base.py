@@ -11,6 +11,7 @@ Checkpoints are folders of JSON and safetensors; nothing in them is ever execute
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,72 +22,36 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow import __version__
-from vlaflow.backbones.base import BackboneConfig, Prefix
+from vlaflow.backbones.base import Prefix
 from vlaflow.backbones.inputs import Processor, require_state
 from vlaflow.backbones.language import speaking
 from vlaflow.compute.auto import calibrated
 from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.spelling import Knobs
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
 from vlaflow.data.common import CommonShape, Normalizers
 from vlaflow.data.stats import FeatureStats
-from vlaflow.data.transforms import Mode, Normalizer
+from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Targets
-from vlaflow.decoders.exits import ExitTraining
+from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.nn.precision import Dtype, autocast, round_matrices
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.chunks import chunks
+from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers, require_views
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.robots import Robot, chosen_robot, read_robots, write_robots
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
+from vlaflow.stacks.base import blocks_of
 
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """All that is needed to build a policy's networks.
-
-    Args:
-        system: the system this assembly follows, e.g. "asyncvla".
-        backbone, decoder, rater: configs of the parts, vlaflow's or another package's; no rater until one is trained.
-        state_normalisation, action_normalisation: modes of the normalisers.
-        exits: depths at which the decoder also learns to answer; None for the full depth alone.
-        n_action_steps: actions executed per chunk unless the caller says otherwise.
-    """
-
-    system: str
-    backbone: BackboneConfig
-    decoder: DecoderConfig
-    rater: RaterConfig | None = None
-    exits: ExitTraining | None = None
-    state_normalisation: Mode = "mean_std"
-    action_normalisation: Mode = "mean_std"
-    n_action_steps: int = 8
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n_action_steps <= self.decoder.chunk_size:
-            raise ConfigError(
-                f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
-            )
-
-    def build(self) -> Model:
-        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
-        backbone = self.backbone.build()
-        depth = backbone.spec.depth
-        if self.exits is not None and self.exits.depths[-1] != depth:
-            raise ConfigError(
-                f"The last of the exits {list(self.exits.depths)} must be the backbone's depth, {depth}. Change exits.depths "
-                "with it, or set exits=none."
-            )
-        decoder = self.decoder.build(backbone.spec)
-        rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
-        return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
+__all__ = ["Policy", "PolicyConfig"]
 
 
 @dataclass
@@ -101,6 +66,7 @@ class Policy:
         card: text of the checkpoint's README.md.
         backbone_processor: makes the backbone's inputs; by default the one that the config opens.
         folder: the checkpoint it was opened from; None for a new one.
+        dtype: what the networks compute in when they act; training decides for itself.
         robots: all robots it was trained for, by name, where there are several; ``action_spec`` and ``stats`` are then those of
             the one it acts for.
         robot: name of that one; None for a policy of one robot, and while a policy of several is trained.
@@ -117,6 +83,7 @@ class Policy:
     card: str = ""
     backbone_processor: Processor | None = field(default=None, repr=False)
     folder: Path | None = None
+    dtype: Dtype = "fp32"
     robots: Mapping[str, Robot] = field(default_factory=dict)
     robot: str | None = None
     processor: PolicyProcessor = field(init=False, repr=False)
@@ -183,7 +150,8 @@ class Policy:
         Raises:
             CalibrationError: for a calibration of other weights.
         """
-        return (None if self.folder is None else calibrated(self.folder, fingerprint)) or Dense()
+        knobs = Knobs(dtype=self.dtype)
+        return (None if self.folder is None else calibrated(self.folder, fingerprint, knobs)) or Dense()
 
     @property
     def chunk_size(self) -> int:
@@ -216,6 +184,10 @@ class Policy:
     def device(self) -> torch.device:
         """Where the networks live."""
         return next(self.model.parameters()).device
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which the networks act: all methods for inference enter it, and direct calls of the networks must."""
+        return autocast(self.dtype == "bf16", self.device)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +234,8 @@ class Policy:
 
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
-        prefix = self.model.backbone.embed(self.processor(observation).to(self.device))
+        with self.precision():
+            prefix = self.model.backbone.embed(self.processor(observation).to(self.device))
         if observation.robot_B is None:
             return prefix
         masks = [self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()]
@@ -270,7 +243,8 @@ class Policy:
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
-        return self.model.read(self.embed(observation), depth)
+        with self.precision():
+            return self.model.read(self.embed(observation), depth)
 
     def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """Training loss of backbone and decoder on what ``prepare`` made of a batch, on the networks' device.
@@ -348,7 +322,8 @@ class Policy:
             action_prefixes, self.model.decoder, self.action_normalizer, device=self.device, guided=guided
         )
         # Guidance needs gradients, which tensors of the inference mode can never have.
-        with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode():
+        guidance = conditioning is not None and conditioning.guidance is not None
+        with torch.no_grad() if guidance else torch.inference_mode(), self.precision():
             made = self._decode(observations, compute or self.default_compute, generators, conditioning)
         for chunk, known in zip(made, action_prefixes, strict=True):
             if known is not None:
@@ -391,7 +366,8 @@ class Policy:
         """``answer`` for a batch as data sets give it."""
         speaking(self.model.backbone)
         words = self.processor.backbone
-        made = greedy(self.embed(observation), words.end_id, limit)
+        with self.precision():
+            made = greedy(self.embed(observation), words.end_id, limit)
         pairs = zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
         return [Answer(text, ended) for text, ended in pairs]
 
@@ -410,7 +386,12 @@ class Policy:
         Args:
             folder: where to.
             weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+
+        Raises:
+            CapabilityError: it was opened in bfloat16, so its weights are no longer those of the checkpoint.
         """
+        if self.dtype != "fp32":
+            raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
@@ -420,22 +401,23 @@ class Policy:
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu", robot: str | None = None) -> Policy:
+    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None) -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
 
         Args:
-            path: folder or repository id.
+            path: of the checkpoint.
             device: where the networks run.
+            dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
             robot: which one to act for, where it was trained for several.
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
             ConfigError: several robots and no choice, or none of this name.
         """
-        return Policy.of_all_robots(path, device).for_robot(robot)
+        return Policy.of_all_robots(path, device, dtype).for_robot(robot)
 
     @staticmethod
-    def of_all_robots(path: Path | str, device: str = "cpu") -> Policy:
+    def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
         """Open a checkpoint without choosing one of its robots, for further training; otherwise as ``from_pretrained``."""
         folder = local_folder(path)
         config_data = read_json(folder / "config.json")
@@ -445,6 +427,8 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
+        if dtype == "bf16":
+            round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, robots)
+        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype, robots)

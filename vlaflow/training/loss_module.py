@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.data.source import Ready
+from vlaflow.nn.precision import autocast
 from vlaflow.policies.stages import Stage
-from vlaflow.training.precision import autocast
 
 
 class LossModule(nn.Module):

@@ -34,6 +34,7 @@ from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
+from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
@@ -163,7 +164,7 @@ class Trainer:
     def _spread(self, bf16: bool) -> nn.Module:
         """The stage's loss as a module: sharded if asked for and there are layers to shard, else a copy in every process."""
         whole = LossModule(self.stage, bf16, self.device)
-        blocks = sharding.blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
+        blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         if self.sharded:
             sharding.shard(whole, blocks, self.team, bf16=bf16)
