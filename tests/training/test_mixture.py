@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.small import SPEC, tiny_config, tiny_policy, weights
+from vlaflow.cli import calibrate
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed
@@ -16,11 +17,12 @@ from vlaflow.data.writer import Writer
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError
+from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.mixing import alone, robots_of
 from vlaflow.policies.objectives import PolicyObjective
-from vlaflow.policies.provenance import new_episodes, trained_on
+from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.spec import ActionPrefix, Dimension, Observation
 from vlaflow.training import run
@@ -219,6 +221,12 @@ def test_each_robot_gets_chunks_of_its_own(both, dataset, wide):
         broad.act(observation(4, ["front"]))
     with pytest.raises(SpecError, match="state of length 4, got 3"):
         broad.act(observation(3, ["front", "wrist"]))
+    folder = robot_folder(both, "wide arm")
+    assert folder == both / "robots/wide"
+    same = Policy.from_pretrained(folder)
+    assert (same.robot, same.folder) == ("wide", folder)
+    assert trained_on(folder) == trained_on(both)
+    assert len({fingerprint(each) for each in (both, folder, both / "robots/narrow")}) == 3
     continued = ActionPrefix(np.full((3, 2), 0.1, np.float32), 2)
     assert np.array_equal(narrow.act(observation(3, ["front"]), action_prefix=continued).actions[:2], continued.actions[:2])
 
@@ -237,8 +245,39 @@ def test_a_robot_must_be_chosen_by_a_name_that_there_is(both, dataset, tmp_path)
     with pytest.raises(ConfigError, match="choose one with --robot"):
         Policy.of_all_robots(both).act(observation(3, ["front"]))
     Policy.create(tiny_policy(), SPEC, Policy.of_all_robots(both).stats, 0).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="leave --robot narrow out"):
-        Policy.from_pretrained(tmp_path, robot="narrow")
+    for choose in (robot_folder, lambda path, robot: Policy.from_pretrained(path, robot=robot)):
+        with pytest.raises(ConfigError, match="leave --robot narrow out"):
+            choose(tmp_path, "narrow")
+
+
+def test_a_robot_of_a_mixture_is_calibrated_timed_and_checked(both, wide):
+    """For itself: what is written lies in its folder, and the other robot has none of it."""
+    folder = both / "robots/wide"
+    assert (
+        calibrate.main(
+            [
+                str(both),
+                "--robot",
+                "wide",
+                "--dataset",
+                str(wide),
+                "--sampler",
+                "--frames",
+                "4",
+                "--compute",
+                "dense:1",
+                "--compute",
+                "dense:2",
+                "--episodes",
+                "all",
+            ]
+        )
+        == 0
+    )
+    assert (folder / "calibration/sampler.json").exists()
+    assert Policy.from_pretrained(both, robot="wide").default_compute.name == "auto"
+    assert Policy.from_pretrained(both, robot="narrow").default_compute.name == "dense"
+    assert all(finding.passed for finding in check_policy(str(folder), "cpu", 2))
 
 
 def test_held_out_episodes_losses_and_records_are_kept_by_data_set(both, dataset, wide):

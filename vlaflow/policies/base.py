@@ -42,12 +42,12 @@ from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.io import load_weights, read_json, save_tensors, write_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
-from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
 from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers, require_views
 from vlaflow.policies.provenance import fingerprint
-from vlaflow.policies.robots import Robot, chosen_robot, read_robots, write_robots
+from vlaflow.policies.robots import FOLDER, Robot, chosen_robot, read_robots, write_robots
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
 from vlaflow.stacks.base import blocks_of
 
@@ -164,6 +164,12 @@ class Policy:
         return max(1, round(self.config.n_action_steps * self.chunk_size / self.config.decoder.chunk_size))
 
     @property
+    def views(self) -> dict[str, int | None]:
+        """Views that an observation must have, with the image size each is resized to (None: any size)."""
+        own = self.robots[self.robot].views if self.robot else self.processor.views
+        return {view: self.processor.views[view] for view in own}
+
+    @property
     def shape(self) -> CommonShape:
         """What the networks take and make."""
         c = self.config
@@ -178,7 +184,8 @@ class Policy:
         found = chosen_robot(self.robots, name, str(self.folder or "The policy"))
         if found is None:
             return self
-        return replace(self, action_spec=self.robots[found].action_spec, stats=self.robots[found].stats, robot=found)
+        mine, folder = self.robots[found], self.folder and home_of(self.folder) / FOLDER / found
+        return replace(self, action_spec=mine.action_spec, stats=mine.stats, robot=found, folder=folder)
 
     @property
     def device(self) -> torch.device:
@@ -227,6 +234,10 @@ class Policy:
         require_views(observation, views)
         require_state(observation, self.stats["state"].dim)
         return self.shape.observation(observation, list(self.robots).index(str(name)), views)
+
+    def own_batch(self, batch: Batch) -> Batch:
+        """Training samples of the robot that it acts for as the networks know them, where there are several robots."""
+        return self.shape.batch(batch, list(self.robots).index(self.robot)) if self.robot else batch
 
     def begin(self, batch: Prepared) -> Prefix:
         """The tokens of what ``prepare`` made of a batch, before the first layer."""
@@ -373,15 +384,18 @@ class Policy:
 
     def to_robot(self, action_BLD: Tensor) -> np.ndarray:
         """Normalised actions (B, L, D) in robot units, not clipped: the dimensions and steps that the robot has."""
-        own_BLD = action_BLD[:, : self.chunk_size, : self.action_spec.dim]
-        return self.action_normalizer.inverse(own_BLD.float()).cpu().numpy()
+        return self.action_normalizer.inverse(self.cut(action_BLD).float()).cpu().numpy()
+
+    def cut(self, action_BLD: Tensor) -> Tensor:
+        """Chunks (..., L, D) of the networks without the dimensions and steps that the robot lacks."""
+        return action_BLD[..., : self.chunk_size, : self.action_spec.dim]
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path | str, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write ``config.json``, ``model.safetensors``, ``README.md``, and ``action_spec.json`` and ``stats.json``.
 
-        A policy of several robots has a ``robots.json`` in place of the last two.
+        A policy of several robots has ``robots.json`` and a folder for each in place of the last two.
 
         Args:
             folder: where to.
@@ -405,7 +419,7 @@ class Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
 
         Args:
-            path: of the checkpoint.
+            path: of the checkpoint, or of one of its robots' folders (``robots``).
             device: where the networks run.
             dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
             robot: which one to act for, where it was trained for several.
@@ -414,7 +428,9 @@ class Policy:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
             ConfigError: several robots and no choice, or none of this name.
         """
-        return Policy.of_all_robots(path, device, dtype).for_robot(robot)
+        folder = local_folder(path)
+        home = home_of(folder)
+        return Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
 
     @staticmethod
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:

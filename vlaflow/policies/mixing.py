@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,7 +86,7 @@ def robots_of(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[Open
         spec = stated_spec(first.dataset)
         steps = policy.decoder.chunk_size if config.chunk_s is None else steps_of(config.chunk_s, spec.rate_hz)
         stats = pooled([datasets[number].dataset for number in members], config)
-        name = first.entry.name if first.entry.name not in by_name else first.label
+        name = re.sub(r"[^\w.-]+", "-", first.entry.name if first.entry.name not in by_name else first.label)
         by_name[name] = Robot(spec.with_chunk_size(steps), stats, views[first.label], side)
         for number in members:
             of[number] = place

@@ -1,6 +1,10 @@
 """The robots of a policy that was trained on several: what their actions mean, and how their numbers are normalised.
 
-A checkpoint of one robot holds ``action_spec.json`` and ``stats.json``, one of several ``robots.json`` in their place.
+    CKPT/action_spec.json, stats.json                    of one robot
+    CKPT/robots.json, robots/NAME/robot.json, ...        of several: their names in order, and a folder for each
+
+A robot's folder is a checkpoint as well: the networks are those of the checkpoint that it lies in, and its calibrations are its
+own. So whatever takes a checkpoint takes ``CKPT/robots/NAME``.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ from vlaflow.config import from_json, to_json
 from vlaflow.data.stats import FeatureStats
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.io import read_json, write_json
+from vlaflow.policies.checkpoint import ROBOT, local_folder
 from vlaflow.spec import ActionSpec
 
-FILE = "robots.json"
+FILE, FOLDER = "robots.json", "robots"
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,35 @@ def chosen_robot(robots: Mapping[str, Robot], name: str | None, where: str) -> s
     return found[0]
 
 
+def robot_folder(path: Path | str, robot: str | None) -> Path:
+    """The folder of a checkpoint or, where it was trained for several robots, of the chosen one.
+
+    Args:
+        path: as ``checkpoint.local_folder`` takes it; the folder of a robot needs no choice.
+        robot: as the user chose it; None for no choice.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: see ``chosen_robot``.
+    """
+    folder = local_folder(path)
+    if not (folder / FILE).exists() and robot is None:
+        return folder
+    several = read_robots(folder)[2] if (folder / FILE).exists() else {}
+    name = chosen_robot(several, robot, str(path))
+    return folder if name is None else folder / FOLDER / name
+
+
 def write_robots(folder: Path, action_spec: ActionSpec, stats: Mapping[str, FeatureStats], robots: Mapping[str, Robot]) -> None:
     """Write the files of the only robot or, where there are several, of all of them."""
-    if robots:
-        write_json(folder / FILE, {name: to_json(robot) for name, robot in robots.items()})
+    if not robots:
+        write_json(folder / "action_spec.json", to_json(action_spec))
+        write_json(folder / "stats.json", {name: to_json(s) for name, s in stats.items()})
         return
-    write_json(folder / "action_spec.json", to_json(action_spec))
-    write_json(folder / "stats.json", {name: to_json(s) for name, s in stats.items()})
+    for name, robot in robots.items():
+        (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
+        write_json(folder / FOLDER / name / ROBOT, to_json(robot))
+    write_json(folder / FILE, {"robots": list(robots)})
 
 
 def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], dict[str, Robot]]:
@@ -75,20 +102,21 @@ def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], d
     Raises:
         CheckpointError: a missing file, or statistics that cannot be used.
     """
-    file = folder / FILE
-    if file.exists():
-        robots = {name: from_json(Robot, data, f"{file} ({name})") for name, data in read_json(file).items()}
-        for name, robot in robots.items():
-            _require_sound(robot.stats, f"of '{name}' in {file}")
+    if (folder / FILE).exists():
+        robots = {}
+        for name in read_json(folder / FILE)["robots"]:
+            file = folder / FOLDER / name / ROBOT
+            robots[name] = from_json(Robot, read_json(file), str(file))
+            _require_sound(robots[name].stats, file)
         first = next(iter(robots.values()))
         return first.action_spec, first.stats, robots
     spec_file, file = folder / "action_spec.json", folder / "stats.json"
     action_spec = from_json(ActionSpec, read_json(spec_file), str(spec_file))
     stats = {name: from_json(FeatureStats, data, str(file)) for name, data in read_json(file).items()}
-    _require_sound(stats, f"in {file}")
+    _require_sound(stats, file)
     return action_spec, stats, {}
 
 
-def _require_sound(stats: Mapping[str, FeatureStats], where: str) -> None:
+def _require_sound(stats: Mapping[str, FeatureStats], file: Path) -> None:
     for feature, measured in stats.items():
-        measured.require_sound(f"'{feature}' {where}")
+        measured.require_sound(f"'{feature}' in {file}")
