@@ -167,7 +167,7 @@ def test_a_mixture_takes_it_along(written, dataset, tmp_path, monkeypatch):
     shape = CommonShape(2, 3, 4, tuple(written[1].views))
     mixture, first = Mixed(parts, {"a": 1.0, "b": 1.0}, shape, {"a": 0, "b": 0}), len(parts["a"])
     index_B = mixture.order(len(mixture), 24, 0).indices(0)
-    batch, part_B = mixture.batch(index_B), index_B >= first
+    batch, part_B = mixture.batch(index_B), (index_B >= first).astype(int)
     for place, (part, index) in enumerate(zip(part_B, index_B - first * part_B, strict=True)):
         alone = list(parts.values())[part].batch(np.array([index]))
         assert torch.equal(batch.executed.action_BLD[place], alone.executed.action_BLD[0])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.training.small import SPEC, tiny_config, tiny_policy, weights
 from vlaflow.cli import calibrate
 from vlaflow.cli import train as command
+from vlaflow.compute.dense import Dense
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed
 from vlaflow.data.writer import Writer
@@ -24,6 +25,7 @@ from vlaflow.policies.mixing import alone, robots_of
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.robots import robot_folder
 from vlaflow.spec import ActionPrefix, Dimension, Observation
 from vlaflow.training import run
 from vlaflow.training.metrics_log import read_log
@@ -250,33 +252,14 @@ def test_a_robot_must_be_chosen_by_a_name_that_there_is(both, dataset, tmp_path)
             choose(tmp_path, "narrow")
 
 
-def test_a_robot_of_a_mixture_is_calibrated_timed_and_checked(both, wide):
+def test_a_robot_of_a_mixture_is_calibrated_and_checked(both, wide):
     """For itself: what is written lies in its folder, and the other robot has none of it."""
     folder = both / "robots/wide"
-    assert (
-        calibrate.main(
-            [
-                str(both),
-                "--robot",
-                "wide",
-                "--dataset",
-                str(wide),
-                "--sampler",
-                "--frames",
-                "4",
-                "--compute",
-                "dense:1",
-                "--compute",
-                "dense:2",
-                "--episodes",
-                "all",
-            ]
-        )
-        == 0
-    )
+    arguments = ["--sampler", "--frames", "4", "--compute", "dense:1", "--compute", "dense:2", "--episodes", "all"]
+    assert calibrate.main([str(both), "--robot", "wide", "--dataset", str(wide), *arguments]) == 0
     assert (folder / "calibration/sampler.json").exists()
-    assert Policy.from_pretrained(both, robot="wide").default_compute.name == "auto"
-    assert Policy.from_pretrained(both, robot="narrow").default_compute.name == "dense"
+    assert "dense:" in Policy.from_pretrained(both, robot="wide").default_compute.name
+    assert Policy.from_pretrained(both, robot="narrow").default_compute == Dense()
     assert all(finding.passed for finding in check_policy(str(folder), "cpu", 2))
 
 
