@@ -199,7 +199,7 @@ def test_stated_weights_go_before_rules_and_names_have_weights_of_their_own():
     assert sum(named_mixture("asyncvla-oxe").weights.values()) == pytest.approx(99.98)
     with pytest.raises(ConfigError, match=r"b has no weight.*--dataset b:WEIGHT"):
         weights_of([member("a:3"), member("b")], Mixture())
-    with pytest.raises(ConfigError, match=r"no weight for a data set 'bridg'.*'bridge'.*NAME=DIR"):
-        weights_of([member("bridg=x")], named_mixture("asyncvla-oxe"))
+    with pytest.raises(ConfigError, match=r"no weight for a data set 'bridge2'.*'bridge'.*NAME=DIR"):
+        weights_of([member("bridge2=x")], named_mixture("asyncvla-oxe"))
     with pytest.raises(ConfigError, match="no mixture 'frame'"):
         named_mixture("frame")
