@@ -9,7 +9,15 @@ import pytest
 
 from tests.data.toyset import full_disk
 from vlaflow.errors import ConfigError, StorageError
-from vlaflow.outputs import Part, require_writable, require_writable_folder, storing, whole_file, whole_folder, write_json
+from vlaflow.outputs import (
+    PartialOutput,
+    require_writable,
+    require_writable_folder,
+    storing,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 
 def hidden(folder):
@@ -87,7 +95,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
 
 
 def _write_until_killed(place, ready):
-    held = [Part(place), Part(place.with_name("folder"), folder=True)]
+    held = [PartialOutput(place), PartialOutput(place.with_name("folder"), folder=True)]
     (held[1].path / "content").touch()
     ready.set()
     signal.pause()
@@ -108,5 +116,5 @@ def test_leftovers_are_removed_when_their_writer_is_gone_and_not_before(tmp_path
     write_json(tmp_path / "other-file", 1)
     assert len(hidden(tmp_path)) == 2  # of other places
     write_json(tmp_path / "file", 1)
-    Part(tmp_path / "folder", folder=True).discard()
+    PartialOutput(tmp_path / "folder", folder=True).discard()
     assert hidden(tmp_path) == []

@@ -29,7 +29,7 @@ OTHER = "Choose another --out."
 AGAIN = "nothing of it was kept. Make room, or choose another place, and repeat the command"
 
 
-class Part:
+class PartialOutput:
     """A hidden file or folder that is being written, locked until it is renamed to its place or removed.
 
     Leftovers of killed writers of the same place are removed first. On network folders without locks nothing is removed.
@@ -123,7 +123,7 @@ def whole_folder(folder: Path, what: str = "", kept: str = AGAIN) -> Iterator[Pa
 def _whole(place: Path, folder: bool, what: str, kept: str) -> Iterator[Path]:
     with storing(place.parent, what or place.name, kept):
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = Part(place, folder=folder)
+        part = PartialOutput(place, folder=folder)
         try:
             yield part.path
             part.publish()
@@ -206,7 +206,7 @@ def require_writable_folder(folder: Path, cure: str = OTHER) -> None:
 def _prove(file: Path, cure: str) -> None:
     make_folder(file.parent, cure)
     try:
-        part = Part(file)
+        part = PartialOutput(file)
         try:
             part.path.write_bytes(bytes(512))
         finally:

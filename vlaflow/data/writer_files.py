@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from vlaflow.data import writer_meta as meta
 from vlaflow.data.video import Joiner, Segment
 from vlaflow.errors import DataError
-from vlaflow.outputs import Part, write_json
+from vlaflow.outputs import PartialOutput, write_json
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -41,7 +41,7 @@ class Limits:
 
 
 class NewFolder:
-    """A folder next to ``root`` that gets its name on ``publish``; see ``outputs.Part``.
+    """A folder next to ``root`` that gets its name on ``publish``; see ``outputs.PartialOutput``.
 
     Args:
         root: where the data set will be; must not exist, or be an empty folder.
@@ -63,7 +63,7 @@ class NewFolder:
         self._joiners: dict[str, Joiner] = {}
         self._numbers: dict[str, int] = {}
         root.parent.mkdir(parents=True, exist_ok=True)
-        self._part = Part(root, folder=True)
+        self._part = PartialOutput(root, folder=True)
         self.path = self._part.path
         self.scratch = self.path / "segments"
 

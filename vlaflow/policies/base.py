@@ -408,7 +408,6 @@ class Policy:
         if self.dtype != "fp32":
             raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_robots(folder, self.action_spec, self.stats, self.robots)
         write_text(folder / "README.md", self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
