@@ -1,6 +1,6 @@
-# The two commands are `make demo` and `make test`; `make help` lists the others. How .venv comes about: tools/setup.sh.
+# The main commands are `make demo` and `make test`; `make help` lists the others. How .venv comes about: tools/setup.sh.
 
-OUT ?= runs/demo
+OUT ?=
 CKPT ?= runs/demo/rated
 ARGS ?=
 export PYTHON
@@ -10,13 +10,17 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo test test-isa test-clients fuzz lint format bench clean setup-demo setup-dev setup-clients
+.PHONY: help demo libero test test-isa test-clients test-vla-eval fuzz lint format bench clean setup-demo setup-libero setup-dev \
+	setup-clients setup-vla-eval
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another place than runs/demo
-	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --out "$(OUT)" $(ARGS)
+	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+libero: setup-libero ## the same on three tasks of LIBERO-Object; OUT=DIR for another place than runs/libero-demo
+	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan libero $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
@@ -26,6 +30,9 @@ test-isa: setup-dev ## the numerical tests with each instruction set of this pro
 
 test-clients: setup-dev setup-clients ## stock openpi and RoboArena clients against a trained checkpoint; CKPT=DIR ARGS="--env NAME"
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.end_to_end.stock_clients "$(CKPT)" $(ARGS)
+
+test-vla-eval: setup-dev setup-vla-eval ## the LIBERO benchmark of AllenAI's vla-eval drives a server; ARGS="--env NAME --episodes N --checkpoint DIR"
+	@$(GL) $(OFFLINE) .venv/bin/python -m tests.end_to_end.vla_eval_harness $(ARGS)
 
 fuzz: setup-dev ## a hundred thousand hostile frames against a server; ARGS="--frames N --seed N"
 	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)
@@ -43,12 +50,15 @@ format: setup-dev ## put style right where a machine can
 bench: setup-dev ## every script in benchmarks/ with ratios measured side by side; ARGS="--only loader" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m benchmarks.run_all $(ARGS)
 
-clean: ## remove .venv, .venv-clients and caches; runs/ stays
-	@rm -rf .venv .venv-clients build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove .venv, .venv-clients, .venv-vla-eval and caches; runs/ stays
+	@rm -rf .venv .venv-clients .venv-vla-eval build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-setup-demo setup-dev: setup-%:
+setup-demo setup-libero setup-dev: setup-%:
 	@tools/setup.sh $*
 
 setup-clients: setup-dev
 	@tools/setup-clients.sh
+
+setup-vla-eval: setup-dev
+	@tools/setup-vla-eval.sh

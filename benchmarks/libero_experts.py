@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from vlaflow.errors import CapabilityError
 from vlaflow.simulators import make
 from vlaflow.simulators.base import RANDOM_START
 from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
@@ -107,7 +108,11 @@ def main(options: Options) -> None:
     for number, name in enumerate(GROUPS[options.suite]):
         if options.tasks and number not in options.tasks:
             continue
-        row = play(name, options)
+        try:
+            row = play(name, options)
+        except CapabilityError as problem:
+            print(f"| {name} | {problem} | | | | | |", flush=True)
+            continue
         rows.append(row)
         print(
             f"| {row.task} | {row.instruction} | {row.first}/{row.episodes} | {row.retried}/{row.episodes} | {row.steps:.0f} | "

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = demo(data)
     # the naive model has one answer, so ours is measured with one
     config = override(replace(tiny(data), exits=None), dict(pair.split("=", 1) for pair in options.set))
-    size, bf16 = options.batch_size or recipe.batch_size, use_bf16(options.precision, CPU)
+    size, bf16 = options.batch_size or recipe.global_batch_size, use_bf16(options.precision, CPU)
     batch, policy = make_batch(config, size), make_policy(config)
     styles = {"naive, bf16 autocast": Style(bf16=True), "naive, float32": Style()}
     if options.ladder:

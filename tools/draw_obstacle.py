@@ -19,7 +19,8 @@ import torch
 import vlaflow
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.multimodality import multimodality
-from vlaflow.evaluation.rollout import FIRST_SEED, EpisodeJob, RolloutConfig, chunk_generator, one_thread, play
+from vlaflow.evaluation.rollout import EpisodeJob, RolloutConfig, one_thread, play
+from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.obstacle import COLOURS, GOAL, HAND, OBSTACLE, STEP
 
 ENV = "obstacle/pass-v0"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv ready: tools/setup.sh demo|dev
+# Make .venv ready: tools/setup.sh demo|libero|dev
 #
-# "demo" is what `make demo` needs, "dev" adds transformers, the development tools and a browser. Everything is pinned by
-# constraints.txt. Run again it does nothing; after an interrupted run it starts over, because a package that was killed
-# half-way can look complete to pip. Here live Python, packages, GL libraries and the browser; what is then run is in the
-# Makefile.
+# "demo" is what `make demo` needs, "libero" adds LIBERO, "dev" adds LIBERO, transformers, the development tools and a browser.
+# Everything is pinned by constraints.txt. Run again it does nothing; after an interrupted run it starts over, because a package
+# that was killed half-way can look complete to pip. Here live Python, packages, GL libraries and the browser; what is then run
+# is in the Makefile.
 #
 #   .venv/.vlaflow-installing       present while an installation is under way, so left behind by one that was killed
 #   .venv/.vlaflow-stamp-LEVEL      hash of what was installed, written last
@@ -15,7 +15,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 level=${1:-}
-case $level in demo | dev) ;; *) echo "usage: tools/setup.sh demo|dev" >&2 && exit 2 ;; esac
+case $level in demo | libero | dev) ;; *) echo "usage: tools/setup.sh demo|libero|dev" >&2 && exit 2 ;; esac
+
+extras=$level
+[ "$level" != libero ] || extras=demo,libero
 
 venv=.venv
 log=$venv/install.log
@@ -104,11 +107,11 @@ install() {
     touch $venv/.vlaflow-installing
 
     say "Installing the pinned packages into .venv (mostly download; everything is in $log) ..."
-    # Not compiled in advance: that would double the time, for modules of which few are ever imported.
+    # Not compiled here: that would double the time, for modules of which few are ever imported (see compile_imports).
     pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt)
     if ! {
         "${pip[@]}" setuptools &&
-            "${pip[@]}" --no-build-isolation --editable ".[$level]"
+            "${pip[@]}" --no-build-isolation --editable ".[$extras]"
     } </dev/null 2>&1 | tee -a "$log" | { grep --line-buffered -E '^ *Downloading .*[0-9]{2} MB|^Installing' || true; } | cut -c 1-110 >&2; then
         tail -n 15 "$log" >&2
         fail "The installation failed; the lines above are the end of $log. Check the network and run this again."
@@ -177,14 +180,36 @@ setup_browser() {
     say "There is no Chromium: the tests of the dashboard's page will be skipped (Debian, Ubuntu: sudo apt install chromium)."
 }
 
+# Each process would compile these again, for 2 to 5 s, where Python is asked to write no bytecode (PYTHONDONTWRITEBYTECODE).
+compile_imports() {
+    local modules=(accelerate av gymnasium jinja2 matplotlib.pyplot metaworld mujoco pyarrow.parquet rich.progress safetensors.torch
+        scipy.fft scipy.stats torch._dynamo torch.distributed.fsdp torch.distributed.run websockets.asyncio.server)
+    [ "$level" = demo ] || modules+=(robosuite)
+    [ "$level" != dev ] || modules+=(hypothesis mypy.main pytest transformers xdist)
+    say "Compiling what is imported ..."
+    PYTHONDONTWRITEBYTECODE='' $venv/bin/python - "${modules[@]}" >>"$log" 2>&1 <<'IMPORT' || say "Some modules could not be imported ($log)."
+import importlib
+import sys
+import traceback
+
+missing = 0
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        traceback.print_exc()
+        missing += 1
+sys.exit(missing)
+IMPORT
+}
+
 changed=
-is_done dev || is_done "$level" || install
+is_done dev || is_done "$level" || { [ "$level" = demo ] && is_done libero; } || install
 setup_gl
-if [ "$level" = dev ]; then
-    setup_cv2
-    setup_browser
-fi
+[ "$level" = demo ] || setup_cv2
+[ "$level" != dev ] || setup_browser
 if [ -n "$changed" ]; then
+    compile_imports
     before=$(cat $venv/.vlaflow-install-seconds 2>/dev/null || echo 0)
     echo $((before + SECONDS)) >$venv/.vlaflow-install-seconds
     say "Ready after $SECONDS s."

@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from vlaflow.errors import CheckpointError, ConfigError, DataError
+from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
 
 WEIGHTS = {"float32", "bfloat16", "float16"}
 """Weight types that are converted to each other; the config says which one a network computes in."""
+
+STORED = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+}
+"""Tensor types and their names in safetensors files, in the order that safetensors sorts them, smallest first."""
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -85,6 +100,44 @@ def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
         )
 
 
+def save_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    like: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time; the bytes are those of ``safetensors.torch.save_file``.
+
+    Args:
+        file: where to.
+        tensors: by name, on any device; a mapping may make each when it is asked for.
+        like: all names to write, with tensors of the same shape and type, which are written where ``tensors`` has none; by
+            default ``tensors`` are all.
+        about: text for the header.
+    """
+    import torch
+
+    like = tensors if like is None else like
+    names = sorted(like, key=lambda name: (-list(STORED).index(_short(like[name].dtype)), name))
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    end = 0
+    for name in names:
+        start, end = end, end + like[name].numel() * like[name].element_size()
+        shape, kind = list(like[name].shape), STORED[_short(like[name].dtype)]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = (tensors if name in tensors else like)[name].detach().cpu().contiguous()
+            if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
+                raise ValueError(f"'{name}' is not of the shape and type it was announced with.")
+            if tensor.numel():
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor that contains NaN or an infinite value, or None."""
     import torch
@@ -115,6 +168,9 @@ def write_json(file: Path, data: object) -> None:
     """Write indented JSON with a final newline."""
     file.write_text(json.dumps(data, indent=2) + "\n")
 
+
+_ZEROS = 16 * 2**20
+"""Bytes that are written at once where a file cannot be allocated by one call."""
 
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """Error numbers of a disk that is full, broken or not writable."""
@@ -148,6 +204,30 @@ def require_makeable(folder: Path) -> None:
         raise _refusal(folder, f"{there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise _refusal(folder, f"{there} is not writable")
+
+
+def claim(place: int, busy: str | None = None) -> None:
+    """Lock an open file or folder until it is closed; a process that is killed lets go of it by itself.
+
+    Args:
+        place: its descriptor.
+        busy: sentence for the error if another process has locked it; None to wait for that process.
+
+    Raises:
+        ConfigError: another process has locked it.
+        OSError: it cannot be locked, as on some network folders and on systems without ``fcntl``.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(errno.ENOLCK, "this system has no file locks") from error
+    if busy is None:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        return
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(busy) from error
 
 
 def require_writable(file: Path, cure: str = "Choose another --out.") -> None:
@@ -191,6 +271,38 @@ def storing(
             raise
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{what} could not be written to {folder} ({reason}); {kept}.") from error
+
+
+def allocate(file: Path, size: int) -> None:
+    """Create a file of zeros and allocate its space at once; macOS has no call for that, so the zeros are written there.
+
+    Raises:
+        OSError: no space left.
+    """
+    with file.open("wb") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, size)
+            return
+        except AttributeError:  # macOS, Windows
+            pass
+        except OSError as error:  # a file system without it, where the C library does not help out
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        for start in range(0, size, _ZEROS):
+            opened.write(bytes(min(_ZEROS, size - start)))
+
+
+def require_system(system: str | None = None) -> None:
+    """Refuse Windows, whose folders can be neither locked nor replaced while they are open.
+
+    Raises:
+        CapabilityError: with what to use instead.
+    """
+    if (system or sys.platform) == "win32":
+        raise CapabilityError(
+            "vlaflow runs on Linux and macOS; on Windows, install it within WSL (wsl --install). A robot's computer may run "
+            "Windows: vlaflow.robot works there."
+        )
 
 
 def _refusal(folder: Path, reason: str | None, cure: str = "Choose another --out.") -> ConfigError:

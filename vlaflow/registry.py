@@ -68,6 +68,10 @@ OURS: dict[Group, dict[str, str]] = {
         "droid": "vlaflow.serving.observation_keys:DROID",
         "aloha": "vlaflow.serving.observation_keys:ALOHA",
         "roboarena": "vlaflow.serving.observation_keys:ROBOARENA",
+        "vla-eval-libero": "vlaflow.serving.observation_keys:VLA_EVAL_LIBERO",
+        "vla-eval-calvin": "vlaflow.serving.observation_keys:VLA_EVAL_CALVIN",
+        "vla-eval-simpler": "vlaflow.serving.observation_keys:VLA_EVAL_SIMPLER",
+        "vla-eval-vlabench": "vlaflow.serving.observation_keys:VLA_EVAL_VLABENCH",
     },
     "recipes": {
         "a1": "vlaflow.policies.a1.recipes",

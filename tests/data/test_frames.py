@@ -244,3 +244,26 @@ def test_killed_builder_leaves_nothing_to_be_mistaken(copy, tmp_path):
     wanted = np.stack([resize(image, 16) for image in decoded(dataset, "image")])
     assert np.array_equal(cache.gather(np.arange(ROWS))["image"].numpy(), wanted)
     assert not any("partial" in p.name for p in (copy / ".cache").iterdir())
+
+
+SYSTEM = """
+import os, sys
+if sys.argv[2] == "macos":
+    del os.posix_fallocate
+else:
+    sys.modules["fcntl"] = None
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+
+print(len(FrameCache.open(Dataset.open(sys.argv[1]), 16)))
+"""
+
+
+@pytest.mark.parametrize("lacking", ["macos", "no locks"])
+def test_a_cache_is_built_where_the_system_lacks_a_call(dataset, lacking):
+    """From a new process, because the call may already be missing when the modules are imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", SYSTEM, str(dataset.root), lacking], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"{ROWS}\n", done.stderr
+    assert ("cannot be locked" in done.stderr) == (lacking == "no locks")

@@ -30,7 +30,7 @@ def dataset(tmp_path_factory):
 def trained(dataset, tmp_path_factory):
     """A few steps of A1's demo, with exits."""
     out = tmp_path_factory.mktemp("calibrate") / "policy"
-    small = {"steps": "3", "batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
+    small = {"steps": "3", "global_batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
     shape = {
         "backbone.width": "32",
         "backbone.heads": "2",

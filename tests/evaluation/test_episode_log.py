@@ -78,9 +78,11 @@ def whole(checkpoint, tmp_path_factory):
     return untimed(out)
 
 
-def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, whole, tmp_path, monkeypatch):
-    interrupted(checkpoint, tmp_path, monkeypatch, 3)
-    assert len(lines(tmp_path)) == 1 + 3
+@pytest.mark.parametrize(("finished", "left"), [(2, 4), (3, 4)], ids=["a block", "half of another"])
+def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, whole, tmp_path, monkeypatch, finished, left):
+    """A block of two episodes is played together, so the second one is played again with both."""
+    interrupted(checkpoint, tmp_path, monkeypatch, finished)
+    assert len(lines(tmp_path)) == 1 + finished
     assert not (tmp_path / RESULTS).exists()
     played, play_all = [], module.play_all
 
@@ -90,7 +92,7 @@ def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, who
 
     monkeypatch.setattr(module, "play_all", counted)
     run(checkpoint, CONFIG, tmp_path)
-    assert len(played) == 6 - 3
+    assert len(played) == left
     assert untimed(tmp_path) == whole
     assert not (tmp_path / FILE).exists(), "the results hold everything; the next evaluation here begins from nothing"
 

@@ -1,7 +1,7 @@
 """Evaluation is a function of checkpoint, environment, compute policy and seed, and of nothing else."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,20 +12,24 @@ from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.evaluation.latency import collect_observations, measure
 from vlaflow.evaluation.rollout import (
+    EpisodeBlock,
     EpisodeJob,
     RolloutConfig,
-    chunk_generator,
-    chunk_seed,
+    blocks,
     one_thread,
     open_env,
     plan,
     play,
     play_all,
+    play_block,
     require_fit,
 )
 from vlaflow.policies.base import Policy
+from vlaflow.policies.seeds import chunk_generator, chunk_seed
+from vlaflow.simulators.base import simulator_spec
 
 SHORT = RolloutConfig(max_steps=10)
+OTHER = "metaworld/window-close-v3"
 
 
 def moments_of(checkpoint, compute):
@@ -45,6 +49,59 @@ def test_results_are_the_same_bytes_at_any_number_of_workers(checkpoint):
     ]
     assert seen[0] == seen[1] == seen[2]
     assert [e["seed"] for e in json.loads(seen[0])] == [1000] * 3 + [1001] * 3
+
+
+def test_a_batch_of_one_is_the_episode_played_alone_to_the_bit(checkpoint):
+    jobs = plan([ENV], parse_all(["dense"], Knobs(2)), episodes=3)
+    policy = Policy.from_pretrained(checkpoint)
+    with one_thread():
+        alone = [play(policy, open_env(policy, ENV, "fast"), job, SHORT) for job in jobs]
+    assert play_all(checkpoint, jobs, replace(SHORT, batch=1), workers=0) == alone
+
+
+@pytest.mark.parametrize("compute", ["dense", "refine"])
+def test_a_block_plays_every_episode_with_its_own_scene_and_noise(checkpoint, compute):
+    """Episodes of other lengths, so the batch shrinks; the chunks are those of single episodes up to rounding."""
+    policy, config = Policy.from_pretrained(checkpoint), RolloutConfig(n_action_steps=2, batch=3)
+    jobs = [EpisodeJob(ENV, parse(compute, Knobs(2)), 1000 + i, max_steps=limit) for i, limit in enumerate((6, 2, 4))]
+
+    def into(chunks):
+        return lambda step, seen, chunk: chunks.append(chunk.actions)
+
+    alone, together = [[], [], []], [[], [], []]
+    with one_thread():
+        for job, chunks in zip(jobs, alone, strict=True):
+            play(policy, open_env(policy, ENV, "fast"), job, config, after=into(chunks))
+        found = play_block(
+            policy, EpisodeBlock(tuple(jobs)), config, after={i: into(chunks) for i, chunks in enumerate(together)}
+        )
+    assert [(e.seed, e.steps, e.chunks) for e in found] == [(1000, 6, 3), (1001, 2, 1), (1002, 4, 2)]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-3)
+    assert not np.allclose(together[0][0], together[2][0], atol=1e-2)
+
+
+def test_whole_blocks_that_are_left_are_formed_again():
+    jobs = [
+        *plan([ENV, OTHER], parse_all(["dense", "refine"]), 7),
+        *(EpisodeJob(ENV, parse("dense"), i, "Fly") for i in range(2)),
+    ]
+    found = blocks(jobs, 3)
+    assert sorted(place for block in found for place in block) == list(range(len(jobs)))
+    assert sorted(map(len, found)) == [1] * 4 + [2] + [3] * 8
+    for block in found:
+        assert len({(jobs[p].env, jobs[p].compute.name, jobs[p].instruction) for p in block}) == 1
+    left = sorted(place for block in found[2:] for place in block)
+    again = blocks([jobs[place] for place in left], 3)
+    assert [[left[p] for p in block] for block in again] == found[2:]
+
+
+def test_a_batch_leaves_room_for_the_environment_of_a_video():
+    """Otherwise that would close one of the block's own."""
+    kept = simulator_spec("metaworld").kept
+    assert max(map(len, blocks(plan([ENV], [parse("dense")], 40), 100))) == kept - 1
+    with pytest.raises(ConfigError, match="batch counts episodes"):
+        RolloutConfig(batch=0)
 
 
 def test_the_first_draft_of_refinement_is_the_dense_chunk(checkpoint):
@@ -120,8 +177,6 @@ def test_an_unknown_compute_policy_gets_the_nearest_name():
 
 
 def test_other_actions_are_refused(checkpoint):
-    from dataclasses import replace
-
     policy = Policy.from_pretrained(checkpoint)
     other = replace(policy, action_spec=replace(policy.action_spec, rate_hz=10.0))
     with pytest.raises(SpecError, match=r"rate_hz is 10\.0"):

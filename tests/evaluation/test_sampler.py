@@ -50,7 +50,7 @@ def dataset(tmp_path_factory):
 def trained(dataset, tmp_path_factory):
     """A few steps of AsyncVLA's demo."""
     out = tmp_path_factory.mktemp("sampler") / "policy"
-    small = {"steps": "3", "batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
+    small = {"steps": "3", "global_batch_size": "8", "validation_fraction": "0.5", "validate_every": "3"}
     shape = {"width": "32", "heads": "2", "ffn": "64", "depth": "2", "image_size": "64"}
     changes = small | {f"policy.backbone.{k}": v for k, v in shape.items()} | {"policy.exits": "null"}
     train("asyncvla.demo", dataset, out, options=Options(changes, tracker="none", command="test", threads=1))
@@ -240,7 +240,7 @@ def test_a_calibration_of_other_weights_is_refused(checkpoint, dataset):
 def test_episodes_choose_on_their_own_seeds_and_an_interrupted_calibration_continues(
     checkpoint, dataset, tmp_path, monkeypatch, capsys
 ):
-    short = RolloutConfig(max_steps=8)
+    short = RolloutConfig(max_steps=8, batch=1)
     request = SamplerRequest(WAYS, frames=8, latency_chunks=2, draws=1, envs=(ENV,), episodes=12, rollout=short, workers=0)
     played, real = [], sampler_episodes.play_all
 

@@ -40,7 +40,7 @@ def test_the_published_numbers():
     config, optim = recipes.libero(DATA), recipes.libero(DATA).optim
     assert (optim.learning_rate, optim.betas, optim.eps, optim.weight_decay) == (8e-5, (0.9, 0.95), 1e-6, 0.1)
     assert optim.learning_rate * optim.final_fraction == pytest.approx(5e-6)
-    assert (optim.warmup_steps, optim.clip_norm, config.batch_size, config.accumulate) == (50, 5.0, 256, 4)
+    assert (optim.warmup_steps, optim.clip_norm, config.global_batch_size, config.accumulate) == (50, 5.0, 256, 32)
     assert config.objective.policy.decoder.tokenizer == FastFit(50.0, 1024)
     assert config.objective.policy.n_action_steps == config.objective.policy.decoder.chunk_size == 10
     assert recipes.calvin(DATA).steps == 24_000

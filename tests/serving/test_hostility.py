@@ -93,11 +93,12 @@ def answer():
     """What the server answers to a frame, without a socket."""
     with asyncio.Runner() as runner:
         server = PolicyServer(POLICY, Dense(1), ServerConfig(**PLACE, engine=EngineConfig(batch=1)))
+        conversation = server.config.observation_keys.protocol.begin(server)
 
         async def ask(frame):
             working = asyncio.ensure_future(server.engine.run())
             try:
-                return (await server._reply(frame, 0, "test"))[0]
+                return await server._reply(frame, conversation, "test")
             finally:
                 working.cancel()
 

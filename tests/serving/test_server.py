@@ -28,6 +28,7 @@ from vlaflow.robot.client import Client
 from vlaflow.serving import observation_keys
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.observation_keys import ObservationKeys, choose, read
+from vlaflow.serving.openpi import roboarena_config
 from vlaflow.serving.server import PolicyServer, ServerConfig
 from vlaflow.spec import ActionPrefix
 
@@ -72,7 +73,7 @@ def test_every_connection_has_its_own_noise_which_reset_starts_over(address):
     [
         ({"prompt": "x"}, "lacks 'observation/image'"),
         ({**request(), "observation/image": 5}, "must be an image"),
-        ({**request(), "observation/image": np.zeros((16, 16, 3), np.float32)}, "uint8"),
+        ({**request(), "observation/image": np.full((16, 16, 3), 2, np.float32)}, "floats must lie in [0, 1]"),
         ({**request(), "observation/state": np.zeros(9, np.float32)}, "state of length 4, got 9"),
         ({**request(), "observation/state": np.array([np.nan] * 4, np.float32)}, "not finite"),
         ({**request(), "observation/state": "abc"}, "vector of numbers"),
@@ -123,7 +124,7 @@ def test_a_server_can_be_told_to_guide(address):
     ("bad", "sentence"),
     [
         ({"inference_delay": 2}, "send both"),
-        ({"action_prefix": [[1.0] * 4]}, "must be an array of actions"),
+        ({"action_prefix": [["a"] * 4]}, "must be an array of actions"),
         ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 1.5}, "integer number"),
         ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": 3}, "must lie in 0 .."),
         ({"action_prefix": np.zeros((2, 4), np.float32), "inference_delay": -1}, "must lie in 0 .."),
@@ -190,10 +191,10 @@ def test_roboarenas_action_spaces_are_those_of_seven_joints_and_a_gripper(mode, 
     dimensions = [{"mode": mode}] * 7 + [{"mode": "absolute"}]
     spec = {"robot": "arm", "dimensions": dimensions}
     images = dict.fromkeys(observation_keys.ROBOARENA.images, 224)
-    found = observation_keys.ROBOARENA.protocol.hello({"images": images, "action_spec": spec})
+    found = roboarena_config({"images": images, "action_spec": spec})
     assert found["action_space"] == space
     assert found["needs_wrist_camera"]
-    other = observation_keys.ROBOARENA.protocol.hello({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
+    other = roboarena_config({"images": images, "action_spec": {**spec, "dimensions": dimensions[1:]}})
     assert other["action_space"] == "arm"
 
 

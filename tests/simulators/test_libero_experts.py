@@ -34,6 +34,7 @@ def play(env, seed, noise=0.1):
         ("goal/0", 130),  # a drawer
         ("goal/5", 160),  # pushing
         ("goal/7", 140),  # a knob
+        ("long/3", 260),  # a bowl into a drawer that is hardly wide enough, settled there, and the drawer shut
     ],
 )
 def test_an_expert_solves_its_task_with_noise(task, steps):

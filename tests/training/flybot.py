@@ -9,7 +9,7 @@ LATENT = ("image_size=32", "patch=4", "width=16", "heads=2", "ffn=32", "spatial=
 SMALL = LatentConfig(image_size=32, patch=4, width=16, heads=2, ffn=32, spatial=1, temporal=1, decoder=1, code_dim=4)
 BACKBONE = ("image_size=32", "cell=16", "width=32", "depth=2", "heads=2", "ffn=64", "text_bytes=32", "answers=true")
 EXPERT = ("width=32", "heads=2", "kv_heads=2", "head_dim=16", "ffn=32")
-OFTEN = ("steps=4", "batch_size=4", "checkpoint_every=2", "validate_every=100", "optim.warmup_steps=2")
+OFTEN = ("steps=4", "global_batch_size=4", "checkpoint_every=2", "validate_every=100", "optim.warmup_steps=2")
 
 
 def sets(keys, before=""):

@@ -47,7 +47,7 @@ def train(out, config=None, source=None, held=None):
     stage = latent_stage(config)
     trainer = Trainer(stage, config, source or Pairs(), held, out, tracker="none")
     trainer.run()
-    return stage, trainer.place
+    return stage, trainer.team
 
 
 def uses_of_two_processes(rank):
@@ -60,7 +60,7 @@ def uses_of_two_processes(rank):
 
 def train_together(out):
     """Train, and leave what this process ended with in a file of its own."""
-    stage, place = train(out, latent_config(batch_size=2), held=Pairs(9))
-    moved = torch.tensor(uses_of_two_processes(place.rank))
+    stage, team = train(out, latent_config(global_batch_size=4), held=Pairs(9))
+    moved = torch.tensor(uses_of_two_processes(team.rank))
     weights = {name: p.detach().clone() for name, p in stage.module.named_parameters()}
-    save_file({**weights, "used": stage.module.book.used_V, "moved": moved}, out / f"rank-{place.rank}.safetensors")
+    save_file({**weights, "used": stage.module.book.used_V, "moved": moved}, out / f"rank-{team.rank}.safetensors")

@@ -1,7 +1,7 @@
 """Small things to train on: samples in memory, a data set on disk, a policy of a few thousand weights."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ def tiny_config(policy=None, vqa=None, **changes) -> TrainConfig:
         "objective": PolicyObjective(policy or tiny_policy(), vqa),
         "optim": OptimConfig(learning_rate=1e-3, warmup_steps=2),
         "steps": 6,
-        "batch_size": 4,
+        "global_batch_size": 4,
         "validate_every": 3,
         "checkpoint_every": 2,
         "shift": 2,
@@ -83,6 +83,15 @@ class Memory:
         valid_BL = torch.ones(len(indices), 4, dtype=torch.bool)
         episode_B = torch.from_numpy(indices // 10)
         return Batch(observation, action_BLD, valid_BL, episode_B, torch.from_numpy(indices % 10))
+
+
+class Ragged(Memory):
+    """Samples near the end of their episode have padding."""
+
+    def batch(self, indices):
+        batch = super().batch(indices)
+        left = torch.from_numpy(10 - indices % 10)
+        return replace(batch, valid_BL=torch.arange(4) < left[:, None])
 
 
 @dataclass

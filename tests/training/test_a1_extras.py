@@ -11,8 +11,9 @@ from tests.training.test_trainer import run
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import OptimConfig, ParameterGroup
-from vlaflow.training.loader import Held, Loader, Place
+from vlaflow.training.loader import Held, Loader
 from vlaflow.training.metrics_log import read_log
+from vlaflow.training.team import Team
 
 LATE = OptimConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.1, groups=(ParameterGroup("backbone.", frozen_steps=4),))
 
@@ -58,8 +59,8 @@ def test_frozen_gradients_do_not_count_in_the_norm(tmp_path):
 def test_masking_hides_the_state_from_the_network_and_from_nothing_else(tmp_path):
     config = tiny_config(state_mask=StateMask(1.0), shift=0)
     policy = new_policy(config)
-    batch = Loader(Memory(), config, Place(), CPU, as_it_is).step(0)[0].batch
-    plain = Loader(Memory(), tiny_config(shift=0), Place(), CPU, as_it_is).step(0)[0].batch
+    batch = Loader(Memory(), config, Team(), CPU, as_it_is).step(0)[0].batch
+    plain = Loader(Memory(), tiny_config(shift=0), Team(), CPU, as_it_is).step(0)[0].batch
     assert torch.equal(batch.observation.state_BS, plain.observation.state_BS)
     assert torch.equal(policy.embed(batch.observation).state_BS, torch.zeros(4, 3))
     assert (policy.embed(plain.observation).state_BS != 0).all()
@@ -67,13 +68,13 @@ def test_masking_hides_the_state_from_the_network_and_from_nothing_else(tmp_path
 
 def test_masks_and_augmentation_are_for_training_and_follow_the_seed(tmp_path):
     config = tiny_config(state_mask=StateMask(0.5), augment=Augment(), shift=0)
-    loader = Loader(Memory(), config, Place(), CPU, as_it_is)
+    loader = Loader(Memory(), config, Team(), CPU, as_it_is)
     first, again, other = (f.step(s)[0].batch.observation for f, s in ((loader, 0), (loader, 0), (loader, 1)))
     assert torch.equal(first.known_BS, again.known_BS)
     assert torch.equal(first.images["front"], again.images["front"])
     assert not torch.equal(first.images["front"], other.images["front"])
     held = Held(Memory(9), 4, 0)
-    for part, _ in held.parts(Place(), CPU, as_it_is):
+    for part, _ in held.parts(Team(), CPU, as_it_is):
         assert part.batch.observation.known_BS is None
     run(tmp_path / "a", config)
     with pytest.raises(RuntimeError, match="cut"):

@@ -17,7 +17,7 @@ def test_the_average_equals_an_explicit_loop():
         ema.update()
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * module.weight.detach().double()
-    torch.testing.assert_close(ema.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ema.named()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_constant_weights_are_their_own_average():
@@ -25,7 +25,7 @@ def test_constant_weights_are_their_own_average():
     ema = Ema(module, 0.99)
     for _ in range(5):
         ema.update()
-    assert torch.equal(ema.state_dict()["weight"], module.weight)
+    assert torch.equal(ema.named()["weight"], module.weight)
 
 
 def test_the_weights_come_back_to_the_bit():
@@ -34,18 +34,18 @@ def test_the_weights_come_back_to_the_bit():
     with torch.no_grad():
         module.weight.mul_(1.1)
     ema.update()
-    before, average = module.weight.detach().clone(), ema.state_dict()["weight"].clone()
+    before, average = module.weight.detach().clone(), ema.named()["weight"].clone()
     with ema.in_module():
         assert torch.equal(module.weight, average)
         assert not torch.equal(module.weight, before)
     assert torch.equal(module.weight, before)
-    assert torch.equal(ema.state_dict()["weight"], average)
+    assert torch.equal(ema.named()["weight"], average)
 
 
 def test_only_what_trains_is_averaged():
     module = nn.Linear(3, 3)
     module.bias.requires_grad_(False)
-    assert list(Ema(module, 0.5).state_dict()) == ["weight"]
+    assert list(Ema(module, 0.5).named()) == ["weight"]
 
 
 def test_without_warm_up_the_decay_is_constant():

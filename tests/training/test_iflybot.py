@@ -255,7 +255,7 @@ def test_a_pretrained_backbone_keeps_its_tokenizer_and_image_settings(dataset, l
     second = Policy.create(replace(config, backbone=backbone, decoder=decoder), SPEC, tiny_stats(), 0)
     second.save_pretrained(tmp_path / "joint")
     third = flybot.places(dataset, tmp_path / "p", "--policy", tmp_path / "joint", "--latent", latent)
-    assert command.main(["iflybot.fine3b", *third, "--steps", "1", "--batch-size", "2", "--set", "precision=fp32"]) == 0
+    assert command.main(["iflybot.fine3b", *third, "--steps", "1", "--batch-size", "8", "--set", "precision=fp32"]) == 0
     shutil.rmtree(tmp_path / "joint")
     shutil.rmtree(source)
     policy = Policy.from_pretrained(tmp_path / "p")

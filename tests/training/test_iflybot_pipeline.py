@@ -143,7 +143,7 @@ def test_a_stage_may_name_no_codes(dataset, tmp_path):
             ["--steps", "5"],
             r"'steps' names no stage of 'iflybot.demo', as --set fine\.steps=.* would .*its stages: latent, joint, fine",
         ),
-        (["--batch-size", "5"], r"as --set fine\.batch_size=\.\.\. would \(also in place of --steps and --batch-size\)"),
+        (["--batch-size", "5"], r"as --set fine\.global_batch_size=\.\.\. would \(also in place of --steps and --batch-size\)"),
         (["--set", "jiont.steps=5"], r"'jiont.steps' names no stage of .*; did you mean 'joint'\?"),
         (["--set", "latent=none"], "'latent' names no stage"),
         (["--set", "fine.stpes=5"], "Unknown key 'stpes' in --set; did you mean 'steps'"),

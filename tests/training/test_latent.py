@@ -69,7 +69,7 @@ def test_two_processes_keep_one_book(together):
 
 def test_training_learns(tmp_path):
     """The images roll by three rows; forty steps on eight of them lower the error by a quarter."""
-    config = latent_config(steps=40, batch_size=8, ema_decay=None, checkpoint_every=100, validate_every=100)
+    config = latent_config(steps=40, global_batch_size=8, ema_decay=None, checkpoint_every=100, validate_every=100)
     config = replace(config, optim=replace(config.optim, learning_rate=5e-3))
     train(tmp_path / "p", config, Pairs(8))
     pixels = [entry["parts"]["pixels"] for entry in read_log(tmp_path / "p")]

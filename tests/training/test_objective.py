@@ -96,7 +96,7 @@ class MeanObjective(Objective):
 
 
 def test_an_objective_of_another_package_trains_like_ours(dataset, tmp_path):
-    config = TrainConfig(MeanObjective(), steps=4, batch_size=4, validate_every=2, checkpoint_every=2)
+    config = TrainConfig(MeanObjective(), steps=4, global_batch_size=4, validate_every=2, checkpoint_every=2)
     options = Options({"scale": "2.0", "steps": "3"}, "none")
     outcome = train_stage(config, dataset, tmp_path / "mean", name="other.mean", options=options)
     assert (outcome.step, outcome.finished) == (3, True)

@@ -62,7 +62,7 @@ def test_nested_groups_are_given_as_json():
         ("policee.n_action_steps", "1", "did you mean 'policy'"),
         ("policy.n_action_stpes", "1", "did you mean 'n_action_steps'"),
         ("objective.policy.n_action_steps", "1", "Unknown key 'objective'"),
-        ("batch_size", "0", "at least 1"),
+        ("global_batch_size", "0", "at least 1"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_sentence(key, text, message):

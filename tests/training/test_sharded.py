@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from tests.training.small import Cut, Memory
 from tests.training.test_trainer import run
 from vlaflow.errors import CheckpointError
+from vlaflow.training.pieces import Pieces
 
 
-def saved(folder, name):
-    return load_file(folder / f"training/step-000006/{name}.safetensors")
+def saved(folder, name, writers=2):
+    with Pieces(folder / "training/step-000006", name, writers) as pieces:
+        return dict(pieces)
 
 
 def same(one, other):

@@ -22,7 +22,7 @@ SMALL |= {
     "policy.decoder.chunk_size": "4",
     "policy.n_action_steps": "2",
     "steps": "6",
-    "batch_size": "4",
+    "global_batch_size": "4",
     "checkpoint_every": "3",
 }
 SMALL |= {"validate_every": "3", "pauses": "none", "validation_fraction": "0.3"}

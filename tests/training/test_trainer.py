@@ -9,18 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.training.small import CPU, Cut, Memory, as_it_is, new_policy, tiny_config, weights
+from tests.training.small import CPU, Cut, Memory, Ragged, as_it_is, new_policy, tiny_config, weights
 from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.policies import base
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.stages import PolicyStage
-from vlaflow.training import checkpoint
+from vlaflow.training import checkpoint, pieces
 from vlaflow.training.divergence import DivergedError, DivergenceGuard
-from vlaflow.training.loader import Held, Loader, Place, mix
+from vlaflow.training.loader import Held, Loader, mix
 from vlaflow.training.metrics_log import read_log
+from vlaflow.training.team import Team
 from vlaflow.training.trainer import Trainer
 
 
@@ -60,8 +63,8 @@ def test_the_folder_is_a_policy_with_averaged_weights(tmp_path):
     assert outcome.finished
     policy = Policy.from_pretrained(tmp_path / "p")
     assert policy.card == "step 6"
-    saved = checkpoint._read(tmp_path / "p/training/step-000006/average.safetensors")
-    raw = checkpoint._read(tmp_path / "p/training/step-000006/weights.safetensors")
+    saved = load_file(tmp_path / "p/training/step-000006/average.safetensors")
+    raw = load_file(tmp_path / "p/training/step-000006/weights.safetensors")
     own = dict(policy.model.named_parameters())
     assert all(torch.equal(own[name], average) for name, average in saved.items())
     assert not torch.equal(raw["backbone.state.weight"], saved["backbone.state.weight"])
@@ -156,7 +159,7 @@ def test_nan_stops_with_step_and_episodes_and_leaves_the_checkpoint(tmp_path):
 def order_of(config, step):
     from vlaflow.data.mixture import Order
 
-    return Order(40, config.batch_size, config.seed).indices(step)
+    return Order(40, config.global_batch_size, config.seed).indices(step)
 
 
 def test_the_guard_knows_an_explosion_from_a_bad_batch():
@@ -170,25 +173,22 @@ def test_the_guard_knows_an_explosion_from_a_bad_batch():
 @pytest.mark.parametrize("failing", ["weights.safetensors", "model.safetensors", "state.json"])
 def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch, failing):
     """Whatever file is being written when the disk fills up."""
-    import vlaflow.policies.base as policies_base
-
     out = tmp_path / "p"
     count = {"calls": 0}
 
     def full(real):
-        def save(data, file, *args):
-            file, data = (file, data) if hasattr(file, "name") else (data, file)
+        def save(file, *args, **options):
             if file.name == failing:
                 count["calls"] += 1
                 if count["calls"] == 2:
                     raise OSError(errno.ENOSPC, "No space left on device")
-            return real(file, data) if real.__name__ == "write_json" else real(data, file, *args)
+            return real(file, *args, **options)
 
         return save
 
-    monkeypatch.setattr(checkpoint, "save_file", full(checkpoint.save_file))
+    monkeypatch.setattr(pieces, "save_tensors", full(pieces.save_tensors))
     monkeypatch.setattr(checkpoint, "write_json", full(checkpoint.write_json))
-    monkeypatch.setattr(policies_base, "save_file", full(policies_base.save_file))
+    monkeypatch.setattr(base, "save_tensors", full(base.save_tensors))
     with pytest.raises(CheckpointError, match=r"step 4 could not be written .*No space left.*step 2 is untouched"):
         run(out)
     monkeypatch.undo()
@@ -338,16 +338,7 @@ class MeanStage:
 
     def save(self, folder, weights=None, card=""):
         folder.mkdir()
-        checkpoint.save_file(weights, folder / "model.safetensors")
-
-
-class Ragged(Memory):
-    """Samples near the end of their episode have padding."""
-
-    def batch(self, indices):
-        batch = super().batch(indices)
-        left = torch.from_numpy(10 - indices % 10)
-        return replace(batch, valid_BL=torch.arange(4) < left[:, None])
+        save_file(dict(weights), folder / "model.safetensors")
 
 
 def test_accumulation_equals_one_batch(tmp_path):
@@ -355,7 +346,7 @@ def test_accumulation_equals_one_batch(tmp_path):
     whole, parts = tiny_config(ema_decay=None), tiny_config(ema_decay=None, accumulate=2)
     for name, config in (("whole", whole), ("parts", parts)):
         Trainer(MeanStage(), config, Ragged(), None, tmp_path / name, tracker="none").run()
-    files = [checkpoint._read(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
     for name in files[0]:
         torch.testing.assert_close(files[0][name], files[1][name], rtol=1e-5, atol=1e-6)
     logs = [[entry["loss"] for entry in read_log(tmp_path / name)] for name in ("whole", "parts")]
@@ -370,7 +361,7 @@ def test_seeds_differ_by_every_number():
 
 def test_loading_ahead_changes_no_sample():
     """In order, and after a jump as on resuming."""
-    feeds = [Loader(Memory(), tiny_config(accumulate=2), Place(), CPU, as_it_is, ahead=ahead) for ahead in (False, True)]
+    feeds = [Loader(Memory(), tiny_config(accumulate=2), Team(), CPU, as_it_is, ahead=ahead) for ahead in (False, True)]
     for step in (0, 1, 2, 7, 8):
         plain, ahead = (loader.step(step) for loader in feeds)
         for a, b in zip(plain, ahead, strict=True):
@@ -382,16 +373,16 @@ def test_loading_ahead_changes_no_sample():
 
 
 def test_processes_share_a_step_without_overlap():
-    config = tiny_config()
-    parts = [Loader(Memory(), config, Place(rank, 3), CPU, as_it_is).step(0)[0].batch for rank in range(3)]
+    config = tiny_config(global_batch_size=12)
+    parts = [Loader(Memory(), config, Team(rank, 3), CPU, as_it_is).step(0)[0].batch for rank in range(3)]
     samples = [tuple(pair) for b in parts for pair in zip(b.episode_B.tolist(), b.frame_B.tolist(), strict=True)]
-    assert len(samples) == len(set(samples)) == 3 * config.batch_size
+    assert len(samples) == len(set(samples)) == config.global_batch_size
 
 
 def test_held_out_batches_count_once_over_all_processes():
     held = Held(Memory(50), batch_size=8, seed=0)
-    one = [part.batch.episode_B.tolist() for part, counted in held.parts(Place(), CPU, as_it_is) if counted]
-    shares = [list(held.parts(Place(rank, 3), CPU, as_it_is)) for rank in range(3)]
+    one = [part.batch.episode_B.tolist() for part, counted in held.parts(Team(), CPU, as_it_is) if counted]
+    shares = [list(held.parts(Team(rank, 3), CPU, as_it_is)) for rank in range(3)]
     assert len({len(share) for share in shares}) == 1
     several = [part.batch.episode_B.tolist() for share in shares for part, counted in share if counted]
     assert sorted(one) == sorted(several)
@@ -400,7 +391,23 @@ def test_held_out_batches_count_once_over_all_processes():
 
 def test_training_learns(tmp_path):
     """Sixty steps on eight samples more than halve the loss of the constant answer (about 2)."""
-    config = tiny_config(steps=60, batch_size=8, checkpoint_every=1000, validate_every=1000, shift=0, ema_decay=0.9)
+    config = tiny_config(steps=60, global_batch_size=8, checkpoint_every=1000, validate_every=1000, shift=0, ema_decay=0.9)
     run(tmp_path / "p", replace(config, optim=replace(config.optim, learning_rate=1e-2)), Memory(8))
     losses = [entry["loss"] for entry in read_log(tmp_path / "p")]
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3
+
+
+def test_a_hurried_checkpoint_keeps_the_earlier_policy_and_continues_to_the_same_end(tmp_path, monkeypatch):
+    """What SIGTERM leaves of a sharded run: everything needed to go on, and the policy of the checkpoint before."""
+    save = Trainer._save
+    monkeypatch.setattr(Trainer, "_save", lambda self, part, hurried=False: save(self, part, hurried=self.step == 4))
+    with pytest.raises(RuntimeError, match="cut"):
+        run(tmp_path / "p", source=Cut(Memory(), at=5))
+    monkeypatch.undo()
+    assert newest_state(tmp_path / "p")[0] == 4
+    run(tmp_path / "two", tiny_config(steps=6, checkpoint_every=2), source=Memory())
+    averages = load_file(tmp_path / "p/training/step-000002/average.safetensors")
+    policy = dict(Policy.from_pretrained(tmp_path / "p").model.named_parameters())
+    assert all(torch.equal(policy[name], average) for name, average in averages.items())
+    run(tmp_path / "p")
+    assert weights(tmp_path / "p") == weights(tmp_path / "two")

@@ -35,8 +35,9 @@ from vlaflow.policies.stages import AnsweringStage, CoTraining, PolicyStage
 from vlaflow.policies.vqa import VqaTraining
 from vlaflow.spec import Observation
 from vlaflow.training.divergence import DivergedError
-from vlaflow.training.loader import Alternating, Loader, Place, alternating
+from vlaflow.training.loader import Alternating, Loader, alternating
 from vlaflow.training.metrics_log import read_log
+from vlaflow.training.team import Team
 from vlaflow.training.trainer import Trainer
 
 
@@ -66,8 +67,8 @@ def test_of_the_first_n_steps_the_stated_share_is_on_questions(percent, n):
 def test_actions_and_their_noise_are_those_of_a_run_without_questions():
     """Step after step, only with questions in between; and the questions walk epochs of their own."""
     config = asking_config(0.25)
-    alone = Loader(Memory(), config, Place(), CPU, as_it_is)
-    loader = alternating(Loader(Memory(), config, Place(), CPU, as_it_is), CoTraining(AskedSource(6), None, 0.25))
+    alone = Loader(Memory(), config, Team(), CPU, as_it_is)
+    loader = alternating(Loader(Memory(), config, Team(), CPU, as_it_is), CoTraining(AskedSource(6), None, 0.25))
     plain = iter([alone.step(s)[0] for s in range(9)])
     names = []
     for step in range(12):
@@ -86,14 +87,14 @@ def test_a_state_mask_never_makes_up_a_state_for_a_question():
     from vlaflow.data.augment import StateMask
 
     loader = alternating(
-        Loader(Memory(), asking_config(state_mask=StateMask(0.1)), Place(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5)
+        Loader(Memory(), asking_config(state_mask=StateMask(0.1)), Team(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5)
     )
     assert not loader.step(1)[0].batch.observation.known_BS.any()
 
 
 def test_questions_may_come_in_batches_of_another_size():
     config = asking_config(accumulate=2)
-    loader = alternating(Loader(Memory(), config, Place(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5, batch_size=6))
+    loader = alternating(Loader(Memory(), config, Team(), CPU, as_it_is), CoTraining(AskedSource(), None, 0.5, batch_size=6))
     assert [[len(p.batch.observation) for p in loader.step(s)] for s in (0, 1)] == [[2, 2], [3, 3]]
 
 
@@ -171,7 +172,9 @@ def test_the_log_keeps_the_two_losses_apart(tmp_path):
 
 def test_both_are_learned(tmp_path):
     """Eight samples, two answers: the actions' loss falls, and both answers are right."""
-    config = asking_config(0.5, steps=80, batch_size=8, shift=0, ema_decay=0.9, checkpoint_every=1000, validate_every=1000)
+    config = asking_config(
+        0.5, steps=80, global_batch_size=8, shift=0, ema_decay=0.9, checkpoint_every=1000, validate_every=1000
+    )
     run(tmp_path / "p", replace(config, optim=replace(config.optim, learning_rate=1e-2)), Memory(8))
     losses = [e["loss"] for e in read_log(tmp_path / "p") if "loss" in e]
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3

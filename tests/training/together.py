@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.training import flybot
 from tests.training.latents import train_together
 from tests.training.sharded import train_sharded
-from tests.training.small import Memory, new_policy, tiny_config, tiny_policy
+from tests.training.small import Memory, Ragged, new_policy, tiny_config, tiny_policy
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import INTERVENTIONS
@@ -48,7 +48,7 @@ class Ended(Memory):
 
 def end_together(out):
     """A run that only one process is told to end; each leaves what it makes of that."""
-    config = tiny_config(batch_size=2)
+    config = tiny_config(global_batch_size=4)
     outcome = Trainer(PolicyStage(new_policy(config)), config, Ended(), None, out, tracker="none").run()
     told = {"signal": torch.tensor(outcome.signal or 0), "step": torch.tensor(outcome.step)}
     save_file(told, out / f"rank-{os.environ['RANK']}.safetensors")
@@ -56,7 +56,7 @@ def end_together(out):
 
 def look_apart(out):
     """Two processes that look for the checkpoint in folders of their own, as --out on each node's disk; one has it."""
-    config = tiny_config(batch_size=2)
+    config = tiny_config(global_batch_size=4)
     rank = os.environ["RANK"]
     try:
         Trainer(PolicyStage(new_policy(config)), config, Memory(), None, out / f"of-{rank}", tracker="none").run()
@@ -74,9 +74,11 @@ if __name__ == "__main__":
         decoder=replace(policy.decoder, expert=expert),
         exits=ExitTraining((1, 2, 3), "random"),
     )
-    config = tiny_config(policy=policy, batch_size=2)
+    config = tiny_config(policy=policy, global_batch_size=4)
     # with a tracker: what ends it must leave the processes' group to the runs below
     Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="tensorboard").run()
+    config = tiny_config(accumulate=2)
+    Trainer(PolicyStage(new_policy(config)), config, Ragged(), Memory(9), out / "spread", tracker="none").run()
     end_together(out / "ended/of-0")
     look_apart(out / "ended")
     train_together(out / "latent")

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
@@ -33,7 +32,7 @@ from vlaflow import __version__
 from vlaflow.actions.nsvq import Codebook
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.io import load_weights, read_json, write_json
+from vlaflow.io import load_weights, read_json, save_tensors, write_json
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem, from_patches
@@ -308,8 +307,7 @@ class LatentActionModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", to_json(LatentFile(self.config, self.origin)))
         (folder / "README.md").write_text(card or f"# Latent action model, vlaflow {__version__}\n")
-        chosen = {**self.state_dict(), **(weights or {})}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in chosen.items()}, folder / "model.safetensors")
+        save_tensors(folder / "model.safetensors", weights or {}, like=self.state_dict())
 
     @staticmethod
     def from_pretrained(folder: Path | str, device: str = "cpu") -> LatentActionModel:

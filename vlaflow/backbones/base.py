@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -78,6 +78,10 @@ class BackboneConfig(Part, ABC):
     @abstractmethod
     def build(self) -> Backbone:
         """The network, initialised from torch's global generator."""
+
+    def resolved(self) -> Self:
+        """With what is read from files that the config only names, as runs and checkpoints record it; by default as it is."""
+        return self
 
     @abstractmethod
     def processor(self, folder: Path | None = None) -> Processor:
@@ -199,6 +203,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def views(self) -> Mapping[str, int | None]:
         """The camera views it reads, with the square image size each is resized to (None: any size)."""
+
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """Its layers, and those of its parts, each with the name of the method that runs it.
+
+        Nothing else may read a block's parameters: sharded training gathers them for the time of that call. None by default.
+        """
+        return {}
 
     @abstractmethod
     def embed(self, inputs: Inputs) -> Prefix:

@@ -4,10 +4,10 @@
     prefix = backbone.embed(inputs.to(device))
 
 A processor resizes images, cuts patches, tokenizes and counts positions; the network only computes. It holds values and no
-network, so training and serving share it and any thread may run it.
+network that learns, so training and serving share it and any thread may run it.
 
 Shape letters: B batch, P prefix tokens, S state dimension, I images of the whole batch, N patches of all images, C numbers of
-a patch, V image tokens of all images, K patches pooled to a token, T answer tokens.
+a patch, V image tokens of all images, K patches pooled to a token, T answer tokens, E numbers of a sentence.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Inputs:
 
     Args:
         state_BS: float32, the normalised proprioceptive state; 0 where it is unknown.
-        id_BP: int64 ids: tokens of a pretrained model, placeholders included; bytes of the instruction for the tiny one.
+        id_BP: int64 ids: tokens of a pretrained model, placeholders included; bytes of the instruction for the tiny one, or
+            none where it reads ``sentence_BE``.
         padding_mask_BP: bool, False on padding; None when there is none.
         images: by view, uint8 (B, H, W, 3).
         patches: float32, what the vision tower reads of all images, in the order of their tokens: patches (N, C) or
@@ -48,6 +49,7 @@ class Inputs:
         picture_P: bool, tokens that belong to an image, its marks included, and see each other; alike in all rows.
         position_3BP: int64, time, height and width of every token, for rotary positions of three kinds.
         next_position_B: int64, the position of the first token after the prefix.
+        sentence_BE: float32, the instruction as a vector of a frozen sentence encoder.
     """
 
     state_BS: Tensor
@@ -63,6 +65,7 @@ class Inputs:
     picture_P: Tensor | None = None
     position_3BP: Tensor | None = None
     next_position_B: Tensor | None = None
+    sentence_BE: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.state_BS)

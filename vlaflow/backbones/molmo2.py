@@ -12,12 +12,13 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.molmo2_processor import FAMILY, NAME, MolmoProcessor, MolmoReader
@@ -91,6 +92,11 @@ class MolmoBackbone(PretrainedBackbone):
             raise ConfigError(f"Of the {NAME} models those on Qwen3 can be run layer by layer (4B, 8B), not this one.")
         if config.recompute:
             self.network.vision_tower.gradient_checkpointing_enable()
+
+    @property
+    def vision_blocks(self) -> Iterable[nn.Module]:
+        """See the base class."""
+        return self.network.vision_tower.layers
 
     def embed_prompt(self, inputs: Inputs) -> Tensor:
         """See the base class; image features are added to the placeholder's embedding."""

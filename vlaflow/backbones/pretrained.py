@@ -14,10 +14,11 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state, H he
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -138,6 +139,8 @@ class PretrainedBackbone(LanguageBackbone):
             rotary=True,
         )
         self.state = nn.Linear(config.state_width, width) if config.state_width else None
+        for block in self.language.layers:
+            block.run = MethodType(run_block, block)  # one call per layer, which sharding can gather weights around
         self._rotate = import_module(f"transformers.models.{config.family}.modeling_{config.family}").apply_rotary_pos_emb
 
     @staticmethod
@@ -149,6 +152,16 @@ class PretrainedBackbone(LanguageBackbone):
     def language(self) -> Any:
         """The language model: embedding table, layers, norm, rotary embedding."""
         return self.network.language_model
+
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """See the base class: language layers, and the layers of the vision part."""
+        return {**dict.fromkeys(self.language.layers, "run"), **dict.fromkeys(self.vision_blocks, "forward")}
+
+    @property
+    def vision_blocks(self) -> Iterable[nn.Module]:
+        """The vision part's layers, where it has layers that are alike; none by default."""
+        return ()
 
     @property
     def views(self) -> Mapping[str, int | None]:
@@ -204,35 +217,11 @@ class PretrainedBackbone(LanguageBackbone):
     ) -> tuple[Tensor, KeyValues]:
         """See the base class; ``rotary`` is required."""
         assert rotary is not None
-        if self.config.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self._layer, index, hidden_BTW, rotary, kv_cache, padding_mask_BT, mask_TS, use_reentrant=False)
-        return self._layer(index, hidden_BTW, rotary, kv_cache, padding_mask_BT, mask_TS)
-
-    def _layer(  # noqa: PLR0917
-        self,
-        index: int,
-        hidden_BTW: Tensor,
-        rotary: Rotary,
-        kv_cache: KeyValues | None,
-        padding_mask_BT: Tensor | None,
-        mask_TS: Tensor | None,
-    ) -> tuple[Tensor, KeyValues]:
-        block = self.language.layers[index]
-        attention, (b, t, _) = block.self_attn, hidden_BTW.shape
-        x_BTW = block.input_layernorm(hidden_BTW)
-        query_BTHE, key_BTGE, value_BTGE = (
-            project(x_BTW).view(b, t, -1, self.spec.head_dim)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        recompute = self.config.recompute and self.training and torch.is_grad_enabled()
+        hidden_BTW, key_BGTE, value_BGTE = self.language.layers[index].run(
+            hidden_BTW, rotary, kv_cache, padding_mask_BT, mask_TS, self._rotate, self.spec.head_dim, recompute
         )
-        if hasattr(attention, "q_norm"):  # Qwen3's family normalises each head's queries and keys
-            query_BTHE, key_BTGE = attention.q_norm(query_BTHE), attention.k_norm(key_BTGE)
-        value_BGTE = value_BTGE.transpose(1, 2)
-        query_BHTE, key_BGTE = self._rotate(query_BTHE.transpose(1, 2), key_BTGE.transpose(1, 2), *rotary)
-        # Under autocast the rotation is float32 and the values are not; the cache holds both in the values' smaller dtype.
-        own = KeyValues(key_BGTE.to(value_BGTE.dtype), value_BGTE, padding_mask_BT)
-        mixed_BHTE = attend(query_BHTE.to(value_BGTE.dtype), own, kv_cache, mask_TS)
-        hidden_BTW = hidden_BTW + attention.o_proj(mixed_BHTE.transpose(1, 2).reshape(b, t, -1))
-        return hidden_BTW + block.mlp(block.post_attention_layernorm(hidden_BTW)), own
+        return hidden_BTW, KeyValues(key_BGTE, value_BGTE, padding_mask_BT)
 
     def place(self, suffix_BTW: Tensor, prefix: Prefix, offset: int = 0) -> tuple[Tensor, Rotary | None]:
         """Text positions that continue each observation's own; noise samples innermost, as in ``attend``."""
@@ -272,6 +261,48 @@ class PretrainedBackbone(LanguageBackbone):
         if self.head is not None:
             return self.head(state_NW)
         return functional.linear(state_NW, self.language.embed_tokens.weight)
+
+
+def run_block(  # noqa: PLR0917
+    block: Any,
+    hidden_BTW: Tensor,
+    rotary: Rotary,
+    kv_cache: KeyValues | None,
+    padding_mask_BT: Tensor | None,
+    mask_TS: Tensor | None,
+    rotate: Callable[..., tuple[Tensor, Tensor]],
+    head_dim: int,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One of transformers' language layers on tokens that also read a cache; see ``Backbone.layer``.
+
+    Args:
+        block: the layer.
+        hidden_BTW, rotary, kv_cache, padding_mask_BT, mask_TS: see ``Backbone.layer``.
+        rotate: applies rotary positions to queries and keys.
+        head_dim: E.
+        recompute: forget activations and compute them again in the backward pass.
+
+    Returns:
+        Hidden states, and the tokens' own keys and values.
+    """
+    if recompute:
+        given = (block, hidden_BTW, rotary, kv_cache, padding_mask_BT, mask_TS, rotate, head_dim, False)
+        return checkpoint(run_block, *given, use_reentrant=False)
+    attention, (b, t, _) = block.self_attn, hidden_BTW.shape
+    x_BTW = block.input_layernorm(hidden_BTW)
+    query_BTHE, key_BTGE, value_BTGE = (
+        project(x_BTW).view(b, t, -1, head_dim) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):  # Qwen3's family normalises each head's queries and keys
+        query_BTHE, key_BTGE = attention.q_norm(query_BTHE), attention.k_norm(key_BTGE)
+    value_BGTE = value_BTGE.transpose(1, 2)
+    query_BHTE, key_BGTE = rotate(query_BTHE.transpose(1, 2), key_BTGE.transpose(1, 2), *rotary)
+    # Under autocast the rotation is float32 and the values are not; the cache holds both in the values' smaller dtype.
+    own = KeyValues(key_BGTE.to(value_BGTE.dtype), value_BGTE, padding_mask_BT)
+    mixed_BHTE = attend(query_BHTE.to(value_BGTE.dtype), own, kv_cache, mask_TS)
+    hidden_BTW = hidden_BTW + attention.o_proj(mixed_BHTE.transpose(1, 2).reshape(b, t, -1))
+    return hidden_BTW + block.mlp(block.post_attention_layernorm(hidden_BTW)), own.key_CGPE, own.value_CGPE
 
 
 def plain_architecture(data: Any) -> Any:

@@ -7,12 +7,13 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
@@ -114,6 +115,11 @@ class QwenBackbone(PretrainedBackbone):
         super().__init__(config)
         if config.recompute:
             self.network.visual.activation_checkpointing_enable()
+
+    @property
+    def vision_blocks(self) -> Iterable[nn.Module]:
+        """See the base class."""
+        return self.network.visual.blocks
 
     def embed_prompt(self, inputs: Inputs) -> Tensor:
         """See the base class. The vision tower reads image grids as numbers, so they are on the CPU."""

@@ -1,14 +1,15 @@
 """A small vision-language backbone learned from scratch, fast on a laptop CPU.
 
-Images pass a convolution stem (or a patch projection) to a coarse grid of tokens, the instruction is read as UTF-8 bytes
-a few at a time, the state is one token; pre-norm blocks with full attention follow. The prefix never sees the suffix, so
-its keys and values are exact for every solver step. With ``answers`` it can also be asked: it answers byte by byte.
+Images pass a convolution stem (or a patch projection) to a coarse grid of tokens; the instruction is read as UTF-8 bytes a few
+at a time, or as one vector of a frozen sentence encoder; the state is one token; pre-norm blocks with full attention follow.
+The prefix never sees the suffix, so its keys and values are exact for every solver step. With ``answers`` it can also be asked:
+it answers byte by byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from torch.nn import functional
 from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary, TextLimit
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
+from vlaflow.backbones.sentences import SentenceSpec, encoder_spec, open_encoder
 from vlaflow.backbones.tiny_processor import END, PAD, TinyProcessor
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues
@@ -38,6 +40,8 @@ class TinyConfig(BackboneConfig):
         cell: image side covered by one token in pixels; a power of two, at least 4.
         stem: "conv" (small patches, then 3×3 convolutions of stride 2) or "patch" (one projection).
         width, depth, heads, ffn: of the blocks.
+        text: "bytes", learned from scratch; or a frozen sentence encoder: "minilm" (all-MiniLM-L6-v2), a folder, or a Hub name.
+        sentence: which encoder it is, filled in when the policy is created.
         text_bytes: longest instruction in bytes.
         text_patch: bytes per text token.
         suffix: most suffix tokens a decoder or an answer may add.
@@ -53,6 +57,8 @@ class TinyConfig(BackboneConfig):
     depth: int = 4
     heads: int = 6
     ffn: int = 768
+    text: str = "bytes"
+    sentence: SentenceSpec | None = None
     text_bytes: int = 96
     text_patch: int = 8
     suffix: int = 64
@@ -68,12 +74,24 @@ class TinyConfig(BackboneConfig):
 
     def build(self) -> TinyBackbone:
         """The network, randomly initialised."""
-        return TinyBackbone(self)
+        return TinyBackbone(self.resolved())
+
+    def resolved(self) -> TinyConfig:
+        """See the base class: with the sentence encoder that there is now."""
+        known = self.text == "bytes" or self.sentence is not None
+        return self if known else replace(self, sentence=encoder_spec(self.text))
 
     def processor(self, folder: Path | None = None) -> TinyProcessor:
-        """See the base class; it needs no files."""
+        """See the base class; it needs files for a sentence encoder only."""
         cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
-        return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch)
+        encoder = None if self.text == "bytes" else open_encoder(self.text, self.sentence, folder)
+        limits = {"text_bytes": self.text_bytes, "text_patch": self.text_patch}
+        return TinyProcessor(cells, self.state_dim, **limits, encoder=encoder)
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What a sentence encoder needs."""
+        return () if self.text == "bytes" else ("transformers",)
 
     @property
     def can_answer(self) -> bool:
@@ -81,9 +99,9 @@ class TinyConfig(BackboneConfig):
         return self.answers
 
     @property
-    def longest_instruction(self) -> TextLimit:
-        """A byte each."""
-        return TextLimit(self.text_bytes, "text_bytes")
+    def longest_instruction(self) -> TextLimit | None:
+        """A byte each; a sentence encoder has a limit of its own."""
+        return TextLimit(self.text_bytes, "text_bytes") if self.text == "bytes" else None
 
     @property
     def longest_answer(self) -> TextLimit:
@@ -127,9 +145,10 @@ class TinyBackbone(LanguageBackbone):
         self.spec = BackboneSpec(c.depth, c.width, c.heads, c.heads, c.width // c.heads, state_dim=c.state_dim)
         stem = ConvStem if c.stem == "conv" else PatchStem
         self.stems = nn.ModuleList(stem(c.cell, c.width) for _ in c.views)
-        cells, texts = (c.image_size // c.cell) ** 2, c.text_bytes // c.text_patch
-        self.byte = nn.Embedding(PAD + 1, 32)
-        self.text = nn.Linear(32 * c.text_patch, c.width)
+        cells = (c.image_size // c.cell) ** 2
+        self.byte = None if c.sentence else nn.Embedding(PAD + 1, 32)
+        texts = 1 if c.sentence else c.text_bytes // c.text_patch
+        self.text = nn.Linear(c.sentence.dim if c.sentence else 32 * c.text_patch, c.width)
         self.state = nn.Linear(c.state_dim, c.width)
         self.prefix_position = nn.Parameter(torch.randn(len(c.views) * cells + texts + 1, c.width) * 0.02)
         self.suffix_position = nn.Parameter(torch.randn(c.suffix, c.width) * 0.02)
@@ -145,18 +164,30 @@ class TinyBackbone(LanguageBackbone):
         """Views and their image side."""
         return dict.fromkeys(self.config.views, self.config.image_size)
 
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """See the base class."""
+        return dict.fromkeys(self.layers, "forward")
+
     def embed(self, inputs: Inputs) -> Prefix:
         """See the base class."""
-        c, (batch, length) = self.config, inputs.id_BP.shape
+        c = self.config
         tokens = []
         for view, stem in zip(c.views, self.stems, strict=True):
             tokens.append(stem(inputs.images[view].to(self.state.weight.dtype) / 127.5 - 1))
-        texts = length // c.text_patch
-        before_state = sum(t.shape[1] for t in tokens) + texts
-        tokens.append(self.text(self.byte(inputs.id_BP).view(batch, texts, 32 * c.text_patch)))
+        tokens.append(self.text(self._text_numbers(inputs)))
+        before_state = sum(t.shape[1] for t in tokens)
         tokens.append(self.state(inputs.state_BS.to(self.state.weight.dtype))[:, None])
         position_PW = torch.cat((self.prefix_position[:before_state], self.prefix_position[-1:]))
         return Prefix(self, torch.cat(tokens, 1) + position_PW, inputs.padding_mask_BP, state_BS=inputs.state_BS)
+
+    def _text_numbers(self, inputs: Inputs) -> Tensor:
+        """What is projected to text tokens, (B, tokens, numbers)."""
+        if self.byte is None:
+            assert inputs.sentence_BE is not None
+            return inputs.sentence_BE.to(self.text.weight.dtype)[:, None] * self.text.in_features**0.5  # a mean square of 1
+        batch, length = inputs.id_BP.shape
+        return self.byte(inputs.id_BP).view(batch, length // self.config.text_patch, self.text.in_features)
 
     def layer(
         self,

@@ -1,4 +1,6 @@
-"""What the tiny backbone reads: images of one size, the instruction as UTF-8 bytes, the state; answers are bytes too.
+"""What the tiny backbone reads: images of one size, the instruction, the state; answers are bytes.
+
+The instruction is UTF-8 bytes, or the vector that a frozen sentence encoder makes of it.
 
 Shape letters: B batch, N bytes, P prefix tokens, T answer tokens.
 """
@@ -6,6 +8,7 @@ Shape letters: B batch, N bytes, P prefix tokens, T answer tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +17,8 @@ from torch.nn import functional
 
 from vlaflow.backbones.inputs import Inputs, Processor, require_state
 from vlaflow.backbones.language import IGNORED
+from vlaflow.backbones.pretrained_processor import FOLDER
+from vlaflow.backbones.sentences import SentenceEncoder
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import SpecError
 
@@ -29,27 +34,45 @@ class TinyProcessor(Processor):
         state_dim: length of the state, S.
         text_bytes: longest instruction in bytes.
         text_patch: bytes per text token.
+        encoder: of sentences; None to read bytes.
     """
 
-    def __init__(self, cells: Mapping[str, int], state_dim: int, *, text_bytes: int, text_patch: int) -> None:
+    def __init__(
+        self,
+        cells: Mapping[str, int],
+        state_dim: int,
+        *,
+        text_bytes: int,
+        text_patch: int,
+        encoder: SentenceEncoder | None = None,
+    ) -> None:
         self.cells, self.state_dim = dict(cells), state_dim
-        self.text_bytes, self.text_patch = text_bytes, text_patch
+        self.text_bytes, self.text_patch, self._encoder = text_bytes, text_patch, encoder
 
     def __call__(self, observation: ObservationBatch) -> Inputs:
         """See the base class.
 
         Raises:
-            SpecError: for an instruction longer than ``text_bytes`` or a state of another length.
+            SpecError: for an instruction that is too long or a state of another length.
         """
         require_state(observation, self.state_dim)
+        images = {view: observation.images[view] for view in self.cells}
+        if self._encoder is not None:
+            none_B0 = torch.zeros((len(observation), 0), dtype=torch.int64)
+            sentence_BE = self._encoder(observation.instructions)
+            return Inputs(observation.state_BS, none_B0, images=images, sentence_BE=sentence_BE)
         byte_BN = self._bytes(observation.instructions)
         written_BT = (byte_BN < PAD).view(len(observation), -1, self.text_patch).any(-1)
         padding_mask_BP = None
         if not bool(written_BT.all()):
             images_before, state_after = sum(self.cells.values()), 1
             padding_mask_BP = functional.pad(written_BT, (images_before, state_after), value=True)
-        images = {view: observation.images[view] for view in self.cells}
         return Inputs(observation.state_BS, byte_BN, padding_mask_BP, images)
+
+    def save(self, folder: Path) -> None:
+        """The sentence encoder into ``folder/processor``."""
+        if self._encoder is not None:
+            self._encoder.save(folder / FOLDER)
 
     @property
     def end_id(self) -> int:

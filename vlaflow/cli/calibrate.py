@@ -35,7 +35,7 @@ class CalibrateArguments:
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """Folder of a checkpoint; exits can be calibrated if it was trained with them."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """LeRobot data set; for the data set of the training, its held-out episodes are used."""
+    """LeRobot data set (folder, or name on the Hub); for that of the training, its held-out episodes are used."""
     sampler: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Calibrate the sampler instead of exits: solver steps, noise scale, temperature, draws, depth."""
     budget_ms: float | None = None

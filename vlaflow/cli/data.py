@@ -27,7 +27,7 @@ class Check:
     Exit status: 0 if there are no problems, 1 if something must be fixed, 2 if it is not a data set.
 
     Args:
-        directory: a LeRobot data set, v3.0 or v2.1 (the folder that holds meta/).
+        directory: a LeRobot data set, v3.0 or v2.1: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
         workers: number of decoding threads.
     """
 
@@ -42,7 +42,7 @@ class Show:
     Example: vlaflow data show runs/demo/dataset --out runs/demo/dataset.html
 
     Args:
-        directory: a LeRobot data set, v3.0 or v2.1 (the folder that holds meta/).
+        directory: a LeRobot data set, v3.0 or v2.1: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
         out: write a page here, .html (self-contained) or .png.
         episodes: number of episodes on the page.
     """
@@ -126,8 +126,30 @@ class LatentReport:
     device: str = "cpu"
 
 
+@dataclass(frozen=True)
+class PushToHub:
+    """Upload a data set to the Hugging Face Hub, under the tag of its format version, where LeRobot looks for it.
+
+    Example: vlaflow data push runs/peg USER/peg --private
+
+    Derived files (.cache) stay here. Log in first: hf auth login.
+
+    Args:
+        directory: a LeRobot data set.
+        repository: USER/NAME; created if it does not exist.
+        private: make a repository that is created private.
+        message: message of the commit.
+    """
+
+    directory: Path
+    repository: str
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    message: str = "Upload with vlaflow"
+
+
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
+    from vlaflow.cli.data_edit import push
     from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
@@ -138,8 +160,9 @@ def main(argv: list[str]) -> int:
         | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
+        | Annotated[positional(PushToHub), tyro.conf.subcommand("push")]
     )
-    description = "Check or show a data set; fit and compare action tokenizers; report on latent actions."
+    description = "Check, show or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
     actions: dict[type, Any] = {
         Check: _check,
@@ -147,6 +170,7 @@ def main(argv: list[str]) -> int:
         FitTokenizer: fit_tokenizer,
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
+        PushToHub: push,
     }
     status: int = actions[type(chosen)](chosen)
     return status
@@ -218,9 +242,11 @@ def _show(arguments: Show) -> int:
 def _print_summary(console: Any, dataset: Dataset) -> None:
     from rich.table import Table
 
+    from vlaflow.data.hub import origin
+
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {
-        "data set": f"{dataset.root} (LeRobot {dataset.version})",
+        "data set": f"{origin(dataset.root) or dataset.root} (LeRobot {dataset.version})",
         "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec)",
         "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
         "tasks": str(len(dataset.tasks)),

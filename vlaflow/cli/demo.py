@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlaflow.cli.demo_plans import PLANS, Plan
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.io import make_folder, require_makeable
 from vlaflow.packages import PAGES, require
@@ -26,31 +27,34 @@ from vlaflow.packages import PAGES, require
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
 
-ENVS = ("metaworld/drawer-open-v3", "metaworld/button-press-topdown-v3", "metaworld/window-close-v3")
 CALIBRATION = "adaptive"
 COMPUTES = ("auto", "dense", "refine", f"exit:{CALIBRATION}")
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train and evaluate an AsyncVLA policy from scratch and write a report, on two CPU cores in a quarter of an hour.
+    """Train and evaluate an AsyncVLA policy from scratch and write a report, on two CPU cores.
 
     Example: vlaflow demo --out runs/demo
+
+    Three tasks of Meta-World take a quarter of an hour, three of LIBERO-Object up to an hour.
 
     Run the same command again to continue after an interruption.
 
     Args:
-        out: folder for the data set, the checkpoints, results.json and report.html.
-        episodes: demonstrations per task.
-        eval_episodes: episodes per task and compute policy.
-        steps: training steps of the policy; the recipe's own by default.
+        plan: the simulator.
+        out: folder for the data set, the checkpoints, results.json and report.html; runs/demo or runs/libero-demo by default.
+        episodes: demonstrations per task; 50, or 40 of LIBERO, by default.
+        eval_episodes: episodes per task and compute policy; 20, or 10 of LIBERO, by default.
+        steps: training steps of the policy; the plan's by default.
         workers: processes for recording and evaluation; one per core is best.
         quick: a few steps on one task, to check that everything works; the policy does not learn.
     """
 
-    out: Path = Path("runs/demo")
-    episodes: int = 50
-    eval_episodes: int = 20
+    plan: Literal["metaworld", "libero"] = "metaworld"
+    out: Path | None = None
+    episodes: int | None = None
+    eval_episodes: int | None = None
     steps: int | None = None
     workers: int = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -60,6 +64,7 @@ class Demo:
 class Settings:
     """Settings that determine the demo's result; fixed once a demo has been started in a folder."""
 
+    plan: str
     envs: tuple[str, ...]
     episodes: int
     eval_episodes: int
@@ -77,21 +82,24 @@ class Settings:
     @staticmethod
     def of(arguments: Demo) -> Settings:
         """The settings for these arguments."""
+        plan = PLANS[arguments.plan]
         counts = (arguments.episodes, arguments.eval_episodes, arguments.steps)
-        if min(n for n in counts if n is not None) < 1:
+        if min((n for n in counts if n is not None), default=1) < 1:
             raise ConfigError("episodes, eval-episodes and steps must be at least 1.")
         if arguments.quick:
-            return Settings(ENVS[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 8, 0.5)
+            return Settings(arguments.plan, plan.envs[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 8, 0.5)
+        eval_episodes = arguments.eval_episodes or plan.eval_episodes
         return Settings(
-            ENVS,
-            arguments.episodes,
-            arguments.eval_episodes,
-            arguments.steps,
+            arguments.plan,
+            plan.envs,
+            arguments.episodes or plan.episodes,
+            eval_episodes,
+            arguments.steps or plan.steps,
             None,
             None,
             None,
             60,
-            min(5, arguments.eval_episodes),
+            min(plan.language_episodes, eval_episodes),
             10,
             512,
             96,
@@ -102,21 +110,26 @@ class Settings:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow demo ...``; returns the exit status."""
     arguments = tyro.cli(Demo, prog="vlaflow demo", args=argv)
-    require("metaworld", "mujoco", "accelerate", "psutil", *PAGES, what="The demo", extra="demo")
-    settings = Settings.of(arguments)
-    log = DemoLog(arguments.out, settings)
-    dataset, policy, rated = (arguments.out / name for name in ("dataset", "policy", "rated"))
-    commands = equivalent(settings, arguments.out, arguments.workers)
+    plan, settings = PLANS[arguments.plan], Settings.of(arguments)
+    require(*plan.packages, "accelerate", "psutil", *PAGES, what="The demo", extra=plan.extra)
+    out = arguments.out or Path(plan.out)
+    log = DemoLog(out, settings)
+    dataset, policy, rated = (out / name for name in ("dataset", "policy", "rated"))
+    commands = equivalent(settings, plan, out, arguments.workers)
 
     with log.step("record", commands["record"]) as due:
         if due and not dataset.exists():
             _record(settings, dataset, arguments.workers)
     for step, recipe, source, goal, steps in (
-        ("train", "asyncvla.demo", None, policy, settings.steps),
-        ("rater", "asyncvla.rater", policy, rated, settings.rater_steps),
+        ("train", plan.policy, None, policy, settings.steps),
+        ("rater", plan.rater, policy, rated, settings.rater_steps),
     ):
         with log.step(step, commands[step]) as due:
-            overrides = {"steps": steps, "batch_size": settings.batch_size, "validation_fraction": settings.validation_fraction}
+            overrides = {
+                "steps": steps,
+                "global_batch_size": settings.batch_size,
+                "validation_fraction": settings.validation_fraction,
+            }
             stopped = _train(recipe, dataset, goal, policy=source, overrides=overrides, command=commands[step]) if due else None
             if stopped is not None:
                 log.leave()
@@ -127,8 +140,8 @@ def main(argv: list[str]) -> int:
             _calibrate(settings, rated, dataset)
     with log.step("evaluate", commands["evaluate"]) as due:
         if due:
-            _evaluate(settings, rated, arguments.out, arguments.workers)
-    return _report(arguments.out, log, settings, tuple(commands.values()))
+            _evaluate(settings, rated, out, arguments.workers)
+    return _report(out, log, plan, settings, tuple(commands.values()))
 
 
 class DemoLog:
@@ -194,7 +207,7 @@ class DemoLog:
         part.replace(self.file)
 
 
-def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
+def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[str, str]:
     """The equivalent command of every step."""
     dataset, policy, rated = (str(out / name) for name in ("dataset", "policy", "rated"))
     envs = [word for env in settings.envs for word in ("--env", env)]
@@ -211,11 +224,11 @@ def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
     return {
         "record": command("record", *envs, "--episodes", settings.episodes, "--out", dataset, "--workers", workers),
         "train": command(
-            *("train", "asyncvla.demo", "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch, *held),
+            *("train", plan.policy, "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch, *held),
             "--no-calibrate",
         ),
         "rater": command(
-            *("train", "asyncvla.rater", "--policy", policy, "--dataset", dataset, "--out", rated),
+            *("train", plan.rater, "--policy", policy, "--dataset", dataset, "--out", rated),
             *(*steps(settings.rater_steps), *batch, *held),
             "--no-calibrate",
         ),
@@ -235,11 +248,9 @@ def equivalent(settings: Settings, out: Path, workers: int) -> dict[str, str]:
 
 
 def _record(settings: Settings, dataset: Path, workers: int) -> None:
-    from vlaflow.progress import progress
-    from vlaflow.simulators.record import RecordConfig, record
+    from vlaflow.simulators.record import RecordConfig, record_with_progress
 
-    with progress(len(settings.envs) * settings.episodes, "Recording") as bar:
-        record(RecordConfig(settings.envs, settings.episodes), dataset, workers, lambda *_: bar.advance())
+    record_with_progress(RecordConfig(settings.envs, settings.episodes), dataset, workers)
 
 
 def _train(
@@ -294,7 +305,7 @@ def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> 
     run(checkpoint, config, out)
 
 
-def _report(out: Path, log: DemoLog, settings: Settings, commands: tuple[str, ...]) -> int:
+def _report(out: Path, log: DemoLog, plan: Plan, settings: Settings, commands: tuple[str, ...]) -> int:
     from rich.console import Console
 
     from vlaflow.cli.eval import table
@@ -308,7 +319,7 @@ def _report(out: Path, log: DemoLog, settings: Settings, commands: tuple[str, ..
     found: Results = replace(results.read(out / RESULTS), minutes=minutes, command=command_line(), commands=commands)
     results.write(found, out / RESULTS)
     logs = {"velocity error, squared": read_log(out / "policy"), "rating error, squared": read_log(out / "rated")}
-    tasks = f"{len(settings.envs)} Meta-World task{'s' if len(settings.envs) > 1 else ''}"
+    tasks = f"{len(settings.envs)} {plan.title} task{'s' if len(settings.envs) > 1 else ''}"
     page = write_report(out, logs, f"AsyncVLA on {tasks}: from nothing to evaluated in {minutes.total or 0:.1f} minutes")
     console = Console()
     console.print()

@@ -45,6 +45,8 @@ class Eval:
         render: image quality; use the one the policy was trained with.
         seed: the first environment seed; the others follow.
         workers: number of processes; one per core is best.
+        batch: episodes of one environment and compute policy that a process plays together, with one batched call of the
+            policy. It changes chunks by rounding only; with 1 they equal those of single observations to the bit.
         language: episodes per environment and wrong instruction of the language-swap test; 0 to skip it.
         videos: record a success and a failure per environment.
         device: where the networks run.
@@ -65,6 +67,7 @@ class Eval:
     render: Literal["fast", "exact"] = "fast"
     seed: int = 1000
     workers: int = 2
+    batch: int = 4
     language: int = 0
     videos: bool = True
     device: str = "cpu"
@@ -90,7 +93,9 @@ def main(argv: list[str]) -> int:
         first_seed=arguments.seed,
         noise_seeds=arguments.noise_seeds,
         knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device),
-        rollout=RolloutConfig(arguments.n_action_steps, arguments.max_steps, arguments.render, arguments.device),
+        rollout=RolloutConfig(
+            arguments.n_action_steps, arguments.max_steps, arguments.render, arguments.device, arguments.batch
+        ),
         language_episodes=arguments.language,
         videos=arguments.videos,
         workers=arguments.workers,

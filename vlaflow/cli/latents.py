@@ -16,6 +16,7 @@ def latent_report(arguments: LatentReport) -> int:
     from rich.console import Console
 
     from vlaflow.actions.latent import LatentActionModel
+    from vlaflow.data.hub import title
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.latent_report import encode_pairs, examples, pixels, probes, usage
     from vlaflow.io import require_writable
@@ -42,7 +43,7 @@ def latent_report(arguments: LatentReport) -> int:
         {
             "model": f"{a.model}, fingerprint {model.fingerprint()}",
             "trained on": f"data set {origin.dataset}, view '{origin.view}', pairs {origin.gap_s:g} s apart",
-            "measured on": f"{dataset.root.name}, fingerprint {dataset.fingerprint}: {len(held.index_M)} of the "
+            "measured on": f"{title(dataset.root)}, fingerprint {dataset.fingerprint}: {len(held.index_M)} of the "
             f"{len(held.pairs)} pairs of {len(held.pairs.episodes)} held-out episodes; probes learn from {len(train.index_M)}",
             "codes": f"{model.config.codes} of {book}",
             "command": command_line(),
@@ -57,6 +58,6 @@ def latent_report(arguments: LatentReport) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    written = page.write_page(found, f"Latent actions on {dataset.root.name}", a.out)
+    written = page.write_page(found, f"Latent actions on {title(dataset.root)}", a.out)
     console.print(f"Written: {written}", soft_wrap=True)
     return 0

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from vlaflow import __version__
 from vlaflow.errors import ConfigError, VlaflowError, nearest
+from vlaflow.io import require_system
 from vlaflow.packages import EXTRAS, missing
 
 COMMANDS = {
@@ -63,6 +64,7 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise ConfigError(f"There is no command '{name}'; {nearest(name, COMMANDS)} (vlaflow --help lists them)")
+    require_system()
     command = importlib.import_module(f"vlaflow.cli.{name.replace('-', '_')}")
     status: int = command.main(rest)
     return status

@@ -13,14 +13,15 @@ class Record:
 
     Example: vlaflow record --env metaworld/drawer-open-v3 --env metaworld/window-close-v3 --episodes 50 --out runs/data
 
-    The same arguments give the same bytes with any number of workers.
+    The same arguments give the same bytes with any number of workers. Run the same command again to continue an interrupted
+    recording.
 
     Args:
         env: suite/task, or a group such as metaworld/easy or metaworld/all; repeat the option for more.
         out: folder of the new data set; must not exist.
         episodes: number of successful episodes per environment.
         workers: number of recording processes; one per core is best.
-        size: side of the image in pixels, even.
+        size: side of the image in pixels, even; by default the suite's, e.g. 96 for Meta-World and 128 for LIBERO.
         render: exact keeps the simulator's shadows and antialiasing (published numbers), fast omits them.
         seed: another seed gives other episodes, but never those of an evaluation.
         noise: standard deviation of the noise on the executed movement (1 is the full range); the label stays clean.
@@ -34,7 +35,7 @@ class Record:
     out: Path
     episodes: int = 50
     workers: int = 2
-    size: int = 96
+    size: int | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: int = 0
     noise: float = 0.1
@@ -50,10 +51,8 @@ def main(argv: list[str]) -> int:
 
     arguments = tyro.cli(Record, prog="vlaflow record", args=argv, config=(tyro.conf.UseAppendAction,))
 
-    from vlaflow.progress import progress
-    from vlaflow.simulators.base import expand_env_names
     from vlaflow.simulators.experts import Noise
-    from vlaflow.simulators.record import RecordConfig, record
+    from vlaflow.simulators.record import RecordConfig, record_with_progress
 
     config = RecordConfig(
         envs=arguments.env,
@@ -64,11 +63,13 @@ def main(argv: list[str]) -> int:
         noise=Noise(arguments.noise, memory=arguments.noise_memory, misjudge=arguments.misjudge),
         after_success=arguments.after_success,
     )
-    total = len(expand_env_names(config.envs)) * config.episodes
-    with progress(total, "Recording") as bar:
-        summary = record(config, arguments.out, arguments.workers, lambda *_: bar.advance())
+    summary = record_with_progress(config, arguments.out, arguments.workers)
     console = Console()
     console.print(f"Written: {summary.root}: {summary.episodes} episodes, {summary.frames} frames.", soft_wrap=True)
     for name, count in summary.failed.items():
         console.print(f"{name}: {count} failed episode(s) left out and replaced by other seeds.", soft_wrap=True)
+    played = summary.episodes + sum(summary.failed.values())
+    console.print(
+        f"The experts succeeded in {summary.episodes} of {played} attempts ({summary.episodes / played:.1%}).", soft_wrap=True
+    )
     return 0

@@ -1,4 +1,4 @@
-"""``vlaflow serve CKPT``: serve a checkpoint with openpi's websocket protocol."""
+"""``vlaflow serve CKPT``: serve a checkpoint with the websocket protocol of openpi or vla-eval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """Serve a checkpoint to robots with openpi's protocol.
+    """Serve a checkpoint to robots with openpi's protocol, or to the benchmarks of vla-eval.
 
     Example: vlaflow serve runs/demo/rated --observation-keys metaworld --compute refine
 
@@ -31,9 +31,12 @@ class ServeArguments:
         compute: compute policy, as in vlaflow eval; the calibrated one (auto) by default, or dense where there is none.
         budget_ms: choose a compute policy for this many milliseconds, instead of --compute (run vlaflow bench latency first).
         steps: solver steps per round, where the compute policy states none.
-        observation_keys: keys that clients send: metaworld, libero, droid, aloha, roboarena, or those of another package.
+        observation_keys: keys that clients send: metaworld, libero, droid, aloha, roboarena, vla-eval-libero, vla-eval-calvin,
+            vla-eval-simpler, vla-eval-vlabench, or those of another package.
         image: key of an image, instead of those above, in the order of the policy's views; repeat for more.
         state: key of a part of the state, instead of those above; repeat for more.
+        default_prompt: instruction of requests without a prompt, which are refused by default.
+        n_action_steps: actions of a chunk that clients execute, instead of the checkpoint's default.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
         token: token that clients must send; by default the environment variable VLAFLOW_TOKEN, which process lists do not show.
@@ -57,6 +60,8 @@ class ServeArguments:
     observation_keys: str = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    default_prompt: str | None = None
+    n_action_steps: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = None
@@ -107,13 +112,14 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.observation_keys, views, a.image, a.state),
+        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),
         engine=EngineConfig(a.batch, a.wait_ms, a.queue, a.deadline_ms, a.guided),
         most_bytes=int(a.most_mib * 2**20),
         connections=a.connections,
+        n_action_steps=a.n_action_steps,
         budget=within,
         dashboard=a.dashboard,
         checkpoint=str(a.checkpoint),

@@ -45,6 +45,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     from rich.table import Table
 
     from vlaflow.actions.io import load_tokenizer
+    from vlaflow.data.hub import title
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import describe, examples, fit, material, quality, standard_fits
     from vlaflow.io import require_writable
@@ -81,7 +82,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     if a.policy is not None:
         console.print(_own_metric(a.policy, dataset), soft_wrap=True)
     shown = examples(made, chunks, dataset.dimension_names("action"))
-    written = page.write_page(found, shown, f"Action tokenizers on {dataset.root.name}", a.out)
+    written = page.write_page(found, shown, f"Action tokenizers on {title(dataset.root)}", a.out)
     console.print(f"Written: {written}", soft_wrap=True)
     return 0
 

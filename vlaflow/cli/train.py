@@ -25,7 +25,7 @@ class TrainArguments:
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Which system and stage, e.g. asyncvla.demo; listed below."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """LeRobot data set with an action spec."""
+    """LeRobot data set with an action spec: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the checkpoint; an unfinished run there is continued."""
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
@@ -39,11 +39,13 @@ class TrainArguments:
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Optimiser steps, instead of the recipe's."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Observations per step and process, instead of the recipe's."""
+    """Observations per step over all processes, instead of the recipe's global_batch_size."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Change a value of the recipe, e.g. --set optim.learning_rate=3e-4; may be repeated."""
     tracker: Literal["auto", "tensorboard", "wandb", "trackio", "none"] = "auto"
     """Where to log besides training/log.jsonl; auto uses TensorBoard if it is installed."""
+    shard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Several processes share the weights, layer by layer (FSDP2), instead of each holding all."""
     calibrate: bool = True
     """Calibrate the sampler of the finished policy on held-out frames, in a minute at most; see vlaflow calibrate --sampler."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     """Train by recipe. Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
     given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
     overrides = dict(_pair(text) for text in given.set)
-    for key, value in (("steps", given.steps), ("batch_size", given.batch_size)):
+    for key, value in (("steps", given.steps), ("global_batch_size", given.batch_size)):
         if value is not None:
             overrides[key] = str(value)
 
@@ -62,7 +64,15 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.training.run import Options, train
 
-    options = Options(overrides, given.tracker, given.fresh, vqa=given.vqa, tokenizer=given.tokenizer, latent=given.latent)
+    options = Options(
+        overrides,
+        given.tracker,
+        given.fresh,
+        vqa=given.vqa,
+        tokenizer=given.tokenizer,
+        latent=given.latent,
+        shard=given.shard,
+    )
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
         sys.stdout.write(_sentence(outcome, given.out) + "\n")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import DataError, SpecError
+from vlaflow.io import allocate, claim
 
 logger = logging.getLogger("vlaflow.data")
 
@@ -175,8 +175,7 @@ def allocated(file: Path, shape: Sequence[int]) -> np.memmap:
     Raises:
         OSError: no space left.
     """
-    with file.open("wb") as opened:
-        os.posix_fallocate(opened.fileno(), 0, math.prod(shape))
+    allocate(file, math.prod(shape))
     return np.memmap(file, np.uint8, "r+", shape=tuple(shape))
 
 
@@ -207,7 +206,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, which the kernel releases whenever the process ends."""
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            claim(file.fileno())
         except OSError as error:  # a network folder without locks
             logger.warning("%s cannot be locked (%s); do not start a second process that needs it now.", path, error.strerror)
         yield

@@ -24,6 +24,7 @@ import numpy as np
 from vlaflow.config import from_json
 from vlaflow.data import features as of
 from vlaflow.data.cameras import find_cameras, view_name
+from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
 from vlaflow.data.lerobot_rows import Columns, Rows, Vector, read_rows
 from vlaflow.data.pictures import read_picture
@@ -38,7 +39,6 @@ __all__ = ["Columns", "Dataset", "Episode", "view_name"]
 
 EXTRA_KEY = "x_vlaflow"
 """Our own block in meta/info.json; LeRobot ignores unknown keys with a warning."""
-
 
 EXECUTED_KEY = "executed_action"
 """Column of the actions that the robot executed, where they differ from those to be learned. LeRobot trains on every column
@@ -110,7 +110,7 @@ class Dataset:
         """Open a data set; no row is read but for what its meta folder does not say.
 
         Args:
-            root: the folder that holds meta/, data/ and videos/.
+            root: the folder that holds meta/, data/ and videos/, or a name on the Hub (``hub.data_folder``).
             action_spec: what an action means, for data sets without an action spec.
             video: only the video is needed: a data set without actions can be opened too; its ``columns().action`` has
                 shape (N, 0).
@@ -120,7 +120,7 @@ class Dataset:
             DataError: not a data set, unsupported version, files missing, meta contradicting itself.
             SpecError: the action spec does not fit the actions; a view that does not exist.
         """
-        return cls(read_meta(Path(root)), action_spec, video, reading)
+        return cls(read_meta(data_folder(root)), action_spec, video, reading)
 
     def with_spec(self, action_spec: ActionSpec) -> Dataset:
         """The same data set, rows that were read included, whose actions mean this.

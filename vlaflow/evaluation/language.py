@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.results import LanguageResult
-from vlaflow.evaluation.rollout import FIRST_SEED, EpisodeJob, EpisodeResult
+from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult
 from vlaflow.evaluation.statistics import wilson
+from vlaflow.policies.seeds import FIRST_SEED
 from vlaflow.simulators.base import parse_env_name, simulator_spec
 
 KINDS = ("right", "other", "empty")

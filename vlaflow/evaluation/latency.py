@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.evaluation.rollout import EpisodeJob, RolloutConfig, chunk_generator, one_thread, open_env, play
+from vlaflow.evaluation.rollout import EpisodeJob, RolloutConfig, one_thread, open_env, play
 from vlaflow.evaluation.statistics import Percentiles
 from vlaflow.policies.base import Policy
+from vlaflow.policies.seeds import chunk_generator
 from vlaflow.spec import Observation
 
 PARTS = ("prefix", "first", "refine_deterministic", "rater", "refine")

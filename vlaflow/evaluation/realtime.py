@@ -22,7 +22,7 @@ import numpy as np
 
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
-from vlaflow.evaluation.rollout import FIRST_SEED, chunk_seed
+from vlaflow.policies.seeds import FIRST_SEED, chunk_seed
 from vlaflow.robot.client import Client
 from vlaflow.robot.realtime import HandOver, Move, RealtimeConfig, RealtimeController
 from vlaflow.robot.transports import Infer, SimulatedTransport

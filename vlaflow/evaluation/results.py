@@ -60,7 +60,7 @@ class Evaluation:
         latency_ms: latency of a chunk over the observations of all environments; null if not measured.
         seeds, noise_seeds: seeds of the episodes, in the order of all lists here.
         within: successes within the limits of published evaluations, as far as they do not exceed ``max_steps``.
-        n_action_steps, max_steps, render: how the episodes were run.
+        n_action_steps, max_steps, render, batch: how the episodes were run.
         solver_steps: solver steps per round of compute policies whose name states none.
         nfe_per_chunk, layer_passes_per_chunk, regenerated_per_chunk: means over all chunks.
         revised_per_chunk: mean number of tokens changed by each solver step; empty for decoders without tokens.
@@ -90,6 +90,7 @@ class Evaluation:
     effective_episodes: float
     revised_per_chunk: tuple[float, ...] = ()
     repaired_share: float = 0.0
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -240,12 +241,13 @@ def count(
     max_steps: int | None,
     render: str,
     solver_steps: int,
+    batch: int = 1,
 ) -> tuple[Evaluation, ...]:
     """Compute an entry for every (environment, compute policy) of the episodes, in their order.
 
     Args:
         episodes, latency: the measurements.
-        n_action_steps, render, solver_steps: how the episodes were run.
+        n_action_steps, render, solver_steps, batch: how the episodes were run.
         max_steps: step limit of all episodes; None for the suites' limits.
     """
     times = {entry.compute: entry.total for entry in latency}
@@ -281,6 +283,7 @@ def count(
                 effective_episodes=effective,
                 revised_per_chunk=tuple(sum(c) / chunks for c in zip_longest(*(e.revised for e in group), fillvalue=0)),
                 repaired_share=sum(e.repaired for e in group) / chunks,
+                batch=batch,
             )
         )
     return tuple(found)

@@ -1,9 +1,12 @@
 """Episodes: a policy acts in an environment, chunk by chunk, and the outcome is recorded.
 
-Every result is a function of (checkpoint, environment, compute policy, seed, noise seed) alone: each worker process computes
-with one thread, noise comes from a generator seeded by the episode's two seeds and the number of the chunk, and wall time is
-not recorded (``latency`` measures it on an otherwise idle machine). So results are the same, bit for bit, with any number of
-workers, and two compute policies start chunks of the same number from the same noise.
+Every result is a function of (checkpoint, environment, compute policy, seed, noise seed) and of the episodes played in the same
+block: each worker process computes with one thread, noise comes from a generator seeded by the episode's two seeds and the
+number of the chunk, and wall time is not recorded (``latency`` measures it on an otherwise idle machine). So results are the
+same, bit for bit, with any number of workers, and two compute policies start chunks of the same number from the same noise.
+
+A block is up to ``RolloutConfig.batch`` episodes of one environment and compute policy. A worker plays them together: one
+batched call of the policy makes the next chunks of all. Batches of other sizes give the same chunks up to rounding.
 
 Counts and tests are in ``statistics`` and ``results``, videos in ``videos``.
 """
@@ -11,25 +14,27 @@ Counts and tests are in ``statistics`` and ``results``, videos in ``videos``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
 
-FIRST_SEED = 1000
+if TYPE_CHECKING:
+    from vlaflow.simulators.chunks import ChunkEnv
 
 Observer = Callable[[int, Observation, Chunk], None]
 """Called with the step, the observation at that step, and the policy's chunk."""
@@ -44,12 +49,18 @@ class RolloutConfig:
         max_steps: step limit of an episode; None for the suite's.
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
+        batch: episodes that a worker plays together, at most; fewer where the simulator keeps fewer environments.
     """
 
     n_action_steps: int | None = None
     max_steps: int | None = None
     render: Render = "fast"
     device: str = "cpu"
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ConfigError(f"batch counts episodes and must be at least 1, got {self.batch}.")
 
 
 @dataclass(frozen=True)
@@ -171,10 +182,57 @@ def play_all(
     policy = Policy.from_pretrained(folder)
     require_fit(policy, str(checkpoint), {job.env for job in jobs}, [job.compute for job in jobs], config)
     config = replace(config, n_action_steps=config.n_action_steps or policy.config.n_action_steps)
-    play = functools.partial(_play_job, config=config)
+    places = blocks(jobs, config.batch)
+    found: dict[int, EpisodeResult] = {}
+
+    def keep(number: int, episodes: list[EpisodeResult]) -> None:
+        for place, episode in zip(places[number], episodes, strict=True):
+            found[place] = episode
+            if finished:
+                finished(place, episode)
+            if progress:
+                progress(len(found), len(jobs))
+
     with one_thread():
         setup = functools.partial(Policy.from_pretrained, str(folder), config.device)
-        return run_jobs(play, jobs, workers, setup=setup, progress=progress, finished=finished)
+        together = [EpisodeBlock(tuple(jobs[place] for place in block)) for block in places]
+        run_jobs(functools.partial(_play_block, config=config), together, workers, setup=setup, finished=keep)
+    return [found[place] for place in range(len(jobs))]
+
+
+@dataclass(frozen=True)
+class EpisodeBlock:
+    """Episodes of one environment and compute policy, played together by one process.
+
+    Args:
+        jobs: the episodes.
+    """
+
+    jobs: tuple[EpisodeJob, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the block in error messages."""
+        more = f" and {len(self.jobs) - 1} more" if len(self.jobs) > 1 else ""
+        return f"{self.jobs[0].name}{more}"
+
+
+def blocks(jobs: Sequence[EpisodeJob], batch: int) -> list[list[int]]:
+    """Group episodes of one environment, compute policy and instruction, in their order, into blocks of at most ``batch``.
+
+    Only the last block of each group can be smaller, so whole blocks that are left of an evaluation are formed again.
+
+    Returns:
+        The places of each block's episodes in ``jobs``.
+    """
+    groups: dict[tuple[str, str, str | None], list[int]] = {}
+    for place, job in enumerate(jobs):
+        groups.setdefault((job.env, job.compute.name, job.instruction), []).append(place)
+    found = []
+    for (env, *_), places in groups.items():
+        size = min(batch, max(1, simulator_spec(parse_env_name(env)[0]).kept - 1))  # one more records a video
+        found += [places[begin : begin + size] for begin in range(0, len(places), size)]
+    return sorted(found)
 
 
 def play(
@@ -196,10 +254,58 @@ def play(
         before: called with every observation and chunk before the chunk is executed.
         after: called with the same after the chunk was executed, with the number of steps so far.
     """
+    return _together(policy, [_episode(_chunked(policy, env, job, config), job, before, after)], [job])[0]
+
+
+def play_block(
+    policy: Policy, block: EpisodeBlock, config: RolloutConfig, *, after: Mapping[int, Observer] | None = None
+) -> list[EpisodeResult]:
+    """Run the episodes of a block in this process.
+
+    Args:
+        policy: the policy.
+        block: the episodes.
+        config: settings.
+        after: by place in the block, called after every chunk of that episode as in ``play``.
+    """
+    episodes = []
+    for place, job in enumerate(block.jobs):
+        env = open_env(policy, job.env, config.render, copy=place)
+        episodes.append(_episode(_chunked(policy, env, job, config), job, after=after.get(place) if after else None))
+    return _together(policy, episodes, block.jobs)
+
+
+Episode = Generator[Observation, Chunk, EpisodeResult]
+"""A running episode: yields observations, is sent the chunk for each, and returns its outcome."""
+
+
+def _together(policy: Policy, episodes: Sequence[Episode], jobs: Sequence[EpisodeJob]) -> list[EpisodeResult]:
+    """Run episodes in step: the policy makes the next chunks of all that are not over in one batch."""
+    waiting = {place: next(episode) for place, episode in enumerate(episodes)}
+    found: dict[int, EpisodeResult] = {}
+    for number in itertools.count():
+        places = list(waiting)
+        generators = [chunk_generator(jobs[place].seed, number, jobs[place].noise_seed) for place in places]
+        chunks = policy.act([waiting[place] for place in places], jobs[0].compute, generator=generators)
+        for place, chunk in zip(places, chunks, strict=True):
+            try:
+                waiting[place] = episodes[place].send(chunk)
+            except StopIteration as over:
+                found[place] = over.value
+                del waiting[place]
+        if not waiting:
+            break
+    return [found[place] for place in range(len(episodes))]
+
+
+def _chunked(policy: Policy, env: Environment, job: EpisodeJob, config: RolloutConfig) -> ChunkEnv:
     from vlaflow.simulators.chunks import ChunkEnv
 
     n_action_steps = config.n_action_steps or policy.config.n_action_steps
-    chunked = ChunkEnv(env, n_action_steps, max_steps=job.max_steps or config.max_steps)
+    return ChunkEnv(env, n_action_steps, max_steps=job.max_steps or config.max_steps)
+
+
+def _episode(chunked: ChunkEnv, job: EpisodeJob, before: Observer | None = None, after: Observer | None = None) -> Episode:
     chunked.restart(job.seed)
     chunks = nfe = layer_passes = regenerated = repaired = steps = 0
     revised: tuple[int, ...] = ()
@@ -207,7 +313,7 @@ def play(
         observation = chunked.observe()
         if job.instruction is not None:
             observation = replace(observation, instruction=job.instruction)
-        chunk = policy.act(observation, job.compute, generator=chunk_generator(job.seed, chunks, job.noise_seed))
+        chunk = yield observation
         if before:
             before(steps, observation, chunk)
         done = chunked.execute(chunk.actions)
@@ -246,20 +352,6 @@ def seed_label(seed: int, noise_seed: int) -> str:
     return f"seed {seed}, noise {noise_seed}" if noise_seed else f"seed {seed}"
 
 
-def chunk_generator(seed: int, chunk: int, noise_seed: int = 0) -> Generator:
-    """The noise generator of chunk number ``chunk`` in the episode of ``seed`` and ``noise_seed``."""
-    return Generator().manual_seed(chunk_seed(seed, chunk, noise_seed))
-
-
-def chunk_seed(seed: int, chunk: int, noise_seed: int = 0) -> int:
-    """Seed of that noise, below 2⁶³; NumPy's SeedSequence makes similar seeds independent.
-
-    A noise seed above 0 is a child of the sequence of (seed, chunk), so adding repetitions does not change the first.
-    """
-    sequence = np.random.SeedSequence((seed, chunk), spawn_key=(noise_seed,) if noise_seed else ())
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
-
-
 def require_fit(
     policy: Policy, checkpoint: str, envs: set[str], computes: Sequence[ComputePolicy], config: RolloutConfig
 ) -> None:
@@ -291,9 +383,10 @@ def require_fit(
         compute.needs.check(policy.model, compute.name)
 
 
-def open_env(policy: Policy, name: str, render: Render) -> Environment:
-    """The environment of this process with the image size of the policy."""
-    return cached(name, render=render, size=max((s for s in policy.model.backbone.views.values() if s), default=None))
+def open_env(policy: Policy, name: str, render: Render, copy: int = 0) -> Environment:
+    """The environment of this process with the image size of the policy; ``copy`` as in ``cached``."""
+    size = max((s for s in policy.model.backbone.views.values() if s), default=None)
+    return cached(name, render=render, size=size, copy=copy)
 
 
 @contextmanager
@@ -307,5 +400,5 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _play_job(job: EpisodeJob, policy: Policy, *, config: RolloutConfig) -> EpisodeResult:
-    return play(policy, open_env(policy, job.env, config.render), job, config)
+def _play_block(block: EpisodeBlock, policy: Policy, *, config: RolloutConfig) -> list[EpisodeResult]:
+    return play_block(policy, block, config)

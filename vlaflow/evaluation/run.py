@@ -22,11 +22,10 @@ from vlaflow.evaluation.latency import Latency, collect_observations, measure
 from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import Revision, follow
 from vlaflow.evaluation.rollout import (
-    FIRST_SEED,
     EpisodeJob,
     EpisodeResult,
     RolloutConfig,
-    chunk_generator,
+    blocks,
     one_thread,
     plan,
     play_all,
@@ -36,6 +35,7 @@ from vlaflow.io import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
+from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
 from vlaflow.versions import command_line, machine, versions
 
@@ -101,6 +101,7 @@ def evaluate(
     max_steps: int | None = None,
     render: Render = "fast",
     device: str = "cpu",
+    batch: int = 4,
     videos: bool = True,
     workers: int = 0,
     fresh: bool = False,
@@ -128,6 +129,7 @@ def evaluate(
         max_steps: steps after which an episode is cut off; None takes the suite's.
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
+        batch: episodes that a process plays together, with one batched call of the policy.
         videos: whether to record a success and a failure per environment.
         workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
             ``if __name__ == "__main__":``. The results are the same with any number.
@@ -146,7 +148,7 @@ def evaluate(
         first_seed=first_seed,
         noise_seeds=noise_seeds,
         knobs=Knobs(solver_steps, device=device),
-        rollout=RolloutConfig(n_action_steps, max_steps, render, device),
+        rollout=RolloutConfig(n_action_steps, max_steps, render, device, batch),
         videos=videos,
         workers=workers,
     )
@@ -195,15 +197,13 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
         def play(left: Sequence[EpisodeJob], finished: Callable[[int, EpisodeResult], None]) -> None:
             play_all(folder, left, rollout, workers=config.workers, finished=finished)
 
-        played = log.complete(everything, play, "Evaluating")
+        played = log.complete(everything, play, "Evaluating", blocks(everything, rollout.batch))
         episodes, swapped = played[: len(jobs)], played[len(jobs) :]
         latency, revision = _timed(policy, envs, computes, config, rollout)
         with storing(out, "The results", KEPT):
             if config.videos:
-                chosen, by_episode = videos.choose(episodes), dict(zip(episodes, jobs, strict=True))
-                videos.record_videos(
-                    folder, [by_episode[e] for e in chosen], chosen, out / VIDEOS, rollout, workers=config.workers
-                )
+                by_job = dict(zip(jobs, episodes, strict=True))
+                videos.record_videos(folder, by_job, out / VIDEOS, rollout, workers=config.workers)
             evaluations = results.count(
                 episodes,
                 latency,
@@ -211,6 +211,7 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
                 max_steps=rollout.max_steps,
                 render=rollout.render,
                 solver_steps=config.knobs.steps,
+                batch=rollout.batch,
             )
             right = [e for e in episodes if e.compute == computes[0].name]
             found = Results(

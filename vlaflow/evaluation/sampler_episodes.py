@@ -14,7 +14,7 @@ from vlaflow.compute.sampler_choice import Candidate, choose
 from vlaflow.config import JSON
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.halving import halve
-from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult, RolloutConfig, play_all
+from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult, RolloutConfig, blocks, play_all
 
 FIRST_SEED = 500_000
 """Seeds of calibration episodes start here: evaluations start at 1000, recordings use 10 000 + 1 000 000·k + …"""
@@ -101,7 +101,8 @@ class Simulation:
 
         with EpisodeLog(self.folder / f"round-{number}", EpisodeResult, {**self.settings, "alive": list(alive)}) as log:
             self._logs.append(log)
-            episodes = log.complete(jobs, play_left, f"Round {number}, {len(alive)} candidates")
+            together = blocks(jobs, self.rollout.batch)
+            episodes = log.complete(jobs, play_left, f"Round {number}, {len(alive)} candidates", together)
         for (n, _, _), episode in zip(plan, episodes, strict=True):
             self.failed.setdefault(n, {})[episode.env, episode.seed] = not episode.success
         return [float(np.mean(list(self.failed[n].values()))) for n in alive]

@@ -1,7 +1,8 @@
 """Videos of single episodes, with some of the policy's chunks, for the report.
 
-The episode is run again, with bit for bit the same outcome, so that the evaluation itself need not keep images. A second
-environment with the same seed executes the same actions and is recorded at its own size; the policy's images are unaffected.
+The episode is run again in its block, with bit for bit the same outcome, so that the evaluation itself need not keep images. A
+second environment with the same seed executes the same actions and is recorded at its own size; the policy's images are not
+affected.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 from vlaflow.config import from_json, to_json
 from vlaflow.data.video import REPRODUCIBLE
 from vlaflow.errors import DataError
-from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult, RolloutConfig, one_thread, open_env, play
+from vlaflow.evaluation.rollout import EpisodeBlock, EpisodeJob, EpisodeResult, RolloutConfig, blocks, one_thread, play_block
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.simulators.base import cached
@@ -87,21 +88,30 @@ def choose(episodes: Sequence[EpisodeResult]) -> list[EpisodeResult]:
 
 def record_videos(
     checkpoint: Path | str,
-    jobs: Sequence[EpisodeJob],
-    expected: Sequence[EpisodeResult],
+    played: Mapping[EpisodeJob, EpisodeResult],
     folder: Path,
     config: RolloutConfig,
     *,
     workers: int = 1,
     size: int = 240,
 ) -> list[EpisodeVideo]:
-    """Run and record the jobs; write ``videos.json`` and its videos and images into ``folder``.
+    """Run and record a success and a failure per environment; write ``videos.json``, videos and images into ``folder``.
 
     Args:
-        expected: earlier results of the jobs, which must be reproduced; they determine the frame rate.
+        checkpoint: folder or Hub repository.
+        played: all episodes of the evaluation, because those of a block are played together. ``choose`` says which are
+            recorded; they must be reproduced.
+        folder: of the videos.
+        config: settings of the evaluation.
+        workers: number of processes.
         size: side of the image in pixels.
     """
-    source, tasks = local_folder(checkpoint), list(zip(jobs, expected, strict=True))
+    source, jobs, chosen = local_folder(checkpoint), list(played), choose(list(played.values()))
+    tasks = []
+    for places in blocks(jobs, config.batch):
+        block = EpisodeBlock(tuple(jobs[place] for place in places))
+        tasks += [(block, n, played[job]) for n, job in enumerate(block.jobs) if played[job] in chosen]
+    tasks.sort(key=lambda task: chosen.index(task[2]))
     folder.mkdir(parents=True, exist_ok=True)
     run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
     with one_thread():
@@ -124,9 +134,10 @@ def read_videos(folder: Path) -> list[EpisodeVideo]:
 
 
 def _record_one(
-    task: tuple[EpisodeJob, EpisodeResult], policy: Policy, *, folder: str, config: RolloutConfig, size: int
+    task: tuple[EpisodeBlock, int, EpisodeResult], policy: Policy, *, folder: str, config: RolloutConfig, size: int
 ) -> EpisodeVideo:
-    job, expected = task
+    block, place, expected = task
+    job = block.jobs[place]
     every = max(2, -(-expected.steps // MOST_FRAMES))
     recorder = cached(job.env, render=config.render, size=size)
     recorder.restart(job.seed)
@@ -142,7 +153,7 @@ def _record_one(
             if taken % every == 0 or taken == expected.steps:
                 frames.append(recorder.render())
 
-    episode = play(policy, open_env(policy, job.env, config.render), job, config, after=follow)
+    episode = play_block(policy, block, config, after={place: follow})[place]
     if episode != expected:
         raise DataError(
             f"{job.name} had another outcome when it was repeated, so results here are not reproducible. Please report this."

@@ -18,7 +18,6 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from vlaflow import __version__
@@ -38,7 +37,7 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError, NotFiniteError, SpecError
-from vlaflow.io import load_weights, read_json, write_json
+from vlaflow.io import load_weights, read_json, save_tensors, write_json
 from vlaflow.policies.action_prefix import conditioning_of
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
@@ -370,8 +369,7 @@ class Policy:
         write_json(folder / "action_spec.json", to_json(self.action_spec))
         write_json(folder / "stats.json", {name: to_json(s) for name, s in self.stats.items()})
         (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
-        chosen = {**self.model.state_dict(), **(weights or {})}
-        save_file({k: v.detach().cpu().contiguous() for k, v in chosen.items()}, folder / "model.safetensors")
+        save_tensors(folder / "model.safetensors", weights or {}, like=self.model.state_dict())
         self.processor.backbone.save(folder)
 
     @staticmethod

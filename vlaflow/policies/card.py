@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vlaflow.actions.latent import LatentActionModel
+from vlaflow.data.hub import title
 from vlaflow.data.lerobot import Dataset
 from vlaflow.policies.base import Policy
 
@@ -25,7 +26,7 @@ def policy_card(
         sources: what it learned from in addition to the data set, by name, in words.
     """
     size = f"{len(dataset.episodes)} episodes, {len(dataset)} frames"
-    facts = [f"- Data: {dataset.root.name}, {size}, fingerprint {dataset.fingerprint}"]
+    facts = [f"- Data: {title(dataset.root)}, {size}, fingerprint {dataset.fingerprint}"]
     facts += [f"- {name}: {words}" for name, words in (sources or {}).items()]
     if policy.card:
         return "\n".join([policy.card.rstrip(), "", f"## {what}", "", *facts, *training])
@@ -74,7 +75,7 @@ def latent_card(model: LatentActionModel, dataset: Dataset, training: Sequence[s
         "",
         f"- Frames: view '{origin.view}', {c.image_size}x{c.image_size} pixels, {origin.gap_s:g} s apart ({origin.gap} frames "
         f"at {origin.rate_hz:g} per second)",
-        f"- Data: {dataset.root.name}, {len(dataset.episodes)} episodes, {len(dataset)} frames, fingerprint {origin.dataset}",
+        f"- Data: {title(dataset.root)}, {len(dataset.episodes)} episodes, {len(dataset)} frames, fingerprint {origin.dataset}",
         "",
         "## Training",
         "",

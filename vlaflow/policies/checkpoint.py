@@ -5,25 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlaflow.errors import CheckpointError
+from vlaflow.hub import download, hub_name
+
+PATTERNS = ("*.json", "*.safetensors", "README.md")
 
 
 def local_folder(path: Path | str) -> Path:
-    """A checkpoint folder, fetched from the Hugging Face Hub where ``path`` is a repository id and no folder."""
+    """A checkpoint's folder, fetched from the Hub if ``path`` names a repository (``hub.hub_name``).
+
+    Raises:
+        CheckpointError: there is no such folder.
+        VlaflowError: see ``hub.hub_name`` and ``hub.download``.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder
-    text = str(path)
-    if folder.is_absolute() or text.startswith(".") or text.count("/") != 1:
+    name = hub_name(path, "checkpoint")
+    if name is None:
         raise CheckpointError(f"There is no checkpoint folder {folder}. Train one: vlaflow train asyncvla.demo --help")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise CheckpointError(
-            f"There is no folder {folder}, and fetching a repository of that name needs: pip install 'vlaflow[hub]'"
-        ) from error
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"There is no folder {folder}, and no repository of that name could be fetched: {error}"
-        ) from error
+    return download(name, "checkpoint", PATTERNS)[0]

@@ -129,7 +129,8 @@ class PolicyObjective(Objective):
             raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
         episodes = config.episodes(dataset)[0]
         measured = stats.compute(dataset, episodes)
-        fitted = replace(self, policy=self._with_tokenizer(dataset, measured["action"], episodes, tokenizer))
+        policy = self._with_tokenizer(dataset, measured["action"], episodes, tokenizer)
+        fitted = replace(self, policy=replace(policy, backbone=policy.backbone.resolved()))
         return Policy.create(fitted.policy, stated_spec(dataset), measured, config.seed), fitted
 
     def _continued(self, config: TrainConfig, dataset: Dataset, base: Base, latent: Path | str | None) -> Policy:

@@ -7,6 +7,7 @@ objectives of this package are in ``objectives``; ``training`` runs any of them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,8 +255,8 @@ class TrainConfig:
     Args:
         objective: what is learned. On a command line its fields have no prefix: ``--set policy.n_action_steps=4``.
         steps: optimiser steps.
-        batch_size: observations per optimiser step and process, over all accumulation parts.
-        accumulate: parts a batch is split into.
+        global_batch_size: observations per optimiser step, over all processes and parts.
+        accumulate: parts that a step is split into over all processes, at least; see ``parts``.
         ema_decay: of the weight average that checkpoints hold; None keeps the last weights.
         shift: largest random image shift in pixels; 0 for none.
         augment: erased and sharpened images; None for none.
@@ -275,7 +276,7 @@ class TrainConfig:
     objective: Objective = field(metadata=INLINE)
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 1000
-    batch_size: int = 64
+    global_batch_size: int = 64
     accumulate: int = 1
     ema_decay: float | None = 0.998
     shift: int = 0
@@ -295,12 +296,53 @@ class TrainConfig:
         self.objective.check(self)
         if not 0 < self.max_excluded <= 1:
             raise ConfigError(f"max_excluded is a share in (0, 1], got {self.max_excluded}.")
-        if self.batch_size % self.accumulate:
-            raise ConfigError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}.")
-        if min(self.steps, self.batch_size, self.accumulate, self.validate_every, self.checkpoint_every) < 1:
-            raise ConfigError("steps, batch_size, accumulate, validate_every and checkpoint_every must be at least 1.")
+        if min(self.steps, self.global_batch_size, self.accumulate, self.validate_every, self.checkpoint_every) < 1:
+            raise ConfigError("steps, global_batch_size, accumulate, validate_every and checkpoint_every must be at least 1.")
+        self.parts()
 
     def episodes(self, dataset: Dataset) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The episodes of a data set for training, and those held out."""
         train, held = split_episodes(dataset, self.validation_fraction, self.seed)
         return fewer_episodes(dataset, train, self.demonstrations, self.seed), held
+
+    def parts(self, processes: int = 1, before: int = 1) -> int:
+        """How many parts of equal size a step is split into; each process takes as many of them.
+
+        Every part has noise of its own, so a run gives the same losses however its parts are spread over processes.
+
+        Args:
+            processes: that train together.
+            before: parts of an earlier attempt of the run, which are only ever split further.
+
+        Returns:
+            The smallest multiple of ``accumulate``, ``processes`` and ``before``.
+
+        Raises:
+            ConfigError: ``global_batch_size`` cannot be split so.
+        """
+        parts = math.lcm(self.accumulate, processes, before)
+        why = f"accumulate {self.accumulate}" + (f" on {processes} processes" if processes > 1 else "")
+        require_even(self.global_batch_size, parts, "global_batch_size", why, before)
+        return parts
+
+
+def require_even(size: int, parts: int, key: str, why: str, before: int = 1) -> None:
+    """Refuse a step that cannot be split into parts of equal size.
+
+    Args:
+        size: samples per step.
+        parts: that it is split into.
+        key: of the size in the config.
+        why: reason for the number of parts.
+        before: parts of an earlier attempt of the run, whose size can no longer be changed.
+
+    Raises:
+        ConfigError: with the nearest size that can be split, or the numbers of processes that a begun run can continue on.
+    """
+    if not size % parts:
+        return
+    near = max((size + parts // 2) // parts, 1) * parts
+    cure = f"The nearest size that can is {near}: --set {key}={near}"
+    if before > 1:
+        cure = f"Continue the run on a number of processes that divides {before}"
+    raise ConfigError(f"A step of {size} samples ({key}) cannot be split evenly into {parts} parts ({why}). {cure}.")

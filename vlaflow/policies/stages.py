@@ -77,7 +77,7 @@ class CoTraining:
         train: to learn from.
         held: held out, or None.
         share: of the optimiser steps that are taken on them, in (0, 1).
-        batch_size: per step and process; None takes as many as of the others.
+        batch_size: per step, over all processes; None takes as many as of the others.
     """
 
     train: Source

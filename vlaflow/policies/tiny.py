@@ -49,7 +49,7 @@ def tiny_training(policy: PolicyConfig, *, steps: int, optim: OptimConfig = OPTI
         PolicyObjective(policy),
         optim=optim,
         steps=steps,
-        batch_size=32,
+        global_batch_size=32,
         ema_decay=0.998,
         pauses=PauseRule(),
         validate_every=500,

@@ -21,7 +21,7 @@ class VqaTraining:
     Args:
         share: of the optimiser steps, evenly spread among the others; in (0, 1).
         weight: of the language-model loss.
-        batch_size: questions per such step and process; None takes as many as observations.
+        batch_size: questions per such step, over all processes; None takes as many as observations.
         turns: of conversations: all, each with the earlier ones before it, or the first alone.
         held_out: share of the questions, by image and group, that is never trained on.
         size: side in pixels at which images are shown to backbones that look at any size.

@@ -19,6 +19,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from vlaflow.errors import RequestError
 from vlaflow.robot import wire
+from vlaflow.robot.proxies import proxy_of, without_password
 
 logger = logging.getLogger("vlaflow.robot")
 _CLOSE_S = 2.0
@@ -32,7 +33,8 @@ class Client:
     refused, because the caller was set up for the first one.
 
     Args:
-        address: "ws://HOST:PORT".
+        address: "ws://HOST:PORT". An address of this machine is connected to directly, any other through the proxy of the
+            environment (http_proxy, no_proxy, ...), if there is one.
         token: sent as "Authorization: Api-Key TOKEN".
         timeout_s: longest wait for a connection or an answer.
 
@@ -110,6 +112,7 @@ class Client:
     def _connect(self) -> tuple[ClientConnection, dict[str, Any]]:
         headers = {"Authorization": f"Api-Key {self.token}"} if self.token else {}
         self._open.close()
+        proxy = proxy_of(self.address)
         with ExitStack() as opening:
             try:
                 connection = opening.enter_context(
@@ -117,6 +120,7 @@ class Client:
                         self.address,
                         additional_headers=headers,
                         compression=None,
+                        proxy=proxy,
                         max_size=wire.MOST_BYTES,
                         open_timeout=self.timeout_s,
                         close_timeout=min(_CLOSE_S, self.timeout_s),
@@ -127,10 +131,12 @@ class Client:
             except InvalidStatus as error:
                 reason = error.response.body.decode(errors="replace").strip() or f"HTTP status {error.response.status_code}"
                 raise RequestError(f"{self.address} refuses this client: {reason:.200}") from error
-            except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
-                raise RequestError(
-                    f"{self.address} cannot be reached: {error}. Start the server: vlaflow serve CKPT"
-                ) from error
+            except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError, ImportError) as error:
+                through = f" through the proxy {without_password(proxy)} of the environment" if proxy else ""
+                cure = "Start the server: vlaflow serve CKPT"
+                if proxy:
+                    cure += "; to connect without the proxy, add the host to the environment variable no_proxy"
+                raise RequestError(f"{self.address} cannot be reached{through}: {error}. {cure}") from error
             if isinstance(first, str):
                 raise RequestError(f"{self.address} sent text instead of its metadata: {first:.200}")
             metadata = wire.unpack(first)

@@ -1,8 +1,10 @@
 """The codec of openpi's protocol: msgpack with markers for NumPy arrays and scalars, decoded strictly.
 
 An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": text, b"shape": ints}; a NumPy scalar is a map
-{b"__npgeneric__": True, b"data": number, b"dtype": text}. Only booleans, integers and floats of 1 to 8 bytes are allowed:
-no objects, no records, no complex numbers, no extension types. Nothing is executed.
+{b"__npgeneric__": True, b"data": number, b"dtype": text}. The msgpack-numpy package marks them in another way (``Dialect``):
+{b"nd": True, b"type": text, b"kind": b"", b"shape": ints, b"data": bytes}, and {b"nd": False, b"type": text, b"data": bytes}.
+Both are read, and a server answers each client in the client's own. Only booleans, integers and floats of 1 to 8 bytes are
+allowed: no objects, no records, no complex numbers, no extension types. Nothing is executed.
 
 msgpack allocates a container before it has read its content, and an empty map of one byte takes 64 bytes in memory, so a small
 message could allocate a lot of memory. Therefore the headers of a message are checked before it is decoded, and a message with
@@ -13,6 +15,8 @@ than its size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import msgpack
@@ -29,20 +33,32 @@ MOST_TEXT = 2**16
 """Largest size of a text or key in bytes."""
 
 
-def pack(message: Any) -> bytes:
+class Dialect(Enum):
+    """How arrays and scalars are marked: as by openpi's client, or as by the msgpack-numpy package."""
+
+    OPENPI = "openpi"
+    MSGPACK_NUMPY = "msgpack-numpy"
+
+
+def pack(message: Any, dialect: Dialect = Dialect.OPENPI) -> bytes:
     """Encode plain Python values and NumPy arrays.
 
     Raises:
         RequestError: for anything else.
     """
     try:
-        return msgpack.packb(message, default=_encode)
+        return msgpack.packb(message, default=_encode if dialect is Dialect.OPENPI else _encode_msgpack_numpy)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"A message can contain texts, numbers, lists, maps and arrays of numbers: {error}.") from error
 
 
-def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
+def unpack(data: bytes, most_bytes: int = MOST_BYTES, decode: Callable[[dict[Any, Any]], Any] | None = None) -> Any:
     """Decode one message; its arrays are read-only.
+
+    Args:
+        data: the message.
+        most_bytes: largest size.
+        decode: called with every map, and returns what it stands for; None for arrays and scalars of both dialects.
 
     Raises:
         RequestError: for a message that is too large, damaged, or contains types that the protocol does not have.
@@ -51,11 +67,25 @@ def unpack(data: bytes, most_bytes: int = MOST_BYTES) -> Any:
         raise RequestError(f"The message has {len(data)} bytes, but at most {most_bytes} are accepted. Send smaller images.")
     _survey(data)
     try:
-        return msgpack.unpackb(data, object_hook=_decode, strict_map_key=True)
+        return msgpack.unpackb(data, object_hook=decode or _decode, strict_map_key=True)
     except RequestError:
         raise
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise RequestError(f"The message is not valid msgpack ({type(error).__name__}).") from error
+
+
+def unpack_as_sent(data: bytes, most_bytes: int = MOST_BYTES) -> tuple[Any, Dialect]:
+    """Decode one message, and tell the dialect of its arrays, which the answer should have too; raises as ``unpack`` does."""
+    dialect = Dialect.OPENPI
+
+    def decode(found: dict[Any, Any]) -> Any:
+        nonlocal dialect
+        if b"nd" in found:
+            dialect = Dialect.MSGPACK_NUMPY
+        return _decode(found)
+
+    message = unpack(data, most_bytes, decode)
+    return message, dialect
 
 
 def _heads() -> tuple[tuple[int, int, int], ...]:
@@ -116,45 +146,68 @@ def _survey(data: bytes) -> None:
 
 
 def _encode(value: Any) -> Any:
+    _require_numbers(value)
     if isinstance(value, np.ndarray):
-        if value.dtype.str not in DTYPES:
-            raise RequestError(f"An array of {value.dtype} cannot be sent; booleans, integers and floats can.")
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
-    if isinstance(value, np.generic):
-        if value.dtype.str not in DTYPES:
-            raise RequestError(f"A number of type {value.dtype} cannot be sent.")
-        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
-    raise TypeError(f"not a {type(value).__name__}")
+    return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+
+
+def _encode_msgpack_numpy(value: Any) -> Any:
+    _require_numbers(value)
+    if isinstance(value, np.ndarray):
+        return {b"nd": True, b"type": value.dtype.str, b"kind": b"", b"shape": value.shape, b"data": value.tobytes()}
+    return {b"nd": False, b"type": value.dtype.str, b"data": value.tobytes()}
+
+
+def _require_numbers(value: Any) -> None:
+    """Refuse anything but an array or a scalar of NumPy's numbers."""
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"not a {type(value).__name__}")
+    if value.dtype.str not in DTYPES:
+        if isinstance(value, np.ndarray):
+            raise RequestError(f"An array of {value.dtype} cannot be sent; booleans, integers and floats can.")
+        raise RequestError(f"A number of type {value.dtype} cannot be sent.")
 
 
 def _decode(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" in found:
-        return _array(found)
+        return array(found.get(b"data"), found.get(b"shape"), found.get(b"dtype"))
     if b"__npgeneric__" in found:
-        data = found.get(b"data")
-        if not isinstance(data, bool | int | float):
-            raise RequestError("A NumPy scalar of the message is not a number.")
-        try:
-            with np.errstate(over="raise"):
-                return _dtype(found).type(data)
-        except (OverflowError, FloatingPointError, ValueError) as error:
-            raise RequestError("A NumPy scalar of the message does not fit its type.") from error
+        return _scalar(found.get(b"data"), _dtype(found.get(b"dtype")))
+    if b"nd" in found:
+        if found[b"nd"]:
+            return array(found.get(b"data"), found.get(b"shape"), found.get(b"type"))
+        return array(found.get(b"data"), [], found.get(b"type"))[()]
     return found
 
 
-def _array(found: dict[Any, Any]) -> np.ndarray:
-    data, shape, dtype = found.get(b"data"), found.get(b"shape"), _dtype(found)
+def _scalar(data: Any, dtype: np.dtype) -> Any:
+    if not isinstance(data, bool | int | float):
+        raise RequestError("A NumPy scalar of the message is not a number.")
+    try:
+        with np.errstate(over="raise"):
+            return dtype.type(data)
+    except (OverflowError, FloatingPointError, ValueError) as error:
+        raise RequestError("A NumPy scalar of the message does not fit its type.") from error
+
+
+def array(data: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """The array of these bytes, read-only.
+
+    Raises:
+        RequestError: the parts do not make an array of booleans, integers or floats.
+    """
+    kind = _dtype(dtype)
     if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
         raise RequestError("An array of the message lacks its data or its shape.")
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
         raise RequestError("The shape of an array of the message must consist of integers ≥ 0.")
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise RequestError(f"An array of the message has shape {shape} of {dtype} but {len(data)} bytes, which does not match.")
-    return np.frombuffer(data, dtype).reshape(shape)
+    if math.prod(shape) * kind.itemsize != len(data):
+        raise RequestError(f"An array of the message has shape {shape} of {kind} but {len(data)} bytes, which does not match.")
+    return np.frombuffer(data, kind).reshape(shape)
 
 
-def _dtype(found: dict[Any, Any]) -> np.dtype:
-    name = found.get(b"dtype")
+def _dtype(name: Any) -> np.dtype:
     if not isinstance(name, str) or name not in DTYPES:
         raise RequestError(f"An array of the message has type {name!r:.40}; only booleans, integers and floats are accepted.")
     return np.dtype(name)

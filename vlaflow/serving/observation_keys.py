@@ -1,4 +1,4 @@
-"""Observation keys of requests: those of openpi's and RoboArena's clients, and custom ones.
+"""Observation keys of requests: those of openpi's, RoboArena's and vla-eval's clients, and custom ones.
 
 The image keys correspond to the policy's views, in order. So a policy trained on two views serves any robot that sends two
 images, and another number of images is refused before the first request.
@@ -15,12 +15,12 @@ import numpy as np
 
 from vlaflow import registry
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
-from vlaflow.serving.protocols import OPENPI, WireProtocol
-from vlaflow.serving.protocols import ROBOARENA as ROBOARENA_PROTOCOL
-from vlaflow.spec import ActionPrefix, Observation
+from vlaflow.serving import openpi, vla_eval
+from vlaflow.serving.conversation import WireProtocol
+from vlaflow.serving.request_arrays import array_of, image_of
+from vlaflow.spec import Observation
 
 MOST_STATE = 4096
-MOST_SIDE = 4096
 _NAMED_KEYS = 50
 
 
@@ -29,18 +29,20 @@ class ObservationKeys:
     """The keys of a request.
 
     Args:
-        images: keys of the images, uint8 (H, W, 3), or (3, H, W) with ``channels_first``; "a/b" may be one key or nested maps.
-        state: keys of the parts of the state, concatenated in this order.
+        images: keys of the images (see ``request_arrays``); "a/b" may be one key or nested maps.
+        state: keys of the parts of the state, concatenated in this order; none for clients that send no state.
         prompt: key of the instruction.
-        channels_first: whether images are (3, H, W).
-        protocol: format of the metadata and of the replies.
+        channels_first: whether images whose shape leaves it open are (3, H, W).
+        protocol: the protocol that these clients speak.
+        default_prompt: the instruction of requests without one; None refuses them.
     """
 
     images: tuple[str, ...]
     state: tuple[str, ...]
     prompt: str = "prompt"
     channels_first: bool = False
-    protocol: WireProtocol = OPENPI
+    protocol: WireProtocol = openpi.OPENPI
+    default_prompt: str | None = None
 
 
 METAWORLD = ObservationKeys(("observation/image",), ("observation/state",))
@@ -57,24 +59,44 @@ ALOHA = ObservationKeys(
 ROBOARENA = ObservationKeys(
     ("observation/exterior_image_0_left", "observation/wrist_image_left"),
     ("observation/joint_position", "observation/gripper_position"),
-    protocol=ROBOARENA_PROTOCOL,
+    protocol=openpi.ROBOARENA,
 )
+VLA_EVAL_LIBERO = ObservationKeys(
+    ("images/agentview", "images/wrist"), ("states",), "task_description", protocol=vla_eval.LIBERO
+)
+VLA_EVAL_CALVIN = ObservationKeys(
+    ("images/rgb_static", "images/rgb_gripper"), ("states",), "task_description", protocol=vla_eval.TWO_VIEWS
+)
+VLA_EVAL_SIMPLER = ObservationKeys(("images/primary",), ("states",), "task_description", protocol=vla_eval.ONE_VIEW)
+VLA_EVAL_VLABENCH = ObservationKeys(("images/primary",), (), "task_description", protocol=vla_eval.NO_STATE)
 
 
-def choose(name: str, views: Sequence[str], images: Sequence[str] = (), state: Sequence[str] = ()) -> dict[str, Any]:
+def choose(
+    name: str,
+    views: Sequence[str],
+    images: Sequence[str] = (),
+    state: Sequence[str] = (),
+    default_prompt: str | None = None,
+) -> dict[str, Any]:
     """The observation keys for these views, as keyword arguments of ``read``.
 
     Args:
         name: name of installed observation keys (``registry``).
         views: views of the policy, in order.
         images, state: keys to use instead of the installed ones.
+        default_prompt: the instruction of requests without one, instead of refusing them.
 
     Raises:
-        ConfigError: unknown name, or the number of images differs from that of the views.
+        ConfigError: unknown name, an empty prompt, or the number of images differs from that of the views.
     """
+    if default_prompt is not None and not default_prompt.strip():
+        raise ConfigError("The default prompt is empty. Give the instruction in words, or leave --default-prompt out.")
     observation_keys = registry.load("layouts", name, ObservationKeys, f"There are no observation keys '{name}'")
     observation_keys = replace(
-        observation_keys, images=tuple(images) or observation_keys.images, state=tuple(state) or observation_keys.state
+        observation_keys,
+        images=tuple(images) or observation_keys.images,
+        state=tuple(state) or observation_keys.state,
+        default_prompt=default_prompt if default_prompt is not None else observation_keys.default_prompt,
     )
     if len(observation_keys.images) != len(views):
         raise ConfigError(
@@ -91,61 +113,45 @@ def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: S
     Raises:
         RequestError: a key is missing or has an invalid value.
     """
-    images = {}
-    for view, key in zip(views, observation_keys.images, strict=True):
-        image = _find(request, key)
-        if not isinstance(image, np.ndarray):
-            raise RequestError(f"'{key}' must be an image, a uint8 array of shape (height, width, 3).")
-        if image.size == 0 or max(image.shape, default=0) > MOST_SIDE:
-            raise RequestError(f"'{key}' must be an image of 1 to {MOST_SIDE} pixels per side, got shape {list(image.shape)}.")
-        images[view] = (
-            np.ascontiguousarray(image.transpose(1, 2, 0)) if observation_keys.channels_first and image.ndim == 3 else image
-        )
+    images = {
+        view: image_of(_find(request, key), key, observation_keys.channels_first)
+        for view, key in zip(views, observation_keys.images, strict=True)
+    }
     parts = [_vector(_find(request, key), key) for key in observation_keys.state]
-    prompt = _find(request, observation_keys.prompt)
-    if not isinstance(prompt, str):
-        raise RequestError(f"'{observation_keys.prompt}' must be the instruction in words.")
+    prompt = _prompt(request, observation_keys)
     if sum(map(len, parts)) > MOST_STATE:
         raise RequestError(f"The state ({', '.join(observation_keys.state)}) may have at most {MOST_STATE} numbers.")
     try:
-        return Observation(images, np.concatenate(parts), prompt)
+        return Observation(images, np.concatenate(parts) if parts else np.zeros(0, np.float32), prompt)
     except SpecError as error:
         raise RequestError(str(error)) from error
 
 
-def committed(request: dict[str, Any]) -> ActionPrefix | None:
-    """Remove and decode the action prefix of a request: "action_prefix" (N, D), of which "inference_delay" are committed.
-
-    Raises:
-        RequestError: "inference_delay" without "action_prefix", or invalid values.
-    """
-    prefix, delay = request.pop("action_prefix", None), request.pop("inference_delay", None)
-    if prefix is None:
-        if delay is not None:
-            raise RequestError("'inference_delay' says how many of the 'action_prefix' actions are committed; send both.")
-        return None
-    if not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "fiu":
-        raise RequestError("'action_prefix' must be an array of actions, (N, D), in robot units.")
-    if isinstance(delay, np.integer):
-        delay = int(delay)
-    if delay is not None and (not isinstance(delay, int) or isinstance(delay, bool)):
-        raise RequestError("'inference_delay' must be an integer number of actions.")
-    try:
-        return ActionPrefix(prefix.astype(np.float32), len(prefix) if delay is None else delay)
-    except (SpecError, TypeError) as error:
-        raise RequestError(f"'action_prefix' with 'inference_delay': {error}") from error
-
-
 def _vector(value: Any, key: str) -> np.ndarray:
     """Decode a part of the state; numbers too large for float32 become infinite, which an observation refuses."""
-    try:
-        found = np.atleast_1d(np.asarray(value))
-    except ValueError:  # lists of unequal lengths
-        found = np.empty((0, 0))
-    if found.ndim != 1 or found.dtype.kind not in "biuf":
+    found = np.atleast_1d(array_of(value))
+    if found.dtype.kind not in "biuf":
         raise RequestError(f"'{key}' must be a vector of numbers.")
+    if found.ndim != 1:
+        cure = f" Send one state without a batch axis: {key.rpartition('/')[2]}[0]." if len(found) == 1 else ""
+        raise RequestError(f"'{key}' must be a vector of numbers, got shape {list(found.shape)}.{cure}")
     with np.errstate(over="ignore"):
         return found.astype(np.float32)
+
+
+def _prompt(request: Mapping[str, Any], observation_keys: ObservationKeys) -> str:
+    key = observation_keys.prompt
+    try:
+        prompt = _find(request, key)
+    except RequestError as error:
+        if observation_keys.default_prompt is not None:
+            return observation_keys.default_prompt
+        hint = str(error) if str(error)[-1] in ".?" else f"{error}."
+        raise RequestError(f"{hint} Send the instruction, or serve with --default-prompt.") from error
+    if not isinstance(prompt, str):
+        cure = " Send one text, not a list." if isinstance(prompt, list) else ""
+        raise RequestError(f"'{key}' must be the instruction in words.{cure}")
+    return prompt
 
 
 def _find(request: Mapping[str, Any], key: str) -> Any:
@@ -155,6 +161,8 @@ def _find(request: Mapping[str, Any], key: str) -> Any:
     for part in key.split("/"):
         if not isinstance(found, Mapping) or part not in found:
             present = [name for name in islice(request, _NAMED_KEYS) if isinstance(name, str) and len(name) < 80]
+            last = key.rpartition("/")[2]
+            present = [last] if last in present else present  # openpi's own data sets have the keys without "observation/"
             raise RequestError(
                 f"The request lacks '{key}'; {nearest(key, present)}" if present else f"The request lacks '{key}'."
             )

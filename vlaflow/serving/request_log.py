@@ -20,13 +20,14 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from vlaflow.errors import BusyError, DeadlineError, VlaflowError
+from vlaflow.robot.wire import Dialect
 from vlaflow.serving.engine import Engine
 from vlaflow.spec import Chunk, Observation
 
 logger = logging.getLogger("vlaflow.serving")
 
-Outcome = Literal["answered", "reset", "refused", "busy", "late", "gone", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("answered", "reset", "refused", "busy", "late", "gone", "failed")
+Outcome = Literal["answered", "continued", "reset", "refused", "busy", "late", "gone", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("answered", "continued", "reset", "refused", "busy", "late", "gone", "failed")
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RECENT, LINES = 1024, 50
 MOST_SENTENCE = 400
@@ -71,7 +72,7 @@ class Event:
 
 @dataclass
 class RequestEntry:
-    """A request in progress; the handler records its outcome."""
+    """A request in progress; the handler records its outcome, and the dialect in which it is to be answered."""
 
     client: str
     number: int
@@ -80,6 +81,7 @@ class RequestEntry:
     note: str | None = None
     observation: Observation | None = None
     chunk: Chunk | None = None
+    dialect: Dialect = Dialect.OPENPI
 
     def refused(self, error: VlaflowError) -> str:
         """Record an error and return its message for the client."""
@@ -155,7 +157,8 @@ class RequestLog:
                 self.seconds += seconds
                 self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
             work = {"layers": chunk.layers, "nfe": chunk.nfe} if chunk is not None else {}
-            self._log(Event(entry.outcome, client, entry.number, 1e3 * seconds, note=entry.note, **work))
+            if entry.outcome != "continued":  # one line per chunk, not per step
+                self._log(Event(entry.outcome, client, entry.number, 1e3 * seconds, note=entry.note, **work))
             if self.observer is not None:
                 self.observer(entry)
 

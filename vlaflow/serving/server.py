@@ -1,49 +1,41 @@
-"""The server: openpi's websocket protocol for any checkpoint and compute policy.
+"""The server: any checkpoint and compute policy behind a websocket protocol.
 
-A client connects and gets the metadata; then every request, a map in one binary frame, is answered by a map with "actions"
-(chunk_size, D) in robot units. An invalid request is answered by a text frame with one sentence, without a traceback, and the
-connection stays open. Plain HTTP on the same port: ``/healthz`` and ``/metrics``. Web pages are refused: a browser states the
-origin of the page, and cannot send a token in a header.
+A client connects and exchanges messages in the protocol that its observation keys name (``openpi``, ``vla_eval``). An invalid
+request is answered by one sentence, without a traceback, and the connection stays open. Plain HTTP on the same port:
+``/healthz`` and ``/metrics``. Web pages are refused: a browser states the origin of the page, and cannot send a token in a
+header.
 
-Besides openpi's keys a request may contain "seed" (of this chunk's noise), "reset" (the noise sequence starts over; alone, the
-reply is {"reset": true}), "action_prefix" and "inference_delay" (actions that the robot will have executed when the
-reply arrives, with which the chunk begins), "budget_ms", "deadline_ms", "action_spec" (refused unless it is the policy's),
-"follow_operator" (see ``dashboard``) and, from RoboArena's clients, "endpoint": "infer" or "reset". A reply also contains
-"confidence" if there is a rater, "spread" if several draws were made, "layers", "nfe", "repaired" and the milliseconds by part.
-
-Connections do not affect each other: the only state of a connection is its number of chunks, which seeds the next one's noise.
+Connections do not affect each other: all state of a connection is in its ``conversation.Conversation``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
-import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 import numpy as np
 import websockets
-from torch import Generator
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from vlaflow import __version__
 from vlaflow.compute.base import ComputePolicy
-from vlaflow.config import from_json, to_json
-from vlaflow.errors import BusyError, CapabilityError, ConfigError, RequestError, SpecError, VlaflowError
+from vlaflow.config import to_json
+from vlaflow.errors import BusyError, CapabilityError, ConfigError, VlaflowError
 from vlaflow.policies.base import Policy
 from vlaflow.robot import wire
+from vlaflow.serving.conversation import Conversation
 from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
-from vlaflow.serving.engine import ActRequest, Engine, EngineConfig
-from vlaflow.serving.observation_keys import ObservationKeys, committed, read
-from vlaflow.serving.request_log import OneLine, RequestEntry, RequestLog
-from vlaflow.spec import ActionSpec, Chunk
+from vlaflow.serving.engine import Engine, EngineConfig
+from vlaflow.serving.observation_keys import ObservationKeys, read
+from vlaflow.serving.request_log import OneLine, RequestLog
+from vlaflow.spec import Observation
 
 logger = logging.getLogger("vlaflow.serving")
 T = TypeVar("T")
@@ -67,6 +59,7 @@ class ServerConfig:
         connections: largest number of clients; more are turned away.
         open_s: longest wait for the headers of a client.
         idle_s: longest time without a reply to pings before a connection is closed.
+        n_action_steps: actions of a chunk that clients execute; None for the checkpoint's default.
         budget: the compute policy for a budget in milliseconds, for requests with a "budget_ms".
         dashboard: whether to serve the operator's page.
         warm_up: number of chunks computed before the first client is accepted; 0 for none.
@@ -83,6 +76,7 @@ class ServerConfig:
     connections: int = 32
     open_s: float = 10.0
     idle_s: float = 60.0
+    n_action_steps: int | None = None
     budget: Callable[[float], ComputePolicy] | None = None
     dashboard: bool = False
     warm_up: int = 3
@@ -116,6 +110,14 @@ class PolicyServer:
 
     def __post_init__(self) -> None:
         self.compute.needs.check(self.policy.model, self.compute.name)
+        chunk_size = self.policy.config.decoder.chunk_size
+        stated = self.config.n_action_steps
+        self.n_action_steps = self.policy.config.n_action_steps if stated is None else stated
+        if not 1 <= self.n_action_steps <= chunk_size:
+            raise ConfigError(
+                f"The checkpoint makes chunks of {chunk_size} actions, so 1 to {chunk_size} can be executed, not "
+                f"{self.n_action_steps}."
+            )
         self.engine, self.request_log = Engine(self.policy, self.config.engine), RequestLog()
         self.dashboard = self._dashboard() if self.config.dashboard else None
         self._stop, self._idle, self._answering = asyncio.Event(), asyncio.Event(), 0
@@ -135,7 +137,7 @@ class PolicyServer:
             "fingerprint": self.config.fingerprint,
             "action_spec": to_json(policy.action_spec),
             "chunk_size": policy.config.decoder.chunk_size,
-            "n_action_steps": policy.config.n_action_steps,
+            "n_action_steps": self.n_action_steps,
             "max_action_prefix": policy.model.decoder.max_action_prefix,
             "views": list(self.config.views),
             "rate_hz": policy.action_spec.rate_hz,
@@ -151,7 +153,7 @@ class PolicyServer:
             "compute": self.compute.name,
             "robot": spec.robot,
             "dimensions": [to_json(dimension) for dimension in spec.dimensions],
-            "n_action_steps": policy.config.n_action_steps,
+            "n_action_steps": self.n_action_steps,
             "rate_hz": spec.rate_hz,
             "depth": policy.model.backbone.spec.depth,
         }
@@ -182,7 +184,7 @@ class PolicyServer:
                 max_queue=_FRAMES_AHEAD - 1,
                 open_timeout=self.config.open_s,
                 ping_interval=min(20.0, self.config.idle_s),
-                ping_timeout=self.config.idle_s,
+                ping_timeout=max(self.config.idle_s, self.config.observation_keys.protocol.idle_s),
                 close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
                 logger=quiet,
@@ -268,7 +270,7 @@ class PolicyServer:
         return connection.respond(status, f"{why}\n")
 
     async def _connection(self, connection: ServerConnection) -> None:
-        chunks, name = 0, _name(connection)
+        name = _name(connection)
         if self.dashboard is not None and connection.request is not None and connection.request.path == STREAM:
             await self.dashboard.watch(connection, name)
             return
@@ -277,11 +279,14 @@ class PolicyServer:
             await connection.close(1013, self._full)
             return
         with self.request_log.connected(name), suppress(websockets.ConnectionClosed):
-            await connection.send(wire.pack(self.config.observation_keys.protocol.hello(self.metadata)))
+            conversation = self.config.observation_keys.protocol.begin(self)
+            if (greeting := conversation.greeting()) is not None:
+                await connection.send(greeting)
             async for frame in connection:
                 with self._busy():
-                    reply, chunks = await _while_there(connection, self._reply(frame, chunks, name))
-                    await connection.send(reply)
+                    reply = await _while_there(connection, self._reply(frame, conversation, name))
+                    if reply is not None:
+                        await connection.send(reply)
                 await asyncio.sleep(0)  # a client that sends several requests at once must not block the others
 
     @contextmanager
@@ -295,98 +300,34 @@ class PolicyServer:
             if not self._answering:
                 self._idle.set()
 
-    async def _reply(self, frame: str | bytes, chunks: int, name: str) -> tuple[str | bytes, int]:
-        """The frame to send, and the connection's number of chunks so far."""
+    async def _reply(self, frame: str | bytes, conversation: Conversation, name: str) -> str | bytes | None:
+        """The frame to send, if any."""
         with self.request_log.request(name) as entry:
             try:
                 if self._stop.is_set():
                     raise BusyError("The server is stopping.")
-                reply, chunks = await self._answer(frame, chunks, entry)
+                return await conversation.answer(frame, entry)
             except VlaflowError as error:
-                return entry.refused(error), chunks
+                return conversation.refusal(entry.refused(error))
             except Exception:
+                entry.outcome = "failed"
                 logger.exception("%s: a bug in the server", name)
-                return "The server failed on this request; see its log.", chunks
-            entry.outcome = "answered" if entry.chunk is not None else "reset"
-            if isinstance(reply, str):
-                return reply, chunks
-            if "server_timing" in reply:
-                reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
-            return wire.pack(self._encoded(reply)), chunks
+                return conversation.refusal("The server failed on this request; see its log.")
 
-    def _encoded(self, reply: dict[str, Any]) -> Any:
-        """The reply in the format of the client's protocol."""
-        return (
-            self.config.observation_keys.protocol.answer(reply, self.policy.config.n_action_steps)
-            if "actions" in reply
-            else reply
-        )
+    # -- called by conversations -------------------------------------------------------------------------------------
 
-    async def _answer(self, frame: str | bytes, chunks: int, entry: RequestEntry) -> tuple[dict[str, Any] | str, int]:
-        if isinstance(frame, str):
-            raise RequestError("Requests must be binary msgpack frames, got text.")
-        request = wire.unpack(frame, self.config.most_bytes)
-        if not isinstance(request, dict):
-            raise RequestError(f"A request must be a map, got a {type(request).__name__}.")
-        endpoint = request.pop("endpoint", None)
-        if endpoint is not None and (not isinstance(endpoint, str) or endpoint not in ("infer", "reset")):
-            raise RequestError(f"There is no endpoint {endpoint!r:.40}; there are 'infer' and 'reset'.")
-        self._require_spec(request.pop("action_spec", None))
-        if endpoint == "reset":
-            return "reset successful", 0
-        if _flag(request.pop("reset", False), "reset"):
-            chunks = 0
-            if not request:
-                return {"reset": True}, 0
-        seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
-        budget_ms, action_prefix = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
-        compute = self.compute if budget_ms is None else self._within(budget_ms)
-        follows = _flag(request.pop("follow_operator", False), "follow_operator")
+    def observe(self, request: Mapping[str, Any], follows: bool = False) -> Observation:
+        """Read the observation of a request, with the operator's instruction if there is one and the request follows it.
+
+        If the observation keys name no state, the policy gets the mean of its training data, which normalises to zeros.
+
+        Raises:
+            RequestError: a key is missing or has an invalid value.
+        """
         observation = read(request, self.config.observation_keys, self.config.views)
-        if self.dashboard is not None:
-            observation = self.dashboard.instruct(observation, follows)
-        entry.observation = observation
-        generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
-        began = time.perf_counter()
-        try:
-            act_request = ActRequest(observation, compute, generator, action_prefix)
-            chunk = entry.chunk = await self.engine.ask(act_request, deadline_ms)
-        except SpecError as error:
-            raise RequestError(str(error)) from error
-        extra = {"instruction": observation.instruction} if follows else {}
-        return {**_reply(chunk, 1e3 * (time.perf_counter() - began)), **extra}, chunks + 1
-
-    def _within(self, budget_ms: float) -> ComputePolicy:
-        if self.config.budget is None:
-            raise RequestError("This server has no latency profile for budget_ms; measure one: vlaflow bench latency CKPT")
-        try:
-            return self.config.budget(budget_ms)
-        except VlaflowError as error:
-            raise RequestError(str(error)) from error
-
-    def _require_spec(self, stated: Any) -> None:
-        if stated is None:
-            return
-        if not isinstance(stated, Mapping):
-            raise RequestError("'action_spec' must be a map, as in the server's metadata.")
-        theirs = from_json(ActionSpec, _plain(stated), "the request's action_spec")
-        self.policy.action_spec.require_match(theirs, "the server's policy", "the client")
-
-
-def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
-    reply: dict[str, Any] = {
-        "actions": chunk.actions,
-        "server_timing": {"infer_ms": infer_ms},
-        "policy_timing": {"infer_ms": chunk.milliseconds.get("total", 0.0), **chunk.milliseconds},
-        "layers": chunk.layers,
-        "nfe": chunk.nfe,
-        "repaired": chunk.repaired,
-    }
-    if chunk.confidence is not None:
-        reply["confidence"] = chunk.confidence.astype(np.float32)
-    if chunk.spread is not None:
-        reply["spread"] = chunk.spread.astype(np.float32)
-    return reply
+        if not self.config.observation_keys.state:
+            observation = replace(observation, state=np.array(self.policy.stats["state"].mean, np.float32))
+        return self.dashboard.instruct(observation, follows) if self.dashboard is not None else observation
 
 
 async def _while_there(connection: ServerConnection, answering: Coroutine[Any, Any, T]) -> T:
@@ -408,34 +349,10 @@ async def _while_there(connection: ServerConnection, answering: Coroutine[Any, A
         leaving.cancel()
 
 
-def _number(value: Any, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
-        raise RequestError(f"'{name}' must be a number ≥ 0 and below 2⁶³.")
-    return value
-
-
-def _flag(value: Any, name: str) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise RequestError(f"'{name}' must be true or false.")
-    return bool(value)
-
-
 def _name(connection: ServerConnection) -> str:
     """Address and port of a client, for the log."""
     address = connection.remote_address
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"{address}"
-
-
-def _plain(value: Any) -> Any:
-    """Convert to plain maps with text keys, as from JSON."""
-    try:
-        return json.loads(json.dumps(value))  # with Python's infinities: a range may be infinite
-    except (TypeError, ValueError) as error:
-        raise RequestError("'action_spec' must consist of texts, numbers, lists and maps.") from error
 
 
 def _port(server: Server) -> int:

@@ -289,19 +289,20 @@ def _has(suite: str, task: str) -> bool:
         return False
 
 
-_kept: dict[tuple[str, Render, int | None], Environment] = {}
+_kept: dict[tuple[str, Render, int | None, int], Environment] = {}
 
 
-def cached(name: str, *, render: Render = "fast", size: int | None = None) -> Environment:
+def cached(name: str, *, render: Render = "fast", size: int | None = None, copy: int = 0) -> Environment:
     """The environment of this process with these settings, created on the first call; reset it before use.
 
     Workers use this so that consecutive episodes of one task share one environment. The latest are kept, as many as their
-    suite allows (``SimulatorSpec.kept``); older ones are closed. One environment must not be used in two places at once.
+    suite allows (``SimulatorSpec.kept``); older ones are closed. One environment must not be used in two places at once: ask
+    for another ``copy``.
     """
-    key = (name, render, size)
+    key = (name, render, size, copy)
     env = _kept.pop(key, None) or make(name, render=render, size=size)
     _kept[key] = env
-    while sum(1 / simulator_spec(suite.partition("/")[0]).kept for suite, _, _ in _kept) > 1 + 1e-9:
+    while sum(1 / simulator_spec(suite.partition("/")[0]).kept for suite, *_ in _kept) > 1 + 1e-9:
         _kept.pop(next(iter(_kept))).close()
         gc.collect()  # simulators refer to themselves in circles, and one model may take 300 MB
     return env

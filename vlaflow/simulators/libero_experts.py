@@ -4,9 +4,9 @@
 variants of LIBERO-PRO, in which objects, places or goals have changed, are solved by the same few lines. The skills are in
 ``libero_picking`` and ``libero_fixtures``, how they move in ``libero_skills``, what they see in ``libero_scene``.
 
-An expert looks at the simulator's state, not at images, and at every step anew: noise on the executed action, a slipped
-object or a failed grasp only lead to another state, from which it goes on. It remembers no more than its current plans (where
-to grip, where to put down), which follow their objects.
+An expert decides at every step from the simulator's state, not from images, so noise on the executed action, a slipped object
+or a failed grasp only lead to another state, from which it continues. It remembers no more than its current plans (where to
+grip, where to put down), which follow their objects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import CapabilityError
-from vlaflow.simulators.libero_fixtures import CloseDrawer, OpenDrawer, Push, TurnKnob
+from vlaflow.simulators.libero_fixtures import CloseDrawer, OpenDrawer, Push, Settle, TurnKnob
 from vlaflow.simulators.libero_picking import PickPlace
 from vlaflow.simulators.libero_scene import LiberoScene
 from vlaflow.simulators.libero_skills import OPEN, Aim, Skill, action
@@ -28,11 +28,11 @@ class LiberoExpert:
     """The expert of one task.
 
     Args:
-        task: e.g. "object/3".
+        task: e.g. "object/3"; the program follows from the goal of the environment that the expert is called with.
     """
 
     def __init__(self, task: str) -> None:
-        self._task = task
+        self.task = task
         self._scene: LiberoScene | None = None
         self._skills: list[Skill] = []
         self._steps = 0
@@ -85,6 +85,8 @@ def program(scene: LiberoScene, goal: list[list[str]], instruction: str) -> list
             same = [each for each in goal if each[0] == "on" == kind and each[2:] == target]
             number = same.index([kind, name, *target]) if len(same) > 1 else 0
             then.append(PickPlace([kind, name, *target], number, max(1, len(same))))
+            if ["close", *target] in goal:
+                last.insert(0, Settle([kind, name, *target], scene.pose(name)[1][2].copy()))
         else:
             raise CapabilityError(
                 f"There is no scripted expert for '{instruction}': '{kind}' is not among the experts' skills."

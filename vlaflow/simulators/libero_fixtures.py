@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlaflow.simulators.libero_geometry import TIP, corridor_top, rotation_vector, turned_about_z, yaw_of, yaw_rotation
+from vlaflow.simulators.libero_geometry import (
+    TIP,
+    corridor_top,
+    nearest_yaw,
+    rotation_vector,
+    turned_about_z,
+    yaw_of,
+    yaw_rotation,
+)
 from vlaflow.simulators.libero_grasps import Surroundings, find_grasps
 from vlaflow.simulators.libero_scene import COARSE, LiberoScene, MovingPart
 from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
@@ -100,7 +108,7 @@ class CloseDrawer:
         region: the region inside the drawer.
     """
 
-    LEAN = np.deg2rad(45)
+    LEAN = np.deg2rad(40)
 
     def __init__(self, region: str) -> None:
         self._region = region
@@ -128,6 +136,43 @@ class CloseDrawer:
         goal = contact + 0.035 * out
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), leaning, CLOSED)
+
+
+class Settle:
+    """Press what leans on the wall of a drawer down with closed fingers, so that the drawer can be shut.
+
+    Args:
+        goal: the predicate that brought the object there, e.g. ["in", "akita_black_bowl_1", "white_cabinet_1_bottom_region"].
+        upright: (3,) the vertical in the frame of the object when it stands.
+    """
+
+    FLAT = np.cos(np.deg2rad(6))
+
+    def __init__(self, goal: list[str], upright: np.ndarray) -> None:
+        self._goal, self._upright = goal, upright
+
+    def done(self, scene: LiberoScene) -> bool:
+        """Whether the object stands level."""
+        return bool(self._upright @ scene.pose(self._goal[1])[1][2] > self.FLAT)
+
+    def busy(self, scene: LiberoScene) -> bool:
+        """Never: it can be taken up again."""
+        return False
+
+    def aim(self, scene: LiberoScene) -> Aim:
+        """What to do next."""
+        cloud, hand = scene.points(self._goal[1], COARSE), scene.hand
+        top, middle = cloud[np.argmax(cloud[:, 2])], cloud.mean(0)
+        inward = (middle - top) * (1, 1, 0)
+        inward /= max(1e-6, float(np.linalg.norm(inward)))
+        goal = top + 0.005 * inward + np.array([0.0, 0.0, TIP])
+        yaw = nearest_yaw(float(np.arctan2(inward[1], inward[0])))
+        near = float(np.linalg.norm((goal - hand)[:2])) < 0.02 and hand[2] < goal[2] + 0.02
+        if near:
+            return Aim(goal + 0.03 * inward - np.array([0.0, 0.0, 0.06]), yaw_rotation(yaw), CLOSED)
+        highest = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.06)
+        way = glide(hand, goal, highest + scene.below + 0.01, turn_to(yaw, scene.rotation))
+        return Aim(way, yaw_rotation(yaw), CLOSED)
 
 
 class TurnKnob:
@@ -160,22 +205,16 @@ class TurnKnob:
         if self._hold is None:
             self._hold = self._plan(scene, part)
         sign = 1.0 if self._goal[0] == "turnon" else -1.0
-        goal, turned = self._pose(part, part.value)
+        goal, turned = _pose(self._hold, part, part.value)
         error, turn = goal - hand, turn_to(yaw_of(turned), scene.rotation)
         if scene.closing > 0.95 and scene.opening > 0.01 and np.linalg.norm(error) < 0.03:
-            goal, turned = self._pose(part, part.value + sign * self.LEAD)
+            goal, turned = _pose(self._hold, part, part.value + sign * self.LEAD)
             return Aim(goal, turned, CLOSED)
         slack = 1.0 if scene.closing < 0.05 else 3.0
         if np.linalg.norm(error[:2]) < 0.008 * slack and abs(error[2]) < 0.008 * slack and turn < 0.12 * slack:
             return Aim(goal, turned, CLOSED)
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), turned, OPEN)
-
-    def _pose(self, part: MovingPart, angle: float) -> tuple[np.ndarray, np.ndarray]:
-        """Position and rotation of the hand that grips the knob at an angle."""
-        assert self._hold is not None
-        offset, yaw = self._hold
-        return part.anchor + turned_about_z(offset, angle), yaw_rotation(yaw + angle)
 
     def _plan(self, scene: LiberoScene, part: MovingPart) -> tuple[np.ndarray, float]:
         """Offset of the hand from the axis and its yaw, with the knob at 0."""
@@ -195,11 +234,14 @@ class Push:
         goal: the predicate, e.g. ["on", "plate_1", "main_table_stove_front_region"].
     """
 
-    LEAN = np.deg2rad(30)
+    LEAN = np.deg2rad(40)
+    SLANTS = tuple(np.deg2rad([0, 10, -10, 20, -20, 30, -30]))
+    """Angles between the way and the hand's side, the best first; a dish stays between the fingers up to about 35°."""
 
     def __init__(self, goal: list[str]) -> None:
         self._goal = goal
         _, self._object, self._target = goal
+        self._slant: float | None = None
 
     def done(self, scene: LiberoScene) -> bool:
         """Whether the object is in the region."""
@@ -215,16 +257,35 @@ class Push:
         cloud = scene.points(self._object, COARSE)
         way = scene.pose(self._target)[0][:2] - position[:2]
         ahead = np.append(way / max(1e-6, float(np.linalg.norm(way))), 0.0)
-        leaning = lean(-ahead, self.LEAN, scene.rotation)
-        opening = leaning[:, 0]
         radius = float(np.linalg.norm(cloud[:, :2] - position[:2], axis=1).max())
         back = np.sqrt(max(0.0, radius**2 - 0.045**2)) + 0.012
         height = scene.floor + TIP
-        offset = position - hand
+        if self._slant is None:
+            self._slant = self._plan(scene, position, ahead, back + 0.018)
+        side = turned_about_z(ahead, self._slant)
+        leaning = lean(-side, self.LEAN, scene.rotation)
+        opening, offset = leaning[:, 0], position - hand
         aside = float(offset @ opening)
         turn = float(np.linalg.norm(rotation_vector(leaning @ scene.rotation.T)))
-        if abs(aside) < 0.03 and 0.3 * back < offset @ ahead < back + 0.04 and hand[2] < height + 0.03 and turn < 0.5:
+        if abs(aside) < 0.03 and 0.3 * back < offset @ side < back + 0.04 and hand[2] < height + 0.03 and turn < 0.5:
             return Aim(np.append((hand + 0.04 * ahead + aside * opening)[:2], height - 0.01), leaning, OPEN)
-        goal = np.append((position - (back + 0.025) * ahead)[:2], height)
+        goal = np.append((position - (back + 0.018) * side)[:2], height)
         top = corridor_top(scene.others(spacing=COARSE), hand, goal, 0.08)
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), leaning, OPEN)
+
+    def _plan(self, scene: LiberoScene, position: np.ndarray, ahead: np.ndarray, back: float) -> float:
+        """The first slant with which both fingers come down 2 cm beside everything, or that with the most room."""
+        others = scene.others(self._object)[:, :2]
+        room = []
+        for slant in self.SLANTS:
+            side = turned_about_z(ahead, slant)
+            opening = np.array([-side[1], side[0]])
+            fingers = (position - back * side)[:2] + np.array([[0.052], [-0.052]]) * opening
+            room.append(min(0.02, float(np.linalg.norm(others[:, None] - fingers, axis=2).min(initial=1.0))))
+        return float(self.SLANTS[int(np.argmax(room))])
+
+
+def _pose(hold: tuple[np.ndarray, float], part: MovingPart, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Position (3,) and rotation (3, 3) of the hand that grips a knob at an angle, given its offset and yaw at 0."""
+    offset, yaw = hold
+    return part.anchor + turned_about_z(offset, angle), yaw_rotation(yaw + angle)

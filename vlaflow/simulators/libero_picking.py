@@ -14,7 +14,6 @@ from vlaflow.simulators.libero_skills import CLOSED, OPEN, Aim, glide, turn_to
 CLEARANCE = 0.02
 """Metres above obstacles at which the hand, or what it holds, travels."""
 
-
 CHOICE = 6
 """Number of grasps of which the place is planned before one is chosen, where an object goes into something."""
 
@@ -24,7 +23,13 @@ THINNEST = 0.003
 
 @dataclass(frozen=True)
 class Hold:
-    """A grasp in the frame of its object, so that it follows the object: offset (3,) and rotation (3, 3) of the hand."""
+    """A grasp in the frame of its object, so that it follows the object.
+
+    Args:
+        offset: (3,) of the hand.
+        turn: (3, 3) rotation of the hand.
+        upright: (3,) the vertical when the grasp was planned; a fallen object needs another one.
+    """
 
     offset: np.ndarray
     turn: np.ndarray
@@ -49,7 +54,7 @@ class PickPlace:
 
     def done(self, scene: LiberoScene) -> bool:
         """Whether the object is where it belongs and the hand has let go."""
-        return scene.holds(self.goal) and not any(scene.touching(self._object))
+        return scene.holds(self.goal) and (scene.opening < THINNEST or not any(scene.touching(self._object)))
 
     def busy(self, scene: LiberoScene) -> bool:
         """Whether the object is in the hand and not yet where it belongs."""
@@ -79,6 +84,7 @@ class PickPlace:
         return float(np.linalg.norm(offset[:2])) < 0.012 * slack and offset[2] < low
 
     def _carry(self, scene: LiberoScene, position: np.ndarray) -> Aim:
+        """Take the object over what is in the way to its place; the hand corrects for how it hangs."""
         if self._place is None:
             self._place = self._plan_place(scene, position, scene.hand, yaw_of(scene.rotation))
         hand, place = scene.hand, self._place
@@ -93,7 +99,8 @@ class PickPlace:
         top = corridor_top(others, hand, goal, max(0.05, radius))
         cruise = max(top, scene.floor + 0.03) + below + CLEARANCE
         way = glide(hand, goal, cruise, turn_to(place.yaw, scene.rotation))
-        return Aim(way, yaw_rotation(place.yaw), CLOSED)
+        low = way[2] - hand[2] > 0.03  # there may be no room to turn yet
+        return Aim(way, scene.rotation if low else yaw_rotation(place.yaw), CLOSED)
 
     def _release(self, scene: LiberoScene) -> Aim:
         """Open, and rise when open."""
@@ -104,6 +111,7 @@ class PickPlace:
         return Aim(scene.hand + np.array([0.0, 0.0, rise]), scene.rotation, OPEN)
 
     def _pick(self, scene: LiberoScene) -> Aim:
+        """Go to the grasp from above and close the fingers; try another grasp if they close on nothing."""
         position, rotation = scene.pose(self._object)
         if self._hold is None or self._hold.upright @ rotation[2] < 0.95:
             self._hold = self._plan_grasp(scene, position, rotation)
@@ -111,8 +119,9 @@ class PickPlace:
         goal, wanted = position + rotation @ self._hold.offset, rotation @ self._hold.turn
         yaw = yaw_of(wanted)
         hand, turn = scene.hand, turn_to(yaw, scene.rotation)
-        if scene.rotation[2, 2] > -0.8:  # the hand is level, as after opening a drawer: first turn it, near the arm
-            return Aim(hand + 0.03 * scene.inward, yaw_rotation(yaw), OPEN)
+        if scene.rotation[2, 2] > -0.8:  # level, as after opening a drawer: there must be room to turn the hand
+            room = scene.extension < 0.67
+            return Aim(hand + 0.03 * scene.inward, yaw_rotation(yaw) if room else scene.rotation, OPEN)
         slack = 1.0 if scene.closing < 0.05 else 3.0
         offset = goal - hand
         if np.linalg.norm(offset[:2]) < 0.008 * slack and abs(offset[2]) < 0.008 * slack and turn < 0.12 * slack:
@@ -126,6 +135,7 @@ class PickPlace:
         return Aim(glide(hand, goal, top + scene.below + CLEARANCE, turn), yaw_rotation(yaw), OPEN)
 
     def _plan_grasp(self, scene: LiberoScene, position: np.ndarray, rotation: np.ndarray) -> Hold:
+        """The best grasp, or after failures the next best, that strains the arm neither here nor at the target."""
         away = np.append(scene.spots(self._target, *self._slot)[0] - position[:2], 0.0)
 
         def strain(grips: np.ndarray) -> np.ndarray:
@@ -152,6 +162,7 @@ class PickPlace:
         return [grasps[k] for k in np.argsort(costs, kind="stable")]
 
     def _plan_place(self, scene: LiberoScene, position: np.ndarray, grip: np.ndarray, yaw: float) -> Placement:
+        """Where the object is put down if it is gripped at ``grip`` with this yaw while it is at ``position``."""
         spots = scene.spots(self._target, *self._slot)
         held = Carried(scene.points(self._object), position, grip, yaw)
         around = Surroundings(scene.others(self._object), scene.floor, scene.stretch)

@@ -1,7 +1,7 @@
 """What LIBERO's scripted experts see: the privileged state of the simulator in plain arrays.
 
-`LiberoScene` reads poses, collision boxes, contacts and goal predicates from a `LiberoEnv`. How things are gripped is in
-``libero_geometry``, what is done with them in ``libero_skills``.
+`LiberoScene` reads poses, collision boxes, contacts and goal predicates from a `LiberoEnv`. Where things are gripped is in
+``libero_grasps``, what is done with them in ``libero_picking`` and ``libero_fixtures``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from vlaflow.simulators.libero_geometry import box_points
 
 FINE, COARSE = 0.004, 0.03
 """Spacing in metres of the points on an object's boxes: for planning, and for looking ahead at every step."""
-
 
 HAND = np.array([(u, v, w) for u in (-1, 1) for v in (-1, 1) for w in (-1, 1)])
 HAND = np.concatenate([HAND * (0.104, 0.032, 0.046) - (0, 0, 0.077), HAND * (0.065, 0.0105, 0.027) - (0, 0, 0.018)])
@@ -107,11 +106,6 @@ class LiberoScene:
     def still(self) -> bool:
         """Whether the fingers have stopped, open, closed or on something."""
         return float(np.abs(self._data.qvel[self._finger_speeds]).max()) < 0.01
-
-    @property
-    def names(self) -> list[str]:
-        """Objects and fixtures."""
-        return list(self._roots)
 
     @property
     def floor(self) -> float:

@@ -1,8 +1,8 @@
 """Movements of LIBERO's scripted experts: each maps the current state to the pose that the hand should head for.
 
 The laws have no clock. Where the hand goes follows from where everything is now, so noise on the executed action only changes
-where it starts from, and a policy without memory can learn it. Rising and falling are one function of the horizontal distance
-to the goal (`glide`), and the gripper's own state tells closing from opening.
+the state that they start from, and a policy without memory can learn them. Rising and falling are one function of the
+horizontal distance to the goal (`glide`), and the gripper's own state tells closing from opening.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from vlaflow.simulators.libero_scene import LiberoScene
 STEP = (0.05, 0.5)
 """Metres and radians by which an action of 1 moves the target of LIBERO's controller."""
 
+GAIN = 1.2
+"""How far the controller's target is set, relative to the distance to the aim; at 1 the hand arrives without overshoot."""
+
 STRAIGHT = 0.70
-"""Distance from shoulder to wrist, in metres, at which tilts below 0.3 rad are no longer corrected. The elbow is straight at
+"""Distance from shoulder to wrist, in metres, at which tilts below 0.6 rad are no longer corrected. The elbow is straight at
 0.71; near that, the controller's forces for position and rotation can cancel out, and the hand stays short of its goal."""
 
 OPEN, CLOSED = -1.0, 1.0
@@ -33,13 +36,11 @@ class Aim:
         position: (3,) where the grip site should go.
         rotation: (3, 3) of the grip site.
         gripper: ``OPEN`` or ``CLOSED``.
-        gain: action per target offset; 1 is critically damped.
     """
 
     position: np.ndarray
     rotation: np.ndarray
     gripper: float
-    gain: float = 1.2
 
 
 class Skill(Protocol):
@@ -61,7 +62,7 @@ class Skill(Protocol):
 def action(hand: np.ndarray, rotation: np.ndarray, aim: Aim, extension: float = 0.0) -> np.ndarray:
     """The action (7,) that moves the hand towards an aim, at most at full speed.
 
-    It goes straight to a lower point, and rises to a higher one at full speed whatever the distance, out of the way of things.
+    From far it goes straight to a lower point; to a higher one it rises at full speed whatever the distance, out of the way.
 
     Args:
         hand: (3,) current position.
@@ -69,13 +70,13 @@ def action(hand: np.ndarray, rotation: np.ndarray, aim: Aim, extension: float = 
         aim: where to go.
         extension: of the arm; see `STRAIGHT`.
     """
-    move = aim.gain * (aim.position - hand) / STEP[0]
+    move = GAIN * (aim.position - hand) / STEP[0]
     scale = max(1.0, float(np.abs(move[:2]).max()), -float(move[2]))
     move = np.append(move[:2] / scale, min(1.0, move[2]) if move[2] > 0 else move[2] / scale)
     turn = rotation_vector(aim.rotation @ rotation.T)
     tilt = float(np.linalg.norm(turn[:2]))
-    turn[:2] *= np.clip(max((STRAIGHT - extension) / 0.05, (tilt - 0.3) / 0.3), 1e-3, 1.0)
-    turn *= aim.gain / STEP[1]
+    turn[:2] *= np.clip(max((STRAIGHT - extension) / 0.05, (tilt - 0.6) / 0.3), 1e-3, 1.0)
+    turn *= GAIN / STEP[1]
     turn /= max(1.0, float(np.abs(turn).max()))
     return np.concatenate([move, turn, [aim.gripper]]).astype(np.float32)
 

@@ -6,7 +6,8 @@ episodes are kept, with a few frames after the first success, so that a policy a
 
 Workers record and encode videos in parallel; the parent process only joins them. The same config gives the same bytes with any
 number of workers, because an episode is a function of its environment and seed alone. Every episode starts at a placement
-drawn from its seed, also where evaluations use stored initial states.
+drawn from its seed, also where evaluations use stored initial states. An interrupted recording continues with the episodes that
+were not finished (``recording``), and its bytes are those of an uninterrupted one.
 
 Seeds of recordings start at 10 000. Evaluation uses 1000 + i (LeRobot's protocol), so no episode occurs in both.
 """
@@ -14,7 +15,8 @@ Seeds of recordings start at 10 000. Evaluation uses 1000 + i (LeRobot's protoco
 from __future__ import annotations
 
 import functools
-import tempfile
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from vlaflow.data.lerobot import EXECUTED_KEY
-from vlaflow.data.video import Segment, encode_video
+from vlaflow.data.video import encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.io import make_folder, storing
+from vlaflow.progress import progress
 from vlaflow.simulators.base import (
     RANDOM_START,
     Environment,
@@ -36,7 +39,8 @@ from vlaflow.simulators.base import (
     simulator_spec,
 )
 from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
-from vlaflow.simulators.workers import Progress, iterate_jobs
+from vlaflow.simulators.recording import KEPT, Demonstration, Recording, RecordJob, finished_before, keep, video_file
+from vlaflow.simulators.workers import iterate_jobs
 from vlaflow.spec import Observation
 from vlaflow.versions import versions
 
@@ -62,7 +66,7 @@ class RecordConfig:
 
     envs: tuple[str, ...]
     episodes: int = 50
-    size: int | None = 96
+    size: int | None = None
     render: Render = "fast"
     seed: int = 0
     noise: Noise = field(default_factory=Noise)
@@ -83,33 +87,6 @@ class RecordConfig:
 
 
 @dataclass(frozen=True)
-class Demonstration:
-    """One recorded episode of T frames, as a worker returns it.
-
-    Args:
-        name: "suite/task".
-        instruction: the task in words.
-        seed: seed of the reset.
-        attempts: number of seeds tried, this one included.
-        state: (T, S) float32.
-        action: (T, D) float32, the clean labels.
-        executed: (T, D) float32, the executed actions.
-        success: (T,) bool, whether the step taken at frame t ended in success.
-        videos: encoded segments by view, T frames each.
-    """
-
-    name: str
-    instruction: str
-    seed: int
-    attempts: int
-    state: np.ndarray
-    action: np.ndarray
-    executed: np.ndarray
-    success: np.ndarray
-    videos: dict[str, Segment]
-
-
-@dataclass(frozen=True)
 class Summary:
     """The result of `record`.
 
@@ -126,19 +103,6 @@ class Summary:
     failed: dict[str, int]
 
 
-@dataclass(frozen=True)
-class RecordJob:
-    """One episode to record, for a pool of workers."""
-
-    env: str
-    episode: int
-
-    @property
-    def name(self) -> str:
-        """Name of the job in error messages."""
-        return f"{self.env}, episode {self.episode}"
-
-
 def episode_seed(run: int, episode: int, attempt: int) -> int:
     """The seed of the reset: 10 000 + 1 000 000·run + 10 000·attempt + episode.
 
@@ -148,33 +112,37 @@ def episode_seed(run: int, episode: int, attempt: int) -> int:
     return FIRST_SEED + _SEED_STRIDE * run + _ATTEMPT_STRIDE * attempt + episode
 
 
-def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress | None = None) -> Summary:
-    """Record and write a LeRobot v3.0 data set.
+def record(
+    config: RecordConfig, out: Path, workers: int = 2, finished: Callable[[Demonstration], None] | None = None
+) -> Summary:
+    """Record and write a LeRobot v3.0 data set; continues an interrupted recording with the same settings.
 
     Args:
         config: what to record.
         out: folder of the data set; it is created only when complete.
         workers: processes; 0 records in this one.
-        progress: called as ``progress(done, total)`` after each episode.
+        finished: called with each newly recorded episode, in any order.
 
     Raises:
-        ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be created.
+        ConfigError: for an unknown environment or several suites at once, an ``out`` that cannot be created, or an unfinished
+            recording with other settings.
         DataError: when ``out`` exists, an expert keeps failing, or the disk is full or not writable.
     """
-    names = expand_env_names(config.envs)
-    suites = {name.partition("/")[0] for name in names}
-    if len(suites) > 1:
-        raise ConfigError(f"A data set contains one robot, but these are several suites: {', '.join(sorted(suites))}.")
-    spec = simulator_spec(suites.pop())
+    jobs = episode_jobs(config)
+    spec = simulator_spec(config.envs[0].partition("/")[0])
     side = config.size or spec.size[config.render]
-    jobs = [RecordJob(name, episode) for name in names for episode in range(config.episodes)]
-    seeds: dict[str, list[int]] = {name: [] for name in names}
-    failed = dict.fromkeys(names, 0)
+    seeds: dict[str, list[int]] = {job.env: [] for job in jobs}
+    failed = dict.fromkeys(seeds, 0)
     frames = 0
+    settings = {
+        **{name: value for name, value in asdict(config).items() if name not in ("envs", "episodes")},
+        "size": side,
+        "versions": versions() | rendering_versions(config.envs, config.render),
+    }
     make_folder(out.parent)
     with (
-        storing(out.parent),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.segments-", dir=out.parent) as scratch,
+        storing(out.parent, kept=KEPT),
+        Recording(out, settings) as recording,
         Writer(
             out,
             fps=spec.action.rate_hz,
@@ -185,17 +153,48 @@ def record(config: RecordConfig, out: Path, workers: int = 2, progress: Progress
             provenance={},
         ) as writer,
     ):
-        work = functools.partial(_record_episode, config=config, size=side, scratch=Path(scratch))
-        for demo in iterate_jobs(work, jobs, workers, progress=progress):
-            extra = {EXECUTED_KEY: demo.executed, "next.success": demo.success}
-            writer.add(None, demo.state, demo.action, demo.instruction, extra=extra, videos=demo.videos)
-            for segment in demo.videos.values():
-                segment.path.unlink()
-            seeds[demo.name].append(demo.seed)
-            failed[demo.name] += demo.attempts - 1
-            frames += len(demo.action)
+        before = {job: demo for job in jobs if (demo := recording.finished(job)) is not None}
+        left = [job for job in jobs if job not in before]
+        work = functools.partial(_record_episode, config=config, size=side, folder=recording.folder)
+        report = (lambda _, demo: finished(demo)) if finished else None
+        with closing(iterate_jobs(work, left, workers, finished=report)) as recorded:
+            for job in jobs:
+                demo = before.pop(job, None) or next(recorded)
+                extra = {EXECUTED_KEY: demo.executed, "next.success": demo.success}
+                writer.add(None, demo.state, demo.action, demo.instruction, extra=extra, videos=demo.videos)
+                seeds[demo.name].append(demo.seed)
+                failed[demo.name] += demo.attempts - 1
+                frames += len(demo.action)
         writer.provenance = _provenance(config, side, seeds, failed, spec.protocol)
     return Summary(out, len(jobs), frames, {name: n for name, n in failed.items() if n})
+
+
+def record_with_progress(config: RecordConfig, out: Path, workers: int = 2) -> Summary:
+    """`record`, with a progress bar that shows the remaining time and the failed attempts."""
+    jobs = episode_jobs(config)
+    before = finished_before(out, jobs)
+    failed = 0
+    with progress(len(jobs) - before, "Recording" + (f", {before} episodes done before" if before else "")) as bar:
+
+        def count(demo: Demonstration) -> None:
+            nonlocal failed
+            failed += demo.attempts - 1
+            bar.advance(note=f"{failed} failed" if failed else "")
+
+        return record(config, out, workers, count)
+
+
+def episode_jobs(config: RecordConfig) -> list[RecordJob]:
+    """The episodes to record, in the order of the data set.
+
+    Raises:
+        ConfigError: for an unknown environment, or environments of several suites.
+    """
+    names = expand_env_names(config.envs)
+    suites = {name.partition("/")[0] for name in names}
+    if len(suites) > 1:
+        raise ConfigError(f"A data set contains one robot, but these are several suites: {', '.join(sorted(suites))}.")
+    return [RecordJob(name, episode) for name in names for episode in range(config.episodes)]
 
 
 def _provenance(
@@ -215,7 +214,7 @@ def _provenance(
     }
 
 
-def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Path) -> Demonstration:
+def _record_episode(job: RecordJob, config: RecordConfig, size: int, folder: Path) -> Demonstration:
     """Record one successful episode; runs in a worker.
 
     The expert first plays without images, and its executed actions are then repeated with images: physics costs a twentieth
@@ -225,26 +224,24 @@ def _record_episode(job: RecordJob, config: RecordConfig, size: int, scratch: Pa
     env = found.env
     env.restart(found.seed, RANDOM_START)
     frames = [_observe_and_act(env, step) for step in found.steps]
-    with storing(scratch.parent):
+    with storing(folder.parent, kept=KEPT):
         videos = {
-            view: encode_video(
-                (frame.images[view] for frame in frames),
-                scratch / f"{job.env.replace('/', '_')}-{job.episode}-{view}.mp4",
-                env.action_spec.rate_hz,
-            )
+            view: encode_video((frame.images[view] for frame in frames), video_file(folder, job, view), env.action_spec.rate_hz)
             for view in env.views
         }
-    return Demonstration(
-        name=job.env,
-        instruction=env.task_description,
-        seed=found.seed,
-        attempts=found.attempts,
-        state=np.stack([frame.state for frame in frames]).astype(np.float32),
-        action=np.stack([step.label for step in found.steps]),
-        executed=np.stack([step.executed for step in found.steps]),
-        success=np.array([step.success for step in found.steps]),
-        videos=videos,
-    )
+        demo = Demonstration(
+            name=job.env,
+            instruction=env.task_description,
+            seed=found.seed,
+            attempts=found.attempts,
+            state=np.stack([frame.state for frame in frames]).astype(np.float32),
+            action=np.stack([step.label for step in found.steps]),
+            executed=np.stack([step.executed for step in found.steps]),
+            success=np.array([step.success for step in found.steps]),
+            videos=videos,
+        )
+        keep(folder, job, demo)
+    return demo
 
 
 @dataclass(frozen=True)

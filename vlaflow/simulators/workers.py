@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -69,7 +69,7 @@ def iterate_jobs(
     progress: Progress | None = None,
     finished: Callable[[int, Result], None] | None = None,
     threads: int = 1,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run ``function`` on every job and yield the results in the order of the jobs, each as soon as possible.
 
     Args:

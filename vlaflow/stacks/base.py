@@ -6,7 +6,7 @@ Shape letters: B batch (observations × noise samples, samples innermost), T suf
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -17,6 +17,11 @@ class Stack(nn.Module, ABC):
     """Reads the prefix's keys and values layer by layer; the prefix never sees the suffix."""
 
     width: int
+
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """Layers of its own, as ``Backbone.blocks``; none by default."""
+        return {}
 
     @abstractmethod
     def exits(self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:

@@ -12,7 +12,7 @@ key/value heads and E head dimension of the backbone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,11 @@ class ExpertStack(Stack):
         self.position: nn.Parameter | None = None
         if not spec.rotary or config.projected:
             self.position = nn.Parameter(torch.randn(lead + tokens, block.width) * 0.02)
+
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """See ``Stack``."""
+        return dict.fromkeys(self.layers, "forward")
 
     def exits(self, suffix_BTW: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """See ``Stack``."""

@@ -24,7 +24,7 @@ def training_lines(config: TrainConfig, outcome: Outcome, *, recipe: str, comman
     return [
         f"- Recipe: {recipe}, seed {config.seed}",
         f"- Command: `{command}`",
-        f"- Steps: {outcome.step}{done} of {config.batch_size} observations per process, in {duration(outcome.seconds)}",
+        f"- Steps: {outcome.step}{done} of {config.global_batch_size} observations, in {duration(outcome.seconds)}",
         f"- Episodes: {train} for training, {held} held out",
         f"- Training loss: {loss}",
         f"- Validation loss: {validation}",

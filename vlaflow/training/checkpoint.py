@@ -2,7 +2,7 @@
 
     out/config.json, model.safetensors, action_spec.json, stats.json, README.md    the policy, with averaged weights
     out/training/step-000500/state.json                                            step, config, data, versions
-                             weights.safetensors, average.safetensors, optimizer.safetensors
+                             weights.safetensors, average.safetensors, optimizer.safetensors, or pieces of them (``pieces``)
     out/training/log.jsonl, tensorboard/                                           see ``metrics_log``
 
 A checkpoint is first written completely into a hidden folder next to these. One rename makes it count: from then on it is
@@ -10,30 +10,33 @@ A checkpoint is first written completely into a hidden folder next to these. One
 run that is killed while they move finds the rest there and moves it. So a kill or a full disk at any moment leaves the
 earlier checkpoint or the new one. The two newest training states are kept: without the newest folder a run continues from the
 one before. No pickle: JSON and safetensors.
+
+Of processes that share a sharded network each writes its own rows, and the first assembles the policy from these files, one
+tensor at a time: nobody gathers the network.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
-import tempfile
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.io import first_not_finite, make_folder, read_json, require_makeable, write_json
+from vlaflow.io import claim, make_folder, read_json, require_makeable, write_json
 from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
-from vlaflow.training.full_tensor import spread, whole
+from vlaflow.training.pieces import Pieces, piece, write_piece
+from vlaflow.training.sharding import named_tensors
+from vlaflow.training.team import ALONE, Team
 
 logger = logging.getLogger("vlaflow.training")
 PARTIAL = ".partial-"
@@ -43,57 +46,77 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def collect(module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Tensors:
-    """All tensors a run needs to continue, by file and name, whole on the CPU. With FSDP every process calls it."""
+    """All tensors a run needs to continue, by file and name, as they are: on their device, sharded or not, without a copy."""
     named = dict(module.named_parameters())
     if strangers := optimizer.state.keys() - set(named.values()):
         raise RuntimeError(f"{len(strangers)} parameters of the optimizer are not the module's, so their moments have no name.")
     moments: dict[str, Tensor] = {}
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{key}.{name}"] = whole(value)
-    tensors = {"weights": {name: whole(tensor) for name, tensor in _named(module)}, "optimizer": moments}
-    return tensors if ema is None else {**tensors, "average": ema.state_dict()}
+            moments[f"{key}.{name}"] = value
+    tensors = {"weights": named_tensors(module), "optimizer": moments}
+    return tensors if ema is None else {**tensors, "average": ema.named()}
 
 
 def restore(
     folder: Path, state: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
 ) -> None:
-    """Put what ``collect`` found back.
+    """Put what ``collect`` found back; each process reads its own rows alone, whatever number of processes wrote them.
 
     Args:
         folder: of the training state.
-        state: its ``state.json``; "moments" is the number of tensors that the optimizer had.
+        state: its ``state.json``; "writers" is the number of processes that wrote it, "moments" that of the tensors that the
+            optimizer had.
         module, optimizer, ema: what is filled.
 
     Raises:
         CheckpointError: a file that is missing, damaged, incomplete, not finite or of another network.
     """
-    weights = _read(folder / "weights.safetensors")
-    moments = _read(folder / "optimizer.safetensors")
-    # A parameter that got no gradient yet has no moments, so only their number tells whether some are missing.
-    if len(moments) != state["moments"]:
-        raise CheckpointError(
-            f"{folder / 'optimizer.safetensors'} holds {len(moments)} of the optimizer's {state['moments']} moments, so "
-            f"the run would not continue as it began. {_way_back(folder)}"
-        )
-    average = _read(folder / "average.safetensors") if ema is not None else {}
     try:
-        with torch.no_grad():
-            for name, tensor in _named(module):
-                spread(name, weights[name], tensor)
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and f"step.{name}" in moments:
-                own = optimizer.state[parameter]
-                own["step"] = moments[f"step.{name}"].to(parameter.device)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    own[key] = torch.zeros_like(parameter)
-                    spread(f"{key}.{name}", moments[f"{key}.{name}"], own[key])
-        if ema is not None:
-            ema.load_state_dict(average, state["step"])
+        with (
+            Pieces(folder, "weights", state["writers"]) as weights,
+            Pieces(folder, "optimizer", state["writers"]) as moments,
+            Pieces(folder, "average", state["writers"]) if ema is not None else nullcontext() as average,
+        ):
+            # A parameter that got no gradient yet has no moments, so only their number tells whether some are missing.
+            if len(moments) != state["moments"]:
+                raise CheckpointError(
+                    f"{folder} holds {len(moments)} of the optimizer's {state['moments']} moments, so the run would not "
+                    "continue as it began."
+                )
+            for name, tensor in named_tensors(module).items():
+                weights.fill(name, tensor)
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and f"step.{name}" in moments:
+                    own = optimizer.state[parameter]
+                    own["step"] = moments[f"step.{name}"].to(parameter.device)
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        own[key] = torch.zeros_like(parameter)
+                        moments.fill(f"{key}.{name}", own[key])
+            if ema is not None and average is not None:
+                for name, tensor in ema.named().items():
+                    average.fill(name, tensor)
+                ema.updates = state["step"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_way_back(folder)}") from error
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"The training state in {folder} belongs to another network ({error}). {_way_back(folder)}"
         ) from error
+
+
+@contextmanager
+def policy_weights(folder: Path, writers: int, averaged: bool) -> Iterator[Mapping[str, Tensor]]:
+    """The weights that a policy gets of a training state: averages where there are some; each is read when it is asked for.
+
+    Args:
+        folder: of the training state.
+        writers: number of processes that wrote it.
+        averaged: whether there are averages.
+    """
+    with ExitStack() as opened:
+        groups = ("average", "weights") if averaged else ("weights",)
+        yield ChainMap(*(cast(Any, opened.enter_context(Pieces(folder, group, writers))) for group in groups))
 
 
 def require_free(out: Path) -> None:
@@ -113,40 +136,72 @@ def claimed(out: Path) -> Iterator[None]:
     make_folder(out)
     place = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(place)
-        raise ConfigError(f"Another run is training into {out}. Wait for it, or give another --out.") from error
-    except OSError as error:  # a network folder without locks
-        logger.warning("%s cannot be locked (%s); start no second run in it.", out, error.strerror)
-    try:
+        try:
+            claim(place, f"Another run is training into {out}. Wait for it, or give another --out.")
+        except OSError as error:  # a network folder without locks
+            logger.warning("%s cannot be locked (%s); start no second run in it.", out, error.strerror)
         yield
     finally:
         os.close(place)
 
 
-def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, save_policy: Callable[[Path], None]) -> None:
-    """Write a checkpoint and move it into place; see the module text.
+def publish(
+    out: Path,
+    step: int,
+    state: Mapping[str, Any],
+    tensors: Tensors,
+    save_policy: Callable[[Path], None] | None,
+    *,
+    team: Team = ALONE,
+) -> None:
+    """Write a checkpoint and move it into place; see the module text. Every process calls it.
+
+    Args:
+        out: folder of the run.
+        step: that was taken last.
+        state: for ``state.json``.
+        tensors: what ``collect`` found.
+        save_policy: writes the policy into a folder next to the tensors' files; None keeps the policy of the checkpoint before.
+        team: the processes; each writes its rows where ``state["writers"]`` says that all of them do.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; the earlier checkpoint is as it was.
     """
-    earlier = newest_state(out)
-    partial: Path | None = None
+    partial, writers = out / f"{PARTIAL}step-{step:06d}", state.get("writers", 1)
+    own = partial / "training"
     try:
-        training = out / "training"
-        training.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
-        own = partial / "training"
-        own.mkdir()
-        save_policy(own / "policy")
-        for name, group in tensors.items():
-            save_file(group, own / f"{name}.safetensors")
-        write_json(own / STATE, state)
-        _sync(partial)
-        own.rename(state_folder(out, step))
-        _sync_folder(training)
-        _move_up(out, state_folder(out, step))
+        with team.together(), _writing(out, step):
+            if team.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                (out / "training").mkdir(parents=True, exist_ok=True)
+                own.mkdir(parents=True)
+        with team.together(), _writing(out, step):
+            if team.rank < writers:
+                for name, group in tensors.items():
+                    write_piece(own, name, group, team.rank, writers)
+                    _sync_file(piece(own, name, team.rank, writers))
+        with team.together(), _writing(out, step):
+            if team.is_first:
+                if save_policy is not None:
+                    save_policy(own / "policy")
+                write_json(own / STATE, state)
+                _sync(partial)
+                own.rename(state_folder(out, step))
+                _sync_folder(out / "training")
+                _move_up(out, state_folder(out, step))
+    finally:
+        if team.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+    if team.is_first:
+        _forget_oldest(out)
+
+
+@contextmanager
+def _writing(out: Path, step: int) -> Iterator[None]:
+    """Turn errors of the disk into one sentence."""
+    earlier = newest_state(out)
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         kept = f"the one of step {earlier[0]} is untouched" if earlier else "there was none before it"
@@ -154,10 +209,6 @@ def publish(out: Path, step: int, state: Mapping[str, Any], tensors: Tensors, sa
             f"The checkpoint of step {step} could not be written to {out} ({reason}); {kept}. "
             f"Make room and run the same command again to continue."
         ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-    _forget_oldest(out)
 
 
 def prepare(out: Path, fresh: bool) -> Path | None:
@@ -248,22 +299,6 @@ def difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | N
     return None if before == now else (key, before, now)
 
 
-def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); the training state is damaged. {_way_back(file.parent)}"
-        ) from error
-    if name := first_not_finite(tensors):
-        raise CheckpointError(f"'{name}' in {file} holds NaN or an infinite value. {_way_back(file.parent)}")
-    return tensors
-
-
 def _way_back(folder: Path) -> str:
     """What to do about a training state that is of no use."""
     own = int(folder.name.removeprefix("step-"))
@@ -307,8 +342,12 @@ def _sync(folder: Path) -> None:
     """Bytes on the disk before names, or a power cut could leave a name without its bytes."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,13 +6,11 @@ rate, for one multiply-add per weight and step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from vlaflow.training.full_tensor import spread, whole
 
 
 class Ema:
@@ -58,13 +56,6 @@ class Ema:
         finally:
             self.exchange()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average by parameter name, whole tensors on the CPU."""
-        return {name: whole(average) for name, average in zip(self._names, self._average, strict=True)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Continue from a saved average after ``updates`` updates."""
-        for name, average in zip(self._names, self._average, strict=True):
-            spread(name, state[name], average)
-        self.updates = updates
+    def named(self) -> dict[str, Tensor]:
+        """The average by parameter name, as it is: on its device, sharded as the parameters are."""
+        return dict(zip(self._names, self._average, strict=True))

@@ -1,6 +1,7 @@
-"""What a training step gets: its samples and its randomness, both pure functions of (seed, step, process, part).
+"""What a training step gets: its samples and its randomness, both pure functions of (seed, step, part).
 
-So a run has no position to save but the step number, and a resumed run sees exactly what it would have seen.
+So a run has no position to save but the step number, and a resumed run sees exactly what it would have seen. A step's parts are
+numbered over all processes: two parts are the same on one process, one after the other, and on two.
 """
 
 from __future__ import annotations
@@ -18,21 +19,14 @@ from torch import Generator, Tensor
 from vlaflow.data.mixture import Order
 from vlaflow.data.source import Prepare, Ready, Sample, Source
 from vlaflow.data.transforms import RandomShift
-from vlaflow.policies.recipe import TrainConfig
+from vlaflow.policies.recipe import TrainConfig, require_even
 from vlaflow.policies.stages import CoTraining
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which process of those that train together."""
-
-    rank: int = 0
-    world: int = 1
+from vlaflow.training.team import Team
 
 
 @dataclass(frozen=True)
 class StepPart:
-    """One part of a step's batch.
+    """One part of a step's batch, which one process computes at a time.
 
     Args:
         batch: the samples, on the CPU; what a loss that explodes is traced to.
@@ -56,8 +50,8 @@ def mix(*numbers: int | str) -> int:
 class Loader:
     """The parts of every step.
 
-    Every process takes ``batch_size`` samples of the step's ``world · batch_size``, and splits them into ``accumulate``
-    parts that are used one after another. With ``ahead`` (the default next to a GPU) a thread loads the next step meanwhile,
+    A step's ``global_batch_size`` samples are split into ``parts`` parts of equal size; every process takes as many of them and
+    uses them one after another. With ``ahead`` (the default next to a GPU) a thread loads the next step meanwhile,
     which changes no sample: a step's content does not depend on when it is loaded. ``prepare`` is done there too.
     """
 
@@ -65,14 +59,16 @@ class Loader:
         self,
         source: Source,
         config: TrainConfig,
-        place: Place,
+        team: Team,
         device: torch.device,
         prepare: Prepare,
         *,
+        parts: int | None = None,
         ahead: bool | None = None,
     ) -> None:
-        self.source, self.config, self.place, self.device, self.prepare = source, config, place, device, prepare
-        self.order = Order(len(source), config.batch_size * place.world, config.seed)
+        self.source, self.config, self.team, self.device, self.prepare = source, config, team, device, prepare
+        self.parts = parts or config.parts(team.world)
+        self.order = Order(len(source), config.global_batch_size, config.seed)
         self.shift = RandomShift(config.shift)
         # Next to a model on the CPU a loading thread only takes its cores away: loading is one hundredth of a step there.
         ahead = device.type != "cpu" if ahead is None else ahead
@@ -93,23 +89,25 @@ class Loader:
             self._ahead.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, step: int) -> list[StepPart]:
-        c, rank = self.config, self.place.rank
-        mine = self.order.indices(step)[rank * c.batch_size : (rank + 1) * c.batch_size]
+        c, count = self.config, self.parts // self.team.world
+        split, first = np.split(self.order.indices(step), self.parts), self.team.rank * count
         parts = []
-        for number, indices in enumerate(np.split(mine, c.accumulate)):
-            batch = self.source.batch(indices)
+        for number in range(first, first + count):
+
+            def own(what: str, number: int = number) -> Generator:
+                return Generator().manual_seed(mix(what, c.seed, step, 0, number))
+
+            batch = self.source.batch(split[number])
             if c.shift:
-                batch = self._changed(batch, self.shift, Generator().manual_seed(mix("shift", c.seed, step, rank, number)))
+                batch = self._changed(batch, self.shift, own("shift"))
             if c.augment is not None:
-                batch = self._changed(batch, c.augment, Generator().manual_seed(mix("augment", c.seed, step, rank, number)))
+                batch = self._changed(batch, c.augment, own("augment"))
             if c.state_mask is not None:
-                own = Generator().manual_seed(mix("state mask", c.seed, step, rank, number))
                 samples, dimensions = batch.observation.state_BS.shape
-                known_BS = c.state_mask(samples, dimensions, own)
+                known_BS = c.state_mask(samples, dimensions, own("state mask"))
                 batch = replace(batch, observation=replace(batch.observation, known_BS=known_BS))
-            generator = Generator().manual_seed(mix("loss", c.seed, step, rank, number))
             shared = Generator().manual_seed(mix("shared", c.seed, step))
-            parts.append(StepPart(batch, self.prepare(batch).to(self.device, non_blocking=True), generator, shared))
+            parts.append(StepPart(batch, self.prepare(batch).to(self.device, non_blocking=True), own("loss"), shared))
         return parts
 
     def _changed(self, batch: Sample, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Sample:
@@ -150,13 +148,16 @@ class Alternating:
 
 def alternating(acting: Loader, vqa: CoTraining) -> Alternating:
     """Actions and questions in turns: state masks are for actions, everything else holds for both."""
+    if vqa.batch_size is not None:
+        require_even(vqa.batch_size, acting.parts, "vqa.batch_size", "as many as a step on actions")
     config = replace(
         acting.config,
-        batch_size=vqa.batch_size or acting.config.batch_size,
+        global_batch_size=vqa.batch_size or acting.config.global_batch_size,
         state_mask=None,
         seed=mix("questions", acting.config.seed),
     )
-    return Alternating(acting, Loader(vqa.train, config, acting.place, acting.device, acting.prepare), vqa.share)
+    asking = Loader(vqa.train, config, acting.team, acting.device, acting.prepare, parts=acting.parts)
+    return Alternating(acting, asking, vqa.share)
 
 
 class Held:
@@ -175,13 +176,13 @@ class Held:
         chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
         self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
 
-    def parts(self, place: Place, device: torch.device, prepare: Prepare) -> Iterator[tuple[StepPart, bool]]:
+    def parts(self, team: Team, device: torch.device, prepare: Prepare) -> Iterator[tuple[StepPart, bool]]:
         """The batches of one process, and whether each counts.
 
         Every process gets equally many, as sharded models need; the surplus ones are repetitions that do not count.
         """
         total = len(self.batches)
-        for number in range(place.rank, -(-total // place.world) * place.world, place.world):
+        for number in range(team.rank, -(-total // team.world) * team.world, team.world):
             generator = Generator().manual_seed(mix("validation", self.seed, number % total))
             shared = Generator().manual_seed(mix("shared validation", self.seed))
             batch = self.source.batch(self.batches[number % total])

@@ -24,6 +24,7 @@ class Options:
         tokenizer: file of a fitted action tokenizer, for decoders of tokens; by default one is fitted.
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
+        shard: processes that train together share the weights instead of each holding all (docs/scale.md).
     """
 
     overrides: Mapping[str, str] | None = None
@@ -34,6 +35,7 @@ class Options:
     tokenizer: Path | str | None = None
     latent: Path | str | None = None
     threads: int | None = None
+    shard: bool = False
 
     def assets(self, base: Base | None = None) -> Assets:
         """What it names for the objective, with the policy to continue."""

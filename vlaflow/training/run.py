@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from vlaflow.data.hub import origin
+from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError
 from vlaflow.io import require_makeable
 from vlaflow.packages import require
@@ -125,12 +127,19 @@ def train_stage(
         setup.held,
         out,
         vqa=setup.vqa,
-        identity={"recipe": name, "data": opened.fingerprint, **setup.identity},
+        identity={"recipe": name, "data": opened.fingerprint, **_source(opened), **setup.identity},
         card=card,
         tracker=options.tracker,
         fresh=options.fresh,
+        shard=options.shard,
     )
     return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
+
+
+def _source(dataset: Dataset) -> dict[str, str]:
+    """Repository and commit of a data set from the Hub, for the run's record; nothing for a folder, which may be moved."""
+    found = origin(dataset.root)
+    return {} if found is None else {"source": found}
 
 
 def leave_group() -> None:

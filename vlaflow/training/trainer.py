@@ -3,22 +3,23 @@
 A run is a function of its config, its data and the step number. Everything random in a step is drawn from generators that
 the step number seeds (see ``loader``), so a run that was killed and continued ends with the same bytes as one that was not.
 
-Two normalisations are approximate and say so here. With accumulation, parts are weighted by how many valid actions they
-hold: exact for losses that average over valid actions, right on average where random masks thin them out further. Across
-processes gradients are averaged with equal weights.
+A step's parts, over all processes, are weighted by how many valid actions they hold. That is exact for losses that average over
+valid actions, and right on average where random masks thin them out further. So the result does not depend on how the parts are
+spread over processes, but for the order in which sums are formed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -32,14 +33,14 @@ from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
-from vlaflow.training import checkpoint
+from vlaflow.training import checkpoint, sharding
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
-from vlaflow.training.full_tensor import reshard, whole
-from vlaflow.training.loader import Held, Loader, Place, StepPart, alternating, mix
+from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import autocast, use_bf16
+from vlaflow.training.team import Team
 from vlaflow.versions import versions
 
 
@@ -83,10 +84,11 @@ class Trainer:
         vqa: to learn from in turns with the samples, or None.
         out: folder of the checkpoint; an unfinished run in it is continued.
         identity: JSON data that must be the same for a run to be continued (the data set's fingerprint, ...); the config
-            and the number of processes are added.
+            is added.
         card: text of the checkpoint's README.md for an outcome.
         tracker: where the log goes besides ``training/log.jsonl``.
         fresh: start over; an old checkpoint in ``out`` is moved aside.
+        shard: processes that train together share the weights instead of each holding all (see ``sharding``).
 
     Raises:
         ConfigError: an unknown tracker.
@@ -105,9 +107,10 @@ class Trainer:
         card: Callable[[Outcome], str] | None = None,
         tracker: Tracker = "auto",
         fresh: bool = False,
+        shard: bool = False,
     ) -> None:
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
-        self._train, self._validation_source, self._vqa, self._fresh = train, validation, vqa, fresh
+        self._train, self._validation_source, self._vqa, self._fresh, self._shard = train, validation, vqa, fresh, shard
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
         self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
@@ -125,36 +128,40 @@ class Trainer:
             project_dir=str(self.out / "training"),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.uneven)],
         )
-        if self.accelerator.is_fsdp2 is False and str(self.accelerator.distributed_type).endswith("FSDP"):
-            raise CapabilityError("Only the second version of FSDP is supported; set fsdp_version: 2 in Accelerate's config.")
+        if str(self.accelerator.distributed_type).endswith("FSDP"):
+            raise CapabilityError("Leave FSDP out of Accelerate's config, which shards all layers at once, and give --shard.")
         self.device = self.accelerator.device
-        self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        run = {**self._given_identity, "processes": self.place.world, "config": _without(to_json(config))}
+        self.team = Team(self.accelerator.process_index, self.accelerator.num_processes, self.device)
+        run = {**self._given_identity, "config": _without(to_json(config))}
         self.identity = json.loads(json.dumps(run))
-        if self._is_main and (aside := checkpoint.prepare(self.out, self._fresh)):
-            sys.stderr.write(f"The old checkpoint is now {aside}.\n")
-        self.accelerator.wait_for_everyone()
+        with self.team.together():
+            if self.team.is_first and (aside := checkpoint.prepare(self.out, self._fresh)):
+                sys.stderr.write(f"The old checkpoint is now {aside}.\n")
 
-        stage.to(self.device)
         freeze(stage.module, config.optim)
         stage.module.train()
-        step_module = _Step(stage, use_bf16(config.precision, self.device), self.device)
-        optimizer = build_optimizer(stage.module, config.optim)
-        self._model, self._optimizer = self.accelerator.prepare(step_module, optimizer)
+        self._model = self._spread(use_bf16(config.precision, self.device))
+        self._optimizer = build_optimizer(stage.module, config.optim)
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        acting = Loader(self._train, config, self.place, self.device, stage.prepare)
-        self._loader = alternating(acting, self._vqa) if self._vqa else acting
         self._held = self._hold(self._validation_source)
         self._held_vqa = self._hold(self._vqa.held) if self._vqa else None
-        self._resume()
-        if self._is_main and 0 < self.step < config.steps:
+        self._parts = config.parts(self.team.world, self._resume())
+        acting = Loader(self._train, config, self.team, self.device, stage.prepare, parts=self._parts)
+        self._loader = alternating(acting, self._vqa) if self._vqa else acting
+        if self.team.is_first and 0 < self.step < config.steps:
             sys.stderr.write(f"Continuing after step {self.step} of {config.steps}.\n")
 
-    @property
-    def _is_main(self) -> bool:
-        return self.accelerator.is_main_process
+    def _spread(self, bf16: bool) -> nn.Module:
+        """The stage's loss as a module: sharded if asked for and there are layers to shard, else a copy in every process."""
+        whole = _Step(self.stage, bf16, self.device)
+        blocks = sharding.blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
+        self.sharded = bool(blocks)
+        if self.sharded:
+            sharding.shard(whole, blocks, self.team, bf16=bf16)
+        self.stage.to(self.device)
+        return whole if self.sharded else self.accelerator.prepare(whole)
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal or an error; everything that changes something outside happens here.
@@ -166,13 +173,13 @@ class Trainer:
             CheckpointError: the disk is full; the last checkpoint is whole.
         """
         self._begin()
-        with checkpoint.claimed(self.out) if self._is_main else nullcontext():
+        with checkpoint.claimed(self.out) if self.team.is_first else nullcontext():
             return self._run()
 
     def _run(self) -> Outcome:
         if self.step >= self.config.steps:
             return self._outcome(None)
-        metrics_log = MetricsLog(self.out, self.step) if self._is_main else None
+        metrics_log = MetricsLog(self.out, self.step) if self.team.is_first else None
         if self._log_with:
             kwargs = {"tensorboard": {"purge_step": self.step + 1}} if self._log_with == "tensorboard" else {}
             self.accelerator.init_trackers(self._log_with, init_kwargs=kwargs)
@@ -180,7 +187,7 @@ class Trainer:
         try:
             with Interrupt() as interrupt, self._bar() as bar:
                 while self.step < self.config.steps:
-                    entry, stopped, part = self._one_step(interrupt.signal is not None)
+                    entry, stopped, part = self._one_step(interrupt.signal)
                     self.step += 1
                     last = self.step == self.config.steps
                     if (self._held or self._held_vqa) and (last or self.step % self.config.validate_every == 0):
@@ -194,7 +201,7 @@ class Trainer:
                         self.accelerator.log(scalars(entry), step=self.step)
                     bar.advance(note=self._note(entry))
                     if last or stopped or self.step % self.config.checkpoint_every == 0:
-                        self._save(part)
+                        self._save(part, hurried=self.sharded and stopped == signal.SIGTERM and not last)
                     if stopped:
                         break
                 return self._outcome(self._agreed(interrupt.signal))
@@ -209,11 +216,14 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _one_step(self, stop: bool) -> tuple[dict[str, Any], bool, StepPart]:
+    def _one_step(self, noted: int | None) -> tuple[dict[str, Any], int, StepPart]:
         """Take step number ``self.step``.
 
+        Args:
+            noted: the signal that this process got, or None.
+
         Returns:
-            Its log entry, whether any process wants to stop after it, and some of its samples.
+            Its log entry, the signal after which the processes are to stop (0 for none), and some of its samples.
         """
         c, began = self.config, time.monotonic()
         parts = self._loader.step(self.step)
@@ -222,22 +232,20 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         named: dict[str, Tensor] = {}
-        for number, (part, share) in enumerate(zip(parts, _shares(parts), strict=True)):
+        for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
                 total, terms = self._model(part.ready, part.generator, part.shared)
-                self.accelerator.backward(total * share if len(parts) > 1 else total)
+                torch.autograd.backward(total * (share * self.team.world))  # the wrapper averages over processes
             loss = loss + total.detach().float() * share
             for name, term in terms.items():
                 named[name] = named.get(name, torch.zeros_like(loss)) + term.float() * share
         for frozen_steps, parameter in self._late:
             if self.step < frozen_steps:
                 parameter.grad = None  # so it neither counts in the norm nor begins its moments
-        norm = self.accelerator.clip_grad_norm_(self._trained, c.optim.clip_norm)
-        values = torch.stack([loss, *named.values(), torch.tensor(float(stop), device=self.device)])
-        values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "mean"))
-        mean_loss, *mean_terms, stopped = values.tolist()
-        gradient = float(whole(norm))
+        gradient = sharding.number(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
+        mean_loss, *mean_terms = self.team.sum(torch.stack([loss, *named.values()])).tolist()
+        stopped = max(self.team.gather(noted or 0))
         asked = isinstance(parts[0].batch, VqaBatch)
         guard = self._answer_guard if asked else self._guard
         if complaint := guard.complaint(self.step, mean_loss, gradient):
@@ -246,7 +254,7 @@ class Trainer:
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
         if self._ema is not None:
             self._ema.update()
-        samples = sum(len(part.batch.observation) for part in parts) * self.place.world
+        samples = sum(len(part.batch.observation) for part in parts) * self.team.world
         return (
             {
                 "answer_loss" if asked else "loss": mean_loss,
@@ -255,9 +263,15 @@ class Trainer:
                 "gradient": gradient,
                 "samples_per_second": round(samples / (time.monotonic() - began), 1),
             },
-            stopped > 0,
+            stopped,
             parts[0],
         )
+
+    def _shares(self, parts: list[StepPart]) -> list[float]:
+        """Each part's weight in the step, by valid actions (or answers); over all processes they add up to 1."""
+        counts = [part.batch.targets for part in parts]
+        count, number = self.team.sum(torch.tensor([sum(counts), len(counts)], device=self.device)).tolist()
+        return [own / count for own in counts] if count else [1 / number] * len(counts)
 
     def _diverged(self, complaint: str, parts: list[StepPart]) -> str:
         look = "Look at them" if isinstance(parts[0].batch, VqaBatch) else "Look at them (vlaflow data show)"
@@ -278,7 +292,11 @@ class Trainer:
         return f"{kept}: {self.out}."
 
     def _hold(self, source: Source | None) -> Held | None:
-        return Held(source, self.config.batch_size // self.config.accumulate, self.config.seed) if source is not None else None
+        return (
+            Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
+            if source is not None
+            else None
+        )
 
     def _validate(self) -> dict[str, float]:
         """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions.
@@ -286,9 +304,9 @@ class Trainer:
         Raises:
             DivergedError: one of them is not finite.
         """
-        found = self._measure(self._held.parts(self.place, self.device, self.stage.prepare)) if self._held is not None else {}
+        found = self._measure(self._held.parts(self.team, self.device, self.stage.prepare)) if self._held is not None else {}
         if self._held_vqa is not None:
-            found["answer"] = self._measure(self._held_vqa.parts(self.place, self.device, self.stage.prepare))["answer"]
+            found["answer"] = self._measure(self._held_vqa.parts(self.team, self.device, self.stage.prepare))["answer"]
         for name in ("loss", "answer"):
             if not math.isfinite(value := found.get(name, 0.0)):
                 raise self._unsound(f"The held-out {name} is {value}")
@@ -306,17 +324,18 @@ class Trainer:
                 weight = part.batch.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
-            reshard(self._model)  # before the weights come back in place of the average
+            sharding.reshard(self._model)  # before the weights come back in place of the average
         module.train()
-        values = torch.stack(list(sums.values()))
-        values = values if self.place.world == 1 else cast(Tensor, self.accelerator.reduce(values, "sum"))
+        values = self.team.sum(torch.stack(list(sums.values())))
         count = max(float(values[-1]), 1.0)
         return {name: float(value) / count for name, value in zip(sums, values, strict=True) if name}
 
     # -- saving and continuing ---------------------------------------------------------------------------------------
 
-    def _save(self, part: StepPart) -> None:
+    def _save(self, part: StepPart, hurried: bool = False) -> None:
         """Write a checkpoint of weights that are finite and, on samples of the step just taken, give a finite loss.
+
+        A hurried one, for processes that are about to be killed, leaves out that loss and the policy.
 
         Raises:
             DivergedError: they are or do not.
@@ -325,63 +344,65 @@ class Trainer:
         if self._saved == self.step:
             return
         module = self.stage.module
-        tensors = checkpoint.collect(module, self._optimizer.optimizer, self._ema)
-        for kind, group in tensors.items():
-            if name := first_not_finite(group):
-                raise self._unsound(f"'{name}' ({kind}) holds NaN or an infinite value")
-        if not math.isfinite(loss := self._measure([(part, True)])["loss"]):  # finite weights can be too large to compute with
+        tensors = checkpoint.collect(module, self._optimizer, self._ema)
+        with self.team.together():
+            for kind, group in tensors.items():
+                if name := first_not_finite({name: sharding.own_rows(tensor)[0] for name, tensor in group.items()}):
+                    raise self._unsound(f"'{name}' ({kind}) holds NaN or an infinite value")
+        if not hurried and not math.isfinite(loss := self._measure([(part, True)])["loss"]):  # too large to compute with
             raise self._unsound(f"The loss on the step's own samples is {loss}")
-        averaged = tensors.get("average", {})
-        # By the module's own names; the average where there is one.
-        weights = {name: averaged[name] if name in averaged else whole(t) for name, t in module.state_dict().items()}
-        if self._is_main:
-            outcome = self._outcome(None)
-            state = {
-                "step": self.step,
-                "seconds": self._seconds,
-                "validation": self._validation,
-                "losses": list(self._guard.losses),
-                "answer_losses": list(self._answer_guard.losses),
-                "threads": torch.get_num_threads(),
-                "versions": versions(),
-                "moments": len(tensors["optimizer"]),
-                "run": self.identity,
-            }
-            card = self._card(outcome) if self._card is not None else ""
-            checkpoint.publish(self.out, self.step, state, tensors, lambda folder: self.stage.save(folder, weights, card))
-        self._saved = self.step
-        self.accelerator.wait_for_everyone()
+        writers = self.team.world if self.sharded else 1
+        state = {
+            "step": self.step,
+            "seconds": self._seconds,
+            "validation": self._validation,
+            "losses": list(self._guard.losses),
+            "answer_losses": list(self._answer_guard.losses),
+            "processes": self.team.world,
+            "writers": writers,
+            "parts": self._parts,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "moments": len(tensors["optimizer"]),
+            "run": self.identity,
+        }
+        card = self._card(self._outcome(None)) if self._card is not None and self.team.is_first else ""
 
-    def _resume(self) -> None:
+        def save_policy(folder: Path) -> None:
+            with checkpoint.policy_weights(folder.parent, writers, self._ema is not None) as weights:
+                self.stage.save(folder, weights, card)
+
+        checkpoint.publish(self.out, self.step, state, tensors, None if hurried else save_policy, team=self.team)
+        self._saved = self.step
+
+    def _resume(self) -> int:
+        """Take everything from the newest checkpoint; returns the parts of its steps, 1 without one."""
         found = newest_state(self.out)
         self._require_same_step(found[0] if found else -1)
         if found is None:
-            return
-        state = checkpoint.read_state(found[1], self.identity)
-        checkpoint.restore(found[1], state, self.stage.module, self._optimizer.optimizer, self._ema)
+            return 1
+        with self.team.together():
+            state = checkpoint.read_state(found[1], self.identity)
+            checkpoint.restore(found[1], state, self.stage.module, self._optimizer, self._ema)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._guard.losses.extend(state["losses"])
         self._answer_guard.losses.extend(state.get("answer_losses", ()))
+        return state["parts"]
 
     def _require_same_step(self, step: int) -> None:
         """Refuse, in every process, checkpoints of different steps; −1 is none."""
-        if self.place.world == 1:
-            return
-        found = cast(Tensor, self.accelerator.gather(torch.tensor([step], device=self.device))).tolist()
-        if len(set(found)) > 1:
-            steps = ", ".join("none" if one < 0 else str(one) for one in sorted(set(found), reverse=True))
+        found = set(self.team.gather(step))
+        if len(found) > 1:
+            steps = ", ".join("none" if one < 0 else str(one) for one in sorted(found, reverse=True))
             raise ConfigError(
                 f"The processes of this run find checkpoints of different steps ({steps}) in {self.out}. "
                 f"--out must be a folder that all nodes share."
             )
 
-    def _agreed(self, signal: int | None) -> int | None:
+    def _agreed(self, noted: int | None) -> int | None:
         """The signal that any process noted, in all of them: none may go on to another stage alone."""
-        if self.place.world == 1:
-            return signal
-        noted = cast(Tensor, self.accelerator.gather(torch.tensor([signal or 0], device=self.device)))
-        return int(noted.max()) or None
+        return max(self.team.gather(noted or 0)) or None
 
     def _outcome(self, signal: int | None) -> Outcome:
         losses = list(self._guard.losses)[-100:]
@@ -391,7 +412,7 @@ class Trainer:
     # -- words -------------------------------------------------------------------------------------------------------
 
     def _bar(self) -> Any:
-        if not self._is_main:
+        if not self.team.is_first:
             return nullcontext(_Silent())
         return progress(self.config.steps - self.step, "Training")
 
@@ -420,13 +441,6 @@ class _Silent:
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Nothing: the first process reports for all."""
-
-
-def _shares(parts: list[StepPart]) -> list[float]:
-    """Each part's weight in the step, by valid actions (or answers); they add up to 1."""
-    counts = [part.batch.targets for part in parts]
-    total = sum(counts)
-    return [count / total for count in counts] if total else [1 / len(parts)] * len(parts)
 
 
 def _without(config: dict[str, Any]) -> dict[str, Any]:

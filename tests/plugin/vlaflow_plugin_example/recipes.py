@@ -25,7 +25,7 @@ def demo(data: DataSpec) -> TrainConfig:
         ),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=10),
         steps=120,
-        batch_size=32,
+        global_batch_size=32,
         ema_decay=None,
         validate_every=60,
         checkpoint_every=120,

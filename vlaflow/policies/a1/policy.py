@@ -1,7 +1,7 @@
 """A1's assemblies: flow matching in an action expert, or regression from query tokens, each with exits at several depths.
 
-``tiny_flow`` and ``tiny_regression`` learn from scratch on a laptop; ``molmo_flow`` and ``molmo_regression`` are the published
-size, on Molmo2-8B in the place of Molmo-7B (docs/decisions/008).
+``tiny_flow`` and ``tiny_regression`` learn from scratch on a laptop, ``small_flow`` in a night; ``molmo_flow`` and
+``molmo_regression`` are the published size, on Molmo2-8B in the place of Molmo-7B (docs/decisions/008).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.libero_small import EXITS, HEAD_DIM, HEADS, small
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.tiny import tiny_backbone
 from vlaflow.stacks.expert import ExpertConfig, a1_expert
@@ -30,6 +31,13 @@ def tiny_flow(data: DataSpec) -> PolicyConfig:
         decoder=FlowConfig(data.action_dim, masks="synchronous", noise_samples=2, expert=ExpertConfig(block), head_layers=2),
         exits=ExitTraining(every(1, DEPTH)),
     )
+
+
+def small_flow(data: DataSpec) -> PolicyConfig:
+    """Flow matching for LIBERO: an expert half as wide as the backbone, exits after every second layer as published."""
+    block = BlockConfig(width=128, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn=512)
+    decoder = FlowConfig(data.action_dim, masks="synchronous", noise_samples=2, expert=ExpertConfig(block), head_layers=2)
+    return replace(small(tiny_flow(data), data), decoder=decoder, exits=ExitTraining(EXITS))
 
 
 def tiny_regression(data: DataSpec) -> PolicyConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.data.augment import Augment, StateMask
-from vlaflow.policies.a1.policy import molmo_flow, molmo_regression, tiny_flow, tiny_regression
+from vlaflow.policies.a1.policy import molmo_flow, molmo_regression, small_flow, tiny_flow, tiny_regression
+from vlaflow.policies.libero_small import small_training
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
 from vlaflow.policies.tiny import tiny_training
@@ -32,14 +33,22 @@ def demo_mlp(data: DataSpec) -> TrainConfig:
     return tiny_training(tiny_regression(data), steps=3500)
 
 
+def libero_small(data: DataSpec) -> TrainConfig:
+    """A1 with flow matching on LIBERO from scratch on a CPU; answers at depths 2, 4 and 6.
+
+    vlaflow train a1.libero_small --dataset runs/libero/object --out runs/libero/a1
+    """
+    return small_training(small_flow(data))
+
+
 def libero(data: DataSpec) -> TrainConfig:
     """A1 with flow matching fine-tuned on LIBERO, with the published numbers; one or more GPUs of 80 GB and more.
 
     accelerate launch -m vlaflow train a1.libero --dataset DIR --out DIR
 
-    Batch 128 in all (divide ``batch_size`` by the number of GPUs), 50 000 steps, the language model at 5e-6 after 1000 frozen
-    steps of a warm-up of 2000, the action networks at 5e-5, the vision tower and its connector frozen, cosine to a tenth,
-    erased and sharpened images, no state masking. No run has been made with it yet.
+    Batch 128, 50 000 steps, the language model at 5e-6 after 1000 frozen steps of a warm-up of 2000, the action networks at
+    5e-5, the vision tower and its connector frozen, cosine to a tenth, erased and sharpened images, no state masking. No run
+    has been made with it yet.
     """
     return TrainConfig(
         PolicyObjective(molmo_flow(data)),
@@ -58,7 +67,7 @@ def libero(data: DataSpec) -> TrainConfig:
             ),
         ),
         steps=50_000,
-        batch_size=128,
+        global_batch_size=128,
         accumulate=8,
         ema_decay=None,
         augment=Augment(),
@@ -82,7 +91,7 @@ def vlabench(data: DataSpec) -> TrainConfig:
     accelerate launch -m vlaflow train a1.vlabench --dataset DIR --out DIR
     """
     policy = molmo_flow(data, chunk_size=50, n_action_steps=5)
-    return replace(libero(data), objective=PolicyObjective(policy), batch_size=64)
+    return replace(libero(data), objective=PolicyObjective(policy), global_batch_size=64)
 
 
 def pretrain(data: DataSpec) -> TrainConfig:
@@ -94,7 +103,7 @@ def pretrain(data: DataSpec) -> TrainConfig:
     return replace(
         libero(data),
         objective=PolicyObjective(policy),
-        batch_size=1024,
+        global_batch_size=1024,
         accumulate=16,
         steps=200_000,
         state_mask=StateMask(0.5),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.data.quality import PauseRule
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.libero_small import EXITS, small, small_training
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
 from vlaflow.policies.tiny import tiny_training
@@ -55,10 +57,20 @@ def rater(policy: PolicyConfig) -> TrainConfig:
         RaterObjective(tiny_rater(policy)),
         optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
         steps=250,
-        batch_size=32,
+        global_batch_size=32,
         ema_decay=0.98,
         pauses=PauseRule(),
     )
+
+
+def libero_small(data: DataSpec) -> TrainConfig:
+    """AsyncVLA on LIBERO from scratch on a CPU: one suite, or all four from one data set.
+
+    vlaflow train asyncvla.libero_small --dataset runs/libero/object --out runs/libero/asyncvla
+
+    Its rater is ``asyncvla.rater``.
+    """
+    return small_training(replace(small(tiny(data), data), exits=ExitTraining(EXITS, shallow=0.2)))
 
 
 def libero(data: DataSpec) -> TrainConfig:
@@ -66,9 +78,9 @@ def libero(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train asyncvla.libero --dataset DIR --out DIR
 
-    Learning rates, betas, decay and schedule are AsyncVLA's; chunk size, batch (512 in all: divide ``batch_size`` by the
-    number of GPUs), epochs (50 of 273 k frames) and 3 % warm-up are those of EO-1, on whose code AsyncVLA is probably based;
-    pauses are excluded from the loss as in the paper, by our rule. No run has been made with it yet.
+    Learning rates, betas, decay and schedule are AsyncVLA's; chunk size, batch, epochs (50 of 273 k frames) and 3 % warm-up are
+    those of EO-1, on whose code AsyncVLA is probably based; pauses are excluded from the loss as in the paper, by our rule. No
+    run has been made with it yet.
     """
     return TrainConfig(
         PolicyObjective(qwen3b(data, chunk_size=8)),
@@ -83,7 +95,7 @@ def libero(data: DataSpec) -> TrainConfig:
             ),
         ),
         steps=26_700,
-        batch_size=512,
+        global_batch_size=512,
         accumulate=16,
         ema_decay=None,
         pauses=PauseRule(),
@@ -104,7 +116,7 @@ def rater3b(policy: PolicyConfig) -> TrainConfig:
         RaterObjective(qwen3b_rater(policy)),
         optim=OptimConfig(learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=100),
         steps=2000,
-        batch_size=256,
+        global_batch_size=256,
         accumulate=8,
         ema_decay=None,
         pauses=PauseRule(),

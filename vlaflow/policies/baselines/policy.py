@@ -6,9 +6,10 @@ from vlaflow.actions.fast import FastFit
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
-from vlaflow.policies.tiny import COEFFICIENTS, FAST, token_policy
+from vlaflow.policies.tiny import COEFFICIENTS, FAST, tiny_backbone, token_policy
 
 
 def autoregressive(data: DataSpec, tokenizer: FastFit = FAST) -> PolicyConfig:
@@ -24,3 +25,8 @@ def masked(data: DataSpec) -> PolicyConfig:
 def flow(data: DataSpec) -> PolicyConfig:
     """Continuous actions, all at one clock."""
     return token_policy(data, "flow", FlowConfig(data.action_dim, masks="synchronous", noise_samples=1))
+
+
+def regression(data: DataSpec) -> PolicyConfig:
+    """The chunk from one query token per action, in one pass."""
+    return PolicyConfig("oft", tiny_backbone(data), RegressionConfig(data.action_dim, queries="action"))

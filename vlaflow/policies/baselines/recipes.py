@@ -1,8 +1,9 @@
-"""What the four systems are compared with, on the demo's backbone. Only the decoder differs."""
+"""What the four systems are compared with, on the same backbones. Only the decoder differs."""
 
 from __future__ import annotations
 
 from vlaflow.policies.baselines import policy
+from vlaflow.policies.libero_small import small, small_training
 from vlaflow.policies.recipe import DataSpec, TrainConfig
 from vlaflow.policies.tiny import COEFFICIENTS, tiny_training
 
@@ -43,3 +44,13 @@ def flow(data: DataSpec) -> TrainConfig:
     Five Meta-World tasks, 2000 steps: 76 of 100 episodes, 63 with a tenth of the demonstrations (docs/log.md).
     """
     return tiny_training(policy.flow(data), steps=3000)
+
+
+def oft_libero_small(data: DataSpec) -> TrainConfig:
+    """One-pass L1 regression (as OpenVLA-OFT) on LIBERO from scratch on a CPU, with the networks of ``<system>.libero_small``.
+
+    vlaflow train baselines.oft_libero_small --dataset runs/libero/object --out runs/libero/oft
+
+    One query token per action, not per number, which would quadruple the decoder's cost.
+    """
+    return small_training(small(policy.regression(data), data))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig, qwen2_5_vl_3b
@@ -10,6 +12,7 @@ from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.nn.block import BlockConfig
+from vlaflow.policies import libero_small
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.tiny import FAST, wordy_backbone
@@ -54,6 +57,16 @@ def tiny(data: DataSpec) -> PolicyConfig:
             AutoregressiveConfig(data.action_dim, FAST),
         ),
     )
+
+
+def small(data: DataSpec) -> PolicyConfig:
+    """A policy for LIBERO: the same on the larger backbone, with room for the tokens of 16 actions of seven numbers."""
+    block = BlockConfig(width=192, heads=6, kv_heads=6, head_dim=32, ffn=192)
+    policy = tiny(data)
+    decoder = policy.decoder
+    assert isinstance(decoder, LatentFlowConfig)
+    flow = replace(decoder.flow, expert=ExpertConfig(block, projected=True))
+    return libero_small.small(replace(policy, decoder=replace(decoder, flow=flow)), data, suffix=160)
 
 
 def qwen3b(

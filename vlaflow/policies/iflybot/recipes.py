@@ -7,7 +7,9 @@ from dataclasses import replace
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import PolicyConfig
-from vlaflow.policies.iflybot.policy import full_latent, qwen3b, tiny, tiny_latent
+from vlaflow.policies.iflybot.policy import full_latent, qwen3b, small, tiny, tiny_latent
+from vlaflow.policies.libero_small import OPTIM as SMALL_OPTIM
+from vlaflow.policies.libero_small import small_training
 from vlaflow.policies.objectives import LatentObjective, PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, Pipeline, TrainConfig
 from vlaflow.policies.tiny import OPTIM, tiny_training
@@ -39,7 +41,7 @@ def latent(data: DataSpec) -> TrainConfig:
         LatentObjective(tiny_latent(), data.views[0], gap_s=0.2),
         optim=OPTIM,
         steps=1200,
-        batch_size=32,
+        global_batch_size=32,
         ema_decay=0.99,
         validate_every=200,
         checkpoint_every=400,
@@ -65,19 +67,54 @@ def fine(policy: PolicyConfig) -> TrainConfig:
     )
 
 
+def libero_small() -> Pipeline:
+    """iFlyBot-VLA on LIBERO, its three stages one after the other, from scratch on a CPU.
+
+    vlaflow train iflybot.libero_small --dataset runs/libero/object --out runs/libero/iflybot
+    """
+    return Pipeline((small_latent, small_joint, small_fine))
+
+
+def small_latent(data: DataSpec) -> TrainConfig:
+    """The latent action model of ``libero_small``; its pairs are 0.8 s apart, the span of 16 actions.
+
+    vlaflow train iflybot.small_latent --dataset runs/libero/object --out runs/libero/latent
+    """
+    return replace(
+        latent(data), objective=LatentObjective(tiny_latent(), data.views[0], gap_s=0.8), steps=4000, interventions=None
+    )
+
+
+def small_joint(data: DataSpec) -> TrainConfig:
+    """Second stage of ``libero_small``.
+
+    vlaflow train iflybot.small_joint --dataset runs/libero/object --latent runs/libero/latent --out runs/libero/joint
+    """
+    return small_training(small(data), steps=18_000, optim=replace(SMALL_OPTIM, final_fraction=0.3))
+
+
+def small_fine(policy: PolicyConfig) -> TrainConfig:
+    """Third stage of ``libero_small``.
+
+    vlaflow train iflybot.small_fine --policy runs/libero/joint --dataset DIR --latent runs/libero/latent --out DIR
+    """
+    optim = replace(SMALL_OPTIM, learning_rate=2e-4, warmup_steps=100)
+    return small_training(_whole(policy, noise_samples=5), steps=6000, optim=optim)
+
+
 def latent_full(data: DataSpec) -> TrainConfig:
     """The latent action model at the published size; several GPUs. No run has been made with it yet.
 
     accelerate launch -m vlaflow train iflybot.latent_full --dataset DIR --out DIR
 
     Sizes and the gap of one second as in iFlyBot-VLA's code; it states neither steps nor rates, so these are LAPA's: 100 000
-    steps of 64 in all (divide ``batch_size`` by the number of GPUs), 1e-4.
+    steps of 64, 1e-4.
     """
     return TrainConfig(
         LatentObjective(full_latent(), data.views[0], gap_s=1.0),
         optim=OptimConfig(learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=100_000,
-        batch_size=64,
+        global_batch_size=64,
         ema_decay=None,
         validate_every=2000,
         checkpoint_every=5000,
@@ -90,14 +127,15 @@ def joint3b(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train iflybot.joint3b --dataset DIR --latent DIR --out DIR
 
-    Constant 2e-6 with four observations per GPU and no decay, as in the published code's defaults; the number of steps is not
-    stated.
+    Constant 2e-6 with four observations per GPU (32 on eight) and no decay, as in the published code's defaults; the number of
+    steps is not stated.
     """
     return TrainConfig(
         PolicyObjective(qwen3b(data)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=200_000,
-        batch_size=4,
+        global_batch_size=32,
+        accumulate=8,
         ema_decay=None,
         validate_every=5000,
         checkpoint_every=5000,
@@ -114,7 +152,8 @@ def fine3b(policy: PolicyConfig) -> TrainConfig:
         PolicyObjective(_whole(policy, noise_samples=5)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=50_000,
-        batch_size=4,
+        global_batch_size=32,
+        accumulate=8,
         ema_decay=None,
         validate_every=5000,
         checkpoint_every=5000,

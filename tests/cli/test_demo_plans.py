@@ -1,0 +1,65 @@
+"""The plans of the demo: what they name exists, and what they print would do the same."""
+
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vlaflow.cli.demo import Demo, DemoLog, Settings, equivalent
+from vlaflow.cli.demo_plans import PLANS
+from vlaflow.errors import ConfigError
+from vlaflow.packages import EXTRAS
+from vlaflow.simulators.base import expand_env_names
+from vlaflow.training.recipes import find_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_names_tasks_and_recipes_that_exist(name):
+    plan = PLANS[name]
+    assert expand_env_names(plan.envs) == list(plan.envs)
+    assert not find_recipe(plan.policy).continues
+    assert find_recipe(plan.rater).continues
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_extras_of_a_plan_bring_its_packages(name):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    plan = PLANS[name]
+    assert set(plan.extra.split(",")) <= set(extras)
+    assert {EXTRAS.get(package, package) for package in plan.packages} <= {"metaworld", "libero"}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_printed_commands_do_what_the_steps_do(name):
+    plan, settings = PLANS[name], Settings.of(Demo(plan=name, steps=7))
+    commands = {step: shlex.split(line) for step, line in equivalent(settings, plan, Path("runs/x"), 2).items()}
+    assert [word for word in commands["record"] if "/" in word] == [*plan.envs, "runs/x/dataset"]
+    assert commands["train"][:3] == ["vlaflow", "train", plan.policy]
+    assert commands["train"][commands["train"].index("--steps") + 1] == "7"
+    assert commands["rater"][2] == plan.rater
+    assert all(env in commands["evaluate"] for env in plan.envs)
+
+
+def test_numbers_come_from_the_plan_unless_they_are_given():
+    own, given = Settings.of(Demo(plan="libero")), Settings.of(Demo(plan="libero", episodes=3, eval_episodes=1))
+    assert (own.episodes, own.eval_episodes, own.steps) == (40, 10, PLANS["libero"].steps)
+    assert (given.episodes, given.eval_episodes, given.language_episodes) == (3, 1, 1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        Settings.of(Demo(episodes=0))
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path):
+    DemoLog(tmp_path / "demo", Settings.of(Demo(quick=True)))
+    with pytest.raises(ConfigError, match="started with plan = metaworld, not libero"):
+        DemoLog(tmp_path / "demo", Settings.of(Demo(plan="libero", quick=True)))
+
+
+def test_make_installs_and_runs_each_plan():
+    """`make libero` is the demo with its plan."""
+    lines = (ROOT / "Makefile").read_text()
+    assert "libero: setup-libero" in lines
+    assert "vlaflow demo --plan libero" in lines
+    assert "extras=demo,libero" in (ROOT / "tools/setup.sh").read_text()

@@ -1,0 +1,107 @@
+"""Writing tensors one at a time, and files on systems that lack what Linux has."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.io import _ZEROS, allocate, claim, require_system, save_tensors
+
+
+def lacking(monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+
+
+def refusing(number):
+    def install(monkeypatch):
+        def refused(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "posix_fallocate", refused)
+
+    return install
+
+
+SYSTEMS = [lacking, refusing(errno.EOPNOTSUPP), refusing(errno.EINVAL), refusing(errno.ENOSYS), lambda _: None]
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=["absent", "EOPNOTSUPP", "EINVAL", "ENOSYS", "present"])
+@pytest.mark.parametrize("size", [1, 4097, _ZEROS + 1])
+def test_a_file_of_zeros_takes_all_its_space_on_every_system(tmp_path, monkeypatch, system, size):
+    system(monkeypatch)
+    allocate(tmp_path / "file", size)
+    stat = (tmp_path / "file").stat()
+    assert stat.st_size == size
+    assert stat.st_blocks * 512 >= size
+    assert not (tmp_path / "file").read_bytes().strip(b"\0")
+
+
+def test_a_full_disk_stays_an_error(tmp_path, monkeypatch):
+    refusing(errno.ENOSPC)(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        allocate(tmp_path / "file", 10)
+
+
+def test_a_lock_keeps_a_second_holder_out_until_it_is_released(tmp_path):
+    with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:
+        claim(first.fileno(), "busy")
+        with pytest.raises(ConfigError, match="busy"):
+            claim(second.fileno(), "busy")
+        first.close()
+        claim(second.fileno(), "busy")
+        claim(second.fileno())
+
+
+def test_a_system_without_locks_is_the_error_of_a_folder_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with (tmp_path / "lock").open("w") as file, pytest.raises(OSError, match="no file locks") as error:
+        claim(file.fileno())
+    assert error.value.errno == errno.ENOLCK
+
+
+def test_windows_is_one_sentence_and_other_systems_are_none():
+    for system in ("linux", "darwin"):
+        require_system(system)
+    with pytest.raises(CapabilityError, match="install it within WSL") as error:
+        require_system("win32")
+    assert "\n" not in str(error.value)
+
+
+def test_a_command_on_windows_ends_with_that_sentence_before_anything_is_imported():
+    code = "import sys\nfrom vlaflow.cli.main import main\nsys.platform = 'win32'\nsys.exit(main(['train', 'asyncvla.demo']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "WSL" in done.stderr
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        f"{name}.ü": torch.randn(3, 5, generator=generator).to(dtype) for name, dtype in (("b", None), ("a", torch.bfloat16))
+    }
+    kinds = (torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    given |= {str(kind): torch.arange(4).to(kind) for kind in kinds}
+    return {**given, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "turned": torch.arange(6.0).view(2, 3).T}
+
+
+@pytest.mark.parametrize("about", [None, {"rows": "{}"}])
+def test_the_bytes_are_those_of_safetensors_own_writer(tmp_path, about):
+    save_tensors(tmp_path / "ours", tensors(), about=about)
+    save_file({name: t.contiguous() for name, t in tensors().items()}, tmp_path / "theirs", about)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_what_is_not_given_is_taken_from_the_model(tmp_path):
+    like = {"a": torch.zeros(2), "b": torch.ones(3)}
+    save_tensors(tmp_path / "file", {"a": torch.full((2,), 7.0)}, like=like)
+    found = load_file(tmp_path / "file")
+    assert torch.equal(found["a"], torch.full((2,), 7.0))
+    assert torch.equal(found["b"], like["b"])
+    with pytest.raises(ValueError, match="'a' is not of the shape"):
+        save_tensors(tmp_path / "file", {"a": torch.zeros(3)}, like=like)

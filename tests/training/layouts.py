@@ -1,0 +1,180 @@
+"""A small Qwen2.5-VL trained in several layouts, for two processes (python -m tests.training.layouts OUT JOB) and for one.
+
+Every run takes six steps of the same recipe in two parts; what differs is who computes the parts and who holds the weights.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
+
+from tests.backbones.test_qwen2_5_vl import write_model
+from tests.training.small import SPEC, Cut, Ragged, tiny_config, tiny_stats
+from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
+from vlaflow.decoders.flow import FlowConfig
+from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.stages import PolicyStage
+from vlaflow.stacks.expert import ExpertConfig
+from vlaflow.training import checkpoint
+from vlaflow.training.trainer import Trainer
+
+STACKS = ("shared", "expert")
+COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "reduce_scatter_tensor", "gather", "scatter")
+
+
+class Seen(Ragged):
+    """Pictures of four image tokens."""
+
+    def batch(self, indices):
+        batch = super().batch(indices)
+        rows = [np.random.default_rng([int(i), 3]).integers(0, 256, (56, 56, 3), np.uint8) for i in indices]
+        return replace(batch, observation=replace(batch.observation, images={"front": torch.from_numpy(np.stack(rows))}))
+
+
+@dataclass
+class Killed(Seen):
+    """The second process is killed when it asks for the samples of its step number ``at``."""
+
+    at: int = 4
+    asked: int = 0
+
+    def batch(self, indices):
+        self.asked += 1
+        if self.asked == self.at and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(indices)
+
+
+def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, precision="fp32"):
+    """A run of six steps, saved every second, in ``out``; the model's folder ``qwen`` is next to it."""
+    backbone = QwenConfig(3, ("front",), str(out.parent / "qwen"), min_pixels=PATCH, max_pixels=4 * PATCH, recompute=recompute)
+    expert = ExpertConfig(BlockConfig(32, heads=4, kv_heads=2, head_dim=16, ffn=48, norm="rms", gated=True))
+    decoder = FlowConfig(action_dim=2, chunk_size=4, expert=expert if stack == "expert" else None)
+    policy = PolicyConfig("asyncvla", backbone, decoder, n_action_steps=2)
+    made = Policy.create(policy, SPEC, tiny_stats(), 0)
+    config = tiny_config(
+        objective=PolicyObjective(policy), accumulate=2, shift=0, ema_decay=0.9, validate_every=6, precision=precision
+    )
+    return Trainer(PolicyStage(made), config, source or Seen(), Seen(9), out, tracker="none", shard=shard)
+
+
+class Watch:
+    """What this process gathers: the most bytes of layers at a time, and the bytes it is sent while a checkpoint is written."""
+
+    def __init__(self, monkeypatch):
+        self.layers, self.saved = 0, []
+        self._sizes: dict[FSDPParamGroup, int] = {}
+        self._gathered: set[FSDPParamGroup] = set()
+        for name in ("unshard", "reshard"):
+            self._around(monkeypatch, name)
+        publish = checkpoint.publish
+
+        def counted(*args, **kwargs):
+            with pytest.MonkeyPatch.context() as inner:
+                sent = self._count(inner)
+                publish(*args, **kwargs)
+            self.saved.append(sum(sent))
+
+        monkeypatch.setattr(checkpoint, "publish", counted)
+
+    def _around(self, monkeypatch, name):
+        original = getattr(FSDPParamGroup, name)
+
+        def watched(group, *args, **kwargs):
+            original(group, *args, **kwargs)
+            self._sizes[group] = sum(4 * p._orig_size.numel() for p in group.fsdp_params)
+            there = group.is_unsharded or group._all_gather_result is not None
+            (self._gathered.add if there else self._gathered.discard)(group)
+            self.layers = max(self.layers, sum(self._sizes[g] for g in self._gathered if g._module_fqn))
+
+        monkeypatch.setattr(FSDPParamGroup, name, watched)
+
+    def largest(self, root):
+        """Bytes of the largest layer, or of the root."""
+        return max(size for group, size in self._sizes.items() if bool(group._module_fqn) != root)
+
+    def _count(self, monkeypatch):
+        sent = []
+
+        def size(given):
+            if isinstance(given, torch.Tensor):
+                return given.numel() * given.element_size()
+            return sum(map(size, given)) if isinstance(given, list | tuple) else 0
+
+        for name in COLLECTIVES:
+            original = getattr(dist, name)
+
+            def counted(first, *args, original=original, **kwargs):
+                sent.append(size(first))
+                return original(first, *args, **kwargs)
+
+            monkeypatch.setattr(dist, name, counted)
+        full = DTensor.full_tensor
+        monkeypatch.setattr(DTensor, "full_tensor", lambda tensor, **k: sent.append(size(tensor)) or full(tensor, **k))
+        return sent
+
+
+def compare(out):
+    """Both stacks as copies and sharded; with recomputation and in bfloat16; and one run that breaks down after four steps."""
+    for stack in STACKS:
+        trainer(out / f"copies-{stack}", stack).run()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            watch = Watch(monkeypatch)
+            run = trainer(out / f"sharded-{stack}", stack, shard=True)
+            run.run()
+        sizes = {"layers": watch.layers, "layer": watch.largest(False), "root": watch.largest(True), "saved": watch.saved}
+        sizes["all"] = sum(4 * p.numel() for p in run.stage.module.parameters())
+        (out / f"sharded-{stack}/rank-{run.team.rank}.json").write_text(json.dumps(sizes))
+    trainer(out / "recomputed", "expert", shard=True, recompute=True).run()
+    trainer(out / "rounded", "shared", shard=True, precision="bf16").run()
+    with pytest.raises(RuntimeError, match="cut"):
+        trainer(out / "moved", source=Cut(Seen(), at=4), shard=True).run()
+
+
+def finish(out):
+    """Go on with the run that was moved, then start one whose second process is killed in its fourth step."""
+    trainer(out / "moved", shard=True).run()
+    trainer(out / "killed", source=Killed(), shard=True).run()
+
+
+def launch(out, job):
+    """Run a job on two processes of one thread each; returns the exit status of the launcher and what it printed."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["-m", "tests.training.layouts", str(out), job]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return done.returncode, done.stderr
+
+
+def everything(out):
+    """All runs, in order: one process, two, the moved one on one process again, on two, and after the kill on one."""
+    write_model(out / "qwen", tied=True)
+    for stack in STACKS:
+        trainer(out / f"one-{stack}", stack).run()
+    status, said = launch(out, "compare")
+    assert status == 0, said[-3000:]
+    with pytest.raises(RuntimeError, match="cut"):  # goes on after step 2, with two parts a step, and breaks down after step 4
+        trainer(out / "moved", source=Cut(Seen(), at=6)).run()
+    status, said = launch(out, "finish")
+    assert status, "the killed process was not noticed"
+    trainer(out / "killed").run()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with suppress(KeyboardInterrupt):
+        {"compare": compare, "finish": finish}[sys.argv[2]](Path(sys.argv[1]))
+    dist.destroy_process_group()

@@ -1,0 +1,66 @@
+"""What ``vlaflow demo`` can show: the tasks, recipes and sizes of each plan. The steps are the same for all (``demo``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One demo.
+
+    Args:
+        out: default folder.
+        title: the tasks' simulator, for the report.
+        envs: the tasks.
+        policy: recipe of the policy.
+        rater: recipe of its confidence rater.
+        episodes: demonstrations per task.
+        eval_episodes: episodes per task and compute policy.
+        steps: training steps of the policy; None for the recipe's own.
+        language_episodes: episodes of the language check.
+        packages: import names that it needs, besides those of training and reports.
+        extra: the extra that brings them.
+    """
+
+    out: str
+    title: str
+    envs: tuple[str, ...]
+    policy: str
+    rater: str
+    episodes: int
+    eval_episodes: int
+    steps: int | None
+    language_episodes: int
+    packages: tuple[str, ...]
+    extra: str
+
+
+PLANS = {
+    "metaworld": Plan(
+        out="runs/demo",
+        title="Meta-World",
+        envs=("metaworld/drawer-open-v3", "metaworld/button-press-topdown-v3", "metaworld/window-close-v3"),
+        policy="asyncvla.demo",
+        rater="asyncvla.rater",
+        episodes=50,
+        eval_episodes=20,
+        steps=None,
+        language_episodes=5,
+        packages=("metaworld", "mujoco"),
+        extra="demo",
+    ),
+    "libero": Plan(
+        out="runs/libero-demo",
+        title="LIBERO-Object",
+        envs=("libero/object/0", "libero/object/1", "libero/object/3"),
+        policy="asyncvla.libero_small",
+        rater="asyncvla.rater",
+        episodes=40,
+        eval_episodes=10,
+        steps=2000,
+        language_episodes=3,
+        packages=("libero", "mujoco"),
+        extra="demo,libero",
+    ),
+}

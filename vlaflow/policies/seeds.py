@@ -1,0 +1,23 @@
+"""Seeds of episodes and of a policy's noise in them: wherever an episode is played, its chunks start from the same noise."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Generator
+
+FIRST_SEED = 1000
+"""Seed of the first episode of an evaluation."""
+
+
+def chunk_generator(seed: int, chunk: int, noise_seed: int = 0) -> Generator:
+    """The noise generator of chunk number ``chunk`` in the episode of ``seed`` and ``noise_seed``."""
+    return Generator().manual_seed(chunk_seed(seed, chunk, noise_seed))
+
+
+def chunk_seed(seed: int, chunk: int, noise_seed: int = 0) -> int:
+    """Seed of that noise, below 2⁶³; NumPy's SeedSequence makes similar seeds independent.
+
+    A noise seed above 0 is a child of the sequence of (seed, chunk), so adding repetitions does not change the first.
+    """
+    sequence = np.random.SeedSequence((seed, chunk), spawn_key=(noise_seed,) if noise_seed else ())
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)

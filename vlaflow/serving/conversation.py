@@ -1,0 +1,104 @@
+"""What a wire protocol is to the server: its side of one connection, frame by frame.
+
+``openpi`` and ``vla_eval`` implement it. A conversation holds what the server knows about one client, and nothing is shared
+between conversations, so clients do not affect each other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Generator
+
+from vlaflow.compute.base import ComputePolicy
+from vlaflow.errors import RequestError, SpecError
+from vlaflow.serving.engine import ActRequest
+from vlaflow.serving.request_log import RequestEntry
+from vlaflow.spec import ActionPrefix, Chunk, Observation
+
+if TYPE_CHECKING:
+    from vlaflow.serving.server import PolicyServer
+
+MOST_SIDE = 4096
+"""Largest side of an image in pixels."""
+
+
+class Conversation(ABC):
+    """The server's side of one connection.
+
+    Args:
+        server: gives the policy, the settings and the engine.
+    """
+
+    def __init__(self, server: PolicyServer) -> None:
+        self.server = server
+
+    def greeting(self) -> bytes | None:
+        """The server's first frame; None if the client speaks first."""
+        return None
+
+    @abstractmethod
+    async def answer(self, frame: str | bytes, entry: RequestEntry) -> str | bytes | None:
+        """Answer one frame of the client; frames arrive one at a time.
+
+        Args:
+            frame: what the client sent.
+            entry: record of this request, whose outcome is set here.
+
+        Returns:
+            the frame to send, or None if the protocol has no answer to it.
+
+        Raises:
+            VlaflowError: the request is invalid or cannot be answered now; the client is sent a ``refusal``.
+        """
+
+    def refusal(self, sentence: str) -> str | bytes:
+        """The frame that states an error."""
+        return sentence
+
+    async def infer(
+        self,
+        observation: Observation,
+        generator: Generator,
+        entry: RequestEntry,
+        *,
+        compute: ComputePolicy | None = None,
+        action_prefix: ActionPrefix | None = None,
+        deadline_ms: float | None = None,
+    ) -> Chunk:
+        """Compute a chunk, together with the requests of other clients, and record it.
+
+        Args:
+            observation: the observation.
+            generator: generator of the noise.
+            entry: record of this request.
+            compute: the compute policy; None for the server's.
+            action_prefix, deadline_ms: see ``Engine``.
+
+        Raises:
+            RequestError: the observation does not fit the policy.
+            VlaflowError: see ``Engine.ask``.
+        """
+        entry.observation = observation
+        request = ActRequest(observation, compute or self.server.compute, generator, action_prefix)
+        try:
+            entry.chunk = await self.server.engine.ask(request, deadline_ms)
+        except SpecError as error:
+            raise RequestError(str(error)) from error
+        return entry.chunk
+
+
+@dataclass(frozen=True)
+class WireProtocol:
+    """A wire protocol.
+
+    Args:
+        begin: begins the conversation with a client that has connected.
+        idle_s: how long its clients may take to answer a ping, if that is longer than the server's ``idle_s``.
+    """
+
+    begin: Callable[[PolicyServer], Conversation]
+    idle_s: float = 0.0
