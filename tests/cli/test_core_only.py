@@ -33,6 +33,8 @@ CASES = {
     "calibrate": (["calibrate", "CKPT", "--dataset", "DATA", "--episodes", "all", "--frames", "8"], "viz"),
     "time": (["bench", "latency", "CKPT", "--rounds", "20"], WORKS),
     "evaluate": (["eval", "ROBOT", *ENV, "--episodes", "1", "--out", "OUT/eval"], "viz"),
+    "list claims": (["reproduce", "--list"], WORKS),
+    "test a claim": (["reproduce", "C2", "--out", "OUT/claims"], "demo"),
     "check a policy of the Hub": (["check", "policy", "owner/policy"], "hub"),
     "evaluate answers": (["eval-vqa", "CKPT", "--vqa", "QUESTIONS", "--out", "OUT/eval-vqa", "--part", "all"], WORKS),
     "serve": (["serve", "CKPT", "--port", "0"], "serve"),

@@ -50,17 +50,26 @@ ENCODER = {
 
 @dataclass(frozen=True)
 class Segment:
-    """One episode of one view in its own mp4 file, ready to be joined to others; can be sent between processes.
+    """One episode of one view in an mp4 file, ready to be joined to others; can be sent between processes.
 
     Args:
         path: the mp4 file.
         count: number of frames, T.
         histogram: int64 (3, 256), how often each value occurs per RGB channel, counted on the decoded frames.
+        start: when its first frame, a key frame, is shown, in the time base of the file; None for the beginning of the file.
+        bytes: size of its packets; None if the file holds nothing else.
     """
 
     path: Path
     count: int
     histogram: np.ndarray
+    start: int | None = None
+    bytes: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it will take in a file with others, about."""
+        return self.path.stat().st_size if self.bytes is None else self.bytes
 
 
 def exact_rate(fps: float) -> Fraction:
@@ -134,7 +143,7 @@ def read_segment(path: Path) -> Segment:
 
 
 class Joiner:
-    """Appends encoded episodes to one mp4 file, packet by packet, without decoding."""
+    """Appends encoded episodes to one mp4 file, packet by packet, without decoding; frame n is shown at exactly n / fps."""
 
     def __init__(self, path: Path, fps: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +152,14 @@ class Joiner:
         self._out: Any = av.open(str(path), "w", format="mp4")
         self._stream: Any = None
         self._parameters: tuple[Any, ...] = ()
+
+    def fits(self, segment: Segment) -> bool:
+        """Whether a segment has the size and the encoder's settings of those before it."""
+        if self._stream is None:
+            return True
+        with av.open(str(segment.path)) as source:
+            stream = source.streams.video[0]
+            return _parameters(stream, _packets(source, stream, segment)) == self._parameters
 
     def append(self, segment: Segment) -> tuple[float, float]:
         """Append one episode and return its position, (from, to) in seconds.
@@ -153,24 +170,22 @@ class Joiner:
         start = self.frames
         with av.open(str(segment.path)) as source:
             stream = source.streams.video[0]
-            context = stream.codec_context
-            parameters = (context.name, context.width, context.height, context.extradata)
+            packets = _packets(source, stream, segment)
+            parameters = _parameters(stream, packets)
             if self._stream is None:
                 self._stream = self._out.add_stream_from_template(stream)
-                self._stream.time_base = stream.time_base
+                self._stream.time_base = 1 / self.rate
                 self._parameters = parameters
             elif parameters != self._parameters:
                 raise SpecError(
                     f"The video {segment.path} was encoded at another size or with other settings than the episodes before "
                     f"it, so the two cannot be joined. Encode every episode with vlaflow.data.video.encode_video."
                 )
-            assert stream.time_base is not None
-            shift = int(Fraction(start) / self.rate / stream.time_base)
-            for packet in source.demux(stream):
-                if packet.dts is None or packet.pts is None:  # the empty packet at the end of a file
-                    continue
-                packet.pts += shift
-                packet.dts += shift
+            ranks = _ranks(packets)
+            delay = _delay(ranks)
+            for number, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
+                packet.time_base = 1 / self.rate
+                packet.pts, packet.dts, packet.duration = start + rank, start + number - delay, 1
                 packet.stream = self._stream
                 self.bytes += packet.size
                 self._out.mux(packet)
@@ -180,6 +195,40 @@ class Joiner:
     def close(self) -> None:
         """Write the index, without which the file cannot be read."""
         self._out.close()
+
+
+def _packets(source: Any, stream: Any, segment: Segment) -> list[Any]:
+    """The packets of a segment, in the order in which they are decoded."""
+    if segment.start is not None:
+        source.seek(segment.start, stream=stream, backward=True)
+    packets: list[Any] = []
+    for packet in source.demux(stream):
+        if packet.dts is None or packet.pts is None:  # the empty packet at the end of a file
+            continue
+        if packets or segment.start is None or packet.pts == segment.start:
+            packets.append(packet)
+            if len(packets) == segment.count:
+                break
+    if len(packets) != segment.count:
+        raise SpecError(f"The video {segment.path} holds {len(packets)} packets for {segment.count} frames. Encode it again.")
+    return packets
+
+
+def _ranks(packets: list[Any]) -> list[int]:
+    """The place of every packet in the order in which the frames are shown."""
+    shown = sorted(range(len(packets)), key=lambda number: packets[number].pts)
+    return [rank for _, rank in sorted(zip(shown, range(len(packets)), strict=True))]
+
+
+def _delay(ranks: list[int]) -> int:
+    """By how many frames decoding must be ahead of showing; more than zero with B-frames."""
+    return max((number - rank for number, rank in enumerate(ranks)), default=0)
+
+
+def _parameters(stream: Any, packets: list[Any]) -> tuple[Any, ...]:
+    """What must be the same for packets that share a file."""
+    context = stream.codec_context
+    return context.name, context.width, context.height, context.extradata, _delay(_ranks(packets))
 
 
 class VideoError(Exception):

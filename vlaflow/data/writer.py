@@ -11,10 +11,8 @@ packet by packet; frames passed to ``add`` are encoded in the same way.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vlaflow.config import to_json
 from vlaflow.data import writer_meta as meta
 from vlaflow.data.lerobot import EXTRA_KEY
-from vlaflow.data.video import Joiner, Segment, encode_video, read_segment, require_even
+from vlaflow.data.video import Segment, encode_video, read_segment, require_even
+from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH, Limits, NewFolder
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec
 
@@ -72,8 +70,6 @@ class Writer:
         video_mb: float = 200,
     ) -> None:
         self.root = Path(root)
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise DataError(f"{self.root} exists already and is not empty. Choose another name, or remove it first.")
         if abs(action_spec.rate_hz - fps) > 1e-6 * fps:
             raise SpecError(f"The action spec states {action_spec.rate_hz:g} actions per second, but fps is {fps:g}.")
         for view, (height, width) in views.items():
@@ -86,7 +82,6 @@ class Writer:
             raise SpecError(f"The provenance must be plain JSON data: {error}.") from error
         self.fps, self.action_spec, self.views = float(fps), action_spec, dict(views)
         self.state_names, self.robot_type, self.provenance = tuple(state_names), robot_type, dict(provenance)
-        self._limits = (chunks_size, data_mb, video_mb)
         self._keys = {view: "observation.image" if view == "image" else f"observation.images.{view}" for view in views}
         self._features = self._declare()
         self._extra: dict[str, tuple[str, int]] = {}
@@ -95,15 +90,7 @@ class Writer:
         self._values: dict[str, list[np.ndarray]] = {}
         self._histograms = {view: np.zeros((3, 256), np.int64) for view in views}
         self._frames = 0
-        self._table: pq.ParquetWriter | None = None
-        self._table_file: Any = None
-        self._table_number = -1
-        self._whole = False
-        self._joiners: dict[str, Joiner] = {}
-        self._joiner_numbers = dict.fromkeys(views, -1)
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.root.name}.partial-", dir=self.root.parent))
-        self._scratch = self._folder / "segments"
+        self._folder = NewFolder(self.root, self.fps, Limits(chunks_size, data_mb, video_mb))
 
     def __enter__(self) -> Writer:
         return self
@@ -115,7 +102,7 @@ class Writer:
         try:
             self.finalize()
         except BaseException:
-            if not self._whole:
+            if not self._folder.published:
                 self.abort()
             raise
 
@@ -153,11 +140,11 @@ class Writer:
         segments = self._segments(index, length, images or {}, videos or {})
         row: dict[str, Any] = {"episode_index": index, "tasks": [task], "length": length}
         columns = self._columns(index, length, self._tasks.setdefault(task, len(self._tasks)), vectors)
-        row |= self._write_rows(columns, length)
+        row |= self._folder.add_rows(_table(columns, length))
         row |= {"dataset_from_index": self._frames, "dataset_to_index": self._frames + length}
         stats = {}
         for view, segment in segments.items():
-            row |= self._write_video(view, segment)
+            row |= self._folder.add_video(self._keys[view], segment)
             self._histograms[view] += segment.histogram
             stats[self._keys[view]] = meta.image_stats(segment.histogram, length)
         for key, values in columns.items():
@@ -165,7 +152,7 @@ class Writer:
             stats[key] = meta.vector_stats(values)
         self._rows.append(row | {f"stats/{key}/{name}": v for key, stat in stats.items() for name, v in stat.items()})
         self._frames += length
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        shutil.rmtree(self._folder.scratch, ignore_errors=True)
         return index
 
     def finalize(self) -> Path:
@@ -177,32 +164,13 @@ class Writer:
         if not self._rows:
             self.abort()
             raise DataError(f"{self.root} was not written: no episode was added.")
-        self._close()
         stats = {key: meta.vector_stats(np.concatenate(parts)) for key, parts in self._values.items()}
         stats |= {self._keys[view]: meta.image_stats(h, self._frames) for view, h in self._histograms.items()}
-        meta.write_json(self._folder / "meta/stats.json", stats)
-        meta.write_tasks(self._folder / "meta/tasks.parquet", list(self._tasks))
-        meta.write_episodes(self._folder / "meta/episodes", self._rows, self._limits[0])
-        meta.write_json(self._folder / "meta/info.json", self._info())
-        self._folder.chmod(0o755)  # the hidden folder was private
-        self._whole = True
-        try:
-            self._folder.rename(self.root)
-        except OSError as error:
-            raise DataError(
-                f"The finished data set is in {self._folder}, but could not be renamed to {self.root} ({error.strerror}). "
-                f"Rename it by hand."
-            ) from error
-        return self.root
+        return self._folder.publish(self._info(), list(self._tasks), self._rows, stats)
 
     def abort(self) -> None:
         """Delete everything written so far."""
-        files: list[Any] = [self._table, self._table_file, *self._joiners.values()]
-        for file in filter(None, files):
-            with contextlib.suppress(Exception):  # closing flushes, which fails again on a full disk
-                file.close()
-        self._table, self._table_file, self._joiners = None, None, {}
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.discard()
 
     def _declare(self) -> dict[str, dict[str, Any]]:
         cameras = {self._keys[view]: meta.video_feature(h, w, self.fps) for view, (h, w) in self.views.items()}
@@ -263,8 +231,8 @@ class Writer:
                         f"Episode {index}: view '{view}' must be uint8 {(length, *size, 3)}, "
                         f"got {images[view].dtype} {images[view].shape}."
                     )
-                self._scratch.mkdir(exist_ok=True)
-                segments[view] = encode_video(images[view], self._scratch / f"{len(segments)}.mp4", self.fps)
+                self._folder.scratch.mkdir(exist_ok=True)
+                segments[view] = encode_video(images[view], self._folder.scratch / f"{len(segments)}.mp4", self.fps)
             else:
                 video = videos[view]
                 segments[view] = video if isinstance(video, Segment) else read_segment(Path(video))
@@ -286,46 +254,8 @@ class Writer:
             "task_index": np.full(length, task, np.int64),
         }
 
-    def _write_rows(self, columns: Mapping[str, np.ndarray], length: int) -> dict[str, int]:
-        arrays = {}
-        for key, values in columns.items():
-            kind = ARROW[values.dtype.name]
-            flat = pa.array(values.reshape(-1), kind)
-            width = values.size // length
-            arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
-        table = pa.table(arrays)
-        if self._table is None or self._table_file.tell() + table.nbytes > self._limits[1] * 1e6:
-            self._open_table(table.schema)
-        assert self._table is not None
-        self._table.write_table(table, row_group_size=length)
-        chunk, file = divmod(self._table_number, self._limits[0])
-        return {"data/chunk_index": chunk, "data/file_index": file}
-
-    def _open_table(self, schema: pa.Schema) -> None:
-        self._close_table()
-        self._table_number += 1
-        chunk, file = divmod(self._table_number, self._limits[0])
-        path = self._folder / f"data/chunk-{chunk:03d}/file-{file:03d}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._table_file = path.open("wb")
-        self._table = pq.ParquetWriter(self._table_file, schema, compression="snappy")
-
-    def _write_video(self, view: str, segment: Segment) -> dict[str, Any]:
-        key, joiner = self._keys[view], self._joiners.get(view)
-        if joiner is None or joiner.bytes + segment.path.stat().st_size > self._limits[2] * 1e6:
-            if joiner is not None:
-                joiner.close()
-            self._joiner_numbers[view] += 1
-            chunk, file = divmod(self._joiner_numbers[view], self._limits[0])
-            path = self._folder / f"videos/{key}/chunk-{chunk:03d}/file-{file:03d}.mp4"
-            joiner = self._joiners[view] = Joiner(path, self.fps)
-        chunk, file = divmod(self._joiner_numbers[view], self._limits[0])
-        start, end = joiner.append(segment)
-        where = {"chunk_index": chunk, "file_index": file, "from_timestamp": start, "to_timestamp": end}
-        return {f"videos/{key}/{name}": value for name, value in where.items()}
-
     def _info(self) -> dict[str, Any]:
-        chunks_size, data_mb, video_mb = self._limits
+        limits = self._folder.limits
         extra = {key: {"dtype": kind, "shape": [width], "names": None} for key, (kind, width) in self._extra.items()}
         return {
             "codebase_version": "v3.0",
@@ -334,25 +264,22 @@ class Writer:
             "total_episodes": len(self._rows),
             "total_frames": self._frames,
             "total_tasks": len(self._tasks),
-            "chunks_size": chunks_size,
-            "data_files_size_in_mb": data_mb,
-            "video_files_size_in_mb": video_mb,
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if self.views else None,
+            "chunks_size": limits.chunks_size,
+            "data_files_size_in_mb": limits.data_mb,
+            "video_files_size_in_mb": limits.video_mb,
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self.views else None,
             "robot_type": self.robot_type,
             "splits": {"train": f"0:{len(self._rows)}"},
             EXTRA_KEY: {"action_spec": to_json(self.action_spec), "provenance": self.provenance},
         }
 
-    def _close_table(self) -> None:
-        if self._table is not None:
-            self._table.close()
-            self._table_file.close()
-            self._table = None
 
-    def _close(self) -> None:
-        self._close_table()
-        for joiner in self._joiners.values():
-            joiner.close()
-        self._joiners = {}
-        shutil.rmtree(self._scratch, ignore_errors=True)
+def _table(columns: Mapping[str, np.ndarray], length: int) -> pa.Table:
+    """The rows of an episode; vectors of one number are plain numbers, as LeRobot has them."""
+    arrays = {}
+    for key, values in columns.items():
+        flat = pa.array(values.reshape(-1), ARROW[values.dtype.name])
+        width = values.size // length
+        arrays[key] = flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
+    return pa.table(arrays)
