@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.packages import PAGES, require
 
@@ -83,6 +84,8 @@ class CalibrateArguments:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What they compute in; the calibration holds for this alone."""
 
+    how: ReadingGroup = LEROBOT
+
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
@@ -113,6 +116,7 @@ def _sampler(given: CalibrateArguments) -> int:
         envs=given.env,
         episodes=given.rollouts,
         workers=given.workers,
+        reading=given.how.reading(),
     )
     checkpoint = local_folder(given.checkpoint)
     made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype)
@@ -144,6 +148,7 @@ def _exits(given: CalibrateArguments) -> int:
         frames=given.frames or 1024,
         new_data=given.episodes == "all",
         ladder=given.ladder,
+        reading=given.how.reading(),
     )
     made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device, given.dtype)
     page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))

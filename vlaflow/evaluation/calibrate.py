@@ -38,13 +38,14 @@ from vlaflow.compute.thresholds import (
 from vlaflow.data.batch import Batch
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.io import read_json, require_writable
 from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
+from vlaflow.policies.provenance import fingerprint, new_episodes, reading_of, trained_on
 from vlaflow.progress import progress
 from vlaflow.versions import command_line, versions
 
@@ -126,6 +127,7 @@ class Request:
         frames: number of frames to measure, over both halves.
         new_data: the checkpoint was not trained on any episode of the data set.
         ladder: also measure the error of fixed depths and steps, unless that was done before.
+        reading: names of the data set's columns and cameras; by default as in the training.
     """
 
     name: str
@@ -139,6 +141,7 @@ class Request:
     frames: int = 1024
     new_data: bool = False
     ladder: bool = True
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,8 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
     Raises:
         VlaflowError: when checkpoint, data and plan do not fit together, or another data set's calibration has the name.
     """
-    policy, data, mark = Policy.from_pretrained(checkpoint, device, dtype), Dataset.open(dataset), fingerprint(checkpoint)
+    policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
+    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint))
     depths = request.depths or policy.model.depths
     if len(policy.model.depths) < 2:
         raise ConfigError(
