@@ -26,7 +26,7 @@ from vlaflow.data import features as of
 from vlaflow.data.cameras import find_cameras, view_name
 from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
-from vlaflow.data.lerobot_rows import Columns, CheckedRows, Vector, read_rows
+from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.pictures import read_picture
 from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.tables import read_cells, read_parquet
