@@ -39,6 +39,7 @@ from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError, NotFiniteError, SpecError
 from vlaflow.io import load_weights, read_json, save_tensors, write_json
 from vlaflow.policies.action_prefix import conditioning_of
+from vlaflow.policies.adapters import Merged
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
 from vlaflow.policies.provenance import fingerprint
@@ -361,7 +362,7 @@ class Policy:
 
         Args:
             folder: where to.
-            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones. Adapters are merged.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -369,7 +370,8 @@ class Policy:
         write_json(folder / "action_spec.json", to_json(self.action_spec))
         write_json(folder / "stats.json", {name: to_json(s) for name, s in self.stats.items()})
         (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
-        save_tensors(folder / "model.safetensors", weights or {}, like=self.model.state_dict())
+        merged = Merged(self.model, weights)
+        save_tensors(folder / "model.safetensors", merged, like=merged.announced())
         self.processor.backbone.save(folder)
 
     @staticmethod

@@ -17,10 +17,11 @@ from vlaflow.packages import require
 from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
+from vlaflow.training.outcome import Outcome
 from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
-from vlaflow.training.trainer import Outcome, Trainer
+from vlaflow.training.trainer import Trainer
 from vlaflow.versions import command_line
 
 
