@@ -41,7 +41,7 @@ def test_merged_shards_are_the_evaluation_of_one_machine_byte_for_byte(checkpoin
 
 def test_the_command_of_a_shard_says_how_to_go_on(checkpoint, tmp_path, capsys):
     words = ["eval", str(checkpoint), "--env", ENV, "--episodes", "2", "--max-steps", "4", "--steps", "1", "--workers", "0"]
-    words += ["--no-videos", "--batch", "1", "--out", str(tmp_path)]
+    words += ["--no-videos", "--batch", "1", "--out", str(tmp_path), "--dtype", "bf16"]
     for shard in ("1/2", "2/2"):
         assert main([*words, "--shard", shard]) == 0
     assert f"vlaflow merge {tmp_path}" in capsys.readouterr().out.replace("\n", "")
@@ -51,7 +51,8 @@ def test_the_command_of_a_shard_says_how_to_go_on(checkpoint, tmp_path, capsys):
     assert "numbered 1 to 2" in said
     assert "such as 2/4" in said
     assert main(["merge", str(tmp_path)]) == 0
-    assert results.read(tmp_path / RESULTS).evaluations[0].seeds == (1000, 1001)
+    found = results.read(tmp_path / RESULTS)
+    assert (found.evaluations[0].seeds, found.dtype) == ((1000, 1001), "bf16")
     assert (tmp_path / "report.html").exists()
 
 

@@ -13,6 +13,7 @@ from vlaflow.packages import PAGES, require
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.results import PairedTest, Results
 
 
@@ -50,6 +51,7 @@ class Eval:
         language: episodes per environment and wrong instruction of the language-swap test; 0 to skip it.
         videos: record a success and a failure per environment.
         device: where the networks run.
+        dtype: what they compute in; bf16 halves the memory of their layers.
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
         shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge makes the results of
             all parts (docs/scale.md).
@@ -73,6 +75,7 @@ class Eval:
     language: int = 0
     videos: bool = True
     device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     shard: str | None = None
 
@@ -95,9 +98,14 @@ def main(argv: list[str]) -> int:
         episodes=arguments.episodes,
         first_seed=arguments.seed,
         noise_seeds=arguments.noise_seeds,
-        knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device),
+        knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device, dtype=arguments.dtype),
         rollout=RolloutConfig(
-            arguments.n_action_steps, arguments.max_steps, arguments.render, arguments.device, arguments.batch
+            arguments.n_action_steps,
+            arguments.max_steps,
+            arguments.render,
+            arguments.device,
+            arguments.batch,
+            arguments.dtype,
         ),
         language_episodes=arguments.language,
         videos=arguments.videos,
@@ -115,7 +123,7 @@ def main(argv: list[str]) -> int:
     results = run(arguments.checkpoint, config, out, fresh=arguments.fresh)
     for name in arguments.compute:
         if name == "auto" or name.startswith("budget:"):
-            console.print(f"{name} is {chosen(arguments.checkpoint, name, arguments.device)}")
+            console.print(f"{name} is {chosen(arguments.checkpoint, name, config.knobs)}")
     show(results, out)
     return 0
 
@@ -131,7 +139,7 @@ def show(results: Results, out: Path) -> None:
     console.print(f"Written: {out / 'results.json'} and {page}", soft_wrap=True)
 
 
-def chosen(checkpoint: str, name: str, device: str) -> str:
+def chosen(checkpoint: str, name: str, knobs: Knobs) -> str:
     """The compute policy that "auto" or a budget in milliseconds stands for, with what was measured of it."""
     from vlaflow.compute.auto import calibrated
     from vlaflow.compute.budget import within
@@ -141,9 +149,11 @@ def chosen(checkpoint: str, name: str, device: str) -> str:
 
     folder = local_folder(checkpoint)
     if name == "auto":
-        found = calibrated(folder, fingerprint)
+        found = calibrated(folder, fingerprint, knobs)
         return found.name if found else name
-    return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), device))
+    return str(
+        within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), knobs.device, knobs.threads, knobs.dtype)
+    )
 
 
 def table(results: Results) -> RenderableType:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vlaflow.evaluation.realtime_results import RealtimeResults
 
 Mode = Literal["wait", "switch", "ensemble", "commit"]
-POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", "n_action_steps")
+POLICY = ("checkpoint", "fingerprint", "dtype", "compute", "compute_settings", "guided", "n_action_steps")
 """Keys of a server's metadata that describe its policy."""
 
 

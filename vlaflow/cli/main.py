@@ -30,6 +30,7 @@ COMMANDS = {
     "eval-vqa": "measure a checkpoint's accuracy on questions about images",
     "serve": "serve a checkpoint with openpi's websocket protocol",
     "eval-realtime": "evaluate in real time, with simulated inference delays",
+    "reproduce": "test a claim of one of the papers at the size of a laptop",
     "check": "check that an environment or a checkpoint keeps its contract",
     "data": "check or show a data set; fit and compare action tokenizers; report on latent actions",
 }

@@ -35,6 +35,7 @@ from vlaflow.evaluation.rollout import (
 )
 from vlaflow.evaluation.shards import Shard, read_shards, require_same
 from vlaflow.io import require_writable, storing
+from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
@@ -112,6 +113,7 @@ def evaluate(
     max_steps: int | None = None,
     render: Render = "fast",
     device: str = "cpu",
+    dtype: Dtype = "fp32",
     batch: int = 4,
     videos: bool = True,
     workers: int = 0,
@@ -140,6 +142,7 @@ def evaluate(
         max_steps: steps after which an episode is cut off; None takes the suite's.
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
+        dtype: what they compute in; "bf16" halves the memory of their layers.
         batch: episodes that a process plays together, with one batched call of the policy.
         videos: whether to record a success and a failure per environment.
         workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
@@ -158,8 +161,8 @@ def evaluate(
         episodes=episodes,
         first_seed=first_seed,
         noise_seeds=noise_seeds,
-        knobs=Knobs(solver_steps, device=device),
-        rollout=RolloutConfig(n_action_steps, max_steps, render, device, batch),
+        knobs=Knobs(solver_steps, device=device, dtype=dtype),
+        rollout=RolloutConfig(n_action_steps, max_steps, render, device, batch, dtype),
         videos=videos,
         workers=workers,
     )
@@ -338,6 +341,7 @@ class _Work:
             revision=revision,
             language=language.count_swap(swap, right, swapped, config.swap_limit(envs)) if swap else (),
             commands=commands,
+            dtype=rollout.dtype,
         )
         results.write(found, out / RESULTS)
         return found
@@ -352,7 +356,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     if "auto" in config.computes and (calibration := sampler_choice.load(home)):
         calibration.require_unseen(envs, config.first_seed, config.episodes)
     computes = parse_all(config.computes, config.knobs, home)
-    policy = Policy.from_pretrained(folder, config.rollout.device)
+    policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype)
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
