@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vlaflow.backbones.base import Backbone
 from vlaflow.errors import ConfigError, nearest
+from vlaflow.io import save_tensors
 from vlaflow.packages import require
 
 ADAPTER = "default"
@@ -156,6 +158,12 @@ class Merged(Mapping[str, Tensor]):
 
     def _given(self, place: str) -> Tensor:
         return (self._weights if place in self._weights else self._own)[place].detach()
+
+
+def save_merged(file: Path, module: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write a module's weights as ``Merged`` gives them, one tensor in memory at a time."""
+    merged = Merged(module, weights)
+    save_tensors(file, merged, like=merged.announced())
 
 
 def _adapters(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -39,10 +39,10 @@ from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.io import load_weights, read_json, write_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
-from vlaflow.policies.adapters import Merged
+from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
 from vlaflow.policies.policy_config import PolicyConfig
@@ -412,8 +412,7 @@ class Policy:
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_robots(folder, self.action_spec, self.stats, self.robots)
         (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
-        merged = Merged(self.model, weights)
-        save_tensors(folder / "model.safetensors", merged, like=merged.announced())
+        save_merged(folder / "model.safetensors", self.model, weights)
         self.processor.backbone.save(folder)
 
     @staticmethod
@@ -438,9 +437,8 @@ class Policy:
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
         """Open a checkpoint without choosing one of its robots, for further training; otherwise as ``from_pretrained``."""
         folder = local_folder(path)
-        config_data = read_json(folder / "config.json")
-        config_data.pop("vlaflow", None)
-        config = from_json(PolicyConfig, config_data, str(folder / "config.json"))
+        written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
+        config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
         with torch.random.fork_rng(devices=[]):
             model = config.build()
