@@ -39,8 +39,9 @@ from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json, write_json
+from vlaflow.io import load_weights, read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
@@ -408,10 +409,9 @@ class Policy:
         if self.dtype != "fp32":
             raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_robots(folder, self.action_spec, self.stats, self.robots)
-        (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
+        write_text(folder / "README.md", self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
         save_merged(folder / "model.safetensors", self.model, weights)
         self.processor.backbone.save(folder)
 
