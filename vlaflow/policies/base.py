@@ -39,8 +39,9 @@ from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.io import load_weights, read_json, save_tensors
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
@@ -407,10 +408,9 @@ class Policy:
         if self.dtype != "fp32":
             raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_robots(folder, self.action_spec, self.stats, self.robots)
-        (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
+        write_text(folder / "README.md", self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
         save_tensors(folder / "model.safetensors", weights or {}, like=self.model.state_dict())
         self.processor.backbone.save(folder)
 

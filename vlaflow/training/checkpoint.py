@@ -30,8 +30,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.io import claim, make_folder, read_json, require_makeable, write_json
+from vlaflow.errors import CheckpointError, ConfigError, StorageError
+from vlaflow.io import read_json
+from vlaflow.outputs import claim, make_folder, require_makeable, write_json
 from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
 from vlaflow.training.pieces import Pieces, piece, write_piece
@@ -202,8 +203,8 @@ def _writing(out: Path, step: int) -> Iterator[None]:
     earlier = newest_state(out)
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except (OSError, SafetensorError, StorageError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         kept = f"the one of step {earlier[0]} is untouched" if earlier else "there was none before it"
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {out} ({reason}); {kept}. "

@@ -13,7 +13,7 @@ import torch
 from vlaflow.data.hub import origin
 from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
-from vlaflow.io import require_makeable
+from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.mixing import combined_fingerprint, labels
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
