@@ -45,48 +45,6 @@ class Range:
         return f"above {low} and at most {high}" if self.above else f"in {low}..{high}"
 
 
-Count = 20``.
-
-NaN is in no range. Every element of a tuple is checked; None is allowed where the annotation allows it.
-"""
-
-from __future__ import annotations
-
-import dataclasses
-import math
-import typing
-from dataclasses import dataclass
-from typing import Annotated, Any
-
-from vlaflow.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers from ``low`` to ``high``, both included, or without ``low`` itself.
-
-    Args:
-        low, high: the ends; infinite ones are not included.
-        above: whether ``low`` is excluded.
-    """
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        """Whether a finite number lies in it."""
-        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        """In words that follow "must be"."""
-        if self.high == math.nextafter(1, 0):
-            return f"in [{self.low:g}, 1)"
-        if self.high < math.inf:
-            return f"above {self.low:g} and at most {self.high:g}" if self.above else f"in {self.low:g}..{self.high:g}"
-        return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-
-
 Count = Annotated[int, Range(1, 2**31)]
 Number = Annotated[int, Range(0, 2**31)]
 Seed = Annotated[int, Range(0, 2**31)]
@@ -104,7 +62,7 @@ def require_ranges(value: Any, label: str = "{}") -> None:
 
     Args:
         value: instance of a dataclass.
-        label: how a field is named in the error, e.g. "--{}", which also turns underscores into dashes.
+        label: how a field is named in the error; with "--{}", underscores become dashes.
 
     Raises:
         ConfigError: naming field, range and number.

@@ -108,6 +108,7 @@ class Origin:
         gap_s: configured time between the frames of a pair in seconds.
         gap: the same in frames.
         held_out, seed: share of each task's episodes that was held out from training, and the seed of that split.
+        others: fingerprints of further data sets.
     """
 
     dataset: str
@@ -117,6 +118,7 @@ class Origin:
     gap: int
     held_out: float = 0.0
     seed: int = 0
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

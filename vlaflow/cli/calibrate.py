@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.packages import PAGES, require
 from vlaflow.ranges import Count, NotNegative, Number, Positive, Share
@@ -87,6 +88,8 @@ class CalibrateArguments:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What they compute in; the calibration holds for this alone."""
 
+    how: ReadingGroup = LEROBOT
+
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
@@ -117,6 +120,7 @@ def _sampler(given: CalibrateArguments) -> int:
         envs=given.env,
         episodes=given.rollouts,
         workers=given.workers,
+        reading=given.how.reading(),
     )
     checkpoint = robot_folder(given.checkpoint, given.robot)
     made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype, report=write_page)
@@ -147,6 +151,7 @@ def _exits(given: CalibrateArguments) -> int:
         frames=given.frames or 1024,
         new_data=given.episodes == "all",
         ladder=given.ladder,
+        reading=given.how.reading(),
     )
     made = calibrate.run(robot_folder(given.checkpoint, given.robot), given.dataset, request, given.device, given.dtype)
     page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))
@@ -171,7 +176,7 @@ def _name(given: CalibrateArguments) -> str:
 
 
 def _words(made: Calibration) -> str:
-    test, plan = made.seen, made.plan
+    test, plan = made.effect, made.plan
     shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, test.shares, strict=True))
     lines = [
         f"Thresholds from {made.samples} frames, tested on {test.samples} others from other episodes.",

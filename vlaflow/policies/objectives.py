@@ -9,7 +9,6 @@ Each says what it needs, builds its networks and samples, and describes the chec
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,18 +18,17 @@ from vlaflow.actions.io import load_tokenizer
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.config import to_json
-from vlaflow.data import stats
-from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.pairs import FramePairs, chosen_view
-from vlaflow.data.transforms import Normalizer
+from vlaflow.data.pairs import chosen_view
+from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import ConfigError
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
 from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
+from vlaflow.policies.latent_pairs import Paired, action_normalizers, pairs_of
 from vlaflow.policies.mixing import (
     Robots,
     alone,
@@ -83,19 +81,21 @@ class PolicyObjective(Objective):
         if assets.base is not None and assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         if self.vqa is not None and assets.vqa is not None:
             require_askable(self.policy, VqaDataset.open(assets.vqa, self.vqa.turns))
-        require_enough(config, self.open(root), self.policy.decoder.chunk_size, stage)
+        require_enough(config, dataset, self.policy.decoder.chunk_size, stage)
         wanted = self.policy.decoder.latent_codes
         if wanted is not None and before.latent is not None:
             fit_codes(before.latent, wanted, "The latent action model of this pipeline", stage)
         return replace(before, policy=self.policy)
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return open_actions(root)
+        return open_actions(root, reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``."""
@@ -153,11 +153,11 @@ class PolicyObjective(Objective):
                 f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
                 "checkpoint that the rater was trained for, and train another rater afterwards."
             )
-        for key in ("state_normalisation", "action_normalisation"):
+        for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
             ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
             if ours != theirs:
                 raise ConfigError(
-                    f"policy.{key} is '{ours}', but {base.path} was trained with '{theirs}', which its weights take for "
+                    f"policy.{key} is {ours!r}, but {base.path} was trained with {theirs!r}, which its weights take for "
                     "granted. Leave out the --set that changes it."
                 )
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)
@@ -208,16 +208,18 @@ class RaterObjective(Objective):
         if assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         if before.policy is None:
             return before
-        require_enough(config, self.open(root), before.policy.decoder.chunk_size, stage)
+        require_enough(config, dataset, before.policy.decoder.chunk_size, stage)
         return replace(before, policy=replace(before.policy, rater=self.rater))
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return open_actions(root)
+        return open_actions(root, reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; the same seed and fraction hold out the same episodes as the policy's training did."""
@@ -280,55 +282,37 @@ class LatentObjective(Objective):
             if given is not None:
                 raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         return replace(before, latent=self.model)
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return Dataset.open(root, video=True)
+        return Dataset.open(root, video=True, reading=reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; a view that is missing and episodes that are all too short for the gap are a ``DataError``."""
-        train, held = self._pairs(config, dataset)
+        chosen_view(dataset, self.view)
+        return self.set_up_several(config, [alone(dataset)], assets)
+
+    def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
+        """See ``Objective``; a data set without the view shows its first one."""
+        samples, first = pairs_of(Paired(self.view, self.gap_s, self.model.image_size), config, datasets)
+        others = tuple(each.dataset.fingerprint for each in datasets[1:])
+        dataset = datasets[0].dataset
         origin = Origin(
-            dataset.fingerprint, self.view, dataset.fps, self.gap_s, train.gap, config.validation_fraction, config.seed
+            dataset.fingerprint, first.view, dataset.fps, self.gap_s, first.gap, config.validation_fraction, config.seed, others
         )
-        action = self._action(config, dataset)
+        action = action_normalizers(self.model.action_dim, config, datasets)
         model = LatentActionModel.create(self.model, origin, config.seed)
         stage = LatentStage(model, self.replacement, config.steps, action, self.action_weight)
 
         def card(training: Sequence[str]) -> str:
-            return latent_card(model, [alone(dataset)], training)
+            return latent_card(model, datasets, training)
 
-        return Setup(self, stage, train, held, None, {}, card)
-
-    def _pairs(self, config: TrainConfig, dataset: Dataset) -> tuple[FramePairs, FramePairs | None]:
-        train_episodes, held_episodes = config.episodes(dataset)
-        cache = FrameCache.open(dataset, self.model.image_size, [chosen_view(dataset, self.view)])
-        train = FramePairs(dataset, cache, self.view, self.gap_s, episodes=train_episodes)
-        held: FramePairs | None = None
-        if any(dataset.episodes[e].length > train.gap for e in held_episodes):
-            held = FramePairs(dataset, cache, self.view, self.gap_s, episodes=held_episodes)
-        elif held_episodes:
-            sys.stderr.write(
-                f"Held out: none of the {len(held_episodes)} episodes is longer than the gap; nothing is measured.\n"
-            )
-        for which, pairs in (("For training", train), ("Held out", held)):
-            if pairs is not None and pairs.short:
-                sys.stderr.write(f"{which}: {pairs.left_out()}\n")
-        return train, held
-
-    def _action(self, config: TrainConfig, dataset: Dataset) -> Normalizer | None:
-        """Of the actions, for a model with an action head."""
-        if not self.model.action_dim:
-            return None
-        found = dataset.columns().action.shape[1]
-        if found != self.model.action_dim:
-            raise SpecError(
-                f"model.action_dim is {self.model.action_dim}, but the actions of {dataset.root} have {found} dimensions."
-            )
-        return Normalizer.from_stats(stats.compute(dataset, config.episodes(dataset)[0])["action"], "mean_std")
+        return samples.setup(self, stage, None, mixture_identity(datasets, samples), card)
 
 
 def _keeps_its_tokenizer(given: Path | str) -> ConfigError:

@@ -20,10 +20,12 @@ from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Order
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
+from vlaflow.data.reading import Reading, missing_action
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.weights import DatasetEntry, Mixture
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError
+from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import ancestry, fingerprint
@@ -38,30 +40,33 @@ class DataSpec:
     Args:
         state_dim, action_dim: 0 where it holds no states or no actions; of several data sets the largest.
         views: names of its camera views, at least one; of several data sets all that any of them has.
+        no_action: what to do about it where it holds no actions, in a sentence.
     """
 
     state_dim: int
     action_dim: int
     views: tuple[str, ...]
+    no_action: str = "The data set has none; choose another one."
 
     @staticmethod
-    def of(*roots: Path | str) -> DataSpec:
+    def of(*roots: Path | str, reading: Reading | None = None) -> DataSpec:
         """Of data sets on disk; only their meta folders are read.
 
         Raises:
             DataError: not a data set, or one without a camera.
         """
-        found = [DataSpec._of_one(root) for root in roots]
+        found = [DataSpec._of_one(root, reading) for root in roots]
         views = dict.fromkeys(view for each in found for view in each.views)
-        return DataSpec(max(each.state_dim for each in found), max(each.action_dim for each in found), tuple(views))
+        state, action = max(each.state_dim for each in found), max(each.action_dim for each in found)
+        return DataSpec(state, action, tuple(views), found[0].no_action)
 
     @staticmethod
-    def _of_one(root: Path | str) -> DataSpec:
-        dataset = Dataset.open(root, video=True)
+    def _of_one(root: Path | str, reading: Reading | None) -> DataSpec:
+        dataset = Dataset.open(root, video=True, reading=reading)
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
         state, action = (len(dataset.dimension_names(name)) for name in ("state", "action"))
-        return DataSpec(state, action, tuple(dataset.views))
+        return DataSpec(state, action, tuple(dataset.views), missing_action(dataset.root, dataset.features))
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,11 @@ class ParameterGroup:
 class OptimConfig:
     """AdamW with linear warm-up and a cosine (or constant) schedule.
 
+    Weights in a smaller format than float32 are trained through float32 copies of them, so that no small step is lost.
+
     Args:
+        kind: how AdamW keeps its moments. "adamw8bit" needs 2 bytes per weight instead of 8; "paged_adamw" and
+            "paged_adamw8bit" let them move to host memory where the GPU's is short. These three need bitsandbytes.
         learning_rate: peak rate.
         warmup_steps: linear up to the peak; the first step has 1 / warmup_steps of it.
         schedule: after the warm-up.
@@ -106,6 +115,7 @@ class OptimConfig:
         clip_norm: largest gradient norm; larger ones are scaled down.
     """
 
+    kind: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     learning_rate: NotNegative = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: NotNegative = 1e-8
@@ -115,6 +125,11 @@ class OptimConfig:
     final_fraction: Share = 0.0
     clip_norm: NotNegative = 1.0
     groups: tuple[ParameterGroup, ...] = ()
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What ``kind`` needs."""
+        return () if self.kind == "adamw" else ("bitsandbytes",)
 
 
 @dataclass(frozen=True)
@@ -243,20 +258,26 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """What will be there after this stage of a pipeline; raises what can be known to be wrong before any stage runs.
 
         Args:
             config: the whole config.
-            root: of the data set.
+            dataset: as ``open`` opened it.
             assets: this stage's.
             before: what the stages before it make.
             stage: its name and a dot, before keys that a message names.
         """
 
     @abstractmethod
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """Open a data set to learn from.
+
+        Args:
+            root: its folder, or its name on the Hub.
+            reading: names of its columns and cameras; None for LeRobot's.
 
         Raises:
             VlaflowError: it lacks something that the objective learns from.
@@ -291,6 +312,7 @@ class TrainConfig:
 
     Args:
         objective: what is learned. On a command line its fields have no prefix: ``--set policy.n_action_steps=4``.
+        lora: adapters to train in place of the pretrained weights; None trains these.
         steps: optimiser steps.
         global_batch_size: observations per optimiser step, over all processes and parts.
         accumulate: parts that a step is split into over all processes, at least; see ``parts``.
@@ -315,6 +337,7 @@ class TrainConfig:
 
     objective: Objective = field(metadata=INLINE)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig | None = None
     steps: Count = 1000
     global_batch_size: Count = 64
     accumulate: int = 1
