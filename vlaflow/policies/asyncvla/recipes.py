@@ -38,7 +38,7 @@ def realtime(data: DataSpec) -> TrainConfig:
     executed ones, where the data set has them (docs/decisions/013-action-prefixes-are-what-was-executed.md).
     """
     policy = tiny(data)
-    decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, committed=32)
+    decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, max_action_prefix=32)
     return tiny_training(replace(policy, decoder=decoder, exits=None, n_action_steps=16), steps=3500)
 
 
