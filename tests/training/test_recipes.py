@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vlaflow.config import override
+from vlaflow.data.weights import named_mixture
 from vlaflow.errors import ConfigError
 from vlaflow.policies.asyncvla.policy import qwen3b, smol
 from vlaflow.policies.recipe import DataSpec
@@ -75,3 +76,24 @@ def test_the_recipe_for_a_robot_of_ones_own_fits_adapters_or_everything():
     adapted = sum(config.lora.rank * (part.in_features + part.out_features) for part in model.backbone.adapted)
     free = sum(p.numel() for part in (model.decoder, model.backbone.state) for p in part.parameters())
     assert adapted + free == pytest.approx(47e6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "modes", "clip", "kept"),
+    [
+        ("asyncvla.pretrain", "mean_std", None, ()),
+        ("a1.libero", "quantile", None, ("gripper",)),
+        ("a1.pretrain", "identity", None, ()),
+        ("dfm_vla.libero", "quantile", 1.0, ()),
+    ],
+)
+def test_recipes_at_full_size_normalise_as_their_papers_say(name, modes, clip, kept):
+    config = find_recipe(name).config(DataSpec(4, 4, ("corner",)), None)
+    policy = config.objective.policy
+    assert (policy.action_normalisation, policy.action_clip, policy.kept_actions) == (modes, clip, kept)
+
+
+def test_pretraining_recipes_mix_as_their_papers_say():
+    data = DataSpec(4, 4, ("corner",))
+    assert find_recipe("a1.pretrain").config(data, None).mixture == named_mixture("robots")
+    assert find_recipe("asyncvla.pretrain").config(data, None).mixture.weights["bridge"] == 24.14

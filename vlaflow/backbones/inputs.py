@@ -114,7 +114,7 @@ class Processor(ABC):
         """Write what it needs besides the backbone's config into a checkpoint folder; nothing by default."""
 
     def _speechless(self) -> CapabilityError:
-        return CapabilityError(f"{type(self).__name__} knows no answers, so its backbone cannot be asked.")
+        return CapabilityError(f"{type(self).__name__} has no text for answers, so its backbone cannot answer questions.")
 
 
 def require_state(observation: ObservationBatch, expected: int) -> None:

@@ -115,7 +115,7 @@ class DiscreteFlowConfig(TokenConfig):
         attention: "blind": the prefix never sees the action tokens, its keys and values are computed once and exact;
             "full": everything sees everything, and the prefix is run again with the tokens.
         refresh: with "full", the share of tokens that must have changed since the prefix was last run for it to be run
-            again; 0 runs it at every step, 1 never again (DFM-VLA's adaptive cache, whose rule it does not tell) [ours].
+            again; 0 runs it at every step, 1 never again (DFM-VLA's adaptive cache; the paper does not give its rule) [ours].
         rate_weight: of the rate head's loss relative to the cross-entropy [ours].
         rate_clip: largest weight 1/clock in the rate's loss [ours].
     """

@@ -33,6 +33,8 @@ def emu3(
 ) -> PolicyConfig:
     """DFM-VLA as far as the paper specifies it: Emu3, FAST at scale 50 with 1024 ids, everything sees everything, 14 + 2 steps.
 
+    Actions reach from −1 to 1 between their 1st and 99th percentile and are clipped there, as in UniVLA.
+
     Args:
         data: shape of the data set; the state is not read.
         chunk_size: actions per chunk, all of them executed (UniVLA, UD-VLA: 10).
@@ -47,5 +49,6 @@ def emu3(
             data.action_dim, FastFit(50.0, 1024), chunk_size, text_row=LAST_TEXT, attention="full", refresh=0.3
         ),
         action_normalisation="quantile",
+        action_clip=1.0,
         n_action_steps=chunk_size,
     )
