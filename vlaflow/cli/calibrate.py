@@ -117,12 +117,11 @@ def _sampler(given: CalibrateArguments) -> int:
         workers=given.workers,
     )
     checkpoint = robot_folder(given.checkpoint, given.robot)
-    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype)
+    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype, report=write_page)
     file = checkpoint / FOLDER / FILE
-    page = write_page(made, file.with_suffix(".html"))
     console = Console()
     console.print(words(made))
-    console.print(f"Written: {file} and {page}", soft_wrap=True)
+    console.print(f"Written: {file} and {file.with_suffix('.html')}", soft_wrap=True)
     return 0
 
 
@@ -170,7 +169,7 @@ def _name(given: CalibrateArguments) -> str:
 
 
 def _words(made: Calibration) -> str:
-    test, plan = made.seen, made.plan
+    test, plan = made.effect, made.plan
     shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, test.shares, strict=True))
     lines = [
         f"Thresholds from {made.samples} frames, tested on {test.samples} others from other episodes.",

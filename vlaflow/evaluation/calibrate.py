@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.budget import LADDER, Ladder, Rung, save
-from vlaflow.compute.calibration import FOLDER, Calibration, RiskTarget, Seen, ShareTarget
+from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, RiskTarget, ShareTarget
 from vlaflow.compute.distance import Metric, distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
 from vlaflow.compute.sampler_choice import FILE as SAMPLER
@@ -41,8 +41,9 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
-from vlaflow.io import read_json, require_writable
+from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.progress import progress
@@ -173,7 +174,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
         raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
     if file.exists():
         Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
-    require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
+    require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
     episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     table = measure(policy, plan, frames, request.deviation)
@@ -296,7 +297,7 @@ def calibrate(
     if isinstance(written, RiskTarget):
         above = float((table.deviation_NK[fresh_N][rows, exit_F] > written.max_deviation).mean())
     error_FK = table.error_NK[fresh_N]
-    seen = Seen(
+    effect = ExitEffect(
         samples=len(exit_F),
         shares=tuple((np.bincount(exit_F, minlength=exits) / len(exit_F)).tolist()),
         layers=float(depth_K[exit_F].mean()),
@@ -314,7 +315,7 @@ def calibrate(
         thresholds=tuple(None if np.isneginf(t) else float(t) for t in threshold_K[:-1]),
         target=written,
         samples=int(table.choose_N.sum()),
-        seen=seen,
+        effect=effect,
         command=command_line(),
         versions=versions(),
         dtype=policy.dtype,

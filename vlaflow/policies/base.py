@@ -39,9 +39,11 @@ from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.io import load_weights, read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
+from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
 from vlaflow.policies.policy_config import PolicyConfig
@@ -98,14 +100,13 @@ class Policy:
                 "decoder.action_dim to the data set's."
             )
         own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
-        every = [robot.stats for robot in self.robots.values()] or [dict(self.stats)]
-        state = tuple(Normalizer.from_stats(stats["state"], c.state_normalisation) for stats in every)
-        action = tuple(Normalizer.from_stats(stats["action"], c.action_normalisation) for stats in every)
+        self.action_normalizer = c.action_normalizer(self.stats, self.action_spec)
+        state = tuple(c.state_normalizer(r.stats) for r in self.robots.values()) or (c.state_normalizer(self.stats),)
+        action = tuple(c.action_normalizer(r.stats, r.action_spec) for r in self.robots.values()) or (self.action_normalizer,)
         side = self.robots[self.robot].image_size if self.robot else None
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own)
-        self.action_normalizer = Normalizer.from_stats(self.stats["action"], c.action_normalisation)
         self._action = Normalizers(action, c.decoder.action_dim)
 
     @staticmethod
@@ -399,7 +400,7 @@ class Policy:
 
         Args:
             folder: where to.
-            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones. Adapters are merged.
 
         Raises:
             CapabilityError: it was opened in bfloat16, so its weights are no longer those of the checkpoint.
@@ -407,11 +408,10 @@ class Policy:
         if self.dtype != "fp32":
             raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_robots(folder, self.action_spec, self.stats, self.robots)
-        (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
-        save_tensors(folder / "model.safetensors", weights or {}, like=self.model.state_dict())
+        write_text(folder / "README.md", self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
+        save_merged(folder / "model.safetensors", self.model, weights)
         self.processor.backbone.save(folder)
 
     @staticmethod
@@ -436,9 +436,8 @@ class Policy:
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
         """Open a checkpoint without choosing one of its robots, for further training; otherwise as ``from_pretrained``."""
         folder = local_folder(path)
-        config_data = read_json(folder / "config.json")
-        config_data.pop("vlaflow", None)
-        config = from_json(PolicyConfig, config_data, str(folder / "config.json"))
+        written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
+        config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
         with torch.random.fork_rng(devices=[]):
             model = config.build()

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,50 +29,24 @@ from vlaflow.data.mixture import Order
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
+from vlaflow.policies.adapters import adapt, digest
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
 from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
-from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
+from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
 from vlaflow.training.loss_module import LossModule
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
-from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
+from vlaflow.training.moments import Masters, Moments
+from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate, with_rate
+from vlaflow.training.outcome import Outcome
 from vlaflow.training.precision import use_bf16
 from vlaflow.training.team import Team
 from vlaflow.versions import versions
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where a run stands when it ends.
-
-    Args:
-        step, steps: taken, and to take.
-        loss: mean training loss of the last hundred steps; None before the first.
-        validation: last validation loss, with averaged weights; None without held-out episodes.
-        seconds: of training, over all attempts.
-        signal: the signal that asked for its end, or None; it may have come when nothing was left to cut short.
-        more: whether stages of a pipeline are still to come.
-        policy: folder of the policy that the run made; None if it made something else.
-    """
-
-    step: int
-    steps: int
-    loss: float | None
-    validation: float | None
-    seconds: float
-    signal: int | None = None
-    more: bool = False
-    policy: Path | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether all steps were taken, and all stages."""
-        return self.step >= self.steps and not self.more
 
 
 class Trainer:
@@ -121,7 +94,7 @@ class Trainer:
         self._validation_sources = {"": (validation, 1.0)} if validation is not None else dict(validation_each or {})
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
-        self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
+        self._divergence, self._answer_divergence = Divergence(config.optim.warmup_steps), Divergence(config.optim.warmup_steps)
         self.step, self._seconds, self._saved = 0, 0.0, -1
         self._validation: float | None = None
 
@@ -146,13 +119,20 @@ class Trainer:
             if self.team.is_first and (aside := checkpoint.prepare(self.out, self._fresh)):
                 sys.stderr.write(f"The old checkpoint is now {aside}.\n")
 
+        adapters = adapt(stage.module, config.lora, mix("adapters", config.seed)) if config.lora else []
         freeze(stage.module, config.optim)
+        self._frozen = digest(stage.module) if adapters else None
         stage.module.train()
         self._model = self._spread(use_bf16(config.precision, self.device))
-        self._optimizer = build_optimizer(stage.module, config.optim)
+        masters = Masters(stage.module)
+        optim = with_rate(config.optim, adapters, config.lora.learning_rate if config.lora else None)
+        self._optimizer = build_optimizer(stage.module, optim, masters)
+        self._moments = Moments(self._optimizer, masters.of)
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
+        if self._ema is not None and masters.of:
+            raise ConfigError("Weights in bfloat16 are too coarse for averages. Set ema_decay=none, or train them in float32.")
         self._held = {name: (self._hold(source), weight) for name, (source, weight) in self._validation_sources.items()}
         self._held_vqa = self._hold(self._vqa.held) if self._vqa and self._vqa.held is not None else None
         self._parts = config.parts(self.team.world, self._resume())
@@ -167,6 +147,11 @@ class Trainer:
         blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         if self.sharded:
+            lora = self.config.lora
+            if self.config.optim.kind != "adamw" or (lora and lora.quantise):
+                raise CapabilityError(
+                    "What bitsandbytes keeps cannot be shared by processes. Leave --shard out, or optim.kind and lora.quantise."
+                )
             sharding.shard(whole, blocks, self.team, bf16=bf16)
         self.stage.to(self.device)
         return whole if self.sharded else self.accelerator.prepare(whole)
@@ -237,7 +222,7 @@ class Trainer:
         parts = self._loader.step(self.step)
         share_of_peak = multiplier(self.step, c.optim, c.steps)
         set_rate(self._optimizer.param_groups, share_of_peak)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.stage.module.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         named: dict[str, Tensor] = {}
         for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
@@ -254,9 +239,9 @@ class Trainer:
         gradient = sharding.number(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
         mean_loss, *mean_terms = self.team.sum(torch.stack([loss, *named.values()])).tolist()
         stopped = max(self.team.gather(noted or 0))
-        asked = isinstance(parts[0].batch, VqaBatch)
-        guard = self._answer_guard if asked else self._guard
-        if complaint := guard.complaint(self.step, mean_loss, gradient):
+        on_questions = isinstance(parts[0].batch, VqaBatch)
+        divergence = self._answer_divergence if on_questions else self._divergence
+        if complaint := divergence.complaint(self.step, mean_loss, gradient):
             raise DivergedError(self._diverged(complaint, parts))
         self._optimizer.step()
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
@@ -265,7 +250,7 @@ class Trainer:
         samples = sum(len(part.batch.observation) for part in parts) * self.team.world
         return (
             {
-                "answer_loss" if asked else "loss": mean_loss,
+                "answer_loss" if on_questions else "loss": mean_loss,
                 "parts": dict(zip(named, mean_terms, strict=True)),
                 "rate": c.optim.learning_rate * share_of_peak,
                 "gradient": gradient,
@@ -357,7 +342,7 @@ class Trainer:
         if self._saved == self.step:
             return
         module = self.stage.module
-        tensors = checkpoint.collect(module, self._optimizer, self._ema)
+        tensors = checkpoint.collect(module, self._moments, self._ema, frozen=self.sharded or self._frozen is None)
         with self.team.together():
             for kind, group in tensors.items():
                 if name := first_not_finite({name: sharding.own_rows(tensor)[0] for name, tensor in group.items()}):
@@ -369,14 +354,15 @@ class Trainer:
             "step": self.step,
             "seconds": self._seconds,
             "validation": self._validation,
-            "losses": list(self._guard.losses),
-            "answer_losses": list(self._answer_guard.losses),
+            "losses": list(self._divergence.losses),
+            "answer_losses": list(self._answer_divergence.losses),
             "processes": self.team.world,
             "writers": writers,
             "parts": self._parts,
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "moments": len(tensors["optimizer"]),
+            "frozen": self._frozen,
             "run": self.identity,
         }
         card = self._card(self._outcome(None)) if self._card is not None and self.team.is_first else ""
@@ -396,11 +382,11 @@ class Trainer:
             return 1
         with self.team.together():
             state = checkpoint.read_state(found[1], self.identity)
-            checkpoint.restore(found[1], state, self.stage.module, self._optimizer, self._ema)
+            checkpoint.restore(found[1], state, self.stage.module, self._moments, self._ema, frozen=self._frozen)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
-        self._guard.losses.extend(state["losses"])
-        self._answer_guard.losses.extend(state.get("answer_losses", ()))
+        self._divergence.losses.extend(state["losses"])
+        self._answer_divergence.losses.extend(state.get("answer_losses", ()))
         return state["parts"]
 
     def _require_same_step(self, step: int) -> None:
@@ -418,7 +404,7 @@ class Trainer:
         return max(self.team.gather(noted or 0)) or None
 
     def _outcome(self, signal: int | None) -> Outcome:
-        losses = list(self._guard.losses)[-100:]
+        losses = list(self._divergence.losses)[-100:]
         mean = sum(losses) / len(losses) if losses else None
         return Outcome(self.step, self.config.steps, mean, self._validation, self._seconds, signal)
 
