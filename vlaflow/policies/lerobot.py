@@ -13,7 +13,6 @@ Shape letters: B batch, C channels, H height, W width, S state dimension, L chun
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from torch import Tensor
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.lerobot import Dataset
-from vlaflow.errors import CheckpointError, ConfigError, SpecError
-from vlaflow.io import require_makeable
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.outputs import require_makeable, whole_folder, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import LEROBOT, local_folder
 from vlaflow.policies.seeds import chunk_generator
@@ -165,6 +164,7 @@ def export(checkpoint: Path | str, out: Path) -> str:
     Raises:
         CheckpointError: it cannot be opened.
         ConfigError: the folder exists, or cannot be made; or the policy serves several robots.
+        StorageError: the disk is full; nothing is left of it.
     """
     folder = local_folder(checkpoint)
     policy = Policy.from_pretrained(folder)
@@ -173,16 +173,10 @@ def export(checkpoint: Path | str, out: Path) -> str:
     if out.exists():
         raise ConfigError(f"{out} exists. Choose another --out.")
     require_makeable(out)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with whole_folder(out, "The exported checkpoint") as part:
         shutil.copytree(folder, part / LEROBOT, ignore=shutil.ignore_patterns("training", ".*"))
         for name, content in layout(policy).items():
-            (part / name).write_text(json.dumps(content, indent=4) + "\n")
-        part.replace(out)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise CheckpointError(f"{out} cannot be written ({error.strerror}). Make room, or choose another --out.") from error
+            write_json(part / name, content, indent=4)
     return policy_type(policy)
 
 
