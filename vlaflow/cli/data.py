@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Normalisation = Literal["quantile", "min_max", "mean_std", "identity"]
 
+MOST_TASKS = 50
+"""How many tasks ``show`` lists."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -173,23 +176,29 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def _check(arguments: Check) -> int:
+def _console() -> Any:
+    """A console that prints words of a data set as they are, brackets and colons included."""
     from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
+def _check(arguments: Check) -> int:
     from rich.progress import Progress
 
     from vlaflow.data.check import check
     from vlaflow.data.lerobot import Dataset
 
-    console = Console()
+    console = _console()
     dataset = Dataset.open(arguments.directory)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("decoding")
         findings = check(dataset, arguments.workers, lambda done, total: progress.update(bar, completed=done, total=total))
     _print_summary(console, dataset)
     for sentence in findings.remarks:
-        console.print(f"note: {sentence}", markup=False, soft_wrap=True)
+        console.print(f"note: {sentence}", soft_wrap=True)
     for sentence in findings.problems:
-        console.print(f"PROBLEM: {sentence}", markup=False, soft_wrap=True, style="bold red")
+        console.print(f"PROBLEM: {sentence}", soft_wrap=True, style="bold red")
     if findings.problems:
         console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
         return 1
@@ -198,20 +207,23 @@ def _check(arguments: Check) -> int:
 
 
 def _show(arguments: Show) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from vlaflow.data.lerobot import Dataset
     from vlaflow.data.stats import compute
 
-    console = Console()
+    console = _console()
     dataset = Dataset.open(arguments.directory)
     _print_summary(console, dataset)
+    by_task: dict[str, list[int]] = {}
+    for episode in dataset.episodes:
+        by_task.setdefault(episode.task, []).append(episode.length)
     tasks = Table("task", "episodes", "frames", "shortest", "longest")
-    for task in dict.fromkeys(episode.task for episode in dataset.episodes):
-        lengths = [episode.length for episode in dataset.episodes if episode.task == task]
+    for task, lengths in sorted(by_task.items(), key=lambda item: -len(item[1]))[:MOST_TASKS]:
         tasks.add_row(task, *(str(n) for n in (len(lengths), sum(lengths), min(lengths), max(lengths))))
     console.print(tasks)
+    if len(by_task) > MOST_TASKS:
+        console.print(f"and {len(by_task) - MOST_TASKS} more tasks with as many episodes or fewer")
     numbers = Table("feature", "dimension", "min", "q01", "mean", "q99", "max", "std")
     for name, stats in compute(dataset).items():
         for d, label in enumerate(dataset.dimension_names(name)):

@@ -173,7 +173,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
     if file.exists():
         Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
     require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
-    episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
+    episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     table = measure(policy, plan, frames, request.deviation)
     made = calibrate(policy, plan, frames, table, target=request.target, checkpoint=mark)
@@ -230,7 +230,7 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
     for episode in random.permutation(np.asarray(episodes)).tolist():
-        by_task.setdefault(dataset.episodes[episode].task, []).append(episode)
+        by_task.setdefault(dataset.episode(episode).task, []).append(episode)
     ordered = [episode for task in by_task.values() for episode in task]
     first = set(ordered[::2])
     episode_M = dataset.columns().episode[windows.rows]

@@ -124,7 +124,7 @@ def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = 
     file = checkpoint / FOLDER / FILE
     require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
 
-    episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
+    episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     measures, _ = measure(policy, computes, frames, n_action_steps=n_action_steps, draws=request.draws)
     times = measure_latency(policy, computes, _observations(frames, request.latency_chunks), request.latency_chunks)

@@ -292,7 +292,7 @@ class LatentObjective(Objective):
         cache = FrameCache.open(dataset, self.model.image_size, [chosen_view(dataset, self.view)])
         train = FramePairs(dataset, cache, self.view, self.gap_s, episodes=train_episodes)
         held: FramePairs | None = None
-        if any(dataset.episodes[e].length > train.gap for e in held_episodes):
+        if any(dataset.episode(e).length > train.gap for e in held_episodes):
             held = FramePairs(dataset, cache, self.view, self.gap_s, episodes=held_episodes)
         elif held_episodes:
             sys.stderr.write(

@@ -106,7 +106,7 @@ def ancestry(folder: Path) -> dict[str, Any]:
 
 def new_episodes(dataset: Dataset, trained: Sequence[TrainedOn]) -> tuple[int, ...]:
     """The episodes that no training learned from: those that all trainings on this data set held out."""
-    new = set(range(len(dataset.episodes)))
+    new = set(dataset.numbers)
     for each in trained:
         if each.data == dataset.fingerprint:
             new &= set(split_episodes(dataset, each.validation_fraction, each.seed)[1])
