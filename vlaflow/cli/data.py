@@ -147,9 +147,77 @@ class PushToHub:
     message: str = "Upload with vlaflow"
 
 
+@dataclass(frozen=True)
+class Repair:
+    """Write the whole episodes of a data set, with what is derived from rows and frames computed again.
+
+    Example: vlaflow data repair runs/peg --out runs/peg-whole
+
+    Every change is printed, and kept in changes.log of the new data set.
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        out: the new data set, v3.0.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Write a data set without some of its episodes.
+
+    Example: vlaflow data drop runs/peg --episodes 3 10-12 --out runs/peg-fewer
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        episodes: numbers of the episodes to leave out, and ranges of numbers such as 10-12.
+        out: the new data set, v3.0.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    episodes: tuple[str, ...]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Write the episodes of several data sets of one robot as one data set.
+
+    Example: vlaflow data merge runs/monday runs/tuesday --out runs/week
+
+    Args:
+        directories: LeRobot data sets, v2.0 to v3.0, in the order of their episodes; they are not changed.
+        out: the new data set, v3.0.
+    """
+
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Write a data set with other names of columns and cameras.
+
+    Example: vlaflow data rename runs/peg --camera top=front --column actions=action --out runs/peg-renamed
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        out: the new data set, v3.0.
+        column: OLD=NEW, feature keys; repeat for more.
+        camera: OLD=NEW, names of views; repeat for more.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    column: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    camera: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+
+
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
-    from vlaflow.cli.data_edit import push
+    from vlaflow.cli.data_edit import drop, merge, push, rename, repair
     from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
@@ -161,8 +229,12 @@ def main(argv: list[str]) -> int:
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
         | Annotated[positional(PushToHub), tyro.conf.subcommand("push")]
+        | Annotated[Repair, tyro.conf.subcommand("repair")]
+        | Annotated[Drop, tyro.conf.subcommand("drop")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
+        | Annotated[Rename, tyro.conf.subcommand("rename")]
     )
-    description = "Check, show or push a data set; fit and compare action tokenizers; report on latent actions."
+    description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
     actions: dict[type, Any] = {
         Check: _check,
@@ -171,6 +243,10 @@ def main(argv: list[str]) -> int:
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
         PushToHub: push,
+        Repair: repair,
+        Drop: drop,
+        Merge: merge,
+        Rename: rename,
     }
     status: int = actions[type(chosen)](chosen)
     return status

@@ -129,17 +129,23 @@ def read_segment(path: Path) -> Segment:
     Raises:
         DataError: when the file is missing or cannot be decoded.
     """
-    histogram, count = np.zeros((3, 256), np.int64), 0
     try:
         with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                pixels = frame.to_ndarray(format="rgb24").reshape(-1, 3)
-                for channel in range(3):
-                    histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
-                count += 1
+            count, histogram = pixel_counts(container.decode(video=0))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"The video {path} cannot be decoded ({_reason(error)}). Encode it again.") from error
     return Segment(path, count, histogram)
+
+
+def pixel_counts(frames: Iterable[Any]) -> tuple[int, np.ndarray]:
+    """Number of PyAV's frames, and how often each value occurs per RGB channel, int64 (3, 256)."""
+    histogram, count = np.zeros((3, 256), np.int64), 0
+    for frame in frames:
+        pixels = frame.to_ndarray(format="rgb24").reshape(-1, 3)
+        for channel in range(3):
+            histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
+        count += 1
+    return count, histogram
 
 
 class Joiner:
@@ -173,7 +179,7 @@ class Joiner:
             packets = _packets(source, stream, segment)
             parameters = _parameters(stream, packets)
             if self._stream is None:
-                self._stream = self._out.add_stream_from_template(stream)
+                self._stream = self._out.add_stream_from_template(stream, opaque=True)
                 self._stream.time_base = 1 / self.rate
                 self._parameters = parameters
             elif parameters != self._parameters:
