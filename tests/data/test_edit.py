@@ -234,9 +234,13 @@ def test_offsets_that_the_frames_cannot_correct_are_not_guessed(new, pristine, t
     assert np.array_equal(after.frames(0, "corner"), before.frames(0, "corner"))
 
 
-def test_nothing_whole_is_refused_and_leaves_nothing(new, tmp_path):
-    edit_table(new / build.DATA, "action", lambda v: [[np.nan] * 3 for _ in v])
-    with pytest.raises(DataError, match=r"no episode is whole\. Episode 0 of"):
+@pytest.mark.parametrize("camera", [False, True])
+def test_nothing_whole_is_refused_with_the_reason_and_leaves_nothing(new, tmp_path, camera):
+    if camera:
+        (new / VIDEO).unlink()
+    else:
+        edit_table(new / build.DATA, "action", lambda v: [[np.nan] * 3 for _ in v])
+    with pytest.raises(DataError, match=r"no episode.* is whole\. Episode 0 of"):
         repair(new, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
@@ -300,6 +304,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(pristine, tmp_path):
     with full_disk(), pytest.raises(DataError, match=r"^The data set could not be written to .*; nothing of it was kept"):
         repair(pristine, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_encoding_leaves_no_episode_out(new, tmp_path):
+    encode(new / VIDEO, np.concatenate([episode(i)[0]["corner"] for i in range(len(LENGTHS))]), g="250")
+    with full_disk(), pytest.raises(DataError, match="could not be written"):
+        repair(new, tmp_path / "out")
 
 
 def test_editing_refuses_what_it_cannot_do(pristine, pristine_v21, new, tmp_path):

@@ -62,6 +62,9 @@ def repair(folder: Path | str, out: Path) -> Edited:
         DataError: not a data set; no whole episode; the disk is full.
     """
     found = survey(folder)
+    if not found.episodes:
+        reason = next(iter(found.problems.values()), "It has no rows.")
+        raise DataError(f"{out} was not written: no episode of {found.root} is whole. {reason}")
     return _write(out, [EditPart(found)], skip=True, said=tuple(found.problems.values()))
 
 

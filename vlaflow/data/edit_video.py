@@ -18,6 +18,7 @@ import numpy as np
 
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, Segment, encode_video, pixel_counts
 from vlaflow.errors import DataError
+from vlaflow.io import REFUSALS
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class Clip:
             else:
                 count, histogram = pixel_counts(self._frames())
         except av.FFmpegError as error:
+            if error.errno in REFUSALS:  # of the disk, while encoding
+                raise
             raise DataError(f"a frame of {path} cannot be decoded ({error.strerror or error})") from error
         if count != self.count:
             raise DataError(f"only {count} of {self.count} frames of {path} can be decoded")

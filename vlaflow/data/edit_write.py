@@ -1,8 +1,8 @@
 """Writing episodes of existing data sets as one new data set of format v3.0.
 
-Rows are copied column by column, packets of videos without decoding them into something else; numbering, times and pointers
-are written new. All episodes are read once before the first is written, since statistics need every frame anyway, so that
-what cannot be read is known before anything is numbered.
+Rows are copied column by column and videos packet by packet; numbering, times and pointers are written new. All episodes are
+read before the first is written: statistics need every frame anyway, and what cannot be read is then known before anything is
+numbered.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vlaflow.progress import progress
 
 CHANGES = "changes.log"
 """File in the new data set that says what was changed."""
-SHORTER = ("total_videos", "total_chunks")
-"""Entries of older versions of meta/info.json that v3.0 does not have."""
+OLD_ENTRIES = ("total_videos", "total_chunks")
+"""Entries of meta/info.json that v3.0 does not have."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,8 @@ class EpisodeCopier:
         self.root, self.parts, self.info, self.skip = root, tuple(parts), dict(info or {}), skip
         first = parts[0]
         stated = first.source.info["features"]
-        kept = {
-            key: f for key, f in stated.items() if f["dtype"] == "video" or all(key in part.source.columns for part in parts)
-        }
+        everywhere = frozenset.intersection(*(part.source.columns for part in parts)) | meta.DEFAULT_FEATURES.keys()
+        kept = {key: feature for key, feature in stated.items() if feature["dtype"] == "video" or key in everywhere}
         self.changes = [f"'{key}' is declared, but rows do not have it; it is left out." for key in stated if key not in kept]
         self.features: dict[str, dict[str, Any]] = {first.name(key): dict(feature) for key, feature in kept.items()}
         self.features |= {key: f for key, f in meta.DEFAULT_FEATURES.items() if key not in self.features}
@@ -304,7 +303,7 @@ class EpisodeCopier:
                 self.features[name] = {**feature, "shape": [*size, channels(feature)], "names": ["height", "width", "channel"]}
             if name in self.encoded:
                 self.features[name] = {**self.features[name], "info": meta.video_feature(*size, self.fps)["info"]}
-        kept = {key: value for key, value in self.parts[0].source.info.items() if key not in SHORTER}
+        kept = {key: value for key, value in self.parts[0].source.info.items() if key not in OLD_ENTRIES}
         return kept | {
             "codebase_version": "v3.0",
             "features": self.features,
