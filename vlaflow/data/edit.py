@@ -24,7 +24,7 @@ from vlaflow.data.features import BOOKKEEPING
 from vlaflow.data.lerobot import EXTRA_KEY
 from vlaflow.data.lerobot_meta import is_modern
 from vlaflow.data.writer_meta import DEFAULT_FEATURES
-from vlaflow.errors import ConfigError, SpecError, nearest
+from vlaflow.errors import ConfigError, DataError, SpecError, nearest
 from vlaflow.io import storing
 
 STATS = ("min", "max", "mean", "std")
