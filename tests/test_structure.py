@@ -26,6 +26,7 @@ STOREYS = (
     ("compute",),
     ("policies",),
     ("training", "evaluation", "serving"),
+    ("claims",),
     ("reports",),
     ("cli",),
     ("__main__",),

@@ -7,6 +7,7 @@ that a run can be refused before hours are spent.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 from vlaflow.errors import CapabilityError
 
@@ -51,6 +52,12 @@ def require(*packages: str, what: str = "This", extra: str | None = None) -> Non
     for package in packages:
         if not _installed(package):
             raise CapabilityError(missing(package, what, extra))
+
+
+def folders(package: str) -> list[Path]:
+    """Where an installed package's files are, without importing it; none where it is not installed."""
+    spec = importlib.util.find_spec(package)
+    return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
 
 
 def packages_of(config: object) -> tuple[str, ...]:

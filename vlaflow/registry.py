@@ -34,6 +34,7 @@ OURS: dict[Group, dict[str, str]] = {
         "EmuConfig": "vlaflow.backbones.emu3:EmuConfig",
         "MolmoConfig": "vlaflow.backbones.molmo2:MolmoConfig",
         "QwenConfig": "vlaflow.backbones.qwen2_5_vl:QwenConfig",
+        "SmolConfig": "vlaflow.backbones.smol:SmolConfig",
         "TinyConfig": "vlaflow.backbones.tiny:TinyConfig",
     },
     "decoders": {

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,6 +61,8 @@ class PretrainedConfig(BackboneConfig):
     """transformers' module, as in ``transformers.models``."""
     model_class: ClassVar[str]
     """transformers' class of the model with its language-model head."""
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    """transformers' class that builds such a model from a config."""
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.architecture is None):
@@ -77,6 +79,21 @@ class PretrainedConfig(BackboneConfig):
     @abstractmethod
     def processor(self, folder: Path | None = None) -> PretrainedProcessor[Any]:
         """See the base class. Tokenizer and image settings are read from ``source`` or from the checkpoint."""
+
+    def network(self, hub: ModuleType) -> Any:
+        """transformers' model with its head: opened where ``source`` is given, else random.
+
+        Args:
+            hub: the transformers package.
+
+        Raises:
+            ConfigError: it cannot be opened.
+        """
+        kind, dtype = getattr(hub, self.model_class), getattr(torch, self.dtype)
+        if self.source is not None:
+            return open_pretrained(kind, self.source, self.name, dtype=dtype, use_safetensors=True)
+        options = {**(self.architecture or {}), **self.transformers_options}
+        return getattr(hub, self.auto_class).from_config(kind.config_class(**options), dtype=dtype)
 
     @property
     def can_answer(self) -> bool:
@@ -115,18 +132,13 @@ class PretrainedBackbone(LanguageBackbone):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
-        hub, dtype = transformers_library(config.name, config.family), getattr(torch, config.dtype)
-        kind = getattr(hub, config.model_class)
+        full = config.network(transformers_library(config.name, config.family))
         if config.source is not None:
-            full = open_pretrained(kind, config.source, config.name, dtype=dtype, use_safetensors=True)
             config = replace(config, source=None, architecture=self.architecture_of(full.config))
-        else:
-            options = {**(config.architecture or {}), **config.transformers_options}
-            full = hub.AutoModelForImageTextToText.from_config(kind.config_class(**options), dtype=dtype)
         self.config = config
         self.network = full.model
         self.head = None if full.config.tie_word_embeddings else full.lm_head
-        text = full.config.text_config
+        text = full.config.get_text_config()
         width, heads = text.hidden_size, text.num_attention_heads
         self.spec = BackboneSpec(
             text.num_hidden_layers,

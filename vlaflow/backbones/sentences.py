@@ -13,7 +13,6 @@ Shape letters: B batch, P tokens, E embedding dimension.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import threading
 from collections import OrderedDict
@@ -28,7 +27,7 @@ from torch.nn import functional
 
 from vlaflow.backbones.pretrained_processor import FOLDER, open_pretrained, transformers_library
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
-from vlaflow.packages import missing
+from vlaflow.packages import folders, missing
 
 NAME = "sentence encoder"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -192,9 +191,8 @@ def _folder(source: str) -> Path:
 
 def _packaged() -> Path | None:
     """MINILM's folder inside the distribution that contains it, which need not be imported."""
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    for root in (spec.submodule_search_locations or ()) if spec else ():
-        for config in sorted(Path(root).rglob("config.json")):
+    for root in folders(PACKAGE.replace("-", "_")):
+        for config in sorted(root.rglob("config.json")):
             if (config.parent / "model.safetensors").exists():
                 return config.parent
     return None

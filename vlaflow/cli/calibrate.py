@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.packages import PAGES, require
 
@@ -80,6 +81,10 @@ class CalibrateArguments:
     """Also measure the error of fixed depths and steps, which --compute budget:MS needs."""
     device: str = "cpu"
     """Where the networks run."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What they compute in; the calibration holds for this alone."""
+
+    how: ReadingGroup = LEROBOT
 
 
 def main(argv: list[str]) -> int:
@@ -111,9 +116,10 @@ def _sampler(given: CalibrateArguments) -> int:
         envs=given.env,
         episodes=given.rollouts,
         workers=given.workers,
+        reading=given.how.reading(),
     )
     checkpoint = local_folder(given.checkpoint)
-    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device)
+    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype)
     file = checkpoint / FOLDER / FILE
     page = write_page(made, file.with_suffix(".html"))
     console = Console()
@@ -142,8 +148,9 @@ def _exits(given: CalibrateArguments) -> int:
         frames=given.frames or 1024,
         new_data=given.episodes == "all",
         ladder=given.ladder,
+        reading=given.how.reading(),
     )
-    made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device)
+    made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device, given.dtype)
     page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))
     console = Console()
     console.print(_words(made.calibration))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
+
 if TYPE_CHECKING:
     from vlaflow.data.lerobot import Dataset
 
@@ -33,6 +35,7 @@ class Check:
 
     directory: Path
     workers: int = 2
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Show:
     directory: Path
     out: Path | None = None
     episodes: int = 12
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class FitTokenizer:
     vocabulary: int | None = 256
     bins: int = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class TokenizerReport:
     chunk_size: int = 16
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class LatentReport:
     dataset: Path
     out: Path
     device: str = "cpu"
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -266,7 +273,7 @@ def _check(arguments: Check) -> int:
     from vlaflow.data.lerobot import Dataset
 
     console = _console()
-    dataset = Dataset.open(arguments.directory)
+    dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("decoding")
         findings = check(dataset, arguments.workers, lambda done, total: progress.update(bar, completed=done, total=total))
@@ -289,7 +296,7 @@ def _show(arguments: Show) -> int:
     from vlaflow.data.stats import compute
 
     console = _console()
-    dataset = Dataset.open(arguments.directory)
+    dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     _print_summary(console, dataset)
     by_task: dict[str, list[int]] = {}
     for episode in dataset.episodes:

@@ -51,6 +51,7 @@ class ServeArguments:
         log_format: log each event as a sentence or as a JSON object.
         threads: number of torch threads, if the networks run on the CPU; vlaflow bench latency uses one.
         device: where the networks run.
+        dtype: what they compute in; bf16 halves the memory of their layers.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -76,6 +77,7 @@ class ServeArguments:
     log_format: Literal["text", "json"] = "text"
     threads: int = 1
     device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 def main(argv: list[str]) -> int:
@@ -102,9 +104,10 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = (a.compute or default_name(folder)) if a.budget_ms is None else f"budget:{a.budget_ms:g}"
-    home, knobs = Checkpoint(folder, fingerprint(folder)), Knobs(a.steps, device=a.device, threads=a.threads)
+    home = Checkpoint(folder, fingerprint(folder))
+    knobs = Knobs(a.steps, device=a.device, threads=a.threads, dtype=a.dtype)
     compute = parse(name, knobs, home)
-    policy = Policy.from_pretrained(folder, a.device)
+    policy = Policy.from_pretrained(folder, a.device, a.dtype)
     views = tuple(policy.model.backbone.views)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files

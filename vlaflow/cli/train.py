@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.training.recipes import find_recipe, list_recipes
 
@@ -50,10 +51,21 @@ class TrainArguments:
     """Calibrate the sampler of the finished policy on held-out frames, in a minute at most; see vlaflow calibrate --sampler."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over; an existing checkpoint in --out is moved aside."""
+    how: ReadingGroup = LEROBOT
 
 
 def main(argv: list[str]) -> int:
-    """Train by recipe. Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    """Run ``vlaflow train ...``; returns the exit status."""
+    return status(run(argv))
+
+
+def status(outcome: Outcome) -> int:
+    """Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
+
+
+def run(argv: list[str]) -> Outcome:
+    """Train by recipe, as the arguments say, and print what came of it."""
     given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
     overrides = dict(_pair(text) for text in given.set)
     for key, value in (("steps", given.steps), ("global_batch_size", given.batch_size)):
@@ -72,6 +84,7 @@ def main(argv: list[str]) -> int:
         tokenizer=given.tokenizer,
         latent=given.latent,
         shard=given.shard,
+        reading=given.how.reading(),
     )
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
@@ -80,7 +93,7 @@ def main(argv: list[str]) -> int:
             from vlaflow.evaluation.calibrate_sampler import after_training
 
             sys.stdout.write(after_training(outcome.policy, given.dataset) + "\n")
-    return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
+    return outcome
 
 
 def _sentence(outcome: Outcome, out: Path) -> str:

@@ -93,7 +93,7 @@ class Dataset:
         self.action_spec = action_spec
         if stated is not None:
             self.action_spec = from_json(ActionSpec, known_parts(stated), str(self.root / "meta/info.json"))
-        if self.action_spec is not None:
+        if self.action_spec is not None and self.action_keys:
             self._require_spec(self.action_spec)
             if action_spec is not None:
                 self.action_spec.require_match(action_spec, f"data set {self.root}", "the action spec passed to it")
@@ -105,7 +105,7 @@ class Dataset:
         action_spec: ActionSpec | None = None,
         *,
         video: bool = False,
-        reading: Reading = DEFAULT,
+        reading: Reading | None = None,
     ) -> Dataset:
         """Open a data set; no row is read but for what its meta folder does not say.
 
@@ -114,13 +114,13 @@ class Dataset:
             action_spec: what an action means, for data sets without an action spec.
             video: only the video is needed: a data set without actions can be opened too; its ``columns().action`` has
                 shape (N, 0).
-            reading: names of columns and cameras that are not LeRobot's, and the tolerance of its clock.
+            reading: names of columns and cameras that are not LeRobot's, and the tolerance of its clock; None for LeRobot's.
 
         Raises:
             DataError: not a data set, unsupported version, files missing, meta contradicting itself.
             SpecError: the action spec does not fit the actions; a view that does not exist.
         """
-        return cls(read_meta(data_folder(root)), action_spec, video, reading)
+        return cls(read_meta(data_folder(root)), action_spec, video, reading or DEFAULT)
 
     def with_spec(self, action_spec: ActionSpec) -> Dataset:
         """The same data set, rows that were read included, whose actions mean this.

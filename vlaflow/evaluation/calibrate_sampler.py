@@ -19,6 +19,7 @@ from vlaflow.compute.parse import parse
 from vlaflow.compute.sampler_choice import AGAIN, FAILURES, FILE, TOLERANCE, Candidate, SamplerCalibration, choose
 from vlaflow.config import JSON, to_json
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CalibrationError, CapabilityError
 from vlaflow.evaluation.calibrate import BATCH, Sample, held_out, sample
@@ -28,8 +29,9 @@ from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
 from vlaflow.evaluation.sampler_measures import CRITERION, SamplerMeasures, measure, plausible_error, two_group_share
 from vlaflow.flows.sampling import Sampling
 from vlaflow.io import require_writable
+from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import fingerprint
+from vlaflow.policies.provenance import fingerprint, reading_of
 from vlaflow.simulators.base import expand_env_names
 from vlaflow.spec import Observation
 from vlaflow.versions import command_line, device_name, machine, versions
@@ -60,6 +62,7 @@ class SamplerRequest:
         rollout: how episodes are run.
         latency_chunks: chunks timed per candidate.
         workers: processes for episodes.
+        reading: names of the data set's columns and cameras; by default as in the training.
     """
 
     computes: tuple[str, ...] = ()
@@ -72,6 +75,7 @@ class SamplerRequest:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 20
     workers: int = 1
+    reading: Reading | None = None
 
 
 def candidates(model: Model) -> list[str]:
@@ -99,26 +103,29 @@ def candidates(model: Model) -> list[str]:
     return found
 
 
-def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = "cpu") -> SamplerCalibration:
+def run(
+    checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = "cpu", dtype: Dtype = "fp32"
+) -> SamplerCalibration:
     """Measure every candidate, choose one, and write ``CKPT/calibration/sampler.json``.
 
     Args:
         checkpoint: folder of a policy.
         dataset: LeRobot data set whose held-out episodes are measured.
         request: what to measure.
-        device: where the networks run.
+        device, dtype: where the networks run, and what they compute in.
 
     Raises:
         VlaflowError: when checkpoint, data, environments and candidates do not fit together, or nothing fits the budget.
     """
-    policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
+    policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
+    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint))
     names = list(request.computes) or candidates(policy.model)
     computes = [parse(name) for name in names]
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
     envs = tuple(expand_env_names(request.envs))
     n_action_steps = request.rollout.n_action_steps or policy.config.n_action_steps
-    rollout = replace(request.rollout, device=device, n_action_steps=n_action_steps)
+    rollout = replace(request.rollout, device=device, dtype=dtype, n_action_steps=n_action_steps)
     if envs:
         require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     file = checkpoint / FOLDER / FILE
@@ -162,6 +169,7 @@ def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = 
         threads=1,
         command=command_line(),
         versions=versions(),
+        dtype=dtype,
     )
     made.save(file)
     if simulation is not None:
@@ -175,7 +183,7 @@ def after_training(checkpoint: Path, dataset: Path, device: str | None = None) -
     A checkpoint without held-out episodes, or too slow for this, stays without a calibration.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy, data = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset)
+    policy, data = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset, reading=reading_of(checkpoint))
     try:
         frames = sample(policy, data, held_out(checkpoint, data), QUICK_FRAMES)
         names = tuple(candidates(policy.model))

@@ -11,6 +11,7 @@ Checkpoints are folders of JSON and safetensors; nothing in them is ever execute
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from vlaflow.backbones.language import speaking
 from vlaflow.compute.auto import calibrated
 from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.spelling import Knobs
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
 from vlaflow.data.stats import FeatureStats
@@ -36,13 +38,15 @@ from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Target
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import ConfigError, NotFiniteError, SpecError
+from vlaflow.errors import CapabilityError, ConfigError, NotFiniteError, SpecError
 from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.nn.precision import Dtype, autocast, round_matrices
 from vlaflow.policies.action_prefix import conditioning_of
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
+from vlaflow.stacks.base import blocks_of
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Policy:
         card: text of the checkpoint's README.md.
         backbone_processor: makes the backbone's inputs; by default the one that the config opens.
         folder: the checkpoint it was opened from; None for a new one.
+        dtype: what the networks compute in when they act; training decides for itself.
 
     Attributes:
         processor: from observations in robot units to the networks' inputs, on the CPU (see ``PolicyProcessor``).
@@ -110,6 +115,7 @@ class Policy:
     card: str = ""
     backbone_processor: Processor | None = field(default=None, repr=False)
     folder: Path | None = None
+    dtype: Dtype = "fp32"
     processor: PolicyProcessor = field(init=False, repr=False)
     _action: Normalizer = field(init=False, repr=False)
 
@@ -164,12 +170,17 @@ class Policy:
         Raises:
             CalibrationError: for a calibration of other weights.
         """
-        return (None if self.folder is None else calibrated(self.folder, fingerprint)) or Dense()
+        knobs = Knobs(dtype=self.dtype)
+        return (None if self.folder is None else calibrated(self.folder, fingerprint, knobs)) or Dense()
 
     @property
     def device(self) -> torch.device:
         """Where the networks live."""
         return next(self.model.parameters()).device
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which the networks act: all methods for inference enter it, and direct calls of the networks must."""
+        return autocast(self.dtype == "bf16", self.device)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -193,11 +204,13 @@ class Policy:
 
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
-        return self.model.backbone.embed(self.processor(observation).to(self.device))
+        with self.precision():
+            return self.model.backbone.embed(self.processor(observation).to(self.device))
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
-        return self.model.read(self.embed(observation), depth)
+        with self.precision():
+            return self.model.read(self.embed(observation), depth)
 
     def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """Training loss of backbone and decoder on what ``prepare`` made of a batch, on the networks' device.
@@ -287,7 +300,8 @@ class Policy:
             raise ConfigError(f"{len(observations)} observations need as many action prefixes, got {len(action_prefixes)}.")
         conditioning = conditioning_of(action_prefixes, self.model.decoder, self._action, device=self.device, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
-        with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode():
+        guidance = conditioning is not None and conditioning.guidance is not None
+        with torch.no_grad() if guidance else torch.inference_mode(), self.precision():
             chunks = self._decode(observations, compute or self.default_compute, generators, conditioning)
         for chunk, known in zip(chunks, action_prefixes, strict=True):
             if known is not None:
@@ -346,7 +360,8 @@ class Policy:
         """``answer`` for a batch as data sets give it."""
         speaking(self.model.backbone)
         words = self.processor.backbone
-        made = greedy(self.embed(observation), words.end_id, limit)
+        with self.precision():
+            made = greedy(self.embed(observation), words.end_id, limit)
         pairs = zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
         return [Answer(text, ended) for text, ended in pairs]
 
@@ -362,7 +377,12 @@ class Policy:
         Args:
             folder: where to.
             weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+
+        Raises:
+            CapabilityError: it was opened in bfloat16, so its weights are no longer those of the checkpoint.
         """
+        if self.dtype != "fp32":
+            raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
@@ -373,8 +393,13 @@ class Policy:
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu") -> Policy:
+    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
+
+        Args:
+            path: of the checkpoint.
+            device: where the networks run.
+            dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
@@ -391,9 +416,11 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
+        if dtype == "bf16":
+            round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder)
+        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype)
 
 
 def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:

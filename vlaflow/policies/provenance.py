@@ -18,12 +18,15 @@ from typing import Any
 
 from vlaflow.config import from_json, to_json
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.errors import ConfigError
 from vlaflow.io import read_json
 
 STATE = "state.json"
+READING = "reading"
+"""Key of how the data set was read in a run's record."""
 
 
 def fingerprint(folder: Path) -> str:
@@ -54,6 +57,12 @@ def run_of(folder: Path) -> dict[str, Any]:
     """Recipe, data, config, ... of the run in a checkpoint folder; empty where there is no training state."""
     found = newest_state(folder)
     return {} if found is None else read_json(found[1] / STATE).get("run", {})
+
+
+def reading_of(folder: Path) -> Reading | None:
+    """How the data set of a checkpoint's training was read; None where it has LeRobot's names, or nothing is known."""
+    stated = run_of(folder).get(READING)
+    return None if stated is None else from_json(Reading, stated, str(folder))
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
             )
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")
-    data, earlier, planned = DataSpec.of(dataset), EarlierStages(), []
+    data, earlier, planned = DataSpec.of(dataset, reading=options.reading), EarlierStages(), []
     for name in names:
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
@@ -67,7 +67,9 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
             assets = replace(assets, tokenizer=None)
         config = overridden(config, own, assets)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
-        earlier = config.objective.check_plan(config, Path(dataset), assets, earlier, f"{name}.")
+        earlier = config.objective.check_plan(
+            config, config.objective.open(dataset, options.reading), assets, earlier, f"{name}."
+        )
         mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)
         planned.append(Planned(recipe, folder, mine, config.objective))
     if not options.fresh:

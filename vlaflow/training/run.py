@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import atexit
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vlaflow.config import to_json
 from vlaflow.data.hub import origin
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.errors import ConfigError
 from vlaflow.io import require_makeable
 from vlaflow.packages import require
+from vlaflow.policies.provenance import READING, reading_of
 from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
@@ -54,7 +59,8 @@ def train(
     if found.several:
         return train_pipeline(found, dataset, Path(out), options)
     base = None if policy is None else Base.open(policy)
-    config = found.config(DataSpec.of(dataset), base.policy.config if base else None)
+    options = _with_reading(options, Path(out), base)
+    config = found.config(DataSpec.of(dataset, reading=options.reading), base.policy.config if base else None)
     return train_stage(config, dataset, out, name=recipe, base=base, options=options)
 
 
@@ -66,6 +72,7 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
     Raises:
         VlaflowError: see ``pipeline.plan``; nothing is trained then.
     """
+    options = _with_reading(options, out, None)
     stages = plan(pipeline, dataset, out, options)
     if options.fresh:
         start_over(stages)
@@ -103,16 +110,18 @@ def train_stage(
     Raises:
         VlaflowError: whatever the user can fix, in a sentence.
     """
-    options = options or Options()
+    options = _with_reading(options or Options(), Path(out), base)
     assets = options.assets(base)
     config = overridden(config, options.overrides, assets)
-    opened = config.objective.open(dataset)
+    opened = config.objective.open(dataset, options.reading)
+    _print_notes(opened.notes)
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
     torch.set_num_threads(options.threads or training_threads())
     atexit.unregister(leave_group)
     atexit.register(leave_group)  # once, and not before: a group that was left cannot be joined again
     setup = config.objective.set_up(config, opened, assets)
+    _print_notes(opened.row_notes)
     config = replace(config, objective=setup.objective)
     counts = {part: len(episodes) for part, episodes in zip(("train", "held"), config.episodes(opened), strict=True)}
     command = options.command or command_line()
@@ -127,7 +136,7 @@ def train_stage(
         setup.held,
         out,
         vqa=setup.vqa,
-        identity={"recipe": name, "data": opened.fingerprint, **_source(opened), **setup.identity},
+        identity={"recipe": name, "data": opened.fingerprint, **_source(opened), **_recorded(opened.reading), **setup.identity},
         card=card,
         tracker=options.tracker,
         fresh=options.fresh,
@@ -140,6 +149,22 @@ def _source(dataset: Dataset) -> dict[str, str]:
     """Repository and commit of a data set from the Hub, for the run's record; nothing for a folder, which may be moved."""
     found = origin(dataset.root)
     return {} if found is None else {"source": found}
+
+
+def _with_reading(options: Options, out: Path, base: Base | None) -> Options:
+    """The options with how the data set is read: as given, else as by the run that is continued, else as by the policy."""
+    known = options.reading or (None if options.fresh else reading_of(out)) or (reading_of(base.folder) if base else None)
+    return replace(options, reading=known)
+
+
+def _recorded(reading: Reading) -> dict[str, Any]:
+    """How the data set was read, for the run's record; nothing where it has LeRobot's names."""
+    return {} if reading == Reading() else {READING: to_json(reading)}
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        sys.stderr.write(f"Note: {note}\n")
 
 
 def leave_group() -> None:

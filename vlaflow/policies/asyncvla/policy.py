@@ -1,11 +1,13 @@
 """AsyncVLA's assembly: shared stack, flow decoder with unified masks, and a rater of the backbone's kind.
 
-``tiny`` learns from scratch on a laptop; ``qwen3b`` is the published size.
+``tiny`` learns from scratch on a laptop, ``smol`` brings a language model that fits one; ``qwen3b`` is the published size.
 """
 
 from __future__ import annotations
 
 from vlaflow.backbones.qwen2_5_vl import QwenConfig, qwen2_5_vl_3b
+from vlaflow.backbones.smol import SmolConfig, smollm2_135m
+from vlaflow.backbones.smol_processor import SHORT
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
@@ -32,6 +34,25 @@ def tiny(data: DataSpec) -> PolicyConfig:
 def tiny_rater(policy: PolicyConfig) -> RaterConfig:
     """Two blocks like the backbone's own."""
     return RaterConfig(policy.backbone.rater_block(), depth=2)
+
+
+def smol(data: DataSpec, *, layers: int = 8, source: str | None = SHORT) -> PolicyConfig:
+    """On the first layers of SmolLM2-135M: with eight of its 30, 60 M parameters, half of them the table of its words.
+
+    It exits after half of the layers as well. Images are nine tokens each, learned from scratch.
+
+    Args:
+        data: at most 32 dimensions of state.
+        layers: of the language model, an even number.
+        source: of its weights (see ``SmolConfig``); None for random weights of the same shape.
+    """
+    architecture = None if source else smollm2_135m()
+    return PolicyConfig(
+        system="asyncvla",
+        backbone=SmolConfig(data.state_dim, data.views, source, architecture, layers=layers, image_size=96, cell=32),
+        decoder=FlowConfig(action_dim=data.action_dim, chunk_size=16, noise_samples=2, whole=0.5),
+        exits=ExitTraining((layers // 2, layers), shallow=0.2),
+    )
 
 
 def qwen3b(data: DataSpec, *, chunk_size: int = 8, source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct") -> PolicyConfig:
