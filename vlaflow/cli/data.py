@@ -155,7 +155,7 @@ class PushToHub:
 
 
 @dataclass(frozen=True)
-class Repair:
+class RepairDataSet:
     """Write the whole episodes of a data set, with what is derived from rows and frames computed again.
 
     Example: vlaflow data repair runs/peg --out runs/peg-whole
@@ -172,7 +172,7 @@ class Repair:
 
 
 @dataclass(frozen=True)
-class Drop:
+class DropEpisodes:
     """Write a data set without some of its episodes.
 
     Example: vlaflow data drop runs/peg --episodes 3 10-12 --out runs/peg-fewer
@@ -189,7 +189,7 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeDataSets:
     """Write the episodes of several data sets of one robot as one data set.
 
     Example: vlaflow data merge runs/monday runs/tuesday --out runs/week
@@ -204,7 +204,7 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Rename:
+class RenameColumns:
     """Write a data set with other names of columns and cameras.
 
     Example: vlaflow data rename runs/peg --camera top=front --column actions=action --out runs/peg-renamed
@@ -236,10 +236,10 @@ def main(argv: list[str]) -> int:
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
         | Annotated[positional(PushToHub), tyro.conf.subcommand("push")]
-        | Annotated[Repair, tyro.conf.subcommand("repair")]
-        | Annotated[Drop, tyro.conf.subcommand("drop")]
-        | Annotated[Merge, tyro.conf.subcommand("merge")]
-        | Annotated[Rename, tyro.conf.subcommand("rename")]
+        | Annotated[RepairDataSet, tyro.conf.subcommand("repair")]
+        | Annotated[DropEpisodes, tyro.conf.subcommand("drop")]
+        | Annotated[MergeDataSets, tyro.conf.subcommand("merge")]
+        | Annotated[RenameColumns, tyro.conf.subcommand("rename")]
     )
     description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
@@ -250,10 +250,10 @@ def main(argv: list[str]) -> int:
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
         PushToHub: push,
-        Repair: repair,
-        Drop: drop,
-        Merge: merge,
-        Rename: rename,
+        RepairDataSet: repair,
+        DropEpisodes: drop,
+        MergeDataSets: merge,
+        RenameColumns: rename,
     }
     status: int = actions[type(chosen)](chosen)
     return status

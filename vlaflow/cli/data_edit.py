@@ -6,35 +6,35 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlaflow.cli.data import Drop, Merge, PushToHub, Rename, Repair
+    from vlaflow.cli.data import DropEpisodes, MergeDataSets, PushToHub, RenameColumns, RepairDataSet
     from vlaflow.data.edit import Edited
 
 MOST_CHANGES = 30
 """How many changes are printed."""
 
 
-def repair(arguments: Repair) -> int:
+def repair(arguments: RepairDataSet) -> int:
     """Write the whole episodes of a data set."""
     from vlaflow.data import edit
 
     return _report(edit.repair(arguments.directory, arguments.out), "Nothing had to be repaired.")
 
 
-def drop(arguments: Drop) -> int:
+def drop(arguments: DropEpisodes) -> int:
     """Write a data set without some episodes."""
     from vlaflow.data import edit
 
     return _report(edit.drop(arguments.directory, _numbers(arguments.episodes), arguments.out))
 
 
-def merge(arguments: Merge) -> int:
+def merge(arguments: MergeDataSets) -> int:
     """Write several data sets as one."""
     from vlaflow.data import edit
 
     return _report(edit.merge(arguments.directories, arguments.out))
 
 
-def rename(arguments: Rename) -> int:
+def rename(arguments: RenameColumns) -> int:
     """Write a data set with other names."""
     from vlaflow.data import edit
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.data.edit_rows import AllRows, find_rows
-from vlaflow.data.edit_video import Clip, Placed, Places, Stated
+from vlaflow.data.edit_video import Clip, ClipFinder, Placed, Stated
 from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_info import filled, read_info
 from vlaflow.data.lerobot_meta import is_modern, some
@@ -217,7 +217,7 @@ class _Surveyor:
 
     def _place(self, key: str, found: AllRows) -> Placed:
         stated = [self._stated(number, key, len(found.episodes[number].places)) for number in sorted(found.episodes)]
-        places = Places(self.root, key, self.fps)
+        places = ClipFinder(self.root, key, self.fps)
         if not self.modern:
             return places.alone(stated)
         return places.joined(stated, sorted((self.root / "videos" / key).rglob("*.mp4")))

@@ -189,7 +189,7 @@ class Placed:
     changes: list[str] = field(default_factory=list)
 
 
-class Places:
+class ClipFinder:
     """Finds the episodes of one camera.
 
     Args:
