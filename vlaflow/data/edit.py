@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.data.cameras import view_names
-from vlaflow.data.edit_survey import Survey, only, survey
+from vlaflow.data.edit_survey import Survey, select, survey
 from vlaflow.data.edit_write import Copied, EditPart, EpisodeCopier
 from vlaflow.data.features import BOOKKEEPING
 from vlaflow.data.lerobot import EXTRA_KEY
@@ -89,7 +89,7 @@ def drop(folder: Path | str, episodes: Sequence[int], out: Path) -> Edited:
     if not kept:
         raise SpecError(f"All {len(numbers)} episodes of {found.root} would be left out. Keep at least one.")
     left_out = [f"Episode {number} of {found.root} is left out." for number in sorted({*episodes})]
-    return _write(out, [EditPart(only(found, kept))], said=left_out)
+    return _write(out, [EditPart(select(found, kept))], said=left_out)
 
 
 def merge(folders: Sequence[Path | str], out: Path) -> Edited:
@@ -159,7 +159,7 @@ def rename(
 
 def _whole(found: Survey) -> Survey:
     """The survey, if no episode has a problem."""
-    return only(found, sorted({*(one.number for one in found.episodes), *found.problems}))
+    return select(found, sorted({*(one.number for one in found.episodes), *found.problems}))
 
 
 def _require_names(found: Survey, names: Mapping[str, str]) -> None:

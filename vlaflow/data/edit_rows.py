@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vlaflow.data.lerobot_meta import some
 from vlaflow.data.tables import flat_numbers, read_parquet
 from vlaflow.data.video import TOLERANCE_S
 from vlaflow.errors import DataError
 
-KEYS = ("episode_index", "frame_index", "task_index", "timestamp", "index")
+KEYS = ("episode_index", "frame_index", "task_index", "timestamp")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Search:
         for path in sorted((self.root / "data").rglob("*.parquet")):
             try:
                 self._file(path)
-            except (DataError, pa.ArrowException) as error:
+            except (DataError, pa.ArrowException, OSError) as error:
                 self.found.changes.append(f"{path.relative_to(self.root)} cannot be read, so its rows are lost: {error}")
         if self.elsewhere:
             self.found.changes.append(
@@ -96,7 +97,8 @@ class _Search:
         return self.found
 
     def _file(self, path: Path) -> None:
-        table = read_parquet(path, [name for name in KEYS if name in _names(path)])
+        schema = pq.read_schema(path)
+        table = read_parquet(path, [name for name in KEYS if name in schema.names])
         count = len(table)
         if self.modern:
             owner = _whole(table, "episode_index")
@@ -110,7 +112,7 @@ class _Search:
         frame = _whole(table, "frame_index")
         task = _whole(table, "task_index") if "task_index" in table.column_names else np.full(count, -1)
         time = flat_numbers(table["timestamp"])[0] if "timestamp" in table.column_names else np.full(count, np.nan)
-        self.found.schemas[path] = _schema(path)
+        self.found.schemas[path] = schema
         order = np.lexsort((frame, owner))
         numbers, starts = np.unique(owner[order], return_index=True)
         for number, places in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
@@ -145,16 +147,6 @@ class _Search:
         if not exact.all():
             self.late[number] = float(np.nanmax(off, initial=0.0))
         self.found.episodes[number] = rows
-
-
-def _names(path: Path) -> list[str]:
-    return _schema(path).names
-
-
-def _schema(path: Path) -> pa.Schema:
-    import pyarrow.parquet as pq
-
-    return pq.read_schema(path)
 
 
 def _whole(table: pa.Table, key: str) -> np.ndarray:

@@ -162,7 +162,8 @@ class _Surveyor:
         except DataError as error:
             self.changes.append(f"The task table is written again: {error}")
             return {}
-        return {index: word for index, word in sorted(pairs) if isinstance(word, str) and word.strip()}
+        whole = [(i, word) for i, word in pairs if isinstance(i, int) and isinstance(word, str) and word.strip()]
+        return dict(sorted(whole))
 
     def _episode_rows(self) -> dict[int, dict[str, Any]]:
         """The rows of the episode table, by number; empty if it cannot be read."""
@@ -274,7 +275,7 @@ class _Surveyor:
         return tasks
 
 
-def only(found: Survey, numbers: Sequence[int]) -> Survey:
+def select(found: Survey, numbers: Sequence[int]) -> Survey:
     """The survey without the other episodes, in the order of ``numbers``.
 
     Raises:

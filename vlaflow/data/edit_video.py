@@ -256,7 +256,9 @@ class ClipFinder:
         """Place the episodes of one file: where meta says, if the video bears it out, or else by counting."""
         sound = self._sound(timeline, group)
         if len(sound) < len(group) and sum(one.length for one in group) == len(timeline.shown):
-            self._count_off([timeline], group)
+            starts_s = [one.start_s for one in group]
+            ordered = None not in starts_s and len(set(starts_s)) == len(starts_s)
+            self._count_off([timeline], sorted(group, key=lambda one: one.start_s or 0.0) if ordered else group)
             return
         seconds, name = timeline.seconds, timeline.path.relative_to(self.root)
         for one in group:
@@ -320,7 +322,13 @@ class ClipFinder:
         if waiting:
             return False
         self.found.clips |= clips
-        places = ", ".join(f"{number} at frame {clip.first}" for number, clip in clips.items())
+        stated_s = {one.number: -1.0 if one.start_s is None else one.start_s for one in stated}
+        moved = [
+            (number, clip)
+            for number, clip in clips.items()
+            if abs(stated_s[number] - clip.timeline.seconds[clip.first]) >= START_TOLERANCE / self.fps
+        ]
+        places = ", ".join(f"{number} at frame {clip.first}" for number, clip in moved)
         self.found.changes.append(
             f"Episodes of '{self.key}' are placed by counting the frames of the video itself, which meta/episodes contradicts: "
             f"{places}."
