@@ -181,16 +181,15 @@ class EpisodeCopier:
         """The rows of an episode, by frame, under their new names and in the types of the first one."""
         part = self.parts[at]
         if self._table is None or self._table[0] != source.path:
-            self._table = (source.path, read_parquet(source.path, [key for key in self._here(part) if key]))
+            self._table = (source.path, read_parquet(source.path, self._here(part)))
         table = self._table[1].take(source.places)
         for key in self._here(part):
-            feature = part.source.info["features"].get(key)
-            if feature is not None and is_numeric(key, feature):
+            feature = part.source.info["features"][key]
+            if is_numeric(key, feature):
                 _require_whole(key, feature, table[key])
-            elif feature is not None and is_picture(feature):
-                table = table.set_column(
-                    table.schema.get_field_index(key), key, _embedded(part.source.root, key, source, table[key])
-                )
+            elif is_picture(feature):
+                cells = _embedded(part.source.root, key, source, table[key])
+                table = table.set_column(table.schema.get_field_index(key), key, cells)
         table = table.rename_columns([part.name(key) for key in table.column_names]).replace_schema_metadata(None)
         if self.schema is None:
             self.schema = table.schema
@@ -275,8 +274,10 @@ class EpisodeCopier:
             for key in table.column_names:
                 if key in numbering or is_numeric(key, self.features[key]):
                     numbers = _numbers(table[key])
-                    values.setdefault(key, []).append(numbers)
-                    stats[key] = self._vector_stats(key, numbers)
+                    numbers = numbers[np.isfinite(numbers).all(axis=1)]
+                    if len(numbers):
+                        values.setdefault(key, []).append(numbers)
+                        stats[key] = self._vector_stats(key, numbers)
             row |= {key: one.source.extra[key] for key in one.source.extra if key in common}
             rows.append(row | {f"stats/{key}/{name}": v for key, stat in stats.items() for name, v in stat.items()})
             frames += length
@@ -344,7 +345,7 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _require_whole(key: str, feature: Feature, column: pa.ChunkedArray) -> None:
-    """Refuse cells that are empty or of another length than declared, and values that are not finite.
+    """Refuse cells that are empty or of another length than declared, and actions and observations that are not finite.
 
     Raises:
         DataError: naming the column.
@@ -355,7 +356,8 @@ def _require_whole(key: str, feature: Feature, column: pa.ChunkedArray) -> None:
         raise DataError(f"'{key}' holds rows of different lengths") from error
     if column.null_count or numbers.shape[1] != width(feature):
         raise DataError(f"'{key}' does not hold {width(feature)} numbers in every row")
-    if numbers.dtype == object or (numbers.dtype.kind == "f" and not np.isfinite(numbers).all()):
+    learned = key.startswith(("action", "observation"))
+    if numbers.dtype == object or (learned and not np.isfinite(numbers).all()):
         raise DataError(f"'{key}' holds numbers that are missing or not finite")
 
 
