@@ -15,6 +15,7 @@ from tests.data.toyset import FPS, LENGTHS, cut_in_half, edit_info, edit_table, 
 from vlaflow.cli.main import main
 from vlaflow.data.check import check
 from vlaflow.data.edit import drop, merge, rename, repair
+from vlaflow.data.edit_survey import survey
 from vlaflow.data.edit_video import read_timeline
 from vlaflow.data.edit_write import CHANGES
 from vlaflow.data.lerobot import Dataset
@@ -95,11 +96,7 @@ def test_an_older_format_is_written_as_the_current_one(pristine_v21, tmp_path):
     edited = repair(pristine_v21, tmp_path / "out")
     assert [change for change in edited.changes if "episode" in change.lower()] == []
     assert_sound(tmp_path / "out")
-    before, after = Dataset.open(pristine_v21), Dataset.open(tmp_path / "out")
-    for number in range(len(LENGTHS)):
-        assert np.array_equal(before.frames(number, "corner"), after.frames(number, "corner"))
-    assert np.array_equal(before.columns().action, after.columns().action)
-    assert np.array_equal(before.columns().task, after.columns().task)
+    assert_kept(pristine_v21, tmp_path / "out", range(len(LENGTHS)))
 
 
 # -- each kind of damage -----------------------------------------------------------------------------------------------
@@ -109,37 +106,41 @@ def offsets(root, change):
     edit_table(root / build.EPISODES, START, lambda times: [change(t) for t in times])
 
 
-def no_pointers(root):
-    """Where episodes are in videos is not stated, as by tools that lose columns."""
-    table = pq.read_table(root / build.EPISODES)
-    pq.write_table(
-        table.drop_columns([name for name in table.column_names if name.startswith("videos/")]), root / build.EPISODES
-    )
+def empty_and_drifting(root):
+    """An empty episode, wall-clock times, and offsets that are off by a fraction of a millisecond."""
+    build.clock(root, 0.003)
+    build.empty_episode(root, 1)
+    offsets(root, lambda t: t + 2e-4)
 
 
 def no_episode_table(root):
     shutil.rmtree(root / "meta/episodes")
 
 
-def moved_rows(root):
-    (root / "data/chunk-000/file-000.parquet").rename(root / "data/chunk-000/file-007.parquet")
+def wrong_meta(root):
+    """Totals, statistics, tasks and pointers of the meta folder are not those of the rows."""
+    edit_info(root, total_episodes=99, total_frames=1)
+    (root / "meta/stats.json").write_text("{")
+    edit_table(root / build.EPISODES, "tasks", lambda tasks: [["nobody has said this"] for _ in tasks])
+    (root / build.DATA).rename(root / "data/chunk-000/file-007.parquet")
 
 
 def not_finite(root):
-    """A NaN in the third episode."""
+    """A NaN in episode 2."""
     row = sum(LENGTHS[:2]) + 3
     edit_table(root / build.DATA, "action", lambda v: [[np.nan] * 3 if i == row else a for i, a in enumerate(v)])
 
 
-def missing_row(root):
-    """The third episode lacks a row in the middle."""
+def missing_row(root, number):
+    """An episode lacks a row in the middle."""
     table = pq.read_table(root / build.DATA)
-    gone = sum(LENGTHS[:2]) + 3
+    gone = sum(LENGTHS[:number]) + 3
     pq.write_table(table.filter(pa.array(np.arange(len(table)) != gone)), root / build.DATA)
 
 
-def other_tasks(root):
-    edit_table(root / build.EPISODES, "tasks", lambda tasks: [["nobody has said this"] for _ in tasks])
+def broken_rows(root):
+    not_finite(root)
+    missing_row(root, 4)
 
 
 def unknown_index(root):
@@ -147,91 +148,126 @@ def unknown_index(root):
     edit_table(root / build.DATA, "task_index", lambda v: [i + 7 for i in v])
 
 
-def wrong_count(root):
-    edit_info(root, total_episodes=99, total_frames=1)
+def video_v21(root, number):
+    return root / f"videos/chunk-000/{build.TOP}/episode_{number:06d}.mp4"
 
 
-def no_stats(root):
-    (root / "meta/stats.json").write_text("{")
+def late_and_removed(root):
+    """A removed episode, tasks that only the rows know, and a video that begins late."""
+    build.remove_episode_v21(root, 1)
+    build.no_listed_tasks_v21(root)
+    build.late_video_v21(root, 2, 2)
 
 
-def broken_video(root):
-    cut_in_half(root / f"videos/chunk-000/{build.TOP}/episode_000003.mp4")
+def broken_videos(root):
+    """One is damaged, one is missing, one has fewer frames than there are rows."""
+    cut_in_half(video_v21(root, 0))
+    video_v21(root, 2).unlink()
+    shutil.copy(video_v21(root, 1), video_v21(root, 3))
 
 
-def missing_video(root):
-    (root / f"videos/chunk-000/{build.TOP}/episode_000003.mp4").unlink()
-
-
-def video_of(root, number):
-    """Episode 3 has another episode's video: of 9 frames where it has 10 rows, or of 12."""
-    folder = root / f"videos/chunk-000/{build.TOP}"
-    shutil.copy(folder / f"episode_{number:06d}.mp4", folder / "episode_000003.mp4")
-
-
+NEW, OLD = "new", "old"
 CASES = {
-    "an empty episode": ("new", lambda root: build.empty_episode(root, 1), {1}, "Episode 1 of .* has no frames"),
-    "wall-clock times": ("new", lambda root: build.clock(root, 0.003), set(), "Timestamps of 5 episodes are set to"),
-    "offsets off by 0.2 ms": ("new", lambda root: offsets(root, lambda t: t + 2e-4), set(), "0.2 ms away from a frame"),
-    "offsets of one frame": ("new", lambda root: offsets(root, lambda t: t + 1 / FPS), set(), "placed by counting"),
-    "offsets all 0": ("new", lambda root: offsets(root, lambda _: 0.0), set(), "placed by counting"),
-    "no pointers to videos": ("new", no_pointers, set(), "placed by counting"),
-    "no episode table": ("new", no_episode_table, set(), "The episode table is written again"),
-    "rows in another file": ("new", moved_rows, set(), "Rows of episode 0, 1, 2 and 2 more are not in the file"),
-    "a number that is not finite": ("new", not_finite, {2}, "Episode 2 of .* 'action' holds numbers that are missing or not"),
-    "a missing row": ("new", missing_row, {2}, "Episode 2 of .* frame_index does not count 0, 1, 2"),
-    "tasks of meta that no row has": ("new", other_tasks, set(), "The episode table lists other tasks"),
-    "a task_index without a task": ("new", unknown_index, set(), "they get the one of the episode table"),
-    "wrong totals": ("new", wrong_count, set(), "total_episodes = 99, but there are 5"),
-    "damaged statistics": ("new", no_stats, set(), "meta/stats.json was missing, damaged"),
-    "a removed episode": ("old", lambda root: build.remove_episode_v21(root, 1), {1}, "Episode 2 of .* is now episode 1"),
-    "no listed tasks": ("old", build.no_listed_tasks_v21, set(), "The episode table lists other tasks"),
-    "a video that begins late": ("old", lambda root: build.late_video_v21(root, 2, 2), set(), "taken by number, from 0 s"),
-    "a video cut in half": ("old", broken_video, {3}, "Episode 3 of .* needs the video"),
-    "a missing video": ("old", missing_video, {3}, "Episode 3 of .* which is missing"),
-    "a video that is too short": ("old", lambda root: video_of(root, 1), {3}, "Episode 3 of .* has 10 rows but 9 frames"),
+    empty_and_drifting: (
+        NEW,
+        {1},
+        [
+            "Episode 1 of .* has no frames",
+            "Timestamps of 4 episodes are set to frame_index / fps; they were up to 3 ms away",
+            "Episodes begin up to 0.2 ms away from a frame of",
+        ],
+    ),
+    wrong_meta: (
+        NEW,
+        set(),
+        [
+            "total_episodes = 99, but there are 5",
+            "meta/stats.json was missing, damaged",
+            "The episode table lists other tasks for episode 0, 1, 2 and 2 more",
+            "Rows of episode 0, 1, 2 and 2 more are not in the file that meta names",
+        ],
+    ),
+    broken_rows: (
+        NEW,
+        {2, 4},
+        [
+            "Episode 2 of .* 'action' holds numbers that are missing or not finite",
+            "Episode 4 of .* frame_index does not count 0, 1, 2",
+            "Episode 3 of .* is now episode 2",
+        ],
+    ),
+    no_episode_table: (NEW, set(), ["The episode table is written again", "placed by counting the frames"]),
+    unknown_index: (NEW, set(), ["they get the one of the episode table"]),
+    late_and_removed: (
+        OLD,
+        {1},
+        [
+            "Episode 2 of .* is now episode 1",
+            "The episode table lists other tasks",
+            "shown from 0.1000 s to 0.8000 s; they are taken by number",
+        ],
+    ),
+    broken_videos: (
+        OLD,
+        {0, 2, 3},
+        ["Episode 0 of .* needs the video", "Episode 2 of .* is missing", "Episode 3 of .* has 10 rows but 9 frames"],
+    ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_repaired_data_set_holds_what_is_whole_and_passes_the_check(request, pristine, tmp_path, case):
+@pytest.mark.parametrize("damage", CASES)
+def test_a_repaired_data_set_holds_what_is_whole_and_passes_the_check(request, pristine, tmp_path, damage):
     """The frames of both formats are the same, so every one is compared with the good data set of v3.0."""
-    made, damage, lost, said = CASES[case]
+    made, lost, said = CASES[damage]
     root = request.getfixturevalue(made)
     damage(root)
     edited = repair(root, tmp_path / "out")
     assert_sound(tmp_path / "out")
-    kept = [number for number in range(len(LENGTHS)) if number not in lost]
-    before, after = Dataset.open(pristine), Dataset.open(tmp_path / "out")
-    assert len(after.episodes) == edited.episodes == len(kept)
-    for place, number in enumerate(kept):
-        assert np.array_equal(before.frames(number, "corner"), after.frames(place, "corner"))
-        here, there = (one.columns().action[one.episode_slice(n)] for one, n in ((before, number), (after, place)))
-        assert np.array_equal(here, there)
-        assert before.episode(number).task == after.episode(place).task
+    assert_kept(pristine, tmp_path / "out", [number for number in range(len(LENGTHS)) if number not in lost])
     log = (tmp_path / "out" / CHANGES).read_text()
     assert log.splitlines() == list(edited.changes)
-    assert re.search(said, log), log
+    for words in said:
+        assert re.search(words, log), log
+
+
+def assert_kept(before, after, kept):
+    """The second data set holds these episodes of the first one."""
+    one, other = Dataset.open(before), Dataset.open(after)
+    assert len(other.episodes) == len(kept)
+    for place, number in enumerate(kept):
+        assert np.array_equal(one.frames(number, "corner"), other.frames(place, "corner"))
+        assert np.array_equal(
+            one.columns().action[one.episode_slice(number)], other.columns().action[other.episode_slice(place)]
+        )
+        assert one.episode(number).task == other.episode(place).task
+
+
+@pytest.mark.parametrize("change", [lambda t: t + 1 / FPS, lambda _: 0.0], ids=["a frame late", "all 0"])
+def test_offsets_that_the_video_contradicts_are_counted_from_its_frames(new, change):
+    """They are right in the file, whose frames are as many as the rows; no frame needs to be decoded to see it."""
+    offsets(new, change)
+    found = survey(new)
+    assert [clip.first for clip in (one.clips[build.TOP] for one in found.episodes)] == [0, 12, 21, 36, 46]
+    assert found.problems == {}
+    assert "placed by counting the frames" in "".join(found.changes)
 
 
 def test_frames_that_no_row_belongs_to_are_left_out(old, tmp_path):
     """Rows belong to the first frames, as every reader takes it."""
-    video_of(old, 0)
+    shutil.copy(video_v21(old, 0), video_v21(old, 3))
     assert "has 12 frames for 10 rows; the last 2 are left out" in "".join(repair(old, tmp_path / "out").changes)
     assert_sound(tmp_path / "out")
     after = Dataset.open(tmp_path / "out")
     assert np.array_equal(after.frames(3, "corner"), after.frames(0, "corner")[:10])
 
 
-def test_offsets_that_the_frames_cannot_correct_are_not_guessed(new, pristine, tmp_path):
+def test_offsets_that_the_frames_cannot_correct_are_not_guessed(new):
     """With an episode's rows gone the counts leave open which frames are whose."""
     build.empty_episode(new, 1)
     offsets(new, lambda t: t + 1 / FPS if t else t)
-    edited = repair(new, tmp_path / "out")
-    assert [change for change in edited.changes if "does not say where it is" in change]
-    assert edited.episodes < len(LENGTHS) - 1
-    after, before = Dataset.open(tmp_path / "out"), Dataset.open(pristine)
-    assert np.array_equal(after.frames(0, "corner"), before.frames(0, "corner"))
+    found = survey(new)
+    assert [one.number for one in found.episodes] == [0]
+    assert "the number of frames there does not say where it is" in found.problems[2]
 
 
 @pytest.mark.parametrize("camera", [False, True])
@@ -260,8 +296,7 @@ def encode(path, images, **options):
 def test_frames_with_b_frames_are_copied_and_not_encoded_again(old, tmp_path):
     """Such packets are not in the order in which they are shown."""
     for i in range(len(LENGTHS)):
-        path = old / f"videos/chunk-000/{build.TOP}/episode_{i:06d}.mp4"
-        encode(path, episode(i)[0]["corner"], bf="3", g="250", tune="film", b_adapt="0")
+        encode(path := video_v21(old, i), episode(i)[0]["corner"], bf="3", g="250", tune="film", b_adapt="0")
     assert not np.array_equal(read_timeline(path).decoded, np.arange(LENGTHS[-1]))
     repair(old, tmp_path / "out")
     assert_sound(tmp_path / "out")
@@ -357,7 +392,7 @@ def test_editing_refuses_what_it_cannot_do(pristine, pristine_v21, new, tmp_path
 
 def test_a_broken_episode_is_in_the_way_unless_it_is_dropped(new, tmp_path):
     not_finite(new)
-    missing_row(new)
+    missing_row(new, 2)
     with pytest.raises(DataError, match=r"Episode 2 of .*Repair the data set first: vlaflow data repair"):
         drop(new, [0], tmp_path / "out")
     drop(new, [2], tmp_path / "out")
