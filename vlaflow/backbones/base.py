@@ -135,6 +135,8 @@ class Prefix:
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
         embedded_BPW: the tokens before the first layer, for running them once more; None until one has run.
         written: tokens that a decoder has had the backbone write after the observation; later ones take positions after them.
+        action_mask_BLD: bool, the dimensions and steps that a chunk of each observation's robot has, out of the decoder's; None
+            for all.
     """
 
     backbone: Backbone
@@ -147,6 +149,7 @@ class Prefix:
     mask_PP: Tensor | None = None
     embedded_BPW: Tensor | None = None
     written: int = 0
+    action_mask_BLD: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -185,6 +188,7 @@ class Prefix:
             next_position_B=None if self.next_position_B is None else self.next_position_B[row_R],
             state_BS=None if self.state_BS is None else self.state_BS[row_R],
             embedded_BPW=None if self.embedded_BPW is None else self.embedded_BPW[row_R],
+            action_mask_BLD=None if self.action_mask_BLD is None else self.action_mask_BLD[row_R],
         )
 
 

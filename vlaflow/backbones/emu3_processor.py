@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.inputs import Inputs, hide_images, shown_views
 from vlaflow.backbones.pretrained_processor import (
     PretrainedProcessor,
     Reader,
@@ -99,6 +99,9 @@ class EmuProcessor(PretrainedProcessor[EmuReader]):
         texts = [f"{token.bos_token}{in_words(sentence)}{blocks}" for sentence in observation.instructions]
         id_BP, padding_mask_BP, count_B = self.tokens(texts)
         placeholder_BP = where(token, id_BP, token.image_token)
+        if self.views:
+            count_V = placeholder_BP[0].sum().expand(len(self.views)) // len(self.views)
+            padding_mask_BP = hide_images(padding_mask_BP, placeholder_BP, count_V, shown_views(observation, self.views))
         place_BP = placeholder_BP.cumsum(1) - 1
         image_BP = placeholder_BP & (place_BP % line < line - 1)
         id_BP = torch.where(placeholder_BP, torch.where(image_BP, reader.first_code, reader.end_of_line), id_BP)

@@ -126,3 +126,26 @@ def require_state(observation: ObservationBatch, expected: int) -> None:
     found = observation.state_BS.shape[1]
     if found != expected:
         raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
+
+
+def shown_views(observation: ObservationBatch, views: Sequence[str]) -> Tensor | None:
+    """Which of the views each observation has, bool (B, views); None when all have all."""
+    if observation.shown is None or all(bool(observation.shown[view].all()) for view in views):
+        return None
+    return torch.stack([observation.shown[view] for view in views], 1)
+
+
+def hide_images(mask_BP: Tensor | None, image_BP: Tensor, count_V: Tensor, shown_BV: Tensor | None) -> Tensor | None:
+    """A padding mask that also hides the tokens of images that are missing.
+
+    Args:
+        mask_BP: bool, False on padding; None when there is none.
+        image_BP: bool, the tokens of images, in the order of the views.
+        count_V: int64, how many each view has, the same in every row.
+        shown_BV: as ``shown_views`` says.
+    """
+    if shown_BV is None:
+        return mask_BP
+    visible_BP = torch.ones_like(image_BP)
+    visible_BP[image_BP] = shown_BV.repeat_interleave(count_V, 1).flatten()
+    return visible_BP if mask_BP is None else mask_BP & visible_BP

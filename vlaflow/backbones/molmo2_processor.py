@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.inputs import Inputs, hide_images, shown_views
 from vlaflow.backbones.pretrained_processor import (
     ChatProcessor,
     Reader,
@@ -172,6 +172,8 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
             raise CapabilityError("This chat template shows images after words; Molmo2's own shows them first.")
         patches_INC = pooled_VK = None
         if self.views:
+            count_V = picture_BP[0].sum().expand(len(self.views)) // len(self.views)
+            padding_mask_BP = hide_images(padding_mask_BP, picture_BP, count_V, shown_views(observation, self.views))
             sides = torch.stack([reader.pictures.patches(observation.images[view]) for view in self.views], 1)
             patches_INC = sides.flatten(0, 1)
             pooled_VK = reader.pictures.pooled(len(patches_INC))

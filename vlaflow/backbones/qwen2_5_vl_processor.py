@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.inputs import Inputs, hide_images, shown_views
 from vlaflow.backbones.pretrained_processor import (
     ChatProcessor,
     Reader,
@@ -85,20 +85,23 @@ class QwenProcessor(ChatProcessor[QwenReader]):
         """See the base class."""
         reader = self.reader
         merge, texts = reader.pictures.merge_size, [self.conversation(s) for s in observation.instructions]
-        grid_I3 = patches = patch_position_N2 = None
+        grid_I3 = patches = patch_position_N2 = count_V = None
         if self.views:
             sides = [observation.images[view].numpy() for view in self.views]
             images = [side[i] for i in range(len(observation)) for side in sides]
             found = reader.pictures(images, size=self.size, input_data_format="channels_last", return_tensors="pt")
             patches, grid_I3 = found["pixel_values"], found["image_grid_thw"]
             patch_position_N2 = patch_positions(grid_I3, merge)
-            counts = iter((grid_I3.prod(1) // merge**2).tolist())
+            count_I = grid_I3.prod(1) // merge**2
+            counts, count_V = iter(count_I.tolist()), count_I[: len(self.views)]
             texts = [_spread(text, counts) for text in texts]
         id_BP, padding_mask_BP, _ = self.tokens(texts)
         image_BP = where(reader.tokenizer, id_BP, IMAGE_TOKEN)
         position_3BP = token_positions(image_BP, None if grid_I3 is None else grid_I3[:, 1:] // merge)
         if padding_mask_BP is not None:
             position_3BP = position_3BP.masked_fill(~padding_mask_BP, 0)
+        if count_V is not None:
+            padding_mask_BP = hide_images(padding_mask_BP, image_BP, count_V, shown_views(observation, self.views))
         return Inputs(
             state_BS=observation.state_BS,
             id_BP=id_BP,

@@ -37,6 +37,8 @@ class CalibrateArguments:
     """Folder of a checkpoint; exits can be calibrated if it was trained with them."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """LeRobot data set (folder, or name on the Hub); for that of the training, its held-out episodes are used."""
+    robot: str | None = None
+    """Robot to calibrate for, if the checkpoint was trained for several; the calibration holds for this one alone."""
     sampler: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Calibrate the sampler instead of exits: solver steps, noise scale, temperature, draws, depth."""
     budget_ms: float | None = None
@@ -105,7 +107,7 @@ def _sampler(given: CalibrateArguments) -> int:
     from vlaflow.compute.calibration import FOLDER
     from vlaflow.compute.sampler_choice import FILE
     from vlaflow.evaluation import calibrate_sampler
-    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.robots import robot_folder
     from vlaflow.reports.sampler import words, write_page
 
     request = calibrate_sampler.SamplerRequest(
@@ -118,7 +120,7 @@ def _sampler(given: CalibrateArguments) -> int:
         workers=given.workers,
         reading=given.how.reading(),
     )
-    checkpoint = local_folder(given.checkpoint)
+    checkpoint = robot_folder(given.checkpoint, given.robot)
     made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype)
     file = checkpoint / FOLDER / FILE
     page = write_page(made, file.with_suffix(".html"))
@@ -133,7 +135,7 @@ def _exits(given: CalibrateArguments) -> int:
 
     from vlaflow.compute.spelling import read_sampling
     from vlaflow.evaluation import calibrate
-    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.robots import robot_folder
     from vlaflow.reports.calibration import write_page
 
     request = calibrate.Request(
@@ -150,7 +152,7 @@ def _exits(given: CalibrateArguments) -> int:
         ladder=given.ladder,
         reading=given.how.reading(),
     )
-    made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device, given.dtype)
+    made = calibrate.run(robot_folder(given.checkpoint, given.robot), given.dataset, request, given.device, given.dtype)
     page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))
     console = Console()
     console.print(_words(made.calibration))

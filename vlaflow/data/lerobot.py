@@ -26,7 +26,7 @@ from vlaflow.data import features as of
 from vlaflow.data.cameras import find_cameras, view_name
 from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
-from vlaflow.data.lerobot_rows import Columns, Rows, Vector, read_rows
+from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.pictures import read_picture
 from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.tables import read_cells, read_parquet
@@ -309,7 +309,7 @@ class Dataset:
         return named, np.zeros(0, np.int64)
 
     @cached_property
-    def _rows(self) -> Rows:
+    def _rows(self) -> CheckedRows:
         vectors = {name: Vector(self._keys(name), self.dimension_names(name)) for name in ("action", "executed", "state")}
         if self.executed_key is None:
             del vectors["executed"]

@@ -58,7 +58,7 @@ class Vector:
 
 
 @dataclass(frozen=True)
-class Rows:
+class CheckedRows:
     """All rows, checked.
 
     Args:
@@ -70,7 +70,7 @@ class Rows:
     notes: tuple[str, ...]
 
 
-def read_rows(meta: Meta, vectors: Mapping[str, Vector], tolerance_s: float | None = None) -> Rows:
+def read_rows(meta: Meta, vectors: Mapping[str, Vector], tolerance_s: float | None = None) -> CheckedRows:
     """Read all rows and check them.
 
     Args:
@@ -94,7 +94,7 @@ class _Reader:
         self.starts = np.array([e.start for e in meta.episodes])
         self.notes: list[str] = []
 
-    def read(self) -> Rows:
+    def read(self) -> CheckedRows:
         owner = {files.data: episode.index for files, episode in zip(self.meta.files, self.meta.episodes, strict=True)}
         alone = not self.meta.modern and len(owner) == len(self.meta.episodes)
         parts = [self._part(path, number if alone else None) for path, number in owner.items()]
@@ -108,7 +108,7 @@ class _Reader:
         self._check_rows(rows)
         whole = {name: rows[name].astype(np.int64, copy=False) for name in ("episode", "frame", "task")}
         columns = Columns(rows["state"], rows["action"], rows.get("executed", rows["action"]), **whole)
-        return Rows(columns, tuple(self.notes))
+        return CheckedRows(columns, tuple(self.notes))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class _Reader:
         found = np.unique(episode)
         if len(found) == 1 and found[0] != number:
             self.notes.append(
-                f"Rows of {path.relative_to(self.root)} say that they belong to episode {found[0]}; the file's number, "
+                f"CheckedRows of {path.relative_to(self.root)} say that they belong to episode {found[0]}; the file's number, "
                 f"{number}, counts."
             )
             return np.full_like(episode, number)
@@ -165,7 +165,7 @@ class _Reader:
         return values.reshape(-1, declared)
 
     def _with_strays(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows of known episodes in files that meta points no episode to, added to the others."""
+        """CheckedRows of known episodes in files that meta points no episode to, added to the others."""
         named = {files.data for files in self.meta.files}
         strays: list[int] = []
         for path in sorted((self.root / "data").rglob("*.parquet")):
@@ -180,7 +180,7 @@ class _Reader:
                 strays += absent.tolist()
         if strays:
             self.notes.append(
-                f"Rows of episode {some(strays)} are not in the file that meta names; they were found in another."
+                f"CheckedRows of episode {some(strays)} are not in the file that meta names; they were found in another."
             )
         return rows
 

@@ -83,6 +83,11 @@ class LatentFlowConfig(DecoderConfig):
         """D."""
         return self.flow.action_dim
 
+    def with_chunk_size(self, chunk_size: int) -> Self:
+        """See ``DecoderConfig``: of all parts."""
+        fast = self.fast and self.fast.with_chunk_size(chunk_size)
+        return replace(self, flow=self.flow.with_chunk_size(chunk_size), fast=fast)
+
     @property
     def unfitted(self) -> bool:
         """Whether the FAST tokenizer is to be fitted first."""

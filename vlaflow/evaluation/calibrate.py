@@ -230,9 +230,9 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     if len(episodes) < 2 or frames < 4:
         raise ConfigError(f"Calibration needs at least two episodes and four frames, got {len(episodes)} and {frames}.")
     policy.action_spec.require_match(dataset.action_spec or policy.action_spec, "the checkpoint", f"data set {dataset.root}")
-    views = policy.model.backbone.views
+    views = policy.views
     cache = FrameCache.open(dataset, next(iter(views.values())), list(views))
-    windows = Windows(dataset, cache, policy.config.decoder.chunk_size, episodes)
+    windows = Windows(dataset, cache, policy.chunk_size, episodes)
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
     for episode in random.permutation(np.asarray(episodes)).tolist():
@@ -254,7 +254,8 @@ def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "ma
     discrepancy, deviation, largest, error = [], [], [], []
     policy.model.eval()
     with progress(len(frames.index_N), "Measuring exits") as bar, policy.precision():
-        for batch, generators in frames.batches():
+        for samples, generators in frames.batches():
+            batch = policy.own_batch(samples)
             chunks = [
                 chunk
                 for _, chunk in plan.answers(
@@ -332,7 +333,8 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[in
     sums = {(depth, s): np.zeros(2) for depth in depths for s in steps}
     count = 0
     with progress(len(frames.index_N), "Measuring steps") as bar, policy.precision():
-        for batch, generators in frames.batches():
+        for samples, generators in frames.batches():
+            batch = policy.own_batch(samples)
             begin = [g.get_state() for g in generators]
             prefixes: dict[int, Prefix] = {}
             prefix = policy.embed(batch.observation)

@@ -124,7 +124,7 @@ def run(
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
     envs = tuple(expand_env_names(request.envs))
-    n_action_steps = request.rollout.n_action_steps or policy.config.n_action_steps
+    n_action_steps = request.rollout.n_action_steps or policy.n_action_steps
     rollout = replace(request.rollout, device=device, dtype=dtype, n_action_steps=n_action_steps)
     if envs:
         require_fit(policy, str(checkpoint), set(envs), computes, rollout)

@@ -357,7 +357,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
         calibration.require_unseen(envs, config.first_seed, config.episodes)
     computes = parse_all(config.computes, config.knobs, home)
     policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype)
-    rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
+    rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)

@@ -204,10 +204,10 @@ class RaterStage:
         model, config = self.policy.model, self.rater.config
         decoder, targets = model.decoder, batch.targets
         with torch.no_grad():
-            prefix = model.read(model.backbone.embed(batch.inputs))
+            prefix = model.read(self.policy.begin(batch))
             seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
             made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.sampling)
-            error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
+            error_BL = targets.mean_over_dimensions((made_BLD - targets.action_BLD).square())
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
         rating_BL = self.rater(prefix, made_BLD)
         weight_BL = targets.valid_BL.float()

@@ -28,6 +28,7 @@ class Options:
         shard: processes that train together share the weights instead of each holding all (docs/scale.md).
         reading: names of the data set's columns and cameras; by default those of the run or policy that is continued, else
             LeRobot's.
+        mixture: name of how several data sets are mixed (``data.weights.NAMED``); by default as the recipe says.
     """
 
     overrides: Mapping[str, str] | None = None
@@ -40,6 +41,7 @@ class Options:
     threads: int | None = None
     shard: bool = False
     reading: Reading | None = None
+    mixture: str | None = None
 
     def assets(self, base: Base | None = None) -> Assets:
         """What it names for the objective, with the policy to continue."""

@@ -26,10 +26,10 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
 from vlaflow.data.batch import VqaBatch
-from vlaflow.data.source import Ready, Source
+from vlaflow.data.mixture import Order
+from vlaflow.data.source import MakeOrder, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
-from vlaflow.nn.precision import autocast
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
@@ -39,6 +39,7 @@ from vlaflow.training import checkpoint, sharding
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
+from vlaflow.training.loss_module import LossModule
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
 from vlaflow.training.precision import use_bf16
@@ -83,6 +84,8 @@ class Trainer:
         config: how.
         train: training samples.
         validation: held-out samples, or None.
+        validation_each: held-out samples of each of several data sets, by name and with its weight, in place of ``validation``.
+        order: how training goes through the samples.
         vqa: to learn from in turns with the samples, or None.
         out: folder of the checkpoint; an unfinished run in it is continued.
         identity: JSON data that must be the same for a run to be continued (the data set's fingerprint, ...); the config
@@ -105,6 +108,8 @@ class Trainer:
         out: Path | str,
         *,
         vqa: CoTraining | None = None,
+        validation_each: Mapping[str, tuple[Source, float]] | None = None,
+        order: MakeOrder = Order,
         identity: Mapping[str, Any] | None = None,
         card: Callable[[Outcome], str] | None = None,
         tracker: Tracker = "auto",
@@ -112,7 +117,8 @@ class Trainer:
         shard: bool = False,
     ) -> None:
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
-        self._train, self._validation_source, self._vqa, self._fresh, self._shard = train, validation, vqa, fresh, shard
+        self._train, self._order, self._vqa, self._fresh, self._shard = train, order, vqa, fresh, shard
+        self._validation_sources = {"": (validation, 1.0)} if validation is not None else dict(validation_each or {})
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
         self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
@@ -147,17 +153,17 @@ class Trainer:
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        self._held = self._hold(self._validation_source)
-        self._held_vqa = self._hold(self._vqa.held) if self._vqa else None
+        self._held = {name: (self._hold(source), weight) for name, (source, weight) in self._validation_sources.items()}
+        self._held_vqa = self._hold(self._vqa.held) if self._vqa and self._vqa.held is not None else None
         self._parts = config.parts(self.team.world, self._resume())
-        acting = Loader(self._train, config, self.team, self.device, stage.prepare, parts=self._parts)
+        acting = Loader(self._train, config, self.team, self.device, stage.prepare, parts=self._parts, order=self._order)
         self._loader = alternating(acting, self._vqa) if self._vqa else acting
         if self.team.is_first and 0 < self.step < config.steps:
             sys.stderr.write(f"Continuing after step {self.step} of {config.steps}.\n")
 
     def _spread(self, bf16: bool) -> nn.Module:
         """The stage's loss as a module: sharded if asked for and there are layers to shard, else a copy in every process."""
-        whole = _Step(self.stage, bf16, self.device)
+        whole = LossModule(self.stage, bf16, self.device)
         blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         if self.sharded:
@@ -293,20 +299,25 @@ class Trainer:
         kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
         return f"{kept}: {self.out}."
 
-    def _hold(self, source: Source | None) -> Held | None:
-        return (
-            Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
-            if source is not None
-            else None
-        )
+    def _hold(self, source: Source) -> Held:
+        return Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
 
     def _validate(self) -> dict[str, float]:
         """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions.
 
+        Of several data sets these are the means by their weights, and "loss@NAME" is the loss on each.
+
         Raises:
             DivergedError: one of them is not finite.
         """
-        found = self._measure(self._held.parts(self.team, self.device, self.stage.prepare)) if self._held is not None else {}
+        found: dict[str, float] = {}
+        total = sum(weight for _, weight in self._held.values())
+        for name, (held, weight) in self._held.items():
+            measured = self._measure(held.parts(self.team, self.device, self.stage.prepare))
+            for term, value in measured.items():
+                found[term] = found.get(term, 0.0) + value * (weight / total)
+            if name:
+                found[f"loss@{name}"] = measured["loss"]
         if self._held_vqa is not None:
             found["answer"] = self._measure(self._held_vqa.parts(self.team, self.device, self.stage.prepare))["answer"]
         for name in ("loss", "answer"):
@@ -422,20 +433,6 @@ class Trainer:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"
         name = "loss" if "loss" in entry else "answer_loss"
         return f"{name.replace('_', ' ')} {entry[name]:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
-
-
-class _Step(nn.Module):
-    """The stage's loss as a forward pass, which is where DDP and FSDP listen."""
-
-    def __init__(self, stage: Stage, bf16: bool, device: torch.device) -> None:
-        super().__init__()
-        self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
-
-    def forward(self, batch: Ready, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
-        with autocast(self._bf16, self._device):
-            terms = self._loss(batch, generator, shared)
-        return terms.total, dict(terms.parts)
 
 
 class _Silent:
