@@ -8,24 +8,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.small import SPEC, tiny_config, tiny_policy, weights
+from tests.training.latents import SMALL, latent_config
+from tests.training.small import SPEC, tiny_config, tiny_policy, weights, write_questions
+from vlaflow.actions.bins import BinsFit
+from vlaflow.actions.fast import FastFit
+from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import calibrate
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed
+from vlaflow.data.weights import DatasetEntry
 from vlaflow.data.writer import Writer
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
+from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
+from vlaflow.policies.latent_pairs import Paired, pairs_of
 from vlaflow.policies.mixing import alone, robots_of
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
-from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.recipe import DataSpec, OpenedDataset
 from vlaflow.policies.robots import robot_folder
+from vlaflow.policies.vqa import VqaTraining
 from vlaflow.spec import ActionPrefix, Dimension, Observation
 from vlaflow.training import run
 from vlaflow.training.metrics_log import read_log
@@ -300,3 +309,53 @@ def test_the_command_takes_several_data_sets(dataset, wide, tmp_path, capsys):
 
 def test_recipes_get_what_data_sets_have_together(dataset, wide):
     assert DataSpec.of(dataset, wide) == DataSpec(4, 3, ("front", "wrist"))
+
+
+# -- other stages and decoders ----------------------------------------------------------------------------------------
+
+
+def test_a_latent_action_model_learns_from_data_sets_of_other_rates_views_and_actions(dataset, wide, tmp_path, capsys):
+    """Every pair has one action, the mean over its gap, so that pairs of a higher rate do not count more."""
+    config = latent_config(model=replace(SMALL, action_dim=3), steps=2, validation_fraction=0.3)
+    config = replace(config, objective=replace(config.objective, view="wrist"))
+    trained(config, [f"{wide}:0.5", f"narrow={dataset}:0.5"], tmp_path / "latent")
+    assert "narrow: there is no view 'wrist'; 'front' is used" in capsys.readouterr().err
+    found = read_log(tmp_path / "latent")[-1]["validation"]
+    assert found["loss"] == pytest.approx((found["loss@wide"] + found["loss@narrow"]) / 2)
+    origin = LatentActionModel.from_pretrained(tmp_path / "latent").origin
+    assert [origin.dataset, *origin.others] == [Dataset.open(root).fingerprint for root in (wide, dataset)]
+    opened = [OpenedDataset(DatasetEntry(str(r), r.name), Dataset.open(r), r.name) for r in (dataset, wide)]
+    samples, pairs = pairs_of(Paired("front", 0.2, 32), config, opened)
+    batch = samples.train.batch(np.array([3, len(pairs)]))
+    assert batch.targets == 2
+    assert torch.allclose(batch.action_BLD[0, 0, :2], pairs.batch(np.array([3])).action_BLD[0].mean(0))
+    assert batch.mask_BLD.sum((1, 2)).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "decoder", [DiscreteFlowConfig(3, BinsFit(8), 4, metric=BinMetric()), AutoregressiveConfig(3, FastFit(), 4)]
+)
+def test_tokens_describe_what_a_robot_lacks(dataset, wide, decoder, tmp_path):
+    """Chunks of the shorter and narrower robot end with its last action, and are 0 in the third dimension."""
+    config = mixed_config(decoder, max_excluded=1.0, chunk_s=0.3)
+    datasets = [alone(Dataset.open(root)) for root in (dataset, wide)]
+    setup = config.objective.set_up_several(config, datasets, Options().assets())
+    policy, batch = setup.stage.policy, setup.train.batch(np.arange(2))
+    targets = policy.targets(batch)
+    id_BS, weight_BS = policy.model.decoder.encode(targets)
+    assert weight_BS.all()
+    decoded = torch.from_numpy(policy.model.decoder.tokenizer.decode(id_BS.numpy()).action_BLD)
+    assert decoded.shape == (2, 6, 3)
+    assert torch.allclose(decoded, targets.action_BLD, atol=0.3)
+    assert policy.loss(policy.prepare(batch), torch.Generator(), torch.Generator()).total.isfinite()
+
+
+def test_questions_are_learned_next_to_a_mixture(dataset, wide, tmp_path):
+    config = mixed_config(max_excluded=1.0)
+    policy = replace(config.objective.policy, backbone=replace(config.objective.policy.backbone, answers=True))
+    config = replace(config, objective=PolicyObjective(policy, VqaTraining(0.5)), steps=2)
+    questions = write_questions(tmp_path / "questions")
+    trained(config, [str(dataset), str(wide)], tmp_path / "p", vqa=questions)
+    log = read_log(tmp_path / "p")
+    assert ["answer_loss" in entry for entry in log] == [False, True]
+    assert {"loss@dataset", "loss@wide", "answer"} <= log[-1]["validation"].keys()

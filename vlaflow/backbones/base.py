@@ -9,7 +9,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -215,6 +215,16 @@ class Backbone(nn.Module, ABC):
         Nothing else may read a block's parameters: sharded training gathers them for the time of that call. None by default.
         """
         return {}
+
+    @property
+    def pretrained(self) -> Sequence[nn.Module]:
+        """Its parts with pretrained weights, which low-rank adapters leave as they are; none by default."""
+        return ()
+
+    @property
+    def adapted(self) -> Iterable[nn.Linear]:
+        """The matrices in them that get an adapter where a recipe does not name others; none by default."""
+        return ()
 
     @abstractmethod
     def embed(self, inputs: Inputs) -> Prefix:

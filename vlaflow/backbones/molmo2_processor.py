@@ -30,7 +30,8 @@ from vlaflow.backbones.pretrained_processor import (
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.io import read_json, write_json
+from vlaflow.io import read_json
+from vlaflow.outputs import write_json
 
 NAME, FAMILY = "Molmo2", "molmo2"
 SETTINGS = "vlaflow_molmo2.json"

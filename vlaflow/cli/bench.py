@@ -43,11 +43,13 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.compute.budget import PROFILE, save
     from vlaflow.evaluation.profile import profile
+    from vlaflow.outputs import require_writable
     from vlaflow.policies.base import Policy
     from vlaflow.policies.provenance import fingerprint
     from vlaflow.policies.robots import robot_folder
 
     folder = robot_folder(given.checkpoint, given.robot)
+    require_writable(folder / PROFILE, cure="Make it writable, or time a copy of the checkpoint.")
     found = profile(Policy.from_pretrained(folder, given.device, given.dtype), fingerprint(folder), given.rounds, given.threads)
     save(found, folder / PROFILE)
     table = Table("depth", "prefix ms", "step ms", title=f"{found.machine}, {found.threads} thread(s)", title_justify="left")

@@ -121,12 +121,11 @@ def _sampler(given: CalibrateArguments) -> int:
         reading=given.how.reading(),
     )
     checkpoint = robot_folder(given.checkpoint, given.robot)
-    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype)
+    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype, report=write_page)
     file = checkpoint / FOLDER / FILE
-    page = write_page(made, file.with_suffix(".html"))
     console = Console()
     console.print(words(made))
-    console.print(f"Written: {file} and {page}", soft_wrap=True)
+    console.print(f"Written: {file} and {file.with_suffix('.html')}", soft_wrap=True)
     return 0
 
 

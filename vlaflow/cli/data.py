@@ -297,6 +297,10 @@ def _show(arguments: Show) -> int:
 
     console = _console()
     dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
+    if arguments.out is not None:
+        from vlaflow.reports.dataset import require_page, write_page
+
+        require_page(arguments.out)
     _print_summary(console, dataset)
     by_task: dict[str, list[int]] = {}
     for episode in dataset.episodes:
@@ -314,10 +318,6 @@ def _show(arguments: Show) -> int:
             numbers.add_row(name, label, *(f"{v[d]:.4g}" for v in values))
     console.print(numbers)
     if arguments.out is not None:
-        from vlaflow.io import require_writable
-        from vlaflow.reports.dataset import write_page
-
-        require_writable(arguments.out)
         console.print(f"Written: {write_page(dataset, arguments.out, arguments.episodes)}", soft_wrap=True)
     return 0
 

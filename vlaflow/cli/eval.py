@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation.run import EvaluationConfig, play_shard, run
     from vlaflow.evaluation.shards import Shard
     from vlaflow.policies.robots import robot_folder
+    from vlaflow.reports.evaluation import write_report
 
     config = EvaluationConfig(
         envs=arguments.env,
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> int:
             soft_wrap=True,
         )
         return 0
-    results = run(checkpoint, config, out, fresh=arguments.fresh)
+    results = run(checkpoint, config, out, fresh=arguments.fresh, report=write_report)
     for name in arguments.compute:
         if name == "auto" or name.startswith("budget:"):
             console.print(f"{name} is {chosen(checkpoint, name, config.knobs)}")
@@ -134,14 +135,14 @@ def main(argv: list[str]) -> int:
 
 
 def show(results: Results, out: Path) -> None:
-    """Write the report of the results in a folder, and print their table."""
+    """Print the table of the results in a folder."""
     from rich.console import Console
 
-    from vlaflow.reports.evaluation import write_report
+    from vlaflow.reports.evaluation import PAGE
 
-    page, console = write_report(out), Console()
+    console = Console()
     console.print(table(results))
-    console.print(f"Written: {out / 'results.json'} and {page}", soft_wrap=True)
+    console.print(f"Written: {out / 'results.json'} and {out / PAGE}", soft_wrap=True)
 
 
 def chosen(checkpoint: str, name: str, knobs: Knobs) -> str:

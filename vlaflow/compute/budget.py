@@ -27,6 +27,7 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import write_json
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -271,10 +272,7 @@ def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
 
 def save(value: Any, file: Path) -> None:
     """Write a profile or a ladder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(to_json(value), indent=2) + "\n")
-    part.replace(file)
+    write_json(file, to_json(value))
 
 
 def _exits(checkpoint: Checkpoint, dtype: Dtype) -> Iterator[tuple[str, Calibration]]:

@@ -18,6 +18,7 @@ from vlaflow.compute.thresholds import Distribution
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError, nearest
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import write_json
 
 FOLDER = "calibration"
 
@@ -138,11 +139,8 @@ class Calibration:
         return EarlyExit(self.plan, (*(-inf if t is None else t for t in self.thresholds), inf), label)
 
     def save(self, file: Path) -> None:
-        """Write as JSON."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(to_json(self), indent=2) + "\n")
-        part.replace(file)
+        """Write as JSON, whole or not at all."""
+        write_json(file, to_json(self))
 
     @staticmethod
     def load(file: Path) -> Calibration:

@@ -42,8 +42,9 @@ from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
-from vlaflow.io import read_json, require_writable
+from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, new_episodes, reading_of, trained_on
 from vlaflow.progress import progress
@@ -177,7 +178,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
         raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
     if file.exists():
         Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
-    require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
+    require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
     episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     table = measure(policy, plan, frames, request.deviation)

@@ -39,9 +39,11 @@ from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.io import load_weights, read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
+from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
 from vlaflow.policies.policy_config import PolicyConfig
@@ -399,7 +401,7 @@ class Policy:
 
         Args:
             folder: where to.
-            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones. Adapters are merged.
 
         Raises:
             CapabilityError: it was opened in bfloat16, so its weights are no longer those of the checkpoint.
@@ -407,11 +409,10 @@ class Policy:
         if self.dtype != "fp32":
             raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
         write_robots(folder, self.action_spec, self.stats, self.robots)
-        (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
-        save_tensors(folder / "model.safetensors", weights or {}, like=self.model.state_dict())
+        write_text(folder / "README.md", self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
+        save_merged(folder / "model.safetensors", self.model, weights)
         self.processor.backbone.save(folder)
 
     @staticmethod
@@ -436,9 +437,8 @@ class Policy:
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
         """Open a checkpoint without choosing one of its robots, for further training; otherwise as ``from_pretrained``."""
         folder = local_folder(path)
-        config_data = read_json(folder / "config.json")
-        config_data.pop("vlaflow", None)
-        config = from_json(PolicyConfig, config_data, str(folder / "config.json"))
+        written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
+        config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
         with torch.random.fork_rng(devices=[]):
             model = config.build()

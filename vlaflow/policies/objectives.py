@@ -9,7 +9,6 @@ Each says what it needs, builds its networks and samples, and describes the chec
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,19 +18,17 @@ from vlaflow.actions.io import load_tokenizer
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.config import to_json
-from vlaflow.data import stats
-from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.pairs import FramePairs, chosen_view
+from vlaflow.data.pairs import chosen_view
 from vlaflow.data.reading import Reading
-from vlaflow.data.transforms import Normalizer
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import ConfigError
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
 from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
+from vlaflow.policies.latent_pairs import Paired, action_normalizers, pairs_of
 from vlaflow.policies.mixing import (
     Robots,
     alone,
@@ -296,45 +293,25 @@ class LatentObjective(Objective):
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; a view that is missing and episodes that are all too short for the gap are a ``DataError``."""
-        train, held = self._pairs(config, dataset)
+        chosen_view(dataset, self.view)
+        return self.set_up_several(config, [alone(dataset)], assets)
+
+    def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
+        """See ``Objective``; a data set without the view shows its first one."""
+        samples, first = pairs_of(Paired(self.view, self.gap_s, self.model.image_size), config, datasets)
+        others = tuple(each.dataset.fingerprint for each in datasets[1:])
+        dataset = datasets[0].dataset
         origin = Origin(
-            dataset.fingerprint, self.view, dataset.fps, self.gap_s, train.gap, config.validation_fraction, config.seed
+            dataset.fingerprint, first.view, dataset.fps, self.gap_s, first.gap, config.validation_fraction, config.seed, others
         )
-        action = self._action(config, dataset)
+        action = action_normalizers(self.model.action_dim, config, datasets)
         model = LatentActionModel.create(self.model, origin, config.seed)
         stage = LatentStage(model, self.replacement, config.steps, action, self.action_weight)
 
         def card(training: Sequence[str]) -> str:
-            return latent_card(model, [alone(dataset)], training)
+            return latent_card(model, datasets, training)
 
-        return Setup(self, stage, train, held, None, {}, card)
-
-    def _pairs(self, config: TrainConfig, dataset: Dataset) -> tuple[FramePairs, FramePairs | None]:
-        train_episodes, held_episodes = config.episodes(dataset)
-        cache = FrameCache.open(dataset, self.model.image_size, [chosen_view(dataset, self.view)])
-        train = FramePairs(dataset, cache, self.view, self.gap_s, episodes=train_episodes)
-        held: FramePairs | None = None
-        if any(dataset.episode(e).length > train.gap for e in held_episodes):
-            held = FramePairs(dataset, cache, self.view, self.gap_s, episodes=held_episodes)
-        elif held_episodes:
-            sys.stderr.write(
-                f"Held out: none of the {len(held_episodes)} episodes is longer than the gap; nothing is measured.\n"
-            )
-        for which, pairs in (("For training", train), ("Held out", held)):
-            if pairs is not None and pairs.short:
-                sys.stderr.write(f"{which}: {pairs.left_out()}\n")
-        return train, held
-
-    def _action(self, config: TrainConfig, dataset: Dataset) -> Normalizer | None:
-        """Of the actions, for a model with an action head."""
-        if not self.model.action_dim:
-            return None
-        found = dataset.columns().action.shape[1]
-        if found != self.model.action_dim:
-            raise SpecError(
-                f"model.action_dim is {self.model.action_dim}, but the actions of {dataset.root} have {found} dimensions."
-            )
-        return Normalizer.from_stats(stats.compute(dataset, config.episodes(dataset)[0])["action"], "mean_std")
+        return samples.setup(self, stage, None, mixture_identity(datasets, samples), card)
 
 
 def _keeps_its_tokenizer(given: Path | str) -> ConfigError:

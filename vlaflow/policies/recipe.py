@@ -25,6 +25,7 @@ from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.weights import DatasetEntry, Mixture
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError
+from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import ancestry, fingerprint
@@ -101,7 +102,11 @@ class ParameterGroup:
 class OptimConfig:
     """AdamW with linear warm-up and a cosine (or constant) schedule.
 
+    Weights in a smaller format than float32 are trained through float32 copies of them, so that no small step is lost.
+
     Args:
+        kind: how AdamW keeps its moments. "adamw8bit" needs 2 bytes per weight instead of 8; "paged_adamw" and
+            "paged_adamw8bit" let them move to host memory where the GPU's is short. These three need bitsandbytes.
         learning_rate: peak rate.
         warmup_steps: linear up to the peak; the first step has 1 / warmup_steps of it.
         schedule: after the warm-up.
@@ -109,6 +114,7 @@ class OptimConfig:
         clip_norm: largest gradient norm; larger ones are scaled down.
     """
 
+    kind: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -118,6 +124,11 @@ class OptimConfig:
     final_fraction: float = 0.0
     clip_norm: float = 1.0
     groups: tuple[ParameterGroup, ...] = ()
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What ``kind`` needs."""
+        return () if self.kind == "adamw" else ("bitsandbytes",)
 
 
 @dataclass(frozen=True)
@@ -300,6 +311,7 @@ class TrainConfig:
 
     Args:
         objective: what is learned. On a command line its fields have no prefix: ``--set policy.n_action_steps=4``.
+        lora: adapters to train in place of the pretrained weights; None trains these.
         steps: optimiser steps.
         global_batch_size: observations per optimiser step, over all processes and parts.
         accumulate: parts that a step is split into over all processes, at least; see ``parts``.
@@ -324,6 +336,7 @@ class TrainConfig:
 
     objective: Objective = field(metadata=INLINE)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig | None = None
     steps: int = 1000
     global_batch_size: int = 64
     accumulate: int = 1

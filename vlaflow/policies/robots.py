@@ -16,7 +16,8 @@ from pathlib import Path
 from vlaflow.config import from_json, to_json
 from vlaflow.data.stats import FeatureStats
 from vlaflow.errors import ConfigError, nearest
-from vlaflow.io import read_json, write_json
+from vlaflow.io import read_json
+from vlaflow.outputs import write_json
 from vlaflow.policies.checkpoint import ROBOT, local_folder
 from vlaflow.spec import ActionSpec
 

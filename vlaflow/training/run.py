@@ -17,17 +17,18 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
-from vlaflow.io import require_makeable
+from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.mixing import combined_fingerprint, labels
 from vlaflow.policies.provenance import READING, reading_of
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
+from vlaflow.training.outcome import Outcome
 from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
-from vlaflow.training.trainer import Outcome, Trainer
+from vlaflow.training.trainer import Trainer
 from vlaflow.versions import command_line
 
 Datasets = Path | str | DatasetEntry | Sequence[Path | str | DatasetEntry]

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from vlaflow.data.mixture import Order
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
+from vlaflow.policies.adapters import adapt, digest
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
@@ -41,39 +41,12 @@ from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
 from vlaflow.training.loss_module import LossModule
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
-from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
+from vlaflow.training.moments import Masters, Moments
+from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate, with_rate
+from vlaflow.training.outcome import Outcome
 from vlaflow.training.precision import use_bf16
 from vlaflow.training.team import Team
 from vlaflow.versions import versions
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where a run stands when it ends.
-
-    Args:
-        step, steps: taken, and to take.
-        loss: mean training loss of the last hundred steps; None before the first.
-        validation: last validation loss, with averaged weights; None without held-out episodes.
-        seconds: of training, over all attempts.
-        signal: the signal that asked for its end, or None; it may have come when nothing was left to cut short.
-        more: whether stages of a pipeline are still to come.
-        policy: folder of the policy that the run made; None if it made something else.
-    """
-
-    step: int
-    steps: int
-    loss: float | None
-    validation: float | None
-    seconds: float
-    signal: int | None = None
-    more: bool = False
-    policy: Path | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether all steps were taken, and all stages."""
-        return self.step >= self.steps and not self.more
 
 
 class Trainer:
@@ -146,13 +119,20 @@ class Trainer:
             if self.team.is_first and (aside := checkpoint.prepare(self.out, self._fresh)):
                 sys.stderr.write(f"The old checkpoint is now {aside}.\n")
 
+        adapters = adapt(stage.module, config.lora, mix("adapters", config.seed)) if config.lora else []
         freeze(stage.module, config.optim)
+        self._frozen = digest(stage.module) if adapters else None
         stage.module.train()
         self._model = self._spread(use_bf16(config.precision, self.device))
-        self._optimizer = build_optimizer(stage.module, config.optim)
+        masters = Masters(stage.module)
+        optim = with_rate(config.optim, adapters, config.lora.learning_rate if config.lora else None)
+        self._optimizer = build_optimizer(stage.module, optim, masters)
+        self._moments = Moments(self._optimizer, masters.of)
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
+        if self._ema is not None and masters.of:
+            raise ConfigError("Weights in bfloat16 are too coarse for averages. Set ema_decay=none, or train them in float32.")
         self._held = {name: (self._hold(source), weight) for name, (source, weight) in self._validation_sources.items()}
         self._held_vqa = self._hold(self._vqa.held) if self._vqa and self._vqa.held is not None else None
         self._parts = config.parts(self.team.world, self._resume())
@@ -167,6 +147,11 @@ class Trainer:
         blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         if self.sharded:
+            lora = self.config.lora
+            if self.config.optim.kind != "adamw" or (lora and lora.quantise):
+                raise CapabilityError(
+                    "What bitsandbytes keeps cannot be shared by processes. Leave --shard out, or optim.kind and lora.quantise."
+                )
             sharding.shard(whole, blocks, self.team, bf16=bf16)
         self.stage.to(self.device)
         return whole if self.sharded else self.accelerator.prepare(whole)
@@ -237,7 +222,7 @@ class Trainer:
         parts = self._loader.step(self.step)
         share_of_peak = multiplier(self.step, c.optim, c.steps)
         set_rate(self._optimizer.param_groups, share_of_peak)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.stage.module.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         named: dict[str, Tensor] = {}
         for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
@@ -357,7 +342,7 @@ class Trainer:
         if self._saved == self.step:
             return
         module = self.stage.module
-        tensors = checkpoint.collect(module, self._optimizer, self._ema)
+        tensors = checkpoint.collect(module, self._moments, self._ema, frozen=self.sharded or self._frozen is None)
         with self.team.together():
             for kind, group in tensors.items():
                 if name := first_not_finite({name: sharding.own_rows(tensor)[0] for name, tensor in group.items()}):
@@ -377,6 +362,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "moments": len(tensors["optimizer"]),
+            "frozen": self._frozen,
             "run": self.identity,
         }
         card = self._card(self._outcome(None)) if self._card is not None and self.team.is_first else ""
@@ -396,7 +382,7 @@ class Trainer:
             return 1
         with self.team.together():
             state = checkpoint.read_state(found[1], self.identity)
-            checkpoint.restore(found[1], state, self.stage.module, self._optimizer, self._ema)
+            checkpoint.restore(found[1], state, self.stage.module, self._moments, self._ema, frozen=self._frozen)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._guard.losses.extend(state["losses"])
