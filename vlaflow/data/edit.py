@@ -25,7 +25,7 @@ from vlaflow.data.lerobot import EXTRA_KEY
 from vlaflow.data.lerobot_meta import is_modern
 from vlaflow.data.writer_meta import DEFAULT_FEATURES
 from vlaflow.errors import ConfigError, DataError, SpecError, nearest
-from vlaflow.io import storing
+from vlaflow.outputs import storing
 
 STATS = ("min", "max", "mean", "std")
 """The statistics that every recorder computes in the same way; quantiles are often estimates."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, Segment, encode_video, pixel_counts
 from vlaflow.errors import DataError
-from vlaflow.io import REFUSALS
+from vlaflow.outputs import REFUSALS
 
 
 @dataclass(frozen=True)
