@@ -284,6 +284,7 @@ def _check(arguments: Check) -> int:
         console.print(f"PROBLEM: {sentence}", soft_wrap=True, style="bold red")
     if findings.problems:
         console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
+        console.print(f"A new data set of what is whole: vlaflow data repair {arguments.directory} --out DIR", soft_wrap=True)
         return 1
     console.print(f"No problems: {len(dataset)} rows read, {findings.frames} frames decoded.", style="green")
     return 0
