@@ -334,13 +334,14 @@ def test_pictures_in_the_rows_are_kept_and_counted(new, tmp_path):
 
 def test_other_columns_may_have_gaps_which_statistics_skip(new, tmp_path):
     values = [float("nan") if i % 2 else float(i) for i in range(build.ROWS)]
-    build.column(new, "next.reward", values, pa.float32(), dtype="float32", shape=[1], names=None)
+    build.column(new, "next.reward", values, pa.float32(), dtype="float32", shape=[], names=None)
     drop(new, [0], tmp_path / "out")
     after = [value for value in rows(tmp_path / "out")["next.reward"] if value == value]
     assert after == [value for value in values[LENGTHS[0] :] if value == value]
     stats = json.loads((tmp_path / "out/meta/stats.json").read_text())["next.reward"]
     assert stats["mean"] == [np.mean(after)]
     assert stats["count"] == [len(after)]
+    assert build.features(tmp_path / "out")["next.reward"]["shape"] == [1]  # LeRobot refuses []
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

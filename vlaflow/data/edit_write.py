@@ -110,6 +110,10 @@ class EpisodeCopier:
         self.changes = [f"'{key}' is declared, but rows do not have it; it is left out." for key in stated if key not in kept]
         self.features: dict[str, dict[str, Any]] = {first.name(key): dict(feature) for key, feature in kept.items()}
         self.features |= {key: f for key, f in meta.DEFAULT_FEATURES.items() if key not in self.features}
+        for name, feature in self.features.items():
+            if feature.get("shape") == [] and feature["dtype"] not in ("string", "language"):
+                feature["shape"] = [1]
+                self.changes.append(f"The shape of '{name}' is now [1]; LeRobot does not read [].")
         self.columns = [key for key in kept if kept[key]["dtype"] != "video"]
         surplus = sorted(first.source.columns - kept.keys() - meta.DEFAULT_FEATURES.keys())
         self.changes += [f"Column '{key}' is not declared in meta/info.json; it is left out." for key in surplus]
