@@ -60,7 +60,7 @@ class BackboneConfig(Part, ABC):
     """All that is needed to build a backbone, weights aside; a checkpoint holds it as JSON.
 
     A kind is a frozen dataclass with the fields ``state_dim`` and ``views``, registered by its class's name under
-    ``vlaflow.backbones`` (docs/extending.md). What other parts must know before the network is built, they ask here.
+    ``vlaflow.backbones`` (docs/extending.md). It provides what other parts must know before the network is built.
     """
 
     group: ClassVar[Group] = "backbones"

@@ -46,7 +46,7 @@ class Inputs:
         pooled_VK: int64, the patches that become each image token; −1 beyond the border.
         image_BP: bool, where image features go.
         state_BP: bool, where the state goes.
-        picture_P: bool, tokens that belong to an image, its marks included, and see each other; alike in all rows.
+        image_P: bool, tokens that belong to an image, its marks included, and see each other; alike in all rows.
         position_3BP: int64, time, height and width of every token, for rotary positions of three kinds.
         next_position_B: int64, the position of the first token after the prefix.
         sentence_BE: float32, the instruction as a vector of a frozen sentence encoder.
@@ -62,7 +62,7 @@ class Inputs:
     pooled_VK: Tensor | None = None
     image_BP: Tensor | None = None
     state_BP: Tensor | None = None
-    picture_P: Tensor | None = None
+    image_P: Tensor | None = None
     position_3BP: Tensor | None = None
     next_position_B: Tensor | None = None
     sentence_BE: Tensor | None = None
@@ -114,7 +114,7 @@ class Processor(ABC):
         """Write what it needs besides the backbone's config into a checkpoint folder; nothing by default."""
 
     def _speechless(self) -> CapabilityError:
-        return CapabilityError(f"{type(self).__name__} knows no answers, so its backbone cannot be asked.")
+        return CapabilityError(f"{type(self).__name__} has no text for answers, so its backbone cannot answer questions.")
 
 
 def require_state(observation: ObservationBatch, expected: int) -> None:

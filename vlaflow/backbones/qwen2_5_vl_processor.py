@@ -44,14 +44,14 @@ class QwenReader(Reader):
         """
         hub = transformers_library(NAME, FAMILY)
         tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
-        pictures = open_pretrained(hub.AutoImageProcessor, source, NAME, backend="pil")
+        image_processor = open_pretrained(hub.AutoImageProcessor, source, NAME, backend="pil")
         settings, _ = hub.Qwen2_5_VLProcessor.get_processor_dict(source)
         require_chat_template(tokenizer, settings, source)
-        return cls(tokenizer, pictures)
+        return cls(tokenizer, image_processor)
 
     def save(self, folder: Path) -> None:
         """See the base class."""
-        self.pictures.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
 
     @property
@@ -84,12 +84,12 @@ class QwenProcessor(ChatProcessor[QwenReader]):
     def read(self, observation: ObservationBatch) -> Inputs:
         """See the base class."""
         reader = self.reader
-        merge, texts = reader.pictures.merge_size, [self.conversation(s) for s in observation.instructions]
+        merge, texts = reader.image_processor.merge_size, [self.conversation(s) for s in observation.instructions]
         grid_I3 = patches = patch_position_N2 = count_V = None
         if self.views:
             sides = [observation.images[view].numpy() for view in self.views]
             images = [side[i] for i in range(len(observation)) for side in sides]
-            found = reader.pictures(images, size=self.size, input_data_format="channels_last", return_tensors="pt")
+            found = reader.image_processor(images, size=self.size, input_data_format="channels_last", return_tensors="pt")
             patches, grid_I3 = found["pixel_values"], found["image_grid_thw"]
             patch_position_N2 = patch_positions(grid_I3, merge)
             count_I = grid_I3.prod(1) // merge**2

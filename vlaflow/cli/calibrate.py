@@ -174,7 +174,7 @@ def _name(given: CalibrateArguments) -> str:
 
 
 def _words(made: Calibration) -> str:
-    test, plan = made.seen, made.plan
+    test, plan = made.effect, made.plan
     shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, test.shares, strict=True))
     lines = [
         f"Thresholds from {made.samples} frames, tested on {test.samples} others from other episodes.",

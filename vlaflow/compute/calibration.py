@@ -1,4 +1,4 @@
-"""A calibration: the measured thresholds of an early exit, what they were measured on, and what they were seen to do.
+"""A calibration: the measured thresholds of an early exit, what they were measured on, and what they do on other samples.
 
 It lies in the checkpoint folder as ``calibration/NAME.json`` and is refused for anything but what it was made for. How it is
 measured is in ``evaluation.calibrate``; the mathematics in ``thresholds``.
@@ -56,7 +56,7 @@ class RiskTarget:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ExitEffect:
     """What the thresholds did on samples that they were not made from.
 
     Args:
@@ -90,7 +90,7 @@ class Calibration:
         thresholds: of every exit but the last, which is always taken; None is never.
         target: how they were chosen.
         samples: how many they were chosen from.
-        seen: what they do on others.
+        effect: what they do on other samples.
         command: that made it.
         versions: of the software.
         dtype: what the networks computed in.
@@ -102,7 +102,7 @@ class Calibration:
     thresholds: tuple[float | None, ...]
     target: ShareTarget | RiskTarget
     samples: int
-    seen: Seen
+    effect: ExitEffect
     command: str
     versions: dict[str, str]
     dtype: Dtype = "fp32"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlaflow.data.features import Feature, distinct, is_picture, resembles_picture
-from vlaflow.data.pictures import depth_reason
+from vlaflow.data.features import Feature, distinct, is_image, resembles_image
 from vlaflow.data.reading import Reading
+from vlaflow.data.stored_images import depth_reason
 from vlaflow.errors import DataError, SpecError, nearest
 
 
@@ -70,7 +70,7 @@ def find_cameras(
     """
     left_out, cameras, notes = {}, [], []
     for key, feature in features.items():
-        if is_picture(feature):
+        if is_image(feature):
             if len(feature["shape"]) not in (2, 3):
                 raise DataError(
                     f"'{key}' of {root} is declared with the shape {feature['shape']}, which no picture has. Write [height, "
@@ -81,7 +81,7 @@ def find_cameras(
                 cameras.append(key)
             else:
                 left_out[key] = reason
-        elif resembles_picture(feature):
+        elif resembles_image(feature):
             notes.append(
                 f"'{key}' has the shape of a picture, {feature['shape']}, but holds {feature['dtype']}; it is not read."
             )

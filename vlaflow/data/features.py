@@ -55,7 +55,7 @@ def require_features(path: Path, features: Any) -> dict[str, dict[str, Any]]:
 def is_numeric(key: str, feature: Feature) -> bool:
     """Whether a column holds numbers that can be an action or a state."""
     kind = feature["dtype"].startswith(("float", "int", "uint", "bool"))
-    return kind and key not in BOOKKEEPING and not is_picture(feature)
+    return kind and key not in BOOKKEEPING and not is_image(feature)
 
 
 def width(feature: Feature) -> int:
@@ -82,11 +82,11 @@ def dimension_names(feature: Feature) -> tuple[str, ...]:
 
 def distinct(names: Sequence[str]) -> tuple[str, ...]:
     """The names, with a number after each of those that occur more than once."""
-    often, seen = Counter(names), Counter[str]()
+    often, counted = Counter(names), Counter[str]()
     found = []
     for name in names:
-        found.append(f"{name} {seen[name]}" if often[name] > 1 else name)
-        seen[name] += 1
+        found.append(f"{name} {counted[name]}" if often[name] > 1 else name)
+        counted[name] += 1
     return tuple(found)
 
 
@@ -103,14 +103,14 @@ def _flat(names: Any, grouped: bool = False) -> Iterable[str]:
         yield str(names)
 
 
-def is_picture(feature: Feature) -> bool:
+def is_image(feature: Feature) -> bool:
     """Whether a column holds pictures: in mp4 files, in parquet files, or as nested lists of bytes."""
     return feature["dtype"] in ("video", "image") or (feature["dtype"] == "uint8" and _is_layout(feature["shape"]))
 
 
-def resembles_picture(feature: Feature) -> bool:
+def resembles_image(feature: Feature) -> bool:
     """Whether a column that is not read as pictures has the shape of some."""
-    return not is_picture(feature) and feature["dtype"].startswith(("float", "int", "uint")) and _is_layout(feature["shape"])
+    return not is_image(feature) and feature["dtype"].startswith(("float", "int", "uint")) and _is_layout(feature["shape"])
 
 
 def _is_layout(shape: Sequence[int]) -> bool:
@@ -128,7 +128,7 @@ def channel_first(feature: Feature) -> bool:
     return isinstance(names, list) and bool(names) and str(names[0]).lower().startswith("c")
 
 
-def picture_size(feature: Feature) -> tuple[int, int]:
+def image_size(feature: Feature) -> tuple[int, int]:
     """Declared height and width; pixels are stored as (height, width, channels), whatever order was declared."""
     height, width = feature["shape"][1:] if channel_first(feature) else feature["shape"][:2]
     return int(height), int(width)

@@ -27,8 +27,8 @@ from vlaflow.data.cameras import find_cameras, view_name
 from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
-from vlaflow.data.pictures import read_picture
 from vlaflow.data.reading import Reading, choose_columns
+from vlaflow.data.stored_images import read_image
 from vlaflow.data.tables import read_cells, read_parquet
 from vlaflow.data.video import VideoError, decode_frames
 from vlaflow.data.video_offsets import REWRITE, largest_drift_s
@@ -160,7 +160,7 @@ class Dataset:
 
     def image_size(self, view: str) -> tuple[int, int]:
         """Height and width of a view as stored."""
-        return of.picture_size(self.features[self._view_key(view)])
+        return of.image_size(self.features[self._view_key(view)])
 
     def dim(self, name: str) -> int:
         """How many numbers "state", "action" or "executed" has; 0 where the data set does not have it."""
@@ -288,7 +288,7 @@ class Dataset:
             )
         for i, cell in enumerate(read_cells(path, key, which)):
             try:
-                yield read_picture(cell, self.features[key], self.root, f"image {i} of '{key}' in episode {episode.index}")
+                yield read_image(cell, self.features[key], self.root, f"image {i} of '{key}' in episode {episode.index}")
             except (TypeError, ValueError, OSError) as error:
                 raise DataError(
                     f"Episode {episode.index} of {self.root}: image {i} of '{key}' cannot be read "

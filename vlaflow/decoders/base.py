@@ -233,7 +233,7 @@ class DecoderConfig(Part, ABC):
     """All that is needed to build a decoder, weights aside; a checkpoint holds it as JSON.
 
     A kind is a frozen dataclass with ``action_dim`` and ``chunk_size``, registered by its class's name under
-    ``vlaflow.decoders`` (docs/extending.md). What training must prepare for it, it asks here.
+    ``vlaflow.decoders`` (docs/extending.md). It states what training must prepare for it.
     """
 
     group: ClassVar[Group] = "decoders"
@@ -359,7 +359,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """What ``start`` is given so that chunks continue the chunks before them (real-time chunking).
 
         Args:
-            action_BLD: normalised actions of the chunks before, from the one that the new chunk's first describes.
+            action_BLD: normalised actions of the earlier chunks, from the one that the new chunk's first describes.
             known_B: how many of them there are; the rest is ignored.
             committed_B: how many are executed whatever comes. They have clock 0, the others 1.
             guided: bend the flow towards them instead, as for decoders that are not trained for it.

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.budget import LADDER, Ladder, Rung, save
-from vlaflow.compute.calibration import FOLDER, Calibration, RiskTarget, Seen, ShareTarget
+from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, RiskTarget, ShareTarget
 from vlaflow.compute.distance import Metric, distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
 from vlaflow.compute.sampler_choice import FILE as SAMPLER
@@ -301,7 +301,7 @@ def calibrate(
     if isinstance(written, RiskTarget):
         above = float((table.deviation_NK[fresh_N][rows, exit_F] > written.max_deviation).mean())
     error_FK = table.error_NK[fresh_N]
-    seen = Seen(
+    effect = ExitEffect(
         samples=len(exit_F),
         shares=tuple((np.bincount(exit_F, minlength=exits) / len(exit_F)).tolist()),
         layers=float(depth_K[exit_F].mean()),
@@ -319,7 +319,7 @@ def calibrate(
         thresholds=tuple(None if np.isneginf(t) else float(t) for t in threshold_K[:-1]),
         target=written,
         samples=int(table.choose_N.sum()),
-        seen=seen,
+        effect=effect,
         command=command_line(),
         versions=versions(),
         dtype=policy.dtype,

@@ -51,7 +51,7 @@ def conditioning_of(
     device: torch.device,
     guided: bool,
 ) -> Conditioning | None:
-    """What the decoder is given of the chunks before; None where nothing is committed.
+    """The conditioning by actions of earlier chunks; None if no actions are committed.
 
     Raises:
         SpecError: for actions of another dimension, or so many that none is left to make.

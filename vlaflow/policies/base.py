@@ -100,14 +100,13 @@ class Policy:
                 "decoder.action_dim to the data set's."
             )
         own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
-        every = [robot.stats for robot in self.robots.values()] or [dict(self.stats)]
-        state = tuple(Normalizer.from_stats(stats["state"], c.state_normalisation) for stats in every)
-        action = tuple(Normalizer.from_stats(stats["action"], c.action_normalisation) for stats in every)
+        self.action_normalizer = c.action_normalizer(self.stats, self.action_spec)
+        state = tuple(c.state_normalizer(r.stats) for r in self.robots.values()) or (c.state_normalizer(self.stats),)
+        action = tuple(c.action_normalizer(r.stats, r.action_spec) for r in self.robots.values()) or (self.action_normalizer,)
         side = self.robots[self.robot].image_size if self.robot else None
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own)
-        self.action_normalizer = Normalizer.from_stats(self.stats["action"], c.action_normalisation)
         self._action = Normalizers(action, c.decoder.action_dim)
 
     @staticmethod

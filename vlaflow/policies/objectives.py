@@ -152,11 +152,11 @@ class PolicyObjective(Objective):
                 f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
                 "checkpoint that the rater was trained for, and train another rater afterwards."
             )
-        for key in ("state_normalisation", "action_normalisation"):
+        for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
             ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
             if ours != theirs:
                 raise ConfigError(
-                    f"policy.{key} is '{ours}', but {base.path} was trained with '{theirs}', which its weights take for "
+                    f"policy.{key} is {ours!r}, but {base.path} was trained with {theirs!r}, which its weights take for "
                     "granted. Leave out the --set that changes it."
                 )
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)

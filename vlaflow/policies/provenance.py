@@ -141,20 +141,20 @@ def new_questions(vqa: VqaDataset, turns: Turns, trained: Sequence[TrainedOn], f
         ConfigError: a training read the conversations of this set in another way.
     """
     new = set(range(len(vqa)))
-    for asked in (each.vqa for each in trained if each.vqa is not None):
-        if asked.fingerprint == vqa.fingerprint:
-            new &= set(vqa.split(asked.held_out)[1])
-        elif asked.turns != turns and asked.fingerprint == VqaDataset.open(vqa.file, asked.turns).fingerprint:
+    for learned in (each.vqa for each in trained if each.vqa is not None):
+        if learned.fingerprint == vqa.fingerprint:
+            new &= set(vqa.split(learned.held_out)[1])
+        elif learned.turns != turns and learned.fingerprint == VqaDataset.open(vqa.file, learned.turns).fingerprint:
             raise ConfigError(
-                f"{folder} learned from {vqa.file} with turns={asked.turns}, so it is unknown which questions are new "
-                f"with turns={turns}. Give --turns {asked.turns}, or ask everything with --part all."
+                f"{folder} learned from {vqa.file} with turns={learned.turns}, so it is unknown which questions are new "
+                f"with turns={turns}. Give --turns {learned.turns}, or ask everything with --part all."
             )
     return tuple(sorted(new))
 
 
 def _trained_on(run: Mapping[str, Any], where: str) -> tuple[TrainedOn, ...]:
     before = tuple(from_json(TrainedOn, each, where) for each in run.get("ancestors", ()))
-    asked = from_json(TrainedVqa, run["vqa"], where) if "vqa" in run else None
+    learned = from_json(TrainedVqa, run["vqa"], where) if "vqa" in run else None
     data = [each["data"] for each in run["mixture"]] if "mixture" in run else [run["data"]]
     config = run["config"]
-    return (*before, *(TrainedOn(each, config["validation_fraction"], config["seed"], asked) for each in data))
+    return (*before, *(TrainedOn(each, config["validation_fraction"], config["seed"], learned) for each in data))

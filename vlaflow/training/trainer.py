@@ -36,7 +36,7 @@ from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
 from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
-from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
+from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
 from vlaflow.training.loss_module import LossModule
@@ -94,7 +94,7 @@ class Trainer:
         self._validation_sources = {"": (validation, 1.0)} if validation is not None else dict(validation_each or {})
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
-        self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
+        self._divergence, self._answer_divergence = Divergence(config.optim.warmup_steps), Divergence(config.optim.warmup_steps)
         self.step, self._seconds, self._saved = 0, 0.0, -1
         self._validation: float | None = None
 
@@ -239,9 +239,9 @@ class Trainer:
         gradient = sharding.number(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
         mean_loss, *mean_terms = self.team.sum(torch.stack([loss, *named.values()])).tolist()
         stopped = max(self.team.gather(noted or 0))
-        asked = isinstance(parts[0].batch, VqaBatch)
-        guard = self._answer_guard if asked else self._guard
-        if complaint := guard.complaint(self.step, mean_loss, gradient):
+        on_questions = isinstance(parts[0].batch, VqaBatch)
+        divergence = self._answer_divergence if on_questions else self._divergence
+        if complaint := divergence.complaint(self.step, mean_loss, gradient):
             raise DivergedError(self._diverged(complaint, parts))
         self._optimizer.step()
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
@@ -250,7 +250,7 @@ class Trainer:
         samples = sum(len(part.batch.observation) for part in parts) * self.team.world
         return (
             {
-                "answer_loss" if asked else "loss": mean_loss,
+                "answer_loss" if on_questions else "loss": mean_loss,
                 "parts": dict(zip(named, mean_terms, strict=True)),
                 "rate": c.optim.learning_rate * share_of_peak,
                 "gradient": gradient,
@@ -354,8 +354,8 @@ class Trainer:
             "step": self.step,
             "seconds": self._seconds,
             "validation": self._validation,
-            "losses": list(self._guard.losses),
-            "answer_losses": list(self._answer_guard.losses),
+            "losses": list(self._divergence.losses),
+            "answer_losses": list(self._answer_divergence.losses),
             "processes": self.team.world,
             "writers": writers,
             "parts": self._parts,
@@ -385,8 +385,8 @@ class Trainer:
             checkpoint.restore(found[1], state, self.stage.module, self._moments, self._ema, frozen=self._frozen)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
-        self._guard.losses.extend(state["losses"])
-        self._answer_guard.losses.extend(state.get("answer_losses", ()))
+        self._divergence.losses.extend(state["losses"])
+        self._answer_divergence.losses.extend(state.get("answer_losses", ()))
         return state["parts"]
 
     def _require_same_step(self, step: int) -> None:
@@ -404,7 +404,7 @@ class Trainer:
         return max(self.team.gather(noted or 0)) or None
 
     def _outcome(self, signal: int | None) -> Outcome:
-        losses = list(self._guard.losses)[-100:]
+        losses = list(self._divergence.losses)[-100:]
         mean = sum(losses) / len(losses) if losses else None
         return Outcome(self.step, self.config.steps, mean, self._validation, self._seconds, signal)
 

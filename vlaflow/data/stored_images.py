@@ -22,7 +22,7 @@ class DepthError(DataError):
     """A picture has more than eight bits per channel, so it is no colour picture."""
 
 
-def read_picture(cell: Any, feature: Feature, root: Path, where: str) -> np.ndarray:
+def read_image(cell: Any, feature: Feature, root: Path, where: str) -> np.ndarray:
     """One picture, uint8 (H, W, 3).
 
     Args:
@@ -84,7 +84,7 @@ def _file_is_deep(root: Path, key: str, feature: Feature, file: Path) -> bool:
     if cell is None or isinstance(cell, list):
         return False
     try:
-        read_picture(cell, feature, root, "the first picture")
+        read_image(cell, feature, root, "the first picture")
     except DepthError:
         return True
     except (DataError, OSError, TypeError, ValueError):
