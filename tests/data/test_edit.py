@@ -321,7 +321,7 @@ def test_an_episode_that_begins_between_key_frames_is_encoded_again(new, tmp_pat
         assert np.abs(off).mean() < 4  # crf 12 once more
 
 
-def test_pictures_in_the_rows_are_kept_and_counted(new, tmp_path):
+def test_images_in_the_rows_are_kept_and_counted(new, tmp_path):
     build.stored_images(new)
     drop(new, [1], tmp_path / "out")
     assert_sound(tmp_path / "out")

@@ -144,12 +144,12 @@ def rename(
     """
     found = _whole(survey(folder))
     features = found.info["features"]
-    pictures = {key: feature for key, feature in features.items() if feature["dtype"] in ("video", "image")}
-    keys = {name: key for key, name in view_names(pictures).items()}
+    images = {key: feature for key, feature in features.items() if feature["dtype"] in ("video", "image")}
+    keys = {name: key for key, name in view_names(images).items()}
     names = dict(columns)
     for old, new in cameras.items():
         key = keys.get(old, old)
-        if key not in pictures:
+        if key not in images:
             raise SpecError(f"{found.root} has no camera '{old}'; {nearest(old, keys) if keys else 'it has none at all.'}")
         names[key] = f"observation.images.{new}"
     _require_names(found, names)

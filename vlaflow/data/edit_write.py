@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from vlaflow.data import writer_meta as meta
 from vlaflow.data.edit_survey import SourceEpisode, Survey
-from vlaflow.data.features import Feature, channels, is_numeric, is_picture, marked_as_depth, picture_size, width
+from vlaflow.data.features import Feature, channels, image_size, is_image, is_numeric, marked_as_depth, width
 from vlaflow.data.lerobot_info import inside
-from vlaflow.data.pictures import DepthError, read_picture
+from vlaflow.data.stored_images import DepthError, read_image
 from vlaflow.data.tables import is_text, read_parquet
 from vlaflow.data.video import Segment
 from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH, Limits, NewFolder
@@ -142,7 +142,7 @@ class EpisodeCopier:
                 )
             tasks, rows, stats, frames = self._write_all(folder, ready)
             numbers = tuple((one.part, one.source.number) for one in ready)
-            vectors = {key: stat for key, stat in stats.items() if not is_picture(self.features[key])}
+            vectors = {key: stat for key, stat in stats.items() if not is_image(self.features[key])}
             written = Copied(self.root, numbers, frames, tuple(self.problems), tuple(self.changes), vectors)
             (folder.path / CHANGES).write_text("".join(f"{line}\n" for line in log(written)), encoding="utf-8")
             folder.publish(self._new_info(folder.limits, len(rows), frames, len(tasks)), tasks, rows, stats)
@@ -191,7 +191,7 @@ class EpisodeCopier:
             feature = part.source.info["features"][key]
             if is_numeric(key, feature):
                 _require_whole(key, feature, table[key])
-            elif is_picture(feature):
+            elif is_image(feature):
                 cells = _embedded(part.source.root, key, source, table[key])
                 table = table.set_column(table.schema.get_field_index(key), key, cells)
         table = table.rename_columns([part.name(key) for key in table.column_names]).replace_schema_metadata(None)
@@ -205,17 +205,17 @@ class EpisodeCopier:
         return [old[self.parts[0].name(key)] for key in self.columns if self.parts[0].name(key) not in meta.DEFAULT_FEATURES]
 
     def _stored(self, at: int, source: SourceEpisode) -> dict[str, np.ndarray]:
-        """Counts of pixel values of every camera whose pictures lie in the rows, but for depth maps."""
+        """Counts of pixel values of every camera whose images lie in the rows, but for depth maps."""
         part, counts = self.parts[at], dict[str, np.ndarray]()
         for key in self._here(part):
             feature = part.source.info["features"][key]
-            if not is_picture(feature) or marked_as_depth(feature):
+            if not is_image(feature) or marked_as_depth(feature):
                 continue
             assert self._table is not None
             histogram = np.zeros((3, 256), np.int64)
             try:
                 for i, cell in enumerate(self._table[1][key].take(source.places)):
-                    image = read_picture(cell.as_py(), feature, part.source.root, f"image {i} of '{key}'")
+                    image = read_image(cell.as_py(), feature, part.source.root, f"image {i} of '{key}'")
                     histogram += np.stack([np.bincount(image[..., c].reshape(-1), minlength=256) for c in range(3)])
                 counts[part.name(key)] = histogram
             except DepthError:
@@ -304,7 +304,7 @@ class EpisodeCopier:
     def _new_info(self, limits: Limits, episodes: int, frames: int, tasks: int) -> dict[str, Any]:
         for name, size in self.sizes.items():
             feature = self.features[name]
-            if picture_size(feature) != size:
+            if image_size(feature) != size:
                 self.features[name] = {**feature, "shape": [*size, channels(feature)], "names": ["height", "width", "channel"]}
             if name in self.encoded:
                 self.features[name] = {**self.features[name], "info": meta.video_feature(*size, self.fps)["info"]}
@@ -366,7 +366,7 @@ def _require_whole(key: str, feature: Feature, column: pa.ChunkedArray) -> None:
 
 
 def _embedded(root: Path, key: str, source: SourceEpisode, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of pictures whose content lies in it: what only a path names is read.
+    """A column of images whose content lies in it: what only a path names is read.
 
     Raises:
         DataError: a path leads out of the data set, or its file cannot be read.
