@@ -55,7 +55,8 @@ class FlowConfig(DecoderConfig):
             so that chunks can continue each other while the robot moves (real-time chunking); 0 for none.
         whole: share of the unified masks, and of the action prefixes, that noise every token after all; 0 is the paper.
         noise_samples: noise, time and mask draws per observation and step, K; they share one prefix.
-        time_alpha: training times are Beta(time_alpha, 1).
+        times: training times are Beta(time_alpha, 1), or skewed towards noise by a log-normal law (``sample_skewed_time``).
+        time_alpha: of the former.
         time_floor: smallest training time.
         expert: a stack of its own for the action tokens; None runs them through the backbone's layers.
         time_token: the clock is a token of its own before the actions, as in iFlyBot's expert, and not mixed into each; all
@@ -70,6 +71,7 @@ class FlowConfig(DecoderConfig):
     max_action_prefix: int = 0
     whole: float = 0.0
     noise_samples: int = 2
+    times: Literal["beta", "skewed"] = "beta"
     time_alpha: float = 1.5
     time_floor: float = 0.001
     expert: ExpertConfig | None = None
@@ -215,7 +217,10 @@ class FlowDecoder(Decoder[FlowState]):
                 executed_BLX = self._pad(_without_padding(executed.action_BLD.float(), mask_BLD))
                 known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, executed_BLX)
                 valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
-        time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
+        if c.times == "beta":
+            time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
+        else:
+            time_B1 = gaussian.sample_skewed_time((b, 1), generator)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
         mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)
         token_BLW = self.codec.encode(gaussian.interpolate(known_BLX, noise_BLX, clock_BL), clock_BL)
