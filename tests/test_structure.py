@@ -24,6 +24,7 @@ STOREYS = (
     ("backbones", "stacks"),
     ("decoders",),
     ("compute",),
+    ("engine",),
     ("policies",),
     ("training", "evaluation", "serving"),
     ("reports",),
@@ -50,6 +51,7 @@ HEAVY = {
     "scipy": {"actions"},
     "accelerate": {"training"},
     "tensorboard": set(),
+    "openvino": set(),
 }
 UNSAFE = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -36,6 +36,7 @@ from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Target
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.engine.deploy import Engine, deployed
 from vlaflow.errors import ConfigError, NotFiniteError, SpecError
 from vlaflow.io import load_weights, read_json, save_tensors, write_json
 from vlaflow.policies.action_prefix import conditioning_of
@@ -193,7 +194,7 @@ class Policy:
 
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
-        return self.model.backbone.embed(self.processor(observation).to(self.device))
+        return self.model.embed(self.processor(observation).to(self.device))
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
@@ -354,6 +355,22 @@ class Policy:
         """Normalised actions in robot units, not clipped."""
         return self._action.inverse(action_BLD.float()).cpu().numpy()
 
+    def with_engine(self, engine: Engine) -> Policy:
+        """The policy, computed by programs that ``vlaflow deploy`` built of its checkpoint on this machine.
+
+        Args:
+            engine: "eager" for no programs; "aoti" or "openvino" for those of this compiler; "auto" for the fastest there is.
+
+        Raises:
+            DeploymentError: they were not built, or for something else; not for "auto", which warns and stays eager.
+        """
+        if engine == "eager" or self.folder is None:
+            return self
+        found = deployed(self.model, partial(fingerprint, self.folder), engine)
+        if found is None:
+            return self
+        return replace(self, model=found.model, backbone_processor=self.processor.backbone.bucketed(found.lengths))
+
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path | str, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -373,11 +390,17 @@ class Policy:
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu") -> Policy:
+    def from_pretrained(path: Path | str, device: str = "cpu", engine: Engine = "eager") -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
+
+        Args:
+            path: of the checkpoint.
+            device: where the networks run.
+            engine: what computes them; see ``with_engine``.
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
+            DeploymentError: see ``with_engine``.
         """
         folder = local_folder(path)
         config_data = read_json(folder / "config.json")
@@ -393,7 +416,7 @@ class Policy:
         load_weights(model, folder / "model.safetensors")
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder)
+        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder).with_engine(engine)
 
 
 def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:
