@@ -27,13 +27,14 @@ from vlaflow.config import override
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.stats import FeatureStats
 from vlaflow.flows import gaussian
+from vlaflow.nn.precision import autocast
 from vlaflow.policies.asyncvla.policy import tiny
 from vlaflow.policies.asyncvla.recipes import demo
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import DataSpec, OptimConfig
 from vlaflow.simulators.metaworld_tasks import ACTION, TASKS
 from vlaflow.training.optim import build_optimizer
-from vlaflow.training.precision import autocast, training_threads, use_bf16
+from vlaflow.training.precision import training_threads, use_bf16
 
 CPU = torch.device("cpu")
 DEMO_TASKS = ("drawer-open-v3", "button-press-topdown-v3", "window-close-v3")

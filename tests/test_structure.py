@@ -27,6 +27,7 @@ STOREYS = (
     ("engine",),
     ("policies",),
     ("training", "evaluation", "serving"),
+    ("claims",),
     ("reports",),
     ("cli",),
     ("__main__",),

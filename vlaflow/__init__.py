@@ -21,7 +21,7 @@ Each name is imported when it is first used, so ``import vlaflow`` alone loads n
 
 The rooms, from the ground up: ``spec`` (the nouns), ``nn`` and ``flows`` (mathematics), ``data`` and ``simulators``,
 ``robot`` (a client without torch), ``backbones``, ``stacks``, ``decoders``, ``compute``, ``policies``, ``training``,
-``evaluation``, ``serving``, ``reports``, ``cli``. Imports only point down that list.
+``evaluation``, ``serving``, ``claims``, ``reports``, ``cli``. Imports only point down that list.
 """
 
 import importlib

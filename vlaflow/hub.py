@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlaflow.errors import CapabilityError, ConfigError, DataError
-from vlaflow.packages import missing
+from vlaflow.packages import missing, require
 
 Kind = Literal["data set", "checkpoint"]
 REPOSITORIES = {"data set": "dataset", "checkpoint": "model"}
@@ -74,6 +74,7 @@ def hub_name(given: Path | str, kind: Kind) -> HubName | None:
         raise ConfigError(
             f"There is no folder {text}{hint} If the {kind} of that name on the Hugging Face Hub is meant, write {name}"
         )
+    require("huggingface_hub", what=f"Fetching {name}", extra="hub")
     _announce(f"There is no folder {text} here, so the {kind} {name} is fetched from the Hugging Face Hub.\n")
     return name
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from tests.evaluation.conftest import make_policy
 from tests.training import flybot
 from tests.training.small import SPEC, tiny_policy, tiny_stats, write_dataset, write_questions
+from vlaflow.cli import data
 from vlaflow.cli.main import COMMANDS
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.policies.base import Policy
@@ -33,12 +35,19 @@ CASES = {
     "calibrate": (["calibrate", "CKPT", "--dataset", "DATA", "--episodes", "all", "--frames", "8"], "viz"),
     "time": (["bench", "latency", "CKPT", "--rounds", "20"], WORKS),
     "evaluate": (["eval", "ROBOT", *ENV, "--episodes", "1", "--out", "OUT/eval"], "viz"),
+    "list claims": (["reproduce", "--list"], WORKS),
+    "test a claim": (["reproduce", "C2", "--out", "OUT/claims"], "demo"),
     "check a policy of the Hub": (["check", "policy", "owner/policy"], "hub"),
     "evaluate answers": (["eval-vqa", "CKPT", "--vqa", "QUESTIONS", "--out", "OUT/eval-vqa", "--part", "all"], WORKS),
     "serve": (["serve", "CKPT", "--port", "0"], "serve"),
     "evaluate in real time": (["eval-realtime", *ENV, "--out", "OUT/rollout"], "serve"),
+    "deploy": (["deploy", "CKPT", "--engine", "openvino"], "openvino"),
     "check an environment": (["check", "env", "metaworld/drawer-open-v3"], "metaworld"),
     "check a policy": (["check", "policy", "CKPT"], WORKS),
+    "upload data": (["data", "push", "DATA", "owner/name"], "hub"),
+    "check data of the Hub": (["data", "check", "owner/name"], "hub"),
+    "reproduce a claim": (["reproduce", "C6", "--out", "OUT/claims"], "demo"),
+    "merge an evaluation": (["merge", "OUT/eval"], "viz"),
     "check data": (["data", "check", "DATA"], WORKS),
     "show data": (["data", "show", "DATA"], WORKS),
     "show data on a page": (["data", "show", "DATA", "--out", "OUT/page.html"], "viz"),
@@ -73,6 +82,18 @@ def outcomes(tmp_path_factory):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_every_command_is_tried():
+    """Each command, and each of those of ``vlaflow data``, with arguments that it accepts."""
+    tried = {
+        " ".join(arguments[: 2 if arguments[0] == "data" else 1])
+        for arguments, _ in CASES.values()
+        if "--help" not in arguments
+    }
+    of_data = re.findall(r'tyro\.conf\.subcommand\("([\w-]+)"\)', Path(data.__file__).read_text(encoding="utf-8"))
+    assert len(of_data) >= 6
+    assert {*COMMANDS, *(f"data {name}" for name in of_data)} - {"data"} <= tried
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -52,6 +52,7 @@ def test_a_calibration_survives_its_file_and_never_means_never(tmp_path):
     [
         ({"checkpoint": "bb"}, "made for checkpoint aa, and this one is bb"),
         ({"dataset": "ee"}, "data set dd, and this one is ee"),
+        ({"dtype": "bf16"}, "was made in fp32, and this is bf16.*--dtype bf16"),
         ({"plan": replace(PLAN, metric="l2")}, "made with metric cosine, not l2"),
         ({"plan": replace(PLAN, depths=(1, 3))}, r"depths \(1, 2, 3\), not \(1, 3\)"),
         ({"plan": replace(PLAN, warm_start="anchor")}, "warm_start same"),
@@ -76,6 +77,8 @@ def test_an_exit_is_found_by_name_and_refused_for_other_weights(tmp_path):
         parse("exit:fats", checkpoint=home)
     with pytest.raises(CalibrationError, match="made for checkpoint aa"):
         parse("exit:fast", checkpoint=Checkpoint(tmp_path, "bb"))
+    with pytest.raises(CalibrationError, match="made in fp32"):
+        parse("exit:fast", Knobs(dtype="bf16"), home)
     (tmp_path / FOLDER / "fast.json").write_text("{")
     with pytest.raises(CalibrationError, match="no valid JSON"):
         parse("exit:fast", checkpoint=home)
@@ -135,14 +138,20 @@ def test_a_budget_reads_the_checkpoint_folder(tmp_path):
     assert "+0.0 %" in str(within(home, 60))
     BETTER.save(tmp_path / FOLDER / "fast.json")
     assert parse("budget:25", checkpoint=home).name == "exit:fast"
-    for other in ({"threads": 2}, {"device": "a GPU"}):
+    for other in ({"threads": 2}, {"device": "a GPU"}, {"dtype": "bf16"}):
         save(replace(TIMES, **other), tmp_path / PROFILE)
-        with pytest.raises(CalibrationError, match=r"this is cpu with 1\. .*--device cpu --threads 1"):
+        with pytest.raises(CalibrationError, match=r"this is cpu with 1 in fp32\. .*--device cpu --threads 1 --dtype fp32"):
             within(home, 60)
         with pytest.raises(CalibrationError, match="was measured on"):
             parse("budget:60", Knobs(threads=3), home)
     save(replace(TIMES, threads=2), tmp_path / PROFILE)
     assert parse("budget:60", Knobs(threads=2), home).name == "exit:fast"
+    save(replace(TIMES, dtype="bf16"), tmp_path / PROFILE)
+    with pytest.raises(CalibrationError, match=r"ladder\.json .* was measured in fp32, and this is bf16"):
+        parse("budget:60", Knobs(dtype="bf16"), home)
+    save(replace(LOSS, dtype="bf16"), tmp_path / FOLDER / LADDER)
+    assert parse("budget:60", Knobs(dtype="bf16"), home).name != "exit:fast", "that was calibrated in fp32"
+    save(LOSS, tmp_path / FOLDER / LADDER)
     save(replace(TIMES, machine="another"), tmp_path / PROFILE)
     with pytest.raises(CalibrationError, match="measured on another"):
         within(home, 60)

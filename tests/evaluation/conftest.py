@@ -1,20 +1,38 @@
 """A policy of 32 numbers' width that knows nothing: enough to run episodes with."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.evaluation.latents import root
 from vlaflow.backbones.tiny import TinyConfig
+from vlaflow.compute.spelling import Knobs
 from vlaflow.data.stats import FeatureStats
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.evaluation.rollout import RolloutConfig
+from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.simulators.base import simulator_spec
 
 __all__ = ["root"]
 ENV = "metaworld/drawer-open-v3"
+CONFIG = EvaluationConfig(
+    (ENV,),
+    ("dense", "refine", "refine-random"),
+    episodes=2,
+    knobs=Knobs(2),
+    rollout=RolloutConfig(max_steps=12),
+    latency_chunks=1,
+    language_episodes=1,
+    videos=False,
+    workers=0,
+)
+"""Eight short episodes in five blocks."""
+TIMES = ("minutes", "latency", "command", "commands")
 
 
 def make_policy(masks="unified", rater=True):
@@ -48,3 +66,19 @@ def bare_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bare")
     make_policy(rater=False).save_pretrained(folder)
     return folder
+
+
+def untimed(folder):
+    """The bytes of the results file without measured times and the words of the command."""
+    found = {name: value for name, value in json.loads((folder / RESULTS).read_text()).items() if name not in TIMES}
+    for entry in found["evaluations"]:
+        entry.pop("latency_ms")
+    return json.dumps(found, indent=1).encode()
+
+
+@pytest.fixture(scope="session")
+def whole(checkpoint, tmp_path_factory):
+    """The results of an evaluation that nothing interrupts, in one process."""
+    out = tmp_path_factory.mktemp("whole")
+    run(checkpoint, CONFIG, out)
+    return untimed(out)

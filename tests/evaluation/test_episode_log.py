@@ -1,6 +1,5 @@
 """An evaluation that is interrupted loses nothing that was finished, and what cannot be written is said before any episode."""
 
-import json
 import os
 import resource
 import signal
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 import vlaflow
-from tests.evaluation.conftest import ENV
+from tests.evaluation.conftest import CONFIG, ENV, untimed
 from vlaflow.cli.main import main
 from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import ConfigError, DataError
@@ -21,19 +20,6 @@ from vlaflow.evaluation.episode_log import FILE, EpisodeLog
 from vlaflow.evaluation.rollout import RolloutConfig
 from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
 
-CONFIG = EvaluationConfig(
-    (ENV,),
-    ("dense", "refine"),
-    episodes=2,
-    knobs=Knobs(2),
-    rollout=RolloutConfig(max_steps=12),
-    latency_chunks=1,
-    language_episodes=1,
-    videos=False,
-    workers=0,
-)
-TIMES = ("minutes", "latency", "command")
-
 
 @dataclass(frozen=True)
 class Made:
@@ -41,14 +27,6 @@ class Made:
 
     name: str
     steps: tuple[int, ...] = ()
-
-
-def untimed(folder):
-    """Everything in the results file but measured times and the words of the command."""
-    found = {name: value for name, value in json.loads((folder / RESULTS).read_text()).items() if name not in TIMES}
-    for entry in found["evaluations"]:
-        entry.pop("latency_ms")
-    return found
 
 
 def lines(folder):
@@ -70,15 +48,7 @@ def interrupted(checkpoint, out, monkeypatch, episodes):
             run(checkpoint, CONFIG, out)
 
 
-@pytest.fixture(scope="module")
-def whole(checkpoint, tmp_path_factory):
-    """The results of an evaluation that nothing interrupts."""
-    out = tmp_path_factory.mktemp("whole")
-    run(checkpoint, CONFIG, out)
-    return untimed(out)
-
-
-@pytest.mark.parametrize(("finished", "left"), [(2, 4), (3, 4)], ids=["a block", "half of another"])
+@pytest.mark.parametrize(("finished", "left"), [(2, 6), (3, 6)], ids=["a block", "half of another"])
 def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, whole, tmp_path, monkeypatch, finished, left):
     """A block of two episodes is played together, so the second one is played again with both."""
     interrupted(checkpoint, tmp_path, monkeypatch, finished)
@@ -111,7 +81,21 @@ def test_the_function_of_the_package_measures_what_its_arguments_say(checkpoint,
 
 def test_a_killed_evaluation_continues_at_another_number_of_workers(checkpoint, whole, tmp_path):
     """SIGKILL gives no chance to tidy up; the workers end by themselves."""
-    words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--steps", "2", "--no-videos"]
+    words = [
+        "--env",
+        ENV,
+        "--compute",
+        "dense",
+        "--compute",
+        "refine",
+        "--compute",
+        "refine-random",
+        "--episodes",
+        "2",
+        "--steps",
+        "2",
+        "--no-videos",
+    ]
     words += ["--max-steps", "12", "--language", "1", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "vlaflow", "eval", str(checkpoint), *words, "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -124,6 +108,13 @@ def test_a_killed_evaluation_continues_at_another_number_of_workers(checkpoint, 
     process.wait()
     assert len(lines(tmp_path)) > 1
     run(checkpoint, CONFIG, tmp_path)
+    assert untimed(tmp_path) == whole
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_workers_writes_the_same_bytes(checkpoint, whole, tmp_path, workers):
+    """Noise is a function of seed and chunk number, workers compute with one thread, and episodes are not timed."""
+    run(checkpoint, replace(CONFIG, workers=workers), tmp_path)
     assert untimed(tmp_path) == whole
 
 

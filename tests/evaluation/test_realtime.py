@@ -36,6 +36,7 @@ METADATA = {
     "guided": False,
     "checkpoint": "runs/test",
     "fingerprint": "0123",
+    "dtype": "fp32",
 }
 ENV = "metaworld/drawer-open-v3"
 

@@ -28,6 +28,8 @@ class BenchArguments:
     """Number of torch threads; evaluation and serving use one."""
     device: str = "cpu"
     """Where the networks run."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What they compute in."""
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.policies.provenance import fingerprint
 
     folder = local_folder(given.checkpoint)
-    found = profile(Policy.from_pretrained(folder, given.device), fingerprint(folder), given.rounds, given.threads)
+    found = profile(Policy.from_pretrained(folder, given.device, given.dtype), fingerprint(folder), given.rounds, given.threads)
     save(found, folder / PROFILE)
     table = Table("depth", "prefix ms", "step ms", title=f"{found.machine}, {found.threads} thread(s)", title_justify="left")
     for depth, (prefix, step) in enumerate(zip(found.prefix, found.step, strict=True), 1):

@@ -80,6 +80,8 @@ class CalibrateArguments:
     """Also measure the error of fixed depths and steps, which --compute budget:MS needs."""
     device: str = "cpu"
     """Where the networks run."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What they compute in; the calibration holds for this alone."""
 
 
 def main(argv: list[str]) -> int:
@@ -113,7 +115,7 @@ def _sampler(given: CalibrateArguments) -> int:
         workers=given.workers,
     )
     checkpoint = local_folder(given.checkpoint)
-    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device)
+    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype)
     file = checkpoint / FOLDER / FILE
     page = write_page(made, file.with_suffix(".html"))
     console = Console()
@@ -143,7 +145,7 @@ def _exits(given: CalibrateArguments) -> int:
         new_data=given.episodes == "all",
         ladder=given.ladder,
     )
-    made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device)
+    made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device, given.dtype)
     page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))
     console = Console()
     console.print(_words(made.calibration))

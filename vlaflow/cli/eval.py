@@ -13,6 +13,7 @@ from vlaflow.packages import PAGES, require
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.results import PairedTest, Results
 
 
@@ -50,7 +51,12 @@ class Eval:
         language: episodes per environment and wrong instruction of the language-swap test; 0 to skip it.
         videos: record a success and a failure per environment.
         device: where the networks run.
+        dtype: what they compute in; bf16 halves the memory of their layers.
+        engine: what computes chunks: the networks (eager), programs that vlaflow deploy built (aoti, openvino), or the fastest
+            that there is (auto).
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
+        shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge makes the results of
+            all parts (docs/scale.md).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -71,7 +77,10 @@ class Eval:
     language: int = 0
     videos: bool = True
     device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["auto", "eager", "aoti", "openvino"] = "eager"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    shard: str | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -83,8 +92,8 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
-    from vlaflow.evaluation.run import EvaluationConfig, run
-    from vlaflow.reports.evaluation import write_report
+    from vlaflow.evaluation.run import EvaluationConfig, play_shard, run
+    from vlaflow.evaluation.shards import Shard
 
     config = EvaluationConfig(
         envs=arguments.env,
@@ -92,26 +101,49 @@ def main(argv: list[str]) -> int:
         episodes=arguments.episodes,
         first_seed=arguments.seed,
         noise_seeds=arguments.noise_seeds,
-        knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device),
+        knobs=Knobs(arguments.steps, arguments.threshold, arguments.any_training, arguments.device, dtype=arguments.dtype),
         rollout=RolloutConfig(
-            arguments.n_action_steps, arguments.max_steps, arguments.render, arguments.device, arguments.batch
+            arguments.n_action_steps,
+            arguments.max_steps,
+            arguments.render,
+            arguments.device,
+            arguments.batch,
+            arguments.dtype,
+            arguments.engine,
         ),
         language_episodes=arguments.language,
         videos=arguments.videos,
         workers=arguments.workers,
     )
-    results = run(arguments.checkpoint, config, arguments.out, fresh=arguments.fresh)
-    page = write_report(arguments.out)
-    console = Console()
+    console, out = Console(), arguments.out
+    if arguments.shard is not None:
+        shard = Shard.parse(arguments.shard)
+        played = play_shard(arguments.checkpoint, config, out, shard, fresh=arguments.fresh)
+        console.print(
+            f"Shard {shard}, {played} episodes: {out / shard.file}. When all shards are there: vlaflow merge {out}",
+            soft_wrap=True,
+        )
+        return 0
+    results = run(arguments.checkpoint, config, out, fresh=arguments.fresh)
     for name in arguments.compute:
         if name == "auto" or name.startswith("budget:"):
-            console.print(f"{name} is {chosen(arguments.checkpoint, name, arguments.device)}")
-    console.print(table(results))
-    console.print(f"Written: {arguments.out / 'results.json'} and {page}", soft_wrap=True)
+            console.print(f"{name} is {chosen(arguments.checkpoint, name, config.knobs)}")
+    show(results, out)
     return 0
 
 
-def chosen(checkpoint: str, name: str, device: str) -> str:
+def show(results: Results, out: Path) -> None:
+    """Write the report of the results in a folder, and print their table."""
+    from rich.console import Console
+
+    from vlaflow.reports.evaluation import write_report
+
+    page, console = write_report(out), Console()
+    console.print(table(results))
+    console.print(f"Written: {out / 'results.json'} and {page}", soft_wrap=True)
+
+
+def chosen(checkpoint: str, name: str, knobs: Knobs) -> str:
     """The compute policy that "auto" or a budget in milliseconds stands for, with what was measured of it."""
     from vlaflow.compute.auto import calibrated
     from vlaflow.compute.budget import within
@@ -121,9 +153,11 @@ def chosen(checkpoint: str, name: str, device: str) -> str:
 
     folder = local_folder(checkpoint)
     if name == "auto":
-        found = calibrated(folder, fingerprint)
+        found = calibrated(folder, fingerprint, knobs)
         return found.name if found else name
-    return str(within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), device))
+    return str(
+        within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), knobs.device, knobs.threads, knobs.dtype)
+    )
 
 
 def table(results: Results) -> RenderableType:

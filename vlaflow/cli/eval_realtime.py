@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vlaflow.evaluation.realtime_results import RealtimeResults
 
 Mode = Literal["wait", "switch", "ensemble", "commit"]
-POLICY = ("checkpoint", "fingerprint", "compute", "compute_settings", "guided", "n_action_steps")
+POLICY = ("checkpoint", "fingerprint", "dtype", "compute", "compute_settings", "guided", "n_action_steps")
 """Keys of a server's metadata that describe its policy."""
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.config import to_json
     from vlaflow.evaluation import realtime
-    from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
+    from vlaflow.evaluation.episode_log import EpisodeLog
     from vlaflow.evaluation.realtime_results import results
     from vlaflow.io import require_writable, storing
     from vlaflow.reports.realtime import write_page
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
 
         episodes = log.complete(jobs, play, "Evaluating")
         found = results(a.server, metadata, config, episodes)
-        with storing(a.out, "The results", KEPT):
+        with storing(a.out, "The results", log.kept):
             found.write(a.out / "results.json")
         log.remove()
     page = write_page(found, a.out / "report.html")

@@ -27,9 +27,11 @@ COMMANDS = {
     "bench": "time a checkpoint on this machine, part by part",
     "deploy": "compile a checkpoint's chunks for this machine",
     "eval": "measure a checkpoint's success rate and latency in an environment",
+    "merge": "make the results of an evaluation that several machines played",
     "eval-vqa": "measure a checkpoint's accuracy on questions about images",
     "serve": "serve a checkpoint with openpi's websocket protocol",
     "eval-realtime": "evaluate in real time, with simulated inference delays",
+    "reproduce": "test a claim of one of the papers at the size of a laptop",
     "check": "check that an environment or a checkpoint keeps its contract",
     "data": "check or show a data set; fit and compare action tokenizers; report on latent actions",
 }

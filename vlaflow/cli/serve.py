@@ -51,6 +51,9 @@ class ServeArguments:
         log_format: log each event as a sentence or as a JSON object.
         threads: number of torch threads, if the networks run on the CPU; vlaflow bench latency uses one.
         device: where the networks run.
+        dtype: what they compute in; bf16 halves the memory of their layers.
+        engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), or the fastest
+            that there is (auto).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -76,6 +79,8 @@ class ServeArguments:
     log_format: Literal["text", "json"] = "text"
     threads: int = 1
     device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
 
 
 def main(argv: list[str]) -> int:
@@ -102,9 +107,10 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(a.threads)
     folder: Path = local_folder(a.checkpoint)
     name = (a.compute or default_name(folder)) if a.budget_ms is None else f"budget:{a.budget_ms:g}"
-    home, knobs = Checkpoint(folder, fingerprint(folder)), Knobs(a.steps, device=a.device, threads=a.threads)
+    home = Checkpoint(folder, fingerprint(folder))
+    knobs = Knobs(a.steps, device=a.device, threads=a.threads, dtype=a.dtype)
     compute = parse(name, knobs, home)
-    policy = Policy.from_pretrained(folder, a.device)
+    policy = Policy.from_pretrained(folder, a.device, a.dtype, a.engine)
     views = tuple(policy.model.backbone.views)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files

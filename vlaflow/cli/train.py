@@ -53,7 +53,17 @@ class TrainArguments:
 
 
 def main(argv: list[str]) -> int:
-    """Train by recipe. Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    """Run ``vlaflow train ...``; returns the exit status."""
+    return status(run(argv))
+
+
+def status(outcome: Outcome) -> int:
+    """Exit status 0 when done, or when SIGTERM ended it with everything saved; 130 after Ctrl-C."""
+    return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
+
+
+def run(argv: list[str]) -> Outcome:
+    """Train by recipe, as the arguments say, and print what came of it."""
     given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
     overrides = dict(_pair(text) for text in given.set)
     for key, value in (("steps", given.steps), ("global_batch_size", given.batch_size)):
@@ -80,7 +90,7 @@ def main(argv: list[str]) -> int:
             from vlaflow.evaluation.calibrate_sampler import after_training
 
             sys.stdout.write(after_training(outcome.policy, given.dataset) + "\n")
-    return 130 if outcome.signal == signal.SIGINT and not outcome.finished else 0
+    return outcome
 
 
 def _sentence(outcome: Outcome, out: Path) -> str:

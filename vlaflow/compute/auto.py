@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import DEFAULTS, Checkpoint, ComputeKind, Knobs, Spelling
 from vlaflow.errors import CalibrationError
+
+logger = logging.getLogger("vlaflow.compute")
 
 
 def calibrated(folder: Path, fingerprint: Callable[[Path], str], knobs: Knobs = DEFAULTS) -> ComputePolicy | None:
@@ -28,7 +31,18 @@ def calibrated(folder: Path, fingerprint: Callable[[Path], str], knobs: Knobs = 
         return None
     checkpoint = Checkpoint(folder, fingerprint(folder))
     found = sampler_choice.load(checkpoint)
-    return None if found is None else parse(found.choice, knobs, checkpoint)
+    if found is None:
+        return None
+    if found.dtype != knobs.dtype:
+        logger.warning(
+            "The sampler of %s was calibrated in %s, and this is %s: its choice holds, its times do not. %s --dtype %s",
+            folder,
+            found.dtype,
+            knobs.dtype,
+            sampler_choice.AGAIN,
+            knobs.dtype,
+        )
+    return parse(found.choice, knobs, checkpoint)
 
 
 def default_name(folder: Path) -> str:

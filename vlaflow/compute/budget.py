@@ -22,10 +22,11 @@ from vlaflow.compute.parse import parse
 from vlaflow.compute.sampler_choice import FAILURES, SamplerCalibration, load
 from vlaflow.compute.sampler_choice import FILE as SAMPLER
 from vlaflow.compute.sampler_choice import choose as choose_candidate
-from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
+from vlaflow.compute.spelling import Checkpoint, ComputeKind, Knobs, Spelling
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
+from vlaflow.nn.precision import Dtype
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Profile:
         chunks: timed.
         versions: of the software.
         device: "cpu", or the accelerator's name.
+        dtype: what the networks computed in.
     """
 
     checkpoint: str
@@ -60,6 +62,7 @@ class Profile:
     chunks: int
     versions: dict[str, str]
     device: str = "cpu"
+    dtype: Dtype = "fp32"
 
     def dense(self, depth: int, nfe: int) -> float:
         """Median of a chunk at a fixed depth."""
@@ -87,12 +90,13 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Every fixed depth and number of evaluations that was measured, on ``samples`` held-out frames."""
+    """Every fixed depth and number of evaluations that was measured, on ``samples`` held-out frames, in ``dtype``."""
 
     checkpoint: str
     dataset: str
     samples: int
     rungs: tuple[Rung, ...]
+    dtype: Dtype = "fp32"
 
 
 @dataclass(frozen=True)
@@ -212,27 +216,33 @@ def choose_sampler(
     return Choice(parse(taken.compute), taken.p99, taken.score, scored)
 
 
-def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", threads: int = 1) -> Choice:
+def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", threads: int = 1, dtype: Dtype = "fp32") -> Choice:
     """The best that fits, by the measurements in the checkpoint folder.
 
     Args:
         checkpoint: holds them.
         milliseconds: that must suffice.
-        device, threads: what it will be computed with.
+        device, threads, dtype: what it will be computed with.
 
     Raises:
-        CalibrationError: when a measurement is missing, of other weights or of another machine, device or number of threads;
-            or nothing fits.
+        CalibrationError: when a measurement is missing, of other weights or of another machine, device, number of threads or
+            dtype; or nothing fits.
     """
+    knobs = Knobs(device=device, threads=threads, dtype=dtype)
     calibration = load(checkpoint)
-    if calibration is not None and calibration.here(device, threads):
-        exits = dict(_exits(checkpoint))
-        profile = _profile(checkpoint, device, threads) if exits and (checkpoint.folder / PROFILE).exists() else None
-        return choose_sampler(milliseconds, calibration, profile, exits, lambda name: parse(name, checkpoint=checkpoint))
-    profile = _profile(checkpoint, device, threads)
+    if calibration is not None and calibration.here(device, threads, dtype):
+        exits = dict(_exits(checkpoint, dtype))
+        profile = _profile(checkpoint, knobs) if exits and (checkpoint.folder / PROFILE).exists() else None
+        return choose_sampler(milliseconds, calibration, profile, exits, lambda name: parse(name, knobs, checkpoint))
+    profile = _profile(checkpoint, knobs)
     ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, "Measure it: vlaflow calibrate CKPT --dataset DIR")
     _require_weights(checkpoint, LADDER, ladder.checkpoint)
-    return choose(milliseconds, profile, ladder, dict(_exits(checkpoint)))
+    if ladder.dtype != dtype:
+        raise CalibrationError(
+            f"{LADDER} in {checkpoint.folder} was measured in {ladder.dtype}, and this is {dtype}. Measure it: "
+            f"vlaflow calibrate CKPT --dataset DIR --dtype {dtype}"
+        )
+    return choose(milliseconds, profile, ladder, dict(_exits(checkpoint, dtype)))
 
 
 def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
@@ -240,7 +250,7 @@ def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
         raise CalibrationError(f"{file} in {checkpoint.folder} was measured with other weights; measure again.")
 
 
-def _profile(checkpoint: Checkpoint, device: str, threads: int) -> Profile:
+def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
     """The profile of the checkpoint, measured here."""
     profile = _read(checkpoint.folder / PROFILE, Profile, TIME)
     _require_weights(checkpoint, PROFILE, profile.checkpoint)
@@ -248,11 +258,13 @@ def _profile(checkpoint: Checkpoint, device: str, threads: int) -> Profile:
         raise CalibrationError(
             f"{PROFILE} in {checkpoint.folder} was measured on {profile.machine}; this is {machine()}. {TIME}"
         )
-    measured, now = (profile.device, profile.threads), (device_name(device), threads)
+    measured = (profile.device, profile.threads, profile.dtype)
+    now = (device_name(knobs.device), knobs.threads, knobs.dtype)
     if measured != now:
         raise CalibrationError(
-            f"{PROFILE} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s); this is {now[0]} "
-            f"with {now[1]}. {TIME} --device {device} --threads {threads}"
+            f"{PROFILE} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s) in {measured[2]}; "
+            f"this is {now[0]} with {now[1]} in {now[2]}. {TIME} --device {knobs.device} --threads {knobs.threads} "
+            f"--dtype {knobs.dtype}"
         )
     return profile
 
@@ -265,11 +277,11 @@ def save(value: Any, file: Path) -> None:
     part.replace(file)
 
 
-def _exits(checkpoint: Checkpoint) -> Iterator[tuple[str, Calibration]]:
+def _exits(checkpoint: Checkpoint, dtype: Dtype) -> Iterator[tuple[str, Calibration]]:
     for file in sorted((checkpoint.folder / FOLDER).glob("*.json")):
         if file.name not in (LADDER, SAMPLER):
             found = Calibration.load(file)
-            if found.checkpoint == checkpoint.fingerprint:
+            if (found.checkpoint, found.dtype) == (checkpoint.fingerprint, dtype):
                 yield file.stem, found
 
 
@@ -291,7 +303,7 @@ def _parse(typed: Spelling) -> ComputePolicy:
         milliseconds = float(typed.more)
     except ValueError:
         raise ConfigError(f"A budget is a number of milliseconds, as in budget:20, got '{typed.more}'.") from None
-    return within(checkpoint, milliseconds, typed.knobs.device, typed.knobs.threads).compute
+    return within(checkpoint, milliseconds, typed.knobs.device, typed.knobs.threads, typed.knobs.dtype).compute
 
 
 BUDGET = ComputeKind(_parse)

@@ -17,6 +17,7 @@ from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
 from vlaflow.compute.thresholds import Distribution
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError, nearest
+from vlaflow.nn.precision import Dtype
 
 FOLDER = "calibration"
 
@@ -91,6 +92,7 @@ class Calibration:
         seen: what they do on others.
         command: that made it.
         versions: of the software.
+        dtype: what the networks computed in.
     """
 
     checkpoint: str
@@ -102,9 +104,16 @@ class Calibration:
     seen: Seen
     command: str
     versions: dict[str, str]
+    dtype: Dtype = "fp32"
 
     def require(
-        self, where: str, *, checkpoint: str | None = None, dataset: str | None = None, plan: ExitPlan | None = None
+        self,
+        where: str,
+        *,
+        checkpoint: str | None = None,
+        dataset: str | None = None,
+        plan: ExitPlan | None = None,
+        dtype: Dtype | None = None,
     ) -> None:
         """Refuse to serve anything else; what is None is not compared.
 
@@ -116,6 +125,8 @@ class Calibration:
             raise CalibrationError(f"{where} was made for checkpoint {self.checkpoint}, and this one is {checkpoint}. {again}")
         if dataset not in (None, self.dataset):
             raise CalibrationError(f"{where} was made on data set {self.dataset}, and this one is {dataset}. {again}")
+        if dtype not in (None, self.dtype):
+            raise CalibrationError(f"{where} was made in {self.dtype}, and this is {dtype}. {again} --dtype {dtype}")
         if plan is not None and plan != self.plan:
             names = ("depths", "metric", "sampling", "warm_start", "restart")
             name = next(n for n in names if getattr(plan, n) != getattr(self.plan, n))
@@ -156,11 +167,11 @@ class Calibration:
         return found
 
 
-def load_exit(checkpoint: Checkpoint, name: str) -> EarlyExit:
-    """The early exit ``CKPT/calibration/NAME.json``, refused when it was made for other weights."""
+def load_exit(checkpoint: Checkpoint, name: str, dtype: Dtype = "fp32") -> EarlyExit:
+    """The early exit ``CKPT/calibration/NAME.json``, refused when it was made for other weights or in another dtype."""
     file = checkpoint.folder / FOLDER / f"{name}.json"
     found = Calibration.load(file)
-    found.require(str(file), checkpoint=checkpoint.fingerprint)
+    found.require(str(file), checkpoint=checkpoint.fingerprint, dtype=dtype)
     return found.early_exit(f"exit:{name}")
 
 
@@ -169,7 +180,7 @@ def _parse(typed: Spelling) -> EarlyExit:
     checkpoint = typed.measured()
     if not typed.more:
         raise ConfigError("'exit' needs the name of a calibration, as in exit:NAME.")
-    return load_exit(checkpoint, typed.more)
+    return load_exit(checkpoint, typed.more, typed.knobs.dtype)
 
 
 EXIT = ComputeKind(_parse)

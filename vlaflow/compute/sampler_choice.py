@@ -17,6 +17,7 @@ from vlaflow.compute.spelling import Checkpoint
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, CheckpointError, ConfigError
 from vlaflow.io import read_json
+from vlaflow.nn.precision import Dtype
 from vlaflow.versions import device_name, machine
 
 FILE = "sampler.json"
@@ -74,6 +75,7 @@ class SamplerCalibration:
         two_groups: share of held-out frames whose draws fall into two groups that are far apart.
         machine, device, threads: where milliseconds were measured; with one thread of the CPU (``evaluation.latency``).
         command, versions: that made it.
+        dtype: what the networks computed in.
     """
 
     checkpoint: str
@@ -92,6 +94,7 @@ class SamplerCalibration:
     threads: int
     command: str
     versions: dict[str, str]
+    dtype: Dtype = "fp32"
 
     @property
     def chosen(self) -> Candidate:
@@ -103,9 +106,10 @@ class SamplerCalibration:
         """Difference of ``behind`` that does not count: none for episodes."""
         return 0.0 if self.criterion == FAILURES else TOLERANCE
 
-    def here(self, device: str, threads: int) -> bool:
-        """Whether its milliseconds hold for this machine, device and number of threads."""
-        return (self.machine, self.device, self.threads) == (machine(), device_name(device), threads)
+    def here(self, device: str, threads: int, dtype: Dtype) -> bool:
+        """Whether its milliseconds hold for this machine, device, number of threads and dtype."""
+        now = (machine(), device_name(device), threads, dtype)
+        return (self.machine, self.device, self.threads, self.dtype) == now
 
     def require_unseen(self, envs: Sequence[str], first_seed: int, episodes: int) -> None:
         """Refuse to report a success rate on the episodes that the choice was made from.

@@ -11,6 +11,7 @@ from typing import cast
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling, Solver
+from vlaflow.nn.precision import Dtype
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Knobs:
         threshold: confidence below which "refine" regenerates an action; spread above which "refine-spread" does; probability
             below which "refine-tokens" regenerates a token.
         any_training: see ``Refine``.
-        device, threads: what is computed with, for budgets.
+        device, threads, dtype: what is computed with, for budgets and calibrations.
     """
 
     steps: int = 10
@@ -38,6 +39,7 @@ class Knobs:
     any_training: bool = False
     device: str = "cpu"
     threads: int = 1
+    dtype: Dtype = "fp32"
 
 
 DEFAULTS = Knobs()

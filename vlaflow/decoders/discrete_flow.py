@@ -18,6 +18,7 @@ Shape letters: B batch (observations × noise samples, samples innermost), S tok
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -39,8 +40,27 @@ _SMALLEST = 1e-9
 """Probability below which nothing is left."""
 
 
+class TokenMetric(ABC):
+    """The distance between tokens along which the metric path moves. A kind is a frozen dataclass.
+
+    Attributes:
+        ordered: whether it needs a tokenizer whose ids are ordered by value.
+    """
+
+    ordered: bool = False
+
+    @property
+    def frozen(self) -> bool:
+        """Whether distances are those of the embeddings before training."""
+        return False
+
+    @abstractmethod
+    def distance(self, table_VW: Tensor) -> Tensor:
+        """d between all tokens, (V, V), mean 1 off the diagonal, given their embeddings."""
+
+
 @dataclass(frozen=True)
-class EmbeddingMetric:
+class EmbeddingMetric(TokenMetric):
     """Distances of the tokens' embeddings.
 
     Args:
@@ -51,9 +71,18 @@ class EmbeddingMetric:
     table: Literal["live", "frozen"] = "live"
     power: metrics.Power = 2
 
+    @property
+    def frozen(self) -> bool:
+        """See ``TokenMetric``."""
+        return self.table == "frozen"
+
+    def distance(self, table_VW: Tensor) -> Tensor:
+        """See ``TokenMetric``."""
+        return metrics.embedding_distance(table_VW, self.power)
+
 
 @dataclass(frozen=True)
-class BinMetric:
+class BinMetric(TokenMetric):
     """Differences of ordered ids: bins, or FAST without merges.
 
     Args:
@@ -61,6 +90,12 @@ class BinMetric:
     """
 
     power: metrics.Power = 1
+
+    ordered = True
+
+    def distance(self, table_VW: Tensor) -> Tensor:
+        """See ``TokenMetric``."""
+        return metrics.bin_distance(len(table_VW), power=self.power).to(table_VW.device)
 
 
 @dataclass(frozen=True)
@@ -134,16 +169,17 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     def __init__(self, config: DiscreteFlowConfig, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         self.config = c = config
-        if isinstance(c.metric, BinMetric) and not self.tokenizer.ordered:
+        if c.metric.ordered and not self.tokenizer.ordered:
             raise ConfigError(
-                "BinMetric needs a tokenizer whose ids are ordered: use bins, FAST without merges, or EmbeddingMetric."
+                f"{type(c.metric).__name__} needs a tokenizer whose ids are ordered: use bins, FAST without merges, or "
+                "EmbeddingMetric."
             )
         self.clock = nn.Linear(spec.width, spec.width) if c.clock_input else None
         if self.clock is not None:  # drawn at random it would drown the tokens' embeddings, which are twenty times smaller
             nn.init.zeros_(self.clock.weight)
             nn.init.zeros_(self.clock.bias)
         self.rate = nn.Linear(spec.width, 1) if c.velocity == "rate" else None
-        if c.velocity == "metric" and isinstance(c.metric, EmbeddingMetric) and c.metric.table == "frozen":
+        if c.velocity == "metric" and c.metric.frozen:
             self.register_buffer("frozen_VW", self.embedding.weight.detach().clone())
         self._distance: tuple[object, Tensor] | None = None
 
@@ -172,17 +208,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
 
     def distance(self) -> Tensor:
         """d between all tokens, (V, V), mean 1 off the diagonal; kept until the embeddings change."""
-        metric, table_VW = self.config.metric, self.embedding.weight
-        if isinstance(metric, EmbeddingMetric) and metric.table == "frozen":
-            table_VW = self.frozen_VW
+        metric = self.config.metric
+        table_VW = self.frozen_VW if metric.frozen else self.embedding.weight
         key = (table_VW.data_ptr(), table_VW._version, table_VW.device)
         if self._distance is None or self._distance[0] != key:
             with torch.no_grad():
-                if isinstance(metric, BinMetric):
-                    found = metrics.bin_distance(self.vocabulary, power=metric.power).to(table_VW.device)
-                else:
-                    found = metrics.embedding_distance(table_VW, metric.power)
-            self._distance = (key, found)
+                self._distance = (key, metric.distance(table_VW))
         return self._distance[1]
 
     # -- training ----------------------------------------------------------------------------------------------------

@@ -33,6 +33,11 @@ class Model(nn.Module):
         self.decoder = decoder
         self.rater = rater
 
+    @property
+    def engine(self) -> str:
+        """What computes it, in words: "eager", or how its programs were compiled."""
+        return "eager"
+
     def embed(self, inputs: Inputs) -> Prefix:
         """The tokens of observations, before the first layer."""
         return self.backbone.embed(inputs)

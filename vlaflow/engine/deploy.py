@@ -21,7 +21,7 @@ from vlaflow.engine import store
 from vlaflow.engine.deployed import DeployedModel
 from vlaflow.engine.fold import folded, in_bfloat16
 from vlaflow.engine.plan import needed
-from vlaflow.engine.programs import Program
+from vlaflow.engine.programs import Program, Programs
 from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Measured, Precision
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.packages import require
@@ -98,7 +98,7 @@ def build(
             torch.get_num_threads(),
             digests,
         )
-        opened = Opened(DeployedModel(network, store.load(made, new)).eval(), plan.lengths, made)
+        opened = _opened(network, made, store.load(made, new))
         made = replace(made, measured=judge(opened))
         store.write(made, new)
     return made
@@ -147,8 +147,12 @@ def _fastest(weights: str) -> Deployment | None:
 
 
 def _open(model: Model, deployment: Deployment) -> Opened:
-    network = _network(model, deployment.compiler, deployment.precision)
-    return Opened(DeployedModel(network, store.load(deployment)).eval(), deployment.lengths, deployment)
+    return _opened(_network(model, deployment.compiler, deployment.precision), deployment, store.load(deployment))
+
+
+def _opened(network: Model, deployment: Deployment, programs: Programs) -> Opened:
+    engine = f"{deployment.compiler} {deployment.precision}"
+    return Opened(DeployedModel(network, programs, engine).eval(), deployment.lengths, deployment)
 
 
 def _network(model: Model, compiler: Compiler, precision: Precision) -> Model:

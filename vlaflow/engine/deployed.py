@@ -35,11 +35,17 @@ class DeployedModel(Model):
     Args:
         model: folded networks (``fold.folded``), which the programs were made from; they become this model's own.
         deployed: the programs.
+        engine: how they were compiled, in words.
     """
 
-    def __init__(self, model: Model, deployed: programs.Programs) -> None:
+    def __init__(self, model: Model, deployed: programs.Programs, engine: str) -> None:
         super().__init__(model.backbone, with_programs(model.decoder, deployed), model.rater, model.depths)
-        self.programs = deployed
+        self.programs, self._engine = deployed, engine
+
+    @property
+    def engine(self) -> str:
+        """See ``Model``."""
+        return self._engine
 
     def embed(self, inputs: Inputs) -> Prefix:
         """See ``Model``."""

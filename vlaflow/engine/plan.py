@@ -68,7 +68,8 @@ def steps(decoder: Decoder[Any], backbone: Backbone, prefix: Prefix) -> list[Pro
 def _(decoder: FlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
     state = decoder.start(prefix, [Generator().manual_seed(0) for _ in range(prefix.batch)], Sampling(1))
     clock_BL, time_BTW = state.start_BL, decoder.codec.times(state.start_BL)
-    examples = (state.x_BLX, state.x_BLX, clock_BL, -clock_BL, time_BTW, *programs.reading_inputs(prefix))
+    # tensors of their own: export would take one that is given twice for one argument
+    examples = (state.x_BLX, state.x_BLX.clone(), clock_BL, -clock_BL, time_BTW, *programs.reading_inputs(prefix))
     return [Program(programs.reading_key("step", prefix), programs.Step(backbone, decoder), examples)]
 
 

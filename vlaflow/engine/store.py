@@ -3,7 +3,7 @@
 Programs are machine code. A checkpoint may come from anywhere and holds data only, so nothing in it can name, bring or replace
 a program: they are found by the fingerprint of the weights, in ``$XDG_CACHE_HOME/vlaflow/programs`` (by default below
 ``~/.cache``), which must belong to this user and be writable by no other. They are used only with the versions, the processor
-and the sources that they were built with (docs/decisions/018-programs-are-never-part-of-a-checkpoint.md).
+and the sources that they were built with (docs/decisions/017-programs-are-never-part-of-a-checkpoint.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -152,7 +152,8 @@ def load(deployment: Deployment, place: Path | None = None) -> Programs:
         DeploymentError: a file is missing or damaged, or others could have written it.
     """
     place, opened = place or folder(deployment.identity.weights, deployment.compiler), dict[ProgramKey, Run]()
-    open_one = aoti.load if deployment.compiler == "aoti" else openvino.load
+    bf16 = deployment.precision == "bf16"
+    open_one = aoti.load if deployment.compiler == "aoti" else partial(openvino.load, bf16=bf16)
     for name, digest in deployment.programs.items():
         file = place / (name + _SUFFIX[deployment.compiler])
         if not file.exists() or _hash(file) != digest:

@@ -42,6 +42,7 @@ from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.io import read_json, require_writable
+from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.progress import progress
@@ -149,13 +150,13 @@ class Calibrated:
     file: Path
 
 
-def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") -> Calibrated:
+def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", dtype: Dtype = "fp32") -> Calibrated:
     """Measure, choose thresholds, and write ``CKPT/calibration/NAME.json``.
 
     Raises:
         VlaflowError: when checkpoint, data and plan do not fit together, or another data set's calibration has the name.
     """
-    policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
+    policy, data, mark = Policy.from_pretrained(checkpoint, device, dtype), Dataset.open(dataset), fingerprint(checkpoint)
     depths = request.depths or policy.model.depths
     if len(policy.model.depths) < 2:
         raise ConfigError(
@@ -185,12 +186,13 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu") 
 
 
 def _measured(file: Path, mark: str, policy: Policy, plan: ExitPlan) -> bool:
-    """Whether the file holds a measurement of this checkpoint that includes the plan's number of steps."""
+    """Whether the file holds a measurement of this checkpoint in this dtype that includes the plan's number of steps."""
     if not file.exists():
         return False
     found = read_json(file)
     known = {rung["nfe"] for rung in found.get("rungs", ())}
-    return found.get("checkpoint") == mark and policy.model.decoder.nfe(Sampling(plan.sampling.steps)) in known
+    same = (found.get("checkpoint"), found.get("dtype")) == (mark, policy.dtype)
+    return same and policy.model.decoder.nfe(Sampling(plan.sampling.steps)) in known
 
 
 def held_out(folder: Path, dataset: Dataset) -> tuple[int, ...]:
@@ -247,7 +249,7 @@ def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "ma
     """Evaluate every depth of the plan on every frame."""
     discrepancy, deviation, largest, error = [], [], [], []
     policy.model.eval()
-    with progress(len(frames.index_N), "Measuring exits") as bar:
+    with progress(len(frames.index_N), "Measuring exits") as bar, policy.precision():
         for batch, generators in frames.batches():
             chunks = [
                 chunk
@@ -314,6 +316,7 @@ def calibrate(
         seen=seen,
         command=command_line(),
         versions=versions(),
+        dtype=policy.dtype,
     )
 
 
@@ -324,7 +327,7 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[in
     steps = sorted({model.decoder.nfe(Sampling(s)) for s in steps})
     sums = {(depth, s): np.zeros(2) for depth in depths for s in steps}
     count = 0
-    with progress(len(frames.index_N), "Measuring steps") as bar:
+    with progress(len(frames.index_N), "Measuring steps") as bar, policy.precision():
         for batch, generators in frames.batches():
             begin = [g.get_state() for g in generators]
             prefixes: dict[int, Prefix] = {}
@@ -352,7 +355,7 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[in
             count += len(generators)
             bar.advance(len(generators))
     rungs = tuple(Rung(depth, s, float(far / count), float(error / count)) for (depth, s), (far, error) in sums.items())
-    return Ladder(checkpoint, frames.windows.dataset.fingerprint, count, rungs)
+    return Ladder(checkpoint, frames.windows.dataset.fingerprint, count, rungs, policy.dtype)
 
 
 def _error(chunk_BLD: Tensor, target_BLD: Tensor, weight_BL: Tensor) -> Tensor:

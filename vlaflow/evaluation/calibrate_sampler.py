@@ -28,6 +28,7 @@ from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
 from vlaflow.evaluation.sampler_measures import CRITERION, SamplerMeasures, measure, plausible_error, two_group_share
 from vlaflow.flows.sampling import Sampling
 from vlaflow.io import require_writable
+from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.simulators.base import expand_env_names
@@ -99,26 +100,28 @@ def candidates(model: Model) -> list[str]:
     return found
 
 
-def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = "cpu") -> SamplerCalibration:
+def run(
+    checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = "cpu", dtype: Dtype = "fp32"
+) -> SamplerCalibration:
     """Measure every candidate, choose one, and write ``CKPT/calibration/sampler.json``.
 
     Args:
         checkpoint: folder of a policy.
         dataset: LeRobot data set whose held-out episodes are measured.
         request: what to measure.
-        device: where the networks run.
+        device, dtype: where the networks run, and what they compute in.
 
     Raises:
         VlaflowError: when checkpoint, data, environments and candidates do not fit together, or nothing fits the budget.
     """
-    policy, data, mark = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset), fingerprint(checkpoint)
+    policy, data, mark = Policy.from_pretrained(checkpoint, device, dtype), Dataset.open(dataset), fingerprint(checkpoint)
     names = list(request.computes) or candidates(policy.model)
     computes = [parse(name) for name in names]
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
     envs = tuple(expand_env_names(request.envs))
     n_action_steps = request.rollout.n_action_steps or policy.config.n_action_steps
-    rollout = replace(request.rollout, device=device, n_action_steps=n_action_steps)
+    rollout = replace(request.rollout, device=device, dtype=dtype, n_action_steps=n_action_steps)
     if envs:
         require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     file = checkpoint / FOLDER / FILE
@@ -162,6 +165,7 @@ def run(checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = 
         threads=1,
         command=command_line(),
         versions=versions(),
+        dtype=dtype,
     )
     made.save(file)
     if simulation is not None:

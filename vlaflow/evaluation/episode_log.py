@@ -1,8 +1,9 @@
 """``episodes.jsonl``: the finished episodes of a running evaluation, so that it can be continued after an interruption.
 
-The first line contains the settings that determine the episodes, every other line one finished episode. A line is written at
-once, flushed to the disk and never changed; a line left incomplete by a kill or a power cut is removed when the log is opened
-again. The log exists only while an evaluation is unfinished: it is removed when the results are written.
+The first line contains the settings that determine the episodes (and what else is to be known about the run), every other line
+one finished episode. A line is written at once, flushed to the disk and never changed; a line left incomplete by a kill or a
+power cut is removed when the log is opened again. The log exists only while an evaluation is unfinished: it is removed when the
+results are written.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -24,10 +26,66 @@ from vlaflow.progress import progress
 
 FILE = "episodes.jsonl"
 FORMAT = "vlaflow episodes 1"
-KEPT = f"the episodes finished so far are kept in {FILE}. Make room, and run the same command again to continue"
+KEPT = "the episodes finished so far are kept in {}. Make room, and run the same command again to continue"
 
 E = TypeVar("E")
 J = TypeVar("J")
+
+
+@dataclass(frozen=True)
+class Kept(Generic[E]):
+    """What a log holds.
+
+    Args:
+        settings: everything that determines the episodes.
+        about: what else was noted about the run.
+        finished: episodes by the number of their job.
+        seconds: wall time of the runs that played them.
+    """
+
+    settings: Mapping[str, Any]
+    about: Mapping[str, Any]
+    finished: Mapping[int, E]
+    seconds: float
+
+
+def read_log(file: Path, kind: type[E]) -> Kept[E]:
+    """Read a log that no evaluation is writing at this moment; a last line that is incomplete is left out.
+
+    Raises:
+        ConfigError: an evaluation is writing it, or it is no log.
+        DataError: it is missing, or damaged other than at its end.
+    """
+    try:
+        place = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}).") from error
+    try:
+        with suppress(OSError):  # a network folder without locks
+            claim(place, f"An evaluation is still writing {file}. Wait for it.")
+        content = file.read_bytes()
+    finally:
+        os.close(place)
+    return _parsed(file, kind, content[: content.rfind(b"\n") + 1])
+
+
+def _require_log(file: Path, content: bytes) -> None:
+    if not content.startswith(f'{{"format": "{FORMAT}"'.encode()):
+        raise ConfigError(f"{file} is not the log of an evaluation. Choose another --out.")
+
+
+def _parsed(file: Path, kind: type[E], content: bytes) -> Kept[E]:
+    _require_log(file, content)
+    first, *lines = content.splitlines()
+    try:
+        header, finished, seconds = json.loads(first), {}, 0.0
+        for line in lines:
+            entry = json.loads(line)
+            finished[int(entry["job"])] = from_json(kind, entry["episode"], str(file))
+            seconds = max(seconds, float(entry["seconds"]))
+        return Kept(header["settings"], header["about"], finished, seconds)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error}). Discard it with --fresh.") from error
 
 
 class EpisodeLog(Generic[E]):
@@ -37,9 +95,12 @@ class EpisodeLog(Generic[E]):
         folder: folder of the evaluation; created if it does not exist.
         kind: dataclass of an episode.
         settings: everything that determines the episodes, as JSON values by name.
+        about: what else is to be known about the run; a run that is continued may state it differently.
+        name: of the file.
         fresh: discard an existing log instead of continuing it.
 
     Attributes:
+        kept: what remains after a failure, and what to do, as the end of a sentence.
         finished: finished episodes by the number of their job.
         seconds: wall time of the earlier runs that this one continues.
 
@@ -49,22 +110,31 @@ class EpisodeLog(Generic[E]):
         DataError: the log is damaged, other than at its end.
     """
 
-    def __init__(self, folder: Path, kind: type[E], settings: Mapping[str, Any], *, fresh: bool = False) -> None:
-        self.file, self._kind, self._began = folder / FILE, kind, time.monotonic()
+    def __init__(
+        self,
+        folder: Path,
+        kind: type[E],
+        settings: Mapping[str, Any],
+        *,
+        about: Mapping[str, Any] | None = None,
+        name: str = FILE,
+        fresh: bool = False,
+    ) -> None:
+        self.file, self.kept, self._began = folder / name, KEPT.format(name), time.monotonic()
         self.finished: dict[int, E] = {}
         self.seconds = 0.0
         require_writable(self.file)
         # a round trip through JSON, so that tuples compare equal to the lists they become
-        header = {"format": FORMAT, "settings": json.loads(_line(settings))}
+        header = {"format": FORMAT, "settings": json.loads(_line(settings)), "about": dict(about or {})}
         self._place = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             with suppress(OSError):  # a network folder without locks
                 claim(self._place, f"Another evaluation is writing to {folder}. Wait for it, or choose another --out.")
             content = self._read()
-            if content and not content.startswith(f'{{"format": "{FORMAT}"'.encode()):
-                raise ConfigError(f"{self.file} is not the log of an evaluation. Choose another --out.")
+            if content:
+                _require_log(self.file, content)
             if content.count(b"\n") > 1 and not fresh:  # a header alone is not worth keeping
-                self._continue(content, header)
+                self._continue(_parsed(self.file, kind, content), header["settings"])
             else:
                 os.ftruncate(self._place, 0)
                 self._append(header)
@@ -98,24 +168,27 @@ class EpisodeLog(Generic[E]):
         jobs: Sequence[J],
         play: Callable[[Sequence[J], Callable[[int, E], None]], object],
         description: str,
-        blocks: Iterable[Sequence[int]] = (),
+        blocks: Sequence[Sequence[int]] | None = None,
     ) -> list[E]:
-        """Run the jobs that are not finished yet and store each episode.
+        """Run what is not finished yet and store each episode.
 
         Args:
             jobs: all jobs of the evaluation; the same settings must give the same list.
             play: takes the remaining jobs and a function to call with the number (among these) and the episode of each.
             description: for the progress bar.
-            blocks: numbers of jobs that are run together. If one of a block is not finished, the whole block is run again.
+            blocks: numbers of jobs that are run together; by default every job alone. If one of a block is not finished, the
+                whole block is run again. Jobs of no block are left to others.
 
         Returns:
-            All episodes, in the order of the jobs.
+            The episodes of all blocks, in the order of the jobs.
         """
+        blocks = [[number] for number in range(len(jobs))] if blocks is None else blocks
         for block in blocks:
             if any(number not in self.finished for number in block):
                 for number in block:
                     self.finished.pop(number, None)
-        left = [number for number in range(len(jobs)) if number not in self.finished]
+        numbers = sorted(number for block in blocks for number in block)
+        left = [number for number in numbers if number not in self.finished]
         before = f", {len(self.finished)} done before" if self.finished else ""
         with progress(len(left), description + before) as bar:
 
@@ -124,7 +197,7 @@ class EpisodeLog(Generic[E]):
                 bar.advance()
 
             play([jobs[number] for number in left], keep)
-        return [self.finished[number] for number in range(len(jobs))]
+        return [self.finished[number] for number in numbers]
 
     def remove(self) -> None:
         """Remove the log, once the results are written."""
@@ -138,25 +211,18 @@ class EpisodeLog(Generic[E]):
             os.ftruncate(self._place, len(whole))
         return whole
 
-    def _continue(self, content: bytes, header: Mapping[str, Any]) -> None:
-        first, *lines = content.splitlines()
-        try:
-            before = json.loads(first)["settings"]
-            for name, value in header["settings"].items():
-                if before.get(name) != value:
-                    raise ConfigError(
-                        f"{self.file} belongs to an unfinished evaluation with {name} = {_short(before.get(name))}, not "
-                        f"{_short(value)}. Choose another --out, or discard it with --fresh."
-                    )
-            for line in lines:
-                entry = json.loads(line)
-                self.finished[int(entry["job"])] = from_json(self._kind, entry["episode"], str(self.file))
-                self.seconds = max(self.seconds, float(entry["seconds"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.file} is damaged ({error}). Discard it with --fresh.") from error
+    def _continue(self, found: Kept[E], settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
+            if found.settings.get(name) != value:
+                raise ConfigError(
+                    f"{self.file} belongs to an unfinished evaluation with {name} = {_short(found.settings.get(name))}, not "
+                    f"{_short(value)}. Choose another --out, or discard it with --fresh."
+                )
+        self.finished.update(found.finished)
+        self.seconds = found.seconds
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with storing(self.file.parent, "The episode", KEPT):
+        with storing(self.file.parent, "The episode", self.kept):
             text = f"{_line(entry)}\n".encode()
             end = os.fstat(self._place).st_size
             try:

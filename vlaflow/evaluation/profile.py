@@ -36,7 +36,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), policy.precision():
             embedded = policy.embed(batch)
             prefixes = {depth: model.read(embedded, depth) for depth in depths}
             sampling = Sampling(4)
@@ -58,7 +58,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
     finally:
         torch.set_num_threads(before)
     middle = {name: float(np.median(ms)) for name, ms in times.items()}
-    with torch.inference_mode():
+    with torch.inference_mode(), policy.precision():
         tokens = model.decoder.tokens(model.decoder.solve(prefixes[depths[-1]], [Generator().manual_seed(0)], sampling))
     each = tokens.nfe[0] if tokens else model.decoder.nfe(sampling)
     full = middle[f"prefix {depths[-1]}"] + middle[f"step {depths[-1]}"]
@@ -73,6 +73,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
         chunks=rounds,
         versions=versions(),
         device=device_name(str(policy.device)),
+        dtype=policy.dtype,
     )
 
 

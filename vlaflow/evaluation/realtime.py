@@ -33,7 +33,7 @@ from vlaflow.spec import ActionSpec, Observation
 _TRIES = 3
 REQUIRED = {
     *("action_spec", "views", "state", "images", "chunk_size", "n_action_steps"),
-    *("system", "compute", "compute_settings", "guided", "checkpoint", "fingerprint"),
+    *("system", "compute", "compute_settings", "guided", "checkpoint", "fingerprint", "dtype"),
 }
 """Required keys of a server's metadata."""
 

@@ -78,7 +78,7 @@ class RealtimeResults:
     """The content of ``results.json``.
 
     Args:
-        server, system, compute, compute_settings, guided, checkpoint, fingerprint: the policy, as described by its server.
+        server, system, compute, compute_settings, guided, checkpoint, fingerprint, dtype: the policy, as the server says.
         envs, seeds, n_action_steps, max_steps, jitter_ms, fade, rate_hz: how the episodes were run.
         cells, comparisons: the results.
         episodes: the single episodes.
@@ -92,6 +92,7 @@ class RealtimeResults:
     guided: bool
     checkpoint: str
     fingerprint: str
+    dtype: str
     envs: tuple[str, ...]
     seeds: tuple[int, ...]
     n_action_steps: int
@@ -148,6 +149,7 @@ def results(
         guided=bool(metadata["guided"]),
         checkpoint=str(metadata["checkpoint"]),
         fingerprint=str(metadata["fingerprint"]),
+        dtype=str(metadata["dtype"]),
         envs=tuple(dict.fromkeys(e.env for e in episodes)),
         seeds=tuple(dict.fromkeys(e.seed for e in episodes)),
         n_action_steps=config.n_action_steps or int(metadata["n_action_steps"]),

@@ -25,6 +25,7 @@ from vlaflow.evaluation.power import detectable_difference, pairs_needed
 from vlaflow.evaluation.revision import Revision
 from vlaflow.evaluation.rollout import EpisodeResult
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, paired_difference, wilson
+from vlaflow.nn.precision import Dtype
 from vlaflow.simulators.base import protocol_limits, step_limit
 
 T = TypeVar("T")
@@ -201,6 +202,8 @@ class Results:
         checkpoint, fingerprint: the evaluated checkpoint and its content hash.
         machine: processor, cores and system.
         overall, paired, latency, language, revision: see their classes.
+        dtype: what the networks computed in.
+        engine: what computed them, in words (``Model.engine``).
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -216,6 +219,8 @@ class Results:
     language: tuple[LanguageResult, ...] = ()
     commands: tuple[str, ...] = ()
     revision: Revision | None = None
+    dtype: Dtype = "fp32"
+    engine: str = "eager"
     format: str = field(default=FORMAT)
 
     @property

@@ -60,7 +60,7 @@ def follow(
     chosen, stages = stepping[0]
     stochastic, settling = stages.stochastic, stages.settling
     tokens, probability, actions = [], [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), policy.precision():
         prefix = policy.encode(ObservationBatch.collate([observation]))
         state = decoder.start(prefix, [generator], stages.sampling)
         for step in range(stochastic + settling + 1):

@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import ConfigError, SpecError, nearest
+from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
@@ -50,6 +52,8 @@ class RolloutConfig:
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
         batch: episodes that a worker plays together, at most; fewer where the simulator keeps fewer environments.
+        dtype: what the networks compute in.
+        engine: what computes them (``Policy.with_engine``).
     """
 
     n_action_steps: int | None = None
@@ -57,6 +61,8 @@ class RolloutConfig:
     render: Render = "fast"
     device: str = "cpu"
     batch: int = 4
+    dtype: Dtype = "fp32"
+    engine: Engine = "eager"
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -194,7 +200,7 @@ def play_all(
                 progress(len(found), len(jobs))
 
     with one_thread():
-        setup = functools.partial(Policy.from_pretrained, str(folder), config.device)
+        setup = functools.partial(Policy.from_pretrained, str(folder), config.device, config.dtype, config.engine)
         together = [EpisodeBlock(tuple(jobs[place] for place in block)) for block in places]
         run_jobs(functools.partial(_play_block, config=config), together, workers, setup=setup, finished=keep)
     return [found[place] for place in range(len(jobs))]

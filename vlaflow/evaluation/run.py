@@ -1,10 +1,12 @@
-"""A whole evaluation: paired episodes, language swap, latency, videos, and the files that hold them.
+"""A whole evaluation: paired episodes, language swap, latency, videos, and the files that hold them; or a shard of one.
 
 ``vlaflow eval``, the demo and ``evaluate`` all call ``run``; the parts are documented in their own modules.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +16,11 @@ from vlaflow.compute.auto import default_name
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.parse import parse_all
 from vlaflow.compute.spelling import Checkpoint, Knobs
-from vlaflow.config import JSON, to_json
+from vlaflow.config import JSON, from_json, to_json
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import language, results, videos
-from vlaflow.evaluation.episode_log import KEPT, EpisodeLog
+from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.latency import Latency, collect_observations, measure
 from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import Revision, follow
@@ -31,7 +34,9 @@ from vlaflow.evaluation.rollout import (
     play_all,
     require_fit,
 )
+from vlaflow.evaluation.shards import Shard, read_shards, require_same
 from vlaflow.io import require_writable, storing
+from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
@@ -86,6 +91,14 @@ class EvaluationConfig:
                 f"{self.language_episodes} of {self.episodes}."
             )
 
+    def swap_limit(self, envs: Sequence[str]) -> int:
+        """Step limit of the language-swap test in these environments."""
+        return min(self.language_max_steps, *(step_limit(env, self.rollout.max_steps) for env in envs))
+
+    def on(self, device: str) -> EvaluationConfig:
+        """The same on another device."""
+        return replace(self, knobs=replace(self.knobs, device=device), rollout=replace(self.rollout, device=device))
+
 
 def evaluate(
     checkpoint: Path | str,
@@ -101,6 +114,8 @@ def evaluate(
     max_steps: int | None = None,
     render: Render = "fast",
     device: str = "cpu",
+    dtype: Dtype = "fp32",
+    engine: Engine = "eager",
     batch: int = 4,
     videos: bool = True,
     workers: int = 0,
@@ -129,6 +144,8 @@ def evaluate(
         max_steps: steps after which an episode is cut off; None takes the suite's.
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
+        dtype: what they compute in; "bf16" halves the memory of their layers.
+        engine: what computes them; see ``Policy.with_engine``.
         batch: episodes that a process plays together, with one batched call of the policy.
         videos: whether to record a success and a failure per environment.
         workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
@@ -147,8 +164,8 @@ def evaluate(
         episodes=episodes,
         first_seed=first_seed,
         noise_seeds=noise_seeds,
-        knobs=Knobs(solver_steps, device=device),
-        rollout=RolloutConfig(n_action_steps, max_steps, render, device, batch),
+        knobs=Knobs(solver_steps, device=device, dtype=dtype),
+        rollout=RolloutConfig(n_action_steps, max_steps, render, device, batch, dtype, engine),
         videos=videos,
         workers=workers,
     )
@@ -172,6 +189,170 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
             unfinished evaluation with other settings.
         DataError: the disk is full; finished episodes are kept.
     """
+    work = _prepare(checkpoint, config)
+    _require_writable(out, work.config)
+    with EpisodeLog(out, EpisodeResult, work.settings, fresh=fresh) as log:
+        played = work.play(log, work.blocks)
+        with storing(out, "The results", log.kept):
+            found = work.conclude(out, played, minutes=lambda: log.spent / 60)
+        log.remove()
+    return found
+
+
+def play_shard(checkpoint: Path | str, config: EvaluationConfig, out: Path, shard: Shard, *, fresh: bool = False) -> int:
+    """Play one shard's episodes, and keep them in ``out``; ``merge`` makes the results of all shards.
+
+    Returns:
+        How many episodes the shard consists of.
+
+    Raises:
+        VlaflowError: as ``run``.
+    """
+    work = _prepare(checkpoint, config)
+    about = {"checkpoint": str(checkpoint), "config": to_json(work.config), "command": command_line()}
+    with EpisodeLog(out, EpisodeResult, work.settings, about=about, name=shard.file, fresh=fresh) as log:
+        return len(work.play(log, shard.of_blocks(work.blocks)))
+
+
+def merge(
+    folder: Path, *, checkpoint: Path | str | None = None, workers: int | None = None, device: str | None = None
+) -> Results:
+    """Put all shards together: measure latency, record videos, and write what ``run`` would have written.
+
+    Args:
+        folder: holds the shards' logs; they are removed when the results are written.
+        checkpoint: where it lies on this machine; by default where it lay for the first shard.
+        workers: processes for the videos; by default as many as the first shard had.
+        device: where the networks run; by default as for the first shard.
+
+    Raises:
+        VlaflowError: shards that are missing, unfinished, still running or of another evaluation, checkpoint or version.
+    """
+    shards = read_shards(folder)
+    config = from_json(EvaluationConfig, shards.about["config"], str(shards.files[0]))
+    config = replace(config, workers=config.workers if workers is None else workers)
+    if device is not None:
+        config = config.on(device)
+    work = _prepare(shards.about["checkpoint"] if checkpoint is None else checkpoint, config)
+    settings = json.loads(json.dumps(work.settings))
+    require_same(shards.settings, settings, str(shards.files[0]), "this machine would play it")
+    played = shards.episodes(work.blocks)
+    _require_writable(folder, config)
+    began = time.monotonic()
+    with storing(folder, "The results", "the shards' logs are untouched. Make room, and merge them again"):
+        found = work.conclude(
+            folder,
+            played,
+            minutes=lambda: (shards.seconds + time.monotonic() - began) / 60,
+            machines=shards.machines,
+            commands=shards.commands,
+        )
+    for file in shards.files:
+        file.unlink()
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """An evaluation whose parts fit together.
+
+    Args:
+        checkpoint: as it was given.
+        home: the same on disk.
+        config: what to measure, with every default filled in.
+        policy: the checkpoint's.
+        computes: compute policies.
+        jobs: episodes of the evaluation itself; those of the language-swap test follow them.
+        swap: the language-swap test; None without one.
+        settings: everything that the episodes are a function of.
+    """
+
+    checkpoint: str
+    home: Checkpoint
+    config: EvaluationConfig
+    policy: Policy
+    computes: tuple[ComputePolicy, ...]
+    jobs: tuple[EpisodeJob, ...]
+    swap: language.LanguageTest | None
+    settings: dict[str, JSON]
+
+    @property
+    def everything(self) -> list[EpisodeJob]:
+        """All episodes."""
+        return [*self.jobs, *(self.swap.jobs if self.swap else ())]
+
+    @property
+    def blocks(self) -> list[list[int]]:
+        """Numbers of the episodes that are played together."""
+        return blocks(self.everything, self.config.rollout.batch)
+
+    def play(self, log: EpisodeLog[EpisodeResult], own: Sequence[Sequence[int]]) -> list[EpisodeResult]:
+        """Play the episodes of these blocks that the log does not hold yet; returns those of all of them."""
+
+        def play(left: Sequence[EpisodeJob], finished: Callable[[int, EpisodeResult], None]) -> None:
+            play_all(self.home.folder, left, self.config.rollout, workers=self.config.workers, finished=finished)
+
+        return log.complete(self.everything, play, "Evaluating", own)
+
+    def conclude(
+        self,
+        out: Path,
+        played: Sequence[EpisodeResult],
+        *,
+        minutes: Callable[[], float],
+        machines: Sequence[str] = (),
+        commands: tuple[str, ...] = (),
+    ) -> Results:
+        """Measure what is no episode, and write everything.
+
+        Args:
+            out: folder.
+            played: all episodes.
+            minutes: spent so far.
+            machines: where they were played; by default here.
+            commands: by which they were played, if not by this one.
+        """
+        config, rollout = self.config, self.config.rollout
+        episodes, swapped = played[: len(self.jobs)], played[len(self.jobs) :]
+        latency, revision = _timed(self.policy, expand_env_names(config.envs), self.computes, config, rollout)
+        if config.videos:
+            by_job = dict(zip(self.jobs, episodes, strict=True))
+            videos.record_videos(self.home.folder, by_job, out / VIDEOS, rollout, workers=config.workers)
+        evaluations = results.count(
+            episodes,
+            latency,
+            n_action_steps=rollout.n_action_steps or 0,
+            max_steps=rollout.max_steps,
+            render=rollout.render,
+            solver_steps=config.knobs.steps,
+            batch=rollout.batch,
+        )
+        right = [e for e in episodes if e.compute == self.computes[0].name]
+        swap, envs, here = self.swap, expand_env_names(config.envs), machine()
+        elsewhere = any(name != here for name in machines)
+        found = Results(
+            evaluations=evaluations,
+            minutes=Minutes(evaluate=minutes()).summed(),
+            versions=versions() | rendering_versions(envs, rollout.render),
+            command=command_line(),
+            checkpoint=self.checkpoint,
+            fingerprint=self.home.fingerprint,
+            machine=f"{here}; episodes on {' and '.join(machines)}" if elsewhere else here,
+            overall=results.pool(evaluations),
+            paired=results.compare(evaluations),
+            latency=tuple(latency),
+            revision=revision,
+            language=language.count_swap(swap, right, swapped, config.swap_limit(envs)) if swap else (),
+            commands=commands,
+            dtype=rollout.dtype,
+            engine=self.policy.model.engine,
+        )
+        results.write(found, out / RESULTS)
+        return found
+
+
+def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
+    """Check that the parts fit together, and list the episodes."""
     folder = local_folder(checkpoint)
     envs = expand_env_names(config.envs)
     home = Checkpoint(folder, fingerprint(folder))
@@ -179,58 +360,24 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
     if "auto" in config.computes and (calibration := sampler_choice.load(home)):
         calibration.require_unseen(envs, config.first_seed, config.episodes)
     computes = parse_all(config.computes, config.knobs, home)
-    policy = Policy.from_pretrained(folder, config.rollout.device)
+    policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype, config.rollout.engine)
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
+    config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
-
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
-    swap_max_steps = min(config.language_max_steps, *(step_limit(env, rollout.max_steps) for env in envs))
     swap = None
     if config.language_episodes:
-        swap = language.plan_swap(envs, computes[0], config.language_episodes, config.first_seed, swap_max_steps)
-    everything = [*jobs, *(swap.jobs if swap else ())]
+        limit = config.swap_limit(envs)
+        swap = language.plan_swap(envs, computes[0], config.language_episodes, config.first_seed, limit)
+    return _Work(
+        str(checkpoint), home, config, policy, tuple(computes), tuple(jobs), swap, _settings(config, home, computes, rollout)
+    )
+
+
+def _require_writable(out: Path, config: EvaluationConfig) -> None:
     require_writable(out / RESULTS)
     if config.videos:
         require_writable(out / VIDEOS / videos.FILE)
-    with EpisodeLog(out, EpisodeResult, _settings(config, home, computes, rollout), fresh=fresh) as log:
-
-        def play(left: Sequence[EpisodeJob], finished: Callable[[int, EpisodeResult], None]) -> None:
-            play_all(folder, left, rollout, workers=config.workers, finished=finished)
-
-        played = log.complete(everything, play, "Evaluating", blocks(everything, rollout.batch))
-        episodes, swapped = played[: len(jobs)], played[len(jobs) :]
-        latency, revision = _timed(policy, envs, computes, config, rollout)
-        with storing(out, "The results", KEPT):
-            if config.videos:
-                by_job = dict(zip(jobs, episodes, strict=True))
-                videos.record_videos(folder, by_job, out / VIDEOS, rollout, workers=config.workers)
-            evaluations = results.count(
-                episodes,
-                latency,
-                n_action_steps=rollout.n_action_steps or 0,
-                max_steps=rollout.max_steps,
-                render=rollout.render,
-                solver_steps=config.knobs.steps,
-                batch=rollout.batch,
-            )
-            right = [e for e in episodes if e.compute == computes[0].name]
-            found = Results(
-                evaluations=evaluations,
-                minutes=Minutes(evaluate=log.spent / 60).summed(),
-                versions=versions() | rendering_versions(envs, rollout.render),
-                command=command_line(),
-                checkpoint=str(checkpoint),
-                fingerprint=home.fingerprint,
-                machine=machine(),
-                overall=results.pool(evaluations),
-                paired=results.compare(evaluations),
-                latency=tuple(latency),
-                revision=revision,
-                language=language.count_swap(swap, right, swapped, swap_max_steps) if swap else (),
-            )
-            results.write(found, out / RESULTS)
-        log.remove()
-    return found
 
 
 def _timed(
@@ -254,7 +401,7 @@ def _settings(
         "episodes": config.episodes,
         "first_seed": config.first_seed,
         "noise_seeds": config.noise_seeds,
-        "rollout": to_json(rollout),
+        "rollout": to_json(replace(rollout, device=rollout.device.partition(":")[0])),  # any GPU of several
         "language": [config.language_episodes, config.language_max_steps],
         "versions": versions() | rendering_versions(config.envs, rollout.render),
         "machine": machine(),

@@ -287,7 +287,8 @@ def _draws(
     found, counts = [], np.zeros(2)
     for draw in draw_K:
         generators = [Generator().manual_seed(int(row) * 64 + draw) for row in row_B]
-        out = compute.decode(policy.model, prefix, generators, Stopwatch(policy.device))
+        with policy.precision():
+            out = compute.decode(policy.model, prefix, generators, Stopwatch(policy.device))
         found.append(out.action_BLD.float().cpu())
         counts += (sum(out.nfe), sum(out.layer_passes))
     return torch.stack(found, 1), counts

@@ -115,7 +115,7 @@ def record_videos(
     folder.mkdir(parents=True, exist_ok=True)
     run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
     with one_thread():
-        setup = functools.partial(Policy.from_pretrained, str(source), config.device)
+        setup = functools.partial(Policy.from_pretrained, str(source), config.device, config.dtype, config.engine)
         videos = run_jobs(run, tasks, min(workers, len(tasks)), setup=setup)
     (folder / FILE).write_text(json.dumps([to_json(f) for f in videos], indent=1) + "\n")
     return videos

@@ -11,10 +11,11 @@ Checkpoints are folders of JSON and safetensors; nothing in them is ever execute
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -25,25 +26,29 @@ from vlaflow.backbones.base import BackboneConfig, Prefix
 from vlaflow.backbones.inputs import Processor
 from vlaflow.backbones.language import speaking
 from vlaflow.compute.auto import calibrated
-from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.spelling import Knobs
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Targets, Tokens
+from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Targets
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.engine.deploy import Engine, deployed
-from vlaflow.errors import ConfigError, NotFiniteError, SpecError
+from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.nn.precision import Dtype, autocast, round_matrices
 from vlaflow.policies.action_prefix import conditioning_of
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.outcome import require_finite, token_report
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
+from vlaflow.stacks.base import blocks_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Policy:
         card: text of the checkpoint's README.md.
         backbone_processor: makes the backbone's inputs; by default the one that the config opens.
         folder: the checkpoint it was opened from; None for a new one.
+        dtype: what the networks compute in when they act; training decides for itself.
 
     Attributes:
         processor: from observations in robot units to the networks' inputs, on the CPU (see ``PolicyProcessor``).
@@ -111,6 +117,7 @@ class Policy:
     card: str = ""
     backbone_processor: Processor | None = field(default=None, repr=False)
     folder: Path | None = None
+    dtype: Dtype = "fp32"
     processor: PolicyProcessor = field(init=False, repr=False)
     _action: Normalizer = field(init=False, repr=False)
 
@@ -165,12 +172,17 @@ class Policy:
         Raises:
             CalibrationError: for a calibration of other weights.
         """
-        return (None if self.folder is None else calibrated(self.folder, fingerprint)) or Dense()
+        knobs = Knobs(dtype=self.dtype)
+        return (None if self.folder is None else calibrated(self.folder, fingerprint, knobs)) or Dense()
 
     @property
     def device(self) -> torch.device:
         """Where the networks live."""
         return next(self.model.parameters()).device
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which the networks act: all methods for inference enter it, and direct calls of the networks must."""
+        return autocast(self.dtype == "bf16", self.device)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -194,11 +206,13 @@ class Policy:
 
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
-        return self.model.embed(self.processor(observation).to(self.device))
+        with self.precision():
+            return self.model.embed(self.processor(observation).to(self.device))
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
-        return self.model.read(self.embed(observation), depth)
+        with self.precision():
+            return self.model.read(self.embed(observation), depth)
 
     def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """Training loss of backbone and decoder on what ``prepare`` made of a batch, on the networks' device.
@@ -288,7 +302,8 @@ class Policy:
             raise ConfigError(f"{len(observations)} observations need as many action prefixes, got {len(action_prefixes)}.")
         conditioning = conditioning_of(action_prefixes, self.model.decoder, self._action, device=self.device, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
-        with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode():
+        guidance = conditioning is not None and conditioning.guidance is not None
+        with torch.no_grad() if guidance else torch.inference_mode(), self.precision():
             chunks = self._decode(observations, compute or self.default_compute, generators, conditioning)
         for chunk, known in zip(chunks, action_prefixes, strict=True):
             if known is not None:
@@ -309,7 +324,7 @@ class Policy:
                 prefix = self.embed(ObservationBatch.collate(observations))
             out = compute.decode(self.model, prefix, generators, watch, conditioning)
             action_BLD = self.to_robot(out.action_BLD)
-        _require_finite(action_BLD, out)  # before the range is clipped, which would make a bound of an infinite value
+        require_finite(action_BLD, out)  # before the range is clipped, which would make a bound of an infinite value
         low, high = self.action_spec.low, self.action_spec.high
         draft_BLD = None if out.draft_BLD is None else self.to_robot(out.draft_BLD).clip(low, high)
         return [
@@ -323,7 +338,7 @@ class Policy:
                 layer_passes=out.layer_passes[i],
                 nfe=out.nfe[i],
                 milliseconds=dict(watch.milliseconds),
-                **_token_report(out.tokens, i),
+                **token_report(out.tokens, i),
             )
             for i in range(len(observations))
         ]
@@ -347,7 +362,8 @@ class Policy:
         """``answer`` for a batch as data sets give it."""
         speaking(self.model.backbone)
         words = self.processor.backbone
-        made = greedy(self.embed(observation), words.end_id, limit)
+        with self.precision():
+            made = greedy(self.embed(observation), words.end_id, limit)
         pairs = zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
         return [Answer(text, ended) for text, ended in pairs]
 
@@ -364,8 +380,10 @@ class Policy:
         Raises:
             DeploymentError: they were not built, or for something else; not for "auto", which warns and stays eager.
         """
-        if engine == "eager" or self.folder is None:
+        if engine == "eager" or self.folder is None or (engine == "auto" and self.dtype != "fp32"):
             return self
+        if self.dtype != "fp32":
+            raise CapabilityError("Programs have a precision of their own (vlaflow deploy --precision); leave --dtype out.")
         found = deployed(self.model, partial(fingerprint, self.folder), engine)
         if found is None:
             return self
@@ -379,7 +397,12 @@ class Policy:
         Args:
             folder: where to.
             weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+
+        Raises:
+            CapabilityError: it was opened in bfloat16, so its weights are no longer those of the checkpoint.
         """
+        if self.dtype != "fp32":
+            raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
@@ -390,12 +413,13 @@ class Policy:
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu", engine: Engine = "eager") -> Policy:
+    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", engine: Engine = "eager") -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
 
         Args:
             path: of the checkpoint.
             device: where the networks run.
+            dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
             engine: what computes them; see ``with_engine``.
 
         Raises:
@@ -414,27 +438,9 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
+        if dtype == "bf16":
+            round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder).with_engine(engine)
-
-
-def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:
-    if tokens is None:
-        return {}
-    return {
-        "tokens": tokens.id_BS[row].cpu().numpy(),
-        "token_probability": tokens.probability_BS[row].float().cpu().numpy(),
-        "revised": tuple(tokens.revised_BN[row].tolist()),
-        "repaired": bool(tokens.repaired_B[row]),
-    }
-
-
-def _require_finite(action_BLD: np.ndarray, out: Decoded) -> None:
-    """Refuse a chunk, or a judgement of it, that is no number; tokens can describe finite actions when their logits are NaN."""
-    judged = (out.confidence_BL, None if out.tokens is None else out.tokens.probability_BS)
-    if not np.isfinite(action_BLD).all() or any(t is not None and not bool(t.isfinite().all()) for t in judged):
-        raise NotFiniteError(
-            "The policy computed NaN or an infinite value, which is no action. Look whether the observation's state is in "
-            "the units of training; if it is, the training diverged."
-        )
+        policy = Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype)
+        return policy.with_engine(engine)

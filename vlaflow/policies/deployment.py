@@ -76,10 +76,9 @@ def _compared(policy: Policy, made: Policy, plan: Plan) -> Measured:
     Raises:
         DeploymentError: it is beyond the tolerance.
     """
-    seen, worst = _observed(policy, plan.lengths[0] if plan.lengths else None), 0.0
-    for compute in plan.computes:
-        one, other = (_normalised(each, seen, compute) for each in (policy, made))
-        worst = max(worst, float((one - other).abs().max()))
+    seen = _observed(policy, plan.lengths[0] if plan.lengths else None)
+    pairs = [[_normalised(each, seen, compute) for each in (policy, made)] for compute in plan.computes]
+    worst = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
     if not worst <= TOLERANCE[plan.precision]:
         raise DeploymentError(
             f"The programs of {plan.compiler} give chunks that differ by {worst:.2g} standard deviations from the eager ones, "

@@ -52,7 +52,7 @@ def write_page(found: RealtimeResults, file: Path) -> Path:
         notable=bool(notable),
         command=found.command,
         fact_entries={
-            "checkpoint": f"{found.checkpoint}, content {found.fingerprint[:12]}",
+            "checkpoint": f"{found.checkpoint}, content {found.fingerprint[:12]}, computed in {found.dtype}",
             "machine": found.machine,
             "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
         },

@@ -135,6 +135,8 @@ class PolicyServer:
             "guided": self.config.engine.guided,
             "checkpoint": self.config.checkpoint,
             "fingerprint": self.config.fingerprint,
+            "dtype": policy.dtype,
+            "engine": policy.model.engine,
             "action_spec": to_json(policy.action_spec),
             "chunk_size": policy.config.decoder.chunk_size,
             "n_action_steps": self.n_action_steps,

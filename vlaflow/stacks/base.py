@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.base import Backbone, Prefix
 
 
 class Stack(nn.Module, ABC):
@@ -36,3 +36,12 @@ class Stack(nn.Module, ABC):
     def forward(self, suffix_BTW: Tensor, prefix: Prefix) -> Tensor:
         """Suffix hidden states after all layers that the prefix has run, with the final norm."""
         return self.exits(suffix_BTW, prefix, (prefix.depth,))[0]
+
+
+def blocks_of(module: nn.Module) -> dict[nn.Module, str]:
+    """The layers of all backbones and stacks in a module, each with the method that runs it."""
+    found: dict[nn.Module, str] = {}
+    for part in module.modules():
+        if isinstance(part, Backbone | Stack):
+            found.update(part.blocks)
+    return found

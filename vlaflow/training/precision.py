@@ -7,7 +7,6 @@ float32). On a CPU without AMX it is emulated, 1.6 times slower with AVX512-BF16
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -26,11 +25,6 @@ def use_bf16(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -
     if precision == "auto":
         return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and has_amx()
     return precision == "bf16"
-
-
-def autocast(bf16: bool, device: torch.device) -> AbstractContextManager[object]:
-    """The context a forward pass runs in."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def training_threads() -> int:

@@ -19,19 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from vlaflow.backbones.base import Backbone
 from vlaflow.errors import CapabilityError
-from vlaflow.stacks.base import Stack
 from vlaflow.training.team import Team
-
-
-def blocks_of(module: nn.Module) -> dict[nn.Module, str]:
-    """The layers of all backbones and stacks in a module, each with the method that runs it."""
-    found: dict[nn.Module, str] = {}
-    for part in module.modules():
-        if isinstance(part, Backbone | Stack):
-            found.update(part.blocks)
-    return found
 
 
 def shard(root: nn.Module, blocks: Mapping[nn.Module, str], team: Team, *, bf16: bool) -> None:
@@ -39,7 +28,7 @@ def shard(root: nn.Module, blocks: Mapping[nn.Module, str], team: Team, *, bf16:
 
     Args:
         root: its forward pass is the whole loss; on the CPU, with weights on the first process and on any device elsewhere.
-        blocks: see ``blocks_of``.
+        blocks: see ``stacks.base.blocks_of``.
         team: the processes.
         bf16: gather layers in bfloat16, as autocast would round their matrices; gradients are still summed in float32. What
             is the root's is gathered in float32.

@@ -29,17 +29,19 @@ from vlaflow.data.batch import VqaBatch
 from vlaflow.data.source import Ready, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
+from vlaflow.nn.precision import autocast
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
+from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
 from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
-from vlaflow.training.precision import autocast, use_bf16
+from vlaflow.training.precision import use_bf16
 from vlaflow.training.team import Team
 from vlaflow.versions import versions
 
@@ -156,7 +158,7 @@ class Trainer:
     def _spread(self, bf16: bool) -> nn.Module:
         """The stage's loss as a module: sharded if asked for and there are layers to shard, else a copy in every process."""
         whole = _Step(self.stage, bf16, self.device)
-        blocks = sharding.blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
+        blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         if self.sharded:
             sharding.shard(whole, blocks, self.team, bf16=bf16)

@@ -1,0 +1,205 @@
+"""The catalogue, the commands that it becomes, and ``vlaflow reproduce`` from a claim to its row."""
+
+import json
+import shlex
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.evaluation.conftest import make_policy
+from vlaflow.claims.catalogue import CLAIMS
+from vlaflow.claims.plan import Places, Size, commands
+from vlaflow.claims.row import read
+from vlaflow.cli import reproduce
+from vlaflow.cli.main import main
+from vlaflow.compute.parse import parse
+from vlaflow.compute.spelling import Checkpoint
+from vlaflow.config import override
+from vlaflow.errors import ConfigError
+from vlaflow.evaluation import results
+from vlaflow.evaluation.latency import Latency
+from vlaflow.evaluation.results import Minutes, Results
+from vlaflow.evaluation.rollout import EpisodeResult
+from vlaflow.evaluation.statistics import Percentiles
+from vlaflow.policies.recipe import DataSpec
+from vlaflow.training.recipes import find_recipe
+
+C2 = CLAIMS["C2"]
+
+
+def test_all_fourteen_claims_are_there():
+    assert list(CLAIMS) == [f"C{n}" for n in range(1, 15)]
+
+
+def test_the_page_of_the_documentation_lists_them():
+    page = (Path(__file__).parents[2] / "docs/claims.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| C")}
+    assert list(rows) == list(CLAIMS)
+    for claim in CLAIMS.values():
+        assert claim.statement.removesuffix(".") in rows[claim.name]
+        assert claim.published in rows[claim.name]
+        assert f"| {claim.hours:.1f} |" in rows[claim.name]
+
+
+def test_claims_that_share_a_training_agree_on_it():
+    known = {}
+    for claim in CLAIMS.values():
+        for name, training in claim.trainings.items():
+            assert known.setdefault(name, training) == training
+
+
+def _computes():
+    return sorted({arm.compute for claim in CLAIMS.values() for arm in claim.arms.values() if arm.compute})
+
+
+@pytest.mark.parametrize("name", [c for c in _computes() if c != "auto" and not c.startswith("exit:")])
+def test_compute_policies_of_the_arms_exist(name):
+    assert parse(name).name
+
+
+def test_exits_of_the_arms_are_calibrated_first():
+    for claim in CLAIMS.values():
+        for arm in claim.arms.values():
+            if arm.compute and arm.compute.startswith("exit:"):
+                assert arm.compute.removeprefix("exit:") in claim.trainings[arm.training].exits
+            if arm.compute == "auto":
+                assert claim.trainings[arm.training].sampler
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_settings_of_the_trainings_are_values_of_their_recipes(name):
+    made = {}
+    for known in CLAIMS[name].order():
+        training = CLAIMS[name].trainings[known]
+        recipe = find_recipe(training.recipe)
+        assert recipe.continues == (training.after is not None)
+        before = made[training.after] if training.after else None
+        settings = {key: value for key, value in training.settings.items() if not (training.vqa and key.startswith("vqa."))}
+        config = override(recipe.config(DataSpec(4, 4, ("front",)), before), settings)
+        made[known] = getattr(config.objective, "policy", None)
+
+
+def test_trainings_come_after_those_they_continue_and_before_their_evaluation(tmp_path):
+    for claim in CLAIMS.values():
+        everything = list(commands(claim, Places(tmp_path), Size(training_seeds=2), 2))
+        made = []
+        for words in everything:
+            given = dict(pairwise(words))
+            for option in ("--policy", "--latent", "--dataset", "--vqa"):
+                assert option not in given or given[option] in made
+            if words[0] in ("eval", "eval-vqa", "calibrate"):
+                assert words[1] in made
+            if "--out" in given:
+                made.append(given["--out"])
+        assert len(made) == len(set(made))
+
+
+def test_a_size_that_cannot_be_is_refused(capsys):
+    with pytest.raises(ConfigError, match="episodes must be at least 1, got 0"):
+        Size(episodes=0)
+    assert main(["reproduce", "C2", "--training-seeds", "0"]) == 2
+    assert "training_seeds must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [([], "Name at least one claim"), (["C22"], "There is no claim 'C22'; did you mean 'C2'")]
+)
+def test_a_claim_must_be_named(words, said, capsys):
+    assert main(["reproduce", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["reproduce", "C2", "--out", str(tmp_path)]) == 2
+    assert "is not empty and contains no test of claims" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+class Stage:
+    """Stands in for the commands: a training leaves an untrained checkpoint, an evaluation the successes it was given."""
+
+    def __init__(self, monkeypatch, successes):
+        self.successes, self.ran, self.unfinished = successes, [], None
+        monkeypatch.setattr(reproduce, "_run", self.run)
+
+    def run(self, words):
+        if words[0] == self.unfinished:
+            return 130
+        self.ran.append(words[0])
+        out = words[words.index("--out") + 1]
+        if words[0] == "train":
+            make_policy(rater=False).save_pretrained(out)
+        elif words[0] == "eval":
+            self.evaluate(words, out)
+        return None
+
+    def evaluate(self, words, out):
+        envs = [word for before, word in pairwise(words) if before == "--env"]
+        names = [word for before, word in pairwise(words) if before == "--compute"]
+        names = [parse(name, checkpoint=Checkpoint(out, "")).name for name in names]
+        number = int(words[words.index("--episodes") + 1])
+        episodes = [
+            EpisodeResult(env, name, 1000 + n, "do it", n < self.successes[name], None, 5, 1, 2, 12, 0)
+            for env in envs
+            for name in names
+            for n in range(number)
+        ]
+        times = Percentiles(*[5.0] * len(Percentiles.__dataclass_fields__))
+        latency = [Latency(name, 1, times, {}, {}, 5.0, 12.0, 2.0, 0.0) for name in names]
+        found = results.count(episodes, latency, n_action_steps=8, max_steps=24, render="fast", solver_steps=10)
+        file = Results(found, Minutes(), {}, "", "", "", "", results.pool(found), (), ())
+        results.write(file, reproduce.Path(out) / "results.json")
+
+
+def test_from_a_claim_to_its_row_and_page(tmp_path, monkeypatch, capsys):
+    stage = Stage(monkeypatch, {"dense:2": 10, "refine-random:2": 2})
+    words = ["reproduce", "C2", "--out", str(tmp_path), "--training-seeds", "2", "--episodes", "12"]
+    stage.unfinished = "eval"
+    assert main(words) == 130
+    assert stage.ran == ["record", "train", "train"]
+    stage.unfinished = None
+    assert main(words) == 0
+    assert stage.ran == ["record", "train", "train", "eval", "eval"], "finished steps are not repeated"
+    printed = capsys.readouterr().out
+    assert "C2: held" in printed
+    assert "synchronous: more successes than regenerated: +66.7 points" in printed
+    row = read(tmp_path / "C2.json")
+    assert row.verdict == "held"
+    assert [(arm.arm, arm.successes, arm.n) for arm in row.arms] == [("synchronous", 60, 72), ("regenerated", 12, 72)]
+    assert row.findings[0].per_seed == pytest.approx((2 / 3, 2 / 3))
+    assert [shlex.split(text)[1] for text in row.commands] == stage.ran
+    assert "collapses" in (tmp_path / "C2.html").read_text()
+    assert main(words) == 0
+    assert len(stage.ran) == 5
+    capsys.readouterr()
+    assert main(["reproduce", "--list", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("held") == 1
+
+
+def test_claims_share_recordings_and_trainings(tmp_path, monkeypatch):
+    stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
+    one = ["--out", str(tmp_path), "--training-seeds", "1", "--episodes", "6"]
+    monkeypatch.setitem(CLAIMS, "C3", replace(C2, name="C3"))
+    assert main(["reproduce", "C2", "C3", *one]) == 0
+    assert stage.ran == ["record", "train", "eval", "eval"]
+
+
+def test_a_training_that_a_signal_ended_is_not_done(monkeypatch):
+    from vlaflow.cli import train
+
+    for signal, finished, status in ((15, False, 0), (2, False, 130), (None, True, None), (15, True, None)):
+        outcome = SimpleNamespace(signal=signal, finished=finished)
+        monkeypatch.setattr(train, "run", lambda words, outcome=outcome: outcome)
+        assert reproduce._run(["train", "asyncvla.demo"]) == status
+
+
+def test_a_damaged_record_of_steps_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "steps.json").write_text(json.dumps(["vlaflow record"]))
+    assert main(["reproduce", "C2", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "steps.json is damaged" in said
+    assert said.count("\n") == 1

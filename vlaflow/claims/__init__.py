@@ -1,0 +1,1 @@
+"""The claims of the four papers, and what tests them here."""

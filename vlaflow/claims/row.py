@@ -1,0 +1,128 @@
+"""The row of a claim: what was measured, with intervals and seeds, and the verdict. Written and read strictly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vlaflow.claims.base import Claim, TrialArm
+from vlaflow.claims.plan import Places, Size, envs
+from vlaflow.claims.verdict import ArmRow, Finding, Measured, Verdict, arm_row, findings, overall
+from vlaflow.compute.parse import parse
+from vlaflow.compute.spelling import DEFAULTS, Checkpoint
+from vlaflow.evaluation import results, vqa
+from vlaflow.evaluation.results import Evaluation, read_as
+from vlaflow.evaluation.run import RESULTS
+from vlaflow.policies.provenance import fingerprint
+from vlaflow.versions import command_line, machine, versions
+
+FORMAT = "vlaflow claim 1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The content of ``CLAIM.json``.
+
+    Args:
+        claim: name of the claim.
+        verdict: "held", "refuted" or "not seen".
+        arms: in the order of the claim.
+        findings: its effects.
+        envs: the tasks.
+        size: see ``Size``.
+        hours: time spent on all commands of this row, including trainings that other rows share.
+        command, commands: the command that wrote this file, and those that it ran.
+        machine, versions: where and with what.
+        format: of this file.
+    """
+
+    claim: str
+    verdict: Verdict
+    arms: tuple[ArmRow, ...]
+    findings: tuple[Finding, ...]
+    envs: tuple[str, ...]
+    size: Size
+    hours: float
+    command: str
+    commands: tuple[str, ...]
+    machine: str
+    versions: dict[str, str]
+    format: str = field(default=FORMAT)
+
+
+def conclude(claim: Claim, places: Places, size: Size, *, hours: float, commands: tuple[str, ...]) -> Row:
+    """Read the results of all arms and judge the claim.
+
+    Raises:
+        DataError: results are missing, damaged or cannot be paired.
+    """
+    measured = {name: _measured(claim, arm, places, size) for name, arm in claim.arms.items()}
+    found = findings(claim, measured)
+    return Row(
+        claim=claim.name,
+        verdict=overall(found),
+        arms=tuple(arm_row(name, one) for name, one in measured.items()),
+        findings=found,
+        envs=envs(claim, size),
+        size=size,
+        hours=hours,
+        command=command_line(),
+        commands=commands,
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+def write(row: Row, file: Path) -> None:
+    """Write the file completely or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(asdict(row), indent=1, allow_nan=False) + "\n")
+    part.replace(file)
+
+
+def read(file: Path) -> Row:
+    """Read a row strictly.
+
+    Raises:
+        DataError, ConfigError: see ``results.read_as``.
+    """
+    return read_as(Row, file, FORMAT, f"vlaflow reproduce {file.stem} --out {file.parent}")
+
+
+def _measured(claim: Claim, arm: TrialArm, places: Places, size: Size) -> Measured:
+    if arm.compute is None:
+        return Measured({key: value for seed in size.seeds for key, value in _answers(claim, arm, places, seed).items()})
+    by_seed = {seed: _evaluations(claim, arm, places, seed) for seed in size.seeds}
+    episodes = [entry for entries in by_seed.values() for entry in entries]
+    times = [entry.latency_ms.p50 for entry in episodes if entry.latency_ms]
+    return Measured(
+        {key: value for seed, entries in by_seed.items() for key, value in _successes(seed, entries).items()},
+        float(np.mean(times)) if times else None,
+        float(np.mean([entry.layer_passes_per_chunk for entry in episodes])),
+    )
+
+
+def _evaluations(claim: Claim, arm: TrialArm, places: Places, seed: int) -> list[Evaluation]:
+    """The arm's entry of every task."""
+    folder = places.policy(arm.training, seed)
+    assert arm.compute is not None
+    name = parse(arm.compute, DEFAULTS, Checkpoint(folder, fingerprint(folder))).name
+    found = results.read(places.results(claim, arm.training, seed) / RESULTS)
+    return [found.of(env, name) for env in found.envs]
+
+
+def _successes(seed: int, entries: list[Evaluation]) -> dict[tuple[int, str], tuple[bool, ...]]:
+    found: dict[tuple[int, str], tuple[bool, ...]] = {}
+    for entry in entries:
+        for episode in entry.per_episode:
+            key = (seed, f"{episode.env} {episode.seed}")
+            found[key] = (*found.get(key, ()), episode.success)
+    return found
+
+
+def _answers(claim: Claim, arm: TrialArm, places: Places, seed: int) -> dict[tuple[int, str], tuple[bool, ...]]:
+    answered = vqa.read(places.results(claim, arm.training, seed) / vqa.FILE).per_question
+    return {(seed, f"{number} {one.name}"): (one.right,) for number, one in enumerate(answered)}

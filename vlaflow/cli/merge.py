@@ -1,0 +1,46 @@
+"""``vlaflow merge``: the results of an evaluation that several machines played in shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from vlaflow.packages import PAGES, require
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Make results.json and report.html of the shards that ``vlaflow eval --shard`` left in a folder.
+
+    Example: vlaflow merge runs/eval
+
+    Latency is measured, and videos are recorded, on this machine. The results are those of one evaluation without --shard,
+    measured times aside.
+
+    Args:
+        folder: the --out of all shards.
+        checkpoint: folder or Hugging Face repository id; by default that of the first shard.
+        workers: number of processes for the videos; by default that of the first shard.
+        device: where the networks run; by default that of the first shard.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    checkpoint: str | None = None
+    workers: int | None = None
+    device: str | None = None
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow merge ...``; returns the exit status."""
+    arguments = tyro.cli(Merge, prog="vlaflow merge", args=argv)
+    require(*PAGES)  # checked first, because the report is written last
+
+    from vlaflow.cli.eval import show
+    from vlaflow.evaluation.run import merge
+
+    results = merge(arguments.folder, checkpoint=arguments.checkpoint, workers=arguments.workers, device=arguments.device)
+    show(results, arguments.folder)
+    return 0

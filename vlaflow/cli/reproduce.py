@@ -1,0 +1,211 @@
+"""``vlaflow reproduce``: test a claim of one of the papers at the size of a laptop, by one command.
+
+Every step is a vlaflow command, printed before it runs. Finished ones are recorded in ``steps.json`` by their text, so the same
+command continues an interrupted test, and claims in one folder share recordings and trainings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vlaflow.errors import ConfigError, DataError, nearest
+from vlaflow.io import make_folder, require_makeable
+from vlaflow.packages import PAGES, require
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vlaflow.claims.base import Claim
+    from vlaflow.claims.plan import Places, Size
+    from vlaflow.claims.row import Row
+
+STEPS = "steps.json"
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Test claims of the papers: record, train and evaluate, then write the verdict, the numbers and a page.
+
+    Example: vlaflow reproduce C6 --out runs/claims
+
+    Hours on two cores, listed by --list, are per training seed. Run the same command again to continue after an interruption.
+
+    Args:
+        claims: names, such as C6; "all" for every claim.
+        list: list the claims and what is known of them in --out, and do nothing else.
+        out: folder for data sets, checkpoints and results; claims in one folder share recordings and trainings. By default
+            runs/claims, and runs/claims-quick with --quick.
+        training_seeds: number of trainings with different seeds.
+        demonstrations: per task.
+        episodes: environment seeds per task and arm, for each training seed.
+        noise_seeds: episodes per environment seed, with other noise of the policy each.
+        workers: processes for recording and evaluation; one per core is best.
+        quick: a few steps on one task, to check that everything works; says nothing about the claim.
+    """
+
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    out: Path | None = None
+    training_seeds: int = 3
+    demonstrations: int = 50
+    episodes: int = 40
+    noise_seeds: int = 1
+    workers: int = 2
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow reproduce ...``; returns the exit status."""
+    arguments = tyro.cli(Reproduce, prog="vlaflow reproduce", args=argv)
+
+    from rich.console import Console
+
+    from vlaflow.claims.catalogue import CLAIMS
+
+    out = arguments.out or Path("runs/claims-quick" if arguments.quick else "runs/claims")
+    if arguments.list:
+        Console().print(_listed(out))
+        return 0
+    if not arguments.claims:
+        raise ConfigError("Name at least one claim, e.g. vlaflow reproduce C6; vlaflow reproduce --list lists them.")
+    for name in arguments.claims:
+        if name not in CLAIMS and name != "all":
+            raise ConfigError(f"There is no claim '{name}'; {nearest(name, CLAIMS)} (vlaflow reproduce --list lists them)")
+
+    require("metaworld", "mujoco", "accelerate", "psutil", *PAGES, what="Testing a claim", extra="demo")
+    from vlaflow.claims.plan import Places, Size
+
+    size = Size(arguments.training_seeds, arguments.demonstrations, arguments.episodes, arguments.noise_seeds, arguments.quick)
+    steps, places = Steps(out), Places(out)
+    for name in CLAIMS if "all" in arguments.claims else dict.fromkeys(arguments.claims):
+        status = _reproduce(CLAIMS[name], steps, places, size, arguments.workers)
+        if status is not None:
+            return status
+    return 0
+
+
+class Steps:
+    """The finished steps of a folder, by the text of their command, and how long they took.
+
+    Raises:
+        DataError: the record is damaged.
+        ConfigError: the folder cannot be created, or holds something else.
+    """
+
+    def __init__(self, out: Path) -> None:
+        require_makeable(out)
+        self._file = out / STEPS
+        self.seconds: dict[str, float] = {}
+        if self._file.exists():
+            try:
+                self.seconds = {str(text): float(value) for text, value in json.loads(self._file.read_text()).items()}
+            except (ValueError, AttributeError, TypeError) as error:
+                raise DataError(f"{self._file} is damaged ({error}). Delete it, or choose another --out.") from error
+        elif out.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out} is not empty and contains no test of claims. Choose another --out.")
+        make_folder(out)
+        self._save()
+
+    def run(self, words: Sequence[str]) -> int | None:
+        """Print a command and run it unless it was finished before; returns an exit status if it did not finish, else None."""
+        text = shlex.join(["vlaflow", *words])
+        before = text in self.seconds
+        sys.stdout.write(f"\n$ {text}{'   (done before)' if before else ''}\n")
+        sys.stdout.flush()
+        if before:
+            return None
+        began = time.monotonic()
+        status = _run(words)
+        if status is None:
+            self.seconds[text] = time.monotonic() - began
+            self._save()
+        return status
+
+    def hours(self, commands: Iterable[Sequence[str]]) -> float:
+        """Time spent on these commands."""
+        return sum(self.seconds[shlex.join(["vlaflow", *words])] for words in commands) / 3600
+
+    def _save(self) -> None:
+        part = self._file.with_name(f".{STEPS}.part")
+        part.write_text(json.dumps(self.seconds, indent=1) + "\n")
+        part.replace(self._file)
+
+
+def _run(words: Sequence[str]) -> int | None:
+    """Run one command; None where it finished."""
+    command, *rest = words
+    if command == "train":
+        from vlaflow.cli import train
+
+        outcome = train.run(rest)
+        return None if outcome.finished else train.status(outcome)
+    status: int = importlib.import_module(f"vlaflow.cli.{command.replace('-', '_')}").main(rest)
+    return status or None
+
+
+def _reproduce(claim: Claim, steps: Steps, places: Places, size: Size, workers: int) -> int | None:
+    """Test one claim; returns an exit status if that ended early, else None."""
+    from rich.console import Console
+
+    from vlaflow.claims.plan import commands
+    from vlaflow.claims.row import conclude, write
+    from vlaflow.reports.claims import in_words, write_page
+
+    everything = list(commands(claim, places, size, workers))
+    sys.stdout.write(f"\n{claim.name} ({claim.system}): {claim.statement}\n")
+    for words in everything:
+        status = steps.run(words)
+        if status is not None:
+            return status
+    texts = tuple(shlex.join(["vlaflow", *words]) for words in everything)
+    row = conclude(claim, places, size, hours=steps.hours(everything), commands=texts)
+    write(row, places.row(claim))
+    page = write_page(claim, row, places)
+    console = Console()
+    console.print(f"\n{claim.name}: {row.verdict}", style="bold")
+    console.print(arms_table(row))
+    for finding in row.findings:
+        console.print(in_words(finding), markup=False)
+    console.print(f"Written: {places.row(claim)} and {page}", soft_wrap=True, markup=False)
+    return None
+
+
+def arms_table(row: Row) -> RenderableType:
+    """The arms of a row, for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    from vlaflow.reports.words import percent
+
+    grid = Table("arm", "success", "95 % interval", "p50 ms", "layers", box=box.SIMPLE, padding=0)
+    for arm in row.arms:
+        cost = [f"{value:.1f}" if value is not None else "" for value in (arm.latency_ms, arm.layer_passes)]
+        grid.add_row(arm.arm, f"{arm.successes}/{arm.n}", percent(arm.interval), *cost)
+    return grid
+
+
+def _listed(out: Path) -> RenderableType:
+    """All claims, with the verdicts in a folder."""
+    from rich import box
+    from rich.table import Table
+
+    from vlaflow.claims.catalogue import CLAIMS
+    from vlaflow.claims.plan import Places
+    from vlaflow.claims.row import read
+
+    grid = Table("claim", "system", "statement", "the paper's figures", "hours", "verdict", box=box.SIMPLE, padding=0)
+    for claim in CLAIMS.values():
+        file = Places(out).row(claim)
+        verdict = read(file).verdict if file.exists() else ""
+        grid.add_row(claim.name, claim.system, claim.statement, claim.published, f"{claim.hours:.1f}", verdict)
+    return grid
