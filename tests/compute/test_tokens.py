@@ -256,6 +256,6 @@ def test_a_chunk_reports_its_tokens():
     assert len(chunk.revised) == 7
     made = policy.model.decoder.tokenizer.decode(chunk.tokens[None])
     assert chunk.repaired == bool(made.repaired_B[0])
-    robot = policy._action.inverse(torch.from_numpy(made.action_BLD[0])).numpy()
+    robot = policy.action_normalizer.inverse(torch.from_numpy(made.action_BLD[0])).numpy()
     np.testing.assert_allclose(chunk.actions, np.clip(robot, -1, 1), atol=1e-6)
     assert helpers.policy().act(SIX[0]).tokens is None

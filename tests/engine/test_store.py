@@ -16,7 +16,7 @@ from vlaflow.engine.deploy import Plan
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.policies import deployment
 from vlaflow.policies.base import Policy
-from vlaflow.policies.deployment import build, default_lengths
+from vlaflow.policies.deployment import build, default_lengths, open_policy, with_engine
 from vlaflow.policies.provenance import fingerprint
 
 SEEN = helpers.observation()
@@ -64,7 +64,7 @@ def programs(checkpoint):
 
 
 def test_a_deployed_checkpoint_gives_the_same_chunk_from_programs(deployed):
-    eager, policy = Policy.from_pretrained(deployed), Policy.from_pretrained(deployed, engine="aoti")
+    eager, policy = Policy.from_pretrained(deployed), open_policy(deployed, engine="aoti")
     np.testing.assert_allclose(policy.act(SEEN, Dense(2)).actions, eager.act(SEEN, Dense(2)).actions, atol=1e-5)
     assert (eager.model.engine, policy.model.engine) == ("eager", "aoti f32")
     assert not policy.model.programs.missed
@@ -72,7 +72,7 @@ def test_a_deployed_checkpoint_gives_the_same_chunk_from_programs(deployed):
 
 def test_nothing_is_compiled_outside_deploy(deployed):
     """Not even for what has no program: a longer instruction, two observations."""
-    policy = Policy.from_pretrained(deployed, engine="aoti")
+    policy = open_policy(deployed, engine="aoti")
     policy.act([SEEN, helpers.observation(1, "x" * 30)], Dense(3))
     assert policy.model.programs.missed
 
@@ -82,7 +82,7 @@ def test_programs_are_not_in_the_checkpoint(deployed):
     copied = deployed.parent / "copied"
     shutil.copytree(deployed, copied)
     assert {file.suffix for file in deployed.rglob("*") if file.is_file()} == {".json", ".safetensors", ".md"}
-    assert Policy.from_pretrained(copied, engine="aoti").model.engine == "aoti f32"  # the same weights, here
+    assert open_policy(copied, engine="aoti").model.engine == "aoti f32"  # the same weights, here
     assert before.model.engine == "eager"
 
 
@@ -91,7 +91,7 @@ def test_a_program_that_a_checkpoint_brings_is_not_opened(deployed):
     shutil.copytree(programs(deployed), deployed / "programs")
     shutil.rmtree(programs(deployed))
     with pytest.raises(DeploymentError, match="vlaflow deploy CKPT --engine aoti"):
-        Policy.from_pretrained(deployed, engine="aoti")
+        open_policy(deployed, engine="aoti")
 
 
 @pytest.mark.parametrize("name", ["torch", "instructions", "machine", "sources"])
@@ -105,16 +105,16 @@ def test_programs_of_something_else_are_refused(deployed, monkeypatch, capsys, n
     }
     monkeypatch.setattr(*patched[name])
     with pytest.raises(DeploymentError, match=rf"built for {name}.*vlaflow deploy CKPT --engine aoti"):
-        Policy.from_pretrained(deployed, engine="aoti")
-    assert Policy.from_pretrained(deployed, engine="auto").model.engine == "eager"
+        open_policy(deployed, engine="aoti")
+    assert open_policy(deployed, engine="auto").model.engine == "eager"
     assert f"built for {name}" in capsys.readouterr().err
 
 
 def test_other_weights_have_no_programs(deployed):
     helpers.policy(seed=1).save_pretrained(deployed)
     with pytest.raises(DeploymentError, match="has no programs of aoti on this machine"):
-        Policy.from_pretrained(deployed, engine="aoti")
-    assert Policy.from_pretrained(deployed, engine="auto").model.engine == "eager"
+        open_policy(deployed, engine="aoti")
+    assert open_policy(deployed, engine="auto").model.engine == "eager"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
@@ -124,20 +124,20 @@ def test_what_others_can_write_is_refused(deployed):
         mode = part.stat().st_mode
         part.chmod(mode | 0o020)
         with pytest.raises(DeploymentError, match="can be written by others"):
-            Policy.from_pretrained(deployed, engine="aoti")
+            open_policy(deployed, engine="aoti")
         part.chmod(mode)
     outside = deployed.parent / "elsewhere"
     place.rename(outside)
     place.symlink_to(outside)
     with pytest.raises(DeploymentError, match="is a link"):
-        Policy.from_pretrained(deployed, engine="aoti")
+        open_policy(deployed, engine="aoti")
 
 
 def test_a_damaged_program_is_refused(deployed):
     file = next(programs(deployed).glob("run-*"))
     file.write_bytes(b"nothing")
     with pytest.raises(DeploymentError, match=r"run-.* is missing or damaged.*vlaflow deploy CKPT"):
-        Policy.from_pretrained(deployed, engine="aoti")
+        open_policy(deployed, engine="aoti")
 
 
 def test_programs_that_give_another_chunk_are_not_kept(compiler, checkpoint, monkeypatch):
@@ -159,7 +159,7 @@ def test_auto_takes_programs_only_where_they_are_faster(deployed):
     for milliseconds, engine in ((found.measured.eager / 2, "aoti f32"), (found.measured.eager * 2, "eager")):
         measured = store.Measured(milliseconds, found.measured.eager, 0.0)
         store.write(dataclasses.replace(found, measured=measured), place)
-        assert policy.with_engine("auto").model.engine == engine
+        assert with_engine(policy, "auto").model.engine == engine
 
 
 def test_a_missing_compiler_is_one_sentence(monkeypatch, checkpoint):

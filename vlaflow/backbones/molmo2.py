@@ -121,6 +121,6 @@ class MolmoBackbone(PretrainedBackbone):
 
     def prefix_mask(self, inputs: Inputs) -> Tensor:
         """Causal, but the tokens of all images see each other."""
-        assert inputs.picture_P is not None
-        picture_P = inputs.picture_P
-        return causal_mask(len(picture_P), picture_P.device) | (picture_P[:, None] & picture_P)
+        assert inputs.image_P is not None
+        image_P = inputs.image_P
+        return causal_mask(len(image_P), image_P.device) | (image_P[:, None] & image_P)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlaflow.errors import ConfigError, DataError, nearest
-from vlaflow.io import make_folder, require_makeable
+from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
@@ -136,9 +136,7 @@ class Steps:
         return sum(self.seconds[shlex.join(["vlaflow", *words])] for words in commands) / 3600
 
     def _save(self) -> None:
-        part = self._file.with_name(f".{STEPS}.part")
-        part.write_text(json.dumps(self.seconds, indent=1) + "\n")
-        part.replace(self._file)
+        write_json(self._file, self.seconds, indent=1)
 
 
 def _run(words: Sequence[str]) -> int | None:

@@ -115,7 +115,7 @@ class DiscreteFlowConfig(TokenConfig):
         attention: "blind": the prefix never sees the action tokens, its keys and values are computed once and exact;
             "full": everything sees everything, and the prefix is run again with the tokens.
         refresh: with "full", the share of tokens that must have changed since the prefix was last run for it to be run
-            again; 0 runs it at every step, 1 never again (DFM-VLA's adaptive cache, whose rule it does not tell) [ours].
+            again; 0 runs it at every step, 1 never again (DFM-VLA's adaptive cache; the paper does not give its rule) [ours].
         rate_weight: of the rate head's loss relative to the cross-entropy [ours].
         rate_clip: largest weight 1/clock in the rate's loss [ours].
     """
@@ -150,13 +150,13 @@ class DiscreteFlowState(TokenState):
 
     Args:
         refresh: see ``DiscreteFlowConfig``; for both kinds of attention.
-        seen_BS: tokens that the prefix saw when it was last run.
+        cached_id_BS: tokens that the prefix was last run with.
         prefix: as it was then; None before the first step.
         refreshed: how often it was run for each observation, int64 (B,).
     """
 
     refresh: float = 1.0
-    seen_BS: Tensor | None = None
+    cached_id_BS: Tensor | None = None
     prefix: Prefix | None = None
     refreshed: Tensor = field(kw_only=True)
 
@@ -369,10 +369,10 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         embedded_BSW = self._embed(state.id_BS, clock_BS)
         if not full and state.refresh >= 1:
             return self.stack(embedded_BSW, prefix), state
-        if state.seen_BS is None or state.prefix is None:
+        if state.cached_id_BS is None or state.prefix is None:
             due_B = torch.ones(len(state.id_BS), dtype=torch.bool, device=state.id_BS.device)
         else:
-            changed_B = (state.id_BS != state.seen_BS).float().mean(1)
+            changed_B = (state.id_BS != state.cached_id_BS).float().mean(1)
             due_B = changed_B >= state.refresh if state.refresh == 0 else changed_B > state.refresh
         if not bool(due_B.any()):
             assert state.prefix is not None
@@ -384,12 +384,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         else:
             fresh = prefix.backbone.run(part, depth)
             hidden_RSW = self.stack(embedded_BSW[row_R], fresh)
-        latest, seen_BS = fresh, state.id_BS
-        if state.prefix is not None and state.seen_BS is not None and len(row_R) < len(state.id_BS):
+        latest, cached_id_BS = fresh, state.id_BS
+        if state.prefix is not None and state.cached_id_BS is not None and len(row_R) < len(state.id_BS):
             layers = zip(state.prefix.kv_cache, fresh.kv_cache, strict=True)
             latest = replace(state.prefix, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
-            seen_BS = torch.where(due_B[:, None], state.id_BS, state.seen_BS)
+            cached_id_BS = torch.where(due_B[:, None], state.id_BS, state.cached_id_BS)
             hidden_BSW = self.stack(embedded_BSW, latest).index_copy(0, row_R, hidden_RSW)
         else:
             hidden_BSW = hidden_RSW
-        return hidden_BSW, replace(state, prefix=latest, seen_BS=seen_BS, refreshed=state.refreshed + due_B)
+        return hidden_BSW, replace(state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=state.refreshed + due_B)

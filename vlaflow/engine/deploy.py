@@ -110,7 +110,7 @@ def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened
     Args:
         model: the networks.
         weights: fingerprint of their checkpoint; called only if this user has any programs.
-        engine: see ``Policy.with_engine``.
+        engine: see ``policies.deployment.with_engine``.
 
     Raises:
         DeploymentError: the programs of a compiler that was asked for by name are missing, or were built for something else.

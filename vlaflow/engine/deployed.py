@@ -1,8 +1,8 @@
 """The model of a deployed policy: the same primitives as any other, computed by programs where there is one for the shapes.
 
 Compute policies call ``embed``, ``read`` and the decoder's steps as ever and need not know. What has no program (a larger
-batch, a longer instruction, the steps of a decoder of tokens, guidance, which needs gradients) is computed by the folded
-networks: the chunk is the same, only later. Nothing is ever compiled here.
+batch, a longer instruction, one robot of several, the steps of a decoder of tokens, guidance, which needs gradients) is
+computed by the folded networks: the chunk is the same, only later. Nothing is ever compiled here.
 
 Shape letters: B batch, L chunk size, X padded action dimension, N solver steps, T time tokens, W width.
 """
@@ -90,8 +90,8 @@ class DeployedFlow(FlowDecoder):
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
         """See ``Decoder``."""
-        shared = len(state.x_BLX) == prefix.batch and state.guidance is None
-        program = self.programs.find(programs.reading_key("step", prefix)) if shared else None
+        plain = state.guidance is None and prefix.action_mask_BLD is None and len(state.x_BLX) == prefix.batch
+        program = self.programs.find(programs.reading_key("step", prefix)) if plain else None
         if program is None:
             return super().advance(state, prefix, steps)
         count, read = state.sampling.steps, programs.reading_inputs(prefix)

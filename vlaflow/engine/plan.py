@@ -82,4 +82,4 @@ def _(decoder: RegressionDecoder, backbone: Backbone, prefix: Prefix) -> list[Pr
 @steps.register
 def _(decoder: LatentFlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
     generators = [Generator().manual_seed(0) for _ in range(prefix.batch)]
-    return steps(decoder.flow, backbone, decoder.start(prefix, generators, Sampling(1)).seen)
+    return steps(decoder.flow, backbone, decoder.start(prefix, generators, Sampling(1)).context)

@@ -3,7 +3,7 @@
 Programs are machine code. A checkpoint may come from anywhere and holds data only, so nothing in it can name, bring or replace
 a program: they are found by the fingerprint of the weights, in ``$XDG_CACHE_HOME/vlaflow/programs`` (by default below
 ``~/.cache``), which must belong to this user and be writable by no other. They are used only with the versions, the processor
-and the sources that they were built with (docs/decisions/017-programs-are-never-part-of-a-checkpoint.md).
+and the sources that they were built with (docs/decisions/018-programs-are-never-part-of-a-checkpoint.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from vlaflow.config import from_json, to_json
 from vlaflow.engine import aoti, openvino
 from vlaflow.engine.programs import Program, ProgramKey, Programs, Run
 from vlaflow.errors import CheckpointError, DeploymentError
-from vlaflow.io import make_folder, read_json, write_json
+from vlaflow.io import read_json
+from vlaflow.outputs import make_folder, write_json
 from vlaflow.packages import require
 from vlaflow.versions import machine
 

@@ -30,6 +30,7 @@ from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.deployment import open_policy
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
@@ -53,7 +54,7 @@ class RolloutConfig:
         device: where the networks run.
         batch: episodes that a worker plays together, at most; fewer where the simulator keeps fewer environments.
         dtype: what the networks compute in.
-        engine: what computes them (``Policy.with_engine``).
+        engine: what computes them (``policies.deployment.with_engine``).
     """
 
     n_action_steps: int | None = None
@@ -187,7 +188,7 @@ def play_all(
     folder = local_folder(checkpoint)
     policy = Policy.from_pretrained(folder)
     require_fit(policy, str(checkpoint), {job.env for job in jobs}, [job.compute for job in jobs], config)
-    config = replace(config, n_action_steps=config.n_action_steps or policy.config.n_action_steps)
+    config = replace(config, n_action_steps=config.n_action_steps or policy.n_action_steps)
     places = blocks(jobs, config.batch)
     found: dict[int, EpisodeResult] = {}
 
@@ -200,7 +201,7 @@ def play_all(
                 progress(len(found), len(jobs))
 
     with one_thread():
-        setup = functools.partial(Policy.from_pretrained, str(folder), config.device, config.dtype, config.engine)
+        setup = functools.partial(open_policy, str(folder), config.device, config.dtype, config.engine)
         together = [EpisodeBlock(tuple(jobs[place] for place in block)) for block in places]
         run_jobs(functools.partial(_play_block, config=config), together, workers, setup=setup, finished=keep)
     return [found[place] for place in range(len(jobs))]
@@ -307,7 +308,7 @@ def _together(policy: Policy, episodes: Sequence[Episode], jobs: Sequence[Episod
 def _chunked(policy: Policy, env: Environment, job: EpisodeJob, config: RolloutConfig) -> ChunkEnv:
     from vlaflow.simulators.chunks import ChunkEnv
 
-    n_action_steps = config.n_action_steps or policy.config.n_action_steps
+    n_action_steps = config.n_action_steps or policy.n_action_steps
     return ChunkEnv(env, n_action_steps, max_steps=job.max_steps or config.max_steps)
 
 
@@ -368,7 +369,7 @@ def require_fit(
         CapabilityError: the checkpoint lacks what a compute policy needs.
         ConfigError: for an unknown environment or an impossible ``n_action_steps`` or ``max_steps``.
     """
-    chunk_size = policy.config.decoder.chunk_size
+    chunk_size = policy.chunk_size
     if config.n_action_steps is not None and not 1 <= config.n_action_steps <= chunk_size:
         raise ConfigError(
             f"{checkpoint} makes chunks of {chunk_size} actions, so 1 to {chunk_size} can be executed, not "
@@ -380,7 +381,7 @@ def require_fit(
         state = len(policy.stats["state"].mean)
         if state != len(spec.state_names):
             raise SpecError(f"{checkpoint} expects a state of length {state}; that of {env} has {len(spec.state_names)}.")
-        for view in policy.model.backbone.views:
+        for view in policy.views:
             if view not in spec.views:
                 raise SpecError(f"{checkpoint} needs view '{view}', which {env} lacks; {nearest(view, spec.views)}")
         if config.max_steps is not None and not 1 <= config.max_steps <= step_limit(env):

@@ -35,10 +35,11 @@ from vlaflow.evaluation.rollout import (
     require_fit,
 )
 from vlaflow.evaluation.shards import Shard, read_shards, require_same
-from vlaflow.io import require_writable, storing
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.deployment import open_policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
@@ -46,6 +47,8 @@ from vlaflow.versions import command_line, machine, versions
 
 VIDEOS = "videos"
 RESULTS = "results.json"
+Report = Callable[[Path], object]
+"""Writes a page about the results in a folder."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def evaluate(
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
         dtype: what they compute in; "bf16" halves the memory of their layers.
-        engine: what computes them; see ``Policy.with_engine``.
+        engine: what computes them; see ``policies.deployment.with_engine``.
         batch: episodes that a process plays together, with one batched call of the policy.
         videos: whether to record a success and a failure per environment.
         workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
@@ -172,7 +175,14 @@ def evaluate(
     return run(checkpoint, config, Path(out), fresh=fresh)
 
 
-def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: bool = False) -> Results:
+def run(
+    checkpoint: Path | str,
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    fresh: bool = False,
+    report: Report | None = None,
+) -> Results:
     """Measure, and write ``results.json`` and ``videos/`` into ``out``.
 
     Every finished episode is kept in ``episodes.jsonl`` until the results are written. An evaluation that was interrupted
@@ -183,6 +193,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
         config: what to measure.
         out: folder.
         fresh: discard an unfinished evaluation in ``out`` instead of continuing it.
+        report: called with ``out`` when the results are written, e.g. ``vlaflow.reports.evaluation.write_report``; if it fails,
+            the finished episodes are kept.
 
     Raises:
         VlaflowError: before the first episode, when the parts do not fit together, ``out`` cannot be written, or it holds an
@@ -195,6 +207,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
         played = work.play(log, work.blocks)
         with storing(out, "The results", log.kept):
             found = work.conclude(out, played, minutes=lambda: log.spent / 60)
+            if report is not None:
+                report(out)
         log.remove()
     return found
 
@@ -215,7 +229,12 @@ def play_shard(checkpoint: Path | str, config: EvaluationConfig, out: Path, shar
 
 
 def merge(
-    folder: Path, *, checkpoint: Path | str | None = None, workers: int | None = None, device: str | None = None
+    folder: Path,
+    *,
+    checkpoint: Path | str | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    report: Report | None = None,
 ) -> Results:
     """Put all shards together: measure latency, record videos, and write what ``run`` would have written.
 
@@ -224,6 +243,7 @@ def merge(
         checkpoint: where it lies on this machine; by default where it lay for the first shard.
         workers: processes for the videos; by default as many as the first shard had.
         device: where the networks run; by default as for the first shard.
+        report: see ``run``.
 
     Raises:
         VlaflowError: shards that are missing, unfinished, still running or of another evaluation, checkpoint or version.
@@ -247,6 +267,8 @@ def merge(
             machines=shards.machines,
             commands=shards.commands,
         )
+        if report is not None:
+            report(folder)
     for file in shards.files:
         file.unlink()
     return found
@@ -360,8 +382,8 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     if "auto" in config.computes and (calibration := sampler_choice.load(home)):
         calibration.require_unseen(envs, config.first_seed, config.episodes)
     computes = parse_all(config.computes, config.knobs, home)
-    policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype, config.rollout.engine)
-    rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
+    policy = open_policy(folder, config.rollout.device, config.rollout.dtype, config.rollout.engine)
+    rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
@@ -375,9 +397,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
 
 
 def _require_writable(out: Path, config: EvaluationConfig) -> None:
-    require_writable(out / RESULTS)
-    if config.videos:
-        require_writable(out / VIDEOS / videos.FILE)
+    require_writable(out / RESULTS, *([out / VIDEOS / videos.FILE] if config.videos else []))
 
 
 def _timed(

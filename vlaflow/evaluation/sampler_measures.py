@@ -212,7 +212,7 @@ def two_group_share(policy: Policy, compute: ComputePolicy, frames: Sample, *, m
     found = 0
     for begin in range(0, len(index_N), BATCH):
         index_B = index_N[begin : begin + BATCH]
-        prefix = policy.embed(frames.windows.batch(index_B).observation)
+        prefix = policy.embed(policy.own(frames.windows.batch(index_B).observation))
         chunk_BKLD, _ = _draws(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
         spread_B = mean_and_spread(chunk_BKLD)[1].mean(1)
         found += int(((multimodality(chunk_BKLD) > GROUPS_FROM) & (spread_B > APART)).sum())
@@ -245,9 +245,9 @@ def measure(
             index_B = frames.index_N[begin : begin + BATCH]
             later_B, has_later_B = _later(frames, index_B, n_action_steps)
             batch, later = frames.windows.batch(index_B), frames.windows.batch(later_B)
-            target_BLD = policy.targets(batch).action_BLD.cpu()
-            prefix = policy.embed(batch.observation)
-            later_prefix = policy.embed(later.observation) if draws > 1 else None
+            target_BLD = policy.cut(policy.targets(policy.own_batch(batch)).action_BLD).cpu()
+            prefix = policy.embed(policy.own(batch.observation))
+            later_prefix = policy.embed(policy.own(later.observation)) if draws > 1 else None
             for number, compute in enumerate(computes):
                 chunks, counts = _draws(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
                 after_BLD = None
@@ -289,7 +289,7 @@ def _draws(
         generators = [Generator().manual_seed(int(row) * 64 + draw) for row in row_B]
         with policy.precision():
             out = compute.decode(policy.model, prefix, generators, Stopwatch(policy.device))
-        found.append(out.action_BLD.float().cpu())
+        found.append(policy.cut(out.action_BLD).float().cpu())
         counts += (sum(out.nfe), sum(out.layer_passes))
     return torch.stack(found, 1), counts
 
