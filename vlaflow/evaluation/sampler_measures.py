@@ -22,7 +22,6 @@ from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.consensus import mean_and_spread
 from vlaflow.compute.multimodality import multimodality
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import action_chunks
 from vlaflow.evaluation.calibrate import BATCH, Sample
 from vlaflow.policies.base import Policy
@@ -110,13 +109,12 @@ class Demonstrated:
     @staticmethod
     def of(policy: Policy, dataset: Dataset, executed: int) -> Demonstrated:
         """A random sample of all chunks of a data set, at most ``REFERENCES``, always the same."""
-        normalizer = Normalizer.from_stats(policy.stats["action"], policy.config.action_normalisation)
-        episodes = range(len(dataset.episodes))
+        episodes = dataset.numbers
         chunk_MLD = action_chunks(dataset, executed, episodes)
         length_E = [dataset.episode_slice(e).stop - dataset.episode_slice(e).start for e in episodes]
         chosen = np.sort(np.random.default_rng(0).permutation(len(chunk_MLD))[:REFERENCES])
-        episode_M = np.repeat(np.arange(len(episodes)), length_E)
-        action_RLD = normalizer.forward(torch.from_numpy(chunk_MLD[chosen]))
+        episode_M = np.repeat(np.array(episodes), length_E)
+        action_RLD = policy.action_normalizer.forward(torch.from_numpy(chunk_MLD[chosen]))
         return Demonstrated(action_RLD.flatten(1), torch.from_numpy(episode_M[chosen]))
 
     def distance(self, chunk_BKHD: Tensor, episode_B: Tensor) -> Tensor:
@@ -148,9 +146,8 @@ class Scale:
     def of(policy: Policy, executed: int, demonstrated: Demonstrated) -> Scale:
         """Those of a policy; dimensions whose name contains "gripper" are grippers."""
         stats = policy.stats["action"]
-        normalizer = Normalizer.from_stats(stats, policy.config.action_normalisation)
         gripper_D = torch.tensor(["gripper" in dimension.name for dimension in policy.action_spec.dimensions])
-        middle_D = normalizer.forward((torch.tensor(stats.min) + torch.tensor(stats.max)) / 2)
+        middle_D = policy.action_normalizer.forward((torch.tensor(stats.min) + torch.tensor(stats.max)) / 2)
         return Scale(executed, gripper_D, middle_D, demonstrated)
 
     def values(self, found: SampledChunks) -> dict[str, Tensor]:

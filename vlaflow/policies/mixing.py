@@ -22,7 +22,6 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed, Order
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.stats import FeatureStats
-from vlaflow.data.transforms import Normalizer
 from vlaflow.data.weights import DatasetEntry, Member, weights_of
 from vlaflow.data.windows import action_chunks
 from vlaflow.errors import ConfigError, SpecError
@@ -230,7 +229,7 @@ def normalised_chunks(
         robot = robots.robot(number)
         steps = robot.action_spec.chunk_size or decoder.chunk_size
         chunk_NLD = torch.from_numpy(action_chunks(each.dataset, steps, config.episodes(each.dataset)[0]))
-        made.append(shape.chunk(Normalizer.from_stats(robot.stats["action"], policy.action_normalisation).forward(chunk_NLD)))
+        made.append(shape.chunk(policy.action_normalizer(robot.stats, robot.action_spec).forward(chunk_NLD)))
     return torch.cat(made).numpy()
 
 

@@ -20,6 +20,7 @@ from vlaflow.actions.nsvq import Replacement
 from vlaflow.config import to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import chosen_view
+from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
@@ -79,19 +80,21 @@ class PolicyObjective(Objective):
         if assets.base is not None and assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         if self.vqa is not None and assets.vqa is not None:
             require_askable(self.policy, VqaDataset.open(assets.vqa, self.vqa.turns))
-        require_enough(config, self.open(root), self.policy.decoder.chunk_size, stage)
+        require_enough(config, dataset, self.policy.decoder.chunk_size, stage)
         wanted = self.policy.decoder.latent_codes
         if wanted is not None and before.latent is not None:
             fit_codes(before.latent, wanted, "The latent action model of this pipeline", stage)
         return replace(before, policy=self.policy)
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return open_actions(root)
+        return open_actions(root, reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``."""
@@ -149,11 +152,11 @@ class PolicyObjective(Objective):
                 f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
                 "checkpoint that the rater was trained for, and train another rater afterwards."
             )
-        for key in ("state_normalisation", "action_normalisation"):
+        for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
             ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
             if ours != theirs:
                 raise ConfigError(
-                    f"policy.{key} is '{ours}', but {base.path} was trained with '{theirs}', which its weights take for "
+                    f"policy.{key} is {ours!r}, but {base.path} was trained with {theirs!r}, which its weights take for "
                     "granted. Leave out the --set that changes it."
                 )
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)
@@ -204,16 +207,18 @@ class RaterObjective(Objective):
         if assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         if before.policy is None:
             return before
-        require_enough(config, self.open(root), before.policy.decoder.chunk_size, stage)
+        require_enough(config, dataset, before.policy.decoder.chunk_size, stage)
         return replace(before, policy=replace(before.policy, rater=self.rater))
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return open_actions(root)
+        return open_actions(root, reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; the same seed and fraction hold out the same episodes as the policy's training did."""
@@ -276,13 +281,15 @@ class LatentObjective(Objective):
             if given is not None:
                 raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         return replace(before, latent=self.model)
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return Dataset.open(root, video=True)
+        return Dataset.open(root, video=True, reading=reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; a view that is missing and episodes that are all too short for the gap are a ``DataError``."""

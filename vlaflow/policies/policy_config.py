@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlaflow.backbones.base import BackboneConfig
-from vlaflow.data.transforms import Mode
+from vlaflow.data.stats import FeatureStats
+from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.decoders.base import DecoderConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
+from vlaflow.spec import ActionSpec
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class PolicyConfig:
         system: the system this assembly follows, e.g. "asyncvla".
         backbone, decoder, rater: configs of the parts, vlaflow's or another package's; no rater until one is trained.
         state_normalisation, action_normalisation: modes of the normalisers.
+        state_clip, action_clip: largest size of a normalised number, beyond which it is clipped; None for no limit.
+        kept_actions: words; action dimensions with one of them in their name are left as they are.
         exits: depths at which the decoder also learns to answer; None for the full depth alone.
         n_action_steps: actions executed per chunk unless the caller says otherwise.
     """
@@ -32,6 +37,9 @@ class PolicyConfig:
     exits: ExitTraining | None = None
     state_normalisation: Mode = "mean_std"
     action_normalisation: Mode = "mean_std"
+    state_clip: float | None = None
+    action_clip: float | None = None
+    kept_actions: tuple[str, ...] = ()
     n_action_steps: int = 8
 
     def __post_init__(self) -> None:
@@ -39,6 +47,16 @@ class PolicyConfig:
             raise ConfigError(
                 f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
             )
+
+    def state_normalizer(self, stats: Mapping[str, FeatureStats]) -> Normalizer:
+        """Of a robot's state, by the statistics of its data."""
+        return Normalizer.from_stats(stats["state"], self.state_normalisation).limited(self.state_clip)
+
+    def action_normalizer(self, stats: Mapping[str, FeatureStats], action_spec: ActionSpec) -> Normalizer:
+        """Of a robot's actions, by the statistics of its data."""
+        names = [dimension.name.lower() for dimension in action_spec.dimensions]
+        kept = tuple(d for d, name in enumerate(names) if any(word in name for word in self.kept_actions))
+        return Normalizer.from_stats(stats["action"], self.action_normalisation).limited(self.action_clip, kept)
 
     def build(self) -> Model:
         """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
