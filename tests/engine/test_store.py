@@ -12,7 +12,7 @@ import torch
 from tests import helpers
 from vlaflow.compute.dense import Dense
 from vlaflow.engine import aoti, store
-from vlaflow.engine.deploy import Plan
+from vlaflow.engine.deploy import DeploymentPlan
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.policies import deployment
 from vlaflow.policies.base import Policy
@@ -20,7 +20,7 @@ from vlaflow.policies.deployment import build, default_lengths, open_policy, wit
 from vlaflow.policies.provenance import fingerprint
 
 SEEN = helpers.observation()
-PLAN = Plan("aoti", "f32", (Dense(2),), (1,), (16,))
+PLAN = DeploymentPlan("aoti", "f32", (Dense(2),), (1,), (16,))
 
 
 def call(module, tensors):
@@ -157,7 +157,7 @@ def test_auto_takes_programs_only_where_they_are_faster(deployed):
     place, policy = programs(deployed), Policy.from_pretrained(deployed)
     found = store.find(fingerprint(deployed), "aoti")
     for milliseconds, engine in ((found.measured.eager / 2, "aoti f32"), (found.measured.eager * 2, "eager")):
-        measured = store.Measured(milliseconds, found.measured.eager, 0.0)
+        measured = store.Speed(milliseconds, found.measured.eager, 0.0)
         store.write(dataclasses.replace(found, measured=measured), place)
         assert with_engine(policy, "auto").model.engine == engine
 

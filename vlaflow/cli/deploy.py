@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import parse_all
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.engine import store
-    from vlaflow.engine.deploy import Plan
+    from vlaflow.engine.deploy import DeploymentPlan
     from vlaflow.policies.base import Policy
     from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.deployment import build, default_lengths
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     computes = parse_all(a.compute or (default_name(folder),), Knobs(threads=a.threads), Checkpoint(folder, weights))
     lengths = tuple(sorted({len(text.encode()) for text in a.instruction})) or default_lengths(policy)
     batches = tuple(sorted(set(a.batch))) or (1,)
-    plan = Plan(a.engine, a.precision, computes, batches, lengths, tuned=not a.quick)
+    plan = DeploymentPlan(a.engine, a.precision, computes, batches, lengths, tuned=not a.quick)
 
     def say(program: Program) -> None:
         sys.stderr.write(f"Compiling {program.key} ...\n")

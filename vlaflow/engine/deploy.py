@@ -22,7 +22,7 @@ from vlaflow.engine.deployed import DeployedModel
 from vlaflow.engine.fold import folded, in_bfloat16
 from vlaflow.engine.plan import needed
 from vlaflow.engine.programs import Program, Programs
-from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Measured, Precision
+from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Precision, Speed
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.packages import require
 
@@ -32,7 +32,7 @@ TOLERANCE: dict[Precision, float] = {"f32": 1e-5, "bf16": 0.05}
 
 
 @dataclass(frozen=True)
-class Plan:
+class DeploymentPlan:
     """What to build.
 
     Args:
@@ -63,9 +63,9 @@ class Opened:
 def build(
     model: Model,
     weights: str,
-    plan: Plan,
+    plan: DeploymentPlan,
     inputs: Iterable[Inputs],
-    judge: Callable[[Opened], Measured],
+    judge: Callable[[Opened], Speed],
     *,
     say: Callable[[Program], None],
 ) -> Deployment:

@@ -70,7 +70,7 @@ def _(decoder: FlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]
     clock_BL, time_BTW = state.start_BL, decoder.codec.times(state.start_BL)
     # tensors of their own: export would take one that is given twice for one argument
     examples = (state.x_BLX, state.x_BLX.clone(), clock_BL, -clock_BL, time_BTW, *programs.reading_inputs(prefix))
-    return [Program(programs.reading_key("step", prefix), programs.Step(backbone, decoder), examples)]
+    return [Program(programs.reading_key("step", prefix), programs.SolverStep(backbone, decoder), examples)]
 
 
 @steps.register

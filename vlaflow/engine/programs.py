@@ -102,7 +102,7 @@ class RunLayers(nn.Module):
         return [done.hidden_BPW, *(tensor.contiguous() for tensor in caches)]
 
 
-class Step(nn.Module):
+class SolverStep(nn.Module):
     """from + delta · velocity(at): an Euler step where ``from`` is ``at``, and half of a second-order one where it is not."""
 
     def __init__(self, backbone: Backbone, decoder: FlowDecoder) -> None:

@@ -73,7 +73,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Speed:
     """A chunk of the first compute policy at batch 1, against an eager one.
 
     Args:
@@ -110,7 +110,7 @@ class Deployment:
     computes: tuple[str, ...]
     threads: int
     programs: dict[str, str]
-    measured: Measured | None = None
+    measured: Speed | None = None
 
 
 def root() -> Path:

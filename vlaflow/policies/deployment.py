@@ -19,9 +19,9 @@ from vlaflow.backbones.inputs import Inputs
 from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.engine import deploy
-from vlaflow.engine.deploy import TOLERANCE, Engine, Opened, Plan
+from vlaflow.engine.deploy import TOLERANCE, DeploymentPlan, Engine, Opened
 from vlaflow.engine.programs import Program
-from vlaflow.engine.store import Deployment, Measured
+from vlaflow.engine.store import Deployment, Speed
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
@@ -65,7 +65,7 @@ def default_lengths(policy: Policy) -> tuple[int, ...]:
     return () if limit is None else (-(-limit.size // 3), limit.size)
 
 
-def build(policy: Policy, folder: Path, plan: Plan, say: Callable[[Program], None]) -> Deployment:
+def build(policy: Policy, folder: Path, plan: DeploymentPlan, say: Callable[[Program], None]) -> Deployment:
     """Compile, check, time and keep the programs of a checkpoint; those of the same compiler that it had are replaced.
 
     Args:
@@ -82,13 +82,13 @@ def build(policy: Policy, folder: Path, plan: Plan, say: Callable[[Program], Non
         compute.needs.check(policy.model, compute.name)
     processor = policy.processor.backbone.bucketed(plan.lengths)
 
-    def judge(opened: Opened) -> Measured:
+    def judge(opened: Opened) -> Speed:
         return _compared(policy, replace(policy, model=opened.model, backbone_processor=processor), plan)
 
     return deploy.build(policy.model, fingerprint(folder), plan, _inputs(policy, plan), judge, say=say)
 
 
-def _inputs(policy: Policy, plan: Plan) -> Iterator[Inputs]:
+def _inputs(policy: Policy, plan: DeploymentPlan) -> Iterator[Inputs]:
     """Examples of every batch and length."""
     prepare = replace(policy, backbone_processor=policy.processor.backbone.bucketed(plan.lengths)).processor
     for length in plan.lengths or (None,):
@@ -97,18 +97,18 @@ def _inputs(policy: Policy, plan: Plan) -> Iterator[Inputs]:
 
 
 def _observed(policy: Policy, length: int | None) -> Observation:
-    seen = example(policy)
-    return seen if length is None else replace(seen, instruction=("Open a drawer " * length)[:length])
+    observed = example(policy)
+    return observed if length is None else replace(observed, instruction=("Open a drawer " * length)[:length])
 
 
-def _compared(policy: Policy, made: Policy, plan: Plan) -> Measured:
+def _compared(policy: Policy, made: Policy, plan: DeploymentPlan) -> Speed:
     """Median milliseconds of the first compute policy's chunks with and without programs, and the largest difference.
 
     Raises:
         DeploymentError: it is beyond the tolerance.
     """
-    seen = _observed(policy, plan.lengths[0] if plan.lengths else None)
-    pairs = [[_normalised(each, seen, compute) for each in (policy, made)] for compute in plan.computes]
+    observed = _observed(policy, plan.lengths[0] if plan.lengths else None)
+    pairs = [[_normalised(each, observed, compute) for each in (policy, made)] for compute in plan.computes]
     worst = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
     if not worst <= TOLERANCE[plan.precision]:
         raise DeploymentError(
@@ -119,14 +119,14 @@ def _compared(policy: Policy, made: Policy, plan: Plan) -> Measured:
     for turn in range(-3, ROUNDS):
         for each, taken in zip((made, policy), times, strict=True):
             begin = time.perf_counter()
-            each.act(seen, plan.computes[0], generator=Generator().manual_seed(turn % ROUNDS))
+            each.act(observed, plan.computes[0], generator=Generator().manual_seed(turn % ROUNDS))
             if turn >= 0:
                 taken.append(1e3 * (time.perf_counter() - begin))
-    return Measured(float(np.median(times[0])), float(np.median(times[1])), worst)
+    return Speed(float(np.median(times[0])), float(np.median(times[1])), worst)
 
 
-def _normalised(policy: Policy, seen: Observation, compute: ComputePolicy) -> torch.Tensor:
+def _normalised(policy: Policy, observed: Observation, compute: ComputePolicy) -> torch.Tensor:
     """A chunk as the networks make it."""
     with torch.inference_mode():
-        prefix = policy.embed(ObservationBatch.collate([seen]))
+        prefix = policy.embed(ObservationBatch.collate([observed]))
         return compute.decode(policy.model, prefix, [Generator().manual_seed(0)], Stopwatch(policy.device)).action_BLD
