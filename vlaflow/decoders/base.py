@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.actions.base import Tokenizer
 from vlaflow.actions.bins import BinsTokenizer
 from vlaflow.actions.fast import FastTokenizer
-from vlaflow.backbones.base import BackboneSpec, Prefix, RunsLayers
+from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.data.batch import Executed
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
