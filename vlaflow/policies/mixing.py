@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vlaflow.data.common import CommonShape
+from vlaflow.data.filters import filtered
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed, Order
@@ -135,6 +136,7 @@ def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, Featur
     for dataset in datasets:
         columns = dataset.columns()
         rows = np.isin(columns.episode, np.asarray(config.episodes(dataset)[0], np.int64))
+        rows &= ~filtered(dataset, config.filters).outlier_N
         found["state"].append(columns.state[rows])
         found["action"].append(columns.action[rows])
     return {name: FeatureStats.of(np.concatenate(parts)) for name, parts in found.items()}

@@ -257,9 +257,9 @@ class LatentObjective(Objective):
 
     def check(self, config: TrainConfig) -> None:
         """See ``Objective``."""
-        if config.shift or config.augment or config.state_mask or config.pauses:
+        if config.shift or config.augment or config.state_mask or config.pauses or config.filters:
             raise ConfigError(
-                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
+                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses, filters."
             )
 
     def used_assets(self, assets: Assets) -> Assets:
