@@ -312,7 +312,8 @@ def test_the_command_takes_several_data_sets(dataset, wide, tmp_path, capsys):
 
 
 def test_recipes_get_what_data_sets_have_together(dataset, wide):
-    assert DataSpec.of(dataset, wide) == DataSpec(4, 3, ("front", "wrist"))
+    found = DataSpec.of(dataset, wide)
+    assert (found.state_dim, found.action_dim, found.views) == (4, 3, ("front", "wrist"))
 
 
 # -- other stages and decoders ----------------------------------------------------------------------------------------

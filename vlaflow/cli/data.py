@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
+
 if TYPE_CHECKING:
     from vlaflow.data.lerobot import Dataset
 
 
 Normalisation = Literal["quantile", "min_max", "mean_std", "identity"]
+
+MOST_TASKS = 50
+"""How many tasks ``show`` lists."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Check:
 
     directory: Path
     workers: int = 2
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Show:
     directory: Path
     out: Path | None = None
     episodes: int = 12
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class FitTokenizer:
     vocabulary: int | None = 256
     bins: int = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class TokenizerReport:
     chunk_size: int = 16
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ class LatentReport:
     dataset: Path
     out: Path
     device: str = "cpu"
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,77 @@ class PushToHub:
     message: str = "Upload with vlaflow"
 
 
+@dataclass(frozen=True)
+class RepairDataSet:
+    """Write the whole episodes of a data set, with what is derived from rows and frames computed again.
+
+    Example: vlaflow data repair runs/peg --out runs/peg-whole
+
+    Every change is printed, and kept in changes.log of the new data set.
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        out: the new data set, v3.0.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+
+
+@dataclass(frozen=True)
+class DropEpisodes:
+    """Write a data set without some of its episodes.
+
+    Example: vlaflow data drop runs/peg --episodes 3 10-12 --out runs/peg-fewer
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        episodes: numbers of the episodes to leave out, and ranges of numbers such as 10-12.
+        out: the new data set, v3.0.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    episodes: tuple[str, ...]
+    out: Path
+
+
+@dataclass(frozen=True)
+class MergeDataSets:
+    """Write the episodes of several data sets of one robot as one data set.
+
+    Example: vlaflow data merge runs/monday runs/tuesday --out runs/week
+
+    Args:
+        directories: LeRobot data sets, v2.0 to v3.0, in the order of their episodes; they are not changed.
+        out: the new data set, v3.0.
+    """
+
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    out: Path
+
+
+@dataclass(frozen=True)
+class RenameColumns:
+    """Write a data set with other names of columns and cameras.
+
+    Example: vlaflow data rename runs/peg --camera top=front --column actions=action --out runs/peg-renamed
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        out: the new data set, v3.0.
+        column: OLD=NEW, feature keys; repeat for more.
+        camera: OLD=NEW, names of views; repeat for more.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    column: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    camera: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+
+
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
-    from vlaflow.cli.data_edit import push
+    from vlaflow.cli.data_edit import drop, merge, push, rename, repair
     from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
@@ -158,8 +236,12 @@ def main(argv: list[str]) -> int:
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
         | Annotated[positional(PushToHub), tyro.conf.subcommand("push")]
+        | Annotated[RepairDataSet, tyro.conf.subcommand("repair")]
+        | Annotated[DropEpisodes, tyro.conf.subcommand("drop")]
+        | Annotated[MergeDataSets, tyro.conf.subcommand("merge")]
+        | Annotated[RenameColumns, tyro.conf.subcommand("rename")]
     )
-    description = "Check, show or push a data set; fit and compare action tokenizers; report on latent actions."
+    description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
     actions: dict[type, Any] = {
         Check: _check,
@@ -168,54 +250,68 @@ def main(argv: list[str]) -> int:
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
         PushToHub: push,
+        RepairDataSet: repair,
+        DropEpisodes: drop,
+        MergeDataSets: merge,
+        RenameColumns: rename,
     }
     status: int = actions[type(chosen)](chosen)
     return status
 
 
-def _check(arguments: Check) -> int:
+def _console() -> Any:
+    """A console that prints words of a data set as they are, brackets and colons included."""
     from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
+def _check(arguments: Check) -> int:
     from rich.progress import Progress
 
     from vlaflow.data.check import check
     from vlaflow.data.lerobot import Dataset
 
-    console = Console()
-    dataset = Dataset.open(arguments.directory)
+    console = _console()
+    dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("decoding")
         findings = check(dataset, arguments.workers, lambda done, total: progress.update(bar, completed=done, total=total))
     _print_summary(console, dataset)
     for sentence in findings.remarks:
-        console.print(f"note: {sentence}", markup=False, soft_wrap=True)
+        console.print(f"note: {sentence}", soft_wrap=True)
     for sentence in findings.problems:
-        console.print(f"PROBLEM: {sentence}", markup=False, soft_wrap=True, style="bold red")
+        console.print(f"PROBLEM: {sentence}", soft_wrap=True, style="bold red")
     if findings.problems:
         console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
+        console.print(f"A new data set of what is whole: vlaflow data repair {arguments.directory} --out DIR", soft_wrap=True)
         return 1
     console.print(f"No problems: {len(dataset)} rows read, {findings.frames} frames decoded.", style="green")
     return 0
 
 
 def _show(arguments: Show) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from vlaflow.data.lerobot import Dataset
     from vlaflow.data.stats import compute
 
-    console = Console()
-    dataset = Dataset.open(arguments.directory)
+    console = _console()
+    dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     if arguments.out is not None:
         from vlaflow.reports.dataset import require_page, write_page
 
         require_page(arguments.out)
     _print_summary(console, dataset)
+    by_task: dict[str, list[int]] = {}
+    for episode in dataset.episodes:
+        by_task.setdefault(episode.task, []).append(episode.length)
     tasks = Table("task", "episodes", "frames", "shortest", "longest")
-    for task in dict.fromkeys(episode.task for episode in dataset.episodes):
-        lengths = [episode.length for episode in dataset.episodes if episode.task == task]
+    for task, lengths in sorted(by_task.items(), key=lambda item: -len(item[1]))[:MOST_TASKS]:
         tasks.add_row(task, *(str(n) for n in (len(lengths), sum(lengths), min(lengths), max(lengths))))
     console.print(tasks)
+    if len(by_task) > MOST_TASKS:
+        console.print(f"and {len(by_task) - MOST_TASKS} more tasks with as many episodes or fewer")
     numbers = Table("feature", "dimension", "min", "q01", "mean", "q99", "max", "std")
     for name, stats in compute(dataset).items():
         for d, label in enumerate(dataset.dimension_names(name)):
