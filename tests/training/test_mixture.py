@@ -141,7 +141,7 @@ def mixed(dataset, wide):
     return policy, setup.train, single
 
 
-DECODERS = [FlowConfig(3, 4), FlowConfig(3, 4, padded_dim=5, masks="synchronous", committed=2), RegressionConfig(3, 4)]
+DECODERS = [FlowConfig(3, 4), FlowConfig(3, 4, padded_dim=5, masks="synchronous", max_action_prefix=2), RegressionConfig(3, 4)]
 
 
 def rebuilt(policy, decoder):

@@ -138,6 +138,12 @@ class PolicyObjective(Objective):
 
         return samples.setup(objective, stage, vqa, identity, card)
 
+    def create(self, config: TrainConfig, dataset: Dataset) -> Policy:
+        """A new policy for a data set: normalisation and tokenizer fitted on its training episodes; no image is read."""
+        datasets = [alone(dataset)]
+        objective = replace(self, policy=timed(self.policy, config, datasets))
+        return objective._created(config, datasets, robots_of(objective.policy, config, datasets), None)[0]
+
     def _created(
         self, config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots, tokenizer: Path | str | None
     ) -> tuple[Policy, PolicyObjective]:
