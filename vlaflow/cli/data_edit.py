@@ -1,49 +1,42 @@
-"""``vlaflow data spec`` and ``vlaflow data push``; their arguments are in ``data``."""
+"""``vlaflow data repair``, ``drop``, ``merge``, ``rename`` and ``push``; their arguments are in ``data``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlaflow.cli.data import PushToHub, Spec
+    from vlaflow.cli.data import DropEpisodes, MergeDataSets, PushToHub, RenameColumns, RepairDataSet
+    from vlaflow.data.edit import Edited
 
 
-def spec(arguments: Spec) -> int:
-    """Print the data set's spec or a draft, and write it."""
-    import json
-    import sys
+def repair(arguments: RepairDataSet) -> int:
+    """Write the whole episodes of a data set."""
+    from vlaflow.data import edit
 
-    from rich.console import Console
+    return _report(edit.repair(arguments.directory, arguments.out), "Nothing had to be repaired.")
 
-    from vlaflow.config import to_json
-    from vlaflow.data.draft import draft
-    from vlaflow.data.lerobot import Dataset
-    from vlaflow.errors import ConfigError
-    from vlaflow.outputs import require_writable, write_json
 
-    dataset, console = Dataset.open(arguments.directory, reading=arguments.how.reading()), Console(stderr=True)
-    if arguments.out is not None:
-        if arguments.out.exists():
-            raise ConfigError(f"{arguments.out} exists, and may have been completed by hand; choose another --out.")
-        require_writable(arguments.out)
-    found = dataset.action_spec
-    if found is None:
-        drafted = draft(dataset)
-        found, words = drafted.spec, drafted.words
-    else:
-        words = f"{dataset.root} states what its actions mean."
-    console.print(words, soft_wrap=True, highlight=False, markup=False)
-    if arguments.out is None:
-        sys.stdout.write(json.dumps(to_json(found), indent=2) + "\n")
-    else:
-        write_json(arguments.out, to_json(found))
-        console.print(
-            f'Written: {arguments.out}. Replace what is "unstated", then: vlaflow train ... --action-spec {arguments.out}',
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-    return 0
+def drop(arguments: DropEpisodes) -> int:
+    """Write a data set without some episodes."""
+    from vlaflow.data import edit
+
+    return _report(edit.drop(arguments.directory, _numbers(arguments.episodes), arguments.out))
+
+
+def merge(arguments: MergeDataSets) -> int:
+    """Write several data sets as one."""
+    from vlaflow.data import edit
+
+    return _report(edit.merge(arguments.directories, arguments.out))
+
+
+def rename(arguments: RenameColumns) -> int:
+    """Write a data set with other names."""
+    from vlaflow.data import edit
+
+    columns, cameras = _pairs(arguments.column, "--column"), _pairs(arguments.camera, "--camera")
+    return _report(edit.rename(arguments.directory, arguments.out, columns, cameras))
 
 
 def push(arguments: PushToHub) -> int:
@@ -62,3 +55,42 @@ def push(arguments: PushToHub) -> int:
     made = hub.push(dataset.root, name.repository, private=arguments.private, message=arguments.message)
     Console().print(f"Pushed: {made}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _report(edited: Edited, unchanged: str = "") -> int:
+    """Print what was changed, and where the new data set is."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    for sentence in edited.changes:
+        console.print(sentence)
+    if unchanged and not edited.changes:
+        console.print(unchanged)
+    console.print(f"Written: {edited.root} ({edited.episodes} episodes, {edited.frames} frames)")
+    return 0
+
+
+def _numbers(texts: Sequence[str]) -> list[int]:
+    """Numbers of episodes: "3", "10-12"."""
+    from vlaflow.errors import ConfigError
+
+    found: list[int] = []
+    for text in texts:
+        first, dash, last = text.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ConfigError(f"--episodes takes numbers and ranges such as 3 10-12, got '{text}'.")
+        found += range(int(first), int(last if dash else first) + 1)
+    return found
+
+
+def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """New names by old ones."""
+    from vlaflow.errors import ConfigError
+
+    pairs = [text.partition("=") for text in texts]
+    for text, (old, _, new) in zip(texts, pairs, strict=True):
+        if not old or not new:
+            raise ConfigError(f"{option} takes OLD=NEW, got '{text}'.")
+    if len({old for old, _, _ in pairs}) < len(pairs):
+        raise ConfigError(f"{option} gives two new names to one old one.")
+    return {old: new for old, _, new in pairs}
