@@ -42,6 +42,7 @@ CASES = {
     "evaluate answers": (["eval-vqa", "CKPT", "--vqa", "QUESTIONS", "--out", "OUT/eval-vqa", "--part", "all"], WORKS),
     "serve": (["serve", "CKPT", "--port", "0"], "serve"),
     "evaluate in real time": (["eval-realtime", *ENV, "--out", "OUT/rollout"], "serve"),
+    "deploy": (["deploy", "CKPT", "--engine", "openvino"], "openvino"),
     "check an environment": (["check", "env", "metaworld/drawer-open-v3"], "metaworld"),
     "check a policy": (["check", "policy", "CKPT"], WORKS),
     "upload data": (["data", "push", "DATA", "owner/name"], "hub"),
