@@ -37,14 +37,14 @@ DELTA = re.compile(r"(?:^|[\W_])(?:d|delta|vel|velocity)_?(?:[xyz]|roll|pitch|ya
 
 
 @dataclass(frozen=True)
-class Draft:
+class DraftedSpec:
     """A drafted spec, and a paragraph about it: what was taken from where and what remains unstated."""
 
     spec: ActionSpec
     words: str
 
 
-def draft(dataset: Dataset) -> Draft:
+def draft(dataset: Dataset) -> DraftedSpec:
     """Draft what a data set's actions mean; reads its rows for their ranges.
 
     Raises:
@@ -58,7 +58,7 @@ def draft(dataset: Dataset) -> Draft:
     spec = known.spec if known else _from_names(names, dataset.robot_type, dataset.fps)
     if known is None or not known.ranges:
         spec = _measured(spec, low_D, high_D)
-    return Draft(spec, _words(dataset, spec, known))
+    return DraftedSpec(spec, _words(dataset, spec, known))
 
 
 def with_spec(dataset: Dataset) -> Dataset:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vlaflow.simulators.libero_tasks import ACTION as LIBERO
-from vlaflow.simulators.metaworld_tasks import ACTION as METAWORLD
+from vlaflow.data.simulator_actions import LIBERO, METAWORLD
 from vlaflow.spec import UNSTATED, ActionSpec, Dimension
 
 ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
