@@ -27,6 +27,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem
+from vlaflow.ranges import Number, Width
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,20 @@ class TinyConfig(BackboneConfig):
         answers: give it a table of bytes and an end, which answers are read and named with.
     """
 
-    state_dim: int
+    state_dim: Number
     views: tuple[str, ...] = ("image",)
-    image_size: int = 96
-    cell: int = 16
+    image_size: Width = 96
+    cell: Width = 16
     stem: Literal["conv", "patch"] = "conv"
-    width: int = 192
-    depth: int = 4
-    heads: int = 6
-    ffn: int = 768
+    width: Width = 192
+    depth: Width = 4
+    heads: Width = 6
+    ffn: Width = 768
     text: str = "bytes"
     sentence: SentenceSpec | None = None
-    text_bytes: int = 96
-    text_patch: int = 8
-    suffix: int = 64
+    text_bytes: Width = 96
+    text_patch: Width = 8
+    suffix: Number = 64
     answers: bool = False
 
     def __post_init__(self) -> None:
@@ -85,8 +86,7 @@ class TinyConfig(BackboneConfig):
         """See the base class; it needs files for a sentence encoder only."""
         cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
         encoder = None if self.text == "bytes" else open_encoder(self.text, self.sentence, folder)
-        limits = {"text_bytes": self.text_bytes, "text_patch": self.text_patch}
-        return TinyProcessor(cells, self.state_dim, **limits, encoder=encoder)
+        return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch, encoder=encoder)
 
     @property
     def packages(self) -> tuple[str, ...]:
