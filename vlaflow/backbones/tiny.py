@@ -27,6 +27,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem
+from vlaflow.ranges import Number, Width
 
 MOST_VIEWS = 8
 
@@ -50,20 +51,20 @@ class TinyConfig(BackboneConfig):
         answers: give it a table of bytes and an end, which answers are read and named with.
     """
 
-    state_dim: int
+    state_dim: Number
     views: tuple[str, ...] = ("image",)
-    image_size: int = 96
-    cell: int = 16
+    image_size: Width = 96
+    cell: Width = 16
     stem: Literal["conv", "patch"] = "conv"
-    width: int = 192
-    depth: int = 4
-    heads: int = 6
-    ffn: int = 768
+    width: Width = 192
+    depth: Width = 4
+    heads: Width = 6
+    ffn: Width = 768
     text: str = "bytes"
     sentence: SentenceSpec | None = None
-    text_bytes: int = 96
-    text_patch: int = 8
-    suffix: int = 64
+    text_bytes: Width = 96
+    text_patch: Width = 8
+    suffix: Number = 64
     answers: bool = False
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
+from vlaflow.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from vlaflow.data.lerobot import Dataset
@@ -34,7 +36,7 @@ class Check:
     """
 
     directory: Path
-    workers: int = 2
+    workers: Count = 2
     how: ReadingGroup = LEROBOT
 
 
@@ -52,7 +54,7 @@ class Show:
 
     directory: Path
     out: Path | None = None
-    episodes: int = 12
+    episodes: Count = 12
     how: ReadingGroup = LEROBOT
 
 
@@ -80,11 +82,11 @@ class FitTokenizer:
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     kind: Literal["fast", "bins"] = "fast"
-    chunk_size: int = 16
+    chunk_size: Count = 16
     normalisation: Normalisation = "quantile"
-    scale: float = 10.0
-    vocabulary: int | None = 256
-    bins: int = 64
+    scale: Positive = 10.0
+    vocabulary: Count | None = 256
+    bins: Count = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
     how: ReadingGroup = LEROBOT
 
@@ -107,7 +109,7 @@ class TokenizerReport:
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     tokenizer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    chunk_size: int = 16
+    chunk_size: Count = 16
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
     how: ReadingGroup = LEROBOT
@@ -264,7 +266,7 @@ def main(argv: list[str]) -> int:
         | Annotated[RenameColumns, tyro.conf.subcommand("rename")]
     )
     description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
-    chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
+    chosen: Any = parse_arguments(commands, "vlaflow data", argv, description=description)
     actions: dict[type, Any] = {
         Check: _check,
         Show: _show,

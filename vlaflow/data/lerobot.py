@@ -257,10 +257,13 @@ class Dataset:
 
     def _video_sentence(self, episode: Episode, key: str, path: Path, start_s: float, error: VideoError) -> str:
         which, where = f"Episode {episode.index} of {self.root}", path.relative_to(self.root)
+        drop = f"vlaflow data drop {self.root} --episodes {episode.index} --out DIR"
         if error.kind == "start":
             cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
             if not self._meta.modern:
-                cure = "The video begins late: encode it again with its first frame at 0 s, or record the episode again."
+                cure = (
+                    f"The video begins late: vlaflow data repair {self.root} --out DIR writes it with its first frame at 0 s."
+                )
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":
             return (
@@ -275,11 +278,11 @@ class Dataset:
         if error.kind == "unreadable":
             return (
                 f"{which}: video '{key}' ({where}) cannot be decoded after {error.found} of {episode.length} frames "
-                f"({error.detail}). Copy the file again, or record the episode again."
+                f"({error.detail}). Copy the file again, or leave the episode out: {drop}"
             )
         return (
             f"{which} has {episode.length} actions but video '{key}' holds {error.found} frames of it ({where}). "
-            f"Copy the file again, or record the episode again."
+            f"Copy the file again, or leave the episode out: {drop}"
         )
 
     def _stored_images(self, episode: Episode, key: str) -> Iterator[np.ndarray]:

@@ -23,6 +23,7 @@ from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig, make_norm
+from vlaflow.ranges import Number
 from vlaflow.stacks.base import Stack
 
 
@@ -41,7 +42,7 @@ class ExpertConfig:
 
     block: BlockConfig
     state_token: bool = True
-    padded_state: int | None = None
+    padded_state: Number | None = None
     causal: bool = False
     projected: bool = False
 
