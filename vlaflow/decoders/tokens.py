@@ -181,13 +181,17 @@ class TokenDecoder(Decoder[State]):
         count where an intervention leaves out a part of the chunk.
         """
         action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
-        id_BS = torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
+        id_BS = self.tokenize(action_BLD)
         if self.tokenizer.local:
             return id_BS, valid_BL.repeat_interleave(self.action_dim, 1).float()
         counts_B1 = valid_BL.any(1, keepdim=True)
         if targets.executed is not None:
             counts_B1 &= ~(targets.executed.present_BL & ~valid_BL).any(1, keepdim=True)
         return id_BS, counts_B1.float().expand(-1, self.slots)
+
+    def tokenize(self, action_BLD: Tensor) -> Tensor:
+        """Ids (B, S) of chunks."""
+        return torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
 
     def hidden(self, id_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Hidden states (B, S, W) at each depth of tokens that all see each other."""
