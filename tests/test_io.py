@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.io import _ZEROS, allocate, claim, require_system, save_tensors
+from vlaflow.io import save_tensors
+from vlaflow.outputs import _ZEROS, allocate, claim, require_system
 
 
 def lacking(monkeypatch):

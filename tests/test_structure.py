@@ -4,6 +4,7 @@ Everything is read from the source text with ``ast``; nothing is imported, so a 
 """
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ EVERYTHING = sorted(
 
 # From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
 STOREYS = (
-    ("__init__", "errors", "registry", "spec", "config", "io", "versions", "progress", "packages", "hub"),
+    ("__init__", "errors", "registry", "spec", "config", "io", "outputs", "versions", "progress", "packages", "hub"),
     ("nn", "flows", "data", "actions", "simulators", "robot"),
     ("backbones", "stacks"),
     ("decoders",),
@@ -322,3 +323,45 @@ def test_no_two_classes_share_a_name():
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(relative(path))
     assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
+# Words that the field's own replaced: one word for one thing.
+RETIRED = {
+    "horizon",
+    "seen",
+    "departure",
+    "departures",
+    "commitment",
+    "picture",
+    "pictures",
+    "dialect",
+    "journal",
+    "guard",
+    "film",
+}
+SPARED = {"CHANGELOG.md", "test_structure.py"}
+UNIDIOMATIC = re.compile(r"\b(anew|commonest|mends?|mended|whoever)\b", re.IGNORECASE)
+
+
+def test_replaced_words_name_nothing_in_the_package():
+    """Modules, classes, functions, arguments, fields and variables: 'padding_mask' did not become 'seen' again elsewhere."""
+
+    def named(node):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            return node.name
+        if isinstance(node, ast.arg):
+            return node.arg
+        return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else ""
+
+    def offence(node, path):
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+", named(node))}
+        return f"{named(node)}" if words & RETIRED else None
+
+    assert not offences_of(SOURCES, offence)
+    assert not [relative(path) for path in SOURCES if set(path.stem.split("_")) & RETIRED]
+
+
+def test_words_without_an_idiom_stay_out():
+    """Of docstrings, messages, comments and pages; the changelog names what was replaced."""
+    pages = [p for p in (*EVERYTHING, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")) if p.name not in SPARED]
+    assert not [f"{relative(p)}: {found[0]}" for p in pages if (found := UNIDIOMATIC.search(p.read_text(encoding="utf-8")))]

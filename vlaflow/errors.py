@@ -22,6 +22,13 @@ class DataError(VlaflowError):
     """A data set is missing a file, is damaged, or contradicts itself."""
 
 
+class StorageError(DataError):
+    """The disk is full, broken or not writable."""
+
+    errno: int | None = None
+    strerror: str | None = None
+
+
 class CheckpointError(VlaflowError):
     """A checkpoint folder is incomplete or damaged, or does not match its config."""
 

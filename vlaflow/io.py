@@ -1,4 +1,4 @@
-"""Reading and writing: the files of a checkpoint, strictly, and folders that must exist before work begins.
+"""The files of a checkpoint: read strictly, and tensors written one at a time. ``outputs`` is about writing in general.
 
 JSON and safetensors only; nothing that is read is ever executed. torch is imported when weights are read, so that workers that
 record need not load it.
@@ -6,17 +6,12 @@ record need not load it.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from vlaflow.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from vlaflow.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -162,148 +157,3 @@ def read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); the file is damaged.") from error
-
-
-def write_json(file: Path, data: object) -> None:
-    """Write indented JSON with a final newline."""
-    file.write_text(json.dumps(data, indent=2) + "\n")
-
-
-_ZEROS = 16 * 2**20
-"""Bytes that are written at once where a file cannot be allocated by one call."""
-
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-"""Error numbers of a disk that is full, broken or not writable."""
-
-
-def make_folder(folder: Path, cure: str = "Choose another --out.") -> None:
-    """Create a folder and its parents; an existing folder is left as it is.
-
-    Raises:
-        ConfigError: when it cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _refusal(folder, error.strerror, cure) from error
-
-
-def require_makeable(folder: Path) -> None:
-    """Refuse a folder that ``make_folder`` could not create, as far as that can be known without creating it.
-
-    Raises:
-        ConfigError: a parent is not a folder, or is not writable.
-    """
-    try:
-        if folder.is_dir():
-            return
-        there = next(above for above in (folder, *folder.parents) if above.exists())
-    except OSError as error:  # a parent without search permission
-        raise _refusal(folder, error.strerror) from error
-    if not there.is_dir():
-        raise _refusal(folder, f"{there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _refusal(folder, f"{there} is not writable")
-
-
-def claim(place: int, busy: str | None = None) -> None:
-    """Lock an open file or folder until it is closed; a process that is killed lets go of it by itself.
-
-    Args:
-        place: its descriptor.
-        busy: sentence for the error if another process has locked it; None to wait for that process.
-
-    Raises:
-        ConfigError: another process has locked it.
-        OSError: it cannot be locked, as on some network folders and on systems without ``fcntl``.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError(errno.ENOLCK, "this system has no file locks") from error
-    if busy is None:
-        fcntl.flock(place, fcntl.LOCK_EX)
-        return
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(busy) from error
-
-
-def require_writable(file: Path, cure: str = "Choose another --out.") -> None:
-    """Create the folder of a file and verify that the file can be written, before the work whose result it will hold.
-
-    Args:
-        file: the file that will be written; an existing one is left as it is.
-        cure: what to do when it cannot be written.
-
-    Raises:
-        ConfigError: when the folder cannot be created or written, or the file's name is taken by a folder.
-    """
-    make_folder(file.parent, cure)
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, f"{file.name} is a folder")
-        with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}."):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{file.name} cannot be written to {file.parent} ({error.strerror}). {cure}") from error
-
-
-@contextmanager
-def storing(
-    folder: Path, what: str = "The recording", kept: str = "nothing of it was kept. Make room, or choose another --out"
-) -> Iterator[None]:
-    """Context manager that turns the disk errors of a running job into one sentence.
-
-    Args:
-        folder: where the job writes; named in the error.
-        what: what is being written, as the subject of the sentence.
-        kept: what remains after a failure, and what to do.
-
-    Raises:
-        DataError: the disk is full or not writable.
-    """
-    try:
-        yield
-    except Exception as error:  # FFmpeg's errors are not OSErrors, but carry an errno
-        if getattr(error, "errno", None) not in REFUSALS:
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{what} could not be written to {folder} ({reason}); {kept}.") from error
-
-
-def allocate(file: Path, size: int) -> None:
-    """Create a file of zeros and allocate its space at once; macOS has no call for that, so the zeros are written there.
-
-    Raises:
-        OSError: no space left.
-    """
-    with file.open("wb") as opened:
-        try:
-            os.posix_fallocate(opened.fileno(), 0, size)
-            return
-        except AttributeError:  # macOS, Windows
-            pass
-        except OSError as error:  # a file system without it, where the C library does not help out
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        for start in range(0, size, _ZEROS):
-            opened.write(bytes(min(_ZEROS, size - start)))
-
-
-def require_system(system: str | None = None) -> None:
-    """Refuse Windows, whose folders can be neither locked nor replaced while they are open.
-
-    Raises:
-        CapabilityError: with what to use instead.
-    """
-    if (system or sys.platform) == "win32":
-        raise CapabilityError(
-            "vlaflow runs on Linux and macOS; on Windows, install it within WSL (wsl --install). A robot's computer may run "
-            "Windows: vlaflow.robot works there."
-        )
-
-
-def _refusal(folder: Path, reason: str | None, cure: str = "Choose another --out.") -> ConfigError:
-    return ConfigError(f"The folder {folder} cannot be created ({reason}). {cure}")

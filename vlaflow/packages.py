@@ -22,6 +22,8 @@ EXTRAS = {
     "jinja2": "viz",
     "transformers": "vlm",
     "huggingface_hub": "hub",
+    "peft": "lora",
+    "bitsandbytes": "bits",
     "tokenizers": "tokens",
     "websockets": "serve",
     "msgpack": "serve",

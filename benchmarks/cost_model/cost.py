@@ -82,7 +82,7 @@ def step(shape: PolicyShape, depth: int | None = None) -> Cost:
     pieces += [linear.piece("context", 1) for token in decoder.context for linear in token]
     if decoder.stack != "none":
         layer = own.layer if decoder.stack == "shared" else decoder.stack
-        pieces.append(layer.piece("stack", decoder.suffix, _seen(shape) + decoder.suffix, times=depth))
+        pieces.append(layer.piece("stack", decoder.suffix, _prefix_tokens(shape) + decoder.suffix, times=depth))
     pieces += [linear.piece("leave", decoder.tokens) for linear in decoder.leave]
     return Cost(tuple(pieces))
 
@@ -102,8 +102,8 @@ def step_without_cache(shape: PolicyShape) -> Cost:
 
 def once(shape: PolicyShape, depth: int | None = None) -> Cost:
     """What a decoder does once per chunk before its steps: fitting the prefix's keys and values to its own width."""
-    memory, depth = shape.decoder.memory, shape.backbone.depth if depth is None else depth
-    return Cost() if memory is None else Cost((memory.piece("memory", 2 * _seen(shape)),)) * depth
+    kv_projection, depth = shape.decoder.kv_projection, shape.backbone.depth if depth is None else depth
+    return Cost() if kv_projection is None else Cost((kv_projection.piece("kv projection", 2 * _prefix_tokens(shape)),)) * depth
 
 
 def rating(shape: PolicyShape) -> Cost:
@@ -184,7 +184,7 @@ def mean_depth(shares: Mapping[int, float]) -> float:
     return sum(depth * share for depth, share in shares.items())
 
 
-def _seen(shape: PolicyShape) -> int:
+def _prefix_tokens(shape: PolicyShape) -> int:
     return shape.backbone.prefix if shape.decoder.sees is None else shape.decoder.sees
 
 

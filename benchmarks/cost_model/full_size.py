@@ -83,7 +83,7 @@ def iflybot(latents: int = 8, written: bool = False) -> PolicyShape:
         stack=expert,
         context=((Linear(20, 1024),), (Linear(1024, 1024), Linear(1024, 1024))),
         sees=latents,
-        memory=Linear(2 * 128, 1024),
+        kv_projection=Linear(2 * 128, 1024),
     )
     return PolicyShape(backbone, decoder)
 

@@ -170,7 +170,7 @@ class DecoderShape:
             the prefix's hidden states (regression from query tokens, which then belong to the prefix).
         context: products that make each further suffix token (a state, a time), one entry per token; learned tokens have none.
         sees: prefix tokens whose keys and values the stack reads; None for all.
-        memory: product that each layer applies once per chunk to the keys, and again to the values, it reads; None when
+        kv_projection: product that each layer applies once per chunk to the keys, and again to the values, it reads; None when
             they fit as they are.
         borrowed: ``enter`` and ``leave`` are rows of the backbone's own tables, no further parameters.
         tables: parameters that are added rather than multiplied (positions, queries).
@@ -183,7 +183,7 @@ class DecoderShape:
     stack: LayerShape | Literal["shared", "none"] = "shared"
     context: tuple[tuple[Linear, ...], ...] = ()
     sees: int | None = None
-    memory: Linear | None = None
+    kv_projection: Linear | None = None
     borrowed: bool = False
     tables: int = 0
 
@@ -196,7 +196,7 @@ class DecoderShape:
         """Everything that is not the backbone's, over a backbone of ``depth`` layers."""
         linears = [linear for token in self.context for linear in token]
         linears += [] if self.borrowed else [*self.enter, *self.leave]
-        linears += [] if self.memory is None else [self.memory] * depth
+        linears += [] if self.kv_projection is None else [self.kv_projection] * depth
         own = depth * self.stack.parameters + self.stack.norm if isinstance(self.stack, LayerShape) else 0
         return own + self.tables + sum(linear.parameters for linear in linears)
 

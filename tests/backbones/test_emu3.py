@@ -124,8 +124,8 @@ def theirs(folder):
 def test_the_prompt_is_that_of_transformers_own_processor(folder, backbone):
     """Ids, seen tokens and pixels of the published processor, with our area of the images."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    pictures = transformers.Emu3ImageProcessor(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
-    processor = transformers.Emu3Processor(pictures, tokenizer)
+    image_processor = transformers.Emu3ImageProcessor(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
+    processor = transformers.Emu3Processor(image_processor, tokenizer)
     images = [[observation(i).images[view] for view in VIEWS] for i in range(2)]
     texts = [sentence + "<image>" * len(VIEWS) for sentence in SENTENCES]
     expected = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tests import helpers
 from tests.helpers import action_spec, count_layers, feature_stats
 from vlaflow.backbones.molmo2 import MolmoConfig, molmo2_8b
-from vlaflow.backbones.molmo2_processor import Pictures
+from vlaflow.backbones.molmo2_processor import ImagePatches
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.data.batch import ObservationBatch
@@ -149,7 +149,7 @@ def theirs(folder):
 def test_every_layer_is_that_of_transformers(folder):
     """Two views, instructions of different lengths, no state token: all hidden states and the logits agree."""
     ours = build(folder, state_token=None)
-    prompt, (rows, columns) = ours.processor(OBSERVED), ours.processor.reader.pictures.grid
+    prompt, (rows, columns) = ours.processor(OBSERVED), ours.processor.reader.image_processor.grid
     mask_BP = prompt.padding_mask_BP
     assert not mask_BP.all()
     assert (rows, columns) == (3, 3)
@@ -159,7 +159,7 @@ def test_every_layer_is_that_of_transformers(folder):
         pixel_values=prompt.patches,
         image_token_pooling=prompt.pooled_VK,
         image_grids=torch.tensor([[rows, columns, 0, 0]] * 4),
-        mm_token_type_ids=prompt.picture_P.long().expand(2, -1),
+        mm_token_type_ids=prompt.image_P.long().expand(2, -1),
         output_hidden_states=True,
     )
     prefix = helpers.embed(ours, OBSERVED)
@@ -174,28 +174,28 @@ def test_every_layer_is_that_of_transformers(folder):
 
 
 def test_patches_are_cut_row_by_row_and_pooled_by_neighbourhood():
-    pictures = Pictures(side=70)
+    image_processor = ImagePatches(side=70)
     images = torch.from_numpy(np.stack([observation(i).images["front"] for i in range(2)]))
-    patches = pictures.patches(images)
+    patches = image_processor.patches(images)
     for image, row, column in ((0, 0, 0), (1, 2, 3), (0, 4, 4)):
         cut = images[image, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14].float()
         torch.testing.assert_close(patches[image, 5 * row + column], ((cut / 255 - 0.5) / 0.5).flatten(), rtol=0, atol=1e-6)
-    assert pictures.grid == (3, 3)
-    pooled = pictures.pooled(2)  # five patches a side and pools of two: the last row and column stand alone
+    assert image_processor.grid == (3, 3)
+    pooled = image_processor.pooled(2)  # five patches a side and pools of two: the last row and column stand alone
     wanted = [[0, 1, 5, 6], [2, 3, 7, 8], [4, -1, 9, -1], [10, 11, 15, 16], [12, 13, 17, 18], [14, -1, 19, -1]]
     wanted += [[20, 21, -1, -1], [22, 23, -1, -1], [24, -1, -1, -1]]
     assert pooled[:9].tolist() == wanted
     assert pooled[9:].tolist() == [[i + 25 if i >= 0 else -1 for i in pool] for pool in wanted]
-    assert Pictures().words.count("<im_patch>") == 14 * 14
-    assert Pictures().patches(images).shape == (2, 27 * 27, 588)
+    assert ImagePatches().words.count("<im_patch>") == 14 * 14
+    assert ImagePatches().patches(images).shape == (2, 27 * 27, 588)
 
 
 @torch.no_grad()
 def test_images_see_each_other_and_words_only_what_is_before(backbone):
     """The first view depends on the second; no word on a later one."""
     prefix = helpers.embed(backbone, OBSERVED)
-    picture_P = backbone.processor(OBSERVED).picture_P
-    first, last = int(picture_P.nonzero()[0]), int(picture_P.nonzero()[-1])
+    image_P = backbone.processor(OBSERVED).image_P
+    first, last = int(image_P.nonzero()[0]), int(image_P.nonzero()[-1])
     changed = replace(OBSERVED, images={**OBSERVED.images, "wrist": 255 - OBSERVED.images["wrist"]})
     other = backbone.run(helpers.embed(backbone, changed)).hidden_BPW
     same = backbone.run(prefix).hidden_BPW

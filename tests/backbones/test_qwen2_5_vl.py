@@ -192,7 +192,7 @@ def test_the_prompt_is_that_of_the_models_own_processor(backbone):
             return type(argument)
 
     reader, batch, c = backbone.processor.reader, ObservationBatch.collate(observations()), backbone.config
-    processor = ForImages(reader.pictures, reader.tokenizer, SimpleNamespace(), chat_template=TEMPLATE)
+    processor = ForImages(reader.image_processor, reader.tokenizer, SimpleNamespace(), chat_template=TEMPLATE)
     turns = [
         [
             {"role": "system", "content": c.system},

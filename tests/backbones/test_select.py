@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from tests import helpers
+from tests.backbones import smol
 from tests.backbones import test_emu3 as emu3
 from tests.backbones import test_molmo2 as molmo2
 from tests.backbones import test_qwen2_5_vl as qwen
 from tests.helpers import action_spec, feature_stats, generators
+from vlaflow.backbones.smol import SmolConfig
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.distance import distance
@@ -32,6 +34,7 @@ FAMILIES = {
     "qwen": lambda folder: qwen.qwen_config(qwen.write_model(folder, tied=True)),
     "molmo2": lambda folder: molmo2.molmo_config(molmo2.write_model(folder)),
     "emu3": lambda folder: emu3.emu_config(emu3.write_model(folder)),
+    "smol": lambda folder: SmolConfig(4, ("front", "wrist"), str(smol.write_model(folder)), image_size=32),
 }
 
 
@@ -102,17 +105,17 @@ def test_early_exit_splits_a_batch(config):
     def prefix(rows):
         return made.embed(ObservationBatch.collate([observation(row) for row in rows]))
 
-    def noise_samples(rows):
+    def generators_of(rows):
         return [generators(4)[row] for row in rows]
 
-    chunks = [chunk for _, chunk in plan.answers(model, prefix(range(4)), noise_samples(range(4)), Stopwatch(made.device))]
+    chunks = [chunk for _, chunk in plan.answers(model, prefix(range(4)), generators_of(range(4)), Stopwatch(made.device))]
     gaps = sorted(distance("l2", chunks[1], chunks[0]).tolist())
     bound = (gaps[1] + gaps[2]) / 2
     assert gaps[2] - gaps[1] > 1e-3 * bound  # the threshold lies well between two values, whatever their rounding
     compute = EarlyExit(plan, (bound, inf))
-    together = compute.decode(model, prefix(range(4)), noise_samples(range(4)), Stopwatch(made.device))
+    together = compute.decode(model, prefix(range(4)), generators_of(range(4)), Stopwatch(made.device))
     assert sorted(together.layers) == [2, 2, 3, 3]
     for row in range(4):
-        alone = compute.decode(model, prefix([row]), noise_samples([row]), Stopwatch(made.device))
+        alone = compute.decode(model, prefix([row]), generators_of([row]), Stopwatch(made.device))
         assert together.layers[row] == alone.layers[0]
         torch.testing.assert_close(together.action_BLD[row : row + 1], alone.action_BLD, **ROUNDING)

@@ -76,7 +76,7 @@ def observed(config):
 
 @pytest.mark.parametrize("stem", ["conv", "patch"])
 def test_a_tiny_policy_costs_what_the_counter_says_at_every_depth(stem):
-    """Stems with their convolutions, words and state, prefix layers, and a solver step that reads a memory of that depth."""
+    """Stems with their convolutions, words and state, prefix layers, and a solver step that reads a KV cache of that depth."""
     config = tiny_policy(stem)
     model, shape = config.build(), tiny_shape(config)
     prefix = helpers.embed(model.backbone, observed(config))
@@ -197,8 +197,8 @@ def test_qwen_layers_cost_what_the_counter_says(qwen):
 
         def velocity(caches=run.kv_cache):
             hidden_BTW = codec.encode(torch.zeros(1, 8, 32), torch.zeros(1, 8))
-            for index, memory in enumerate(caches):
-                hidden_BTW, _ = network.layer(index, hidden_BTW, after, memory)
+            for index, kv_cache in enumerate(caches):
+                hidden_BTW, _ = network.layer(index, hidden_BTW, after, kv_cache)
             codec.decode(hidden_BTW)
 
         assert step(shape, depth).flops == pytest.approx(counted(velocity), rel=SAME)
@@ -236,17 +236,17 @@ def test_asyncvla_at_full_size_has_the_parameters_of_the_network():
     ],
 )
 def test_an_expert_of_blocks_costs_what_the_counter_says(block):
-    """A state token and six actions through blocks of their own width that read each layer's memory of eleven tokens."""
+    """A state token and six actions through blocks of their own width that read each layer's KV cache of eleven tokens."""
     depth, width, dim, seen = 3, block.width, 32, 11
     expert = nn.ModuleList(Block(block) for _ in range(depth))
     norm, codec, state = make_norm(block.norm, width, block.eps), ActionCodec(dim, width), nn.Linear(5, width)
-    memory = KeyValues(*torch.zeros(2, 1, block.kv_heads, seen, block.head_dim))
+    kv_cache = KeyValues(*torch.zeros(2, 1, block.kv_heads, seen, block.head_dim))
 
     def velocity(upto):
         token_BLW = codec.encode(torch.zeros(1, 6, dim), torch.zeros(1, 6))
         x_BTW = torch.cat((state(torch.zeros(1, 1, 5)), token_BLW), 1)
         for layer in expert[:upto]:
-            x_BTW, _ = layer(x_BTW, memory)
+            x_BTW, _ = layer(x_BTW, kv_cache)
         codec.decode(norm(x_BTW[:, 1:]))
 
     decoder = DecoderShape(6, 10, *flow_codec(dim, width), stack=LayerShape.of(block), context=((Linear(5, width),),))

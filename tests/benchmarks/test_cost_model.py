@@ -126,8 +126,10 @@ def shapes(draw):
     stack = draw(st.sampled_from(["shared", "none", layer()]))
     backbone = BackboneShape(5, own, draw(st.integers(1, 50)), (Linear(3, own.width).piece("stem", 7),), vocabulary=10)
     width = stack.width if isinstance(stack, LayerShape) else own.width
-    memory = Linear(4, 4) if isinstance(stack, LayerShape) and draw(st.booleans()) else None
-    return PolicyShape(backbone, DecoderShape(draw(sizes), draw(sizes), *flow_codec(3, width), stack=stack, memory=memory))
+    projection = Linear(4, 4) if isinstance(stack, LayerShape) and draw(st.booleans()) else None
+    return PolicyShape(
+        backbone, DecoderShape(draw(sizes), draw(sizes), *flow_codec(3, width), stack=stack, kv_projection=projection)
+    )
 
 
 def measures(cost):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from tests.evaluation.conftest import make_policy
 from tests.training import flybot
 from tests.training.small import SPEC, tiny_policy, tiny_stats, write_dataset, write_questions
+from vlaflow.cli import data
 from vlaflow.cli.main import COMMANDS
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.policies.base import Policy
@@ -41,6 +43,10 @@ CASES = {
     "evaluate in real time": (["eval-realtime", *ENV, "--out", "OUT/rollout"], "serve"),
     "check an environment": (["check", "env", "metaworld/drawer-open-v3"], "metaworld"),
     "check a policy": (["check", "policy", "CKPT"], WORKS),
+    "upload data": (["data", "push", "DATA", "owner/name"], "hub"),
+    "check data of the Hub": (["data", "check", "owner/name"], "hub"),
+    "reproduce a claim": (["reproduce", "C6", "--out", "OUT/claims"], "demo"),
+    "merge an evaluation": (["merge", "OUT/eval"], "viz"),
     "check data": (["data", "check", "DATA"], WORKS),
     "show data": (["data", "show", "DATA"], WORKS),
     "show data on a page": (["data", "show", "DATA", "--out", "OUT/page.html"], "viz"),
@@ -75,6 +81,18 @@ def outcomes(tmp_path_factory):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_every_command_is_tried():
+    """Each command, and each of those of ``vlaflow data``, with arguments that it accepts."""
+    tried = {
+        " ".join(arguments[: 2 if arguments[0] == "data" else 1])
+        for arguments, _ in CASES.values()
+        if "--help" not in arguments
+    }
+    of_data = re.findall(r'tyro\.conf\.subcommand\("([\w-]+)"\)', Path(data.__file__).read_text(encoding="utf-8"))
+    assert len(of_data) >= 6
+    assert {*COMMANDS, *(f"data {name}" for name in of_data)} - {"data"} <= tried
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,7 +6,7 @@ from math import inf
 import pytest
 
 from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, choose, save, within
-from vlaflow.compute.calibration import FOLDER, Calibration, Seen, ShareTarget, load_exit
+from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget, load_exit
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
@@ -24,11 +24,11 @@ MADE = Calibration(
     thresholds=(None,),
     target=ShareTarget("exponential", 0.4, True, (0.7, 0.3)),
     samples=100,
-    seen=Seen(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, 0.5, 0.5),
+    effect=ExitEffect(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, 0.5, 0.5),
     command="vlaflow calibrate",
     versions={"vlaflow": "0"},
 )
-BETTER = replace(MADE, seen=replace(MADE.seen, error=0.4))
+BETTER = replace(MADE, effect=replace(MADE.effect, error=0.4))
 """Lucky: nearer to the demonstrations than its own full depth."""
 TIMES = Profile("aa", machine(), 1, base=1.0, prefix=(1.0, 2.0, 3.0), step=(1.0, 2.0, 3.0), jitter=1.5, chunks=100, versions={})
 LOSS = Ladder(

@@ -8,7 +8,7 @@ import pytest
 from vlaflow.compute import sampler_choice
 from vlaflow.compute.auto import calibrated, default_name
 from vlaflow.compute.budget import Profile, choose_sampler, within
-from vlaflow.compute.calibration import FOLDER, Calibration, Seen, ShareTarget
+from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
@@ -136,7 +136,7 @@ def test_an_early_exit_competes_at_its_worst_case():
     by_frames = replace(MADE, criterion="plausible_error", candidates=found)
     plan = ExitPlan((1, 2, 3), sampling=Sampling(2))
     share = ShareTarget("exponential", 0.4, True, (0.7, 0.3))
-    better = Seen(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, error=0.5, full_error=1.0)
+    better = ExitEffect(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, error=0.5, full_error=1.0)
     exits = {"fast": Calibration("aa", "dd", plan, (None,), share, 100, better, "", {})}
     profile = Profile("aa", machine(), 1, base=1.0, prefix=(1, 2, 3), step=(1, 2, 3), jitter=1.5, chunks=9, versions={})
     worst = 1.5 * (1 + 3 + 2 * (1 + 2 + 3))

@@ -9,7 +9,7 @@ from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.parse import able, parse
-from vlaflow.compute.refine import BelowThreshold
+from vlaflow.compute.refine import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.refine_tokens import Improbable, RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage
@@ -77,7 +77,7 @@ def test_full_attention_runs_prefix_and_tokens_together_and_counts_both(monkeypa
     assert adaptive.layer_passes == 2 * (1 + 7)
 
 
-def test_two_stages_need_a_decoder_that_settles():
+def test_two_stages_need_deterministic_steps():
     """Without deterministic steps, too: to an autoregressive decoder four steps of six are four tokens of a chunk."""
     for config in (AutoregressiveConfig, MaskedDiffusionConfig):
         for stages in (TwoStage(), TwoStage(4, 0), TwoStage(4, 0, refresh=0.5)):
@@ -140,6 +140,19 @@ def test_a_rater_rejects_the_tokens_of_the_actions_it_doubts():
     assert torch.equal(refined.tokens.id_BS[~doubted], dense.tokens.id_BS[~doubted])
     with pytest.raises(CapabilityError, match="needs a confidence rater"):
         helpers.token_policy(DiscreteFlowConfig, masks="unified").act(SIX[0], compute)
+
+
+def test_any_doubt_about_actions_regenerates_all_their_tokens_and_no_others():
+    """Where a token belongs to one action; where it belongs to several, it is refused in a sentence that says what works."""
+    policy = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
+    dense, refined = decode(policy, Dense(8)), decode(policy, RefineTokens(AtRandom(0.5), Sampling(4), Dense(8)))
+    changed_BL = (refined.tokens.id_BS != dense.tokens.id_BS).unflatten(1, (-1, helpers.BINS.dim)).any(-1)
+    assert torch.equal(changed_BL, refined.regenerated_BL)
+    assert 0 < changed_BL.float().mean() < 1
+    with pytest.raises(CapabilityError, match=r"a token belongs to several actions.*RefineTokens\(Improbable"):
+        decode(helpers.token_policy(DiscreteFlowConfig), RefineTokens(AtRandom(0.5)))
+    with pytest.raises(ConfigError, match="Give it a consensus"):
+        RefineTokens(Spread(0.5))
 
 
 def test_given_actions_are_never_doubted():
@@ -243,6 +256,6 @@ def test_a_chunk_reports_its_tokens():
     assert len(chunk.revised) == 7
     made = policy.model.decoder.tokenizer.decode(chunk.tokens[None])
     assert chunk.repaired == bool(made.repaired_B[0])
-    robot = policy._action.inverse(torch.from_numpy(made.action_BLD[0])).numpy()
+    robot = policy.action_normalizer.inverse(torch.from_numpy(made.action_BLD[0])).numpy()
     np.testing.assert_allclose(chunk.actions, np.clip(robot, -1, 1), atol=1e-6)
     assert helpers.policy().act(SIX[0]).tokens is None

@@ -282,7 +282,7 @@ def test_a_finished_data_set_that_cannot_be_renamed_is_kept(tmp_path):
 
     with pytest.raises(DataError, match="Rename it by hand"):
         record()
-    (kept,) = tmp_path.glob(".set.partial-*")
+    (kept,) = tmp_path.glob(".part-*-set")
     assert len(Dataset.open(kept)) == LENGTHS[0]
 
 

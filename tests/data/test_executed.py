@@ -8,9 +8,10 @@ import torch
 
 from tests.data.toyset import LENGTHS, TASKS, edit_table, episode, writer
 from vlaflow.data.batch import Executed
+from vlaflow.data.common import CommonShape
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import EXECUTED_KEY, Dataset
-from vlaflow.data.mixture import Mixture
+from vlaflow.data.mixture import Mixed
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, interventions
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, DataError
@@ -163,10 +164,11 @@ def test_a_mixture_takes_it_along(written, dataset, tmp_path, monkeypatch):
     """From one data set that keeps it and one that does not, in the order of the samples."""
     monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path / "cache"))
     parts = {"a": Windows(*written, 4, intervention_rule=ABRUPT), "b": Windows(dataset, FrameCache.open(dataset, 16), 4)}
-    mixture = Mixture(parts, {"a": 1.0, "b": 1.0}, 24, 0)
-    part_B, index_B = mixture.indices(0)
-    batch = mixture.batch(0)
-    for place, (part, index) in enumerate(zip(part_B, index_B, strict=True)):
+    shape = CommonShape(2, 3, 4, tuple(written[1].views))
+    mixture, first = Mixed(parts, {"a": 1.0, "b": 1.0}, shape, {"a": 0, "b": 0}), len(parts["a"])
+    index_B = mixture.order(len(mixture), 24, 0).indices(0)
+    batch, part_B = mixture.batch(index_B), (index_B >= first).astype(int)
+    for place, (part, index) in enumerate(zip(part_B, index_B - first * part_B, strict=True)):
         alone = list(parts.values())[part].batch(np.array([index]))
         assert torch.equal(batch.executed.action_BLD[place], alone.executed.action_BLD[0])
         assert torch.equal(batch.executed.intervened_BL[place], alone.executed.intervened_BL[0])

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.toyset import SPEC
+from vlaflow.data.common import CommonShape, Normalizers
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.mixture import CYCLE, Mixture, Order
+from vlaflow.data.mixture import CYCLE, Mixed, MixedOrder, Order
+from vlaflow.data.transforms import Normalizer
+from vlaflow.data.weights import DatasetEntry, Member, Mixture, named_mixture, weights_of
 from vlaflow.data.windows import Windows
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import ConfigError
 
 orders = st.builds(Order, st.integers(1, 40), st.integers(1, 50), st.integers(0, 9))
 
@@ -58,110 +59,147 @@ def test_order_refuses_nonsense(bad):
         Order(*bad)
 
 
-@pytest.fixture(scope="module")
-def parts(pristine, tmp_path_factory):
-    """Two data sets that mean the same: the first three episodes and the last two."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLAFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
-        dataset = Dataset.open(pristine)
-        cache = FrameCache.open(dataset, 16)
-        code_NK = np.arange(2 * len(dataset)).reshape(-1, 2)
-        yield {
-            "a": Windows(dataset, cache, 4, (0, 1, 2), code_NK=code_NK),
-            "b": Windows(dataset, cache, 4, (3, 4), code_NK=code_NK),
-        }
+COUNTS = (30, 20)
 
 
-def drawn(mixture, steps):
-    both = [mixture.indices(step) for step in range(steps)]
-    return np.concatenate([b[0] for b in both]), np.concatenate([b[1] for b in both])
+def drawn(order, steps):
+    """Parts and places within them of the first steps."""
+    index = np.concatenate([order.indices(step) for step in range(steps)])
+    part = np.searchsorted(np.cumsum(COUNTS), index, side="right")
+    return part, index - np.array((0, COUNTS[0]))[part]
 
 
-def test_mixture_gives_each_part_its_share_exactly(parts):
-    mixture = Mixture(parts, {"a": 3.0, "b": 1.0}, 50, 0)
-    part, _ = drawn(mixture, 3 * CYCLE // 50)
+def test_mixture_gives_each_part_its_share_exactly():
+    part, _ = drawn(MixedOrder(COUNTS, (3.0, 1.0), 500, 0), 3 * CYCLE // 500)
     for cycle in range(3):
-        assert np.bincount(part[cycle * CYCLE : (cycle + 1) * CYCLE]).tolist() == [750, 250]
+        assert np.bincount(part[cycle * CYCLE : (cycle + 1) * CYCLE]).tolist() == [7500, 2500]
 
 
-def test_each_part_of_a_mixture_walks_whole_epochs(parts):
-    part, index = drawn(Mixture(parts, {"a": 0.3, "b": 0.7}, 32, 5), 100)
-    for number, windows in enumerate(parts.values()):
+def test_each_part_of_a_mixture_walks_whole_epochs():
+    part, index = drawn(MixedOrder(COUNTS, (0.3, 0.7), 32, 5), 100)
+    for number, count in enumerate(COUNTS):
         own = index[part == number]
-        for epoch in range(len(own) // len(windows)):
-            assert sorted(own[epoch * len(windows) : (epoch + 1) * len(windows)]) == list(range(len(windows)))
+        for epoch in range(len(own) // count):
+            assert sorted(own[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
-def test_mixture_is_a_function_of_the_step(parts):
-    mixture, again = (Mixture(parts, {"a": 1, "b": 2}, 24, 1) for _ in range(2))
-    walked = [mixture.indices(step) for step in range(60)]
+def test_mixed_order_is_a_function_of_the_step():
+    order, again = (MixedOrder(COUNTS, (1, 2), 24, 1) for _ in range(2))
+    walked = [order.indices(step) for step in range(60)]
     for step in (59, 0, 41):
         assert np.array_equal(walked[step], again.indices(step))
     assert not np.array_equal(walked[0], walked[1])
 
 
-def test_latent_action_codes_are_given_for_all_parts_or_for_none(parts):
-    bare = Windows(parts["b"].dataset, parts["b"].cache, 4, (3, 4))
-    with pytest.raises(SpecError, match="Data set 'c' has no latent action codes"):
-        Mixture({"a": parts["a"], "c": bare}, {"a": 1, "c": 1}, 4, 0)
-    assert Mixture({"c": bare}, {"c": 1}, 4, 0).batch(0).code_BK is None
+@pytest.mark.parametrize("weights", [[1e-9, 1.0], [1.0, 1.0, 1.0], [0.2, 0.3, 0.5], [1e-9] * 7 + [1.0]])
+def test_shares_fill_the_cycle_and_leave_no_part_out(weights):
+    shares = MixedOrder([5] * len(weights), weights, 8, 0).shares
+    assert shares.sum() == CYCLE
+    assert shares.min() >= 1
+    assert np.abs(shares - np.array(weights) / sum(weights) * CYCLE).max() <= len(weights)
 
 
-def test_members_of_a_mixed_batch_are_those_of_indices(parts):
-    mixture = Mixture(parts, {"a": 1, "b": 1}, 16, 0)
-    batch, (part, index) = mixture.batch(3), mixture.indices(3)
-    assert set(part) == {0, 1}
-    for place in range(16):
-        one = parts["ab"[part[place]]].batch(index[place : place + 1])
-        assert torch.equal(batch.action_BLD[place], one.action_BLD[0])
-        assert torch.equal(batch.valid_BL[place], one.valid_BL[0])
+@pytest.mark.parametrize("weights", [(1,), (1, 0), (1, -1), (1, float("nan"))])
+def test_weights_that_do_not_fit_are_refused(weights):
+    with pytest.raises(ConfigError, match="eight"):
+        MixedOrder(COUNTS, weights, 8, 0)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(pristine, tmp_path_factory):
+    """Two parts of a data set: with both views and chunks of four, and with one view and chunks of three."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLAFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        dataset = Dataset.open(pristine)
+        code_NK = np.arange(2 * len(dataset)).reshape(-1, 2)
+        yield {
+            "a": Windows(dataset, FrameCache.open(dataset, 16), 4, (0, 1, 2), code_NK=code_NK),
+            "b": Windows(dataset, FrameCache.open(dataset, 16, ["image"]), 3, (3, 4), code_NK=code_NK),
+        }
+
+
+SHAPE = CommonShape(state_dim=3, action_dim=4, chunk_size=4, views=("image", "corner"))
+
+
+def test_mixed_samples_are_those_of_the_parts_padded_and_masked(parts):
+    mixed = Mixed(parts, {"a": 1, "b": 1}, SHAPE, {"a": 0, "b": 1})
+    index = np.array([len(parts["a"]), 3, len(mixed) - 1, 0])
+    batch = mixed.batch(index)
+    assert list(batch.sources) == ["b", "a", "b", "a"]
+    for place, (name, own, steps) in enumerate((("b", 0, 3), ("a", 3, 4), ("b", len(parts["b"]) - 1, 3), ("a", 0, 4))):
+        one, seen = parts[name].batch(np.array([own])), batch.observation
+        assert torch.equal(batch.action_BLD[place, :steps, :3], one.action_BLD[0])
+        assert torch.equal(batch.action_BLD[place, steps:, :3], one.action_BLD[0, -1:].expand(4 - steps, 3))
+        assert not batch.action_BLD[place, :, 3:].any()
+        assert batch.mask_BLD[place].sum() == batch.mask_BLD[place, :steps, :3].sum() == 3 * steps
+        assert torch.equal(batch.valid_BL[place, :steps], one.valid_BL[0])
+        assert not batch.valid_BL[place, steps:].any()
+        assert torch.equal(batch.executed.present_BL[place, :steps], one.executed.present_BL[0])
         assert torch.equal(batch.code_BK[place], one.code_BK[0])
-        assert torch.equal(batch.observation.state_BS[place], one.observation.state_BS[0])
-        assert torch.equal(batch.observation.images["corner"][place], one.observation.images["corner"][0])
-        assert batch.observation.instructions[place] == one.observation.instructions[0]
+        assert torch.equal(seen.state_BS[place], torch.nn.functional.pad(one.observation.state_BS[0], (0, 1)))
+        assert seen.robot_B[place] == (name == "b")
+        assert seen.shown["image"][place]
+        assert seen.shown["corner"][place] == (name == "a")
+        assert torch.equal(seen.images["image"][place], one.observation.images["image"][0])
+        assert seen.images["corner"][place].any() == (name == "a")
+        assert seen.instructions[place] == one.observation.instructions[0]
         assert (batch.episode_B[place], batch.frame_B[place]) == (one.episode_B[0], one.frame_B[0])
 
 
-@pytest.mark.parametrize("weights", [[1e-9, 1.0], [1.0, 1.0, 1.0], [0.2, 0.3, 0.5], [1e-9] * 7 + [1.0]])
-def test_shares_fill_the_cycle_and_forget_nobody(parts, weights):
-    names = [str(i) for i in range(len(weights))]
-    mixture = Mixture(dict.fromkeys(names, parts["a"]), dict(zip(names, weights, strict=True)), 8, 0)
-    assert mixture.shares.sum() == CYCLE
-    assert mixture.shares.min() >= 1
-    wanted = np.array(weights) / sum(weights) * CYCLE
-    assert np.abs(mixture.shares - wanted).max() <= len(weights)
+def test_numbers_are_normalised_by_robot_and_padding_becomes_zero():
+    narrow = Normalizer("mean_std", (5.0, 6.0), (2.0, 0.0))
+    wide = Normalizer("mean_std", (1.0, 2.0, 3.0), (1.0, 2.0, 4.0))
+    x_BD = torch.tensor([[7.0, 6.5, 9.0], [2.0, 4.0, 7.0]])
+    both = Normalizers((narrow, wide), 3)
+    assert both.forward(x_BD, torch.tensor([0, 1])).tolist() == [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    assert torch.equal(Normalizers((wide,), 3).forward(x_BD), wide.forward(x_BD))
+    assert not both.forward(x_BD).any()
 
 
-def other(windows, **changes):
-    """The same windows with something about them changed."""
-    changed = object.__new__(Windows)
-    changed.__dict__.update(windows.__dict__ | changes)
-    return changed
+# -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def test_parts_that_mean_something_else_are_refused(parts):
-    flipped = replace(SPEC.dimensions[1], positive="right")
-    spec = replace(SPEC, dimensions=(SPEC.dimensions[0], flipped, SPEC.dimensions[2]), chunk_size=4)
-    with pytest.raises(SpecError, match=r"data set 'a' and data set 'c'.*positive of action dimension 'dy'"):
-        Mixture({"a": parts["a"], "c": other(parts["b"], action_spec=spec)}, {"a": 1, "c": 1}, 8, 0)
+def member(text, robot="arm", samples=1):
+    return Member(DatasetEntry.parse(text), robot, samples)
 
 
-def test_parts_of_another_chunk_size_or_image_size_or_view_are_refused(parts, monkeypatch, tmp_path):
-    monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path))
-    a, b = parts.values()
-    dataset = b.dataset
-    cases = {
-        "chunk_size is 4 in the first and 5": Windows(dataset, b.cache, 5),
-        "'image' is 16x16 in data set 'a' and 24x24 in 'c'": Windows(dataset, FrameCache.open(dataset, 24), 4),
-        "View 'corner' is missing in data set 'c'": Windows(dataset, FrameCache.open(dataset, 16, ["image"]), 4),
-        "'c' .* has no action spec": other(b, action_spec=None),
-    }
-    for sentence, windows in cases.items():
-        with pytest.raises(SpecError, match=sentence):
-            Mixture({"a": a, "c": windows}, {"a": 1, "c": 1}, 8, 0)
+def test_entries_are_read_as_they_are_written(tmp_path):
+    assert DatasetEntry.parse("x/droid:0.7") == DatasetEntry("x/droid", "droid", 0.7)
+    assert DatasetEntry.parse("mine=x/droid") == DatasetEntry("x/droid", "mine", None)
+    assert DatasetEntry.parse("mine=USER/NAME@v3.0:2") == DatasetEntry("USER/NAME@v3.0", "mine", 2.0)
+    odd = tmp_path / "a=b:3"
+    odd.mkdir()
+    assert DatasetEntry.parse(str(odd)) == DatasetEntry(str(odd), "a=b:3", None)
+    for wrong in ("x/droid:0", "x/droid:much", "mine="):
+        with pytest.raises(ConfigError, match="--dataset"):
+            DatasetEntry.parse(wrong)
 
 
-@pytest.mark.parametrize("weights", [{"a": 1}, {"a": 1, "b": 0}, {"a": 1, "b": -1}, {"a": 1, "b": float("nan")}])
-def test_weights_that_do_not_fit_are_refused(parts, weights):
-    with pytest.raises(ConfigError, match="eight"):
-        Mixture(parts, weights, 8, 0)
+@pytest.mark.parametrize(
+    ("mixture", "expected"),
+    [
+        ("frames", [0.1, 0.2, 0.3, 0.4]),
+        ("datasets", [1 / 2 * 1 / 6, 1 / 2 * 2 / 6, 1 / 2 * 3 / 6, 1 / 2]),
+        ("robots", [1 / 4 * 1 / 3, 1 / 4 * 2 / 3, 1 / 4, 1 / 2]),
+    ],
+)
+def test_rules_divide_samples_among_data_sets_robots_and_frames(mixture, expected):
+    """A data set "big" with two robots, of which one has two parts, and a data set "small"."""
+    members = [member("big=a", "one", 10), member("big=b", "one", 20), member("big=c", "two", 30), member("small=d", "one", 40)]
+    assert weights_of(members, named_mixture(mixture)) == pytest.approx(expected)
+
+
+def test_stated_weights_go_before_rules_and_names_have_weights_of_their_own():
+    assert weights_of([member("a:3"), member("b:1", samples=99)], Mixture("datasets")) == [0.75, 0.25]
+    oxe = weights_of([member("bridge=x"), member("toto=y"), member("toto=z", samples=3)], named_mixture("asyncvla-oxe"))
+    assert oxe == pytest.approx([24.14 / 34.48, 10.34 / 34.48 / 4, 10.34 / 34.48 * 3 / 4])
+    assert sum(named_mixture("asyncvla-oxe").weights.values()) == pytest.approx(99.98)
+    with pytest.raises(ConfigError, match=r"b has no weight.*--dataset b:WEIGHT"):
+        weights_of([member("a:3"), member("b")], Mixture())
+    with pytest.raises(ConfigError, match=r"no weight for a data set 'bridge2'.*'bridge'.*NAME=DIR"):
+        weights_of([member("bridge2=x")], named_mixture("asyncvla-oxe"))
+    with pytest.raises(ConfigError, match="no mixture 'frame'"):
+        named_mixture("frame")

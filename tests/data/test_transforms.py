@@ -98,6 +98,18 @@ def test_wrong_use_is_refused():
         replace(Normalizer("min_max", (0.0,), (1.0,)), shift=(0.0, 1.0))
 
 
+def test_clipping_limits_what_is_normalised_and_keeps_the_rest():
+    """Within the limit nothing changes, beyond it the bound is learned, and kept dimensions are the robot's own numbers."""
+    plain = Normalizer("quantile", (1.0, 0.0, 5.0), (2.0, 1.0, 0.0))
+    limited = plain.limited(1.5, kept=[1])
+    x_BD = torch.tensor([[3.0, -7.0, 5.0], [9.0, 2.0, 8.0], [-9.0, 0.5, 5.0]])
+    assert limited.forward(x_BD).tolist() == [[1.0, -7.0, 0.0], [1.5, 2.0, 0.0], [-1.5, 0.5, 0.0]]
+    assert torch.equal(limited.inverse(limited.forward(x_BD))[:, 1], x_BD[:, 1])
+    assert plain.limited(None) == plain
+    with pytest.raises(ConfigError, match="positive size, got 0"):
+        plain.limited(0.0)
+
+
 def images(batch=8, height=12, width=10):
     return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -94,7 +94,7 @@ def test_an_adaptive_cache_runs_the_prefix_less_often_and_its_keys_are_those_of_
     decoder, prefix = policy.model.decoder, prefix_of(policy)
     with torch.inference_mode():
         state = decoder.advance(decoder.start(prefix, helpers.generators(3), Sampling(12)), prefix, 12)
-        fresh = decoder.stack.joint(decoder.embedding(state.seen_BS), prefix, 2)[1]
+        fresh = decoder.stack.joint(decoder.embedding(state.cached_id_BS), prefix, 2)[1]
     runs = decoder.tokens(state).prefix_runs
     assert all(1 <= r < 12 for r in runs)
     for kept, made in zip(state.prefix.kv_cache, fresh.kv_cache, strict=True):

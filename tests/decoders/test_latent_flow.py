@@ -126,8 +126,8 @@ def test_the_latent_experts_output_depends_on_the_image_through_the_codes_alone(
         there = replace(there, state_BS=here.state_BS)
         with torch.no_grad():
             written = decoder.latent.read(here)
-            seen = [decoder._seen(prefix, written) for prefix in (here, there)]
-            chunks = [decoder.flow.sample(prefix, helpers.generators(3), Sampling(2)) for prefix in seen]
+            contexts = [decoder._context(prefix, written) for prefix in (here, there)]
+            chunks = [decoder.flow.sample(prefix, helpers.generators(3), Sampling(2)) for prefix in contexts]
         assert torch.equal(chunks[0], chunks[1]) == same
 
 
@@ -201,7 +201,7 @@ def test_several_noise_draws_on_one_prefix_equal_as_many_passes_with_these_noise
     decoder.flow.velocity = watched
     with torch.no_grad():
         together = decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total
-        seen = decoder._seen(prefix, decoder.latent.read(prefix))
+        context = decoder._context(prefix, decoder.latent.read(prefix))
         action = targets.action_BLD.repeat_interleave(5, 0)
         generator = torch.Generator().manual_seed(0)
         time = gaussian.sample_time((15, 1), generator, 1.5, 0.001)
@@ -211,7 +211,7 @@ def test_several_noise_draws_on_one_prefix_equal_as_many_passes_with_these_noise
         for draw in range(5):
             rows = torch.arange(draw, 15, 5)
             x = gaussian.interpolate(action[rows], noise[rows], clock[rows])
-            losses.append((velocity(x, clock[rows], seen) - (noise - action)[rows]).square().mean())
+            losses.append((velocity(x, clock[rows], context) - (noise - action)[rows]).square().mean())
     assert float(together) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
 
 

@@ -51,8 +51,8 @@ def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, caps
     assert main(["calibrate", str(folder), "--dataset", str(dataset), "--exit-budget", "0.4", "--frames", "40"]) == 0
     made = Calibration.load(folder / "calibration" / "budget-0.4.json")
     assert made.plan.depths == (1, 2, 3)
-    assert made.samples == made.seen.samples == 20
-    assert sum(made.seen.shares) == pytest.approx(1)
+    assert made.samples == made.effect.samples == 20
+    assert sum(made.effect.shares) == pytest.approx(1)
     page = (folder / "calibration" / "budget-0.4.html").read_text()
     assert page.count("<svg") == 3
     assert made.checkpoint in page
@@ -78,11 +78,11 @@ def test_risk_is_written_with_what_fresh_frames_show(trained, dataset, tmp_path)
     words += ["--name", "loose"]
     assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
     made = Calibration.load(folder / "calibration" / "loose.json")
-    assert made.seen.above == 0
-    assert made.seen.shares[0] == 1  # nothing deviates by 100 standard deviations, so everybody leaves at once
+    assert made.effect.above == 0
+    assert made.effect.shares[0] == 1  # nothing deviates by 100 standard deviations, so everybody leaves at once
     words[1], words[3], words[-1] = "0.0", "0.99", "strict"
     assert main(["calibrate", str(folder), "--dataset", str(dataset), *words]) == 0
-    assert Calibration.load(folder / "calibration" / "strict.json").seen.shares[-1] == 1
+    assert Calibration.load(folder / "calibration" / "strict.json").effect.shares[-1] == 1
 
 
 def test_risk_is_tuned_on_some_episodes_and_tested_on_others(trained, dataset):

@@ -101,7 +101,7 @@ def test_guidance_leads_to_the_known_actions_where_the_velocity_is_that_of_gauss
 
     monkeypatch.setattr(type(UNTRAINED.model.decoder), "velocity", velocity)
     known = action_prefix(5, 5)
-    decoder, normalizer = UNTRAINED.model.decoder, UNTRAINED._action
+    decoder, normalizer = UNTRAINED.model.decoder, UNTRAINED.action_normalizer
     target = normalizer.forward(torch.from_numpy(known.actions))
     padded = torch.cat((target, torch.zeros(1, 4)))[None]
     prefix = UNTRAINED.embed(helpers.batch(1).observation)
@@ -137,7 +137,7 @@ def test_committed_actions_give_no_loss(monkeypatch):
 
     monkeypatch.setattr(gaussian, "sample_beginning", longest_beginning)
     seen = []
-    monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: seen.append(weight) or error.sum() * 0)
+    monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight, mask: seen.append(weight) or error.sum() * 0)
     TRAINED.loss(TRAINED.prepare(helpers.batch()), *helpers.generators(2))
     assert (seen[0][:, :3] == 0).all()
     assert (seen[0][:, 3:] == 1).all()
@@ -161,7 +161,7 @@ def test_a_beginning_is_what_was_executed(monkeypatch):
     monkeypatch.setattr(gaussian, "interpolate", lambda a, *rest: seen.append(a) or interpolate(a, *rest))
     monkeypatch.setattr(gaussian, "velocity_target", lambda a, noise: wanted.append(a) or target(a, noise))
     policy.loss(policy.prepare(executed_batch(other)), *helpers.generators(2))
-    noted, executed = (policy._action.forward(a).repeat_interleave(2, 0) for a in (batch.action_BLD, other))
+    noted, executed = (policy.action_normalizer.forward(a).repeat_interleave(2, 0) for a in (batch.action_BLD, other))
     assert torch.equal(seen[0][:, :3], executed[:, :3])
     assert torch.equal(seen[0][:, 3:], noted[:, 3:])
     assert torch.equal(wanted[0], noted)
@@ -174,7 +174,7 @@ def test_an_intervention_is_excused_where_it_was_committed(intervened, counts, m
     """
     monkeypatch.setattr(gaussian, "sample_beginning", lambda b, *_: (torch.arange(6) >= 3).float().expand(b, -1))
     weights = []
-    monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight: weights.append(weight) or error.sum() * 0)
+    monkeypatch.setattr(gaussian, "masked_mean_square", lambda error, weight, mask: weights.append(weight) or error.sum() * 0)
     TRAINED.loss(TRAINED.prepare(executed_batch(helpers.batch().action_BLD, intervened)), *helpers.generators(2))
     assert all(np.flatnonzero(row).tolist() == counts for row in weights[0].numpy())
 

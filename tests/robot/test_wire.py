@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from vlaflow.errors import RequestError
 from vlaflow.robot import wire
-from vlaflow.robot.wire import Dialect
+from vlaflow.robot.wire import ArrayEncoding
 
 DTYPES = st.sampled_from(sorted(wire.DTYPES))
 arrays = hnp.arrays(DTYPES, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
@@ -46,20 +46,20 @@ def test_numpy_scalars_come_back(number):
 @given(array=arrays)
 def test_msgpack_numpys_arrays_and_scalars_come_back(array):
     message = {"x": array, "y": np.float32(1.5), "z": "text"}
-    back, dialect = wire.unpack_as_sent(wire.pack(message, Dialect.MSGPACK_NUMPY))
-    assert dialect is Dialect.MSGPACK_NUMPY
+    back, encoding = wire.unpack_as_sent(wire.pack(message, ArrayEncoding.MSGPACK_NUMPY))
+    assert encoding is ArrayEncoding.MSGPACK_NUMPY
     assert (back["x"].dtype, back["x"].shape, back["x"].tobytes()) == (array.dtype, array.shape, array.tobytes())
     assert not back["x"].flags.writeable
     assert back["y"] == np.float32(1.5)
     assert back["y"].dtype == np.float32
     assert back["z"] == "text"
-    assert wire.unpack_as_sent(wire.pack(message))[1] is Dialect.OPENPI
+    assert wire.unpack_as_sent(wire.pack(message))[1] is ArrayEncoding.OPENPI
 
 
 def test_the_bytes_are_those_of_msgpack_numpy():
     """The markers as msgpack-numpy 0.4.8 writes them; it reads its own keys only."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    raw = msgpack.unpackb(wire.pack([array, np.int16(-2)], Dialect.MSGPACK_NUMPY), strict_map_key=False)
+    raw = msgpack.unpackb(wire.pack([array, np.int16(-2)], ArrayEncoding.MSGPACK_NUMPY), strict_map_key=False)
     assert raw == [
         {b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [2, 3], b"data": array.tobytes()},
         {b"nd": False, b"type": "<i2", b"data": np.int16(-2).tobytes()},

@@ -88,7 +88,7 @@ def test_the_stream_tells_what_the_last_request_showed_and_got(live):
         assert message["work"][-1] == [reply["layers"], reply["nfe"]]
 
 
-def test_a_raters_confidence_and_the_draft_are_told():
+def test_a_raters_confidence_and_the_draft_are_sent():
     served = serving(RATED, Refine(BelowThreshold(1.0), Sampling(3), Dense(3)), dashboard=True)
     with served as (_, address), watching(address) as stream, Client(address) as client:
         reply = client.infer(request(0))
@@ -305,9 +305,9 @@ def test_what_a_client_sends_is_shown_as_text_and_never_run(shown):
     client.infer({**request(0), "prompt": words})
     with pytest.raises(RequestError):
         client.infer({**request(0), "endpoint": "<b>"})
-    assert page.until(f"document.getElementById('told').textContent.includes({words!r})")
+    assert page.until(f"document.getElementById('last-request').textContent.includes({words!r})")
     assert page.until("document.querySelector('#log .wrong').textContent.includes(\"no endpoint '<b>'\")")
-    assert page.run("document.querySelectorAll('main b, #told img').length + (window.bad ? 1 : 0)") == 0
+    assert page.run("document.querySelectorAll('main b, #last-request img').length + (window.bad ? 1 : 0)") == 0
 
 
 CONTRAST = """(() => {

@@ -12,7 +12,7 @@ from tests.serving.live import PLACE, request, serving
 from vlaflow.errors import ConfigError, RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
-from vlaflow.robot.wire import Dialect
+from vlaflow.robot.wire import ArrayEncoding
 from vlaflow.serving.observation_keys import choose, read
 from vlaflow.serving.openpi import committed
 
@@ -149,15 +149,15 @@ def msgpack_numpy(message):
     return msgpack.packb(message, default=encode)
 
 
-def test_a_client_is_answered_in_its_own_dialect():
+def test_a_client_is_answered_in_its_own_encoding():
     with serving() as (_, address), Client(address) as client:
         expected = client.infer(request(1, seed=7))["actions"]
         with connect(address, proxy=None) as raw:
             raw.recv()
-            for dialect, packed in ((Dialect.MSGPACK_NUMPY, msgpack_numpy), (Dialect.OPENPI, wire.pack)):
+            for encoding, packed in ((ArrayEncoding.MSGPACK_NUMPY, msgpack_numpy), (ArrayEncoding.OPENPI, wire.pack)):
                 raw.send(packed(request(1, seed=np.int64(7))))
                 reply, found = wire.unpack_as_sent(raw.recv(10))
-                assert found is dialect
+                assert found is encoding
                 np.testing.assert_array_equal(reply["actions"], expected)
 
 

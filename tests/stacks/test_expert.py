@@ -53,7 +53,7 @@ def test_exits_in_one_pass_equal_the_passes_one_by_one():
 
 
 @torch.no_grad()
-def test_layer_j_reads_the_memory_of_layer_j_and_no_other():
+def test_layer_j_reads_the_kv_cache_of_layer_j_and_no_other():
     backbone, embedded = tiny()
     stack, prefix = expert(backbone), backbone.run(embedded)
     before = stack.exits(suffix(), prefix, (1, 2, 3))

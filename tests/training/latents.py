@@ -9,6 +9,7 @@ from tests.training.small import Memory, tiny_config
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Codebook, Replacement
 from vlaflow.data.batch import ObservationBatch
+from vlaflow.data.common import Normalizers
 from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.transforms import Normalizer
 from vlaflow.policies.objectives import LatentObjective
@@ -38,7 +39,7 @@ def latent_config(**changes):
 def latent_stage(config):
     latent = config.objective
     model = LatentActionModel.create(latent.model, Origin("", "front", 10.0, 0.2, 2), config.seed)
-    action = Normalizer("mean_std", (0.0, 0.0), (1.0, 1.0)) if latent.model.action_dim else None
+    action = Normalizers((Normalizer("mean_std", (0.0, 0.0), (1.0, 1.0)),), 2) if latent.model.action_dim else None
     return LatentStage(model, latent.replacement, config.steps, action, latent.action_weight)
 
 

@@ -19,11 +19,14 @@ from torch import distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
+from tests.backbones.smol import write_model as write_llama
 from tests.backbones.test_qwen2_5_vl import write_model
 from tests.training.small import SPEC, Cut, Ragged, tiny_config, tiny_stats
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
+from vlaflow.backbones.smol import SmolConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.stages import PolicyStage
@@ -32,6 +35,7 @@ from vlaflow.training import checkpoint
 from vlaflow.training.trainer import Trainer
 
 STACKS = ("shared", "expert")
+LORA = LoraConfig(rank=2)
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "reduce_scatter_tensor", "gather", "scatter")
 
 
@@ -58,15 +62,23 @@ class Killed(Seen):
         return super().batch(indices)
 
 
-def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, precision="fp32"):
-    """A run of six steps, saved every second, in ``out``; the model's folder ``qwen`` is next to it."""
+def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, precision="fp32", lora=None):
+    """A run of six steps, saved every second, in ``out``; the models' folders ``qwen`` and ``smol`` are next to it."""
     backbone = QwenConfig(3, ("front",), str(out.parent / "qwen"), min_pixels=PATCH, max_pixels=4 * PATCH, recompute=recompute)
+    if lora:
+        backbone = SmolConfig(3, ("front",), str(out.parent / "smol"), layers=2, image_size=56, cell=8)
     expert = ExpertConfig(BlockConfig(32, heads=4, kv_heads=2, head_dim=16, ffn=48, norm="rms", gated=True))
     decoder = FlowConfig(action_dim=2, chunk_size=4, expert=expert if stack == "expert" else None)
     policy = PolicyConfig("asyncvla", backbone, decoder, n_action_steps=2)
     made = Policy.create(policy, SPEC, tiny_stats(), 0)
     config = tiny_config(
-        objective=PolicyObjective(policy), accumulate=2, shift=0, ema_decay=0.9, validate_every=6, precision=precision
+        objective=PolicyObjective(policy),
+        accumulate=2,
+        shift=0,
+        ema_decay=0.9,
+        validate_every=6,
+        precision=precision,
+        lora=lora,
     )
     return Trainer(PolicyStage(made), config, source or Seen(), Seen(9), out, tracker="none", shard=shard)
 
@@ -139,6 +151,7 @@ def compare(out):
         sizes["all"] = sum(4 * p.numel() for p in run.stage.module.parameters())
         (out / f"sharded-{stack}/rank-{run.team.rank}.json").write_text(json.dumps(sizes))
     trainer(out / "recomputed", "expert", shard=True, recompute=True).run()
+    trainer(out / "sharded-smol", lora=LORA, shard=True).run()
     trainer(out / "rounded", "shared", shard=True, precision="bf16").run()
     with pytest.raises(RuntimeError, match="cut"):
         trainer(out / "moved", source=Cut(Seen(), at=4), shard=True).run()
@@ -164,6 +177,8 @@ def everything(out):
     write_model(out / "qwen", tied=True)
     for stack in STACKS:
         trainer(out / f"one-{stack}", stack).run()
+    write_llama(out / "smol")
+    trainer(out / "one-smol", lora=LORA).run()
     status, said = launch(out, "compare")
     assert status == 0, said[-3000:]
     with pytest.raises(RuntimeError, match="cut"):  # goes on after step 2, with two parts a step, and breaks down after step 4

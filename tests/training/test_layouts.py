@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.training.layouts import STACKS, everything, trainer
+from tests.training.layouts import LORA, STACKS, everything, trainer
 from tests.training.small import CPU, Memory, Ragged, as_it_is, tiny_config
 from tests.training.test_trainer import run
 from vlaflow.data.augment import Augment, StateMask
@@ -101,6 +101,19 @@ def test_copies_and_shards_learn_what_one_process_learns(layouts, layout, stack)
 def test_recomputed_activations_change_nothing_and_bfloat16_little(layouts):
     assert losses(layouts / "recomputed") == pytest.approx(losses(layouts / "sharded-expert"), rel=ROUNDING)
     assert losses(layouts / "rounded") == pytest.approx(losses(layouts / "one-shared"), rel=0.02)
+
+
+def test_adapters_are_sharded_and_merged_like_everything_else(layouts):
+    """On the smol backbone; every process writes its rows of the pretrained weights too, and one process could go on."""
+    one, two = layouts / "one-smol", layouts / "sharded-smol"
+    assert losses(two) == pytest.approx(losses(one), rel=ROUNDING)
+    ours, theirs = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert not any("lora" in name for name in theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-4)  # steps of 1e-3
+    run = trainer(two, lora=LORA)
+    run._begin()
+    assert run.step == 6
 
 
 @pytest.mark.parametrize("run", ["moved", "killed"])

@@ -20,6 +20,7 @@ from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training import estimate as module
 from vlaflow.training.estimate import Estimate, Machine, Recording, estimate, needs
 from vlaflow.training.memory import Counts, Step, copies, count, measure, sharded
+from vlaflow.training.moments import Masters
 from vlaflow.training.optim import build_optimizer
 from vlaflow.training.recipes import find_recipe, list_recipes
 
@@ -48,12 +49,13 @@ def allocated(step):
 @pytest.mark.parametrize(("expert", "bf16"), [(False, False), (True, False), (False, True)])
 def test_memory_is_within_a_tenth_of_what_torch_allocates(expert, bf16):
     """Of a step in two parts, whose gradients are held while the second part's activations are kept; and of AdamW's moments."""
-    learned, optim = objective(expert), OptimConfig()
+    learned = objective(expert)
+    config = tiny_config(objective=learned)
 
     def build():
         return learned.dry_run(None, 16)
 
-    counts, needed = count(build, optim), measure(build, optim, BATCH, bf16=bf16)
+    counts, needed = count(build, config), measure(build, config, BATCH, bf16=bf16)
     run = build()
     run.networks.train()
     memory = copies(counts, 1, averaged=True, activations=needed.activations)
@@ -66,7 +68,7 @@ def test_memory_is_within_a_tenth_of_what_torch_allocates(expert, bf16):
             torch.autograd.backward(total)
 
     assert memory.gradients + memory.activations == pytest.approx(allocated(parts), rel=0.1)
-    optimizer = build_optimizer(run.networks, optim)
+    optimizer = build_optimizer(run.networks, config.optim, Masters(run.networks))
     optimizer.step()
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     unused = sum(p.nbytes for p in run.networks.parameters() if p.grad is None)  # of the last layer that an expert reads
@@ -78,7 +80,7 @@ def test_parameters_are_those_of_the_cost_model():
     config = find_recipe("asyncvla.libero").config(LIBERO.spec)
     backbone = qwen_backbone(qwen2_5_vl_3b(), Grid(9, 2), 52)
     shape = PolicyShape(backbone, flow_decoder(config.objective.policy.decoder, backbone.spec))
-    assert count(lambda: config.objective.dry_run(None, 256), config.optim).parameters == shape.parameters
+    assert count(lambda: config.objective.dry_run(None, 256), config).parameters == shape.parameters
 
 
 BASES = {"asyncvla.rater3b": "asyncvla.libero", "iflybot.fine3b": "iflybot.joint3b"}
@@ -94,7 +96,16 @@ def test_a_recipe_states_what_it_needs(name):
 
 
 COUNTS = Counts(
-    parameters=1000, trained=800, weight_bytes=4000, root=200, root_trained=200, largest=50, matrices=700, root_matrices=100
+    parameters=1000,
+    trained=800,
+    weight_bytes=4000,
+    gradient_bytes=3200,
+    optimizer_bytes=6400,
+    root=200,
+    root_trained=200,
+    largest=50,
+    matrices=700,
+    root_matrices=100,
 )
 
 
@@ -114,7 +125,7 @@ def test_networks_without_layers_are_copied():
 
 def test_frozen_weights_need_neither_gradients_nor_moments():
     optim = OptimConfig(groups=(ParameterGroup("backbone.", frozen=True),))
-    counts = count(lambda: objective(False).dry_run(None, 16), optim)
+    counts = count(lambda: objective(False).dry_run(None, 16), tiny_config(optim=optim))
     decoder = sum(p.numel() for p in objective(False).dry_run(None, 16).networks.decoder.parameters())
     assert counts.trained == decoder < counts.parameters
     assert copies(counts, 2, averaged=False).optimizer == 8 * decoder
@@ -163,7 +174,7 @@ def test_the_command_plans_every_stage_and_says_what_fits(capsys):
 
 
 def test_an_estimate_splits_the_batch_over_the_gpus(monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda build, optim, part, *, bf16: Step(part, part))
+    monkeypatch.setattr(module, "measure", lambda build, config, part, *, bf16: Step(part, part))
     config = tiny_config(objective=objective(False), global_batch_size=8, accumulate=2)
     assert estimate(config, Machine(1), Recording(DataSpec(4, 4, ("image",)), 100, 16)).part == 4
     assert estimate(config, Machine(4), Recording(DataSpec(4, 4, ("image",)), 100, 16)).part == 2

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vlaflow.data.weights import named_mixture
 from vlaflow.errors import ConfigError
 from vlaflow.policies.asyncvla.policy import smol
 from vlaflow.policies.recipe import DataSpec
@@ -42,3 +43,24 @@ def test_the_recipe_on_smollm2_has_the_size_that_it_states():
         model = config.build()
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(60e6, rel=0.01)
     assert find_recipe("asyncvla.smol").config(DataSpec(4, 4, ("corner",))).objective.policy.exits == config.exits
+
+
+@pytest.mark.parametrize(
+    ("name", "modes", "clip", "kept"),
+    [
+        ("asyncvla.pretrain", "mean_std", None, ()),
+        ("a1.libero", "quantile", None, ("gripper",)),
+        ("a1.pretrain", "identity", None, ()),
+        ("dfm_vla.libero", "quantile", 1.0, ()),
+    ],
+)
+def test_recipes_at_full_size_normalise_as_their_papers_say(name, modes, clip, kept):
+    config = find_recipe(name).config(DataSpec(4, 4, ("corner",)), None)
+    policy = config.objective.policy
+    assert (policy.action_normalisation, policy.action_clip, policy.kept_actions) == (modes, clip, kept)
+
+
+def test_pretraining_recipes_mix_as_their_papers_say():
+    data = DataSpec(4, 4, ("corner",))
+    assert find_recipe("a1.pretrain").config(data, None).mixture == named_mixture("robots")
+    assert find_recipe("asyncvla.pretrain").config(data, None).mixture.weights["bridge"] == 24.14

@@ -20,7 +20,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.stages import PolicyStage
 from vlaflow.training import checkpoint, pieces
-from vlaflow.training.divergence import DivergedError, DivergenceGuard
+from vlaflow.training.divergence import DivergedError, Divergence
 from vlaflow.training.loader import Held, Loader, mix
 from vlaflow.training.metrics_log import read_log
 from vlaflow.training.team import Team
@@ -145,8 +145,8 @@ def test_nan_stops_with_step_and_episodes_and_leaves_the_checkpoint(tmp_path):
     """Sample 23 is frame 3 of episode 2; the seed's order meets it after the first checkpoint."""
     source = Memory(40)
     config = tiny_config(steps=20)
-    feed_order = np.concatenate([order_of(config, s) for s in range(10)])
-    source.poisoned = int(feed_order[4 * 5])  # first sample of step 6
+    loader_order = np.concatenate([order_of(config, s) for s in range(10)])
+    source.poisoned = int(loader_order[4 * 5])  # first sample of step 6
     with pytest.raises(
         DivergedError, match=rf"The loss is nan at step 6 of 20.*episode {source.poisoned // 10} frame"
     ) as error:
@@ -162,12 +162,12 @@ def order_of(config, step):
     return Order(40, config.global_batch_size, config.seed).indices(step)
 
 
-def test_the_guard_knows_an_explosion_from_a_bad_batch():
-    guard = DivergenceGuard(warm_up=10)
-    assert all(guard.complaint(step, 1.0 + step % 2, 1.0) is None for step in range(50))
-    assert guard.complaint(50, 90.0, 1.0) is None
-    assert "jumped to 500" in guard.complaint(51, 500.0, 1.0)
-    assert "gradient's norm is inf" in guard.complaint(52, 1.0, float("inf"))
+def test_an_explosion_is_distinguished_from_a_bad_batch():
+    divergence = Divergence(warm_up=10)
+    assert all(divergence.complaint(step, 1.0 + step % 2, 1.0) is None for step in range(50))
+    assert divergence.complaint(50, 90.0, 1.0) is None
+    assert "jumped to 500" in divergence.complaint(51, 500.0, 1.0)
+    assert "gradient's norm is inf" in divergence.complaint(52, 1.0, float("inf"))
 
 
 @pytest.mark.parametrize("failing", ["weights.safetensors", "model.safetensors", "state.json"])
@@ -361,14 +361,14 @@ def test_seeds_differ_by_every_number():
 
 def test_loading_ahead_changes_no_sample():
     """In order, and after a jump as on resuming."""
-    feeds = [Loader(Memory(), tiny_config(accumulate=2), Team(), CPU, as_it_is, ahead=ahead) for ahead in (False, True)]
+    loaders = [Loader(Memory(), tiny_config(accumulate=2), Team(), CPU, as_it_is, ahead=ahead) for ahead in (False, True)]
     for step in (0, 1, 2, 7, 8):
-        plain, ahead = (loader.step(step) for loader in feeds)
+        plain, ahead = (loader.step(step) for loader in loaders)
         for a, b in zip(plain, ahead, strict=True):
             assert torch.equal(a.batch.observation.images["front"], b.batch.observation.images["front"])
             assert torch.equal(a.batch.action_BLD, b.batch.action_BLD)
             assert torch.equal(a.generator.get_state(), b.generator.get_state())
-    for loader in feeds:
+    for loader in loaders:
         loader.close()
 
 

@@ -14,6 +14,7 @@ from vlaflow.actions.bins import BinsTokenizer
 from vlaflow.actions.fast import FastTokenizer
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError
+from vlaflow.outputs import write_json
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,8 @@ class TokenizerFile:
 
 
 def save_tokenizer(file: Path, content: TokenizerFile) -> None:
-    """Write a tokenizer file, creating folders as needed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(to_json(content), indent=1) + "\n")
+    """Write a tokenizer file, whole or not at all."""
+    write_json(file, to_json(content), indent=1)
 
 
 def open_tokenizer(file: Path) -> TokenizerFile:

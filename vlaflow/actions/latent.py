@@ -32,11 +32,12 @@ from vlaflow import __version__
 from vlaflow.actions.nsvq import Codebook
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.io import load_weights, read_json, save_tensors
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem, from_patches
 from vlaflow.nn.resnet import ResidualMLP
+from vlaflow.outputs import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Origin:
         gap_s: configured time between the frames of a pair in seconds.
         gap: the same in frames.
         held_out, seed: share of each task's episodes that was held out from training, and the seed of that split.
+        others: fingerprints of further data sets.
     """
 
     dataset: str
@@ -115,6 +117,7 @@ class Origin:
     gap: int
     held_out: float = 0.0
     seed: int = 0
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -306,7 +309,7 @@ class LatentActionModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", to_json(LatentFile(self.config, self.origin)))
-        (folder / "README.md").write_text(card or f"# Latent action model, vlaflow {__version__}\n")
+        write_text(folder / "README.md", card or f"# Latent action model, vlaflow {__version__}\n")
         save_tensors(folder / "model.safetensors", weights or {}, like=self.state_dict())
 
     @staticmethod

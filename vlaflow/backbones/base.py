@@ -9,7 +9,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -63,7 +63,7 @@ class BackboneConfig(Part, ABC):
     """All that is needed to build a backbone, weights aside; a checkpoint holds it as JSON.
 
     A kind is a frozen dataclass with the fields ``state_dim`` and ``views``, registered by its class's name under
-    ``vlaflow.backbones`` (docs/extending.md). What other parts must know before the network is built, they ask here.
+    ``vlaflow.backbones`` (docs/extending.md). It provides what other parts must know before the network is built.
     """
 
     group: ClassVar[Group] = "backbones"
@@ -142,6 +142,8 @@ class Prefix:
         mask_PP: bool, which prefix tokens see which, for backbones where it is neither all nor those before.
         embedded_BPW: the tokens before the first layer, for running them once more; None until one has run.
         written: tokens that a decoder has had the backbone write after the observation; later ones take positions after them.
+        action_mask_BLD: bool, the dimensions and steps that a chunk of each observation's robot has, out of the decoder's; None
+            for all.
     """
 
     backbone: Backbone
@@ -154,6 +156,7 @@ class Prefix:
     mask_PP: Tensor | None = None
     embedded_BPW: Tensor | None = None
     written: int = 0
+    action_mask_BLD: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -192,6 +195,7 @@ class Prefix:
             next_position_B=None if self.next_position_B is None else self.next_position_B[row_R],
             state_BS=None if self.state_BS is None else self.state_BS[row_R],
             embedded_BPW=None if self.embedded_BPW is None else self.embedded_BPW[row_R],
+            action_mask_BLD=None if self.action_mask_BLD is None else self.action_mask_BLD[row_R],
         )
 
 
@@ -218,6 +222,16 @@ class Backbone(nn.Module, ABC):
         Nothing else may read a block's parameters: sharded training gathers them for the time of that call. None by default.
         """
         return {}
+
+    @property
+    def pretrained(self) -> Sequence[nn.Module]:
+        """Its parts with pretrained weights, which low-rank adapters leave as they are; none by default."""
+        return ()
+
+    @property
+    def adapted(self) -> Iterable[nn.Linear]:
+        """The matrices in them that get an adapter where a recipe does not name others; none by default."""
+        return ()
 
     @abstractmethod
     def embed(self, inputs: Inputs) -> Prefix:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.inputs import Inputs, hide_images, shown_views
 from vlaflow.backbones.pretrained_processor import (
     PretrainedProcessor,
     Reader,
@@ -34,8 +34,8 @@ END_OF_LINE, FIRST_CODE = "<|extra_200|>", "<|visual token 000000|>"
 class EmuReader(Reader):
     """Tokenizer and image processor of an Emu3 folder."""
 
-    def __init__(self, tokenizer: Any, pictures: Any) -> None:
-        super().__init__(tokenizer, pictures)
+    def __init__(self, tokenizer: Any, image_processor: Any) -> None:
+        super().__init__(tokenizer, image_processor)
         self.end_of_line, self.first_code = (self._known(token) for token in (END_OF_LINE, FIRST_CODE))
 
     @classmethod
@@ -51,7 +51,7 @@ class EmuReader(Reader):
 
     def save(self, folder: Path) -> None:
         """See the base class."""
-        self.pictures.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -77,7 +77,7 @@ class EmuProcessor(PretrainedProcessor[EmuReader]):
     def __init__(self, reader: EmuReader | None, views: Sequence[str], state_dim: int, *, pixels: int) -> None:
         super().__init__(NAME, reader, views, state_dim)
         if reader is not None:
-            reader.pictures.min_pixels = reader.pictures.max_pixels = pixels
+            reader.image_processor.min_pixels = reader.image_processor.max_pixels = pixels
 
     def read(self, observation: ObservationBatch) -> Inputs:
         """See the base class.
@@ -91,14 +91,17 @@ class EmuProcessor(PretrainedProcessor[EmuReader]):
             if len({tuple(side.shape[1:3]) for side in sides}) > 1:
                 raise ConfigError("Emu3 reads views of one shape in a batch; record them at the same size.")
             images = [side[i].numpy() for i in range(len(observation)) for side in sides]
-            pixels = reader.pictures(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-            rows, columns = (size // reader.pictures.spatial_factor for size in pixels.shape[2:])
+            pixels = reader.image_processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+            rows, columns = (size // reader.image_processor.spatial_factor for size in pixels.shape[2:])
             line = columns + 1  # each row of codes has an end token
             block = f"{token.boi_token}{rows}*{columns}{token.image_wrapper_token}"
             blocks = len(self.views) * (block + token.image_token * (rows * line) + token.eof_token + token.eoi_token)
         texts = [f"{token.bos_token}{in_words(sentence)}{blocks}" for sentence in observation.instructions]
         id_BP, padding_mask_BP, count_B = self.tokens(texts)
         placeholder_BP = where(token, id_BP, token.image_token)
+        if self.views:
+            count_V = placeholder_BP[0].sum().expand(len(self.views)) // len(self.views)
+            padding_mask_BP = hide_images(padding_mask_BP, placeholder_BP, count_V, shown_views(observation, self.views))
         place_BP = placeholder_BP.cumsum(1) - 1
         image_BP = placeholder_BP & (place_BP % line < line - 1)
         id_BP = torch.where(placeholder_BP, torch.where(image_BP, reader.first_code, reader.end_of_line), id_BP)

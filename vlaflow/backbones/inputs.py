@@ -46,7 +46,7 @@ class Inputs:
         pooled_VK: int64, the patches that become each image token; −1 beyond the border.
         image_BP: bool, where image features go.
         state_BP: bool, where the state goes.
-        picture_P: bool, tokens that belong to an image, its marks included, and see each other; alike in all rows.
+        image_P: bool, tokens that belong to an image, its marks included, and see each other; alike in all rows.
         position_3BP: int64, time, height and width of every token, for rotary positions of three kinds.
         next_position_B: int64, the position of the first token after the prefix.
         sentence_BE: float32, the instruction as a vector of a frozen sentence encoder.
@@ -62,7 +62,7 @@ class Inputs:
     pooled_VK: Tensor | None = None
     image_BP: Tensor | None = None
     state_BP: Tensor | None = None
-    picture_P: Tensor | None = None
+    image_P: Tensor | None = None
     position_3BP: Tensor | None = None
     next_position_B: Tensor | None = None
     sentence_BE: Tensor | None = None
@@ -114,7 +114,7 @@ class Processor(ABC):
         """Write what it needs besides the backbone's config into a checkpoint folder; nothing by default."""
 
     def _speechless(self) -> CapabilityError:
-        return CapabilityError(f"{type(self).__name__} knows no answers, so its backbone cannot be asked.")
+        return CapabilityError(f"{type(self).__name__} has no text for answers, so its backbone cannot answer questions.")
 
 
 def require_state(observation: ObservationBatch, expected: int) -> None:
@@ -126,3 +126,26 @@ def require_state(observation: ObservationBatch, expected: int) -> None:
     found = observation.state_BS.shape[1]
     if found != expected:
         raise SpecError(f"The policy expects a state of length {expected}, got {found}.")
+
+
+def shown_views(observation: ObservationBatch, views: Sequence[str]) -> Tensor | None:
+    """Which of the views each observation has, bool (B, views); None when all have all."""
+    if observation.shown is None or all(bool(observation.shown[view].all()) for view in views):
+        return None
+    return torch.stack([observation.shown[view] for view in views], 1)
+
+
+def hide_images(mask_BP: Tensor | None, image_BP: Tensor, count_V: Tensor, shown_BV: Tensor | None) -> Tensor | None:
+    """A padding mask that also hides the tokens of images that are missing.
+
+    Args:
+        mask_BP: bool, False on padding; None when there is none.
+        image_BP: bool, the tokens of images, in the order of the views.
+        count_V: int64, how many each view has, the same in every row.
+        shown_BV: as ``shown_views`` says.
+    """
+    if shown_BV is None:
+        return mask_BP
+    visible_BP = torch.ones_like(image_BP)
+    visible_BP[image_BP] = shown_BV.repeat_interleave(count_V, 1).flatten()
+    return visible_BP if mask_BP is None else mask_BP & visible_BP

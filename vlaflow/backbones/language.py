@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 class LanguageBackbone(Backbone):
-    """A backbone that can be asked. See the module text."""
+    """A backbone that can answer questions. See the module text."""
 
     @property
     @abstractmethod
@@ -110,7 +110,7 @@ def headless(backbone: Backbone | BackboneConfig) -> CapabilityError:
 
 
 def speaking(backbone: Backbone) -> LanguageBackbone:
-    """The backbone, where it can be asked.
+    """The backbone, if it can answer questions.
 
     Raises:
         CapabilityError: when it has no language-model head.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlaflow.backbones.inputs import Inputs
-from vlaflow.backbones.molmo2_processor import FAMILY, NAME, MolmoProcessor, MolmoReader, Pictures
+from vlaflow.backbones.molmo2_processor import FAMILY, NAME, ImagePatches, MolmoProcessor, MolmoReader
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import open_reader
 from vlaflow.errors import ConfigError
@@ -75,7 +75,7 @@ class MolmoConfig(PretrainedConfig):
 
     def image_tokens(self, side: int) -> int:
         """See the base class; every row ends with a token of its own, and two enclose the picture."""
-        rows, columns = Pictures().grid
+        rows, columns = ImagePatches().grid
         return rows * (columns + 1) + 2
 
     @property
@@ -127,6 +127,6 @@ class MolmoBackbone(PretrainedBackbone):
 
     def prefix_mask(self, inputs: Inputs) -> Tensor:
         """Causal, but the tokens of all images see each other."""
-        assert inputs.picture_P is not None
-        picture_P = inputs.picture_P
-        return causal_mask(len(picture_P), picture_P.device) | (picture_P[:, None] & picture_P)
+        assert inputs.image_P is not None
+        image_P = inputs.image_P
+        return causal_mask(len(image_P), image_P.device) | (image_P[:, None] & image_P)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.inputs import Inputs, hide_images, shown_views
 from vlaflow.backbones.pretrained_processor import (
     ChatProcessor,
     Reader,
@@ -30,7 +30,8 @@ from vlaflow.backbones.pretrained_processor import (
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.io import read_json, write_json
+from vlaflow.io import read_json
+from vlaflow.outputs import write_json
 
 NAME, FAMILY = "Molmo2", "molmo2"
 SETTINGS = "vlaflow_molmo2.json"
@@ -39,7 +40,7 @@ END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImagePatches:
     """How an image becomes patches, from the model's preprocessor_config.json and processor_config.json.
 
     Args:
@@ -97,10 +98,10 @@ class Pictures:
 class MolmoReader(Reader):
     """Tokenizer, chat template and image settings of a Molmo2 folder.
 
-    transformers' image processor for Molmo2 needs torchvision; ``Pictures`` makes the same overview without it.
+    transformers' image processor for Molmo2 needs torchvision; ``ImagePatches`` makes the same overview without it.
     """
 
-    pictures: Pictures
+    image_processor: ImagePatches
 
     @classmethod
     def open(cls, source: str) -> Self:
@@ -114,18 +115,18 @@ class MolmoReader(Reader):
         known = Path(source) / SETTINGS
         settings: dict[str, Any] = {}
         if known.exists():
-            pictures = from_json(Pictures, read_json(known), str(known))
+            image_processor = from_json(ImagePatches, read_json(known), str(known))
         else:
             settings, _ = hub.Molmo2Processor.get_processor_dict(source)
-            pictures = _pictures(settings, source)
+            image_processor = _image_patches(settings, source)
         require_chat_template(tokenizer, settings, source)
-        return cls(tokenizer, pictures)
+        return cls(tokenizer, image_processor)
 
     def save(self, folder: Path) -> None:
         """See the base class."""
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
-        write_json(folder / SETTINGS, to_json(self.pictures))
+        write_json(folder / SETTINGS, to_json(self.image_processor))
 
     @property
     def end(self) -> str:
@@ -154,7 +155,7 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
         text = text if text.startswith(begin) else begin + text
         if text.count(PLACE) != len(self.views):
             raise ConfigError(f"The chat template makes {text.count(PLACE)} places for {len(self.views)} images.")
-        return text.replace(PLACE, self.reader.pictures.words)
+        return text.replace(PLACE, self.reader.image_processor.words)
 
     def read(self, observation: ObservationBatch) -> Inputs:
         """See the base class.
@@ -165,16 +166,18 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
         reader = self.reader
         texts = [self.conversation(sentence) for sentence in observation.instructions]
         id_BP, padding_mask_BP, count_B = self.tokens(texts, add_special_tokens=False)
-        picture_BP = torch.zeros_like(id_BP, dtype=torch.bool)
+        image_BP = torch.zeros_like(id_BP, dtype=torch.bool)
         for token in (PATCH, COLUMN, START, "<im_start>", END):
-            picture_BP |= where(reader.tokenizer, id_BP, token)
-        if not bool((picture_BP == picture_BP[:1]).all()):
+            image_BP |= where(reader.tokenizer, id_BP, token)
+        if not bool((image_BP == image_BP[:1]).all()):
             raise CapabilityError("This chat template shows images after words; Molmo2's own shows them first.")
         patches_INC = pooled_VK = None
         if self.views:
-            sides = torch.stack([reader.pictures.patches(observation.images[view]) for view in self.views], 1)
+            count_V = image_BP[0].sum().expand(len(self.views)) // len(self.views)
+            padding_mask_BP = hide_images(padding_mask_BP, image_BP, count_V, shown_views(observation, self.views))
+            sides = torch.stack([reader.image_processor.patches(observation.images[view]) for view in self.views], 1)
             patches_INC = sides.flatten(0, 1)
-            pooled_VK = reader.pictures.pooled(len(patches_INC))
+            pooled_VK = reader.image_processor.pooled(len(patches_INC))
         return Inputs(
             state_BS=observation.state_BS,
             id_BP=id_BP,
@@ -183,22 +186,22 @@ class MolmoProcessor(ChatProcessor[MolmoReader]):
             pooled_VK=pooled_VK,
             image_BP=where(reader.tokenizer, id_BP, PATCH),
             state_BP=self.state_places(id_BP),
-            picture_P=picture_BP[0],
+            image_P=image_BP[0],
             next_position_B=count_B,
         )
 
 
-def _pictures(settings: dict[str, Any], source: str) -> Pictures:
+def _image_patches(settings: dict[str, Any], source: str) -> ImagePatches:
     inner = settings.get("image_processor")
     own = inner if isinstance(inner, dict) else open_pretrained(_Settings, source, NAME)
-    size = own.get("size", {"height": Pictures.side})
+    size = own.get("size", {"height": ImagePatches.side})
     columns = settings.get("use_single_crop_col_tokens")
-    return Pictures(
+    return ImagePatches(
         side=size["height"],
-        patch=own.get("patch_size", Pictures.patch),
-        pooling=tuple(own.get("pooling_size", Pictures.pooling)),
-        mean=tuple(own.get("image_mean", Pictures.mean)),
-        std=tuple(own.get("image_std", Pictures.std)),
+        patch=own.get("patch_size", ImagePatches.patch),
+        pooling=tuple(own.get("pooling_size", ImagePatches.pooling)),
+        mean=tuple(own.get("image_mean", ImagePatches.mean)),
+        std=tuple(own.get("image_std", ImagePatches.std)),
         columns=settings.get("image_use_col_tokens", True) if columns is None else columns,
         own_start=settings.get("use_single_crop_start_token", True),
     )

@@ -14,7 +14,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state, H he
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -192,6 +192,16 @@ class PretrainedBackbone(LanguageBackbone):
     def blocks(self) -> Mapping[nn.Module, str]:
         """See the base class: language layers, and the layers of the vision part."""
         return {**dict.fromkeys(self.language.layers, "run"), **dict.fromkeys(self.vision_blocks, "forward")}
+
+    @property
+    def pretrained(self) -> Sequence[nn.Module]:
+        """transformers' model and its head."""
+        return (self.network,) if self.head is None else (self.network, self.head)
+
+    @property
+    def adapted(self) -> Iterable[nn.Linear]:
+        """Every matrix of the language layers, as in QLoRA."""
+        return (part for part in self.language.layers.modules() if isinstance(part, nn.Linear))
 
     @property
     def vision_blocks(self) -> Iterable[nn.Module]:

@@ -33,11 +33,11 @@ class Reader(ABC):
 
     Args:
         tokenizer: made to pad on the right, because under a causal mask a row of padding in front would see nothing: NaN.
-        pictures: how images become what the vision part takes.
+        image_processor: how images become what the vision part takes.
     """
 
-    def __init__(self, tokenizer: Any, pictures: Any) -> None:
-        self.tokenizer, self.pictures = tokenizer, pictures
+    def __init__(self, tokenizer: Any, image_processor: Any) -> None:
+        self.tokenizer, self.image_processor = tokenizer, image_processor
         tokenizer.padding_side = "right"
 
     @classmethod

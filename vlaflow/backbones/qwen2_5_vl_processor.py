@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.inputs import Inputs, hide_images, shown_views
 from vlaflow.backbones.pretrained_processor import (
     ChatProcessor,
     Reader,
@@ -44,14 +44,14 @@ class QwenReader(Reader):
         """
         hub = transformers_library(NAME, FAMILY)
         tokenizer = open_pretrained(hub.AutoTokenizer, source, NAME)
-        pictures = open_pretrained(hub.AutoImageProcessor, source, NAME, backend="pil")
+        image_processor = open_pretrained(hub.AutoImageProcessor, source, NAME, backend="pil")
         settings, _ = hub.Qwen2_5_VLProcessor.get_processor_dict(source)
         require_chat_template(tokenizer, settings, source)
-        return cls(tokenizer, pictures)
+        return cls(tokenizer, image_processor)
 
     def save(self, folder: Path) -> None:
         """See the base class."""
-        self.pictures.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder, save_jinja_files=False)
 
     @property
@@ -84,21 +84,24 @@ class QwenProcessor(ChatProcessor[QwenReader]):
     def read(self, observation: ObservationBatch) -> Inputs:
         """See the base class."""
         reader = self.reader
-        merge, texts = reader.pictures.merge_size, [self.conversation(s) for s in observation.instructions]
-        grid_I3 = patches = patch_position_N2 = None
+        merge, texts = reader.image_processor.merge_size, [self.conversation(s) for s in observation.instructions]
+        grid_I3 = patches = patch_position_N2 = count_V = None
         if self.views:
             sides = [observation.images[view].numpy() for view in self.views]
             images = [side[i] for i in range(len(observation)) for side in sides]
-            found = reader.pictures(images, size=self.size, input_data_format="channels_last", return_tensors="pt")
+            found = reader.image_processor(images, size=self.size, input_data_format="channels_last", return_tensors="pt")
             patches, grid_I3 = found["pixel_values"], found["image_grid_thw"]
             patch_position_N2 = patch_positions(grid_I3, merge)
-            counts = iter((grid_I3.prod(1) // merge**2).tolist())
+            count_I = grid_I3.prod(1) // merge**2
+            counts, count_V = iter(count_I.tolist()), count_I[: len(self.views)]
             texts = [_spread(text, counts) for text in texts]
         id_BP, padding_mask_BP, _ = self.tokens(texts)
         image_BP = where(reader.tokenizer, id_BP, IMAGE_TOKEN)
         position_3BP = token_positions(image_BP, None if grid_I3 is None else grid_I3[:, 1:] // merge)
         if padding_mask_BP is not None:
             position_3BP = position_3BP.masked_fill(~padding_mask_BP, 0)
+        if count_V is not None:
+            padding_mask_BP = hide_images(padding_mask_BP, image_BP, count_V, shown_views(observation, self.views))
         return Inputs(
             state_BS=observation.state_BS,
             id_BP=id_BP,

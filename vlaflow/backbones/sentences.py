@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from vlaflow.backbones.pretrained_processor import FOLDER, open_pretrained, transformers_library
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
+from vlaflow.outputs import write_json
 from vlaflow.packages import folders, missing
 
 NAME = "sentence encoder"
@@ -117,7 +118,7 @@ class SentenceEncoder:
         """Write everything that ``open`` reads."""
         self._model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
-        (folder / LIMITS).write_text(json.dumps({"max_seq_length": self._limit}) + "\n")
+        write_json(folder / LIMITS, {"max_seq_length": self._limit})
 
     def _remembered(self, sentence: str) -> Tensor:
         if sentence not in self._known:

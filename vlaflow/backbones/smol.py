@@ -10,7 +10,7 @@ Shape letters: B batch, P prefix tokens, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -172,6 +172,12 @@ class SmolBackbone(PretrainedBackbone):
     def language(self) -> Any:
         """See the base class."""
         return self.network
+
+    @property
+    def pretrained(self) -> Sequence[nn.Module]:
+        """See the base class; with the encoder of images, where there is one."""
+        encoder = (self.vision.network,) if isinstance(self.vision, PretrainedVision) else ()
+        return (*super().pretrained, *encoder)
 
     @property
     def vision_blocks(self) -> Iterable[nn.Module]:

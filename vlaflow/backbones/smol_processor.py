@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from vlaflow.backbones.inputs import Inputs
+import torch
+
+from vlaflow.backbones.inputs import Inputs, hide_images, shown_views
 from vlaflow.backbones.pretrained_processor import (
     ChatProcessor,
     Reader,
@@ -138,6 +140,9 @@ class SmolProcessor(ChatProcessor[SmolReader]):
         image_BP = where(self.reader.tokenizer, id_BP, self.image_token)
         if not bool((image_BP.sum(1) == self.cells * len(self.views)).all()):
             raise ConfigError(f"image_token '{self.image_token}' must be one token of the tokenizer's own.")
+        if self.views:
+            count_V = torch.full((len(self.views),), self.cells)
+            padding_mask_BP = hide_images(padding_mask_BP, image_BP, count_V, shown_views(observation, self.views))
         return Inputs(
             state_BS=observation.state_BS,
             id_BP=id_BP,

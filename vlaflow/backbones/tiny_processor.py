@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.inputs import Inputs, Processor, require_state
+from vlaflow.backbones.inputs import Inputs, Processor, require_state, shown_views
 from vlaflow.backbones.language import IGNORED
 from vlaflow.backbones.pretrained_processor import FOLDER
 from vlaflow.backbones.sentences import SentenceEncoder
@@ -60,14 +60,22 @@ class TinyProcessor(Processor):
         if self._encoder is not None:
             none_B0 = torch.zeros((len(observation), 0), dtype=torch.int64)
             sentence_BE = self._encoder(observation.instructions)
-            return Inputs(observation.state_BS, none_B0, images=images, sentence_BE=sentence_BE)
+            mask_BP = self._mask(torch.ones((len(observation), 1), dtype=torch.bool), observation)
+            return Inputs(observation.state_BS, none_B0, mask_BP, images, sentence_BE=sentence_BE)
         byte_BN = self._bytes(observation.instructions)
         written_BT = (byte_BN < PAD).view(len(observation), -1, self.text_patch).any(-1)
-        padding_mask_BP = None
-        if not bool(written_BT.all()):
-            images_before, state_after = sum(self.cells.values()), 1
-            padding_mask_BP = functional.pad(written_BT, (images_before, state_after), value=True)
-        return Inputs(observation.state_BS, byte_BN, padding_mask_BP, images)
+        return Inputs(observation.state_BS, byte_BN, self._mask(written_BT, observation), images)
+
+    def _mask(self, written_BT: Tensor, observation: ObservationBatch) -> Tensor | None:
+        """False on text tokens that hold nothing and on views that are missing; None when there are neither."""
+        shown_BV = shown_views(observation, tuple(self.cells))
+        if shown_BV is None and bool(written_BT.all()):
+            return None
+        images_before, state_after = sum(self.cells.values()), 1
+        mask_BP = functional.pad(written_BT, (images_before, state_after), value=True)
+        if shown_BV is not None:
+            mask_BP[:, :images_before] = shown_BV.repeat_interleave(torch.tensor(list(self.cells.values())), 1)
+        return mask_BP
 
     def save(self, folder: Path) -> None:
         """The sentence encoder into ``folder/processor``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from vlaflow.compute.spelling import DEFAULTS, Checkpoint
 from vlaflow.evaluation import results, vqa
 from vlaflow.evaluation.results import Evaluation, read_as
 from vlaflow.evaluation.run import RESULTS
+from vlaflow.outputs import write_json
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.versions import command_line, machine, versions
 
@@ -77,10 +77,8 @@ def conclude(claim: Claim, places: Places, size: Size, *, hours: float, commands
 
 
 def write(row: Row, file: Path) -> None:
-    """Write the file completely or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(asdict(row), indent=1, allow_nan=False) + "\n")
-    part.replace(file)
+    """Write the file, whole or not at all."""
+    write_json(file, asdict(row), indent=1)
 
 
 def read(file: Path) -> Row:

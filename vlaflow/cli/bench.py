@@ -22,6 +22,8 @@ class BenchArguments:
     """What to measure."""
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     """Folder of a checkpoint."""
+    robot: str | None = None
+    """Robot to act for, if the checkpoint was trained for several."""
     rounds: int = 100
     """Number of measurements of each part."""
     threads: int = 1
@@ -41,11 +43,13 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.compute.budget import PROFILE, save
     from vlaflow.evaluation.profile import profile
+    from vlaflow.outputs import require_writable
     from vlaflow.policies.base import Policy
-    from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
+    from vlaflow.policies.robots import robot_folder
 
-    folder = local_folder(given.checkpoint)
+    folder = robot_folder(given.checkpoint, given.robot)
+    require_writable(folder / PROFILE, cure="Make it writable, or time a copy of the checkpoint.")
     found = profile(Policy.from_pretrained(folder, given.device, given.dtype), fingerprint(folder), given.rounds, given.threads)
     save(found, folder / PROFILE)
     table = Table("depth", "prefix ms", "step ms", title=f"{found.machine}, {found.threads} thread(s)", title_justify="left")

@@ -36,6 +36,8 @@ class CalibrateArguments:
     """Folder of a checkpoint; exits can be calibrated if it was trained with them."""
     dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """LeRobot data set (folder, or name on the Hub); for that of the training, its held-out episodes are used."""
+    robot: str | None = None
+    """Robot to calibrate for, if the checkpoint was trained for several; the calibration holds for this one alone."""
     sampler: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Calibrate the sampler instead of exits: solver steps, noise scale, temperature, draws, depth."""
     budget_ms: float | None = None
@@ -102,7 +104,7 @@ def _sampler(given: CalibrateArguments) -> int:
     from vlaflow.compute.calibration import FOLDER
     from vlaflow.compute.sampler_choice import FILE
     from vlaflow.evaluation import calibrate_sampler
-    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.robots import robot_folder
     from vlaflow.reports.sampler import words, write_page
 
     request = calibrate_sampler.SamplerRequest(
@@ -114,13 +116,12 @@ def _sampler(given: CalibrateArguments) -> int:
         episodes=given.rollouts,
         workers=given.workers,
     )
-    checkpoint = local_folder(given.checkpoint)
-    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype)
+    checkpoint = robot_folder(given.checkpoint, given.robot)
+    made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype, report=write_page)
     file = checkpoint / FOLDER / FILE
-    page = write_page(made, file.with_suffix(".html"))
     console = Console()
     console.print(words(made))
-    console.print(f"Written: {file} and {page}", soft_wrap=True)
+    console.print(f"Written: {file} and {file.with_suffix('.html')}", soft_wrap=True)
     return 0
 
 
@@ -129,7 +130,7 @@ def _exits(given: CalibrateArguments) -> int:
 
     from vlaflow.compute.spelling import read_sampling
     from vlaflow.evaluation import calibrate
-    from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.robots import robot_folder
     from vlaflow.reports.calibration import write_page
 
     request = calibrate.Request(
@@ -145,7 +146,7 @@ def _exits(given: CalibrateArguments) -> int:
         new_data=given.episodes == "all",
         ladder=given.ladder,
     )
-    made = calibrate.run(local_folder(given.checkpoint), given.dataset, request, given.device, given.dtype)
+    made = calibrate.run(robot_folder(given.checkpoint, given.robot), given.dataset, request, given.device, given.dtype)
     page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))
     console = Console()
     console.print(_words(made.calibration))
@@ -168,7 +169,7 @@ def _name(given: CalibrateArguments) -> str:
 
 
 def _words(made: Calibration) -> str:
-    test, plan = made.seen, made.plan
+    test, plan = made.effect, made.plan
     shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in zip(plan.exits, test.shares, strict=True))
     lines = [
         f"Thresholds from {made.samples} frames, tested on {test.samples} others from other episodes.",

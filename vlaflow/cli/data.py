@@ -206,6 +206,10 @@ def _show(arguments: Show) -> int:
 
     console = Console()
     dataset = Dataset.open(arguments.directory)
+    if arguments.out is not None:
+        from vlaflow.reports.dataset import require_page, write_page
+
+        require_page(arguments.out)
     _print_summary(console, dataset)
     tasks = Table("task", "episodes", "frames", "shortest", "longest")
     for task in dict.fromkeys(episode.task for episode in dataset.episodes):
@@ -219,10 +223,6 @@ def _show(arguments: Show) -> int:
             numbers.add_row(name, label, *(f"{v[d]:.4g}" for v in values))
     console.print(numbers)
     if arguments.out is not None:
-        from vlaflow.io import require_writable
-        from vlaflow.reports.dataset import write_page
-
-        require_writable(arguments.out)
         console.print(f"Written: {write_page(dataset, arguments.out, arguments.episodes)}", soft_wrap=True)
     return 0
 

@@ -21,7 +21,7 @@ import tyro
 
 from vlaflow.cli.demo_plans import PLANS, Plan
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.io import make_folder, require_makeable
+from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
@@ -202,9 +202,7 @@ class DemoLog:
         return Minutes(install=_install_minutes(), **spent).summed()
 
     def _save(self) -> None:
-        part = self.file.with_name(".demo.json.part")
-        part.write_text(json.dumps({"settings": self._settings, "done": self.done, "seconds": self.seconds}, indent=1) + "\n")
-        part.replace(self.file)
+        write_json(self.file, {"settings": self._settings, "done": self.done, "seconds": self.seconds}, indent=1)
 
 
 def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[str, str]:
@@ -270,13 +268,10 @@ def _train(
 
 
 def _sampler(settings: Settings, checkpoint: Path, dataset: Path) -> None:
-    from vlaflow.compute.calibration import FOLDER
-    from vlaflow.compute.sampler_choice import FILE
     from vlaflow.evaluation.calibrate_sampler import SamplerRequest, run
     from vlaflow.reports.sampler import write_page
 
-    made = run(checkpoint, dataset, SamplerRequest(frames=settings.sampler_frames))
-    write_page(made, (checkpoint / FOLDER / FILE).with_suffix(".html"))
+    run(checkpoint, dataset, SamplerRequest(frames=settings.sampler_frames), report=write_page)
 
 
 def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:

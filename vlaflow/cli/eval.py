@@ -29,6 +29,7 @@ class Eval:
     Args:
         checkpoint: folder, or Hugging Face repository id.
         env: suite/task, or a group such as metaworld/easy; repeat the option for more.
+        robot: robot to act for, if the checkpoint was trained for several.
         compute: dense, dense:2 (solver steps), dense:2@0.5 (from half the noise; docs/sampling.md), dense:2,depth=3 (through
             three layers), mean:8 or medoid:8 (of eight draws), refine (what is rated below ``threshold`` is regenerated),
             refine-random (each action with probability 0.5), exit:NAME (a calibration of the checkpoint), refine+exit:NAME,
@@ -59,6 +60,7 @@ class Eval:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     env: tuple[str, ...]
+    robot: str | None = None
     compute: tuple[str, ...] = ()
     episodes: int = 20
     noise_seeds: int = 1
@@ -91,6 +93,8 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, play_shard, run
     from vlaflow.evaluation.shards import Shard
+    from vlaflow.policies.robots import robot_folder
+    from vlaflow.reports.evaluation import write_report
 
     config = EvaluationConfig(
         envs=arguments.env,
@@ -111,32 +115,34 @@ def main(argv: list[str]) -> int:
         videos=arguments.videos,
         workers=arguments.workers,
     )
-    console, out = Console(), arguments.out
+    console, out, checkpoint = Console(), arguments.out, arguments.checkpoint
+    if arguments.robot is not None:
+        checkpoint = str(robot_folder(checkpoint, arguments.robot))
     if arguments.shard is not None:
         shard = Shard.parse(arguments.shard)
-        played = play_shard(arguments.checkpoint, config, out, shard, fresh=arguments.fresh)
+        played = play_shard(checkpoint, config, out, shard, fresh=arguments.fresh)
         console.print(
             f"Shard {shard}, {played} episodes: {out / shard.file}. When all shards are there: vlaflow merge {out}",
             soft_wrap=True,
         )
         return 0
-    results = run(arguments.checkpoint, config, out, fresh=arguments.fresh)
+    results = run(checkpoint, config, out, fresh=arguments.fresh, report=write_report)
     for name in arguments.compute:
         if name == "auto" or name.startswith("budget:"):
-            console.print(f"{name} is {chosen(arguments.checkpoint, name, config.knobs)}")
+            console.print(f"{name} is {chosen(checkpoint, name, config.knobs)}")
     show(results, out)
     return 0
 
 
 def show(results: Results, out: Path) -> None:
-    """Write the report of the results in a folder, and print their table."""
+    """Print the table of the results in a folder."""
     from rich.console import Console
 
-    from vlaflow.reports.evaluation import write_report
+    from vlaflow.reports.evaluation import PAGE
 
-    page, console = write_report(out), Console()
+    console = Console()
     console.print(table(results))
-    console.print(f"Written: {out / 'results.json'} and {page}", soft_wrap=True)
+    console.print(f"Written: {out / 'results.json'} and {out / PAGE}", soft_wrap=True)
 
 
 def chosen(checkpoint: str, name: str, knobs: Knobs) -> str:

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.evaluation import realtime
     from vlaflow.evaluation.episode_log import EpisodeLog
     from vlaflow.evaluation.realtime_results import results
-    from vlaflow.io import require_writable, storing
+    from vlaflow.outputs import require_writable, storing
     from vlaflow.reports.realtime import write_page
     from vlaflow.robot.client import Client
     from vlaflow.simulators.base import expand_env_names
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
     config = realtime.RealtimeEvaluationConfig(a.n_action_steps, a.max_steps, a.jitter_ms, a.fade, a.render)
     jobs = realtime.plan(envs, modes, delays, a.episodes, a.seed)
-    require_writable(a.out / "results.json")
+    require_writable(a.out / "results.json", a.out / "report.html")
     token = a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN")
     with Client(a.server, token) as client:
         metadata = client.metadata
@@ -112,8 +112,8 @@ def main(argv: list[str]) -> int:
         found = results(a.server, metadata, config, episodes)
         with storing(a.out, "The results", log.kept):
             found.write(a.out / "results.json")
+            page = write_page(found, a.out / "report.html")
         log.remove()
-    page = write_page(found, a.out / "report.html")
     console = Console()
     console.print(table(found))
     console.print(f"Written: {a.out / 'results.json'} and {page}", soft_wrap=True)

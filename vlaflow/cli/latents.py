@@ -19,7 +19,7 @@ def latent_report(arguments: LatentReport) -> int:
     from vlaflow.data.hub import title
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.latent_report import encode_pairs, examples, pixels, probes, usage
-    from vlaflow.io import require_writable
+    from vlaflow.outputs import require_writable
     from vlaflow.reports import latent_actions as page
     from vlaflow.versions import command_line, versions
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from vlaflow import __version__
 from vlaflow.errors import ConfigError, VlaflowError, nearest
-from vlaflow.io import require_system
+from vlaflow.outputs import require_system
 from vlaflow.packages import EXTRAS, missing
 
 COMMANDS = {

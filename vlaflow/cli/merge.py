@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.cli.eval import show
     from vlaflow.evaluation.run import merge
+    from vlaflow.reports.evaluation import write_report
 
-    results = merge(arguments.folder, checkpoint=arguments.checkpoint, workers=arguments.workers, device=arguments.device)
+    a = arguments
+    results = merge(a.folder, checkpoint=a.checkpoint, workers=a.workers, device=a.device, report=write_report)
     show(results, arguments.folder)
     return 0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlaflow.errors import ConfigError, DataError, nearest
-from vlaflow.io import make_folder, require_makeable
+from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Reproduce:
     Args:
         claims: names, such as C6; "all" for every claim.
         list: list the claims and what is known of them in --out, and do nothing else.
-        out: folder for data sets, checkpoints and results; claims in one folder share recordings and trainings.
+        out: folder for data sets, checkpoints and results; claims in one folder share recordings and trainings. By default
+            runs/claims, and runs/claims-quick with --quick.
         training_seeds: number of trainings with different seeds.
         demonstrations: per task.
         episodes: environment seeds per task and arm, for each training seed.
@@ -54,7 +55,7 @@ class Reproduce:
 
     claims: tyro.conf.Positional[tuple[str, ...]] = ()
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    out: Path = Path("runs/claims")
+    out: Path | None = None
     training_seeds: int = 3
     demonstrations: int = 50
     episodes: int = 40
@@ -71,8 +72,9 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.claims.catalogue import CLAIMS
 
+    out = arguments.out or Path("runs/claims-quick" if arguments.quick else "runs/claims")
     if arguments.list:
-        Console().print(_listed(arguments.out))
+        Console().print(_listed(out))
         return 0
     if not arguments.claims:
         raise ConfigError("Name at least one claim, e.g. vlaflow reproduce C6; vlaflow reproduce --list lists them.")
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.claims.plan import Places, Size
 
     size = Size(arguments.training_seeds, arguments.demonstrations, arguments.episodes, arguments.noise_seeds, arguments.quick)
-    steps, places = Steps(arguments.out), Places(arguments.out)
+    steps, places = Steps(out), Places(out)
     for name in CLAIMS if "all" in arguments.claims else dict.fromkeys(arguments.claims):
         status = _reproduce(CLAIMS[name], steps, places, size, arguments.workers)
         if status is not None:
@@ -134,9 +136,7 @@ class Steps:
         return sum(self.seconds[shlex.join(["vlaflow", *words])] for words in commands) / 3600
 
     def _save(self) -> None:
-        part = self._file.with_name(f".{STEPS}.part")
-        part.write_text(json.dumps(self.seconds, indent=1) + "\n")
-        part.replace(self._file)
+        write_json(self._file, self.seconds, indent=1)
 
 
 def _run(words: Sequence[str]) -> int | None:

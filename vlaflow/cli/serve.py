@@ -28,6 +28,7 @@ class ServeArguments:
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
+        robot: robot to act for, if the checkpoint was trained for several.
         compute: compute policy, as in vlaflow eval; the calibrated one (auto) by default, or dense where there is none.
         budget_ms: choose a compute policy for this many milliseconds, instead of --compute (run vlaflow bench latency first).
         steps: solver steps per round, where the compute policy states none.
@@ -55,6 +56,7 @@ class ServeArguments:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
+    robot: str | None = None
     compute: str | None = None
     budget_ms: float | None = None
     steps: int = 10
@@ -91,8 +93,8 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
     from vlaflow.policies.base import Policy
-    from vlaflow.policies.checkpoint import local_folder
     from vlaflow.policies.provenance import fingerprint
+    from vlaflow.policies.robots import robot_folder
     from vlaflow.serving.engine import EngineConfig
     from vlaflow.serving.observation_keys import choose
     from vlaflow.serving.request_log import JsonLines
@@ -102,13 +104,13 @@ def main(argv: list[str]) -> int:
     handler.setFormatter(JsonLines() if a.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     torch.set_num_threads(a.threads)
-    folder: Path = local_folder(a.checkpoint)
+    folder: Path = robot_folder(a.checkpoint, a.robot)
     name = (a.compute or default_name(folder)) if a.budget_ms is None else f"budget:{a.budget_ms:g}"
     home = Checkpoint(folder, fingerprint(folder))
     knobs = Knobs(a.steps, device=a.device, threads=a.threads, dtype=a.dtype)
     compute = parse(name, knobs, home)
     policy = Policy.from_pretrained(folder, a.device, a.dtype)
-    views = tuple(policy.model.backbone.views)
+    views = tuple(policy.views)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files
     def within(milliseconds: float) -> ComputePolicy:

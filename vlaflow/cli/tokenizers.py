@@ -20,7 +20,7 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     from vlaflow.actions.io import TokenizerFile, save_tokenizer
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import fit, material, quality
-    from vlaflow.io import require_writable
+    from vlaflow.outputs import require_writable
 
     a = arguments
     dataset = Dataset.open(a.directory)
@@ -48,7 +48,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     from vlaflow.data.hub import title
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import describe, examples, fit, material, quality, standard_fits
-    from vlaflow.io import require_writable
+    from vlaflow.outputs import require_writable
     from vlaflow.progress import progress
     from vlaflow.reports import tokenizers as page
 

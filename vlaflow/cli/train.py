@@ -24,12 +24,17 @@ class TrainArguments:
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Which system and stage, e.g. asyncvla.demo; listed below."""
-    dataset: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """LeRobot data set with an action spec: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub."""
+    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]DIR[:WEIGHT]")]
+    """LeRobot data set with an action spec: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub; repeat it for a
+    mixture."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the checkpoint; an unfinished run there is continued."""
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
     """Trained policy to continue, for recipes of raters and of later stages."""
+    mixture: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """How data sets without weights are mixed: frames (default), datasets, robots (A1's two levels), asyncvla-oxe."""
+    chunk_seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
+    """Duration of a chunk; each robot's chunk size follows by its rate. By default the recipe's chunk size at any rate."""
     vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """VQA data set for co-training, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -66,13 +71,17 @@ def run(argv: list[str]) -> Outcome:
     """Train by recipe, as the arguments say, and print what came of it."""
     given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
     overrides = dict(pair(text) for text in given.set)
-    for key, value in (("steps", given.steps), ("global_batch_size", given.batch_size)):
+    for key, value in (
+        ("steps", given.steps),
+        ("global_batch_size", given.batch_size),
+        ("chunk_s", given.chunk_seconds),
+    ):
         if value is not None:
             overrides[key] = str(value)
 
     find_recipe(given.recipe)  # a misspelt name fails before torch is imported
 
-    from vlaflow.training.run import Options, train
+    from vlaflow.training.run import Options, entries, train
 
     options = Options(
         overrides,
@@ -82,15 +91,24 @@ def run(argv: list[str]) -> Outcome:
         tokenizer=given.tokenizer,
         latent=given.latent,
         shard=given.shard,
+        mixture=given.mixture,
     )
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
         if given.calibrate and outcome.finished and outcome.policy is not None:
-            from vlaflow.evaluation.calibrate_sampler import after_training
-
-            sys.stdout.write(after_training(outcome.policy, given.dataset) + "\n")
+            sys.stdout.write(_calibrated(outcome.policy, [entry.root for entry in entries(given.dataset)]) + "\n")
     return outcome
+
+
+def _calibrated(policy: Path, roots: list[str]) -> str:
+    from vlaflow.evaluation.calibrate_sampler import after_training
+
+    if len(roots) == 1:
+        return after_training(policy, Path(roots[0]))
+    return (
+        f"The sampler was not calibrated, which takes one of the data sets: vlaflow calibrate {policy} --sampler --dataset DIR"
+    )
 
 
 def _sentence(outcome: Outcome, out: Path) -> str:

@@ -27,6 +27,7 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import write_json
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -156,8 +157,8 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
                 "vlaflow calibrate CKPT --dataset DIR"
             )
         # an early exit is compared with its own full depth on the same frames, and that with everything there is
-        error = base.error * found.seen.error / found.seen.full_error
-        deviation = base.deviation + found.seen.deviation  # at most, by the triangle inequality
+        error = base.error * found.effect.error / found.effect.full_error
+        deviation = base.deviation + found.effect.deviation  # at most, by the triangle inequality
         candidates.append(Choice(found.early_exit(f"exit:{name}"), worst, error, _loss(deviation, error, full_error)))
     fitting = [c for c in candidates if c.milliseconds <= milliseconds]
     if not fitting:
@@ -171,7 +172,7 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
 
 def _worst(profile: Profile, found: Calibration) -> tuple[int, float]:
     """Evaluations at each depth of an early exit, and its 99th percentile when it takes all of its depths."""
-    each = round(found.seen.nfe / max(_answers(found), 1e-9))
+    each = round(found.effect.nfe / max(_answers(found), 1e-9))
     return each, profile.jitter * profile.worst(found.plan.depths, each)
 
 
@@ -197,18 +198,18 @@ def choose_sampler(
         base = full.get(f"dense:{found.plan.sampling}")
         if base is not None and profile is not None and calibration.criterion != FAILURES:
             _, worst = _worst(profile, found)
-            score = base.score * found.seen.error / found.seen.full_error
+            score = base.score * found.effect.error / found.effect.full_error
             median = worst / profile.jitter
             candidates.append(
                 replace(
                     base,
                     compute=f"exit:{name}",
-                    nfe=found.seen.nfe,
-                    layer_passes=found.seen.layer_passes,
+                    nfe=found.effect.nfe,
+                    layer_passes=found.effect.layer_passes,
                     p50=median,
                     p99=worst,
                     score=score,
-                    behind=base.behind + log(found.seen.error / found.seen.full_error),
+                    behind=base.behind + log(found.effect.error / found.effect.full_error),
                 )
             )
     taken = choose_candidate(candidates, milliseconds, calibration.tolerance)
@@ -271,10 +272,7 @@ def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
 
 def save(value: Any, file: Path) -> None:
     """Write a profile or a ladder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(to_json(value), indent=2) + "\n")
-    part.replace(file)
+    write_json(file, to_json(value))
 
 
 def _exits(checkpoint: Checkpoint, dtype: Dtype) -> Iterator[tuple[str, Calibration]]:
@@ -287,7 +285,7 @@ def _exits(checkpoint: Checkpoint, dtype: Dtype) -> Iterator[tuple[str, Calibrat
 
 def _answers(found: Calibration) -> float:
     """Mean number of depths that answered."""
-    return sum(share * (number + 2) for number, share in enumerate(found.seen.shares))
+    return sum(share * (number + 2) for number, share in enumerate(found.effect.shares))
 
 
 def _read(file: Path, kind: type[T], command: str) -> T:

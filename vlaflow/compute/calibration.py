@@ -1,4 +1,4 @@
-"""A calibration: the measured thresholds of an early exit, what they were measured on, and what they were seen to do.
+"""A calibration: the measured thresholds of an early exit, what they were measured on, and what they do on other samples.
 
 It lies in the checkpoint folder as ``calibration/NAME.json`` and is refused for anything but what it was made for. How it is
 measured is in ``evaluation.calibrate``; the mathematics in ``thresholds``.
@@ -18,6 +18,7 @@ from vlaflow.compute.thresholds import Distribution
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError, nearest
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import write_json
 
 FOLDER = "calibration"
 
@@ -55,7 +56,7 @@ class RiskTarget:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ExitEffect:
     """What the thresholds did on samples that they were not made from.
 
     Args:
@@ -89,7 +90,7 @@ class Calibration:
         thresholds: of every exit but the last, which is always taken; None is never.
         target: how they were chosen.
         samples: how many they were chosen from.
-        seen: what they do on others.
+        effect: what they do on other samples.
         command: that made it.
         versions: of the software.
         dtype: what the networks computed in.
@@ -101,7 +102,7 @@ class Calibration:
     thresholds: tuple[float | None, ...]
     target: ShareTarget | RiskTarget
     samples: int
-    seen: Seen
+    effect: ExitEffect
     command: str
     versions: dict[str, str]
     dtype: Dtype = "fp32"
@@ -138,11 +139,8 @@ class Calibration:
         return EarlyExit(self.plan, (*(-inf if t is None else t for t in self.thresholds), inf), label)
 
     def save(self, file: Path) -> None:
-        """Write as JSON."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(to_json(self), indent=2) + "\n")
-        part.replace(file)
+        """Write as JSON, whole or not at all."""
+        write_json(file, to_json(self))
 
     @staticmethod
     def load(file: Path) -> Calibration:

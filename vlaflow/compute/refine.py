@@ -17,7 +17,7 @@ from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Capability, Conditioning
+from vlaflow.decoders.base import Capability, Conditioning, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -43,21 +43,44 @@ class Draft:
     watch: Stopwatch
 
 
-class Doubt(ABC):
-    """Which actions of a draft to regenerate. A kind is a frozen dataclass.
+class TokenDoubt(ABC):
+    """Which tokens of a draft to regenerate. A kind is a frozen dataclass.
 
     Attributes:
-        name: of the refinement, for tables.
-        rater, spread: whether it asks the rater; whether it needs several draws.
+        rater, spread: whether it needs the rater; whether it needs several draws.
     """
 
-    name: str
     rater: bool = False
     spread: bool = False
 
     @abstractmethod
+    def judge_tokens(self, draft: Draft, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """Doubted tokens, bool (R, S), and the rater's confidence in the actions, (R, L), where the rater was run."""
+
+
+class Doubt(TokenDoubt):
+    """Which actions of a draft to regenerate, or which tokens where each token belongs to one action.
+
+    Attributes:
+        name: of the refinement, for tables.
+    """
+
+    name: str
+
+    @abstractmethod
     def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """Doubted actions, bool (R, L), and the rater's confidence where it was asked."""
+        """Doubted actions, bool (R, L), and the rater's confidence, (R, L), where the rater was run."""
+
+    def judge_tokens(self, draft: Draft, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """All tokens of the doubted actions; see ``TokenDoubt``."""
+        tokenizer = draft.model.decoder.tokenizer
+        if tokenizer is None or not tokenizer.local:
+            raise CapabilityError(
+                f"{type(self).__name__} doubts actions, but in this checkpoint a token belongs to several actions. Doubt "
+                "tokens instead: RefineTokens(Improbable(0.5))."
+            )
+        doubted_RL, confidence_RL = self.judge(draft)
+        return doubted_RL.repeat_interleave(tokenizer.dim, 1), confidence_RL
 
 
 @dataclass(frozen=True)
@@ -140,11 +163,7 @@ class Refine(ComputePolicy):
     label: str = ""
 
     def __post_init__(self) -> None:
-        if self.doubt.spread and not self.inner.reports_spread:
-            raise ConfigError(
-                f"{self.name} doubts actions on which several draws differ, and its first round makes one chunk. Give it a "
-                "consensus, as in refine-spread+mean:8."
-            )
+        require_spread(self.name, self.doubt, self.inner)
 
     @property
     def name(self) -> str:
@@ -154,7 +173,7 @@ class Refine(ComputePolicy):
 
     @property
     def needs(self) -> Requirements:
-        """A rater where one is asked, unified training unless waived, and whatever the first round needs."""
+        """A rater where the doubt needs one, unified training unless waived, and whatever the first round needs."""
         needs = self.inner.needs.sampled(self.sampling).also(Capability.CONDITIONING, rater=self.doubt.rater)
         return needs if self.any_training else needs.also(Capability.REGENERATION)
 
@@ -221,6 +240,15 @@ class Refine(ComputePolicy):
             regenerated_BL=doubted_BL,
             draft_BLD=draft_BLD,
             spread_BL=first.spread_BL,
+        )
+
+
+def require_spread(name: str, doubt: TokenDoubt, inner: ComputePolicy) -> None:
+    """Refuse a doubt about the spread of draws where the first round makes one draw."""
+    if doubt.spread and not inner.reports_spread:
+        raise ConfigError(
+            f"{name} doubts actions on which several draws differ, and its first round makes one chunk. Give it a "
+            "consensus, as in refine-spread+mean:8."
         )
 
 

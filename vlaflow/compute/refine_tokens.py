@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.actions.base import Tokenizer
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.refine import BelowThreshold
+from vlaflow.compute.refine import Draft, TokenDoubt, require_spread
 from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, TokenConditioning, Tokens
 from vlaflow.decoders.model import Model
@@ -27,7 +26,7 @@ from vlaflow.flows.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Improbable:
+class Improbable(TokenDoubt):
     """Doubt the tokens to which the network gave less than ``threshold`` when it last looked at them."""
 
     threshold: float = 0.5
@@ -36,22 +35,30 @@ class Improbable:
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"A probability lies in [0, 1], got {self.threshold}.")
 
+    def judge_tokens(self, draft: Draft, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """See ``TokenDoubt``."""
+        return tokens.probability_BS < self.threshold, None
+
 
 @dataclass(frozen=True)
 class RefineTokens(ComputePolicy):
     """One round of regeneration of single tokens after any other compute policy that reports tokens.
 
     Args:
-        doubt: which tokens; ``BelowThreshold`` asks the rater, for tokenizers whose tokens belong to one action.
+        doubt: which tokens; those that judge actions, such as ``BelowThreshold``, need a tokenizer whose tokens belong to one
+            action each.
         sampling: of the second round.
         inner: makes the first chunk.
         label: for tables.
     """
 
-    doubt: Improbable | BelowThreshold = Improbable()
+    doubt: TokenDoubt = Improbable()
     sampling: Sampling = field(default_factory=lambda: Sampling(8))
     inner: ComputePolicy = field(default_factory=Dense)
     label: str = "refine-tokens"
+
+    def __post_init__(self) -> None:
+        require_spread(self.name, self.doubt, self.inner)
 
     @property
     def name(self) -> str:
@@ -60,11 +67,11 @@ class RefineTokens(ComputePolicy):
 
     @property
     def needs(self) -> Requirements:
-        """A decoder that starts from tokens and has seen noise among clean ones, a rater where one is asked, and whatever the
-        first round needs.
+        """A decoder trained to start from clean tokens among noise, a rater where the doubt needs one, and whatever the first
+        round needs.
         """
-        rater = isinstance(self.doubt, BelowThreshold)
-        return self.inner.needs.sampled(self.sampling).also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=rater)
+        needs = self.inner.needs.sampled(self.sampling)
+        return needs.also(Capability.TOKEN_CONDITIONING, Capability.REGENERATION, rater=self.doubt.rater)
 
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As the first round does."""
@@ -92,7 +99,9 @@ class RefineTokens(ComputePolicy):
                 whole = model.read(group.prefix)
             groups.append(replace(group, prefix=whole))
             before = first.tokens.select(row_R)
-            doubt_RS, rating_RL = self._doubted(model, tokenizer, whole, before, action_BLD[row_R], watch)
+            spread_RL = None if first.spread_BL is None else first.spread_BL[row_R]
+            draft = Draft(model, whole, mine, action_BLD[row_R], spread_RL, watch)
+            doubt_RS, rating_RL = self.doubt.judge_tokens(draft, before)
             if conditioning is not None:
                 doubt_RS &= decoder.token_conditioning(conditioning).clock_BS[row_R] > 0
             if rating_RL is not None:
@@ -149,24 +158,6 @@ class RefineTokens(ComputePolicy):
         revised_RN = torch.cat((before.revised_BN, after.revised_BN), 1)
         runs = tuple(a + b for a, b in zip(before.prefix_runs, after.prefix_runs, strict=True))
         return replace(after, probability_BS=probability_RS, revised_BN=revised_RN, nfe=counts, prefix_runs=runs)
-
-    def _doubted(  # noqa: PLR0917
-        self,
-        model: Model,
-        tokenizer: Tokenizer,
-        prefix: Prefix,
-        tokens: Tokens,
-        action_RLD: Tensor,
-        watch: Stopwatch,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Which tokens to regenerate, bool (R, S), and the rater's confidence where it was asked."""
-        if isinstance(self.doubt, Improbable):
-            return tokens.probability_BS < self.doubt.threshold, None
-        if model.rater is None or not tokenizer.local:
-            raise CapabilityError("A rater judges actions; refining tokens by it needs a rater, and tokens that belong to one.")
-        with watch.part("rater"):
-            confidence_RL = model.rater(prefix, action_RLD)
-        return (confidence_RL < self.doubt.threshold).repeat_interleave(tokenizer.dim, 1), confidence_RL
 
 
 def _parse(typed: Spelling) -> RefineTokens:

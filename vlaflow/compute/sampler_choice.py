@@ -6,7 +6,6 @@ among the same candidates. How they are measured is in ``evaluation.calibrate_sa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -18,6 +17,7 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, CheckpointError, ConfigError
 from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import write_json
 from vlaflow.versions import device_name, machine
 
 FILE = "sampler.json"
@@ -125,11 +125,8 @@ class SamplerCalibration:
             )
 
     def save(self, file: Path) -> None:
-        """Write as JSON, completely or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(to_json(self), indent=2, allow_nan=False) + "\n")
-        part.replace(file)
+        """Write as JSON, whole or not at all."""
+        write_json(file, to_json(self))
 
 
 def choose(candidates: Sequence[Candidate], budget_ms: float | None, tolerance: float = 0.0) -> Candidate:

@@ -18,28 +18,43 @@ from vlaflow.spec import Observation
 
 @dataclass(frozen=True)
 class ObservationBatch:
-    """B observations of the same robot.
+    """B observations, of one robot or, brought to a common shape (``common.CommonShape``), of several.
 
     Args:
         images: by view name, uint8 (B, H, W, 3); views may differ in size.
         state_BS: float32 (B, S), robot units.
         instructions: B sentences.
         known_BS: bool; unknown state dimensions are 0 after normalisation. None when all are known.
+        robot_B: int64, the robot of each observation, as a place in the policy's list; None where there is one robot, and for
+            questions, which belong to none.
+        shown: by view, bool (B,): whether the observation has it; an image that is missing is black and never attended to. None
+            when all have every view.
     """
 
     images: Mapping[str, Tensor]
     state_BS: Tensor
     instructions: Sequence[str]
     known_BS: Tensor | None = None
+    robot_B: Tensor | None = None
+    shown: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.instructions)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ObservationBatch:
         """The same batch on another device."""
-        known_BS = None if self.known_BS is None else self.known_BS.to(device, non_blocking=non_blocking)
-        images = {k: v.to(device, non_blocking=non_blocking) for k, v in self.images.items()}
-        return ObservationBatch(images, self.state_BS.to(device, non_blocking=non_blocking), self.instructions, known_BS)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return ObservationBatch(
+            {view: moved(image) for view, image in self.images.items()},
+            moved(self.state_BS),
+            self.instructions,
+            None if self.known_BS is None else moved(self.known_BS),
+            None if self.robot_B is None else moved(self.robot_B),
+            None if self.shown is None else {view: moved(mask) for view, mask in self.shown.items()},
+        )
 
     @staticmethod
     def collate(observations: Sequence[Observation]) -> ObservationBatch:
@@ -64,7 +79,7 @@ class ObservationBatch:
         return ObservationBatch(images, state, [o.instruction for o in observations])
 
     def split(self) -> list[Observation]:
-        """Single observations, the inverse of ``collate``; ``known_BS`` is left out."""
+        """Single observations, the inverse of ``collate``; images and states alone."""
         return [
             Observation({view: x[i].cpu().numpy() for view, x in self.images.items()}, self.state_BS[i].cpu().numpy(), words)
             for i, words in enumerate(self.instructions)
@@ -122,6 +137,9 @@ class Batch:
         frame_B: int64, the frame within that episode.
         code_BK: int64, latent action codes of the frame, −1 where there are none; None unless the training uses them.
         executed: the actions executed at these steps; None if they equal ``action_BLD``.
+        mask_BLD: bool; False in dimensions and steps that a chunk of the sample's robot does not have: they hold 0, or repeat
+            its last action. None when every robot has all of them.
+        sources: the data set of each sample; empty where there is one.
     """
 
     observation: ObservationBatch
@@ -131,6 +149,8 @@ class Batch:
     frame_B: Tensor
     code_BK: Tensor | None = None
     executed: Executed | None = None
+    mask_BLD: Tensor | None = None
+    sources: Sequence[str] = ()
 
     @property
     def targets(self) -> int:
@@ -147,6 +167,8 @@ class Batch:
             self.frame_B,
             None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
             None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
+            None if self.mask_BLD is None else self.mask_BLD.to(device, non_blocking=non_blocking),
+            self.sources,
         )
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import DataError, SpecError
-from vlaflow.io import allocate, claim
+from vlaflow.outputs import allocate, claim
 
 logger = logging.getLogger("vlaflow.data")
 

@@ -1,23 +1,24 @@
 """The samples of step n as pure functions of n, so a training run resumes from the step number alone.
 
-``Order`` goes through one set of windows; ``Mixture`` interleaves several by weight. Neither keeps a position.
+``Order`` goes through one set of samples, ``MixedOrder`` interleaves several by weight; neither keeps a position. ``Mixed`` is
+the samples of several data sets, numbered through. How weights are chosen is in ``weights``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from vlaflow.data.batch import Batch, Executed, ObservationBatch
-from vlaflow.data.windows import Windows
-from vlaflow.errors import ConfigError, SpecError, nearest
+from vlaflow.data.batch import Batch
+from vlaflow.data.common import CommonShape, joined
+from vlaflow.data.source import SampleOrder, Source
+from vlaflow.errors import ConfigError
 
-CYCLE = 1000
+CYCLE = 10_000
 """Length of the mixing schedule; weights are rounded to multiples of 1 / CYCLE."""
 
 
@@ -59,47 +60,44 @@ class Order:
         return step * self.batch_size / self.count
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # two epochs of each of thirty data sets
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.default_rng([seed, epoch]).permutation(count)
     order.setflags(write=False)
     return order
 
 
-class Mixture:
-    """Several data sets with weights, as one endless sequence of batches.
+class MixedOrder:
+    """The order of the samples of several parts, numbered through: those of the first part come before those of the second.
 
-    Every 1000 samples contain each part in exact proportion (weights are rounded to that), in an order that is shuffled
-    for every thousand; each part goes through its own epochs.
+    Every 10,000 samples contain each part in exact proportion (weights are rounded to that), in an order that is shuffled for
+    every ten thousand; each part goes through its own epochs.
 
     Args:
-        parts: windows by name; all must have the same action spec, and the same views at the same size.
-        weights: positive, by the same names; they need not add up to 1.
+        counts: number of samples of each part.
+        weights: of each part, positive; they need not add up to 1.
         batch_size: samples per step, B.
         seed: determines the order of the samples.
 
+    Attributes:
+        shares: how many of every 10,000 samples each part gives.
+
     Raises:
-        SpecError: parts whose action specs, chunk sizes, views, image sizes or state lengths differ.
-        ConfigError: weights that are not positive or not named as the parts are.
+        ConfigError: weights that are not positive, or not one for each part.
     """
 
-    def __init__(self, parts: Mapping[str, Windows], weights: Mapping[str, float], batch_size: int, seed: int) -> None:
-        if not parts:
-            raise ConfigError("A mixture needs at least one data set.")
-        for name in (*parts, *weights):
-            if name not in parts or name not in weights:
-                raise ConfigError(f"Weights and data sets must have the same names; '{name}' is only in one of them.")
-        if any(not np.isfinite(w) or w <= 0 for w in weights.values()):
-            raise ConfigError(f"Every weight must be a positive number, got {dict(weights)}. Leave a data set out instead.")
-        if len(parts) > CYCLE:
-            raise ConfigError(f"A mixture holds at most {CYCLE} data sets, got {len(parts)}.")
-        _require_alike(parts)
-        self.parts, self.batch_size, self.seed = dict(parts), batch_size, seed
-        self.shares = _shares(np.array([weights[name] for name in parts], np.float64))
-        self._orders = [Order(len(w), batch_size, seed + 1 + i) for i, w in enumerate(parts.values())]
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], batch_size: int, seed: int) -> None:
+        if not counts or len(counts) != len(weights) or len(counts) > CYCLE:
+            raise ConfigError(f"A mixture needs 1 to {CYCLE} parts with a weight each, got {len(counts)} and {len(weights)}.")
+        if any(not np.isfinite(w) or w <= 0 for w in weights):
+            raise ConfigError(f"Every weight must be a positive number, got {list(weights)}. Leave a data set out instead.")
+        self.batch_size, self.seed = batch_size, seed
+        self.shares = _shares(np.array(weights, np.float64))
+        self._first = np.concatenate(([0], np.cumsum(counts)[:-1]))
+        self._orders = [Order(count, batch_size, seed + 1 + i) for i, count in enumerate(counts)]
 
-    def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each sample of this step's batch: the index of its part (B,) and its index within the part (B,)."""
+    def indices(self, step: int) -> np.ndarray:
+        """Numbers of the samples of step 0, 1, 2, ...: int64 (B,)."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         cycles, places = np.divmod(positions, CYCLE)
         part_B, index_B = np.empty_like(positions), np.empty_like(positions)
@@ -108,33 +106,56 @@ class Mixture:
             schedule, before = _schedule(tuple(self.shares.tolist()), self.seed, int(cycle))
             part_B[here] = schedule[places[here]]
             index_B[here] = cycle * self.shares[part_B[here]] + before[places[here]]
-        for part, order in enumerate(self._orders):
-            index_B[part_B == part] = order.at(index_B[part_B == part])
-        return part_B, index_B
+        for part in np.unique(part_B):
+            here = part_B == part
+            index_B[here] = self._first[part] + self._orders[part].at(index_B[here])
+        return index_B
 
-    def batch(self, step: int) -> Batch:
-        """The samples of this step, in the order of ``indices``."""
-        part_B, index_B = self.indices(step)
-        chosen = [part for part in range(len(self.parts)) if (part_B == part).any()]
-        windows = list(self.parts.values())
-        batches = [windows[part].batch(index_B[part_B == part]) for part in chosen]
-        back = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(part_B == part) for part in chosen])))
-        observations = [b.observation for b in batches]
-        instructions = [text for o in observations for text in o.instructions]
-        observation = ObservationBatch(
-            {view: torch.cat([o.images[view] for o in observations])[back] for view in observations[0].images},
-            torch.cat([o.state_BS for o in observations])[back],
-            [instructions[i] for i in back.tolist()],
-        )
-        rest = ["action_BLD", "valid_BL", "episode_B", "frame_B"]
-        if batches[0].code_BK is not None:
-            rest.append("code_BK")
-        known = [b.executed for b in batches if b.executed is not None]  # Windows always set it
-        executed = Executed(
-            *(torch.cat([getattr(e, f.name) for e in known])[back] for f in dataclasses.fields(Executed)),
-        )
-        joined = {name: torch.cat([getattr(b, name) for b in batches])[back] for name in rest}
-        return Batch(observation, **joined, executed=executed)
+
+class Mixed:
+    """The samples of several data sets as one source, in one shape.
+
+    Args:
+        parts: samples by name of the data set, each in the shape of its robot.
+        weights: of each part, as in ``MixedOrder``.
+        shape: what all are brought to.
+        robots: the robot of each part, as a place in the policy's list.
+
+    Raises:
+        ConfigError: weights or robots that are not named as the parts are.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Source], weights: Mapping[str, float], shape: CommonShape, robots: Mapping[str, int]
+    ) -> None:
+        for name in (*parts, *weights, *robots):
+            if name not in parts or name not in weights or name not in robots:
+                raise ConfigError(f"Weights, robots and data sets must have the same names; '{name}' is not in all of them.")
+        self.parts, self.shape, self.robots, self.weights = dict(parts), shape, dict(robots), dict(weights)
+        self._counts = [len(part) for part in parts.values()]
+        self._ends = np.cumsum(self._counts)
+
+    def __len__(self) -> int:
+        """Number of samples of all parts."""
+        return int(self._ends[-1])
+
+    def order(self, count: int, batch_size: int, seed: int) -> SampleOrder:
+        """How training goes through them, as ``Order`` does for one data set."""
+        return MixedOrder(self._counts, [self.weights[name] for name in self.parts], batch_size, seed)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The samples at ``indices`` (B,), numbered through all parts."""
+        part_B = np.searchsorted(self._ends, indices, side="right")
+        batches, places = [], []
+        for number, (name, part) in enumerate(self.parts.items()):
+            own = np.flatnonzero(part_B == number)
+            if len(own):
+                found = part.batch(indices[own] - (self._ends[number] - self._counts[number]))
+                assert isinstance(found, Batch)
+                found = self.shape.batch(found, self.robots[name])
+                batches.append(replace(found, sources=[name] * len(own)))
+                places.append(own)
+        return joined(batches, torch.from_numpy(np.argsort(np.concatenate(places))))
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
@@ -158,38 +179,3 @@ def _schedule(shares: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarra
     for part, share in enumerate(shares):
         before[schedule == part] = np.arange(share)
     return schedule, before
-
-
-def _require_alike(parts: Mapping[str, Windows]) -> None:
-    (first_name, first), *others = parts.items()
-    for name, windows in parts.items():
-        if windows.action_spec is None:
-            raise SpecError(
-                f"Data set '{name}' ({windows.dataset.root}) has no action spec, so it cannot be mixed. "
-                f"Open it with Dataset.open(root, action_spec=...)."
-            )
-    for name, windows in others:
-        assert first.action_spec is not None
-        assert windows.action_spec is not None
-        first.action_spec.require_match(windows.action_spec, f"data set '{first_name}'", f"data set '{name}'")
-        for view in (*first.cache.shapes, *windows.cache.shapes):
-            ours, theirs = first.cache.shapes.get(view), windows.cache.shapes.get(view)
-            if ours is None or theirs is None:
-                lacking, had = (first_name, windows.cache) if ours is None else (name, first.cache)
-                raise SpecError(
-                    f"View '{view}' is missing in data set '{lacking}'; {nearest(view, had.shapes)} "
-                    f"Open both frame caches with the same views."
-                )
-            if ours != theirs:
-                raise SpecError(
-                    f"View '{view}' is {ours[0]}x{ours[1]} in data set '{first_name}' and {theirs[0]}x{theirs[1]} in '{name}'. "
-                    f"Open both frame caches with the same size."
-                )
-        widths = [w.dataset.columns().state.shape[1] for w in (first, windows)]
-        if widths[0] != widths[1]:
-            raise SpecError(f"The state has {widths[0]} numbers in data set '{first_name}' and {widths[1]} in '{name}'.")
-        if (first.code_NK is None) != (windows.code_NK is None):
-            lacking = first_name if first.code_NK is None else name
-            raise SpecError(
-                f"Data set '{lacking}' has no latent action codes, but another one has; give codes to all of them, or to none."
-            )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.frames import FrameCache, cache_home, locked
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, DataError, nearest
+from vlaflow.outputs import whole_file
 
 EARLIER, LATER = "earlier", "later"
 """Names of the two images of a pair in a batch."""
@@ -200,6 +200,6 @@ def _encode_all(
 
 def _write(file: Path, value_NK: np.ndarray) -> None:
     """Write the table so that it is complete or absent, even if the process is killed."""
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}-") as folder:
-        save_file({"value_NK": value_NK}, Path(folder) / "table")
-        (Path(folder) / "table").replace(file)
+    kept = "nothing of it was kept. Make room, or set VLAFLOW_CACHE to another folder"
+    with whole_file(file, "The table of codes", kept) as part:
+        save_file({"value_NK": value_NK}, part)

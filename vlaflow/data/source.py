@@ -14,13 +14,24 @@ Sample = Batch | VqaBatch
 
 
 class Source(Protocol):
-    """Numbered samples: ``data.windows.Windows``, ``data.image_cache.VqaSource``, or anything like them."""
+    """Numbered samples: ``data.windows.Windows``, ``data.mixture.Mixed``, ``data.image_cache.VqaSource``, or the like."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def batch(self, indices: np.ndarray) -> Sample:
         """The samples at ``indices``."""
+
+
+class SampleOrder(Protocol):
+    """The samples of every step, as a function of its number: ``data.mixture.Order``, or anything like it."""
+
+    def indices(self, step: int) -> np.ndarray:
+        """Numbers of the samples of step 0, 1, 2, ...: int64 (B,)."""
+
+
+MakeOrder = Callable[[int, int, int], SampleOrder]
+"""An order of so many samples, so many per step, by a seed."""
 
 
 class Ready(Protocol):

@@ -5,6 +5,7 @@ A policy keeps the ``Normalizer`` that it was trained with, so its inputs and ou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,15 +33,21 @@ class Normalizer:
         mode: how shift and scale were computed; see ``from_stats``.
         shift: (D,), robot units.
         scale: (D,), robot units per normalised unit.
+        clip: largest size of a normalised number; None for no limit. ``inverse`` cannot undo what is clipped.
+        kept: dimensions that are neither normalised nor clipped.
     """
 
     mode: Mode
     shift: tuple[float, ...]
     scale: tuple[float, ...]
+    clip: float | None = None
+    kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shift) != len(self.scale) or any(s < 0 for s in self.scale):
             raise ConfigError("A normalizer needs as many shifts as scales, and every scale must be at least 0.")
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError(f"Normalised numbers can be clipped at a positive size, got {self.clip}.")
 
     @staticmethod
     def from_stats(stats: FeatureStats, mode: Mode) -> Normalizer:
@@ -71,6 +78,11 @@ class Normalizer:
                 raise ConfigError(f"There is no normalisation '{mode}'; {nearest(mode, MODES)}")
         return Normalizer(mode, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
 
+    def limited(self, clip: float | None, kept: Sequence[int] = ()) -> Normalizer:
+        """The same, with clipping and with some dimensions left as they are."""
+        pairs = [(0.0, 1.0) if d in kept else pair for d, pair in enumerate(zip(self.shift, self.scale, strict=True))]
+        return Normalizer(self.mode, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), clip, tuple(kept))
+
     @property
     def dim(self) -> int:
         """Number of dimensions, D."""
@@ -80,7 +92,11 @@ class Normalizer:
         """Convert robot units to normalised units, (..., D) of any floating type."""
         shift_D, scale_D = self._tensors(x_D)
         constant_D = scale_D == 0
-        return torch.where(constant_D, torch.zeros_like(x_D), (x_D - shift_D) / scale_D.masked_fill(constant_D, 1.0))
+        y_D = torch.where(constant_D, torch.zeros_like(x_D), (x_D - shift_D) / scale_D.masked_fill(constant_D, 1.0))
+        if self.clip is None:
+            return y_D
+        limit_D = x_D.new_tensor([float("inf") if d in self.kept else self.clip for d in range(self.dim)])
+        return y_D.clamp(-limit_D, limit_D)
 
     def inverse(self, x_D: Tensor) -> Tensor:
         """Convert normalised units to robot units, (..., D) of any floating type."""

@@ -36,7 +36,7 @@ NUMPY = {"float32": np.float32, "float64": np.float64, "int64": np.int64, "bool"
 class Writer:
     """Collects episodes into a hidden folder next to ``root`` and renames it on ``finalize``.
 
-    A killed process leaves that folder behind (``.<name>.partial-...``); it can be removed.
+    What a killed process leaves (``.part-...-<name>``) is removed by the next one that writes to the same place.
 
     Args:
         root: where the data set will be; must not exist, or be an empty folder.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from vlaflow.data import writer_meta as meta
 from vlaflow.data.video import Joiner, Segment
 from vlaflow.errors import DataError
+from vlaflow.outputs import PartialOutput, write_json
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -41,7 +41,7 @@ class Limits:
 
 
 class NewFolder:
-    """A folder next to ``root`` that gets its name on ``publish``; a killed process leaves it behind.
+    """A folder next to ``root`` that gets its name on ``publish``; see ``outputs.PartialOutput``.
 
     Args:
         root: where the data set will be; must not exist, or be an empty folder.
@@ -63,7 +63,8 @@ class NewFolder:
         self._joiners: dict[str, Joiner] = {}
         self._numbers: dict[str, int] = {}
         root.parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=f".{root.name}.partial-", dir=root.parent))
+        self._part = PartialOutput(root, folder=True)
+        self.path = self._part.path
         self.scratch = self.path / "segments"
 
     def add_rows(self, table: pa.Table) -> dict[str, int]:
@@ -117,14 +118,13 @@ class NewFolder:
             DataError: ``root`` was created in the meantime.
         """
         self.close()
-        meta.write_json(self.path / "meta/stats.json", stats)
+        write_json(self.path / "meta/stats.json", stats, indent=4)
         meta.write_tasks(self.path / "meta/tasks.parquet", tasks)
         meta.write_episodes(self.path / "meta/episodes", episodes, self.limits.chunks_size)
-        meta.write_json(self.path / "meta/info.json", info)
-        self.path.chmod(0o755)  # the hidden folder was private
+        write_json(self.path / "meta/info.json", info, indent=4)
         self.published = True
         try:
-            self.path.rename(self.root)
+            self._part.publish()
         except OSError as error:
             raise DataError(
                 f"The finished data set is in {self.path}, but could not be renamed to {self.root} ({error.strerror}). "
@@ -147,7 +147,7 @@ class NewFolder:
             with contextlib.suppress(Exception):  # closing flushes, which fails again on a full disk
                 file.close()
         self._table, self._table_file, self._joiners = None, None, {}
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._part.discard()
 
     def _open_table(self, schema: pa.Schema) -> None:
         self._close_table()

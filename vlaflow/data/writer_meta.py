@@ -75,12 +75,6 @@ def image_stats(histogram: np.ndarray, frames: int) -> Stat:
     return {name: [[[float(v)]] for v in row] for name, row in values.items()} | {"count": [frames]}
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write indented JSON; refuses NaN, which is not valid JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=4, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     """meta/tasks.parquet: LeRobot loads it with pandas and looks tasks up by the index, so the file must declare it."""
     text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}

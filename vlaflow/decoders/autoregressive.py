@@ -169,8 +169,8 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         return torch.cat((torch.full_like(id_BS[:, :1], self.begin), id_BS[:, :-1]), 1)
 
     def _choose(self, logits_B1V: Tensor, state: AutoregressiveState) -> Tensor:
-        asked = state.sampling.temperature
-        temperature = self.config.temperature if asked is None else asked
+        requested = state.sampling.temperature
+        temperature = self.config.temperature if requested is None else requested
         if temperature == 0:  # without a draw for every token
             return logits_B1V.argmax(-1)
         return pick(tempered(logits_B1V, temperature), uniforms(state.generators, (1,), logits_B1V.device))

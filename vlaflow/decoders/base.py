@@ -70,12 +70,20 @@ class Targets:
         code_BK: latent action codes; one of −1 is unknown and teaches nothing.
         executed: what the robot was given instead, normalised: a committed beginning consists of it. None when it was
             ``action_BLD``.
+        mask_BLD: bool, the dimensions and steps that the robot's chunks have; the others are padding. None for all.
     """
 
     action_BLD: Tensor
     valid_BL: Tensor
     code_BK: Tensor | None = None
     executed: Executed | None = None
+    mask_BLD: Tensor | None = None
+
+    def mean_over_dimensions(self, value_BLD: Tensor) -> Tensor:
+        """Mean over the dimensions that the robot has, (B, L); 0 on steps that it does not have."""
+        if self.mask_BLD is None:
+            return value_BLD.mean(-1)
+        return (value_BLD * self.mask_BLD).sum(-1) / self.mask_BLD.sum(-1).clamp(min=1)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
         """The same on another device."""
@@ -84,6 +92,7 @@ class Targets:
             self.valid_BL.to(device, non_blocking=non_blocking),
             None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
             None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
+            None if self.mask_BLD is None else self.mask_BLD.to(device, non_blocking=non_blocking),
         )
 
 
@@ -224,7 +233,7 @@ class DecoderConfig(Part, ABC):
     """All that is needed to build a decoder, weights aside; a checkpoint holds it as JSON.
 
     A kind is a frozen dataclass with ``action_dim`` and ``chunk_size``, registered by its class's name under
-    ``vlaflow.decoders`` (docs/extending.md). What training must prepare for it, it asks here.
+    ``vlaflow.decoders`` (docs/extending.md). It states what training must prepare for it.
     """
 
     group: ClassVar[Group] = "decoders"
@@ -242,6 +251,11 @@ class DecoderConfig(Part, ABC):
     @abstractmethod
     def build(self, spec: BackboneSpec) -> Decoder[Any]:
         """The decoder for such a backbone, initialised from torch's global generator."""
+
+    def with_chunk_size(self, chunk_size: int) -> Self:
+        """The config of a decoder of longer or shorter chunks; kinds whose parts have chunk sizes of their own override it."""
+        changed: Self = replace(self, chunk_size=chunk_size)  # type: ignore[type-var]  # every kind is a dataclass
+        return changed
 
     @property
     def unfitted(self) -> bool:
@@ -345,7 +359,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """What ``start`` is given so that chunks continue the chunks before them (real-time chunking).
 
         Args:
-            action_BLD: normalised actions of the chunks before, from the one that the new chunk's first describes.
+            action_BLD: normalised actions of the earlier chunks, from the one that the new chunk's first describes.
             known_B: how many of them there are; the rest is ignored.
             committed_B: how many are executed whatever comes. They have clock 0, the others 1.
             guided: bend the flow towards them instead, as for decoders that are not trained for it.

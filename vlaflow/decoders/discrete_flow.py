@@ -18,6 +18,7 @@ Shape letters: B batch (observations × noise samples, samples innermost), S tok
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -39,8 +40,27 @@ _SMALLEST = 1e-9
 """Probability below which nothing is left."""
 
 
+class TokenMetric(ABC):
+    """The distance between tokens along which the metric path moves. A kind is a frozen dataclass.
+
+    Attributes:
+        ordered: whether it needs a tokenizer whose ids are ordered by value.
+    """
+
+    ordered: bool = False
+
+    @property
+    def frozen(self) -> bool:
+        """Whether distances are those of the embeddings before training."""
+        return False
+
+    @abstractmethod
+    def distance(self, table_VW: Tensor) -> Tensor:
+        """d between all tokens, (V, V), mean 1 off the diagonal, given their embeddings."""
+
+
 @dataclass(frozen=True)
-class EmbeddingMetric:
+class EmbeddingMetric(TokenMetric):
     """Distances of the tokens' embeddings.
 
     Args:
@@ -51,9 +71,18 @@ class EmbeddingMetric:
     table: Literal["live", "frozen"] = "live"
     power: metrics.Power = 2
 
+    @property
+    def frozen(self) -> bool:
+        """See ``TokenMetric``."""
+        return self.table == "frozen"
+
+    def distance(self, table_VW: Tensor) -> Tensor:
+        """See ``TokenMetric``."""
+        return metrics.embedding_distance(table_VW, self.power)
+
 
 @dataclass(frozen=True)
-class BinMetric:
+class BinMetric(TokenMetric):
     """Differences of ordered ids: bins, or FAST without merges.
 
     Args:
@@ -61,6 +90,12 @@ class BinMetric:
     """
 
     power: metrics.Power = 1
+
+    ordered = True
+
+    def distance(self, table_VW: Tensor) -> Tensor:
+        """See ``TokenMetric``."""
+        return metrics.bin_distance(len(table_VW), power=self.power).to(table_VW.device)
 
 
 @dataclass(frozen=True)
@@ -80,7 +115,7 @@ class DiscreteFlowConfig(TokenConfig):
         attention: "blind": the prefix never sees the action tokens, its keys and values are computed once and exact;
             "full": everything sees everything, and the prefix is run again with the tokens.
         refresh: with "full", the share of tokens that must have changed since the prefix was last run for it to be run
-            again; 0 runs it at every step, 1 never again (DFM-VLA's adaptive cache, whose rule it does not tell) [ours].
+            again; 0 runs it at every step, 1 never again (DFM-VLA's adaptive cache; the paper does not give its rule) [ours].
         rate_weight: of the rate head's loss relative to the cross-entropy [ours].
         rate_clip: largest weight 1/clock in the rate's loss [ours].
     """
@@ -115,13 +150,13 @@ class DiscreteFlowState(TokenState):
 
     Args:
         refresh: see ``DiscreteFlowConfig``; for both kinds of attention.
-        seen_BS: tokens that the prefix saw when it was last run.
+        cached_id_BS: tokens that the prefix was last run with.
         prefix: as it was then; None before the first step.
         refreshed: how often it was run for each observation, int64 (B,).
     """
 
     refresh: float = 1.0
-    seen_BS: Tensor | None = None
+    cached_id_BS: Tensor | None = None
     prefix: Prefix | None = None
     refreshed: Tensor = field(kw_only=True)
 
@@ -134,16 +169,17 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     def __init__(self, config: DiscreteFlowConfig, spec: BackboneSpec) -> None:
         super().__init__(config, spec)
         self.config = c = config
-        if isinstance(c.metric, BinMetric) and not self.tokenizer.ordered:
+        if c.metric.ordered and not self.tokenizer.ordered:
             raise ConfigError(
-                "BinMetric needs a tokenizer whose ids are ordered: use bins, FAST without merges, or EmbeddingMetric."
+                f"{type(c.metric).__name__} needs a tokenizer whose ids are ordered: use bins, FAST without merges, or "
+                "EmbeddingMetric."
             )
         self.clock = nn.Linear(spec.width, spec.width) if c.clock_input else None
         if self.clock is not None:  # drawn at random it would drown the tokens' embeddings, which are twenty times smaller
             nn.init.zeros_(self.clock.weight)
             nn.init.zeros_(self.clock.bias)
         self.rate = nn.Linear(spec.width, 1) if c.velocity == "rate" else None
-        if c.velocity == "metric" and isinstance(c.metric, EmbeddingMetric) and c.metric.table == "frozen":
+        if c.velocity == "metric" and c.metric.frozen:
             self.register_buffer("frozen_VW", self.embedding.weight.detach().clone())
         self._distance: tuple[object, Tensor] | None = None
 
@@ -172,17 +208,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
 
     def distance(self) -> Tensor:
         """d between all tokens, (V, V), mean 1 off the diagonal; kept until the embeddings change."""
-        metric, table_VW = self.config.metric, self.embedding.weight
-        if isinstance(metric, EmbeddingMetric) and metric.table == "frozen":
-            table_VW = self.frozen_VW
+        metric = self.config.metric
+        table_VW = self.frozen_VW if metric.frozen else self.embedding.weight
         key = (table_VW.data_ptr(), table_VW._version, table_VW.device)
         if self._distance is None or self._distance[0] != key:
             with torch.no_grad():
-                if isinstance(metric, BinMetric):
-                    found = metrics.bin_distance(self.vocabulary, power=metric.power).to(table_VW.device)
-                else:
-                    found = metrics.embedding_distance(table_VW, metric.power)
-            self._distance = (key, found)
+                self._distance = (key, metric.distance(table_VW))
         return self._distance[1]
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -338,10 +369,10 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         embedded_BSW = self._embed(state.id_BS, clock_BS)
         if not full and state.refresh >= 1:
             return self.stack(embedded_BSW, prefix), state
-        if state.seen_BS is None or state.prefix is None:
+        if state.cached_id_BS is None or state.prefix is None:
             due_B = torch.ones(len(state.id_BS), dtype=torch.bool, device=state.id_BS.device)
         else:
-            changed_B = (state.id_BS != state.seen_BS).float().mean(1)
+            changed_B = (state.id_BS != state.cached_id_BS).float().mean(1)
             due_B = changed_B >= state.refresh if state.refresh == 0 else changed_B > state.refresh
         if not bool(due_B.any()):
             assert state.prefix is not None
@@ -353,12 +384,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         else:
             fresh = prefix.backbone.run(part, depth)
             hidden_RSW = self.stack(embedded_BSW[row_R], fresh)
-        latest, seen_BS = fresh, state.id_BS
-        if state.prefix is not None and state.seen_BS is not None and len(row_R) < len(state.id_BS):
+        latest, cached_id_BS = fresh, state.id_BS
+        if state.prefix is not None and state.cached_id_BS is not None and len(row_R) < len(state.id_BS):
             layers = zip(state.prefix.kv_cache, fresh.kv_cache, strict=True)
             latest = replace(state.prefix, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
-            seen_BS = torch.where(due_B[:, None], state.id_BS, state.seen_BS)
+            cached_id_BS = torch.where(due_B[:, None], state.id_BS, state.cached_id_BS)
             hidden_BSW = self.stack(embedded_BSW, latest).index_copy(0, row_R, hidden_RSW)
         else:
             hidden_BSW = hidden_RSW
-        return hidden_BSW, replace(state, prefix=latest, seen_BS=seen_BS, refreshed=state.refreshed + due_B)
+        return hidden_BSW, replace(state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=state.refreshed + due_B)

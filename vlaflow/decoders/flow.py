@@ -181,19 +181,21 @@ class FlowDecoder(Decoder[FlowState]):
     def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix) -> Tensor:
         """Predicted dx/dt (B, L, X) of tokens at their clocks.
 
-        Padding dimensions are 0 in every action and take no part in the loss. Their velocity is known, x/t, and keeps them
-        what training showed: t·noise.
+        Padding dimensions are 0 in every action and take no part in the loss; so are dimensions and steps that a chunk of the
+        observation's robot does not have. Their velocity is known, x/t, and keeps them what training showed: t·noise.
         """
         made_BLX = self.codec.decode(self.stack(self.codec.encode(x_BLX, clock_BL), prefix))
-        if x_BLX.shape[-1] == self.action_dim:
+        mask_BLX = self._mask(prefix.action_mask_BLD, x_BLX)
+        if mask_BLX is None:
             return made_BLX
-        known_BLX = x_BLX[..., self.action_dim :] / clock_BL[..., None].clamp(min=_SMALLEST)
-        return torch.cat((made_BLX[..., : self.action_dim].float(), known_BLX), -1)
+        return torch.where(mask_BLX, made_BLX.float(), x_BLX / clock_BL[..., None].clamp(min=_SMALLEST))
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
         """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K samples a prefix."""
         c, device = self.config, targets.action_BLD.device
-        action_BLX = self._pad(targets.action_BLD.float()).repeat_interleave(c.noise_samples, 0)
+        mask_BLD = None if targets.mask_BLD is None else targets.mask_BLD.repeat_interleave(c.noise_samples, 0)
+        action_BLX = self._pad(_without_padding(targets.action_BLD.float(), targets.mask_BLD))
+        action_BLX = action_BLX.repeat_interleave(c.noise_samples, 0)
         valid_BL = targets.valid_BL.repeat_interleave(c.noise_samples, 0)
         b = action_BLX.shape[0]
         mask_BL = torch.ones(b, c.chunk_size)
@@ -206,7 +208,8 @@ class FlowDecoder(Decoder[FlowState]):
             if targets.executed is not None:  # what a robot commits to is what it executes
                 executed = targets.executed.repeat(c.noise_samples)
                 free_BL = free_BL.to(device)
-                known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, self._pad(executed.action_BLD.float()))
+                executed_BLX = self._pad(_without_padding(executed.action_BLD.float(), mask_BLD))
+                known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, executed_BLX)
                 valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
         time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
@@ -217,7 +220,7 @@ class FlowDecoder(Decoder[FlowState]):
         depths = depths or (prefix.depth,)
         for depth, hidden_BLW in zip(depths, self.stack.exits(token_BLW, prefix, depths), strict=True):
             error_BLX = self.codec.decode(hidden_BLW).float() - target_BLX
-            losses[depth] = gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL)
+            losses[depth] = gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL, mask_BLD)
         return mean_over_exits("velocity", losses)
 
     def start(
@@ -283,3 +286,15 @@ class FlowDecoder(Decoder[FlowState]):
     def _pad(self, action_BLD: Tensor) -> Tensor:
         extra = (self.config.padded_dim or self.action_dim) - action_BLD.shape[-1]
         return functional.pad(action_BLD, (0, extra)) if extra else action_BLD
+
+    def _mask(self, action_mask_BLD: Tensor | None, like_BLX: Tensor) -> Tensor | None:
+        """bool (B, L, X), False on padding; None where there is none. Noise samples are innermost in the batch."""
+        extra = like_BLX.shape[-1] - self.action_dim
+        if action_mask_BLD is not None:
+            return functional.pad(action_mask_BLD, (0, extra)).repeat_interleave(len(like_BLX) // len(action_mask_BLD), 0)
+        return torch.arange(like_BLX.shape[-1], device=like_BLX.device) < self.action_dim if extra else None
+
+
+def _without_padding(action_BLD: Tensor, mask_BLD: Tensor | None) -> Tensor:
+    """The actions, 0 in dimensions and steps that their robots lack."""
+    return action_BLD if mask_BLD is None else torch.where(mask_BLD, action_BLD, 0.0)

@@ -83,6 +83,11 @@ class LatentFlowConfig(DecoderConfig):
         """D."""
         return self.flow.action_dim
 
+    def with_chunk_size(self, chunk_size: int) -> Self:
+        """See ``DecoderConfig``: of all parts."""
+        fast = self.fast and self.fast.with_chunk_size(chunk_size)
+        return replace(self, flow=self.flow.with_chunk_size(chunk_size), fast=fast)
+
     @property
     def unfitted(self) -> bool:
         """Whether the FAST tokenizer is to be fitted first."""
@@ -117,7 +122,7 @@ class LatentFlowState:
     """A chunk under way, and what its expert reads."""
 
     flow: FlowState
-    seen: Prefix
+    context: Prefix
 
 
 class LatentFlowDecoder(Decoder[LatentFlowState]):
@@ -156,13 +161,13 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         c, depths = self.config, tuple(depths or (prefix.depth,))
         if not c.teaches:
             written = self.latent.teach(prefix, None, depths)
-            return self.flow.loss(self._seen(prefix, written), targets, generator, depths)
+            return self.flow.loss(self._context(prefix, written), targets, generator, depths)
         if targets.code_BK is None:
             raise ConfigError(
                 "This decoder learns latent actions and the batch has none; train with --latent (docs/latent.md)."
             )
         written = self.latent.teach(prefix, targets.code_BK, depths)
-        flow = self.flow.loss(self._seen(prefix, written), targets, generator, depths)
+        flow = self.flow.loss(self._context(prefix, written), targets, generator, depths)
         answered = written.hidden if c.latent.answer == "autoregressive" else written.hidden[-1:]
         latent = torch.stack([self.latent.loss(hidden_BKW, targets.code_BK) for hidden_BKW in answered]).mean()
         auxiliary, parts = c.latent_weight * latent, {**flow.parts, "latent": latent.detach()}
@@ -179,12 +184,12 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         conditioning: Conditioning | TokenConditioning | None = None,
     ) -> LatentFlowState:
         """The latent tokens, then the flow's noise."""
-        seen = self._seen(prefix, self.latent.read(prefix))
-        return LatentFlowState(self.flow.start(seen, generators, sampling, conditioning), seen)
+        context = self._context(prefix, self.latent.read(prefix))
+        return LatentFlowState(self.flow.start(context, generators, sampling, conditioning), context)
 
     def advance(self, state: LatentFlowState, prefix: Prefix, steps: int = 1) -> LatentFlowState:
         """Solver steps of the expert."""
-        return replace(state, flow=self.flow.advance(state.flow, state.seen, steps))
+        return replace(state, flow=self.flow.advance(state.flow, state.context, steps))
 
     def finish(self, state: LatentFlowState) -> Tensor:
         """The chunk."""
@@ -199,6 +204,6 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         with torch.no_grad():
             return self.latent.logits(self.latent.read(prefix).hidden[-1]).argmax(-1)
 
-    def _seen(self, prefix: Prefix, written: Written) -> Prefix:
-        seen = written.alone(prefix) if self.config.sees == "latent" else written.after(prefix)
-        return seen.detach() if self.config.truncate else seen
+    def _context(self, prefix: Prefix, written: Written) -> Prefix:
+        context = written.alone(prefix) if self.config.sees == "latent" else written.after(prefix)
+        return context.detach() if self.config.truncate else context

@@ -121,13 +121,13 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     def advance(self, state: MaskedState, prefix: Prefix, steps: int = 1) -> MaskedState:
         """Predict all masked tokens and reveal the surest, as many as the cosine schedule says.
 
-        A temperature that is asked for stands for both of the config's: at 0 no step depends on a generator.
+        A temperature in the sampling replaces both of the config's: at 0 no step depends on a generator.
         """
-        c, count_B, asked = self.config, state.free_BS.sum(1), state.sampling
-        temperature = c.temperature if asked.temperature is None else asked.temperature
-        choice_temperature = c.choice_temperature if asked.temperature is None else asked.temperature
-        for done in range(state.done, min(state.done + steps, asked.steps)):
-            progress = asked.progress(done + 1)
+        c, count_B, sampling = self.config, state.free_BS.sum(1), state.sampling
+        temperature = c.temperature if sampling.temperature is None else sampling.temperature
+        choice_temperature = c.choice_temperature if sampling.temperature is None else sampling.temperature
+        for done in range(state.done, min(state.done + steps, sampling.steps)):
+            progress = sampling.progress(done + 1)
             if not bool(state.hidden_BS.any()) and not c.remask:
                 break
             logits_BSV = self._look(state, prefix)
@@ -135,7 +135,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
             drawn_BS = pick(tempered(logits_BSV, temperature), uniform_B2S[:, 0])
             id_BS = torch.where(state.hidden_BS, drawn_BS, state.id_BS)
             chance_BS = torch.where(state.hidden_BS, probability_of(logits_BSV, id_BS), state.probability_BS)
-            left_B = masked.still_masked(count_B, done + 1, asked.steps, progress)
+            left_B = masked.still_masked(count_B, done + 1, sampling.steps, progress)
             noise_BS = gumbel(uniform_B2S[:, 1]) * choice_temperature * masked.masked_share(progress).float()
             fading_BS = torch.where(state.hidden_BS, 1.0, 1 - progress)
             sure_BS = (chance_BS * fading_BS).clamp(min=1e-30).log() + noise_BS

@@ -88,13 +88,18 @@ class RegressionDecoder(Decoder[RegressionState]):
         """Normalised chunks (B, L, D) at each of the depths."""
         query_BTW = self.query.expand(prefix.batch, -1, -1)
         hidden = self.stack.exits(query_BTW, prefix, depths)
-        return [self.head(h_BTW.reshape(prefix.batch, self.chunk_size, -1)).float() for h_BTW in hidden]
+        made = [self.head(h_BTW.reshape(prefix.batch, self.chunk_size, -1)).float() for h_BTW in hidden]
+        mask_BLD = prefix.action_mask_BLD
+        return made if mask_BLD is None else [torch.where(mask_BLD, made_BLD, 0.0) for made_BLD in made]
 
     def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
-        """Mean absolute error over valid actions; nothing is drawn."""
+        """Mean absolute error over valid actions and the dimensions that their robots have; nothing is drawn."""
         depths = depths or (prefix.depth,)
         weight_BL1 = targets.valid_BL[..., None].float()
         count = (weight_BL1.sum() * self.action_dim).clamp(min=1)
+        if targets.mask_BLD is not None:  # each action counts by the mean over its own dimensions
+            count = targets.valid_BL.sum().clamp(min=1)
+            weight_BL1 = weight_BL1 * targets.mask_BLD / targets.mask_BLD.sum(-1, keepdim=True).clamp(min=1)
         losses = {
             depth: ((made_BLD - targets.action_BLD.float()).abs() * weight_BL1).sum() / count
             for depth, made_BLD in zip(depths, self.answers(prefix, depths), strict=True)

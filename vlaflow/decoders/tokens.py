@@ -179,10 +179,15 @@ class TokenDecoder(Decoder[State]):
         A token that belongs to one action counts where that action does. One that speaks of the whole chunk counts where
         any action does: steps past the episode's end are then learned as what they hold, the repeated last action. It does not
         count where an intervention leaves out a part of the chunk.
+
+        What a robot's chunk lacks is learned as what it holds, because other tokens see it: 0 in dimensions, and the repeated
+        last action in steps.
         """
         action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
         id_BS = self.tokenize(action_BLD)
         if self.tokenizer.local:
+            if targets.mask_BLD is not None:
+                valid_BL = valid_BL | ~targets.mask_BLD.any(-1)
             return id_BS, valid_BL.repeat_interleave(self.action_dim, 1).float()
         counts_B1 = valid_BL.any(1, keepdim=True)
         if targets.executed is not None:

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.budget import LADDER, Ladder, Rung, save
-from vlaflow.compute.calibration import FOLDER, Calibration, RiskTarget, Seen, ShareTarget
+from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, RiskTarget, ShareTarget
 from vlaflow.compute.distance import Metric, distance
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan, WarmStart
 from vlaflow.compute.sampler_choice import FILE as SAMPLER
@@ -41,8 +41,9 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
-from vlaflow.io import read_json, require_writable
+from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.progress import progress
@@ -173,7 +174,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
         raise ConfigError(f"A calibration cannot be named '{request.name}'; choose another name.")
     if file.exists():
         Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
-    require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
+    require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
     episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     table = measure(policy, plan, frames, request.deviation)
@@ -226,9 +227,9 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     if len(episodes) < 2 or frames < 4:
         raise ConfigError(f"Calibration needs at least two episodes and four frames, got {len(episodes)} and {frames}.")
     policy.action_spec.require_match(dataset.action_spec or policy.action_spec, "the checkpoint", f"data set {dataset.root}")
-    views = policy.model.backbone.views
+    views = policy.views
     cache = FrameCache.open(dataset, next(iter(views.values())), list(views))
-    windows = Windows(dataset, cache, policy.config.decoder.chunk_size, episodes)
+    windows = Windows(dataset, cache, policy.chunk_size, episodes)
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
     for episode in random.permutation(np.asarray(episodes)).tolist():
@@ -250,7 +251,8 @@ def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "ma
     discrepancy, deviation, largest, error = [], [], [], []
     policy.model.eval()
     with progress(len(frames.index_N), "Measuring exits") as bar, policy.precision():
-        for batch, generators in frames.batches():
+        for samples, generators in frames.batches():
+            batch = policy.own_batch(samples)
             chunks = [
                 chunk
                 for _, chunk in plan.answers(
@@ -295,7 +297,7 @@ def calibrate(
     if isinstance(written, RiskTarget):
         above = float((table.deviation_NK[fresh_N][rows, exit_F] > written.max_deviation).mean())
     error_FK = table.error_NK[fresh_N]
-    seen = Seen(
+    effect = ExitEffect(
         samples=len(exit_F),
         shares=tuple((np.bincount(exit_F, minlength=exits) / len(exit_F)).tolist()),
         layers=float(depth_K[exit_F].mean()),
@@ -313,7 +315,7 @@ def calibrate(
         thresholds=tuple(None if np.isneginf(t) else float(t) for t in threshold_K[:-1]),
         target=written,
         samples=int(table.choose_N.sum()),
-        seen=seen,
+        effect=effect,
         command=command_line(),
         versions=versions(),
         dtype=policy.dtype,
@@ -328,7 +330,8 @@ def ladder(policy: Policy, frames: Sample, checkpoint: str, steps: Collection[in
     sums = {(depth, s): np.zeros(2) for depth in depths for s in steps}
     count = 0
     with progress(len(frames.index_N), "Measuring steps") as bar, policy.precision():
-        for batch, generators in frames.batches():
+        for samples, generators in frames.batches():
+            batch = policy.own_batch(samples)
             begin = [g.get_state() for g in generators]
             prefixes: dict[int, Prefix] = {}
             prefix = policy.embed(batch.observation)

@@ -6,7 +6,7 @@ Without an environment every candidate is measured on held-out frames; with one,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, sqrt
 from pathlib import Path
@@ -27,8 +27,8 @@ from vlaflow.evaluation.rollout import RolloutConfig, require_fit
 from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
 from vlaflow.evaluation.sampler_measures import CRITERION, SamplerMeasures, measure, plausible_error, two_group_share
 from vlaflow.flows.sampling import Sampling
-from vlaflow.io import require_writable
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.simulators.base import expand_env_names
@@ -101,7 +101,13 @@ def candidates(model: Model) -> list[str]:
 
 
 def run(
-    checkpoint: Path, dataset: Path, request: SamplerRequest, device: str = "cpu", dtype: Dtype = "fp32"
+    checkpoint: Path,
+    dataset: Path,
+    request: SamplerRequest,
+    device: str = "cpu",
+    dtype: Dtype = "fp32",
+    *,
+    report: Callable[[SamplerCalibration, Path], object] | None = None,
 ) -> SamplerCalibration:
     """Measure every candidate, choose one, and write ``CKPT/calibration/sampler.json``.
 
@@ -110,6 +116,7 @@ def run(
         dataset: LeRobot data set whose held-out episodes are measured.
         request: what to measure.
         device, dtype: where the networks run, and what they compute in.
+        report: writes a page; called with the calibration and the path of the page before finished episodes are discarded.
 
     Raises:
         VlaflowError: when checkpoint, data, environments and candidates do not fit together, or nothing fits the budget.
@@ -120,12 +127,12 @@ def run(
     for compute in computes:
         compute.needs.check(policy.model, compute.name)
     envs = tuple(expand_env_names(request.envs))
-    n_action_steps = request.rollout.n_action_steps or policy.config.n_action_steps
+    n_action_steps = request.rollout.n_action_steps or policy.n_action_steps
     rollout = replace(request.rollout, device=device, dtype=dtype, n_action_steps=n_action_steps)
     if envs:
         require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     file = checkpoint / FOLDER / FILE
-    require_writable(file, "Make it writable, or calibrate a copy of the checkpoint.")
+    require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
 
     episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
@@ -168,6 +175,8 @@ def run(
         dtype=dtype,
     )
     made.save(file)
+    if report is not None:
+        report(made, file.with_suffix(".html"))
     if simulation is not None:
         simulation.close()
     return made

@@ -49,7 +49,7 @@ def fake_observations(policy: Policy, n: int, seed: int = 0) -> list[Observation
     """Noise as images, states from the distribution of the training data, and instructions of several lengths."""
     random = np.random.default_rng(seed)
     mean, std = (np.array(getattr(policy.stats["state"], part)) for part in ("mean", "std"))
-    sizes = {view: size or 112 for view, size in policy.model.backbone.views.items()}
+    sizes = {view: size or 112 for view, size in policy.views.items()}
     sentences = ("pick up the red block", "open the drawer", "press", "")
     return [
         Observation(
@@ -64,7 +64,7 @@ def fake_observations(policy: Policy, n: int, seed: int = 0) -> list[Observation
 def _promises(policy: Policy, compute: ComputePolicy, observations: list[Observation]) -> Iterator[PolicyFinding]:
     name, spec = compute.name, policy.action_spec
     first = [policy.act(o, compute, generator=_noise(i)) for i, o in enumerate(observations)]
-    wanted = (policy.config.decoder.chunk_size, spec.dim)
+    wanted = (policy.chunk_size, spec.dim)
     shapes = {c.actions.shape for c in first}
     yield PolicyFinding(name, f"chunks of {wanted[0]} actions of {wanted[1]} numbers", shapes == {wanted}, str(shapes.pop()))
     finite = all(np.isfinite(c.actions).all() for c in first)

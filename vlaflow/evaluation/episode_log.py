@@ -21,7 +21,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.io import claim, require_writable, storing
+from vlaflow.outputs import claim, require_writable, storing
 from vlaflow.progress import progress
 
 FILE = "episodes.jsonl"

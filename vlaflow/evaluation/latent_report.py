@@ -125,7 +125,7 @@ def encode_pairs(model: LatentActionModel, dataset: Dataset) -> tuple[EncodedPai
         DataError: see ``FramePairs``.
     """
     origin = model.origin
-    own = dataset.fingerprint == origin.dataset
+    own = dataset.fingerprint in (origin.dataset, *origin.others)
     train, held = split_episodes(dataset, origin.held_out if own else origin.held_out or OTHER_DATA, origin.seed)
     if not held:
         why = "training held out no episode" if own and not origin.held_out else "there is one episode per task"

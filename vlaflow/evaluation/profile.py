@@ -32,7 +32,7 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
         raise ConfigError(f"A 99th percentile needs at least 20 rounds, got {rounds}.")
     model, observation = policy.model.eval(), example(policy)
     depths = range(1, model.backbone.spec.depth + 1)
-    batch = ObservationBatch.collate([observation])
+    batch = policy.own(ObservationBatch.collate([observation]))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

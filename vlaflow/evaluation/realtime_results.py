@@ -12,7 +12,7 @@ from typing import Any
 from vlaflow.config import to_json
 from vlaflow.evaluation.realtime import RealtimeEpisode, RealtimeEvaluationConfig
 from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
-from vlaflow.io import write_json
+from vlaflow.outputs import write_json
 from vlaflow.robot.realtime import HandOver
 from vlaflow.simulators.base import parse_env_name, rendering_versions, simulator_spec, step_limit
 from vlaflow.versions import command_line, machine, versions

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, zip_longest
@@ -26,6 +25,7 @@ from vlaflow.evaluation.revision import Revision
 from vlaflow.evaluation.rollout import EpisodeResult
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, paired_difference, wilson
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import write_json
 from vlaflow.simulators.base import protocol_limits, step_limit
 
 T = TypeVar("T")
@@ -385,11 +385,8 @@ def _success_SR(episodes: Sequence[EpisodeResult]) -> np.ndarray:
 
 
 def write(results: Results, file: Path) -> None:
-    """Write the file completely or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(asdict(results), indent=1, allow_nan=False) + "\n")
-    part.replace(file)
+    """Write the file, whole or not at all."""
+    write_json(file, asdict(results), indent=1)
 
 
 def read(file: Path) -> Results:

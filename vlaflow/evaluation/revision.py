@@ -61,7 +61,7 @@ def follow(
     stochastic, settling = stages.stochastic, stages.settling
     tokens, probability, actions = [], [], []
     with torch.inference_mode(), policy.precision():
-        prefix = policy.encode(ObservationBatch.collate([observation]))
+        prefix = policy.encode(policy.own(ObservationBatch.collate([observation])))
         state = decoder.start(prefix, [generator], stages.sampling)
         for step in range(stochastic + settling + 1):
             if step:

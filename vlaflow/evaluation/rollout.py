@@ -184,7 +184,7 @@ def play_all(
     folder = local_folder(checkpoint)
     policy = Policy.from_pretrained(folder)
     require_fit(policy, str(checkpoint), {job.env for job in jobs}, [job.compute for job in jobs], config)
-    config = replace(config, n_action_steps=config.n_action_steps or policy.config.n_action_steps)
+    config = replace(config, n_action_steps=config.n_action_steps or policy.n_action_steps)
     places = blocks(jobs, config.batch)
     found: dict[int, EpisodeResult] = {}
 
@@ -304,7 +304,7 @@ def _together(policy: Policy, episodes: Sequence[Episode], jobs: Sequence[Episod
 def _chunked(policy: Policy, env: Environment, job: EpisodeJob, config: RolloutConfig) -> ChunkEnv:
     from vlaflow.simulators.chunks import ChunkEnv
 
-    n_action_steps = config.n_action_steps or policy.config.n_action_steps
+    n_action_steps = config.n_action_steps or policy.n_action_steps
     return ChunkEnv(env, n_action_steps, max_steps=job.max_steps or config.max_steps)
 
 
@@ -365,7 +365,7 @@ def require_fit(
         CapabilityError: the checkpoint lacks what a compute policy needs.
         ConfigError: for an unknown environment or an impossible ``n_action_steps`` or ``max_steps``.
     """
-    chunk_size = policy.config.decoder.chunk_size
+    chunk_size = policy.chunk_size
     if config.n_action_steps is not None and not 1 <= config.n_action_steps <= chunk_size:
         raise ConfigError(
             f"{checkpoint} makes chunks of {chunk_size} actions, so 1 to {chunk_size} can be executed, not "
@@ -377,7 +377,7 @@ def require_fit(
         state = len(policy.stats["state"].mean)
         if state != len(spec.state_names):
             raise SpecError(f"{checkpoint} expects a state of length {state}; that of {env} has {len(spec.state_names)}.")
-        for view in policy.model.backbone.views:
+        for view in policy.views:
             if view not in spec.views:
                 raise SpecError(f"{checkpoint} needs view '{view}', which {env} lacks; {nearest(view, spec.views)}")
         if config.max_steps is not None and not 1 <= config.max_steps <= step_limit(env):

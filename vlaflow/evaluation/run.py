@@ -34,8 +34,8 @@ from vlaflow.evaluation.rollout import (
     require_fit,
 )
 from vlaflow.evaluation.shards import Shard, read_shards, require_same
-from vlaflow.io import require_writable, storing
 from vlaflow.nn.precision import Dtype
+from vlaflow.outputs import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint
@@ -45,6 +45,8 @@ from vlaflow.versions import command_line, machine, versions
 
 VIDEOS = "videos"
 RESULTS = "results.json"
+Report = Callable[[Path], object]
+"""Writes a page about the results in a folder."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,14 @@ def evaluate(
     return run(checkpoint, config, Path(out), fresh=fresh)
 
 
-def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: bool = False) -> Results:
+def run(
+    checkpoint: Path | str,
+    config: EvaluationConfig,
+    out: Path,
+    *,
+    fresh: bool = False,
+    report: Report | None = None,
+) -> Results:
     """Measure, and write ``results.json`` and ``videos/`` into ``out``.
 
     Every finished episode is kept in ``episodes.jsonl`` until the results are written. An evaluation that was interrupted
@@ -180,6 +189,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
         config: what to measure.
         out: folder.
         fresh: discard an unfinished evaluation in ``out`` instead of continuing it.
+        report: called with ``out`` when the results are written, e.g. ``vlaflow.reports.evaluation.write_report``; if it fails,
+            the finished episodes are kept.
 
     Raises:
         VlaflowError: before the first episode, when the parts do not fit together, ``out`` cannot be written, or it holds an
@@ -192,6 +203,8 @@ def run(checkpoint: Path | str, config: EvaluationConfig, out: Path, *, fresh: b
         played = work.play(log, work.blocks)
         with storing(out, "The results", log.kept):
             found = work.conclude(out, played, minutes=lambda: log.spent / 60)
+            if report is not None:
+                report(out)
         log.remove()
     return found
 
@@ -212,7 +225,12 @@ def play_shard(checkpoint: Path | str, config: EvaluationConfig, out: Path, shar
 
 
 def merge(
-    folder: Path, *, checkpoint: Path | str | None = None, workers: int | None = None, device: str | None = None
+    folder: Path,
+    *,
+    checkpoint: Path | str | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+    report: Report | None = None,
 ) -> Results:
     """Put all shards together: measure latency, record videos, and write what ``run`` would have written.
 
@@ -221,6 +239,7 @@ def merge(
         checkpoint: where it lies on this machine; by default where it lay for the first shard.
         workers: processes for the videos; by default as many as the first shard had.
         device: where the networks run; by default as for the first shard.
+        report: see ``run``.
 
     Raises:
         VlaflowError: shards that are missing, unfinished, still running or of another evaluation, checkpoint or version.
@@ -244,6 +263,8 @@ def merge(
             machines=shards.machines,
             commands=shards.commands,
         )
+        if report is not None:
+            report(folder)
     for file in shards.files:
         file.unlink()
     return found
@@ -357,7 +378,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
         calibration.require_unseen(envs, config.first_seed, config.episodes)
     computes = parse_all(config.computes, config.knobs, home)
     policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype)
-    rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.config.n_action_steps)
+    rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
@@ -371,9 +392,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
 
 
 def _require_writable(out: Path, config: EvaluationConfig) -> None:
-    require_writable(out / RESULTS)
-    if config.videos:
-        require_writable(out / VIDEOS / videos.FILE)
+    require_writable(out / RESULTS, *([out / VIDEOS / videos.FILE] if config.videos else []))
 
 
 def _timed(

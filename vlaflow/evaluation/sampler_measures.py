@@ -22,7 +22,6 @@ from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.consensus import mean_and_spread
 from vlaflow.compute.multimodality import multimodality
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.transforms import Normalizer
 from vlaflow.data.windows import action_chunks
 from vlaflow.evaluation.calibrate import BATCH, Sample
 from vlaflow.policies.base import Policy
@@ -110,13 +109,12 @@ class Demonstrated:
     @staticmethod
     def of(policy: Policy, dataset: Dataset, executed: int) -> Demonstrated:
         """A random sample of all chunks of a data set, at most ``REFERENCES``, always the same."""
-        normalizer = Normalizer.from_stats(policy.stats["action"], policy.config.action_normalisation)
         episodes = range(len(dataset.episodes))
         chunk_MLD = action_chunks(dataset, executed, episodes)
         length_E = [dataset.episode_slice(e).stop - dataset.episode_slice(e).start for e in episodes]
         chosen = np.sort(np.random.default_rng(0).permutation(len(chunk_MLD))[:REFERENCES])
         episode_M = np.repeat(np.arange(len(episodes)), length_E)
-        action_RLD = normalizer.forward(torch.from_numpy(chunk_MLD[chosen]))
+        action_RLD = policy.action_normalizer.forward(torch.from_numpy(chunk_MLD[chosen]))
         return Demonstrated(action_RLD.flatten(1), torch.from_numpy(episode_M[chosen]))
 
     def distance(self, chunk_BKHD: Tensor, episode_B: Tensor) -> Tensor:
@@ -148,9 +146,8 @@ class Scale:
     def of(policy: Policy, executed: int, demonstrated: Demonstrated) -> Scale:
         """Those of a policy; dimensions whose name contains "gripper" are grippers."""
         stats = policy.stats["action"]
-        normalizer = Normalizer.from_stats(stats, policy.config.action_normalisation)
         gripper_D = torch.tensor(["gripper" in dimension.name for dimension in policy.action_spec.dimensions])
-        middle_D = normalizer.forward((torch.tensor(stats.min) + torch.tensor(stats.max)) / 2)
+        middle_D = policy.action_normalizer.forward((torch.tensor(stats.min) + torch.tensor(stats.max)) / 2)
         return Scale(executed, gripper_D, middle_D, demonstrated)
 
     def values(self, found: SampledChunks) -> dict[str, Tensor]:
@@ -212,7 +209,7 @@ def two_group_share(policy: Policy, compute: ComputePolicy, frames: Sample, *, m
     found = 0
     for begin in range(0, len(index_N), BATCH):
         index_B = index_N[begin : begin + BATCH]
-        prefix = policy.embed(frames.windows.batch(index_B).observation)
+        prefix = policy.embed(policy.own(frames.windows.batch(index_B).observation))
         chunk_BKLD, _ = _draws(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
         spread_B = mean_and_spread(chunk_BKLD)[1].mean(1)
         found += int(((multimodality(chunk_BKLD) > GROUPS_FROM) & (spread_B > APART)).sum())
@@ -245,9 +242,9 @@ def measure(
             index_B = frames.index_N[begin : begin + BATCH]
             later_B, has_later_B = _later(frames, index_B, n_action_steps)
             batch, later = frames.windows.batch(index_B), frames.windows.batch(later_B)
-            target_BLD = policy.targets(batch).action_BLD.cpu()
-            prefix = policy.embed(batch.observation)
-            later_prefix = policy.embed(later.observation) if draws > 1 else None
+            target_BLD = policy.cut(policy.targets(policy.own_batch(batch)).action_BLD).cpu()
+            prefix = policy.embed(policy.own(batch.observation))
+            later_prefix = policy.embed(policy.own(later.observation)) if draws > 1 else None
             for number, compute in enumerate(computes):
                 chunks, counts = _draws(policy, compute, prefix, frames.windows.rows[index_B], range(draws))
                 after_BLD = None
@@ -289,7 +286,7 @@ def _draws(
         generators = [Generator().manual_seed(int(row) * 64 + draw) for row in row_B]
         with policy.precision():
             out = compute.decode(policy.model, prefix, generators, Stopwatch(policy.device))
-        found.append(out.action_BLD.float().cpu())
+        found.append(policy.cut(out.action_BLD).float().cpu())
         counts += (sum(out.nfe), sum(out.layer_passes))
     return torch.stack(found, 1), counts
 

@@ -20,6 +20,7 @@ from vlaflow.config import from_json, to_json
 from vlaflow.data.video import REPRODUCIBLE
 from vlaflow.errors import DataError
 from vlaflow.evaluation.rollout import EpisodeBlock, EpisodeJob, EpisodeResult, RolloutConfig, blocks, one_thread, play_block
+from vlaflow.outputs import whole_file, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.simulators.base import cached
@@ -112,12 +113,11 @@ def record_videos(
         block = EpisodeBlock(tuple(jobs[place] for place in places))
         tasks += [(block, n, played[job]) for n, job in enumerate(block.jobs) if played[job] in chosen]
     tasks.sort(key=lambda task: chosen.index(task[2]))
-    folder.mkdir(parents=True, exist_ok=True)
     run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
     with one_thread():
         setup = functools.partial(Policy.from_pretrained, str(source), config.device, config.dtype)
         videos = run_jobs(run, tasks, min(workers, len(tasks)), setup=setup)
-    (folder / FILE).write_text(json.dumps([to_json(f) for f in videos], indent=1) + "\n")
+    write_json(folder / FILE, [to_json(f) for f in videos], indent=1)
     return videos
 
 
@@ -173,7 +173,8 @@ def _video_chunk(shown: tuple[int, np.ndarray, Chunk, int], name: str, folder: P
     from PIL import Image
 
     step, image, chunk, executed = shown
-    Image.fromarray(image).save(folder / name)
+    with whole_file(folder / name) as part:
+        Image.fromarray(image).save(part)
 
     def rows(array: np.ndarray) -> tuple[Numbers, ...]:
         return tuple(tuple(round(float(v), 5) for v in row) for row in array)
@@ -209,7 +210,7 @@ def write_mp4(frames: Sequence[np.ndarray], file: Path, rate: int = FRAMES_PER_S
     import av
 
     height, width, _ = frames[0].shape
-    with av.open(str(file), "w", options={"movflags": "faststart"}) as container:
+    with whole_file(file) as part, av.open(str(part), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "28", "preset": "veryfast", **REPRODUCIBLE})
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = width, height, "yuv420p", 1
         for frame in frames:

@@ -27,7 +27,7 @@ from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
-from vlaflow.io import require_writable, write_json
+from vlaflow.outputs import require_writable, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint, new_questions, trained_on

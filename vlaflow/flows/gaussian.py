@@ -121,14 +121,23 @@ def sample_beginning(batch: int, chunk_size: int, longest: int, generator: Gener
     return (torch.arange(chunk_size)[None] >= count_B1 * clean_B1).float()
 
 
-def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor) -> Tensor:
+def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor, mask_BLD: Tensor | None = None) -> Tensor:
     """Mean of error² over the tokens with weight 1; exactly 0, with zero gradient, when there are none.
 
     (The paper divides by the batch size; dividing by the number of learned elements makes the learning rate independent of
     masks, padding and pauses.)
+
+    Args:
+        error_BLD: errors.
+        weight_BL: 1 where a token counts, else 0.
+        mask_BLD: bool, False in dimensions that the sample's robot lacks. Each token counts by the mean over its own
+            dimensions, so that a robot with few of them weighs as much as one with many. None for all.
     """
     # where() before the square: an excluded error must affect neither the sum nor the gradient, finite or not
     learned_BLD = torch.where(weight_BL[..., None] > 0, error_BLD.float(), 0.0)
+    if mask_BLD is not None:
+        square_BL = torch.where(mask_BLD, learned_BLD, 0.0).square().sum(-1) / mask_BLD.sum(-1).clamp(min=1)
+        return square_BL.sum() / weight_BL.sum().clamp(min=1)
     return learned_BLD.square().sum() / (weight_BL.sum() * error_BLD.shape[-1]).clamp(min=1)
 
 

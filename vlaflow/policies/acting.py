@@ -13,7 +13,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
-from vlaflow.policies.recipe import Base, TrainConfig
+from vlaflow.policies.recipe import TrainConfig
 from vlaflow.spec import ActionSpec
 
 
@@ -43,11 +43,6 @@ def stated_spec(dataset: Dataset) -> ActionSpec:
     return dataset.action_spec
 
 
-def require_same_robot(base: Base, dataset: Dataset) -> None:
-    """Refuse a data set whose actions mean something else than those of the policy that is continued, with a ``SpecError``."""
-    base.policy.action_spec.require_match(stated_spec(dataset), f"checkpoint {base.path}", f"data set {dataset.root}")
-
-
 def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage: str = "") -> Exclusions:
     """How much of the training episodes the config's rules leave out of the loss.
 
@@ -72,29 +67,30 @@ def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage
     return found
 
 
-def print_exclusions(config: TrainConfig, dataset: Dataset, chunk_size: int) -> None:
-    """Print what ``require_enough`` found, or raise what it raises."""
+def print_exclusions(config: TrainConfig, dataset: Dataset, chunk_size: int, name: str = "") -> None:
+    """Print what ``require_enough`` found, or raise what it raises; with the data set's name where there are several."""
     found = require_enough(config, dataset, chunk_size)
     if found.shares:
-        sys.stderr.write(f"Left out of the loss, as shares of the actions: {found.shares}.\n")
+        before = f"{name}: left" if name else "Left"
+        sys.stderr.write(f"{before} out of the loss, as shares of the actions: {found.shares}.\n")
 
 
 def chunks_of(
-    policy: Policy, config: TrainConfig, dataset: Dataset, code_NK: np.ndarray | None = None
+    config: TrainConfig,
+    dataset: Dataset,
+    chunk_size: int,
+    cache: FrameCache,
+    code_NK: np.ndarray | None = None,
 ) -> tuple[Windows, Windows | None]:
-    """The chunks of the episodes for training, and those of the held-out ones, at the size the policy sees.
+    """The chunks of the episodes for training, and those of the held-out ones.
 
     Args:
-        policy: what is to learn from them.
         config: which episodes, and the rules for what is left out.
         dataset: the data set.
+        chunk_size: actions per chunk.
+        cache: its frames at the size the policy sees.
         code_NK: latent action codes by row.
     """
-    chunk_size, views = policy.config.decoder.chunk_size, policy.model.backbone.views
-    sizes = set(views.values())
-    if len(sizes) > 1:
-        raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
-    cache = FrameCache.open(dataset, sizes.pop(), list(views))
 
     def cut(episodes: tuple[int, ...]) -> Windows:
         return Windows(
@@ -103,3 +99,16 @@ def chunks_of(
 
     train, held = config.episodes(dataset)
     return cut(train), cut(held) if held else None
+
+
+def cached_size(policy: Policy) -> int | None:
+    """Side in pixels at which the policy's frames are cached; None for the size they have.
+
+    Raises:
+        ConfigError: views of several sizes.
+    """
+    views = policy.model.backbone.views
+    sizes = set(views.values())
+    if len(sizes) > 1:
+        raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
+    return sizes.pop()

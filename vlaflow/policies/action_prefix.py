@@ -9,12 +9,38 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Generator
 from torch.nn import functional
 
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import Conditioning, Decoder
-from vlaflow.errors import SpecError
-from vlaflow.spec import ActionPrefix
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.spec import ActionPrefix, Observation
+
+
+def in_lists(
+    observation: Observation | Sequence[Observation],
+    generator: Generator | Sequence[Generator] | None,
+    action_prefix: ActionPrefix | Sequence[ActionPrefix | None] | None,
+) -> tuple[list[Observation], list[Generator], list[ActionPrefix | None]]:
+    """Observations with a generator and an action prefix each, as ``Policy.act`` takes one or several.
+
+    Raises:
+        ConfigError: not as many of each.
+    """
+    observations = [observation] if isinstance(observation, Observation) else list(observation)
+    if generator is None:
+        generators = [Generator().manual_seed(0) for _ in observations]
+    else:
+        generators = [generator] if isinstance(generator, Generator) else list(generator)
+    if len(generators) != len(observations):
+        raise ConfigError(f"{len(observations)} observations need as many generators, got {len(generators)}.")
+    prefixes = [action_prefix] if isinstance(action_prefix, ActionPrefix) or action_prefix is None else list(action_prefix)
+    if action_prefix is None:
+        prefixes *= len(observations)
+    if len(prefixes) != len(observations):
+        raise ConfigError(f"{len(observations)} observations need as many action prefixes, got {len(prefixes)}.")
+    return observations, generators, prefixes
 
 
 def conditioning_of(
@@ -25,7 +51,7 @@ def conditioning_of(
     device: torch.device,
     guided: bool,
 ) -> Conditioning | None:
-    """What the decoder is given of the chunks before; None where nothing is committed.
+    """The conditioning by actions of earlier chunks; None if no actions are committed.
 
     Raises:
         SpecError: for actions of another dimension, or so many that none is left to make.
@@ -33,7 +59,7 @@ def conditioning_of(
     """
     if not any(action_prefixes):
         return None
-    chunk_size, dim, longest = decoder.chunk_size, decoder.action_dim, decoder.max_action_prefix
+    chunk_size, dim, longest = decoder.chunk_size, normalizer.dim, decoder.max_action_prefix
     rows = []
     for action_prefix in action_prefixes:
         action_ND = (
@@ -47,7 +73,8 @@ def conditioning_of(
                 f"{action_prefix.count}."
             )
         rows.append(normalizer.forward(torch.from_numpy(action_ND)))
-    action_BLD = torch.stack([functional.pad(row, (0, 0, 0, chunk_size - len(row))) for row in rows]).to(device)
+    padded = [functional.pad(row, (0, decoder.action_dim - dim, 0, chunk_size - len(row))) for row in rows]
+    action_BLD = torch.stack(padded).to(device)
     known_B = torch.tensor([len(row) for row in rows], device=device)
     committed_B = torch.tensor([c.count if c else 0 for c in action_prefixes], device=device)
     return decoder.continued(action_BLD, known_B, committed_B, guided=guided)

@@ -15,79 +15,45 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from vlaflow import __version__
-from vlaflow.backbones.base import BackboneConfig, Prefix
-from vlaflow.backbones.inputs import Processor
+from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.inputs import Processor, require_state
 from vlaflow.backbones.language import speaking
 from vlaflow.compute.auto import calibrated
-from vlaflow.compute.base import ComputePolicy, Decoded, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.spelling import Knobs
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch, ObservationBatch, VqaBatch
+from vlaflow.data.common import CommonShape, Normalizers
 from vlaflow.data.stats import FeatureStats
-from vlaflow.data.transforms import Mode, Normalizer
+from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.base import Conditioning, DecoderConfig, LossTerms, Targets, Tokens
-from vlaflow.decoders.exits import ExitTraining
+from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import CapabilityError, ConfigError, NotFiniteError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors, write_json
+from vlaflow.errors import CapabilityError, SpecError
+from vlaflow.io import load_weights, read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
-from vlaflow.policies.action_prefix import conditioning_of
-from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers
+from vlaflow.outputs import write_json, write_text
+from vlaflow.policies.action_prefix import conditioning_of, in_lists
+from vlaflow.policies.adapters import save_merged
+from vlaflow.policies.checkpoint import home_of, local_folder
+from vlaflow.policies.chunks import chunks
+from vlaflow.policies.policy_config import PolicyConfig
+from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers, require_views
 from vlaflow.policies.provenance import fingerprint
+from vlaflow.policies.robots import FOLDER, Robot, chosen_robot, read_robots, write_robots
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
 from vlaflow.stacks.base import blocks_of
 
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """All that is needed to build a policy's networks.
-
-    Args:
-        system: the system this assembly follows, e.g. "asyncvla".
-        backbone, decoder, rater: configs of the parts, vlaflow's or another package's; no rater until one is trained.
-        state_normalisation, action_normalisation: modes of the normalisers.
-        exits: depths at which the decoder also learns to answer; None for the full depth alone.
-        n_action_steps: actions executed per chunk unless the caller says otherwise.
-    """
-
-    system: str
-    backbone: BackboneConfig
-    decoder: DecoderConfig
-    rater: RaterConfig | None = None
-    exits: ExitTraining | None = None
-    state_normalisation: Mode = "mean_std"
-    action_normalisation: Mode = "mean_std"
-    n_action_steps: int = 8
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.n_action_steps <= self.decoder.chunk_size:
-            raise ConfigError(
-                f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
-            )
-
-    def build(self) -> Model:
-        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
-        backbone = self.backbone.build()
-        depth = backbone.spec.depth
-        if self.exits is not None and self.exits.depths[-1] != depth:
-            raise ConfigError(
-                f"The last of the exits {list(self.exits.depths)} must be the backbone's depth, {depth}. Change exits.depths "
-                "with it, or set exits=none."
-            )
-        decoder = self.decoder.build(backbone.spec)
-        rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
-        return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
+__all__ = ["Policy", "PolicyConfig"]
 
 
 @dataclass
@@ -103,9 +69,13 @@ class Policy:
         backbone_processor: makes the backbone's inputs; by default the one that the config opens.
         folder: the checkpoint it was opened from; None for a new one.
         dtype: what the networks compute in when they act; training decides for itself.
+        robots: all robots it was trained for, by name, where there are several; ``action_spec`` and ``stats`` are then those of
+            the one it acts for.
+        robot: name of that one; None for a policy of one robot, and while a policy of several is trained.
 
     Attributes:
         processor: from observations in robot units to the networks' inputs, on the CPU (see ``PolicyProcessor``).
+        action_normalizer: of the robot it acts for.
     """
 
     config: PolicyConfig
@@ -116,19 +86,28 @@ class Policy:
     backbone_processor: Processor | None = field(default=None, repr=False)
     folder: Path | None = None
     dtype: Dtype = "fp32"
+    robots: Mapping[str, Robot] = field(default_factory=dict)
+    robot: str | None = None
     processor: PolicyProcessor = field(init=False, repr=False)
-    _action: Normalizer = field(init=False, repr=False)
+    action_normalizer: Normalizer = field(init=False, repr=False)
+    _action: Normalizers = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.action_spec.dim != self.config.decoder.action_dim:
+        c, widest = self.config, max((r.action_spec.dim for r in self.robots.values()), default=self.action_spec.dim)
+        if widest != c.decoder.action_dim:
             raise SpecError(
-                f"The decoder makes {self.config.decoder.action_dim} action dimensions, the action spec names "
-                f"{self.action_spec.dim}. Set decoder.action_dim to the data set's."
+                f"The decoder makes {c.decoder.action_dim} action dimensions, the action spec names {widest}. Set "
+                "decoder.action_dim to the data set's."
             )
-        own = self.backbone_processor = self.backbone_processor or self.config.backbone.processor()
-        state = Normalizer.from_stats(self.stats["state"], self.config.state_normalisation)
-        self.processor = PolicyProcessor(self.model.backbone.views, state, own)
-        self._action = Normalizer.from_stats(self.stats["action"], self.config.action_normalisation)
+        own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
+        self.action_normalizer = c.action_normalizer(self.stats, self.action_spec)
+        state = tuple(c.state_normalizer(r.stats) for r in self.robots.values()) or (c.state_normalizer(self.stats),)
+        action = tuple(c.action_normalizer(r.stats, r.action_spec) for r in self.robots.values()) or (self.action_normalizer,)
+        side = self.robots[self.robot].image_size if self.robot else None
+        views = {view: size or side for view, size in self.model.backbone.views.items()}
+        width = c.backbone.state_dim if self.robots else state[0].dim
+        self.processor = PolicyProcessor(views, Normalizers(state, width), own)
+        self._action = Normalizers(action, c.decoder.action_dim)
 
     @staticmethod
     def create(
@@ -138,6 +117,7 @@ class Policy:
         seed: int,
         *,
         folder: Path | None = None,
+        robots: Mapping[str, Robot] | None = None,
     ) -> Policy:
         """A new policy with weights drawn from ``seed``; the global generator is left as it was.
 
@@ -145,15 +125,16 @@ class Policy:
             config, action_spec, stats: see the class.
             seed: of the weights.
             folder: of a checkpoint whose tokenizer and image settings it takes; by default those of the backbone's source.
+            robots: by name, where there are several.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = config.build()
         processor = config.backbone.processor(folder)
         config = replace(config, backbone=model.backbone.config)
-        return Policy(
-            config, action_spec.with_chunk_size(config.decoder.chunk_size), stats, model, backbone_processor=processor
-        )
+        if not robots:
+            action_spec = action_spec.with_chunk_size(config.decoder.chunk_size)
+        return Policy(config, action_spec, stats, model, backbone_processor=processor, robots=robots or {})
 
     def with_rater(self, rater: RaterConfig, seed: int) -> Policy:
         """The same policy, sharing its weights, with a new rater drawn from ``seed``."""
@@ -172,6 +153,40 @@ class Policy:
         """
         knobs = Knobs(dtype=self.dtype)
         return (None if self.folder is None else calibrated(self.folder, fingerprint, knobs)) or Dense()
+
+    @property
+    def chunk_size(self) -> int:
+        """Actions per chunk of the robot it acts for; the decoder makes as many as the longest of all robots has."""
+        return self.action_spec.chunk_size or self.config.decoder.chunk_size
+
+    @property
+    def n_action_steps(self) -> int:
+        """Actions executed per chunk unless the caller says otherwise: for every robot the same share of its chunk."""
+        return max(1, round(self.config.n_action_steps * self.chunk_size / self.config.decoder.chunk_size))
+
+    @property
+    def views(self) -> dict[str, int | None]:
+        """Views that an observation must have, with the image size each is resized to (None: any size)."""
+        own = self.robots[self.robot].views if self.robot else self.processor.views
+        return {view: self.processor.views[view] for view in own}
+
+    @property
+    def shape(self) -> CommonShape:
+        """What the networks take and make."""
+        c = self.config
+        return CommonShape(c.backbone.state_dim, c.decoder.action_dim, c.decoder.chunk_size, tuple(self.model.backbone.views))
+
+    def for_robot(self, name: str | None) -> Policy:
+        """The same networks acting for one of the robots; the policy itself where there is only one.
+
+        Raises:
+            ConfigError: several robots and no choice, or none of this name.
+        """
+        found = chosen_robot(self.robots, name, str(self.folder or "The policy"))
+        if found is None:
+            return self
+        mine, folder = self.robots[found], self.folder and home_of(self.folder) / FOLDER / found
+        return replace(self, action_spec=mine.action_spec, stats=mine.stats, robot=found, folder=folder)
 
     @property
     def device(self) -> torch.device:
@@ -199,13 +214,44 @@ class Policy:
 
     def targets(self, batch: Batch) -> Targets:
         """Normalised actions of a training batch."""
-        executed = batch.executed and replace(batch.executed, action_BLD=self._action.forward(batch.executed.action_BLD))
-        return Targets(self._action.forward(batch.action_BLD), batch.valid_BL, batch.code_BK, executed)
+
+        def normalised(action_BLD: Tensor) -> Tensor:
+            return self._action.forward(action_BLD, batch.observation.robot_B)
+
+        executed = batch.executed and replace(batch.executed, action_BLD=normalised(batch.executed.action_BLD))
+        return Targets(normalised(batch.action_BLD), batch.valid_BL, batch.code_BK, executed, batch.mask_BLD)
+
+    def own(self, observation: ObservationBatch) -> ObservationBatch:
+        """Observations of the robot that it acts for as the networks know them, where there are several robots.
+
+        Raises:
+            ConfigError: no robot was chosen.
+            SpecError: a view or a number of the state is missing.
+        """
+        if not self.robots:
+            return observation
+        name = chosen_robot(self.robots, self.robot, str(self.folder or "The policy"))
+        views = self.robots[str(name)].views
+        require_views(observation, views)
+        require_state(observation, self.stats["state"].dim)
+        return self.shape.observation(observation, list(self.robots).index(str(name)), views)
+
+    def own_batch(self, batch: Batch) -> Batch:
+        """Training samples of the robot that it acts for as the networks know them, where there are several robots."""
+        return self.shape.batch(batch, list(self.robots).index(self.robot)) if self.robot else batch
+
+    def begin(self, batch: Prepared) -> Prefix:
+        """The tokens of what ``prepare`` made of a batch, before the first layer."""
+        return replace(self.model.backbone.embed(batch.inputs), action_mask_BLD=batch.targets.mask_BLD)
 
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
         with self.precision():
-            return self.model.backbone.embed(self.processor(observation).to(self.device))
+            prefix = self.model.backbone.embed(self.processor(observation).to(self.device))
+        if observation.robot_B is None:
+            return prefix
+        masks = [self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()]
+        return replace(prefix, action_mask_BLD=torch.stack(masks)[observation.robot_B].to(self.device))
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
@@ -219,7 +265,7 @@ class Policy:
         full depth, and the parts name the other exits' losses.
         """
         model, exits = self.model, self.config.exits
-        embedded = model.backbone.embed(batch.inputs)
+        embedded = self.begin(batch)
         if exits is not None and exits.choose == "random" and model.training:
             depth = exits.depths[int(torch.randint(len(exits.depths), (), generator=shared))]
             return model.decoder.loss(model.read(embedded, depth), batch.targets, generator)
@@ -283,30 +329,18 @@ class Policy:
             CapabilityError: when the compute policy needs something the checkpoint lacks, or its decoder can continue no chunk.
             NotFiniteError: when the networks compute NaN or an infinite value.
         """
-        single = isinstance(observation, Observation)
-        observations = [observation] if isinstance(observation, Observation) else list(observation)
-        if generator is None:
-            generators = [Generator().manual_seed(0) for _ in observations]
-        else:
-            generators = [generator] if isinstance(generator, Generator) else list(generator)
-        if len(generators) != len(observations):
-            raise ConfigError(f"{len(observations)} observations need as many generators, got {len(generators)}.")
-        action_prefixes = (
-            [action_prefix] if isinstance(action_prefix, ActionPrefix) or action_prefix is None else list(action_prefix)
+        observations, generators, action_prefixes = in_lists(observation, generator, action_prefix)
+        conditioning = conditioning_of(
+            action_prefixes, self.model.decoder, self.action_normalizer, device=self.device, guided=guided
         )
-        if action_prefix is None:
-            action_prefixes *= len(observations)
-        if len(action_prefixes) != len(observations):
-            raise ConfigError(f"{len(observations)} observations need as many action prefixes, got {len(action_prefixes)}.")
-        conditioning = conditioning_of(action_prefixes, self.model.decoder, self._action, device=self.device, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
         guidance = conditioning is not None and conditioning.guidance is not None
         with torch.no_grad() if guidance else torch.inference_mode(), self.precision():
-            chunks = self._decode(observations, compute or self.default_compute, generators, conditioning)
-        for chunk, known in zip(chunks, action_prefixes, strict=True):
+            made = self._decode(observations, compute or self.default_compute, generators, conditioning)
+        for chunk, known in zip(made, action_prefixes, strict=True):
             if known is not None:
                 chunk.actions[: known.count] = known.actions[: known.count]
-        return chunks[0] if single else chunks
+        return made[0] if isinstance(observation, Observation) else made
 
     def _decode(
         self,
@@ -319,27 +353,11 @@ class Policy:
         watch = Stopwatch(self.device)
         with watch.part("total"):
             with watch.part("prefix"):
-                prefix = self.embed(ObservationBatch.collate(observations))
+                prefix = self.embed(self.own(ObservationBatch.collate(observations)))
             out = compute.decode(self.model, prefix, generators, watch, conditioning)
             action_BLD = self.to_robot(out.action_BLD)
-        _require_finite(action_BLD, out)  # before the range is clipped, which would make a bound of an infinite value
-        low, high = self.action_spec.low, self.action_spec.high
-        draft_BLD = None if out.draft_BLD is None else self.to_robot(out.draft_BLD).clip(low, high)
-        return [
-            Chunk(
-                actions=action_BLD[i].clip(low, high),
-                confidence=None if out.confidence_BL is None else out.confidence_BL[i].float().cpu().numpy(),
-                spread=None if out.spread_BL is None else out.spread_BL[i].float().cpu().numpy(),
-                regenerated=None if out.regenerated_BL is None else out.regenerated_BL[i].cpu().numpy(),
-                draft=None if draft_BLD is None else draft_BLD[i],
-                layers=out.layers[i],
-                layer_passes=out.layer_passes[i],
-                nfe=out.nfe[i],
-                milliseconds=dict(watch.milliseconds),
-                **_token_report(out.tokens, i),
-            )
-            for i in range(len(observations))
-        ]
+        draft_BLD = None if out.draft_BLD is None else self.to_robot(out.draft_BLD)
+        return chunks(out, action_BLD, draft_BLD, self.action_spec, [watch.milliseconds] * len(observations))
 
     def answer(self, observations: Sequence[Observation], limit: int = 32) -> list[Answer]:
         """Answer the questions that the observations' instructions are; their states are not looked at.
@@ -352,7 +370,7 @@ class Policy:
             SpecError: for missing views or states of another length.
             CapabilityError: when the backbone has no language-model head.
         """
-        batch = ObservationBatch.collate(observations)
+        batch = self.own(ObservationBatch.collate(observations))
         return self.reply(replace(batch, known_BS=torch.zeros_like(batch.state_BS, dtype=torch.bool)), limit)
 
     @torch.inference_mode()
@@ -366,17 +384,23 @@ class Policy:
         return [Answer(text, ended) for text, ended in pairs]
 
     def to_robot(self, action_BLD: Tensor) -> np.ndarray:
-        """Normalised actions in robot units, not clipped."""
-        return self._action.inverse(action_BLD.float()).cpu().numpy()
+        """Normalised actions (B, L, D) in robot units, not clipped: the dimensions and steps that the robot has."""
+        return self.action_normalizer.inverse(self.cut(action_BLD).float()).cpu().numpy()
+
+    def cut(self, action_BLD: Tensor) -> Tensor:
+        """Chunks (..., L, D) of the networks without the dimensions and steps that the robot lacks."""
+        return action_BLD[..., : self.chunk_size, : self.action_spec.dim]
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path | str, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write ``config.json``, ``model.safetensors``, ``action_spec.json``, ``stats.json`` and ``README.md``.
+        """Write ``config.json``, ``model.safetensors``, ``README.md``, and ``action_spec.json`` and ``stats.json``.
+
+        A policy of several robots has ``robots.json`` and a folder for each in place of the last two.
 
         Args:
             folder: where to.
-            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones.
+            weights: tensors to save in place of the model's own of the same names, e.g. averaged ones. Adapters are merged.
 
         Raises:
             CapabilityError: it was opened in bfloat16, so its weights are no longer those of the checkpoint.
@@ -384,35 +408,37 @@ class Policy:
         if self.dtype != "fp32":
             raise CapabilityError(f"A policy opened in {self.dtype} holds rounded weights. Open it in fp32 to save it.")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {"vlaflow": __version__, **to_json(self.config)})
-        write_json(folder / "action_spec.json", to_json(self.action_spec))
-        write_json(folder / "stats.json", {name: to_json(s) for name, s in self.stats.items()})
-        (folder / "README.md").write_text(self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
-        save_tensors(folder / "model.safetensors", weights or {}, like=self.model.state_dict())
+        write_robots(folder, self.action_spec, self.stats, self.robots)
+        write_text(folder / "README.md", self.card or f"# {self.config.system} policy, vlaflow {__version__}\n")
+        save_merged(folder / "model.safetensors", self.model, weights)
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
+    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None) -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
 
         Args:
-            path: of the checkpoint.
+            path: of the checkpoint, or of one of its robots' folders (``robots``).
             device: where the networks run.
             dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
+            robot: which one to act for, where it was trained for several.
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
+            ConfigError: several robots and no choice, or none of this name.
         """
         folder = local_folder(path)
-        config_data = read_json(folder / "config.json")
-        config_data.pop("vlaflow", None)
-        config = from_json(PolicyConfig, config_data, str(folder / "config.json"))
-        action_spec = from_json(ActionSpec, read_json(folder / "action_spec.json"), str(folder / "action_spec.json"))
-        stats_file = folder / "stats.json"
-        stats = {k: from_json(FeatureStats, v, str(stats_file)) for k, v in read_json(stats_file).items()}
-        for name, measured in stats.items():
-            measured.require_sound(f"'{name}' in {stats_file}")
+        home = home_of(folder)
+        return Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
+
+    @staticmethod
+    def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
+        """Open a checkpoint without choosing one of its robots, for further training; otherwise as ``from_pretrained``."""
+        folder = local_folder(path)
+        written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
+        config = from_json(PolicyConfig, written, str(folder / "config.json"))
+        action_spec, stats, robots = read_robots(folder)
         with torch.random.fork_rng(devices=[]):
             model = config.build()
         load_weights(model, folder / "model.safetensors")
@@ -420,25 +446,4 @@ class Policy:
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype)
-
-
-def _token_report(tokens: Tokens | None, row: int) -> dict[str, Any]:
-    if tokens is None:
-        return {}
-    return {
-        "tokens": tokens.id_BS[row].cpu().numpy(),
-        "token_probability": tokens.probability_BS[row].float().cpu().numpy(),
-        "revised": tuple(tokens.revised_BN[row].tolist()),
-        "repaired": bool(tokens.repaired_B[row]),
-    }
-
-
-def _require_finite(action_BLD: np.ndarray, out: Decoded) -> None:
-    """Refuse a chunk, or a judgement of it, that is no number; tokens can describe finite actions when their logits are NaN."""
-    judged = (out.confidence_BL, None if out.tokens is None else out.tokens.probability_BS)
-    if not np.isfinite(action_BLD).all() or any(t is not None and not bool(t.isfinite().all()) for t in judged):
-        raise NotFiniteError(
-            "The policy computed NaN or an infinite value, which is no action. Look whether the observation's state is in "
-            "the units of training; if it is, the training diverged."
-        )
+        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype, robots)

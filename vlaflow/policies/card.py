@@ -9,30 +9,37 @@ from collections.abc import Mapping, Sequence
 
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.data.hub import title
-from vlaflow.data.lerobot import Dataset
 from vlaflow.policies.base import Policy
+from vlaflow.policies.recipe import OpenedDataset
+from vlaflow.spec import ActionSpec
 
 
 def policy_card(
-    policy: Policy, dataset: Dataset, training: Sequence[str], what: str, sources: Mapping[str, str] | None = None
+    policy: Policy,
+    datasets: Sequence[OpenedDataset],
+    training: Sequence[str],
+    what: str,
+    *,
+    sources: Mapping[str, str] | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> str:
     """The text of README.md, in Markdown; that of a stage which continues a policy begins with the policy's own.
 
     Args:
         policy: what was trained.
-        dataset: what it learned from.
+        datasets: what it learned from.
         training: lines about this training.
         what: heading of a later stage's part.
-        sources: what it learned from in addition to the data set, by name, in words.
+        sources: what it learned from in addition to the data sets, by name, in words.
+        weights: shares of the samples, by data set, where there are several.
     """
-    size = f"{len(dataset.episodes)} episodes, {len(dataset)} frames"
-    facts = [f"- Data: {title(dataset.root)}, {size}, fingerprint {dataset.fingerprint}"]
+    facts = _data_lines(datasets, weights or {})
     facts += [f"- {name}: {words}" for name, words in (sources or {}).items()]
     if policy.card:
         return "\n".join([policy.card.rstrip(), "", f"## {what}", "", *facts, *training])
     millions = sum(p.numel() for p in policy.model.parameters()) / 1e6
-    spec = policy.action_spec
-    tasks = sorted(set(dataset.tasks))
+    specs = [robot.action_spec for robot in policy.robots.values()] or [policy.action_spec]
+    tasks = sorted({task for each in datasets for task in each.dataset.tasks})
     shown = [f"  - {task}" for task in tasks[:20]] + ([f"  - and {len(tasks) - 20} more"] if len(tasks) > 20 else [])
     lines = [
         f"# {policy.config.system} policy",
@@ -44,8 +51,7 @@ def policy_card(
         'chunk = vlaflow.Policy.from_pretrained("<this folder>").act(observation)',
         "```",
         "",
-        f"- Robot: {spec.robot}, {spec.rate_hz:g} actions per second",
-        f"- Actions: {', '.join(f'{d.name} ({d.unit}, {d.mode})' for d in spec.dimensions)}; chunks of {spec.chunk_size}",
+        *(line for spec in specs for line in _robot_lines(spec)),
         f"- Views: {', '.join(policy.model.backbone.views)}",
         *facts,
         "- Instructions:",
@@ -58,7 +64,24 @@ def policy_card(
     return "\n".join(lines)
 
 
-def latent_card(model: LatentActionModel, dataset: Dataset, training: Sequence[str]) -> str:
+def _data_lines(datasets: Sequence[OpenedDataset], weights: Mapping[str, float]) -> list[str]:
+    lines = []
+    for each in datasets:
+        found, share = each.dataset, weights.get(each.label)
+        size = f"{len(found.episodes)} episodes, {len(found)} frames"
+        part = "" if share is None else f"{100 * share:.3g} % of the samples, "
+        lines.append(f"- Data: {title(found.root)}, {part}{size}, fingerprint {found.fingerprint}")
+    return lines
+
+
+def _robot_lines(spec: ActionSpec) -> list[str]:
+    return [
+        f"- Robot: {spec.robot}, {spec.rate_hz:g} actions per second",
+        f"- Actions: {', '.join(f'{d.name} ({d.unit}, {d.mode})' for d in spec.dimensions)}; chunks of {spec.chunk_size}",
+    ]
+
+
+def latent_card(model: LatentActionModel, datasets: Sequence[OpenedDataset], training: Sequence[str]) -> str:
     """The text of a latent action model's README.md; arguments as for ``policy_card``."""
     c, origin = model.config, model.origin
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -75,7 +98,7 @@ def latent_card(model: LatentActionModel, dataset: Dataset, training: Sequence[s
         "",
         f"- Frames: view '{origin.view}', {c.image_size}x{c.image_size} pixels, {origin.gap_s:g} s apart ({origin.gap} frames "
         f"at {origin.rate_hz:g} per second)",
-        f"- Data: {title(dataset.root)}, {len(dataset.episodes)} episodes, {len(dataset)} frames, fingerprint {origin.dataset}",
+        *_data_lines(datasets, {}),
         "",
         "## Training",
         "",

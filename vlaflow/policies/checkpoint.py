@@ -8,6 +8,13 @@ from vlaflow.errors import CheckpointError
 from vlaflow.hub import download, hub_name
 
 PATTERNS = ("*.json", "*.safetensors", "README.md")
+ROBOT = "robot.json"
+"""In the folder of one of a checkpoint's robots; see ``robots``."""
+
+
+def home_of(folder: Path) -> Path:
+    """Where networks, training and card of a checkpoint lie: the folder itself, or the checkpoint of a robot's folder."""
+    return folder.parent.parent if (folder / ROBOT).exists() else folder
 
 
 def local_folder(path: Path | str) -> Path:

@@ -9,42 +9,39 @@ Each says what it needs, builds its networks and samples, and describes the chec
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from vlaflow.actions.io import load_tokenizer
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.config import to_json
-from vlaflow.data import stats
-from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
-from vlaflow.data.pairs import FramePairs, chosen_view
-from vlaflow.data.stats import FeatureStats
-from vlaflow.data.transforms import Normalizer
+from vlaflow.data.pairs import chosen_view
 from vlaflow.data.vqa import VqaDataset
-from vlaflow.data.windows import action_chunks
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.acting import (
-    chunks_of,
-    open_actions,
-    print_exclusions,
-    require_enough,
-    require_same_robot,
-    stated_spec,
-)
+from vlaflow.errors import ConfigError
+from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
 from vlaflow.policies.dry_run import DryRun, acting, picturing, rating
 from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
+from vlaflow.policies.latent_pairs import Paired, action_normalizers, pairs_of
+from vlaflow.policies.mixing import (
+    Robots,
+    alone,
+    known_robots,
+    mixture_identity,
+    normalised_chunks,
+    report_exclusions,
+    robots_of,
+    samples_of,
+    timed,
+)
 from vlaflow.policies.provenance import run_of
-from vlaflow.policies.recipe import Assets, Base, EarlierStages, Objective, Setup, TrainConfig
+from vlaflow.policies.recipe import Assets, Base, EarlierStages, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
 from vlaflow.policies.vqa import VqaTraining, require_askable, vqa_of
 
@@ -103,19 +100,29 @@ class PolicyObjective(Objective):
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``."""
-        print_exclusions(config, dataset, self.policy.decoder.chunk_size)
+        return self.set_up_several(config, [alone(dataset)], assets)
+
+    def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
+        """See ``Objective``."""
         if assets.base is None:
-            policy, objective = self._created(config, dataset, assets.tokenizer)
+            objective = replace(self, policy=timed(self.policy, config, datasets))
+            robots = robots_of(objective.policy, config, datasets)
+            policy, objective = objective._created(config, datasets, robots, assets.tokenizer)
             identity: dict[str, Any] = {}
         else:
-            policy, objective = self._continued(config, dataset, assets.base, assets.latent), self
+            robots = known_robots(assets.base, datasets)
+            policy, objective = self._continued(config, assets.base, assets.latent), self
             identity = assets.base.identity()
-        code_NK, latent = codes_of(policy, dataset, assets.latent, config.interventions)
-        identity |= latent
-        sources = {}
-        if latent:
-            sources["Latent actions"] = f"codes of {Path(str(assets.latent)).name}, fingerprint {latent['latent']}"
-        train, held = chunks_of(policy, config, dataset, code_NK)
+        report_exclusions(config, datasets, robots, policy)
+        codes = []
+        sources: dict[str, str] = {}
+        for each in datasets:
+            code_NK, latent = codes_of(policy, each.dataset, assets.latent, config.interventions)
+            codes.append(code_NK)
+            identity |= latent
+            if latent:
+                sources["Latent actions"] = f"codes of {Path(str(assets.latent)).name}, fingerprint {latent['latent']}"
+        samples = samples_of(policy, config, datasets, robots, codes)
         stage: Stage = PolicyStage(policy)
         vqa = None
         if self.vqa is not None and assets.vqa is not None:
@@ -123,39 +130,40 @@ class PolicyObjective(Objective):
             stage = AnsweringStage(stage, policy, self.vqa.weight)
             identity["vqa"] = to_json(trained)
             sources = {"VQA": line, **sources}
+        identity |= mixture_identity(datasets, samples)
 
         def card(training: Sequence[str]) -> str:
-            return policy_card(policy, dataset, training, "Further training of the policy", sources)
+            what = "Further training of the policy"
+            return policy_card(policy, datasets, training, what, sources=sources, weights=samples.weights)
 
-        return Setup(objective, stage, train, held, vqa, identity, card)
+        return samples.setup(objective, stage, vqa, identity, card)
 
-    def _created(self, config: TrainConfig, dataset: Dataset, tokenizer: Path | str | None) -> tuple[Policy, PolicyObjective]:
-        if not dataset.columns().state.shape[1]:
-            raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
-        episodes = config.episodes(dataset)[0]
-        measured = stats.compute(dataset, episodes)
-        policy = self._with_tokenizer(dataset, measured["action"], episodes, tokenizer)
+    def _created(
+        self, config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots, tokenizer: Path | str | None
+    ) -> tuple[Policy, PolicyObjective]:
+        policy = self._with_tokenizer(config, datasets, robots, tokenizer)
         fitted = replace(self, policy=replace(policy, backbone=policy.backbone.resolved()))
-        return Policy.create(fitted.policy, stated_spec(dataset), measured, config.seed), fitted
+        first = next(iter(robots.by_name.values()))
+        several = robots.by_name if len(robots.by_name) > 1 else None
+        return Policy.create(fitted.policy, first.action_spec, first.stats, config.seed, robots=several), fitted
 
-    def _continued(self, config: TrainConfig, dataset: Dataset, base: Base, latent: Path | str | None) -> Policy:
+    def _continued(self, config: TrainConfig, base: Base, latent: Path | str | None) -> Policy:
         """A policy with the weights of another one; normalisation stays that one's."""
-        require_same_robot(base, dataset)
         if base.policy.model.rater is not None:
             raise ConfigError(
                 f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
                 "checkpoint that the rater was trained for, and train another rater afterwards."
             )
-        for key in ("state_normalisation", "action_normalisation"):
+        for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
             ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
             if ours != theirs:
                 raise ConfigError(
-                    f"policy.{key} is '{ours}', but {base.path} was trained with '{theirs}', which its weights take for "
+                    f"policy.{key} is {ours!r}, but {base.path} was trained with {theirs!r}, which its weights take for "
                     "granted. Leave out the --set that changes it."
                 )
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)
         own = base.policy
-        created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder)
+        created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder, robots=own.robots)
         further = replace(created, card=own.card)
         try:
             further.model.load_state_dict(base.policy.model.state_dict())
@@ -167,15 +175,14 @@ class PolicyObjective(Objective):
         return further
 
     def _with_tokenizer(
-        self, dataset: Dataset, action: FeatureStats, episodes: Sequence[int], file: Path | str | None
+        self, config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots, file: Path | str | None
     ) -> PolicyConfig:
-        """The assembly with the given tokenizer, or one fitted on the episodes where its decoder needs one."""
+        """The assembly with the given tokenizer, or one fitted on the training episodes where its decoder needs one."""
         decoder, mode = self.policy.decoder, self.policy.action_normalisation
         if file is not None:
             decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
         elif decoder.unfitted:
-            chunks = torch.from_numpy(action_chunks(dataset, decoder.chunk_size, episodes))
-            decoder = decoder.fitted(Normalizer.from_stats(action, mode).forward(chunks).numpy())
+            decoder = decoder.fitted(normalised_chunks(self.policy, config, datasets, robots))
         return replace(self.policy, decoder=decoder)
 
 
@@ -221,18 +228,23 @@ class RaterObjective(Objective):
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; the same seed and fraction hold out the same episodes as the policy's training did."""
+        return self.set_up_several(config, [alone(dataset)], assets)
+
+    def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
+        """See ``Objective``."""
         base = assets.base
         if base is None:
             raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
-        require_same_robot(base, dataset)
-        print_exclusions(config, dataset, base.policy.config.decoder.chunk_size)
+        robots = known_robots(base, datasets)
         policy = base.policy.with_rater(self.rater, config.seed)
-        train, held = chunks_of(policy, config, dataset)
+        report_exclusions(config, datasets, robots, policy)
+        samples = samples_of(policy, config, datasets, robots, [None] * len(datasets))
 
         def card(training: Sequence[str]) -> str:
-            return policy_card(policy, dataset, training, "Training of the confidence rater")
+            return policy_card(policy, datasets, training, "Training of the confidence rater", weights=samples.weights)
 
-        return Setup(self, RaterStage(policy), train, held, None, base.identity(), card)
+        identity = base.identity() | mixture_identity(datasets, samples)
+        return samples.setup(self, RaterStage(policy), None, identity, card)
 
 
 @dataclass(frozen=True)
@@ -289,45 +301,25 @@ class LatentObjective(Objective):
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; a view that is missing and episodes that are all too short for the gap are a ``DataError``."""
-        train, held = self._pairs(config, dataset)
+        chosen_view(dataset, self.view)
+        return self.set_up_several(config, [alone(dataset)], assets)
+
+    def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
+        """See ``Objective``; a data set without the view shows its first one."""
+        samples, first = pairs_of(Paired(self.view, self.gap_s, self.model.image_size), config, datasets)
+        others = tuple(each.dataset.fingerprint for each in datasets[1:])
+        dataset = datasets[0].dataset
         origin = Origin(
-            dataset.fingerprint, self.view, dataset.fps, self.gap_s, train.gap, config.validation_fraction, config.seed
+            dataset.fingerprint, first.view, dataset.fps, self.gap_s, first.gap, config.validation_fraction, config.seed, others
         )
-        action = self._action(config, dataset)
+        action = action_normalizers(self.model.action_dim, config, datasets)
         model = LatentActionModel.create(self.model, origin, config.seed)
         stage = LatentStage(model, self.replacement, config.steps, action, self.action_weight)
 
         def card(training: Sequence[str]) -> str:
-            return latent_card(model, dataset, training)
+            return latent_card(model, datasets, training)
 
-        return Setup(self, stage, train, held, None, {}, card)
-
-    def _pairs(self, config: TrainConfig, dataset: Dataset) -> tuple[FramePairs, FramePairs | None]:
-        train_episodes, held_episodes = config.episodes(dataset)
-        cache = FrameCache.open(dataset, self.model.image_size, [chosen_view(dataset, self.view)])
-        train = FramePairs(dataset, cache, self.view, self.gap_s, episodes=train_episodes)
-        held: FramePairs | None = None
-        if any(dataset.episodes[e].length > train.gap for e in held_episodes):
-            held = FramePairs(dataset, cache, self.view, self.gap_s, episodes=held_episodes)
-        elif held_episodes:
-            sys.stderr.write(
-                f"Held out: none of the {len(held_episodes)} episodes is longer than the gap; nothing is measured.\n"
-            )
-        for which, pairs in (("For training", train), ("Held out", held)):
-            if pairs is not None and pairs.short:
-                sys.stderr.write(f"{which}: {pairs.left_out()}\n")
-        return train, held
-
-    def _action(self, config: TrainConfig, dataset: Dataset) -> Normalizer | None:
-        """Of the actions, for a model with an action head."""
-        if not self.model.action_dim:
-            return None
-        found = dataset.columns().action.shape[1]
-        if found != self.model.action_dim:
-            raise SpecError(
-                f"model.action_dim is {self.model.action_dim}, but the actions of {dataset.root} have {found} dimensions."
-            )
-        return Normalizer.from_stats(stats.compute(dataset, config.episodes(dataset)[0])["action"], "mean_std")
+        return samples.setup(self, stage, None, mixture_identity(datasets, samples), card)
 
 
 def _keeps_its_tokenizer(given: Path | str) -> ConfigError:

@@ -7,7 +7,7 @@ Shape letters: B batch, S state dimension, T answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vlaflow.backbones.inputs import Inputs, Processor, require_state
 from vlaflow.data.batch import ObservationBatch
+from vlaflow.data.common import Normalizers
 from vlaflow.data.frames import resize
-from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import Targets
 from vlaflow.errors import SpecError, nearest
 
@@ -28,12 +28,12 @@ class PolicyProcessor:
 
     Args:
         views: with the square image size each is resized to; None leaves the size to the backbone's processor.
-        state: normaliser of the state.
+        state: normalisers of the state.
         backbone: the backbone's processor.
     """
 
     views: Mapping[str, int | None]
-    state: Normalizer
+    state: Normalizers
     backbone: Processor
 
     def __call__(self, observation: ObservationBatch) -> Inputs:
@@ -42,14 +42,10 @@ class PolicyProcessor:
         Raises:
             SpecError: for missing views, a state of another length, or an instruction that cannot be read.
         """
-        for view in self.views:
-            if view not in observation.images:
-                raise SpecError(
-                    f"The policy looks at view '{view}', which the observation lacks; {nearest(view, observation.images)}"
-                )
+        require_views(observation, self.views)
         require_state(observation, self.state.dim)
         images = {view: _resized(observation.images[view], size) for view, size in self.views.items()}
-        state_BS = self.state.forward(observation.state_BS)
+        state_BS = self.state.forward(observation.state_BS, observation.robot_B)
         if observation.known_BS is not None:
             state_BS = state_BS * observation.known_BS
         return self.backbone(replace(observation, images=images, state_BS=state_BS, known_BS=None))
@@ -87,6 +83,15 @@ class PreparedAnswers:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PreparedAnswers:
         """The same on another device."""
         return replace(self, inputs=self.inputs.to(device, non_blocking=non_blocking))
+
+
+def require_views(observation: ObservationBatch, views: Collection[str]) -> None:
+    """Refuse an observation without one of the views, with a ``SpecError``."""
+    for view in views:
+        if view not in observation.images:
+            raise SpecError(
+                f"The policy looks at view '{view}', which the observation lacks; {nearest(view, observation.images)}"
+            )
 
 
 def _resized(image_BHWC: Tensor, size: int | None) -> Tensor:

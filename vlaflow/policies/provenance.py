@@ -22,15 +22,21 @@ from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.errors import ConfigError
 from vlaflow.io import read_json
+from vlaflow.policies.checkpoint import ROBOT, home_of
 
 STATE = "state.json"
 
 
 def fingerprint(folder: Path) -> str:
-    """Content hash of a checkpoint's config and weights."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "action_spec.json", "stats.json", "model.safetensors"):
-        digest.update((folder / name).read_bytes())
+    """Content hash of a checkpoint's config and weights, with what is kept of its robots, or of the one whose folder it is."""
+    digest, home = hashlib.sha256(), home_of(folder)
+    robots = sorted(folder.glob(ROBOT)) or sorted(folder.glob(f"robots/*/{ROBOT}"))
+    for file in (
+        home / "config.json",
+        *(robots or [home / "action_spec.json", home / "stats.json"]),
+        home / "model.safetensors",
+    ):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -52,7 +58,7 @@ def newest_state(folder: Path) -> tuple[int, Path] | None:
 
 def run_of(folder: Path) -> dict[str, Any]:
     """Recipe, data, config, ... of the run in a checkpoint folder; empty where there is no training state."""
-    found = newest_state(folder)
+    found = newest_state(home_of(folder))
     return {} if found is None else read_json(found[1] / STATE).get("run", {})
 
 
@@ -94,7 +100,7 @@ def trained_on(folder: Path) -> tuple[TrainedOn, ...]:
 
     Empty where the folder does not say, as one that was published without ``training/``.
     """
-    found = newest_state(folder)
+    found = newest_state(home_of(folder))
     return () if found is None else _trained_on(run_of(folder), str(found[1] / STATE))
 
 
@@ -126,18 +132,20 @@ def new_questions(vqa: VqaDataset, turns: Turns, trained: Sequence[TrainedOn], f
         ConfigError: a training read the conversations of this set in another way.
     """
     new = set(range(len(vqa)))
-    for asked in (each.vqa for each in trained if each.vqa is not None):
-        if asked.fingerprint == vqa.fingerprint:
-            new &= set(vqa.split(asked.held_out)[1])
-        elif asked.turns != turns and asked.fingerprint == VqaDataset.open(vqa.file, asked.turns).fingerprint:
+    for learned in (each.vqa for each in trained if each.vqa is not None):
+        if learned.fingerprint == vqa.fingerprint:
+            new &= set(vqa.split(learned.held_out)[1])
+        elif learned.turns != turns and learned.fingerprint == VqaDataset.open(vqa.file, learned.turns).fingerprint:
             raise ConfigError(
-                f"{folder} learned from {vqa.file} with turns={asked.turns}, so it is unknown which questions are new "
-                f"with turns={turns}. Give --turns {asked.turns}, or ask everything with --part all."
+                f"{folder} learned from {vqa.file} with turns={learned.turns}, so it is unknown which questions are new "
+                f"with turns={turns}. Give --turns {learned.turns}, or ask everything with --part all."
             )
     return tuple(sorted(new))
 
 
 def _trained_on(run: Mapping[str, Any], where: str) -> tuple[TrainedOn, ...]:
     before = tuple(from_json(TrainedOn, each, where) for each in run.get("ancestors", ()))
-    asked = from_json(TrainedVqa, run["vqa"], where) if "vqa" in run else None
-    return (*before, TrainedOn(run["data"], run["config"]["validation_fraction"], run["config"]["seed"], asked))
+    learned = from_json(TrainedVqa, run["vqa"], where) if "vqa" in run else None
+    data = [each["data"] for each in run["mixture"]] if "mixture" in run else [run["data"]]
+    config = run["config"]
+    return (*before, *(TrainedOn(each, config["validation_fraction"], config["seed"], learned) for each in data))

@@ -18,10 +18,13 @@ from vlaflow.actions.latent import LatentConfig
 from vlaflow.config import INLINE
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.mixture import Order
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
-from vlaflow.data.source import Source
+from vlaflow.data.source import MakeOrder, Source
+from vlaflow.data.weights import DatasetEntry, Mixture
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError
+from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.dry_run import DryRun
@@ -31,11 +34,11 @@ from vlaflow.policies.stages import CoTraining, Stage
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The shape of a data set, which a recipe fits its networks to.
+    """The shape of a data set, or what several have in common, which a recipe fits its networks to.
 
     Args:
-        state_dim, action_dim: 0 where it holds no states or no actions.
-        views: names of its camera views, at least one.
+        state_dim, action_dim: 0 where it holds no states or no actions; of several data sets the largest.
+        views: names of its camera views, at least one; of several data sets all that any of them has.
     """
 
     state_dim: int
@@ -43,17 +46,38 @@ class DataSpec:
     views: tuple[str, ...]
 
     @staticmethod
-    def of(root: Path | str) -> DataSpec:
-        """Of a data set on disk; only its meta folder is read.
+    def of(*roots: Path | str) -> DataSpec:
+        """Of data sets on disk; only their meta folders are read.
 
         Raises:
             DataError: not a data set, or one without a camera.
         """
+        found = [DataSpec._of_one(root) for root in roots]
+        views = dict.fromkeys(view for each in found for view in each.views)
+        return DataSpec(max(each.state_dim for each in found), max(each.action_dim for each in found), tuple(views))
+
+    @staticmethod
+    def _of_one(root: Path | str) -> DataSpec:
         dataset = Dataset.open(root, video=True)
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
         state, action = (len(dataset.dimension_names(name)) for name in ("state", "action"))
         return DataSpec(state, action, tuple(dataset.views))
+
+
+@dataclass(frozen=True)
+class OpenedDataset:
+    """One of several data sets of a training.
+
+    Args:
+        entry: as given.
+        dataset: opened.
+        label: its name, different from all others'.
+    """
+
+    entry: DatasetEntry
+    dataset: Dataset
+    label: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +99,11 @@ class ParameterGroup:
 class OptimConfig:
     """AdamW with linear warm-up and a cosine (or constant) schedule.
 
+    Weights in a smaller format than float32 are trained through float32 copies of them, so that no small step is lost.
+
     Args:
+        kind: how AdamW keeps its moments. "adamw8bit" needs 2 bytes per weight instead of 8; "paged_adamw" and
+            "paged_adamw8bit" let them move to host memory where the GPU's is short. These three need bitsandbytes.
         learning_rate: peak rate.
         warmup_steps: linear up to the peak; the first step has 1 / warmup_steps of it.
         schedule: after the warm-up.
@@ -83,6 +111,7 @@ class OptimConfig:
         clip_norm: largest gradient norm; larger ones are scaled down.
     """
 
+    kind: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -92,6 +121,11 @@ class OptimConfig:
     final_fraction: float = 0.0
     clip_norm: float = 1.0
     groups: tuple[ParameterGroup, ...] = ()
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What ``kind`` needs."""
+        return () if self.kind == "adamw" else ("bitsandbytes",)
 
 
 @dataclass(frozen=True)
@@ -127,7 +161,7 @@ class Base:
             CheckpointError: there is none, or it is damaged.
         """
         folder = local_folder(path)
-        return Base(Policy.from_pretrained(folder), str(path), folder)
+        return Base(Policy.of_all_robots(folder), str(path), folder)
 
     def identity(self) -> dict[str, Any]:
         """What a run that continues it records about it, JSON data."""
@@ -171,6 +205,8 @@ class Setup:
         vqa: questions to learn from in turns with the samples, or None.
         identity: JSON data that must be the same for a run to be continued, besides recipe, data set and config.
         card: the checkpoint's README.md, given the lines about this training.
+        order: how training goes through the samples.
+        held_each: held-out samples of each of several data sets, with its weight, in place of ``held``.
     """
 
     objective: Objective
@@ -180,6 +216,8 @@ class Setup:
     vqa: CoTraining | None
     identity: Mapping[str, Any]
     card: Callable[[Sequence[str]], str]
+    order: MakeOrder = Order
+    held_each: Mapping[str, tuple[Source, float]] = field(default_factory=dict)
 
 
 class Objective(ABC):
@@ -261,6 +299,15 @@ class Objective(ABC):
             VlaflowError: when the parts do not fit together.
         """
 
+    def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
+        """The same for several data sets at once, mixed as the config says.
+
+        Raises:
+            CapabilityError: by default: the objective learns from one data set.
+            VlaflowError: as ``set_up``.
+        """
+        raise CapabilityError(f"A {type(self).__name__} learns from one data set; give --dataset once.")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -268,6 +315,7 @@ class TrainConfig:
 
     Args:
         objective: what is learned. On a command line its fields have no prefix: ``--set policy.n_action_steps=4``.
+        lora: adapters to train in place of the pretrained weights; None trains these.
         steps: optimiser steps.
         global_batch_size: observations per optimiser step, over all processes and parts.
         accumulate: parts that a step is split into over all processes, at least; see ``parts``.
@@ -282,6 +330,9 @@ class TrainConfig:
             refused.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
         validation_fraction: share of the episodes of every task held out.
+        mixture: how several data sets share the samples of a step; nothing for one.
+        chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
+            of the policy, whatever the rate.
         validate_every, checkpoint_every: steps.
         precision: "auto" is bf16 autocast where the device is fast at it (CUDA, CPUs with AMX), else float32.
         seed: of weights, data order and noise.
@@ -289,6 +340,7 @@ class TrainConfig:
 
     objective: Objective = field(metadata=INLINE)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig | None = None
     steps: int = 1000
     global_batch_size: int = 64
     accumulate: int = 1
@@ -301,6 +353,8 @@ class TrainConfig:
     max_excluded: float = 0.5
     demonstrations: float = 1.0
     validation_fraction: float = 0.06
+    mixture: Mixture = field(default_factory=Mixture)
+    chunk_s: float | None = None
     validate_every: int = 250
     checkpoint_every: int = 500
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -308,6 +362,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.objective.check(self)
+        if self.chunk_s is not None and not 0 < self.chunk_s < math.inf:
+            raise ConfigError(f"chunk_s is a duration in seconds above 0, got {self.chunk_s}.")
         if not 0 < self.max_excluded <= 1:
             raise ConfigError(f"max_excluded is a share in (0, 1], got {self.max_excluded}.")
         if min(self.steps, self.global_batch_size, self.accumulate, self.validate_every, self.checkpoint_every) < 1:

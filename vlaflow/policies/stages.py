@@ -20,9 +20,9 @@ from vlaflow.actions.latent import LatentActionModel
 from vlaflow.actions.nsvq import Replacement, perplexity
 from vlaflow.backbones.language import speaking
 from vlaflow.data.batch import Batch, VqaBatch
+from vlaflow.data.common import Normalizers
 from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.source import Ready, Source
-from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
@@ -204,10 +204,10 @@ class RaterStage:
         model, config = self.policy.model, self.rater.config
         decoder, targets = model.decoder, batch.targets
         with torch.no_grad():
-            prefix = model.read(model.backbone.embed(batch.inputs))
+            prefix = model.read(self.policy.begin(batch))
             seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
             made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.sampling)
-            error_BL = (made_BLD - targets.action_BLD).square().mean(-1)
+            error_BL = targets.mean_over_dimensions((made_BLD - targets.action_BLD).square())
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
         rating_BL = self.rater(prefix, made_BLD)
         weight_BL = targets.valid_BL.float()
@@ -234,7 +234,7 @@ class LatentStage:
         model: what trains.
         replacement: of codebook entries that are hardly used.
         steps: of the whole run, which the care of the codebook is a share of.
-        action: normaliser of the actions, for a model with an action head.
+        action: normalisers of the actions, for a model with an action head.
         action_weight: of the action head's loss.
     """
 
@@ -243,7 +243,7 @@ class LatentStage:
         model: LatentActionModel,
         replacement: Replacement,
         steps: int,
-        action: Normalizer | None = None,
+        action: Normalizers | None = None,
         action_weight: float = 0.01,
     ) -> None:
         if (model.act is None) != (action is None):
@@ -277,8 +277,8 @@ class LatentStage:
         total = pixels = functional.mse_loss(passed.later_BHW3.float(), later.float() / 127.5 - 1)
         parts = {"pixels": pixels.detach(), "perplexity": perplexity(passed.id_BK, self.model.config.book)}
         if passed.action_BD is not None and self.action is not None:
-            wanted_BD = self.action.forward(batch.action_BLD).mean(1)
-            parts["action"] = functional.mse_loss(passed.action_BD.float(), wanted_BD)
+            wanted_BD = self.action.forward(batch.action_BLD, batch.observation.robot_B).mean(1)
+            parts["action"] = _mean_square(passed.action_BD.float() - wanted_BD, batch.mask_BLD)
             total = total + self.action_weight * parts["action"]
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
 
@@ -293,3 +293,11 @@ class LatentStage:
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """See ``LatentActionModel.save_pretrained``."""
         self.model.save_pretrained(folder, weights, card)
+
+
+def _mean_square(error_BD: Tensor, mask_BLD: Tensor | None) -> Tensor:
+    """Mean over the batch of each row's mean square over the dimensions that its robot has."""
+    if mask_BLD is None:
+        return error_BD.square().mean()
+    mask_BD = mask_BLD.any(1)
+    return ((error_BD.square() * mask_BD).sum(1) / mask_BD.sum(1).clamp(min=1)).mean()

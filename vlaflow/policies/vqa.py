@@ -79,7 +79,7 @@ def vqa_of(policy: Policy, how: VqaTraining, path: Path | str) -> tuple[CoTraini
     found = VqaDataset.open(path, how.turns)
     require_askable(policy.config, found)
     images = ImageCache.open(found, next(iter(views.values())) or how.size)
-    state_dim = len(policy.stats["state"].mean)
+    state_dim = policy.processor.state.dim
     train, held = (
         VqaSource(found, images, tuple(views), state_dim, part) if part else None for part in found.split(how.held_out)
     )

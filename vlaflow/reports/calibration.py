@@ -23,7 +23,7 @@ def write_page(made: Calibration, table: ExitMeasurements, file: Path) -> Path:
         table: the measurement behind it.
         file: the page to write.
     """
-    test, plan = made.seen, made.plan
+    test, plan = made.effect, made.plan
     figures = (
         Figure(
             discrepancies(made, table),
@@ -77,7 +77,7 @@ def shares(made: Calibration) -> str:
     """Bars of the measured shares, and the target shares if there are any."""
     places = np.arange(len(made.plan.exits))
     with figure(WIDTH, 2.2) as (_, axis, done):
-        axis.bar(places, [100 * s for s in made.seen.shares], 0.6, color=SERIES[0], label="measured")
+        axis.bar(places, [100 * s for s in made.effect.shares], 0.6, color=SERIES[0], label="measured")
         if isinstance(made.target, ShareTarget):
             target = [100 * s for s in made.target.shares]
             axis.plot(places, target, "D", color=SERIES[1], ms=6, label="target", clip_on=False)
@@ -98,6 +98,6 @@ def trade_off(made: Calibration, table: ExitMeasurements) -> str:
     x, y = zip(*sorted(points), strict=True)
     with figure(WIDTH, 2.6) as (_, axis, done):
         axis.plot(x, y, "-o", color=FAINT, ms=3, lw=1.2)
-        axis.plot(made.seen.layers, made.seen.deviation, "D", color=INK, ms=7)
+        axis.plot(made.effect.layers, made.effect.deviation, "D", color=INK, ms=7)
         axis.set(xlabel="mean depth, layers", ylabel="largest difference", ylim=(0, None), xlim=(0, depth_K[-1] * 1.03))
         return done()

@@ -37,9 +37,10 @@ def write_page(claim: Claim, row: Row, places: Places) -> Path:
         figures=[Figure(success(row), "Success rate of every arm; bars are 95 % Wilson intervals.")],
         arms=Table(("arm", "success", "95 % interval", "p50 ms", "layers"), [_arm(arm) for arm in row.arms]),
         effects=Table(
-            ("effect", "difference", "95 % interval", "by training seed", "p", "cost", "verdict"),
+            ("effect", "verdict", "difference", "95 % interval", "by training seed", "p", "cost"),
             [_finding(finding) for finding in row.findings],
-            (0, 6),
+            (0, 1),
+            dense=True,
         ),
         reports=reports,
         commands=row.commands,
@@ -87,12 +88,9 @@ def _arm(arm: ArmRow) -> list[str]:
 def _finding(finding: Finding) -> list[str]:
     one = finding.effect
     low, high = finding.interval
-    return [
-        f"{one.first}: {DIRECTIONS[one.direction]} {one.second}",
-        signed(finding.difference),
-        f"{signed(low)} to {signed(high)}",
-        ", ".join(map(signed, finding.per_seed)),
-        f"{finding.adjusted:.2g}" if finding.adjusted is not None else "",
-        f"{finding.ratio:.2f} × {one.cost}" if finding.ratio is not None else "",
-        finding.verdict,
-    ]
+    name = f"{one.first}: {DIRECTIONS[one.direction]} {one.second}"
+    if finding.ratio is not None:
+        return [f"{name} ({one.cost})", finding.verdict, "", "", "", "", f"{finding.ratio:.2f} ×"]
+    p_value = f"{finding.adjusted:.2g}" if finding.adjusted is not None else ""
+    by_seed = ", ".join(map(signed, finding.per_seed))
+    return [name, finding.verdict, signed(finding.difference), f"{signed(low)} to {signed(high)}", by_seed, p_value, ""]

@@ -12,6 +12,7 @@ import numpy as np
 from vlaflow.data.frames import resize
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError
+from vlaflow.outputs import require_writable, whole_file
 from vlaflow.reports import page
 
 THUMBNAILS = 6
@@ -27,21 +28,31 @@ def chosen_episodes(dataset: Dataset, limit: int) -> list[int]:
     return sorted(rounds[:limit])
 
 
+def require_page(path: Path) -> None:
+    """Refuse a page that ``write_page`` could not write.
+
+    Raises:
+        ConfigError: another file ending, or a folder that cannot be written.
+    """
+    if path.suffix not in (".html", ".htm", ".png"):
+        raise ConfigError(f"--out must end in .html or .png, got '{path}'.")
+    require_writable(path)
+
+
 def write_page(dataset: Dataset, path: Path, limit: int = 12) -> Path:
     """Write ``path`` (.html or .png) with up to ``limit`` episodes.
 
     Raises:
-        ConfigError: another file ending.
+        ConfigError: see ``require_page``.
         DataError: a damaged video or table.
     """
+    require_page(path)
     episodes = chosen_episodes(dataset, limit)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        path.write_bytes(_figure(dataset, episodes))
-    elif path.suffix in (".html", ".htm"):
-        _write_html(dataset, episodes, path)
+        with whole_file(path) as part:
+            part.write_bytes(_figure(dataset, episodes))
     else:
-        raise ConfigError(f"--out must end in .html or .png, got '{path}'.")
+        _write_html(dataset, episodes, path)
     return path
 
 

@@ -22,6 +22,7 @@ from vlaflow.reports.page import Figure, Table
 from vlaflow.reports.words import NOTABLE, percent, played, rate, short, signed, step_limits, too_few
 
 Log = Sequence[Mapping[str, Any]]
+PAGE = "report.html"
 
 
 def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | None = None) -> Path:
@@ -35,7 +36,7 @@ def write_report(out: Path, logs: Mapping[str, Log] | None = None, title: str | 
     Returns:
         The path of the page.
     """
-    return page.write(out / "report.html", "evaluation.html", **values(read(out / RESULTS), out / VIDEOS, logs or {}, title))
+    return page.write(out / PAGE, "evaluation.html", **values(read(out / RESULTS), out / VIDEOS, logs or {}, title))
 
 
 def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str | None = None) -> dict[str, Any]:

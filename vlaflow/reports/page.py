@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from vlaflow.outputs import write_text
 
 if TYPE_CHECKING:
     import jinja2
@@ -55,11 +56,8 @@ class Figure:
 
 
 def write(file: Path, template: str, **values: Any) -> Path:
-    """Fill a template and write the page, completely or not at all; returns the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(render(template, **values), encoding="utf-8")
-    part.replace(file)
+    """Fill a template and write the page, whole or not at all; returns the file."""
+    write_text(file, render(template, **values))
     return file
 
 

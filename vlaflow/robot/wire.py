@@ -1,7 +1,7 @@
 """The codec of openpi's protocol: msgpack with markers for NumPy arrays and scalars, decoded strictly.
 
 An array is a map {b"__ndarray__": True, b"data": bytes, b"dtype": text, b"shape": ints}; a NumPy scalar is a map
-{b"__npgeneric__": True, b"data": number, b"dtype": text}. The msgpack-numpy package marks them in another way (``Dialect``):
+{b"__npgeneric__": True, b"data": number, b"dtype": text}. The msgpack-numpy package marks them differently (``ArrayEncoding``):
 {b"nd": True, b"type": text, b"kind": b"", b"shape": ints, b"data": bytes}, and {b"nd": False, b"type": text, b"data": bytes}.
 Both are read, and a server answers each client in the client's own. Only booleans, integers and floats of 1 to 8 bytes are
 allowed: no objects, no records, no complex numbers, no extension types. Nothing is executed.
@@ -33,21 +33,21 @@ MOST_TEXT = 2**16
 """Largest size of a text or key in bytes."""
 
 
-class Dialect(Enum):
+class ArrayEncoding(Enum):
     """How arrays and scalars are marked: as by openpi's client, or as by the msgpack-numpy package."""
 
     OPENPI = "openpi"
     MSGPACK_NUMPY = "msgpack-numpy"
 
 
-def pack(message: Any, dialect: Dialect = Dialect.OPENPI) -> bytes:
+def pack(message: Any, encoding: ArrayEncoding = ArrayEncoding.OPENPI) -> bytes:
     """Encode plain Python values and NumPy arrays.
 
     Raises:
         RequestError: for anything else.
     """
     try:
-        return msgpack.packb(message, default=_encode if dialect is Dialect.OPENPI else _encode_msgpack_numpy)
+        return msgpack.packb(message, default=_encode if encoding is ArrayEncoding.OPENPI else _encode_msgpack_numpy)
     except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"A message can contain texts, numbers, lists, maps and arrays of numbers: {error}.") from error
 
@@ -58,7 +58,7 @@ def unpack(data: bytes, most_bytes: int = MOST_BYTES, decode: Callable[[dict[Any
     Args:
         data: the message.
         most_bytes: largest size.
-        decode: called with every map, and returns what it stands for; None for arrays and scalars of both dialects.
+        decode: called with every map, and returns what it stands for; None for arrays and scalars in both encodings.
 
     Raises:
         RequestError: for a message that is too large, damaged, or contains types that the protocol does not have.
@@ -74,18 +74,18 @@ def unpack(data: bytes, most_bytes: int = MOST_BYTES, decode: Callable[[dict[Any
         raise RequestError(f"The message is not valid msgpack ({type(error).__name__}).") from error
 
 
-def unpack_as_sent(data: bytes, most_bytes: int = MOST_BYTES) -> tuple[Any, Dialect]:
-    """Decode one message, and tell the dialect of its arrays, which the answer should have too; raises as ``unpack`` does."""
-    dialect = Dialect.OPENPI
+def unpack_as_sent(data: bytes, most_bytes: int = MOST_BYTES) -> tuple[Any, ArrayEncoding]:
+    """Decode one message, and return the encoding of its arrays, which the reply should use too; raises as ``unpack`` does."""
+    encoding = ArrayEncoding.OPENPI
 
     def decode(found: dict[Any, Any]) -> Any:
-        nonlocal dialect
+        nonlocal encoding
         if b"nd" in found:
-            dialect = Dialect.MSGPACK_NUMPY
+            encoding = ArrayEncoding.MSGPACK_NUMPY
         return _decode(found)
 
     message = unpack(data, most_bytes, decode)
-    return message, dialect
+    return message, encoding
 
 
 def _heads() -> tuple[tuple[int, int, int], ...]:

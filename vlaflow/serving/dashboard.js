@@ -90,7 +90,7 @@ function showChunk(chunk, images) {
     figure.append(make("img", null, { src: data, alt: `image of view '${view}'` }), make("figcaption", view));
     return figure;
   }));
-  $("told").textContent = `“${chunk.instruction}” · ${chunk.client}, request ${chunk.request}`;
+  $("last-request").textContent = `“${chunk.instruction}” · ${chunk.client}, request ${chunk.request}`;
   const parts = Object.entries(chunk.milliseconds).map(([part, ms]) => `${part} ${short(ms)} ms`).join(", ");
   const notes = [`${chunk.layers} of ${hello.depth} layers`, `${chunk.nfe} nfe`, parts];
   const again = chunk.regenerated ? chunk.regenerated.filter(Boolean).length : 0;

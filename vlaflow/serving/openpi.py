@@ -68,7 +68,7 @@ class OpenpiConversation(Conversation):
         restarts = _flag(request.pop("reset", False), "reset")
         if endpoint == "reset" or (restarts and not request):
             self._chunks, entry.outcome = 0, "reset"
-            return "reset successful" if endpoint == "reset" else wire.pack({"reset": True}, entry.dialect)
+            return "reset successful" if endpoint == "reset" else wire.pack({"reset": True}, entry.encoding)
         chunks = 0 if restarts else self._chunks
         seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
         budget_ms, action_prefix = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
@@ -85,12 +85,12 @@ class OpenpiConversation(Conversation):
             reply["instruction"] = observation.instruction
         self._chunks, entry.outcome = chunks + 1, "answered"
         reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
-        return wire.pack(self.encoded(reply), entry.dialect)
+        return wire.pack(self.encoded(reply), entry.encoding)
 
     def _request(self, frame: str | bytes, entry: RequestEntry) -> dict[str, Any]:
         if isinstance(frame, str):
             raise RequestError("Requests must be binary msgpack frames, got text.")
-        request, entry.dialect = wire.unpack_as_sent(frame, self.server.config.most_bytes)
+        request, entry.encoding = wire.unpack_as_sent(frame, self.server.config.most_bytes)
         if not isinstance(request, dict):
             raise RequestError(f"A request must be a map, got a {type(request).__name__}.")
         return request

@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from vlaflow.errors import BusyError, DeadlineError, VlaflowError
-from vlaflow.robot.wire import Dialect
+from vlaflow.robot.wire import ArrayEncoding
 from vlaflow.serving.engine import Engine
 from vlaflow.spec import Chunk, Observation
 
@@ -72,7 +72,7 @@ class Event:
 
 @dataclass
 class RequestEntry:
-    """A request in progress; the handler records its outcome, and the dialect in which it is to be answered."""
+    """A request in progress; the handler records its outcome, and the encoding in which it is to be answered."""
 
     client: str
     number: int
@@ -81,7 +81,7 @@ class RequestEntry:
     note: str | None = None
     observation: Observation | None = None
     chunk: Chunk | None = None
-    dialect: Dialect = Dialect.OPENPI
+    encoding: ArrayEncoding = ArrayEncoding.OPENPI
 
     def refused(self, error: VlaflowError) -> str:
         """Record an error and return its message for the client."""

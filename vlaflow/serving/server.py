@@ -110,9 +110,9 @@ class PolicyServer:
 
     def __post_init__(self) -> None:
         self.compute.needs.check(self.policy.model, self.compute.name)
-        chunk_size = self.policy.config.decoder.chunk_size
+        chunk_size = self.policy.chunk_size
         stated = self.config.n_action_steps
-        self.n_action_steps = self.policy.config.n_action_steps if stated is None else stated
+        self.n_action_steps = self.policy.n_action_steps if stated is None else stated
         if not 1 <= self.n_action_steps <= chunk_size:
             raise ConfigError(
                 f"The checkpoint makes chunks of {chunk_size} actions, so 1 to {chunk_size} can be executed, not "
@@ -137,12 +137,12 @@ class PolicyServer:
             "fingerprint": self.config.fingerprint,
             "dtype": policy.dtype,
             "action_spec": to_json(policy.action_spec),
-            "chunk_size": policy.config.decoder.chunk_size,
+            "chunk_size": policy.chunk_size,
             "n_action_steps": self.n_action_steps,
             "max_action_prefix": policy.model.decoder.max_action_prefix,
             "views": list(self.config.views),
             "rate_hz": policy.action_spec.rate_hz,
-            "images": dict(zip(self.config.observation_keys.images, self.policy.model.backbone.views.values(), strict=True)),
+            "images": dict(zip(self.config.observation_keys.images, self.policy.views.values(), strict=True)),
             "state": list(self.config.observation_keys.state),
             "state_dim": len(policy.stats["state"].mean),
         }

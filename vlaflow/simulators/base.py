@@ -40,7 +40,7 @@ class SimulatorSpec:
         size: default side of the image in pixels, by rendering quality.
         lazy: whether physics can advance without rendering.
         protocol: the evaluation protocol that this follows, for reports.
-        rendering: version of the pictures by rendering quality; a change of pixels changes it. Empty where the
+        rendering: version of the images by rendering quality; a change of pixels changes it. Empty where the
             simulator's own version says it.
         excluded: groups that the simulator lists but that cannot run here, with the reason.
         kept: number of environments that a worker keeps for later episodes. One that has rendered takes 10 to 60 MB of
@@ -210,10 +210,10 @@ def protocol_limits(name: str) -> dict[str, int]:
 
 
 def rendering_versions(names: Iterable[str], render: Render) -> dict[str, str]:
-    """Versions of the pictures of the suites of some environments, as results and data sets record them with ``versions``."""
+    """Versions of the suites' rendered images, as results and data sets record them with ``versions``."""
     suites = dict.fromkeys(name.partition("/")[0] for name in names)
     found = {suite: simulator_spec(suite).rendering.get(render) for suite in suites}
-    return {f"{suite} pictures": version for suite, version in found.items() if version}
+    return {f"{suite} rendering": version for suite, version in found.items() if version}
 
 
 def parse_env_name(name: str) -> tuple[str, str]:

@@ -274,7 +274,7 @@ class Push:
         return Aim(glide(hand, goal, top + scene.below + 0.02, turn), leaning, OPEN)
 
     def _plan(self, scene: LiberoScene, position: np.ndarray, ahead: np.ndarray, back: float) -> float:
-        """The first slant with which both fingers come down 2 cm beside everything, or that with the most room."""
+        """The first slant with which both fingers come down 2 cm away from everything, or that with the most room."""
         others = scene.others(self._object)[:, :2]
         room = []
         for slant in self.SLANTS:

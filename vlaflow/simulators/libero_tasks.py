@@ -23,7 +23,7 @@ CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 """Camera of the simulator by view. The views are named as in openpi's requests and the data sets derived from LIBERO."""
 
 RENDERING = {"fast": "fast 2", "exact": "exact 1"}
-"""Versions of the pictures: models trained on one set of pixels are evaluated on the same."""
+"""Versions of the rendered images: models trained on one set of pixels are evaluated on the same."""
 
 
 @dataclass(frozen=True)

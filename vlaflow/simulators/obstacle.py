@@ -154,8 +154,8 @@ class ObstacleExpert:
     def __call__(self, env: Any, error: np.ndarray | None = None) -> np.ndarray:
         """See ``Expert``; the third number of an error has no meaning on a table."""
         hand = env.hand if error is None else env.hand + error[:2]
-        beside = env.obstacle + np.array([env.side * (OBSTACLE + HAND + CLEARANCE), 0.0])
-        target = beside if hand[1] < beside[1] - STEP / 2 else env.goal
+        waypoint = env.obstacle + np.array([env.side * (OBSTACLE + HAND + CLEARANCE), 0.0])
+        target = waypoint if hand[1] < waypoint[1] - STEP / 2 else env.goal
         way = (target - hand) / STEP
         return (way / max(1.0, float(np.linalg.norm(way)))).astype(np.float32)
 

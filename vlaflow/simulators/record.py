@@ -27,7 +27,7 @@ from vlaflow.data.lerobot import EXECUTED_KEY
 from vlaflow.data.video import encode_video
 from vlaflow.data.writer import Writer
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.io import make_folder, storing
+from vlaflow.outputs import require_writable_folder, storing
 from vlaflow.progress import progress
 from vlaflow.simulators.base import (
     RANDOM_START,
@@ -139,7 +139,7 @@ def record(
         "size": side,
         "versions": versions() | rendering_versions(config.envs, config.render),
     }
-    make_folder(out.parent)
+    require_writable_folder(out.parent)
     with (
         storing(out.parent, kept=KEPT),
         Recording(out, settings) as recording,

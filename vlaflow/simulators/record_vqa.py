@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import ConfigError, DataError, nearest
-from vlaflow.io import make_folder
+from vlaflow.outputs import AGAIN, require_writable_folder, storing, whole_folder, write_json, write_text
 from vlaflow.simulators.base import cached, expand_env_names, simulator_spec
 from vlaflow.simulators.experts import Noise
 from vlaflow.simulators.record import RecordConfig, RecordJob, find_episode
@@ -137,7 +135,7 @@ def record_vqa(
     Raises:
         ConfigError: for an unknown environment or several suites at once, or an ``out`` that cannot be created.
         CapabilityError: for an environment without questions.
-        DataError: when ``out`` exists, an expert keeps failing, or no question has two answers.
+        DataError: when ``out`` exists, an expert keeps failing, no question has two answers, or the disk is full.
     """
     names = expand_env_names(config.envs)
     suites = {name.partition("/")[0] for name in names}
@@ -147,9 +145,8 @@ def record_vqa(
         raise DataError(f"{out} exists already. Choose another --out, or remove it first.")
     side = config.size or simulator_spec(suites.pop()).size[config.render]
     jobs = [RecordJob(name, episode) for name in names for episode in range(config.episodes)]
-    make_folder(out.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
+    require_writable_folder(out.parent)
+    with whole_folder(out, "The questions") as partial:
         for name in names:
             (partial / _folder(name)).mkdir(parents=True)
         work = functools.partial(_sample_frames, config=config, size=side, root=partial)
@@ -162,14 +159,10 @@ def record_vqa(
             if frame.image not in shown:
                 (partial / frame.image).unlink()
         counts = _count(kept)
-        (partial / "questions.jsonl").write_text("".join(_line(frame, item) for frame, item in kept), encoding="utf-8")
+        write_text(partial / "questions.jsonl", "".join(_line(frame, item) for frame, item in kept))
         meta = _metadata(config, side, frames, counts, dropped)
-        (partial / "metadata.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_readme(meta, len(shown)), encoding="utf-8")
-        partial.chmod(0o755)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "metadata.json", meta, indent=1)
+        write_text(partial / "README.md", _readme(meta, len(shown)))
     return VqaRecordingSummary(out, counts, dropped, len(shown))
 
 
@@ -210,7 +203,8 @@ def _sample_frames(job: RecordJob, config: VqaRecordingConfig, size: int, root: 
     for number, step in enumerate(found.steps):
         if number in chosen:
             image = f"{_folder(job.env)}/{job.episode:05d}-{number:03d}.png"
-            Image.fromarray(env.render()).save(root / image)
+            with storing(root.parent, "The questions", AGAIN):
+                Image.fromarray(env.render()).save(root / image)
             items = tuple(each for each in ask(facts_of(env), config.margins) if each.kind in config.kinds)
             frames.append(SampledFrame(job.env, job.episode, found.seed, number, image, items))
         env.advance(step.executed)

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlaflow.data.video import Segment
 from vlaflow.errors import ConfigError
-from vlaflow.io import claim
+from vlaflow.outputs import claim, whole_file, write_json
 
 SETTINGS = "settings.json"
 ARRAYS = ("state", "action", "executed", "success")
@@ -134,14 +134,14 @@ class Recording:
                         f"not {value}. Repeat its command to continue it, remove that folder, or choose another --out."
                     )
         else:
-            file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            write_json(file, settings, indent=1)
 
 
 def keep(folder: Path, job: RecordJob, demo: Demonstration) -> None:
     """Mark an episode as finished; its videos are in the folder already.
 
     Raises:
-        OSError: the disk is full or not writable.
+        StorageError: the disk is full or not writable.
     """
     facts = {
         "instruction": demo.instruction,
@@ -151,10 +151,8 @@ def keep(folder: Path, job: RecordJob, demo: Demonstration) -> None:
     }
     arrays: dict[str, Any] = {name: getattr(demo, name) for name in ARRAYS}
     arrays |= {f"histogram {view}": segment.histogram for view, segment in demo.videos.items()}
-    part = folder / f".{job.stem}.part"
-    with part.open("wb") as file:
-        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
-    part.replace(_file(folder, job))
+    with whole_file(_file(folder, job)) as part:
+        np.savez(part, facts=np.array(json.dumps(facts)), **arrays)
 
 
 def finished_before(out: Path, jobs: Sequence[RecordJob]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import duration
-from vlaflow.training.trainer import Outcome
+from vlaflow.training.outcome import Outcome
 from vlaflow.versions import versions
 
 

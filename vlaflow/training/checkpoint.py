@@ -23,17 +23,19 @@ import shutil
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.io import claim, make_folder, read_json, require_makeable, write_json
+from vlaflow.errors import CheckpointError, ConfigError, StorageError
+from vlaflow.io import read_json
+from vlaflow.outputs import claim, make_folder, require_makeable, write_json
 from vlaflow.policies.provenance import STATE, newest_state, run_of, state_folder, training_states
 from vlaflow.training.ema import Ema
+from vlaflow.training.moments import Moments
 from vlaflow.training.pieces import Pieces, piece, write_piece
 from vlaflow.training.sharding import named_tensors
 from vlaflow.training.team import ALONE, Team
@@ -45,21 +47,33 @@ KEPT = 2
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def collect(module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Tensors:
-    """All tensors a run needs to continue, by file and name, as they are: on their device, sharded or not, without a copy."""
-    named = dict(module.named_parameters())
-    if strangers := optimizer.state.keys() - set(named.values()):
-        raise RuntimeError(f"{len(strangers)} parameters of the optimizer are not the module's, so their moments have no name.")
+def collect(module: nn.Module, optimizer: Moments, ema: Ema | None, *, frozen: bool = True) -> Tensors:
+    """All tensors a run needs to continue, by file and name, as they are: on their device, sharded or not, without a copy.
+
+    Args:
+        module, optimizer, ema: what they are of.
+        frozen: with the parameters that do not train.
+    """
+    if strangers := optimizer.strangers(module):
+        raise RuntimeError(f"{strangers} parameters of the optimizer are not the module's, so their moments have no name.")
     moments: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.of(parameter).items():
             moments[f"{key}.{name}"] = value
-    tensors = {"weights": named_tensors(module), "optimizer": moments}
+    left_out = set() if frozen else _frozen(module)
+    weights = {name: tensor for name, tensor in named_tensors(module).items() if name not in left_out}
+    tensors = {"weights": weights, "optimizer": moments}
     return tensors if ema is None else {**tensors, "average": ema.named()}
 
 
 def restore(
-    folder: Path, state: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
+    folder: Path,
+    state: Mapping[str, Any],
+    module: nn.Module,
+    optimizer: Moments,
+    ema: Ema | None,
+    *,
+    frozen: int | None = None,
 ) -> None:
     """Put what ``collect`` found back; each process reads its own rows alone, whatever number of processes wrote them.
 
@@ -68,10 +82,16 @@ def restore(
         state: its ``state.json``; "writers" is the number of processes that wrote it, "moments" that of the tensors that the
             optimizer had.
         module, optimizer, ema: what is filled.
+        frozen: checksum of the parameters that do not train, where the training state may lack them.
 
     Raises:
         CheckpointError: a file that is missing, damaged, incomplete, not finite or of another network.
     """
+    if state.get("frozen") != frozen:
+        raise CheckpointError(
+            f"The pretrained weights are not those that the run in {folder.parent.parent} began with. Restore their source, or "
+            f"start over with --fresh."
+        )
     try:
         with (
             Pieces(folder, "weights", state["writers"]) as weights,
@@ -84,15 +104,13 @@ def restore(
                     f"{folder} holds {len(moments)} of the optimizer's {state['moments']} moments, so the run would not "
                     "continue as it began."
                 )
+            dispensable = set() if frozen is None else _frozen(module)
             for name, tensor in named_tensors(module).items():
-                weights.fill(name, tensor)
+                if name in weights or name not in dispensable:
+                    weights.fill(name, tensor)
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad and f"step.{name}" in moments:
-                    own = optimizer.state[parameter]
-                    own["step"] = moments[f"step.{name}"].to(parameter.device)
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        own[key] = torch.zeros_like(parameter)
-                        moments.fill(f"{key}.{name}", own[key])
+                    optimizer.restore(parameter, partial(_fill, moments, name))
             if ema is not None and average is not None:
                 for name, tensor in ema.named().items():
                     average.fill(name, tensor)
@@ -103,6 +121,15 @@ def restore(
         raise CheckpointError(
             f"The training state in {folder} belongs to another network ({error}). {_way_back(folder)}"
         ) from error
+
+
+def _fill(moments: Pieces, name: str, key: str, target: Tensor) -> None:
+    moments.fill(f"{key}.{name}", target)
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """Names of the parameters that do not train."""
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 @contextmanager
@@ -202,8 +229,8 @@ def _writing(out: Path, step: int) -> Iterator[None]:
     earlier = newest_state(out)
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except (OSError, SafetensorError, StorageError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         kept = f"the one of step {earlier[0]} is untouched" if earlier else "there was none before it"
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {out} ({reason}); {kept}. "

@@ -19,7 +19,7 @@ class DivergedError(VlaflowError):
     """The loss or its gradient is not finite, or far above anything seen before."""
 
 
-class DivergenceGuard:
+class Divergence:
     """Compares each loss with the running median of the last hundred.
 
     Args:
@@ -46,24 +46,25 @@ class DivergenceGuard:
 
 def samples_sentence(batches: Iterable[Batch | VqaBatch], most: int = 64) -> str:
     """The episodes and frames of a step's samples, "episode 3 frames 12, 40; episode 7 frame 5", or its questions."""
-    frames: dict[int, list[int]] = {}
-    asked: list[str] = []
+    frames: dict[tuple[str, int], list[int]] = {}
+    questions: list[str] = []
     count = 0
     for batch in batches:
         if isinstance(batch, VqaBatch):
-            asked += batch.names
+            questions += batch.names
             continue
-        for episode, frame in zip(batch.episode_B.tolist(), batch.frame_B.tolist(), strict=True):
+        sources = batch.sources or [""] * len(batch.episode_B)
+        for source, episode, frame in zip(sources, batch.episode_B.tolist(), batch.frame_B.tolist(), strict=True):
             count += 1
             if count <= most:
-                frames.setdefault(episode, []).append(frame)
+                frames.setdefault((source, episode), []).append(frame)
     named = [
-        f"episode {episode} frame{'s' if len(at) > 1 else ''} {', '.join(map(str, sorted(at)))}"
-        for episode, at in sorted(frames.items())
+        f"{source and f'{source} '}episode {episode} frame{'s' if len(at) > 1 else ''} {', '.join(map(str, sorted(at)))}"
+        for (source, episode), at in sorted(frames.items())
     ]
-    if asked:
-        named.append(f"questions {', '.join(asked[:most])}")
-        count += len(asked)
+    if questions:
+        named.append(f"questions {', '.join(questions[:most])}")
+        count += len(questions)
     return "; ".join(named) + (f"; and {count - most} more" if count > most else "")
 
 

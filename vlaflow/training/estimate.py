@@ -167,12 +167,12 @@ def estimate(config: TrainConfig, machine: Machine, recording: Recording, policy
 
     part = config.global_batch_size // config.parts(machine.gpus)
     bf16 = config.precision != "fp32"
-    return Estimate(config, count(build, config.optim), measure(build, config.optim, part, bf16=bf16), part, machine, recording)
+    return Estimate(config, count(build, config), measure(build, config, part, bf16=bf16), part, machine, recording)
 
 
 def needs(config: TrainConfig, recording: Recording, policy: PolicyConfig | None = None) -> str:
     """A recipe's memory in a sentence, for its docstring: before activations, on one GPU and on eight that share it."""
-    counts = count(lambda: config.objective.dry_run(policy, recording.side), config.optim)
+    counts = count(lambda: config.objective.dry_run(policy, recording.side), config)
     averaged, bf16 = config.ema_decay is not None, config.precision != "fp32"
     whole = copies(counts, 8, averaged=averaged).fixed
     numbers = f"{counts.parameters / 1e9:.2f} B parameters, {counts.trained / 1e9:.2f} B trained"

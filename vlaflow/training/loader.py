@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.data.mixture import Order
-from vlaflow.data.source import Prepare, Ready, Sample, Source
+from vlaflow.data.source import MakeOrder, Prepare, Ready, Sample, Source
 from vlaflow.data.transforms import RandomShift
 from vlaflow.policies.recipe import TrainConfig, require_even
 from vlaflow.policies.stages import CoTraining
@@ -65,10 +65,11 @@ class Loader:
         *,
         parts: int | None = None,
         ahead: bool | None = None,
+        order: MakeOrder = Order,
     ) -> None:
         self.source, self.config, self.team, self.device, self.prepare = source, config, team, device, prepare
         self.parts = parts or config.parts(team.world)
-        self.order = Order(len(source), config.global_batch_size, config.seed)
+        self.order = order(len(source), config.global_batch_size, config.seed)
         self.shift = RandomShift(config.shift)
         # Next to a model on the CPU a loading thread only takes its cores away: loading is one hundredth of a step there.
         ahead = device.type != "cpu" if ahead is None else ahead

@@ -6,12 +6,11 @@ layers are alike.
 
     bytes = weights + gradients + optimizer + average + buckets + activations
 
-where AdamW keeps two moments per trained weight, and all of these are float32.
+where AdamW keeps two moments per trained weight. Unless the recipe says otherwise, all of these are float32.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import as_on_gpu
 from vlaflow.nn.precision import autocast
+from vlaflow.policies.adapters import adapt
 from vlaflow.policies.dry_run import DryRun
-from vlaflow.policies.recipe import OptimConfig
+from vlaflow.policies.recipe import TrainConfig
 from vlaflow.stacks.base import blocks_of
 from vlaflow.training.optim import freeze
 
@@ -78,6 +79,8 @@ class Counts:
         parameters: all of them.
         trained: those that get a gradient.
         weight_bytes: what all of them take, in the types that the config states.
+        gradient_bytes: of the trained ones' gradients, which are of the weights' types.
+        optimizer_bytes: AdamW's two moments, in float32 or in 8 bits, and float32 copies of weights in smaller formats.
         root: parameters outside of layers, which sharding gathers for a whole step.
         root_trained: those of them that get a gradient.
         largest: parameters of the largest layer.
@@ -88,6 +91,8 @@ class Counts:
     parameters: int
     trained: int
     weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
     root: int
     root_trained: int
     largest: int
@@ -108,23 +113,27 @@ class Step:
     flops: float
 
 
-def count(build: Callable[[], DryRun], optim: OptimConfig) -> Counts:
+def count(build: Callable[[], DryRun], config: TrainConfig) -> Counts:
     """Count a stage's parameters.
 
     Args:
         build: makes its networks.
-        optim: says which parameters are frozen.
+        config: says which parameters are frozen or adapted, and how moments are kept.
     """
     with torch.device("meta"):
         run = build()
-    _freeze(run, optim)
+        _freeze(run, config)
     blocks = blocks_of(run.trained)
     inside = {p for block in blocks for p in block.parameters()}
     every = list(run.networks.parameters())
     matrices = {m.weight for m in run.networks.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+    free = [p for p in every if p.requires_grad]
+    moments = 2 if config.optim.kind.endswith("8bit") else 2 * FLOAT
     return Counts(
         parameters=_numbers(every),
-        trained=_numbers(p for p in every if p.requires_grad),
+        trained=_numbers(free),
+        gradient_bytes=sum(p.numel() * p.element_size() for p in free),
+        optimizer_bytes=sum(p.numel() * (moments + FLOAT * (p.dtype != torch.float32)) for p in free),
         weight_bytes=sum(t.numel() * t.element_size() for t in (*every, *run.networks.buffers())),
         root=_numbers(p for p in every if p not in inside),
         root_trained=_numbers(p for p in every if p not in inside and p.requires_grad),
@@ -134,18 +143,18 @@ def count(build: Callable[[], DryRun], optim: OptimConfig) -> Counts:
     )
 
 
-def measure(build: Callable[[], DryRun], optim: OptimConfig, batch: int, *, bf16: bool) -> Step:
+def measure(build: Callable[[], DryRun], config: TrainConfig, batch: int, *, bf16: bool) -> Step:
     """Measure forward and backward pass of a part of a step, on one process that holds all weights.
 
     Args:
         build: makes the networks.
-        optim: says which parameters are frozen.
+        config: says which parameters are frozen or adapted.
         batch: observations.
         bf16: under autocast.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):  # what ``real_tensors`` made
         run = build()
-        _freeze(run, optim)
+        _freeze(run, config)
         run.networks.train()
         for parameter in run.trained.parameters():
             if parameter.requires_grad:
@@ -175,12 +184,17 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _freeze(run: DryRun, optim: OptimConfig) -> None:
+def _freeze(run: DryRun, config: TrainConfig) -> None:
+    """Leave the gradient to what trains, as the trainer does."""
     if run.trained is not run.networks:
         trained = set(run.trained.parameters())
         for parameter in run.networks.parameters():
             parameter.requires_grad_(parameter in trained)
-    freeze(run.trained, optim)
+    if config.lora is not None:
+        if config.lora.quantise is not None:
+            raise CapabilityError("Matrices in four bits cannot be planned. Plan with --set lora.quantise=none.")
+        adapt(run.trained, config.lora, 0)
+    freeze(run.trained, config.optim)
 
 
 def _numbers(parameters: Any) -> int:
@@ -217,8 +231,8 @@ class Memory:
 
 def copies(counts: Counts, processes: int, *, averaged: bool, activations: float = 0.0) -> Memory:
     """Every process holds everything (DDP); gradients are copied into buckets to be exchanged."""
-    own = FLOAT * counts.trained
-    return Memory(counts.weight_bytes, own, 2 * own, own * averaged, own * (processes > 1), activations)
+    own, average = counts.gradient_bytes, FLOAT * counts.trained * averaged
+    return Memory(counts.weight_bytes, own, counts.optimizer_bytes, average, own * (processes > 1), activations)
 
 
 def sharded(counts: Counts, processes: int, *, averaged: bool, bf16: bool, activations: float = 0.0) -> Memory:
@@ -229,9 +243,13 @@ def sharded(counts: Counts, processes: int, *, averaged: bool, bf16: bool, activ
     """
     if processes == 1 or not counts.largest:  # networks without layers of their own are always copied
         return copies(counts, processes, averaged=averaged, activations=activations)
-    own = FLOAT * math.ceil(counts.trained / processes)
-    gathered = (
-        FLOAT * (counts.root + counts.root_trained) + (2 if bf16 else FLOAT) * 2 * counts.largest + 2 * FLOAT * counts.largest
-    )
+    layers = (2 if bf16 else FLOAT) * 2 * counts.largest + 2 * FLOAT * counts.largest
     rounded = 2 * (counts.matrices - counts.root_matrices) if bf16 else 0
-    return Memory(counts.weight_bytes / processes, own, 2 * own, own * averaged, gathered, max(activations - rounded, 0.0))
+    return Memory(
+        weights=counts.weight_bytes / processes,
+        gradients=counts.gradient_bytes / processes,
+        optimizer=counts.optimizer_bytes / processes,
+        average=FLOAT * counts.trained * averaged / processes,
+        buckets=FLOAT * (counts.root + counts.root_trained) + layers,
+        activations=max(activations - rounded, 0.0),
+    )

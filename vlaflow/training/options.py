@@ -25,6 +25,7 @@ class Options:
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
         shard: processes that train together share the weights instead of each holding all (docs/scale.md).
+        mixture: name of how several data sets are mixed (``data.weights.NAMED``); by default as the recipe says.
     """
 
     overrides: Mapping[str, str] | None = None
@@ -36,6 +37,7 @@ class Options:
     latent: Path | str | None = None
     threads: int | None = None
     shard: bool = False
+    mixture: str | None = None
 
     def assets(self, base: Base | None = None) -> Assets:
         """What it names for the objective, with the policy to continue."""

@@ -36,8 +36,10 @@ class Planned:
     objective: Objective
 
 
-def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> list[Planned]:
-    """The stages of a pipeline, the last one's checkpoint in ``out`` itself, the others' in folders of their names inside it.
+def plan(pipeline: Recipe, roots: Sequence[str], out: Path, options: Options) -> list[Planned]:
+    """The stages of a pipeline on these data sets.
+
+    The last one's checkpoint lies in ``out`` itself, the others' in folders of their names inside it.
 
     Raises:
         VlaflowError: an override without a stage or of an unknown key, a package that a stage needs and that is not
@@ -55,7 +57,7 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
             )
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")
-    data, earlier, planned = DataSpec.of(dataset), EarlierStages(), []
+    data, earlier, planned = DataSpec.of(*roots), EarlierStages(), []
     for name in names:
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
@@ -67,7 +69,8 @@ def plan(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> 
             assets = replace(assets, tokenizer=None)
         config = overridden(config, own, assets)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
-        earlier = config.objective.check_plan(config, Path(dataset), assets, earlier, f"{name}.")
+        afterwards = [config.objective.check_plan(config, Path(root), assets, earlier, f"{name}.") for root in roots]
+        earlier = afterwards[-1]
         mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)
         planned.append(Planned(recipe, folder, mine, config.objective))
     if not options.fresh:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import atexit
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from vlaflow.data.hub import origin
-from vlaflow.data.lerobot import Dataset
+from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
-from vlaflow.io import require_makeable
+from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
-from vlaflow.policies.recipe import Base, DataSpec, TrainConfig
+from vlaflow.policies.mixing import combined_fingerprint, labels
+from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
+from vlaflow.training.outcome import Outcome
 from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
-from vlaflow.training.trainer import Outcome, Trainer
+from vlaflow.training.trainer import Trainer
 from vlaflow.versions import command_line
+
+Datasets = Path | str | DatasetEntry | Sequence[Path | str | DatasetEntry]
+"""One data set or several, as on a command line (``DatasetEntry.parse``)."""
 
 
 def train(
-    recipe: str, dataset: Path | str, out: Path | str, *, policy: Path | str | None = None, options: Options | None = None
+    recipe: str, dataset: Datasets, out: Path | str, *, policy: Path | str | None = None, options: Options | None = None
 ) -> Outcome:
     """Train by recipe; continues an unfinished run of the same recipe, data and config in ``out``.
 
@@ -36,7 +42,8 @@ def train(
 
     Args:
         recipe: name, e.g. "asyncvla.demo".
-        dataset: folder of a LeRobot data set that states an action spec; for a latent action model any with video.
+        dataset: folder of a LeRobot data set that states an action spec; for a latent action model any with video. Several are
+            mixed by weight, written as for ``--dataset``: ["data/droid:0.7", "aloha=data/two_arms:0.3"].
         out: folder of the checkpoint.
         policy: checkpoint to continue, for recipes that need one (raters, later stages).
         options: see ``Options``.
@@ -54,11 +61,12 @@ def train(
     if found.several:
         return train_pipeline(found, dataset, Path(out), options)
     base = None if policy is None else Base.open(policy)
-    config = found.config(DataSpec.of(dataset), base.policy.config if base else None)
+    roots = [entry.root for entry in entries(dataset)]
+    config = found.config(DataSpec.of(*roots), base.policy.config if base else None)
     return train_stage(config, dataset, out, name=recipe, base=base, options=options)
 
 
-def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Options) -> Outcome:
+def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Options) -> Outcome:
     """Every stage of a pipeline, continued where it was left; each gets the checkpoints of the ones before it.
 
     Overrides name their stage first: {"joint.steps": "500"}.
@@ -66,7 +74,7 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
     Raises:
         VlaflowError: see ``pipeline.plan``; nothing is trained then.
     """
-    stages = plan(pipeline, dataset, out, options)
+    stages = plan(pipeline, [entry.root for entry in entries(dataset)], out, options)
     if options.fresh:
         start_over(stages)
     made: dict[str, Path] = {}
@@ -83,7 +91,7 @@ def train_pipeline(pipeline: Recipe, dataset: Path | str, out: Path, options: Op
 
 def train_stage(
     config: TrainConfig,
-    dataset: Path | str,
+    dataset: Datasets,
     out: Path | str,
     *,
     name: str,
@@ -94,7 +102,7 @@ def train_stage(
 
     Args:
         config: what to learn, and how.
-        dataset: folder of what to learn from.
+        dataset: folder of what to learn from, or several; see ``train``.
         out: folder of the checkpoint.
         name: of the config, for the run's identity and the model card.
         base: the policy to continue, for objectives that need or allow one.
@@ -105,16 +113,22 @@ def train_stage(
     """
     options = options or Options()
     assets = options.assets(base)
+    if options.mixture is not None:
+        config = replace(config, mixture=named_mixture(options.mixture))
     config = overridden(config, options.overrides, assets)
-    opened = config.objective.open(dataset)
+    datasets = opened(config.objective, entries(dataset))
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
     torch.set_num_threads(options.threads or training_threads())
     atexit.unregister(leave_group)
     atexit.register(leave_group)  # once, and not before: a group that was left cannot be joined again
-    setup = config.objective.set_up(config, opened, assets)
+    if len(datasets) == 1:
+        setup = config.objective.set_up(config, datasets[0].dataset, assets)
+    else:
+        setup = config.objective.set_up_several(config, datasets, assets)
     config = replace(config, objective=setup.objective)
-    counts = {part: len(episodes) for part, episodes in zip(("train", "held"), config.episodes(opened), strict=True)}
+    divided = [config.episodes(each.dataset) for each in datasets]
+    counts = {name: sum(len(parts[place]) for parts in divided) for place, name in enumerate(("train", "held"))}
     command = options.command or command_line()
 
     def card(outcome: Outcome) -> str:
@@ -127,7 +141,9 @@ def train_stage(
         setup.held,
         out,
         vqa=setup.vqa,
-        identity={"recipe": name, "data": opened.fingerprint, **_source(opened), **setup.identity},
+        validation_each=setup.held_each,
+        order=setup.order,
+        identity={"recipe": name, "data": combined_fingerprint(datasets), **_source(datasets), **setup.identity},
         card=card,
         tracker=options.tracker,
         fresh=options.fresh,
@@ -136,10 +152,28 @@ def train_stage(
     return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
 
 
-def _source(dataset: Dataset) -> dict[str, str]:
-    """Repository and commit of a data set from the Hub, for the run's record; nothing for a folder, which may be moved."""
-    found = origin(dataset.root)
-    return {} if found is None else {"source": found}
+def entries(dataset: Datasets) -> list[DatasetEntry]:
+    """The data sets of a training, one or several.
+
+    Raises:
+        ConfigError: there is none, or one that cannot be read.
+    """
+    given = [dataset] if isinstance(dataset, str | Path | DatasetEntry) else list(dataset)
+    if not given:
+        raise ConfigError("There is no data set to train on; give at least one.")
+    return [each if isinstance(each, DatasetEntry) else DatasetEntry.parse(str(each)) for each in given]
+
+
+def opened(objective: Objective, given: Sequence[DatasetEntry]) -> list[OpenedDataset]:
+    """All data sets, opened as the objective needs them."""
+    names = labels([entry.name for entry in given], [entry.root for entry in given])
+    return [OpenedDataset(entry, objective.open(entry.root), label) for entry, label in zip(given, names, strict=True)]
+
+
+def _source(datasets: Sequence[OpenedDataset]) -> dict[str, str]:
+    """Repository and commit of data sets from the Hub, for the run's record; nothing for folders, which may be moved."""
+    found = [source for each in datasets if (source := origin(each.dataset.root)) is not None]
+    return {"source": ", ".join(found)} if found else {}
 
 
 def leave_group() -> None:

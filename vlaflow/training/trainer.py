@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,53 +25,28 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
 from vlaflow.data.batch import VqaBatch
-from vlaflow.data.source import Ready, Source
+from vlaflow.data.mixture import Order
+from vlaflow.data.source import MakeOrder, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
-from vlaflow.nn.precision import autocast
+from vlaflow.policies.adapters import adapt, digest
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.progress import progress
 from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
-from vlaflow.training.divergence import DivergedError, DivergenceGuard, Interrupt, samples_sentence
+from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, samples_sentence
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
+from vlaflow.training.loss_module import LossModule
 from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
-from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate
+from vlaflow.training.moments import Masters, Moments
+from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate, with_rate
+from vlaflow.training.outcome import Outcome
 from vlaflow.training.precision import use_bf16
 from vlaflow.training.team import Team
 from vlaflow.versions import versions
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Where a run stands when it ends.
-
-    Args:
-        step, steps: taken, and to take.
-        loss: mean training loss of the last hundred steps; None before the first.
-        validation: last validation loss, with averaged weights; None without held-out episodes.
-        seconds: of training, over all attempts.
-        signal: the signal that asked for its end, or None; it may have come when nothing was left to cut short.
-        more: whether stages of a pipeline are still to come.
-        policy: folder of the policy that the run made; None if it made something else.
-    """
-
-    step: int
-    steps: int
-    loss: float | None
-    validation: float | None
-    seconds: float
-    signal: int | None = None
-    more: bool = False
-    policy: Path | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether all steps were taken, and all stages."""
-        return self.step >= self.steps and not self.more
 
 
 class Trainer:
@@ -83,6 +57,8 @@ class Trainer:
         config: how.
         train: training samples.
         validation: held-out samples, or None.
+        validation_each: held-out samples of each of several data sets, by name and with its weight, in place of ``validation``.
+        order: how training goes through the samples.
         vqa: to learn from in turns with the samples, or None.
         out: folder of the checkpoint; an unfinished run in it is continued.
         identity: JSON data that must be the same for a run to be continued (the data set's fingerprint, ...); the config
@@ -105,6 +81,8 @@ class Trainer:
         out: Path | str,
         *,
         vqa: CoTraining | None = None,
+        validation_each: Mapping[str, tuple[Source, float]] | None = None,
+        order: MakeOrder = Order,
         identity: Mapping[str, Any] | None = None,
         card: Callable[[Outcome], str] | None = None,
         tracker: Tracker = "auto",
@@ -112,10 +90,11 @@ class Trainer:
         shard: bool = False,
     ) -> None:
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
-        self._train, self._validation_source, self._vqa, self._fresh, self._shard = train, validation, vqa, fresh, shard
+        self._train, self._order, self._vqa, self._fresh, self._shard = train, order, vqa, fresh, shard
+        self._validation_sources = {"": (validation, 1.0)} if validation is not None else dict(validation_each or {})
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
-        self._guard, self._answer_guard = DivergenceGuard(config.optim.warmup_steps), DivergenceGuard(config.optim.warmup_steps)
+        self._divergence, self._answer_divergence = Divergence(config.optim.warmup_steps), Divergence(config.optim.warmup_steps)
         self.step, self._seconds, self._saved = 0, 0.0, -1
         self._validation: float | None = None
 
@@ -140,27 +119,39 @@ class Trainer:
             if self.team.is_first and (aside := checkpoint.prepare(self.out, self._fresh)):
                 sys.stderr.write(f"The old checkpoint is now {aside}.\n")
 
+        adapters = adapt(stage.module, config.lora, mix("adapters", config.seed)) if config.lora else []
         freeze(stage.module, config.optim)
+        self._frozen = digest(stage.module) if adapters else None
         stage.module.train()
         self._model = self._spread(use_bf16(config.precision, self.device))
-        self._optimizer = build_optimizer(stage.module, config.optim)
+        masters = Masters(stage.module)
+        optim = with_rate(config.optim, adapters, config.lora.learning_rate if config.lora else None)
+        self._optimizer = build_optimizer(stage.module, optim, masters)
+        self._moments = Moments(self._optimizer, masters.of)
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
         self._ema = Ema(stage.module, config.ema_decay) if config.ema_decay is not None else None
-        self._held = self._hold(self._validation_source)
-        self._held_vqa = self._hold(self._vqa.held) if self._vqa else None
+        if self._ema is not None and masters.of:
+            raise ConfigError("Weights in bfloat16 are too coarse for averages. Set ema_decay=none, or train them in float32.")
+        self._held = {name: (self._hold(source), weight) for name, (source, weight) in self._validation_sources.items()}
+        self._held_vqa = self._hold(self._vqa.held) if self._vqa and self._vqa.held is not None else None
         self._parts = config.parts(self.team.world, self._resume())
-        acting = Loader(self._train, config, self.team, self.device, stage.prepare, parts=self._parts)
+        acting = Loader(self._train, config, self.team, self.device, stage.prepare, parts=self._parts, order=self._order)
         self._loader = alternating(acting, self._vqa) if self._vqa else acting
         if self.team.is_first and 0 < self.step < config.steps:
             sys.stderr.write(f"Continuing after step {self.step} of {config.steps}.\n")
 
     def _spread(self, bf16: bool) -> nn.Module:
         """The stage's loss as a module: sharded if asked for and there are layers to shard, else a copy in every process."""
-        whole = _Step(self.stage, bf16, self.device)
+        whole = LossModule(self.stage, bf16, self.device)
         blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         if self.sharded:
+            lora = self.config.lora
+            if self.config.optim.kind != "adamw" or (lora and lora.quantise):
+                raise CapabilityError(
+                    "What bitsandbytes keeps cannot be shared by processes. Leave --shard out, or optim.kind and lora.quantise."
+                )
             sharding.shard(whole, blocks, self.team, bf16=bf16)
         self.stage.to(self.device)
         return whole if self.sharded else self.accelerator.prepare(whole)
@@ -231,7 +222,7 @@ class Trainer:
         parts = self._loader.step(self.step)
         share_of_peak = multiplier(self.step, c.optim, c.steps)
         set_rate(self._optimizer.param_groups, share_of_peak)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.stage.module.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         named: dict[str, Tensor] = {}
         for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
@@ -248,9 +239,9 @@ class Trainer:
         gradient = sharding.number(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
         mean_loss, *mean_terms = self.team.sum(torch.stack([loss, *named.values()])).tolist()
         stopped = max(self.team.gather(noted or 0))
-        asked = isinstance(parts[0].batch, VqaBatch)
-        guard = self._answer_guard if asked else self._guard
-        if complaint := guard.complaint(self.step, mean_loss, gradient):
+        on_questions = isinstance(parts[0].batch, VqaBatch)
+        divergence = self._answer_divergence if on_questions else self._divergence
+        if complaint := divergence.complaint(self.step, mean_loss, gradient):
             raise DivergedError(self._diverged(complaint, parts))
         self._optimizer.step()
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
@@ -259,7 +250,7 @@ class Trainer:
         samples = sum(len(part.batch.observation) for part in parts) * self.team.world
         return (
             {
-                "answer_loss" if asked else "loss": mean_loss,
+                "answer_loss" if on_questions else "loss": mean_loss,
                 "parts": dict(zip(named, mean_terms, strict=True)),
                 "rate": c.optim.learning_rate * share_of_peak,
                 "gradient": gradient,
@@ -293,20 +284,25 @@ class Trainer:
         kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
         return f"{kept}: {self.out}."
 
-    def _hold(self, source: Source | None) -> Held | None:
-        return (
-            Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
-            if source is not None
-            else None
-        )
+    def _hold(self, source: Source) -> Held:
+        return Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
 
     def _validate(self) -> dict[str, float]:
         """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions.
 
+        Of several data sets these are the means by their weights, and "loss@NAME" is the loss on each.
+
         Raises:
             DivergedError: one of them is not finite.
         """
-        found = self._measure(self._held.parts(self.team, self.device, self.stage.prepare)) if self._held is not None else {}
+        found: dict[str, float] = {}
+        total = sum(weight for _, weight in self._held.values())
+        for name, (held, weight) in self._held.items():
+            measured = self._measure(held.parts(self.team, self.device, self.stage.prepare))
+            for term, value in measured.items():
+                found[term] = found.get(term, 0.0) + value * (weight / total)
+            if name:
+                found[f"loss@{name}"] = measured["loss"]
         if self._held_vqa is not None:
             found["answer"] = self._measure(self._held_vqa.parts(self.team, self.device, self.stage.prepare))["answer"]
         for name in ("loss", "answer"):
@@ -346,7 +342,7 @@ class Trainer:
         if self._saved == self.step:
             return
         module = self.stage.module
-        tensors = checkpoint.collect(module, self._optimizer, self._ema)
+        tensors = checkpoint.collect(module, self._moments, self._ema, frozen=self.sharded or self._frozen is None)
         with self.team.together():
             for kind, group in tensors.items():
                 if name := first_not_finite({name: sharding.own_rows(tensor)[0] for name, tensor in group.items()}):
@@ -358,14 +354,15 @@ class Trainer:
             "step": self.step,
             "seconds": self._seconds,
             "validation": self._validation,
-            "losses": list(self._guard.losses),
-            "answer_losses": list(self._answer_guard.losses),
+            "losses": list(self._divergence.losses),
+            "answer_losses": list(self._answer_divergence.losses),
             "processes": self.team.world,
             "writers": writers,
             "parts": self._parts,
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "moments": len(tensors["optimizer"]),
+            "frozen": self._frozen,
             "run": self.identity,
         }
         card = self._card(self._outcome(None)) if self._card is not None and self.team.is_first else ""
@@ -385,11 +382,11 @@ class Trainer:
             return 1
         with self.team.together():
             state = checkpoint.read_state(found[1], self.identity)
-            checkpoint.restore(found[1], state, self.stage.module, self._optimizer, self._ema)
+            checkpoint.restore(found[1], state, self.stage.module, self._moments, self._ema, frozen=self._frozen)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
-        self._guard.losses.extend(state["losses"])
-        self._answer_guard.losses.extend(state.get("answer_losses", ()))
+        self._divergence.losses.extend(state["losses"])
+        self._answer_divergence.losses.extend(state.get("answer_losses", ()))
         return state["parts"]
 
     def _require_same_step(self, step: int) -> None:
@@ -407,7 +404,7 @@ class Trainer:
         return max(self.team.gather(noted or 0)) or None
 
     def _outcome(self, signal: int | None) -> Outcome:
-        losses = list(self._guard.losses)[-100:]
+        losses = list(self._divergence.losses)[-100:]
         mean = sum(losses) / len(losses) if losses else None
         return Outcome(self.step, self.config.steps, mean, self._validation, self._seconds, signal)
 
@@ -422,20 +419,6 @@ class Trainer:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"
         name = "loss" if "loss" in entry else "answer_loss"
         return f"{name.replace('_', ' ')} {entry[name]:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
-
-
-class _Step(nn.Module):
-    """The stage's loss as a forward pass, which is where DDP and FSDP listen."""
-
-    def __init__(self, stage: Stage, bf16: bool, device: torch.device) -> None:
-        super().__init__()
-        self.module, self._loss, self._bf16, self._device = stage.module, stage.loss, bf16, device
-
-    def forward(self, batch: Ready, generator: Generator, shared: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
-        with autocast(self._bf16, self._device):
-            terms = self._loss(batch, generator, shared)
-        return terms.total, dict(terms.parts)
 
 
 class _Silent:

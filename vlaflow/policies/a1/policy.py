@@ -57,6 +57,8 @@ MOLMO_DEPTH = 36
 def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8, source: str | None = MOLMO) -> PolicyConfig:
     """A1 with flow matching: the expert of 1024 with as many key/value heads as Molmo2 has; exits at 2, 4, …, 36.
 
+    Numbers reach from −1 to 1 between their 1st and 99th percentile, without clipping; an action's gripper stays as it is.
+
     Args:
         data: at most 32 dimensions of state and action each; both are padded to 32.
         chunk_size, n_action_steps: 10 and 8 on LIBERO, 50 and 5 on VLABench.
@@ -76,6 +78,9 @@ def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8,
             head_layers=2,
         ),
         exits=ExitTraining(every(2, MOLMO_DEPTH)),
+        state_normalisation="quantile",
+        action_normalisation="quantile",
+        kept_actions=("gripper",),
         n_action_steps=n_action_steps,
     )
 
@@ -89,6 +94,9 @@ def molmo_regression(
         backbone=_molmo(data, source, state_token="<|vision_pad|>"),  # noqa: S106
         decoder=RegressionConfig(data.action_dim, chunk_size),
         exits=ExitTraining(every(2, MOLMO_DEPTH)),
+        state_normalisation="quantile",
+        action_normalisation="quantile",
+        kept_actions=("gripper",),
         n_action_steps=n_action_steps,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.data.augment import Augment, StateMask
+from vlaflow.data.weights import named_mixture
 from vlaflow.policies.a1.policy import molmo_flow, molmo_regression, small_flow, tiny_flow, tiny_regression
 from vlaflow.policies.libero_small import small_training
 from vlaflow.policies.objectives import PolicyObjective
@@ -103,17 +104,22 @@ def vlabench(data: DataSpec) -> TrainConfig:
 def pretrain(data: DataSpec) -> TrainConfig:
     """A1's pretraining: batch 1024, 200 000 steps, half of the states masked. No run has been made with it yet.
 
-    accelerate launch -m vlaflow train a1.pretrain --dataset DIR --out DIR --shard
+    accelerate launch -m vlaflow train a1.pretrain --dataset droid=DIR --dataset agibot=DIR --out DIR --shard
+
+    Every data set counts the same, and within one every robot does; nothing is normalised, as in the paper.
 
     9.05 B parameters, 8.58 B trained; before activations 161 GiB per GPU as copies, 28 GiB with --shard on eight.
     """
-    policy = molmo_flow(data, chunk_size=50)
+    policy = replace(
+        molmo_flow(data, chunk_size=50), state_normalisation="identity", action_normalisation="identity", kept_actions=()
+    )
     return replace(
         libero(data),
         objective=PolicyObjective(policy),
         global_batch_size=1024,
         accumulate=16,
         steps=200_000,
+        mixture=named_mixture("robots"),
         state_mask=StateMask(0.5),
         augment=Augment(),
     )

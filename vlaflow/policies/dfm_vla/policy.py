@@ -21,6 +21,8 @@ def tiny(data: DataSpec, decoder: DiscreteFlowConfig) -> PolicyConfig:
 def emu3(data: DataSpec, *, chunk_size: int = 10, source: str | None = "Emu3-community/Emu3-Stage1-hf") -> PolicyConfig:
     """DFM-VLA as far as the paper specifies it: Emu3, FAST at scale 50 with 1024 ids, everything sees everything, 14 + 2 steps.
 
+    Actions reach from −1 to 1 between their 1st and 99th percentile and are clipped there, as in UniVLA.
+
     Args:
         data: shape of the data set; the state is not read.
         chunk_size: actions per chunk, all of them executed (UniVLA, UD-VLA: 10).
@@ -31,5 +33,6 @@ def emu3(data: DataSpec, *, chunk_size: int = 10, source: str | None = "Emu3-com
         backbone=EmuConfig(data.state_dim, data.views, source, None if source else emu3_8b(), recompute=True),
         decoder=DiscreteFlowConfig(data.action_dim, FastFit(50.0, 1024), chunk_size, attention="full", refresh=0.3),
         action_normalisation="quantile",
+        action_clip=1.0,
         n_action_steps=chunk_size,
     )

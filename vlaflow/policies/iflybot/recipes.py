@@ -125,7 +125,7 @@ def latent_full(data: DataSpec) -> TrainConfig:
 
 
 def joint3b(data: DataSpec) -> TrainConfig:
-    """Second stage at the published size; eight GPUs of 80 GB. No run has been made with it yet.
+    """Second stage at the published size; GPUs of 80 GB, with --shard. No run has been made with it yet.
 
     accelerate launch -m vlaflow train iflybot.joint3b --dataset DIR --latent DIR --out DIR --shard
 
@@ -148,7 +148,7 @@ def joint3b(data: DataSpec) -> TrainConfig:
 
 
 def fine3b(policy: PolicyConfig) -> TrainConfig:
-    """Third stage at the published size; eight GPUs of 80 GB. No run has been made with it yet.
+    """Third stage at the published size; GPUs of 80 GB, with --shard. No run has been made with it yet.
 
     accelerate launch -m vlaflow train iflybot.fine3b --policy DIR --dataset DIR --latent DIR --out DIR --shard
 

@@ -1,0 +1,277 @@
+"""Data sets that a policy learns from together: which robots they are of, and their chunks as one source of samples.
+
+Data sets are of one robot if their action specs, the names of their states and their views are equal. A robot's numbers are
+normalised by the statistics of all its data sets together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlaflow.data.common import CommonShape
+from vlaflow.data.frames import FrameCache
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.mixture import Mixed, Order
+from vlaflow.data.source import MakeOrder, Source
+from vlaflow.data.stats import FeatureStats
+from vlaflow.data.weights import DatasetEntry, Member, weights_of
+from vlaflow.data.windows import action_chunks
+from vlaflow.errors import ConfigError, SpecError
+from vlaflow.policies.acting import cached_size, chunks_of, print_exclusions, stated_spec
+from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.recipe import Base, Objective, OpenedDataset, Setup, TrainConfig
+from vlaflow.policies.robots import Robot
+from vlaflow.policies.stages import CoTraining, Stage
+
+LARGEST = 448
+"""Side in pixels up to which images of unequal size are kept for a backbone that takes any size."""
+
+
+@dataclass(frozen=True)
+class Robots:
+    """The robots of several data sets.
+
+    Args:
+        by_name: each robot, in the policy's order.
+        of: the robot of each data set, as a place in that order.
+    """
+
+    by_name: dict[str, Robot]
+    of: tuple[int, ...]
+
+    def robot(self, number: int) -> Robot:
+        """That of one data set."""
+        return list(self.by_name.values())[self.of[number]]
+
+
+def timed(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> PolicyConfig:
+    """The policy with chunks of the config's duration at the highest of the rates; as it is where none is stated."""
+    if config.chunk_s is None:
+        return policy
+    longest = max(steps_of(config.chunk_s, stated_spec(each.dataset).rate_hz) for each in datasets)
+    executed = max(1, round(policy.n_action_steps * longest / policy.decoder.chunk_size))
+    return replace(policy, decoder=policy.decoder.with_chunk_size(longest), n_action_steps=min(executed, longest))
+
+
+def steps_of(seconds: float, rate_hz: float) -> int:
+    """Actions of a chunk of this duration, at least one."""
+    return max(1, round(seconds * rate_hz))
+
+
+def robots_of(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> Robots:
+    """The robots that data sets are of, each named after its first data set.
+
+    Raises:
+        SpecError: a data set without an action spec or without a state.
+    """
+    groups: dict[object, list[int]] = {}
+    views = {each.label: tuple(v for v in policy.backbone.views if v in each.dataset.views) for each in datasets}
+    for number, each in enumerate(datasets):
+        require_state_of(each.dataset)
+        key = (stated_spec(each.dataset), tuple(each.dataset.dimension_names("state")), views[each.label])
+        groups.setdefault(key, []).append(number)
+    side = common_side(policy, [each.dataset for each in datasets])
+    by_name, of = {}, [0] * len(datasets)
+    for place, members in enumerate(groups.values()):
+        first = datasets[members[0]]
+        spec = stated_spec(first.dataset)
+        steps = policy.decoder.chunk_size if config.chunk_s is None else steps_of(config.chunk_s, spec.rate_hz)
+        stats = pooled([datasets[number].dataset for number in members], config)
+        name = re.sub(r"[^\w.-]+", "-", first.entry.name if first.entry.name not in by_name else first.label)
+        by_name[name] = Robot(spec.with_chunk_size(steps), stats, views[first.label], side)
+        for number in members:
+            of[number] = place
+    return Robots(by_name, tuple(of))
+
+
+def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
+    """The robots of a policy that is continued, and which of them each data set is of.
+
+    Raises:
+        SpecError: a data set of a robot that the policy does not know.
+    """
+    policy = base.policy
+    if not policy.robots:
+        for each in datasets:
+            theirs = f"data set {each.dataset.root}"
+            policy.action_spec.require_match(stated_spec(each.dataset), f"checkpoint {base.path}", theirs)
+        views = tuple(policy.model.backbone.views)
+        return Robots({"": Robot(policy.action_spec, dict(policy.stats), views)}, (0,) * len(datasets))
+    of = []
+    for each in datasets:
+        spec = stated_spec(each.dataset)
+        found = [
+            place
+            for place, robot in enumerate(policy.robots.values())
+            if replace(robot.action_spec, chunk_size=spec.chunk_size) == spec and set(robot.views) <= set(each.dataset.views)
+        ]
+        if not found:
+            known = ", ".join(f"'{name}' ({robot.action_spec.robot})" for name, robot in policy.robots.items())
+            raise SpecError(
+                f"The actions or views of {each.dataset.root} are those of none of the robots that {base.path} knows: {known}. "
+                "Train a policy on its data as well, or convert the data set."
+            )
+        of.append(found[0])
+    return Robots(dict(policy.robots), tuple(of))
+
+
+def require_state_of(dataset: Dataset) -> None:
+    """Refuse a data set without a state, with a ``SpecError``."""
+    if not dataset.columns().state.shape[1]:
+        raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
+
+
+def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, FeatureStats]:
+    """Statistics of "state" and "action" over the training episodes of data sets of one robot."""
+    found: dict[str, list[np.ndarray]] = {"state": [], "action": []}
+    for dataset in datasets:
+        columns = dataset.columns()
+        rows = np.isin(columns.episode, np.asarray(config.episodes(dataset)[0], np.int64))
+        found["state"].append(columns.state[rows])
+        found["action"].append(columns.action[rows])
+    return {name: FeatureStats.of(np.concatenate(parts)) for name, parts in found.items()}
+
+
+def common_side(policy: PolicyConfig, datasets: Sequence[Dataset]) -> int | None:
+    """Side to which images are brought that a backbone would take at any size, where they are not all of one size."""
+    sizes = {dataset.image_size(view) for dataset in datasets for view in policy.backbone.views if view in dataset.views}
+    if len(sizes) <= 1:
+        return None
+    return min(LARGEST, max(max(size) for size in sizes))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one or several data sets.
+
+    Args:
+        train: to learn from.
+        held: held out, of one data set; None for none.
+        order: how training goes through ``train``.
+        held_each: held-out samples of each of several data sets, with its weight.
+        weights: of each of several data sets, by label; they add up to 1.
+    """
+
+    train: Source
+    held: Source | None
+    order: MakeOrder
+    held_each: Mapping[str, tuple[Source, float]]
+    weights: Mapping[str, float]
+
+    def setup(
+        self,
+        objective: Objective,
+        stage: Stage,
+        vqa: CoTraining | None,
+        identity: Mapping[str, Any],
+        card: Callable[[Sequence[str]], str],
+    ) -> Setup:
+        """A stage that learns from them; arguments as in ``Setup``."""
+        return Setup(objective, stage, self.train, self.held, vqa, identity, card, self.order, self.held_each)
+
+
+def samples_of(
+    policy: Policy,
+    config: TrainConfig,
+    datasets: Sequence[OpenedDataset],
+    robots: Robots,
+    codes: Sequence[np.ndarray | None],
+) -> Samples:
+    """The chunks of all data sets; of the only one as they are, if the policy knows one robot.
+
+    Args:
+        policy: what is to learn from them.
+        config: which episodes, and the rules for what is left out.
+        datasets: one or several.
+        robots: that they are of.
+        codes: latent action codes by row of each data set.
+    """
+    train: dict[str, Source] = {}
+    held: dict[str, Source] = {}
+    for number, each in enumerate(datasets):
+        robot = robots.robot(number)
+        size = cached_size(policy) or robot.image_size
+        cache = FrameCache.open(each.dataset, size, list(robot.views) if policy.robots else list(policy.model.backbone.views))
+        steps = robot.action_spec.chunk_size or policy.config.decoder.chunk_size
+        train[each.label], aside = chunks_of(config, each.dataset, steps, cache, codes[number])
+        if aside is not None:
+            held[each.label] = aside
+    if len(datasets) == 1 and not policy.robots:
+        (only,) = train.values()
+        return Samples(only, next(iter(held.values()), None), Order, {}, {})
+    names = list(robots.by_name)
+    members = [Member(each.entry, names[of], len(train[each.label])) for each, of in zip(datasets, robots.of, strict=True)]
+    weights = dict(zip(train, weights_of(members, config.mixture), strict=True))
+    place = dict(zip(train, robots.of, strict=True))
+    mixed = Mixed(train, weights, policy.shape, place)
+    held_each: dict[str, tuple[Source, float]] = {
+        name: (Mixed({name: part}, {name: 1.0}, policy.shape, {name: place[name]}), weights[name])
+        for name, part in held.items()
+    }
+    return Samples(mixed, None, mixed.order, held_each, weights)
+
+
+def normalised_chunks(
+    policy: PolicyConfig, config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots
+) -> np.ndarray:
+    """The chunks of all training episodes as the decoder is to make them, float32 (N, L, D): normalised, and padded."""
+    decoder, made = policy.decoder, []
+    shape = CommonShape(policy.backbone.state_dim, decoder.action_dim, decoder.chunk_size, policy.backbone.views)
+    for number, each in enumerate(datasets):
+        robot = robots.robot(number)
+        steps = robot.action_spec.chunk_size or decoder.chunk_size
+        chunk_NLD = torch.from_numpy(action_chunks(each.dataset, steps, config.episodes(each.dataset)[0]))
+        made.append(shape.chunk(policy.action_normalizer(robot.stats, robot.action_spec).forward(chunk_NLD)))
+    return torch.cat(made).numpy()
+
+
+def report_exclusions(config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots, policy: Policy) -> None:
+    """Print what the config's rules leave out of the loss, by data set, or raise what ``require_enough`` raises."""
+    for number, each in enumerate(datasets):
+        steps = robots.robot(number).action_spec.chunk_size or policy.config.decoder.chunk_size
+        print_exclusions(config, each.dataset, steps, each.label if len(datasets) > 1 else "")
+
+
+def mixture_identity(datasets: Sequence[OpenedDataset], samples: Samples) -> dict[str, Any]:
+    """What a run on several data sets records about them, JSON data; nothing for one data set."""
+    if len(datasets) == 1:
+        return {}
+    return {
+        "mixture": [
+            {"name": each.label, "data": each.dataset.fingerprint, "weight": samples.weights[each.label]} for each in datasets
+        ]
+    }
+
+
+def combined_fingerprint(datasets: Sequence[OpenedDataset]) -> str:
+    """Of the content of all data sets: that of the only one, or a hash of them."""
+    prints = [each.dataset.fingerprint for each in datasets]
+    return prints[0] if len(prints) == 1 else hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:16]
+
+
+def alone(dataset: Dataset) -> OpenedDataset:
+    """The only data set of a training."""
+    return OpenedDataset(DatasetEntry(str(dataset.root), dataset.root.name), dataset, dataset.root.name)
+
+
+def labels(names: Sequence[str], roots: Sequence[str]) -> list[str]:
+    """A name for every data set that differs from all others'.
+
+    Raises:
+        ConfigError: a data set that is given twice.
+    """
+    found: list[str] = []
+    for name, root in zip(names, roots, strict=True):
+        label = name if names.count(name) == 1 else f"{name}/{root.rstrip('/').rpartition('/')[2]}"
+        if label in found:
+            raise ConfigError(f"Two data sets are called '{label}'. Give each a name: --dataset NAME={root}, or leave one out.")
+        found.append(label)
+    return found

@@ -1,0 +1,72 @@
+"""What a policy's networks are built from; the policy itself is in ``base``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vlaflow.backbones.base import BackboneConfig
+from vlaflow.data.stats import FeatureStats
+from vlaflow.data.transforms import Mode, Normalizer
+from vlaflow.decoders.base import DecoderConfig
+from vlaflow.decoders.exits import ExitTraining
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.rater import RaterConfig
+from vlaflow.errors import ConfigError
+from vlaflow.spec import ActionSpec
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """All that is needed to build a policy's networks.
+
+    Args:
+        system: the system this assembly follows, e.g. "asyncvla".
+        backbone, decoder, rater: configs of the parts, vlaflow's or another package's; no rater until one is trained.
+        state_normalisation, action_normalisation: modes of the normalisers.
+        state_clip, action_clip: largest size of a normalised number, beyond which it is clipped; None for no limit.
+        kept_actions: words; action dimensions with one of them in their name are left as they are.
+        exits: depths at which the decoder also learns to answer; None for the full depth alone.
+        n_action_steps: actions executed per chunk unless the caller says otherwise.
+    """
+
+    system: str
+    backbone: BackboneConfig
+    decoder: DecoderConfig
+    rater: RaterConfig | None = None
+    exits: ExitTraining | None = None
+    state_normalisation: Mode = "mean_std"
+    action_normalisation: Mode = "mean_std"
+    state_clip: float | None = None
+    action_clip: float | None = None
+    kept_actions: tuple[str, ...] = ()
+    n_action_steps: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_action_steps <= self.decoder.chunk_size:
+            raise ConfigError(
+                f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
+            )
+
+    def state_normalizer(self, stats: Mapping[str, FeatureStats]) -> Normalizer:
+        """Of a robot's state, by the statistics of its data."""
+        return Normalizer.from_stats(stats["state"], self.state_normalisation).limited(self.state_clip)
+
+    def action_normalizer(self, stats: Mapping[str, FeatureStats], action_spec: ActionSpec) -> Normalizer:
+        """Of a robot's actions, by the statistics of its data."""
+        names = [dimension.name.lower() for dimension in action_spec.dimensions]
+        kept = tuple(d for d, name in enumerate(names) if any(word in name for word in self.kept_actions))
+        return Normalizer.from_stats(stats["action"], self.action_normalisation).limited(self.action_clip, kept)
+
+    def build(self) -> Model:
+        """The networks, initialised from torch's global generator; use ``Policy.create`` for a seeded policy."""
+        backbone = self.backbone.build()
+        depth = backbone.spec.depth
+        if self.exits is not None and self.exits.depths[-1] != depth:
+            raise ConfigError(
+                f"The last of the exits {list(self.exits.depths)} must be the backbone's depth, {depth}. Change exits.depths "
+                "with it, or set exits=none."
+            )
+        decoder = self.decoder.build(backbone.spec)
+        rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
+        return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
