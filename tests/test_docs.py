@@ -108,10 +108,13 @@ def test_what_the_python_uses_of_the_package_is_offered(page):
 
 
 def fields_of(command):
-    """Names of the options that a command's dataclasses declare, positional arguments included."""
+    """Names of the options that a command's dataclasses declare, positional arguments and shared groups included."""
     body = ast.parse((ROOT / f"vlaflow/cli/{command.replace('-', '_')}.py").read_text(encoding="utf-8")).body
     classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name != "Settings"]
-    return {f.target.id.replace("_", "-") for c in classes for f in c.body if isinstance(f, ast.AnnAssign)}
+    declared = [f for c in classes for f in c.body if isinstance(f, ast.AnnAssign)]
+    shared = [f for f in declared if ast.unparse(f.annotation) == "ReadingGroup"]
+    own = {f.target.id.replace("_", "-") for f in declared if f not in shared}
+    return own | fields_of("reading") if shared else own
 
 
 @pytest.mark.parametrize("command", COMMANDS)

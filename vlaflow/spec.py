@@ -7,16 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from vlaflow.errors import SpecError
 
+UNSTATED = "unstated"
+"""What a drafted spec says where nobody has said it; it matches everything."""
+UNNAMED = "unnamed "
+"""How the names of dimensions begin that a data set gives no name; they match every name."""
+
 
 @dataclass(frozen=True)
 class Dimension:
-    """One number of an action: its unit, frame, range and what a positive value does."""
+    """One number of an action: its unit, frame, range and what a positive value does.
+
+    Args:
+        name: within the action.
+        unit, frame, positive: in words; "unstated" where unknown.
+        low, high: its range.
+        mode: whether it is added to what is there or replaces it; "unstated" where unknown.
+        measured: whether the range is what a data set holds, with a margin, and not what the robot allows.
+    """
 
     name: str
     unit: str
@@ -24,7 +37,8 @@ class Dimension:
     low: float
     high: float
     positive: str
-    mode: Literal["delta", "absolute"] = "delta"
+    mode: Literal["delta", "absolute", "unstated"] = "delta"
+    measured: bool = False
 
     def __post_init__(self) -> None:
         for text in ("name", "unit", "frame", "positive"):
@@ -35,10 +49,22 @@ class Dimension:
         if not self.low < self.high:
             raise SpecError(f"Action dimension '{self.name}' has the empty range [{self.low}, {self.high}].")
 
+    def differs(self, other: Dimension) -> str | None:
+        """The first part in which both state something and differ; None where there is none."""
+        for part in ("name", "unit", "frame", "low", "high", "positive", "mode"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            open_range = part in ("low", "high") and (self.measured or other.measured)
+            unnamed = part == "name" and any(name.startswith(UNNAMED) for name in (mine, theirs))
+            if mine != theirs and UNSTATED not in (mine, theirs) and not open_range and not unnamed:
+                return part
+        return None
+
 
 @dataclass(frozen=True)
 class ActionSpec:
     """What an action means: saved with every data set and checkpoint, and refused on a mismatch.
+
+    A spec that was drafted from a data set (``data.draft``) says "unstated" where nobody has said it.
 
     Args:
         robot: robot and controller, e.g. "metaworld sawyer, end-effector displacement".
@@ -85,30 +111,46 @@ class ActionSpec:
         return replace(self, chunk_size=chunk_size)
 
     def require_match(self, other: ActionSpec, ours: str, theirs: str) -> None:
-        """Refuse ``other`` unless it means the same as this one (the chunk size counts only where both state one).
+        """Refuse ``other`` unless it means the same as this one, wherever both state something.
 
         Raises:
             SpecError: naming the first difference and both sides ("checkpoint X", "data set Y").
         """
         for part in fields(self):
             mine, other_value = getattr(self, part.name), getattr(other, part.name)
-            if mine == other_value or (part.name == "chunk_size" and None in (mine, other_value)):
+            if mine == other_value or UNSTATED in (mine, other_value) or None in (mine, other_value):
                 continue
             what = part.name
             if part.name == "dimensions":
-                pairs = [(m, o) for m, o in zip(mine, other_value, strict=False) if m != o]
-                if pairs:
-                    first = next(
-                        f.name for f in fields(Dimension) if getattr(pairs[0][0], f.name) != getattr(pairs[0][1], f.name)
-                    )
-                    what = f"{first} of action dimension '{pairs[0][0].name}'"
-                    mine, other_value = getattr(pairs[0][0], first), getattr(pairs[0][1], first)
-                else:
+                pairs = [(m, o, m.differs(o)) for m, o in zip(mine, other_value, strict=False)]
+                first = next(((m, o, differing) for m, o, differing in pairs if differing), None)
+                if first is not None:
+                    what = f"{first[2]} of action dimension '{first[0].name}'"
+                    mine, other_value = getattr(first[0], first[2]), getattr(first[1], first[2])
+                elif len(mine) != len(other_value):
                     what, mine, other_value = "number of action dimensions", len(mine), len(other_value)
+                else:
+                    continue
             raise SpecError(
                 f"The actions of {ours} and {theirs} do not mean the same: {what} is {mine!r} in the first and "
                 f"{other_value!r} in the second. Use a checkpoint trained for this robot, or convert one side."
             )
+
+    @property
+    def unstated(self) -> tuple[str, ...]:
+        """What it leaves open, in words: "rotation", "unit of x"."""
+        whole = [part for part in ("robot", "rotation", "gripper") if getattr(self, part) == UNSTATED]
+        for part in ("unit", "frame", "positive", "mode"):
+            whole += [f"{part} of {d.name}" for d in self.dimensions if getattr(d, part) == UNSTATED]
+        return tuple(whole)
+
+
+def known_parts(stated: Any) -> Any:
+    """The JSON of an action spec without entries that state nothing (null) under a name that specs do not have."""
+    known = {part.name for part in fields(ActionSpec)} | {"kind"}
+    if not isinstance(stated, dict):
+        return stated
+    return {key: value for key, value in stated.items() if value is not None or key in known}
 
 
 @dataclass(frozen=True)

@@ -185,5 +185,5 @@ def test_a_data_set_of_video_alone_trains_no_policy():
     data = DataSpec(3, 0, ("front",))
     assert find_recipe("iflybot.latent").config(data).objective.makes == "latent"
     assert not find_recipe("iflybot.latent").continues
-    with pytest.raises(ConfigError, match=r"'dfm_vla\.demo' learns from actions, and the data set has no 'action'"):
+    with pytest.raises(ConfigError, match=r"'dfm_vla\.demo' learns from actions\. The data set has none"):
         find_recipe("dfm_vla.demo").config(data)

@@ -84,11 +84,11 @@ class MeanObjective(Objective):
         if assets != Assets():
             raise ConfigError("A mean needs nothing but a data set.")
 
-    def check_plan(self, config, root, assets, before, stage):
+    def check_plan(self, config, dataset, assets, before, stage):
         return before
 
-    def open(self, root):
-        return Dataset.open(root)
+    def open(self, root, reading=None):
+        return Dataset.open(root, reading=reading)
 
     def set_up(self, config, dataset, assets):
         train, held = (States(dataset, part) for part in config.episodes(dataset))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.packages import PAGES, require
 
@@ -85,6 +86,8 @@ class CalibrateArguments:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What they compute in; the calibration holds for this alone."""
 
+    how: ReadingGroup = LEROBOT
+
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
@@ -115,6 +118,7 @@ def _sampler(given: CalibrateArguments) -> int:
         envs=given.env,
         episodes=given.rollouts,
         workers=given.workers,
+        reading=given.how.reading(),
     )
     checkpoint = robot_folder(given.checkpoint, given.robot)
     made = calibrate_sampler.run(checkpoint, given.dataset, request, given.device, given.dtype, report=write_page)
@@ -145,6 +149,7 @@ def _exits(given: CalibrateArguments) -> int:
         frames=given.frames or 1024,
         new_data=given.episodes == "all",
         ladder=given.ladder,
+        reading=given.how.reading(),
     )
     made = calibrate.run(robot_folder(given.checkpoint, given.robot), given.dataset, request, given.device, given.dtype)
     page = write_page(made.calibration, made.table, made.file.with_suffix(".html"))

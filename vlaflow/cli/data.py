@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
+
 if TYPE_CHECKING:
     from vlaflow.data.lerobot import Dataset
 
 
 Normalisation = Literal["quantile", "min_max", "mean_std", "identity"]
+
+MOST_TASKS = 50
+"""How many tasks ``show`` lists."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Check:
 
     directory: Path
     workers: int = 2
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Show:
     directory: Path
     out: Path | None = None
     episodes: int = 12
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class FitTokenizer:
     vocabulary: int | None = 256
     bins: int = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class TokenizerReport:
     chunk_size: int = 16
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ class LatentReport:
     dataset: Path
     out: Path
     device: str = "cpu"
+    how: ReadingGroup = LEROBOT
 
 
 @dataclass(frozen=True)
@@ -173,23 +183,29 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def _check(arguments: Check) -> int:
+def _console() -> Any:
+    """A console that prints words of a data set as they are, brackets and colons included."""
     from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
+def _check(arguments: Check) -> int:
     from rich.progress import Progress
 
     from vlaflow.data.check import check
     from vlaflow.data.lerobot import Dataset
 
-    console = Console()
-    dataset = Dataset.open(arguments.directory)
+    console = _console()
+    dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("decoding")
         findings = check(dataset, arguments.workers, lambda done, total: progress.update(bar, completed=done, total=total))
     _print_summary(console, dataset)
     for sentence in findings.remarks:
-        console.print(f"note: {sentence}", markup=False, soft_wrap=True)
+        console.print(f"note: {sentence}", soft_wrap=True)
     for sentence in findings.problems:
-        console.print(f"PROBLEM: {sentence}", markup=False, soft_wrap=True, style="bold red")
+        console.print(f"PROBLEM: {sentence}", soft_wrap=True, style="bold red")
     if findings.problems:
         console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
         return 1
@@ -198,24 +214,27 @@ def _check(arguments: Check) -> int:
 
 
 def _show(arguments: Show) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from vlaflow.data.lerobot import Dataset
     from vlaflow.data.stats import compute
 
-    console = Console()
-    dataset = Dataset.open(arguments.directory)
+    console = _console()
+    dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     if arguments.out is not None:
         from vlaflow.reports.dataset import require_page, write_page
 
         require_page(arguments.out)
     _print_summary(console, dataset)
+    by_task: dict[str, list[int]] = {}
+    for episode in dataset.episodes:
+        by_task.setdefault(episode.task, []).append(episode.length)
     tasks = Table("task", "episodes", "frames", "shortest", "longest")
-    for task in dict.fromkeys(episode.task for episode in dataset.episodes):
-        lengths = [episode.length for episode in dataset.episodes if episode.task == task]
+    for task, lengths in sorted(by_task.items(), key=lambda item: -len(item[1]))[:MOST_TASKS]:
         tasks.add_row(task, *(str(n) for n in (len(lengths), sum(lengths), min(lengths), max(lengths))))
     console.print(tasks)
+    if len(by_task) > MOST_TASKS:
+        console.print(f"and {len(by_task) - MOST_TASKS} more tasks with as many episodes or fewer")
     numbers = Table("feature", "dimension", "min", "q01", "mean", "q99", "max", "std")
     for name, stats in compute(dataset).items():
         for d, label in enumerate(dataset.dimension_names(name)):

@@ -20,12 +20,13 @@ def latent_report(arguments: LatentReport) -> int:
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.latent_report import encode_pairs, examples, pixels, probes, usage
     from vlaflow.outputs import require_writable
+    from vlaflow.policies.provenance import reading_of
     from vlaflow.reports import latent_actions as page
     from vlaflow.versions import command_line, versions
 
     a = arguments
     require(*PAGES)
-    dataset = Dataset.open(a.dataset, video=True)
+    dataset = Dataset.open(a.dataset, video=True, reading=a.how.reading() or reading_of(a.model))
     require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)
     console = Console()

@@ -23,7 +23,7 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     from vlaflow.outputs import require_writable
 
     a = arguments
-    dataset = Dataset.open(a.directory)
+    dataset = Dataset.open(a.directory, reading=a.how.reading())
     require_writable(a.out)
     chunks = material(dataset, a.chunk_size, a.normalisation)
     made = fit(FastFit(a.scale, a.vocabulary) if a.kind == "fast" else BinsFit(a.bins, a.spacing), chunks)
@@ -54,7 +54,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
 
     a = arguments
     require(*PAGES, "tokenizers")
-    dataset = Dataset.open(a.directory)
+    dataset = Dataset.open(a.directory, reading=a.how.reading())
     require_writable(a.out)
     loaded = [load_tokenizer(file, a.normalisation) for file in a.tokenizer]
     chunk_size = loaded[0].chunk_size if loaded else a.chunk_size

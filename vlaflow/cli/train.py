@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.training.recipes import find_recipe, list_recipes
 
@@ -55,6 +56,7 @@ class TrainArguments:
     """Calibrate the sampler of the finished policy on held-out frames, in a minute at most; see vlaflow calibrate --sampler."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over; an existing checkpoint in --out is moved aside."""
+    how: ReadingGroup = LEROBOT
 
 
 def main(argv: list[str]) -> int:
@@ -91,6 +93,7 @@ def run(argv: list[str]) -> Outcome:
         tokenizer=given.tokenizer,
         latent=given.latent,
         shard=given.shard,
+        reading=given.how.reading(),
         mixture=given.mixture,
     )
     outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)

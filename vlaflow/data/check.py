@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,8 @@ import numpy as np
 from vlaflow.data.exclusions import intervened, paused
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import INTERVENTIONS, PauseRule
-from vlaflow.data.stats import compute
+from vlaflow.data.stats import FeatureStats, compute
+from vlaflow.data.transforms import floors, nearly_constant
 from vlaflow.data.video import TOLERANCE_S
 from vlaflow.errors import DataError
 
@@ -47,7 +48,7 @@ def check(dataset: Dataset, workers: int = 2, progress: Callable[[int, int], Non
         workers: decoding threads.
         progress: called with (videos done, total videos).
     """
-    problems, remarks = [], []
+    problems, remarks = [], list(dataset.notes)
     try:
         dataset.columns()
         remarks += _about_numbers(dataset)
@@ -63,6 +64,22 @@ def check(dataset: Dataset, workers: int = 2, progress: Callable[[int, int], Non
             if progress:
                 progress(done, len(tasks))
     return Findings(tuple(problems), tuple(remarks), decoded)
+
+
+def about_jitter(name: str, dimensions: Sequence[str], stats: FeatureStats) -> list[str]:
+    """A sentence about every dimension that is nearly constant.
+
+    Args:
+        name: "state" or "action".
+        dimensions: their names.
+        stats: of the feature.
+    """
+    least = floors(stats)
+    return [
+        f"{name}: dimension '{dimensions[d]}' is nearly constant (deviation {stats.std[d]:.2g}, around {stats.mean[d]:.4g}); "
+        f"it is normalised as if it deviated by {least[d]:.2g}."
+        for d in nearly_constant(stats)
+    ]
 
 
 def _decode(dataset: Dataset, which: tuple[int, str]) -> tuple[int, str | None]:
@@ -97,11 +114,12 @@ def _surplus_frames(dataset: Dataset) -> list[str]:
 
 
 def _about_numbers(dataset: Dataset) -> list[str]:
-    columns, spec, remarks = dataset.columns(), dataset.action_spec, []
+    columns, spec, remarks = dataset.columns(), dataset.action_spec, list(dataset.row_notes)
     for name, stats in compute(dataset).items():
         still = [d for d in range(stats.dim) if stats.min[d] == stats.max[d]]
         if still:
             remarks.append(f"{name}: dimension {', '.join(map(str, still))} never changes.")
+        remarks += about_jitter(name, dataset.dimension_names(name), stats)
     if spec is None:
         remarks.append("No action spec: a checkpoint trained on this cannot verify that it drives the right robot.")
     else:
@@ -134,7 +152,7 @@ def _about_numbers(dataset: Dataset) -> list[str]:
     path = dataset.root / "meta/stats.json"
     if dataset.version == "v3.0":
         try:
-            quantiles = "q99" in json.loads(path.read_text(encoding="utf-8"))[dataset.action_key]
+            quantiles = "q99" in json.loads(path.read_text(encoding="utf-8"))[",".join(dataset.action_keys)]
         except (OSError, ValueError, KeyError, TypeError):
             quantiles = False
         if not quantiles:

@@ -226,7 +226,7 @@ def _build(
     arrays = {v: allocated(folder / f"{v}.u8", (rows, *s, 3)) for v, s in shapes.items()}
 
     def fill(episode: int) -> None:
-        first = dataset.episodes[episode].start
+        first = dataset.episode(episode).start
         for view, array in arrays.items():
             for i, image in enumerate(dataset.iter_frames(episode, view)):
                 array[first + i] = resize(image, size) if size else image

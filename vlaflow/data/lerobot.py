@@ -1,35 +1,39 @@
-"""Reading a LeRobot data set, v3.0 or v2.1, without LeRobot: numeric columns at once, frames one episode at a time.
+"""Reading a LeRobot data set, v2.0 to v3.0, without LeRobot: numeric columns at once, frames one episode at a time.
 
     dataset = Dataset.open("runs/demo/dataset")
     columns = dataset.columns()              # state (N, S), action (N, D), ...
     images = dataset.frames(3, "corner2")    # (T, H, W, 3) uint8
 
-Opening reads the meta folder only. ``columns`` reads and checks every row, ``frames`` decodes and checks one video. Damaged
-data is refused with an error that names file and episode; nothing is skipped or padded. For fast random access to frames
-see ``frames.FrameCache``, for batches ``windows.Windows``.
+Opening reads the meta folder and the first picture of every camera. ``columns`` reads and checks every row, ``frames`` decodes
+and checks one video. Damaged data is refused with an error that names file and episode; what is left out or read otherwise than
+meta says is in ``notes`` and ``row_notes``. For fast random access to frames see ``frames.FrameCache``, for batches
+``windows.Windows``, for other names of columns and cameras ``reading.Reading``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vlaflow.config import from_json
+from vlaflow.data import features as of
+from vlaflow.data.cameras import find_cameras, view_name
 from vlaflow.data.hub import data_folder
-from vlaflow.data.lerobot_meta import Episode, Meta, inside, read_meta, read_parquet
-from vlaflow.data.video import TOLERANCE_S, VideoError, decode_frames
+from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
+from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
+from vlaflow.data.reading import Reading, choose_columns
+from vlaflow.data.stored_images import read_image
+from vlaflow.data.tables import read_cells, read_parquet
+from vlaflow.data.video import VideoError, decode_frames
 from vlaflow.data.video_offsets import largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
-from vlaflow.spec import ActionSpec
+from vlaflow.spec import ActionSpec, known_parts
 
 __all__ = ["Columns", "Dataset", "Episode", "view_name"]
 
@@ -40,32 +44,7 @@ EXECUTED_KEY = "executed_action"
 """Column of the actions that the robot executed, where they differ from those to be learned. LeRobot trains on every column
 whose name begins with "action", so this name does not."""
 
-
-@dataclass(frozen=True)
-class Columns:
-    """The numeric columns of all rows, in episode order.
-
-    Args:
-        state: float32 (N, S), robot units; S is 0 if the data set has no state.
-        action: float32 (N, D), robot units; the actions to be learned.
-        executed: float32 (N, D), the actions that the robot executed, with noise and corrections if the data set records them
-            (``EXECUTED_KEY``); otherwise ``action`` itself.
-        episode: int64 (N,).
-        frame: int64 (N,), counted from 0 within the episode.
-        task: int64 (N,), index into ``Dataset.tasks``.
-    """
-
-    state: np.ndarray
-    action: np.ndarray
-    executed: np.ndarray
-    episode: np.ndarray
-    frame: np.ndarray
-    task: np.ndarray
-
-
-def view_name(key: str) -> str:
-    """Name of a view: its feature key without 'observation.images.' or 'observation.'."""
-    return key.removeprefix("observation.").removeprefix("images.")
+DEFAULT = Reading()
 
 
 class Dataset:
@@ -73,60 +52,86 @@ class Dataset:
 
     Attributes:
         root: its folder.
-        version: "v3.0" or "v2.1".
+        version: "v3.0", "v2.1" or "v2.0".
         fps: frames per second.
         features: as in meta/info.json.
         views: view name to feature key, cameras only (depth maps are not colour images and are left out).
-        state_key, action_key: feature keys; None where there is no 'observation.state' or, opened as video alone, no 'action'.
+        state_keys, action_keys: feature keys, joined in order; empty where there is no 'observation.state' or, opened as video
+            alone, no 'action'.
         executed_key: feature key of the executed actions; None if the data set does not record them separately.
         tasks: the instructions, by task index.
-        episodes: one ``Episode`` each.
+        episodes: one ``Episode`` each, in the order of the rows; those without frames are left out.
         action_spec: what an action means, or None if neither the data set nor the caller states it.
         provenance: how the data set was created, as recorded by the writer.
+        reading: how it was opened.
+        notes: what the user should know about how it is read, one sentence each; see also ``row_notes``.
     """
 
-    def __init__(self, meta: Meta, action_spec: ActionSpec | None = None, video: bool = False) -> None:
+    def __init__(
+        self, meta: Meta, action_spec: ActionSpec | None = None, video: bool = False, reading: Reading = DEFAULT
+    ) -> None:
         info = meta.info
-        self._meta = meta
+        self._meta, self.reading = meta, reading
         self.root, self.version, self.fps = meta.root, str(info["codebase_version"]), float(info["fps"])
         self.features: Mapping[str, Any] = info["features"]
         self.tasks, self.episodes = meta.tasks, meta.episodes
-        self.views = {view_name(key): key for key, f in self.features.items() if _is_camera(f)}
-        self.action_key = None if video and "action" not in self.features else "action"
-        self.state_key = "observation.state" if "observation.state" in self.features else None
-        self.executed_key = EXECUTED_KEY if self.action_key and not video and EXECUTED_KEY in self.features else None
-        for key in filter(None, (self.action_key, self.state_key, self.executed_key)):
-            self._require_vector(key)
-        if self.executed_key and self.features[self.executed_key]["shape"] != self.features["action"]["shape"]:
+        self._place = {episode.index: place for place, episode in enumerate(meta.episodes)}
+        cameras = find_cameras(self.root, self.features, reading, self._sample)
+        chosen = choose_columns(self.root, self.features, reading, video=video)
+        self.views, self.action_keys, self.state_keys = dict(cameras.views), chosen.action, chosen.state
+        self.notes: tuple[str, ...] = (*meta.notes, *cameras.notes, *chosen.notes)
+        recorded = bool(self.action_keys) and not video and EXECUTED_KEY in self.features
+        self.executed_key = EXECUTED_KEY if recorded else None
+        if self.executed_key and (found := of.width(self.features[EXECUTED_KEY])) != self.dim("action"):
             raise DataError(
-                f"'{EXECUTED_KEY}' of {self.root} has {self.features[EXECUTED_KEY]['shape'][0]} numbers, 'action' has "
-                f"{self.features['action']['shape'][0]}. Rename the column, or record the data set again."
+                f"'{EXECUTED_KEY}' of {self.root} has {found} numbers, 'action' has {self.dim('action')}. Rename the column, "
+                "or record the data set again."
             )
-        own = info.get(EXTRA_KEY, {})
-        where = str(self.root / "meta/info.json")
+        own = info.get(EXTRA_KEY) or {}
         stated = own.get("action_spec")
         self.provenance: Mapping[str, Any] = own.get("provenance", {})
-        self.action_spec = from_json(ActionSpec, stated, where) if stated is not None else action_spec
-        if self.action_spec is not None:
+        self.action_spec = action_spec
+        if stated is not None:
+            self.action_spec = from_json(ActionSpec, known_parts(stated), str(self.root / "meta/info.json"))
+        if self.action_spec is not None and self.action_keys:
             self._require_spec(self.action_spec)
             if action_spec is not None:
                 self.action_spec.require_match(action_spec, f"data set {self.root}", "the action spec passed to it")
 
     @classmethod
-    def open(cls, root: Path | str, action_spec: ActionSpec | None = None, *, video: bool = False) -> Dataset:
-        """Open a data set; only its meta folder is read.
+    def open(
+        cls,
+        root: Path | str,
+        action_spec: ActionSpec | None = None,
+        *,
+        video: bool = False,
+        reading: Reading | None = None,
+    ) -> Dataset:
+        """Open a data set; no row is read but for what its meta folder does not say.
 
         Args:
             root: the folder that holds meta/, data/ and videos/, or a name on the Hub (``hub.data_folder``).
             action_spec: what an action means, for data sets without an action spec.
             video: only the video is needed: a data set without actions can be opened too; its ``columns().action`` has
                 shape (N, 0).
+            reading: names of columns and cameras that are not LeRobot's, and the tolerance of its clock; None for LeRobot's.
 
         Raises:
             DataError: not a data set, unsupported version, files missing, meta contradicting itself.
-            SpecError: the action spec does not fit the actions.
+            SpecError: the action spec does not fit the actions; a view that does not exist.
         """
-        return cls(read_meta(data_folder(root)), action_spec, video)
+        return cls(read_meta(data_folder(root)), action_spec, video, reading or DEFAULT)
+
+    def with_spec(self, action_spec: ActionSpec) -> Dataset:
+        """The same data set, rows that were read included, whose actions mean this.
+
+        Raises:
+            SpecError: it does not fit the actions.
+        """
+        self._require_spec(action_spec)
+        other = copy(self)
+        other.action_spec = action_spec
+        return other
 
     def __len__(self) -> int:
         """Number of rows, N."""
@@ -135,34 +140,43 @@ class Dataset:
     def __repr__(self) -> str:
         return f"Dataset({str(self.root)!r}, {self.version}, {len(self.episodes)} episodes, {len(self)} frames)"
 
-    def episode_slice(self, episode: int) -> slice:
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of all episodes, in the order of the rows."""
+        return tuple(self._place)
+
+    def episode(self, number: int) -> Episode:
+        """The episode of this number.
+
+        Raises:
+            SpecError: there is none.
+        """
+        return self.episodes[self._at(number)]
+
+    def episode_slice(self, number: int) -> slice:
         """The rows of one episode in ``columns()``."""
-        found = self._episode(episode)
+        found = self.episode(number)
         return slice(found.start, found.start + found.length)
 
     def image_size(self, view: str) -> tuple[int, int]:
         """Height and width of a view as stored."""
-        feature = self.features[self._view_key(view)]
-        names = feature.get("names")
-        # Some converters declare (channel, height, width) although the pixels are stored as (height, width, channel).
-        channel_first = isinstance(names, list) and str(names[0]).startswith("channel")
-        height, width = feature["shape"][1:] if channel_first else feature["shape"][:2]
-        return int(height), int(width)
+        return of.image_size(self.features[self._view_key(view)])
+
+    def dim(self, name: str) -> int:
+        """How many numbers "state", "action" or "executed" has; 0 where the data set does not have it."""
+        return sum(of.width(self.features[key]) for key in self._keys(name))
 
     def dimension_names(self, name: str) -> tuple[str, ...]:
         """One name per dimension of "state", "action" or "executed"; "0", "1", ... if the data set gives none."""
-        if name not in self._vectors:
-            return ()
-        key = self._vectors[name]
-        names, width = self.features[key].get("names"), int(self.features[key]["shape"][0])
-        if isinstance(names, dict):  # some recorders group them: {"motors": [...]}
-            names = [one for group in names.values() for one in (group if isinstance(group, list) else [group])]
-        fitting = isinstance(names, list) and len(names) == width
-        return tuple(map(str, names)) if fitting else tuple(map(str, range(width)))
+        keys = self._keys(name)
+        if len(keys) == 1:
+            return of.dimension_names(self.features[keys[0]])
+        return tuple(f"{key} {one}" for key in keys for one in of.dimension_names(self.features[key]))
 
-    def video_paths(self, episode: int) -> dict[str, Path]:
-        """The mp4 file that contains this episode, by feature key."""
-        return {key: path for key, (path, _) in self._meta.files[self._episode(episode).index].videos.items()}
+    def video_paths(self, number: int) -> dict[str, Path]:
+        """The mp4 file that contains this episode, by feature key, for the cameras that are used."""
+        videos, used = self._files(number).videos, set(self.views.values())
+        return {key: path for key, (path, _) in videos.items() if key in used}
 
     @property
     def video_drift_s(self) -> float:
@@ -196,11 +210,16 @@ class Dataset:
 
         Raises:
             DataError: a damaged file; rows missing; a value that is not finite; a vector of the wrong length; timestamps
-                that disagree with fps; a task that does not exist or is not the episode's. Each error names file and episode.
+                that disagree with fps; a task that does not exist. Each error names file and episode.
         """
-        return self._columns
+        return self._rows.columns
 
-    def frames(self, episode: int, view: str) -> np.ndarray:
+    @property
+    def row_notes(self) -> tuple[str, ...]:
+        """Where rows and meta disagree and the rows were believed, one sentence each; reads all rows as ``columns`` does."""
+        return self._rows.notes
+
+    def frames(self, number: int, view: str) -> np.ndarray:
         """All images of one episode, uint8 (T, H, W, 3), RGB.
 
         Raises:
@@ -208,28 +227,28 @@ class Dataset:
             DataError: the video is damaged, too short, or runs at another rate.
         """
         height, width = self.image_size(view)
-        images = np.empty((self._episode(episode).length, height, width, 3), np.uint8)
-        for i, image in enumerate(self.iter_frames(episode, view)):
+        images = np.empty((self.episode(number).length, height, width, 3), np.uint8)
+        for i, image in enumerate(self.iter_frames(number, view)):
             images[i] = image
         return images
 
-    def iter_frames(self, episode: int, view: str) -> Iterator[np.ndarray]:
+    def iter_frames(self, number: int, view: str) -> Iterator[np.ndarray]:
         """Yield the images of one episode, uint8 (H, W, 3); raises as ``frames`` does."""
-        key, found = self._view_key(view), self._episode(episode)
+        key, found = self._view_key(view), self.episode(number)
         video = self.features[key]["dtype"] == "video"
         shape = (*self.image_size(view), 3)
         for i, image in enumerate(self._video(found, key) if video else self._stored_images(found, key)):
             if image.shape != shape:
                 raise DataError(
-                    f"Episode {episode} of {self.root}: frame {i} of '{key}' is {image.shape[0]}x{image.shape[1]}, but "
+                    f"Episode {number} of {self.root}: frame {i} of '{key}' is {image.shape[0]}x{image.shape[1]}, but "
                     f"meta/info.json declares {shape[0]}x{shape[1]}. Correct the shape there, or record the episode again."
                 )
             yield image
 
     def _video(self, episode: Episode, key: str) -> Iterator[np.ndarray]:
-        path, start_s = self._meta.files[episode.index].videos[key]
+        path, start_s = self._files(episode.index).videos[key]
         try:
-            yield from decode_frames(path, start_s, episode.length, self.fps)
+            yield from decode_frames(path, start_s, episode.length, self.fps, self.reading.tolerance_s)
         except VideoError as error:
             raise DataError(self._video_sentence(episode, key, path, start_s, error)) from error
 
@@ -237,7 +256,7 @@ class Dataset:
         which, where = f"Episode {episode.index} of {self.root}", path.relative_to(self.root)
         if error.kind == "start":
             cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, or copy the meta folder again."
-            if self.version != "v3.0":
+            if not self._meta.modern:
                 cure = "The video begins late: encode it again with its first frame at 0 s, or record the episode again."
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":
@@ -261,147 +280,50 @@ class Dataset:
         )
 
     def _stored_images(self, episode: Episode, key: str) -> Iterator[np.ndarray]:
-        from PIL import Image
-
-        path = self._meta.files[episode.index].data
-        rows = _read_cells(path, key, episode.index)
-        if len(rows) != episode.length:
+        path, which = self._stored_in(episode)
+        if len(which) != episode.length:
             raise DataError(
-                f"Episode {episode.index} of {self.root} has {episode.length} actions but '{key}' holds {len(rows)} images "
+                f"Episode {episode.index} of {self.root} has {episode.length} actions but '{key}' holds {len(which)} images "
                 f"({path.relative_to(self.root)}). Copy the file again, or record the episode again."
             )
-        for i, row in enumerate(rows):
+        for i, cell in enumerate(read_cells(path, key, which)):
             try:
-                where = f"The path of image {i} of '{key}' in episode {episode.index}"
-                source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else inside(self.root, row["path"], where)
-                with Image.open(source) as image:
-                    yield np.asarray(image.convert("RGB"))
-            except (TypeError, OSError) as error:
+                yield read_image(cell, self.features[key], self.root, f"image {i} of '{key}' in episode {episode.index}")
+            except (TypeError, ValueError, OSError) as error:
                 raise DataError(
                     f"Episode {episode.index} of {self.root}: image {i} of '{key}' cannot be read "
                     f"({path.relative_to(self.root)}: {error}). Copy the file again, or record the episode again."
                 ) from error
 
+    def _stored_in(self, episode: Episode) -> tuple[Path, np.ndarray]:
+        """The parquet file with an episode's rows, and their places in it, by frame."""
+        named = self._files(episode.index).data
+        others = sorted((self.root / "data").rglob("*.parquet")) if self._meta.modern else []
+        for path in (named, *others):
+            places = read_parquet(path, ["episode_index", "frame_index"])
+            rows = np.flatnonzero(places["episode_index"].to_numpy() == episode.index)
+            if not self._meta.modern and not len(rows):
+                rows = np.arange(len(places))  # the file's number counts, as in ``columns``
+            if len(rows):
+                return path, rows[np.argsort(places["frame_index"].to_numpy()[rows], kind="stable")]
+        return named, np.zeros(0, np.int64)
+
     @cached_property
-    def _columns(self) -> Columns:
-        keys = {"episode": "episode_index", "frame": "frame_index", "task": "task_index", "time": "timestamp"}
-        vectors = self._vectors
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in ("state", "action", *vectors, *keys)}
-        for path in dict.fromkeys(files.data for files in self._meta.files):
-            table = read_parquet(path, [*keys.values(), *vectors.values()])
-            for name, key in keys.items():
-                parts[name].append(table[key].to_numpy())
-            for name, key in vectors.items():
-                parts[name].append(self._vector(table, key, path))
-            for name in {"action", "state"} - vectors.keys():
-                parts[name].append(np.zeros((len(table), 0), np.float32))
-        joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-        order = np.lexsort((joined["frame"], joined["episode"]))
-        if not np.array_equal(order, np.arange(len(order))):
-            joined = {name: array[order] for name, array in joined.items()}
-        self._check_rows(joined)
-        whole = {name: joined[name].astype(np.int64, copy=False) for name in ("episode", "frame", "task")}
-        return Columns(joined["state"], joined["action"], joined.get("executed", joined["action"]), **whole)
+    def _rows(self) -> CheckedRows:
+        vectors = {name: Vector(self._keys(name), self.dimension_names(name)) for name in ("action", "executed", "state")}
+        if self.executed_key is None:
+            del vectors["executed"]
+        return read_rows(self._meta, vectors, self.reading.tolerance_s)
 
-    @property
-    def _vectors(self) -> dict[str, str]:
-        """Feature keys of the vectors that the data set has, by name in ``Columns``."""
-        keys = {"action": self.action_key, "executed": self.executed_key, "state": self.state_key}
-        return {name: key for name, key in keys.items() if key}
-
-    def _vector(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
-        """One vector column as float32 (rows, width), refusing rows whose length differs from the declared one."""
-        declared = int(np.prod(self.features[key]["shape"]))
-        column = table[key].combine_chunks()
-        nested = pa.types.is_fixed_size_list(column.type)
-        if nested:
-            widths = np.full(len(column), column.type.list_size)
-        elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            nested, widths = True, np.diff(column.offsets.to_numpy())
-        else:
-            widths = np.ones(len(column), np.int64)
-        wrong = np.flatnonzero(widths != declared)
-        if len(wrong) or column.null_count:
-            row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-            found = "nothing" if not column[row].is_valid else f"{widths[row]} numbers"
-            raise DataError(
-                f"Episode {table['episode_index'][row].as_py()} of {self.root}: '{key}' holds {found} at frame "
-                f"{table['frame_index'][row].as_py()} ({path.relative_to(self.root)}), but meta/info.json declares {declared}. "
-                f"Correct the shape there, or record the episode again."
-            )
-        values = (column.flatten() if nested else column).to_numpy(zero_copy_only=False)
-        return np.ascontiguousarray(values.reshape(-1, declared), np.float32)
-
-    def _check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
-        lengths = np.array([e.length for e in self.episodes])
-        known = rows["episode"][(rows["episode"] >= 0) & (rows["episode"] < len(lengths))]
-        counts = np.bincount(known, minlength=len(lengths))
-        if len(known) != len(rows["episode"]):
-            raise DataError(
-                f"{self.root}/data holds rows of an episode that meta does not describe. Copy the meta folder again."
-            )
-        for i in np.flatnonzero(counts != lengths)[:1]:
-            raise DataError(
-                f"Episode {i} of {self.root} has {lengths[i]} frames according to meta, but {self._data_path(i)} holds "
-                f"{counts[i]} rows of it. Copy the file again, or record the episode again."
-            )
-        starts = np.repeat([e.start for e in self.episodes], lengths)
-        self._refuse(rows, rows["frame"] != np.arange(len(starts)) - starts, "frame_index", "does not count 0, 1, 2, ...")
-        self._refuse(rows, (rows["task"] < 0) | (rows["task"] >= len(self.tasks)), "task_index", "names no task in meta")
-        self._check_tasks(rows)
-        # float32 seconds: half a unit in the last place exceeds the tolerance after half an hour within one episode.
-        off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
-        late = off >= TOLERANCE_S + np.abs(rows["time"]) * np.finfo(np.float32).eps
-        self._refuse(rows, late, "timestamp", f"disagrees with fps = {self.fps:g} in meta/info.json")
-        for name, key in self._vectors.items():
-            bad = ~np.isfinite(rows[name])
-            if bad.any():
-                row, dimension = (int(i) for i in np.argwhere(bad)[0])
-                raise DataError(
-                    f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in '{key}' at frame "
-                    f"{rows['frame'][row]}, dimension {dimension} ('{self.dimension_names(name)[dimension]}') "
-                    f"({self._data_path(int(rows['episode'][row]))}). Record the episode again."
-                )
-
-    def _check_tasks(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Every row's instruction must be one of its episode's."""
-        for episode, task in np.unique(np.stack([rows["episode"], rows["task"]], axis=1), axis=0).astype(int).tolist():
-            own, found = self.episodes[episode].tasks, self.tasks[task]
-            if found not in own:
-                row = int(np.argmax((rows["episode"] == episode) & (rows["task"] == task)))
-                raise DataError(
-                    f"Episode {episode} of {self.root}: 'task_index' is {task} ('{found}') at frame {rows['frame'][row]} "
-                    f"({self._data_path(episode)}), but meta gives the episode the task "
-                    f"{' or '.join(repr(one) for one in own)}. Correct the one that is wrong."
-                )
-
-    def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str) -> None:
-        if bad.any():
-            row = int(np.argmax(bad))
-            values = {"frame_index": "frame", "task_index": "task", "timestamp": "time"}
-            raise DataError(
-                f"Episode {rows['episode'][row]} of {self.root}: '{column}' is {rows[values[column]][row]:g} at frame "
-                f"{row - self.episodes[int(rows['episode'][row])].start} ({self._data_path(int(rows['episode'][row]))}), which "
-                f"{what}. Fix the column, or record the episode again."
-            )
-
-    def _data_path(self, episode: int) -> Path:
-        return self._meta.files[episode].data.relative_to(self.root)
-
-    def _require_vector(self, key: str) -> None:
-        if key not in self.features:
-            raise DataError(f"{self.root} has no feature '{key}' in meta/info.json; {nearest(key, self.features)}")
-        if len(self.features[key]["shape"]) != 1:
-            raise DataError(
-                f"'{key}' of {self.root} must be one vector per frame, but has shape {self.features[key]['shape']}."
-            )
+    def _keys(self, name: str) -> tuple[str, ...]:
+        executed = (self.executed_key,) if self.executed_key else ()
+        return {"action": self.action_keys, "executed": executed, "state": self.state_keys}[name]
 
     def _require_spec(self, spec: ActionSpec) -> None:
-        declared = int(self.features[self.action_key]["shape"][0]) if self.action_key else 0
-        if spec.dim != declared:
+        if spec.dim != self.dim("action"):
             raise SpecError(
-                f"The actions of {self.root} have {declared} numbers, but its action spec describes {spec.dim}. State a "
-                f"spec with one dimension per number."
+                f"The actions of {self.root} have {self.dim('action')} numbers, but its action spec describes {spec.dim}. "
+                f"State a spec with one dimension per number."
             )
         if abs(spec.rate_hz - self.fps) > 1e-6 * self.fps:
             raise SpecError(
@@ -409,42 +331,23 @@ class Dataset:
                 f"The two must be equal."
             )
 
-    def _episode(self, episode: int) -> Episode:
-        if not 0 <= episode < len(self.episodes):
-            raise SpecError(f"{self.root} has no episode {episode}; it has 0 to {len(self.episodes) - 1}.")
-        return self.episodes[episode]
+    def _at(self, number: int) -> int:
+        if number not in self._place:
+            most, gaps = self.episodes[-1].index, len(self.episodes) <= self.episodes[-1].index
+            which = f"0 to {most}" + (", with gaps where episodes are empty or were removed" if gaps else "")
+            raise SpecError(f"{self.root} has no episode {number}; it has {which}.")
+        return self._place[number]
+
+    def _files(self, number: int) -> EpisodeFiles:
+        return self._meta.files[self._at(number)]
+
+    def _sample(self, key: str) -> Path:
+        """A file with pictures of a column."""
+        first = self._meta.files[0]
+        return first.videos[key][0] if key in first.videos else first.data
 
     def _view_key(self, view: str) -> str:
         if view not in self.views:
             hint = nearest(view, self.views) if self.views else "it has no camera at all."
             raise SpecError(f"{self.root} has no view '{view}'; {hint}")
         return self.views[view]
-
-
-def _is_camera(feature: Mapping[str, Any]) -> bool:
-    info = feature.get("info") or feature.get("video_info") or {}
-    depth = info.get("is_depth_map") or info.get("video.is_depth_map")
-    return feature["dtype"] in ("video", "image") and not depth
-
-
-def _read_cells(path: Path, key: str, episode: int) -> list[Any]:
-    """The cells of one column for one episode, by frame, wherever its rows lie; one row group is in memory at a time."""
-    places = read_parquet(path, ["episode_index", "frame_index"])
-    rows = np.flatnonzero(places["episode_index"].to_numpy() == episode)
-    rows = rows[np.argsort(places["frame_index"].to_numpy()[rows], kind="stable")]
-    cells: list[Any] = [None] * len(rows)
-    try:
-        file = pq.ParquetFile(path)
-        if key not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column '{key}'. Copy or record the file again.")
-        sizes = np.array([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], np.int64)
-        ends = np.cumsum(sizes)
-        groups = np.searchsorted(ends, rows, side="right")
-        for group in np.unique(groups):
-            column = file.read_row_group(int(group), columns=[key])[key]
-            start = int(ends[group] - sizes[group])
-            for place in np.flatnonzero(groups == group):
-                cells[place] = column[int(rows[place]) - start].as_py()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged or cut off ({str(error).splitlines()[0]}). Copy or record it again.") from error
-    return cells

@@ -1,24 +1,23 @@
-"""The meta folder of a LeRobot data set, v3.0 and v2.1, read into one structure: which rows and frames lie in which file.
+"""The meta folder of a LeRobot data set, v2.0 to v3.0, read into one structure: which rows and frames lie in which file.
 
-No data rows and no video are read here. ``lerobot`` builds the data set on top of this.
+Data rows are read only for what the meta folder does not say (an episode's instruction, a file that is not where it should
+be), and no video is. ``lerobot_rows`` compares the rows with this, ``lerobot`` builds the data set on top.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from vlaflow.data.lerobot_info import filled, read_info
+from vlaflow.data.tables import is_text, read_jsonl, read_parquet
 from vlaflow.data.video_offsets import require_sound_offsets, seconds
 from vlaflow.errors import DataError
-
-VERSIONS = ("v2.1", "v3.0")
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class Episode:
     """One demonstration.
 
     Args:
-        index: number of the episode, 0 .. E-1, equal to its position.
+        index: its number in the data set; numbers may have gaps, where episodes were removed.
         task: the instruction (of its first frame, if frames differ).
-        length: number of frames, T.
+        length: number of frames, T, at least 1.
         start: row of its first frame in ``Columns``.
         tasks: every instruction that its frames may have.
     """
@@ -55,7 +54,17 @@ class EpisodeFiles:
 
 @dataclass(frozen=True)
 class Meta:
-    """The content of the meta folder."""
+    """The content of the meta folder.
+
+    Args:
+        root: the data set's folder.
+        info: meta/info.json.
+        tasks: the instructions, by task index.
+        episodes: by number, those without frames left out.
+        files: of each episode.
+        paths: the meta files that were read.
+        notes: what the user should know.
+    """
 
     root: Path
     info: Mapping[str, Any]
@@ -63,6 +72,17 @@ class Meta:
     episodes: tuple[Episode, ...]
     files: tuple[EpisodeFiles, ...]
     paths: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def modern(self) -> bool:
+        """Whether several episodes share a file, as from v3.0 on."""
+        return is_modern(self.info)
+
+
+def is_modern(info: Mapping[str, Any]) -> bool:
+    """Whether several episodes share a file, as from v3.0 on."""
+    return str(info["codebase_version"]).startswith("v3")
 
 
 def read_meta(root: Path) -> Meta:
@@ -70,107 +90,75 @@ def read_meta(root: Path) -> Meta:
 
     Raises:
         DataError: not a data set, an unsupported version, a damaged or missing file, a path that leads out of the folder, an
-            episode without a task, inconsistent video offsets.
+            episode without a task in meta and rows, inconsistent video offsets.
     """
-    info = _read_info(root)
-    modern = info["codebase_version"] == "v3.0"
-    tasks, task_paths = (_tasks_v3 if modern else _tasks_v21)(root)
-    rows, episode_paths = (_episodes_v3 if modern else _episodes_v21)(root)
+    info = read_info(root)
+    modern = is_modern(info)
+    tasks, task_paths = (_tasks_v3 if modern else _tasks_v2)(root)
+    rows, episode_paths = (_episodes_v3 if modern else _episodes_v2)(root)
+    notes = _require_numbered(root, info, rows, episode_paths[0])
+    rows = [row for row in rows if int(row["length"])]
+    if not rows:
+        raise DataError(f"{root} holds no episodes{' with frames' if notes else ''}. Record at least one.")
+    keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    files = [(_files_v3 if modern else _files_v2)(root, info, keys, row) for row in rows]
+    files, moved = _require_files(root, [int(row["episode_index"]) for row in rows], files)
+    require_sound_offsets(root, float(info["fps"]), rows, [one.videos for one in files])
+    named, told = _instructions(root, tasks, rows, files, modern)
+    lengths = np.array([int(row["length"]) for row in rows])
+    starts = np.cumsum(lengths) - lengths
+    episodes = tuple(
+        Episode(int(row["episode_index"]), names[0], int(length), int(start), names)
+        for row, names, length, start in zip(rows, named, lengths, starts, strict=True)
+    )
+    paths = (root / "meta/info.json", *task_paths, *episode_paths)
+    return Meta(root, info, tasks, episodes, tuple(files), paths, (*notes, *moved, *told))
+
+
+def some(numbers: Sequence[int]) -> str:
+    """The first few of many episodes, in words: "2, 5 and 7", "2, 5, 7 and 40 more"."""
+    shown = [str(n) for n in numbers[:3]]
+    if len(numbers) > 3:
+        return f"{', '.join(shown)} and {len(numbers) - 3} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, Any]], path: Path) -> tuple[str, ...]:
+    """Sort the episodes by number, and refuse those that are not numbered; notes about gaps and empty ones."""
+    for row in rows:
+        if type(row["episode_index"]) is not int or row["episode_index"] < 0 or type(row["length"]) is not int:
+            raise DataError(
+                f"{path} describes an episode with episode_index = {row['episode_index']!r} and length = {row['length']!r}; "
+                "both must be whole numbers. Copy the meta folder again."
+            )
     rows.sort(key=lambda row: row["episode_index"])
-    if [row["episode_index"] for row in rows] != list(range(len(rows))):
-        raise DataError(
-            f"{root}: the episodes in meta are not numbered 0 to {len(rows) - 1} without gaps. Copy the meta folder again."
-        )
+    numbers = [row["episode_index"] for row in rows]
+    twice = [a for a, b in pairwise(numbers) if a == b]
+    if twice:
+        raise DataError(f"{root}: meta describes episode {twice[0]} twice. Copy the meta folder again.")
     if info.get("total_episodes", len(rows)) != len(rows):
         raise DataError(
-            f"{root}: meta/info.json counts {info['total_episodes']} episodes but {episode_paths[0].relative_to(root)} "
+            f"{root}: meta/info.json counts {info['total_episodes']} episodes but {path.relative_to(root)} "
             f"describes {len(rows)}. The recording was interrupted or copied in part; copy the meta folder again."
         )
-    if not rows:
-        raise DataError(f"{root} holds no episodes. Record at least one.")
-    keys = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
-    episodes, files, start = [], [], 0
-    for row in rows:
-        index, names = row["episode_index"], [t for t in row.get("tasks") or [] if t and t.strip()]
-        if not names:
-            raise DataError(f"Episode {index} of {root} has no task. Write its instruction into {_episode_table(modern)}.")
-        missing = [name for name in names if name not in tasks]
-        if missing:
-            raise DataError(
-                f"Episode {index} of {root} names the task '{missing[0]}', which {_task_table(modern)} lacks. Add it there."
-            )
-        episodes.append(Episode(index, names[0], int(row["length"]), start, tuple(names)))
-        files.append((_files_v3 if modern else _files_v21)(root, info, keys, row))
-        start += int(row["length"])
-    _require_files(root, files)
-    require_sound_offsets(root, float(info["fps"]), rows, [one.videos for one in files])
-    return Meta(root, info, tasks, tuple(episodes), tuple(files), (root / "meta/info.json", *task_paths, *episode_paths))
-
-
-def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str | None = None) -> pa.Table:
-    """Read a parquet file.
-
-    Args:
-        path: the file.
-        columns: the columns to read, all of them when None.
-        without: skip columns whose name starts with this.
-
-    Raises:
-        DataError: when the file is missing, cut off or lacks a column.
-    """
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        absent = [name for name in columns or () if name not in names]
-        if absent:
-            raise DataError(f"{path} has no column '{absent[0]}'. Copy or record the file again.")
-        if without is not None:
-            columns = [name for name in columns or names if not name.startswith(without)]
-        return file.read(columns=columns)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing. Copy the data set again.") from error
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged or cut off ({str(error).splitlines()[0]}). Copy or record it again.") from error
-
-
-def inside(root: Path, path: str, where: str) -> Path:
-    """Resolve a path within the data set, as stated in ``where``.
-
-    Raises:
-        DataError: the path leads out of the folder.
-    """
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise DataError(f"{where} of {root} leads out of the data set ({path}). Give a path inside it, without '..'.")
-    return root / path
-
-
-def _read_info(root: Path) -> dict[str, Any]:
-    path = root / "meta/info.json"
-    if not root.is_dir():
-        raise DataError(f"There is no folder {root}. Give the path of a LeRobot data set (the folder that holds meta/).")
-    if not path.is_file():
-        raise DataError(f"{root} is not a LeRobot data set: meta/info.json is missing. Give the folder that holds meta/.")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}). Copy the file again.") from error
-    absent = [key for key in ("codebase_version", "fps", "features") if not isinstance(info, dict) or key not in info]
-    if absent:
-        raise DataError(f"{path} does not state '{absent[0]}', which every LeRobot data set must. Copy the file again.")
-    if info["codebase_version"] not in VERSIONS:
-        raise DataError(
-            f"{root} has format version {info['codebase_version']}; vlaflow reads {' and '.join(VERSIONS)}. Convert it with "
-            f"LeRobot's own scripts (lerobot.datasets.v30.convert_dataset_v21_to_v30 or the older v2 ones)."
+    notes = []
+    if numbers and numbers[-1] != len(numbers) - 1:
+        first = next(i for i, number in enumerate(numbers) if number != i)
+        notes.append(
+            f"Its episodes are numbered up to {numbers[-1]} with gaps ({numbers[-1] + 1 - len(numbers)} missing, the first is "
+            f"{first}); they keep these numbers."
         )
-    if not isinstance(info["fps"], int | float) or not info["fps"] > 0:
-        raise DataError(f"{path} states fps = {info['fps']!r}; it must be a positive number.")
-    return info
+    empty = [row["episode_index"] for row in rows if not row["length"]]
+    if empty:
+        which = f"Episode {empty[0]} has" if len(empty) == 1 else f"Episodes {some(empty)} have"
+        notes.append(f"{which} no frames and {'is' if len(empty) == 1 else 'are'} left out.")
+    return tuple(notes)
 
 
 def _tasks_v3(root: Path) -> tuple[tuple[str, ...], list[Path]]:
     path = root / "meta/tasks.parquet"
     table = read_parquet(path)
-    text = [name for name in table.schema.names if _is_text(table.schema.field(name).type)]
+    text = [name for name in table.schema.names if is_text(table.schema.field(name).type)]
     if "task_index" not in table.schema.names or not text:
         raise DataError(f"{path} needs a column 'task_index' and one with the task in words. Copy the file again.")
     # Converted data sets leave the pandas index unnamed, so the words may be in '__index_level_0__'.
@@ -178,13 +166,9 @@ def _tasks_v3(root: Path) -> tuple[tuple[str, ...], list[Path]]:
     return _numbered(path, table["task_index"].to_pylist(), words), [path]
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _tasks_v21(root: Path) -> tuple[tuple[str, ...], list[Path]]:
+def _tasks_v2(root: Path) -> tuple[tuple[str, ...], list[Path]]:
     path = root / "meta/tasks.jsonl"
-    rows = _read_jsonl(path, ("task_index", "task"))
+    rows = read_jsonl(path, ("task_index", "task"))
     return _numbered(path, [row["task_index"] for row in rows], [row["task"] for row in rows]), [path]
 
 
@@ -201,7 +185,7 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = read_parquet(path, without="stats/")
-        needed = ("episode_index", "tasks", "length", "data/chunk_index", "data/file_index")
+        needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
         absent = [name for name in needed if name not in table.schema.names]
         if absent:
             raise DataError(f"{path} has no column '{absent[0]}'. Copy the meta folder again.")
@@ -209,29 +193,9 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     return rows, paths
 
 
-def _episodes_v21(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+def _episodes_v2(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     path = root / "meta/episodes.jsonl"
-    return _read_jsonl(path, ("episode_index", "length")), [path]
-
-
-def _read_jsonl(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing. Copy the meta folder again.") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"Line {number} of {path} is not valid JSON ({error}). Copy the file again.") from error
-        absent = [key for key in needed if key not in row]
-        if absent:
-            raise DataError(f"Line {number} of {path} does not state '{absent[0]}'. Copy the file again.")
-        rows.append(row)
-    return rows
+    return read_jsonl(path, ("episode_index", "length")), [path]
 
 
 def _files_v3(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Mapping[str, Any]) -> EpisodeFiles:
@@ -246,41 +210,90 @@ def _files_v3(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Map
                 f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes). "
                 f"Copy the meta folder again."
             )
-        path = _filled(root, "video_path", video, video_key=key, chunk_index=pointers[0], file_index=pointers[1])
+        path = filled(root, "video_path", video, video_key=key, chunk_index=pointers[0], file_index=pointers[1])
         videos[key] = (path, seconds(root, row, start))
     where = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
-    return EpisodeFiles(_filled(root, "data_path", data, **where), videos)
+    return EpisodeFiles(filled(root, "data_path", data, **where), videos)
 
 
-def _files_v21(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Mapping[str, Any]) -> EpisodeFiles:
+def _files_v2(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Mapping[str, Any]) -> EpisodeFiles:
     index = row["episode_index"]
     data = info.get("data_path") or "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
     video = info.get("video_path") or "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
     where = {"episode_chunk": index // int(info.get("chunks_size", 1000)), "episode_index": index}
-    videos = {key: (_filled(root, "video_path", video, video_key=key, **where), 0.0) for key in keys}
-    return EpisodeFiles(_filled(root, "data_path", data, **where), videos)
+    videos = {key: (filled(root, "video_path", video, video_key=key, **where), 0.0) for key in keys}
+    return EpisodeFiles(filled(root, "data_path", data, **where), videos)
 
 
-def _filled(root: Path, name: str, template: Any, **values: Any) -> Path:
-    """Fill in the template of a path from meta/info.json."""
-    try:
-        path = template.format(**values)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"meta/info.json of {root} states '{name}' = {template!r}, which cannot be filled in "
-            f"({type(error).__name__}: {error}); it may name {', '.join(values)}. Correct it there."
-        ) from error
-    return inside(root, path, f"'{name}' in meta/info.json")
+def _require_files(
+    root: Path, numbers: Sequence[int], files: Sequence[EpisodeFiles]
+) -> tuple[list[EpisodeFiles], tuple[str, ...]]:
+    """Refuse missing files, but for data files whose rows lie in another one: those episodes are pointed to it, with a note."""
+    exists = {path: path.is_file() for one in files for path in (one.data, *(path for path, _ in one.videos.values()))}
+    elsewhere = _located(root) if not all(exists[one.data] for one in files) else {}
+    found, moved = [], []
+    for number, one in zip(numbers, files, strict=True):
+        if not exists[one.data] and number in elsewhere:
+            moved.append(number)
+            exists[elsewhere[number]] = True
+            found.append(replace(one, data=elsewhere[number]))
+        else:
+            found.append(one)
+        for path in (found[-1].data, *(path for path, _ in one.videos.values())):
+            if not exists[path]:
+                raise DataError(f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again.")
+    note = f"Rows of episode {some(moved)} are not in the file that meta names; they were found in another one."
+    return found, (note,) if moved else ()
 
 
-def _require_files(root: Path, files: Sequence[EpisodeFiles]) -> None:
-    known: dict[Path, bool] = {}
-    for index, episode in enumerate(files):
-        for path in (episode.data, *(path for path, _ in episode.videos.values())):
-            if path not in known:
-                known[path] = path.is_file()
-            if not known[path]:
-                raise DataError(f"Episode {index} of {root} needs {path.relative_to(root)}, which is missing. Copy it again.")
+def _located(root: Path) -> dict[int, Path]:
+    """The data file that holds each episode's rows, from the rows themselves."""
+    found: dict[int, Path] = {}
+    for path in sorted((root / "data").rglob("*.parquet")):
+        for number in np.unique(read_parquet(path, ["episode_index"])["episode_index"].to_numpy()).tolist():
+            found.setdefault(number, path)
+    return found
+
+
+def _instructions(
+    root: Path, tasks: tuple[str, ...], rows: Sequence[Mapping[str, Any]], files: Sequence[EpisodeFiles], modern: bool
+) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """The instructions of every episode: those that meta lists, or its rows' where meta lists none or one it does not know."""
+    known, cache = set(tasks), dict[Path, tuple[np.ndarray, np.ndarray]]()
+    named: list[tuple[str, ...]] = []
+    silent: list[int] = []
+    strange: list[int] = []
+    for row, one in zip(rows, files, strict=True):
+        number, own = row["episode_index"], row.get("tasks") or ()
+        listed = tuple(t for t in ([own] if isinstance(own, str) else own) if t and t.strip())
+        unknown = [name for name in listed if name not in known]
+        if not listed or unknown:
+            if one.data not in cache:
+                table = read_parquet(one.data, ["episode_index", "task_index"])
+                cache[one.data] = (table["episode_index"].to_numpy(), table["task_index"].to_numpy())
+            of_row, task_of_row = cache[one.data]
+            found = task_of_row[of_row == number] if modern else task_of_row
+            if not len(found) or found.min() < 0 or found.max() >= len(tasks):
+                what = f"names the task '{unknown[0]}', which {_task_table(modern)} lacks" if unknown else "has no task"
+                raise DataError(
+                    f"Episode {number} of {root} {what}, and its rows' task_index names none either. Write its instruction "
+                    f"into {_episode_table(modern)} and {_task_table(modern)}."
+                )
+            (strange if unknown else silent).append(number)
+            listed = tuple(dict.fromkeys(tasks[i] for i in found.tolist()))
+        named.append(listed)
+    notes = []
+    if silent:
+        notes.append(
+            f"{_episode_table(modern)} gives no task to {len(silent)} of {len(rows)} episodes (first {silent[0]}); their "
+            "instructions are those that their rows' task_index names."
+        )
+    if strange:
+        notes.append(
+            f"{_episode_table(modern)} gives {len(strange)} of {len(rows)} episodes (first {strange[0]}) a task that "
+            f"{_task_table(modern)} lacks; their instructions are those that their rows' task_index names."
+        )
+    return named, tuple(notes)
 
 
 def _episode_table(modern: bool) -> str:

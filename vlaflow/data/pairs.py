@@ -85,7 +85,7 @@ class FramePairs:
     ) -> None:
         self.dataset, self.cache, self.view, self.gap_s = dataset, cache, chosen_view(dataset, view), gap_s
         self.gap = gap_in_frames(gap_s, dataset.fps)
-        self.episodes = tuple(range(len(dataset.episodes)) if episodes is None else episodes)
+        self.episodes = tuple(dataset.numbers if episodes is None else episodes)
         slices = {episode: dataset.episode_slice(episode) for episode in self.episodes}
         self.short = tuple(e for e, s in slices.items() if s.stop - s.start <= self.gap)
         if len(self.short) == len(self.episodes):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 import torch
@@ -21,6 +22,10 @@ MODES: tuple[Mode, ...] = ("identity", "mean_std", "quantile", "min_max")
 CONSTANT = 1e-6
 """A dimension whose range is below this share of its size is constant: float32 itself resolves 1.2e-7."""
 
+FLOOR = 1e-3
+"""A dimension that spreads by less than this share of its size, or of what the vector's dimensions usually spread by, is nearly
+constant (a sensor's jitter) and is divided by that instead, so that a small offset does not become thousands of deviations."""
+
 
 @dataclass(frozen=True)
 class Normalizer:
@@ -28,6 +33,8 @@ class Normalizer:
 
     A dimension with scale 0 is constant in the data: it maps to 0, and every y maps back to exactly that constant. So an
     unseen value of a sensor that never varied cannot become huge, and an action that never varied keeps its value.
+
+    A nearly constant dimension (``FLOOR``) is divided by a floor instead of its own spread.
 
     Args:
         mode: how shift and scale were computed; see ``from_stats``.
@@ -61,19 +68,20 @@ class Normalizer:
             ConfigError: no such mode.
         """
         pairs = []
+        least = floors(stats)
         for d in range(stats.dim):
             low, high = stats.min[d], stats.max[d]
             if mode == "identity":
                 pairs.append((0.0, 1.0))
-            elif high - low <= CONSTANT * max(abs(low), abs(high)):
+            elif _constant(stats, d):
                 pairs.append((low, 0.0))
             elif mode == "mean_std":
-                pairs.append((stats.mean[d], stats.std[d]))
+                pairs.append((stats.mean[d], max(stats.std[d], least[d])))
             elif mode in ("quantile", "min_max"):
                 inner = (stats.q01[d], stats.q99[d]) if mode == "quantile" else (low, high)
                 if inner[1] - inner[0] <= CONSTANT * max(abs(low), abs(high)):
                     inner = (low, high)
-                pairs.append(((inner[0] + inner[1]) / 2, (inner[1] - inner[0]) / 2))
+                pairs.append(((inner[0] + inner[1]) / 2, max((inner[1] - inner[0]) / 2, least[d])))
             else:
                 raise ConfigError(f"There is no normalisation '{mode}'; {nearest(mode, MODES)}")
         return Normalizer(mode, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
@@ -107,6 +115,24 @@ class Normalizer:
         if x_D.shape[-1] != self.dim:
             raise SpecError(f"This normalizer is for {self.dim} dimensions, got a tensor of shape {tuple(x_D.shape)}.")
         return x_D.new_tensor(self.shift), x_D.new_tensor(self.scale)
+
+
+def floors(stats: FeatureStats) -> tuple[float, ...]:
+    """The least spread that each dimension is divided by, in its own units: see ``FLOOR``."""
+    spreads = [stats.std[d] for d in range(stats.dim) if not _constant(stats, d)]
+    usual = median(spreads) if spreads else 0.0
+    return tuple(FLOOR * max(usual, abs(stats.min[d]), abs(stats.max[d])) for d in range(stats.dim))
+
+
+def nearly_constant(stats: FeatureStats) -> tuple[int, ...]:
+    """The dimensions that vary by less than their floor, so little that it may be a sensor's jitter."""
+    least = floors(stats)
+    return tuple(d for d in range(stats.dim) if not _constant(stats, d) and stats.std[d] < least[d])
+
+
+def _constant(stats: FeatureStats, d: int) -> bool:
+    low, high = stats.min[d], stats.max[d]
+    return high - low <= CONSTANT * max(abs(low), abs(high))
 
 
 @dataclass(frozen=True)

@@ -245,11 +245,11 @@ class VideoError(Exception):
         self.kind, self.detail, self.found = kind, detail, found
 
 
-def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterator[np.ndarray]:
+def decode_frames(path: Path, start_s: float, count: int, fps: float, tolerance_s: float | None = None) -> Iterator[np.ndarray]:
     """Yield ``count`` frames, each uint8 (H, W, 3), decoding forward from one seek.
 
     The first one is the frame nearest to ``start_s``, at most ``START_TOLERANCE`` away; the others follow at intervals of
-    1 / fps.
+    1 / fps, each at most ``tolerance_s`` (by default ``START_TOLERANCE`` too) from its place, so none is a neighbour's.
 
     Raises:
         VideoError: when the file is unreadable, runs at another rate, has no frame at ``start_s``, ends early or lacks a
@@ -269,7 +269,7 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
                 raise VideoError("start", f"which ends at {end_s:.4f} s", 0)
             if start_s > TOLERANCE_S:
                 container.seek(max(0, int((start_s - slack_s) / time_base)), stream=stream, backward=True)
-            begin = start_s
+            begin, most_s = start_s, slack_s if tolerance_s is None else tolerance_s
             for frame in container.decode(stream):
                 at = (frame.pts or 0) * time_base
                 if found == 0:
@@ -279,7 +279,7 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float) -> Iterato
                         raise VideoError("start", f"which has no frame there; the next one is at {at:.4f} s", 0)
                     begin = at
                 wanted = begin + found / fps
-                if abs(at - wanted) >= TOLERANCE_S:
+                if abs(at - wanted) >= most_s:
                     # A wrong rate shows at the second frame; later it is a gap, whatever the average rate is.
                     if found <= 1 and rate is not None and abs(float(rate) / fps - 1) > 0.01:
                         raise VideoError("rate", f"{float(rate):g} fps", found)

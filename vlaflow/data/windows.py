@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,10 @@ from vlaflow.data.exclusions import intervened, paused
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import ConfigError, SpecError, nearest
+
+FEW_TASKS = 8
+"""Up to so many tasks are each represented among the held-out episodes, even if that holds out more than the fraction."""
 
 
 class Windows:
@@ -50,7 +54,7 @@ class Windows:
         if len(cache) != len(dataset):
             raise SpecError(f"The frame cache {cache.folder} holds {len(cache)} frames, but {dataset.root} has {len(dataset)}.")
         self.dataset, self.cache, self.chunk_size, self.code_NK = dataset, cache, chunk_size, code_NK
-        self.episodes = tuple(range(len(dataset.episodes)) if episodes is None else episodes)
+        self.episodes = tuple(dataset.numbers if episodes is None else episodes)
         if not self.episodes:
             raise ConfigError(f"No episode of {dataset.root} was chosen. Give at least one.")
         self.action_spec = dataset.action_spec.with_chunk_size(chunk_size) if dataset.action_spec else None
@@ -108,33 +112,75 @@ def fewer_episodes(dataset: Dataset, episodes: Sequence[int], share: float, seed
     if not 0 < share <= 1:
         raise ConfigError(f"The share of the demonstrations must lie in (0, 1], got {share}.")
     chosen: list[int] = []
-    tasks = [dataset.episodes[e].task for e in episodes]
-    for number, task in enumerate(dict.fromkeys(tasks)):
-        members = [e for e, t in zip(episodes, tasks, strict=True) if t == task]
+    for number, members in enumerate(_by_task(dataset, episodes).values()):
         order = np.random.default_rng([seed, number, 1]).permutation(members)
         chosen += order[: max(1, round(share * len(members)))].tolist()
     return tuple(sorted(chosen))
 
 
-def split_episodes(dataset: Dataset, validation_fraction: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Divide episodes into (training, validation), task by task, so that both contain every task if possible.
+def split_episodes(
+    dataset: Dataset, validation_fraction: float, seed: int, hold_out_tasks: Sequence[str] = ()
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Divide episodes into (training, validation).
 
-    Of each task ``round(fraction * episodes)`` are held out, at least one (when the fraction is not 0 and the task has two
-    or more episodes) and never all. The same seed gives the same division.
+    Of the whole data set ``round(fraction * episodes)`` are held out, but at least one of every task with several episodes if
+    there are no more than ``FEW_TASKS`` such tasks. They are spread over the tasks as evenly as whole episodes allow, and never
+    all of a task that has several. Tasks with a single episode are treated as one task together. The same seed gives the same
+    division.
+
+    Args:
+        dataset: an open data set.
+        validation_fraction: share of the episodes to hold out.
+        seed: determines which.
+        hold_out_tasks: instructions; all of their episodes are held out, and no others.
 
     Raises:
-        ConfigError: the fraction is not in [0, 1).
+        ConfigError: the fraction is not in [0, 1), a task does not exist, or nothing is left to train on.
     """
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"The validation fraction must lie in [0, 1), got {validation_fraction}.")
+    by_task = _by_task(dataset, dataset.numbers)
+    chosen: set[int] = set()
+    if hold_out_tasks:
+        for task in hold_out_tasks:
+            if task not in by_task:
+                raise ConfigError(f"{dataset.root} has no episode of the task '{task}'; {nearest(task, by_task)}")
+            chosen |= set(by_task[task])
+        if len(chosen) == len(dataset.numbers):
+            raise ConfigError(f"--hold-out-task holds out every episode of {dataset.root}. Name fewer tasks.")
+    else:
+        several = [members for members in by_task.values() if len(members) > 1]
+        single = [members[0] for members in by_task.values() if len(members) == 1]
+        groups = several + ([single] if len(single) > 1 else [])
+        counts = _held_out_of(groups, len(several), len(dataset.numbers), validation_fraction, seed)
+        for number, (members, count) in enumerate(zip(groups, counts, strict=True)):
+            if count:
+                chosen |= set(np.random.default_rng([seed, number]).permutation(members)[:count].tolist())
+    return tuple(n for n in dataset.numbers if n not in chosen), tuple(sorted(chosen))
+
+
+def _held_out_of(groups: Sequence[Sequence[int]], several: int, whole: int, fraction: float, seed: int) -> list[int]:
+    """How many episodes of each group are held out: one after another, each from where the share held out so far is lowest
+    (Webster's method; equally low ones in a random order). The first ``several`` groups are tasks of their own.
+    """
+    total = max(round(fraction * whole), min(several, FEW_TASKS)) if fraction > 0 else 0
+    counts = [int(i < several <= total) for i in range(len(groups))]
+    tie = np.random.default_rng([seed, len(groups), 2]).permutation(len(groups)).tolist()
+    queue = [((2 * count + 1) / len(group), tie[i], i) for i, (group, count) in enumerate(zip(groups, counts, strict=True))]
+    queue = [entry for entry in queue if counts[entry[2]] < len(groups[entry[2]]) - 1]
+    heapq.heapify(queue)
+    for _ in range(total - sum(counts)):
+        if not queue:
+            break
+        _, _, i = heapq.heappop(queue)
+        counts[i] += 1
+        if counts[i] < len(groups[i]) - 1:
+            heapq.heappush(queue, ((2 * counts[i] + 1) / len(groups[i]), tie[i], i))
+    return counts
+
+
+def _by_task(dataset: Dataset, episodes: Sequence[int]) -> dict[str, list[int]]:
     by_task: dict[str, list[int]] = {}
-    for episode in dataset.episodes:
-        by_task.setdefault(episode.task, []).append(episode.index)
-    held_out: list[int] = []
-    for number, members in enumerate(by_task.values()):
-        count = round(validation_fraction * len(members))
-        if validation_fraction > 0:
-            count = min(max(count, 1), len(members) - 1)
-        held_out += np.random.default_rng([seed, number]).permutation(members)[:count].tolist()
-    chosen = set(held_out)
-    return tuple(e.index for e in dataset.episodes if e.index not in chosen), tuple(sorted(chosen))
+    for number in episodes:
+        by_task.setdefault(dataset.episode(number).task, []).append(number)
+    return by_task

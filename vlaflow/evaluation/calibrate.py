@@ -38,6 +38,7 @@ from vlaflow.compute.thresholds import (
 from vlaflow.data.batch import Batch
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -45,7 +46,7 @@ from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
+from vlaflow.policies.provenance import fingerprint, new_episodes, reading_of, trained_on
 from vlaflow.progress import progress
 from vlaflow.versions import command_line, versions
 
@@ -127,6 +128,7 @@ class Request:
         frames: number of frames to measure, over both halves.
         new_data: the checkpoint was not trained on any episode of the data set.
         ladder: also measure the error of fixed depths and steps, unless that was done before.
+        reading: names of the data set's columns and cameras; by default as in the training.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Request:
     frames: int = 1024
     new_data: bool = False
     ladder: bool = True
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
     Raises:
         VlaflowError: when checkpoint, data and plan do not fit together, or another data set's calibration has the name.
     """
-    policy, data, mark = Policy.from_pretrained(checkpoint, device, dtype), Dataset.open(dataset), fingerprint(checkpoint)
+    policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
+    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint))
     depths = request.depths or policy.model.depths
     if len(policy.model.depths) < 2:
         raise ConfigError(
@@ -175,7 +179,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
     if file.exists():
         Calibration.load(file).require(f"{file}, which this would replace,", dataset=data.fingerprint)
     require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
-    episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
+    episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     table = measure(policy, plan, frames, request.deviation)
     made = calibrate(policy, plan, frames, table, target=request.target, checkpoint=mark)
@@ -233,7 +237,7 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
     for episode in random.permutation(np.asarray(episodes)).tolist():
-        by_task.setdefault(dataset.episodes[episode].task, []).append(episode)
+        by_task.setdefault(dataset.episode(episode).task, []).append(episode)
     ordered = [episode for task in by_task.values() for episode in task]
     first = set(ordered[::2])
     episode_M = dataset.columns().episode[windows.rows]

@@ -19,6 +19,7 @@ from vlaflow.compute.parse import parse
 from vlaflow.compute.sampler_choice import AGAIN, FAILURES, FILE, TOLERANCE, Candidate, SamplerCalibration, choose
 from vlaflow.config import JSON, to_json
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CalibrationError, CapabilityError
 from vlaflow.evaluation.calibrate import BATCH, Sample, held_out, sample
@@ -30,7 +31,7 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import fingerprint
+from vlaflow.policies.provenance import fingerprint, reading_of
 from vlaflow.simulators.base import expand_env_names
 from vlaflow.spec import Observation
 from vlaflow.versions import command_line, device_name, machine, versions
@@ -61,6 +62,7 @@ class SamplerRequest:
         rollout: how episodes are run.
         latency_chunks: chunks timed per candidate.
         workers: processes for episodes.
+        reading: names of the data set's columns and cameras; by default as in the training.
     """
 
     computes: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ class SamplerRequest:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 20
     workers: int = 1
+    reading: Reading | None = None
 
 
 def candidates(model: Model) -> list[str]:
@@ -121,7 +124,8 @@ def run(
     Raises:
         VlaflowError: when checkpoint, data, environments and candidates do not fit together, or nothing fits the budget.
     """
-    policy, data, mark = Policy.from_pretrained(checkpoint, device, dtype), Dataset.open(dataset), fingerprint(checkpoint)
+    policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
+    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint))
     names = list(request.computes) or candidates(policy.model)
     computes = [parse(name) for name in names]
     for compute in computes:
@@ -134,7 +138,7 @@ def run(
     file = checkpoint / FOLDER / FILE
     require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
 
-    episodes = tuple(range(len(data.episodes))) if request.new_data else held_out(checkpoint, data)
+    episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
     measures, _ = measure(policy, computes, frames, n_action_steps=n_action_steps, draws=request.draws)
     times = measure_latency(policy, computes, _observations(frames, request.latency_chunks), request.latency_chunks)
@@ -188,7 +192,7 @@ def after_training(checkpoint: Path, dataset: Path, device: str | None = None) -
     A checkpoint without held-out episodes, or too slow for this, stays without a calibration.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy, data = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset)
+    policy, data = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset, reading=reading_of(checkpoint))
     try:
         frames = sample(policy, data, held_out(checkpoint, data), QUICK_FRAMES)
         names = tuple(candidates(policy.model))

@@ -109,11 +109,11 @@ class Demonstrated:
     @staticmethod
     def of(policy: Policy, dataset: Dataset, executed: int) -> Demonstrated:
         """A random sample of all chunks of a data set, at most ``REFERENCES``, always the same."""
-        episodes = range(len(dataset.episodes))
+        episodes = dataset.numbers
         chunk_MLD = action_chunks(dataset, executed, episodes)
         length_E = [dataset.episode_slice(e).stop - dataset.episode_slice(e).start for e in episodes]
         chosen = np.sort(np.random.default_rng(0).permutation(len(chunk_MLD))[:REFERENCES])
-        episode_M = np.repeat(np.arange(len(episodes)), length_E)
+        episode_M = np.repeat(np.array(episodes), length_E)
         action_RLD = policy.action_normalizer.forward(torch.from_numpy(chunk_MLD[chosen]))
         return Demonstrated(action_RLD.flatten(1), torch.from_numpy(episode_M[chosen]))
 

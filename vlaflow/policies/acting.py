@@ -10,6 +10,7 @@ import numpy as np
 from vlaflow.data.exclusions import Exclusions, exclusions
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy
@@ -17,14 +18,14 @@ from vlaflow.policies.recipe import TrainConfig
 from vlaflow.spec import ActionSpec
 
 
-def open_actions(root: Path | str) -> Dataset:
+def open_actions(root: Path | str, reading: Reading | None = None) -> Dataset:
     """Open a data set of actions whose meaning is known.
 
     Raises:
         DataError: it is none, or holds no actions.
         SpecError: it does not say what its actions mean.
     """
-    dataset = Dataset.open(root)
+    dataset = Dataset.open(root, reading=reading)
     stated_spec(dataset)
     return dataset
 

@@ -98,7 +98,7 @@ def _pairs(how: Paired, config: TrainConfig, each: OpenedDataset, several: bool)
     cache = FrameCache.open(dataset, how.size, [view])
     train = FramePairs(dataset, cache, view, how.gap_s, episodes=train_episodes)
     held: FramePairs | None = None
-    if any(dataset.episodes[e].length > train.gap for e in held_episodes):
+    if any(dataset.episode(e).length > train.gap for e in held_episodes):
         held = FramePairs(dataset, cache, view, how.gap_s, episodes=held_episodes)
     elif held_episodes:
         sys.stderr.write(

@@ -20,6 +20,7 @@ from vlaflow.actions.nsvq import Replacement
 from vlaflow.config import to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import chosen_view
+from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
@@ -84,19 +85,21 @@ class PolicyObjective(Objective):
         """See ``Objective``."""
         return acting(self.policy, side)
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         if self.vqa is not None and assets.vqa is not None:
             require_askable(self.policy, VqaDataset.open(assets.vqa, self.vqa.turns))
-        require_enough(config, self.open(root), self.policy.decoder.chunk_size, stage)
+        require_enough(config, dataset, self.policy.decoder.chunk_size, stage)
         wanted = self.policy.decoder.latent_codes
         if wanted is not None and before.latent is not None:
             fit_codes(before.latent, wanted, "The latent action model of this pipeline", stage)
         return replace(before, policy=self.policy)
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return open_actions(root)
+        return open_actions(root, reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``."""
@@ -215,16 +218,18 @@ class RaterObjective(Objective):
             raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
         return rating(policy, self.rater, side)
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         if before.policy is None:
             return before
-        require_enough(config, self.open(root), before.policy.decoder.chunk_size, stage)
+        require_enough(config, dataset, before.policy.decoder.chunk_size, stage)
         return replace(before, policy=replace(before.policy, rater=self.rater))
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return open_actions(root)
+        return open_actions(root, reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; the same seed and fraction hold out the same episodes as the policy's training did."""
@@ -291,13 +296,15 @@ class LatentObjective(Objective):
         """See ``Objective``."""
         return picturing(self.model)
 
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """See ``Objective``."""
         return replace(before, latent=self.model)
 
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """See ``Objective``."""
-        return Dataset.open(root, video=True)
+        return Dataset.open(root, video=True, reading=reading)
 
     def set_up(self, config: TrainConfig, dataset: Dataset, assets: Assets) -> Setup:
         """See ``Objective``; a view that is missing and episodes that are all too short for the gap are a ``DataError``."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from vlaflow.config import from_json, to_json
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import Turns, VqaDataset
 from vlaflow.data.windows import split_episodes
 from vlaflow.errors import ConfigError
@@ -25,6 +26,8 @@ from vlaflow.io import read_json
 from vlaflow.policies.checkpoint import ROBOT, home_of
 
 STATE = "state.json"
+READING = "reading"
+"""Key of how the data set was read in a run's record."""
 
 
 def fingerprint(folder: Path) -> str:
@@ -60,6 +63,12 @@ def run_of(folder: Path) -> dict[str, Any]:
     """Recipe, data, config, ... of the run in a checkpoint folder; empty where there is no training state."""
     found = newest_state(home_of(folder))
     return {} if found is None else read_json(found[1] / STATE).get("run", {})
+
+
+def reading_of(folder: Path) -> Reading | None:
+    """How the data set of a checkpoint's training was read; None where it has LeRobot's names, or nothing is known."""
+    stated = run_of(folder).get(READING)
+    return None if stated is None else from_json(Reading, stated, str(folder))
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def ancestry(folder: Path) -> dict[str, Any]:
 
 def new_episodes(dataset: Dataset, trained: Sequence[TrainedOn]) -> tuple[int, ...]:
     """The episodes that no training learned from: those that all trainings on this data set held out."""
-    new = set(range(len(dataset.episodes)))
+    new = set(dataset.numbers)
     for each in trained:
         if each.data == dataset.fingerprint:
             new &= set(split_episodes(dataset, each.validation_fraction, each.seed)[1])

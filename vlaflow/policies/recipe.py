@@ -20,6 +20,7 @@ from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Order
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
+from vlaflow.data.reading import Reading, missing_action
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.weights import DatasetEntry, Mixture
 from vlaflow.data.windows import fewer_episodes, split_episodes
@@ -39,30 +40,33 @@ class DataSpec:
     Args:
         state_dim, action_dim: 0 where it holds no states or no actions; of several data sets the largest.
         views: names of its camera views, at least one; of several data sets all that any of them has.
+        no_action: what to do about it where it holds no actions, in a sentence.
     """
 
     state_dim: int
     action_dim: int
     views: tuple[str, ...]
+    no_action: str = "The data set has none; choose another one."
 
     @staticmethod
-    def of(*roots: Path | str) -> DataSpec:
+    def of(*roots: Path | str, reading: Reading | None = None) -> DataSpec:
         """Of data sets on disk; only their meta folders are read.
 
         Raises:
             DataError: not a data set, or one without a camera.
         """
-        found = [DataSpec._of_one(root) for root in roots]
+        found = [DataSpec._of_one(root, reading) for root in roots]
         views = dict.fromkeys(view for each in found for view in each.views)
-        return DataSpec(max(each.state_dim for each in found), max(each.action_dim for each in found), tuple(views))
+        state, action = max(each.state_dim for each in found), max(each.action_dim for each in found)
+        return DataSpec(state, action, tuple(views), found[0].no_action)
 
     @staticmethod
-    def _of_one(root: Path | str) -> DataSpec:
-        dataset = Dataset.open(root, video=True)
+    def _of_one(root: Path | str, reading: Reading | None) -> DataSpec:
+        dataset = Dataset.open(root, video=True, reading=reading)
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
         state, action = (len(dataset.dimension_names(name)) for name in ("state", "action"))
-        return DataSpec(state, action, tuple(dataset.views))
+        return DataSpec(state, action, tuple(dataset.views), missing_action(dataset.root, dataset.features))
 
 
 @dataclass(frozen=True)
@@ -254,12 +258,14 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def check_plan(self, config: TrainConfig, root: Path, assets: Assets, before: EarlierStages, stage: str) -> EarlierStages:
+    def check_plan(
+        self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
+    ) -> EarlierStages:
         """What will be there after this stage of a pipeline; raises what can be known to be wrong before any stage runs.
 
         Args:
             config: the whole config.
-            root: of the data set.
+            dataset: as ``open`` opened it.
             assets: this stage's.
             before: what the stages before it make.
             stage: its name and a dot, before keys that a message names.
@@ -279,8 +285,12 @@ class Objective(ABC):
         raise CapabilityError(f"{type(self).__name__} does not say what its training step computes (dry_run).")
 
     @abstractmethod
-    def open(self, root: Path | str) -> Dataset:
+    def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """Open a data set to learn from.
+
+        Args:
+            root: its folder, or its name on the Hub.
+            reading: names of its columns and cameras; None for LeRobot's.
 
         Raises:
             VlaflowError: it lacks something that the objective learns from.

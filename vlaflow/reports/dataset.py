@@ -59,7 +59,7 @@ def write_page(dataset: Dataset, path: Path, limit: int = 12) -> Path:
 def _write_html(dataset: Dataset, episodes: Sequence[int], path: Path) -> None:
     shown = []
     for index in episodes:
-        episode = dataset.episodes[index]
+        episode = dataset.episode(index)
         text = f"{episode.task} · {episode.length} frames · {episode.length / dataset.fps:.1f} s"
         image = page.data_url(_figure(dataset, [index]), "image/png")
         shown.append({"title": f"Episode {index}", "text": text, "image": image})
@@ -85,7 +85,7 @@ def _figure(dataset: Dataset, episodes: Sequence[int]) -> bytes:
     for row, index in enumerate(episodes):
         strip = figure.add_subplot(grid[2 * row, :])
         strip.set_axis_off()
-        strip.set_title(f"episode {index}: {dataset.episodes[index].task}", fontsize=9)
+        strip.set_title(plain(f"episode {index}: {dataset.episode(index).task}"), fontsize=9)
         if dataset.views:
             strip.imshow(np.concatenate([_strip(dataset, index, view) for view in dataset.views]))
         _curves(figure.add_subplot(grid[2 * row + 1, 0]), dataset, index, "state")
@@ -95,8 +95,13 @@ def _figure(dataset: Dataset, episodes: Sequence[int]) -> bytes:
     return stream.getvalue()
 
 
+def plain(text: str) -> str:
+    """Text as matplotlib draws it letter by letter, dollar signs included, which would otherwise begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def _strip(dataset: Dataset, episode: int, view: str) -> np.ndarray:
-    length = dataset.episodes[episode].length
+    length = dataset.episode(episode).length
     wanted = {int(i) for i in np.linspace(0, length - 1, THUMBNAILS)}
     kept = [resize(image, SIDE) for i, image in enumerate(dataset.iter_frames(episode, view)) if i in wanted]
     kept += [np.full((SIDE, SIDE, 3), 255, np.uint8)] * (THUMBNAILS - len(kept))
@@ -112,7 +117,7 @@ def _curves(axes: Any, dataset: Dataset, episode: int, name: str) -> None:
     styles = ("-", "--", ":", "-.")  # curves must be distinguishable in greyscale
     for d in range(values.shape[1]):
         label = f"{labels[d]} [{units[labels[d]]}]" if labels[d] in units else labels[d]
-        axes.plot(seconds, values[:, d], styles[d % len(styles)], linewidth=1, label=label)
+        axes.plot(seconds, values[:, d], styles[d % len(styles)], linewidth=1, label=plain(label))
     axes.set_xlabel("time [s]", fontsize=8)
     axes.set_ylabel(name, fontsize=8)
     axes.tick_params(labelsize=7)

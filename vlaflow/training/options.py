@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlaflow.config import override
+from vlaflow.data.reading import Reading
 from vlaflow.policies.recipe import Assets, Base, TrainConfig
 from vlaflow.training.metrics_log import Tracker
 
@@ -25,6 +26,8 @@ class Options:
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
         shard: processes that train together share the weights instead of each holding all (docs/scale.md).
+        reading: names of the data set's columns and cameras; by default those of the run or policy that is continued, else
+            LeRobot's.
         mixture: name of how several data sets are mixed (``data.weights.NAMED``); by default as the recipe says.
     """
 
@@ -37,6 +40,7 @@ class Options:
     latent: Path | str | None = None
     threads: int | None = None
     shard: bool = False
+    reading: Reading | None = None
     mixture: str | None = None
 
     def assets(self, base: Base | None = None) -> Assets:

@@ -57,7 +57,7 @@ def plan(pipeline: Recipe, roots: Sequence[str], out: Path, options: Options) ->
             )
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")
-    data, earlier, planned = DataSpec.of(*roots), EarlierStages(), []
+    data, earlier, planned = DataSpec.of(*roots, reading=options.reading), EarlierStages(), []
     for name in names:
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
@@ -69,7 +69,8 @@ def plan(pipeline: Recipe, roots: Sequence[str], out: Path, options: Options) ->
             assets = replace(assets, tokenizer=None)
         config = overridden(config, own, assets)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
-        afterwards = [config.objective.check_plan(config, Path(root), assets, earlier, f"{name}.") for root in roots]
+        opened = [config.objective.open(root, options.reading) for root in roots]
+        afterwards = [config.objective.check_plan(config, dataset, assets, earlier, f"{name}.") for dataset in opened]
         earlier = afterwards[-1]
         mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)
         planned.append(Planned(recipe, folder, mine, config.objective))

@@ -77,9 +77,7 @@ class Recipe:
             return self.call(*(known[kind] for kind in self._takes()))
         except ConfigError as error:
             if data.action_dim == 0:
-                raise ConfigError(
-                    f"The recipe '{self.name}' learns from actions, and the data set has no 'action'. Choose another data set."
-                ) from error
+                raise ConfigError(f"The recipe '{self.name}' learns from actions. {data.no_action}") from error
             raise
 
     def _takes(self) -> list[object]:

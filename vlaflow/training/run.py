@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vlaflow.config import to_json
 from vlaflow.data.hub import origin
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.mixing import combined_fingerprint, labels
+from vlaflow.policies.provenance import READING, reading_of
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
@@ -61,8 +66,9 @@ def train(
     if found.several:
         return train_pipeline(found, dataset, Path(out), options)
     base = None if policy is None else Base.open(policy)
+    options = _with_reading(options, Path(out), base)
     roots = [entry.root for entry in entries(dataset)]
-    config = found.config(DataSpec.of(*roots), base.policy.config if base else None)
+    config = found.config(DataSpec.of(*roots, reading=options.reading), base.policy.config if base else None)
     return train_stage(config, dataset, out, name=recipe, base=base, options=options)
 
 
@@ -74,6 +80,7 @@ def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Opti
     Raises:
         VlaflowError: see ``pipeline.plan``; nothing is trained then.
     """
+    options = _with_reading(options, out, None)
     stages = plan(pipeline, [entry.root for entry in entries(dataset)], out, options)
     if options.fresh:
         start_over(stages)
@@ -111,12 +118,13 @@ def train_stage(
     Raises:
         VlaflowError: whatever the user can fix, in a sentence.
     """
-    options = options or Options()
+    options = _with_reading(options or Options(), Path(out), base)
     assets = options.assets(base)
     if options.mixture is not None:
         config = replace(config, mixture=named_mixture(options.mixture))
     config = overridden(config, options.overrides, assets)
-    datasets = opened(config.objective, entries(dataset))
+    datasets = opened(config.objective, entries(dataset), options.reading)
+    _print_notes(datasets, lambda each: each.notes)
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
     torch.set_num_threads(options.threads or training_threads())
@@ -126,6 +134,7 @@ def train_stage(
         setup = config.objective.set_up(config, datasets[0].dataset, assets)
     else:
         setup = config.objective.set_up_several(config, datasets, assets)
+    _print_notes(datasets, lambda each: each.row_notes)
     config = replace(config, objective=setup.objective)
     divided = [config.episodes(each.dataset) for each in datasets]
     counts = {name: sum(len(parts[place]) for parts in divided) for place, name in enumerate(("train", "held"))}
@@ -143,7 +152,7 @@ def train_stage(
         vqa=setup.vqa,
         validation_each=setup.held_each,
         order=setup.order,
-        identity={"recipe": name, "data": combined_fingerprint(datasets), **_source(datasets), **setup.identity},
+        identity={"recipe": name, "data": combined_fingerprint(datasets), **_recorded(datasets), **setup.identity},
         card=card,
         tracker=options.tracker,
         fresh=options.fresh,
@@ -164,16 +173,33 @@ def entries(dataset: Datasets) -> list[DatasetEntry]:
     return [each if isinstance(each, DatasetEntry) else DatasetEntry.parse(str(each)) for each in given]
 
 
-def opened(objective: Objective, given: Sequence[DatasetEntry]) -> list[OpenedDataset]:
+def opened(objective: Objective, given: Sequence[DatasetEntry], reading: Reading | None = None) -> list[OpenedDataset]:
     """All data sets, opened as the objective needs them."""
     names = labels([entry.name for entry in given], [entry.root for entry in given])
-    return [OpenedDataset(entry, objective.open(entry.root), label) for entry, label in zip(given, names, strict=True)]
+    return [OpenedDataset(entry, objective.open(entry.root, reading), label) for entry, label in zip(given, names, strict=True)]
 
 
-def _source(datasets: Sequence[OpenedDataset]) -> dict[str, str]:
-    """Repository and commit of data sets from the Hub, for the run's record; nothing for folders, which may be moved."""
+def _recorded(datasets: Sequence[OpenedDataset]) -> dict[str, Any]:
+    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; and how they
+    were read, where they do not have LeRobot's names.
+    """
     found = [source for each in datasets if (source := origin(each.dataset.root)) is not None]
-    return {"source": ", ".join(found)} if found else {}
+    reading = datasets[0].dataset.reading
+    stated = {} if reading == Reading() else {READING: to_json(reading)}
+    return {"source": ", ".join(found), **stated} if found else stated
+
+
+def _with_reading(options: Options, out: Path, base: Base | None) -> Options:
+    """The options with how the data set is read: as given, else as by the run that is continued, else as by the policy."""
+    known = options.reading or (None if options.fresh else reading_of(out)) or (reading_of(base.folder) if base else None)
+    return replace(options, reading=known)
+
+
+def _print_notes(datasets: Sequence[OpenedDataset], notes: Callable[[Dataset], Iterable[str]]) -> None:
+    for each in datasets:
+        before = f"{each.label}: " if len(datasets) > 1 else ""
+        for note in notes(each.dataset):
+            sys.stderr.write(f"Note: {before}{note}\n")
 
 
 def leave_group() -> None:

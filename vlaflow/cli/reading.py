@@ -1,0 +1,42 @@
+"""The options about how a data set is read, shared by all commands that open one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from vlaflow.data.reading import Reading
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """For data sets whose columns and cameras do not have LeRobot's names."""
+
+    key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=COLUMNS")] = ()
+    """Columns of the action or the state, e.g. --key action=actions --key state=joints,gripper."""
+    view: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME[=COLUMN]")] = ()
+    """Use only these cameras, in this order, e.g. --view front=observation.images.top --view wrist."""
+    tolerance_s: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
+    """How far a timestamp may be from its frame, in seconds; by default a quarter of a frame."""
+
+    def reading(self) -> Reading | None:
+        """What they say; None if nothing was given.
+
+        Raises:
+            ConfigError: a text of another form.
+        """
+        from vlaflow.data.reading import Reading
+
+        if self == LEROBOT:
+            return None
+        return Reading.of(self.key, self.view, self.tolerance_s)
+
+
+ReadingGroup = Annotated[ReadingOptions, tyro.conf.arg(name="")]
+"""As a field of a command's arguments: the options have no prefix."""
+
+LEROBOT = ReadingOptions()
+"""Nothing is said: columns and cameras have LeRobot's names."""

@@ -1,0 +1,272 @@
+"""The rows of a LeRobot data set: all numeric columns at once, compared with what the meta folder says.
+
+Where the rows know better (which file they lie in, which task a frame has, a clock that is a little off), they are believed,
+and a note says so. Where a row would be given the wrong meaning, it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from vlaflow.data.features import Feature, width
+from vlaflow.data.lerobot_meta import Meta, some
+from vlaflow.data.tables import damaged, flat_numbers, read_parquet
+from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
+from vlaflow.errors import DataError
+
+KEYS = {"episode": "episode_index", "frame": "frame_index", "task": "task_index", "time": "timestamp"}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The numeric columns of all rows, in episode order.
+
+    Args:
+        state: float32 (N, S), robot units; S is 0 if the data set has no state.
+        action: float32 (N, D), robot units; the actions to be learned.
+        executed: float32 (N, D), the actions that the robot executed, with noise and corrections if the data set records them
+            (``lerobot.EXECUTED_KEY``); otherwise ``action`` itself.
+        episode: int64 (N,), the episode's number.
+        frame: int64 (N,), counted from 0 within the episode.
+        task: int64 (N,), index into ``Dataset.tasks``.
+    """
+
+    state: np.ndarray
+    action: np.ndarray
+    executed: np.ndarray
+    episode: np.ndarray
+    frame: np.ndarray
+    task: np.ndarray
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Columns that are joined to one vector.
+
+    Args:
+        keys: their feature keys, in order.
+        names: one name per number.
+    """
+
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckedRows:
+    """All rows, checked.
+
+    Args:
+        columns: what they hold.
+        notes: where they and the meta folder disagree, or the clock is not exact.
+    """
+
+    columns: Columns
+    notes: tuple[str, ...]
+
+
+def read_rows(meta: Meta, vectors: Mapping[str, Vector], tolerance_s: float | None = None) -> CheckedRows:
+    """Read all rows and check them.
+
+    Args:
+        meta: of the data set.
+        vectors: by name in ``Columns`` ("action", "executed", "state"); vectors without columns are (N, 0).
+        tolerance_s: largest distance of a timestamp from its frame; a quarter of a frame by default.
+
+    Raises:
+        DataError: see ``Dataset.columns``.
+    """
+    return _Reader(meta, vectors, tolerance_s).read()
+
+
+class _Reader:
+    def __init__(self, meta: Meta, vectors: Mapping[str, Vector], tolerance_s: float | None) -> None:
+        self.meta, self.root, self.fps = meta, meta.root, float(meta.info["fps"])
+        self.features: Mapping[str, Feature] = meta.info["features"]
+        self.vectors, self.tolerance_s = vectors, tolerance_s
+        self.numbers = np.array([e.index for e in meta.episodes])
+        self.lengths = np.array([e.length for e in meta.episodes])
+        self.starts = np.array([e.start for e in meta.episodes])
+        self.notes: list[str] = []
+
+    def read(self) -> CheckedRows:
+        owner = {files.data: episode.index for files, episode in zip(self.meta.files, self.meta.episodes, strict=True)}
+        alone = not self.meta.modern and len(owner) == len(self.meta.episodes)
+        parts = [self._part(path, number if alone else None) for path, number in owner.items()]
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if self.meta.modern and len(rows["episode"]) < self.lengths.sum():
+            rows = self._with_strays(rows)
+        order = np.lexsort((rows["frame"], rows["episode"]))
+        if not np.array_equal(order, np.arange(len(order))):
+            rows = {name: array[order] for name, array in rows.items()}
+        self._check_counts(rows)
+        self._check_rows(rows)
+        whole = {name: rows[name].astype(np.int64, copy=False) for name in ("episode", "frame", "task")}
+        columns = Columns(rows["state"], rows["action"], rows.get("executed", rows["action"]), **whole)
+        return CheckedRows(columns, tuple(self.notes))
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def _part(self, path: Path, number: int | None = None) -> dict[str, np.ndarray]:
+        """The rows of one file; the number of the episode that it belongs to alone, as before v3.0."""
+        table = read_parquet(path, [*KEYS.values(), *(key for vector in self.vectors.values() for key in vector.keys)])
+        part = {name: self._scalar(table, key, path) for name, key in KEYS.items()}
+        if number is not None:
+            part["episode"] = self._own_number(part["episode"], number, path)
+        for name, vector in self.vectors.items():
+            columns = [self._vector(table, key, path) for key in vector.keys]
+            part[name] = np.concatenate(columns, axis=1) if columns else np.zeros((len(table), 0), np.float32)
+        return part
+
+    def _scalar(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
+        """One number per row; some recorders wrap it in a list of one."""
+        column = table[key]
+        if pa.types.is_nested(column.type):
+            numbers, counts = flat_numbers(column)
+            if (counts != 1).any():
+                raise DataError(f"'{key}' in {path} must hold one number per row. Record the file again.")
+            return numbers if key == "timestamp" else numbers.astype(np.int64)
+        if column.null_count:
+            raise DataError(f"'{key}' in {path} has empty cells. Copy or record the file again.")
+        return column.to_numpy()
+
+    def _own_number(self, episode: np.ndarray, number: int, path: Path) -> np.ndarray:
+        """Where every episode has a file of its own, the file's number counts."""
+        found = np.unique(episode)
+        if len(found) == 1 and found[0] != number:
+            self.notes.append(
+                f"CheckedRows of {path.relative_to(self.root)} say that they belong to episode {found[0]}; the file's number, "
+                f"{number}, counts."
+            )
+            return np.full_like(episode, number)
+        return episode
+
+    def _vector(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
+        """One vector column as float32 (rows, width), refusing rows whose length differs from the declared one."""
+        declared, column = width(self.features[key]), table[key]
+        try:
+            values, widths = flat_numbers(column)
+        except pa.ArrowException as error:
+            raise damaged(path, error) from error
+        wrong = np.flatnonzero(widths != declared)
+        if len(wrong) or column.null_count:
+            row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(column.is_null().to_numpy())[0])
+            found = f"{widths[row]} numbers" if column[row].is_valid else "nothing"
+            raise DataError(
+                f"Episode {table['episode_index'][row].as_py()} of {self.root}: '{key}' holds {found} at frame "
+                f"{table['frame_index'][row].as_py()} ({path.relative_to(self.root)}), but meta/info.json declares {declared}. "
+                f"Correct the shape there, or record the episode again."
+            )
+        return values.reshape(-1, declared)
+
+    def _with_strays(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """CheckedRows of known episodes in files that meta points no episode to, added to the others."""
+        named = {files.data for files in self.meta.files}
+        strays: list[int] = []
+        for path in sorted((self.root / "data").rglob("*.parquet")):
+            if path in named:
+                continue
+            found = np.unique(read_parquet(path, ["episode_index"])["episode_index"].to_numpy())
+            absent = np.intersect1d(found, np.setdiff1d(self.numbers, rows["episode"]))
+            if len(absent):
+                part = self._part(path)
+                keep = np.isin(part["episode"], absent)
+                rows = {name: np.concatenate([array, part[name][keep]]) for name, array in rows.items()}
+                strays += absent.tolist()
+        if strays:
+            self.notes.append(
+                f"CheckedRows of episode {some(strays)} are not in the file that meta names; they were found in another."
+            )
+        return rows
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_counts(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Every episode has as many rows as meta says, and no row belongs to another one."""
+        found, counts = np.unique(rows["episode"], return_counts=True)
+        foreign = np.setdiff1d(found, self.numbers)
+        if len(foreign):
+            raise DataError(
+                f"{self.root}/data holds rows of episode {int(foreign[0])}, which meta does not describe. Copy the meta folder "
+                "again."
+            )
+        held = np.zeros(len(self.numbers), np.int64)
+        held[np.searchsorted(self.numbers, found)] = counts
+        for i in np.flatnonzero(held != self.lengths)[:1]:
+            raise DataError(
+                f"Episode {self.numbers[i]} of {self.root} has {self.lengths[i]} frames according to meta, but {self._path(i)} "
+                f"holds {held[i]} rows of it. Copy the file again, or record the episode again."
+            )
+
+    def _check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+        starts = np.repeat(self.starts, self.lengths)
+        self._refuse(rows, rows["frame"] != np.arange(len(starts)) - starts, "frame_index", "does not count 0, 1, 2, ...")
+        tasks = len(self.meta.tasks)
+        self._refuse(rows, (rows["task"] < 0) | (rows["task"] >= tasks), "task_index", "names no task in meta")
+        self._note_tasks(rows)
+        self._check_times(rows)
+        for name, vector in self.vectors.items():
+            bad = ~np.isfinite(rows[name])
+            if bad.any():
+                row, dimension = (int(i) for i in np.argwhere(bad)[0])
+                raise DataError(
+                    f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in "
+                    f"'{','.join(vector.keys)}' at frame {rows['frame'][row]}, dimension {dimension} "
+                    f"('{vector.names[dimension]}') ({self._path(self._place(row))}). Record the episode again."
+                )
+
+    def _check_times(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Frames are addressed by number, so a timestamp must be nearest to its own frame; how exact it is, a note says."""
+        limit_s = START_TOLERANCE / self.fps if self.tolerance_s is None else self.tolerance_s
+        off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
+        # float32 seconds: half a unit in the last place exceeds the tolerance after half an hour within one episode.
+        rounding = np.abs(rows["time"]) * np.finfo(np.float32).eps
+        what = f"disagrees with fps = {self.fps:g} in meta/info.json by {limit_s * 1000:.3g} ms or more"
+        cure = "; where frames are to be taken by their number whatever the clock says, give a larger --tolerance-s"
+        self._refuse(rows, off >= limit_s + rounding, "timestamp", what, cure)
+        if (off >= TOLERANCE_S + rounding).any():
+            row = int(np.argmax(off))
+            self.notes.append(
+                f"Timestamps are up to {off[row] * 1000:.3g} ms away from frame_index / fps (most in episode "
+                f"{rows['episode'][row]}, frame {rows['frame'][row]}); frames are taken by their number."
+            )
+
+    def _note_tasks(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Frames whose instruction is none that meta gives their episode keep their own."""
+        place = np.repeat(np.arange(len(self.numbers)), self.lengths)
+        pairs, first, counts = np.unique(place * len(self.meta.tasks) + rows["task"], return_index=True, return_counts=True)
+        own = [frozenset(e.tasks) for e in self.meta.episodes]
+        strange = []
+        for pair, row, count in zip(pairs.tolist(), first.tolist(), counts.tolist(), strict=True):
+            at, task = divmod(pair, len(self.meta.tasks))
+            if self.meta.tasks[task] not in own[at]:
+                strange.append((row, count, self.meta.tasks[task]))
+        if strange:
+            row, _, task = strange[0]
+            self.notes.append(
+                f"{sum(count for _, count, _ in strange)} frames have a task_index that meta does not list for their episode "
+                f"(first episode {rows['episode'][row]}, frame {rows['frame'][row]}: '{task}'); the frames' own instruction "
+                "counts."
+            )
+
+    def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str, cure: str = "") -> None:
+        if bad.any():
+            row, name = int(np.argmax(bad)), next(name for name, key in KEYS.items() if key == column)
+            place = self._place(row)
+            raise DataError(
+                f"Episode {self.numbers[place]} of {self.root}: '{column}' is {rows[name][row]:g} at frame "
+                f"{row - self.starts[place]} ({self._path(place)}), which {what}. Fix the column, or record the episode "
+                f"again{cure}."
+            )
+
+    def _place(self, row: int) -> int:
+        """The place among the episodes of the one that a row belongs to."""
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def _path(self, place: int) -> Path:
+        return self.meta.files[place].data.relative_to(self.root)
