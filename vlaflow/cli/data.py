@@ -154,9 +154,77 @@ class PushToHub:
     message: str = "Upload with vlaflow"
 
 
+@dataclass(frozen=True)
+class RepairDataSet:
+    """Write the whole episodes of a data set, with what is derived from rows and frames computed again.
+
+    Example: vlaflow data repair runs/peg --out runs/peg-whole
+
+    Every change is printed, and kept in changes.log of the new data set.
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        out: the new data set, v3.0.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+
+
+@dataclass(frozen=True)
+class DropEpisodes:
+    """Write a data set without some of its episodes.
+
+    Example: vlaflow data drop runs/peg --episodes 3 10-12 --out runs/peg-fewer
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        episodes: numbers of the episodes to leave out, and ranges of numbers such as 10-12.
+        out: the new data set, v3.0.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    episodes: tuple[str, ...]
+    out: Path
+
+
+@dataclass(frozen=True)
+class MergeDataSets:
+    """Write the episodes of several data sets of one robot as one data set.
+
+    Example: vlaflow data merge runs/monday runs/tuesday --out runs/week
+
+    Args:
+        directories: LeRobot data sets, v2.0 to v3.0, in the order of their episodes; they are not changed.
+        out: the new data set, v3.0.
+    """
+
+    directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    out: Path
+
+
+@dataclass(frozen=True)
+class RenameColumns:
+    """Write a data set with other names of columns and cameras.
+
+    Example: vlaflow data rename runs/peg --camera top=front --column actions=action --out runs/peg-renamed
+
+    Args:
+        directory: a LeRobot data set, v2.0 to v3.0; it is not changed.
+        out: the new data set, v3.0.
+        column: OLD=NEW, feature keys; repeat for more.
+        camera: OLD=NEW, names of views; repeat for more.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    column: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    camera: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+
+
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
-    from vlaflow.cli.data_edit import push
+    from vlaflow.cli.data_edit import drop, merge, push, rename, repair
     from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
@@ -168,8 +236,12 @@ def main(argv: list[str]) -> int:
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
         | Annotated[positional(PushToHub), tyro.conf.subcommand("push")]
+        | Annotated[RepairDataSet, tyro.conf.subcommand("repair")]
+        | Annotated[DropEpisodes, tyro.conf.subcommand("drop")]
+        | Annotated[MergeDataSets, tyro.conf.subcommand("merge")]
+        | Annotated[RenameColumns, tyro.conf.subcommand("rename")]
     )
-    description = "Check, show or push a data set; fit and compare action tokenizers; report on latent actions."
+    description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
     actions: dict[type, Any] = {
         Check: _check,
@@ -178,6 +250,10 @@ def main(argv: list[str]) -> int:
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
         PushToHub: push,
+        RepairDataSet: repair,
+        DropEpisodes: drop,
+        MergeDataSets: merge,
+        RenameColumns: rename,
     }
     status: int = actions[type(chosen)](chosen)
     return status
@@ -208,6 +284,7 @@ def _check(arguments: Check) -> int:
         console.print(f"PROBLEM: {sentence}", soft_wrap=True, style="bold red")
     if findings.problems:
         console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
+        console.print(f"A new data set of what is whole: vlaflow data repair {arguments.directory} --out DIR", soft_wrap=True)
         return 1
     console.print(f"No problems: {len(dataset)} rows read, {findings.frames} frames decoded.", style="green")
     return 0

@@ -31,7 +31,7 @@ from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.stored_images import read_image
 from vlaflow.data.tables import read_cells, read_parquet
 from vlaflow.data.video import VideoError, decode_frames
-from vlaflow.data.video_offsets import largest_drift_s
+from vlaflow.data.video_offsets import REWRITE, largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec, known_parts
 
@@ -255,7 +255,7 @@ class Dataset:
     def _video_sentence(self, episode: Episode, key: str, path: Path, start_s: float, error: VideoError) -> str:
         which, where = f"Episode {episode.index} of {self.root}", path.relative_to(self.root)
         if error.kind == "start":
-            cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, or copy the meta folder again."
+            cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
             if not self._meta.modern:
                 cure = "The video begins late: encode it again with its first frame at 0 s, or record the episode again."
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlaflow.data.lerobot_info import filled, read_info
 from vlaflow.data.tables import is_text, read_jsonl, read_parquet
-from vlaflow.data.video_offsets import require_sound_offsets, seconds
+from vlaflow.data.video_offsets import REWRITE, require_sound_offsets, seconds
 from vlaflow.errors import DataError
 
 
@@ -129,17 +129,17 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
         if type(row["episode_index"]) is not int or row["episode_index"] < 0 or type(row["length"]) is not int:
             raise DataError(
                 f"{path} describes an episode with episode_index = {row['episode_index']!r} and length = {row['length']!r}; "
-                "both must be whole numbers. Copy the meta folder again."
+                f"both must be whole numbers; {REWRITE}"
             )
     rows.sort(key=lambda row: row["episode_index"])
     numbers = [row["episode_index"] for row in rows]
     twice = [a for a, b in pairwise(numbers) if a == b]
     if twice:
-        raise DataError(f"{root}: meta describes episode {twice[0]} twice. Copy the meta folder again.")
+        raise DataError(f"{root}: meta describes episode {twice[0]} twice; {REWRITE}")
     if info.get("total_episodes", len(rows)) != len(rows):
         raise DataError(
             f"{root}: meta/info.json counts {info['total_episodes']} episodes but {path.relative_to(root)} "
-            f"describes {len(rows)}. The recording was interrupted or copied in part; copy the meta folder again."
+            f"describes {len(rows)}. The recording was interrupted or copied in part; {REWRITE}"
         )
     notes = []
     if numbers and numbers[-1] != len(numbers) - 1:
@@ -181,14 +181,14 @@ def _numbered(path: Path, numbers: Sequence[int], words: Sequence[str]) -> tuple
 def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
     if not paths:
-        raise DataError(f"{root} is incomplete: meta/episodes holds no parquet file. Copy the meta folder again.")
+        raise DataError(f"{root} is incomplete: meta/episodes holds no parquet file; {REWRITE}")
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = read_parquet(path, without="stats/")
         needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
         absent = [name for name in needed if name not in table.schema.names]
         if absent:
-            raise DataError(f"{path} has no column '{absent[0]}'. Copy the meta folder again.")
+            raise DataError(f"{path} has no column '{absent[0]}'; {REWRITE}")
         rows += table.to_pylist()
     return rows, paths
 
@@ -207,8 +207,7 @@ def _files_v3(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Map
         pointers = [row.get(name) for name in (f"videos/{key}/chunk_index", f"videos/{key}/file_index", start)]
         if None in pointers:
             raise DataError(
-                f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes). "
-                f"Copy the meta folder again."
+                f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes); {REWRITE}"
             )
         path = filled(root, "video_path", video, video_key=key, chunk_index=pointers[0], file_index=pointers[1])
         videos[key] = (path, seconds(root, row, start))

@@ -129,17 +129,23 @@ def read_segment(path: Path) -> Segment:
     Raises:
         DataError: when the file is missing or cannot be decoded.
     """
-    histogram, count = np.zeros((3, 256), np.int64), 0
     try:
         with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                pixels = frame.to_ndarray(format="rgb24").reshape(-1, 3)
-                for channel in range(3):
-                    histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
-                count += 1
+            count, histogram = pixel_counts(container.decode(video=0))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"The video {path} cannot be decoded ({_reason(error)}). Encode it again.") from error
     return Segment(path, count, histogram)
+
+
+def pixel_counts(frames: Iterable[Any]) -> tuple[int, np.ndarray]:
+    """Number of PyAV's frames, and how often each value occurs per RGB channel, int64 (3, 256)."""
+    histogram, count = np.zeros((3, 256), np.int64), 0
+    for frame in frames:
+        pixels = frame.to_ndarray(format="rgb24").reshape(-1, 3)
+        for channel in range(3):
+            histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
+        count += 1
+    return count, histogram
 
 
 class Joiner:
@@ -150,16 +156,14 @@ class Joiner:
         self.path, self.rate = path, exact_rate(fps)
         self.frames, self.bytes = 0, 0
         self._out: Any = av.open(str(path), "w", format="mp4")
+        self._source: Any = None
         self._stream: Any = None
         self._parameters: tuple[Any, ...] = ()
 
     def fits(self, segment: Segment) -> bool:
         """Whether a segment has the size and the encoder's settings of those before it."""
-        if self._stream is None:
-            return True
-        with av.open(str(segment.path)) as source:
-            stream = source.streams.video[0]
-            return _parameters(stream, _packets(source, stream, segment)) == self._parameters
+        stream = self._open(segment)
+        return self._stream is None or _parameters(stream, _packets(self._source, stream, segment)) == self._parameters
 
     def append(self, segment: Segment) -> tuple[float, float]:
         """Append one episode and return its position, (from, to) in seconds.
@@ -167,34 +171,43 @@ class Joiner:
         Raises:
             SpecError: when the segment was encoded with other settings or at another size than the first.
         """
-        start = self.frames
-        with av.open(str(segment.path)) as source:
-            stream = source.streams.video[0]
-            packets = _packets(source, stream, segment)
-            parameters = _parameters(stream, packets)
-            if self._stream is None:
-                self._stream = self._out.add_stream_from_template(stream)
-                self._stream.time_base = 1 / self.rate
-                self._parameters = parameters
-            elif parameters != self._parameters:
-                raise SpecError(
-                    f"The video {segment.path} was encoded at another size or with other settings than the episodes before "
-                    f"it, so the two cannot be joined. Encode every episode with vlaflow.data.video.encode_video."
-                )
-            ranks = _ranks(packets)
-            delay = _delay(ranks)
-            for number, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
-                packet.time_base = 1 / self.rate
-                packet.pts, packet.dts, packet.duration = start + rank, start + number - delay, 1
-                packet.stream = self._stream
-                self.bytes += packet.size
-                self._out.mux(packet)
+        start, stream = self.frames, self._open(segment)
+        packets = _packets(self._source, stream, segment)
+        parameters = _parameters(stream, packets)
+        if self._stream is None:
+            # opaque: no encoder of that codec is needed
+            self._stream = self._out.add_stream_from_template(stream, opaque=True)
+            self._stream.time_base = 1 / self.rate
+            self._parameters = parameters
+        elif parameters != self._parameters:
+            raise SpecError(
+                f"The video {segment.path} was encoded at another size or with other settings than the episodes before "
+                f"it, so the two cannot be joined. Encode every episode with vlaflow.data.video.encode_video."
+            )
+        ranks = _ranks(packets)
+        delay = _delay(ranks)
+        for number, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
+            packet.time_base = 1 / self.rate
+            packet.pts, packet.dts, packet.duration = start + rank, start + number - delay, 1
+            packet.stream = self._stream
+            self.bytes += packet.size
+            self._out.mux(packet)
         self.frames += segment.count
         return float(start / self.rate), float(self.frames / self.rate)
 
     def close(self) -> None:
         """Write the index, without which the file cannot be read."""
+        if self._source is not None:
+            self._source.close()
         self._out.close()
+
+    def _open(self, segment: Segment) -> Any:
+        """The video stream of a segment; a file with many episodes is opened once, since reading its index takes a while."""
+        if self._source is None or segment.start is None or self._source.name != str(segment.path):
+            if self._source is not None:
+                self._source.close()
+            self._source = av.open(str(segment.path))
+        return self._source.streams.video[0]
 
 
 def _packets(source: Any, stream: Any, segment: Segment) -> list[Any]:

@@ -15,7 +15,8 @@ from typing import Any
 from vlaflow.data.video import START_TOLERANCE
 from vlaflow.errors import DataError
 
-CURE = "Correct it in meta/episodes, or copy the meta folder again."
+REWRITE = "copy the meta folder again, or write it again from rows and videos: vlaflow data repair DIR --out NEW"
+"""How to get a meta folder that agrees with rows and videos."""
 
 
 def seconds(root: Path, row: Mapping[str, Any], column: str) -> float:
@@ -27,7 +28,8 @@ def seconds(root: Path, row: Mapping[str, Any], column: str) -> float:
     value = row[column]
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise DataError(
-            f"Episode {row['episode_index']} of {root}: '{column}' is {value!r}; it must be a time ≥ 0 in seconds. {CURE}"
+            f"Episode {row['episode_index']} of {root}: '{column}' is {value!r}; it must be a time ≥ 0 in seconds. Correct it "
+            f"in meta/episodes, {REWRITE}"
         )
     return float(value)
 
@@ -61,8 +63,8 @@ def require_sound_offsets(
                 raise DataError(
                     f"Episode {row['episode_index']} of {root} has {row['length']} frames ({length_s:.4f} s at fps = {fps:g}), "
                     f"but meta/episodes gives it {available_s:.4f} s of video '{key}' ({path.relative_to(root)}), from "
-                    f"{start_s:.4f} to {start_s + available_s:.4f} s. Correct these times, or fps in meta/info.json, or copy "
-                    "the meta folder again."
+                    f"{start_s:.4f} to {start_s + available_s:.4f} s. Correct these times, or fps in "
+                    f"meta/info.json, {REWRITE}"
                 )
             if row["length"]:
                 by_file.setdefault((key, path), []).append((start_s, int(row["episode_index"]), start_s + length_s))
@@ -73,8 +75,7 @@ def require_sound_offsets(
                 raise DataError(
                     f"Episodes {before} and {after} of {root} overlap in video '{key}' ({path.relative_to(root)}): {before} "
                     f"ends at {end_s:.4f} s, {after} begins at {start_s:.4f} s. Correct the offset that is wrong "
-                    f"('videos/{key}/from_timestamp' in meta/episodes, or 'video_path' in meta/info.json), or copy the meta "
-                    "folder again."
+                    f"('videos/{key}/from_timestamp' in meta/episodes, or 'video_path' in meta/info.json), {REWRITE}"
                 )
 
 

@@ -1,0 +1,161 @@
+"""The rows of a data set that is to be edited, by episode: which file they lie in, and what they contradict.
+
+Rows are believed: their numbers, their order and their tasks. An episode whose rows are not whole is a problem.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlaflow.data.lerobot_meta import some
+from vlaflow.data.tables import flat_numbers, read_parquet
+from vlaflow.data.video import TOLERANCE_S
+from vlaflow.errors import DataError
+
+KEYS = ("episode_index", "frame_index", "task_index", "timestamp")
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """The rows of one episode.
+
+    Args:
+        path: their parquet file.
+        places: int64 (T,), their places in the file, by frame.
+        task: int64 (T,), their task index; -1 where the file has none.
+    """
+
+    path: Path
+    places: np.ndarray
+    task: np.ndarray
+
+
+@dataclass
+class AllRows:
+    """The rows of a data set.
+
+    Attributes:
+        episodes: by number.
+        problems: why an episode cannot be used, in words that follow "Episode N of DIR", by number.
+        changes: what is wrong with columns or files, one sentence each.
+        schemas: of every file with rows.
+    """
+
+    episodes: dict[int, FoundRows] = field(default_factory=dict)
+    problems: dict[int, str] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+    schemas: dict[Path, pa.Schema] = field(default_factory=dict)
+
+
+def find_rows(root: Path, fps: float, modern: bool, named: Mapping[int, Path]) -> AllRows:
+    """Find the rows of every episode.
+
+    Args:
+        root: the data set's folder.
+        fps: frames per second.
+        modern: whether episodes share files; otherwise the number in a file's name is its episode's.
+        named: the file that meta names for an episode, by number.
+    """
+    return _Search(root, fps, modern, named).run()
+
+
+class _Search:
+    def __init__(self, root: Path, fps: float, modern: bool, named: Mapping[int, Path]) -> None:
+        self.root, self.fps, self.modern, self.named = root, fps, modern, named
+        self.found = AllRows()
+        self.elsewhere: list[int] = []
+        self.late: dict[int, float] = {}
+        self.misnumbered: list[int] = []
+
+    def run(self) -> AllRows:
+        for path in sorted((self.root / "data").rglob("*.parquet")):
+            try:
+                self._file(path)
+            except (DataError, pa.ArrowException, OSError) as error:
+                self.found.changes.append(f"{path.relative_to(self.root)} cannot be read, so its rows are lost: {error}")
+        if self.elsewhere:
+            self.found.changes.append(
+                f"Rows of episode {some(self.elsewhere)} are not in the file that meta names; they were found in another one."
+            )
+        if self.misnumbered:
+            self.found.changes.append(
+                f"Rows of the files of episode {some(self.misnumbered)} name other episodes; the files' numbers count."
+            )
+        if self.late:
+            worst = max(self.late, key=lambda number: self.late[number])
+            self.found.changes.append(
+                f"Timestamps of {len(self.late)} episodes are set to frame_index / fps; they were up to "
+                f"{self.late[worst] * 1000:.3g} ms away (episode {worst})."
+            )
+        return self.found
+
+    def _file(self, path: Path) -> None:
+        schema = pq.read_schema(path)
+        table = read_parquet(path, [name for name in KEYS if name in schema.names])
+        count = len(table)
+        if self.modern:
+            owner = _whole(table, "episode_index")
+        else:
+            digits = re.search(r"(\d+)$", path.stem)
+            if digits is None:
+                raise DataError("its name has no number.")
+            owner = np.full(count, int(digits[1]))
+            if "episode_index" in table.column_names and (_whole(table, "episode_index") != owner).any():
+                self.misnumbered.append(int(digits[1]))
+        frame = _whole(table, "frame_index")
+        task = _whole(table, "task_index") if "task_index" in table.column_names else np.full(count, -1)
+        time = flat_numbers(table["timestamp"])[0] if "timestamp" in table.column_names else np.full(count, np.nan)
+        self.found.schemas[path] = schema
+        order = np.lexsort((frame, owner))
+        numbers, starts = np.unique(owner[order], return_index=True)
+        for number, places in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            self._episode(number, FoundRows(path, places, task[places]), frame[places], time[places])
+
+    def _episode(self, number: int, rows: FoundRows, frame: np.ndarray, time: np.ndarray) -> None:
+        named = self.named.get(number)
+        before = self.found.episodes.get(number)
+        if before is not None or number in self.found.problems:
+            if before is not None and before.path == named:
+                self.found.changes.append(
+                    f"Rows of episode {number} in {rows.path.relative_to(self.root)} are left out; meta names another file."
+                )
+                return
+            if rows.path != named:
+                other = f" and {before.path.relative_to(self.root)}" if before is not None else ""
+                self.found.problems[number] = f"has rows in {rows.path.relative_to(self.root)}{other}"
+                self.found.episodes.pop(number, None)
+                return
+            self.found.changes.append(f"Rows of episode {number} in files that meta does not name are left out.")
+            self.found.problems.pop(number, None)
+        elif named is not None and rows.path != named:
+            self.elsewhere.append(number)
+        if not np.array_equal(frame, np.arange(len(frame))):
+            self.found.problems[number] = (
+                f"has rows that are not whole: frame_index does not count 0, 1, 2, ... ({rows.path.relative_to(self.root)})"
+            )
+            self.found.episodes.pop(number, None)
+            return
+        off = np.abs(time.astype(np.float64) - frame / self.fps)
+        exact = off < TOLERANCE_S + np.abs(time) * np.finfo(np.float32).eps  # float32 seconds
+        if not exact.all():
+            self.late[number] = float(np.nanmax(off, initial=0.0))
+        self.found.episodes[number] = rows
+
+
+def _whole(table: pa.Table, key: str) -> np.ndarray:
+    """A column of whole numbers; some recorders wrap each in a list of one."""
+    if key not in table.column_names:
+        raise DataError(f"it has no column '{key}'.")
+    column = table[key].combine_chunks()
+    while pa.types.is_nested(column.type):
+        column = column.flatten()
+    if column.null_count or len(column) != len(table):
+        raise DataError(f"'{key}' does not hold one number per row.")
+    return column.to_numpy(zero_copy_only=False).astype(np.int64)
