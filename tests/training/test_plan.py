@@ -18,13 +18,13 @@ from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training import estimate as module
-from vlaflow.training.estimate import Estimate, Machine, Recording, estimate, needs
-from vlaflow.training.memory import Counts, Step, copies, count, measure, sharded
+from vlaflow.training.estimate import Estimate, Machine, TrainingData, estimate, needs
+from vlaflow.training.memory import Counts, StepCost, copies, count, measure, sharded
 from vlaflow.training.moments import Masters
 from vlaflow.training.optim import build_optimizer
 from vlaflow.training.recipes import find_recipe, list_recipes
 
-LIBERO = Recording()
+LIBERO = TrainingData()
 EXPERT = ExpertConfig(BlockConfig(32, 2, 2, 16, 64))
 BATCH = 64
 
@@ -134,7 +134,7 @@ def test_frozen_weights_need_neither_gradients_nor_moments():
 def planned(gib, activations=1000.0):
     config = tiny_config(global_batch_size=64)
     machine = Machine(2, gib / 2**30 + 2)
-    return Estimate(config, COUNTS, Step(activations, 1e12), 32, machine, LIBERO)
+    return Estimate(config, COUNTS, StepCost(activations, 1e12), 32, machine, LIBERO)
 
 
 def test_what_would_fit_has_the_fewest_gpus_and_the_largest_parts():
@@ -152,8 +152,8 @@ def test_what_would_fit_has_the_fewest_gpus_and_the_largest_parts():
 
 def test_epochs_and_hours_follow_from_the_recipe():
     config = tiny_config(global_batch_size=64, steps=100)
-    machine, recording = Machine(4, tflops=1.0), Recording(DataSpec(3, 2, ("front",)), 6400, 10)
-    found = Estimate(replace(config, validation_fraction=0.5), COUNTS, Step(0.0, 1e12), 16, machine, recording)
+    machine, data = Machine(4, tflops=1.0), TrainingData(DataSpec(3, 2, ("front",)), 6400, 10)
+    found = Estimate(replace(config, validation_fraction=0.5), COUNTS, StepCost(0.0, 1e12), 16, machine, data)
     assert found.epochs == 2
     assert found.cache == 6400 * 300
     assert found.hours == pytest.approx(100 * 4 / (4 * 0.4) / 3600)
@@ -174,7 +174,7 @@ def test_the_command_plans_every_stage_and_says_what_fits(capsys):
 
 
 def test_an_estimate_splits_the_batch_over_the_gpus(monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda build, config, part, *, bf16: Step(part, part))
+    monkeypatch.setattr(module, "measure", lambda build, config, part, *, bf16: StepCost(part, part))
     config = tiny_config(objective=objective(False), global_batch_size=8, accumulate=2)
-    assert estimate(config, Machine(1), Recording(DataSpec(4, 4, ("image",)), 100, 16)).part == 4
-    assert estimate(config, Machine(4), Recording(DataSpec(4, 4, ("image",)), 100, 16)).part == 2
+    assert estimate(config, Machine(1), TrainingData(DataSpec(4, 4, ("image",)), 100, 16)).part == 4
+    assert estimate(config, Machine(4), TrainingData(DataSpec(4, 4, ("image",)), 100, 16)).part == 2

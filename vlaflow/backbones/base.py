@@ -249,8 +249,8 @@ class Backbone(nn.Module, ABC):
         views = {view: size or side for view, size in self.views.items()}
         with real_tensors():
             images = {view: torch.zeros(batch, size, size, 3, dtype=torch.uint8) for view, size in views.items()}
-            seen = ObservationBatch(images, torch.zeros(batch, self.config.state_dim), ("Open a drawer",) * batch)
-            inputs = self.config.processor()(seen)
+            observation = ObservationBatch(images, torch.zeros(batch, self.config.state_dim), ("Open a drawer",) * batch)
+            inputs = self.config.processor()(observation)
         return self.embed(inputs)
 
     def vision_numbers(self, batch: int, side: int) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from vlaflow.policies.base import PolicyConfig
-    from vlaflow.training.estimate import Estimate, Recording
+    from vlaflow.training.estimate import Estimate, TrainingData
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,31 @@ def main(argv: list[str]) -> int:
     from vlaflow.config import override
     from vlaflow.training.estimate import Machine, estimate
 
-    recording = recorded(given.dataset)
+    data = shape_of(given.dataset)
     machine, console = Machine(given.gpus, given.memory, given.tflops), Console()
     fits = True
-    for stage, policy in stages(recipe, recording, given.policy):
-        config = override(stage.config(recording.spec, policy), dict(pair(text) for text in given.set))
-        found = estimate(config, machine, recording, policy)
+    for stage, policy in stages(recipe, data, given.policy):
+        config = override(stage.config(data.spec, policy), dict(pair(text) for text in given.set))
+        found = estimate(config, machine, data, policy)
         fits = fits and found.fitting() is not None
         console.print(shown(stage.name, found, given.hours))
     return 0 if fits else 1
 
 
-def recorded(dataset: Path | None) -> Recording:
+def shape_of(dataset: Path | None) -> TrainingData:
     """The shape of a data set on disk, or LIBERO's."""
     from vlaflow.data.lerobot import Dataset
     from vlaflow.policies.recipe import DataSpec
-    from vlaflow.training.estimate import Recording
+    from vlaflow.training.estimate import TrainingData
 
     if dataset is None:
-        return Recording()
+        return TrainingData()
     found = Dataset.open(dataset, video=True)
     side = max(max(found.image_size(view)) for view in found.views)
-    return Recording(DataSpec.of(dataset), len(found), side)
+    return TrainingData(DataSpec.of(dataset), len(found), side)
 
 
-def stages(recipe: Recipe, recording: Recording, checkpoint: Path | None) -> list[tuple[Recipe, PolicyConfig | None]]:
+def stages(recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> list[tuple[Recipe, PolicyConfig | None]]:
     """A recipe's stages, each with the policy that it continues.
 
     Raises:
@@ -101,7 +101,7 @@ def stages(recipe: Recipe, recording: Recording, checkpoint: Path | None) -> lis
     for function in recipe.call().stages:
         stage = find_recipe(f"{recipe.system}.{function.__name__}")
         found.append((stage, policy))
-        objective = stage.config(recording.spec, policy).objective
+        objective = stage.config(data.spec, policy).objective
         policy = objective.policy if isinstance(objective, PolicyObjective) else policy
     return found
 
@@ -141,7 +141,7 @@ def shown(name: str, found: Estimate, hours: float | None) -> RenderableType:
     lines = [
         f"{name}: {counts.parameters:,} parameters, {counts.trained:,} trained.",
         f"{c.steps:,} steps of {c.global_batch_size} observations ({split}), {found.epochs:.1f} epochs of "
-        f"{found.recording.frames:,} frames; frame cache up to {found.cache / GIB:.1f} GiB.",
+        f"{found.data.frames:,} frames; frame cache up to {found.cache / GIB:.1f} GiB.",
     ]
     speed = f"{100 * UTILISATION:.0f} % of {machine.tflops:g} TFLOP/s per GPU"
     after = [f"About {found.hours:.1f} hours at {speed}."]

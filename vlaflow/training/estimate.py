@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.dry_run import DryRun
 from vlaflow.policies.recipe import DataSpec, TrainConfig
-from vlaflow.training.memory import Counts, Memory, Step, copies, count, measure, sharded
+from vlaflow.training.memory import Counts, Memory, StepCost, copies, count, measure, sharded
 
 GIB = 2**30
 OVERHEAD = 2 * GIB
@@ -22,7 +22,7 @@ MOST_GPUS = 256
 
 
 @dataclass(frozen=True)
-class Recording:
+class TrainingData:
     """The data set that a recipe is planned for; by default of LIBERO's shape, all four suites.
 
     Args:
@@ -82,15 +82,15 @@ class Estimate:
         step: activations and operations of ``part`` observations.
         part: observations that were measured at a time.
         machine: to train on.
-        recording: to train with.
+        data: to train with.
     """
 
     config: TrainConfig
     counts: Counts
-    step: Step
+    step: StepCost
     part: int
     machine: Machine
-    recording: Recording
+    data: TrainingData
 
     @property
     def bf16(self) -> bool:
@@ -133,14 +133,14 @@ class Estimate:
 
     @property
     def epochs(self) -> float:
-        """How often each frame of the training episodes is seen."""
-        seen = self.config.steps * self.config.global_batch_size
-        return seen / max(self.recording.frames * (1 - self.config.validation_fraction), 1)
+        """Passes over the frames of the training episodes."""
+        samples = self.config.steps * self.config.global_batch_size
+        return samples / max(self.data.frames * (1 - self.config.validation_fraction), 1)
 
     @property
     def cache(self) -> int:
         """Bytes of the frame cache at the data set's size."""
-        return self.recording.frames * len(self.recording.spec.views) * self.recording.side**2 * 3
+        return self.data.frames * len(self.data.spec.views) * self.data.side**2 * 3
 
     @property
     def hours(self) -> float:
@@ -149,13 +149,13 @@ class Estimate:
         return flops / (self.machine.gpus * self.machine.tflops * 1e12 * UTILISATION) / 3600
 
 
-def estimate(config: TrainConfig, machine: Machine, recording: Recording, policy: PolicyConfig | None = None) -> Estimate:
+def estimate(config: TrainConfig, machine: Machine, data: TrainingData, policy: PolicyConfig | None = None) -> Estimate:
     """Count and measure a training stage without its weights.
 
     Args:
         config: the stage.
         machine: to train on.
-        recording: to train with.
+        data: to train with.
         policy: the one that the stage continues.
 
     Raises:
@@ -163,16 +163,16 @@ def estimate(config: TrainConfig, machine: Machine, recording: Recording, policy
     """
 
     def build() -> DryRun:
-        return config.objective.dry_run(policy, recording.side)
+        return config.objective.dry_run(policy, data.side)
 
     part = config.global_batch_size // config.parts(machine.gpus)
     bf16 = config.precision != "fp32"
-    return Estimate(config, count(build, config), measure(build, config, part, bf16=bf16), part, machine, recording)
+    return Estimate(config, count(build, config), measure(build, config, part, bf16=bf16), part, machine, data)
 
 
-def needs(config: TrainConfig, recording: Recording, policy: PolicyConfig | None = None) -> str:
+def needs(config: TrainConfig, data: TrainingData, policy: PolicyConfig | None = None) -> str:
     """A recipe's memory in a sentence, for its docstring: before activations, on one GPU and on eight that share it."""
-    counts = count(lambda: config.objective.dry_run(policy, recording.side), config)
+    counts = count(lambda: config.objective.dry_run(policy, data.side), config)
     averaged, bf16 = config.ema_decay is not None, config.precision != "fp32"
     whole = copies(counts, 8, averaged=averaged).fixed
     numbers = f"{counts.parameters / 1e9:.2f} B parameters, {counts.trained / 1e9:.2f} B trained"

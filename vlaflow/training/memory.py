@@ -101,7 +101,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """What computing a part of a step takes.
 
     Args:
@@ -143,7 +143,7 @@ def count(build: Callable[[], DryRun], config: TrainConfig) -> Counts:
     )
 
 
-def measure(build: Callable[[], DryRun], config: TrainConfig, batch: int, *, bf16: bool) -> Step:
+def measure(build: Callable[[], DryRun], config: TrainConfig, batch: int, *, bf16: bool) -> StepCost:
     """Measure forward and backward pass of a part of a step, on one process that holds all weights.
 
     Args:
@@ -164,20 +164,20 @@ def measure(build: Callable[[], DryRun], config: TrainConfig, batch: int, *, bf1
         unseen = run.unseen(batch) * (2 if bf16 else FLOAT)
     first, last = found[0], found[-1]
     more = (run.depth - depths[-1]) / max(depths[-1] - depths[0], 1)
-    return Step(
+    return StepCost(
         last.activations + more * (last.activations - first.activations) + unseen,
         last.flops + more * (last.flops - first.flops),
     )
 
 
-def _measured(run: DryRun, batch: int, depth: int, bf16: bool) -> Step:
+def _measured(run: DryRun, batch: int, depth: int, bf16: bool) -> StepCost:
     live = LiveBytes((*run.networks.parameters(), *run.networks.buffers()))
     operations = FlopCounterMode(display=False)
     with live, operations, as_on_gpu():
         with autocast(bf16, torch.device("cpu")):
             total = run.loss(batch, depth)
         torch.autograd.backward(total)
-    return Step(live.peak, operations.get_total_flops())
+    return StepCost(live.peak, operations.get_total_flops())
 
 
 def _drop(parameter: Tensor) -> None:
