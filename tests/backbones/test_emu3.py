@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -242,6 +242,18 @@ def test_a_policy_acts_and_opens_without_its_source(folder, decoder, tmp_path, m
     if decoder is DiscreteFlowConfig:
         calls = count_layers(monkeypatch, made.model.backbone)
         assert made.act(observation(), TwoStage(3, 1)).layer_passes == len(calls) == 3 * (1 + 4)
+
+
+def test_action_tokens_begin_as_the_last_rows_of_text(folder):
+    """Token i is read and named as id 300 − i is; without text_row the rows are random."""
+    made = policy(folder, partial(DiscreteFlowConfig, text_row=300))
+    decoder, backbone = made.model.decoder, made.model.backbone
+    row_V = 300 - torch.arange(decoder.vocabulary)
+    assert torch.equal(decoder.embedding.weight[: decoder.vocabulary], backbone.language.embed_tokens.weight[row_V])
+    assert torch.equal(decoder.head.weight, backbone.head.weight[row_V])
+    assert not decoder.head.bias.any()
+    with pytest.raises(ConfigError, match=r"text_row must lie in \d+\.\.329"):
+        policy(folder, partial(DiscreteFlowConfig, text_row=3))
 
 
 def test_the_output_projection_has_a_row_per_action_token_and_the_image_tokenizer_stays_as_it_is(folder):

@@ -308,3 +308,11 @@ def test_an_answer_holds_what_the_head_can_name(folder):
     assert backbone.name_ids(torch.randn(2, backbone.spec.width)).shape == (2, backbone.vocabulary)
     with pytest.raises(SpecError, match=f"vocabulary ends at {backbone.vocabulary - 1}"):
         backbone.answer_loss(helpers.embed(backbone, OBSERVED), torch.full((2, 1), backbone.vocabulary))
+
+
+@torch.no_grad()
+def test_with_full_attention_the_first_word_sees_the_last(folder):
+    ours = build(folder, attention="full")
+    same = ours.run(helpers.embed(ours, OBSERVED)).hidden_BPW
+    other = replace(OBSERVED, state_BS=OBSERVED.state_BS + 1)
+    assert not torch.allclose(ours.run(helpers.embed(ours, other)).hidden_BPW[:, 0], same[:, 0])

@@ -35,6 +35,7 @@ CASES = {
     "calibrate": (["calibrate", "CKPT", "--dataset", "DATA", "--episodes", "all", "--frames", "8"], "viz"),
     "time": (["bench", "latency", "CKPT", "--rounds", "20"], WORKS),
     "evaluate": (["eval", "ROBOT", *ENV, "--episodes", "1", "--out", "OUT/eval"], "viz"),
+    "export": (["export", "lerobot", "CKPT", "--out", "OUT/exported"], WORKS),
     "list claims": (["reproduce", "--list"], WORKS),
     "test a claim": (["reproduce", "C2", "--out", "OUT/claims"], "demo"),
     "check a policy of the Hub": (["check", "policy", "owner/policy"], "hub"),

@@ -1,5 +1,8 @@
 """Straight paths have closed forms; these are they."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,3 +94,10 @@ def test_noise_of_an_item_does_not_depend_on_its_neighbours():
     alone = gaussian.standard_normal([make(5)], (3, 2))
     together = gaussian.standard_normal([torch.Generator().manual_seed(i) for i in (4, 5, 6)], (3, 2))
     assert torch.equal(alone[0], together[1])
+
+
+def test_skewed_times_have_the_median_of_their_law():
+    """1 / (1 + exp(-1.2)); the sample's median is within four deviations of it (0.25 / (density 0.374 · √40 000) each)."""
+    time_N = gaussian.sample_skewed_time((40_000,), torch.Generator().manual_seed(0))
+    assert time_N.median().item() == pytest.approx(1 / (1 + math.exp(-1.2)), abs=0.008)
+    assert 1e-4 <= time_N.min() < time_N.max() <= 1

@@ -38,6 +38,11 @@ class LanguageBackbone(Backbone):
     def name_ids(self, state_NW: Tensor) -> Tensor:
         """Logits (..., V) over all ids of states (..., W) that have passed the final norm."""
 
+    def rows(self, id_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows (N, W) that ids are read and named with; by default the same, of one table."""
+        row_NW = self.embed_ids(id_N)
+        return row_NW, row_NW
+
     def read(self, prefix: Prefix, answer_ids: Tensor) -> Tensor:
         """The states (B, T, W) that name each id of known answers, in one pass; ``name_ids`` turns them into logits.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,12 @@ class MolmoConfig(PretrainedConfig):
         padded_state: state dimensions the network sees, zero beyond S.
         state_token: a token that stands for the state in the user turn, one that no instruction uses; None leaves the state
             to the action expert (A1 with flow matching).
+        attention: which prefix tokens see each other: "causal", images apart, as pretrained; or "full" (A1 with regression).
     """
 
     padded_state: int = 32
     state_token: str | None = "<|vision_pad|>"  # noqa: S105
+    attention: Literal["full", "causal"] = "causal"
 
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
@@ -82,6 +84,11 @@ class MolmoConfig(PretrainedConfig):
     def state_width(self) -> int:
         """See the base class."""
         return self.padded_state
+
+    @property
+    def prefix_attention(self) -> Literal["full", "causal"]:
+        """See the base class."""
+        return self.attention
 
 
 class MolmoBackbone(PretrainedBackbone):
@@ -125,8 +132,10 @@ class MolmoBackbone(PretrainedBackbone):
         pooled_V1F, _ = adapter.image_pooling_2d(mean_V1F, patch_VKF, attention_mask=there_VK[:, None, None])
         return adapter.image_projector(pooled_V1F[:, 0])
 
-    def prefix_mask(self, inputs: Inputs) -> Tensor:
-        """Causal, but the tokens of all images see each other."""
+    def prefix_mask(self, inputs: Inputs) -> Tensor | None:
+        """Causal, but the tokens of all images see each other; None where all tokens do."""
+        if self.spec.attention == "full":
+            return None
         assert inputs.image_P is not None
         image_P = inputs.image_P
         return causal_mask(len(image_P), image_P.device) | (image_P[:, None] & image_P)

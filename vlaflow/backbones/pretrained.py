@@ -324,6 +324,11 @@ class PretrainedBackbone(LanguageBackbone):
         """See ``LanguageBackbone``."""
         return self.language.embed_tokens(id_BT)
 
+    def rows(self, id_N: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LanguageBackbone``; where the head is not tied to the table, they differ."""
+        read_NW = self.embed_ids(id_N)
+        return read_NW, read_NW if self.head is None else self.head.weight[id_N]
+
     def name_ids(self, state_NW: Tensor) -> Tensor:
         """See ``LanguageBackbone``."""
         if self.head is not None:

@@ -32,6 +32,7 @@ COMMANDS = {
     "serve": "serve a checkpoint with openpi's websocket protocol",
     "eval-realtime": "evaluate in real time, with simulated inference delays",
     "reproduce": "test a claim of one of the papers at the size of a laptop",
+    "export": "write a checkpoint in LeRobot's layout",
     "check": "check that an environment or a checkpoint keeps its contract",
     "data": "check or show a data set; fit and compare action tokenizers; report on latent actions",
 }

@@ -325,6 +325,9 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """How many committed actions a chunk may begin with; 0 where it can continue none."""
         return self.chunk_size if {Capability.CONDITIONING, Capability.REGENERATION} <= self.capabilities else 0
 
+    def begin_from(self, backbone: Backbone) -> None:
+        """Take first values from a backbone's own weights, where the config asks for it; by default none."""
+
     @abstractmethod
     def nfe(self, sampling: Sampling) -> int:
         """Network evaluations that a chunk costs."""

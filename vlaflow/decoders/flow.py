@@ -51,11 +51,12 @@ class FlowConfig(DecoderConfig):
         chunk_size: actions per chunk, L.
         padded_dim: dimensions the network sees, zero beyond D (pretrained heads use 32); None for D itself.
         masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
-        committed: longest beginning of a chunk that training gives clean, its length drawn again for every sample, so that
-            chunks can continue each other while the robot moves (real-time chunking); 0 for none.
-        whole: share of the unified masks, and of the committed beginnings, that noise every token after all; 0 is the paper.
+        max_action_prefix: training gives the first 0 to this many actions of a chunk clean, a number drawn for every sample,
+            so that chunks can continue each other while the robot moves (real-time chunking); 0 for none.
+        whole: share of the unified masks, and of the action prefixes, that noise every token after all; 0 is the paper.
         noise_samples: noise, time and mask draws per observation and step, K; they share one prefix.
-        time_alpha: training times are Beta(time_alpha, 1).
+        times: training times are Beta(time_alpha, 1), or skewed towards noise by a log-normal law (``sample_skewed_time``).
+        time_alpha: of the former.
         time_floor: smallest training time.
         expert: a stack of its own for the action tokens; None runs them through the backbone's layers.
         time_token: the clock is a token of its own before the actions, as in iFlyBot's expert, and not mixed into each; all
@@ -67,9 +68,10 @@ class FlowConfig(DecoderConfig):
     chunk_size: int = 16
     padded_dim: int | None = None
     masks: Literal["unified", "synchronous"] = "unified"
-    committed: int = 0
+    max_action_prefix: int = 0
     whole: float = 0.0
     noise_samples: int = 2
+    times: Literal["beta", "skewed"] = "beta"
     time_alpha: float = 1.5
     time_floor: float = 0.001
     expert: ExpertConfig | None = None
@@ -79,12 +81,16 @@ class FlowConfig(DecoderConfig):
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:
             raise ConfigError(f"padded_dim {self.padded_dim} is smaller than action_dim {self.action_dim}.")
-        if not 0 <= self.committed < self.chunk_size:
-            raise ConfigError(f"committed must leave actions to make: 0 to {self.chunk_size - 1}, got {self.committed}.")
+        if not 0 <= self.max_action_prefix < self.chunk_size:
+            raise ConfigError(
+                f"max_action_prefix must leave actions to make: 0 to {self.chunk_size - 1}, got {self.max_action_prefix}."
+            )
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"whole is a share of the draws, in [0, 1], got {self.whole}.")
-        if self.time_token and (self.masks == "unified" or self.committed or self.expert is None):
-            raise ConfigError("A time_token is one clock for all: it needs an expert, masks='synchronous' and committed=0.")
+        if self.time_token and (self.masks == "unified" or self.max_action_prefix or self.expert is None):
+            raise ConfigError(
+                "A time_token is one clock for all: it needs an expert, masks='synchronous' and max_action_prefix=0."
+            )
         if min(self.chunk_size, self.noise_samples) < 1:
             raise ConfigError(
                 f"chunk_size and noise_samples must be at least 1, got {self.chunk_size} and {self.noise_samples}."
@@ -172,7 +178,7 @@ class FlowDecoder(Decoder[FlowState]):
     @property
     def max_action_prefix(self) -> int:
         """As trained; with mixed clocks, or by guidance, any number that leaves actions to make."""
-        return self.config.committed or self.chunk_size - 1
+        return self.config.max_action_prefix or self.chunk_size - 1
 
     def nfe(self, sampling: Sampling) -> int:
         """One a step, or two to second order."""
@@ -202,8 +208,8 @@ class FlowDecoder(Decoder[FlowState]):
         if c.masks == "unified":
             mask_BL = gaussian.sample_mask(b, c.chunk_size, generator, c.whole)
         known_BLX = action_BLX
-        if c.committed:
-            free_BL = gaussian.sample_beginning(b, c.chunk_size, c.committed, generator, c.whole)
+        if c.max_action_prefix:
+            free_BL = gaussian.sample_beginning(b, c.chunk_size, c.max_action_prefix, generator, c.whole)
             mask_BL = mask_BL * free_BL
             if targets.executed is not None:  # what a robot commits to is what it executes
                 executed = targets.executed.repeat(c.noise_samples)
@@ -211,7 +217,10 @@ class FlowDecoder(Decoder[FlowState]):
                 executed_BLX = self._pad(_without_padding(executed.action_BLD.float(), mask_BLD))
                 known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, executed_BLX)
                 valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
-        time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
+        if c.times == "beta":
+            time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
+        else:
+            time_B1 = gaussian.sample_skewed_time((b, 1), generator)
         noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
         mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)
         token_BLW = self.codec.encode(gaussian.interpolate(known_BLX, noise_BLX, clock_BL), clock_BL)
@@ -254,8 +263,8 @@ class FlowDecoder(Decoder[FlowState]):
         return FlowState(x_BLX, conditioning.clock_BL, 0, sampling, guide)
 
     def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Conditioning:
-        """See ``Decoder``; trained with committed or mixed clocks it is given them, otherwise bent towards them."""
-        if not guided and (self.config.committed or Capability.REGENERATION in self.capabilities):
+        """See ``Decoder``; trained with action prefixes or mixed clocks it is given them, otherwise bent towards them."""
+        if not guided and (self.config.max_action_prefix or Capability.REGENERATION in self.capabilities):
             return super().continued(action_BLD, known_B, committed_B)
         guide = Guidance(action_BLD, guidance.soft_mask(self.chunk_size, committed_B, known_B))
         return Conditioning(torch.zeros_like(action_BLD), torch.ones_like(guide.weight_BL), guidance=guide)

@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from vlaflow.actions.bins import BinsFit, BinsTokenizer
 from vlaflow.actions.fast import FastFit, FastTokenizer
-from vlaflow.backbones.base import BackboneSpec, Prefix
+from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
+from vlaflow.backbones.language import speaking
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -35,12 +36,15 @@ class TokenConfig(DecoderConfig):
         tokenizer: a fitted one, or what training is to fit on its demonstrations.
         chunk_size: actions per chunk, L.
         noise_samples: corruptions of one chunk per observation and training step; they share one prefix.
+        text_row: id in the backbone's own vocabulary as whose row action token 0 begins, the following tokens as the rows
+            before it (UniVLA and UD-VLA on Emu3: 151 642, the last of the text); None begins at random.
     """
 
     action_dim: int
     tokenizer: FastFit | BinsFit | FastTokenizer | BinsTokenizer
     chunk_size: int = 16
     noise_samples: int = 1
+    text_row: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.action_dim, self.chunk_size, self.noise_samples) < 1:
@@ -145,11 +149,32 @@ class TokenDecoder(Decoder[State]):
     def __init__(self, config: TokenConfig, spec: BackboneSpec, extra: int = 0) -> None:
         super().__init__()
         self.chunk_size, self.action_dim, self.noise_samples = config.chunk_size, config.action_dim, config.noise_samples
-        self.tokenizer = config.ready
+        self.tokenizer, self.text_row = config.ready, config.text_row
         self.stack = SharedStack(spec.width)
         self.embedding = nn.Embedding(self.tokenizer.vocabulary + extra, spec.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.head = nn.Linear(spec.width, self.tokenizer.vocabulary)
+
+    @torch.no_grad()
+    def begin_from(self, backbone: Backbone) -> None:
+        """See ``Decoder``: the tables of action tokens as rows of text, for ``text_row``.
+
+        Raises:
+            CapabilityError: the backbone has no vocabulary.
+            ConfigError: there are not as many rows.
+        """
+        if self.text_row is None:
+            return
+        spoken = speaking(backbone)
+        if not self.vocabulary <= self.text_row + 1 <= spoken.vocabulary:
+            raise ConfigError(
+                f"text_row must lie in {self.vocabulary - 1}..{spoken.vocabulary - 1}, for the tokenizer's vocabulary and the "
+                f"backbone's, got {self.text_row}."
+            )
+        read_VW, named_VW = spoken.rows(self.text_row - torch.arange(self.vocabulary, device=self.head.weight.device))
+        self.embedding.weight[: self.vocabulary] = read_VW.to(self.embedding.weight.dtype)
+        self.head.weight.copy_(named_VW)
+        self.head.bias.zero_()
 
     @property
     def vocabulary(self) -> int:

@@ -86,6 +86,15 @@ def sample_time(shape: Sequence[int], generator: Generator, alpha: float = 1.5, 
     return floor + (1 - floor) * torch.rand(tuple(shape), generator=generator) ** (1 / alpha)
 
 
+def sample_skewed_time(shape: Sequence[int], generator: Generator, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """Training noise levels 1 / (1 + σ) with ln σ ~ N(mean, std²), in [1e-4, 1]: iFlyBot-VLA's code, on request.
+
+    The median is 1 / (1 + exp(mean)) = 0.769, so noisy levels are sampled more often than by Beta(1.5, 1).
+    """
+    sigma = (mean + std * torch.randn(tuple(shape), generator=generator)).exp()
+    return (1 / (1 + sigma)).clamp(1e-4, 1)
+
+
 def sample_mask(batch: int, chunk_size: int, generator: Generator, whole: float = 0.0) -> Tensor:
     """AsyncVLA's unified training mask: y ~ U(0, 1) per sample, then m_l ~ Bernoulli(y) per token (Alg. 2).
 

@@ -10,6 +10,8 @@ from vlaflow.hub import download, hub_name
 PATTERNS = ("*.json", "*.safetensors", "README.md")
 ROBOT = "robot.json"
 """In the folder of one of a checkpoint's robots; see ``robots``."""
+LEROBOT = "vlaflow"
+"""In a checkpoint of LeRobot's layout: the folder of vlaflow's own; see ``lerobot``."""
 
 
 def home_of(folder: Path) -> Path:
@@ -25,6 +27,8 @@ def local_folder(path: Path | str) -> Path:
         VlaflowError: see ``hub.hub_name`` and ``hub.download``.
     """
     folder = Path(path)
+    if (folder / LEROBOT / "config.json").exists():
+        return folder / LEROBOT
     if folder.is_dir():
         return folder
     name = hub_name(path, "checkpoint")

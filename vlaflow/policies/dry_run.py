@@ -54,7 +54,9 @@ def acting(config: PolicyConfig, side: int) -> DryRun:
     """
     model = _without_weights(config).build()
     _forget_values(model)
-    exits = config.exits.depths if config.exits is not None else None
+    exits = None
+    if config.exits is not None and config.exits.choose == "all":  # of random exits the deepest needs the most
+        exits = config.exits.depths
 
     def loss(batch: int, depth: int) -> Tensor:
         decoder, codes = config.decoder, config.decoder.latent_codes

@@ -37,6 +37,7 @@ from vlaflow.policies.mixing import (
     mixture_identity,
     normalised_chunks,
     report_exclusions,
+    report_jitter,
     robots_of,
     samples_of,
     timed,
@@ -110,6 +111,7 @@ class PolicyObjective(Objective):
         if assets.base is None:
             objective = replace(self, policy=timed(self.policy, config, datasets))
             robots = robots_of(objective.policy, config, datasets)
+            report_jitter(datasets, robots)
             policy, objective = objective._created(config, datasets, robots, assets.tokenizer)
             identity: dict[str, Any] = {}
         else:
@@ -140,6 +142,12 @@ class PolicyObjective(Objective):
             return policy_card(policy, datasets, training, what, sources=sources, weights=samples.weights)
 
         return samples.setup(objective, stage, vqa, identity, card)
+
+    def create(self, config: TrainConfig, dataset: Dataset) -> Policy:
+        """A new policy for a data set: normalisation and tokenizer fitted on its training episodes; no image is read."""
+        datasets = [alone(dataset)]
+        objective = replace(self, policy=timed(self.policy, config, datasets))
+        return objective._created(config, datasets, robots_of(objective.policy, config, datasets), None)[0]
 
     def _created(
         self, config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots, tokenizer: Path | str | None
@@ -273,9 +281,9 @@ class LatentObjective(Objective):
 
     def check(self, config: TrainConfig) -> None:
         """See ``Objective``."""
-        if config.shift or config.augment or config.state_mask or config.pauses:
+        if config.shift or config.augment or config.state_mask or config.pauses or config.filters:
             raise ConfigError(
-                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
+                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses, filters."
             )
 
     def used_assets(self, assets: Assets) -> Assets:

@@ -68,5 +68,6 @@ class PolicyConfig:
                 "with it, or set exits=none."
             )
         decoder = self.decoder.build(backbone.spec)
+        decoder.begin_from(backbone)
         rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())

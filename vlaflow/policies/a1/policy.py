@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from vlaflow.backbones.molmo2 import MolmoConfig, molmo2_8b
 from vlaflow.decoders.exits import ExitTraining, every
@@ -52,10 +53,12 @@ def tiny_regression(data: DataSpec) -> PolicyConfig:
 
 MOLMO = "allenai/Molmo2-8B"
 MOLMO_DEPTH = 36
+RANDOM_EXITS = ExitTraining(every(1, MOLMO_DEPTH), "random")
+"""One layer of all in each step, as in the paper; its exits at evaluation are every second layer (``--depths``)."""
 
 
 def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8, source: str | None = MOLMO) -> PolicyConfig:
-    """A1 with flow matching: the expert of 1024 with as many key/value heads as Molmo2 has; exits at 2, 4, …, 36.
+    """A1 with flow matching: the expert of 1024 with as many key/value heads as Molmo2 has; a random exit per step.
 
     Numbers reach from −1 to 1 between their 1st and 99th percentile, without clipping; an action's gripper stays as it is.
 
@@ -67,7 +70,7 @@ def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8,
     expert = a1_expert()
     return PolicyConfig(
         system="a1",
-        backbone=_molmo(data, source, state_token=None),
+        backbone=_molmo(data, source, state_token=None, attention="causal"),
         decoder=FlowConfig(
             data.action_dim,
             chunk_size,
@@ -77,7 +80,7 @@ def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8,
             expert=replace(expert, block=replace(expert.block, kv_heads=8)),
             head_layers=2,
         ),
-        exits=ExitTraining(every(2, MOLMO_DEPTH)),
+        exits=RANDOM_EXITS,
         state_normalisation="quantile",
         action_normalisation="quantile",
         kept_actions=("gripper",),
@@ -88,12 +91,14 @@ def molmo_flow(data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8,
 def molmo_regression(
     data: DataSpec, *, chunk_size: int = 10, n_action_steps: int = 8, source: str | None = MOLMO
 ) -> PolicyConfig:
-    """A1 with L1 regression from one query token per action dimension; the state is a token of the prompt."""
+    """A1 with L1 regression from one query token per action dimension; the state is a token of the prompt, all of which see
+    each other.
+    """
     return PolicyConfig(
         system="a1",
-        backbone=_molmo(data, source, state_token="<|vision_pad|>"),  # noqa: S106
+        backbone=_molmo(data, source, state_token="<|vision_pad|>", attention="full"),  # noqa: S106
         decoder=RegressionConfig(data.action_dim, chunk_size),
-        exits=ExitTraining(every(2, MOLMO_DEPTH)),
+        exits=RANDOM_EXITS,
         state_normalisation="quantile",
         action_normalisation="quantile",
         kept_actions=("gripper",),
@@ -101,6 +106,8 @@ def molmo_regression(
     )
 
 
-def _molmo(data: DataSpec, source: str | None, state_token: str | None) -> MolmoConfig:
+def _molmo(data: DataSpec, source: str | None, state_token: str | None, attention: Literal["full", "causal"]) -> MolmoConfig:
     architecture = None if source else molmo2_8b()
-    return MolmoConfig(data.state_dim, data.views, source, architecture, state_token=state_token, recompute=True)
+    return MolmoConfig(
+        data.state_dim, data.views, source, architecture, state_token=state_token, attention=attention, recompute=True
+    )

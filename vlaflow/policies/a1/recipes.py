@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.data.augment import Augment, StateMask
+from vlaflow.data.filters import Filters
 from vlaflow.data.weights import named_mixture
 from vlaflow.policies.a1.policy import molmo_flow, molmo_regression, small_flow, tiny_flow, tiny_regression
 from vlaflow.policies.libero_small import small_training
@@ -50,8 +51,8 @@ def libero(data: DataSpec) -> TrainConfig:
     9.05 B parameters, 8.58 B trained; before activations 161 GiB per GPU as copies, 28 GiB with --shard on eight.
 
     Batch 128, 50 000 steps, the language model at 5e-6 after 1000 frozen steps of a warm-up of 2000, the action networks at
-    5e-5, the vision tower and its connector frozen, cosine to a tenth, erased and sharpened images, no state masking. No run
-    has been made with it yet.
+    5e-5, the vision tower and its connector frozen, cosine to a tenth, erased and sharpened images, no state masking; one
+    random exit per step; 1st and 99th percentile to −1 and 1; no episode is held out. No run has been made with it yet.
     """
     return TrainConfig(
         PolicyObjective(molmo_flow(data)),
@@ -74,6 +75,7 @@ def libero(data: DataSpec) -> TrainConfig:
         accumulate=8,
         ema_decay=None,
         augment=Augment(),
+        validation_fraction=0.0,
         validate_every=2000,
         checkpoint_every=5000,
         precision="bf16",
@@ -106,7 +108,8 @@ def pretrain(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.pretrain --dataset droid=DIR --dataset agibot=DIR --out DIR --shard
 
-    Every data set counts the same, and within one every robot does; nothing is normalised, as in the paper.
+    Every data set counts the same, and within one every robot does; nothing is normalised, as in the paper. Static
+    frames, slow segments, idle prefixes and outliers are left out by our rules.
 
     9.05 B parameters, 8.58 B trained; before activations 161 GiB per GPU as copies, 28 GiB with --shard on eight.
     """
@@ -120,6 +123,7 @@ def pretrain(data: DataSpec) -> TrainConfig:
         accumulate=16,
         steps=200_000,
         mixture=named_mixture("robots"),
+        filters=Filters(),
         state_mask=StateMask(0.5),
         augment=Augment(),
     )

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from vlaflow.backbones.qwen2_5_vl import QwenConfig, qwen2_5_vl_3b
 from vlaflow.backbones.smol import SmolConfig, smollm2_135m
 from vlaflow.backbones.smol_processor import SHORT
@@ -14,6 +16,10 @@ from vlaflow.decoders.rater import RaterConfig
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.tiny import tiny_backbone
+
+QWEN = "Qwen/Qwen2.5-VL-3B-Instruct"
+SYSTEM = "You are a helpful physical assistant."
+"""AsyncVLA's system turn (§4.1)."""
 
 
 def tiny(data: DataSpec) -> PolicyConfig:
@@ -55,17 +61,25 @@ def smol(data: DataSpec, *, layers: int = 8, source: str | None = SHORT) -> Poli
     )
 
 
-def qwen3b(data: DataSpec, *, chunk_size: int = 8, source: str | None = "Qwen/Qwen2.5-VL-3B-Instruct") -> PolicyConfig:
+def qwen3b(
+    data: DataSpec,
+    *,
+    chunk_size: int = 8,
+    source: str | None = QWEN,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> PolicyConfig:
     """AsyncVLA as published: 3.755 B pretrained parameters and a head of 17.0 M; ``qwen3b_rater`` makes it 4.08 B.
 
     Args:
         data: at most 32 dimensions of state and action each; the head is padded to 32.
         chunk_size: actions per chunk (8 on LIBERO, 4 on Bridge and Fractal), all of them executed.
         source: folder or Hub name of the pretrained weights; None for random weights of the same shape.
+        dtype: of these.
     """
+    architecture = None if source else qwen2_5_vl_3b()
     return PolicyConfig(
         system="asyncvla",
-        backbone=QwenConfig(data.state_dim, data.views, source, None if source else qwen2_5_vl_3b(), recompute=True),
+        backbone=QwenConfig(data.state_dim, data.views, source, architecture, dtype=dtype, system=SYSTEM, recompute=True),
         decoder=FlowConfig(action_dim=data.action_dim, chunk_size=chunk_size, padded_dim=32, noise_samples=1),
         n_action_steps=chunk_size,
     )

@@ -8,6 +8,7 @@ from vlaflow.data.quality import PauseRule
 from vlaflow.data.weights import named_mixture
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
+from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.asyncvla.policy import smol as smol_policy
 from vlaflow.policies.base import PolicyConfig
@@ -38,7 +39,7 @@ def realtime(data: DataSpec) -> TrainConfig:
     executed ones, where the data set has them (docs/decisions/013-action-prefixes-are-what-was-executed.md).
     """
     policy = tiny(data)
-    decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, committed=32)
+    decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, max_action_prefix=32)
     return tiny_training(replace(policy, decoder=decoder, exits=None, n_action_steps=16), steps=3500)
 
 
@@ -106,7 +107,7 @@ def libero(data: DataSpec) -> TrainConfig:
 
     Learning rates, betas, decay and schedule are AsyncVLA's; chunk size, batch, epochs (50 of 273 k frames) and 3 % warm-up are
     those of EO-1, on whose code AsyncVLA is probably based; pauses are excluded from the loss as in the paper, by our rule. No
-    run has been made with it yet.
+    episode is held out. No run has been made with it yet.
     """
     return TrainConfig(
         PolicyObjective(qwen3b(data, chunk_size=8)),
@@ -125,8 +126,34 @@ def libero(data: DataSpec) -> TrainConfig:
         accumulate=16,
         ema_decay=None,
         pauses=PauseRule(),
+        validation_fraction=0.0,
         validate_every=1000,
         checkpoint_every=2000,
+        precision="bf16",
+    )
+
+
+def robot3b(data: DataSpec) -> TrainConfig:
+    """AsyncVLA-3B for your own robot: adapters on a network in bfloat16, with two early exits; one GPU.
+
+    vlaflow train asyncvla.robot3b --dataset DIR --out DIR --chunk-seconds 1
+
+    47 M of 3.8 B parameters train; a checkpoint contains the merged weights. All weights train with
+    ``--set lora=none --set optim.kind=paged_adamw8bit``. Its rater is ``asyncvla.rater3b``. No run has been made with it yet.
+    """
+    policy = qwen3b(data, chunk_size=16, dtype="bfloat16")
+    policy = replace(policy, exits=ExitTraining((18, 27, 36), shallow=0.2), n_action_steps=8)
+    return TrainConfig(
+        PolicyObjective(policy),
+        optim=OptimConfig(learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=300),
+        lora=LoraConfig(rank=16, learning_rate=2e-4),
+        steps=10_000,
+        global_batch_size=32,
+        accumulate=4,
+        ema_decay=None,
+        pauses=PauseRule(),
+        validate_every=500,
+        checkpoint_every=1000,
         precision="bf16",
     )
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from vlaflow.policies.adapters import LoraConfig
+from vlaflow.policies.asyncvla import recipes as asyncvla
 from vlaflow.policies.baselines import policy
+from vlaflow.policies.dfm_vla import recipes as dfm_vla
 from vlaflow.policies.libero_small import small, small_training
-from vlaflow.policies.recipe import DataSpec, TrainConfig
+from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.recipe import DataSpec, OptimConfig, TrainConfig
 from vlaflow.policies.tiny import COEFFICIENTS, tiny_training
 
 
@@ -44,6 +50,62 @@ def flow(data: DataSpec) -> TrainConfig:
     Five Meta-World tasks, 2000 steps: 76 of 100 episodes, 63 with a tenth of the demonstrations (docs/log.md).
     """
     return tiny_training(policy.flow(data), steps=3000)
+
+
+def oft(data: DataSpec) -> TrainConfig:
+    """One-pass L1 regression (as OpenVLA-OFT), one query token per action, otherwise as ``fast_ar``.
+
+    vlaflow train baselines.oft --dataset runs/demo/dataset --out runs/baselines/oft
+    """
+    return tiny_training(policy.regression(data), steps=3000)
+
+
+def oft_smol(data: DataSpec) -> TrainConfig:
+    """The same on the first layers of SmolLM2-135M, otherwise as ``asyncvla.smol``.
+
+    vlaflow train baselines.oft_smol --dataset runs/demo/dataset --out runs/baselines/oft-smol
+    """
+    return replace(asyncvla.smol(data), objective=PolicyObjective(policy.smol_regression(data)))
+
+
+def oft3b(data: DataSpec) -> TrainConfig:
+    """One-pass L1 regression on Qwen2.5-VL-3B with OpenVLA-OFT's numbers; eight GPUs. No run has been made with it yet.
+
+    accelerate launch -m vlaflow train baselines.oft3b --dataset DIR --out DIR
+
+    Adapters of rank 32, batch 64, 5e-4, 150 000 steps, no episode held out. OpenVLA-OFT divides the rate by ten after 100 000
+    steps, where this follows a cosine to a tenth; its vision-language model is OpenVLA-7B, its images are cropped.
+    """
+    return TrainConfig(
+        PolicyObjective(policy.qwen_regression(data)),
+        optim=OptimConfig(learning_rate=5e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=0, final_fraction=0.1),
+        lora=LoraConfig(rank=32, alpha=16.0),
+        steps=150_000,
+        global_batch_size=64,
+        accumulate=8,
+        ema_decay=None,
+        validation_fraction=0.0,
+        checkpoint_every=5000,
+        precision="bf16",
+    )
+
+
+def fast_ar_emu3(data: DataSpec) -> TrainConfig:
+    """UniVLA's decoder at its size: batch 192, 8000 steps; otherwise as ``dfm_vla.libero``. No run has been made with it yet.
+
+    accelerate launch -m vlaflow train baselines.fast_ar_emu3 --dataset DIR --out DIR --shard
+    """
+    objective = PolicyObjective(policy.emu3_autoregressive(data))
+    return replace(dfm_vla.libero(data), objective=objective, steps=8000, global_batch_size=192)
+
+
+def masked_emu3(data: DataSpec) -> TrainConfig:
+    """UD-VLA's decoder, for actions alone, at its size: batch 64, 48 000 steps; otherwise as ``dfm_vla.libero``. No run yet.
+
+    accelerate launch -m vlaflow train baselines.masked_emu3 --dataset DIR --out DIR --shard
+    """
+    objective = PolicyObjective(policy.emu3_masked(data))
+    return replace(dfm_vla.libero(data), objective=objective, steps=48_000, global_batch_size=64, accumulate=8)
 
 
 def oft_libero_small(data: DataSpec) -> TrainConfig:

@@ -83,7 +83,7 @@ def libero(data: DataSpec) -> TrainConfig:
     8.61 B parameters, 8.50 B trained; before activations 159 GiB per GPU as copies, 30 GiB with --shard on eight.
 
     AdamW (0.9, 0.95, 1e-6) with decay 0.1, 8e-5 falling to 5e-6 along a cosine after 50 steps, clipped at 5; batch 256 in
-    parts of eight; 20 000 steps. The image tokenizer stays frozen.
+    parts of eight; 20 000 steps. The image tokenizer stays frozen, and no episode is held out.
     """
     return TrainConfig(
         PolicyObjective(emu3(data)),
@@ -101,6 +101,7 @@ def libero(data: DataSpec) -> TrainConfig:
         global_batch_size=256,
         accumulate=32,
         ema_decay=None,
+        validation_fraction=0.0,
         validate_every=1000,
         checkpoint_every=2000,
         precision="bf16",

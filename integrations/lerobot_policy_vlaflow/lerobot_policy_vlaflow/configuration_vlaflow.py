@@ -1,0 +1,143 @@
+"""The policies' configs, one type per system. What LeRobot must know before the data set is there comes from the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+
+from vlaflow.errors import ConfigError
+from vlaflow.policies.recipe import DataSpec, TrainConfig
+from vlaflow.training.options import Options, overridden
+from vlaflow.training.recipes import find_recipe
+
+UNKNOWN = DataSpec(7, 7, ("front",))
+"""Chunk size, optimiser and schedule of a recipe do not depend on the data set, which is not known yet."""
+
+
+def _identity() -> dict[str, NormalizationMode]:
+    return dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
+
+
+@dataclass
+class VlaflowConfig(PreTrainedConfig):
+    """What all systems share.
+
+    Args:
+        recipe: how the policy is built and trained, such as "asyncvla.demo"; ``vlaflow train --help`` lists the recipes.
+        settings: values of the recipe that differ, as KEY=VALUE.
+        views: LeRobot's key of every view; the data set's own by default.
+        compute: how much compute to spend on a chunk, as ``vlaflow eval --compute``; the calibrated sampler by default.
+        chunk_size: actions per chunk; the recipe's by default.
+        n_action_steps: actions executed per chunk; the recipe's by default.
+        noise_seed: of the sampler's noise.
+        normalization_mapping: vlaflow normalises by itself, so all are left as they are.
+    """
+
+    recipe: str | None = None
+    settings: list[str] = field(default_factory=list)
+    views: dict[str, str] = field(default_factory=dict)
+    compute: str | None = None
+    chunk_size: int | None = None
+    n_action_steps: int | None = None
+    noise_seed: int = 0
+    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=_identity)
+
+    def train_config(self, data: DataSpec = UNKNOWN) -> TrainConfig:
+        """The recipe for a data set.
+
+        Raises:
+            ConfigError: there is no such recipe, or it cannot be trained on LeRobot's batches.
+        """
+        if self.recipe is None:
+            raise ConfigError("Name a recipe to train: --policy.recipe=asyncvla.demo (vlaflow train --help lists them).")
+        recipe = find_recipe(self.recipe)
+        if recipe.several or recipe.continues:
+            raise ConfigError(f"'{self.recipe}' is not trained from scratch in one stage. Train it with vlaflow train instead.")
+        changes = dict(text.split("=", 1) for text in self.settings)
+        if self.chunk_size is not None:
+            changes.setdefault("policy.decoder.chunk_size", str(self.chunk_size))
+        if self.n_action_steps is not None:
+            changes.setdefault("policy.n_action_steps", str(self.n_action_steps))
+        return overridden(recipe.config(data, None), changes, Options().assets())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe is not None:
+            policy = self.train_config().objective.policy
+            self.chunk_size, self.n_action_steps = policy.decoder.chunk_size, policy.n_action_steps
+
+    def validate_features(self) -> None:
+        """The features are checked when the policy is made."""
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        """The recipe's optimiser."""
+        optim = self.train_config().optim
+        return AdamWConfig(
+            lr=optim.learning_rate,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            grad_clip_norm=optim.clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig | None:
+        """The recipe's schedule; none for a constant rate."""
+        config = self.train_config()
+        optim = config.optim
+        if optim.schedule == "constant":
+            return None
+        return CosineDecayWithWarmupSchedulerConfig(
+            num_warmup_steps=optim.warmup_steps,
+            num_decay_steps=config.steps,
+            peak_lr=optim.learning_rate,
+            decay_lr=optim.learning_rate * optim.final_fraction,
+        )
+
+    @property
+    def observation_delta_indices(self) -> None:
+        """One observation."""
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        """The actions of a chunk."""
+        if self.chunk_size is None:
+            raise ConfigError("Name a recipe to train: --policy.recipe=asyncvla.demo (vlaflow train --help lists them).")
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        """No rewards."""
+
+
+@PreTrainedConfig.register_subclass("vlaflow_policy")
+@dataclass
+class VlaflowAnyConfig(VlaflowConfig):
+    """A policy of any system, such as the baselines."""
+
+    recipe: str | None = None
+
+
+@PreTrainedConfig.register_subclass("vlaflow_asyncvla")
+@dataclass
+class VlaflowAsyncVLAConfig(VlaflowConfig):
+    """AsyncVLA."""
+
+
+@PreTrainedConfig.register_subclass("vlaflow_a1")
+@dataclass
+class VlaflowA1Config(VlaflowConfig):
+    """A1."""
+
+
+@PreTrainedConfig.register_subclass("vlaflow_dfm_vla")
+@dataclass
+class VlaflowDfmVLAConfig(VlaflowConfig):
+    """DFM-VLA."""
+
+
+@PreTrainedConfig.register_subclass("vlaflow_iflybot")
+@dataclass
+class VlaflowIflybotConfig(VlaflowConfig):
+    """iFlyBot-VLA; it is trained in stages by ``vlaflow train`` and then exported."""

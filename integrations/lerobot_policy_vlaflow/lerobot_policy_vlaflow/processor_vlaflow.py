@@ -1,0 +1,9 @@
+"""The processors of vlaflow's policies: LeRobot's default pair, whose normalisation is the identity."""
+
+from lerobot.processor import make_default_pre_post_processors
+
+make_vlaflow_policy_pre_post_processors = make_default_pre_post_processors
+make_vlaflow_asyncvla_pre_post_processors = make_default_pre_post_processors
+make_vlaflow_a1_pre_post_processors = make_default_pre_post_processors
+make_vlaflow_dfm_vla_pre_post_processors = make_default_pre_post_processors
+make_vlaflow_iflybot_pre_post_processors = make_default_pre_post_processors
