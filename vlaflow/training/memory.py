@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import as_on_gpu
+from vlaflow.nn.fake import real_tensors
 from vlaflow.nn.precision import autocast
 from vlaflow.policies.adapters import adapt
 from vlaflow.policies.dry_run import DryRun
@@ -122,7 +123,8 @@ def count(build: Callable[[], DryRun], config: TrainConfig) -> Counts:
     """
     with torch.device("meta"):
         run = build()
-        _freeze(run, config)
+    _adapt(run, config)
+    _freeze(run, config)
     blocks = blocks_of(run.trained)
     inside = {p for block in blocks for p in block.parameters()}
     every = list(run.networks.parameters())
@@ -153,7 +155,7 @@ def measure(build: Callable[[], DryRun], config: TrainConfig, batch: int, *, bf1
         bf16: under autocast.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):  # what ``real_tensors`` made
-        run = build()
+        run = build() if config.lora is None else _adapted(build, config)
         _freeze(run, config)
         run.networks.train()
         for parameter in run.trained.parameters():
@@ -184,16 +186,37 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def _adapt(run: DryRun, config: TrainConfig) -> None:
+    if config.lora is None:
+        return
+    if config.lora.quantise is not None:
+        raise CapabilityError("Matrices in four bits cannot be planned. Plan with --set lora.quantise=none.")
+    with torch.device("meta"):
+        adapt(run.trained, config.lora, 0)
+
+
+def _adapted(build: Callable[[], DryRun], config: TrainConfig) -> DryRun:
+    """Networks with adapters as fake tensors; peft cannot make adapters of these, so they come from the meta device."""
+    with real_tensors(), torch.device("meta"):
+        run = build()
+    with real_tensors():
+        _adapt(run, config)
+    for module in run.networks.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty_like(parameter, device="cpu")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
+    return run
+
+
 def _freeze(run: DryRun, config: TrainConfig) -> None:
-    """Leave the gradient to what trains, as the trainer does."""
+    """Take the gradient from what does not train, as the trainer does."""
     if run.trained is not run.networks:
         trained = set(run.trained.parameters())
         for parameter in run.networks.parameters():
             parameter.requires_grad_(parameter in trained)
-    if config.lora is not None:
-        if config.lora.quantise is not None:
-            raise CapabilityError("Matrices in four bits cannot be planned. Plan with --set lora.quantise=none.")
-        adapt(run.trained, config.lora, 0)
     freeze(run.trained, config.optim)
 
 
