@@ -25,6 +25,7 @@ STOREYS = (
     ("backbones", "stacks"),
     ("decoders",),
     ("compute",),
+    ("engine",),
     ("policies",),
     ("training", "evaluation", "serving"),
     ("claims",),
@@ -52,6 +53,7 @@ HEAVY = {
     "scipy": {"actions"},
     "accelerate": {"training"},
     "tensorboard": set(),
+    "openvino": set(),
 }
 UNSAFE = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

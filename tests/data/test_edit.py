@@ -202,7 +202,7 @@ CASES = {
         OLD,
         {1},
         [
-            "Episode 2 of .* is now episode 1",
+            "Episodes 2 to 4 of .* are now episodes 1 to 3",
             "The episode table lists other tasks",
             "shown from 0.1000 s to 0.8000 s; they are taken by number",
         ],
@@ -412,7 +412,7 @@ def test_the_commands_print_what_they_changed(pristine, tmp_path, capsys, monkey
     assert "Nothing had to be repaired.\nWritten: same (5 episodes, 54 frames)" in said("repair", "toy", "--out", "same")[1]
     status, words = said("drop", "toy", "--episodes", "0", "2-3", "--out", "fewer")
     assert status == 0
-    assert "Episode 3 of toy is left out.\nEpisode 1 of toy is now episode 0.\n" in words
+    assert "Episode 0 of toy is left out.\nEpisodes 2 to 3 of toy are left out.\nEpisode 1 of toy is now episode 0.\n" in words
     assert "Written: more (7 episodes" in said("merge", "toy", "fewer", "--out", "more")[1]
     named = said("rename", "toy", "--camera", "corner=front", "--out", "named")[1]
     assert "'observation.images.corner' is now 'observation.images.front'." in named

@@ -1,6 +1,7 @@
 """A policy that learns from two robots at once: what is the same as without the other, and what each robot gets."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.latents import SMALL, latent_config
-from tests.training.small import SPEC, tiny_config, tiny_policy, weights, write_questions
+from tests.training.small import SPEC, as_it_is, tiny_config, tiny_policy, weights, write_questions
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import calibrate
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
+from vlaflow.data.filters import Filters
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed
 from vlaflow.data.weights import DatasetEntry
@@ -37,8 +39,10 @@ from vlaflow.policies.robots import robot_folder
 from vlaflow.policies.vqa import VqaTraining
 from vlaflow.spec import ActionPrefix, Dimension, Observation
 from vlaflow.training import run
+from vlaflow.training.loader import Loader
 from vlaflow.training.metrics_log import read_log
 from vlaflow.training.options import Options
+from vlaflow.training.team import Team
 
 WIDE = replace(
     SPEC,
@@ -308,7 +312,8 @@ def test_the_command_takes_several_data_sets(dataset, wide, tmp_path, capsys):
 
 
 def test_recipes_get_what_data_sets_have_together(dataset, wide):
-    assert DataSpec.of(dataset, wide) == DataSpec(4, 3, ("front", "wrist"))
+    found = DataSpec.of(dataset, wide)
+    assert (found.state_dim, found.action_dim, found.views) == (4, 3, ("front", "wrist"))
 
 
 # -- other stages and decoders ----------------------------------------------------------------------------------------
@@ -359,3 +364,24 @@ def test_questions_are_learned_next_to_a_mixture(dataset, wide, tmp_path):
     log = read_log(tmp_path / "p")
     assert ["answer_loss" in entry for entry in log] == [False, True]
     assert {"loss@dataset", "loss@wide", "answer"} <= log[-1]["validation"].keys()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_mixed_step_is_the_same_on_any_number_of_processes(mixed, world):
+    config, source = mixed_config(global_batch_size=8, accumulate=4), mixed[1]
+
+    def parts(team):
+        return Loader(source, config, team, torch.device("cpu"), as_it_is, order=source.order).step(2)
+
+    together = [part for rank in range(world) for part in parts(Team(rank, world))]
+    for one, other in zip(parts(Team()), together, strict=True):
+        assert torch.equal(one.batch.action_BLD, other.batch.action_BLD)
+        assert list(one.batch.sources) == list(other.batch.sources)
+        assert torch.equal(one.generator.get_state(), other.generator.get_state())
+
+
+def test_filters_speak_by_data_set(dataset, wide, tmp_path, capsys):
+    trained(mixed_config(max_excluded=1.0, filters=Filters(slow=0.8, slow_s=0.1)), [str(dataset), str(wide)], tmp_path / "p")
+    said = capsys.readouterr().err
+    for name in ("dataset", "wide"):
+        assert re.search(rf"^{name}: .* of the frames begin no chunk \(.*in slow segments\)", said, re.MULTILINE)

@@ -85,8 +85,7 @@ class TinyConfig(BackboneConfig):
         """See the base class; it needs files for a sentence encoder only."""
         cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
         encoder = None if self.text == "bytes" else open_encoder(self.text, self.sentence, folder)
-        limits = {"text_bytes": self.text_bytes, "text_patch": self.text_patch}
-        return TinyProcessor(cells, self.state_dim, **limits, encoder=encoder)
+        return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch, encoder=encoder)
 
     @property
     def packages(self) -> tuple[str, ...]:

@@ -318,9 +318,21 @@ def _show(arguments: Show) -> int:
             values = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
             numbers.add_row(name, label, *(f"{v[d]:.4g}" for v in values))
     console.print(numbers)
+    console.print(_left_out(dataset))
     if arguments.out is not None:
         console.print(f"Written: {write_page(dataset, arguments.out, arguments.episodes)}", soft_wrap=True)
     return 0
+
+
+def _left_out(dataset: Dataset) -> Any:
+    from rich.table import Table
+
+    from vlaflow.data.filters import left_out
+
+    table = Table("rule (default)", "frames", "share", title="What rules would leave out of training", title_justify="left")
+    for name, marked_N in left_out(dataset).items():
+        table.add_row(name, str(int(marked_N.sum())), f"{marked_N.mean():.1%}")
+    return table
 
 
 def _print_summary(console: Any, dataset: Dataset) -> None:

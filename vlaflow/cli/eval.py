@@ -53,6 +53,8 @@ class Eval:
         videos: record a success and a failure per environment.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
+        engine: what computes chunks: the networks (eager), programs that vlaflow deploy built (aoti, openvino), or the fastest
+            that there is (auto).
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
         shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge makes the results of
             all parts (docs/scale.md).
@@ -78,6 +80,7 @@ class Eval:
     videos: bool = True
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["auto", "eager", "aoti", "openvino"] = "eager"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     shard: str | None = None
 
@@ -110,6 +113,7 @@ def main(argv: list[str]) -> int:
             arguments.device,
             arguments.batch,
             arguments.dtype,
+            arguments.engine,
         ),
         language_episodes=arguments.language,
         videos=arguments.videos,

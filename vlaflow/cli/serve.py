@@ -53,6 +53,8 @@ class ServeArguments:
         threads: number of torch threads, if the networks run on the CPU; vlaflow bench latency uses one.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
+        engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), or the fastest
+            that there is (auto).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -80,6 +82,7 @@ class ServeArguments:
     threads: int = 1
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
 
 
 def main(argv: list[str]) -> int:
@@ -92,7 +95,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
-    from vlaflow.policies.base import Policy
+    from vlaflow.policies.deployment import open_policy
     from vlaflow.policies.provenance import fingerprint
     from vlaflow.policies.robots import robot_folder
     from vlaflow.serving.engine import EngineConfig
@@ -109,7 +112,7 @@ def main(argv: list[str]) -> int:
     home = Checkpoint(folder, fingerprint(folder))
     knobs = Knobs(a.steps, device=a.device, threads=a.threads, dtype=a.dtype)
     compute = parse(name, knobs, home)
-    policy = Policy.from_pretrained(folder, a.device, a.dtype)
+    policy = open_policy(folder, a.device, a.dtype, a.engine)
     views = tuple(policy.views)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files

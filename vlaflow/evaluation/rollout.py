@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.deployment import open_policy
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
@@ -52,6 +54,7 @@ class RolloutConfig:
         device: where the networks run.
         batch: episodes that a worker plays together, at most; fewer where the simulator keeps fewer environments.
         dtype: what the networks compute in.
+        engine: what computes them (``policies.deployment.with_engine``).
     """
 
     n_action_steps: int | None = None
@@ -60,6 +63,7 @@ class RolloutConfig:
     device: str = "cpu"
     batch: int = 4
     dtype: Dtype = "fp32"
+    engine: Engine = "eager"
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -197,7 +201,7 @@ def play_all(
                 progress(len(found), len(jobs))
 
     with one_thread():
-        setup = functools.partial(Policy.from_pretrained, str(folder), config.device, config.dtype)
+        setup = functools.partial(open_policy, str(folder), config.device, config.dtype, config.engine)
         together = [EpisodeBlock(tuple(jobs[place] for place in block)) for block in places]
         run_jobs(functools.partial(_play_block, config=config), together, workers, setup=setup, finished=keep)
     return [found[place] for place in range(len(jobs))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlaflow.data.check import about_jitter
 from vlaflow.data.common import CommonShape
+from vlaflow.data.filters import filtered
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed, Order
@@ -135,6 +138,7 @@ def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, Featur
     for dataset in datasets:
         columns = dataset.columns()
         rows = np.isin(columns.episode, np.asarray(config.episodes(dataset)[0], np.int64))
+        rows &= ~filtered(dataset, config.filters).outlier_N
         found["state"].append(columns.state[rows])
         found["action"].append(columns.action[rows])
     return {name: FeatureStats.of(np.concatenate(parts)) for name, parts in found.items()}
@@ -238,6 +242,16 @@ def report_exclusions(config: TrainConfig, datasets: Sequence[OpenedDataset], ro
     for number, each in enumerate(datasets):
         steps = robots.robot(number).action_spec.chunk_size or policy.config.decoder.chunk_size
         print_exclusions(config, each.dataset, steps, each.label if len(datasets) > 1 else "")
+
+
+def report_jitter(datasets: Sequence[OpenedDataset], robots: Robots) -> None:
+    """Print which numbers of each robot are nearly constant, and are therefore normalised by a floor."""
+    for place, robot in enumerate(robots.by_name.values()):
+        first = datasets[robots.of.index(place)]
+        before = f"{first.label}: " if len(datasets) > 1 else ""
+        for name, stats in robot.stats.items():
+            for sentence in about_jitter(name, first.dataset.dimension_names(name), stats):
+                sys.stderr.write(f"{before}{sentence}\n")
 
 
 def mixture_identity(datasets: Sequence[OpenedDataset], samples: Samples) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from vlaflow.policies.mixing import (
     mixture_identity,
     normalised_chunks,
     report_exclusions,
+    report_jitter,
     robots_of,
     samples_of,
     timed,
@@ -105,6 +106,7 @@ class PolicyObjective(Objective):
         if assets.base is None:
             objective = replace(self, policy=timed(self.policy, config, datasets))
             robots = robots_of(objective.policy, config, datasets)
+            report_jitter(datasets, robots)
             policy, objective = objective._created(config, datasets, robots, assets.tokenizer)
             identity: dict[str, Any] = {}
         else:
@@ -268,9 +270,9 @@ class LatentObjective(Objective):
 
     def check(self, config: TrainConfig) -> None:
         """See ``Objective``."""
-        if config.shift or config.augment or config.state_mask or config.pauses:
+        if config.shift or config.augment or config.state_mask or config.pauses or config.filters:
             raise ConfigError(
-                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
+                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses, filters."
             )
 
     def used_assets(self, assets: Assets) -> Assets:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.config import INLINE
 from vlaflow.data.augment import Augment, StateMask
+from vlaflow.data.filters import Filters
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Order
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
@@ -322,6 +323,7 @@ class TrainConfig:
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
         interventions: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
             are left out of the loss; None keeps all.
+        filters: which frames begin no chunk, and which are outliers; None for none.
         max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
             refused.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
@@ -346,6 +348,7 @@ class TrainConfig:
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
     interventions: InterventionRule | None = INTERVENTIONS
+    filters: Filters | None = None
     max_excluded: float = 0.5
     demonstrations: float = 1.0
     validation_fraction: float = 0.06

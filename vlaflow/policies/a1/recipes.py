@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.data.augment import Augment, StateMask
+from vlaflow.data.filters import Filters
 from vlaflow.data.weights import named_mixture
 from vlaflow.policies.a1.policy import molmo_flow, molmo_regression, small_flow, tiny_flow, tiny_regression
 from vlaflow.policies.libero_small import small_training
@@ -101,7 +102,8 @@ def pretrain(data: DataSpec) -> TrainConfig:
 
     accelerate launch -m vlaflow train a1.pretrain --dataset droid=DIR --dataset agibot=DIR --out DIR
 
-    Every data set counts the same, and within one every robot does; nothing is normalised, as in the paper.
+    Every data set counts the same, and within one every robot does; nothing is normalised, as in the paper. Static
+    frames, slow segments, idle prefixes and outliers are left out by our rules.
     """
     policy = replace(
         molmo_flow(data, chunk_size=50), state_normalisation="identity", action_normalisation="identity", kept_actions=()
@@ -113,6 +115,7 @@ def pretrain(data: DataSpec) -> TrainConfig:
         accumulate=16,
         steps=200_000,
         mixture=named_mixture("robots"),
+        filters=Filters(),
         state_mask=StateMask(0.5),
         augment=Augment(),
     )
