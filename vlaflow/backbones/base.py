@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -190,6 +190,14 @@ class Prefix:
             embedded_BPW=None if self.embedded_BPW is None else self.embedded_BPW[row_R],
             action_mask_BLD=None if self.action_mask_BLD is None else self.action_mask_BLD[row_R],
         )
+
+
+class RunsLayers(Protocol):
+    """What reads a prefix: a backbone, or a model that has another way to run the backbone's layers."""
+
+    def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
+        """See ``Backbone.run``."""
+        ...
 
 
 class Backbone(nn.Module, ABC):

@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train a policy, or one of its later stages, by recipe",
     "calibrate": "calibrate the early exits of a checkpoint on held-out data",
     "bench": "time a checkpoint on this machine, part by part",
+    "deploy": "compile a checkpoint's chunks for this machine",
     "eval": "measure a checkpoint's success rate and latency in an environment",
     "merge": "make the results of an evaluation that several machines played",
     "eval-vqa": "measure a checkpoint's accuracy on questions about images",

@@ -34,6 +34,7 @@ from vlaflow.flows import gaussian, guidance
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
+from vlaflow.ranges import Count, Fraction, Number, Positive, Width
 from vlaflow.stacks.base import Stack
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.stacks.shared import SharedStack
@@ -64,19 +65,19 @@ class FlowConfig(DecoderConfig):
         head_layers: residual layers of the velocity head (A1: 2); None for two linear layers (AsyncVLA).
     """
 
-    action_dim: int
-    chunk_size: int = 16
+    action_dim: Width
+    chunk_size: Width = 16
     padded_dim: int | None = None
     masks: Literal["unified", "synchronous"] = "unified"
     max_action_prefix: int = 0
     whole: float = 0.0
-    noise_samples: int = 2
+    noise_samples: Count = 2
     times: Literal["beta", "skewed"] = "beta"
-    time_alpha: float = 1.5
-    time_floor: float = 0.001
+    time_alpha: Positive = 1.5
+    time_floor: Fraction = 0.001
     expert: ExpertConfig | None = None
     time_token: bool = False
-    head_layers: int | None = None
+    head_layers: Number | None = None
 
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:
@@ -121,11 +122,18 @@ class ActionCodec(nn.Module):
 
     def encode(self, x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
         """(B, L, X) and (B, L) → (B, L, W), or (B, 1 + L, W) with a time token."""
+        return self.enter(x_BLX, self.times(clock_BL))
+
+    def times(self, clock_BL: Tensor) -> Tensor:
+        """What ``enter`` takes of the clocks, whatever the actions: (B, L, W), or (B, 1, W) with a time token."""
+        return clock_embedding(clock_BL.amax(1, keepdim=True) if self.time_token else clock_BL, self.width)
+
+    def enter(self, x_BLX: Tensor, time_BTW: Tensor) -> Tensor:
+        """Noisy actions and what ``times`` made of their clocks, as tokens."""
+        time_BTW = time_BTW.to(x_BLX.dtype)
         if self.time_token:
-            time_B1W = self.mix(clock_embedding(clock_BL.amax(1, keepdim=True), self.width).to(x_BLX.dtype))
-            return torch.cat((time_B1W, self.project(x_BLX)), 1)
-        time_BLW = clock_embedding(clock_BL, self.width).to(x_BLX.dtype)
-        return self.mix(torch.cat((self.project(x_BLX), time_BLW), -1))
+            return torch.cat((self.mix(time_BTW), self.project(x_BLX)), 1)
+        return self.mix(torch.cat((self.project(x_BLX), time_BTW), -1))
 
     def decode(self, hidden_BLW: Tensor) -> Tensor:
         """(B, L, W), or with a time token (B, 1 + L, W), → velocity (B, L, X)."""
@@ -184,13 +192,15 @@ class FlowDecoder(Decoder[FlowState]):
         """One a step, or two to second order."""
         return sampling.evaluations
 
-    def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix) -> Tensor:
-        """Predicted dx/dt (B, L, X) of tokens at their clocks.
+    def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix, time_BTW: Tensor | None = None) -> Tensor:
+        """Predicted dx/dt (B, L, X) of tokens at their clocks; ``time_BTW`` is ``ActionCodec.times`` of these, where known.
 
         Padding dimensions are 0 in every action and take no part in the loss; so are dimensions and steps that a chunk of the
         observation's robot does not have. Their velocity is known, x/t, and keeps them what training showed: t·noise.
         """
-        made_BLX = self.codec.decode(self.stack(self.codec.encode(x_BLX, clock_BL), prefix))
+        codec = self.codec
+        token_BTW = codec.encode(x_BLX, clock_BL) if time_BTW is None else codec.enter(x_BLX, time_BTW)
+        made_BLX = codec.decode(self.stack(token_BTW, prefix))
         mask_BLX = self._mask(prefix.action_mask_BLD, x_BLX)
         if mask_BLX is None:
             return made_BLX

@@ -247,7 +247,7 @@ class Policy:
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
         with self.precision():
-            prefix = self.model.backbone.embed(self.processor(observation).to(self.device))
+            prefix = self.model.embed(self.processor(observation).to(self.device))
         if observation.robot_B is None:
             return prefix
         masks = [self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()]

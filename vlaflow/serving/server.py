@@ -137,6 +137,7 @@ class PolicyServer:
             "checkpoint": self.config.checkpoint,
             "fingerprint": self.config.fingerprint,
             "dtype": policy.dtype,
+            "engine": policy.model.engine,
             "action_spec": to_json(policy.action_spec),
             "chunk_size": policy.chunk_size,
             "n_action_steps": self.n_action_steps,
