@@ -25,6 +25,7 @@ from scipy.fft import dct, idct
 
 from vlaflow.actions.base import Decoding, check_chunks
 from vlaflow.errors import ConfigError
+from vlaflow.ranges import Positive
 
 FIRST = 0x4E00
 """Code point of symbol 0; the following ones are all letters, without special treatment in text tokenizers."""
@@ -41,7 +42,7 @@ class FastFit:
         vocabulary: number of symbols and merges, without the end token; None for no merges: every coefficient is a token.
     """
 
-    scale: float = 10.0
+    scale: Positive = 10.0
     vocabulary: int | None = 1024
 
     def __post_init__(self) -> None:
