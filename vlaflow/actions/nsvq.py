@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.ranges import Positive
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Replacement:
     every: int = 50
     until: float = 0.7
     threshold: float = 0.1
-    noise: float = 0.02
+    noise: Positive = 0.02
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.until <= 1 or not 0 <= self.threshold < 1 or self.noise <= 0:

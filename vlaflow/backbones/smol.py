@@ -26,6 +26,7 @@ from vlaflow.backbones.smol_processor import FAMILY, NAME, SmolProcessor, SmolRe
 from vlaflow.backbones.vision import CONV, EncoderSpec, PretrainedVision, ScratchVision, open_encoder, vision_packages
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
+from vlaflow.ranges import Width
 
 
 def smollm2_135m() -> dict[str, Any]:
@@ -62,10 +63,10 @@ class SmolConfig(PretrainedConfig):
         state_token, image_token: tokens that stand for the state and for each token of an image; no instruction uses them.
     """
 
-    layers: int | None = None
+    layers: Width | None = None
     vision: str = CONV
     encoder: EncoderSpec | None = field(default=None, repr=False)
-    image_size: int = 128
+    image_size: Width = 128
     cell: int = 16
     padded_state: int = 32
     system: str = "You move a robot. Look at the images and its state, and do what the user asks."

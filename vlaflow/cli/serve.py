@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
+from vlaflow.ranges import Count, NotNegative, Positive, Range
+
 if TYPE_CHECKING:
     from vlaflow.compute.base import ComputePolicy
 
@@ -60,26 +63,26 @@ class ServeArguments:
     checkpoint: Annotated[str, tyro.conf.Positional]
     robot: str | None = None
     compute: str | None = None
-    budget_ms: float | None = None
-    steps: int = 10
+    budget_ms: Positive | None = None
+    steps: Count = 10
     observation_keys: str = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     default_prompt: str | None = None
-    n_action_steps: int | None = None
+    n_action_steps: Count | None = None
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Range(0, 65535)] = 8000
     token: str | None = None
-    batch: int = 8
-    wait_ms: float = 2.0
-    queue: int = 32
-    deadline_ms: float = 10_000.0
-    most_mib: float = 64.0
+    batch: Count = 8
+    wait_ms: NotNegative = 2.0
+    queue: Count = 32
+    deadline_ms: Positive = 10_000.0
+    most_mib: Positive = 64.0
     guided: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    connections: int = 32
+    connections: Count = 32
     dashboard: bool = False
     log_format: Literal["text", "json"] = "text"
-    threads: int = 1
+    threads: Count = 1
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
     engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
@@ -87,7 +90,7 @@ class ServeArguments:
 
 def main(argv: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
-    a = tyro.cli(ServeArguments, args=argv, prog="vlaflow serve")
+    a = parse_arguments(ServeArguments, "vlaflow serve", argv)
 
     import torch
 

@@ -34,6 +34,7 @@ from vlaflow.flows import gaussian, guidance
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
+from vlaflow.ranges import Count, Fraction, Number, Positive, Width
 from vlaflow.stacks.base import Stack
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.stacks.shared import SharedStack
@@ -64,19 +65,19 @@ class FlowConfig(DecoderConfig):
         head_layers: residual layers of the velocity head (A1: 2); None for two linear layers (AsyncVLA).
     """
 
-    action_dim: int
-    chunk_size: int = 16
+    action_dim: Width
+    chunk_size: Width = 16
     padded_dim: int | None = None
     masks: Literal["unified", "synchronous"] = "unified"
     max_action_prefix: int = 0
     whole: float = 0.0
-    noise_samples: int = 2
+    noise_samples: Count = 2
     times: Literal["beta", "skewed"] = "beta"
-    time_alpha: float = 1.5
-    time_floor: float = 0.001
+    time_alpha: Positive = 1.5
+    time_floor: Fraction = 0.001
     expert: ExpertConfig | None = None
     time_token: bool = False
-    head_layers: int | None = None
+    head_layers: Number | None = None
 
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:

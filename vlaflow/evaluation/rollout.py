@@ -32,6 +32,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.deployment import open_policy
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
+from vlaflow.ranges import Count, require_ranges
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
@@ -57,8 +58,8 @@ class RolloutConfig:
         engine: what computes them (``policies.deployment.with_engine``).
     """
 
-    n_action_steps: int | None = None
-    max_steps: int | None = None
+    n_action_steps: Count | None = None
+    max_steps: Count | None = None
     render: Render = "fast"
     device: str = "cpu"
     batch: int = 4
@@ -66,6 +67,7 @@ class RolloutConfig:
     engine: Engine = "eager"
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         if self.batch < 1:
             raise ConfigError(f"batch counts episodes and must be at least 1, got {self.batch}.")
 

@@ -45,6 +45,7 @@ from vlaflow.policies.provenance import run_of
 from vlaflow.policies.recipe import Assets, Base, EarlierStages, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
 from vlaflow.policies.vqa import VqaTraining, require_askable, vqa_of
+from vlaflow.ranges import NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -263,9 +264,9 @@ class LatentObjective(Objective):
 
     model: LatentConfig
     view: str
-    gap_s: float = 1.0
+    gap_s: Positive = 1.0
     replacement: Replacement = field(default_factory=Replacement)
-    action_weight: float = 0.01
+    action_weight: NotNegative = 0.01
     makes: ClassVar[Literal["policy", "latent"]] = "latent"
 
     def check(self, config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -31,6 +31,7 @@ from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import ancestry, fingerprint
 from vlaflow.policies.stages import CoTraining, Stage
+from vlaflow.ranges import Count, Fraction, NotNegative, Number, Seed, Share
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class DataSpec:
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
         state, action = (len(dataset.dimension_names(name)) for name in ("state", "action"))
-        return DataSpec(state, action, tuple(dataset.views), missing_action(dataset.root, dataset.features))
+        found = DataSpec(state, action, tuple(dataset.views))
+        return found if action else replace(found, no_action=missing_action(dataset.root, dataset.features))
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,14 @@ class OptimConfig:
     """
 
     kind: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: NotNegative = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.01
+    warmup_steps: Number = 100
     schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: float = 0.0
-    clip_norm: float = 1.0
+    final_fraction: Share = 0.0
+    clip_norm: NotNegative = 1.0
     groups: tuple[ParameterGroup, ...] = ()
 
     @property
@@ -339,25 +341,25 @@ class TrainConfig:
     objective: Objective = field(metadata=INLINE)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig | None = None
-    steps: int = 1000
-    global_batch_size: int = 64
+    steps: Count = 1000
+    global_batch_size: Count = 64
     accumulate: int = 1
-    ema_decay: float | None = 0.998
-    shift: int = 0
+    ema_decay: Fraction | None = 0.998
+    shift: Number = 0
     augment: Augment | None = None
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
     interventions: InterventionRule | None = INTERVENTIONS
     filters: Filters | None = None
     max_excluded: float = 0.5
-    demonstrations: float = 1.0
-    validation_fraction: float = 0.06
+    demonstrations: Share = 1.0
+    validation_fraction: Fraction = 0.06
     mixture: Mixture = field(default_factory=Mixture)
     chunk_s: float | None = None
     validate_every: int = 250
     checkpoint_every: int = 500
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         self.objective.check(self)
