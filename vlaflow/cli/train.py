@@ -28,7 +28,7 @@ class TrainArguments:
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Which system and stage, e.g. asyncvla.demo; listed below."""
     dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]DIR[:WEIGHT]")]
-    """LeRobot data set with an action spec: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub; repeat it for a
+    """LeRobot data set: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub; repeat it for a
     mixture."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the checkpoint; an unfinished run there is continued."""

@@ -54,6 +54,7 @@ class Dataset:
         root: its folder.
         version: "v3.0", "v2.1" or "v2.0".
         fps: frames per second.
+        robot_type: as in meta/info.json; empty where it states none.
         features: as in meta/info.json.
         views: view name to feature key, cameras only (depth maps are not colour images and are left out).
         state_keys, action_keys: feature keys, joined in order; empty where there is no 'observation.state' or, opened as video
@@ -73,6 +74,7 @@ class Dataset:
         info = meta.info
         self._meta, self.reading = meta, reading
         self.root, self.version, self.fps = meta.root, str(info["codebase_version"]), float(info["fps"])
+        self.robot_type = str(info.get("robot_type") or "")
         self.features: Mapping[str, Any] = info["features"]
         self.tasks, self.episodes = meta.tasks, meta.episodes
         self._place = {episode.index: place for place, episode in enumerate(meta.episodes)}
@@ -90,6 +92,7 @@ class Dataset:
         own = info.get(EXTRA_KEY) or {}
         stated = own.get("action_spec")
         self.provenance: Mapping[str, Any] = own.get("provenance", {})
+        action_spec = action_spec or reading.action_spec
         self.action_spec = action_spec
         if stated is not None:
             self.action_spec = from_json(ActionSpec, known_parts(stated), str(self.root / "meta/info.json"))
@@ -122,15 +125,15 @@ class Dataset:
         """
         return cls(read_meta(data_folder(root)), action_spec, video, reading or DEFAULT)
 
-    def with_spec(self, action_spec: ActionSpec) -> Dataset:
-        """The same data set, rows that were read included, whose actions mean this.
+    def with_spec(self, action_spec: ActionSpec, *notes: str) -> Dataset:
+        """The same data set, rows that were read included, whose actions mean this; with notes about it.
 
         Raises:
             SpecError: it does not fit the actions.
         """
         self._require_spec(action_spec)
         other = copy(self)
-        other.action_spec = action_spec
+        other.action_spec, other.notes = action_spec, (*self.notes, *notes)
         return other
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlaflow.data.draft import with_spec
 from vlaflow.data.exclusions import Exclusions, exclusions
 from vlaflow.data.filters import Filtered, filtered
 from vlaflow.data.frames import FrameCache
@@ -20,15 +21,12 @@ from vlaflow.spec import ActionSpec
 
 
 def open_actions(root: Path | str, reading: Reading | None = None) -> Dataset:
-    """Open a data set of actions whose meaning is known.
+    """Open a data set of actions; where it does not say what they mean, a spec is drafted (``data.draft``) and noted.
 
     Raises:
         DataError: it is none, or holds no actions.
-        SpecError: it does not say what its actions mean.
     """
-    dataset = Dataset.open(root, reading=reading)
-    stated_spec(dataset)
-    return dataset
+    return with_spec(Dataset.open(root, reading=reading))
 
 
 def stated_spec(dataset: Dataset) -> ActionSpec:
@@ -40,7 +38,7 @@ def stated_spec(dataset: Dataset) -> ActionSpec:
     if dataset.action_spec is None:
         raise SpecError(
             f"{dataset.root} does not say what its actions mean, and a policy must know. "
-            f"Add an action spec to its meta/info.json (docs/datasets.md), or open it with Dataset.open(root, action_spec=...)."
+            f"Write one (vlaflow data spec {dataset.root} --out FILE) and give it with --action-spec FILE."
         )
     return dataset.action_spec
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -67,7 +67,8 @@ class DataSpec:
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
         state, action = (len(dataset.dimension_names(name)) for name in ("state", "action"))
-        return DataSpec(state, action, tuple(dataset.views), missing_action(dataset.root, dataset.features))
+        found = DataSpec(state, action, tuple(dataset.views))
+        return found if action else replace(found, no_action=missing_action(dataset.root, dataset.features))
 
 
 @dataclass(frozen=True)
