@@ -52,11 +52,8 @@ class TokenConfig(DecoderConfig):
                 f"action_dim, chunk_size and noise_samples must be at least 1, got {self.action_dim}, {self.chunk_size} and "
                 f"{self.noise_samples}."
             )
-        fitted = self.tokenizer
-        if isinstance(fitted, FastTokenizer | BinsTokenizer) and (fitted.chunk_size, fitted.dim) != (
-            self.chunk_size,
-            self.action_dim,
-        ):
+        fitted = self.tokenizer.fitted
+        if fitted is not None and (fitted.chunk_size, fitted.dim) != (self.chunk_size, self.action_dim):
             raise ConfigError(
                 f"The tokenizer is for chunks of {fitted.chunk_size} actions of {fitted.dim} dimensions, the decoder for "
                 f"{self.chunk_size} of {self.action_dim}. Fit one for this chunk size: vlaflow data fit-tokenizer."
@@ -65,7 +62,7 @@ class TokenConfig(DecoderConfig):
     @property
     def unfitted(self) -> bool:
         """Whether there is a tokenizer to be fitted first."""
-        return isinstance(self.tokenizer, FastFit | BinsFit)
+        return self.tokenizer.fitted is None
 
     def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
         """The config with this one."""
@@ -77,9 +74,7 @@ class TokenConfig(DecoderConfig):
         Args:
             action_NLD: normalised chunks to fit on.
         """
-        if isinstance(self.tokenizer, FastFit | BinsFit):
-            return replace(self, tokenizer=self.tokenizer.fit(action_NLD))
-        return self
+        return replace(self, tokenizer=self.tokenizer.fit(action_NLD))
 
     @property
     def ready(self) -> FastTokenizer | BinsTokenizer:
@@ -88,8 +83,8 @@ class TokenConfig(DecoderConfig):
         Raises:
             ConfigError: when it is still to be fitted.
         """
-        if isinstance(self.tokenizer, FastTokenizer | BinsTokenizer):
-            return self.tokenizer
+        if (fitted := self.tokenizer.fitted) is not None:
+            return fitted
         raise ConfigError("This action tokenizer is not fitted yet. Train with a data set, or see vlaflow data fit-tokenizer.")
 
 
