@@ -20,11 +20,12 @@ EVERYTHING = sorted(
 
 # From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
 STOREYS = (
-    ("__init__", "errors", "registry", "spec", "config", "io", "outputs", "versions", "progress", "packages", "hub"),
+    ("__init__", "errors", "registry", "spec", "config", "io", "outputs", "ranges", "versions", "progress", "packages", "hub"),
     ("nn", "flows", "data", "actions", "simulators", "robot"),
     ("backbones", "stacks"),
     ("decoders",),
     ("compute",),
+    ("engine",),
     ("policies",),
     ("training", "evaluation", "serving"),
     ("claims",),
@@ -52,6 +53,7 @@ HEAVY = {
     "scipy": {"actions"},
     "accelerate": {"training"},
     "tensorboard": set(),
+    "openvino": set(),
 }
 UNSAFE = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

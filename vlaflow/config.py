@@ -12,9 +12,10 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from vlaflow.errors import ConfigError, nearest
+from vlaflow.ranges import require_in
 from vlaflow.registry import Part, kind_of, require_registered
 
 T = TypeVar("T")
@@ -51,6 +52,10 @@ def from_json(cls: type[T], data: JSON, where: str) -> T:
 
 def _decode(annotation: Any, data: JSON, where: str, key: str) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        value = _decode(args[0], data, where, key)
+        require_in(value, annotation, f"'{key}' in {where}")
+        return value
     if annotation is Any:
         return data
     if origin is Literal:
@@ -107,7 +112,7 @@ def _decode_dataclass(cls: Any, data: JSON, where: str, key: str) -> Any:
     kind = data.get("kind", cls.__name__)
     _require(kind == cls.__name__, f"{key}.kind", where, repr(cls.__name__), kind)
     data = {name: value for name, value in data.items() if name != "kind"}
-    hints, known = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    hints, known = typing.get_type_hints(cls, include_extras=True), {f.name: f for f in dataclasses.fields(cls)}
     for name in data:
         if name not in known:
             raise ConfigError(f"Unknown key '{key}.{name}' in {where}; {nearest(name, known)}")
@@ -148,7 +153,7 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
     inlined = {f.name for f in dataclasses.fields(config) if f.metadata.get("inline")}
     known = {f.name: "" for f in dataclasses.fields(config) if f.name not in inlined}
     known |= {f.name: name for name in inlined for f in dataclasses.fields(getattr(config, name)) if f.name not in known}
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
     values: dict[str, Any] = {}
     deeper: dict[str, dict[str, str]] = {}
     for key, text in changes.items():
@@ -172,6 +177,8 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
 
 def _read(annotation: Any, text: str) -> JSON:
     """A command-line text as the JSON value the field expects."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
     plain = annotation is str or (typing.get_origin(annotation) is Literal and text in typing.get_args(annotation))
     if plain:
         return text

@@ -37,6 +37,10 @@ class CalibrationError(VlaflowError):
     """A calibration is missing, damaged, or belongs to another checkpoint or method."""
 
 
+class DeploymentError(VlaflowError):
+    """Compiled programs of a checkpoint are missing or damaged, or were made for something else."""
+
+
 class ConfigError(VlaflowError):
     """A config, a recipe name or a command-line value is not valid."""
 

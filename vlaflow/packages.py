@@ -27,6 +27,7 @@ EXTRAS = {
     "tokenizers": "tokens",
     "websockets": "serve",
     "msgpack": "serve",
+    "openvino": "openvino",
 }
 
 PAGES = ("jinja2", "matplotlib")

@@ -163,7 +163,7 @@ def test_given_actions_stay_to_the_bit_and_have_no_spread(how):
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_chunk_continues_the_one_before(guided):
-    policy, known = helpers.policy(masks="synchronous", committed=3), np.full((4, 4), 0.25, np.float32)
+    policy, known = helpers.policy(masks="synchronous", max_action_prefix=3), np.full((4, 4), 0.25, np.float32)
     chunk = policy.act(helpers.observation(), Consensus(3, inner=Dense(4)), action_prefix=ActionPrefix(known, 2), guided=guided)
     np.testing.assert_array_equal(chunk.actions[:2], known[:2])
     assert chunk.spread.shape == (6,)

@@ -202,7 +202,7 @@ CASES = {
         OLD,
         {1},
         [
-            "Episode 2 of .* is now episode 1",
+            "Episodes 2 to 4 of .* are now episodes 1 to 3",
             "The episode table lists other tasks",
             "shown from 0.1000 s to 0.8000 s; they are taken by number",
         ],
@@ -268,6 +268,21 @@ def test_offsets_that_the_frames_cannot_correct_are_not_guessed(new):
     found = survey(new)
     assert [one.number for one in found.episodes] == [0]
     assert "the number of frames there does not say where it is" in found.problems[2]
+
+
+def test_an_episode_in_two_files_is_the_one_that_meta_names_or_none(new):
+    """A file that was left behind holds it once more; rows that only together are an episode are not taken for one."""
+    table = pq.read_table(new / build.DATA)
+    first = table.filter(pa.array(np.asarray(table["episode_index"]) == 0))
+    pq.write_table(first, new / "data/chunk-000/file-001.parquet")
+    pq.write_table(table.slice(0, 0), new / "data/chunk-000/file-002.parquet")
+    found = survey(new)
+    assert [len(one.places) for one in found.episodes] == list(LENGTHS)
+    assert found.episodes[0].path == new / build.DATA
+    assert "Episode 0 is in data/chunk-000/file-000.parquet and data/chunk-000/file-001.parquet" in found.changes[0]
+    pq.write_table(pa.concat_tables([table.slice(0, 5), table.slice(LENGTHS[0])]), new / build.DATA)
+    pq.write_table(first.slice(5), new / "data/chunk-000/file-001.parquet")
+    assert "has rows in several files" in survey(new).problems[0]
 
 
 @pytest.mark.parametrize("camera", [False, True])
@@ -412,7 +427,7 @@ def test_the_commands_print_what_they_changed(pristine, tmp_path, capsys, monkey
     assert "Nothing had to be repaired.\nWritten: same (5 episodes, 54 frames)" in said("repair", "toy", "--out", "same")[1]
     status, words = said("drop", "toy", "--episodes", "0", "2-3", "--out", "fewer")
     assert status == 0
-    assert "Episode 3 of toy is left out.\nEpisode 1 of toy is now episode 0.\n" in words
+    assert "Episode 0 of toy is left out.\nEpisodes 2 to 3 of toy are left out.\nEpisode 1 of toy is now episode 0.\n" in words
     assert "Written: more (7 episodes" in said("merge", "toy", "fewer", "--out", "more")[1]
     named = said("rename", "toy", "--camera", "corner=front", "--out", "named")[1]
     assert "'observation.images.corner' is now 'observation.images.front'." in named

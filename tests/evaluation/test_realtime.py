@@ -266,7 +266,7 @@ def test_impossible_plans_are_refused():
 
 def test_a_real_server_drives_a_real_simulator_and_the_page_shows_it(tmp_path):
     policy = helpers.Policy.create(
-        helpers.policy_config(committed=3),
+        helpers.policy_config(max_action_prefix=3),
         ACTION,
         {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)},
         seed=0,

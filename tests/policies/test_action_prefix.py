@@ -21,7 +21,7 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.spec import ActionPrefix
 
-TRAINED = helpers.policy(masks="synchronous", committed=3)
+TRAINED = helpers.policy(masks="synchronous", max_action_prefix=3)
 UNTRAINED = helpers.policy(masks="synchronous")
 BINS = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, masks="unified")
 
@@ -80,7 +80,7 @@ def test_a_neighbour_in_the_batch_changes_nothing(policy):
 
 
 def test_early_exit_keeps_committed_actions_in_every_warm_start():
-    config = helpers.policy_config(committed=3)
+    config = helpers.policy_config(max_action_prefix=3)
     policy = Policy.create(replace(config, exits=ExitTraining((1, 2))), helpers.action_spec(), UNTRAINED.stats, seed=0)
     for start in ("fresh", "same", "anchor", "renoise"):
         for guided in (False, True):
@@ -213,4 +213,4 @@ def test_impossible_action_prefixes_are_refused():
     with pytest.raises(SpecError, match="finite"):
         ActionPrefix(np.full((1, 4), np.nan, np.float32), 1)
     with pytest.raises(ConfigError, match="must leave actions to make"):
-        helpers.policy(committed=6)
+        helpers.policy(max_action_prefix=6)

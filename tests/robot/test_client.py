@@ -96,14 +96,14 @@ def test_a_server_that_hangs_up_at_every_request_is_one_sentence():
 
 def test_a_server_that_was_restarted_and_continues_less_is_refused():
     """Every request of a robot that commits more would fail, and it would stand for ever."""
-    with serving(policy=helpers.policy(masks="synchronous", committed=3)) as (_, address):
+    with serving(policy=helpers.policy(masks="synchronous", max_action_prefix=3)) as (_, address):
         client = Client(address)
         client.infer(request(0))
     with client:
-        less = serving(policy=helpers.policy(masks="synchronous", committed=2), port=port_of(address))
+        less = serving(policy=helpers.policy(masks="synchronous", max_action_prefix=2), port=port_of(address))
         with less, pytest.raises(RequestError, match="another max action prefix than this client was created with"):
             client.infer(request(0))
-        with serving(policy=helpers.policy(masks="synchronous", committed=4), port=port_of(address)):
+        with serving(policy=helpers.policy(masks="synchronous", max_action_prefix=4), port=port_of(address)):
             client.infer(request(0))
 
 

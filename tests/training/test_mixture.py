@@ -1,6 +1,7 @@
 """A policy that learns from two robots at once: what is the same as without the other, and what each robot gets."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.latents import SMALL, latent_config
-from tests.training.small import SPEC, tiny_config, tiny_policy, weights, write_questions
+from tests.training.small import SPEC, as_it_is, tiny_config, tiny_policy, weights, write_questions
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import calibrate
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.refine import Refine
+from vlaflow.data.filters import Filters
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed
 from vlaflow.data.weights import DatasetEntry
@@ -27,18 +30,23 @@ from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.flows.sampling import Sampling
+from vlaflow.policies.asyncvla.policy import tiny_rater
 from vlaflow.policies.base import Policy
 from vlaflow.policies.latent_pairs import Paired, pairs_of
 from vlaflow.policies.mixing import alone, robots_of
-from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
-from vlaflow.policies.recipe import DataSpec, OpenedDataset
+from vlaflow.policies.recipe import Base, DataSpec, OpenedDataset
 from vlaflow.policies.robots import robot_folder
 from vlaflow.policies.vqa import VqaTraining
+from vlaflow.serving.observation_keys import choose
+from vlaflow.serving.server import PolicyServer, ServerConfig
 from vlaflow.spec import ActionPrefix, Dimension, Observation
 from vlaflow.training import run
+from vlaflow.training.loader import Loader
 from vlaflow.training.metrics_log import read_log
 from vlaflow.training.options import Options
+from vlaflow.training.team import Team
 
 WIDE = replace(
     SPEC,
@@ -72,8 +80,8 @@ def mixed_config(decoder=None, **changes):
     return tiny_config(objective=PolicyObjective(policy), steps=4, validation_fraction=0.3, **changes)
 
 
-def trained(config, datasets, out, **options):
-    return run.train_stage(config, datasets, out, name="mixed", options=Options(tracker="none", **options))
+def trained(config, datasets, out, base=None, **options):
+    return run.train_stage(config, datasets, out, name="mixed", base=base, options=Options(tracker="none", **options))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +145,7 @@ def mixed(dataset, wide):
     return policy, setup.train, single
 
 
-DECODERS = [FlowConfig(3, 4), FlowConfig(3, 4, padded_dim=5, masks="synchronous", committed=2), RegressionConfig(3, 4)]
+DECODERS = [FlowConfig(3, 4), FlowConfig(3, 4, padded_dim=5, masks="synchronous", max_action_prefix=2), RegressionConfig(3, 4)]
 
 
 def rebuilt(policy, decoder):
@@ -240,6 +248,8 @@ def test_each_robot_gets_chunks_of_its_own(both, dataset, wide):
     assert len({fingerprint(each) for each in (both, folder, both / "robots/narrow")}) == 3
     continued = ActionPrefix(np.full((3, 2), 0.1, np.float32), 2)
     assert np.array_equal(narrow.act(observation(3, ["front"]), action_prefix=continued).actions[:2], continued.actions[:2])
+    with pytest.raises(SpecError, match="at most 3 committed actions of a chunk of 4, got 4"):
+        narrow.act(observation(3, ["front"]), action_prefix=ActionPrefix(np.zeros((6, 2), np.float32), 4))
 
 
 def held(root, part):
@@ -256,9 +266,9 @@ def test_a_robot_must_be_chosen_by_a_name_that_there_is(both, dataset, tmp_path)
     with pytest.raises(ConfigError, match="choose one with --robot"):
         Policy.of_all_robots(both).act(observation(3, ["front"]))
     Policy.create(tiny_policy(), SPEC, Policy.of_all_robots(both).stats, 0).save_pretrained(tmp_path)
-    for choose in (robot_folder, lambda path, robot: Policy.from_pretrained(path, robot=robot)):
+    for opening in (robot_folder, lambda path, robot: Policy.from_pretrained(path, robot=robot)):
         with pytest.raises(ConfigError, match="leave --robot narrow out"):
-            choose(tmp_path, "narrow")
+            opening(tmp_path, "narrow")
 
 
 def test_a_robot_of_a_mixture_is_calibrated_and_checked(both, wide):
@@ -297,6 +307,19 @@ def test_a_mixture_is_continued_with_data_of_a_robot_that_it_knows(both, dataset
         trained(mixed_config(chunk_s=0.4, max_excluded=1.0), [f"narrow={dataset}:0.5", f"{wide}:0.5"], both)
 
 
+def test_a_rater_is_trained_for_all_robots_and_serves_one(both, dataset, wide, tmp_path):
+    """With the labels of each robot's own dimensions and steps."""
+    policy = Policy.of_all_robots(both)
+    config = tiny_config(objective=RaterObjective(tiny_rater(policy.config)), steps=2, shift=0, max_excluded=1.0)
+    trained(config, [f"narrow={dataset}", str(wide)], tmp_path / "rated", base=Base.open(both))
+    rated = Policy.from_pretrained(tmp_path / "rated", robot="narrow")
+    chunk = rated.act(observation(3, ["front"]), Refine(sampling=Sampling(2)))
+    assert chunk.actions.shape == (4, 2)
+    assert chunk.confidence.shape == (4,)
+    server = PolicyServer(rated, Dense(), ServerConfig(**choose("metaworld", tuple(rated.views), (), ())))
+    assert (server.n_action_steps, server.metadata["state_dim"], server.metadata["chunk_size"]) == (2, 3, 4)
+
+
 def test_the_command_takes_several_data_sets(dataset, wide, tmp_path, capsys):
     out = tmp_path / "p"
     arguments = ["baselines.flow", "--dataset", str(dataset), "--dataset", f"big={wide}", "--mixture", "robots"]
@@ -308,7 +331,8 @@ def test_the_command_takes_several_data_sets(dataset, wide, tmp_path, capsys):
 
 
 def test_recipes_get_what_data_sets_have_together(dataset, wide):
-    assert DataSpec.of(dataset, wide) == DataSpec(4, 3, ("front", "wrist"))
+    found = DataSpec.of(dataset, wide)
+    assert (found.state_dim, found.action_dim, found.views) == (4, 3, ("front", "wrist"))
 
 
 # -- other stages and decoders ----------------------------------------------------------------------------------------
@@ -359,3 +383,24 @@ def test_questions_are_learned_next_to_a_mixture(dataset, wide, tmp_path):
     log = read_log(tmp_path / "p")
     assert ["answer_loss" in entry for entry in log] == [False, True]
     assert {"loss@dataset", "loss@wide", "answer"} <= log[-1]["validation"].keys()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_mixed_step_is_the_same_on_any_number_of_processes(mixed, world):
+    config, source = mixed_config(global_batch_size=8, accumulate=4), mixed[1]
+
+    def parts(team):
+        return Loader(source, config, team, torch.device("cpu"), as_it_is, order=source.order).step(2)
+
+    together = [part for rank in range(world) for part in parts(Team(rank, world))]
+    for one, other in zip(parts(Team()), together, strict=True):
+        assert torch.equal(one.batch.action_BLD, other.batch.action_BLD)
+        assert list(one.batch.sources) == list(other.batch.sources)
+        assert torch.equal(one.generator.get_state(), other.generator.get_state())
+
+
+def test_filters_speak_by_data_set(dataset, wide, tmp_path, capsys):
+    trained(mixed_config(max_excluded=1.0, filters=Filters(slow=0.8, slow_s=0.1)), [str(dataset), str(wide)], tmp_path / "p")
+    said = capsys.readouterr().err
+    for name in ("dataset", "wide"):
+        assert re.search(rf"^{name}: .* of the frames begin no chunk \(.*in slow segments\)", said, re.MULTILINE)

@@ -25,6 +25,7 @@ from scipy.fft import dct, idct
 
 from vlaflow.actions.base import Decoding, check_chunks
 from vlaflow.errors import ConfigError
+from vlaflow.ranges import Positive
 
 FIRST = 0x4E00
 """Code point of symbol 0; the following ones are all letters, without special treatment in text tokenizers."""
@@ -41,7 +42,7 @@ class FastFit:
         vocabulary: number of symbols and merges, without the end token; None for no merges: every coefficient is a token.
     """
 
-    scale: float = 10.0
+    scale: Positive = 10.0
     vocabulary: int | None = 1024
 
     def __post_init__(self) -> None:
@@ -49,6 +50,11 @@ class FastFit:
             raise ConfigError(
                 f"FAST needs a scale above 0 and a vocabulary of at least 2, got {self.scale} and {self.vocabulary}."
             )
+
+    @property
+    def fitted(self) -> None:
+        """None: it is still to be fitted."""
+        return
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -99,6 +105,21 @@ class FastTokenizer:
     symbols: int
     merges: tuple[tuple[int, int], ...] = field(repr=False)
     slots: int = 64
+
+    @property
+    def fitted(self) -> FastTokenizer:
+        """Itself."""
+        return self
+
+    def fit(self, action_NLD: np.ndarray) -> FastTokenizer:
+        """Itself: it is fitted already."""
+        return self
+
+    @property
+    def description(self) -> str:
+        """A name for tables; the end token does not count as an id."""
+        kind, ids = ("FAST", f", {self.vocabulary - 1} ids") if self.merges else ("coefficients", "")
+        return f"{kind}, scale {self.scale:g}{ids}"
 
     @property
     def packages(self) -> tuple[str, ...]:

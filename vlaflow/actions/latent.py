@@ -38,6 +38,7 @@ from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem, from_patches
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.outputs import write_json, write_text
+from vlaflow.ranges import Width
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class LatentConfig:
         action_dim: dimension of the mean action between the frames, which a head also predicts from the codes; 0 for no head.
     """
 
-    image_size: int = 56
-    patch: int = 8
-    width: int = 96
-    heads: int = 4
-    ffn: int = 384
+    image_size: Width = 56
+    patch: Width = 8
+    width: Width = 96
+    heads: Width = 4
+    ffn: Width = 384
     spatial: int = 3
     temporal: int = 1
     decoder: int = 3

@@ -110,6 +110,13 @@ class Processor(ABC):
         """What rows of ids say, up to their end."""
         raise self._speechless()
 
+    def bucketed(self, lengths: Sequence[int]) -> Processor:
+        """The same, with instructions padded to the next of these lengths, so that programs of a few shapes serve all of them.
+
+        By default itself, where the instruction does not change the shapes, or no program is made.
+        """
+        return self
+
     def save(self, folder: Path) -> None:  # noqa: B027
         """Write what it needs besides the backbone's config into a checkpoint folder; nothing by default."""
 

@@ -10,7 +10,7 @@ Shape letters: B batch, P prefix tokens, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import open_reader, transformers_library
-from vlaflow.backbones.smol_processor import FAMILY, NAME, SmolProcessor, SmolReader, open_from
+from vlaflow.backbones.smol_processor import FAMILY, NAME, SHORT, SmolProcessor, SmolReader, open_from
 from vlaflow.backbones.vision import CONV, EncoderSpec, PretrainedVision, ScratchVision, open_encoder, vision_packages
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
+from vlaflow.ranges import Width
 
 
 def smollm2_135m() -> dict[str, Any]:
@@ -62,10 +63,10 @@ class SmolConfig(PretrainedConfig):
         state_token, image_token: tokens that stand for the state and for each token of an image; no instruction uses them.
     """
 
-    layers: int | None = None
+    layers: Width | None = None
     vision: str = CONV
     encoder: EncoderSpec | None = field(default=None, repr=False)
-    image_size: int = 128
+    image_size: Width = 128
     cell: int = 16
     padded_state: int = 32
     system: str = "You move a robot. Look at the images and its state, and do what the user asks."
@@ -75,6 +76,7 @@ class SmolConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "LlamaForCausalLM"
+    published: ClassVar[Mapping[str, Callable[[], dict[str, Any]]]] = {SHORT: smollm2_135m}
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
     def __post_init__(self) -> None:
@@ -117,6 +119,10 @@ class SmolConfig(PretrainedConfig):
             cells=(self.image_size // self.cell) ** 2,
             system=self.system,
         )
+
+    def image_tokens(self, side: int) -> int:
+        """See the base class."""
+        return (self.image_size // self.cell) ** 2
 
     @property
     def packages(self) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ class TinyProcessor(Processor):
         text_bytes: longest instruction in bytes.
         text_patch: bytes per text token.
         encoder: of sentences; None to read bytes.
+        lengths: ascending lengths in bytes that instructions are padded to; one beyond them, and every one where there are
+            none, is padded to whole text tokens.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class TinyProcessor(Processor):
         text_bytes: int,
         text_patch: int,
         encoder: SentenceEncoder | None = None,
+        lengths: Sequence[int] = (),
     ) -> None:
+        self.lengths = tuple(lengths)
         self.cells, self.state_dim = dict(cells), state_dim
         self.text_bytes, self.text_patch, self._encoder = text_bytes, text_patch, encoder
 
@@ -77,6 +81,17 @@ class TinyProcessor(Processor):
             mask_BP[:, :images_before] = shown_BV.repeat_interleave(torch.tensor(list(self.cells.values())), 1)
         return mask_BP
 
+    def bucketed(self, lengths: Sequence[int]) -> TinyProcessor:
+        """See ``Processor``; the lengths are bytes, in whole text tokens."""
+        return TinyProcessor(
+            self.cells,
+            self.state_dim,
+            text_bytes=self.text_bytes,
+            text_patch=self.text_patch,
+            encoder=self._encoder,
+            lengths=sorted({min(self._whole(length), self.text_bytes) for length in lengths}),
+        )
+
     def save(self, folder: Path) -> None:
         """The sentence encoder into ``folder/processor``."""
         if self._encoder is not None:
@@ -105,8 +120,13 @@ class TinyProcessor(Processor):
                 raise SpecError(
                     f"The instruction '{raw.decode()}' has {len(raw)} bytes, the policy reads at most {self.text_bytes}."
                 )
-        length = -(-max(len(raw) for raw in sentences) // self.text_patch) * self.text_patch
+        written = max(len(raw) for raw in sentences)
+        length = next((length for length in self.lengths if written <= length), self._whole(written))
         byte_BN = np.full((len(sentences), length), PAD, np.int64)
         for row, raw in enumerate(sentences):
             byte_BN[row, : len(raw)] = np.frombuffer(raw, np.uint8)
         return torch.from_numpy(byte_BN)
+
+    def _whole(self, count: int) -> int:
+        """So many bytes, and those that fill up the last text token."""
+        return -(-count // self.text_patch) * self.text_patch

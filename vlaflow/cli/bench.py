@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
+from vlaflow.ranges import Count
+
 
 @dataclass(frozen=True)
 class BenchArguments:
@@ -24,9 +27,9 @@ class BenchArguments:
     """Folder of a checkpoint."""
     robot: str | None = None
     """Robot to act for, if the checkpoint was trained for several."""
-    rounds: int = 100
+    rounds: Count = 100
     """Number of measurements of each part."""
-    threads: int = 1
+    threads: Count = 1
     """Number of torch threads; evaluation and serving use one."""
     device: str = "cpu"
     """Where the networks run."""
@@ -36,7 +39,7 @@ class BenchArguments:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow bench ...``; returns the exit status."""
-    given = tyro.cli(BenchArguments, prog="vlaflow bench", args=argv)
+    given = parse_arguments(BenchArguments, "vlaflow bench", argv)
 
     from rich.console import Console
     from rich.table import Table

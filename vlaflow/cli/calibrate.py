@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.packages import PAGES, require
+from vlaflow.ranges import Count, NotNegative, Number, Positive, Share
 
 if TYPE_CHECKING:
     from vlaflow.compute.calibration import Calibration
@@ -41,25 +43,25 @@ class CalibrateArguments:
     """Robot to calibrate for, if the checkpoint was trained for several; the calibration holds for this one alone."""
     sampler: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Calibrate the sampler instead of exits: solver steps, noise scale, temperature, draws, depth."""
-    budget_ms: float | None = None
+    budget_ms: Positive | None = None
     """With --sampler: largest 99th percentile of a chunk in milliseconds, on this machine."""
     env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """With --sampler: choose by success in these environments, on seeds that no evaluation uses; repeat for more."""
-    rollouts: int = 1200
+    rollouts: Count = 1200
     """With --env: episodes of all candidates together (successive halving)."""
     compute: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """With --sampler: a candidate, instead of the default ones; repeat for more."""
-    workers: int = 2
+    workers: Number = 2
     """With --env: number of processes."""
-    exit_budget: float | None = None
+    exit_budget: Positive | None = None
     """Compute budget c of the exit distribution; smaller values exit earlier. 0.4 unless --max-deviation is given."""
     exit_distribution: Literal["exponential", "gaussian", "gamma"] = "exponential"
     """Family of the exit distribution."""
     first_exit: bool = True
     """Whether to use the first exit."""
-    max_deviation: float | None = None
+    max_deviation: NotNegative | None = None
     """Largest difference of a chunk from that of full depth, in --deviation on normalised actions; replaces --exit-budget."""
-    confidence: float = 0.9
+    confidence: Share = 0.9
     """With --max-deviation: at least this share of the chunks stays within it (with 95 % probability)."""
     deviation: Literal["max_abs", "mean_abs", "l2", "cosine"] = "max_abs"
     """How the deviation is measured; max_abs is in standard deviations of the actions."""
@@ -73,11 +75,11 @@ class CalibrateArguments:
     """Solver steps at each depth, and other settings of the sampler, as in --compute dense:2@0.5."""
     warm_start: Literal["fresh", "same", "anchor", "renoise"] = "same"
     """Where the sampling at the next depth starts: new noise, the same noise, the last chunk, or that chunk noised again."""
-    restart: float = 0.5
+    restart: Share = 0.5
     """Clock that renoise starts from."""
     episodes: Literal["held-out", "all"] = "held-out"
     """Which episodes to measure on; all only for data on which the checkpoint was not trained."""
-    frames: int | None = None
+    frames: Count | None = None
     """Number of frames to measure: 1024 by default, for exits over both halves; 256 with --sampler."""
     ladder: bool = True
     """Also measure the error of fixed depths and steps, which --compute budget:MS needs."""
@@ -91,7 +93,7 @@ class CalibrateArguments:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
-    given = tyro.cli(CalibrateArguments, prog="vlaflow calibrate", args=argv)
+    given = parse_arguments(CalibrateArguments, "vlaflow calibrate", argv)
     if given.exit_budget is not None and given.max_deviation is not None:
         raise ConfigError("Give either --exit-budget or --max-deviation: one fixes the compute, the other the risk.")
     simulated = [f"--{name}" for name in ("budget_ms", "env", "compute") if getattr(given, name) not in (None, ())]

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.errors import ConfigError, nearest
+from vlaflow.ranges import Count
 
 HELP = """usage: vlaflow check WHAT ...
 
@@ -30,7 +32,7 @@ class CheckEnvironments:
 
     names: tuple[str, ...]
     render: Literal["fast", "exact"] = "fast"
-    size: int | None = None
+    size: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class CheckPolicy:
 
     checkpoint: str
     device: str = "cpu"
-    observations: int = 4
+    observations: Count = 4
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> int:
 def _environments(argv: list[str]) -> int:
     import tyro
 
-    arguments = tyro.cli(CheckEnvironments, prog="vlaflow check env", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+    arguments = parse_arguments(CheckEnvironments, "vlaflow check env", argv, config=(tyro.conf.PositionalRequiredArgs,))
 
     from vlaflow.simulators import expand_env_names, make
     from vlaflow.simulators.checker import check_environment
@@ -84,7 +86,7 @@ def _environments(argv: list[str]) -> int:
 def _policy(argv: list[str]) -> int:
     import tyro
 
-    arguments = tyro.cli(CheckPolicy, prog="vlaflow check policy", args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+    arguments = parse_arguments(CheckPolicy, "vlaflow check policy", argv, config=(tyro.conf.PositionalRequiredArgs,))
 
     from vlaflow.evaluation.check_policy import check_policy
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
+from vlaflow.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from vlaflow.data.lerobot import Dataset
@@ -34,7 +36,7 @@ class Check:
     """
 
     directory: Path
-    workers: int = 2
+    workers: Count = 2
     how: ReadingGroup = LEROBOT
 
 
@@ -52,7 +54,7 @@ class Show:
 
     directory: Path
     out: Path | None = None
-    episodes: int = 12
+    episodes: Count = 12
     how: ReadingGroup = LEROBOT
 
 
@@ -80,11 +82,11 @@ class FitTokenizer:
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     kind: Literal["fast", "bins"] = "fast"
-    chunk_size: int = 16
+    chunk_size: Count = 16
     normalisation: Normalisation = "quantile"
-    scale: float = 10.0
-    vocabulary: int | None = 256
-    bins: int = 64
+    scale: Positive = 10.0
+    vocabulary: Count | None = 256
+    bins: Count = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
     how: ReadingGroup = LEROBOT
 
@@ -107,7 +109,7 @@ class TokenizerReport:
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
     tokenizer: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    chunk_size: int = 16
+    chunk_size: Count = 16
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
     how: ReadingGroup = LEROBOT
@@ -130,6 +132,26 @@ class LatentReport:
     dataset: Path
     out: Path
     device: str = "cpu"
+    how: ReadingGroup = LEROBOT
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Print what a data set's actions mean, or a draft of it; with --out write it to a file, to complete by hand.
+
+    Example: vlaflow data spec data/theirs --out spec.json
+
+    Then: vlaflow train asyncvla.demo --dataset data/theirs --action-spec spec.json --out runs/policy
+
+    A draft takes what names, ranges, fps and the robot type tell; the rest is "unstated" and is never checked.
+
+    Args:
+        directory: a LeRobot data set: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
+        out: the file, .json; must not exist.
+    """
+
+    directory: Path
+    out: Path | None = None
     how: ReadingGroup = LEROBOT
 
 
@@ -225,6 +247,7 @@ class RenameColumns:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
     from vlaflow.cli.data_edit import drop, merge, push, rename, repair
+    from vlaflow.cli.data_spec import spec
     from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
@@ -232,6 +255,7 @@ def main(argv: list[str]) -> int:
     commands: Any = (
         Annotated[positional(Check), tyro.conf.subcommand("check")]
         | Annotated[positional(Show), tyro.conf.subcommand("show")]
+        | Annotated[positional(Spec), tyro.conf.subcommand("spec")]
         | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
@@ -242,10 +266,11 @@ def main(argv: list[str]) -> int:
         | Annotated[RenameColumns, tyro.conf.subcommand("rename")]
     )
     description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
-    chosen: Any = tyro.cli(commands, prog="vlaflow data", description=description, args=argv)
+    chosen: Any = parse_arguments(commands, "vlaflow data", argv, description=description)
     actions: dict[type, Any] = {
         Check: _check,
         Show: _show,
+        Spec: spec,
         FitTokenizer: fit_tokenizer,
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
@@ -318,9 +343,21 @@ def _show(arguments: Show) -> int:
             values = (stats.min, stats.q01, stats.mean, stats.q99, stats.max, stats.std)
             numbers.add_row(name, label, *(f"{v[d]:.4g}" for v in values))
     console.print(numbers)
+    console.print(_left_out(dataset))
     if arguments.out is not None:
         console.print(f"Written: {write_page(dataset, arguments.out, arguments.episodes)}", soft_wrap=True)
     return 0
+
+
+def _left_out(dataset: Dataset) -> Any:
+    from rich.table import Table
+
+    from vlaflow.data.filters import left_out
+
+    table = Table("rule (default)", "frames", "share", title="What rules would leave out of training", title_justify="left")
+    for name, marked_N in left_out(dataset).items():
+        table.add_row(name, str(int(marked_N.sum())), f"{marked_N.mean():.1%}")
+    return table
 
 
 def _print_summary(console: Any, dataset: Dataset) -> None:
@@ -331,7 +368,7 @@ def _print_summary(console: Any, dataset: Dataset) -> None:
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {
         "data set": f"{origin(dataset.root) or dataset.root} (LeRobot {dataset.version})",
-        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec)",
+        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec; vlaflow data spec drafts one)",
         "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
         "tasks": str(len(dataset.tasks)),
         "views": views or "none",

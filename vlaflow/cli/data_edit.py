@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     from vlaflow.cli.data import DropEpisodes, MergeDataSets, PushToHub, RenameColumns, RepairDataSet
     from vlaflow.data.edit import Edited
 
-MOST_CHANGES = 30
-"""How many changes are printed."""
-
 
 def repair(arguments: RepairDataSet) -> int:
     """Write the whole episodes of a data set."""
@@ -64,13 +61,9 @@ def _report(edited: Edited, unchanged: str = "") -> int:
     """Print what was changed, and where the new data set is."""
     from rich.console import Console
 
-    from vlaflow.data.edit_write import CHANGES
-
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
-    for sentence in edited.changes[:MOST_CHANGES]:
+    for sentence in edited.changes:
         console.print(sentence)
-    if len(edited.changes) > MOST_CHANGES:
-        console.print(f"and {len(edited.changes) - MOST_CHANGES} more changes, all in {edited.root / CHANGES}")
     if unchanged and not edited.changes:
         console.print(unchanged)
     console.print(f"Written: {edited.root} ({edited.episodes} episodes, {edited.frames} frames)")

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.cli.demo_plans import PLANS, Plan
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
+from vlaflow.ranges import Number
 
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
@@ -56,7 +58,7 @@ class Demo:
     episodes: int | None = None
     eval_episodes: int | None = None
     steps: int | None = None
-    workers: int = 2
+    workers: Number = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -109,7 +111,7 @@ class Settings:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow demo ...``; returns the exit status."""
-    arguments = tyro.cli(Demo, prog="vlaflow demo", args=argv)
+    arguments = parse_arguments(Demo, "vlaflow demo", argv)
     plan, settings = PLANS[arguments.plan], Settings.of(arguments)
     require(*plan.packages, "accelerate", "psutil", *PAGES, what="The demo", extra=plan.extra)
     out = arguments.out or Path(plan.out)

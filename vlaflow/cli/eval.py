@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.packages import PAGES, require
+from vlaflow.ranges import Count, NotNegative, Number, Seed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,6 +55,8 @@ class Eval:
         videos: record a success and a failure per environment.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
+        engine: what computes chunks: the networks (eager), programs that vlaflow deploy built (aoti, openvino), or the fastest
+            that there is (auto).
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
         shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge makes the results of
             all parts (docs/scale.md).
@@ -62,29 +66,30 @@ class Eval:
     env: tuple[str, ...]
     robot: str | None = None
     compute: tuple[str, ...] = ()
-    episodes: int = 20
-    noise_seeds: int = 1
+    episodes: Count = 20
+    noise_seeds: Count = 1
     out: Path = Path("runs/eval")
-    n_action_steps: int | None = None
-    steps: int = 10
-    threshold: float = 0.5
+    n_action_steps: Count | None = None
+    steps: Count = 10
+    threshold: NotNegative = 0.5
     any_training: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    max_steps: int | None = None
+    max_steps: Count | None = None
     render: Literal["fast", "exact"] = "fast"
-    seed: int = 1000
-    workers: int = 2
-    batch: int = 4
-    language: int = 0
+    seed: Seed = 1000
+    workers: Number = 2
+    batch: Count = 4
+    language: Number = 0
     videos: bool = True
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["auto", "eager", "aoti", "openvino"] = "eager"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     shard: str | None = None
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval ...``; returns the exit status."""
-    arguments = tyro.cli(Eval, prog="vlaflow eval", args=argv, config=(tyro.conf.UseAppendAction,))
+    arguments = parse_arguments(Eval, "vlaflow eval", argv, config=(tyro.conf.UseAppendAction,))
     require(*PAGES)  # checked first, because the report is written last
 
     from rich.console import Console
@@ -110,6 +115,7 @@ def main(argv: list[str]) -> int:
             arguments.device,
             arguments.batch,
             arguments.dtype,
+            arguments.engine,
         ),
         language_episodes=arguments.language,
         videos=arguments.videos,

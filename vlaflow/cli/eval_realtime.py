@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.packages import PAGES, require
+from vlaflow.ranges import Count, NotNegative, Number, Seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,15 +55,15 @@ class EvalRealtime:
     env: tuple[str, ...]
     server: str = "ws://127.0.0.1:8000"
     mode: tuple[Mode, ...] = ()
-    delay_ms: tuple[float, ...] = ()
-    jitter_ms: float = 0.0
-    n_action_steps: int | None = None
-    fade: int = 0
-    episodes: int = 20
-    max_steps: int | None = None
+    delay_ms: tuple[NotNegative, ...] = ()
+    jitter_ms: NotNegative = 0.0
+    n_action_steps: Count | None = None
+    fade: Number = 0
+    episodes: Count = 20
+    max_steps: Count | None = None
     render: Literal["fast", "exact"] = "fast"
-    seed: int = 1000
-    workers: int = 1
+    seed: Seed = 1000
+    workers: Number = 1
     token: str | None = None
     out: Path = Path("runs/realtime-eval")
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -69,7 +71,7 @@ class EvalRealtime:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval-realtime ...``; returns the exit status."""
-    a = tyro.cli(EvalRealtime, prog="vlaflow eval-realtime", args=argv, config=(tyro.conf.UseAppendAction,))
+    a = parse_arguments(EvalRealtime, "vlaflow eval-realtime", argv, config=(tyro.conf.UseAppendAction,))
     require("websockets", "msgpack", *PAGES)
 
     from rich.console import Console

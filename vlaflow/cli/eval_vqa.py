@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
+from vlaflow.ranges import Count, Seed
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -40,16 +43,16 @@ class EvalVqa:
     out: Path = Path("runs/eval-vqa")
     part: Literal["held-out", "all"] = "held-out"
     turns: Literal["all", "first"] | None = None
-    limit: int = 32
-    batch_size: int = 64
+    limit: Count = 32
+    batch_size: Count = 64
     blind: bool = True
-    seed: int = 0
+    seed: Seed = 0
     device: str = "cpu"
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow eval-vqa ...``; returns the exit status."""
-    given = tyro.cli(EvalVqa, prog="vlaflow eval-vqa", args=argv)
+    given = parse_arguments(EvalVqa, "vlaflow eval-vqa", argv)
 
     from rich.console import Console
 

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.packages import PAGES, require
+from vlaflow.ranges import Number
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class Merge:
 
     folder: Annotated[Path, tyro.conf.Positional]
     checkpoint: str | None = None
-    workers: int | None = None
+    workers: Number | None = None
     device: str | None = None
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow merge ...``; returns the exit status."""
-    arguments = tyro.cli(Merge, prog="vlaflow merge", args=argv)
+    arguments = parse_arguments(Merge, "vlaflow merge", argv)
     require(*PAGES)  # checked first, because the report is written last
 
     from vlaflow.cli.eval import show

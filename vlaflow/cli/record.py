@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlaflow.cli.arguments import parse_arguments
+from vlaflow.ranges import Count, NotNegative, Number, Seed
+
 
 @dataclass(frozen=True)
 class Record:
@@ -33,15 +36,15 @@ class Record:
 
     env: tuple[str, ...]
     out: Path
-    episodes: int = 50
-    workers: int = 2
-    size: int | None = None
+    episodes: Count = 50
+    workers: Number = 2
+    size: Count | None = None
     render: Literal["fast", "exact"] = "fast"
-    seed: int = 0
-    noise: float = 0.1
-    noise_memory: float = 0.0
-    misjudge: float = 0.0
-    after_success: int = 4
+    seed: Seed = 0
+    noise: NotNegative = 0.1
+    noise_memory: NotNegative = 0.0
+    misjudge: NotNegative = 0.0
+    after_success: Number = 4
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
     import tyro
     from rich.console import Console
 
-    arguments = tyro.cli(Record, prog="vlaflow record", args=argv, config=(tyro.conf.UseAppendAction,))
+    arguments = parse_arguments(Record, "vlaflow record", argv, config=(tyro.conf.UseAppendAction,))
 
     from vlaflow.simulators.experts import Noise
     from vlaflow.simulators.record import RecordConfig, record_with_progress

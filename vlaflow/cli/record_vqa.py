@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlaflow.cli.arguments import parse_arguments
+from vlaflow.ranges import Count, NotNegative, Number, Seed
+
 
 @dataclass(frozen=True)
 class RecordVqa:
@@ -34,16 +37,16 @@ class RecordVqa:
 
     env: tuple[str, ...]
     out: Path
-    episodes: int = 50
-    frames: int = 16
+    episodes: Count = 50
+    frames: Count = 16
     kind: tuple[str, ...] = ()
-    most: int = 150
-    workers: int = 2
-    size: int = 96
+    most: Count = 150
+    workers: Number = 2
+    size: Count = 96
     render: Literal["fast", "exact"] = "fast"
-    seed: int = 0
-    wander: int = 4
-    noise: float = 0.1
+    seed: Seed = 0
+    wander: Number = 4
+    noise: NotNegative = 0.1
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
     import tyro
     from rich.console import Console
 
-    arguments = tyro.cli(RecordVqa, prog="vlaflow record-vqa", args=argv, config=(tyro.conf.UseAppendAction,))
+    arguments = parse_arguments(RecordVqa, "vlaflow record-vqa", argv, config=(tyro.conf.UseAppendAction,))
 
     from vlaflow.progress import progress
     from vlaflow.simulators.base import expand_env_names

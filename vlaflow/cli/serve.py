@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
+from vlaflow.ranges import Count, NotNegative, Positive, Range
+
 if TYPE_CHECKING:
     from vlaflow.compute.base import ComputePolicy
 
@@ -53,38 +56,41 @@ class ServeArguments:
         threads: number of torch threads, if the networks run on the CPU; vlaflow bench latency uses one.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
+        engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), or the fastest
+            that there is (auto).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     robot: str | None = None
     compute: str | None = None
-    budget_ms: float | None = None
-    steps: int = 10
+    budget_ms: Positive | None = None
+    steps: Count = 10
     observation_keys: str = "metaworld"
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     state: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     default_prompt: str | None = None
-    n_action_steps: int | None = None
+    n_action_steps: Count | None = None
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Range(0, 65535)] = 8000
     token: str | None = None
-    batch: int = 8
-    wait_ms: float = 2.0
-    queue: int = 32
-    deadline_ms: float = 10_000.0
-    most_mib: float = 64.0
+    batch: Count = 8
+    wait_ms: NotNegative = 2.0
+    queue: Count = 32
+    deadline_ms: Positive = 10_000.0
+    most_mib: Positive = 64.0
     guided: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    connections: int = 32
+    connections: Count = 32
     dashboard: bool = False
     log_format: Literal["text", "json"] = "text"
-    threads: int = 1
+    threads: Count = 1
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
 
 
 def main(argv: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
-    a = tyro.cli(ServeArguments, args=argv, prog="vlaflow serve")
+    a = parse_arguments(ServeArguments, "vlaflow serve", argv)
 
     import torch
 
@@ -92,7 +98,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
-    from vlaflow.policies.base import Policy
+    from vlaflow.policies.deployment import open_policy
     from vlaflow.policies.provenance import fingerprint
     from vlaflow.policies.robots import robot_folder
     from vlaflow.serving.engine import EngineConfig
@@ -109,7 +115,7 @@ def main(argv: list[str]) -> int:
     home = Checkpoint(folder, fingerprint(folder))
     knobs = Knobs(a.steps, device=a.device, threads=a.threads, dtype=a.dtype)
     compute = parse(name, knobs, home)
-    policy = Policy.from_pretrained(folder, a.device, a.dtype)
+    policy = open_policy(folder, a.device, a.dtype, a.engine)
     views = tuple(policy.views)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
+from vlaflow.ranges import Count
 from vlaflow.training.recipes import find_recipe, list_recipes
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class TrainArguments:
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Which system and stage, e.g. asyncvla.demo; listed below."""
     dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]DIR[:WEIGHT]")]
-    """LeRobot data set with an action spec: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub; repeat it for a
+    """LeRobot data set: a folder, or USER/NAME[@REVISION] on the Hugging Face Hub; repeat it for a
     mixture."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the checkpoint; an unfinished run there is continued."""
@@ -42,9 +44,9 @@ class TrainArguments:
     """Action tokenizer from vlaflow data fit-tokenizer, for token decoders; fitted by default."""
     latent: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Latent action model from iflybot.latent, for decoders that predict its codes."""
-    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    steps: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Optimiser steps, instead of the recipe's."""
-    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    batch_size: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
     """Observations per step over all processes, instead of the recipe's global_batch_size."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Change a value of the recipe, e.g. --set optim.learning_rate=3e-4; may be repeated."""
@@ -71,8 +73,8 @@ def status(outcome: Outcome) -> int:
 
 def run(argv: list[str]) -> Outcome:
     """Train by recipe, as the arguments say, and print what came of it."""
-    given = tyro.cli(TrainArguments, args=argv, prog="vlaflow train", description=_description())
-    overrides = dict(_pair(text) for text in given.set)
+    given = parse_arguments(TrainArguments, "vlaflow train", argv, description=_description())
+    overrides = dict(pair(text) for text in given.set)
     for key, value in (
         ("steps", given.steps),
         ("global_batch_size", given.batch_size),
@@ -126,7 +128,8 @@ def _sentence(outcome: Outcome, out: Path) -> str:
     return f"Trained {outcome.steps} steps in {duration(outcome.seconds)} ({', '.join(losses)}): {out}"
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """Key and value of a ``--set``, with a ``ConfigError`` where there are not both."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ConfigError(f"--set takes KEY=VALUE, e.g. optim.learning_rate=3e-4; got '{text}'.")

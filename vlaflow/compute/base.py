@@ -120,6 +120,28 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """The passes through the networks that a chunk may take, for what prepares them ahead (``vlaflow.engine``).
+
+    Args:
+        reads: of the prefix: (layers that have run, layers that will have, draws), where each draw reads it for itself.
+        steps: of the decoder: (depth, draws).
+    """
+
+    reads: frozenset[tuple[int, int, int]]
+    steps: frozenset[tuple[int, int]]
+
+    def __or__(self, other: Passes) -> Passes:
+        """Both."""
+        return Passes(self.reads | other.reads, self.steps | other.steps)
+
+    @staticmethod
+    def at(depth: int) -> Passes:
+        """One draw, at this depth alone."""
+        return Passes(frozenset({(0, depth, 1)}), frozenset({(depth, 1)}))
+
+
+@dataclass(frozen=True)
 class Stages:
     """Solver steps of one chunk, the last ``settling`` of them deterministic (``Decoder.refine_deterministic``)."""
 
@@ -199,6 +221,10 @@ class ComputePolicy(ABC):
         By default no layer is known to be needed.
         """
         return prefix
+
+    def passes(self, depth: int) -> Passes:
+        """The passes it may take through a backbone of so many layers; by default those of one draw at full depth."""
+        return Passes.at(depth)
 
     @property
     def reports_spread(self) -> bool:

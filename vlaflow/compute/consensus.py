@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Passes, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.distance import distance
 from vlaflow.compute.spelling import ComputeKind, Spelling
@@ -70,6 +70,12 @@ class Consensus(ComputePolicy):
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As far as a draw reads it."""
         return self.inner.read(model, prefix)
+
+    def passes(self, depth: int) -> Passes:
+        """Those of every draw; what all of them read is read once."""
+        k, inner = self.draws, self.inner.passes(depth)
+        reads = frozenset((start, upto, draws * (k if start else 1)) for start, upto, draws in inner.reads)
+        return Passes(reads, frozenset((at, draws * k) for at, draws in inner.steps))
 
     def exact(self, model: Model) -> Consensus | None:
         """That of exact draws."""

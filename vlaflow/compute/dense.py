@@ -10,7 +10,7 @@ import torch
 from torch import Generator
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Passes, Requirements, Stages, Stopwatch
 from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Conditioning, Tokens
 from vlaflow.decoders.model import Model
@@ -66,6 +66,10 @@ class Dense(ComputePolicy):
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """Through all its layers."""
         return model.read(prefix, self.depth)
+
+    def passes(self, depth: int) -> Passes:
+        """Those of its depth."""
+        return Passes.at(self.depth or depth)
 
     def decode(
         self,

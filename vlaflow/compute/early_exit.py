@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import inf
 from typing import Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Group, Passes, Requirements, Stopwatch
 from vlaflow.compute.distance import Metric, distance
 from vlaflow.decoders.base import Capability, Conditioning, Tokens
 from vlaflow.decoders.model import Model
@@ -165,6 +166,12 @@ class EarlyExit(ComputePolicy):
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """Through the first depth; the others are for those that stay."""
         return model.read(prefix, self.plan.depths[0])
+
+    def passes(self, depth: int) -> Passes:
+        """From each depth of the plan to the next, with a chunk at each."""
+        depths = self.plan.depths
+        reads = frozenset((start, upto, 1) for start, upto in pairwise((0, *depths)))
+        return Passes(reads, frozenset((at, 1) for at in depths))
 
     def decode(
         self,

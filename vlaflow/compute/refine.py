@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
 from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.spelling import ComputeKind, Spelling
@@ -180,6 +180,12 @@ class Refine(ComputePolicy):
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As the first round does."""
         return self.inner.read(model, prefix)
+
+    def passes(self, depth: int) -> Passes:
+        """Those of the first round, the rest of the prefix from wherever that ended, and steps at full depth."""
+        first = self.inner.passes(depth)
+        rest = frozenset((upto, depth, 1) for _, upto, _ in first.reads if upto < depth)
+        return first | Passes(rest, frozenset({(depth, 1)}))
 
     def decode(
         self,

@@ -82,14 +82,21 @@ def drop(folder: Path | str, episodes: Sequence[int], out: Path) -> Edited:
     """
     found = survey(folder)
     numbers = sorted({*(one.number for one in found.episodes), *found.problems})
-    unknown = sorted({*episodes} - {*numbers})
+    dropped = {*episodes}
+    unknown = sorted(dropped - {*numbers})
     if unknown:
         raise SpecError(f"{found.root} has no episode {unknown[0]}; it has {len(numbers)}, from {numbers[0]} to {numbers[-1]}.")
-    kept = [number for number in numbers if number not in {*episodes}]
+    kept = [number for number in numbers if number not in dropped]
     if not kept:
         raise SpecError(f"All {len(numbers)} episodes of {found.root} would be left out. Keep at least one.")
-    left_out = [f"Episode {number} of {found.root} is left out." for number in sorted({*episodes})]
-    return _write(out, [EditPart(select(found, kept))], said=left_out)
+    runs = _runs([(number,) for number in sorted(dropped)])
+    said = [
+        f"Episode {first} of {found.root} is left out."
+        if first == last
+        else f"Episodes {first} to {last} of {found.root} are left out."
+        for (first,), (last,) in runs
+    ]
+    return _write(out, [EditPart(select(found, kept))], said=said)
 
 
 def merge(folders: Sequence[Path | str], out: Path) -> Edited:
@@ -252,11 +259,31 @@ def _write(
 
 
 def _renumbered(parts: Sequence[EditPart], written: Copied) -> list[str]:
-    return [
-        f"Episode {number} of {parts[part].source.root} is now episode {new}."
-        for new, (part, number) in enumerate(written.episodes)
-        if new != number
-    ]
+    """What the number of every episode has become, unless it is the same."""
+    sentences = []
+    for at, part in enumerate(parts):
+        moved = [(old, new) for new, (place, old) in enumerate(written.episodes) if place == at and new != old]
+        for (old, new), (last, newest) in _runs(moved):
+            if old == last:
+                sentences.append(f"Episode {old} of {part.source.root} is now episode {new}.")
+            else:
+                sentences.append(f"Episodes {old} to {last} of {part.source.root} are now episodes {new} to {newest}.")
+    return sentences
+
+
+def _runs(numbers: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The first and the last of every run in which all numbers count up together.
+
+    >>> _runs([(1, 0), (2, 1), (5, 2)])
+    [((1, 0), (2, 1)), ((5, 2), (5, 2))]
+    """
+    runs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for each in numbers:
+        if runs and each == tuple(n + 1 for n in runs[-1][1]):
+            runs[-1] = (runs[-1][0], each)
+        else:
+            runs.append((each, each))
+    return runs
 
 
 def _about_stats(source: Survey, written: Copied) -> list[str]:

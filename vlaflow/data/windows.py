@@ -16,6 +16,7 @@ import torch
 
 from vlaflow.data.batch import Batch, Executed, ObservationBatch
 from vlaflow.data.exclusions import intervened, paused
+from vlaflow.data.filters import Filtered
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
@@ -33,7 +34,7 @@ class Windows:
         episodes: the chosen episodes.
         action_spec: the data set's, with ``chunk_size``; None if the data set has none.
         rows: int64 (M,), the row of each sample's first action in ``Dataset.columns``.
-        pause_N: bool (N,), rows that a pause rule marked.
+        pause_N: bool (N,), rows that a pause rule marked, and outliers; they are left out of the loss.
         intervened_N: bool (N,), rows at which the robot executed something else than the action to be learned.
         code_NK: int64, latent action codes by row, −1 where there are none; None when batches contain no codes.
     """
@@ -48,6 +49,7 @@ class Windows:
         *,
         intervention_rule: InterventionRule | None = INTERVENTIONS,
         code_NK: np.ndarray | None = None,
+        filtered: Filtered | None = None,
     ) -> None:
         if chunk_size < 1:
             raise ConfigError(f"The chunk size must be at least one action, got {chunk_size}.")
@@ -63,6 +65,14 @@ class Windows:
         self.rows = np.concatenate([np.arange(s.start, s.stop) for s in slices])
         self._last = np.concatenate([np.full(s.stop - s.start, s.stop - 1) for s in slices])
         self.pause_N = paused(dataset, pause_rule)
+        if filtered is not None:
+            starts_M = ~filtered.no_start_N[self.rows]
+            if not starts_M.any():
+                raise ConfigError(
+                    f"The filters leave no frame of {dataset.root} that begins a chunk. Train with --set filters=none."
+                )
+            self.rows, self._last = self.rows[starts_M], self._last[starts_M]
+            self.pause_N |= filtered.outlier_N
         self.intervened_N = intervened(dataset, intervention_rule)
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.categorical import pick, tempered, uniforms
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.attention import causal_mask
+from vlaflow.ranges import NotNegative
 from vlaflow.stacks.shared import Cache, SharedStack
 
 
@@ -32,7 +33,7 @@ class AutoregressiveConfig(TokenConfig):
         temperature: of sampling; 0 takes the most probable token.
     """
 
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.actions.base import Tokenizer
 from vlaflow.actions.bins import BinsTokenizer
 from vlaflow.actions.fast import FastTokenizer
-from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
+from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.data.batch import Executed
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -382,6 +382,10 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """What is known of the tokens, for decoders that have a vocabulary."""
         return None
 
+    def distance(self) -> Tensor | None:
+        """Distances between all tokens, (V, V), where training or sampling uses such a metric; otherwise None."""
+        return None
+
     def refine_deterministic(self, state: State, prefix: Prefix, steps: int = 1) -> State:
         """Deterministic steps that may still revise every token.
 
@@ -410,7 +414,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """
         raise CapabilityError(f"A {type(self).__name__} has no vocabulary; use a decoder of tokens.")
 
-    def read(self, backbone: Backbone, prefix: Prefix, depth: int | None = None) -> Prefix:
+    def read(self, backbone: RunsLayers, prefix: Prefix, depth: int | None = None) -> Prefix:
         """Run the prefix as far as this decoder needs it before its first step; by default through ``depth`` layers."""
         return backbone.run(prefix, depth)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
+from vlaflow.backbones.base import BackboneSpec, Prefix, RunsLayers
 from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
@@ -202,7 +202,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         """See ``Decoder``. With a prefix that is blind to the tokens, 0 is no cache at all: the same chunk, later."""
         return replace(state, refresh=share)
 
-    def read(self, backbone: Backbone, prefix: Prefix, depth: int | None = None) -> Prefix:
+    def read(self, backbone: RunsLayers, prefix: Prefix, depth: int | None = None) -> Prefix:
         """With full attention nothing is run before the tokens are there."""
         return prefix if self.config.attention == "full" else backbone.run(prefix, depth)
 

@@ -34,6 +34,7 @@ from vlaflow.flows import gaussian, guidance
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
+from vlaflow.ranges import Count, Fraction, Number, Positive, Width
 from vlaflow.stacks.base import Stack
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.stacks.shared import SharedStack
@@ -51,9 +52,9 @@ class FlowConfig(DecoderConfig):
         chunk_size: actions per chunk, L.
         padded_dim: dimensions the network sees, zero beyond D (pretrained heads use 32); None for D itself.
         masks: "unified" draws AsyncVLA's Bernoulli(y) masks, "synchronous" noises every token.
-        committed: longest beginning of a chunk that training gives clean, its length drawn again for every sample, so that
-            chunks can continue each other while the robot moves (real-time chunking); 0 for none.
-        whole: share of the unified masks, and of the committed beginnings, that noise every token after all; 0 is the paper.
+        max_action_prefix: training gives the first 0 to this many actions of a chunk clean, a number drawn for every sample,
+            so that chunks can continue each other while the robot moves (real-time chunking); 0 for none.
+        whole: share of the unified masks, and of the action prefixes, that noise every token after all; 0 is the paper.
         noise_samples: noise, time and mask draws per observation and step, K; they share one prefix.
         times: training times are Beta(time_alpha, 1), or skewed towards noise by a log-normal law (``sample_skewed_time``).
         time_alpha: of the former.
@@ -64,29 +65,33 @@ class FlowConfig(DecoderConfig):
         head_layers: residual layers of the velocity head (A1: 2); None for two linear layers (AsyncVLA).
     """
 
-    action_dim: int
-    chunk_size: int = 16
+    action_dim: Width
+    chunk_size: Width = 16
     padded_dim: int | None = None
     masks: Literal["unified", "synchronous"] = "unified"
-    committed: int = 0
+    max_action_prefix: int = 0
     whole: float = 0.0
-    noise_samples: int = 2
+    noise_samples: Count = 2
     times: Literal["beta", "skewed"] = "beta"
-    time_alpha: float = 1.5
-    time_floor: float = 0.001
+    time_alpha: Positive = 1.5
+    time_floor: Fraction = 0.001
     expert: ExpertConfig | None = None
     time_token: bool = False
-    head_layers: int | None = None
+    head_layers: Number | None = None
 
     def __post_init__(self) -> None:
         if self.padded_dim is not None and self.padded_dim < self.action_dim:
             raise ConfigError(f"padded_dim {self.padded_dim} is smaller than action_dim {self.action_dim}.")
-        if not 0 <= self.committed < self.chunk_size:
-            raise ConfigError(f"committed must leave actions to make: 0 to {self.chunk_size - 1}, got {self.committed}.")
+        if not 0 <= self.max_action_prefix < self.chunk_size:
+            raise ConfigError(
+                f"max_action_prefix must leave actions to make: 0 to {self.chunk_size - 1}, got {self.max_action_prefix}."
+            )
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"whole is a share of the draws, in [0, 1], got {self.whole}.")
-        if self.time_token and (self.masks == "unified" or self.committed or self.expert is None):
-            raise ConfigError("A time_token is one clock for all: it needs an expert, masks='synchronous' and committed=0.")
+        if self.time_token and (self.masks == "unified" or self.max_action_prefix or self.expert is None):
+            raise ConfigError(
+                "A time_token is one clock for all: it needs an expert, masks='synchronous' and max_action_prefix=0."
+            )
         if min(self.chunk_size, self.noise_samples) < 1:
             raise ConfigError(
                 f"chunk_size and noise_samples must be at least 1, got {self.chunk_size} and {self.noise_samples}."
@@ -117,11 +122,18 @@ class ActionCodec(nn.Module):
 
     def encode(self, x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
         """(B, L, X) and (B, L) → (B, L, W), or (B, 1 + L, W) with a time token."""
+        return self.enter(x_BLX, self.times(clock_BL))
+
+    def times(self, clock_BL: Tensor) -> Tensor:
+        """What ``enter`` takes of the clocks, whatever the actions: (B, L, W), or (B, 1, W) with a time token."""
+        return clock_embedding(clock_BL.amax(1, keepdim=True) if self.time_token else clock_BL, self.width)
+
+    def enter(self, x_BLX: Tensor, time_BTW: Tensor) -> Tensor:
+        """Noisy actions and what ``times`` made of their clocks, as tokens."""
+        time_BTW = time_BTW.to(x_BLX.dtype)
         if self.time_token:
-            time_B1W = self.mix(clock_embedding(clock_BL.amax(1, keepdim=True), self.width).to(x_BLX.dtype))
-            return torch.cat((time_B1W, self.project(x_BLX)), 1)
-        time_BLW = clock_embedding(clock_BL, self.width).to(x_BLX.dtype)
-        return self.mix(torch.cat((self.project(x_BLX), time_BLW), -1))
+            return torch.cat((self.mix(time_BTW), self.project(x_BLX)), 1)
+        return self.mix(torch.cat((self.project(x_BLX), time_BTW), -1))
 
     def decode(self, hidden_BLW: Tensor) -> Tensor:
         """(B, L, W), or with a time token (B, 1 + L, W), → velocity (B, L, X)."""
@@ -174,19 +186,21 @@ class FlowDecoder(Decoder[FlowState]):
     @property
     def max_action_prefix(self) -> int:
         """As trained; with mixed clocks, or by guidance, any number that leaves actions to make."""
-        return self.config.committed or self.chunk_size - 1
+        return self.config.max_action_prefix or self.chunk_size - 1
 
     def nfe(self, sampling: Sampling) -> int:
         """One a step, or two to second order."""
         return sampling.evaluations
 
-    def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix) -> Tensor:
-        """Predicted dx/dt (B, L, X) of tokens at their clocks.
+    def velocity(self, x_BLX: Tensor, clock_BL: Tensor, prefix: Prefix, time_BTW: Tensor | None = None) -> Tensor:
+        """Predicted dx/dt (B, L, X) of tokens at their clocks; ``time_BTW`` is ``ActionCodec.times`` of these, where known.
 
         Padding dimensions are 0 in every action and take no part in the loss; so are dimensions and steps that a chunk of the
         observation's robot does not have. Their velocity is known, x/t, and keeps them what training showed: t·noise.
         """
-        made_BLX = self.codec.decode(self.stack(self.codec.encode(x_BLX, clock_BL), prefix))
+        codec = self.codec
+        token_BTW = codec.encode(x_BLX, clock_BL) if time_BTW is None else codec.enter(x_BLX, time_BTW)
+        made_BLX = codec.decode(self.stack(token_BTW, prefix))
         mask_BLX = self._mask(prefix.action_mask_BLD, x_BLX)
         if mask_BLX is None:
             return made_BLX
@@ -204,8 +218,8 @@ class FlowDecoder(Decoder[FlowState]):
         if c.masks == "unified":
             mask_BL = gaussian.sample_mask(b, c.chunk_size, generator, c.whole)
         known_BLX = action_BLX
-        if c.committed:
-            free_BL = gaussian.sample_beginning(b, c.chunk_size, c.committed, generator, c.whole)
+        if c.max_action_prefix:
+            free_BL = gaussian.sample_beginning(b, c.chunk_size, c.max_action_prefix, generator, c.whole)
             mask_BL = mask_BL * free_BL
             if targets.executed is not None:  # what a robot commits to is what it executes
                 executed = targets.executed.repeat(c.noise_samples)
@@ -259,8 +273,8 @@ class FlowDecoder(Decoder[FlowState]):
         return FlowState(x_BLX, conditioning.clock_BL, 0, sampling, guide)
 
     def continued(self, action_BLD: Tensor, known_B: Tensor, committed_B: Tensor, *, guided: bool = False) -> Conditioning:
-        """See ``Decoder``; trained with committed or mixed clocks it is given them, otherwise bent towards them."""
-        if not guided and (self.config.committed or Capability.REGENERATION in self.capabilities):
+        """See ``Decoder``; trained with action prefixes or mixed clocks it is given them, otherwise bent towards them."""
+        if not guided and (self.config.max_action_prefix or Capability.REGENERATION in self.capabilities):
             return super().continued(action_BLD, known_B, committed_B)
         guide = Guidance(action_BLD, guidance.soft_mask(self.chunk_size, committed_B, known_B))
         return Conditioning(torch.zeros_like(action_BLD), torch.ones_like(guide.weight_BL), guidance=guide)

@@ -37,6 +37,7 @@ from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling
+from vlaflow.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class LatentFlowConfig(DecoderConfig):
     sees: Literal["latent", "prefix+latent"] = "latent"
     truncate: bool = True
     teaches: bool = True
-    latent_weight: float = 1.0
-    fast_weight: float = 1.0
+    latent_weight: NotNegative = 1.0
+    fast_weight: NotNegative = 1.0
 
     def __post_init__(self) -> None:
         if self.flow.expert is None:

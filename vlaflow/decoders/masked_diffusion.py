@@ -20,6 +20,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.flows import masked
 from vlaflow.flows.categorical import gumbel, pick, tempered, uniforms
 from vlaflow.flows.sampling import Sampling
+from vlaflow.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class MaskedDiffusionConfig(TokenConfig):
         floor: smallest share of tokens masked in training.
     """
 
-    temperature: float = 1.0
-    choice_temperature: float = 1.0
+    temperature: NotNegative = 1.0
+    choice_temperature: NotNegative = 1.0
     remask: bool = False
     floor: float = 0.1
 

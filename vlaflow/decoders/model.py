@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.backbones.inputs import Inputs
 from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.rater import ConfidenceRater
 
@@ -31,6 +32,15 @@ class Model(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.rater = rater
+
+    @property
+    def engine(self) -> str:
+        """What computes it, in words: "eager", or how its programs were compiled."""
+        return "eager"
+
+    def embed(self, inputs: Inputs) -> Prefix:
+        """The tokens of observations, before the first layer."""
+        return self.backbone.embed(inputs)
 
     def read(self, prefix: Prefix, depth: int | None = None) -> Prefix:
         """The prefix as far as the decoder reads it before its first step, by default through all layers (``Decoder.read``)."""

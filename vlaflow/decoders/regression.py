@@ -20,6 +20,7 @@ from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LossTerm
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
+from vlaflow.ranges import Number, Width
 from vlaflow.stacks.base import Stack
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.stacks.shared import SharedStack
@@ -38,11 +39,11 @@ class RegressionConfig(DecoderConfig):
         expert: a stack of its own for the queries; None runs them through the backbone's layers.
     """
 
-    action_dim: int
-    chunk_size: int = 16
+    action_dim: Width
+    chunk_size: Width = 16
     queries: Literal["dimension", "action"] = "dimension"
     hidden: int | None = None
-    head_layers: int = 2
+    head_layers: Number = 2
     expert: ExpertConfig | None = None
 
     def __post_init__(self) -> None:

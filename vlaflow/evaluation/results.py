@@ -203,6 +203,7 @@ class Results:
         machine: processor, cores and system.
         overall, paired, latency, language, revision: see their classes.
         dtype: what the networks computed in.
+        engine: what computed them, in words (``Model.engine``).
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -219,6 +220,7 @@ class Results:
     commands: tuple[str, ...] = ()
     revision: Revision | None = None
     dtype: Dtype = "fp32"
+    engine: str = "eager"
     format: str = field(default=FORMAT)
 
     @property

@@ -25,11 +25,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.deployment import open_policy
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
+from vlaflow.ranges import Count, require_ranges
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
@@ -52,16 +55,19 @@ class RolloutConfig:
         device: where the networks run.
         batch: episodes that a worker plays together, at most; fewer where the simulator keeps fewer environments.
         dtype: what the networks compute in.
+        engine: what computes them (``policies.deployment.with_engine``).
     """
 
-    n_action_steps: int | None = None
-    max_steps: int | None = None
+    n_action_steps: Count | None = None
+    max_steps: Count | None = None
     render: Render = "fast"
     device: str = "cpu"
     batch: int = 4
     dtype: Dtype = "fp32"
+    engine: Engine = "eager"
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         if self.batch < 1:
             raise ConfigError(f"batch counts episodes and must be at least 1, got {self.batch}.")
 
@@ -197,7 +203,7 @@ def play_all(
                 progress(len(found), len(jobs))
 
     with one_thread():
-        setup = functools.partial(Policy.from_pretrained, str(folder), config.device, config.dtype)
+        setup = functools.partial(open_policy, str(folder), config.device, config.dtype, config.engine)
         together = [EpisodeBlock(tuple(jobs[place] for place in block)) for block in places]
         run_jobs(functools.partial(_play_block, config=config), together, workers, setup=setup, finished=keep)
     return [found[place] for place in range(len(jobs))]

@@ -17,6 +17,7 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.parse import parse_all
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import JSON, from_json, to_json
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import language, results, videos
 from vlaflow.evaluation.episode_log import EpisodeLog
@@ -38,6 +39,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.deployment import open_policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
@@ -116,6 +118,7 @@ def evaluate(
     render: Render = "fast",
     device: str = "cpu",
     dtype: Dtype = "fp32",
+    engine: Engine = "eager",
     batch: int = 4,
     videos: bool = True,
     workers: int = 0,
@@ -145,6 +148,7 @@ def evaluate(
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
         dtype: what they compute in; "bf16" halves the memory of their layers.
+        engine: what computes them; see ``policies.deployment.with_engine``.
         batch: episodes that a process plays together, with one batched call of the policy.
         videos: whether to record a success and a failure per environment.
         workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
@@ -164,7 +168,7 @@ def evaluate(
         first_seed=first_seed,
         noise_seeds=noise_seeds,
         knobs=Knobs(solver_steps, device=device, dtype=dtype),
-        rollout=RolloutConfig(n_action_steps, max_steps, render, device, batch, dtype),
+        rollout=RolloutConfig(n_action_steps, max_steps, render, device, batch, dtype, engine),
         videos=videos,
         workers=workers,
     )
@@ -363,6 +367,7 @@ class _Work:
             language=language.count_swap(swap, right, swapped, config.swap_limit(envs)) if swap else (),
             commands=commands,
             dtype=rollout.dtype,
+            engine=self.policy.model.engine,
         )
         results.write(found, out / RESULTS)
         return found
@@ -377,7 +382,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     if "auto" in config.computes and (calibration := sampler_choice.load(home)):
         calibration.require_unseen(envs, config.first_seed, config.episodes)
     computes = parse_all(config.computes, config.knobs, home)
-    policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype)
+    policy = open_policy(folder, config.rollout.device, config.rollout.dtype, config.rollout.engine)
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlaflow.errors import ConfigError
 from vlaflow.flows.categorical import pick
+from vlaflow.ranges import Positive
 
 JumpRule = Literal["linear", "exponential"]
 """Probability of leaving a token whose rate is λ within a stride h: min(1, hλ), or 1 − exp(−hλ)."""
@@ -35,8 +36,8 @@ class MetricSchedule:
         alpha: the initial rate, at clock 1, is finite for 1, infinite below 1 and 0 above 1.
     """
 
-    c: float = 3.0
-    alpha: float = 1.0
+    c: Positive = 3.0
+    alpha: Positive = 1.0
 
     def __post_init__(self) -> None:
         if not (self.c > 0 and self.alpha > 0):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlaflow.nn.attention import KeyValues, attend
+from vlaflow.ranges import NotNegative, Width
 
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Rotates queries (B, H, T, E) and keys (B, G, T, E) by their positions."""
@@ -35,15 +36,15 @@ class BlockConfig:
         eps: epsilon of the norms.
     """
 
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
+    width: Width
+    heads: Width
+    kv_heads: Width
+    head_dim: Width
+    ffn: Width
     norm: Literal["layer", "rms"] = "layer"
     gated: bool = False
     qkv_bias: bool = True
-    eps: float = 1e-6
+    eps: NotNegative = 1e-6
 
 
 def make_norm(kind: Literal["layer", "rms"], width: int, eps: float) -> nn.Module:

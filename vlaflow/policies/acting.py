@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vlaflow.data.draft import with_spec
 from vlaflow.data.exclusions import Exclusions, exclusions
+from vlaflow.data.filters import Filtered, filtered
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
@@ -19,15 +21,12 @@ from vlaflow.spec import ActionSpec
 
 
 def open_actions(root: Path | str, reading: Reading | None = None) -> Dataset:
-    """Open a data set of actions whose meaning is known.
+    """Open a data set of actions; where it does not say what they mean, a spec is drafted (``data.draft``) and noted.
 
     Raises:
         DataError: it is none, or holds no actions.
-        SpecError: it does not say what its actions mean.
     """
-    dataset = Dataset.open(root, reading=reading)
-    stated_spec(dataset)
-    return dataset
+    return with_spec(Dataset.open(root, reading=reading))
 
 
 def stated_spec(dataset: Dataset) -> ActionSpec:
@@ -39,7 +38,7 @@ def stated_spec(dataset: Dataset) -> ActionSpec:
     if dataset.action_spec is None:
         raise SpecError(
             f"{dataset.root} does not say what its actions mean, and a policy must know. "
-            f"Add an action spec to its meta/info.json (docs/datasets.md), or open it with Dataset.open(root, action_spec=...)."
+            f"Write one (vlaflow data spec {dataset.root} --out FILE) and give it with --action-spec FILE."
         )
     return dataset.action_spec
 
@@ -71,9 +70,11 @@ def require_enough(config: TrainConfig, dataset: Dataset, chunk_size: int, stage
 def print_exclusions(config: TrainConfig, dataset: Dataset, chunk_size: int, name: str = "") -> None:
     """Print what ``require_enough`` found, or raise what it raises; with the data set's name where there are several."""
     found = require_enough(config, dataset, chunk_size)
+    before = f"{name}: " if name else ""
     if found.shares:
-        before = f"{name}: left" if name else "Left"
-        sys.stderr.write(f"{before} out of the loss, as shares of the actions: {found.shares}.\n")
+        sys.stderr.write(f"{before}Left out of the loss, as shares of the actions: {found.shares}.\n")
+    if words := filtered(dataset, config.filters).words(config.episodes(dataset)[0], dataset):
+        sys.stderr.write(f"{before}{words}.\n")
 
 
 def chunks_of(
@@ -92,14 +93,16 @@ def chunks_of(
         cache: its frames at the size the policy sees.
         code_NK: latent action codes by row.
     """
+    found = None if config.filters is None else filtered(dataset, config.filters)
 
-    def cut(episodes: tuple[int, ...]) -> Windows:
+    def cut(episodes: tuple[int, ...], left_out: Filtered | None) -> Windows:
+        rule = config.interventions
         return Windows(
-            dataset, cache, chunk_size, episodes, config.pauses, intervention_rule=config.interventions, code_NK=code_NK
+            dataset, cache, chunk_size, episodes, config.pauses, intervention_rule=rule, code_NK=code_NK, filtered=left_out
         )
 
     train, held = config.episodes(dataset)
-    return cut(train), cut(held) if held else None
+    return cut(train, found), cut(held, found and found.outliers_alone()) if held else None
 
 
 def cached_size(policy: Policy) -> int | None:

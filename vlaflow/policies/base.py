@@ -247,7 +247,7 @@ class Policy:
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
         with self.precision():
-            prefix = self.model.backbone.embed(self.processor(observation).to(self.device))
+            prefix = self.model.embed(self.processor(observation).to(self.device))
         if observation.robot_B is None:
             return prefix
         masks = [self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()]
@@ -330,9 +330,7 @@ class Policy:
             NotFiniteError: when the networks compute NaN or an infinite value.
         """
         observations, generators, action_prefixes = in_lists(observation, generator, action_prefix)
-        conditioning = conditioning_of(
-            action_prefixes, self.model.decoder, self.action_normalizer, device=self.device, guided=guided
-        )
+        conditioning = conditioning_of(self, action_prefixes, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
         guidance = conditioning is not None and conditioning.guidance is not None
         with torch.no_grad() if guidance else torch.inference_mode(), self.precision():

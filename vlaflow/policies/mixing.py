@@ -1,7 +1,7 @@
 """Data sets that a policy learns from together: which robots they are of, and their chunks as one source of samples.
 
-Data sets are of one robot if their action specs, the names of their states and their views are equal. A robot's numbers are
-normalised by the statistics of all its data sets together.
+Data sets are of one robot if the meaning of their actions, the names of their states and their views are equal. A robot's
+numbers are normalised by the statistics of all its data sets together.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 
+from vlaflow.data.check import about_jitter
 from vlaflow.data.common import CommonShape
+from vlaflow.data.filters import filtered
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed, Order
@@ -30,6 +34,7 @@ from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import Base, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.robots import Robot
 from vlaflow.policies.stages import CoTraining, Stage
+from vlaflow.spec import ActionSpec
 
 LARGEST = 448
 """Side in pixels up to which images of unequal size are kept for a backbone that takes any size."""
@@ -70,19 +75,18 @@ def robots_of(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[Open
     """The robots that data sets are of, each named after its first data set.
 
     Raises:
-        SpecError: a data set without an action spec or without a state.
+        SpecError: a data set without an action spec.
     """
     groups: dict[object, list[int]] = {}
     views = {each.label: tuple(v for v in policy.backbone.views if v in each.dataset.views) for each in datasets}
     for number, each in enumerate(datasets):
-        require_state_of(each.dataset)
-        key = (stated_spec(each.dataset), tuple(each.dataset.dimension_names("state")), views[each.label])
+        key = (stated_spec(each.dataset).meaning, tuple(each.dataset.dimension_names("state")), views[each.label])
         groups.setdefault(key, []).append(number)
     side = common_side(policy, [each.dataset for each in datasets])
     by_name, of = {}, [0] * len(datasets)
     for place, members in enumerate(groups.values()):
         first = datasets[members[0]]
-        spec = stated_spec(first.dataset)
+        spec = reduce(ActionSpec.widened, (stated_spec(datasets[number].dataset) for number in members))
         steps = policy.decoder.chunk_size if config.chunk_s is None else steps_of(config.chunk_s, spec.rate_hz)
         stats = pooled([datasets[number].dataset for number in members], config)
         name = re.sub(r"[^\w.-]+", "-", first.entry.name if first.entry.name not in by_name else first.label)
@@ -111,7 +115,8 @@ def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
         found = [
             place
             for place, robot in enumerate(policy.robots.values())
-            if replace(robot.action_spec, chunk_size=spec.chunk_size) == spec and set(robot.views) <= set(each.dataset.views)
+            if replace(robot.action_spec, chunk_size=spec.chunk_size).meaning == spec.meaning
+            and set(robot.views) <= set(each.dataset.views)
         ]
         if not found:
             known = ", ".join(f"'{name}' ({robot.action_spec.robot})" for name, robot in policy.robots.items())
@@ -123,18 +128,13 @@ def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
     return Robots(dict(policy.robots), tuple(of))
 
 
-def require_state_of(dataset: Dataset) -> None:
-    """Refuse a data set without a state, with a ``SpecError``."""
-    if not dataset.columns().state.shape[1]:
-        raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
-
-
 def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, FeatureStats]:
     """Statistics of "state" and "action" over the training episodes of data sets of one robot."""
     found: dict[str, list[np.ndarray]] = {"state": [], "action": []}
     for dataset in datasets:
         columns = dataset.columns()
         rows = np.isin(columns.episode, np.asarray(config.episodes(dataset)[0], np.int64))
+        rows &= ~filtered(dataset, config.filters).outlier_N
         found["state"].append(columns.state[rows])
         found["action"].append(columns.action[rows])
     return {name: FeatureStats.of(np.concatenate(parts)) for name, parts in found.items()}
@@ -238,6 +238,16 @@ def report_exclusions(config: TrainConfig, datasets: Sequence[OpenedDataset], ro
     for number, each in enumerate(datasets):
         steps = robots.robot(number).action_spec.chunk_size or policy.config.decoder.chunk_size
         print_exclusions(config, each.dataset, steps, each.label if len(datasets) > 1 else "")
+
+
+def report_jitter(datasets: Sequence[OpenedDataset], robots: Robots) -> None:
+    """Print which numbers of each robot are nearly constant, and are therefore normalised by a floor."""
+    for place, robot in enumerate(robots.by_name.values()):
+        first = datasets[robots.of.index(place)]
+        before = f"{first.label}: " if len(datasets) > 1 else ""
+        for name, stats in robot.stats.items():
+            for sentence in about_jitter(name, first.dataset.dimension_names(name), stats):
+                sys.stderr.write(f"{before}{sentence}\n")
 
 
 def mixture_identity(datasets: Sequence[OpenedDataset], samples: Samples) -> dict[str, Any]:

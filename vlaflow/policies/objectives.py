@@ -27,6 +27,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
+from vlaflow.policies.dry_run import DryRun, acting, picturing, rating
 from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
 from vlaflow.policies.latent_pairs import Paired, action_normalizers, pairs_of
 from vlaflow.policies.mixing import (
@@ -36,6 +37,7 @@ from vlaflow.policies.mixing import (
     mixture_identity,
     normalised_chunks,
     report_exclusions,
+    report_jitter,
     robots_of,
     samples_of,
     timed,
@@ -44,6 +46,7 @@ from vlaflow.policies.provenance import run_of
 from vlaflow.policies.recipe import Assets, Base, EarlierStages, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
 from vlaflow.policies.vqa import VqaTraining, require_askable, vqa_of
+from vlaflow.ranges import NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class PolicyObjective(Objective):
         if assets.base is not None and assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
 
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """See ``Objective``."""
+        return acting(self.policy, side)
+
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
     ) -> EarlierStages:
@@ -105,6 +112,7 @@ class PolicyObjective(Objective):
         if assets.base is None:
             objective = replace(self, policy=timed(self.policy, config, datasets))
             robots = robots_of(objective.policy, config, datasets)
+            report_jitter(datasets, robots)
             policy, objective = objective._created(config, datasets, robots, assets.tokenizer)
             identity: dict[str, Any] = {}
         else:
@@ -213,6 +221,12 @@ class RaterObjective(Objective):
         if assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
 
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """See ``Objective``."""
+        if policy is None:
+            raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
+        return rating(policy, self.rater, side)
+
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
     ) -> EarlierStages:
@@ -261,16 +275,16 @@ class LatentObjective(Objective):
 
     model: LatentConfig
     view: str
-    gap_s: float = 1.0
+    gap_s: Positive = 1.0
     replacement: Replacement = field(default_factory=Replacement)
-    action_weight: float = 0.01
+    action_weight: NotNegative = 0.01
     makes: ClassVar[Literal["policy", "latent"]] = "latent"
 
     def check(self, config: TrainConfig) -> None:
         """See ``Objective``."""
-        if config.shift or config.augment or config.state_mask or config.pauses:
+        if config.shift or config.augment or config.state_mask or config.pauses or config.filters:
             raise ConfigError(
-                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses."
+                "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses, filters."
             )
 
     def used_assets(self, assets: Assets) -> Assets:
@@ -286,6 +300,10 @@ class LatentObjective(Objective):
         for flag, given in (("--latent", assets.latent), ("--vqa", assets.vqa)):
             if given is not None:
                 raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
+
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """See ``Objective``."""
+        return picturing(self.model)
 
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.config import INLINE
 from vlaflow.data.augment import Augment, StateMask
+from vlaflow.data.filters import Filters
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Order
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
@@ -28,8 +29,10 @@ from vlaflow.errors import CapabilityError, ConfigError, DataError
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.dry_run import DryRun
 from vlaflow.policies.provenance import ancestry, fingerprint
 from vlaflow.policies.stages import CoTraining, Stage
+from vlaflow.ranges import Count, Fraction, NotNegative, Number, Seed, Share
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class DataSpec:
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
         state, action = (len(dataset.dimension_names(name)) for name in ("state", "action"))
-        return DataSpec(state, action, tuple(dataset.views), missing_action(dataset.root, dataset.features))
+        found = DataSpec(state, action, tuple(dataset.views))
+        return found if action else replace(found, no_action=missing_action(dataset.root, dataset.features))
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,14 @@ class OptimConfig:
     """
 
     kind: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: NotNegative = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
+    eps: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.01
+    warmup_steps: Number = 100
     schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: float = 0.0
-    clip_norm: float = 1.0
+    final_fraction: Share = 0.0
+    clip_norm: NotNegative = 1.0
     groups: tuple[ParameterGroup, ...] = ()
 
     @property
@@ -270,6 +274,19 @@ class Objective(ABC):
             stage: its name and a dot, before keys that a message names.
         """
 
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """Networks and loss without data or weights, made where the caller has torch make tensors (``vlaflow plan``).
+
+        Args:
+            policy: the one that is continued.
+            side: of the data set's pictures in pixels.
+
+        Raises:
+            CapabilityError: by default; an objective whose memory is to be planned overrides it.
+            ConfigError: it needs a policy to continue.
+        """
+        raise CapabilityError(f"{type(self).__name__} does not say what its training step computes (dry_run).")
+
     @abstractmethod
     def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
         """Open a data set to learn from.
@@ -322,6 +339,7 @@ class TrainConfig:
         pauses: which actions count as pauses and are left out of the loss; None keeps all.
         interventions: where a data set that keeps executed actions departs from the noted ones, so that those noted afterwards
             are left out of the loss; None keeps all.
+        filters: which frames begin no chunk, and which are outliers; None for none.
         max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
             refused.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
@@ -337,24 +355,25 @@ class TrainConfig:
     objective: Objective = field(metadata=INLINE)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig | None = None
-    steps: int = 1000
-    global_batch_size: int = 64
+    steps: Count = 1000
+    global_batch_size: Count = 64
     accumulate: int = 1
-    ema_decay: float | None = 0.998
-    shift: int = 0
+    ema_decay: Fraction | None = 0.998
+    shift: Number = 0
     augment: Augment | None = None
     state_mask: StateMask | None = None
     pauses: PauseRule | None = None
     interventions: InterventionRule | None = INTERVENTIONS
+    filters: Filters | None = None
     max_excluded: float = 0.5
-    demonstrations: float = 1.0
-    validation_fraction: float = 0.06
+    demonstrations: Share = 1.0
+    validation_fraction: Fraction = 0.06
     mixture: Mixture = field(default_factory=Mixture)
     chunk_s: float | None = None
     validate_every: int = 250
     checkpoint_every: int = 500
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         self.objective.check(self)

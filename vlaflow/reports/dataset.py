@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlaflow.data.filters import left_out
 from vlaflow.data.frames import resize
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError
@@ -17,6 +18,8 @@ from vlaflow.reports import page
 
 THUMBNAILS = 6
 SIDE = 128
+HATCHES = ("", "//", "..", "xx", "++")
+"""Of the bands that show what rules leave out, which must be distinguishable in greyscale."""
 
 
 def chosen_episodes(dataset: Dataset, limit: int) -> list[int]:
@@ -50,18 +53,18 @@ def write_page(dataset: Dataset, path: Path, limit: int = 12) -> Path:
     episodes = chosen_episodes(dataset, limit)
     if path.suffix == ".png":
         with whole_file(path) as part:
-            part.write_bytes(_figure(dataset, episodes))
+            part.write_bytes(_figure(dataset, episodes, left_out(dataset)))
     else:
         _write_html(dataset, episodes, path)
     return path
 
 
 def _write_html(dataset: Dataset, episodes: Sequence[int], path: Path) -> None:
-    shown = []
+    shown, marks = [], left_out(dataset)
     for index in episodes:
         episode = dataset.episode(index)
         text = f"{episode.task} · {episode.length} frames · {episode.length / dataset.fps:.1f} s"
-        image = page.data_url(_figure(dataset, [index]), "image/png")
+        image = page.data_url(_figure(dataset, [index], marks), "image/png")
         shown.append({"title": f"Episode {index}", "text": text, "image": image})
     page.write(
         path,
@@ -73,8 +76,8 @@ def _write_html(dataset: Dataset, episodes: Sequence[int], path: Path) -> None:
     )
 
 
-def _figure(dataset: Dataset, episodes: Sequence[int]) -> bytes:
-    """One row per episode: thumbnails of every view above, state and action over time below."""
+def _figure(dataset: Dataset, episodes: Sequence[int], marks: Mapping[str, np.ndarray]) -> bytes:
+    """One row per episode: thumbnails of every view above, state and action over time below, with what rules leave out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,8 +91,8 @@ def _figure(dataset: Dataset, episodes: Sequence[int]) -> bytes:
         strip.set_title(plain(f"episode {index}: {dataset.episode(index).task}"), fontsize=9)
         if dataset.views:
             strip.imshow(np.concatenate([_strip(dataset, index, view) for view in dataset.views]))
-        _curves(figure.add_subplot(grid[2 * row + 1, 0]), dataset, index, "state")
-        _curves(figure.add_subplot(grid[2 * row + 1, 1]), dataset, index, "action")
+        _curves(figure.add_subplot(grid[2 * row + 1, 0]), dataset, index, "state", marks)
+        _curves(figure.add_subplot(grid[2 * row + 1, 1]), dataset, index, "action", marks)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=90, metadata={"Software": None})
     return stream.getvalue()
@@ -108,7 +111,7 @@ def _strip(dataset: Dataset, episode: int, view: str) -> np.ndarray:
     return np.concatenate(kept, axis=1)
 
 
-def _curves(axes: Any, dataset: Dataset, episode: int, name: str) -> None:
+def _curves(axes: Any, dataset: Dataset, episode: int, name: str, marks: Mapping[str, np.ndarray]) -> None:
     rows = dataset.episode_slice(episode)
     values = getattr(dataset.columns(), name)[rows]
     labels = dataset.dimension_names(name)
@@ -118,8 +121,26 @@ def _curves(axes: Any, dataset: Dataset, episode: int, name: str) -> None:
     for d in range(values.shape[1]):
         label = f"{labels[d]} [{units[labels[d]]}]" if labels[d] in units else labels[d]
         axes.plot(seconds, values[:, d], styles[d % len(styles)], linewidth=1, label=plain(label))
+    _shade(axes, dataset.fps, {rule: marked_N[rows] for rule, marked_N in marks.items()})
     axes.set_xlabel("time [s]", fontsize=8)
     axes.set_ylabel(name, fontsize=8)
     axes.tick_params(labelsize=7)
     if 0 < values.shape[1] <= 10:
         axes.legend(fontsize=6, ncols=2, loc="upper right")
+
+
+def _shade(axes: Any, fps: float, marks: Mapping[str, np.ndarray]) -> None:
+    """A band at the bottom of the curves for each rule, where it marks frames (T,) of the episode."""
+    for place, (name, marked_T) in enumerate(marks.items()):
+        if not marked_T.any():
+            continue
+        edges = np.flatnonzero(np.diff(np.pad(marked_T.astype(int), 1)))
+        bars = [(first / fps, (end - first) / fps) for first, end in edges.reshape(-1, 2).tolist()]
+        axes.broken_barh(
+            bars,
+            (0.03 * place, 0.03),
+            transform=axes.get_xaxis_transform(),
+            facecolor=str(0.2 + 0.15 * place),
+            hatch=HATCHES[place],
+            label=name,
+        )

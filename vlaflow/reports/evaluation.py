@@ -249,7 +249,7 @@ def facts(results: Results) -> dict[str, str]:
     """What is needed to reproduce the evaluation."""
     first = results.evaluations[0]
     return {
-        "checkpoint": f"{results.checkpoint}, content {results.fingerprint}, computed in {results.dtype}",
+        "checkpoint": f"{results.checkpoint}, content {results.fingerprint}, computed in {results.dtype}, {results.engine}",
         "seeds": f"{', '.join(map(str, dict.fromkeys(first.seeds)))}; the noise of chunk k of an episode is drawn from "
         f"{'(seed, k, noise seed)' if max(first.noise_seeds) else '(seed, k)'}",
         "settings": f"{first.solver_steps} solver steps per round where the compute policy states none, "

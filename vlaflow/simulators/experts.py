@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.errors import CapabilityError
+from vlaflow.ranges import Fraction, NotNegative, require_ranges
 from vlaflow.simulators.base import Environment, Expert, parse_env_name, suite_of
 
 
@@ -89,14 +90,13 @@ class Noise:
             on, with new draws each time. The other episodes are undisturbed, without which a policy stays imprecise.
     """
 
-    scale: float = 0.1
-    gripper: float = 0.0
-    memory: float = 0.0
-    misjudge: float = 0.0
+    scale: NotNegative = 0.1
+    gripper: NotNegative = 0.0
+    memory: Fraction = 0.0
+    misjudge: NotNegative = 0.0
 
     def __post_init__(self) -> None:
-        if not (min(self.scale, self.gripper, self.misjudge) >= 0 and 0 <= self.memory < 1):
-            raise ConfigError(f"Noise needs scale, gripper and misjudge of at least 0 and memory in [0, 1), got {self}.")
+        require_ranges(self, "noise.{}")
 
 
 class Noisy:

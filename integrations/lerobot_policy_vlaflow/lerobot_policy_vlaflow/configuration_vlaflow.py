@@ -29,7 +29,7 @@ class VlaflowConfig(PreTrainedConfig):
         settings: values of the recipe that differ, as KEY=VALUE.
         views: LeRobot's key of every view; the data set's own by default.
         compute: how much compute to spend on a chunk, as ``vlaflow eval --compute``; the calibrated sampler by default.
-        chunk_size: actions per chunk; the recipe's by default.
+        chunk_size: actions per chunk, filled in from the recipe; ``settings`` change it.
         n_action_steps: actions executed per chunk; the recipe's by default.
         noise_seed: of the sampler's noise.
         normalization_mapping: vlaflow normalises by itself, so all are left as they are.
@@ -56,8 +56,6 @@ class VlaflowConfig(PreTrainedConfig):
         if recipe.several or recipe.continues:
             raise ConfigError(f"'{self.recipe}' is not trained from scratch in one stage. Train it with vlaflow train instead.")
         changes = dict(text.split("=", 1) for text in self.settings)
-        if self.chunk_size is not None:
-            changes.setdefault("policy.decoder.chunk_size", str(self.chunk_size))
         if self.n_action_steps is not None:
             changes.setdefault("policy.n_action_steps", str(self.n_action_steps))
         return overridden(recipe.config(data, None), changes, Options().assets())

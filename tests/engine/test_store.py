@@ -1,0 +1,172 @@
+"""Where programs are kept and when they are refused. A stand-in compiler keeps each program in memory; its file names it."""
+
+import dataclasses
+import shutil
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tests import helpers
+from vlaflow.compute.dense import Dense
+from vlaflow.engine import aoti, store
+from vlaflow.engine.deploy import DeploymentPlan
+from vlaflow.errors import CapabilityError, DeploymentError
+from vlaflow.policies import deployment
+from vlaflow.policies.base import Policy
+from vlaflow.policies.deployment import build, default_lengths, open_policy, with_engine
+from vlaflow.policies.provenance import fingerprint
+
+SEEN = helpers.observation()
+PLAN = DeploymentPlan("aoti", "f32", (Dense(2),), (1,), (16,))
+
+
+def call(module, tensors):
+    return module(*tensors)
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Programs by their file's bytes; building needs this, opening and acting must not."""
+    kept = {}
+
+    def compile_to(program, file, *, tuned):
+        kept[str(program.key).encode()] = program.module
+        file.write_bytes(str(program.key).encode())
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(aoti, "require_compiler", lambda: None)
+    monkeypatch.setattr(aoti, "build", compile_to)
+    monkeypatch.setattr(aoti, "load", lambda file: partial(call, kept[file.read_bytes()]))
+    monkeypatch.setattr(deployment, "ROUNDS", 1)
+    return kept
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "policy"
+    helpers.policy().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def deployed(compiler, checkpoint, monkeypatch):
+    """A checkpoint with programs; from here on a compiler that is called is an error."""
+    build(Policy.from_pretrained(checkpoint), checkpoint, PLAN, say=lambda program: None)
+    monkeypatch.setattr(aoti, "build", lambda *args, **settings: pytest.fail("something was compiled"))
+    return checkpoint
+
+
+def programs(checkpoint):
+    return store.folder(fingerprint(checkpoint), "aoti")
+
+
+def test_a_deployed_checkpoint_gives_the_same_chunk_from_programs(deployed):
+    eager, policy = Policy.from_pretrained(deployed), open_policy(deployed, engine="aoti")
+    np.testing.assert_allclose(policy.act(SEEN, Dense(2)).actions, eager.act(SEEN, Dense(2)).actions, atol=1e-5)
+    assert (eager.model.engine, policy.model.engine) == ("eager", "aoti f32")
+    assert not policy.model.programs.missed
+
+
+def test_nothing_is_compiled_outside_deploy(deployed):
+    """Not even for what has no program: a longer instruction, two observations."""
+    policy = open_policy(deployed, engine="aoti")
+    policy.act([SEEN, helpers.observation(1, "x" * 30)], Dense(3))
+    assert policy.model.programs.missed
+
+
+def test_programs_are_not_in_the_checkpoint(deployed):
+    before = Policy.from_pretrained(deployed)
+    copied = deployed.parent / "copied"
+    shutil.copytree(deployed, copied)
+    assert {file.suffix for file in deployed.rglob("*") if file.is_file()} == {".json", ".safetensors", ".md"}
+    assert open_policy(copied, engine="aoti").model.engine == "aoti f32"  # the same weights, here
+    assert before.model.engine == "eager"
+
+
+def test_a_program_that_a_checkpoint_brings_is_not_opened(deployed):
+    """Whatever lies in the folder: only this user's cache is looked at."""
+    shutil.copytree(programs(deployed), deployed / "programs")
+    shutil.rmtree(programs(deployed))
+    with pytest.raises(DeploymentError, match="vlaflow deploy CKPT --engine aoti"):
+        open_policy(deployed, engine="aoti")
+
+
+@pytest.mark.parametrize("name", ["torch", "instructions", "machine", "sources"])
+def test_programs_of_something_else_are_refused(deployed, monkeypatch, capsys, name):
+    """By name with an error that says what differs; auto says it too, and stays eager."""
+    patched = {
+        "torch": (torch, "__version__", "99.0.0"),
+        "instructions": (torch.backends.cpu, "get_cpu_capability", lambda: "none"),
+        "machine": (store, "machine", lambda: "an abacus"),
+        "sources": (store, "_sources", lambda: "older"),
+    }
+    monkeypatch.setattr(*patched[name])
+    with pytest.raises(DeploymentError, match=rf"built for {name}.*vlaflow deploy CKPT --engine aoti"):
+        open_policy(deployed, engine="aoti")
+    assert open_policy(deployed, engine="auto").model.engine == "eager"
+    assert f"built for {name}" in capsys.readouterr().err
+
+
+def test_other_weights_have_no_programs(deployed):
+    helpers.policy(seed=1).save_pretrained(deployed)
+    with pytest.raises(DeploymentError, match="has no programs of aoti on this machine"):
+        open_policy(deployed, engine="aoti")
+    assert open_policy(deployed, engine="auto").model.engine == "eager"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_what_others_can_write_is_refused(deployed):
+    place = programs(deployed)
+    for part in (store.root(), place, next(place.glob("step-*"))):
+        mode = part.stat().st_mode
+        part.chmod(mode | 0o020)
+        with pytest.raises(DeploymentError, match="can be written by others"):
+            open_policy(deployed, engine="aoti")
+        part.chmod(mode)
+    outside = deployed.parent / "elsewhere"
+    place.rename(outside)
+    place.symlink_to(outside)
+    with pytest.raises(DeploymentError, match="is a link"):
+        open_policy(deployed, engine="aoti")
+
+
+def test_a_damaged_program_is_refused(deployed):
+    file = next(programs(deployed).glob("run-*"))
+    file.write_bytes(b"nothing")
+    with pytest.raises(DeploymentError, match=r"run-.* is missing or damaged.*vlaflow deploy CKPT"):
+        open_policy(deployed, engine="aoti")
+
+
+def test_programs_that_give_another_chunk_are_not_kept(compiler, checkpoint, monkeypatch):
+    """Nor do they take the place of good ones."""
+    policy = Policy.from_pretrained(checkpoint)
+    build(policy, checkpoint, PLAN, say=lambda program: None)
+    kept = sorted(file.read_bytes() for file in programs(checkpoint).iterdir())
+    wrong = lambda file: lambda tensors: [1.01 * out for out in compiler[file.read_bytes()](*tensors)]  # noqa: E731
+    monkeypatch.setattr(aoti, "load", wrong)
+    with pytest.raises(DeploymentError, match="they are not kept"):
+        build(policy, checkpoint, PLAN, say=lambda program: None)
+    assert sorted(file.read_bytes() for file in programs(checkpoint).iterdir()) == kept
+    assert [place.name for place in store.root().iterdir()] == [programs(checkpoint).name]
+
+
+def test_auto_takes_programs_only_where_they_are_faster(deployed):
+    place, policy = programs(deployed), Policy.from_pretrained(deployed)
+    found = store.find(fingerprint(deployed), "aoti")
+    for milliseconds, engine in ((found.measured.eager / 2, "aoti f32"), (found.measured.eager * 2, "eager")):
+        measured = store.Speed(milliseconds, found.measured.eager, 0.0)
+        store.write(dataclasses.replace(found, measured=measured), place)
+        assert with_engine(policy, "auto").model.engine == engine
+
+
+def test_a_missing_compiler_is_one_sentence(monkeypatch, checkpoint):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(CapabilityError, match=r"'no-such-compiler', which this machine lacks.*policies run eagerly"):
+        build(Policy.from_pretrained(checkpoint), checkpoint, PLAN, say=lambda program: None)
+
+
+def test_default_lengths_reach_the_longest_instruction(checkpoint):
+    assert default_lengths(Policy.from_pretrained(checkpoint)) == (11, 32)

@@ -1,0 +1,89 @@
+"""Numbers outside their range are refused before anything else, on the command line, in files and in Python."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlaflow.cli.main import main
+from vlaflow.config import from_json, override
+from vlaflow.errors import ConfigError
+from vlaflow.evaluation.rollout import RolloutConfig
+from vlaflow.ranges import Count, Fraction, NotNegative, Positive, Share, require_ranges
+from vlaflow.simulators.experts import Noise
+
+
+@dataclass(frozen=True)
+class Numbers:
+    count: Count = 1
+    optional: Count | None = None
+    several: tuple[NotNegative, ...] = ()
+    positive: Positive = 1.0
+    share: Share = 1.0
+    fraction: Fraction = 0.0
+
+
+def test_what_lies_within_its_range_is_accepted():
+    require_ranges(Numbers(5, 7, (0.0, 3.5), 1e-9, 0.5, math.nextafter(1, 0)))
+
+
+@given(st.sampled_from(["count", "optional", "positive"]), st.floats(max_value=0))
+def test_what_is_not_above_zero_is_refused_where_that_is_wanted(name, value):
+    with pytest.raises(ConfigError, match=f"^--{name} must be "):
+        require_ranges(Numbers(**{name: value}), "--{}")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+@pytest.mark.parametrize("name", ["positive", "share", "fraction", "several"])
+def test_what_is_not_finite_is_in_no_range(name, value):
+    with pytest.raises(ConfigError, match=name):
+        require_ranges(Numbers(**{name: (1.0, value) if name == "several" else value}))
+
+
+def test_ends_belong_to_a_range_as_it_says():
+    for wrong in ({"share": 1.1}, {"fraction": 1.0}, {"positive": 0.0}, {"count": 2**40}):
+        with pytest.raises(ConfigError, match=r"must be .*, got"):
+            require_ranges(Numbers(**wrong))
+
+
+def test_files_and_changed_values_are_checked_like_arguments():
+    with pytest.raises(ConfigError, match=r"'config.count' in file.json must be in 1\.\..*, got 0"):
+        from_json(Numbers, {"count": 0}, "file.json")
+    with pytest.raises(ConfigError, match=r"'fraction' in --set must be in \[0, 1\), got 2.0"):
+        override(Numbers(), {"fraction": "2"})
+    with pytest.raises(ConfigError, match=r"'several\[0\]' in --set must be at least 0, got nan"):
+        override(Numbers(), {"several": "[NaN]"})
+    for make in (lambda: Noise(0.1, misjudge=math.nan), lambda: Noise(memory=1.0), lambda: RolloutConfig(n_action_steps=0)):
+        with pytest.raises(ConfigError, match="must be"):
+            make()
+
+
+TRAIN = "train asyncvla.demo --dataset nowhere --out nowhere"
+COMMANDS = [
+    ("record --env metaworld/drawer-open-v3 --out nowhere --misjudge nan", "--misjudge must be at least 0, got nan"),
+    ("record --env metaworld/drawer-open-v3 --out nowhere --seed -1", "--seed must be"),
+    ("record-vqa --env metaworld/drawer-open-v3 --out nowhere --noise inf", "--noise must be"),
+    ("eval nowhere --env metaworld/drawer-open-v3 --n-action-steps 0", "--n-action-steps must be in 1"),
+    ("eval nowhere --env metaworld/drawer-open-v3 --device foo", "--device foo cannot be used on this machine"),
+    ("eval-realtime --env metaworld/drawer-open-v3 --delay-ms nan", "--delay-ms must be at least 0, got nan"),
+    ("eval-vqa nowhere --vqa nowhere --batch-size 0", "--batch-size must be"),
+    ("serve nowhere --threads 0", "--threads must be"),
+    ("serve nowhere --deadline-ms nan", "--deadline-ms must be above 0, got nan"),
+    ("serve nowhere --port 99999", "--port must be in 0..65535"),
+    ("calibrate nowhere --dataset nowhere --confidence 2", "--confidence must be in 0..1, got 2.0"),
+    ("bench latency nowhere --rounds 0", "--rounds must be"),
+    ("data show nowhere --episodes -3", "--episodes must be"),
+    (f"{TRAIN} --steps 0", "--steps must be"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), COMMANDS, ids=[words.split()[0] + words.split()[-2] for words, _ in COMMANDS])
+def test_every_command_refuses_at_the_start_in_one_sentence(words, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(sentence)
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,59 @@
+"""Programs compiled ahead of time by torch's AOTInductor: one package with machine code and weights per program.
+
+Building needs a C++ compiler and takes half a minute a program; loading needs neither and takes hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from vlaflow.engine.programs import Program, Run
+from vlaflow.errors import CapabilityError
+
+SUFFIX = ".pt2"
+TUNED = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+"""Weights are packed for the processor's registers, and of several matrix products the fastest here is taken."""
+QUICK: dict[str, object] = {"freezing": True}
+"""Without that search."""
+
+
+def require_compiler() -> None:
+    """Refuse to build without a C++ compiler, before anything is done.
+
+    Raises:
+        CapabilityError: with what to install; policies run eagerly without.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise CapabilityError(
+            f"Programs are compiled with '{compiler}', which this machine lacks. Install it (apt install g++), set CXX to "
+            "another C++ compiler, or use --engine openvino; without programs policies run eagerly."
+        )
+
+
+def build(program: Program, file: Path, *, tuned: bool = True) -> None:
+    """Compile a program into a package.
+
+    Args:
+        program: what to compile; it runs with as many threads as torch has now.
+        file: where to.
+        tuned: search for the fastest matrix products, which takes most of the time.
+    """
+    require_compiler()
+    import torch._inductor
+
+    with torch.no_grad():
+        exported = torch.export.export(program.module, program.examples, strict=False)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(file), inductor_configs=dict(TUNED if tuned else QUICK)
+        )
+
+
+def load(file: Path) -> Run:
+    """Open a package. It holds machine code: only ``store`` may say which."""
+    import torch._inductor
+
+    run = torch._inductor.aoti_load_package(str(file)).loader.run
+    return lambda tensors: run(list(tensors))

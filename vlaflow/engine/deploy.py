@@ -1,0 +1,161 @@
+"""From networks to programs, and from programs to networks that call them.
+
+``build`` compiles (minutes), ``deployed`` opens what was built (a second) and never compiles.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import Literal
+
+import torch
+
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.compute.base import ComputePolicy
+from vlaflow.decoders.model import Model
+from vlaflow.engine import store
+from vlaflow.engine.deployed import DeployedModel
+from vlaflow.engine.fold import folded, in_bfloat16
+from vlaflow.engine.plan import needed
+from vlaflow.engine.programs import Program, Programs
+from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Precision, Speed
+from vlaflow.errors import CapabilityError, DeploymentError
+from vlaflow.packages import require
+
+Engine = Literal["auto", "eager", "aoti", "openvino"]
+TOLERANCE: dict[Precision, float] = {"f32": 1e-5, "bf16": 0.05}
+"""Largest difference to the eager chunk, normalised. Sums in another order give 1e-6; bfloat16 keeps 8 bits of every factor."""
+
+
+@dataclass(frozen=True)
+class DeploymentPlan:
+    """What to build.
+
+    Args:
+        compiler, precision: how.
+        computes: the compute policies whose passes the programs must cover.
+        batches: numbers of observations; others are filled up to the next.
+        lengths: of instructions, in the processor's units; others are filled up to the next.
+        tuned: search for the fastest matrix products.
+    """
+
+    compiler: Compiler
+    precision: Precision
+    computes: Sequence[ComputePolicy]
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tuned: bool = True
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Networks whose passes are programs, and the lengths that instructions are to be padded to."""
+
+    model: Model
+    lengths: tuple[int, ...]
+    deployment: Deployment
+
+
+def build(
+    model: Model,
+    weights: str,
+    plan: DeploymentPlan,
+    inputs: Iterable[Inputs],
+    judge: Callable[[Opened], Speed],
+    *,
+    say: Callable[[Program], None],
+) -> Deployment:
+    """Compile the programs of a model and keep them, unless ``judge`` refuses.
+
+    Args:
+        model: the networks.
+        weights: fingerprint of their checkpoint.
+        plan: what to build.
+        inputs: examples, one for each batch and length.
+        judge: looks at the result before it is kept, and raises if it must not be.
+        say: is called before each program.
+    """
+    store.require_compiler(plan.compiler)
+    network = _network(model, plan.compiler, plan.precision)
+    passes = reduce(or_, (compute.passes(model.backbone.spec.depth) for compute in plan.computes))
+    listed = needed(network, inputs, passes)
+    with store.replacing(weights, plan.compiler) as new:
+        digests = {}
+        for program in listed:
+            say(program)
+            digests[str(program.key)] = store.build(program, new, plan.compiler, plan.precision, tuned=plan.tuned)
+        made = Deployment(
+            Identity.here(weights, plan.compiler),
+            plan.compiler,
+            plan.precision,
+            plan.batches,
+            plan.lengths,
+            tuple(compute.name for compute in plan.computes),
+            torch.get_num_threads(),
+            digests,
+        )
+        opened = _opened(network, made, store.load(made, new))
+        made = replace(made, measured=judge(opened))
+        store.write(made, new)
+    return made
+
+
+def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened | None:
+    """The model computed by programs; None to stay eager.
+
+    Args:
+        model: the networks.
+        weights: fingerprint of their checkpoint; called only if this user has any programs.
+        engine: see ``policies.deployment.with_engine``.
+
+    Raises:
+        DeploymentError: the programs of a compiler that was asked for by name are missing, or were built for something else.
+    """
+    device = next(model.parameters()).device
+    if engine == "auto":
+        found = _fastest(weights()) if device.type == "cpu" and store.root().exists() else None
+        return None if found is None else _open(model, found)
+    if engine == "eager":
+        return None
+    if device.type != "cpu":
+        raise CapabilityError(f"Programs run on the CPU, and this policy is on {device}. Leave --device or --engine out.")
+    if engine == "openvino":
+        require("openvino", what="--engine openvino")
+    found = store.find(weights(), engine)
+    if found is None:
+        raise DeploymentError(
+            f"This checkpoint has no programs of {engine} on this machine. Build them: vlaflow deploy CKPT --engine {engine}"
+        )
+    return _open(model, found)
+
+
+def _fastest(weights: str) -> Deployment | None:
+    """The deployment whose chunks take least; None where eager ones do. What cannot be used is said in a sentence."""
+    usable: list[Deployment | None] = []
+    for compiler in COMPILERS:
+        try:
+            usable.append(store.find(weights, compiler))
+        except DeploymentError as error:
+            sys.stderr.write(f"{error} Until then this policy runs without them.\n")
+    timed = [(each.measured, each) for each in usable if each is not None and each.measured is not None]
+    faster = [(one.milliseconds, each) for one, each in timed if one.milliseconds < one.eager]
+    return min(faster, key=lambda pair: pair[0], default=(0.0, None))[1]
+
+
+def _open(model: Model, deployment: Deployment) -> Opened:
+    return _opened(_network(model, deployment.compiler, deployment.precision), deployment, store.load(deployment))
+
+
+def _opened(network: Model, deployment: Deployment, programs: Programs) -> Opened:
+    engine = f"{deployment.compiler} {deployment.precision}"
+    return Opened(DeployedModel(network, programs, engine).eval(), deployment.lengths, deployment)
+
+
+def _network(model: Model, compiler: Compiler, precision: Precision) -> Model:
+    """The folded networks. OpenVINO rounds to bfloat16 by itself."""
+    network = folded(model)
+    return in_bfloat16(network) if precision == "bf16" and compiler == "aoti" else network

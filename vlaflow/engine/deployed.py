@@ -1,0 +1,173 @@
+"""The model of a deployed policy: the same primitives as any other, computed by programs where there is one for the shapes.
+
+Compute policies call ``embed``, ``read`` and the decoder's steps as ever and need not know. What has no program (a larger
+batch, a longer instruction, one robot of several, the steps of a decoder of tokens, guidance, which needs gradients) is
+computed by the folded networks: the chunk is the same, only later. Nothing is ever compiled here.
+
+Shape letters: B batch, L chunk size, X padded action dimension, N solver steps, T time tokens, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache, singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlaflow.backbones.base import Prefix
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.decoders.base import Decoder
+from vlaflow.decoders.flow import FlowDecoder, FlowState
+from vlaflow.decoders.latent_flow import LatentFlowDecoder
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.regression import RegressionDecoder, RegressionState
+from vlaflow.engine import programs
+from vlaflow.flows import gaussian
+from vlaflow.flows.sampling import Sampling
+from vlaflow.nn.attention import KeyValues
+
+
+class DeployedModel(Model):
+    """See the module text.
+
+    Args:
+        model: folded networks (``fold.folded``), which the programs were made from; they become this model's own.
+        deployed: the programs.
+        engine: how they were compiled, in words.
+    """
+
+    def __init__(self, model: Model, deployed: programs.Programs, engine: str) -> None:
+        super().__init__(model.backbone, with_programs(model.decoder, deployed), model.rater, model.depths)
+        self.programs, self._engine = deployed, engine
+
+    @property
+    def engine(self) -> str:
+        """See ``Model``."""
+        return self._engine
+
+    def embed(self, inputs: Inputs) -> Prefix:
+        """See ``Model``."""
+        program = self.programs.find(programs.embed_key(inputs))
+        if program is None:
+            return self.backbone.embed(inputs)
+        tensors = programs.tensors_of(programs.unmasked(inputs))
+        (hidden_BPW,) = program([tensor.contiguous() for tensor in tensors])
+        return Prefix(self.backbone, hidden_BPW, inputs.padding_mask_BP, state_BS=inputs.state_BS)
+
+    def read(self, prefix: Prefix, depth: int | None = None) -> Prefix:
+        """See ``Model``."""
+        return self.decoder.read(self, prefix, depth)
+
+    def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
+        """See ``Backbone.run``."""
+        upto = self.backbone.spec.depth if upto is None else upto
+        if upto <= prefix.depth:
+            return prefix
+        program = self.programs.find(programs.run_key(prefix, upto))
+        if program is None:
+            return self.backbone.run(prefix, upto)
+        hidden_BPW, *caches = program(programs.run_inputs(prefix))
+        own = (KeyValues(k, v, prefix.padding_mask_BP) for k, v in zip(caches[::2], caches[1::2], strict=True))
+        embedded_BPW = prefix.hidden_BPW if prefix.depth == 0 else prefix.embedded_BPW
+        return replace(prefix, hidden_BPW=hidden_BPW, kv_cache=(*prefix.kv_cache, *own), embedded_BPW=embedded_BPW)
+
+
+class DeployedFlow(FlowDecoder):
+    """A flow decoder whose steps are programs; what a clock adds to the tokens is kept for every sampler it was run with.
+
+    Args:
+        flow: folded; its networks are shared.
+        deployed: the programs.
+    """
+
+    def __init__(self, flow: FlowDecoder, deployed: programs.Programs) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(flow))
+        self.programs = deployed
+        self._uniform = lru_cache(maxsize=32)(self._table)
+
+    def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
+        """See ``Decoder``."""
+        plain = state.guidance is None and prefix.action_mask_BLD is None and len(state.x_BLX) == prefix.batch
+        program = self.programs.find(programs.reading_key("step", prefix)) if plain else None
+        if program is None:
+            return super().advance(state, prefix, steps)
+        count, read = state.sampling.steps, programs.reading_inputs(prefix)
+
+        def step(from_BLX: Tensor, at_BLX: Tensor, clock_BL: Tensor, delta_BL: Tensor, time_BTW: Tensor) -> Tensor:
+            return program([from_BLX, at_BLX, clock_BL, delta_BL, time_BTW, *read])[0]
+
+        def velocity(x_BLX: Tensor, clock_BL: Tensor) -> Tensor:
+            return step(torch.zeros_like(x_BLX), x_BLX, clock_BL, torch.ones_like(clock_BL), self.codec.times(clock_BL))
+
+        x_BLX, last = state.x_BLX.contiguous(), min(state.done + steps, count)
+        if state.sampling.solver == "euler":
+            clock_NBL, delta_NBL, time_NBTW = self._clocks(state)
+            for done in range(state.done, last):
+                x_BLX = step(x_BLX, x_BLX, clock_NBL[done], delta_NBL[done], time_NBTW[done])
+            return replace(state, x_BLX=x_BLX, done=last)
+        for done in range(state.done, last):
+            now_BL, next_BL = state.clock_at(done), state.clock_at(done + 1)
+            x_BLX = gaussian.solver_step(state.sampling.solver, x_BLX, velocity, now_BL, next_BL, last=done + 1 == count)
+        return replace(state, x_BLX=x_BLX, done=last)
+
+    def _clocks(self, state: FlowState) -> tuple[Tensor, Tensor, Tensor]:
+        """Clocks (N, B, L), their changes, and what they add to the tokens."""
+        if bool((state.start_BL == 1).all()):
+            return self._uniform(state.sampling, len(state.start_BL))
+        return self._walk(state.sampling, state.start_BL)
+
+    def _table(self, sampling: Sampling, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of tokens that all start as noise."""
+        return self._walk(sampling, torch.ones(batch, self.chunk_size))
+
+    def _walk(self, sampling: Sampling, start_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clock_NBL = torch.stack([start_BL * sampling.clock(done) for done in range(sampling.steps + 1)])
+        delta_NBL = clock_NBL[1:] - clock_NBL[:-1]
+        time_NBTW = self.codec.times(clock_NBL[:-1].flatten(0, 1)).unflatten(0, delta_NBL.shape[:2])
+        return clock_NBL, delta_NBL, time_NBTW
+
+
+class DeployedRegression(RegressionDecoder):
+    """A regression decoder whose answer is a program.
+
+    Args:
+        regression: folded; its networks are shared.
+        deployed: the programs.
+    """
+
+    def __init__(self, regression: RegressionDecoder, deployed: programs.Programs) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(regression))
+        self.programs = deployed
+
+    def advance(self, state: RegressionState, prefix: Prefix, steps: int = 1) -> RegressionState:
+        """See ``Decoder``."""
+        program = self.programs.find(programs.reading_key("answer", prefix)) if state.action_BLD is None else None
+        if program is None:
+            return super().advance(state, prefix, steps)
+        return RegressionState(program(programs.reading_inputs(prefix))[0])
+
+
+@singledispatch
+def with_programs(decoder: Decoder[Any], deployed: programs.Programs) -> Decoder[Any]:
+    """The decoder with programs for its steps. Those of tokens have none: what a step computes depends on the tokens."""
+    return decoder
+
+
+@with_programs.register
+def _(decoder: FlowDecoder, deployed: programs.Programs) -> Decoder[Any]:
+    return DeployedFlow(decoder, deployed)
+
+
+@with_programs.register
+def _(decoder: RegressionDecoder, deployed: programs.Programs) -> Decoder[Any]:
+    return DeployedRegression(decoder, deployed)
+
+
+@with_programs.register
+def _(decoder: LatentFlowDecoder, deployed: programs.Programs) -> Decoder[Any]:
+    decoder.flow = DeployedFlow(decoder.flow, deployed)
+    return decoder

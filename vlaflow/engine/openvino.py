@@ -1,0 +1,71 @@
+"""Programs compiled by OpenVINO (extra ``openvino``), which needs no C++ compiler and builds in seconds.
+
+It multiplies in bfloat16 where that is asked for and the processor can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlaflow.engine.programs import Program, Run
+
+SUFFIX = ".blob"
+
+
+def build(program: Program, file: Path, *, bf16: bool = False) -> None:
+    """Compile a program into OpenVINO's own format.
+
+    Args:
+        program: what to compile; it runs with as many threads as torch has now.
+        file: where to.
+        bf16: multiply in bfloat16.
+    """
+    import openvino
+
+    with torch.no_grad():
+        exported = torch.export.export(_Positional(program.module), program.examples, strict=False)
+        model = openvino.convert_model(exported)
+    file.write_bytes(openvino.Core().compile_model(model, "CPU", _settings(bf16)).export_model().getvalue())
+
+
+class _Positional(nn.Module):
+    """The module with arguments that are named by their places, since OpenVINO leaves out those that nothing reads."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        """As the module."""
+        found: list[Tensor] = self.module(*tensors)
+        return found
+
+
+def _settings(bf16: bool) -> dict[str, object]:
+    """The precision is not part of what is exported, so that it is stated when a program is opened too."""
+    precision = "bf16" if bf16 else "f32"
+    return {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+
+
+def load(file: Path, *, bf16: bool = False) -> Run:
+    """Open a program. It is code of a kind: only ``store`` may say which."""
+    import openvino
+
+    model: Any = openvino.Core().import_model(file.read_bytes(), "CPU", _settings(bf16))
+    read = [int(port.any_name.rpartition("_")[2]) for port in model.inputs]
+    request = model.create_infer_request()
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        found = request.infer([tensors[place].numpy() for place in read], share_inputs=True)
+        return [torch.from_numpy(found[place].copy()) for place in range(len(found))]
+
+    return run

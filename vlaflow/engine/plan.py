@@ -1,0 +1,85 @@
+"""Which programs a policy's chunks call: those of a compute policy's passes, for batches and lengths of instruction.
+
+Shape letters: L chunk size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Generator
+
+from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.compute.base import Passes
+from vlaflow.decoders.base import Decoder
+from vlaflow.decoders.flow import FlowDecoder
+from vlaflow.decoders.latent_flow import LatentFlowDecoder
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.regression import RegressionDecoder
+from vlaflow.engine import programs
+from vlaflow.engine.programs import Program, ProgramKey
+from vlaflow.flows.sampling import Sampling
+
+
+def needed(model: Model, inputs: Iterable[Inputs], passes: Passes) -> list[Program]:
+    """The programs of these passes.
+
+    Args:
+        model: folded networks.
+        inputs: examples, one for each batch and length of instruction.
+        passes: of all compute policies.
+    """
+    found: dict[ProgramKey, Program] = {}
+    with torch.no_grad():
+        for each in inputs:
+            for program in _of(model, each, passes):
+                found.setdefault(program.key, program)
+    return list(found.values())
+
+
+def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
+    backbone, bare = model.backbone, programs.unmasked(inputs)
+    yield Program(programs.embed_key(inputs), programs.Embed(backbone, bare), tuple(programs.tensors_of(bare)))
+    embedded = backbone.embed(inputs)
+
+    def prefix_at(depth: int, draws: int) -> Prefix:
+        return model.read(embedded.select(torch.arange(len(inputs)).repeat_interleave(draws)), depth)
+
+    for start, upto, draws in sorted(passes.reads):
+        before = prefix_at(start, draws)
+        if before.depth == start:  # a decoder may read no prefix ahead of its tokens
+            module = programs.RunLayers(backbone, start, upto)
+            yield Program(programs.run_key(before, upto), module, tuple(programs.run_inputs(before)))
+    for depth, draws in sorted(passes.steps):
+        yield from steps(model.decoder, backbone, prefix_at(depth, draws))
+
+
+@singledispatch
+def steps(decoder: Decoder[Any], backbone: Backbone, prefix: Prefix) -> list[Program]:
+    """Programs of a decoder's steps on this prefix; none by default."""
+    return []
+
+
+@steps.register
+def _(decoder: FlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
+    state = decoder.start(prefix, [Generator().manual_seed(0) for _ in range(prefix.batch)], Sampling(1))
+    clock_BL, time_BTW = state.start_BL, decoder.codec.times(state.start_BL)
+    # tensors of their own: export would take one that is given twice for one argument
+    examples = (state.x_BLX, state.x_BLX.clone(), clock_BL, -clock_BL, time_BTW, *programs.reading_inputs(prefix))
+    return [Program(programs.reading_key("step", prefix), programs.SolverStep(backbone, decoder), examples)]
+
+
+@steps.register
+def _(decoder: RegressionDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
+    module, examples = programs.AnswerAtOnce(backbone, decoder), tuple(programs.reading_inputs(prefix))
+    return [Program(programs.reading_key("answer", prefix), module, examples)]
+
+
+@steps.register
+def _(decoder: LatentFlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
+    generators = [Generator().manual_seed(0) for _ in range(prefix.batch)]
+    return steps(decoder.flow, backbone, decoder.start(prefix, generators, Sampling(1)).context)

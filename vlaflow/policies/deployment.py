@@ -1,0 +1,132 @@
+"""Policies computed by programs: opening them, and building the programs.
+
+``build`` compares programs with the eager chunks, and times them next to these, before it keeps them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator
+
+from vlaflow.backbones.inputs import Inputs
+from vlaflow.compute.base import ComputePolicy, Stopwatch
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.engine import deploy
+from vlaflow.engine.deploy import TOLERANCE, DeploymentPlan, Engine, Opened
+from vlaflow.engine.programs import Program
+from vlaflow.engine.store import Deployment, Speed
+from vlaflow.errors import CapabilityError, DeploymentError
+from vlaflow.nn.precision import Dtype
+from vlaflow.policies.base import Policy
+from vlaflow.policies.example import example
+from vlaflow.policies.provenance import fingerprint
+from vlaflow.spec import Observation
+
+ROUNDS = 40
+"""Chunks of each kind that are timed, in turns."""
+
+
+def open_policy(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", engine: Engine = "auto") -> Policy:
+    """A checkpoint, opened as ``Policy.from_pretrained`` does and computed as ``with_engine`` says."""
+    return with_engine(Policy.from_pretrained(path, device, dtype), engine)
+
+
+def with_engine(policy: Policy, engine: Engine) -> Policy:
+    """The policy, computed by programs that ``vlaflow deploy`` built of its checkpoint on this machine.
+
+    Args:
+        policy: opened from a folder.
+        engine: "eager" for no programs; "aoti" or "openvino" for those of this compiler; "auto" for the fastest there is.
+
+    Raises:
+        CapabilityError: the policy is not on the CPU, or was opened in bfloat16; not for "auto", which stays eager.
+        DeploymentError: they were not built, or for something else; not for "auto", which warns and stays eager.
+    """
+    if engine == "eager" or policy.folder is None or (engine == "auto" and policy.dtype != "fp32"):
+        return policy
+    if policy.dtype != "fp32":
+        raise CapabilityError("Programs have a precision of their own (vlaflow deploy --precision); leave --dtype out.")
+    found = deploy.deployed(policy.model, partial(fingerprint, policy.folder), engine)
+    if found is None:
+        return policy
+    return replace(policy, model=found.model, backbone_processor=policy.processor.backbone.bucketed(found.lengths))
+
+
+def default_lengths(policy: Policy) -> tuple[int, ...]:
+    """A third of the longest instruction, and all of it; the example's where there is no limit."""
+    limit = policy.config.backbone.longest_instruction
+    return () if limit is None else (-(-limit.size // 3), limit.size)
+
+
+def build(policy: Policy, folder: Path, plan: DeploymentPlan, say: Callable[[Program], None]) -> Deployment:
+    """Compile, check, time and keep the programs of a checkpoint; those of the same compiler that it had are replaced.
+
+    Args:
+        policy: eager, opened from ``folder``.
+        folder: of the checkpoint.
+        plan: what to build.
+        say: is called before each program.
+
+    Raises:
+        CapabilityError: there is no compiler, or the checkpoint lacks what a compute policy needs.
+        DeploymentError: the programs give other chunks.
+    """
+    for compute in plan.computes:
+        compute.needs.check(policy.model, compute.name)
+    processor = policy.processor.backbone.bucketed(plan.lengths)
+
+    def judge(opened: Opened) -> Speed:
+        return _compared(policy, replace(policy, model=opened.model, backbone_processor=processor), plan)
+
+    return deploy.build(policy.model, fingerprint(folder), plan, _inputs(policy, plan), judge, say=say)
+
+
+def _inputs(policy: Policy, plan: DeploymentPlan) -> Iterator[Inputs]:
+    """Examples of every batch and length."""
+    prepare = replace(policy, backbone_processor=policy.processor.backbone.bucketed(plan.lengths)).processor
+    for length in plan.lengths or (None,):
+        for batch in plan.batches:
+            yield prepare(ObservationBatch.collate([_observed(policy, length)] * batch))
+
+
+def _observed(policy: Policy, length: int | None) -> Observation:
+    observed = example(policy)
+    return observed if length is None else replace(observed, instruction=("Open a drawer " * length)[:length])
+
+
+def _compared(policy: Policy, made: Policy, plan: DeploymentPlan) -> Speed:
+    """Median milliseconds of the first compute policy's chunks with and without programs, and the largest difference.
+
+    Raises:
+        DeploymentError: it is beyond the tolerance.
+    """
+    observed = _observed(policy, plan.lengths[0] if plan.lengths else None)
+    pairs = [[_normalised(each, observed, compute) for each in (policy, made)] for compute in plan.computes]
+    worst = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
+    if not worst <= TOLERANCE[plan.precision]:
+        raise DeploymentError(
+            f"The programs of {plan.compiler} give chunks that differ by {worst:.2g} standard deviations from the eager ones, "
+            f"more than {TOLERANCE[plan.precision]:g}; they are not kept. Use the other compiler, or --engine eager."
+        )
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(-3, ROUNDS):
+        for each, taken in zip((made, policy), times, strict=True):
+            begin = time.perf_counter()
+            each.act(observed, plan.computes[0], generator=Generator().manual_seed(turn % ROUNDS))
+            if turn >= 0:
+                taken.append(1e3 * (time.perf_counter() - begin))
+    return Speed(float(np.median(times[0])), float(np.median(times[1])), worst)
+
+
+def _normalised(policy: Policy, observed: Observation, compute: ComputePolicy) -> torch.Tensor:
+    """A chunk as the networks make it."""
+    with torch.inference_mode():
+        prefix = policy.embed(ObservationBatch.collate([observed]))
+        return compute.decode(policy.model, prefix, [Generator().manual_seed(0)], Stopwatch(policy.device)).action_BLD

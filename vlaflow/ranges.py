@@ -1,0 +1,91 @@
+"""Ranges of numbers, stated in a dataclass and checked as soon as there is one: ``episodes: Count = 20``.
+
+NaN is in no range. Every element of a tuple is checked; None is allowed where the annotation allows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from vlaflow.errors import ConfigError
+
+BELOW_ONE = math.nextafter(1, 0)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from ``low`` to ``high``, both included, or without ``low`` itself.
+
+    Args:
+        low, high: the ends; infinite ones are not included.
+        above: whether ``low`` is excluded.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a finite number lies in it."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        """In words that follow "must be"."""
+        low, high = f"{self.low:.12g}", f"{self.high:.12g}"
+        if self.high == BELOW_ONE:
+            return f"in [{low}, 1)"
+        if self.high == math.inf:
+            return f"above {low}" if self.above else f"at least {low}"
+        return f"above {low} and at most {high}" if self.above else f"in {low}..{high}"
+
+
+Count = Annotated[int, Range(1, 2**31)]
+Number = Annotated[int, Range(0, 2**31)]
+Seed = Annotated[int, Range(0, 2**31)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Fraction = Annotated[float, Range(0, BELOW_ONE)]
+"""A share below 1."""
+Width = Annotated[int, Range(1, 2**20)]
+"""A size of a network or of its input."""
+
+
+def require_ranges(value: Any, label: str = "{}") -> None:
+    """Refuse a dataclass with a number outside the range of its field.
+
+    Args:
+        value: instance of a dataclass.
+        label: how a field is named in the error; with "--{}", underscores become dashes.
+
+    Raises:
+        ConfigError: naming field, range and number.
+    """
+    hints = typing.get_type_hints(type(value), include_extras=True)
+    for field in dataclasses.fields(value):
+        name = field.name.replace("_", "-") if label.startswith("--") else field.name
+        require_in(getattr(value, field.name), hints[field.name], label.format(name))
+
+
+def require_in(value: Any, annotation: Any, name: str) -> None:
+    """Refuse a number, or a tuple of numbers, outside the ranges in an annotation.
+
+    Raises:
+        ConfigError: naming ``name``, range and number.
+    """
+    for wanted in _ranges(annotation):
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number not in wanted:
+                raise ConfigError(f"{name} must be {wanted}, got {number}.")
+
+
+def _ranges(annotation: Any) -> list[Range]:
+    """The ranges in an annotation, at any depth."""
+    found = [each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, Range)]
+    return found + [each for inner in typing.get_args(annotation) for each in _ranges(inner)]
