@@ -77,7 +77,7 @@ def status(outcome: Outcome) -> int:
 def run(argv: list[str]) -> Outcome:
     """Train by recipe, as the arguments say, and print what came of it."""
     given = parse_arguments(TrainArguments, "vlaflow train", argv, description=_description())
-    overrides = dict(_pair(text) for text in given.set)
+    overrides = dict(pair(text) for text in given.set)
     for key, value in (
         ("steps", given.steps),
         ("global_batch_size", given.batch_size),
@@ -134,7 +134,8 @@ def _sentence(outcome: Outcome, out: Path) -> str:
     return f"Trained {outcome.steps} steps in {duration(outcome.seconds)} ({', '.join(losses)}): {out}"
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """Key and value of a ``--set``, with a ``ConfigError`` where there are not both."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ConfigError(f"--set takes KEY=VALUE, e.g. optim.learning_rate=3e-4; got '{text}'.")

@@ -29,6 +29,7 @@ from vlaflow.errors import CapabilityError, ConfigError, DataError
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.dry_run import DryRun
 from vlaflow.policies.provenance import ancestry, fingerprint
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.ranges import Count, Fraction, NotNegative, Number, Seed, Share
@@ -272,6 +273,19 @@ class Objective(ABC):
             before: what the stages before it make.
             stage: its name and a dot, before keys that a message names.
         """
+
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """Networks and loss without data or weights, made where the caller has torch make tensors (``vlaflow plan``).
+
+        Args:
+            policy: the one that is continued.
+            side: of the data set's pictures in pixels.
+
+        Raises:
+            CapabilityError: by default; an objective whose memory is to be planned overrides it.
+            ConfigError: it needs a policy to continue.
+        """
+        raise CapabilityError(f"{type(self).__name__} does not say what its training step computes (dry_run).")
 
     @abstractmethod
     def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
