@@ -5,15 +5,16 @@ These classes validate their values and compute nothing. Batched tensors live in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from vlaflow.errors import SpecError
 
-UNSTATED = "unstated"
+UNSTATED: Final = "unstated"
 """What a drafted spec says where nobody has said it; it matches everything."""
 UNNAMED = "unnamed "
 """How the names of dimensions begin that a data set gives no name; they match every name."""
@@ -137,12 +138,16 @@ class ActionSpec:
             )
 
     @property
-    def unstated(self) -> tuple[str, ...]:
-        """What it leaves open, in words: "rotation", "unit of x"."""
-        whole = [part for part in ("robot", "rotation", "gripper") if getattr(self, part) == UNSTATED]
-        for part in ("unit", "frame", "positive", "mode"):
-            whole += [f"{part} of {d.name}" for d in self.dimensions if getattr(d, part) == UNSTATED]
-        return tuple(whole)
+    def meaning(self) -> ActionSpec:
+        """The spec without ranges that are only those of some data, which differ between two data sets of one robot."""
+        whole = (replace(d, low=-math.inf, high=math.inf) if d.measured else d for d in self.dimensions)
+        return replace(self, dimensions=tuple(whole))
+
+    def widened(self, other: ActionSpec) -> ActionSpec:
+        """The spec with measured ranges that hold the other's, of the same meaning, too."""
+        both = zip(self.dimensions, other.dimensions, strict=True)
+        wider = (replace(m, low=min(m.low, o.low), high=max(m.high, o.high)) if m.measured else m for m, o in both)
+        return replace(self, dimensions=tuple(wider))
 
 
 def known_parts(stated: Any) -> Any:

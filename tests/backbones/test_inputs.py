@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from tests import helpers
 from tests.backbones import test_emu3 as emu3
 from tests.backbones import test_molmo2 as molmo2
 from tests.backbones import test_qwen2_5_vl as qwen
+from tests.backbones import test_smol as smol
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.backbones.qwen2_5_vl_processor import patch_positions, token_positions
@@ -24,6 +25,7 @@ FAMILIES = {
     "tiny": (lambda folder: TINY, helpers.batch(2).observation),
     "qwen": (lambda folder: qwen.qwen_config(qwen.write_model(folder, tied=True)), qwen.OBSERVED),
     "molmo2": (lambda folder: molmo2.molmo_config(molmo2.write_model(folder)), molmo2.OBSERVED),
+    "smol": (lambda folder: smol.smol_config(smol.write_model(folder)), smol.OBSERVED),
     "emu3": (lambda folder: emu3.emu_config(emu3.write_model(folder)), emu3.OBSERVED),
 }
 
@@ -42,6 +44,30 @@ def tensors(inputs):
         value = getattr(inputs, field.name)
         for one in value.values() if isinstance(value, dict) else [value] if value is not None else []:
             yield field.name, one
+
+
+@torch.no_grad()
+def test_a_missing_view_is_seen_by_nothing_and_its_neighbours_lose_nothing(family):
+    """Whatever its pixels are, in no layer, and next to an observation that has all views."""
+    backbone, processor, observed = family
+    last = list(observed.images)[-1]
+    shown = {view: torch.tensor([view != last, True]) for view in observed.images}
+
+    def read(observation):
+        prefix = backbone.run(backbone.embed(processor(observation)))
+        return prefix.hidden_BPW, prefix.padding_mask_BP
+
+    whole_BPW, padding_BP = read(observed)
+    missing_BPW, mask_BP = read(replace(observed, shown=shown))
+    image = observed.images[last].clone()
+    image[0] = 255 - image[0]
+    again_BPW, _ = read(replace(observed, shown=shown, images={**observed.images, last: image}))
+    assert mask_BP[0].sum() < padding_BP[0].sum()
+    assert torch.equal(mask_BP[1], padding_BP[1])
+    assert missing_BPW.isfinite().all()
+    assert torch.allclose(missing_BPW[0][mask_BP[0]], again_BPW[0][mask_BP[0]], atol=1e-5)
+    assert torch.allclose(missing_BPW[1][mask_BP[1]], whole_BPW[1][mask_BP[1]], atol=1e-5)
+    assert not torch.allclose(missing_BPW[0][mask_BP[0]], whole_BPW[0][mask_BP[0]], atol=1e-5)
 
 
 @torch.no_grad()
@@ -107,6 +133,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 from tests import helpers
 from tests.backbones import test_qwen2_5_vl as qwen
+from tests.backbones import test_smol as smol
 from pathlib import Path
 assert helpers.embed(qwen.build(Path({str(folder)!r})), qwen.OBSERVED).hidden_BPW.isfinite().all()
 assert not [name for name in sys.modules if name.startswith("transformers.models.molmo2")]

@@ -71,7 +71,7 @@ def test_words_are_told_apart_to_the_byte(words, other):
 
 
 def test_wrong_sizes_get_one_sentence():
-    with pytest.raises(ConfigError, match="one to three views"):
+    with pytest.raises(ConfigError, match="1 to 8 views"):
         dataclasses.replace(CONFIG, views=())
     with pytest.raises(ConfigError, match="multiple of cell"):
         dataclasses.replace(CONFIG, image_size=40)

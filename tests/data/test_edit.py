@@ -270,6 +270,21 @@ def test_offsets_that_the_frames_cannot_correct_are_not_guessed(new):
     assert "the number of frames there does not say where it is" in found.problems[2]
 
 
+def test_an_episode_in_two_files_is_the_one_that_meta_names_or_none(new):
+    """A file that was left behind holds it once more; rows that only together are an episode are not taken for one."""
+    table = pq.read_table(new / build.DATA)
+    first = table.filter(pa.array(np.asarray(table["episode_index"]) == 0))
+    pq.write_table(first, new / "data/chunk-000/file-001.parquet")
+    pq.write_table(table.slice(0, 0), new / "data/chunk-000/file-002.parquet")
+    found = survey(new)
+    assert [len(one.places) for one in found.episodes] == list(LENGTHS)
+    assert found.episodes[0].path == new / build.DATA
+    assert "Episode 0 is in data/chunk-000/file-000.parquet and data/chunk-000/file-001.parquet" in found.changes[0]
+    pq.write_table(pa.concat_tables([table.slice(0, 5), table.slice(LENGTHS[0])]), new / build.DATA)
+    pq.write_table(first.slice(5), new / "data/chunk-000/file-001.parquet")
+    assert "has rows in several files" in survey(new).problems[0]
+
+
 @pytest.mark.parametrize("camera", [False, True])
 def test_nothing_whole_is_refused_with_the_reason_and_leaves_nothing(new, tmp_path, camera):
     if camera:

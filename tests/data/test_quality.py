@@ -182,3 +182,12 @@ def test_empty_and_wrong_input():
     for duration in (0.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="positive, finite duration"):
             PauseRule(minimum_s=duration)
+
+
+def test_where_the_mode_is_unstated_only_what_rests_in_either_sense_is_a_pause():
+    """A constant displacement moves; a constant position does too if it is added. Zero is rest."""
+    unstated = replace(SPEC, dimensions=tuple(replace(d, mode="unstated") for d in SPEC.dimensions[:2]) + SPEC.dimensions[2:])
+    assert marked(actions(speed=0.5), unstated) == []
+    rests = actions(speed=0.5)
+    rests[4:10, 0] = 0.0
+    assert marked(rests, unstated) == [5, 6, 7, 8, 9]

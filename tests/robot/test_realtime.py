@@ -303,6 +303,11 @@ def test_jitter_never_makes_committing_jump_within_what_it_remembers():
         ({"n_action_steps": CHUNK_SIZE + 1, "mode": "wait"}, METADATA, "n_action_steps must be at most 12"),
         ({"mode": "commit"}, {**METADATA, "max_action_prefix": 0}, "cannot continue committed actions"),
         ({}, {"rate_hz": 50.0}, "lacks 'chunk_size'"),
+        (
+            {},
+            {**METADATA, "action_spec": {"dimensions": [{"name": "a0", "mode": "unstated"}]}},
+            "whether 'a0' is a displacement or an absolute value",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(config, metadata, sentence):

@@ -17,6 +17,7 @@ from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import calibrate
 from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.refine import Refine
 from vlaflow.data.filters import Filters
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed
@@ -29,14 +30,17 @@ from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.flows.sampling import Sampling
+from vlaflow.policies.asyncvla.policy import tiny_rater
 from vlaflow.policies.base import Policy
 from vlaflow.policies.latent_pairs import Paired, pairs_of
 from vlaflow.policies.mixing import alone, robots_of
-from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
-from vlaflow.policies.recipe import DataSpec, OpenedDataset
+from vlaflow.policies.recipe import Base, DataSpec, OpenedDataset
 from vlaflow.policies.robots import robot_folder
 from vlaflow.policies.vqa import VqaTraining
+from vlaflow.serving.observation_keys import choose
+from vlaflow.serving.server import PolicyServer, ServerConfig
 from vlaflow.spec import ActionPrefix, Dimension, Observation
 from vlaflow.training import run
 from vlaflow.training.loader import Loader
@@ -76,8 +80,8 @@ def mixed_config(decoder=None, **changes):
     return tiny_config(objective=PolicyObjective(policy), steps=4, validation_fraction=0.3, **changes)
 
 
-def trained(config, datasets, out, **options):
-    return run.train_stage(config, datasets, out, name="mixed", options=Options(tracker="none", **options))
+def trained(config, datasets, out, base=None, **options):
+    return run.train_stage(config, datasets, out, name="mixed", base=base, options=Options(tracker="none", **options))
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +248,8 @@ def test_each_robot_gets_chunks_of_its_own(both, dataset, wide):
     assert len({fingerprint(each) for each in (both, folder, both / "robots/narrow")}) == 3
     continued = ActionPrefix(np.full((3, 2), 0.1, np.float32), 2)
     assert np.array_equal(narrow.act(observation(3, ["front"]), action_prefix=continued).actions[:2], continued.actions[:2])
+    with pytest.raises(SpecError, match="at most 3 committed actions of a chunk of 4, got 4"):
+        narrow.act(observation(3, ["front"]), action_prefix=ActionPrefix(np.zeros((6, 2), np.float32), 4))
 
 
 def held(root, part):
@@ -260,9 +266,9 @@ def test_a_robot_must_be_chosen_by_a_name_that_there_is(both, dataset, tmp_path)
     with pytest.raises(ConfigError, match="choose one with --robot"):
         Policy.of_all_robots(both).act(observation(3, ["front"]))
     Policy.create(tiny_policy(), SPEC, Policy.of_all_robots(both).stats, 0).save_pretrained(tmp_path)
-    for choose in (robot_folder, lambda path, robot: Policy.from_pretrained(path, robot=robot)):
+    for opening in (robot_folder, lambda path, robot: Policy.from_pretrained(path, robot=robot)):
         with pytest.raises(ConfigError, match="leave --robot narrow out"):
-            choose(tmp_path, "narrow")
+            opening(tmp_path, "narrow")
 
 
 def test_a_robot_of_a_mixture_is_calibrated_and_checked(both, wide):
@@ -299,6 +305,19 @@ def test_a_mixture_is_continued_with_data_of_a_robot_that_it_knows(both, dataset
     assert any(not torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(ConfigError, match="weight"):
         trained(mixed_config(chunk_s=0.4, max_excluded=1.0), [f"narrow={dataset}:0.5", f"{wide}:0.5"], both)
+
+
+def test_a_rater_is_trained_for_all_robots_and_serves_one(both, dataset, wide, tmp_path):
+    """With the labels of each robot's own dimensions and steps."""
+    policy = Policy.of_all_robots(both)
+    config = tiny_config(objective=RaterObjective(tiny_rater(policy.config)), steps=2, shift=0, max_excluded=1.0)
+    trained(config, [f"narrow={dataset}", str(wide)], tmp_path / "rated", base=Base.open(both))
+    rated = Policy.from_pretrained(tmp_path / "rated", robot="narrow")
+    chunk = rated.act(observation(3, ["front"]), Refine(sampling=Sampling(2)))
+    assert chunk.actions.shape == (4, 2)
+    assert chunk.confidence.shape == (4,)
+    server = PolicyServer(rated, Dense(), ServerConfig(**choose("metaworld", tuple(rated.views), (), ())))
+    assert (server.n_action_steps, server.metadata["state_dim"], server.metadata["chunk_size"]) == (2, 3, 4)
 
 
 def test_the_command_takes_several_data_sets(dataset, wide, tmp_path, capsys):

@@ -190,14 +190,6 @@ def test_a_rater_refuses_another_robots_data(trained, dataset, tmp_path, monkeyp
         )
 
 
-def test_data_without_an_action_spec_is_refused(dataset, tmp_path, monkeypatch):
-    opened = Dataset.open(dataset)
-    opened.action_spec = None
-    monkeypatch.setattr(Dataset, "open", classmethod(lambda cls, root, **_: opened))
-    with pytest.raises(SpecError, match="does not say what its actions mean"):
-        command.main(arguments(dataset, tmp_path / "p"))
-
-
 def test_the_same_command_gives_the_same_bytes(trained, dataset, tmp_path):
     assert command.main(arguments(dataset, tmp_path / "again")) == 0
     assert weights(tmp_path / "again") == weights(trained)

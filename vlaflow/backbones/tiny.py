@@ -29,14 +29,16 @@ from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem
 from vlaflow.ranges import Number, Width
 
+MOST_VIEWS = 8
+
 
 @dataclass(frozen=True)
 class TinyConfig(BackboneConfig):
     """The tiny backbone.
 
     Args:
-        state_dim: length of the proprioceptive state, S.
-        views: one to three camera views, in the order of their tokens.
+        state_dim: length of the proprioceptive state, S; 0 for none, and its token is constant.
+        views: one to eight camera views, in the order of their tokens.
         image_size: square image side in pixels; a multiple of ``cell``.
         cell: image side covered by one token in pixels; a power of two, at least 4.
         stem: "conv" (small patches, then 3×3 convolutions of stride 2) or "patch" (one projection).
@@ -66,8 +68,10 @@ class TinyConfig(BackboneConfig):
     answers: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.views) <= 3:
-            raise ConfigError(f"The tiny backbone takes one to three views, got {list(self.views)}.")
+        if not 1 <= len(self.views) <= MOST_VIEWS:
+            raise ConfigError(
+                f"The tiny backbone takes 1 to {MOST_VIEWS} views, got {list(self.views)}. Choose: --view NAME --view NAME"
+            )
         if self.image_size % self.cell or self.cell & (self.cell - 1) or self.cell < 4:
             raise ConfigError(f"image_size {self.image_size} must be a multiple of cell {self.cell}, a power of two from 4 on.")
         if self.width % self.heads or self.text_bytes % self.text_patch:
@@ -149,7 +153,7 @@ class TinyBackbone(LanguageBackbone):
         self.byte = None if c.sentence else nn.Embedding(PAD + 1, 32)
         texts = 1 if c.sentence else c.text_bytes // c.text_patch
         self.text = nn.Linear(c.sentence.dim if c.sentence else 32 * c.text_patch, c.width)
-        self.state = nn.Linear(c.state_dim, c.width)
+        self.state = nn.Linear(c.state_dim, c.width) if c.state_dim else None
         self.prefix_position = nn.Parameter(torch.randn(len(c.views) * cells + texts + 1, c.width) * 0.02)
         self.suffix_position = nn.Parameter(torch.randn(c.suffix, c.width) * 0.02)
         block = BlockConfig(c.width, c.heads, c.heads, c.width // c.heads, c.ffn)
@@ -174,12 +178,18 @@ class TinyBackbone(LanguageBackbone):
         c = self.config
         tokens = []
         for view, stem in zip(c.views, self.stems, strict=True):
-            tokens.append(stem(inputs.images[view].to(self.state.weight.dtype) / 127.5 - 1))
+            tokens.append(stem(inputs.images[view].to(self.text.weight.dtype) / 127.5 - 1))
         tokens.append(self.text(self._text_numbers(inputs)))
         before_state = sum(t.shape[1] for t in tokens)
-        tokens.append(self.state(inputs.state_BS.to(self.state.weight.dtype))[:, None])
+        tokens.append(self._state_token(inputs))
         position_PW = torch.cat((self.prefix_position[:before_state], self.prefix_position[-1:]))
         return Prefix(self, torch.cat(tokens, 1) + position_PW, inputs.padding_mask_BP, state_BS=inputs.state_BS)
+
+    def _state_token(self, inputs: Inputs) -> Tensor:
+        """The state as a token, (B, 1, width); zeros where the policy reads no state."""
+        if self.state is None:
+            return self.text.weight.new_zeros(len(inputs.state_BS), 1, self.config.width)
+        return self.state(inputs.state_BS.to(self.state.weight.dtype))[:, None]
 
     def _text_numbers(self, inputs: Inputs) -> Tensor:
         """What is projected to text tokens, (B, tokens, numbers)."""

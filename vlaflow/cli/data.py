@@ -136,6 +136,26 @@ class LatentReport:
 
 
 @dataclass(frozen=True)
+class Spec:
+    """Print what a data set's actions mean, or a draft of it; with --out write it to a file, to complete by hand.
+
+    Example: vlaflow data spec data/theirs --out spec.json
+
+    Then: vlaflow train asyncvla.demo --dataset data/theirs --action-spec spec.json --out runs/policy
+
+    A draft takes what names, ranges, fps and the robot type tell; the rest is "unstated" and is never checked.
+
+    Args:
+        directory: a LeRobot data set: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
+        out: the file, .json; must not exist.
+    """
+
+    directory: Path
+    out: Path | None = None
+    how: ReadingGroup = LEROBOT
+
+
+@dataclass(frozen=True)
 class PushToHub:
     """Upload a data set to the Hugging Face Hub, under the tag of its format version, where LeRobot looks for it.
 
@@ -227,6 +247,7 @@ class RenameColumns:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
     from vlaflow.cli.data_edit import drop, merge, push, rename, repair
+    from vlaflow.cli.data_spec import spec
     from vlaflow.cli.latents import latent_report
     from vlaflow.cli.tokenizers import fit_tokenizer, tokenizer_report
 
@@ -234,6 +255,7 @@ def main(argv: list[str]) -> int:
     commands: Any = (
         Annotated[positional(Check), tyro.conf.subcommand("check")]
         | Annotated[positional(Show), tyro.conf.subcommand("show")]
+        | Annotated[positional(Spec), tyro.conf.subcommand("spec")]
         | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
@@ -248,6 +270,7 @@ def main(argv: list[str]) -> int:
     actions: dict[type, Any] = {
         Check: _check,
         Show: _show,
+        Spec: spec,
         FitTokenizer: fit_tokenizer,
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
@@ -345,7 +368,7 @@ def _print_summary(console: Any, dataset: Dataset) -> None:
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {
         "data set": f"{origin(dataset.root) or dataset.root} (LeRobot {dataset.version})",
-        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec)",
+        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec; vlaflow data spec drafts one)",
         "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
         "tasks": str(len(dataset.tasks)),
         "views": views or "none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """For data sets whose columns and cameras do not have LeRobot's names."""
+    """For data sets whose columns and cameras do not have LeRobot's names, or whose actions have no stated meaning."""
 
     key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=COLUMNS")] = ()
     """Columns of the action or the state, e.g. --key action=actions --key state=joints,gripper."""
@@ -21,6 +22,9 @@ class ReadingOptions:
     """Use only these cameras, in this order, e.g. --view front=observation.images.top --view wrist."""
     tolerance_s: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     """How far a timestamp may be from its frame, in seconds; by default a quarter of a frame."""
+
+    action_spec: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """What the actions mean, for data sets that do not say so: a file as vlaflow data spec writes it."""
 
     def reading(self) -> Reading | None:
         """What they say; None if nothing was given.
@@ -32,7 +36,7 @@ class ReadingOptions:
 
         if self == LEROBOT:
             return None
-        return Reading.of(self.key, self.view, self.tolerance_s)
+        return Reading.of(self.key, self.view, self.tolerance_s, self.action_spec)
 
 
 ReadingGroup = Annotated[ReadingOptions, tyro.conf.arg(name="")]

@@ -121,7 +121,9 @@ def _about_numbers(dataset: Dataset) -> list[str]:
             remarks.append(f"{name}: dimension {', '.join(map(str, still))} never changes.")
         remarks += about_jitter(name, dataset.dimension_names(name), stats)
     if spec is None:
-        remarks.append("No action spec: a checkpoint trained on this cannot verify that it drives the right robot.")
+        remarks.append(
+            f"No action spec: training drafts one. To state what its actions mean: vlaflow data spec {dataset.root} --out FILE"
+        )
     else:
         outside = (columns.action < spec.low - 1e-6) | (columns.action > spec.high + 1e-6)
         for d in np.flatnonzero(outside.any(axis=0)):

@@ -6,7 +6,7 @@ Rows are believed: their numbers, their order and their tasks. An episode whose 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,10 +66,20 @@ def find_rows(root: Path, fps: float, modern: bool, named: Mapping[int, Path]) -
     return _Search(root, fps, modern, named).run()
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """Rows of one episode in one file, by frame: frame_index int64 (T,), timestamp float32 (T,)."""
+
+    rows: FoundRows
+    frame: np.ndarray
+    time: np.ndarray
+
+
 class _Search:
     def __init__(self, root: Path, fps: float, modern: bool, named: Mapping[int, Path]) -> None:
         self.root, self.fps, self.modern, self.named = root, fps, modern, named
         self.found = AllRows()
+        self.candidates: dict[int, list[_Candidate]] = {}
         self.elsewhere: list[int] = []
         self.late: dict[int, float] = {}
         self.misnumbered: list[int] = []
@@ -80,6 +90,10 @@ class _Search:
                 self._file(path)
             except (DataError, pa.ArrowException, OSError) as error:
                 self.found.changes.append(f"{path.relative_to(self.root)} cannot be read, so its rows are lost: {error}")
+        for number, candidates in self.candidates.items():
+            chosen = self._choose(number, candidates)
+            if chosen is not None:
+                self._take(number, chosen)
         if self.elsewhere:
             self.found.changes.append(
                 f"Rows of episode {some(self.elsewhere)} are not in the file that meta names; they were found in another one."
@@ -100,6 +114,8 @@ class _Search:
         schema = pq.read_schema(path)
         table = read_parquet(path, [name for name in KEYS if name in schema.names])
         count = len(table)
+        if not count:
+            return
         if self.modern:
             owner = _whole(table, "episode_index")
         else:
@@ -116,31 +132,31 @@ class _Search:
         order = np.lexsort((frame, owner))
         numbers, starts = np.unique(owner[order], return_index=True)
         for number, places in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
-            self._episode(number, FoundRows(path, places, task[places]), frame[places], time[places])
+            candidate = _Candidate(FoundRows(path, places, task[places]), frame[places], time[places])
+            self.candidates.setdefault(number, []).append(candidate)
 
-    def _episode(self, number: int, rows: FoundRows, frame: np.ndarray, time: np.ndarray) -> None:
+    def _choose(self, number: int, candidates: Sequence[_Candidate]) -> _Candidate | None:
+        """The rows of an episode: those in the file that meta names, if there are several; None if that leaves a doubt."""
         named = self.named.get(number)
-        before = self.found.episodes.get(number)
-        if before is not None or number in self.found.problems:
-            if before is not None and before.path == named:
-                self.found.changes.append(
-                    f"Rows of episode {number} in {rows.path.relative_to(self.root)} are left out; meta names another file."
-                )
-                return
-            if rows.path != named:
-                other = f" and {before.path.relative_to(self.root)}" if before is not None else ""
-                self.found.problems[number] = f"has rows in {rows.path.relative_to(self.root)}{other}"
-                self.found.episodes.pop(number, None)
-                return
-            self.found.changes.append(f"Rows of episode {number} in files that meta does not name are left out.")
-            self.found.problems.pop(number, None)
-        elif named is not None and rows.path != named:
-            self.elsewhere.append(number)
+        if len(candidates) == 1:
+            if named is not None and candidates[0].rows.path != named:
+                self.elsewhere.append(number)
+            return candidates[0]
+        chosen = [one for one in candidates if one.rows.path == named]
+        others = [one for one in candidates if one.rows.path != named]
+        names = [one.rows.path.relative_to(self.root).as_posix() for one in candidates]
+        if not chosen or any(one.frame[0] != 0 for one in others):  # other rows, not the same ones once more
+            self.found.problems[number] = f"has rows in several files ({', '.join(names)})"
+            return None
+        self.found.changes.append(f"Episode {number} is in {' and '.join(names)}; the file that meta names counts.")
+        return chosen[0]
+
+    def _take(self, number: int, chosen: _Candidate) -> None:
+        rows, frame, time = chosen.rows, chosen.frame, chosen.time
         if not np.array_equal(frame, np.arange(len(frame))):
             self.found.problems[number] = (
                 f"has rows that are not whole: frame_index does not count 0, 1, 2, ... ({rows.path.relative_to(self.root)})"
             )
-            self.found.episodes.pop(number, None)
             return
         off = np.abs(time.astype(np.float64) - frame / self.fps)
         exact = off < TOLERANCE_S + np.abs(time) * np.finfo(np.float32).eps  # float32 seconds

@@ -54,6 +54,7 @@ class Dataset:
         root: its folder.
         version: "v3.0", "v2.1" or "v2.0".
         fps: frames per second.
+        robot_type: as in meta/info.json; empty where it states none.
         features: as in meta/info.json.
         views: view name to feature key, cameras only (depth maps are not colour images and are left out).
         state_keys, action_keys: feature keys, joined in order; empty where there is no 'observation.state' or, opened as video
@@ -73,6 +74,7 @@ class Dataset:
         info = meta.info
         self._meta, self.reading = meta, reading
         self.root, self.version, self.fps = meta.root, str(info["codebase_version"]), float(info["fps"])
+        self.robot_type = str(info.get("robot_type") or "")
         self.features: Mapping[str, Any] = info["features"]
         self.tasks, self.episodes = meta.tasks, meta.episodes
         self._place = {episode.index: place for place, episode in enumerate(meta.episodes)}
@@ -90,6 +92,7 @@ class Dataset:
         own = info.get(EXTRA_KEY) or {}
         stated = own.get("action_spec")
         self.provenance: Mapping[str, Any] = own.get("provenance", {})
+        action_spec = action_spec or reading.action_spec
         self.action_spec = action_spec
         if stated is not None:
             self.action_spec = from_json(ActionSpec, known_parts(stated), str(self.root / "meta/info.json"))
@@ -122,15 +125,15 @@ class Dataset:
         """
         return cls(read_meta(data_folder(root)), action_spec, video, reading or DEFAULT)
 
-    def with_spec(self, action_spec: ActionSpec) -> Dataset:
-        """The same data set, rows that were read included, whose actions mean this.
+    def with_spec(self, action_spec: ActionSpec, *notes: str) -> Dataset:
+        """The same data set, rows that were read included, whose actions mean this; with notes about it.
 
         Raises:
             SpecError: it does not fit the actions.
         """
         self._require_spec(action_spec)
         other = copy(self)
-        other.action_spec = action_spec
+        other.action_spec, other.notes = action_spec, (*self.notes, *notes)
         return other
 
     def __len__(self) -> int:
@@ -254,10 +257,14 @@ class Dataset:
 
     def _video_sentence(self, episode: Episode, key: str, path: Path, start_s: float, error: VideoError) -> str:
         which, where = f"Episode {episode.index} of {self.root}", path.relative_to(self.root)
+        drop = f"vlaflow data drop {self.root} --episodes {episode.index} --out DIR"
         if error.kind == "start":
             cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
             if not self._meta.modern:
-                cure = "The video begins late: encode it again with its first frame at 0 s, or record the episode again."
+                cure = (
+                    "The video begins late: encode it again with its first frame at 0 s, or have the data set written so: "
+                    f"vlaflow data repair {self.root} --out DIR"
+                )
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":
             return (
@@ -272,11 +279,11 @@ class Dataset:
         if error.kind == "unreadable":
             return (
                 f"{which}: video '{key}' ({where}) cannot be decoded after {error.found} of {episode.length} frames "
-                f"({error.detail}). Copy the file again, or record the episode again."
+                f"({error.detail}). Copy the file again, or leave the episode out: {drop}"
             )
         return (
             f"{which} has {episode.length} actions but video '{key}' holds {error.found} frames of it ({where}). "
-            f"Copy the file again, or record the episode again."
+            f"Copy the file again, or leave the episode out: {drop}"
         )
 
     def _stored_images(self, episode: Episode, key: str) -> Iterator[np.ndarray]:

@@ -217,7 +217,8 @@ class _Reader:
                 raise DataError(
                     f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in "
                     f"'{','.join(vector.keys)}' at frame {rows['frame'][row]}, dimension {dimension} "
-                    f"('{vector.names[dimension]}') ({self._path(self._place(row))}). Record the episode again."
+                    f"('{vector.names[dimension]}') ({self._path(self._place(row))}). Record the episode again, or "
+                    f"leave it out: vlaflow data drop {self.root} --episodes {rows['episode'][row]} --out DIR"
                 )
 
     def _check_times(self, rows: Mapping[str, np.ndarray]) -> None:

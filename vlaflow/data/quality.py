@@ -8,12 +8,12 @@ and a config field wherever it is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.spec import ActionSpec, Dimension
+from vlaflow.spec import UNSTATED, ActionSpec, Dimension
 
 FAST = 0.95
 """Quantile of a dimension's movement in the data set that counts as fast."""
@@ -56,7 +56,8 @@ def pauses(episodes: Sequence[np.ndarray], action_spec: ActionSpec, rule: PauseR
     the range of its running sum; jitter that averages out is therefore not a movement. The tolerance is
     ``rule.threshold`` times the dimension's fast movement. A gripper (any dimension with "gripper" in its name, delta or
     absolute) holds a command and changes it rarely, so the tolerance is relative to half of its range between the 1 % and
-    99 % quantiles instead. The first step of an episode has no predecessor and is never a pause.
+    99 % quantiles instead. A dimension whose mode is unstated must stand still in either sense. The first step of an episode
+    has no predecessor and is never a pause.
 
     Args:
         episodes: the actions of every episode of the data set, (N, D) each, robot units; they determine the tolerances.
@@ -69,6 +70,7 @@ def pauses(episodes: Sequence[np.ndarray], action_spec: ActionSpec, rule: PauseR
     for action_ND in episodes:
         if action_ND.ndim != 2 or action_ND.shape[1] != action_spec.dim:
             raise SpecError(f"Actions must have shape (N, {action_spec.dim}) for this action spec, got {action_ND.shape}.")
+    episodes, action_spec = _both_ways(episodes, action_spec)
     steps = rule.steps(action_spec.rate_hz)
     movements = [_movement(action_ND, action_spec, steps) for action_ND in episodes]
     marked = [np.zeros(len(action_ND), bool) for action_ND in episodes]
@@ -84,6 +86,19 @@ def pauses(episodes: Sequence[np.ndarray], action_spec: ActionSpec, rule: PauseR
         for step in range(steps):  # window w holds the steps w + 1 to w + K
             mark_N[1 + step : 1 + step + len(still_W)] |= still_W
     return marked
+
+
+def _both_ways(episodes: Sequence[np.ndarray], action_spec: ActionSpec) -> tuple[Sequence[np.ndarray], ActionSpec]:
+    """With each dimension whose mode is unstated twice: as an absolute one and, at the end, as a delta."""
+    dimensions = action_spec.dimensions
+    unstated = [d for d, each in enumerate(dimensions) if each.mode == UNSTATED and not _is_gripper(each)]
+    if not unstated:
+        return episodes, action_spec
+    added = (replace(dimensions[d], name=f"{dimensions[d].name} as a delta", mode="delta") for d in unstated)
+    return (
+        [np.concatenate((action_ND, action_ND[:, unstated]), axis=1) for action_ND in episodes],
+        replace(action_spec, dimensions=(*dimensions, *added)),
+    )
 
 
 def _movement(action_ND: np.ndarray, action_spec: ActionSpec, steps: int) -> np.ndarray:

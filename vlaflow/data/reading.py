@@ -8,13 +8,16 @@ A checkpoint keeps the ``Reading`` it was trained with, so that calibration and 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlaflow.config import from_json
 from vlaflow.data.features import Feature, is_numeric
 from vlaflow.errors import ConfigError, DataError, nearest
+from vlaflow.spec import ActionSpec
 
 ACTION, STATE = "action", "observation.state"
 
@@ -28,12 +31,14 @@ class Reading:
         views: pairs of a view's name and its feature key, in the policy's order; all cameras where empty.
         tolerance_s: largest distance in seconds between a row's timestamp, or a video's frame, and its place in the episode;
             a quarter of a frame where None.
+        action_spec: what the actions mean, for data sets that do not say so; one that says something else is refused.
     """
 
     action: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
     views: tuple[tuple[str, str], ...] = ()
     tolerance_s: float | None = None
+    action_spec: ActionSpec | None = None
 
     def __post_init__(self) -> None:
         if self.tolerance_s is not None and not 0 < self.tolerance_s < math.inf:
@@ -46,11 +51,13 @@ class Reading:
                 raise ConfigError(f"Two views are named '{name}'; give each a name of its own: --view NAME=KEY.")
 
     @staticmethod
-    def of(keys: Sequence[str] = (), views: Sequence[str] = (), tolerance_s: float | None = None) -> Reading:
-        """From ``--key NAME=KEY,KEY``, ``--view NAME=KEY`` or ``--view NAME``, and ``--tolerance-s``.
+    def of(
+        keys: Sequence[str] = (), views: Sequence[str] = (), tolerance_s: float | None = None, spec: Path | None = None
+    ) -> Reading:
+        """From ``--key NAME=KEY,KEY``, ``--view NAME=KEY`` or ``--view NAME``, ``--tolerance-s``, and a file of a spec.
 
         Raises:
-            ConfigError: a text of another form.
+            ConfigError: a text of another form; a file that holds no spec.
         """
         columns: dict[str, tuple[str, ...]] = {}
         for text in keys:
@@ -69,7 +76,24 @@ class Reading:
             if not name or (equals and not key):
                 raise ConfigError(f"--view takes NAME=KEY, or the name of a view; got '{text}'.")
             pairs.append((name, key or name))
-        return Reading(columns.get("action", ()), columns.get("state", ()), tuple(pairs), tolerance_s)
+        return Reading(
+            columns.get("action", ()), columns.get("state", ()), tuple(pairs), tolerance_s, read_spec(spec) if spec else None
+        )
+
+
+def read_spec(file: Path) -> ActionSpec:
+    """An action spec from a file, as ``vlaflow data spec --out FILE`` writes it.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read as an action spec ({error}). Write one: vlaflow data spec DIR --out {file}"
+        ) from error
+    return from_json(ActionSpec, data, str(file))
 
 
 @dataclass(frozen=True)

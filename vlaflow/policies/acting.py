@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlaflow.data.draft import with_spec
 from vlaflow.data.exclusions import Exclusions, exclusions
 from vlaflow.data.filters import Filtered, filtered
 from vlaflow.data.frames import FrameCache
@@ -14,21 +15,18 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.base import Policy
+from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.spec import ActionSpec
 
 
 def open_actions(root: Path | str, reading: Reading | None = None) -> Dataset:
-    """Open a data set of actions whose meaning is known.
+    """Open a data set of actions; where it does not say what they mean, a spec is drafted (``data.draft``) and noted.
 
     Raises:
         DataError: it is none, or holds no actions.
-        SpecError: it does not say what its actions mean.
     """
-    dataset = Dataset.open(root, reading=reading)
-    stated_spec(dataset)
-    return dataset
+    return with_spec(Dataset.open(root, reading=reading))
 
 
 def stated_spec(dataset: Dataset) -> ActionSpec:
@@ -40,7 +38,7 @@ def stated_spec(dataset: Dataset) -> ActionSpec:
     if dataset.action_spec is None:
         raise SpecError(
             f"{dataset.root} does not say what its actions mean, and a policy must know. "
-            f"Add an action spec to its meta/info.json (docs/datasets.md), or open it with Dataset.open(root, action_spec=...)."
+            f"Write one (vlaflow data spec {dataset.root} --out FILE) and give it with --action-spec FILE."
         )
     return dataset.action_spec
 
@@ -105,6 +103,28 @@ def chunks_of(
 
     train, held = config.episodes(dataset)
     return cut(train, found), cut(held, found and found.outliers_alone()) if held else None
+
+
+def require_readable(policy: PolicyConfig, dataset: Dataset) -> None:
+    """Refuse a data set with an instruction that the backbone cannot read, before anything is trained.
+
+    Raises:
+        SpecError: with its episode, and the size that would do.
+    """
+    limit = policy.backbone.longest_instruction
+    if limit is None:
+        return
+    columns = dataset.columns()
+    number_T, row_T = np.unique(columns.task, return_index=True)
+    size_T = [len(dataset.tasks[task].encode()) for task in number_T]
+    longest = int(np.argmax(size_T))
+    if size_T[longest] > limit.size:
+        task, needed = dataset.tasks[number_T[longest]], -(-size_T[longest] // 32) * 32
+        shown = task if len(task) <= 80 else f"{task[:77]}..."
+        raise SpecError(
+            f"The instruction '{shown}' of episode {columns.episode[row_T[longest]]} of {dataset.root} has {size_T[longest]} "
+            f"bytes, and the policy reads at most {limit.size}. For a new policy: --set policy.backbone.{limit.key}={needed}"
+        )
 
 
 def cached_size(policy: Policy) -> int | None:

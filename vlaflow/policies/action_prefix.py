@@ -6,16 +6,19 @@ Shape letters: B batch, N actions known, L chunk size, D action dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Generator
 from torch.nn import functional
 
-from vlaflow.data.transforms import Normalizer
-from vlaflow.decoders.base import Conditioning, Decoder
+from vlaflow.decoders.base import Conditioning
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.spec import ActionPrefix, Observation
+
+if TYPE_CHECKING:
+    from vlaflow.policies.base import Policy
 
 
 def in_lists(
@@ -43,14 +46,17 @@ def in_lists(
     return observations, generators, prefixes
 
 
-def conditioning_of(
-    action_prefixes: Sequence[ActionPrefix | None],
-    decoder: Decoder,
-    normalizer: Normalizer,
-    *,
-    device: torch.device,
-    guided: bool,
-) -> Conditioning | None:
+def longest_action_prefix(policy: Policy) -> int:
+    """How many committed actions a chunk of the policy's robot may begin with.
+
+    A robot whose chunks are shorter than the decoder's has at least one action left to make.
+    """
+    decoder = policy.model.decoder
+    shorter = policy.chunk_size < decoder.chunk_size
+    return min(decoder.max_action_prefix, policy.chunk_size - 1) if shorter else decoder.max_action_prefix
+
+
+def conditioning_of(policy: Policy, action_prefixes: Sequence[ActionPrefix | None], *, guided: bool) -> Conditioning | None:
     """The conditioning by actions of earlier chunks; None if no actions are committed.
 
     Raises:
@@ -59,7 +65,8 @@ def conditioning_of(
     """
     if not any(action_prefixes):
         return None
-    chunk_size, dim, longest = decoder.chunk_size, normalizer.dim, decoder.max_action_prefix
+    decoder, normalizer, chunk_size = policy.model.decoder, policy.action_normalizer, policy.chunk_size
+    dim, longest = normalizer.dim, longest_action_prefix(policy)
     rows = []
     for action_prefix in action_prefixes:
         action_ND = (
@@ -73,7 +80,8 @@ def conditioning_of(
                 f"{action_prefix.count}."
             )
         rows.append(normalizer.forward(torch.from_numpy(action_ND)))
-    padded = [functional.pad(row, (0, decoder.action_dim - dim, 0, chunk_size - len(row))) for row in rows]
+    more, device = decoder.action_dim - dim, policy.device
+    padded = [functional.pad(row, (0, more, 0, decoder.chunk_size - len(row))) for row in rows]
     action_BLD = torch.stack(padded).to(device)
     known_B = torch.tensor([len(row) for row in rows], device=device)
     committed_B = torch.tensor([c.count if c else 0 for c in action_prefixes], device=device)

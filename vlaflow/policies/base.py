@@ -330,9 +330,7 @@ class Policy:
             NotFiniteError: when the networks compute NaN or an infinite value.
         """
         observations, generators, action_prefixes = in_lists(observation, generator, action_prefix)
-        conditioning = conditioning_of(
-            action_prefixes, self.model.decoder, self.action_normalizer, device=self.device, guided=guided
-        )
+        conditioning = conditioning_of(self, action_prefixes, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
         guidance = conditioning is not None and conditioning.guidance is not None
         with torch.no_grad() if guidance else torch.inference_mode(), self.precision():

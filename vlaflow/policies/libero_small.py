@@ -22,7 +22,7 @@ def small_backbone(data: DataSpec, *, suffix: int = 64) -> TinyConfig:
     """Six layers of width 256 over 16 tokens per view of 128 pixels.
 
     Args:
-        data: one to three views; LIBERO has two.
+        data: one to eight views; LIBERO has two.
         suffix: most tokens that the decoder adds.
     """
     width = HEADS * HEAD_DIM

@@ -1,7 +1,7 @@
 """Data sets that a policy learns from together: which robots they are of, and their chunks as one source of samples.
 
-Data sets are of one robot if their action specs, the names of their states and their views are equal. A robot's numbers are
-normalised by the statistics of all its data sets together.
+Data sets are of one robot if the meaning of their actions, the names of their states and their views are equal. A robot's
+numbers are normalised by the statistics of all its data sets together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,12 @@ from vlaflow.data.stats import FeatureStats
 from vlaflow.data.weights import DatasetEntry, Member, weights_of
 from vlaflow.data.windows import action_chunks
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.acting import cached_size, chunks_of, print_exclusions, stated_spec
+from vlaflow.policies.acting import cached_size, chunks_of, print_exclusions, require_readable, stated_spec
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import Base, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.robots import Robot
 from vlaflow.policies.stages import CoTraining, Stage
+from vlaflow.spec import ActionSpec
 
 LARGEST = 448
 """Side in pixels up to which images of unequal size are kept for a backbone that takes any size."""
@@ -73,19 +75,18 @@ def robots_of(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[Open
     """The robots that data sets are of, each named after its first data set.
 
     Raises:
-        SpecError: a data set without an action spec or without a state.
+        SpecError: a data set without an action spec.
     """
     groups: dict[object, list[int]] = {}
     views = {each.label: tuple(v for v in policy.backbone.views if v in each.dataset.views) for each in datasets}
     for number, each in enumerate(datasets):
-        require_state_of(each.dataset)
-        key = (stated_spec(each.dataset), tuple(each.dataset.dimension_names("state")), views[each.label])
+        key = (stated_spec(each.dataset).meaning, tuple(each.dataset.dimension_names("state")), views[each.label])
         groups.setdefault(key, []).append(number)
     side = common_side(policy, [each.dataset for each in datasets])
     by_name, of = {}, [0] * len(datasets)
     for place, members in enumerate(groups.values()):
         first = datasets[members[0]]
-        spec = stated_spec(first.dataset)
+        spec = reduce(ActionSpec.widened, (stated_spec(datasets[number].dataset) for number in members))
         steps = policy.decoder.chunk_size if config.chunk_s is None else steps_of(config.chunk_s, spec.rate_hz)
         stats = pooled([datasets[number].dataset for number in members], config)
         name = re.sub(r"[^\w.-]+", "-", first.entry.name if first.entry.name not in by_name else first.label)
@@ -114,7 +115,8 @@ def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
         found = [
             place
             for place, robot in enumerate(policy.robots.values())
-            if replace(robot.action_spec, chunk_size=spec.chunk_size) == spec and set(robot.views) <= set(each.dataset.views)
+            if replace(robot.action_spec, chunk_size=spec.chunk_size).meaning == spec.meaning
+            and set(robot.views) <= set(each.dataset.views)
         ]
         if not found:
             known = ", ".join(f"'{name}' ({robot.action_spec.robot})" for name, robot in policy.robots.items())
@@ -124,12 +126,6 @@ def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
             )
         of.append(found[0])
     return Robots(dict(policy.robots), tuple(of))
-
-
-def require_state_of(dataset: Dataset) -> None:
-    """Refuse a data set without a state, with a ``SpecError``."""
-    if not dataset.columns().state.shape[1]:
-        raise SpecError(f"{dataset.root} has no 'observation.state', which the policy reads. Record one, or add it.")
 
 
 def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, FeatureStats]:
@@ -202,6 +198,7 @@ def samples_of(
     held: dict[str, Source] = {}
     for number, each in enumerate(datasets):
         robot = robots.robot(number)
+        require_readable(policy.config, each.dataset)
         size = cached_size(policy) or robot.image_size
         cache = FrameCache.open(each.dataset, size, list(robot.views) if policy.robots else list(policy.model.backbone.views))
         steps = robot.action_spec.chunk_size or policy.config.decoder.chunk_size

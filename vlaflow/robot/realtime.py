@@ -186,6 +186,13 @@ class RealtimeController:
         self._chunk_size = int(self.metadata["chunk_size"])
         self._longest = int(self.metadata.get("max_action_prefix", 0))
         dimensions = self.metadata["action_spec"]["dimensions"]
+        unstated = [d["name"] for d in dimensions if d.get("mode") == "unstated"]
+        if unstated:
+            raise ConfigError(
+                f"The server's action spec does not say whether '{unstated[0]}' is a displacement or an absolute value, so it "
+                "is unknown what keeps the robot in place. State it (vlaflow data spec) and train with --action-spec FILE, or "
+                "write it into the checkpoint's action_spec.json."
+            )
         self._stays_D = np.array([d.get("mode", "delta") == "absolute" for d in dimensions])
         most = self._chunk_size if self.config.mode == "wait" else self._chunk_size - 1
         if self.config.n_action_steps > most:

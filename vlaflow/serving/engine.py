@@ -19,6 +19,7 @@ from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import BusyError, ConfigError, DeadlineError
+from vlaflow.policies.action_prefix import longest_action_prefix
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.spec import ActionPrefix, Chunk, Observation
@@ -141,7 +142,7 @@ class Engine:
         of clients are computed one by one.
         """
         observation, policy = example(self.policy), self.policy
-        continues = self.config.guided or policy.model.decoder.max_action_prefix
+        continues = self.config.guided or longest_action_prefix(policy)
         prefix = ActionPrefix(np.array([policy.stats["action"].mean], np.float32), 1)
         loop = asyncio.get_running_loop()
         for size, times in ((1, rounds), (self.config.batch, 1)):

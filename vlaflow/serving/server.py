@@ -28,6 +28,7 @@ from vlaflow import __version__
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.config import to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, VlaflowError
+from vlaflow.policies.action_prefix import longest_action_prefix
 from vlaflow.policies.base import Policy
 from vlaflow.robot import wire
 from vlaflow.serving.conversation import Conversation
@@ -141,7 +142,7 @@ class PolicyServer:
             "action_spec": to_json(policy.action_spec),
             "chunk_size": policy.chunk_size,
             "n_action_steps": self.n_action_steps,
-            "max_action_prefix": policy.model.decoder.max_action_prefix,
+            "max_action_prefix": longest_action_prefix(policy),
             "views": list(self.config.views),
             "rate_hz": policy.action_spec.rate_hz,
             "images": dict(zip(self.config.observation_keys.images, self.policy.views.values(), strict=True)),

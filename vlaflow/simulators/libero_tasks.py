@@ -16,8 +16,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlaflow.data.simulator_actions import LIBERO
 from vlaflow.simulators.base import SimulatorSpec
-from vlaflow.spec import ActionSpec, Dimension
 
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 """Camera of the simulator by view. The views are named as in openpi's requests and the data sets derived from LIBERO."""
@@ -74,24 +74,7 @@ TASKS: dict[str, LiberoTask] = {
     )
 }
 
-_AHEAD = "fraction of 5 cm that the hand's target lies ahead of the hand"
-_TURN = "fraction of 0.5 rad by which the hand's target is turned against the hand"
-
-ACTION = ActionSpec(
-    robot="libero panda, end-effector pose deltas",
-    dimensions=(
-        Dimension("x", _AHEAD, "world", -1.0, 1.0, "away from the robot's base"),
-        Dimension("y", _AHEAD, "world", -1.0, 1.0, "to the left, seen from the robot's base"),
-        Dimension("z", _AHEAD, "world", -1.0, 1.0, "up"),
-        Dimension("rotation_x", _TURN, "world", -1.0, 1.0, "right-handed about x"),
-        Dimension("rotation_y", _TURN, "world", -1.0, 1.0, "right-handed about y"),
-        Dimension("rotation_z", _TURN, "world", -1.0, 1.0, "right-handed about z"),
-        Dimension("gripper", "sign of the fingers' speed", "gripper", -1.0, 1.0, "closes", mode="absolute"),
-    ),
-    rotation="axis-angle",
-    gripper="-1 opens, +1 closes",
-    rate_hz=20.0,
-)
+ACTION = LIBERO
 
 SPEC = SimulatorSpec(
     suite="libero",

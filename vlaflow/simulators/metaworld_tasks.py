@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vlaflow.data.simulator_actions import METAWORLD
 from vlaflow.simulators.base import SimulatorSpec
-from vlaflow.spec import ActionSpec, Dimension
 
 Group = Literal["easy", "medium", "hard", "very_hard"]
 
@@ -96,20 +96,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     for group in ("easy", "medium", "hard", "very_hard")
 }
 
-_STEP = "fraction of 1 cm that the hand's target moves per step"
-
-ACTION = ActionSpec(
-    robot="metaworld sawyer, end-effector displacement",
-    dimensions=(
-        Dimension("x", _STEP, "world", -1.0, 1.0, "to the right, seen from the robot's base"),
-        Dimension("y", _STEP, "world", -1.0, 1.0, "away from the robot's base"),
-        Dimension("z", _STEP, "world", -1.0, 1.0, "up"),
-        Dimension("gripper", "fraction of the fingers' full force", "gripper", -1.0, 1.0, "closes", mode="absolute"),
-    ),
-    rotation="none",
-    gripper="-1 opens, +1 closes, a force and not a width",
-    rate_hz=80.0,
-)
+ACTION = METAWORLD
 
 SPEC = SimulatorSpec(
     suite="metaworld",

@@ -64,6 +64,8 @@ class ExpertStack(Stack):
         ConfigError: when the heads do not fit the backbone's keys and values.
     """
 
+    own_layers = True
+
     def __init__(self, config: ExpertConfig, spec: BackboneSpec, tokens: int, time_token: bool = False) -> None:
         super().__init__()
         self.config, block = config, config.block
@@ -81,8 +83,8 @@ class ExpertStack(Stack):
         lead = self.time_tokens
         self.state: nn.Linear | None = None
         if config.state_token:
-            size = config.padded_state or spec.state_dim
-            if size < max(spec.state_dim, 1):
+            size = config.padded_state or max(spec.state_dim, 1)  # without a state the token is constant
+            if size < spec.state_dim:
                 raise ConfigError(f"padded_state {size} is smaller than the state, which has {spec.state_dim} dimensions.")
             self.state, lead = nn.Linear(size, block.width), lead + 1
         self.position: nn.Parameter | None = None

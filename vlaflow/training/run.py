@@ -47,7 +47,7 @@ def train(
 
     Args:
         recipe: name, e.g. "asyncvla.demo".
-        dataset: folder of a LeRobot data set that states an action spec; for a latent action model any with video. Several are
+        dataset: folder of a LeRobot data set; for a latent action model any with video. Several are
             mixed by weight, written as for ``--dataset``: ["data/droid:0.7", "aloha=data/two_arms:0.3"].
         out: folder of the checkpoint.
         policy: checkpoint to continue, for recipes that need one (raters, later stages).
