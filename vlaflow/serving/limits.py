@@ -1,4 +1,4 @@
-"""What one client may cost the event loop: pings, pictures, and connections that the system has no room for.
+"""What one client may cost the event loop: pings, large images, and connections that the system has no room for.
 
 What a message may contain is limited by its codec (``robot/wire.py``), how many clients and requests there may be by the server
 and its engine.
@@ -20,7 +20,7 @@ from vlaflow.spec import Observation
 
 logger = logging.getLogger("vlaflow.serving")
 PINGS_PER_S = 20
-PICTURE_SIDES = 4
+SIDES = 4
 PIXELS = 1920 * 1080
 _QUIET_S = 60.0
 
@@ -43,10 +43,10 @@ class LimitedConnection(ServerConnection):
         super().process_event(event)
 
 
-def require_pictures(observation: Observation, sides: Mapping[str, int | None]) -> None:
+def require_sizes(observation: Observation, sides: Mapping[str, int | None]) -> None:
     """Refuse images far larger than the policy reads, because resizing one would delay all clients.
 
-    Allowed are images of a full-HD camera, and ``PICTURE_SIDES`` times the side that the policy reads.
+    Allowed are images of a full-HD camera, and ``SIDES`` times the side that the policy reads.
 
     Args:
         observation: of a request.
@@ -58,7 +58,7 @@ def require_pictures(observation: Observation, sides: Mapping[str, int | None]) 
     for view, image in observation.images.items():
         side = sides.get(view) or 0
         height, width = image.shape[:2]
-        if height * width > max(PIXELS, (PICTURE_SIDES * side) ** 2):
+        if height * width > max(PIXELS, (SIDES * side) ** 2):
             read = f"{side} × {side}" if side else "smaller images"
             raise RequestError(
                 f"The image of view '{view}' has {width} × {height} pixels, but the policy reads {read}. Send at most "

@@ -182,8 +182,9 @@ def committed(request: dict[str, Any], most: int) -> ActionPrefix | None:
         if delay is not None:
             raise RequestError("'inference_delay' says how many of the 'action_prefix' actions are committed; send both.")
         return None
-    if isinstance(prefix, list | np.ndarray) and np.shape(prefix[:1]) and len(prefix) > most:
-        raise RequestError(f"'action_prefix' has {len(prefix)} actions, but a chunk of this policy has {most}.")
+    rows = len(prefix) if isinstance(prefix, list) or (isinstance(prefix, np.ndarray) and prefix.ndim) else 0
+    if rows > most:
+        raise RequestError(f"'action_prefix' has {rows} actions, but a chunk of this policy has {most}.")
     if isinstance(prefix, list):
         prefix = array_of(prefix)
     if not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "fiu":

@@ -34,7 +34,7 @@ from vlaflow.robot import wire
 from vlaflow.serving.conversation import Conversation
 from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import Engine, EngineConfig
-from vlaflow.serving.limits import LimitedConnection, quiet_without_sockets, require_pictures
+from vlaflow.serving.limits import LimitedConnection, quiet_without_sockets, require_sizes
 from vlaflow.serving.observation_keys import ObservationKeys, read
 from vlaflow.serving.request_log import OneLine, RequestLog
 from vlaflow.spec import Observation
@@ -333,7 +333,7 @@ class PolicyServer:
             RequestError: a key is missing or has an invalid value.
         """
         observation = read(request, self.config.observation_keys, self.config.views)
-        require_pictures(observation, self.policy.views)
+        require_sizes(observation, self.policy.views)
         if not self.config.observation_keys.state:
             observation = replace(observation, state=np.array(self.policy.stats["state"].mean, np.float32))
         return self.dashboard.instruct(observation, follows) if self.dashboard is not None else observation
