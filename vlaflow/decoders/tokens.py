@@ -204,7 +204,7 @@ class TokenDecoder(Decoder[State]):
         last action in steps.
         """
         action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
-        id_BS = torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
+        id_BS = self.tokenize(action_BLD)
         if self.tokenizer.local:
             if targets.mask_BLD is not None:
                 valid_BL = valid_BL | ~targets.mask_BLD.any(-1)
@@ -213,6 +213,10 @@ class TokenDecoder(Decoder[State]):
         if targets.executed is not None:
             counts_B1 &= ~(targets.executed.present_BL & ~valid_BL).any(1, keepdim=True)
         return id_BS, counts_B1.float().expand(-1, self.slots)
+
+    def tokenize(self, action_BLD: Tensor) -> Tensor:
+        """Ids (B, S) of chunks."""
+        return torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
 
     def hidden(self, id_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Hidden states (B, S, W) at each depth of tokens that all see each other."""
