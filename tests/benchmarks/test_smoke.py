@@ -38,6 +38,7 @@ TINY = {
         "32",
     ],
     "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32", "exits=none"],
+    "deployed": ["--only", "nothing", "--no-compile", "--compute", "dense:1"],
     "decoders": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
     "serving": [
         "--clients",

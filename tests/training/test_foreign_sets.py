@@ -14,6 +14,7 @@ from vlaflow.data.writer import Writer
 from vlaflow.errors import SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
+from vlaflow.policies.provenance import new_episodes, trained_on
 from vlaflow.spec import ActionSpec, Dimension
 
 ALOHA = [f"{side}_{part}" for side in ("left", "right") for part in
@@ -21,7 +22,7 @@ ALOHA = [f"{side}_{part}" for side in ("left", "right") for part in
 CAMERAS = {"cam_high": (32, 48), "cam_low": (32, 48), "cam_left_wrist": (24, 32), "cam_right_wrist": (24, 32)}
 
 
-def write(root, *, names, state=True, views, fps=50, robot="aloha"):
+def write(root, *, names, state=True, views, fps=50, robot="aloha", task="fold the shirt"):
     """Three short episodes, whose meaning nobody states."""
     dimensions = tuple(Dimension(name, "rad", "joint", -2, 2, "up", "absolute") for name in names)
     spec = ActionSpec("removed below", dimensions, "none", "none", fps)
@@ -30,7 +31,7 @@ def write(root, *, names, state=True, views, fps=50, robot="aloha"):
         for number in range(3):
             rng = np.random.default_rng(number)
             images = {view: rng.integers(0, 256, (7, *size, 3), np.uint8) for view, size in views.items()}
-            writer.add(images, rng.normal(size=(7, len(states))), rng.uniform(0, 1, (7, len(names))), "fold the shirt")
+            writer.add(images, rng.normal(size=(7, len(states))), rng.uniform(0, 1, (7, len(names))), task)
     features = json.loads((root / "meta/info.json").read_text())["features"]
     if not state:
         del features["observation.state"]
@@ -85,3 +86,19 @@ def test_a_completed_spec_is_used_and_a_contradicting_one_refused_later(aloha, t
     words = ["asyncvla.rater", "--dataset", str(aloha), "--out", str(tmp_path / "rated"), "--policy", str(out), *spec]
     with pytest.raises(SpecError, match="'our aloha' in the first and 'other' in the second"):
         command.main([*words, "--steps", "1", "--batch-size", "4", "--tracker", "none", "--no-calibrate"])
+
+
+def test_an_instruction_that_is_too_long_is_found_at_the_start_with_a_size_that_does(tmp_path):
+    root = write(tmp_path / "dataset", names=("a0", "a1"), views={"top": (32, 48)}, fps=10, robot="toy", task="fold " * 20)
+    words = [*arguments(root, tmp_path / "policy"), "--steps", "1"]
+    with pytest.raises(SpecError, match=r"of episode 0 of .* has 100 bytes.*--set policy\.backbone\.text_bytes=128") as refused:
+        command.main(words)
+    assert command.main([*words, *str(refused.value).rpartition("For a new policy: ")[2].split()]) == 0
+
+
+def test_a_task_is_held_out_and_stays_new_to_the_policy(dataset, tmp_path):
+    out = tmp_path / "policy"
+    assert command.main([*arguments(dataset, out, "--hold-out-task", "open the drawer"), "--steps", "1"]) == 0
+    opened = Dataset.open(dataset)
+    new = [opened.episode(number).task for number in new_episodes(opened, trained_on(out))]
+    assert new == ["open the drawer"] * 3

@@ -134,11 +134,12 @@ def test_questions_touch_no_parameter_of_decoder_or_expert(make):
 
 def test_the_weight_scales_the_loss_and_not_what_is_logged():
     policy = new_policy(asking_config())
-    asked = policy.prepare_answers(AskedSource().batch(np.arange(4)))
-    one, three = (AnsweringStage(PolicyStage(policy), policy, w).loss(asked, None, None) for w in (1.0, 3.0))
+    batch = AskedSource().batch(np.arange(4))
+    stages = [AnsweringStage(PolicyStage(policy), policy, weight) for weight in (1.0, 3.0)]
+    one, three = (stage.loss(stage.prepare(batch), None, None) for stage in stages)
     torch.testing.assert_close(three.total, 3 * one.total)
     assert one.parts["answer"] == three.parts["answer"]
-    torch.testing.assert_close(one.total.detach(), policy.answer_loss(asked).detach())
+    torch.testing.assert_close(one.total.detach(), policy.answer_loss(policy.prepare_answers(batch)).detach())
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------------------

@@ -61,11 +61,21 @@ class Tokenizer(Protocol):
     def ordered(self) -> bool:
         """Whether neighbouring ids stand for neighbouring values, so that their difference is a distance."""
 
+    @property
+    def description(self) -> str:
+        """A name for tables: "FAST, scale 10, 256 ids" or "64 bins"."""
+
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
         """Encode chunks: ids, int64 (B, S)."""
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
         """Decode any ids, including those that are not the encoding of a chunk."""
+
+    def exact(self, action_BLD: np.ndarray) -> np.ndarray:
+        """bool (B,): chunks that lose nothing but the rounding."""
+
+    def lengths(self, id_BS: np.ndarray) -> np.ndarray:
+        """Number of tokens before the end, int64 (B,)."""
 
 
 def check_chunks(action_BLD: np.ndarray, chunk_size: int, dim: int) -> np.ndarray:

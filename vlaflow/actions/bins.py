@@ -34,6 +34,11 @@ class BinsFit:
         if self.bins < 2:
             raise ConfigError(f"A tokenizer needs at least 2 bins, got {self.bins}.")
 
+    @property
+    def fitted(self) -> None:
+        """None: it is still to be fitted."""
+        return
+
     def fit(self, action_NLD: np.ndarray) -> BinsTokenizer:
         """Fit the edges to N normalised chunks."""
         chunk_size, dim = action_NLD.shape[1:]
@@ -69,6 +74,20 @@ class BinsTokenizer:
             raise ConfigError(f"A bins tokenizer of {self.dim} dimensions needs as many rows of edges and of centres.")
         if any(len(e) != len(c) + 1 for e, c in zip(self.edges, self.centres, strict=True)):
             raise ConfigError("Every dimension needs one edge more than bins.")
+
+    @property
+    def fitted(self) -> BinsTokenizer:
+        """Itself."""
+        return self
+
+    def fit(self, action_NLD: np.ndarray) -> BinsTokenizer:
+        """Itself: it is fitted already."""
+        return self
+
+    @property
+    def description(self) -> str:
+        """A name for tables."""
+        return f"{self.bins} bins"
 
     @property
     def bins(self) -> int:
@@ -111,6 +130,14 @@ class BinsTokenizer:
         id_BLD = id_BS.reshape(len(id_BS), self.chunk_size, self.dim)
         action_BLD = self._centres[np.arange(self.dim), id_BLD]  # (D, K) by (D,) and (B, L, D)
         return Decoding(action_BLD.astype(np.float32), np.zeros(len(id_BS), bool))
+
+    def exact(self, action_BLD: np.ndarray) -> np.ndarray:
+        """bool (B,), True: every value is rounded to a bin, those beyond the edges to an outer one."""
+        return np.ones(len(action_BLD), bool)
+
+    def lengths(self, id_BS: np.ndarray) -> np.ndarray:
+        """Number of tokens, int64 (B,): all of them, because there is no end token."""
+        return np.full(len(id_BS), id_BS.shape[1])
 
     @property
     def error_bound(self) -> tuple[float, ...]:

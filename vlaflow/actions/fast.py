@@ -52,6 +52,11 @@ class FastFit:
             )
 
     @property
+    def fitted(self) -> None:
+        """None: it is still to be fitted."""
+        return
+
+    @property
     def packages(self) -> tuple[str, ...]:
         """Packages needed for fitting."""
         return () if self.vocabulary is None else ("tokenizers",)
@@ -100,6 +105,21 @@ class FastTokenizer:
     symbols: int
     merges: tuple[tuple[int, int], ...] = field(repr=False)
     slots: int = 64
+
+    @property
+    def fitted(self) -> FastTokenizer:
+        """Itself."""
+        return self
+
+    def fit(self, action_NLD: np.ndarray) -> FastTokenizer:
+        """Itself: it is fitted already."""
+        return self
+
+    @property
+    def description(self) -> str:
+        """A name for tables; the end token does not count as an id."""
+        kind, ids = ("FAST", f", {self.vocabulary - 1} ids") if self.merges else ("coefficients", "")
+        return f"{kind}, scale {self.scale:g}{ids}"
 
     @property
     def packages(self) -> tuple[str, ...]:

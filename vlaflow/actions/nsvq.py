@@ -101,7 +101,9 @@ class Codebook(nn.Module):
         return x_BKE + torch.linalg.vector_norm(x_BKE - code_BKE, dim=-1, keepdim=True) * unit_BKE, id_BK
 
     def _count(self, id_BK: Tensor) -> None:
-        count_V = torch.bincount(id_BK.flatten(), minlength=len(self.entry_VE))
+        id_N = id_BK.flatten()  # bincount would have the host wait for the largest id
+        count_V = torch.zeros(len(self.entry_VE), dtype=torch.long, device=id_N.device)
+        count_V.scatter_add_(0, id_N, torch.ones_like(id_N))
         self._step_V = count_V if self._step_V is None else self._step_V + count_V
 
     @torch.no_grad()

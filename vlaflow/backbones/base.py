@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from vlaflow.backbones.inputs import Inputs, Processor
+from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import BlockConfig, Rotate
+from vlaflow.nn.fake import real_tensors
 from vlaflow.registry import Group, Part
 
 Rotary = tuple[Tensor, Tensor]
@@ -93,6 +96,10 @@ class BackboneConfig(Part, ABC):
         Raises:
             CheckpointError: when the checkpoint lacks a file.
         """
+
+    def unread(self) -> Self:
+        """The same network with its architecture written out, to be built without reading weights; by default as it is."""
+        return self
 
     @property
     def can_answer(self) -> bool:
@@ -239,6 +246,24 @@ class Backbone(nn.Module, ABC):
         """Tokens of B observations before the first layer. All is on the device but what ``Inputs`` keeps on the CPU, and
         nothing is fetched back from it.
         """
+
+    def blank(self, batch: int, side: int) -> Prefix:
+        """The embedded prefix of black pictures and a short instruction, to count what a training step needs.
+
+        Args:
+            batch: observations.
+            side: of the square pictures in pixels, where the backbone reads any size.
+        """
+        views = {view: size or side for view, size in self.views.items()}
+        with real_tensors():
+            images = {view: torch.zeros(batch, size, size, 3, dtype=torch.uint8) for view, size in views.items()}
+            observation = ObservationBatch(images, torch.zeros(batch, self.config.state_dim), ("Open a drawer",) * batch)
+            inputs = self.config.processor()(observation)
+        return self.embed(inputs)
+
+    def vision_numbers(self, batch: int, side: int) -> int:
+        """Activations that a vision part which ``blank`` leaves out keeps for the backward pass; none by default."""
+        return 0
 
     @abstractmethod
     def layer(

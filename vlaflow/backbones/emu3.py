@@ -9,7 +9,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -58,6 +58,7 @@ class EmuConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "Emu3ForConditionalGeneration"
+    published: ClassVar[Mapping[str, Callable[[], dict[str, Any]]]] = {"Emu3-community/Emu3-Stage1-hf": emu3_8b}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +73,11 @@ class EmuConfig(PretrainedConfig):
         """See the base class."""
         reader = open_reader(EmuReader, self.source, folder)
         return EmuProcessor(reader, self.views, self.state_dim, pixels=self.pixels)
+
+    def image_tokens(self, side: int) -> int:
+        """See the base class; every row of codes ends with a token of its own."""
+        codes = round(self.pixels**0.5 / 8)
+        return codes * (codes + 1)
 
     @property
     def prefix_attention(self) -> Literal["full", "causal"]:

@@ -12,7 +12,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlaflow.backbones.inputs import Inputs
-from vlaflow.backbones.molmo2_processor import FAMILY, NAME, MolmoProcessor, MolmoReader
+from vlaflow.backbones.molmo2_processor import FAMILY, NAME, ImagePatches, MolmoProcessor, MolmoReader
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import open_reader
 from vlaflow.errors import ConfigError
@@ -64,6 +64,7 @@ class MolmoConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "Molmo2ForConditionalGeneration"
+    published: ClassVar[Mapping[str, Callable[[], dict[str, Any]]]] = {"allenai/Molmo2-8B": molmo2_8b}
 
     def build(self) -> MolmoBackbone:
         """See the base class."""
@@ -73,6 +74,11 @@ class MolmoConfig(PretrainedConfig):
         """See the base class."""
         reader = open_reader(MolmoReader, self.source, folder)
         return MolmoProcessor(reader, self.views, self.state_dim, state_token=self.state_token)
+
+    def image_tokens(self, side: int) -> int:
+        """See the base class; every row ends with a token of its own, and two enclose the picture."""
+        rows, columns = ImagePatches().grid
+        return rows * (columns + 1) + 2
 
     @property
     def state_width(self) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import MethodType, ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ from vlaflow.backbones.pretrained_processor import PretrainedProcessor, open_pre
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues, attend
 from vlaflow.nn.block import Rotate
+
+WORDS = 50
+"""Tokens of a prompt besides its pictures' that ``blank`` assumes: turns, instruction, state."""
+PATCHES = 4
+"""Patches of a picture that become one token in each of the families here."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class PretrainedConfig(BackboneConfig):
     """transformers' module, as in ``transformers.models``."""
     model_class: ClassVar[str]
     """transformers' class of the model with its language-model head."""
+    published: ClassVar[Mapping[str, Callable[[], dict[str, Any]]]] = {}
+    """Architectures that are known without reading anything, by source."""
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     """transformers' class that builds such a model from a config."""
 
@@ -94,6 +101,22 @@ class PretrainedConfig(BackboneConfig):
             return open_pretrained(kind, self.source, self.name, dtype=dtype, use_safetensors=True)
         options = {**(self.architecture or {}), **self.transformers_options}
         return getattr(hub, self.auto_class).from_config(kind.config_class(**options), dtype=dtype)
+
+    def unread(self) -> Self:
+        """See the base class; of a source that is not among those in ``published`` the config is read."""
+        if self.source is None:
+            return self
+        if self.source in self.published:
+            return replace(self, source=None, architecture=self.published[self.source]())
+        hub = transformers_library(self.name, self.family)
+        kind = getattr(hub, self.model_class).config_class
+        return replace(
+            self, source=None, architecture=plain_architecture(open_pretrained(kind, self.source, self.name).to_diff_dict())
+        )
+
+    @abstractmethod
+    def image_tokens(self, side: int) -> int:
+        """Prefix tokens of one square picture of so many pixels along each side."""
 
     @property
     def can_answer(self) -> bool:
@@ -208,6 +231,29 @@ class PretrainedBackbone(LanguageBackbone):
             state_BS=inputs.state_BS,
             mask_PP=self.prefix_mask(inputs),
         )
+
+    def blank(self, batch: int, side: int) -> Prefix:
+        """See the base class; of zeros, without the vision part, because files of the source would be needed to see with it."""
+        tokens = len(self.config.views) * self.config.image_tokens(side) + WORDS
+        hidden_BPW = self.embed_ids(torch.zeros(batch, tokens, dtype=torch.long))
+        position_BP = torch.arange(tokens)[None].expand(batch, -1)
+        return Prefix(
+            self,
+            hidden_BPW,
+            rotary=self.language.rotary_emb(hidden_BPW, self.positions(position_BP)),
+            next_position_B=torch.full((batch,), tokens),
+            state_BS=torch.zeros(batch, self.config.state_dim),
+        )
+
+    def vision_numbers(self, batch: int, side: int) -> int:
+        """See the base class: what each layer's matrices read and make, or with ``recompute`` what each layer reads."""
+        layers = [block for block in self.vision_blocks if any(p.requires_grad for p in block.parameters())]
+        sizes = [[(m.in_features, m.out_features) for m in layer.modules() if isinstance(m, nn.Linear)] for layer in layers]
+        if not any(sizes):
+            return 0
+        whole = max(sum(map(sum, layer)) for layer in sizes)
+        each = len(sizes) * min(first for first, _ in sizes[0]) + whole if self.config.recompute else len(sizes) * whole
+        return batch * len(self.config.views) * self.config.image_tokens(side) * PATCHES * each
 
     @abstractmethod
     def embed_prompt(self, inputs: Inputs) -> Tensor:

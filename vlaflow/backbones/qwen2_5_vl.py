@@ -7,7 +7,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width, S state dimen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,6 +75,7 @@ class QwenConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
+    published: ClassVar[Mapping[str, Callable[[], dict[str, Any]]]] = {"Qwen/Qwen2.5-VL-3B-Instruct": qwen2_5_vl_3b}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +96,11 @@ class QwenConfig(PretrainedConfig):
             state_token=self.state_token,
             system=self.system,
         )
+
+    def image_tokens(self, side: int) -> int:
+        """See the base class."""
+        area = min(max(side * side, self.min_pixels), self.max_pixels)
+        return max(round(area**0.5 / 28), 1) ** 2
 
     @property
     def state_width(self) -> int:

@@ -10,7 +10,7 @@ Shape letters: B batch, P prefix tokens, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import open_reader, transformers_library
-from vlaflow.backbones.smol_processor import FAMILY, NAME, SmolProcessor, SmolReader, open_from
+from vlaflow.backbones.smol_processor import FAMILY, NAME, SHORT, SmolProcessor, SmolReader, open_from
 from vlaflow.backbones.vision import CONV, EncoderSpec, PretrainedVision, ScratchVision, open_encoder, vision_packages
 from vlaflow.errors import ConfigError
 from vlaflow.nn.block import BlockConfig
@@ -76,6 +76,7 @@ class SmolConfig(PretrainedConfig):
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
     model_class: ClassVar[str] = "LlamaForCausalLM"
+    published: ClassVar[Mapping[str, Callable[[], dict[str, Any]]]] = {SHORT: smollm2_135m}
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
     def __post_init__(self) -> None:
@@ -118,6 +119,10 @@ class SmolConfig(PretrainedConfig):
             cells=(self.image_size // self.cell) ** 2,
             system=self.system,
         )
+
+    def image_tokens(self, side: int) -> int:
+        """See the base class."""
+        return (self.image_size // self.cell) ** 2
 
     @property
     def packages(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "record": "record demonstrations of scripted experts as a LeRobot data set",
     "record-vqa": "record questions about simulated scenes as a VQA data set",
     "train": "train a policy, or one of its later stages, by recipe",
+    "plan": "say what a recipe needs: memory per GPU, epochs, hours",
     "calibrate": "calibrate the early exits of a checkpoint on held-out data",
     "bench": "time a checkpoint on this machine, part by part",
     "deploy": "compile a checkpoint's chunks for this machine",

@@ -47,7 +47,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     from vlaflow.actions.io import load_tokenizer
     from vlaflow.data.hub import title
     from vlaflow.data.lerobot import Dataset
-    from vlaflow.evaluation.tokenizer_report import describe, examples, fit, material, quality, standard_fits
+    from vlaflow.evaluation.tokenizer_report import examples, fit, material, quality, standard_fits
     from vlaflow.outputs import require_writable
     from vlaflow.progress import progress
     from vlaflow.reports import tokenizers as page
@@ -59,7 +59,7 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
     loaded = [load_tokenizer(file, a.normalisation) for file in a.tokenizer]
     chunk_size = loaded[0].chunk_size if loaded else a.chunk_size
     chunks = material(dataset, chunk_size, a.normalisation)
-    names: list[str] = [f"{file.stem}: {describe(made)}" for file, made in zip(a.tokenizer, loaded, strict=True)]
+    names: list[str] = [f"{file.stem}: {made.description}" for file, made in zip(a.tokenizer, loaded, strict=True)]
     made: list[Any] = list(loaded)
     todo = () if loaded else standard_fits()
     found = []
@@ -69,7 +69,8 @@ def tokenizer_report(arguments: TokenizerReport) -> int:
             bar.advance()
         for what in todo:
             made.append(fit(what, chunks))
-            name = f"{describe(made[-1])}, quantile" if getattr(what, "spacing", "") == "quantile" else describe(made[-1])
+            quantile = getattr(what, "spacing", "") == "quantile"
+            name = f"{made[-1].description}{', quantile' * quantile}"
             found.append(quality(made[-1], chunks, name))
             bar.advance()
     table = Table("tokenizer", "tokens", "most", "error", "id ±1", "random id", "repaired", "order")
@@ -91,19 +92,19 @@ def _own_metric(checkpoint: Path, dataset: Any) -> str:
     """How well the metric of a checkpoint's discrete flow orders its tokens, in a sentence."""
     import torch
 
-    from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
     from vlaflow.errors import CapabilityError
-    from vlaflow.evaluation.tokenizer_report import describe, id_distance, material, metric_rank
+    from vlaflow.evaluation.tokenizer_report import id_distance, material, metric_rank
     from vlaflow.policies.base import Policy
 
     policy = Policy.from_pretrained(checkpoint)
     decoder = policy.model.decoder
-    if not isinstance(decoder, DiscreteFlowDecoder):
+    with torch.no_grad():
+        own_VV = decoder.distance()
+    if decoder.tokenizer is None or own_VV is None:
         raise CapabilityError(
             f"{checkpoint} has a {type(decoder).__name__}, which has no metric. Name one with a discrete flow."
         )
     chunks = material(dataset, decoder.chunk_size, policy.config.action_normalisation)
-    with torch.no_grad():
-        distance_VV = decoder.distance().cpu().numpy()
-    own, ids = (metric_rank(decoder.tokenizer, chunks, d) for d in (distance_VV, id_distance(decoder.tokenizer)))
-    return f"{checkpoint} ({describe(decoder.tokenizer)}): order {own:.2f} by its own metric, {ids:.2f} by the ids."
+    distances = own_VV.cpu().numpy(), id_distance(decoder.tokenizer)
+    own, ids = (metric_rank(decoder.tokenizer, chunks, distance_VV) for distance_VV in distances)
+    return f"{checkpoint} ({decoder.tokenizer.description}): order {own:.2f} by its own metric, {ids:.2f} by the ids."

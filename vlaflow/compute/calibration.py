@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 
+import numpy as np
+
 from vlaflow.compute.distance import Metric
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.spelling import Checkpoint, ComputeKind, Spelling
@@ -37,6 +39,10 @@ class ShareTarget:
     first_exit: bool
     shares: tuple[float, ...]
 
+    def share_above(self, deviation_N: np.ndarray) -> float | None:
+        """None: no deviation is bounded."""
+        return None
+
 
 @dataclass(frozen=True)
 class RiskTarget:
@@ -53,6 +59,15 @@ class RiskTarget:
     risk: float
     error: float
     metric: Metric
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """None: the exits are taken as often as the risk allows."""
+        return ()
+
+    def share_above(self, deviation_N: np.ndarray) -> float | None:
+        """Share of the chunks that deviate by more than ε, given all their deviations."""
+        return float((deviation_N > self.max_deviation).mean())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +125,24 @@ class Executed:
         )
 
 
+LossName = Literal["loss", "answer_loss"]
+"""Names of the losses in the log: on actions (or frame pairs), and on questions."""
+
+
+class SampleGroup(NamedTuple):
+    """Samples that a message lists together; groups sort by data set, then by episode.
+
+    Args:
+        source: data set, "" where there is one.
+        episode: its number, −1 for questions.
+        heading: what precedes the samples' numbers or names, in the singular.
+    """
+
+    source: str
+    episode: int
+    heading: str
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch of training samples.
@@ -152,10 +171,22 @@ class Batch:
     mask_BLD: Tensor | None = None
     sources: Sequence[str] = ()
 
+    loss_name: ClassVar[LossName] = "loss"
+    advice: ClassVar[str] = "Look at them (vlaflow data show)"
+    """What to do about samples on which the loss diverges."""
+
     @property
     def targets(self) -> int:
         """Number of terms that the loss averages over: valid actions (a decoder that samples masks does its own count)."""
         return int(self.valid_BL.sum())
+
+    def sample_names(self) -> list[tuple[SampleGroup, int | str]]:
+        """Each sample's group, its episode, and its frame."""
+        sources = self.sources or [""] * len(self.episode_B)
+        return [
+            (SampleGroup(source, episode, f"{source and f'{source} '}episode {episode} frame"), frame)
+            for source, episode, frame in zip(sources, self.episode_B.tolist(), self.frame_B.tolist(), strict=True)
+        ]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -186,7 +217,14 @@ class VqaBatch:
     answers: Sequence[str]
     names: Sequence[str]
 
+    loss_name: ClassVar[LossName] = "answer_loss"
+    advice: ClassVar[str] = "Look at them"
+
     @property
     def targets(self) -> int:
         """Number of terms that the loss averages over: answers."""
         return len(self.answers)
+
+    def sample_names(self) -> list[tuple[SampleGroup, int | str]]:
+        """Each question's group, which is one for all, and its name."""
+        return [(SampleGroup("", -1, "question"), name) for name in self.names]

@@ -262,7 +262,8 @@ class Dataset:
             cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
             if not self._meta.modern:
                 cure = (
-                    f"The video begins late: vlaflow data repair {self.root} --out DIR writes it with its first frame at 0 s."
+                    "The video begins late: encode it again with its first frame at 0 s, or have the data set written so: "
+                    f"vlaflow data repair {self.root} --out DIR"
                 )
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":

@@ -382,6 +382,10 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """What is known of the tokens, for decoders that have a vocabulary."""
         return None
 
+    def distance(self) -> Tensor | None:
+        """Distances between all tokens, (V, V), where training or sampling uses such a metric; otherwise None."""
+        return None
+
     def refine_deterministic(self, state: State, prefix: Prefix, steps: int = 1) -> State:
         """Deterministic steps that may still revise every token.
 

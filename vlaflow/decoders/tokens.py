@@ -52,11 +52,8 @@ class TokenConfig(DecoderConfig):
                 f"action_dim, chunk_size and noise_samples must be at least 1, got {self.action_dim}, {self.chunk_size} and "
                 f"{self.noise_samples}."
             )
-        fitted = self.tokenizer
-        if isinstance(fitted, FastTokenizer | BinsTokenizer) and (fitted.chunk_size, fitted.dim) != (
-            self.chunk_size,
-            self.action_dim,
-        ):
+        fitted = self.tokenizer.fitted
+        if fitted is not None and (fitted.chunk_size, fitted.dim) != (self.chunk_size, self.action_dim):
             raise ConfigError(
                 f"The tokenizer is for chunks of {fitted.chunk_size} actions of {fitted.dim} dimensions, the decoder for "
                 f"{self.chunk_size} of {self.action_dim}. Fit one for this chunk size: vlaflow data fit-tokenizer."
@@ -65,7 +62,7 @@ class TokenConfig(DecoderConfig):
     @property
     def unfitted(self) -> bool:
         """Whether there is a tokenizer to be fitted first."""
-        return isinstance(self.tokenizer, FastFit | BinsFit)
+        return self.tokenizer.fitted is None
 
     def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
         """The config with this one."""
@@ -77,9 +74,7 @@ class TokenConfig(DecoderConfig):
         Args:
             action_NLD: normalised chunks to fit on.
         """
-        if isinstance(self.tokenizer, FastFit | BinsFit):
-            return replace(self, tokenizer=self.tokenizer.fit(action_NLD))
-        return self
+        return replace(self, tokenizer=self.tokenizer.fit(action_NLD))
 
     @property
     def ready(self) -> FastTokenizer | BinsTokenizer:
@@ -88,8 +83,8 @@ class TokenConfig(DecoderConfig):
         Raises:
             ConfigError: when it is still to be fitted.
         """
-        if isinstance(self.tokenizer, FastTokenizer | BinsTokenizer):
-            return self.tokenizer
+        if (fitted := self.tokenizer.fitted) is not None:
+            return fitted
         raise ConfigError("This action tokenizer is not fitted yet. Train with a data set, or see vlaflow data fit-tokenizer.")
 
 
@@ -209,7 +204,7 @@ class TokenDecoder(Decoder[State]):
         last action in steps.
         """
         action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
-        id_BS = torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
+        id_BS = self.tokenize(action_BLD)
         if self.tokenizer.local:
             if targets.mask_BLD is not None:
                 valid_BL = valid_BL | ~targets.mask_BLD.any(-1)
@@ -218,6 +213,10 @@ class TokenDecoder(Decoder[State]):
         if targets.executed is not None:
             counts_B1 &= ~(targets.executed.present_BL & ~valid_BL).any(1, keepdim=True)
         return id_BS, counts_B1.float().expand(-1, self.slots)
+
+    def tokenize(self, action_BLD: Tensor) -> Tensor:
+        """Ids (B, S) of chunks."""
+        return torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
 
     def hidden(self, id_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Hidden states (B, S, W) at each depth of tokens that all see each other."""

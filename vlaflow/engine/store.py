@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -153,15 +153,24 @@ def load(deployment: Deployment, place: Path | None = None) -> Programs:
         DeploymentError: a file is missing or damaged, or others could have written it.
     """
     place, opened = place or folder(deployment.identity.weights, deployment.compiler), dict[ProgramKey, Run]()
-    bf16 = deployment.precision == "bf16"
-    open_one = aoti.load if deployment.compiler == "aoti" else partial(openvino.load, bf16=bf16)
+    open_one = opener(deployment.compiler, deployment.precision)
     for name, digest in deployment.programs.items():
-        file = place / (name + _SUFFIX[deployment.compiler])
+        file = file_of(place, name, deployment.compiler)
         if not file.exists() or _hash(file) != digest:
             raise DeploymentError(f"{file} is missing or damaged. {_again(deployment.compiler)}")
         _require_private(file)
         opened[ProgramKey.named(name)] = open_one(file)
     return Programs(opened)
+
+
+def opener(compiler: Compiler, precision: Precision) -> Callable[[Path], Run]:
+    """What opens the programs of a compiler."""
+    return aoti.load if compiler == "aoti" else partial(openvino.load, bf16=precision == "bf16")
+
+
+def file_of(place: Path, program: str, compiler: Compiler) -> Path:
+    """A program's file in such a folder."""
+    return place / f"{program}{_SUFFIX[compiler]}"
 
 
 @contextmanager
@@ -181,7 +190,7 @@ def replacing(weights: str, compiler: Compiler) -> Iterator[Path]:
 
 def build(program: Program, to: Path, compiler: Compiler, precision: Precision, *, tuned: bool = True) -> str:
     """Compile a program into a folder; returns its file's SHA-256."""
-    file = to / f"{program.key}{_SUFFIX[compiler]}"
+    file = file_of(to, str(program.key), compiler)
     if compiler == "aoti":
         aoti.build(program, file, tuned=tuned)
     else:

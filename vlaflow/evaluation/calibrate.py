@@ -297,9 +297,6 @@ def calibrate(
     each = policy.model.decoder.nfe(plan.sampling)
     depth_K = np.asarray(plan.exits)
     spent_K = np.cumsum(np.asarray(plan.depths))[1:] * each + depth_K
-    above = None
-    if isinstance(written, RiskTarget):
-        above = float((table.deviation_NK[fresh_N][rows, exit_F] > written.max_deviation).mean())
     error_FK = table.error_NK[fresh_N]
     effect = ExitEffect(
         samples=len(exit_F),
@@ -310,7 +307,7 @@ def calibrate(
         deviation=float(table.largest_NK[fresh_N][rows, exit_F].mean()),
         error=float(np.nanmean(error_FK[rows, exit_F])),
         full_error=float(np.nanmean(error_FK[:, -1])),
-        above=above,
+        above=written.share_above(table.deviation_NK[fresh_N][rows, exit_F]),
     )
     return Calibration(
         checkpoint=checkpoint,

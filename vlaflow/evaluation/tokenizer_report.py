@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vlaflow.actions.base import Tokenizer
 from vlaflow.actions.bins import BinsFit, BinsTokenizer
 from vlaflow.actions.fast import FastFit, FastTokenizer
 from vlaflow.data import stats
@@ -20,7 +21,6 @@ from vlaflow.data.windows import action_chunks, split_episodes
 from vlaflow.errors import ConfigError, SpecError
 
 Fit = FastFit | BinsFit
-Fitted = FastTokenizer | BinsTokenizer
 SHOWN = 3
 """Number of tokenizers in the plot of the example chunk; more lines could not be distinguished."""
 CHUNKS = 4000
@@ -106,18 +106,7 @@ def material(dataset: Dataset, chunk_size: int, mode: Mode, validation_fraction:
     return Material(normalised(train), normalised(held), normaliser)
 
 
-def describe(tokenizer: Fitted) -> str:
-    """A name for tables: "FAST, scale 10, 256 ids" or "64 bins"."""
-    if isinstance(tokenizer, FastTokenizer):
-        return (
-            f"FAST, scale {tokenizer.scale:g}, {tokenizer.vocabulary - 1} ids"
-            if tokenizer.merges
-            else (f"coefficients, scale {tokenizer.scale:g}")
-        )
-    return f"{tokenizer.bins} bins"
-
-
-def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: int = 0) -> Quality:
+def quality(tokenizer: Tokenizer, chunks: Material, name: str | None = None, seed: int = 0) -> Quality:
     """Measure one tokenizer on the held-out chunks.
 
     Raises:
@@ -126,11 +115,11 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
     action_NLD = chunks.held[:: -(-len(chunks.held) // CHUNKS)]
     id_NS = tokenizer.encode(action_NLD)
     error_NLD = tokenizer.decode(id_NS).action_BLD - action_NLD
-    length_N = lengths(tokenizer, id_NS)
+    length_N = tokenizer.lengths(id_NS)
     numbers = action_NLD.shape[1] * action_NLD.shape[2]
     near, far = (disturbed(tokenizer, id_NS, np.random.default_rng(seed), near) for near in (True, False))
     return Quality(
-        name=name or describe(tokenizer),
+        name=name or tokenizer.description,
         vocabulary=tokenizer.vocabulary,
         slots=tokenizer.slots,
         tokens=float(length_N.mean()),
@@ -139,19 +128,12 @@ def quality(tokenizer: Fitted, chunks: Material, name: str | None = None, seed: 
         compression=32 * numbers / (float(length_N.mean()) * float(np.log2(tokenizer.vocabulary))),
         error=_rms(error_NLD),
         largest=float(np.abs(error_NLD).max()),
-        inexact=float(1 - tokenizer.exact(action_NLD).mean()) if isinstance(tokenizer, FastTokenizer) else 0.0,
+        inexact=float(1 - tokenizer.exact(action_NLD).mean()),
         neighbour=float(np.median(near.change_N)),
         random=float(np.median(far.change_N)),
         repaired=float(far.repaired_N.mean()),
         order=metric_rank(tokenizer, chunks, id_distance(tokenizer), seed),
     )
-
-
-def lengths(tokenizer: Fitted, id_NS: np.ndarray) -> np.ndarray:
-    """Number of tokens per chunk without end tokens, int64 (N,)."""
-    if isinstance(tokenizer, FastTokenizer):
-        return tokenizer.lengths(id_NS)
-    return np.full(len(id_NS), id_NS.shape[1])
 
 
 def standard_fits() -> tuple[Fit, ...]:
@@ -160,7 +142,7 @@ def standard_fits() -> tuple[Fit, ...]:
     return (*fast, FastFit(10.0, None), BinsFit(32), BinsFit(64), BinsFit(128), BinsFit(64, "quantile"))
 
 
-def fit(what: Fit, chunks: Material) -> Fitted:
+def fit(what: Fit, chunks: Material) -> FastTokenizer | BinsTokenizer:
     """Fit on the training chunks."""
     return what.fit(chunks.train)
 
@@ -170,14 +152,14 @@ def example_chunk(chunks: Material) -> np.ndarray:
     return chunks.held[int(chunks.held.std(1).sum(1).argmax())]
 
 
-def examples(tokenizers: Sequence[Fitted], chunks: Material, dimensions: Sequence[str]) -> TokenizerExamples:
+def examples(tokenizers: Sequence[Tokenizer], chunks: Material, dimensions: Sequence[str]) -> TokenizerExamples:
     """Lengths of sequences, and one chunk as reconstructed by a few tokenizers."""
     chunk_LD, shares = example_chunk(chunks), {}
-    for tokenizer in [t for t in tokenizers if isinstance(t, FastTokenizer)][:5]:
-        length_N = lengths(tokenizer, tokenizer.encode(chunks.held))
-        shares[describe(tokenizer)] = np.bincount(length_N) / len(length_N)
+    for tokenizer in [t for t in tokenizers if t.end is not None][:5]:
+        length_N = tokenizer.lengths(tokenizer.encode(chunks.held))
+        shares[tokenizer.description] = np.bincount(length_N) / len(length_N)
     chosen = tokenizers[:: -(-len(tokenizers) // SHOWN)]
-    decoded = {describe(t): t.decode(t.encode(chunk_LD[None])).action_BLD[0] for t in chosen}
+    decoded = {t.description: t.decode(t.encode(chunk_LD[None])).action_BLD[0] for t in chosen}
     return TokenizerExamples(shares, chunk_LD, decoded, tuple(dimensions))
 
 
@@ -197,7 +179,7 @@ class Disturbed:
     repaired_N: np.ndarray
 
 
-def disturbed(tokenizer: Fitted, id_NS: np.ndarray, rng: np.random.Generator, near: bool) -> Disturbed:
+def disturbed(tokenizer: Tokenizer, id_NS: np.ndarray, rng: np.random.Generator, near: bool) -> Disturbed:
     """Replace one token of every chunk by a neighbouring id, or by any other; end tokens are neither replaced nor inserted.
 
     Raises:
@@ -206,7 +188,7 @@ def disturbed(tokenizer: Fitted, id_NS: np.ndarray, rng: np.random.Generator, ne
     ids = tokenizer.vocabulary - (tokenizer.end is not None)
     if ids < 2:
         raise ConfigError("Tokens of a vocabulary of one cannot be replaced.")
-    length_N = lengths(tokenizer, id_NS)
+    length_N = tokenizer.lengths(id_NS)
     rows = np.flatnonzero(length_N > 0)
     place = (rng.uniform(size=len(rows)) * length_N[rows]).astype(int)
     before = id_NS[rows, place]
@@ -221,7 +203,7 @@ def disturbed(tokenizer: Fitted, id_NS: np.ndarray, rng: np.random.Generator, ne
     return Disturbed(before, after, change_N, made.repaired_B)
 
 
-def metric_rank(tokenizer: Fitted, chunks: Material, distance_VV: np.ndarray, seed: int = 0) -> float:
+def metric_rank(tokenizer: Tokenizer, chunks: Material, distance_VV: np.ndarray, seed: int = 0) -> float:
     """Whether a distance between ids reflects the change of actions: Spearman's rank correlation over random replacements.
 
     Args:
@@ -240,7 +222,7 @@ def metric_rank(tokenizer: Fitted, chunks: Material, distance_VV: np.ndarray, se
     return float(spearmanr(distance_VV[found.before_N, found.after_N], found.change_N).statistic)
 
 
-def id_distance(tokenizer: Fitted) -> np.ndarray:
+def id_distance(tokenizer: Tokenizer) -> np.ndarray:
     """|i − j|, (V, V)."""
     place = np.arange(tokenizer.vocabulary)
     return np.abs(place[:, None] - place)

@@ -12,6 +12,9 @@ H heads, G key/value heads, E head dimension, W width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +64,19 @@ class KeyValues:
         return KeyValues(self.key_CGPE[row_R], self.value_CGPE[row_R], mask_CP)
 
 
+_plain_on_cpu = ContextVar("plain_on_cpu", default=True)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """A context in which attention on a CPU computes as on a GPU, for measuring what that would need."""
+    before = _plain_on_cpu.set(False)
+    try:
+        yield
+    finally:
+        _plain_on_cpu.reset(before)
+
+
 def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None, mask_TS: Tensor | None = None) -> Tensor:
     """softmax(q·[k_cache, k_own]ᵀ/√E) [v_cache, v_own], for grouped-query heads and shared caches.
 
@@ -75,7 +91,8 @@ def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None
     """
     # When training on a CPU in bf16, the backward pass of the fused kernel takes five times as long as plain products; in
     # float32 the fused kernel is a fifth faster (AVX2) or equal (AVX512).
-    plain = torch.is_grad_enabled() and query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
+    on_cpu = query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
+    plain = _plain_on_cpu.get() and on_cpu and torch.is_grad_enabled()
     if kv_cache is None and not plain:
         return _fused(query_BHTE, own, mask_TS)
     b, h, t, e = query_BHTE.shape

@@ -27,6 +27,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
+from vlaflow.policies.dry_run import DryRun, acting, picturing, rating
 from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
 from vlaflow.policies.latent_pairs import Paired, action_normalizers, pairs_of
 from vlaflow.policies.mixing import (
@@ -81,6 +82,10 @@ class PolicyObjective(Objective):
             raise ConfigError(f"vqa is none, so {assets.vqa} would not be looked at; leave --vqa out.")
         if assets.base is not None and assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
+
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """See ``Objective``."""
+        return acting(self.policy, side)
 
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
@@ -216,6 +221,12 @@ class RaterObjective(Objective):
         if assets.tokenizer is not None:
             raise _keeps_its_tokenizer(assets.tokenizer)
 
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """See ``Objective``."""
+        if policy is None:
+            raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
+        return rating(policy, self.rater, side)
+
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
     ) -> EarlierStages:
@@ -290,6 +301,10 @@ class LatentObjective(Objective):
             if given is not None:
                 raise ConfigError(f"A latent action model learns from video alone; leave {flag} {given} out.")
 
+    def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
+        """See ``Objective``."""
+        return picturing(self.model)
+
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
     ) -> EarlierStages:
@@ -311,7 +326,15 @@ class LatentObjective(Objective):
         others = tuple(each.dataset.fingerprint for each in datasets[1:])
         dataset = datasets[0].dataset
         origin = Origin(
-            dataset.fingerprint, first.view, dataset.fps, self.gap_s, first.gap, config.validation_fraction, config.seed, others
+            dataset.fingerprint,
+            first.view,
+            dataset.fps,
+            self.gap_s,
+            first.gap,
+            config.validation_fraction,
+            config.seed,
+            others,
+            config.hold_out_tasks,
         )
         action = action_normalizers(self.model.action_dim, config, datasets)
         model = LatentActionModel.create(self.model, origin, config.seed)

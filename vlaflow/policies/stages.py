@@ -7,7 +7,7 @@ Shape letters: B batch, L chunk size (of a frame pair: frames between the two), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,10 @@ from torch.nn import functional
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.actions.nsvq import Replacement, perplexity
 from vlaflow.backbones.language import speaking
-from vlaflow.data.batch import Batch, VqaBatch
+from vlaflow.data.batch import Batch, LossName, VqaBatch
 from vlaflow.data.common import Normalizers
 from vlaflow.data.pairs import EARLIER, LATER
-from vlaflow.data.source import Ready, Source
+from vlaflow.data.source import Prepare, Ready, Source
 from vlaflow.decoders.base import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
@@ -30,7 +30,7 @@ from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.processor import Prepared, PreparedAnswers
-from vlaflow.stacks.expert import ExpertStack
+from vlaflow.stacks.base import stacks_of
 
 
 class Stage(Protocol):
@@ -100,8 +100,8 @@ class PolicyStage:
     @property
     def uneven(self) -> bool:
         """With an expert nothing reads the last layer's output; with a random exit nothing the layers beyond it."""
-        exits, parts = self.policy.config.exits, self.policy.model.decoder.modules()
-        return any(isinstance(part, ExpertStack) for part in parts) or (exits is not None and exits.choose == "random")
+        exits, stacks = self.policy.config.exits, stacks_of(self.policy.model.decoder)
+        return any(stack.own_layers for stack in stacks) or (exits is not None and exits.choose == "random")
 
     def prepare(self, batch: Batch) -> Prepared:
         """See ``Policy.prepare``."""
@@ -123,6 +123,27 @@ class PolicyStage:
         replace(self.policy, card=card or self.policy.card).save_pretrained(folder, weights)
 
 
+TurnLoss = Callable[[Any, Generator, Generator], LossTerms]
+"""``Stage.loss`` of one kind of batch."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A batch of actions or of questions, with the loss that it is prepared for.
+
+    Args:
+        ready: what the loss takes.
+        loss: of this kind of batch.
+    """
+
+    ready: Ready
+    loss: TurnLoss
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Turn:
+        """The same on another device."""
+        return replace(self, ready=self.ready.to(device, non_blocking=non_blocking))
+
+
 class AnsweringStage:
     """Another stage, which also learns from questions: they train the backbone's language model and nothing else.
 
@@ -138,6 +159,10 @@ class AnsweringStage:
     def __init__(self, stage: Stage, policy: Policy, weight: float) -> None:
         speaking(policy.model.backbone)
         self.stage, self.policy, self.weight = stage, policy, weight
+        self._learned: dict[LossName, tuple[Prepare, TurnLoss]] = {
+            Batch.loss_name: (stage.prepare, stage.loss),
+            VqaBatch.loss_name: (policy.prepare_answers, self._answer_loss),
+        }
 
     @property
     def module(self) -> nn.Module:
@@ -153,16 +178,16 @@ class AnsweringStage:
         """What the other stage does."""
         self.stage.after_step(step, shared)
 
-    def prepare(self, batch: Batch | VqaBatch) -> Ready:
+    def prepare(self, batch: Batch | VqaBatch) -> Turn:
         """Questions for the language model, anything else for the other stage."""
-        if isinstance(batch, VqaBatch):
-            return self.policy.prepare_answers(batch)
-        return self.stage.prepare(batch)
+        prepare, loss = self._learned[batch.loss_name]
+        return Turn(prepare(batch), loss)
 
-    def loss(self, batch: Any, generator: Generator, shared: Generator) -> LossTerms:
+    def loss(self, batch: Turn, generator: Generator, shared: Generator) -> LossTerms:
         """The language-model loss of questions, the other stage's loss of anything else; never both."""
-        if not isinstance(batch, PreparedAnswers):
-            return self.stage.loss(batch, generator, shared)
+        return batch.loss(batch.ready, generator, shared)
+
+    def _answer_loss(self, batch: PreparedAnswers, generator: Generator, shared: Generator) -> LossTerms:
         loss = self.policy.answer_loss(batch)
         return LossTerms(self.weight * loss, {"answer": loss.detach()})
 

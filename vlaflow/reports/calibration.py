@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlaflow.compute.calibration import Calibration, ShareTarget
+from vlaflow.compute.calibration import Calibration
 from vlaflow.compute.thresholds import ExitMeasurements, exit_shares, filtered_quantiles, taken
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, SERIES, WIDTH, figure
@@ -78,8 +78,7 @@ def shares(made: Calibration) -> str:
     places = np.arange(len(made.plan.exits))
     with figure(WIDTH, 2.2) as (_, axis, done):
         axis.bar(places, [100 * s for s in made.effect.shares], 0.6, color=SERIES[0], label="measured")
-        if isinstance(made.target, ShareTarget):
-            target = [100 * s for s in made.target.shares]
+        if target := [100 * s for s in made.target.shares]:
             axis.plot(places, target, "D", color=SERIES[1], ms=6, label="target", clip_on=False)
         axis.set_xticks(places, [f"{depth}" for depth in made.plan.exits])
         axis.set(xlabel="depth", ylabel="% of the chunks", ylim=(0, 100))

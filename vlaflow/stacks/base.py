@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ class Stack(nn.Module, ABC):
     """Reads the prefix's keys and values layer by layer; the prefix never sees the suffix."""
 
     width: int
+    own_layers: ClassVar[bool] = False
+    """Whether it runs layers of its own instead of the backbone's, so that nothing reads the backbone's last output."""
 
     @property
     def blocks(self) -> Mapping[nn.Module, str]:
@@ -36,6 +39,11 @@ class Stack(nn.Module, ABC):
     def forward(self, suffix_BTW: Tensor, prefix: Prefix) -> Tensor:
         """Suffix hidden states after all layers that the prefix has run, with the final norm."""
         return self.exits(suffix_BTW, prefix, (prefix.depth,))[0]
+
+
+def stacks_of(module: nn.Module) -> list[Stack]:
+    """All stacks in a module."""
+    return [part for part in module.modules() if isinstance(part, Stack)]
 
 
 def blocks_of(module: nn.Module) -> dict[nn.Module, str]:

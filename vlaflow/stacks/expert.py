@@ -64,6 +64,8 @@ class ExpertStack(Stack):
         ConfigError: when the heads do not fit the backbone's keys and values.
     """
 
+    own_layers = True
+
     def __init__(self, config: ExpertConfig, spec: BackboneSpec, tokens: int, time_token: bool = False) -> None:
         super().__init__()
         self.config, block = config, config.block

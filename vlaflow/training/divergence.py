@@ -11,7 +11,8 @@ from statistics import median
 from types import FrameType, TracebackType
 from typing import Any
 
-from vlaflow.data.batch import Batch, VqaBatch
+from vlaflow.data.batch import SampleGroup
+from vlaflow.data.source import Sample
 from vlaflow.errors import VlaflowError
 
 
@@ -44,28 +45,17 @@ class Divergence:
         return None
 
 
-def samples_sentence(batches: Iterable[Batch | VqaBatch], most: int = 64) -> str:
-    """The episodes and frames of a step's samples, "episode 3 frames 12, 40; episode 7 frame 5", or its questions."""
-    frames: dict[tuple[str, int], list[int]] = {}
-    questions: list[str] = []
-    count = 0
-    for batch in batches:
-        if isinstance(batch, VqaBatch):
-            questions += batch.names
-            continue
-        sources = batch.sources or [""] * len(batch.episode_B)
-        for source, episode, frame in zip(sources, batch.episode_B.tolist(), batch.frame_B.tolist(), strict=True):
-            count += 1
-            if count <= most:
-                frames.setdefault((source, episode), []).append(frame)
-    named = [
-        f"{source and f'{source} '}episode {episode} frame{'s' if len(at) > 1 else ''} {', '.join(map(str, sorted(at)))}"
-        for (source, episode), at in sorted(frames.items())
+def samples_sentence(batches: Iterable[Sample], most: int = 64) -> str:
+    """A step's samples: "episode 3 frames 12, 40; episode 7 frame 5", or the names of its questions."""
+    names = [named for batch in batches for named in batch.sample_names()]
+    groups: dict[SampleGroup, list[Any]] = {}
+    for group, name in names[:most]:
+        groups.setdefault(group, []).append(name)
+    listed = [
+        f"{group.heading}{'s' * (len(group_names) > 1)} {', '.join(map(str, sorted(group_names)))}"
+        for group, group_names in sorted(groups.items())
     ]
-    if questions:
-        named.append(f"questions {', '.join(questions[:most])}")
-        count += len(questions)
-    return "; ".join(named) + (f"; and {count - most} more" if count > most else "")
+    return "; ".join(listed) + (f"; and {len(names) - most} more" if len(names) > most else "")
 
 
 class Interrupt:

@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
-from vlaflow.data.batch import VqaBatch
+from vlaflow.data.batch import LossName
 from vlaflow.data.mixture import Order
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.errors import CapabilityError, ConfigError
@@ -94,7 +94,7 @@ class Trainer:
         self._validation_sources = {"": (validation, 1.0)} if validation is not None else dict(validation_each or {})
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
-        self._divergence, self._answer_divergence = Divergence(config.optim.warmup_steps), Divergence(config.optim.warmup_steps)
+        self._divergence = {name: Divergence(config.optim.warmup_steps) for name in get_args(LossName)}
         self.step, self._seconds, self._saved = 0, 0.0, -1
         self._validation: float | None = None
 
@@ -239,9 +239,8 @@ class Trainer:
         gradient = sharding.number(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
         mean_loss, *mean_terms = self.team.sum(torch.stack([loss, *named.values()])).tolist()
         stopped = max(self.team.gather(noted or 0))
-        on_questions = isinstance(parts[0].batch, VqaBatch)
-        divergence = self._answer_divergence if on_questions else self._divergence
-        if complaint := divergence.complaint(self.step, mean_loss, gradient):
+        loss_name = parts[0].batch.loss_name
+        if complaint := self._divergence[loss_name].complaint(self.step, mean_loss, gradient):
             raise DivergedError(self._diverged(complaint, parts))
         self._optimizer.step()
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
@@ -250,7 +249,7 @@ class Trainer:
         samples = sum(len(part.batch.observation) for part in parts) * self.team.world
         return (
             {
-                "answer_loss" if on_questions else "loss": mean_loss,
+                loss_name: mean_loss,
                 "parts": dict(zip(named, mean_terms, strict=True)),
                 "rate": c.optim.learning_rate * share_of_peak,
                 "gradient": gradient,
@@ -267,10 +266,10 @@ class Trainer:
         return [own / count for own in counts] if count else [1 / number] * len(counts)
 
     def _diverged(self, complaint: str, parts: list[StepPart]) -> str:
-        look = "Look at them" if isinstance(parts[0].batch, VqaBatch) else "Look at them (vlaflow data show)"
+        samples, advice = samples_sentence(part.batch for part in parts), parts[0].batch.advice
         return (
-            f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: "
-            f"{samples_sentence(p.batch for p in parts)}. {look}, or lower optim.learning_rate. {self._untouched()}"
+            f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: {samples}. {advice}, or lower "
+            f"optim.learning_rate. {self._untouched()}"
         )
 
     def _unsound(self, what: str) -> DivergedError:
@@ -354,8 +353,8 @@ class Trainer:
             "step": self.step,
             "seconds": self._seconds,
             "validation": self._validation,
-            "losses": list(self._divergence.losses),
-            "answer_losses": list(self._answer_divergence.losses),
+            "losses": list(self._divergence["loss"].losses),
+            "answer_losses": list(self._divergence["answer_loss"].losses),
             "processes": self.team.world,
             "writers": writers,
             "parts": self._parts,
@@ -385,8 +384,8 @@ class Trainer:
             checkpoint.restore(found[1], state, self.stage.module, self._moments, self._ema, frozen=self._frozen)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
-        self._divergence.losses.extend(state["losses"])
-        self._answer_divergence.losses.extend(state.get("answer_losses", ()))
+        self._divergence["loss"].losses.extend(state["losses"])
+        self._divergence["answer_loss"].losses.extend(state.get("answer_losses", ()))
         return state["parts"]
 
     def _require_same_step(self, step: int) -> None:
@@ -404,7 +403,7 @@ class Trainer:
         return max(self.team.gather(noted or 0)) or None
 
     def _outcome(self, signal: int | None) -> Outcome:
-        losses = list(self._divergence.losses)[-100:]
+        losses = list(self._divergence["loss"].losses)[-100:]
         mean = sum(losses) / len(losses) if losses else None
         return Outcome(self.step, self.config.steps, mean, self._validation, self._seconds, signal)
 

@@ -40,33 +40,29 @@ def full_latent() -> LatentConfig:
 
 def tiny(data: DataSpec) -> PolicyConfig:
     """A policy that learns from scratch on a laptop CPU: chunks of 16, 8 executed, an expert that reads eight latent tokens."""
-    block = BlockConfig(width=128, heads=4, kv_heads=4, head_dim=32, ffn=128)
-    return PolicyConfig(
-        system="iflybot",
-        backbone=wordy_backbone(data),
-        decoder=LatentFlowConfig(
-            FlowConfig(
-                data.action_dim,
-                masks="synchronous",
-                noise_samples=1,
-                expert=ExpertConfig(block, projected=True),
-                time_token=True,
-                head_layers=2,
-            ),
-            LatentTokensConfig(),
-            AutoregressiveConfig(data.action_dim, FAST),
-        ),
-    )
+    return PolicyConfig(system="iflybot", backbone=wordy_backbone(data), decoder=_decoder(data, heads=4))
 
 
 def small(data: DataSpec) -> PolicyConfig:
     """A policy for LIBERO: the same on the larger backbone, with room for the tokens of 16 actions of seven numbers."""
-    block = BlockConfig(width=192, heads=6, kv_heads=6, head_dim=32, ffn=192)
-    policy = tiny(data)
-    decoder = policy.decoder
-    assert isinstance(decoder, LatentFlowConfig)
-    flow = replace(decoder.flow, expert=ExpertConfig(block, projected=True))
-    return libero_small.small(replace(policy, decoder=replace(decoder, flow=flow)), data, suffix=160)
+    return libero_small.small(replace(tiny(data), decoder=_decoder(data, heads=6)), data, suffix=160)
+
+
+def _decoder(data: DataSpec, heads: int) -> LatentFlowConfig:
+    """Of the small policies: an expert with so many heads of 32."""
+    block = BlockConfig(width=32 * heads, heads=heads, kv_heads=heads, head_dim=32, ffn=32 * heads)
+    return LatentFlowConfig(
+        FlowConfig(
+            data.action_dim,
+            masks="synchronous",
+            noise_samples=1,
+            expert=ExpertConfig(block, projected=True),
+            time_token=True,
+            head_layers=2,
+        ),
+        LatentTokensConfig(),
+        AutoregressiveConfig(data.action_dim, FAST),
+    )
 
 
 def qwen3b(

@@ -1,0 +1,41 @@
+"""What is compiled computes what it was compiled from. Compiling takes a minute, so these run only where they are asked for."""
+
+import importlib.util
+import os
+import shutil
+
+import pytest
+import torch
+
+from tests import helpers
+from vlaflow.compute.dense import Dense
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.engine import store
+from vlaflow.engine.fold import folded, in_bfloat16
+from vlaflow.engine.plan import needed
+
+WITHOUT = {
+    "aoti": shutil.which(os.environ.get("CXX", "g++")) is None and "there is no C++ compiler",
+    "openvino": importlib.util.find_spec("openvino") is None and "openvino is not installed",
+}
+TOLERANCE = {"f32": 1e-5, "bf16": 0.1}
+"""Of hidden states and velocities, which are of the order of 1."""
+
+
+@pytest.mark.skipif("VLAFLOW_TEST_COMPILE" not in os.environ, reason="takes a minute; set VLAFLOW_TEST_COMPILE=1")
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("compiler", WITHOUT)
+def test_a_compiled_program_computes_what_its_module_does(tmp_path, compiler, precision):
+    if WITHOUT[compiler]:
+        pytest.skip(WITHOUT[compiler])
+    policy = helpers.policy()
+    network = folded(policy.model)
+    if (compiler, precision) == ("aoti", "bf16"):
+        network = in_bfloat16(network)
+    inputs = policy.processor(ObservationBatch.collate([helpers.observation()]))
+    program = needed(network, [inputs], Dense().passes(2))[-1]
+    store.build(program, tmp_path, compiler, precision, tuned=False)
+    run = store.opener(compiler, precision)(store.file_of(tmp_path, str(program.key), compiler))
+    with torch.inference_mode():
+        for expected, found in zip(program.module(*program.examples), run(program.examples), strict=True):
+            assert (expected - found).abs().max() < TOLERANCE[precision]

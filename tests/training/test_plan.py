@@ -1,0 +1,180 @@
+"""What ``vlaflow plan`` says is what torch allocates, what the cost model counts, and what the recipes' docstrings claim."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.cost_model.shapes import PolicyShape
+from benchmarks.cost_model.shapes_of import Grid, flow_decoder, qwen_backbone
+from tests import helpers
+from tests.training.small import tiny_config
+from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
+from vlaflow.cli.main import main
+from vlaflow.cli.plan import answer
+from vlaflow.nn.block import BlockConfig
+from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup
+from vlaflow.stacks.expert import ExpertConfig
+from vlaflow.training import estimate as module
+from vlaflow.training.estimate import Estimate, Machine, TrainingData, estimate, needs
+from vlaflow.training.memory import Counts, StepCost, copies, count, measure, sharded
+from vlaflow.training.moments import Masters
+from vlaflow.training.optim import build_optimizer
+from vlaflow.training.recipes import find_recipe, list_recipes
+
+LIBERO = TrainingData()
+EXPERT = ExpertConfig(BlockConfig(32, 2, 2, 16, 64))
+BATCH = 64
+
+
+def objective(expert):
+    return PolicyObjective(helpers.policy_config(expert=EXPERT if expert else None))
+
+
+def allocated(step):
+    """The most bytes that torch holds at once while a function runs, beyond what it held before."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    now = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(("expert", "bf16"), [(False, False), (True, False), (False, True)])
+def test_memory_is_within_a_tenth_of_what_torch_allocates(expert, bf16):
+    """Of a step in two parts, whose gradients are held while the second part's activations are kept; and of AdamW's moments."""
+    learned = objective(expert)
+    config = tiny_config(objective=learned)
+
+    def build():
+        return learned.dry_run(None, 16)
+
+    counts, needed = count(build, config), measure(build, config, BATCH, bf16=bf16)
+    run = build()
+    run.networks.train()
+    memory = copies(counts, 1, averaged=True, activations=needed.activations)
+
+    def parts():
+        run.networks.zero_grad(set_to_none=True)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                total = run.loss(BATCH, run.depth)
+            torch.autograd.backward(total)
+
+    assert memory.gradients + memory.activations == pytest.approx(allocated(parts), rel=0.1)
+    optimizer = build_optimizer(run.networks, config.optim, Masters(run.networks))
+    optimizer.step()
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    unused = sum(p.nbytes for p in run.networks.parameters() if p.grad is None)  # of the last layer that an expert reads
+    assert memory.optimizer == pytest.approx(moments + 2 * unused, rel=0.1)
+    assert memory.weights == sum(p.nbytes for p in run.networks.state_dict().values())
+
+
+def test_parameters_are_those_of_the_cost_model():
+    config = find_recipe("asyncvla.libero").config(LIBERO.spec)
+    backbone = qwen_backbone(qwen2_5_vl_3b(), Grid(9, 2), 52)
+    shape = PolicyShape(backbone, flow_decoder(config.objective.policy.decoder, backbone.spec))
+    assert count(lambda: config.objective.dry_run(None, 256), config).parameters == shape.parameters
+
+
+BASES = {"asyncvla.rater3b": "asyncvla.libero", "iflybot.fine3b": "iflybot.joint3b"}
+LARGE = [name for name, recipe in list_recipes().items() if "accelerate launch" in (recipe.call.__doc__ or "")]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_states_what_it_needs(name):
+    policy = find_recipe(BASES[name]).config(LIBERO.spec).objective.policy if name in BASES else None
+    recipe = find_recipe(name)
+    said = " ".join((recipe.call.__doc__ or "").split())
+    assert needs(recipe.config(LIBERO.spec, policy), LIBERO, policy) in said
+
+
+COUNTS = Counts(
+    parameters=1000,
+    trained=800,
+    weight_bytes=4000,
+    gradient_bytes=3200,
+    optimizer_bytes=6400,
+    root=200,
+    root_trained=200,
+    largest=50,
+    matrices=700,
+    root_matrices=100,
+)
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_shards_add_up_to_one_copy(gpus):
+    whole, share = copies(COUNTS, gpus, averaged=True), sharded(COUNTS, gpus, averaged=True, bf16=True)
+    for part in ("weights", "gradients", "optimizer", "average"):
+        assert getattr(share, part) * gpus == getattr(whole, part)
+    assert share.buckets == 4 * (200 + 200) + 2 * 2 * 50 + 2 * 4 * 50
+    assert copies(COUNTS, 1, averaged=True).buckets == 0
+
+
+def test_networks_without_layers_are_copied():
+    plain = replace(COUNTS, largest=0)
+    assert sharded(plain, 8, averaged=False, bf16=True) == copies(plain, 8, averaged=False)
+
+
+def test_frozen_weights_need_neither_gradients_nor_moments():
+    optim = OptimConfig(groups=(ParameterGroup("backbone.", frozen=True),))
+    counts = count(lambda: objective(False).dry_run(None, 16), tiny_config(optim=optim))
+    decoder = sum(p.numel() for p in objective(False).dry_run(None, 16).networks.decoder.parameters())
+    assert counts.trained == decoder < counts.parameters
+    assert copies(counts, 2, averaged=False).optimizer == 8 * decoder
+
+
+def planned(gib, activations=1000.0):
+    config = tiny_config(global_batch_size=64)
+    machine = Machine(2, gib / 2**30 + 2)
+    return Estimate(config, COUNTS, StepCost(activations, 1e12), 32, machine, LIBERO)
+
+
+def test_what_would_fit_has_the_fewest_gpus_and_the_largest_parts():
+    """Copies of two GPUs take 4000 + 5 · 3200 bytes besides activations, shards of two about half."""
+    assert not planned(1000).fitting()
+    roomy = planned(30_000).fitting()
+    assert (roomy.shard, roomy.gpus, roomy.part) == (False, 2, 32)
+    tight = planned(14_000).fitting()
+    assert (tight.shard, tight.gpus, tight.part) == (True, 2, 32)
+    smaller = planned(30_000, activations=25_000.0).fitting()
+    assert (smaller.gpus, smaller.part) == (2, 16)
+    more = planned(8_000).fitting()
+    assert (more.shard, more.gpus) == (True, 4)
+
+
+def test_epochs_and_hours_follow_from_the_recipe():
+    config = tiny_config(global_batch_size=64, steps=100)
+    machine, data = Machine(4, tflops=1.0), TrainingData(DataSpec(3, 2, ("front",)), 6400, 10)
+    found = Estimate(replace(config, validation_fraction=0.5), COUNTS, StepCost(0.0, 1e12), 16, machine, data)
+    assert found.epochs == 2
+    assert found.cache == 6400 * 300
+    assert found.hours == pytest.approx(100 * 4 / (4 * 0.4) / 3600)
+
+
+def test_the_command_plans_every_stage_and_says_what_fits(capsys):
+    """The demo on one GPU."""
+    assert main(["plan", "asyncvla.demo", "--gpus", "1", "--memory", "8", "--set", "ema_decay=none"]) == 0
+    said = capsys.readouterr().out
+    assert "parameters" in said
+    assert "average" not in said
+    assert "Fits: 1 GPU (" in said
+    assert "Nothing that was tried fits" in answer(planned(1000), "")
+    assert answer(planned(8_000), "").startswith("Fits: 4 GPUs, --shard (")
+    assert "--set accumulate=4" in answer(planned(30_000, activations=25_000.0), "")
+    assert main(["plan", "asyncvla.rater"]) == 2
+    assert "name its checkpoint with --policy" in capsys.readouterr().err
+
+
+def test_an_estimate_splits_the_batch_over_the_gpus(monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda build, config, part, *, bf16: StepCost(part, part))
+    config = tiny_config(objective=objective(False), global_batch_size=8, accumulate=2)
+    assert estimate(config, Machine(1), TrainingData(DataSpec(4, 4, ("image",)), 100, 16)).part == 4
+    assert estimate(config, Machine(4), TrainingData(DataSpec(4, 4, ("image",)), 100, 16)).part == 2

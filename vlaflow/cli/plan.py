@@ -1,0 +1,169 @@
+"""``vlaflow plan``: what a recipe needs, before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vlaflow.errors import ConfigError
+from vlaflow.training.recipes import Recipe, find_recipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vlaflow.policies.base import PolicyConfig
+    from vlaflow.training.estimate import Estimate, TrainingData
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Say what a recipe needs: parameters, memory per GPU by part, steps and epochs, cache and hours; and what would fit.
+
+    Example: vlaflow plan asyncvla.libero --gpus 8 --memory 80
+
+    No weights are read or allocated. Nothing is trained.
+
+    Args:
+        recipe: which system and stage, as in vlaflow train.
+        dataset: plan for this data set; for one of LIBERO's shape by default.
+        policy: checkpoint to continue, for recipes of raters and of later stages; only its config is read.
+        gpus: number of GPUs.
+        memory: GiB of each GPU.
+        tflops: peak of each GPU in bfloat16, dense, in 10¹² operations a second.
+        hours: say how many GPUs finish within this time.
+        set: change a value of the recipe, e.g. --set accumulate=32; may be repeated.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    dataset: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
+    gpus: int = 8
+    memory: float = 80.0
+    tflops: float = 989.0
+    hours: float | None = None
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+
+
+def main(argv: list[str]) -> int:
+    """Run ``vlaflow plan ...``; returns the exit status: 1 where nothing that was tried fits."""
+    given = tyro.cli(PlanArguments, prog="vlaflow plan", args=argv)
+    if given.gpus < 1 or given.memory <= 0 or given.tflops <= 0 or (given.hours is not None and given.hours <= 0):
+        raise ConfigError("--gpus is at least 1; --memory, --tflops and --hours are positive.")
+    recipe = find_recipe(given.recipe)
+
+    from rich.console import Console
+
+    from vlaflow.cli.train import pair
+    from vlaflow.config import override
+    from vlaflow.training.estimate import Machine, estimate
+
+    data = shape_of(given.dataset)
+    machine, console = Machine(given.gpus, given.memory, given.tflops), Console()
+    fits = True
+    for stage, policy in stages(recipe, data, given.policy):
+        config = override(stage.config(data.spec, policy), dict(pair(text) for text in given.set))
+        found = estimate(config, machine, data, policy)
+        fits = fits and found.fitting() is not None
+        console.print(shown(stage.name, found, given.hours))
+    return 0 if fits else 1
+
+
+def shape_of(dataset: Path | None) -> TrainingData:
+    """The shape of a data set on disk, or LIBERO's."""
+    from vlaflow.data.lerobot import Dataset
+    from vlaflow.policies.recipe import DataSpec
+    from vlaflow.training.estimate import TrainingData
+
+    if dataset is None:
+        return TrainingData()
+    found = Dataset.open(dataset, video=True)
+    side = max(max(found.image_size(view)) for view in found.views)
+    return TrainingData(DataSpec.of(dataset), len(found), side)
+
+
+def stages(recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> list[tuple[Recipe, PolicyConfig | None]]:
+    """A recipe's stages, each with the policy that it continues.
+
+    Raises:
+        ConfigError: it continues a policy, and none is named.
+    """
+    from vlaflow.policies.objectives import PolicyObjective
+
+    policy = None if checkpoint is None else read_config(checkpoint)
+    if recipe.continues and policy is None:
+        raise ConfigError(f"'{recipe.name}' continues a trained policy; name its checkpoint with --policy.")
+    if not recipe.several:
+        return [(recipe, policy)]
+    found: list[tuple[Recipe, PolicyConfig | None]] = []
+    for function in recipe.call().stages:
+        stage = find_recipe(f"{recipe.system}.{function.__name__}")
+        found.append((stage, policy))
+        objective = stage.config(data.spec, policy).objective
+        policy = objective.policy if isinstance(objective, PolicyObjective) else policy
+    return found
+
+
+def read_config(checkpoint: Path) -> PolicyConfig:
+    """The config of a checkpoint; its weights are not read."""
+    from vlaflow.config import from_json
+    from vlaflow.io import read_json
+    from vlaflow.policies.base import PolicyConfig
+    from vlaflow.policies.checkpoint import local_folder
+
+    file = local_folder(checkpoint) / "config.json"
+    data = read_json(file)
+    data.pop("vlaflow", None)
+    return from_json(PolicyConfig, data, str(file))
+
+
+def shown(name: str, found: Estimate, hours: float | None) -> RenderableType:
+    """Everything in words and one table."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    from vlaflow.training.estimate import GIB, OVERHEAD, UTILISATION
+
+    c, machine = found.config, found.machine
+    grid = Table(
+        "GiB per GPU", *(_named(each.shard) for each in found.layouts), box=box.SIMPLE, padding=0, title_justify="left"
+    )
+    for kind in ("weights", "gradients", "optimizer", "average", "buckets", "activations", "total"):
+        values = [getattr(each.memory, kind) for each in found.layouts]
+        if any(values):
+            grid.add_row(kind, *(f"{value / GIB:.1f}" for value in values))
+    grid.add_row("fits?", *("yes" if each.fits(machine.memory) else "no" for each in found.layouts))
+    counts, part = found.counts, found.part
+    split = f"{machine.gpus} GPU(s) x {c.global_batch_size // machine.gpus // part} part(s) x {part}"
+    lines = [
+        f"{name}: {counts.parameters:,} parameters, {counts.trained:,} trained.",
+        f"{c.steps:,} steps of {c.global_batch_size} observations ({split}), {found.epochs:.1f} epochs of "
+        f"{found.data.frames:,} frames; frame cache up to {found.cache / GIB:.1f} GiB.",
+    ]
+    speed = f"{100 * UTILISATION:.0f} % of {machine.tflops:g} TFLOP/s per GPU"
+    after = [f"About {found.hours:.1f} hours at {speed}."]
+    if hours is not None:
+        after[0] += f" For {hours:g} hours: {max(-(-found.hours * machine.gpus // hours), 1):.0f} GPUs."
+    after.append(answer(found, f"{OVERHEAD / GIB:.0f} GiB of {machine.memory:g} are left for the CUDA context."))
+    return Group(*lines, grid, *after)
+
+
+def _named(shard: bool) -> str:
+    return "shared (--shard)" if shard else "copies (DDP)"
+
+
+def answer(found: Estimate, kept: str) -> str:
+    """What fits, in a sentence, followed by another."""
+    layout = found.fitting()
+    if layout is None:
+        return f"Nothing that was tried fits; take a smaller network, freeze parts of it, or take larger GPUs. {kept}"
+    parts = found.config.global_batch_size // layout.part
+    changed = [
+        f"{layout.gpus} GPUs" if layout.gpus > 1 else "1 GPU",
+        *(["--shard"] if layout.shard else []),
+        *([f"--set accumulate={parts}"] if parts != found.config.parts(layout.gpus) else []),
+    ]
+    return f"Fits: {', '.join(changed)} ({layout.memory.total / 2**30:.1f} GiB). {kept}"

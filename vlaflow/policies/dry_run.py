@@ -1,0 +1,118 @@
+"""A training stage's networks and loss without data and weights: what ``vlaflow plan`` counts and measures.
+
+Everything here is called where torch makes tensors without memory, on the meta device or as fake tensors, so that a network of
+any size is counted on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
+from vlaflow.decoders.base import Targets
+from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
+from vlaflow.decoders.model import Model
+from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.tokens import TokenDecoder
+from vlaflow.policies.base import PolicyConfig
+
+CHUNKS = 256
+"""Random chunks that an action tokenizer is fitted on, where none was given."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a training step holds and computes.
+
+    Args:
+        networks: everything that is held.
+        trained: the part that trains.
+        depth: layers of the backbone; 1 where there is none.
+        loss: of so many observations, through so many of these layers.
+        unseen: numbers that the loss leaves out and a real step keeps for its backward pass, for so many observations.
+    """
+
+    networks: nn.Module
+    trained: nn.Module
+    depth: int
+    loss: Callable[[int, int], Tensor]
+    unseen: Callable[[int], int]
+
+
+def acting(config: PolicyConfig, side: int) -> DryRun:
+    """Backbone and decoder learn to act.
+
+    Args:
+        config: the assembly; a source is replaced by its architecture, and an action tokenizer fitted on noise.
+        side: of the pictures in pixels.
+    """
+    model = _without_weights(config).build()
+    _forget_values(model)
+    exits = None
+    if config.exits is not None and config.exits.choose == "all":  # of random exits the deepest needs the most
+        exits = config.exits.depths
+
+    def loss(batch: int, depth: int) -> Tensor:
+        decoder, codes = config.decoder, config.decoder.latent_codes
+        targets = Targets(
+            torch.zeros(batch, decoder.chunk_size, decoder.action_dim),
+            torch.ones(batch, decoder.chunk_size, dtype=torch.bool),
+            torch.zeros(batch, codes.codes, dtype=torch.long) if codes else None,
+        )
+        prefix = model.read(model.backbone.blank(batch, side), depth)
+        reached = None if exits is None else [exit for exit in exits if exit <= depth]
+        return model.decoder.loss(prefix, targets, Generator(), reached or None).total
+
+    return DryRun(model, model, model.backbone.spec.depth, loss, lambda batch: model.backbone.vision_numbers(batch, side))
+
+
+def rating(config: PolicyConfig, rater: RaterConfig, side: int) -> DryRun:
+    """A rater learns on a frozen policy, whose layers keep nothing for the backward pass."""
+    model = _without_weights(replace(config, rater=rater)).build()
+    network = model.rater
+    assert network is not None
+
+    def loss(batch: int, depth: int) -> Tensor:
+        with torch.no_grad():
+            prefix = model.read(model.backbone.blank(batch, side), depth)
+        return network(prefix, torch.zeros(batch, config.decoder.chunk_size, config.decoder.action_dim)).square().mean()
+
+    return DryRun(model, network, model.backbone.spec.depth, loss, lambda batch: 0)
+
+
+def picturing(config: LatentConfig) -> DryRun:
+    """A latent action model learns from pairs of frames."""
+    model = LatentActionModel(config, Origin("", "", 1.0, 1.0, 1, 0.0, 0))
+
+    def loss(batch: int, depth: int) -> Tensor:
+        frame_BHW3 = torch.zeros(batch, config.image_size, config.image_size, 3, dtype=torch.uint8)
+        return model(frame_BHW3, frame_BHW3, Generator()).later_BHW3.square().mean()
+
+    return DryRun(model, model, 1, loss, lambda batch: 0)
+
+
+def _forget_values(model: Model) -> None:
+    """Replace what decoders of tokens compute from values, which are not there, by zeros of the same shape."""
+    for part in model.modules():
+        if isinstance(part, TokenDecoder):
+            part.tokenize = partial(_no_ids, part.slots)  # type: ignore[method-assign]
+        if isinstance(part, DiscreteFlowDecoder):
+            part.distance = partial(torch.zeros, part.vocabulary, part.vocabulary)  # type: ignore[method-assign]
+
+
+def _no_ids(slots: int, action_BLD: Tensor) -> Tensor:
+    return torch.zeros(len(action_BLD), slots, dtype=torch.long)
+
+
+def _without_weights(config: PolicyConfig) -> PolicyConfig:
+    decoder = config.decoder
+    if decoder.unfitted:
+        noise_NLD = np.random.default_rng(0).standard_normal((CHUNKS, decoder.chunk_size, decoder.action_dim), np.float32)
+        decoder = decoder.fitted(noise_NLD)
+    return replace(config, backbone=config.backbone.unread(), decoder=decoder)
