@@ -106,7 +106,7 @@ def _heads() -> tuple[tuple[int, int, int], ...]:
 
 _HEADS = _heads()
 _EXTENSIONS = frozenset((*range(0xC7, 0xCA), *range(0xD4, 0xD9)))
-"""First bytes of extension types. msgpack decodes one of them as a time without being asked, so they are refused here."""
+"""First bytes of extension types. msgpack decodes one of them as a timestamp by default, so they are refused here."""
 
 
 def _survey(data: bytes) -> None:
