@@ -141,7 +141,7 @@ def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, Featur
 
 
 def common_side(policy: PolicyConfig, datasets: Sequence[Dataset]) -> int | None:
-    """Side to which the images of several data sets are brought where the backbone takes any size and they are not all equal."""
+    """Side that images of several data sets are brought to, where the backbone takes any size and theirs differ."""
     sizes = {dataset.image_size(view) for dataset in datasets for view in policy.backbone.views if view in dataset.views}
     if len(datasets) == 1 or len(sizes) <= 1:
         return None
