@@ -75,7 +75,7 @@ def status(outcome: Outcome) -> int:
 
 
 def run(argv: list[str]) -> Outcome:
-    """Train by recipe, as the arguments say, and print what came of it."""
+    """Train by recipe, as the arguments say, and print the outcome."""
     given = parse_arguments(TrainArguments, "vlaflow train", argv, description=_description())
     overrides = dict(pair(text) for text in given.set)
     for key, value in (
