@@ -54,6 +54,7 @@ CASES = {
     "reproduce a claim": (["reproduce", "C6", "--out", "OUT/claims"], "demo"),
     "merge an evaluation": (["merge", "OUT/eval"], "viz"),
     "check data": (["data", "check", "DATA"], WORKS),
+    "draft an action spec": (["data", "spec", "DATA", "--out", "OUT/spec.json"], WORKS),
     "show data": (["data", "show", "DATA"], WORKS),
     "show data on a page": (["data", "show", "DATA", "--out", "OUT/page.html"], "viz"),
     "fit FAST": (["data", "fit-tokenizer", "DATA", "--out", "OUT/fast.json", "--chunk-size", "4"], "tokens"),

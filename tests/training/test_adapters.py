@@ -131,6 +131,18 @@ def test_a_command_line_turns_adapters_on_and_off():
     assert override(config, {"lora": "none"}).lora is None
 
 
+def test_adapters_train_in_float32_on_weights_in_bfloat16(folder, tmp_path):
+    """So they may be averaged, and need no masters; the checkpoint is in bfloat16 again."""
+    config = tiny_config(
+        objective=PolicyObjective(policy(folder, dtype="bfloat16", layers=1)), lora=LORA, ema_decay=0.9, steps=2
+    )
+    trainer(tmp_path / "a", config).run()
+    average = load_file(tmp_path / "a/training/step-000002/average.safetensors")
+    assert {tensor.dtype for name, tensor in average.items() if ".lora_" in name} == {torch.float32}
+    found = Policy.from_pretrained(tmp_path / "a").model.backbone.language.layers[0].self_attn.q_proj.weight
+    assert found.dtype == torch.bfloat16
+
+
 def test_what_is_missing_is_one_sentence(folder, monkeypatch):
     monkeypatch.setattr("vlaflow.packages._installed", lambda package: package not in ("peft", "bitsandbytes"))
     model = torch.nn.Linear(2, 2)

@@ -107,8 +107,9 @@ class Origin:
         rate_hz: frames per second of the data set.
         gap_s: configured time between the frames of a pair in seconds.
         gap: the same in frames.
-        held_out, seed: share of each task's episodes that was held out from training, and the seed of that split.
+        held_out, seed: share of the episodes that was held out from training, and the seed of that split.
         others: fingerprints of further data sets.
+        hold_out_tasks: instructions whose episodes were held out in place of that share.
     """
 
     dataset: str
@@ -119,6 +120,7 @@ class Origin:
     held_out: float = 0.0
     seed: int = 0
     others: tuple[str, ...] = ()
+    hold_out_tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class PushToHub:
 
 @dataclass(frozen=True)
 class RepairDataSet:
-    """Write the whole episodes of a data set, with what is derived from rows and frames computed again.
+    """Write the intact episodes of a data set; everything derived from rows and frames is recomputed.
 
     Example: vlaflow data repair runs/peg --out runs/peg-whole
 
@@ -285,7 +285,7 @@ def main(argv: list[str]) -> int:
 
 
 def _console() -> Any:
-    """A console that prints words of a data set as they are, brackets and colons included."""
+    """A console that prints text from a data set unchanged, brackets and colons included."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False)
@@ -309,7 +309,7 @@ def _check(arguments: Check) -> int:
         console.print(f"PROBLEM: {sentence}", soft_wrap=True, style="bold red")
     if findings.problems:
         console.print(f"{len(findings.problems)} problem(s) found.", style="bold red")
-        console.print(f"A new data set of what is whole: vlaflow data repair {arguments.directory} --out DIR", soft_wrap=True)
+        console.print(f"To keep the intact episodes: vlaflow data repair {arguments.directory} --out DIR", soft_wrap=True)
         return 1
     console.print(f"No problems: {len(dataset)} rows read, {findings.frames} frames decoded.", style="green")
     return 0

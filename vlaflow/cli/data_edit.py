@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def repair(arguments: RepairDataSet) -> int:
-    """Write the whole episodes of a data set."""
+    """Write the intact episodes of a data set."""
     from vlaflow.data import edit
 
     return _report(edit.repair(arguments.directory, arguments.out), "Nothing had to be repaired.")

@@ -56,10 +56,10 @@ class Eval:
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
         engine: what computes chunks: the networks (eager), programs that vlaflow deploy built (aoti, openvino), or the fastest
-            that there is (auto).
+            available (auto).
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
-        shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge makes the results of
-            all parts (docs/scale.md).
+        shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge combines all parts
+            (docs/scale.md).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]

@@ -28,7 +28,7 @@ COMMANDS = {
     "bench": "time a checkpoint on this machine, part by part",
     "deploy": "compile a checkpoint's chunks for this machine",
     "eval": "measure a checkpoint's success rate and latency in an environment",
-    "merge": "make the results of an evaluation that several machines played",
+    "merge": "merge the shards of an evaluation that ran on several machines",
     "eval-vqa": "measure a checkpoint's accuracy on questions about images",
     "serve": "serve a checkpoint with openpi's websocket protocol",
     "eval-realtime": "evaluate in real time, with simulated inference delays",

@@ -1,4 +1,4 @@
-"""``vlaflow merge``: the results of an evaluation that several machines played in shards."""
+"""``vlaflow merge``: merge the shards of an evaluation that ran on several machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlaflow.ranges import Number
 
 @dataclass(frozen=True)
 class Merge:
-    """Make results.json and report.html of the shards that ``vlaflow eval --shard`` left in a folder.
+    """Make results.json and report.html from the shards that ``vlaflow eval --shard`` left in a folder.
 
     Example: vlaflow merge runs/eval
 

@@ -27,10 +27,10 @@ class ReadingOptions:
     """What the actions mean, for data sets that do not say so: a file as vlaflow data spec writes it."""
 
     def reading(self) -> Reading | None:
-        """What they say; None if nothing was given.
+        """The options as a ``Reading``; None if none was given.
 
         Raises:
-            ConfigError: a text of another form.
+            ConfigError: an option is malformed.
         """
         from vlaflow.data.reading import Reading
 
@@ -43,4 +43,4 @@ ReadingGroup = Annotated[ReadingOptions, tyro.conf.arg(name="")]
 """As a field of a command's arguments: the options have no prefix."""
 
 LEROBOT = ReadingOptions()
-"""Nothing is said: columns and cameras have LeRobot's names."""
+"""No options given: columns and cameras have LeRobot's names."""

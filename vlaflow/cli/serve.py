@@ -57,7 +57,7 @@ class ServeArguments:
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
         engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), or the fastest
-            that there is (auto).
+            available (auto).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -58,6 +59,8 @@ class TrainArguments:
     """Calibrate the sampler of the finished policy on held-out frames, in a minute at most; see vlaflow calibrate --sampler."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over; an existing checkpoint in --out is moved aside."""
+    hold_out_task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK")] = ()
+    """Hold out all episodes of this instruction and no others, to measure new tasks; may be repeated."""
     how: ReadingGroup = LEROBOT
 
 
@@ -72,7 +75,7 @@ def status(outcome: Outcome) -> int:
 
 
 def run(argv: list[str]) -> Outcome:
-    """Train by recipe, as the arguments say, and print what came of it."""
+    """Train by recipe, as the arguments say, and print the outcome."""
     given = parse_arguments(TrainArguments, "vlaflow train", argv, description=_description())
     overrides = dict(pair(text) for text in given.set)
     for key, value in (
@@ -82,6 +85,9 @@ def run(argv: list[str]) -> Outcome:
     ):
         if value is not None:
             overrides[key] = str(value)
+
+    if given.hold_out_task:
+        overrides["hold_out_tasks"] = json.dumps(given.hold_out_task)
 
     find_recipe(given.recipe)  # a misspelt name fails before torch is imported
 

@@ -37,14 +37,14 @@ from vlaflow.spec import Observation
 from vlaflow.versions import command_line, device_name, machine, versions
 
 MOST_TWO_GROUPS = 0.1
-"""With a larger share of frames in two groups, means are not chosen without a simulator."""
+"""If the draws fall into two groups on a larger share of the frames, means are chosen only with a simulator."""
 AVERAGES = "averages draws that fall into two groups"
 STEPS = (1, 2, 3, 5, 10)
 NOISE_SCALES = (1.0, 0.5, 0.0)
 TEMPERATURES = (None, 1.0, 0.0)
 DRAWS = (4, 8)
 QUICK_FRAMES, QUICK_CHUNKS, QUICK_MS = 96, 10, 60_000.0
-"""After a training: most frames, timed chunks per candidate, and milliseconds that single chunks on all frames may take."""
+"""After training: most frames, timed chunks per candidate, and most milliseconds for single chunks on all frames."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _observations(frames: Sample, count: int) -> list[Observation]:
 
 
 def _means(found: SamplerMeasures) -> dict[str, float]:
-    """Means over the frames that have something to measure; a measure that no frame has is left out."""
+    """Means over the frames on which a measure is defined; a measure that is defined on none is left out."""
     known = {name: value_N[np.isfinite(value_N)] for name, value_N in found.values.items()}
     return {name: float(value.mean()) for name, value in known.items() if len(value)}
 

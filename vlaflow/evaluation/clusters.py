@@ -1,8 +1,9 @@
-"""Statistics for repeated episodes: every environment seed is played R times, with other noise of the policy each time.
+"""Statistics for repeated episodes: every environment seed is played R times, each time with different policy noise.
 
-Repetitions of one environment seed share its scene, so they say less than as many other scenes would. Here each environment
-seed is a cluster. An interval is the one for independent episodes (``statistics``) with fewer of them, the effective number; a
-paired test flips the signs of whole clusters. With R = 1 both are the methods for independent episodes, to the bit.
+Repetitions of one environment seed share its scene, so they carry less information than episodes in as many different scenes.
+Here each environment seed is a cluster. Intervals are those for independent episodes (``statistics``), computed with a smaller,
+effective number of them; a paired test flips the signs of whole clusters. With R = 1 both are the methods for independent
+episodes, to the bit.
 
 A bootstrap over clusters was tried first and rejected (docs/decisions/015-repetitions-are-clusters.md): at 20 clusters and high
 success rates its intervals miss the true rate far too often, and they have no width if all episodes succeed.
@@ -20,7 +21,7 @@ from vlaflow.evaluation.statistics import quantile
 
 
 def effective_size(value_SR: np.ndarray, level: float = 0.95) -> float:
-    """Number of independent episodes whose mean would be known as well as that of these.
+    """Number of independent episodes that would determine the mean as precisely as these do.
 
     n / deff · (z / t)², at least S and at most n = S·R (Korn & Graubard 1998). The design effect deff is the variance of the
     mean from the spread of the S cluster means, divided by that for n independent values (Kish 1965), and t, Student's
@@ -31,7 +32,7 @@ def effective_size(value_SR: np.ndarray, level: float = 0.95) -> float:
 
     Args:
         value_SR: successes as 0 and 1, or paired differences as −1, 0 and 1.
-        level: confidence level of the interval that the number is meant for.
+        level: confidence level of the interval in which the number is used.
     """
     from scipy.stats import t
 

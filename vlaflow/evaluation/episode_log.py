@@ -1,8 +1,8 @@
 """``episodes.jsonl``: the finished episodes of a running evaluation, so that it can be continued after an interruption.
 
-The first line contains the settings that determine the episodes (and what else is to be known about the run), every other line
-one finished episode. A line is written at once, flushed to the disk and never changed; a line left incomplete by a kill or a
-power cut is removed when the log is opened again. The log exists only while an evaluation is unfinished: it is removed when the
+The first line contains the settings that determine the episodes (and further information about the run), every other line one
+finished episode. A line is written at once, flushed to the disk and never changed; a line left incomplete by a kill or a power
+cut is removed when the log is opened again. The log exists only while an evaluation is unfinished: it is removed when the
 results are written.
 """
 
@@ -38,7 +38,7 @@ class Kept(Generic[E]):
 
     Args:
         settings: everything that determines the episodes.
-        about: what else was noted about the run.
+        about: further information about the run.
         finished: episodes by the number of their job.
         seconds: wall time of the runs that played them.
     """
@@ -50,7 +50,7 @@ class Kept(Generic[E]):
 
 
 def read_log(file: Path, kind: type[E]) -> Kept[E]:
-    """Read a log that no evaluation is writing at this moment; a last line that is incomplete is left out.
+    """Read a log that no evaluation is currently writing; an incomplete last line is left out.
 
     Raises:
         ConfigError: an evaluation is writing it, or it is no log.
@@ -95,7 +95,7 @@ class EpisodeLog(Generic[E]):
         folder: folder of the evaluation; created if it does not exist.
         kind: dataclass of an episode.
         settings: everything that determines the episodes, as JSON values by name.
-        about: what else is to be known about the run; a run that is continued may state it differently.
+        about: further information about the run, which may change when the run is continued.
         name: of the file.
         fresh: discard an existing log instead of continuing it.
 
@@ -177,7 +177,7 @@ class EpisodeLog(Generic[E]):
             play: takes the remaining jobs and a function to call with the number (among these) and the episode of each.
             description: for the progress bar.
             blocks: numbers of jobs that are run together; by default every job alone. If one of a block is not finished, the
-                whole block is run again. Jobs of no block are left to others.
+                whole block is run again. Jobs that belong to no block are not run.
 
         Returns:
             The episodes of all blocks, in the order of the jobs.

@@ -126,7 +126,8 @@ def encode_pairs(model: LatentActionModel, dataset: Dataset) -> tuple[EncodedPai
     """
     origin = model.origin
     own = dataset.fingerprint in (origin.dataset, *origin.others)
-    train, held = split_episodes(dataset, origin.held_out if own else origin.held_out or OTHER_DATA, origin.seed)
+    fraction, tasks = (origin.held_out, origin.hold_out_tasks) if own else (origin.held_out or OTHER_DATA, ())
+    train, held = split_episodes(dataset, fraction, origin.seed, tasks)
     if not held:
         why = "training held out no episode" if own and not origin.held_out else "there is one episode per task"
         raise SpecError(

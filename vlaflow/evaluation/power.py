@@ -1,11 +1,11 @@
-"""What a number of paired episodes can show: the smallest difference likely to be found, and the number a difference needs.
+"""What paired episodes can show: the smallest difference they are likely to detect, and how many of them a difference needs.
 
 Both follow from one approximation for McNemar's test (Connor 1987, Biometrics 43, 207–211): a difference δ between two policies
 that disagree on a share ψ of the pairs is found with probability 1 − β at level α if the number of pairs is at least
 
     n = (z_{α/2} √ψ + z_β √(ψ − δ²))² / δ²
 
-A difference cannot exceed the share of disagreements, so a difference larger than the ψ that was observed stands for ψ = δ.
+A difference cannot exceed the share of disagreements, so for a difference larger than the observed ψ, ψ = δ is used.
 """
 
 from __future__ import annotations

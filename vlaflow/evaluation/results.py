@@ -123,8 +123,8 @@ class PairedTest:
         interval: 95 % interval of the difference, Newcombe's method 10, for ``effective_pairs``.
         p_value: exact McNemar test; with several noise seeds, the exact permutation test over environment seeds.
         effective_pairs: number of independent pairs that these are worth; fewer if environment seeds are repeated.
-        detectable: the smallest true difference that so many pairs show with 80 % probability.
-        episodes_needed: episodes per compute policy that would show the observed difference with 80 % probability; None for a
+        detectable: the smallest true difference that this many pairs detect with 80 % probability.
+        episodes_needed: episodes per compute policy that would detect the observed difference with 80 % probability; None for a
             difference of 0.
     """
 

@@ -240,7 +240,7 @@ def merge(
 
     Args:
         folder: holds the shards' logs; they are removed when the results are written.
-        checkpoint: where it lies on this machine; by default where it lay for the first shard.
+        checkpoint: its path on this machine; by default the first shard's.
         workers: processes for the videos; by default as many as the first shard had.
         device: where the networks run; by default as for the first shard.
         report: see ``run``.
@@ -281,7 +281,7 @@ class _Work:
     Args:
         checkpoint: as it was given.
         home: the same on disk.
-        config: what to measure, with every default filled in.
+        config: what to measure, with all defaults filled in.
         policy: the checkpoint's.
         computes: compute policies.
         jobs: episodes of the evaluation itself; those of the language-swap test follow them.
@@ -325,14 +325,14 @@ class _Work:
         machines: Sequence[str] = (),
         commands: tuple[str, ...] = (),
     ) -> Results:
-        """Measure what is no episode, and write everything.
+        """Measure everything but the episodes, and write all results.
 
         Args:
             out: folder.
             played: all episodes.
             minutes: spent so far.
-            machines: where they were played; by default here.
-            commands: by which they were played, if not by this one.
+            machines: on which they were played; by default this one.
+            commands: that played them, if not this one.
         """
         config, rollout = self.config, self.config.rollout
         episodes, swapped = played[: len(self.jobs)], played[len(self.jobs) :]

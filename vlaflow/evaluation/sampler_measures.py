@@ -1,8 +1,8 @@
-"""Measures of a sampler on held-out frames: what might foretell its success without a simulator.
+"""Measures of a sampler on held-out frames: possible predictors of its success that need no simulator.
 
 Every compute policy samples several chunks for the same frames and from the same noise. docs/sampling.md compares the measures
-with success rates. An error alone is least for means of many draws, which no demonstration contains and which fail more often;
-so the distance to whatever was demonstrated anywhere is measured as well (the two sides of Blau and Michaeli's
+with success rates. The error alone favours means of many draws, which resemble no demonstration and fail more often; so the
+distance to the nearest actions of any demonstration is measured as well (the two sides of Blau and Michaeli's
 perception-distortion trade-off, 2018). Smaller is better for all measures but roughness.
 
 Shape letters: N frames, B batch, K draws, L chunk size, H executed actions of a chunk, D action dimension.
@@ -44,8 +44,9 @@ MEASURES: Mapping[str, str] = {
 }
 """Names and meanings; all in normalised units, on valid actions."""
 CRITERION = "plausible_error"
-"""Geometric mean of ``executed_error`` and ``implausibility``: small only for chunks that are both near the demonstration and
-like demonstrations. Of the measures here it ranks samplers most like their success rates (docs/sampling.md)."""
+"""Geometric mean of ``executed_error`` and ``implausibility``: small only for chunks that are close both to their own
+demonstration and to some other one. Of these measures, its ranking of samplers agrees best with their success rates
+(docs/sampling.md)."""
 GROUPS_FROM, APART = 0.5, 0.2
 """Multimodality and mean spread above which the draws for a frame count as two groups."""
 
@@ -128,7 +129,7 @@ class Demonstrated:
 
 @dataclass(frozen=True)
 class Scale:
-    """What the measures of a policy need to know of its actions.
+    """What the measures need to know about a policy's actions.
 
     Args:
         executed: H, actions of a chunk that are executed.

@@ -1,4 +1,4 @@
-"""An evaluation on several machines: each plays every n-th block of its episodes, and what they kept is put together.
+"""An evaluation on several machines: each plays every n-th block of its episodes, and their logs are merged.
 
 A shard is one process of ``vlaflow eval --shard i/n``. It keeps its episodes in ``shard-i-of-n.jsonl`` in the output folder, a
 log like that of an evaluation on one machine, and measures nothing else. Shards consist of whole blocks, because the episodes
@@ -143,7 +143,7 @@ def read_shards(folder: Path) -> Shards:
     if len(counts) > 1:
         listed = " and ".join(str(of) for of in counts)
         raise ConfigError(
-            f"{folder} holds shards of {listed}, which do not belong together. Remove those that are not to count."
+            f"{folder} holds shards of {listed}, which do not belong together. Remove those that should not count."
         )
     (of,) = counts
     missing = [number for number in range(1, of + 1) if (of, number) not in found]

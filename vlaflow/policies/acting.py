@@ -15,7 +15,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.base import Policy
+from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.spec import ActionSpec
 
@@ -103,6 +103,28 @@ def chunks_of(
 
     train, held = config.episodes(dataset)
     return cut(train, found), cut(held, found and found.outliers_alone()) if held else None
+
+
+def require_readable(policy: PolicyConfig, dataset: Dataset) -> None:
+    """Refuse a data set with an instruction that the backbone cannot read, before anything is trained.
+
+    Raises:
+        SpecError: with its episode, and the size that would do.
+    """
+    limit = policy.backbone.longest_instruction
+    if limit is None:
+        return
+    columns = dataset.columns()
+    number_T, row_T = np.unique(columns.task, return_index=True)
+    size_T = [len(dataset.tasks[task].encode()) for task in number_T]
+    longest = int(np.argmax(size_T))
+    if size_T[longest] > limit.size:
+        task, needed = dataset.tasks[number_T[longest]], -(-size_T[longest] // 32) * 32
+        shown = task if len(task) <= 80 else f"{task[:77]}..."
+        raise SpecError(
+            f"The instruction '{shown}' of episode {columns.episode[row_T[longest]]} of {dataset.root} has {size_T[longest]} "
+            f"bytes, and the policy reads at most {limit.size}. For a new policy: --set policy.backbone.{limit.key}={needed}"
+        )
 
 
 def cached_size(policy: Policy) -> int | None:

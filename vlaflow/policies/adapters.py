@@ -95,9 +95,12 @@ def adapt(module: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, module, ADAPTER)
+    added = {name: p for name, p in module.named_parameters() if f".{ADAPTER}." in name and ".lora_" in name}
+    for parameter in added.values():
+        parameter.data = parameter.data.float()  # small enough for float32, whatever the pretrained weights are in
     for parameter in free:  # peft leaves the gradient to adapters alone
         parameter.requires_grad_(id(parameter) not in frozen)
-    return [name for name, _ in module.named_parameters() if f".{ADAPTER}." in name and ".lora_" in name]
+    return list(added)
 
 
 def digest(module: nn.Module) -> int:

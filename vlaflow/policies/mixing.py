@@ -29,7 +29,7 @@ from vlaflow.data.stats import FeatureStats
 from vlaflow.data.weights import DatasetEntry, Member, weights_of
 from vlaflow.data.windows import action_chunks
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.policies.acting import cached_size, chunks_of, print_exclusions, stated_spec
+from vlaflow.policies.acting import cached_size, chunks_of, print_exclusions, require_readable, stated_spec
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import Base, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.robots import Robot
@@ -198,6 +198,7 @@ def samples_of(
     held: dict[str, Source] = {}
     for number, each in enumerate(datasets):
         robot = robots.robot(number)
+        require_readable(policy.config, each.dataset)
         size = cached_size(policy) or robot.image_size
         cache = FrameCache.open(each.dataset, size, list(robot.views) if policy.robots else list(policy.model.backbone.views))
         steps = robot.action_spec.chunk_size or policy.config.decoder.chunk_size

@@ -326,7 +326,15 @@ class LatentObjective(Objective):
         others = tuple(each.dataset.fingerprint for each in datasets[1:])
         dataset = datasets[0].dataset
         origin = Origin(
-            dataset.fingerprint, first.view, dataset.fps, self.gap_s, first.gap, config.validation_fraction, config.seed, others
+            dataset.fingerprint,
+            first.view,
+            dataset.fps,
+            self.gap_s,
+            first.gap,
+            config.validation_fraction,
+            config.seed,
+            others,
+            config.hold_out_tasks,
         )
         action = action_normalizers(self.model.action_dim, config, datasets)
         model = LatentActionModel.create(self.model, origin, config.seed)

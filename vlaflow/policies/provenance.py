@@ -94,7 +94,7 @@ class TrainedOn:
 
     Args:
         data: fingerprint of the data set.
-        validation_fraction, seed: which of its episodes were held out; see ``split_episodes``.
+        validation_fraction, seed, hold_out_tasks: which of its episodes were held out; see ``split_episodes``.
         vqa: None for none.
     """
 
@@ -102,6 +102,7 @@ class TrainedOn:
     validation_fraction: float
     seed: int
     vqa: TrainedVqa | None = None
+    hold_out_tasks: tuple[str, ...] = ()
 
 
 def trained_on(folder: Path) -> tuple[TrainedOn, ...]:
@@ -124,7 +125,7 @@ def new_episodes(dataset: Dataset, trained: Sequence[TrainedOn]) -> tuple[int, .
     new = set(dataset.numbers)
     for each in trained:
         if each.data == dataset.fingerprint:
-            new &= set(split_episodes(dataset, each.validation_fraction, each.seed)[1])
+            new &= set(split_episodes(dataset, each.validation_fraction, each.seed, each.hold_out_tasks)[1])
     return tuple(sorted(new))
 
 
@@ -157,4 +158,5 @@ def _trained_on(run: Mapping[str, Any], where: str) -> tuple[TrainedOn, ...]:
     learned = from_json(TrainedVqa, run["vqa"], where) if "vqa" in run else None
     data = [each["data"] for each in run["mixture"]] if "mixture" in run else [run["data"]]
     config = run["config"]
-    return (*before, *(TrainedOn(each, config["validation_fraction"], config["seed"], learned) for each in data))
+    split = config["validation_fraction"], config["seed"], learned, tuple(config.get("hold_out_tasks", ()))
+    return (*before, *(TrainedOn(each, *split) for each in data))

@@ -343,7 +343,8 @@ class TrainConfig:
         max_excluded: largest share of the training actions that these two may leave out, in (0, 1]; above it training is
             refused.
         demonstrations: share of each task's training episodes that is used; the held-out ones stay the same.
-        validation_fraction: share of the episodes of every task held out.
+        validation_fraction: share of the episodes held out, spread over the tasks; see ``windows.split_episodes``.
+        hold_out_tasks: instructions whose episodes are all held out, in place of that share.
         mixture: how several data sets share the samples of a step; nothing for one.
         chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
             of the policy, whatever the rate.
@@ -368,6 +369,7 @@ class TrainConfig:
     max_excluded: float = 0.5
     demonstrations: Share = 1.0
     validation_fraction: Fraction = 0.06
+    hold_out_tasks: tuple[str, ...] = ()
     mixture: Mixture = field(default_factory=Mixture)
     chunk_s: float | None = None
     validate_every: int = 250
@@ -387,7 +389,7 @@ class TrainConfig:
 
     def episodes(self, dataset: Dataset) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The episodes of a data set for training, and those held out."""
-        train, held = split_episodes(dataset, self.validation_fraction, self.seed)
+        train, held = split_episodes(dataset, self.validation_fraction, self.seed, self.hold_out_tasks)
         return fewer_episodes(dataset, train, self.demonstrations, self.seed), held
 
     def parts(self, processes: int = 1, before: int = 1) -> int:

@@ -19,7 +19,7 @@ from vlaflow.reports import page
 THUMBNAILS = 6
 SIDE = 128
 HATCHES = ("", "//", "..", "xx", "++")
-"""Of the bands that show what rules leave out, which must be distinguishable in greyscale."""
+"""Hatching of the bands that show what rules leave out, so that they can be told apart in greyscale."""
 
 
 def chosen_episodes(dataset: Dataset, limit: int) -> list[int]:
@@ -99,7 +99,7 @@ def _figure(dataset: Dataset, episodes: Sequence[int], marks: Mapping[str, np.nd
 
 
 def plain(text: str) -> str:
-    """Text as matplotlib draws it letter by letter, dollar signs included, which would otherwise begin a formula."""
+    """Escape dollar signs, which would otherwise begin a formula in matplotlib."""
     return text.replace("$", r"\$")
 
 

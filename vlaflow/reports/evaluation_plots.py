@@ -22,7 +22,7 @@ PART_NAMES = {
     "other": "other",
 }
 LEGEND_COLUMNS = 3
-"""A legend above a plot has at most so many; a wider one would leave the plot no room."""
+"""Largest number of columns of a legend above a plot; a wider one would leave no room for the plot."""
 
 
 def success(results: Results) -> str:

@@ -115,7 +115,7 @@ def pareto(made: SamplerCalibration) -> str:
 
 
 def _moved(made: SamplerCalibration, each: Candidate, sign: int) -> float:
-    """The score one standard error away; that of scores on frames is one of their logarithm."""
+    """The score one standard error away; for scores on frames, the standard error is that of their logarithm."""
     if made.criterion == FAILURES:
         return each.score + sign * each.standard_error
     return each.score * exp(sign * each.standard_error)

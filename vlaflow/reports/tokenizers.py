@@ -34,8 +34,8 @@ def write_page(found: Sequence[Quality], shown: TokenizerExamples, title: str, f
 
 READING = (
     "Errors are root mean squares in normalised units. “id ±1” and “random id”: median change of the chunk when one token is "
-    "changed so; “repaired”: share of random changes after which the tokens are no longer a valid encoding; “order”: rank "
-    "correlation of the difference of two ids with the change of the chunk, 1 if ids are a metric of actions."
+    "changed in this way; “repaired”: share of random changes after which the tokens are no longer a valid encoding; “order”: "
+    "rank correlation of the difference of two ids with the change of the chunk, 1 if ids are a metric of actions."
 )
 HEADINGS = (
     "tokenizer",

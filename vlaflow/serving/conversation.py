@@ -1,4 +1,4 @@
-"""What a wire protocol is to the server: its side of one connection, frame by frame.
+"""The interface of a wire protocol: the server's side of one connection, frame by frame.
 
 ``openpi`` and ``vla_eval`` implement it. A conversation holds what the server knows about one client, and nothing is shared
 between conversations, so clients do not affect each other.

@@ -1,9 +1,9 @@
 """The operator's page: the last observation and chunk, latencies, and a field for an instruction.
 
 ``/dashboard`` is a page without data; ``/dashboard/stream`` is a websocket that feeds it. The stream has the same rules as the
-server: without a token, access from this machine only; otherwise with the token (a browser cannot set headers, so the token is
-sent as a subprotocol, never in an address). Only the page of this server may open the stream, and without a token only under a
-name of this machine; otherwise any page in a browser could see the robot's images.
+server: without a token, only this machine has access; otherwise the token is required (a browser cannot set headers, so the
+token is sent as a subprotocol, never in an address). Only the page of this server may open the stream, and without a token
+only under a name of this machine; otherwise any page in a browser could see the robot's images.
 
 Inference never waits for a watching page. A reply only leaves a reference here; images are encoded in a thread, for each page
 at its own pace, and a slow page misses frames.
@@ -53,6 +53,7 @@ _FILES = {
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; frame-ancestors 'none'"
 _WRONG = frozenset({"refused", "busy", "late", "failed", "turned away"})
 _LONGEST_INSTRUCTION = 300
+_LONGEST_MESSAGE = 4096
 _SIDE = 480
 """Largest side of an image on the page in pixels."""
 
@@ -257,6 +258,8 @@ def _data_url(image: np.ndarray) -> str:
 
 def _instruction(frame: str | bytes) -> str | None:
     """Decode the operator's instruction; None clears it."""
+    if len(frame) > _LONGEST_MESSAGE:  # decoding it would delay all clients
+        raise RequestError(f"Messages of the page may have at most {_LONGEST_MESSAGE} bytes.")
     try:
         found = json.loads(frame)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Arrays of a request, as clients of several kinds send them; images are converted to what a policy sees: uint8 (H, W, 3), RGB.
+"""Arrays of a request, in the forms that clients send; images are converted to what a policy sees: uint8 (H, W, 3), RGB.
 
 Accepted as images are uint8 or other integers from 0 to 255, floats in [0, 1] (as LeRobot has them), channels last or first,
 and nested lists. Anything else is refused with what was sent and how to convert it; nothing is guessed from the content, except
-that three channels lie where there is an axis of length three.
+that an axis of length three is taken for the channels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def image_of(value: Any, key: str, channels_first: bool) -> np.ndarray:
         channels_first: where the channels are if both ends of the shape are 3.
 
     Raises:
-        RequestError: it is no image, and how to make it one.
+        RequestError: it is not an image; the message says how to convert it.
     """
     if isinstance(value, list):
         value = _from_list(value, key)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Version of the protocol."""
 IDLE_S = 600.0
-"""A simulator that builds a scene does not answer pings meanwhile."""
+"""A simulator does not answer pings while it builds a scene."""
 FORMATS = {"png": "PNG", "jpeg": "JPEG"}
 _PROVENANCE = ("server", "system", "compute", "compute_settings", "checkpoint", "fingerprint", "n_action_steps")
 """The metadata that the harness stores with its results."""
@@ -236,7 +236,7 @@ def _decode(found: dict[Any, Any]) -> Any:
 
 
 def _images(value: Any) -> Iterator[EncodedImage]:
-    """All images of a message that are not decoded yet, but for those in lists, which no key names."""
+    """All images of a message that are not decoded yet, except those in lists, which have no key."""
     if isinstance(value, EncodedImage):
         yield value
     elif isinstance(value, dict):
