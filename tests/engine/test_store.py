@@ -133,11 +133,15 @@ def test_what_others_can_write_is_refused(deployed):
         open_policy(deployed, engine="aoti")
 
 
-def test_a_damaged_program_is_refused(deployed):
+def test_a_damaged_program_is_refused(deployed, capsys):
     file = next(programs(deployed).glob("run-*"))
     file.write_bytes(b"nothing")
     with pytest.raises(DeploymentError, match=r"run-.* is missing or damaged.*vlaflow deploy CKPT"):
         open_policy(deployed, engine="aoti")
+    found = store.find(fingerprint(deployed), "aoti")
+    store.write(dataclasses.replace(found, measured=store.Speed(1.0, 2.0, 0.0)), programs(deployed))
+    assert open_policy(deployed, engine="auto").model.engine == "eager"
+    assert "is missing or damaged" in capsys.readouterr().err
 
 
 def test_programs_that_give_another_chunk_are_not_kept(compiler, checkpoint, monkeypatch):
@@ -170,3 +174,11 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch, checkpoint):
 
 def test_default_lengths_reach_the_longest_instruction(checkpoint):
     assert default_lengths(Policy.from_pretrained(checkpoint)) == (11, 32)
+
+
+def test_a_pretrained_backbone_is_refused_in_a_sentence(compiler, checkpoint, monkeypatch):
+    policy = Policy.from_pretrained(checkpoint)
+    policy.model.backbone.spec = dataclasses.replace(policy.model.backbone.spec, rotary=True)
+    with pytest.raises(CapabilityError, match=r"fixed shapes.*--engine eager"):
+        build(policy, checkpoint, PLAN, say=lambda program: None)
+    assert not compiler

@@ -106,11 +106,11 @@ def test_a_state_may_be_a_list_or_any_array_of_numbers(sent):
 
 
 def test_an_action_prefix_may_be_a_list():
-    prefix = committed({"action_prefix": [[1, 2], [3, 4]], "inference_delay": 1})
+    prefix = committed({"action_prefix": [[1, 2], [3, 4]], "inference_delay": 1}, 4)
     assert prefix is not None
     assert prefix.actions.tolist() == [[1, 2], [3, 4]]
     with pytest.raises(RequestError, match="must be an array of actions"):
-        committed({"action_prefix": [[1, 2], [3]]})
+        committed({"action_prefix": [[1, 2], [3]]}, 4)
 
 
 def test_the_keys_of_openpis_own_data_sets_are_named_with_options():

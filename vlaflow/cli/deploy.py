@@ -63,7 +63,9 @@ def main(argv: list[str]) -> int:
     store.require_compiler(a.engine)
     torch.set_num_threads(a.threads)
     folder = local_folder(a.checkpoint)
-    policy, weights = Policy.from_pretrained(folder), fingerprint(folder)
+    policy = Policy.from_pretrained(folder)
+    folder = policy.folder or folder  # that of all robots, where one robot's was given
+    weights = fingerprint(folder)
     computes = parse_all(a.compute or (default_name(folder),), Knobs(threads=a.threads), Checkpoint(folder, weights))
     lengths = tuple(sorted({len(text.encode()) for text in a.instruction})) or default_lengths(policy)
     batches = tuple(sorted(set(a.batch))) or (1,)

@@ -185,23 +185,21 @@ def _require_names(found: Survey, names: Mapping[str, str]) -> None:
     if twice:
         raise SpecError(f"Two columns of {found.root} would be named '{twice[0]}'. Choose another name.")
     if "action" in features and "action" not in after:
-        raise SpecError(
-            f"{found.root} would have no column 'action', without which it is no data set. Leave that name as it is."
-        )
+        raise SpecError(f"{found.root} would have no column 'action', which training looks for. Leave that name as it is.")
 
 
 def _require_alike(one: Survey, other: Survey) -> None:
     """Refuse data sets that cannot be one."""
+    together = "They can be trained on together without merging: give --dataset twice."
 
-    def differ(what: str, here: Any, there: Any, cure: str) -> None:
+    def differ(what: str, here: Any, there: Any) -> None:
         if here != there:
             raise SpecError(
-                f"{one.root} and {other.root} cannot be merged: {what} is {here} in one and {there} in the other. {cure}"
+                f"{one.root} and {other.root} cannot be merged: {what} is {here} in one and {there} in the other. {together}"
             )
 
-    together = "They can be trained on together without merging: give --dataset twice."
-    differ("fps", one.fps, other.fps, together)
-    differ("the robot", one.info.get("robot_type"), other.info.get("robot_type"), together)
+    differ("fps", one.fps, other.fps)
+    differ("the robot", one.info.get("robot_type"), other.info.get("robot_type"))
     here, there = (each.info["features"] for each in (one, other))
     for key in dict.fromkeys((*here, *there)):
         if key in DEFAULT_FEATURES:
@@ -213,7 +211,7 @@ def _require_alike(one: Survey, other: Survey) -> None:
                 f"another name: vlaflow data rename {lacks.root} --column OLD={key} --out DIR. {together}"
             )
         for part in ("dtype", "shape", "names"):
-            differ(f"'{part}' of '{key}'", here[key].get(part), there[key].get(part), together)
+            differ(f"'{part}' of '{key}'", here[key].get(part), there[key].get(part))
     specs = [(each.info.get(EXTRA_KEY) or {}).get("action_spec") for each in (one, other)]
     if specs[0] != specs[1]:
         raise SpecError(f"{one.root} and {other.root} cannot be merged: their action specs differ. {together}")

@@ -78,7 +78,15 @@ def build(
         inputs: examples, one for each batch and length.
         judge: looks at the result before it is kept, and raises if it must not be.
         say: is called before each program.
+
+    Raises:
+        CapabilityError: there is no compiler, or the backbone is a pretrained one, whose inputs have no fixed shapes.
     """
+    if model.backbone.spec.rotary:
+        raise CapabilityError(
+            f"Programs have fixed shapes, and those of a {type(model.backbone).__name__} depend on images and words. Run it "
+            "with --engine eager."
+        )
     store.require_compiler(plan.compiler)
     network = _network(model, plan.compiler, plan.precision)
     passes = reduce(or_, (compute.passes(model.backbone.spec.depth) for compute in plan.computes))
@@ -117,8 +125,7 @@ def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened
     """
     device = next(model.parameters()).device
     if engine == "auto":
-        found = _fastest(weights()) if device.type == "cpu" and store.root().exists() else None
-        return None if found is None else _open(model, found)
+        return _fastest(model, weights()) if device.type == "cpu" and store.root().exists() else None
     if engine == "eager":
         return None
     if device.type != "cpu":
@@ -133,17 +140,17 @@ def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened
     return _open(model, found)
 
 
-def _fastest(weights: str) -> Deployment | None:
+def _fastest(model: Model, weights: str) -> Opened | None:
     """The deployment whose chunks take least; None where eager ones do. What cannot be used is said in a sentence."""
-    usable: list[Deployment | None] = []
+    usable: list[tuple[float, Opened]] = []
     for compiler in COMPILERS:
         try:
-            usable.append(store.find(weights, compiler))
+            found = store.find(weights, compiler)
+            if found is not None and found.measured is not None and found.measured.milliseconds < found.measured.eager:
+                usable.append((found.measured.milliseconds, _open(model, found)))
         except DeploymentError as error:
             sys.stderr.write(f"{error} Until then this policy runs without them.\n")
-    timed = [(each.measured, each) for each in usable if each is not None and each.measured is not None]
-    faster = [(one.milliseconds, each) for one, each in timed if one.milliseconds < one.eager]
-    return min(faster, key=lambda pair: pair[0], default=(0.0, None))[1]
+    return min(usable, key=lambda pair: pair[0])[1] if usable else None
 
 
 def _open(model: Model, deployment: Deployment) -> Opened:

@@ -51,7 +51,7 @@ def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
 
     for start, upto, draws in sorted(passes.reads):
         before = prefix_at(start, draws)
-        if before.depth == start:  # a decoder may read no prefix ahead of its tokens
+        if prefix_at(upto, draws).depth == upto:  # a decoder may read no prefix ahead of its tokens
             module = programs.RunLayers(backbone, start, upto)
             yield Program(programs.run_key(before, upto), module, tuple(programs.run_inputs(before)))
     for depth, draws in sorted(passes.steps):

@@ -111,14 +111,13 @@ _EXTENSIONS = frozenset((*range(0xC7, 0xCA), *range(0xD4, 0xD9)))
 
 def _survey(data: bytes) -> None:
     """Check the headers of all values, and refuse messages that would take more memory than their size suggests."""
-    size, at, values = len(data), 0, 0
+    size, at, announced = len(data), 0, 1
     open_ = [1]  # number of remaining values, by container
     while open_:
         if not open_[-1]:
             open_.pop()
             continue
         open_[-1] -= 1
-        values += 1
         if at >= size:
             raise RequestError("The message is not valid msgpack (it ends too early).")
         first = data[at]
@@ -133,7 +132,8 @@ def _survey(data: bytes) -> None:
             at += width
         if unit > 0:
             open_.append(count * unit)
-            if values + count * unit > MOST_VALUES:
+            announced += count * unit
+            if announced > MOST_VALUES:
                 raise RequestError(f"The message contains more than {MOST_VALUES} values; send images and states as arrays.")
             if len(open_) > MOST_DEPTH:
                 raise RequestError(f"The message is nested more than {MOST_DEPTH} deep.")

@@ -53,6 +53,7 @@ _FILES = {
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; frame-ancestors 'none'"
 _WRONG = frozenset({"refused", "busy", "late", "failed", "turned away"})
 _LONGEST_INSTRUCTION = 300
+_LONGEST_MESSAGE = 4096
 _SIDE = 480
 """Largest side of an image on the page in pixels."""
 
@@ -257,6 +258,8 @@ def _data_url(image: np.ndarray) -> str:
 
 def _instruction(frame: str | bytes) -> str | None:
     """Decode the operator's instruction; None clears it."""
+    if len(frame) > _LONGEST_MESSAGE:  # decoding it would delay all clients
+        raise RequestError(f"Messages of the page may have at most {_LONGEST_MESSAGE} bytes.")
     try:
         found = json.loads(frame)
     except (ValueError, RecursionError) as error:

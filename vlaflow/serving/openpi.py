@@ -15,6 +15,7 @@ get only the actions that are executed per chunk. Their "session_id" is ignored,
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ class OpenpiConversation(Conversation):
 
     async def answer(self, frame: str | bytes, entry: RequestEntry) -> str | bytes:
         """See ``Conversation``."""
-        request = self._request(frame, entry)
+        request = await asyncio.to_thread(self._request, frame, entry)  # other clients' messages are read meanwhile
         endpoint = request.pop("endpoint", None)
         if endpoint is not None and (not isinstance(endpoint, str) or endpoint not in ("infer", "reset")):
             raise RequestError(f"There is no endpoint {endpoint!r:.40}; there are 'infer' and 'reset'.")
@@ -71,7 +72,10 @@ class OpenpiConversation(Conversation):
             return "reset successful" if endpoint == "reset" else wire.pack({"reset": True}, entry.encoding)
         chunks = 0 if restarts else self._chunks
         seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
-        budget_ms, action_prefix = _number(request.pop("budget_ms", None), "budget_ms"), committed(request)
+        budget_ms, action_prefix = (
+            _number(request.pop("budget_ms", None), "budget_ms"),
+            committed(request, self.server.policy.chunk_size),
+        )
         compute = None if budget_ms is None else self._within(budget_ms)
         follows = _flag(request.pop("follow_operator", False), "follow_operator")
         observation = self.server.observe(request, follows)
@@ -163,8 +167,12 @@ def _reply(chunk: Chunk, infer_ms: float) -> dict[str, Any]:
     return reply
 
 
-def committed(request: dict[str, Any]) -> ActionPrefix | None:
+def committed(request: dict[str, Any], most: int) -> ActionPrefix | None:
     """Remove and decode the action prefix of a request: "action_prefix" (N, D), of which "inference_delay" are committed.
+
+    Args:
+        request: decoded.
+        most: largest N, the policy's chunk size.
 
     Raises:
         RequestError: "inference_delay" without "action_prefix", or invalid values.
@@ -174,6 +182,9 @@ def committed(request: dict[str, Any]) -> ActionPrefix | None:
         if delay is not None:
             raise RequestError("'inference_delay' says how many of the 'action_prefix' actions are committed; send both.")
         return None
+    rows = len(prefix) if isinstance(prefix, list) or (isinstance(prefix, np.ndarray) and prefix.ndim) else 0
+    if rows > most:
+        raise RequestError(f"'action_prefix' has {rows} actions, but a chunk of this policy has {most}.")
     if isinstance(prefix, list):
         prefix = array_of(prefix)
     if not isinstance(prefix, np.ndarray) or prefix.dtype.kind not in "fiu":

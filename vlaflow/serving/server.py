@@ -34,6 +34,7 @@ from vlaflow.robot import wire
 from vlaflow.serving.conversation import Conversation
 from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import Engine, EngineConfig
+from vlaflow.serving.limits import LimitedConnection, quiet_without_sockets, require_sizes
 from vlaflow.serving.observation_keys import ObservationKeys, read
 from vlaflow.serving.request_log import OneLine, RequestLog
 from vlaflow.spec import Observation
@@ -176,6 +177,7 @@ class PolicyServer:
         try:
             if not await self._warmed_up():
                 return
+            quiet_without_sockets(asyncio.get_running_loop())
             server = await serve(
                 self._connection,
                 self.config.host,
@@ -190,6 +192,7 @@ class PolicyServer:
                 ping_timeout=max(self.config.idle_s, self.config.observation_keys.protocol.idle_s),
                 close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
+                create_connection=LimitedConnection,
                 logger=quiet,
             )
             port = _port(server)
@@ -253,6 +256,8 @@ class PolicyServer:
             if not hmac.compare_digest(" ".join(sent).encode(errors="replace"), f"Api-Key {self.config.token}".encode()):
                 return self._turn_away(connection, HTTPStatus.UNAUTHORIZED, "Send 'Authorization: Api-Key TOKEN'.")
         if request.path == "/metrics":
+            if self.config.token is None and not named_here(request):
+                return self._turn_away(connection, HTTPStatus.FORBIDDEN, "Without a token, only this machine may read metrics.")
             return connection.respond(HTTPStatus.OK, self.request_log.exposition(self.engine))
         if (
             self.config.token is None
@@ -328,6 +333,7 @@ class PolicyServer:
             RequestError: a key is missing or has an invalid value.
         """
         observation = read(request, self.config.observation_keys, self.config.views)
+        require_sizes(observation, self.policy.views)
         if not self.config.observation_keys.state:
             observation = replace(observation, state=np.array(self.policy.stats["state"].mean, np.float32))
         return self.dashboard.instruct(observation, follows) if self.dashboard is not None else observation
