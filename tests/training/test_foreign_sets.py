@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.data.toyset import edit_info
+from tests.serving.live import serving
 from tests.training.test_run import arguments
-from vlaflow.cli import data
+from vlaflow.cli import calibrate, data
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.writer import Writer
@@ -15,6 +16,8 @@ from vlaflow.errors import SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.policies.provenance import new_episodes, trained_on
+from vlaflow.robot.client import Client
+from vlaflow.serving.observation_keys import choose
 from vlaflow.spec import ActionSpec, Dimension
 
 ALOHA = [f"{side}_{part}" for side in ("left", "right") for part in
@@ -23,12 +26,12 @@ CAMERAS = {"cam_high": (32, 48), "cam_low": (32, 48), "cam_left_wrist": (24, 32)
 
 
 def write(root, *, names, state=True, views, fps=50, robot="aloha", task="fold the shirt"):
-    """Three short episodes, whose meaning nobody states."""
+    """Four short episodes, whose meaning nobody states."""
     dimensions = tuple(Dimension(name, "rad", "joint", -2, 2, "up", "absolute") for name in names)
     spec = ActionSpec("removed below", dimensions, "none", "none", fps)
     states = tuple(names) if state else ("none",)
     with Writer(root, fps=fps, action_spec=spec, state_names=states, views=views, robot_type=robot, provenance={}) as writer:
-        for number in range(3):
+        for number in range(4):
             rng = np.random.default_rng(number)
             images = {view: rng.integers(0, 256, (7, *size, 3), np.uint8) for view, size in views.items()}
             writer.add(images, rng.normal(size=(7, len(states))), rng.uniform(0, 1, (7, len(names))), task)
@@ -60,6 +63,24 @@ def test_aloha_four_cameras_trains_on_all_four_and_keeps_the_drafted_spec(aloha,
     assert tuple(policy.model.backbone.views) == tuple(CAMERAS)
     assert policy.action_spec.gripper == "0 closed, 1 open"
     assert act(out).shape == (policy.chunk_size, 14)
+
+
+def test_the_walk_of_your_robot_ends_with_chunks_for_the_client(aloha, tmp_path):
+    """docs/your-robot.md: check, spec, train, calibrate, serve, drive."""
+    file, out = tmp_path / "shirts.json", tmp_path / "policy"
+    assert data.main(["check", str(aloha)]) == 0
+    assert data.main(["spec", str(aloha), "--out", str(file)]) == 0
+    own = ("--action-spec", str(file), "--chunk-seconds", "0.1", "--steps", "1")
+    assert command.main([*arguments(aloha, out), *own, "--set", "validation_fraction=0.5"]) == 0
+    made = ["--sampler", "--compute", "dense:1", "--compute", "dense:2", "--frames", "4"]
+    assert calibrate.main([str(out), "--dataset", str(aloha), *made]) == 0
+    policy = Policy.from_pretrained(out)
+    place = choose("aloha", tuple(policy.views))
+    images = {name: np.zeros((3, *size), np.uint8) for name, size in CAMERAS.items()}
+    with serving(policy, place=place) as (_, address), Client(address) as client:
+        assert client.metadata["action_spec"]["robot"] == "aloha, joint targets"
+        assert (client.metadata["rate_hz"], client.metadata["n_action_steps"]) == (50, 2)
+        assert client.infer({"images": images, "state": np.zeros(14), "prompt": "fold the shirt"})["actions"].shape == (5, 14)
 
 
 def test_views_are_chosen_among_the_four(aloha, tmp_path):

@@ -62,7 +62,7 @@ class RiskTarget:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """None: the exits are taken as often as the risk allows."""
+        """Empty: the exits are taken as often as the risk allows."""
         return ()
 
     def share_above(self, deviation_N: np.ndarray) -> float | None:
