@@ -76,10 +76,12 @@ def test_a_full_disk_is_one_sentence_worded_by_the_outermost(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_not_a_number_is_never_written(tmp_path):
+def test_not_a_number_is_refused_where_every_number_must_be_finite(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "a.json", float("nan"))
+        write_json(tmp_path / "a.json", float("nan"), finite=True)
     assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "a.json", [float("-inf"), 1.0])  # the range of an action without limits
+    assert json.loads((tmp_path / "a.json").read_text()) == [float("-inf"), 1.0]
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):

@@ -138,14 +138,20 @@ def write_text(file: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path, data: object, indent: int = 2) -> None:
-    """Write indented JSON with a final newline, whole or not at all; refuses NaN and infinities, which JSON does not know.
+def write_json(file: Path, data: object, indent: int = 2, *, finite: bool = False) -> None:
+    """Write indented JSON with a final newline, whole or not at all.
+
+    Args:
+        file: the file.
+        data: JSON data.
+        indent: spaces per level.
+        finite: refuse NaN and infinities, which Python reads but JSON does not know. The range of an action may be infinite.
 
     Raises:
-        ValueError: the data contains NaN or an infinite value.
+        ValueError: a number is not finite although all must be.
         StorageError: the disk is full or not writable.
     """
-    write_text(file, json.dumps(data, indent=indent, allow_nan=False) + "\n")
+    write_text(file, json.dumps(data, indent=indent, allow_nan=not finite) + "\n")
 
 
 def make_folder(folder: Path, cure: str = OTHER) -> None:

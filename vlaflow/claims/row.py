@@ -78,7 +78,7 @@ def conclude(claim: Claim, places: Places, size: Size, *, hours: float, commands
 
 def write(row: Row, file: Path) -> None:
     """Write the file, whole or not at all."""
-    write_json(file, asdict(row), indent=1)
+    write_json(file, asdict(row), indent=1, finite=True)
 
 
 def read(file: Path) -> Row:

@@ -126,7 +126,7 @@ class SamplerCalibration:
 
     def save(self, file: Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_json(file, to_json(self))
+        write_json(file, to_json(self), finite=True)
 
 
 def choose(candidates: Sequence[Candidate], budget_ms: float | None, tolerance: float = 0.0) -> Candidate:

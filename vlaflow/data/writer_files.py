@@ -118,10 +118,10 @@ class NewFolder:
             DataError: ``root`` was created in the meantime.
         """
         self.close()
-        write_json(self.path / "meta/stats.json", stats, indent=4)
+        write_json(self.path / "meta/stats.json", stats, indent=4, finite=True)
         meta.write_tasks(self.path / "meta/tasks.parquet", tasks)
         meta.write_episodes(self.path / "meta/episodes", episodes, self.limits.chunks_size)
-        write_json(self.path / "meta/info.json", info, indent=4)
+        write_json(self.path / "meta/info.json", info, indent=4, finite=True)
         self.published = True
         try:
             self._part.publish()

@@ -388,7 +388,7 @@ def _success_SR(episodes: Sequence[EpisodeResult]) -> np.ndarray:
 
 def write(results: Results, file: Path) -> None:
     """Write the file, whole or not at all."""
-    write_json(file, asdict(results), indent=1)
+    write_json(file, asdict(results), indent=1, finite=True)
 
 
 def read(file: Path) -> Results:
