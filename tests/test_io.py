@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.io import save_tensors
+from vlaflow.cli.main import printable
+from vlaflow.errors import CapabilityError, CheckpointError, ConfigError
+from vlaflow.io import read_json, save_tensors
 from vlaflow.outputs import _ZEROS, allocate, claim, require_system
 
 
@@ -106,3 +107,17 @@ def test_what_is_not_given_is_taken_from_the_model(tmp_path):
     assert torch.equal(found["b"], like["b"])
     with pytest.raises(ValueError, match="'a' is not of the shape"):
         save_tensors(tmp_path / "file", {"a": torch.zeros(3)}, like=like)
+
+
+DAMAGED = [b"[1, 2]", b"null", b"5", b"{", b"\xff\xfe{}", b'{"a": ' * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_what_is_no_json_object_is_one_sentence_that_names_the_file(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json .*; the file is damaged\.$"):
+        read_json(tmp_path / "config.json")
+
+
+def test_control_characters_of_an_error_do_not_reach_the_terminal():
+    assert printable("task 'a\x1b[31m\r' ü\n") == "task 'a\\x1b[31m\\r' ü\n"

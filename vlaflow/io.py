@@ -154,6 +154,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise CheckpointError(f"{file} is missing; {file.parent} is not a complete checkpoint.")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8, and numbers of thousands of digits
         raise CheckpointError(f"{file} is not valid JSON ({error}); the file is damaged.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} contains a {type(found).__name__} instead of an object; the file is damaged.")
+    return found

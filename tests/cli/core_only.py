@@ -37,18 +37,24 @@ def core_distributions():
     return found
 
 
-class CoreOnly:
-    """Finds nothing of a distribution that the core does not bring."""
+def hidden_modules():
+    """Modules of the distributions that the core does not bring."""
+    core = core_distributions()
+    found = {module for module, names in packages_distributions().items() if not core & {canonical(name) for name in names}}
+    return found - {"vlaflow", "tests"}
 
-    def __init__(self):
-        core = core_distributions()
-        self.hidden = {
-            module for module, names in packages_distributions().items() if not core & {canonical(name) for name in names}
-        } - {"vlaflow", "tests"}
+
+class CoreOnly:
+    """An import finder that finds no hidden module, as if it were not installed; torch also asks without importing."""
+
+    def __init__(self, finder, hidden):
+        self.finder, self.hidden = finder, hidden
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.hidden:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None if name.partition(".")[0] in self.hidden else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
 
 def outcome(arguments):

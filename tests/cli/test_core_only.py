@@ -28,6 +28,7 @@ CASES = {
     "record": (["record", *ENV, "--out", "OUT/record", "--episodes", "1"], "metaworld"),
     "record questions": (["record-vqa", *ENV, "--out", "OUT/record-vqa", "--episodes", "1"], "metaworld"),
     "train": (["train", "asyncvla.demo", "--dataset", "DATA", "--out", "OUT/policy", "--steps", "1"], "train"),
+    "plan": (["plan", "asyncvla.demo"], WORKS),
     "train tokens": (["train", "dfm_vla.demo", "--dataset", "DATA", "--out", "OUT/policy", "--steps", "1"], "train"),
     "train a rater": (["train", "asyncvla.rater", "--policy", "CKPT", "--dataset", "DATA", "--out", "OUT/rated"], "train"),
     "train a latent action model": (["train", "iflybot.latent", "--dataset", "DATA", "--out", "OUT/latent"], "train"),

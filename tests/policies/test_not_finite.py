@@ -13,7 +13,7 @@ from tests import helpers
 from tests.decoders import test_latent_flow as latent
 from tests.serving.live import request, serving
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
-from vlaflow.compute.calibration import Calibration, RiskTarget, Seen
+from vlaflow.compute.calibration import Calibration, ExitEffect, RiskTarget
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.parse import able
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
@@ -178,10 +178,11 @@ def test_a_latent_action_model_that_is_not_finite_is_refused(tmp_path):
 def test_a_calibration_with_a_threshold_that_is_not_finite_is_refused(tmp_path, value):
     """NaN would never leave early and an infinite one always, whatever was measured."""
     target = RiskTarget(0.1, 0.1, 0.05, "max_abs")
-    seen = Seen(9, (0.5, 0.5), 2.0, 3.0, 3.0, 0.1, 0.2, 0.2, 0.0)
-    made = Calibration("c", "d", ExitPlan((1, 2)), (0.5,), target, 9, seen, "vlaflow calibrate", {})
+    effect = ExitEffect(9, (0.5, 0.5), 2.0, 3.0, 3.0, 0.1, 0.2, 0.2, 0.0)
+    made = Calibration("c", "d", ExitPlan((1, 2)), (0.5,), target, 9, effect, "vlaflow calibrate", {})
     made.save(tmp_path / "good.json")
     assert Calibration.load(tmp_path / "good.json") == made
-    replace(made, thresholds=(value,)).save(tmp_path / "bad.json")
+    written = json.loads((tmp_path / "good.json").read_text())
+    (tmp_path / "bad.json").write_text(json.dumps(written | {"thresholds": [value]}))
     with pytest.raises(CalibrationError, match=r"bad\.json holds a threshold that is not finite"):
         Calibration.load(tmp_path / "bad.json")

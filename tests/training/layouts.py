@@ -5,6 +5,7 @@ Every run takes six steps of the same recipe in two parts; what differs is who c
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,8 +63,8 @@ class Killed(Seen):
         return super().batch(indices)
 
 
-def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, precision="fp32", lora=None):
-    """A run of six steps, saved every second, in ``out``; the models' folders ``qwen`` and ``smol`` are next to it."""
+def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, precision="fp32", lora=None, every=2):
+    """A run of six steps in ``out``, saved after every ``every``; the models' folders ``qwen`` and ``smol`` are next to it."""
     backbone = QwenConfig(3, ("front",), str(out.parent / "qwen"), min_pixels=PATCH, max_pixels=4 * PATCH, recompute=recompute)
     if lora:
         backbone = SmolConfig(3, ("front",), str(out.parent / "smol"), layers=2, image_size=56, cell=8)
@@ -77,6 +78,7 @@ def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, p
         shift=0,
         ema_decay=0.9,
         validate_every=6,
+        checkpoint_every=every,
         precision=precision,
         lora=lora,
     )
@@ -140,9 +142,11 @@ class Watch:
 
 
 def compare(out):
-    """Both stacks as copies and sharded; with recomputation and in bfloat16; and one run that breaks down after four steps."""
+    """Both stacks as copies and sharded; with recomputation and in bfloat16; one run that breaks down after four steps; and
+    last one whose second process is killed in its fourth step.
+    """
     for stack in STACKS:
-        trainer(out / f"copies-{stack}", stack).run()
+        trainer(out / f"copies-{stack}", stack, every=6).run()
         with pytest.MonkeyPatch.context() as monkeypatch:
             watch = Watch(monkeypatch)
             run = trainer(out / f"sharded-{stack}", stack, shard=True)
@@ -150,17 +154,18 @@ def compare(out):
         sizes = {"layers": watch.layers, "layer": watch.largest(False), "root": watch.largest(True), "saved": watch.saved}
         sizes["all"] = sum(4 * p.numel() for p in run.stage.module.parameters())
         (out / f"sharded-{stack}/rank-{run.team.rank}.json").write_text(json.dumps(sizes))
-    trainer(out / "recomputed", "expert", shard=True, recompute=True).run()
+    trainer(out / "recomputed", "expert", shard=True, recompute=True, every=6).run()
     trainer(out / "sharded-smol", lora=LORA, shard=True).run()
-    trainer(out / "rounded", "shared", shard=True, precision="bf16").run()
+    trainer(out / "rounded", "shared", shard=True, precision="bf16", every=6).run()
     with pytest.raises(RuntimeError, match="cut"):
         trainer(out / "moved", source=Cut(Seen(), at=4), shard=True).run()
+    trainer(out / "killed", source=Killed(), shard=True).run()
 
 
 def finish(out):
-    """Go on with the run that was moved, then start one whose second process is killed in its fourth step."""
+    """Go on with the run that was moved, and with a copy of the one that was killed."""
     trainer(out / "moved", shard=True).run()
-    trainer(out / "killed", source=Killed(), shard=True).run()
+    trainer(out / "killed-again", shard=True).run()
 
 
 def launch(out, job):
@@ -173,18 +178,20 @@ def launch(out, job):
 
 
 def everything(out):
-    """All runs, in order: one process, two, the moved one on one process again, on two, and after the kill on one."""
+    """All runs, in order: one process, two, the moved one on one process again and on two, after the kill on one and on two."""
     write_model(out / "qwen", tied=True)
     for stack in STACKS:
-        trainer(out / f"one-{stack}", stack).run()
+        trainer(out / f"one-{stack}", stack, every=6).run()
     write_llama(out / "smol")
     trainer(out / "one-smol", lora=LORA).run()
     status, said = launch(out, "compare")
-    assert status == 0, said[-3000:]
+    assert (out / "killed/training/step-000002").exists(), said[-3000:]
+    assert status, "the killed process was not noticed"
+    shutil.copytree(out / "killed", out / "killed-again")
     with pytest.raises(RuntimeError, match="cut"):  # goes on after step 2, with two parts a step, and breaks down after step 4
         trainer(out / "moved", source=Cut(Seen(), at=6)).run()
     status, said = launch(out, "finish")
-    assert status, "the killed process was not noticed"
+    assert status == 0, said[-3000:]
     trainer(out / "killed").run()
 
 

@@ -125,6 +125,14 @@ def test_a_run_goes_on_with_other_processes_as_if_nothing_had_happened(layouts, 
     assert Policy.from_pretrained(layouts / run)
 
 
+def test_two_processes_of_which_one_was_killed_come_to_the_same_bytes(layouts):
+    """SIGKILL in step 4, continued by two from the checkpoint of step 2: weights, averages, moments and the policy."""
+    whole, again = layouts / "sharded-shared", layouts / "killed-again"
+    for file in (*pieces_of(whole), whole / "model.safetensors"):
+        assert (again / file.relative_to(whole)).read_bytes() == file.read_bytes()
+    assert len(pieces_of(again)) == len(pieces_of(whole)) == 6
+
+
 @pytest.mark.parametrize("stack", STACKS)
 def test_two_layers_at_most_are_whole_and_a_save_gathers_no_weights(layouts, stack):
     """A layer that runs and the one that is fetched meanwhile; what is sent while saving are sentences, which are empty."""

@@ -33,7 +33,7 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.asyncvla.policy import tiny_rater
 from vlaflow.policies.base import Policy
 from vlaflow.policies.latent_pairs import Paired, pairs_of
-from vlaflow.policies.mixing import alone, robots_of
+from vlaflow.policies.mixing import alone, common_side, robots_of
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.policies.recipe import Base, DataSpec, OpenedDataset
@@ -404,3 +404,19 @@ def test_filters_speak_by_data_set(dataset, wide, tmp_path, capsys):
     said = capsys.readouterr().err
     for name in ("dataset", "wide"):
         assert re.search(rf"^{name}: .* of the frames begin no chunk \(.*in slow segments\)", said, re.MULTILINE)
+
+
+def test_images_of_unequal_size_are_brought_to_one_that_is_kept(dataset, wide, tmp_path):
+    """Only where several data sets are mixed, and a backbone would take any size."""
+    opened = [alone(Dataset.open(root)) for root in (dataset, wide)]
+    policy = mixed_config().objective.policy
+    assert common_side(policy, [each.dataset for each in opened]) is None
+    views = {"front": (32, 48), "wrist": (16, 16)}
+    with Writer(
+        tmp_path, fps=20, action_spec=WIDE, state_names=tuple("abcg"), views=views, robot_type="w", provenance={}
+    ) as out:
+        images = {view: np.zeros((5, *size, 3), np.uint8) for view, size in views.items()}
+        out.add(images, np.zeros((5, 4), np.float32), np.zeros((5, 3), np.float32), "lift")
+    unequal = Dataset.open(tmp_path)
+    assert common_side(policy, [unequal]) is None
+    assert common_side(policy, [opened[0].dataset, unequal]) == 48

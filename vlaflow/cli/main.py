@@ -94,6 +94,11 @@ def _show(text: str) -> int:
     return 0
 
 
+def printable(text: str) -> str:
+    """Text as it is, with control characters other than line breaks spelled out, so that none reaches the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def _refuse(sentence: str) -> int:
-    sys.stderr.write(sentence + "\n")
+    sys.stderr.write(printable(sentence) + "\n")
     return 2

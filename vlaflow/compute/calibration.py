@@ -62,7 +62,7 @@ class RiskTarget:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """None: the exits are taken as often as the risk allows."""
+        """Empty: the exits are taken as often as the risk allows."""
         return ()
 
     def share_above(self, deviation_N: np.ndarray) -> float | None:
@@ -171,8 +171,8 @@ class Calibration:
             hint = nearest(file.stem, others) if others else "there are none yet: vlaflow calibrate CKPT --dataset DIR"
             raise CalibrationError(f"There is no calibration {file}; {hint}")
         try:
-            data = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{file} is no valid JSON ({error}); calibrate again.") from error
         found = from_json(Calibration, data, str(file))
         if not all(t is None or isfinite(t) for t in found.thresholds):

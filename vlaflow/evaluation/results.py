@@ -416,8 +416,8 @@ def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:
     if not file.exists():
         raise DataError(f"There is no {file}. Write it: {command}")
     try:
-        data = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({error}); it is damaged. Run the evaluation again.") from error
     if not isinstance(data, dict) or data.get("format") != expected:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__

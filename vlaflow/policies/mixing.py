@@ -141,9 +141,9 @@ def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, Featur
 
 
 def common_side(policy: PolicyConfig, datasets: Sequence[Dataset]) -> int | None:
-    """Side to which images are brought that a backbone would take at any size, where they are not all of one size."""
+    """Side that images of several data sets are brought to, where the backbone takes any size and theirs differ."""
     sizes = {dataset.image_size(view) for dataset in datasets for view in policy.backbone.views if view in dataset.views}
-    if len(sizes) <= 1:
+    if len(datasets) == 1 or len(sizes) <= 1:
         return None
     return min(LARGEST, max(max(size) for size in sizes))
 

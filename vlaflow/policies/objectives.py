@@ -156,7 +156,7 @@ class PolicyObjective(Objective):
         policy = self._with_tokenizer(config, datasets, robots, tokenizer)
         fitted = replace(self, policy=replace(policy, backbone=policy.backbone.resolved()))
         first = next(iter(robots.by_name.values()))
-        several = robots.by_name if len(robots.by_name) > 1 else None
+        several = robots.by_name if len(robots.by_name) > 1 or first.image_size is not None else None
         return Policy.create(fitted.policy, first.action_spec, first.stats, config.seed, robots=several), fitted
 
     def _continued(self, config: TrainConfig, base: Base, latent: Path | str | None) -> Policy:

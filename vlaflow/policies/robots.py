@@ -57,6 +57,8 @@ def chosen_robot(robots: Mapping[str, Robot], name: str | None, where: str) -> s
         if name is not None:
             raise ConfigError(f"{where} was trained for one robot, so there is none to choose; leave --robot {name} out.")
         return None
+    if name is None and len(robots) == 1:
+        return next(iter(robots))
     known = ", ".join(f"'{each}' ({robot.action_spec.robot})" for each, robot in robots.items())
     if name is None:
         raise ConfigError(f"{where} was trained for several robots; choose one with --robot: {known}.")

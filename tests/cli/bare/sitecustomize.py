@@ -2,6 +2,7 @@
 
 import sys
 
-from tests.cli.core_only import CoreOnly
+from tests.cli.core_only import CoreOnly, hidden_modules
 
-sys.meta_path.insert(0, CoreOnly())
+hidden = hidden_modules()
+sys.meta_path[:] = [CoreOnly(finder, hidden) for finder in sys.meta_path]

@@ -49,7 +49,7 @@ def small(data: DataSpec) -> PolicyConfig:
 
 
 def _decoder(data: DataSpec, heads: int) -> LatentFlowConfig:
-    """Of the small policies: an expert with so many heads of 32."""
+    """The decoder of the small policies; the expert has this many heads of 32 dimensions."""
     block = BlockConfig(width=32 * heads, heads=heads, kv_heads=heads, head_dim=32, ffn=32 * heads)
     return LatentFlowConfig(
         FlowConfig(
