@@ -18,7 +18,7 @@ from vlaflow.policies.example import example
 from vlaflow.policies.provenance import new_episodes, trained_on
 from vlaflow.robot.client import Client
 from vlaflow.serving.observation_keys import choose
-from vlaflow.spec import ActionSpec, Dimension
+from vlaflow.spec import ActionSpec, Dimension, Observation
 
 ALOHA = [f"{side}_{part}" for side in ("left", "right") for part in
          ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")]  # fmt: skip
@@ -81,6 +81,19 @@ def test_the_walk_of_your_robot_ends_with_chunks_for_the_client(aloha, tmp_path)
         assert client.metadata["action_spec"]["robot"] == "aloha, joint targets"
         assert (client.metadata["rate_hz"], client.metadata["n_action_steps"]) == (50, 2)
         assert client.infer({"images": images, "state": np.zeros(14), "prompt": "fold the shirt"})["actions"].shape == (5, 14)
+
+
+def test_two_robots_without_specs_are_trained_together_and_one_of_them_acts(aloha, tmp_path):
+    """14 joints, four cameras, 50 Hz, and seven numbers, two cameras, 15 Hz."""
+    views = {"front": (32, 32), "cam_left_wrist": (24, 32)}
+    other = write(tmp_path / "franka", names=[f"a{i}" for i in range(7)], views=views, fps=15, robot="franka")
+    out = tmp_path / "policy"
+    words = arguments(f"arms={aloha}", out, "--dataset", f"franka={other}", "--chunk-seconds", "0.2")
+    assert command.main([*words, "--steps", "1"]) == 0
+    policy = Policy.of_all_robots(out).for_robot("franka")
+    assert policy.action_spec.rotation == "unstated"
+    chosen = Observation({view: np.zeros((32, 32, 3), np.uint8) for view in views}, np.zeros(7, np.float32), "push")
+    assert policy.act(chosen).actions.shape == (3, 7)
 
 
 def test_views_are_chosen_among_the_four(aloha, tmp_path):
