@@ -14,6 +14,8 @@ from typing import Annotated, Any
 from vlaflow.errors import ConfigError
 
 BELOW_ONE = math.nextafter(1, 0)
+LARGEST = 2**31
+"""An upper end that only keeps out absurd numbers, so a refusal of small ones does not mention it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Range:
             return False
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
+    def asked(self, number: float) -> str:
+        """What a number outside it must be."""
+        return f"at least {self.low:.12g}" if self.high == LARGEST and number < self.low else str(self)
+
     def __str__(self) -> str:
         """In words that follow "must be"."""
         low, high = f"{self.low:.12g}", f"{self.high:.12g}"
@@ -45,9 +51,9 @@ class Range:
         return f"above {low} and at most {high}" if self.above else f"in {low}..{high}"
 
 
-Count = Annotated[int, Range(1, 2**31)]
-Number = Annotated[int, Range(0, 2**31)]
-Seed = Annotated[int, Range(0, 2**31)]
+Count = Annotated[int, Range(1, LARGEST)]
+Number = Annotated[int, Range(0, LARGEST)]
+Seed = Annotated[int, Range(0, LARGEST)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -82,7 +88,7 @@ def require_in(value: Any, annotation: Any, name: str) -> None:
     for wanted in _ranges(annotation):
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number not in wanted:
-                raise ConfigError(f"{name} must be {wanted}, got {number}.")
+                raise ConfigError(f"{name} must be {wanted.asked(number)}, got {number}.")
 
 
 def _ranges(annotation: Any) -> list[Range]:

@@ -101,7 +101,7 @@ def test_a_size_that_cannot_be_is_refused(capsys):
     with pytest.raises(ConfigError, match="episodes must be at least 1, got 0"):
         Size(episodes=0)
     assert main(["reproduce", "C2", "--training-seeds", "0"]) == 2
-    assert "training_seeds must be at least 1, got 0" in capsys.readouterr().err
+    assert "--training-seeds must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_same_seed_same_bytes(trained, dataset, tmp_path):
         (["--depths", "1", "2"], "The last of the depths must be the full one, 3, got [1, 2]"),
         (["--max-deviation", "1"], "take more episodes"),
         (["--name", "ladder"], "cannot be named"),
-        (["--exit-budget", "-1"], "positive number"),
+        (["--exit-budget", "-1"], "--exit-budget must be above 0, got -1"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(trained, dataset, arguments, words, capsys):

@@ -64,7 +64,7 @@ def test_eval_plays_every_seed_with_every_noise_seed(checkpoint, tmp_path, capsy
         (["--env", ENV, "--compute", "refien"], "did you mean 'refine'"),
         (["--env", "metaworld/drawer-opn-v3"], "did you mean 'metaworld/drawer-open-v3'"),
         (["--env", ENV, "--n-action-steps", "99"], "chunks of 8 actions"),
-        (["--env", ENV, "--episodes", "0"], "at least one episode"),
+        (["--env", ENV, "--episodes", "0"], "--episodes must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_one_sentence(checkpoint, capsys, tmp_path, words, answer):

@@ -15,7 +15,7 @@ from torch import nn
 from tests.training.small import CPU, Cut, Memory, Ragged, as_it_is, new_policy, tiny_config, weights
 from vlaflow.decoders.base import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.policies import base
+from vlaflow.policies import adapters
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.stages import PolicyStage
@@ -188,7 +188,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch, failing)
 
     monkeypatch.setattr(pieces, "save_tensors", full(pieces.save_tensors))
     monkeypatch.setattr(checkpoint, "write_json", full(checkpoint.write_json))
-    monkeypatch.setattr(base, "save_tensors", full(base.save_tensors))
+    monkeypatch.setattr(adapters, "save_tensors", full(adapters.save_tensors))
     with pytest.raises(CheckpointError, match=r"step 4 could not be written .*No space left.*step 2 is untouched"):
         run(out)
     monkeypatch.undo()

@@ -1,6 +1,7 @@
 """VQA co-training: which step is what, what it touches, and that a run continues to the bit."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -233,10 +234,13 @@ def test_what_does_not_fit_is_one_sentence(dataset, asked, tmp_path):
         command.main([*given, "--vqa", str(asked), "--set", "vqa=none"])
     with pytest.raises(ConfigError, match="name a set of them with --vqa"):
         command.main([*given, "--set", 'vqa={"share": 0.5}'])
-    for short, message in (("text_bytes=8", "text_bytes"), ("suffix=4", "suffix")):
+    wordy = shutil.copytree(asked, tmp_path / "wordy")  # than the instructions, which are looked at first
+    lines = wordy / "questions.jsonl"
+    lines.write_text(lines.read_text().replace("Dark or", "Is it dark or"))
+    for short, message in (("text_bytes=16", "text_bytes"), ("suffix=4", "suffix")):
         small = ["--set", "policy.backbone.answers=true", "--set", f"policy.backbone.{short}"]
         with pytest.raises(SpecError, match=rf"of question '.*' in .* bytes, the policy takes at most .*\.{message}"):
-            command.main([*given, "--vqa", str(asked), *small])
+            command.main([*given, "--vqa", str(wordy), *small])
     assert not (tmp_path / "p").exists()
     for wrong in ({"share": 0.0}, {"share": 1.0}, {"held_out": 1.0}, {"weight": 0.0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="vqa"):

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.errors import ConfigError
+from vlaflow.ranges import Count, Positive
 from vlaflow.training.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:
@@ -40,16 +42,16 @@ class PlanArguments:
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     dataset: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
-    gpus: int = 8
-    memory: float = 80.0
-    tflops: float = 989.0
-    hours: float | None = None
+    gpus: Count = 8
+    memory: Positive = 80.0
+    tflops: Positive = 989.0
+    hours: Positive | None = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow plan ...``; returns the exit status: 1 where nothing that was tried fits."""
-    given = tyro.cli(PlanArguments, prog="vlaflow plan", args=argv)
+    given = parse_arguments(PlanArguments, "vlaflow plan", argv)
     if given.gpus < 1 or given.memory <= 0 or given.tflops <= 0 or (given.hours is not None and given.hours <= 0):
         raise ConfigError("--gpus is at least 1; --memory, --tflops and --hours are positive.")
     recipe = find_recipe(given.recipe)

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
+from vlaflow.ranges import Count, Number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -56,17 +58,17 @@ class Reproduce:
     claims: tyro.conf.Positional[tuple[str, ...]] = ()
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     out: Path | None = None
-    training_seeds: int = 3
-    demonstrations: int = 50
-    episodes: int = 40
-    noise_seeds: int = 1
-    workers: int = 2
+    training_seeds: Count = 3
+    demonstrations: Count = 50
+    episodes: Count = 40
+    noise_seeds: Count = 1
+    workers: Number = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow reproduce ...``; returns the exit status."""
-    arguments = tyro.cli(Reproduce, prog="vlaflow reproduce", args=argv)
+    arguments = parse_arguments(Reproduce, "vlaflow reproduce", argv)
 
     from rich.console import Console
 

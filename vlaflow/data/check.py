@@ -154,7 +154,8 @@ def _about_numbers(dataset: Dataset) -> list[str]:
     path = dataset.root / "meta/stats.json"
     if dataset.version == "v3.0":
         try:
-            quantiles = "q99" in json.loads(path.read_text(encoding="utf-8"))[",".join(dataset.action_keys)]
+            found = json.loads(path.read_text(encoding="utf-8"))
+            quantiles = all("q99" in found[key] for key in dataset.action_keys)
         except (OSError, ValueError, KeyError, TypeError):
             quantiles = False
         if not quantiles:
