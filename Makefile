@@ -23,7 +23,7 @@ libero: setup-libero ## the same on three tasks of LIBERO-Object; OUT=DIR for an
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan libero $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
-	@$(GL) $(OFFLINE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(GL) $(OFFLINE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-isa: setup-dev ## the numerical tests with each instruction set of this processor; ARGS="-k words" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m tests.instruction_sets $(ARGS)

@@ -26,6 +26,13 @@ def feature_stats(dim, seed=0):
     return FeatureStats.of(table)
 
 
+def built(config):
+    """The backbone of a config, ready to read, with its processor as an attribute."""
+    backbone = config.build().eval()
+    backbone.processor = config.processor()
+    return backbone
+
+
 def policy_config(rater=False, **decoder):
     backbone = TinyConfig(state_dim=4, image_size=16, cell=8, width=32, depth=2, heads=2, ffn=64, text_bytes=32)
     block = BlockConfig(32, 2, 2, 16, 64)

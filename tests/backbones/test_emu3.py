@@ -88,10 +88,7 @@ def emu_config(folder, **changes):
 
 
 def build(folder, **changes):
-    config = emu_config(folder, **changes)
-    backbone = config.build().eval()
-    backbone.processor = config.processor()
-    return backbone
+    return helpers.built(emu_config(folder, **changes))
 
 
 @pytest.fixture(scope="module")

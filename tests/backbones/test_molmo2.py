@@ -116,10 +116,7 @@ def molmo_config(folder, **changes):
 
 
 def build(folder, **changes):
-    config = molmo_config(folder, **changes)
-    backbone = config.build().eval()
-    backbone.processor = config.processor()
-    return backbone
+    return helpers.built(molmo_config(folder, **changes))
 
 
 @pytest.fixture(scope="module")

@@ -117,10 +117,7 @@ def qwen_config(folder, **changes):
 
 
 def build(folder, **changes):
-    config = qwen_config(folder, **changes)
-    backbone = config.build().eval()
-    backbone.processor = config.processor()
-    return backbone
+    return helpers.built(qwen_config(folder, **changes))
 
 
 @pytest.fixture(scope="module")

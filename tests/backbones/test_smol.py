@@ -43,10 +43,7 @@ def smol_config(folder, **changes):
 
 
 def build(folder, **changes):
-    config = smol_config(folder, **changes)
-    backbone = config.build().eval()
-    backbone.processor = config.processor()
-    return backbone
+    return helpers.built(smol_config(folder, **changes))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.data.batch import Batch, ObservationBatch
-from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.outputs import require_makeable, whole_folder, write_json
 from vlaflow.policies.base import Policy
@@ -48,11 +47,6 @@ ONLY_IMAGE, IMAGE = "observation.image", "observation.images."
 def policy_type(policy: Policy) -> str:
     """LeRobot's name for a policy of this system."""
     return TYPES.get(policy.config.system, OTHER)
-
-
-def view_keys(dataset: Dataset) -> dict[str, str]:
-    """LeRobot's key of every view of a data set."""
-    return dict(dataset.views)
 
 
 @dataclass(frozen=True)

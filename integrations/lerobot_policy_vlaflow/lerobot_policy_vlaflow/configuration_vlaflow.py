@@ -114,8 +114,6 @@ class VlaflowConfig(PreTrainedConfig):
 class VlaflowAnyConfig(VlaflowConfig):
     """A policy of any system, such as the baselines."""
 
-    recipe: str | None = None
-
 
 @PreTrainedConfig.register_subclass("vlaflow_asyncvla")
 @dataclass

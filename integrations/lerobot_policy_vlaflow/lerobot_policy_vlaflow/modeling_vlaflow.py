@@ -138,7 +138,7 @@ def _made(config: VlaflowConfig, dataset_meta: Any) -> Policy:
             "then: vlaflow export lerobot CKPT --out DIR"
         )
     dataset: Dataset = train.objective.open(root)
-    config.views = config.views or lerobot.view_keys(dataset)
+    config.views = config.views or dict(dataset.views)
     return train.objective.create(train, dataset)
 
 
