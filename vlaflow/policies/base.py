@@ -39,8 +39,9 @@ from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json
+from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.nn.stored import drawing
 from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.adapters import save_merged
@@ -127,7 +128,7 @@ class Policy:
             folder: of a checkpoint whose tokenizer and image settings it takes; by default those of the backbone's source.
             robots: by name, where there are several.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), drawing():
             torch.manual_seed(seed)
             model = config.build()
         processor = config.backbone.processor(folder)
@@ -437,11 +438,9 @@ class Policy:
         written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
         config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
-        with torch.random.fork_rng(devices=[]):
-            model = config.build()
-        load_weights(model, folder / "model.safetensors")
+        model = config.opened(folder / "model.safetensors", device)
         if dtype == "bf16":
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype, robots)
+        return Policy(config, action_spec, stats, model.eval(), text, processor, folder, dtype, robots)
