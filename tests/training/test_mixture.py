@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,21 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.data.cases.build import renamed
 from tests.training.latents import SMALL, latent_config
 from tests.training.small import SPEC, as_it_is, tiny_config, tiny_policy, weights, write_questions
+from tests.training.two_robots import WIDE, mixed_config, write_wide
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentActionModel
-from vlaflow.cli import calibrate, plan
-from vlaflow.cli import train as command
-from vlaflow.cli.reading import ReadingOptions
+from vlaflow.cli import calibrate
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import Refine
 from vlaflow.data.filters import Filters
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed
-from vlaflow.data.reading import Reading
 from vlaflow.data.weights import DatasetEntry
 from vlaflow.data.writer import Writer
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
@@ -32,7 +28,6 @@ from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.evaluation import calibrate_sampler
 from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.asyncvla.policy import tiny_rater
@@ -40,50 +35,23 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.latent_pairs import Paired, pairs_of
 from vlaflow.policies.mixing import alone, common_side, robots_of
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
-from vlaflow.policies.policy_config import Normalisation
-from vlaflow.policies.provenance import fingerprint, new_episodes, reading_of, trained_on
+from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
 from vlaflow.policies.recipe import Base, DataSpec, OpenedDataset
 from vlaflow.policies.robots import robot_folder
 from vlaflow.policies.vqa import VqaTraining
 from vlaflow.serving.observation_keys import choose
 from vlaflow.serving.server import PolicyServer, ServerConfig
-from vlaflow.spec import ActionPrefix, Dimension, Observation
+from vlaflow.spec import ActionPrefix, Observation
 from vlaflow.training import run
 from vlaflow.training.loader import Loader
 from vlaflow.training.metrics_log import read_log
 from vlaflow.training.options import Options
 from vlaflow.training.team import Team
 
-WIDE = replace(
-    SPEC,
-    robot="wide arm",
-    dimensions=tuple(Dimension(name, "rad", "joint", -9.0, 9.0, "up") for name in "abc"),
-    rate_hz=20,
-)
-
-
-def write_wide(root):
-    """Four episodes of another robot: three joints at twice the rate, four numbers of state, a second view."""
-    views = {"front": (32, 32), "wrist": (32, 32)}
-    with Writer(root, fps=20, action_spec=WIDE, state_names=tuple("abcg"), views=views, robot_type="w", provenance={}) as out:
-        for episode in range(4):
-            rng = np.random.default_rng([7, episode])
-            images = {view: rng.integers(0, 256, (8, 32, 32, 3), np.uint8) for view in views}
-            state = rng.normal(5, 2, (8, 4)).astype(np.float32)
-            out.add(images, state, rng.uniform(-9, 9, (8, 3)).astype(np.float32), "lift the lid")
-    return root
-
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     return write_wide(tmp_path_factory.mktemp("wide") / "wide")
-
-
-def mixed_config(decoder=None, **changes):
-    policy = tiny_policy(views=("front", "wrist"))
-    decoder = decoder or FlowConfig(action_dim=3, chunk_size=4)
-    policy = replace(policy, backbone=replace(policy.backbone, state_dim=4), decoder=decoder)
-    return tiny_config(objective=PolicyObjective(policy), steps=4, validation_fraction=0.3, **changes)
 
 
 def trained(config, datasets, out, base=None, **options):
@@ -324,63 +292,6 @@ def test_a_rater_is_trained_for_all_robots_and_serves_one(both, dataset, wide, t
     assert chunk.confidence.shape == (4,)
     server = PolicyServer(rated, Dense(), ServerConfig(**choose("metaworld", tuple(rated.views), (), ())))
     assert (server.n_action_steps, server.metadata["state_dim"], server.metadata["chunk_size"]) == (2, 3, 4)
-
-
-def test_one_command_reads_each_of_several_data_sets_in_its_own_way(dataset, wide, tmp_path, capsys, monkeypatch):
-    """Its columns, views and normalisation; and every robot with enough held-out episodes gets a calibrated sampler."""
-    other, out = shutil.copytree(wide, tmp_path / "other"), tmp_path / "p"
-    renamed(other, action="actions", observation__state="joints")
-    monkeypatch.setattr(calibrate_sampler, "candidates", lambda model: ["dense:1"])
-    words = ["baselines.flow", "--dataset", str(dataset), "--dataset", f"big={other}"]
-    words += ["--key", "big:action=actions", "--key", "big:state=joints", "--view", "big:hand=wrist", "--view", "big:front"]
-    own = ["--chunk-seconds", "0.3"]
-    own += ["--set", "normalisation.big.action_normalisation=identity", "--set", "normalisation.big.state_clip=1.5"]
-    small = ["--set", "policy.backbone.image_size=32", "--set", "policy.backbone.width=32", "--set", "max_excluded=1"]
-    assert (
-        command.main([*words, *own, *small, "--mixture", "robots", "--steps", "1", "--out", str(out), "--tracker", "none"]) == 0
-    )
-    said = capsys.readouterr().out
-    assert "dataset: Calibrated the sampler on" in said
-    assert "big: The sampler was not calibrated: Training held out 1 episode" in said
-    sizes = {name: robot.action_spec.chunk_size for name, robot in Policy.of_all_robots(out).robots.items()}
-    assert sizes == {"dataset": 3, "big": 6}
-    narrow, broad = (Policy.from_pretrained(out, robot=name) for name in sizes)
-    assert (broad.action_normalizer.mode, narrow.action_normalizer.mode) == ("identity", "quantile")
-    assert [normalizer.clip for normalizer in broad.processor.state.robots] == [None, 1.5]
-    assert set(broad.views) == {"hand", "front"}
-    assert reading_of(out / "robots/big", other).action == ("actions",)
-    assert reading_of(out / "robots/dataset", dataset) is None
-    entry = DatasetEntry(str(other), "big", reading=reading_of(out / "robots/big", other))
-    planned = plan.shape_of([DatasetEntry(str(dataset), "dataset"), entry])
-    assert (planned.spec, planned.frames) == (DataSpec(4, 3, ("front", "hand")), len(Dataset.open(dataset)) + 32)
-
-
-def test_what_is_said_of_one_data_set_goes_before_what_is_said_of_all(wide):
-    entries = [DatasetEntry("a", "a"), DatasetEntry("b", "b")]
-    options = ReadingOptions(("action=x", "b:action=y"), ("front",), ("b:0.1", "0.2"))
-    first, second = (entry.reading for entry in options.of_entries(entries))
-    assert first == Reading(("x",), (), (("front", "front"),), 0.2)
-    assert second == Reading(("y",), (), (("front", "front"),), 0.1)
-    assert ReadingOptions(view=("b:front",)).of_entries(entries)[0].reading is None
-    for key, named, what in (
-        ("c:action=x", entries, "data set 'c', which is not given; .*a, b"),
-        ("b:action=x", (), "reads one; write --key action=x"),
-    ):
-        with pytest.raises(ConfigError, match=what):
-            ReadingOptions(key=(key,)).of_entries(named) if named else ReadingOptions(key=(key,)).reading()
-
-
-def test_a_normalisation_without_effect_is_refused(dataset, wide):
-    datasets = [OpenedDataset(DatasetEntry.parse(str(root)), Dataset.open(root), root.name) for root in (dataset, wide)]
-
-    def with_own(given, **names):
-        config = mixed_config(normalisation={name: Normalisation(**own) for name, own in names.items()})
-        return robots_of(config.objective.policy, config, given)
-
-    with pytest.raises(ConfigError, match=r"normalisation\.wid is about a data set that is not given; .*'wide'"):
-        with_own(datasets, wid={"state_clip": 2.0})
-    with pytest.raises(ConfigError, match=r"only one robot.*--set policy\.state_clip=\.\.\."):
-        with_own(datasets[1:], wide={"state_clip": 2.0})
 
 
 def test_recipes_get_what_data_sets_have_together(dataset, wide):
