@@ -127,7 +127,7 @@ def test_a_damaged_block_is_an_error_whose_cure_works(dataset, codec, damage):
 def test_no_flipped_bit_gives_other_images(tmp_path_factory, place, bit):
     """CRC-32 finds every single flipped bit of a frame; of the index, what it leads to; of the header, what it states."""
     folder, rng = tmp_path_factory.getbasetemp() / "flipped", np.random.default_rng(0)
-    frames = [(view, row, rng.integers(0, 256, 12, dtype=np.uint8)) for row in range(4) for view in range(2)]
+    frames = [(view, row, rng.integers(0, 256, 12, dtype=np.uint8).data) for row in range(4) for view in range(2)]
     BlockStore(folder, [0, 4], "ab", {"data": "x"}).write(0, frames)
     file = folder / "000000.safetensors"
     content = bytearray(file.read_bytes())

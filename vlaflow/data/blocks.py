@@ -35,7 +35,7 @@ _HEADER = 1024
 _PARTS = {"data": ("U8", 1), "place": ("I64", 8), "checksum": ("U32", 4)}
 _ALIGNMENT = 8
 
-Frame = tuple[int, int, np.ndarray | bytes]
+Frame = tuple[int, int, memoryview | bytes]
 """View and row as numbers within the block, and the frame's bytes."""
 
 
@@ -169,7 +169,7 @@ class Block:
         start, end = self._place_VN2[view, row].tolist()
         content = self._data[start:end]
         if not self._checked[view][row]:
-            if not len(content) or zlib.crc32(content) != self._checksum_VN[view, row]:
+            if not len(content) or zlib.crc32(content.data) != self._checksum_VN[view, row]:
                 raise self.damaged(f"the checksum of frame {row} is wrong")
             self._checked[view][row] = 1
         return content

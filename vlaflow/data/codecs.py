@@ -27,8 +27,8 @@ class Codec(Protocol):
     def key(self) -> str:
         """Name of the codec and its settings; caches with different keys are different."""
 
-    def encode(self, image: np.ndarray) -> np.ndarray | bytes:
-        """The bytes of an image, uint8 (H, W, 3); an array has one dimension."""
+    def encode(self, image: np.ndarray) -> memoryview | bytes:
+        """The bytes of an image, uint8 (H, W, 3)."""
 
     def decode(self, contents: Sequence[np.ndarray], image_BHWC: np.ndarray) -> None:
         """Fill ``image_BHWC`` with the images of B byte strings, each uint8 (bytes,).
@@ -50,9 +50,9 @@ class Raw:
         """See ``Codec``."""
         return "raw"
 
-    def encode(self, image: np.ndarray) -> np.ndarray:
+    def encode(self, image: np.ndarray) -> memoryview:
         """See ``Codec``."""
-        return np.ascontiguousarray(image).reshape(-1)
+        return np.ascontiguousarray(image).reshape(-1).data
 
     def decode(self, contents: Sequence[np.ndarray], image_BHWC: np.ndarray) -> None:
         """See ``Codec``."""
@@ -93,7 +93,7 @@ class Jpeg:
         from PIL import Image
 
         def fill(place: int) -> None:
-            with Image.open(io.BytesIO(contents[place]), formats=("JPEG",)) as image:
+            with Image.open(io.BytesIO(contents[place].data), formats=("JPEG",)) as image:
                 image_BHWC[place] = np.asarray(image)
 
         for _ in _pool().map(fill, range(len(contents))):
