@@ -1,4 +1,4 @@
-"""Blocks of a frame cache: whole or absent, the same whoever writes them, and never silently damaged."""
+"""Blocks of a frame cache: whole or absent, the same from all writers, and never silently damaged."""
 
 from itertools import pairwise
 

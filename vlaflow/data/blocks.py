@@ -52,7 +52,7 @@ class BlockStore:
     def __init__(self, folder: Path, starts: Sequence[int], views: Sequence[str], about: Mapping[str, str]) -> None:
         self.folder, self.views, self.about = folder, tuple(views), dict(about)
         self._starts = np.asarray(starts, np.int64)
-        self._open: dict[int, Block] = {}
+        self._open: dict[int, BlockFile] = {}
 
     def __len__(self) -> int:
         """Number of blocks, whether they exist or not."""
@@ -113,8 +113,8 @@ class BlockStore:
             found.append(opened.frame(number, row))
         return found
 
-    def _opened(self, number: int) -> Block:
-        block = Block(self.file(number))
+    def _opened(self, number: int) -> BlockFile:
+        block = BlockFile(self.file(number))
         wanted = (len(self.views), int(self._starts[number + 1] - self._starts[number]))
         if block.shape != wanted:
             raise block.damaged(f"it holds views and rows {block.shape} instead of {wanted}")
@@ -132,7 +132,7 @@ def _header(about: Mapping[str, str], *shapes: Sequence[int]) -> bytes:
     return (_HEADER - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(_HEADER - 8)
 
 
-class Block:
+class BlockFile:
     """One open file.
 
     Attributes:

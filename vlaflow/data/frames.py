@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlaflow.data.blocks import SUFFIX, Block, BlockStore, Frame, cut
+from vlaflow.data.blocks import SUFFIX, BlockFile, BlockStore, Frame, cut
 from vlaflow.data.codecs import Codec, Raw
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import DataError, SpecError, StorageError
@@ -339,7 +339,7 @@ def damaged_blocks(dataset: Dataset, progress: Progress | None = None) -> Iterat
     files = sorted(cache_home(dataset.root).glob(f"frames-*/*{SUFFIX}"))
     for done, file in enumerate(files, 1):
         try:
-            block = Block(file)
+            block = BlockFile(file)
             if block.about.get("data") == dataset.fingerprint:
                 block.check()
         except DataError as error:
