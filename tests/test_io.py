@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlaflow.cli.main import printable
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError
 from vlaflow.io import read_json, save_tensors
 from vlaflow.outputs import _ZEROS, allocate, claim, require_system
+from vlaflow.text import printable
 
 
 def lacking(monkeypatch):

@@ -24,7 +24,8 @@ from vlaflow.cli.demo_plans import PLANS, Plan
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
-from vlaflow.ranges import Number
+from vlaflow.ranges import NotNegative, Number
+from vlaflow.strict import read_json, require_form
 
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
@@ -60,6 +61,15 @@ class Demo:
     steps: int | None = None
     workers: Number = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+@dataclass(frozen=True)
+class DemoRecord:
+    """The content of demo.json."""
+
+    settings: dict[str, Any]
+    done: tuple[str, ...]
+    seconds: dict[str, NotNegative]
 
 
 @dataclass(frozen=True)
@@ -160,11 +170,9 @@ class DemoLog:
         self.seconds: dict[str, float] = {}
         plain = json.loads(json.dumps(asdict(settings)))
         if self.file.exists():
-            try:
-                known = json.loads(self.file.read_text())
-                before, self.done, self.seconds = known["settings"], known["done"], known["seconds"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise DataError(f"{self.file} is damaged ({error}). Delete {out}, or choose another --out.") from error
+            known = read_json(self.file, DataError, f"it is damaged. Delete {out}, or choose another --out.")
+            require_form(DemoRecord, known, str(self.file), DataError)
+            before, self.done, self.seconds = known["settings"], known["done"], known["seconds"]
             for name, value in plain.items():
                 if before.get(name) != value:
                     raise ConfigError(

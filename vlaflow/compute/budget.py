@@ -8,7 +8,6 @@ What must fit is the 99th percentile of the worst case: an early exit counts wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import log
@@ -28,6 +27,8 @@ from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
+from vlaflow.ranges import Count, NotNegative, Positive
+from vlaflow.strict import read_json
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -55,12 +56,12 @@ class Profile:
 
     checkpoint: str
     machine: str
-    threads: int
-    base: float
-    prefix: tuple[float, ...]
-    step: tuple[float, ...]
-    jitter: float
-    chunks: int
+    threads: Count
+    base: NotNegative
+    prefix: tuple[NotNegative, ...]
+    step: tuple[NotNegative, ...]
+    jitter: Positive
+    chunks: Count
     versions: dict[str, str]
     device: str = "cpu"
     dtype: Dtype = "fp32"
@@ -83,10 +84,10 @@ class Rung:
         error: mean absolute distance to the demonstrated actions, in the same units.
     """
 
-    depth: int
-    nfe: int
-    deviation: float
-    error: float
+    depth: Count
+    nfe: Count
+    deviation: NotNegative
+    error: NotNegative
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Ladder:
 
     checkpoint: str
     dataset: str
-    samples: int
+    samples: Count
     rungs: tuple[Rung, ...]
     dtype: Dtype = "fp32"
 
@@ -291,7 +292,7 @@ def _answers(found: Calibration) -> float:
 def _read(file: Path, kind: type[T], command: str) -> T:
     if not file.exists():
         raise CalibrationError(f"A budget needs {file.name}, which {file.parent} lacks. {command}")
-    return from_json(kind, json.loads(file.read_text()), str(file))
+    return from_json(kind, read_json(file, CalibrationError, f"it is damaged. {command}"), str(file))
 
 
 def _parse(typed: Spelling) -> ComputePolicy:

@@ -39,7 +39,7 @@ from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json
+from vlaflow.io import build_for, load_weights, read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
 from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
@@ -438,7 +438,7 @@ class Policy:
         config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
         with torch.random.fork_rng(devices=[]):
-            model = config.build()
+            model = build_for(config.build, folder / "model.safetensors")
         load_weights(model, folder / "model.safetensors")
         if dtype == "bf16":
             round_matrices(blocks_of(model))
