@@ -93,6 +93,8 @@ def run(argv: list[str]) -> Outcome:
 
     from vlaflow.training.run import Options, entries, train
 
+    datasets = given.how.of_entries(entries(given.dataset))
+
     options = Options(
         overrides,
         given.tracker,
@@ -101,25 +103,17 @@ def run(argv: list[str]) -> Outcome:
         tokenizer=given.tokenizer,
         latent=given.latent,
         shard=given.shard,
-        reading=given.how.reading(),
         mixture=given.mixture,
     )
-    outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
+    outcome = train(given.recipe, datasets, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
         if given.calibrate and outcome.finished and outcome.policy is not None:
-            sys.stdout.write(_calibrated(outcome.policy, [entry.root for entry in entries(given.dataset)]) + "\n")
+            from vlaflow.evaluation.calibrate_sampler import after_training
+
+            for sentence in after_training(outcome.policy, [entry.root for entry in datasets]):
+                sys.stdout.write(f"{sentence}\n")
     return outcome
-
-
-def _calibrated(policy: Path, roots: list[str]) -> str:
-    from vlaflow.evaluation.calibrate_sampler import after_training
-
-    if len(roots) == 1:
-        return after_training(policy, Path(roots[0]))
-    return (
-        f"The sampler was not calibrated, which takes one of the data sets: vlaflow calibrate {policy} --sampler --dataset DIR"
-    )
 
 
 def _sentence(outcome: Outcome, out: Path) -> str:

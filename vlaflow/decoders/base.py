@@ -328,6 +328,9 @@ class Decoder(nn.Module, ABC, Generic[State]):
     def begin_from(self, backbone: Backbone) -> None:
         """Take first values from a backbone's own weights, where the config asks for it; by default none."""
 
+    def forget_values(self) -> None:
+        """Let zeros of the same shape stand for what is computed from values: a dry run has none. By default nothing is."""
+
     @abstractmethod
     def nfe(self, sampling: Sampling) -> int:
         """Network evaluations that a chunk costs."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -215,6 +216,11 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             with torch.no_grad():
                 self._distance = (key, metric.distance(table_VW))
         return self._distance[1]
+
+    def forget_values(self) -> None:
+        """See ``Decoder``; the distances of tokens are, too."""
+        super().forget_values()
+        self.distance = partial(torch.zeros, self.vocabulary, self.vocabulary)  # type: ignore[method-assign]
 
     # -- training ----------------------------------------------------------------------------------------------------
 

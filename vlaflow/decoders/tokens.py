@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self, TypeVar
 
 import numpy as np
@@ -218,6 +219,10 @@ class TokenDecoder(Decoder[State]):
         """Ids (B, S) of chunks."""
         return torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
 
+    def forget_values(self) -> None:
+        """See ``Decoder``; the ids of chunks are."""
+        self.tokenize = partial(_no_ids, self.slots)  # type: ignore[method-assign]
+
     def hidden(self, id_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Hidden states (B, S, W) at each depth of tokens that all see each other."""
         return self.stack.exits(self.embedding(id_BS), prefix, depths)
@@ -256,6 +261,10 @@ class TokenDecoder(Decoder[State]):
             )
         id_BS, _ = self.encode(Targets(conditioning.action_BLD, torch.ones_like(conditioning.clock_BL, dtype=torch.bool)))
         return TokenConditioning(id_BS, conditioning.clock_BL.repeat_interleave(self.action_dim, 1))
+
+
+def _no_ids(slots: int, action_BLD: Tensor) -> Tensor:
+    return torch.zeros(len(action_BLD), slots, dtype=torch.long)
 
 
 def cross_entropy(logits_BSV: Tensor, id_BS: Tensor, weight_BS: Tensor) -> Tensor:

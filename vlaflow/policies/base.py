@@ -100,10 +100,10 @@ class Policy:
                 "decoder.action_dim to the data set's."
             )
         own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
-        self.action_normalizer = c.action_normalizer(self.stats, self.action_spec)
-        state = tuple(c.state_normalizer(r.stats) for r in self.robots.values()) or (c.state_normalizer(self.stats),)
-        action = tuple(c.action_normalizer(r.stats, r.action_spec) for r in self.robots.values()) or (self.action_normalizer,)
-        side = self.robots[self.robot].image_size if self.robot else None
+        acting = self.robots[self.robot] if self.robot else Robot(self.action_spec, dict(self.stats), ())
+        state, action = zip(*(robot.normalizers(c) for robot in self.robots.values() or (acting,)), strict=True)
+        self.action_normalizer = acting.normalizers(c)[1]
+        side = acting.image_size
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own)

@@ -110,7 +110,7 @@ class PolicyObjective(Objective):
     def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
         """See ``Objective``."""
         if assets.base is None:
-            objective = replace(self, policy=timed(self.policy, config, datasets))
+            objective = self.timed(config, datasets)
             robots = robots_of(objective.policy, config, datasets)
             report_jitter(datasets, robots)
             policy, objective = objective._created(config, datasets, robots, assets.tokenizer)
@@ -136,7 +136,7 @@ class PolicyObjective(Objective):
             stage = AnsweringStage(stage, policy, self.vqa.weight)
             identity["vqa"] = to_json(trained)
             sources = {"VQA": line, **sources}
-        identity |= mixture_identity(datasets, samples)
+        identity |= mixture_identity(datasets, samples, robots.names if policy.robots else ())
 
         def card(training: Sequence[str]) -> str:
             what = "Further training of the policy"
@@ -144,10 +144,14 @@ class PolicyObjective(Objective):
 
         return samples.setup(objective, stage, vqa, identity, card)
 
+    def timed(self, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> PolicyObjective:
+        """See ``Objective``."""
+        return replace(self, policy=timed(self.policy, config, datasets))
+
     def create(self, config: TrainConfig, dataset: Dataset) -> Policy:
         """A new policy for a data set: normalisation and tokenizer fitted on its training episodes; no image is read."""
         datasets = [alone(dataset)]
-        objective = replace(self, policy=timed(self.policy, config, datasets))
+        objective = self.timed(config, datasets)
         return objective._created(config, datasets, robots_of(objective.policy, config, datasets), None)[0]
 
     def _created(
@@ -166,6 +170,8 @@ class PolicyObjective(Objective):
                 f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
                 "checkpoint that the rater was trained for, and train another rater afterwards."
             )
+        if config.normalisation:
+            raise ConfigError(f"{base.path} keeps how its robots are normalised; leave normalisation out.")
         for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
             ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
             if ours != theirs:
@@ -257,7 +263,8 @@ class RaterObjective(Objective):
         def card(training: Sequence[str]) -> str:
             return policy_card(policy, datasets, training, "Training of the confidence rater", weights=samples.weights)
 
-        identity = base.identity() | mixture_identity(datasets, samples)
+        known = robots.names if policy.robots else ()
+        identity = base.identity() | mixture_identity(datasets, samples, known)
         return samples.setup(self, RaterStage(policy), None, identity, card)
 
 

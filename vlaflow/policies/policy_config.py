@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from vlaflow.backbones.base import BackboneConfig
 from vlaflow.data.stats import FeatureStats
@@ -14,6 +15,23 @@ from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
 from vlaflow.spec import ActionSpec
+
+Same = Literal["same"]
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How the numbers of one of several robots are normalised; "same" is as the policy's config says for all.
+
+    Args:
+        state_normalisation, action_normalisation, state_clip, action_clip, kept_actions: as in ``PolicyConfig``.
+    """
+
+    state_normalisation: Mode | Same = "same"
+    action_normalisation: Mode | Same = "same"
+    state_clip: float | Same | None = "same"
+    action_clip: float | Same | None = "same"
+    kept_actions: tuple[str, ...] | Same = "same"
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,11 @@ class PolicyConfig:
             raise ConfigError(
                 f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
             )
+
+    def normalised_as(self, own: Normalisation) -> PolicyConfig:
+        """The same assembly with the normalisation of one of its robots."""
+        stated = {f.name: getattr(own, f.name) for f in fields(own)}
+        return replace(self, **{name: value for name, value in stated.items() if value != "same"})
 
     def state_normalizer(self, stats: Mapping[str, FeatureStats]) -> Normalizer:
         """Of a robot's state, by the statistics of its data."""

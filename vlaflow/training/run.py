@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from vlaflow.config import to_json
 from vlaflow.data.hub import origin
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
@@ -19,8 +18,8 @@ from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
-from vlaflow.policies.mixing import combined_fingerprint, labels
-from vlaflow.policies.provenance import READING, reading_of
+from vlaflow.policies.mixing import combined_fingerprint, labels, read_as
+from vlaflow.policies.provenance import reading_of
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
@@ -66,10 +65,9 @@ def train(
     if found.several:
         return train_pipeline(found, dataset, Path(out), options)
     base = None if policy is None else Base.open(policy)
-    options = _with_reading(options, Path(out), base)
-    roots = [entry.root for entry in entries(dataset)]
-    config = found.config(DataSpec.of(*roots, reading=options.reading), base.policy.config if base else None)
-    return train_stage(config, dataset, out, name=recipe, base=base, options=options)
+    given = as_read(entries(dataset), options, Path(out), base)
+    config = found.config(DataSpec.of(*given), base.policy.config if base else None)
+    return train_stage(config, given, out, name=recipe, base=base, options=options)
 
 
 def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Options) -> Outcome:
@@ -80,8 +78,8 @@ def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Opti
     Raises:
         VlaflowError: see ``pipeline.plan``; nothing is trained then.
     """
-    options = _with_reading(options, out, None)
-    stages = plan(pipeline, [entry.root for entry in entries(dataset)], out, options)
+    given = as_read(entries(dataset), options, out, None)
+    stages = plan(pipeline, given, out, options)
     if options.fresh:
         start_over(stages)
     made: dict[str, Path] = {}
@@ -89,7 +87,7 @@ def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Opti
         recipe, latent = stage.recipe, made.get("latent") if stage.objective.names_codes else None
         sys.stderr.write(f"Stage {number} of {len(stages)}: {recipe.name} into {stage.folder}\n")
         policy = made.get("policy") if recipe.continues else None
-        outcome = train(recipe.name, dataset, stage.folder, policy=policy, options=replace(stage.options, latent=latent))
+        outcome = train(recipe.name, given, stage.folder, policy=policy, options=replace(stage.options, latent=latent))
         if outcome.signal is not None:
             return replace(outcome, more=number < len(stages))
         made[stage.objective.makes] = stage.folder
@@ -118,12 +116,13 @@ def train_stage(
     Raises:
         VlaflowError: whatever the user can fix, in a sentence.
     """
-    options = _with_reading(options or Options(), Path(out), base)
+    options = options or Options()
+    given = as_read(entries(dataset), options, Path(out), base)
     assets = options.assets(base)
     if options.mixture is not None:
         config = replace(config, mixture=named_mixture(options.mixture))
     config = overridden(config, options.overrides, assets)
-    datasets = opened(config.objective, entries(dataset), options.reading)
+    datasets = opened(config.objective, given)
     _print_notes(datasets, lambda each: each.notes)
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
@@ -173,26 +172,35 @@ def entries(dataset: Datasets) -> list[DatasetEntry]:
     return [each if isinstance(each, DatasetEntry) else DatasetEntry.parse(str(each)) for each in given]
 
 
-def opened(objective: Objective, given: Sequence[DatasetEntry], reading: Reading | None = None) -> list[OpenedDataset]:
+def opened(objective: Objective, given: Sequence[DatasetEntry]) -> list[OpenedDataset]:
     """All data sets, opened as the objective needs them."""
     names = labels([entry.name for entry in given], [entry.root for entry in given])
-    return [OpenedDataset(entry, objective.open(entry.root, reading), label) for entry, label in zip(given, names, strict=True)]
+    return [
+        OpenedDataset(entry, objective.open(entry.root, entry.reading), label)
+        for entry, label in zip(given, names, strict=True)
+    ]
 
 
 def _recorded(datasets: Sequence[OpenedDataset]) -> dict[str, Any]:
-    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; and how they
-    were read, where they do not have LeRobot's names.
+    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; and how the
+    only one was read, where it does not have LeRobot's names (of several, ``mixture_identity`` says so).
     """
     found = [source for each in datasets if (source := origin(each.dataset.root)) is not None]
-    reading = datasets[0].dataset.reading
-    stated = {} if reading == Reading() else {READING: to_json(reading)}
+    stated = read_as(datasets[0].dataset) if len(datasets) == 1 else {}
     return {"source": ", ".join(found), **stated} if found else stated
 
 
-def _with_reading(options: Options, out: Path, base: Base | None) -> Options:
-    """The options with how the data set is read: as given, else as by the run that is continued, else as by the policy."""
-    known = options.reading or (None if options.fresh else reading_of(out)) or (reading_of(base.folder) if base else None)
-    return replace(options, reading=known)
+def as_read(given: Sequence[DatasetEntry], options: Options, out: Path, base: Base | None) -> list[DatasetEntry]:
+    """Data sets with how each is read: as given, else as by the run that is continued, else as by the policy."""
+    continued = [] if options.fresh else [out]
+    if base is not None:
+        continued.append(base.folder)
+
+    def known(entry: DatasetEntry) -> Reading | None:
+        stated = (reading_of(folder, entry.root) for folder in continued)
+        return entry.reading or options.reading or next((reading for reading in stated if reading is not None), None)
+
+    return [replace(entry, reading=known(entry)) for entry in given]
 
 
 def _print_notes(datasets: Sequence[OpenedDataset], notes: Callable[[Dataset], Iterable[str]]) -> None:
