@@ -45,7 +45,7 @@ def to_json(value: Any) -> JSON:
 
 
 @dataclass(frozen=True)
-class Source:
+class JsonSource:
     """Where JSON comes from, for errors.
 
     Args:
@@ -67,10 +67,10 @@ def from_json(cls: type[T], data: JSON, where: str) -> T:
     Raises:
         ConfigError: naming the key, the file (``where``) and the nearest valid key.
     """
-    return typing.cast(T, decode(cls, data, Source(where), "config"))
+    return typing.cast(T, decode(cls, data, JsonSource(where), "config"))
 
 
-def decode(annotation: Any, data: JSON, source: Source, key: str) -> Any:
+def decode(annotation: Any, data: JSON, source: JsonSource, key: str) -> Any:
     """The value of an annotated field, from JSON.
 
     Args:
@@ -137,7 +137,7 @@ def decode(annotation: Any, data: JSON, source: Source, key: str) -> Any:
     return data
 
 
-def _number(data: JSON, source: Source, key: str) -> float:
+def _number(data: JSON, source: JsonSource, key: str) -> float:
     """A number that fits a float, and is finite where no range or mark of the field says more."""
     _require(isinstance(data, int | float) and not isinstance(data, bool), key, source, "a number", data)
     try:
@@ -148,7 +148,7 @@ def _number(data: JSON, source: Source, key: str) -> float:
     return value
 
 
-def _decode_dataclass(cls: Any, data: JSON, source: Source, key: str) -> Any:
+def _decode_dataclass(cls: Any, data: JSON, source: JsonSource, key: str) -> Any:
     _require(isinstance(data, dict), key, source, f"an object ({cls.__name__})", data)
     inside = f"{key}." if key else ""
     if not source.others:
@@ -184,7 +184,7 @@ def _is_open(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Part) and not dataclasses.is_dataclass(annotation)
 
 
-def _require(condition: bool, key: str, source: Source, wanted: str, found: Any) -> None:
+def _require(condition: bool, key: str, source: JsonSource, wanted: str, found: Any) -> None:
     if not condition:
         what = f"'{key}' in {source.where}" if key else source.where
         raise source.error(f"{what} must be {wanted}, got {shown(found)}.")
@@ -218,7 +218,7 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
         elif rest:
             deeper.setdefault(name, {})[rest] = text
         else:
-            values[name] = decode(hints[name], _read(hints[name], text), Source(where), f"{path}{name}")
+            values[name] = decode(hints[name], _read(hints[name], text), JsonSource(where), f"{path}{name}")
     for name, inner in deeper.items():
         current = values.get(name, getattr(config, name))
         group = _group_in(hints[name])

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlaflow.config import Source, decode
+from vlaflow.config import JsonSource, decode
 from vlaflow.errors import VlaflowError
 from vlaflow.text import one_line, shown
 
@@ -127,7 +127,7 @@ def require_form(form: type, found: Any, where: str, error: type[VlaflowError], 
         error: class of the error.
         key: of ``found`` in the file, where it is a part of it.
     """
-    decode(form, found, Source(where, error, others=True), key)
+    decode(form, found, JsonSource(where, error, others=True), key)
 
 
 def fill(template: Any, values: Mapping[str, Any]) -> str:

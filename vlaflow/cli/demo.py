@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
-from vlaflow.cli.demo_plans import PLANS, Plan
+from vlaflow.cli.demo_plans import PLANS, DemoRecord, Plan
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
-from vlaflow.ranges import NotNegative, Number
+from vlaflow.ranges import Number
 from vlaflow.strict import read_json, require_form
 
 if TYPE_CHECKING:
@@ -61,15 +61,6 @@ class Demo:
     steps: int | None = None
     workers: Number = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-
-
-@dataclass(frozen=True)
-class DemoRecord:
-    """The content of demo.json."""
-
-    settings: dict[str, Any]
-    done: tuple[str, ...]
-    seconds: dict[str, NotNegative]
 
 
 @dataclass(frozen=True)

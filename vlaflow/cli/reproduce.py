@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
-from vlaflow.config import Source, decode
+from vlaflow.config import JsonSource, decode
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
@@ -111,7 +111,7 @@ class Steps:
         self.seconds: dict[str, float] = {}
         if self._file.exists():
             found = read_object(self._file, DataError, "it is damaged. Delete it, or choose another --out.")
-            self.seconds = decode(dict[str, NotNegative], found, Source(str(self._file), DataError), "seconds")
+            self.seconds = decode(dict[str, NotNegative], found, JsonSource(str(self._file), DataError), "seconds")
         elif out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and contains no test of claims. Choose another --out.")
         make_folder(out)
