@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from vlaflow.config import from_json
 from vlaflow.errors import CheckpointError, ConfigError, DataError
-from vlaflow.io import build_for, load_weights, read_json, stored_tensors
+from vlaflow.io import load_weights, read_json, require_fits, stored_tensors
 from vlaflow.ranges import AnyNumber, Count
 from vlaflow.strict import MOST_DEPTH, fill, parse, read_lines, require_form
 from vlaflow.text import one_line, shown
@@ -148,12 +148,11 @@ def test_shapes_are_compared_before_anything_is_allocated(tmp_path):
     """A build that allocates what the config asks for would need a million terabytes."""
     file = tmp_path / "model.safetensors"
     save_file(network()().state_dict(), file)
-    model = build_for(network(), file)
-    load_weights(model, file)
-    assert model.weight.device.type == "cpu"
+    require_fits(network(), file)
+    load_weights(network()(), file)
     for build in (network(4), network(2**58), lambda: torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(10**9))):
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-            build_for(build, file)
+            require_fits(build, file)
 
 
 def test_a_config_that_no_network_can_be_built_from_is_one_sentence(tmp_path):
@@ -161,7 +160,7 @@ def test_a_config_that_no_network_can_be_built_from_is_one_sentence(tmp_path):
     save_file(network()().state_dict(), file)
     for build in (network(-1), lambda: 1 // 0):
         with pytest.raises(CheckpointError, match=r"config\.json next to .*model\.safetensors .*cannot be built"):
-            build_for(build, file)
+            require_fits(build, file)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vlaflow.errors import CheckpointError, VlaflowError
 from vlaflow.strict import read_object
@@ -21,8 +21,6 @@ from vlaflow.text import one_line, shown
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    M = TypeVar("M", bound=nn.Module)
 
 WEIGHTS = {"float32", "bfloat16", "float16"}
 """Weight types that are converted to each other; the config says which one a network computes in."""
@@ -48,14 +46,14 @@ MOST_TIMES, MOST_NUMBERS, MOST_TENSORS = 4, 2**28, 1000
 """What networks may allocate while they are built: times what their file holds, and so many numbers and tensors more."""
 
 
-def build_for(build: Callable[[], M], file: Path) -> M:
-    """Build the networks that a config describes, after comparing them with the weights that they are for.
+def require_fits(build: Callable[[], nn.Module], file: Path) -> None:
+    """Compare the networks that a config describes with the weights that they are for, before either takes memory.
 
-    They are first built without memory (torch's device "meta"), so a config that describes larger networks than the file holds
-    is refused before anything is allocated.
+    They are built without memory (torch's device "meta"), so a config of larger networks than the file holds is refused before
+    anything is allocated. Not for several threads that build networks at a time.
 
     Args:
-        build: makes the networks from torch's global generator, whose state is the same afterwards as after one build.
+        build: makes the networks; torch's global generator is afterwards as before.
         file: their weights.
 
     Raises:
@@ -99,7 +97,6 @@ def build_for(build: Callable[[], M], file: Path) -> M:
     extra = sum(each.numel() * each.element_size() for each in model.buffers()) - file.stat().st_size
     if extra > MOST_BUFFERS:
         raise CheckpointError(f"config.json next to {file} describes networks with {extra} bytes of tables; it is damaged.")
-    return build()
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
