@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -98,7 +98,8 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
-    from vlaflow.policies.deployment import open_policy
+    from vlaflow.policies.base import Policy
+    from vlaflow.policies.engines import for_budgets
     from vlaflow.policies.provenance import fingerprint
     from vlaflow.policies.robots import robot_folder
     from vlaflow.serving.engine import EngineConfig
@@ -114,8 +115,10 @@ def main(argv: list[str]) -> int:
     name = (a.compute or default_name(folder)) if a.budget_ms is None else f"budget:{a.budget_ms:g}"
     home = Checkpoint(folder, fingerprint(folder))
     knobs = Knobs(a.steps, device=a.device, threads=a.threads, dtype=a.dtype)
+    engine, knobs = for_budgets(a.engine, (name,), knobs, home)
     compute = parse(name, knobs, home)
-    policy = open_policy(folder, a.device, a.dtype, a.engine)
+    policy = Policy.from_pretrained(folder, a.device, a.dtype, engine=engine)
+    knobs = replace(knobs, engine=policy.model.engine)
     views = tuple(policy.views)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files

@@ -23,7 +23,6 @@ from vlaflow.evaluation.rollout import EpisodeBlock, EpisodeJob, EpisodeResult, 
 from vlaflow.outputs import whole_file, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.deployment import open_policy
 from vlaflow.simulators.base import cached
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
@@ -116,7 +115,7 @@ def record_videos(
     tasks.sort(key=lambda task: chosen.index(task[2]))
     run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
     with one_thread():
-        setup = functools.partial(open_policy, str(source), config.device, config.dtype, config.engine)
+        setup = functools.partial(Policy.from_pretrained, str(source), config.device, config.dtype, engine=config.engine)
         videos = run_jobs(run, tasks, min(workers, len(tasks)), setup=setup)
     write_json(folder / FILE, [to_json(f) for f in videos], indent=1)
     return videos
