@@ -16,7 +16,7 @@ from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.fair_queue import CREDIT, FairQueue
-from vlaflow.serving.places import Places
+from vlaflow.serving.places import ClientPlaces
 from vlaflow.serving.turns import ALLOWANCE_S, DUTY, MOST_OPENING, RATE, TURN_S, Account, Turns
 
 
@@ -183,7 +183,7 @@ class Seat:
 def test_the_client_that_has_been_idle_for_longest_gives_its_place_and_no_client_that_is_busy():
     async def run():
         clock = Clock()
-        places, (unused, idle, busy) = Places(3, unused_s=10, idle_s=60, clock=clock), (Seat(), Seat(), Seat())
+        places, (unused, idle, busy) = ClientPlaces(3, unused_s=10, idle_s=60, clock=clock), (Seat(), Seat(), Seat())
         with places.taken(unused), places.taken(idle), places.taken(busy):
             with places.busy(idle):
                 pass

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from websockets.asyncio.server import ServerConnection
 
 
-class Places:
+class ClientPlaces:
     """Who is connected, and how long each may stay idle when others want its place.
 
     Args:

@@ -36,7 +36,7 @@ from vlaflow.serving.dashboard import LOOPBACK, MOST_PAGE_BYTES, PAGE, STREAM, S
 from vlaflow.serving.engine import Engine, EngineConfig
 from vlaflow.serving.limits import most_message_bytes, most_pixels, quiet_without_sockets
 from vlaflow.serving.observation_keys import ObservationKeys, read
-from vlaflow.serving.places import Places
+from vlaflow.serving.places import ClientPlaces
 from vlaflow.serving.request_log import OneLine, RequestLog
 from vlaflow.serving.turns import PER_CONNECTION_S, PER_MESSAGE_S, LimitedConnection, Turns
 from vlaflow.spec import Observation
@@ -129,7 +129,7 @@ class PolicyServer:
         self.most_image_bytes = 3 * sum(map(most_pixels, self.policy.views.values()))
         self.most_bytes = self.config.most_bytes or most_message_bytes(self.policy.views)
         self._idle_s = max(self.config.idle_s, self.config.observation_keys.protocol.idle_s)
-        self._places = Places(self.config.connections, self.config.open_s, self._idle_s)
+        self._places = ClientPlaces(self.config.connections, self.config.open_s, self._idle_s)
         self._stop, self._idle, self._answering = asyncio.Event(), asyncio.Event(), 0
         self._idle.set()
 
