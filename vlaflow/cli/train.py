@@ -42,7 +42,8 @@ class TrainArguments:
     vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """VQA data set for co-training, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Action tokenizer from vlaflow data fit-tokenizer, for token decoders; fitted by default."""
+    """Action tokenizer for token decoders: a file of vlaflow data fit-tokenizer, or folder or Hub name of a published FAST
+    tokenizer (physical-intelligence/fast); fitted by default."""
     latent: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Latent action model from iflybot.latent, for decoders that predict its codes."""
     steps: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None

@@ -10,11 +10,12 @@ Each says what it needs, builds its networks and samples, and describes the chec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vlaflow.actions.io import load_tokenizer
+from vlaflow.actions.io import named_tokenizer
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.config import to_json
@@ -24,6 +25,7 @@ from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
+from vlaflow.nn.stored import is_shared_later, lay_as, without_memory
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
@@ -60,6 +62,7 @@ class PolicyObjective(Objective):
 
     policy: PolicyConfig
     vqa: VqaTraining | None = None
+    reads_rows: ClassVar[bool] = True
 
     @property
     def names_codes(self) -> bool:
@@ -181,10 +184,13 @@ class PolicyObjective(Objective):
                 )
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)
         own = base.policy
-        created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder, robots=own.robots)
+        with without_memory() if is_shared_later() else nullcontext():
+            created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder, robots=own.robots)
         further = replace(created, card=own.card)
         try:
             further.model.load_state_dict(base.policy.model.state_dict())
+            if is_shared_later():
+                lay_as(further.model, base.policy.model)
         except RuntimeError as error:
             raise ConfigError(
                 f"The networks of this config are not those of {base.path}, so they cannot start from its weights "
@@ -198,8 +204,8 @@ class PolicyObjective(Objective):
         """The assembly with the given tokenizer, or one fitted on the training episodes where its decoder needs one."""
         decoder, mode = self.policy.decoder, self.policy.action_normalisation
         if file is not None:
-            decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
-        elif decoder.unfitted:
+            decoder = decoder.with_tokenizer(named_tokenizer(file, mode))
+        if decoder.unfitted:
             decoder = decoder.fitted(normalised_chunks(self.policy, config, datasets, robots))
         return replace(self.policy, decoder=decoder)
 

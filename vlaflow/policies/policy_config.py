@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from vlaflow.backbones.base import BackboneConfig
 from vlaflow.data.stats import FeatureStats
@@ -14,6 +18,8 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
+from vlaflow.io import load_weights, require_fits
+from vlaflow.nn.stored import is_shared_later, lay, require_same, stored_in, without_memory
 from vlaflow.spec import ActionSpec
 
 Same = Literal["same"]
@@ -94,3 +100,26 @@ class PolicyConfig:
         decoder.begin_from(backbone)
         rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
+
+    def opened(self, file: Path, device: str) -> Model:
+        """The networks with a checkpoint's weights, which are read later where processes are going to share them.
+
+        Args:
+            file: ``model.safetensors``.
+            device: where the networks run; not looked at where they are read later.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or does not fit the config.
+        """
+        later = is_shared_later()
+        if not later:
+            require_fits(self.build, file)
+        with torch.random.fork_rng(devices=[]), without_memory() if later else nullcontext():
+            model = self.build()
+        if later:
+            places = stored_in([file])
+            require_same(model, places, file)
+            lay(model, places)
+            return model
+        load_weights(model, file)
+        return model.to(device)

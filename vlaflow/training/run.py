@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
+from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.mixing import combined_fingerprint, labels, read_as
@@ -27,6 +29,7 @@ from vlaflow.training.outcome import Outcome
 from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
+from vlaflow.training.team import launched
 from vlaflow.training.trainer import Trainer
 from vlaflow.versions import command_line
 
@@ -64,7 +67,8 @@ def train(
         raise ConfigError(f"The recipe '{recipe}' continues a trained policy; name its checkpoint with --policy.")
     if found.several:
         return train_pipeline(found, dataset, Path(out), options)
-    base = None if policy is None else Base.open(policy)
+    with sharing(options):
+        base = None if policy is None else Base.open(policy)
     given = as_read(entries(dataset), options, Path(out), base)
     config = found.config(DataSpec.of(*given), base.policy.config if base else None)
     return train_stage(config, given, out, name=recipe, base=base, options=options)
@@ -129,10 +133,14 @@ def train_stage(
     torch.set_num_threads(options.threads or training_threads())
     atexit.unregister(leave_group)
     atexit.register(leave_group)  # once, and not before: a group that was left cannot be joined again
-    if len(datasets) == 1:
-        setup = config.objective.set_up(config, datasets[0].dataset, assets)
-    else:
-        setup = config.objective.set_up_several(config, datasets, assets)
+    by_rows = config.objective.reads_rows and config.lora is None
+    if base is not None and not by_rows:
+        read_here(base.policy.model)
+    with sharing(options) if by_rows else nullcontext():
+        if len(datasets) == 1:
+            setup = config.objective.set_up(config, datasets[0].dataset, assets)
+        else:
+            setup = config.objective.set_up_several(config, datasets, assets)
     _print_notes(datasets, lambda each: each.row_notes)
     config = replace(config, objective=setup.objective)
     divided = [config.episodes(each.dataset) for each in datasets]
@@ -158,6 +166,12 @@ def train_stage(
         shard=options.shard,
     )
     return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
+
+
+def sharing(options: Options) -> AbstractContextManager[None]:
+    """A context for networks that processes are about to share (``nn.stored``), if they are."""
+    rank, world = launched()
+    return shared_later(rank == 0 if options.shard and world > 1 else None)
 
 
 def entries(dataset: Datasets) -> list[DatasetEntry]:
