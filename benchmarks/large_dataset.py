@@ -4,8 +4,8 @@
     python -m benchmarks.large_dataset --episodes 400 --tasks 3200
 
 Both data sets are synthetic: tiny pictures, so that what is counted is the number of frames, episodes and tasks, and several
-instructions in every episode. Each size is measured in a process of its own. A step that takes proportionally more time per frame
-on the larger one grows faster than the data.
+instructions in every episode. Each size is measured in a process of its own. A step that takes more than four times as long on
+the larger one grows faster than the data.
 """
 
 from __future__ import annotations

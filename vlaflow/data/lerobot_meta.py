@@ -242,7 +242,7 @@ VIDEO_V2 = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:
 
 
 class _Paths:
-    """The paths that meta/info.json states. Episodes that share a file share its ``Path``: making 20,000 takes half a second."""
+    """The paths that meta/info.json states. Episodes of one file share its ``Path``: making 20,000 takes half a second."""
 
     def __init__(self, root: Path, info: Mapping[str, Any]) -> None:
         self.root, self.info = root, info
