@@ -92,7 +92,7 @@ def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None
     # When training on a CPU in bf16, the backward pass of the fused kernel takes five times as long as plain products; in
     # float32 the fused kernel is a fifth faster (AVX2) or equal (AVX512).
     on_cpu = query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
-    plain = _plain_on_cpu.get() and on_cpu and torch.is_grad_enabled()
+    plain = on_cpu and torch.is_grad_enabled() and (torch.compiler.is_compiling() or _plain_on_cpu.get())
     if kv_cache is None and not plain:
         return _fused(query_BHTE, own, mask_TS)
     b, h, t, e = query_BHTE.shape

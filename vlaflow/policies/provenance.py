@@ -28,6 +28,8 @@ from vlaflow.policies.checkpoint import ROBOT, home_of
 STATE = "state.json"
 READING = "reading"
 """Key of how the data set was read in a run's record."""
+IMAGES = "images"
+"""Key of how a simulator rendered the data sets' images, there too."""
 
 
 def fingerprint(folder: Path) -> str:
@@ -69,6 +71,18 @@ def reading_of(folder: Path) -> Reading | None:
     """How the data set of a checkpoint's training was read; None where it has LeRobot's names, or nothing is known."""
     stated = run_of(folder).get(READING)
     return None if stated is None else from_json(Reading, stated, str(folder))
+
+
+def rendered(dataset: Dataset) -> dict[str, str]:
+    """How a simulator rendered a data set's images: {"render": "fast", "metaworld rendering": "fast 2"}; empty for others."""
+    found = dataset.provenance
+    versions = {key: str(value) for key, value in found.get("versions", {}).items() if key.endswith(" rendering")}
+    return {"render": str(found["render"]), **versions} if "render" in found else {}
+
+
+def images_of(folder: Path) -> list[dict[str, str]]:
+    """How the images were rendered that a checkpoint's training learned from; empty where nothing is known."""
+    return list(run_of(folder).get(IMAGES, ()))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.mixing import combined_fingerprint, labels
-from vlaflow.policies.provenance import READING, reading_of
+from vlaflow.policies.provenance import IMAGES, READING, reading_of, rendered
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
@@ -157,6 +157,7 @@ def train_stage(
         tracker=options.tracker,
         fresh=options.fresh,
         shard=options.shard,
+        compiled=options.compiled,
     )
     return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
 
@@ -180,12 +181,15 @@ def opened(objective: Objective, given: Sequence[DatasetEntry], reading: Reading
 
 
 def _recorded(datasets: Sequence[OpenedDataset]) -> dict[str, Any]:
-    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; and how they
-    were read, where they do not have LeRobot's names.
+    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; how they were
+    read, where they do not have LeRobot's names; and how a simulator rendered their images.
     """
+    images = [rendered(each.dataset) for each in datasets]
+    images = [each for number, each in enumerate(images) if each and each not in images[:number]]
     found = [source for each in datasets if (source := origin(each.dataset.root)) is not None]
     reading = datasets[0].dataset.reading
     stated = {} if reading == Reading() else {READING: to_json(reading)}
+    stated |= {IMAGES: images} if images else {}
     return {"source": ", ".join(found), **stated} if found else stated
 
 
