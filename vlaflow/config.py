@@ -168,11 +168,34 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
             values[name] = _decode(hints[name], _read(hints[name], text), where, f"{path}{name}")
     for name, inner in deeper.items():
         current = values.get(name, getattr(config, name))
+        group = _group_in(hints[name])
+        if group is not None:
+            values[name] = _override_groups(current, group, inner, where, f"{path}{name}.")
+            continue
         if not dataclasses.is_dataclass(current):
             what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
             raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} cannot be set.")
         values[name] = _override(current, inner, where, path if name in inlined else f"{path}{name}.")
     return dataclasses.replace(config, **values)
+
+
+def _group_in(annotation: Any) -> Any:
+    """The dataclass whose instances a dict of this type holds by name; None for other types."""
+    group = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else None
+    return group if dataclasses.is_dataclass(group) else None
+
+
+def _override_groups(groups: Mapping[str, Any], group: Any, changes: Mapping[str, str], where: str, path: str) -> Any:
+    """A dict of dataclasses with values replaced, by keys such as "NAME.field"; a new name begins with the defaults."""
+    by_name: dict[str, dict[str, str]] = {}
+    for key, text in changes.items():
+        name, dot, field = key.rpartition(".")
+        if not dot:
+            fields = ", ".join(f"{path}{key}.{f.name}" for f in dataclasses.fields(group))
+            raise ConfigError(f"'{path}{key}' in {where} is a group of keys: {fields}.")
+        by_name.setdefault(name, {})[field] = text
+    changed = {name: _override(groups.get(name, group()), inner, where, f"{path}{name}.") for name, inner in by_name.items()}
+    return {**groups, **changed}
 
 
 def _read(annotation: Any, text: str) -> JSON:

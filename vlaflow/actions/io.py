@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlaflow import __version__
-from vlaflow.actions.bins import BinsTokenizer
-from vlaflow.actions.fast import FastTokenizer
+from vlaflow.actions.kinds import Fit, Fitted
+from vlaflow.actions.published_fast import PublishedFast
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import write_json
@@ -28,7 +28,7 @@ class TokenizerFile:
         vlaflow: version that wrote the file.
     """
 
-    tokenizer: FastTokenizer | BinsTokenizer
+    tokenizer: Fitted
     normalisation: str
     dataset: str
     vlaflow: str = __version__
@@ -54,7 +54,7 @@ def open_tokenizer(file: Path) -> TokenizerFile:
     return from_json(TokenizerFile, data, str(file))
 
 
-def load_tokenizer(file: Path, normalisation: str) -> FastTokenizer | BinsTokenizer:
+def load_tokenizer(file: Path, normalisation: str) -> Fitted:
     """Load a tokenizer for actions with this normalisation.
 
     Raises:
@@ -67,3 +67,13 @@ def load_tokenizer(file: Path, normalisation: str) -> FastTokenizer | BinsTokeni
             f"Fit it again: vlaflow data fit-tokenizer --normalisation {normalisation}"
         )
     return found.tokenizer
+
+
+def named_tokenizer(name: Path | str, normalisation: str) -> Fit | Fitted:
+    """What ``--tokenizer`` names: a file of ours (.json), or the folder or Hub name of a published FAST tokenizer.
+
+    Raises:
+        ConfigError: see ``load_tokenizer``.
+    """
+    path = Path(name)
+    return load_tokenizer(path, normalisation) if path.is_file() or path.suffix == ".json" else PublishedFast(str(name))

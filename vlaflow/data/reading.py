@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from vlaflow.config import from_json
@@ -79,6 +79,11 @@ class Reading:
         return Reading(
             columns.get("action", ()), columns.get("state", ()), tuple(pairs), tolerance_s, read_spec(spec) if spec else None
         )
+
+    def before(self, general: Reading) -> Reading:
+        """What it says, and what a more general one says of everything else."""
+        own = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) not in ((), None)}
+        return replace(general, **own)
 
 
 def read_spec(file: Path) -> ActionSpec:

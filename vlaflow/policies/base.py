@@ -40,8 +40,9 @@ from vlaflow.decoders.losses import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json
+from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.nn.stored import drawing
 from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.adapters import save_merged
@@ -101,10 +102,10 @@ class Policy:
                 "decoder.action_dim to the data set's."
             )
         own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
-        self.action_normalizer = c.action_normalizer(self.stats, self.action_spec)
-        state = tuple(c.state_normalizer(r.stats) for r in self.robots.values()) or (c.state_normalizer(self.stats),)
-        action = tuple(c.action_normalizer(r.stats, r.action_spec) for r in self.robots.values()) or (self.action_normalizer,)
-        side = self.robots[self.robot].image_size if self.robot else None
+        acting = self.robots[self.robot] if self.robot else Robot(self.action_spec, dict(self.stats), ())
+        state, action = zip(*(robot.normalizers(c) for robot in self.robots.values() or (acting,)), strict=True)
+        self.action_normalizer = acting.normalizers(c)[1]
+        side = acting.image_size
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own)
@@ -128,7 +129,7 @@ class Policy:
             folder: of a checkpoint whose tokenizer and image settings it takes; by default those of the backbone's source.
             robots: by name, where there are several.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), drawing():
             torch.manual_seed(seed)
             model = config.build()
         processor = config.backbone.processor(folder)
@@ -439,11 +440,9 @@ class Policy:
         written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
         config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
-        with torch.random.fork_rng(devices=[]):
-            model = config.build()
-        load_weights(model, folder / "model.safetensors")
+        model = config.opened(folder / "model.safetensors", device)
         if dtype == "bf16":
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype, robots)
+        return Policy(config, action_spec, stats, model.eval(), text, processor, folder, dtype, robots)

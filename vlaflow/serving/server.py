@@ -145,8 +145,12 @@ class PolicyServer:
             "max_action_prefix": longest_action_prefix(policy),
             "views": list(self.config.views),
             "rate_hz": policy.action_spec.rate_hz,
+            "chunk_seconds": policy.chunk_size / policy.action_spec.rate_hz,
+            "robot": policy.robot or policy.action_spec.robot,
             "images": dict(zip(self.config.observation_keys.images, self.policy.views.values(), strict=True)),
             "state": list(self.config.observation_keys.state),
+            "prompt": self.config.observation_keys.prompt,
+            "default_prompt": self.config.observation_keys.default_prompt,
             "state_dim": len(policy.stats["state"].mean),
         }
 

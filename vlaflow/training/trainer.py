@@ -33,10 +33,10 @@ from vlaflow.policies.adapters import adapt, digest
 from vlaflow.policies.provenance import newest_state, run_of
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
-from vlaflow.progress import progress
+from vlaflow.progress import Silent, progress
 from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
-from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, samples_sentence
+from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, diverged, untouched
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
 from vlaflow.training.loss_module import LossModule, can_compile
@@ -160,6 +160,7 @@ class Trainer:
         whole = LossModule(self.stage, bf16, self.device, compiled=compiled)
         blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
+        empty = any(parameter.is_meta for parameter in whole.parameters())
         if self.sharded:
             if self._compiled:
                 raise CapabilityError("A loss that is sharded layer by layer is not compiled. Leave --compile or --shard out.")
@@ -168,6 +169,7 @@ class Trainer:
                 raise CapabilityError(
                     "What bitsandbytes keeps cannot be shared by processes. Leave --shard out, or optim.kind and lora.quantise."
                 )
+        if self.sharded or empty:
             sharding.shard(whole, blocks, self.team, bf16=bf16)
         self.stage.to(self.device)
         return whole if self.sharded else self.accelerator.prepare(whole)
@@ -194,22 +196,24 @@ class Trainer:
         try:
             with RunLog(self.out, self.step, self.accelerator, self._log_with) as log, Interrupt() as noted, self._bar() as bar:
                 while self.step < c.steps:
-                    waiting.append(taken := self._one_step(noted.signal))
-                    self.step += 1
-                    last, stopped = self.step == c.steps, 0
-                    validates = held and (last or self.step % c.validate_every == 0)
+                    taken, part = self._one_step(noted)
+                    if taken is not None:
+                        waiting.append(taken)
+                        self.step += 1
+                    last, stopped = self.step == c.steps, signal.SIGTERM if taken is None else 0
+                    validates = held and not stopped and (last or self.step % c.validate_every == 0)
                     saves = last or self.step % c.checkpoint_every == 0
                     while waiting and (len(waiting) > self._behind or stopped or validates or saves):
-                        entry, signalled = self._read(waiting.pop(0))
+                        entry, signalled = self._read(read := waiting.pop(0))
                         stopped = stopped or signalled
-                        if validates and not waiting:
+                        if validates and not waiting and (last or stopped != signal.SIGTERM):
                             entry["validation"] = self._validate()
                             self._validation = entry["validation"].get("loss")
                         self._seconds = time.monotonic() - began
-                        log.write(self.step - len(waiting), {**entry, "seconds": round(self._seconds, 3)})
+                        log.write(read.number, {**entry, "seconds": round(self._seconds, 3)})
                         bar.advance(note=self._note(entry))
-                    if saves or stopped:
-                        self._save(taken.parts[0], hurried=self.sharded and stopped == signal.SIGTERM and not last)
+                    if self.step and (saves or stopped):
+                        self._save(part, hurried=self.sharded and stopped == signal.SIGTERM and not last)
                     if stopped:
                         break
                 return self._outcome(self._agreed(noted.signal))
@@ -218,12 +222,19 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _one_step(self, noted: int | None) -> TakenStep:
-        """Take step number ``self.step``; ``noted`` is the signal that this process got.
+    def _one_step(self, interrupt: Interrupt) -> tuple[TakenStep | None, StepPart]:
+        """Take step number ``self.step``.
 
         On a GPU nothing here waits for the device, so numbers that are not finite are noticed when they are read, a step later.
+
+        Args:
+            interrupt: notes the signals that this process gets.
+
+        Returns:
+            The step, and some of its samples. None in place of a step where a SIGTERM came between its parts: then nothing has
+            changed, and it is taken again later.
         """
-        c, began = self.config, time.monotonic()
+        c, began, noted = self.config, time.monotonic(), interrupt.signal
         parts = self._loader.step(self.step)
         share_of_peak = multiplier(self.step, c.optim, c.steps)
         set_rate(self._optimizer.param_groups, share_of_peak)
@@ -231,6 +242,8 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         named: dict[str, Tensor] = {}
         for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
+            if number and self._agreed(interrupt.signal) == signal.SIGTERM:
+                return None, parts[0]
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
                 total, terms = self._model(part.ready, part.drawn)
@@ -253,7 +266,7 @@ class Trainer:
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
         if self._ema is not None:
             self._ema.update()
-        return taken
+        return taken, parts[0]
 
     def _read(self, taken: TakenStep) -> tuple[dict[str, Any], int]:
         """The log entry of a step, and the signal after which the processes are to stop (0 for none).
@@ -272,7 +285,8 @@ class Trainer:
     def _require_sound(self, taken: TakenStep, numbers: StepNumbers) -> None:
         past = self._divergence[taken.loss_name]
         if complaint := past.complaint(taken.number - 1, numbers.loss, numbers.gradient):
-            raise DivergedError(self._diverged(complaint, taken))
+            batches = [part.batch for part in taken.parts]
+            raise diverged(f"{complaint} at step {taken.number} of {self.config.steps}", batches, self.out)
 
     def _shares(self, parts: list[StepPart]) -> Sequence[float | Tensor]:
         """Each part's weight in the step, by valid actions (or answers); over all processes they add up to 1."""
@@ -285,23 +299,11 @@ class Trainer:
         all_2 = self.team.sum(own_P[-2:].clone())
         return list(torch.where(all_2[0] > 0, own_P[:-2] / all_2[0].clamp(min=1), 1 / all_2[1]))
 
-    def _diverged(self, complaint: str, taken: TakenStep) -> str:
-        samples, advice = samples_sentence(part.batch for part in taken.parts), taken.parts[0].batch.advice
-        return (
-            f"{complaint} at step {taken.number} of {self.config.steps}. Its samples: {samples}. {advice}, or lower "
-            f"optim.learning_rate. {self._untouched()}"
-        )
-
     def _unsound(self, what: str) -> DivergedError:
         return DivergedError(
             f"{what} after step {self.step} of {self.config.steps}, so nothing is saved. Lower optim.learning_rate. "
-            f"{self._untouched()}"
+            f"{untouched(self.out)}"
         )
-
-    def _untouched(self) -> str:
-        found = newest_state(self.out)
-        kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
-        return f"{kept}: {self.out}."
 
     def _hold(self, source: Source) -> Held:
         return Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
@@ -431,20 +433,13 @@ class Trainer:
 
     def _bar(self) -> Any:
         if not self.team.is_first:
-            return nullcontext(_Silent())
+            return nullcontext(Silent())
         return progress(self.config.steps - self.step, "Training")
 
     def _note(self, entry: Mapping[str, Any]) -> str:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"
         name = "loss" if "loss" in entry else "answer_loss"
         return f"{name.replace('_', ' ')} {entry[name]:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
-
-
-class _Silent:
-    """Progress of the processes that do not report."""
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nothing: the first process reports for all."""
 
 
 def _without(config: dict[str, Any]) -> dict[str, Any]:
