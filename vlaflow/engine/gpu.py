@@ -3,9 +3,9 @@
     fast = replace(policy, model=FusedModel(policy.model))      # chunks differ by rounding alone
     fast.act(observation)
 
-What is recorded, per shape: the prefix through the language layers, and all solver steps of a chunk. Everywhere else than on
-CUDA the same code runs without being recorded or compiled, which is how it is tested. Nothing inside a chunk reads a value back
-from the device.
+What is recorded, per shape: the vision tower, the prefix through the language layers, and all solver steps of a chunk.
+Everywhere else than on CUDA the same code runs without being recorded or compiled, which is how it is tested. Nothing inside a
+chunk reads a value back from the device.
 
 A prefix lives in buffers that the next observation of the same shape overwrites (``gpu_layers.Slots``); an older one is
 refused. What does not fit (gradients, several noise samples per observation, guidance, another kind of attention) runs as ever.
@@ -226,8 +226,12 @@ class FusedQwen(FusedLanguage, QwenBackbone):
         merge, device = visual.spatial_merge_size, inputs.patches.device
         window = visual.window_size // visual.patch_size // merge
         plan = self._plans.fetch(sizes, lambda: VisionPlan.of(sizes, merge, window, device))
-        patch_NC = inputs.patches.to(visual.dtype)
-        return see(visual, self.fused_vision, patch_NC, inputs.patch_position_N2, plan, layer=self.one_vision_layer)
+        given = (inputs.patches.to(visual.dtype), inputs.patch_position_N2)
+
+        def tokens(patch_NC: Tensor, position_N2: Tensor) -> Tensor:
+            return see(visual, self.fused_vision, patch_NC, position_N2, plan, layer=self.one_vision_layer)
+
+        return self._passes.run((sizes, id(plan)), tokens, given)
 
 
 class RecordedFlow(FlowDecoder):
