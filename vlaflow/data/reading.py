@@ -8,7 +8,6 @@ A checkpoint keeps the ``Reading`` it was trained with, so that calibration and 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ from vlaflow.config import from_json
 from vlaflow.data.features import Feature, is_numeric
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.spec import ActionSpec
+from vlaflow.strict import read_object
 
 ACTION, STATE = "action", "observation.state"
 
@@ -92,13 +92,8 @@ def read_spec(file: Path) -> ActionSpec:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as an action spec ({error}). Write one: vlaflow data spec DIR --out {file}"
-        ) from error
-    return from_json(ActionSpec, data, str(file))
+    cure = f"it is no action spec. Write one: vlaflow data spec DIR --out {file}"
+    return from_json(ActionSpec, read_object(file, ConfigError, cure), str(file))
 
 
 @dataclass(frozen=True)

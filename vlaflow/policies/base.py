@@ -38,6 +38,7 @@ from vlaflow.decoders.answers import Answer, greedy
 from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import CapabilityError, SpecError
 from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
@@ -47,6 +48,7 @@ from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
+from vlaflow.policies.engines import with_engine
 from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers, require_views
 from vlaflow.policies.provenance import fingerprint
@@ -333,8 +335,7 @@ class Policy:
         observations, generators, action_prefixes = in_lists(observation, generator, action_prefix)
         conditioning = conditioning_of(self, action_prefixes, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
-        guidance = conditioning is not None and conditioning.guidance is not None
-        with torch.no_grad() if guidance else torch.inference_mode(), self.precision():
+        with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode(), self.precision():
             made = self._decode(observations, compute or self.default_compute, generators, conditioning)
         for chunk, known in zip(made, action_prefixes, strict=True):
             if known is not None:
@@ -379,8 +380,7 @@ class Policy:
         words = self.processor.backbone
         with self.precision():
             made = greedy(self.embed(observation), words.end_id, limit)
-        pairs = zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
-        return [Answer(text, ended) for text, ended in pairs]
+        return [Answer(*pair) for pair in zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)]
 
     def to_robot(self, action_BLD: Tensor) -> np.ndarray:
         """Normalised actions (B, L, D) in robot units, not clipped: the dimensions and steps that the robot has."""
@@ -414,7 +414,9 @@ class Policy:
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None) -> Policy:
+    def from_pretrained(
+        path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None, engine: Engine = "eager"
+    ) -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
 
         Args:
@@ -422,14 +424,15 @@ class Policy:
             device: where the networks run.
             dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
             robot: which one to act for, where it was trained for several.
+            engine: what computes it (``engines.with_engine``).
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
             ConfigError: several robots and no choice, or none of this name.
         """
-        folder = local_folder(path)
-        home = home_of(folder)
-        return Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
+        home = home_of(folder := local_folder(path))
+        opened = Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
+        return with_engine(opened, engine)
 
     @staticmethod
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
