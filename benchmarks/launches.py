@@ -71,7 +71,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def record(self, key: Any, function: Callable[..., Tensor], given: Sequence[Any]) -> Tensor:
-        """In place of ``Recordings.run``."""
+        """In place of ``CapturedPasses.run``."""
         self.launches += 1
         self._recorded = True
         made = function(*given)
@@ -123,23 +123,23 @@ def example_inputs(side: int) -> Inputs:
 
 def counted(model: Model, inputs: Inputs, steps: int) -> tuple[dict[str, Operations], Tensor]:
     """By part of a chunk, and the chunk; the second one, for which everything that is kept between chunks is there."""
-    noise, whole = lambda: [Generator().manual_seed(0)], gpu.Recordings.run
+    noise, whole = lambda: [Generator().manual_seed(0)], gpu.CapturedPasses.run
     found = {name: Operations() for name in ("images and words", "prefix layers", f"{steps} steps")}
     with torch.inference_mode():
         model.decoder.sample(model.read(model.embed(inputs)), noise(), Sampling(steps))
         embed, read, solve = found.values()
         try:
-            gpu.Recordings.run = embed.record  # type: ignore[method-assign]
+            gpu.CapturedPasses.run = embed.record  # type: ignore[method-assign]
             with embed:
                 prefix = model.embed(inputs)
-            gpu.Recordings.run = read.record  # type: ignore[method-assign]
+            gpu.CapturedPasses.run = read.record  # type: ignore[method-assign]
             with read:
                 prefix = model.read(prefix)
-            gpu.Recordings.run = solve.record  # type: ignore[method-assign]
+            gpu.CapturedPasses.run = solve.record  # type: ignore[method-assign]
             with solve:
                 made_BLD = model.decoder.sample(prefix, noise(), Sampling(steps))
         finally:
-            gpu.Recordings.run = whole  # type: ignore[method-assign]
+            gpu.CapturedPasses.run = whole  # type: ignore[method-assign]
     return found, made_BLD
 
 

@@ -32,7 +32,7 @@ from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.flow import FlowDecoder, FlowState
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.tokens import TokenDecoder
-from vlaflow.engine.gpu_layers import Buffers, Layer, LayerShape, Seen, Slots, fused_layer, merged_layers
+from vlaflow.engine.gpu_layers import Buffers, Layer, LayerShape, Visible, Slots, fused_layer, merged_layers
 from vlaflow.engine.gpu_vision import VisionPlan, merged_vision, see, vision_layer
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues, causal_mask
@@ -56,7 +56,7 @@ class Recent(OrderedDict[Hashable, Kept], Generic[Kept]):
         return self[key]
 
 
-class Recording:
+class CapturedPass:
     """A function of tensors recorded as one CUDA graph, which is replayed with new values.
 
     Args:
@@ -85,22 +85,22 @@ class Recording:
         return self._made
 
 
-class Recordings:
+class CapturedPasses:
     """Functions of tensors, recorded once per key on CUDA and simply called elsewhere."""
 
     def __init__(self) -> None:
-        self._kept: Recent[Recording] = Recent()
+        self._kept: Recent[CapturedPass] = Recent()
 
     def run(self, key: Hashable, function: Callable[..., Tensor], given: Sequence[Tensor | None]) -> Tensor:
         """The function's value; on CUDA it is valid until the next call with this key.
 
         Args:
             key: of everything that the function depends on besides the values of its arguments.
-            function, given: see ``Recording``.
+            function, given: see ``CapturedPass``.
         """
         if not any(each is not None and each.is_cuda for each in given):
             return function(*given)
-        return self._kept.fetch(key, lambda: Recording(function, given))(*given)
+        return self._kept.fetch(key, lambda: CapturedPass(function, given))(*given)
 
 
 class FusedLanguage(PretrainedBackbone):
@@ -120,7 +120,7 @@ class FusedLanguage(PretrainedBackbone):
         if self.fused[0].qkv.is_cuda:
             self.one_layer = torch.compile(fused_layer, dynamic=False)
         self._shapes: Recent[Buffers] = Recent()
-        self._passes = Recordings()
+        self._passes = CapturedPasses()
 
     def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
         """See ``Backbone``; keys and values go into the buffers of this shape."""
@@ -135,10 +135,10 @@ class FusedLanguage(PretrainedBackbone):
         def layers(
             hidden_BPW: Tensor, cosine: Tensor, sine: Tensor, padding_BP: Tensor | None, mask_PP: Tensor | None
         ) -> Tensor:
-            seen = self._seen(hidden_BPW, padding_BP, mask_PP)
+            visible = self._visible(hidden_BPW, padding_BP, mask_PP)
             rotary = cosine[:, None], sine[:, None]
             for index in range(depth, upto):
-                hidden_BPW = self._layer(index, hidden_BPW, rotary, buffers.pairs[index], seen)
+                hidden_BPW = self._layer(index, hidden_BPW, rotary, buffers.pairs[index], visible)
             return hidden_BPW
 
         hidden_BPW = self._passes.run(key, layers, given)
@@ -159,17 +159,17 @@ class FusedLanguage(PretrainedBackbone):
         hidden_BTW, after = self.place(suffix_BTW, prefix)
         assert after is not None
         rotary = after[0][:, None], after[1][:, None]
-        seen = Seen(p, _suffix_mask(held[0].mask_CP, mask_TS, p, tokens))
+        visible = Visible(p, _suffix_mask(held[0].mask_CP, mask_TS, p, tokens))
         for index, pair in enumerate(pairs):
             assert pair is not None
-            hidden_BTW = self._layer(index, hidden_BTW, rotary, pair, seen)
+            hidden_BTW = self._layer(index, hidden_BTW, rotary, pair, visible)
             written.append(KeyValues(pair[0][:, :, p : p + tokens], pair[1][:, :, p : p + tokens]))
             if index + 1 in depths:
                 found.append(self.finish(hidden_BTW).to(suffix_BTW.dtype))
         return found, tuple(written)
 
-    def _layer(self, index: int, hidden_BTW: Tensor, rotary: Rotary, pair: tuple[Tensor, Tensor], seen: Seen) -> Tensor:
-        return self.one_layer(hidden_BTW, rotary, pair, seen, self.fused[index], shape=self.shape)
+    def _layer(self, index: int, hidden_BTW: Tensor, rotary: Rotary, pair: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
+        return self.one_layer(hidden_BTW, rotary, pair, visible, self.fused[index], shape=self.shape)
 
     def _buffers_for(self, prefix: Prefix) -> Buffers:
         """Those that a prefix has begun to fill, or those of its shape, from now on its own."""
@@ -188,15 +188,15 @@ class FusedLanguage(PretrainedBackbone):
         buffers.uses += 1
         return buffers
 
-    def _seen(self, hidden_BPW: Tensor, padding_BP: Tensor | None, mask_PP: Tensor | None) -> Seen:
+    def _visible(self, hidden_BPW: Tensor, padding_BP: Tensor | None, mask_PP: Tensor | None) -> Visible:
         """What the prefix's tokens see of each other."""
         causal, p = mask_PP is None and self.spec.attention == "causal", hidden_BPW.shape[1]
         if padding_BP is None:
-            return Seen(mask=mask_PP, causal=causal)
+            return Visible(mask=mask_PP, causal=causal)
         if causal:
             mask_PP = causal_mask(p, hidden_BPW.device)
-        seen = padding_BP[:, None, None]
-        return Seen(mask=seen if mask_PP is None else seen & mask_PP)
+        visible = padding_BP[:, None, None]
+        return Visible(mask=visible if mask_PP is None else visible & mask_PP)
 
 
 class FusedQwen(FusedLanguage, QwenBackbone):
@@ -244,7 +244,7 @@ class RecordedFlow(FlowDecoder):
     def __init__(self, flow: FlowDecoder) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(flow))
-        self._solvers = Recordings()
+        self._solvers = CapturedPasses()
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
         """See ``Decoder``."""

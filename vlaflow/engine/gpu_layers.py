@@ -52,12 +52,12 @@ class LayerShape:
     eps: float
 
 
-class Seen(NamedTuple):
+class Visible(NamedTuple):
     """What the tokens of a pass see.
 
     Args:
         begin: number of slots before theirs, which are read and not written.
-        mask: bool, broadcast to (B, H, T, begin + T), False where a token is not seen; None for all.
+        mask: bool, broadcast to (B, H, T, begin + T), False where a token is not visible; None for all.
         causal: each token sees only those before it, and there are none in the slots.
     """
 
@@ -129,7 +129,7 @@ def fused_layer(
     hidden_BTW: Tensor,
     rotary: Rotary,
     slots: tuple[Tensor, Tensor],
-    seen: Seen,
+    visible: Visible,
     w: LayerWeights,
     *,
     shape: LayerShape,
@@ -139,8 +139,8 @@ def fused_layer(
     Args:
         hidden_BTW: hidden states.
         rotary: cosines and sines, (B, 1, T, E) each.
-        slots: keys and values, (B, G, N, E) each; those from ``seen.begin`` on are overwritten with the tokens' own.
-        seen: which tokens and slots are seen.
+        slots: keys and values, (B, G, N, E) each; those from ``visible.begin`` on are overwritten with the tokens' own.
+        visible: which tokens and slots are visible.
         w: weights.
         shape: heads and epsilon.
 
@@ -152,15 +152,15 @@ def fused_layer(
     x_BTW = functional.rms_norm(hidden_BTW, (width,), w.norm_in_W, shape.eps)
     qkv = functional.linear(x_BTW, w.qkv, w.qkv_bias).view(b, t, h + 2 * g, e).transpose(1, 2)
     turned = rotated(qkv[:, : h + g], *rotary).to(value_BGNE.dtype)
-    end = seen.begin + t
-    key_BGNE[:, :, seen.begin : end] = turned[:, h:]
-    value_BGNE[:, :, seen.begin : end] = qkv[:, h + g :]
+    end = visible.begin + t
+    key_BGNE[:, :, visible.begin : end] = turned[:, h:]
+    value_BGNE[:, :, visible.begin : end] = qkv[:, h + g :]
     mixed_BHTE = functional.scaled_dot_product_attention(
         turned[:, :h],
         key_BGNE[:, :, :end],
         value_BGNE[:, :, :end],
-        attn_mask=seen.mask,
-        is_causal=seen.causal,
+        attn_mask=visible.mask,
+        is_causal=visible.causal,
         enable_gqa=h != g,
     )
     hidden_BTW = hidden_BTW + functional.linear(mixed_BHTE.transpose(1, 2).reshape(b, t, h * e), w.out, w.out_bias)

@@ -247,8 +247,8 @@ class Policy:
             prefix = self.model.embed(self.processor(observation).to(self.device, non_blocking=True))
         if observation.robot_B is None:
             return prefix
-        masks = [self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()]
-        return replace(prefix, action_mask_BLD=torch.stack(masks)[observation.robot_B].to(self.device))
+        masks = torch.stack([self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()])
+        return replace(prefix, action_mask_BLD=masks[observation.robot_B].to(self.device))
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
@@ -257,8 +257,8 @@ class Policy:
 
     def draw(self, batch: Prepared, generator: Generator, shared: Generator) -> Drawn:
         """Everything random in ``loss_of``, on the CPU, ahead of the networks as ``prepare`` is; ``shared`` chooses exits."""
-        exits = self.config.exits.draw(shared) if self.config.exits else ()
-        return Drawn(self.model.decoder.draw(len(batch.inputs), generator), exits)
+        depth = self.config.exits.draw(shared) if self.config.exits else ()
+        return Drawn(self.model.decoder.draw(len(batch.inputs), generator), depth)
 
     def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
         """``loss_of`` with what is drawn from these generators."""
@@ -270,8 +270,7 @@ class Policy:
         With exits it is their (weighted) mean, or that of the one drawn; in evaluation mode it is that of the full depth, and
         the parts name the other exits' losses.
         """
-        model, exits = self.model, self.config.exits
-        embedded = self.begin(batch)
+        model, exits, embedded = self.model, self.config.exits, self.begin(batch)
         if drawn.integers and model.training:
             return model.decoder.loss_of(model.read(embedded, drawn.integers[0]), batch.targets, drawn.numbers)
         terms = model.decoder.loss_of(model.read(embedded), batch.targets, drawn.numbers, exits.depths if exits else None)
