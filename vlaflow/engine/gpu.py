@@ -32,7 +32,7 @@ from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.flow import FlowDecoder, FlowState
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.tokens import TokenDecoder
-from vlaflow.engine.gpu_layers import Buffers, Layer, LayerShape, Visible, Slots, fused_layer, merged_layers
+from vlaflow.engine.gpu_layers import Buffers, Layer, LayerShape, Slots, Visible, fused_layer, merged_layers
 from vlaflow.engine.gpu_vision import VisionPlan, merged_vision, see, vision_layer
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues, causal_mask
