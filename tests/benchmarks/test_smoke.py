@@ -21,6 +21,8 @@ TINY = {
         "2",
         "--threads",
         "1",
+        "--side",
+        "8",
         "--ladder",
         "--set",
         "backbone.depth=1",

@@ -6,6 +6,7 @@ lies where in which file; ``lerobot`` writes the error messages about a damaged 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -59,6 +60,7 @@ class Segment:
         path: the mp4 file.
         count: number of frames, T.
         histogram: int64 (3, 256), how often each value occurs per RGB channel, counted on the decoded frames.
+        digest: hash of the decoded frames, see ``FrameDigest``.
         start: when its first frame, a key frame, is shown, in the time base of the file; None for the beginning of the file.
         bytes: size of its packets; None if the file holds nothing else.
     """
@@ -66,6 +68,7 @@ class Segment:
     path: Path
     count: int
     histogram: np.ndarray
+    digest: str
     start: int | None = None
     bytes: int | None = None
 
@@ -134,21 +137,46 @@ def read_segment(path: Path) -> Segment:
     """
     try:
         with av.open(str(path)) as container:
-            count, histogram = pixel_counts(container.decode(video=0))
+            count, histogram, digest = pixel_counts(container.decode(video=0))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"The video {path} cannot be decoded ({_reason(error)}). Encode it again.") from error
-    return Segment(path, count, histogram)
+    return Segment(path, count, histogram, digest)
 
 
-def pixel_counts(frames: Iterable[Any]) -> tuple[int, np.ndarray]:
-    """Number of PyAV's frames, and how often each value occurs per RGB channel, int64 (3, 256)."""
-    histogram, count = np.zeros((3, 256), np.int64), 0
+class FrameDigest:
+    """A hash of decoded frames, in their order and in the format in which they are stored.
+
+    Formats such as H.264 and AV1 state the result of decoding to the bit, so it is the same with every decoder, and after the
+    packets were joined to others. A conversion to RGB would not be.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, frame: Any) -> None:
+        """Count in one of PyAV's frames."""
+        try:
+            content = frame.to_ndarray()
+        except (ValueError, AssertionError):  # a format, or an odd size, that PyAV cannot lay out
+            content = frame.to_ndarray(format="rgb24")
+        self._digest.update(f"{frame.format.name} {content.shape}".encode())
+        self._digest.update(np.ascontiguousarray(content).data)
+
+    def __str__(self) -> str:
+        """32 hex digits."""
+        return self._digest.hexdigest()
+
+
+def pixel_counts(frames: Iterable[Any]) -> tuple[int, np.ndarray, str]:
+    """Number of PyAV's frames, how often each value occurs per RGB channel, int64 (3, 256), and their ``FrameDigest``."""
+    histogram, count, digest = np.zeros((3, 256), np.int64), 0, FrameDigest()
     for frame in frames:
+        digest.add(frame)
         pixels = frame.to_ndarray(format="rgb24").reshape(-1, 3)
         for channel in range(3):
             histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
         count += 1
-    return count, histogram
+    return count, histogram, str(digest)
 
 
 class Joiner:
@@ -261,11 +289,20 @@ class VideoError(Exception):
         self.kind, self.detail, self.found = kind, detail, found
 
 
-def decode_frames(path: Path, start_s: float, count: int, fps: float, tolerance_s: float | None = None) -> Iterator[np.ndarray]:
+def decode_frames(
+    path: Path,
+    start_s: float,
+    count: int,
+    fps: float,
+    tolerance_s: float | None = None,
+    *,
+    digest: FrameDigest | None = None,
+) -> Iterator[np.ndarray]:
     """Yield ``count`` frames, each uint8 (H, W, 3), decoding forward from one seek.
 
     The first one is the frame nearest to ``start_s``, at most ``START_TOLERANCE`` away; the others follow at intervals of
-    1 / fps, each at most ``tolerance_s`` (by default ``START_TOLERANCE`` too) from its place, so none is a neighbour's.
+    1 / fps, each at most ``tolerance_s`` (by default ``START_TOLERANCE`` too) from its place, so none is a neighbour's. Every
+    frame is counted into ``digest``, if there is one.
 
     Raises:
         VideoError: when the file is unreadable, runs at another rate, has no frame at ``start_s``, ends early or lacks a
@@ -299,6 +336,8 @@ def decode_frames(path: Path, start_s: float, count: int, fps: float, tolerance_
                     if found <= 1 and rate is not None and abs(float(rate) / fps - 1) > 0.01:
                         raise VideoError("rate", f"{float(rate):g} fps", found)
                     raise VideoError("time", f"frame {found} is at {at:.4f} s instead of {wanted:.4f} s", found)
+                if digest is not None:
+                    digest.add(frame)
                 yield frame.to_ndarray(format="rgb24")
                 found += 1
                 if found == count:
