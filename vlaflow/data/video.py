@@ -363,8 +363,8 @@ _KEPT = _Kept()
 def _opened(path: Path, *, again: bool) -> Iterator[Any]:
     """An open video file, the one of the call before if it is the same; ``again`` to open it in any case.
 
-    Whoever decodes takes it out of ``_KEPT`` meanwhile, so that two that take turns do not share one. A process that was forked
-    opens its own, because it would share the place in the file with its parent.
+    It is not in ``_KEPT`` while it is in use, so that two episodes can be decoded in turns. A process that was forked opens its
+    own, because it would share the place in the file with its parent.
     """
     found = path.stat()
     key = (os.getpid(), path, found.st_ino, found.st_size, found.st_mtime_ns)
