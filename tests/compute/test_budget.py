@@ -94,7 +94,7 @@ def test_an_exit_is_found_by_name_and_refused_for_other_weights(tmp_path):
     with pytest.raises(CalibrationError, match="made in fp32"):
         parse("exit:fast", Knobs(dtype="bf16"), home)
     (tmp_path / FOLDER / "fast.json").write_text("{")
-    with pytest.raises(CalibrationError, match="no valid JSON"):
+    with pytest.raises(CalibrationError, match="not valid JSON"):
         parse("exit:fast", checkpoint=home)
 
 

@@ -5,7 +5,6 @@ A checkpoint contains its tokenizer in its config.json and needs no such file.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from vlaflow.actions.published_fast import PublishedFast
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import write_json
+from vlaflow.strict import read_json
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,7 @@ def open_tokenizer(file: Path) -> TokenizerFile:
     """
     if not file.is_file():
         raise ConfigError(f"There is no tokenizer file {file}. Fit one: vlaflow data fit-tokenizer DATASET --out {file}")
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}); fit it again: vlaflow data fit-tokenizer.") from error
-    return from_json(TokenizerFile, data, str(file))
+    return from_json(TokenizerFile, read_json(file, ConfigError, "fit it again: vlaflow data fit-tokenizer."), str(file))
 
 
 def load_tokenizer(file: Path, normalisation: str) -> Fitted:

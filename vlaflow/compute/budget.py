@@ -9,7 +9,6 @@ engine that computes; a sampler's, which were measured eagerly, are converted by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
@@ -30,6 +29,8 @@ from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
+from vlaflow.ranges import Count, NotNegative, Positive
+from vlaflow.strict import read_json
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -60,12 +61,12 @@ class Profile:
 
     checkpoint: str
     machine: str
-    threads: int
-    base: float
-    prefix: tuple[float, ...]
-    step: tuple[float, ...]
-    jitter: float
-    chunks: int
+    threads: Count
+    base: NotNegative
+    prefix: tuple[NotNegative, ...]
+    step: tuple[NotNegative, ...]
+    jitter: Positive
+    chunks: Count
     versions: dict[str, str]
     work: ChunkWork
     cost: CostModel
@@ -96,10 +97,10 @@ class Rung:
         error: mean absolute distance to the demonstrated actions, in the same units.
     """
 
-    depth: int
-    nfe: int
-    deviation: float
-    error: float
+    depth: Count
+    nfe: Count
+    deviation: NotNegative
+    error: NotNegative
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Ladder:
 
     checkpoint: str
     dataset: str
-    samples: int
+    samples: Count
     rungs: tuple[Rung, ...]
     dtype: Dtype = "fp32"
 
@@ -322,7 +323,7 @@ def _answers(found: Calibration) -> float:
 def _read(file: Path, kind: type[T], command: str) -> T:
     if not file.exists():
         raise CalibrationError(f"A budget needs {file.name}, which {file.parent} lacks. {command}")
-    return from_json(kind, json.loads(file.read_text()), str(file))
+    return from_json(kind, read_json(file, CalibrationError, f"it is damaged. {command}"), str(file))
 
 
 def _parse(typed: Spelling) -> ComputePolicy:

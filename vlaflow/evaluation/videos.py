@@ -8,7 +8,6 @@ affected.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from vlaflow.policies.checkpoint import local_folder
 from vlaflow.simulators.base import cached
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
+from vlaflow.strict import read_json
 
 FILE = "videos.json"
 FRAMES_PER_SECOND = 15
@@ -126,10 +126,10 @@ def read_videos(folder: Path) -> list[EpisodeVideo]:
     file = folder / FILE
     if not file.exists():
         return []
-    try:
-        entries = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not valid JSON ({error}). Delete it and run the evaluation again.") from error
+    cure = "delete it and run the evaluation again."
+    entries = read_json(file, DataError, cure, finite=True)
+    if not isinstance(entries, list):
+        raise DataError(f"{file} contains a {type(entries).__name__} instead of a list; {cure}")
     return [from_json(EpisodeVideo, entry, str(file)) for entry in entries]
 
 

@@ -18,7 +18,7 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
-from vlaflow.io import load_weights
+from vlaflow.io import load_weights, require_fits
 from vlaflow.nn.stored import is_shared_later, lay, require_same, stored_in, without_memory
 from vlaflow.spec import ActionSpec
 
@@ -112,6 +112,8 @@ class PolicyConfig:
             CheckpointError: the file is missing or damaged, or does not fit the config.
         """
         later = is_shared_later()
+        if not later:
+            require_fits(self.build, file)
         with torch.random.fork_rng(devices=[]), without_memory() if later else nullcontext():
             model = self.build()
         if later:
