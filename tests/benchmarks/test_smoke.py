@@ -103,7 +103,7 @@ def test_a_benchmark_writes_positive_ratios_and_where_they_come_from(name, resul
     data = result(name)
     assert data["benchmark"] == name
     assert data["cases"]
-    assert {"cpu", "amx", "threads", "versions"} <= data["machine"].keys()
+    assert {"cpu", "amx", "features", "date", "threads", "versions"} <= data["machine"].keys()
     for case in data["cases"]:
         _, *others = case["arms"]
         assert list(case["times_as_long_as_first"]) == others
