@@ -27,7 +27,7 @@ from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Spee
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.packages import require
 
-Engine = Literal["auto", "eager", "aoti", "openvino"]
+Engine = Literal["auto", "eager", "aoti", "openvino", "graphs"]
 TOLERANCE: dict[Precision, float] = {"f32": 1e-5, "bf16": 0.05}
 """Largest difference to the eager chunk, normalised. Sums in another order give 1e-6; bfloat16 keeps 8 bits of every factor."""
 
