@@ -125,7 +125,7 @@ def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened
     device = next(model.parameters()).device
     if engine == "auto":
         return _fastest(model, weights()) if device.type == "cpu" and store.root().exists() else None
-    if engine == "eager":
+    if engine == "eager" or engine == "graphs":  # noqa: PLR1714 - narrows the type; graphs need no programs
         return None
     if device.type != "cpu":
         raise CapabilityError(f"Programs run on the CPU, and this policy is on {device}. Leave --device or --engine out.")
