@@ -1,6 +1,6 @@
 """A policy's networks for a GPU: fused layers on static buffers, and passes that are recorded once and replayed as CUDA graphs.
 
-    fast = replace(policy, model=FusedModel(policy.model))      # chunks differ by rounding alone
+    fast = Policy.from_pretrained(folder, "cuda", engine="graphs")      # chunks differ by rounding alone
     fast.act(observation)
 
 What is recorded, per shape: the vision tower, the prefix through the language layers, and all solver steps of a chunk.
