@@ -20,6 +20,7 @@ from vlaflow.data.tables import is_list, is_text, read_jsonl, read_parquet, whol
 from vlaflow.data.video_offsets import REWRITE, require_sound_offsets, seconds
 from vlaflow.errors import DataError
 from vlaflow.ranges import Number
+from vlaflow.strict import is_file
 from vlaflow.text import shown
 
 
@@ -272,7 +273,7 @@ def _require_files(
     root: Path, numbers: Sequence[int], files: Sequence[EpisodeFiles]
 ) -> tuple[list[EpisodeFiles], tuple[str, ...]]:
     """Refuse missing files, but for data files whose rows lie in another one: those episodes are pointed to it, with a note."""
-    exists = {path: path.is_file() for one in files for path in (one.data, *(path for path, _ in one.videos.values()))}
+    exists = {path: is_file(path) for one in files for path in (one.data, *(path for path, _ in one.videos.values()))}
     elsewhere = _located(root) if not all(exists[one.data] for one in files) else {}
     found, moved = [], []
     for number, one in zip(numbers, files, strict=True):
