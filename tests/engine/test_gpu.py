@@ -115,6 +115,16 @@ def test_a_prefix_whose_buffers_were_given_away_is_refused(pair):
             fused.model.decoder.sample(first, generators, Sampling(1))
 
 
+def test_buffers_serve_inference_mode_and_its_absence(pair):
+    """Guidance acts without inference mode, in buffers that may have been made in it."""
+    _, fused = pair
+    batch = ObservationBatch.collate([observation()])
+    with torch.inference_mode():
+        wanted = fused.encode(batch).hidden_BPW.clone()
+    with torch.no_grad():
+        assert torch.equal(fused.encode(batch).hidden_BPW, wanted)
+
+
 def test_the_networks_own_matrices_are_views_of_the_merged_ones(pair):
     """So that a fused model takes no more memory, and gradients and noise samples, which run as ever, see the same weights."""
     eager, fused = pair

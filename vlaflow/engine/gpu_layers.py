@@ -213,7 +213,8 @@ class Buffers:
     """
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], prefix: int, like: Tensor) -> None:
-        self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
+        with torch.inference_mode(False):  # whose tensors could not be written to in another mode
+            self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
         self.prefix, self.uses = prefix, 0
 
     def hold(self, index: int, mask_BP: Tensor | None) -> Slots:
