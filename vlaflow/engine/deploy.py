@@ -122,7 +122,7 @@ def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened
     Raises:
         DeploymentError: the programs of a compiler that was asked for by name are missing, or were built for something else.
     """
-    device = next(model.parameters()).device
+    device = model.device
     if engine == "auto":
         return _fastest(model, weights()) if device.type == "cpu" and store.root().exists() else None
     if engine == "eager" or engine == "graphs":  # noqa: PLR1714 - narrows the type; graphs need no programs
