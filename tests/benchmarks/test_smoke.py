@@ -4,11 +4,13 @@ import gc
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import run_all
+from benchmarks import large_dataset, predicted, run_all
 from benchmarks._timing import Case, seconds_in_turns
+from vlaflow.data.lerobot import Dataset
 from vlaflow.simulators import gl
 
 TINY = {
@@ -19,6 +21,8 @@ TINY = {
         "2",
         "--threads",
         "1",
+        "--side",
+        "8",
         "--ladder",
         "--set",
         "backbone.depth=1",
@@ -39,6 +43,7 @@ TINY = {
     ],
     "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32", "exits=none"],
     "deployed": ["--only", "nothing", "--no-compile", "--compute", "dense:1"],
+    "predicted": [],
     "decoders": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
     "serving": [
         "--clients",
@@ -69,7 +74,7 @@ def _among_other_tests():
 
 
 @pytest.fixture
-def result(tmp_path):
+def result(tmp_path, monkeypatch):
     """A function that runs a benchmark at a tiny size and reads its JSON."""
 
     def run(name):
@@ -77,6 +82,10 @@ def result(tmp_path):
         if name == "evaluation":
             gl.prepare()  # before anything imports mujoco
             pytest.importorskip("metaworld")
+        if name == "predicted":
+            shapes = [predicted.Shape(1, 8, steps, depth, 32) for steps, depth in ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1))]
+            monkeypatch.setattr(predicted, "FITTED", shapes)
+            monkeypatch.setattr(predicted, "HELD_OUT", [predicted.Shape(2, 8, 1, 1, 32)])
         if name == "demo_steps":
             results = tmp_path / "results.json"
             results.write_text(json.dumps({"minutes": {"kind": "Minutes", "install": None, "record": 1.5, "train": 6.0}}))
@@ -94,7 +103,7 @@ def test_a_benchmark_writes_positive_ratios_and_where_they_come_from(name, resul
     data = result(name)
     assert data["benchmark"] == name
     assert data["cases"]
-    assert {"cpu", "amx", "threads", "versions"} <= data["machine"].keys()
+    assert {"cpu", "amx", "features", "date", "threads", "versions"} <= data["machine"].keys()
     for case in data["cases"]:
         _, *others = case["arms"]
         assert list(case["times_as_long_as_first"]) == others
@@ -119,3 +128,11 @@ def test_arms_take_turns():
 def test_a_ratio_is_taken_within_rounds_and_says_how_much_longer_the_other_way_takes(unit, values):
     ratio = Case("case", unit, values).ratios["b"]
     assert (ratio.min, ratio.median, ratio.max) == (3, 3, 3)
+
+
+def test_the_large_data_set_has_the_shape_that_is_stated(tmp_path):
+    """Several instructions in every episode, all of them known to it."""
+    dataset = Dataset.open(large_dataset.make(tmp_path / "data", large_dataset.Options(episodes=4, frames=12, tasks=16)))
+    assert (len(dataset), len(dataset.episodes), len(dataset.tasks)) == (48, 4, 16)
+    assert dataset.row_notes == ()
+    assert dataset.columns().task.tolist() == np.repeat(np.arange(16), 3).tolist()

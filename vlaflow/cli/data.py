@@ -378,7 +378,9 @@ def _print_summary(console: Any, dataset: Dataset) -> None:
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {
         "data set": f"{origin(dataset.root) or dataset.root} (LeRobot {dataset.version})",
-        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec; vlaflow data spec drafts one)",
+        "robot": dataset.action_spec.robot
+        if dataset.action_spec
+        else f"{dataset.robot_type or 'unknown'} (no action spec; vlaflow data spec drafts one)",
         "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
         "tasks": str(len(dataset.tasks)),
         "views": views or "none",

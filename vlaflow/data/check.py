@@ -176,6 +176,7 @@ def _about_numbers(dataset: Dataset) -> list[str]:
     if spec is None:
         remarks.append(
             f"No action spec: training drafts one. To state what its actions mean: vlaflow data spec {dataset.root} --out FILE"
+            f"{dataset.reading.options}"
         )
     else:
         outside = (columns.action < spec.low - 1e-6) | (columns.action > spec.high + 1e-6)

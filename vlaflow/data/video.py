@@ -7,7 +7,10 @@ lies where in which file; ``lerobot`` writes the error messages about a damaged 
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -307,11 +310,10 @@ def decode_frames(
     """
     found, slack_s = 0, START_TOLERANCE / fps
     try:
-        with av.open(str(path)) as container:
+        with _opened(path, again=start_s <= TOLERANCE_S) as container:
             if not container.streams.video:
                 raise VideoError("unreadable", "no video stream", 0)
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
             rate = stream.average_rate
             time_base = float(stream.time_base or 0)
             end_s = ((container.start_time or 0) + container.duration) / av.time_base if container.duration else float("inf")
@@ -343,6 +345,45 @@ def decode_frames(
     except (av.FFmpegError, OSError) as error:
         raise VideoError("unreadable", _reason(error), found) from error
     raise VideoError("short", f"{found} frames", found)
+
+
+class _Kept(threading.local):
+    """The file that a thread decoded last, still open: opening one reads the index of all its episodes, so opening it for every
+    one of 2000 episodes takes ten times as long as decoding them.
+    """
+
+    key: tuple[object, ...] = ()
+    container: Any = None
+
+
+_KEPT = _Kept()
+
+
+@contextmanager
+def _opened(path: Path, *, again: bool) -> Iterator[Any]:
+    """An open video file, the one of the call before if it is the same; ``again`` to open it in any case.
+
+    It is not in ``_KEPT`` while it is in use, so that two episodes can be decoded in turns. A process that was forked opens its
+    own, because it would share the place in the file with its parent.
+    """
+    found = path.stat()
+    key = (os.getpid(), path, found.st_ino, found.st_size, found.st_mtime_ns)
+    container, _KEPT.container = _KEPT.container, None
+    if container is not None and (again or _KEPT.key != key):
+        container.close()
+        container = None
+    if container is None:
+        container = av.open(str(path))
+        for stream in container.streams.video:
+            stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
+    try:
+        yield container
+    except BaseException:
+        container.close()
+        raise
+    if _KEPT.container is not None:
+        _KEPT.container.close()
+    _KEPT.key, _KEPT.container = key, container
 
 
 def _reason(error: Exception) -> str:
