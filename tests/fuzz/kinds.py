@@ -22,7 +22,7 @@ from tests.data import toyset
 from tests.fuzz import damage
 from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, within
 from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, RiskTarget, load_exit
-from vlaflow.compute.cost import ChunkWork, CostModel
+from vlaflow.compute.cost import ChunkWork, CostModel, Work
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.sampler_choice import FILE, Candidate, SamplerCalibration
@@ -177,7 +177,7 @@ def build_calibrations(folder):
 
 
 def profile():
-    work = ChunkWork(1.0, (1.0, 2.0, 3.0), (0.1, 0.2, 0.3))
+    work = ChunkWork(Work(1.0), (Work(1.0), Work(2.0), Work(3.0)), (Work(0.1), Work(0.2), Work(0.3)))
     return Profile("c", machine(), 1, 1.0, (1.0, 2.0, 3.0), (0.1, 0.2, 0.3), 1.5, 9, {}, work, CostModel(0.1, 0.1, 0.1))
 
 

@@ -97,9 +97,8 @@ class Evaluation:
     batch: Count = 1
 
     def __post_init__(self) -> None:
-        counted = [(e.env, e.compute, e.seed, e.noise_seed, e.first_success_step) for e in self.per_episode]
-        listed = zip_longest(self.seeds, self.noise_seeds, self.first_success_steps, fillvalue=-1)
-        stated = [(self.env, self.compute, *each) for each in listed]
+        counted = [(e.seed, e.noise_seed, e.first_success_step) for e in self.per_episode]
+        stated = list(zip_longest(self.seeds, self.noise_seeds, self.first_success_steps, fillvalue=-1))
         low, high = self.interval
         sound = self.episodes == len(counted) and self.successes == sum(e.success for e in self.per_episode)
         if counted != stated or not sound or not low - 1e-9 <= self.successes / self.episodes <= high + 1e-9:
