@@ -191,7 +191,7 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the networks live."""
-        return next(self.model.parameters()).device
+        return self.model.device
 
     def precision(self) -> AbstractContextManager[object]:
         """The context in which the networks act: all methods for inference enter it, and direct calls of the networks must."""
