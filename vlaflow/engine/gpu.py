@@ -1,6 +1,6 @@
 """A policy's networks for a GPU: fused layers on static buffers, and passes that are recorded once and replayed as CUDA graphs.
 
-    fast = replace(policy, model=FusedModel(policy.model))      # chunks differ by rounding alone
+    fast = Policy.from_pretrained(folder, "cuda", engine="graphs")      # chunks differ by rounding alone
     fast.act(observation)
 
 What is recorded, per shape: the vision tower, the prefix through the language layers, and all solver steps of a chunk.
@@ -65,7 +65,9 @@ class CapturedPass:
     """
 
     def __init__(self, function: Callable[..., Tensor], given: Sequence[Tensor | None]) -> None:
-        self._given = [None if each is None else each.clone() for each in given]
+        self._function = function  # and with it all tensors that the graph reads
+        with torch.inference_mode(False):  # whose tensors could not be written to in another mode
+            self._given = [None if each is None else each.clone() for each in given]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -77,12 +79,12 @@ class CapturedPass:
             self._made = function(*self._given)
 
     def __call__(self, *given: Tensor | None) -> Tensor:
-        """The function's value, until the next call."""
+        """The function's value."""
         for kept, each in zip(self._given, given, strict=True):
             if kept is not None and each is not None:
                 kept.copy_(each, non_blocking=True)
         self._graph.replay()
-        return self._made
+        return self._made.clone()  # the next call overwrites it
 
 
 class CapturedPasses:
@@ -92,7 +94,7 @@ class CapturedPasses:
         self._kept: Recent[CapturedPass] = Recent()
 
     def run(self, key: Hashable, function: Callable[..., Tensor], given: Sequence[Tensor | None]) -> Tensor:
-        """The function's value; on CUDA it is valid until the next call with this key.
+        """The function's value.
 
         Args:
             key: of everything that the function depends on besides the values of its arguments.

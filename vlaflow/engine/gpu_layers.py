@@ -149,7 +149,7 @@ def fused_layer(
     """
     (b, t, width), (key_BGNE, value_BGNE) = hidden_BTW.shape, slots
     h, g, e = shape.heads, shape.kv_heads, key_BGNE.shape[-1]
-    x_BTW = functional.rms_norm(hidden_BTW, (width,), w.norm_in_W, shape.eps)
+    x_BTW = functional.rms_norm(hidden_BTW.to(w.norm_in_W.dtype), (width,), w.norm_in_W, shape.eps)
     qkv = functional.linear(x_BTW, w.qkv, w.qkv_bias).view(b, t, h + 2 * g, e).transpose(1, 2)
     turned = rotated(qkv[:, : h + g], *rotary).to(value_BGNE.dtype)
     end = visible.begin + t
@@ -164,7 +164,7 @@ def fused_layer(
         enable_gqa=h != g,
     )
     hidden_BTW = hidden_BTW + functional.linear(mixed_BHTE.transpose(1, 2).reshape(b, t, h * e), w.out, w.out_bias)
-    x_BTW = functional.rms_norm(hidden_BTW, (width,), w.norm_ffn_W, shape.eps)
+    x_BTW = functional.rms_norm(hidden_BTW.to(w.norm_ffn_W.dtype), (width,), w.norm_ffn_W, shape.eps)
     gate, up = functional.linear(x_BTW, w.gate_up, w.gate_up_bias).chunk(2, -1)
     return hidden_BTW + functional.linear(functional.silu(gate) * up, w.down, w.down_bias)
 
@@ -213,7 +213,8 @@ class Buffers:
     """
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], prefix: int, like: Tensor) -> None:
-        self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
+        with torch.inference_mode(False):  # whose tensors could not be written to in another mode
+            self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
         self.prefix, self.uses = prefix, 0
 
     def hold(self, index: int, mask_BP: Tensor | None) -> Slots:
