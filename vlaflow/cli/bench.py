@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.ranges import Count
 
 
@@ -35,6 +35,7 @@ class BenchArguments:
     """Where the networks run."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What they compute in."""
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

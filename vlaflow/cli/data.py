@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.ranges import Count, Positive
 
@@ -38,6 +38,7 @@ class Check:
     directory: Path
     workers: Count = 2
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Show:
     out: Path | None = None
     episodes: Count = 12
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class FitTokenizer:
     bins: Count = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class TokenizerReport:
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class LatentReport:
     out: Path
     device: str = "cpu"
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ class Spec:
     directory: Path
     out: Path | None = None
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,7 @@ class RepairDataSet:
 
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,7 @@ class DropEpisodes:
     directory: Annotated[Path, tyro.conf.Positional]
     episodes: tuple[str, ...]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,7 @@ class MergeDataSets:
 
     directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -242,6 +251,7 @@ class RenameColumns:
     out: Path
     column: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     camera: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
@@ -363,7 +373,7 @@ def _left_out(dataset: Dataset) -> Any:
 def _print_summary(console: Any, dataset: Dataset) -> None:
     from rich.table import Table
 
-    from vlaflow.data.hub import origin
+    from vlaflow.hub import origin
 
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {

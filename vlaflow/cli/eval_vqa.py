@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.ranges import Count, Seed
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class EvalVqa:
     blind: bool = True
     seed: Seed = 0
     device: str = "cpu"
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vlaflow.ranges import Positive
+
 if TYPE_CHECKING:
     from vlaflow.data.reading import Reading
 
@@ -20,7 +22,7 @@ class ReadingOptions:
     """Columns of the action or the state, e.g. --key action=actions --key state=joints,gripper."""
     view: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME[=COLUMN]")] = ()
     """Use only these cameras, in this order, e.g. --view front=observation.images.top --view wrist."""
-    tolerance_s: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
+    tolerance_s: Annotated[Positive | None, tyro.conf.arg(metavar="S")] = None
     """How far a timestamp may be from its frame, in seconds; by default a quarter of a frame."""
 
     action_spec: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

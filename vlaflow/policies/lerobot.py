@@ -13,7 +13,6 @@ Shape letters: B batch, C channels, H height, W width, S state dimension, L chun
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.outputs import require_makeable, whole_folder, write_json
+from vlaflow.outputs import copy_files, require_writable_folder, whole_folder, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import LEROBOT, local_folder
 from vlaflow.policies.seeds import chunk_generator
@@ -160,15 +159,15 @@ def export(checkpoint: Path | str, out: Path) -> str:
         ConfigError: the folder exists, or cannot be made; or the policy serves several robots.
         StorageError: the disk is full; nothing is left of it.
     """
+    if out.exists():
+        raise ConfigError(f"{out} exists. Choose another --out.")
+    require_writable_folder(out.parent)
     folder = local_folder(checkpoint)
     policy = Policy.from_pretrained(folder)
     if policy.robots:
         raise ConfigError(f"{checkpoint} serves several robots. Export one of them: {folder / 'robots'}/NAME.")
-    if out.exists():
-        raise ConfigError(f"{out} exists. Choose another --out.")
-    require_makeable(out)
     with whole_folder(out, "The exported checkpoint") as part:
-        shutil.copytree(folder, part / LEROBOT, ignore=shutil.ignore_patterns("training", ".*"))
+        copy_files(folder, part / LEROBOT, leave_out=("training", ".*"))
         for name, content in layout(policy).items():
             write_json(part / name, content, indent=4)
     return policy_type(policy)

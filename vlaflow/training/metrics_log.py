@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.errors import CheckpointError, ConfigError, StorageError
+from vlaflow.outputs import append, write_text
 
 Tracker = Literal["auto", "tensorboard", "wandb", "trackio", "none"]
 
@@ -57,19 +59,17 @@ class MetricsLog:
         self.path = out / "training" / "log.jsonl"
         kept = [entry for entry in read_log(out) if entry["step"] <= step]
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.path.with_suffix(".jsonl.new")
-            fresh.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            fresh.replace(self.path)
-            self._file: TextIO = self.path.open("a")
-        except OSError as error:
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            self._place = os.open(
+                self.path, os.O_WRONLY | os.O_APPEND
+            )  # no buffer, which a full disk would find full at the end
+        except (OSError, StorageError) as error:
             raise CheckpointError(f"{out} cannot be written ({error.strerror}). Choose another --out, or make room.") from error
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one step."""
         try:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            append(self._place, f"{json.dumps(entry)}\n".encode())
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be written ({error.strerror}); the last checkpoint is untouched. "
@@ -78,7 +78,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._place)
 
 
 def scalars(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
