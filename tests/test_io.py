@@ -1,7 +1,6 @@
 """Writing tensors one at a time, and files on systems that lack what Linux has."""
 
 import errno
-import os
 import subprocess
 import sys
 
@@ -9,44 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlaflow.cli.main import printable
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError
 from vlaflow.io import read_json, save_tensors
-from vlaflow.outputs import _ZEROS, allocate, claim, require_system
-
-
-def lacking(monkeypatch):
-    monkeypatch.delattr(os, "posix_fallocate")
-
-
-def refusing(number):
-    def install(monkeypatch):
-        def refused(*_):
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(os, "posix_fallocate", refused)
-
-    return install
-
-
-SYSTEMS = [lacking, refusing(errno.EOPNOTSUPP), refusing(errno.EINVAL), refusing(errno.ENOSYS), lambda _: None]
-
-
-@pytest.mark.parametrize("system", SYSTEMS, ids=["absent", "EOPNOTSUPP", "EINVAL", "ENOSYS", "present"])
-@pytest.mark.parametrize("size", [1, 4097, _ZEROS + 1])
-def test_a_file_of_zeros_takes_all_its_space_on_every_system(tmp_path, monkeypatch, system, size):
-    system(monkeypatch)
-    allocate(tmp_path / "file", size)
-    stat = (tmp_path / "file").stat()
-    assert stat.st_size == size
-    assert stat.st_blocks * 512 >= size
-    assert not (tmp_path / "file").read_bytes().strip(b"\0")
-
-
-def test_a_full_disk_stays_an_error(tmp_path, monkeypatch):
-    refusing(errno.ENOSPC)(monkeypatch)
-    with pytest.raises(OSError, match="No space left"):
-        allocate(tmp_path / "file", 10)
+from vlaflow.outputs import claim, require_system
+from vlaflow.text import printable
 
 
 def test_a_lock_keeps_a_second_holder_out_until_it_is_released(tmp_path):

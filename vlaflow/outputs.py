@@ -22,8 +22,6 @@ from typing import Any
 
 from vlaflow.errors import CapabilityError, ConfigError, StorageError
 
-_ZEROS = 16 * 2**20
-"""Bytes that are written at once where a file cannot be allocated by one call."""
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """Error numbers of a disk that is full, broken or not writable."""
 OTHER = "Choose another --out."
@@ -337,25 +335,6 @@ def refused(sentence: str, error: Any) -> StorageError:
     made = StorageError(sentence.replace("{}", str(getattr(error, "strerror", None) or error)))
     made.errno, made.strerror = error.errno, getattr(error, "strerror", None)
     return made
-
-
-def allocate(file: Path, size: int) -> None:
-    """Create a file of zeros and allocate its space at once; macOS has no call for that, so the zeros are written there.
-
-    Raises:
-        OSError: no space left.
-    """
-    with file.open("wb") as opened:
-        try:
-            os.posix_fallocate(opened.fileno(), 0, size)
-            return
-        except AttributeError:  # macOS, Windows
-            pass
-        except OSError as error:  # a file system without it, where the C library does not help out
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        for start in range(0, size, _ZEROS):
-            opened.write(bytes(min(_ZEROS, size - start)))
 
 
 def require_system(system: str | None = None) -> None:

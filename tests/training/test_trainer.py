@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.training.small import CPU, Cut, Memory, Ragged, as_it_is, new_policy, tiny_config, weights
-from vlaflow.decoders.base import LossTerms
+from vlaflow.decoders.losses import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.policies import adapters
 from vlaflow.policies.base import Policy
+from vlaflow.policies.processor import Drawn
 from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.stages import PolicyStage
 from vlaflow.training import checkpoint, pieces
@@ -324,7 +327,10 @@ class MeanStage:
     def prepare(self, batch):
         return batch
 
-    def loss(self, batch, generator, shared):
+    def draw(self, batch, generator, shared):
+        return Drawn()
+
+    def loss(self, batch, drawn):
         error_BLD = batch.action_BLD - self.module(batch.observation.state_BS)[:, None]
         weight = batch.valid_BL.float()
         total = (error_BLD.square().sum(-1) * weight).sum() / weight.sum()
@@ -367,7 +373,7 @@ def test_loading_ahead_changes_no_sample():
         for a, b in zip(plain, ahead, strict=True):
             assert torch.equal(a.batch.observation.images["front"], b.batch.observation.images["front"])
             assert torch.equal(a.batch.action_BLD, b.batch.action_BLD)
-            assert torch.equal(a.generator.get_state(), b.generator.get_state())
+            assert a.drawn.numbers == b.drawn.numbers
     for loader in loaders:
         loader.close()
 
@@ -395,6 +401,26 @@ def test_training_learns(tmp_path):
     run(tmp_path / "p", replace(config, optim=replace(config.optim, learning_rate=1e-2)), Memory(8))
     losses = [entry["loss"] for entry in read_log(tmp_path / "p")]
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3
+
+
+def test_sigterm_between_the_parts_of_a_step_leaves_the_step_out(tmp_path, monkeypatch):
+    """No more than a part is waited for, and the run continues to the bytes of one that was not interrupted."""
+    config, loss, calls = tiny_config(accumulate=4, steps=4, checkpoint_every=4, ema_decay=None), PolicyStage.loss, []
+
+    def ended(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 2:  # in the second part of the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(PolicyStage, "loss", ended)
+    outcome = run(tmp_path / "p", config)
+    assert (outcome.signal, outcome.step, newest_state(tmp_path / "p")[0]) == (signal.SIGTERM, 2, 2)
+    assert len(calls) == 2 * 4 + 2 + 1, "one more pass, over samples of the step, before it is saved"
+    monkeypatch.undo()
+    run(tmp_path / "p", config)
+    run(tmp_path / "whole", config)
+    assert weights(tmp_path / "p") == weights(tmp_path / "whole")
 
 
 def test_a_hurried_checkpoint_keeps_the_earlier_policy_and_continues_to_the_same_end(tmp_path, monkeypatch):

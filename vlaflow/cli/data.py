@@ -33,10 +33,13 @@ class Check:
     Args:
         directory: a LeRobot data set, v3.0 or v2.1: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
         workers: number of decoding threads.
+        deep: also compare the decoded frames with the hashes that were stored when the data set was written, and frame caches
+            with their checksums, so that flipped bits are found.
     """
 
     directory: Path
     workers: Count = 2
+    deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     how: ReadingGroup = LEROBOT
     hub: HubGroup = ONLINE
 
@@ -72,24 +75,26 @@ class FitTokenizer:
     Args:
         directory: a LeRobot data set.
         out: the file, .json.
-        kind: "fast" (cosine transform and byte-pair encoding) or "bins".
+        kind: "fast" (cosine transform and byte-pair encoding), "bins", or "published" (FAST with merges that exist already).
         chunk_size: actions per chunk.
         normalisation: as in the policy's action_normalisation.
         scale: for fast: rounding units per unit of the normalised actions.
         vocabulary: for fast: number of coefficients and merges; none for no merges.
         bins: for bins: number of intervals per dimension.
         spacing: for bins: "uniform" or "quantile".
+        source: for published: folder or Hub name of the tokenizer.
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
-    kind: Literal["fast", "bins"] = "fast"
+    kind: Literal["fast", "bins", "published"] = "fast"
     chunk_size: Count = 16
     normalisation: Normalisation = "quantile"
     scale: Positive = 10.0
     vocabulary: Count | None = 256
     bins: Count = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
+    source: str = "physical-intelligence/fast"
     how: ReadingGroup = LEROBOT
     hub: HubGroup = ONLINE
 
@@ -311,7 +316,12 @@ def _check(arguments: Check) -> int:
     dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("decoding")
-        findings = check(dataset, arguments.workers, lambda done, total: progress.update(bar, completed=done, total=total))
+        findings = check(
+            dataset,
+            arguments.workers,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            deep=arguments.deep,
+        )
     _print_summary(console, dataset)
     for sentence in findings.remarks:
         console.print(f"note: {sentence}", soft_wrap=True)
@@ -378,7 +388,9 @@ def _print_summary(console: Any, dataset: Dataset) -> None:
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {
         "data set": f"{origin(dataset.root) or dataset.root} (LeRobot {dataset.version})",
-        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec; vlaflow data spec drafts one)",
+        "robot": dataset.action_spec.robot
+        if dataset.action_spec
+        else f"{dataset.robot_type or 'unknown'} (no action spec; vlaflow data spec drafts one)",
         "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
         "tasks": str(len(dataset.tasks)),
         "views": views or "none",

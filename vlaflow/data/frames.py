@@ -3,8 +3,10 @@
     cache = FrameCache.open(dataset, size=96)
     images = cache.gather(np.array([0, 17, 4]))      # {"corner2": uint8 (3, 96, 96, 3)}
 
-One file per view, (N, H, W, 3), in ``<root>/.cache/frames-<key>/`` or ``$VLAFLOW_CACHE/frames-<key>/``. The key hashes the
-data set's content, the size and the layout, so a changed data set gets a new cache and an old one is never read by mistake.
+The frames lie in ``blocks`` of whole episodes, raw or as JPEGs (``codecs``), in ``<root>/.cache/frames-<key>/`` or
+``$VLAFLOW_CACHE/frames-<key>/``. The key hashes the data set's content, the sizes, the codec and the layout, so a changed data
+set gets a new cache and an old one is never read by mistake. Each block is written whole or not at all, so building can be
+interrupted and continued, and shared by machines: ``CacheBuilder.build(share=(0, 4))`` writes every fourth block.
 ``resize`` is public because a policy must resize the images of the robot in exactly the same way.
 """
 
@@ -15,49 +17,67 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlaflow.data.blocks import SUFFIX, BlockFile, BlockStore, Frame, cut
+from vlaflow.data.codecs import Codec, Raw
 from vlaflow.data.lerobot import Dataset
-from vlaflow.errors import DataError, SpecError
-from vlaflow.outputs import allocate, claim
+from vlaflow.errors import DataError, SpecError, StorageError
+from vlaflow.outputs import claim
 
 logger = logging.getLogger("vlaflow.data")
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the cache format; increment it when the files or the output of ``resize`` change."""
 
+RAW = Raw()
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize to size x size with a box filter; an image that is not square is padded with black bars.
+Progress = Callable[[int, int], None]
+
+
+def fitted(height: int, width: int, size: int | None, area: int | None = None) -> tuple[int, int]:
+    """Height and width of an image of this size after ``resize``."""
+    if size is not None:
+        return size, size
+    if area is None or height * width <= area:
+        return height, width
+    scale = (area / (height * width)) ** 0.5
+    return max(1, int(height * scale)), max(1, int(width * scale))
+
+
+def resize(image: np.ndarray, size: int | None, area: int | None = None) -> np.ndarray:
+    """Resize with a box filter, to a square or to an area.
 
     Args:
         image: uint8 (H, W, 3).
-        size: side of the result in pixels.
+        size: side in pixels of a square; an image that is not square is padded with black bars.
+        area: without ``size``, most pixels; a larger image is made smaller and keeps its shape.
 
     Returns:
-        uint8 (size, size, 3); the image itself if it already has that size.
+        uint8 (H', W', 3); the image itself if it already has that size.
     """
     from PIL import Image
 
     height, width = image.shape[:2]
-    if (height, width) == (size, size):
+    wanted = fitted(height, width, size, area)
+    if (height, width) == wanted:
         return image
-    scale = size / max(height, width)
-    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = np.asarray(Image.fromarray(image).resize(inner, Image.Resampling.BOX))
-    if small.shape[:2] == (size, size):
+    scale = min(wanted[0] / height, wanted[1] / width)
+    inner = wanted if size is None else (max(1, round(height * scale)), max(1, round(width * scale)))
+    small = np.asarray(Image.fromarray(image).resize(inner[::-1], Image.Resampling.BOX))
+    if small.shape[:2] == wanted:
         return small
-    canvas = np.zeros((size, size, 3), np.uint8)
-    top, left = (size - small.shape[0]) // 2, (size - small.shape[1]) // 2
+    canvas = np.zeros((*wanted, 3), np.uint8)
+    top, left = (wanted[0] - small.shape[0]) // 2, (wanted[1] - small.shape[1]) // 2
     canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
     return canvas
 
@@ -70,17 +90,21 @@ def cache_home(root: Path) -> Path:
 class FrameCache:
     """Every frame of a data set at training resolution, by row.
 
+    Args:
+        store: the blocks, all of which exist.
+        rows: number of rows, N.
+        shapes: (height, width) by view.
+        codec: what the frames' bytes mean.
+
     Attributes:
         folder: location of the cache.
+        shapes, codec: as given.
         views: the view names.
-        shapes: (height, width) by view.
     """
 
-    def __init__(self, folder: Path, rows: int, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.folder, self.shapes, self.views = folder, dict(shapes), tuple(shapes)
-        self._rows = rows
-        # "c": private pages, so torch may hold the memory without being able to change the file.
-        self._arrays = {v: np.memmap(folder / f"{v}.u8", np.uint8, "c", shape=(rows, *s, 3)) for v, s in shapes.items()}
+    def __init__(self, store: BlockStore, rows: int, shapes: Mapping[str, tuple[int, int]], codec: Codec) -> None:
+        self.folder, self.shapes, self.views, self.codec = store.folder, dict(shapes), tuple(shapes), codec
+        self._store, self._rows = store, rows
 
     @classmethod
     def open(
@@ -89,37 +113,34 @@ class FrameCache:
         size: int | None = None,
         views: Sequence[str] | None = None,
         workers: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
+        *,
+        area: int | None = None,
+        codec: Codec = RAW,
     ) -> FrameCache:
-        """Open the cache of this data set, and build it first if it does not exist.
+        """Open the cache of this data set, and build what is missing of it first.
 
         Two processes may call this at once: one builds, the other waits for it. A process that is killed while building
-        leaves nothing behind that could be mistaken for a cache.
+        leaves whole blocks, which the next one keeps.
 
         Args:
             dataset: an open data set.
-            size: side in pixels of every view (see ``resize``); None keeps each view as stored.
+            size: side in pixels of every view (see ``resize``); None keeps each view's shape.
             views: view names; all of them if None.
             workers: decoding threads; None for one per core, at most eight.
             progress: called with (episodes done, total episodes) while building.
+            area: without ``size``, most pixels of a view.
+            codec: how frames are stored.
 
         Raises:
             SpecError: no such view.
             DataError: a damaged video, no space left, or no permission to write the cache.
         """
-        if size is not None and size < 1:
-            raise SpecError(f"The frame size must be at least one pixel, got {size}.")
-        chosen = list(dataset.views) if views is None else list(views)
-        shapes = {view: (size, size) if size else dataset.image_size(view) for view in chosen}
-        what = json.dumps([LAYOUT, dataset.fingerprint, list(shapes.items())])
-        key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-
-        def build(partial: Path) -> None:
-            _build(dataset, partial, shapes, size=size, workers=workers, progress=progress)
-
-        rows = len(dataset)
-        folder = build_once(dataset.root, f"frames-{key}", sum(rows * h * w * 3 for h, w in shapes.values()), build)
-        return cls(folder, rows, shapes)
+        builder = CacheBuilder(dataset, size, views, area=area, codec=codec)
+        if builder.store.missing():
+            with building(dataset.root, builder.store.folder):
+                builder.build(workers, progress)
+        return cls(builder.store, len(dataset), builder.shapes, codec)
 
     def __len__(self) -> int:
         """Number of rows, N."""
@@ -128,77 +149,170 @@ class FrameCache:
     @property
     def nbytes(self) -> int:
         """Size on disk in bytes."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return self._store.nbytes
 
     def gather(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Copy the frames at these rows of ``Dataset.columns``: uint8 (B, H, W, 3) by view name."""
+        """Copy the frames at these rows of ``Dataset.columns``: uint8 (B, H, W, 3) by view name.
+
+        Raises:
+            DataError: a damaged block.
+        """
         if len(rows) and (rows.min() < 0 or rows.max() >= self._rows):
             raise IndexError(f"Rows must lie in 0 .. {self._rows - 1}, got {rows.min()} .. {rows.max()}.")
-        return {view: torch.from_numpy(np.take(array, rows, axis=0)) for view, array in self._arrays.items()}
+        images = {}
+        for view, shape in self.shapes.items():
+            image_BHWC = np.empty((len(rows), *shape, 3), np.uint8)
+            self.codec.decode(self._store.read(view, rows), image_BHWC)
+            images[view] = torch.from_numpy(image_BHWC)
+        return images
 
 
-def build_once(root: Path, name: str, nbytes: int, build: Callable[[Path], None]) -> Path:
-    """Build a folder of derived data unless it exists; any number of processes find it complete or not at all.
+class CacheBuilder:
+    """What a cache of a data set consists of, and how its blocks are made.
 
     Args:
-        root: the data set's folder; the result lies in its ``.cache``, or in ``$VLAFLOW_CACHE``.
-        name: of the folder; it must encode everything that determines the content.
-        nbytes: size of what will be written.
-        build: fills the empty folder that is passed to it.
+        dataset, size, views, area, codec: see ``FrameCache.open``.
+
+    Attributes:
+        shapes: (height, width) by view.
+        store: the blocks, whether they exist or not.
+
+    Raises:
+        SpecError: no such view, or a size that is none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        size: int | None = None,
+        views: Sequence[str] | None = None,
+        *,
+        area: int | None = None,
+        codec: Codec = RAW,
+    ) -> None:
+        if min(1 if size is None else size, 1 if area is None else area) < 1:
+            raise SpecError(f"The frame size must be at least one pixel, got {size if size is not None else area}.")
+        self._dataset, self._size, self._area, self._codec = dataset, size, area, codec
+        chosen = dataset.views if views is None else views
+        self.shapes = {view: fitted(*dataset.image_size(view), size, area) for view in chosen}
+        what = json.dumps([LAYOUT, dataset.fingerprint, list(self.shapes.items()), codec.key])
+        key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        self._row_bytes = codec.estimate(sum(h * w for h, w in self.shapes.values()))
+        self._slices = cut([episode.length * self._row_bytes for episode in dataset.episodes])
+        starts = [*(dataset.episodes[s.start].start for s in self._slices), len(dataset)]
+        folder = cache_home(dataset.root) / f"frames-{key}"
+        self.store = BlockStore(folder, starts, list(self.shapes), {"data": dataset.fingerprint})
+
+    def build(self, workers: int | None = None, progress: Progress | None = None, share: tuple[int, int] = (0, 1)) -> None:
+        """Write the missing blocks, or every n-th of all blocks.
+
+        Args:
+            workers: decoding threads; None for one per core, at most eight.
+            progress: called with (episodes done, total episodes).
+            share: which of how many shares, counted from 0; different ones may be built at the same time, anywhere.
+
+        Raises:
+            DataError: a damaged video, no space left, or no permission to write.
+        """
+        first, step = share
+        mine, missing = range(first, len(self.store), step), set(self.store.missing())
+        todo = [number for number in mine if number in missing]
+        episodes = {number: self._slices[number].stop - self._slices[number].start for number in mine}
+        total, done, lock = sum(episodes.values()), sum(episodes[number] for number in mine if number not in missing), Lock()
+
+        def advance(count: int = 1) -> None:
+            nonlocal done
+            with lock:
+                done += count
+                if progress:
+                    progress(done, total)
+
+        def fill(number: int) -> None:
+            if self.store.file(number).exists():  # another process was faster
+                advance(episodes[number])
+            else:
+                self.store.write(number, self._frames(number, advance))
+
+        nbytes = self._row_bytes * sum(map(self._rows, todo))
+        pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+        with writing(self._dataset.root, self.store.folder, nbytes), pool:
+            futures = [pool.submit(fill, number) for number in todo]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _rows(self, number: int) -> int:
+        return sum(episode.length for episode in self._dataset.episodes[self._slices[number]])
+
+    def _frames(self, number: int, advance: Callable[[], None]) -> Iterator[Frame]:
+        """The encoded frames of one block."""
+        episodes = self._dataset.episodes[self._slices[number]]
+        for episode in episodes:
+            for place, view in enumerate(self.shapes):
+                for i, image in enumerate(self._dataset.iter_frames(episode.index, view)):
+                    small = resize(image, self._size, self._area)
+                    yield place, episode.start - episodes[0].start + i, self._codec.encode(small)
+            advance()
+
+
+@contextlib.contextmanager
+def building(root: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock of a cache, so that of several processes one builds it and the others wait.
+
+    Raises:
+        DataError: no permission to write there.
+    """
+    with _refusals(root, folder, 0):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent / f".{folder.name}.lock"):
+        yield
+
+
+@contextlib.contextmanager
+def writing(root: Path, folder: Path, nbytes: int) -> Iterator[None]:
+    """Create the folder of a cache and turn errors of the disk into sentences; an empty one is removed after an error.
+
+    Args:
+        root: folder of the data that it is derived from.
+        folder: of the cache.
+        nbytes: about how much will be written.
 
     Raises:
         DataError: no space left, or no permission to write there.
     """
-    home = cache_home(root)
-    folder = home / name
-    if folder.is_dir():
-        return folder
+    with _refusals(root, folder, nbytes):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if nbytes > shutil.disk_usage(folder).free:
+                raise _too_large(root, folder.parent, nbytes)
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _refusals(root: Path, folder: Path, nbytes: int) -> Iterator[None]:
+    home = folder.parent
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with locked(home / f".{name}.lock"):
-            if not folder.is_dir():
-                _build_whole(root, folder, nbytes, build)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        yield
+    except (OSError, StorageError) as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _too_large(root, home, nbytes) from error
         raise DataError(
             f"The frame cache cannot be written to {home} ({error.strerror}). Set VLAFLOW_CACHE to a writable folder."
         ) from error
-    return folder
-
-
-def allocated(file: Path, shape: Sequence[int]) -> np.memmap:
-    """Create a file of zeros and map it as a writable uint8 array.
-
-    Its space is allocated at once: with a sparse file, a full disk would kill the process later (SIGBUS).
-
-    Raises:
-        OSError: no space left.
-    """
-    allocate(file, math.prod(shape))
-    return np.memmap(file, np.uint8, "r+", shape=tuple(shape))
 
 
 def _too_large(root: Path, home: Path, nbytes: int) -> DataError:
     free = shutil.disk_usage(home).free
     return DataError(
-        f"The frame cache of {root} needs {nbytes / 1e9:.1f} GB, but {home} has {free / 1e9:.1f} GB left. "
-        f"Choose a smaller size, or set VLAFLOW_CACHE to a larger disk."
+        f"The frame cache of {root} needs {nbytes / 1e9:.1f} GB, but {home} has {free / 1e9:.1f} GB left. Choose a smaller "
+        "size, or JPEGs, or set VLAFLOW_CACHE to a larger disk. Whole blocks are kept."
     )
-
-
-def _build_whole(root: Path, folder: Path, nbytes: int, build: Callable[[Path], None]) -> None:
-    """Build in a folder with a temporary name, then rename it; the caller holds the lock."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: the lock excludes other writers
-    if nbytes > shutil.disk_usage(folder.parent).free:
-        raise _too_large(root, folder.parent, nbytes)
-    partial.mkdir()
-    try:
-        build(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -208,38 +322,27 @@ def locked(path: Path) -> Iterator[None]:
         try:
             claim(file.fileno())
         except OSError as error:  # a network folder without locks
-            logger.warning("%s cannot be locked (%s); do not start a second process that needs it now.", path, error.strerror)
+            logger.warning("%s cannot be locked (%s); processes that need it now may each do the work.", path, error.strerror)
         yield
 
 
-def _build(
-    dataset: Dataset,
-    folder: Path,
-    shapes: Mapping[str, tuple[int, int]],
-    *,
-    size: int | None,
-    workers: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Decode all frames into ``folder``."""
-    rows = len(dataset)
-    arrays = {v: allocated(folder / f"{v}.u8", (rows, *s, 3)) for v, s in shapes.items()}
+def damaged_blocks(dataset: Dataset, progress: Progress | None = None) -> Iterator[str]:
+    """Compare all checksums of all frame caches of a data set.
 
-    def fill(episode: int) -> None:
-        first = dataset.episode(episode).start
-        for view, array in arrays.items():
-            for i, image in enumerate(dataset.iter_frames(episode, view)):
-                array[first + i] = resize(image, size) if size else image
+    Args:
+        dataset: an open data set.
+        progress: called with (blocks done, total blocks).
 
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(fill, episode.index) for episode in dataset.episodes]
+    Yields:
+        A sentence about every damaged block, with its cure.
+    """
+    files = sorted(cache_home(dataset.root).glob(f"frames-*/*{SUFFIX}"))
+    for done, file in enumerate(files, 1):
         try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                if progress:
-                    progress(done, len(futures))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    for array in arrays.values():
-        array.flush()
+            block = BlockFile(file)
+            if block.about.get("data") == dataset.fingerprint:
+                block.check()
+        except DataError as error:
+            yield str(error)
+        if progress:
+            progress(done, len(files))

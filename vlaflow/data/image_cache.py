@@ -13,35 +13,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vlaflow.data.batch import ObservationBatch, VqaBatch
-from vlaflow.data.frames import LAYOUT, allocated, build_once, resize
+from vlaflow.data.blocks import BlockStore, Frame, cut
+from vlaflow.data.frames import LAYOUT, RAW, building, cache_home, resize, writing
 from vlaflow.data.vqa import Question, VqaDataset
 from vlaflow.errors import ConfigError, DataError, SpecError
 
+VIEW = "image"
+
 
 class ImageCache:
-    """All images of a VQA data set as squares of one size, memory-mapped, by path.
+    """All images of a VQA data set as squares of one size, by path.
 
     Attributes:
         size: side in pixels; images that are not square are padded with black bars (``frames.resize``).
     """
 
-    def __init__(self, folder: Path, images: Sequence[str], size: int) -> None:
-        self.size = size
+    def __init__(self, store: BlockStore, images: Sequence[str], size: int) -> None:
+        self.size, self._store = size, store
         self._row = {image: row for row, image in enumerate(images)}
-        # A data set without images has no file to map; "c": private pages, as in FrameCache.
-        shape = (len(images), size, size, 3)
-        self._array = np.memmap(folder / "images.u8", np.uint8, "c", shape=shape) if images else np.zeros(shape, np.uint8)
 
     @staticmethod
     def open(questions: VqaDataset, size: int, progress: Callable[[int, int], None] | None = None) -> ImageCache:
-        """Open the cache of this data set, and build it first if it does not exist.
+        """Open the cache of this data set, and build what is missing of it first.
 
         Args:
             questions: the VQA data set.
@@ -51,26 +51,32 @@ class ImageCache:
         Raises:
             DataError: an image that cannot be decoded, no space left, or no permission to write the cache.
         """
-        images = questions.images
-        what = json.dumps([LAYOUT, questions.fingerprint, size])
-        key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        images, nbytes = questions.images, size * size * 3
+        key = hashlib.blake2b(json.dumps([LAYOUT, questions.fingerprint, size]).encode(), digest_size=8).hexdigest()
+        slices = cut([nbytes] * len(images))
+        folder, about = cache_home(questions.root) / f"images-{key}", {"data": questions.fingerprint}
+        store = BlockStore(folder, [*(s.start for s in slices), len(images)], [VIEW], about)
 
-        def build(folder: Path) -> None:
-            if not images:
-                return
-            array = allocated(folder / "images.u8", (len(images), size, size, 3))
-            for row, image in enumerate(images):
-                array[row] = resize(decode(questions.root / image), size)
+        def frames(rows: slice) -> Iterator[Frame]:
+            for row in range(rows.start, rows.stop):
+                yield 0, row - rows.start, RAW.encode(resize(decode(questions.root / images[row]), size))
                 if progress:
                     progress(row + 1, len(images))
-            array.flush()
 
-        folder = build_once(questions.root, f"images-{key}", len(images) * size * size * 3, build)
-        return ImageCache(folder, images, size)
+        if store.missing():
+            with building(questions.root, folder), writing(questions.root, folder, len(images) * nbytes):
+                for number in store.missing():
+                    store.write(number, frames(slices[number]))
+        return ImageCache(store, images, size)
 
     def read(self, image: str) -> np.ndarray:
-        """The cached image, uint8 (size, size, 3); a view, not a copy."""
-        return self._array[self._row[image]]
+        """The cached image, uint8 (size, size, 3); a view, not a copy.
+
+        Raises:
+            DataError: its block is damaged.
+        """
+        (content,) = self._store.read(VIEW, np.array([self._row[image]]))
+        return content.reshape(self.size, self.size, 3)
 
 
 def decode(file: Path) -> np.ndarray:

@@ -29,8 +29,8 @@ from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.stored_images import read_image
-from vlaflow.data.tables import read_cells, read_parquet
-from vlaflow.data.video import VideoError, decode_frames
+from vlaflow.data.tables import read_cells, read_parquet, whole_numbers
+from vlaflow.data.video import FrameDigest, VideoError, decode_frames
 from vlaflow.data.video_offsets import REWRITE, largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec, known_parts
@@ -91,7 +91,7 @@ class Dataset:
             )
         own = info.get(EXTRA_KEY) or {}
         stated = own.get("action_spec")
-        self.provenance: Mapping[str, Any] = own.get("provenance", {})
+        self.provenance: Mapping[str, Any] = own.get("provenance") or {}
         action_spec = action_spec or reading.action_spec
         self.action_spec = action_spec
         if stated is not None:
@@ -235,12 +235,17 @@ class Dataset:
             images[i] = image
         return images
 
-    def iter_frames(self, number: int, view: str) -> Iterator[np.ndarray]:
-        """Yield the images of one episode, uint8 (H, W, 3); raises as ``frames`` does."""
+    def iter_frames(self, number: int, view: str, digest: FrameDigest | None = None) -> Iterator[np.ndarray]:
+        """Yield the images of one episode, uint8 (H, W, 3); raises as ``frames`` does.
+
+        Args:
+            number, view: as for ``frames``.
+            digest: counts in every frame of a video as it is stored.
+        """
         key, found = self._view_key(view), self.episode(number)
         video = self.features[key]["dtype"] == "video"
         shape = (*self.image_size(view), 3)
-        for i, image in enumerate(self._video(found, key) if video else self._stored_images(found, key)):
+        for i, image in enumerate(self._video(found, key, digest) if video else self._stored_images(found, key)):
             if image.shape != shape:
                 raise DataError(
                     f"Episode {number} of {self.root}: frame {i} of '{key}' is {image.shape[0]}x{image.shape[1]}, but "
@@ -248,10 +253,10 @@ class Dataset:
                 )
             yield image
 
-    def _video(self, episode: Episode, key: str) -> Iterator[np.ndarray]:
+    def _video(self, episode: Episode, key: str, digest: FrameDigest | None) -> Iterator[np.ndarray]:
         path, start_s = self._files(episode.index).videos[key]
         try:
-            yield from decode_frames(path, start_s, episode.length, self.fps, self.reading.tolerance_s)
+            yield from decode_frames(path, start_s, episode.length, self.fps, self.reading.tolerance_s, digest=digest)
         except VideoError as error:
             raise DataError(self._video_sentence(episode, key, path, start_s, error)) from error
 
@@ -308,11 +313,11 @@ class Dataset:
         others = sorted((self.root / "data").rglob("*.parquet")) if self._meta.modern else []
         for path in (named, *others):
             places = read_parquet(path, ["episode_index", "frame_index"])
-            rows = np.flatnonzero(places["episode_index"].to_numpy() == episode.index)
+            rows = np.flatnonzero(whole_numbers(places, "episode_index", path) == episode.index)
             if not self._meta.modern and not len(rows):
                 rows = np.arange(len(places))  # the file's number counts, as in ``columns``
             if len(rows):
-                return path, rows[np.argsort(places["frame_index"].to_numpy()[rows], kind="stable")]
+                return path, rows[np.argsort(whole_numbers(places, "frame_index", path)[rows], kind="stable")]
         return named, np.zeros(0, np.int64)
 
     @cached_property

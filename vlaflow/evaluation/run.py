@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from vlaflow.engine.deploy import Engine
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import language, results, videos
 from vlaflow.evaluation.episode_log import EpisodeLog
+from vlaflow.evaluation.images import unlike_training
 from vlaflow.evaluation.latency import Latency, collect_observations, measure
 from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import Revision, follow
@@ -40,7 +42,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.deployment import open_policy
+from vlaflow.policies.engines import for_budgets
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
@@ -149,7 +151,7 @@ def evaluate(
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
         dtype: what they compute in; "bf16" halves the memory of their layers.
-        engine: what computes them; see ``policies.deployment.with_engine``.
+        engine: what computes them; see ``policies.engines.with_engine``.
         batch: episodes that a process plays together, with one batched call of the policy.
         videos: whether to record a success and a failure per environment.
         workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
@@ -382,11 +384,15 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     config = replace(config, computes=config.computes or (default_name(folder),))
     if "auto" in config.computes and (calibration := sampler_choice.load(home)):
         calibration.require_unseen(envs, config.first_seed, config.episodes)
+    engine, knobs = for_budgets(config.rollout.engine, config.computes, config.knobs, home)
+    config = replace(config, knobs=knobs, rollout=replace(config.rollout, engine=engine))
     computes = parse_all(config.computes, config.knobs, home)
-    policy = open_policy(folder, config.rollout.device, config.rollout.dtype, config.rollout.engine)
+    policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype, engine=config.rollout.engine)
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
+    if note := unlike_training(folder, envs, rollout.render):
+        sys.stderr.write(f"Note: {note}\n")
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
     swap = None
     if config.language_episodes:

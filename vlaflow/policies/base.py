@@ -35,19 +35,23 @@ from vlaflow.data.common import CommonShape, Normalizers
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.base import Conditioning, LossTerms, Targets
+from vlaflow.decoders.base import Conditioning, Targets
+from vlaflow.decoders.losses import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json
+from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.nn.stored import drawing
 from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
+from vlaflow.policies.engines import with_engine
 from vlaflow.policies.policy_config import PolicyConfig
-from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers, require_views
+from vlaflow.policies.processor import Drawn, PolicyProcessor, Prepared, PreparedAnswers, require_views
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.robots import FOLDER, Robot, chosen_robot, read_robots, write_robots
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
@@ -100,10 +104,10 @@ class Policy:
                 "decoder.action_dim to the data set's."
             )
         own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
-        self.action_normalizer = c.action_normalizer(self.stats, self.action_spec)
-        state = tuple(c.state_normalizer(r.stats) for r in self.robots.values()) or (c.state_normalizer(self.stats),)
-        action = tuple(c.action_normalizer(r.stats, r.action_spec) for r in self.robots.values()) or (self.action_normalizer,)
-        side = self.robots[self.robot].image_size if self.robot else None
+        acting = self.robots[self.robot] if self.robot else Robot(self.action_spec, dict(self.stats), ())
+        state, action = zip(*(robot.normalizers(c) for robot in self.robots.values() or (acting,)), strict=True)
+        self.action_normalizer = acting.normalizers(c)[1]
+        side = acting.image_size
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own)
@@ -127,7 +131,7 @@ class Policy:
             folder: of a checkpoint whose tokenizer and image settings it takes; by default those of the backbone's source.
             robots: by name, where there are several.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), drawing():
             torch.manual_seed(seed)
             model = config.build()
         processor = config.backbone.processor(folder)
@@ -177,11 +181,7 @@ class Policy:
         return CommonShape(c.backbone.state_dim, c.decoder.action_dim, c.decoder.chunk_size, tuple(self.model.backbone.views))
 
     def for_robot(self, name: str | None) -> Policy:
-        """The same networks acting for one of the robots; the policy itself where there is only one.
-
-        Raises:
-            ConfigError: several robots and no choice, or none of this name.
-        """
+        """The same networks acting for one of the robots, by name; the policy itself where there is only one."""
         found = chosen_robot(self.robots, name, str(self.folder or "The policy"))
         if found is None:
             return self
@@ -204,11 +204,7 @@ class Policy:
         return Prepared(self.processor(batch.observation), self.targets(batch))
 
     def prepare_answers(self, batch: VqaBatch) -> PreparedAnswers:
-        """A batch of questions as ``answer_loss`` takes it, on the CPU.
-
-        Raises:
-            CapabilityError: when the backbone has no language-model head.
-        """
+        """A batch of questions as ``answer_loss`` takes it, on the CPU; refused where the backbone cannot answer."""
         speaking(self.model.backbone)
         return PreparedAnswers(self.processor(batch.observation), self.processor.backbone.answer_ids(batch.answers))
 
@@ -219,7 +215,8 @@ class Policy:
             return self._action.forward(action_BLD, batch.observation.robot_B)
 
         executed = batch.executed and replace(batch.executed, action_BLD=normalised(batch.executed.action_BLD))
-        return Targets(normalised(batch.action_BLD), batch.valid_BL, batch.code_BK, executed, batch.mask_BLD)
+        action_BLD = normalised(batch.action_BLD)
+        return self.model.decoder.prepare(Targets(action_BLD, batch.valid_BL, batch.code_BK, executed, batch.mask_BLD))
 
     def own(self, observation: ObservationBatch) -> ObservationBatch:
         """Observations of the robot that it acts for as the networks know them, where there are several robots.
@@ -247,29 +244,36 @@ class Policy:
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
         with self.precision():
-            prefix = self.model.embed(self.processor(observation).to(self.device))
+            prefix = self.model.embed(self.processor(observation).to(self.device, non_blocking=True))
         if observation.robot_B is None:
             return prefix
-        masks = [self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()]
-        return replace(prefix, action_mask_BLD=torch.stack(masks)[observation.robot_B].to(self.device))
+        masks = torch.stack([self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()])
+        return replace(prefix, action_mask_BLD=masks[observation.robot_B].to(self.device))
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
         with self.precision():
             return self.model.read(self.embed(observation), depth)
 
-    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
-        """Training loss of backbone and decoder on what ``prepare`` made of a batch, on the networks' device.
+    def draw(self, batch: Prepared, generator: Generator, shared: Generator) -> Drawn:
+        """Everything random in ``loss_of``, on the CPU, ahead of the networks as ``prepare`` is; ``shared`` chooses exits."""
+        depth = self.config.exits.draw(shared) if self.config.exits else ()
+        return Drawn(self.model.decoder.draw(len(batch.inputs), generator), depth)
 
-        With exits it is their (weighted) mean, or that of the one drawn from ``shared``; in evaluation mode it is that of the
-        full depth, and the parts name the other exits' losses.
+    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
+        """``loss_of`` with what is drawn from these generators."""
+        return self.loss_of(batch, self.draw(batch, generator, shared).to(self.device))
+
+    def loss_of(self, batch: Prepared, drawn: Drawn) -> LossTerms:
+        """Training loss of backbone and decoder on what ``prepare`` and ``draw`` made, on the networks' device.
+
+        With exits it is their (weighted) mean, or that of the one drawn; in evaluation mode it is that of the full depth, and
+        the parts name the other exits' losses.
         """
-        model, exits = self.model, self.config.exits
-        embedded = self.begin(batch)
-        if exits is not None and exits.choose == "random" and model.training:
-            depth = exits.depths[int(torch.randint(len(exits.depths), (), generator=shared))]
-            return model.decoder.loss(model.read(embedded, depth), batch.targets, generator)
-        terms = model.decoder.loss(model.read(embedded), batch.targets, generator, exits.depths if exits else None)
+        model, exits, embedded = self.model, self.config.exits, self.begin(batch)
+        if drawn.integers and model.training:
+            return model.decoder.loss_of(model.read(embedded, drawn.integers[0]), batch.targets, drawn.numbers)
+        terms = model.decoder.loss_of(model.read(embedded), batch.targets, drawn.numbers, exits.depths if exits else None)
         if exits is None:
             return terms
         return exits.total(terms) if model.training else terms.answering(terms.exits[exits.depths[-1]])
@@ -332,8 +336,7 @@ class Policy:
         observations, generators, action_prefixes = in_lists(observation, generator, action_prefix)
         conditioning = conditioning_of(self, action_prefixes, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
-        guidance = conditioning is not None and conditioning.guidance is not None
-        with torch.no_grad() if guidance else torch.inference_mode(), self.precision():
+        with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode(), self.precision():
             made = self._decode(observations, compute or self.default_compute, generators, conditioning)
         for chunk, known in zip(made, action_prefixes, strict=True):
             if known is not None:
@@ -378,8 +381,7 @@ class Policy:
         words = self.processor.backbone
         with self.precision():
             made = greedy(self.embed(observation), words.end_id, limit)
-        pairs = zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
-        return [Answer(text, ended) for text, ended in pairs]
+        return [Answer(*pair) for pair in zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)]
 
     def to_robot(self, action_BLD: Tensor) -> np.ndarray:
         """Normalised actions (B, L, D) in robot units, not clipped: the dimensions and steps that the robot has."""
@@ -413,7 +415,9 @@ class Policy:
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None) -> Policy:
+    def from_pretrained(
+        path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None, engine: Engine = "eager"
+    ) -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
 
         Args:
@@ -421,14 +425,15 @@ class Policy:
             device: where the networks run.
             dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
             robot: which one to act for, where it was trained for several.
+            engine: what computes it (``engines.with_engine``).
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
             ConfigError: several robots and no choice, or none of this name.
         """
-        folder = local_folder(path)
-        home = home_of(folder)
-        return Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
+        home = home_of(folder := local_folder(path))
+        opened = Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
+        return with_engine(opened, engine)
 
     @staticmethod
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
@@ -437,11 +442,9 @@ class Policy:
         written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
         config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
-        with torch.random.fork_rng(devices=[]):
-            model = config.build()
-        load_weights(model, folder / "model.safetensors")
+        model = config.opened(folder / "model.safetensors", device)
         if dtype == "bf16":
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype, robots)
+        return Policy(config, action_spec, stats, model.eval(), text, processor, folder, dtype, robots)

@@ -31,6 +31,7 @@ from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.dry_run import DryRun
+from vlaflow.policies.policy_config import Normalisation
 from vlaflow.policies.provenance import ancestry, fingerprint
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.ranges import Count, Fraction, NotNegative, Number, Seed, Share
@@ -52,19 +53,20 @@ class DataSpec:
     no_action: str = "The data set has none; choose another one."
 
     @staticmethod
-    def of(*roots: Path | str, reading: Reading | None = None) -> DataSpec:
+    def of(*datasets: Path | str | DatasetEntry) -> DataSpec:
         """Of data sets on disk; only their meta folders are read.
 
         Raises:
             DataError: not a data set, or one without a camera.
         """
-        found = [DataSpec._of_one(root, reading) for root in roots]
+        found = [DataSpec._of_one(each) for each in datasets]
         views = dict.fromkeys(view for each in found for view in each.views)
         state, action = max(each.state_dim for each in found), max(each.action_dim for each in found)
         return DataSpec(state, action, tuple(views), found[0].no_action)
 
     @staticmethod
-    def _of_one(root: Path | str, reading: Reading | None) -> DataSpec:
+    def _of_one(given: Path | str | DatasetEntry) -> DataSpec:
+        root, reading = (given.root, given.reading) if isinstance(given, DatasetEntry) else (given, None)
         dataset = Dataset.open(root, video=True, reading=reading)
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
@@ -237,6 +239,9 @@ class Objective(ABC):
 
     makes: ClassVar[Literal["policy", "latent"]] = "policy"
     """What its checkpoint is to the later stages of a pipeline."""
+    reads_rows: ClassVar[bool] = False
+    """Whether processes that share its networks may read their own rows of pretrained weights instead of all of them: all of
+    its networks train, and nothing looks at their weights before (``nn.stored``)."""
 
     @property
     def names_codes(self) -> bool:
@@ -288,6 +293,10 @@ class Objective(ABC):
             ConfigError: it needs a policy to continue.
         """
         raise CapabilityError(f"{type(self).__name__} does not say what its training step computes (dry_run).")
+
+    def timed(self, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> Self:
+        """The objective with chunks of the config's duration at the data sets' rates; by default as it is."""
+        return self
 
     @abstractmethod
     def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
@@ -348,10 +357,11 @@ class TrainConfig:
         validation_fraction: share of the episodes held out, spread over the tasks; see ``windows.split_episodes``.
         hold_out_tasks: instructions whose episodes are all held out, in place of that share.
         mixture: how several data sets share the samples of a step; nothing for one.
+        normalisation: of the robots of several data sets, by a data set's name, where it differs from the policy's.
         chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
             of the policy, whatever the rate.
         validate_every, checkpoint_every: steps.
-        precision: "auto" is bf16 autocast where the device is fast at it (CUDA, CPUs with AMX), else float32.
+        precision: "auto" is bf16 autocast where that is faster: on CUDA, and on CPUs by measurement (``training.precision``).
         seed: of weights, data order and noise.
     """
 
@@ -373,6 +383,7 @@ class TrainConfig:
     validation_fraction: Fraction = 0.06
     hold_out_tasks: tuple[str, ...] = ()
     mixture: Mixture = field(default_factory=Mixture)
+    normalisation: dict[str, Normalisation] = field(default_factory=dict)
     chunk_s: float | None = None
     validate_every: int = 250
     checkpoint_every: int = 500

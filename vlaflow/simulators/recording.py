@@ -23,6 +23,7 @@ import numpy as np
 from vlaflow.data.video import Segment
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import claim, whole_file, write_json
+from vlaflow.strict import read_object
 
 SETTINGS = "settings.json"
 DONE = "done"
@@ -124,7 +125,7 @@ class Recording:
                     path = video_file(self.folder, job, view)
                     if path.stat().st_size != size:
                         return None
-                    videos[view] = Segment(path, len(stored["action"]), stored[f"histogram {view}"])
+                    videos[view] = Segment(path, len(stored["action"]), stored[f"histogram {view}"], facts["digests"][view])
                 arrays = {name: stored[name] for name in ARRAYS}
                 return Demonstration(job.env, facts["instruction"], facts["seed"], facts["attempts"], **arrays, videos=videos)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -172,6 +173,7 @@ def keep(folder: Path, job: RecordJob, demo: Demonstration) -> None:
         "seed": demo.seed,
         "attempts": demo.attempts,
         "bytes": {view: segment.path.stat().st_size for view, segment in demo.videos.items()},
+        "digests": {view: segment.digest for view, segment in demo.videos.items()},
     }
     arrays: dict[str, Any] = {name: getattr(demo, name) for name in ARRAYS}
     arrays |= {f"histogram {view}": segment.histogram for view, segment in demo.videos.items()}
@@ -200,10 +202,4 @@ def _file(folder: Path, job: RecordJob) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} is damaged. Remove {file.parent}, or choose another --out.")
-    return found
+    return read_object(file, ConfigError, f"it is damaged. Remove {file.parent}, or choose another --out.")
