@@ -98,7 +98,7 @@ class RunLog:
         self._log = MetricsLog(out, step) if accelerator.is_main_process else None
         self._accelerator, self._tracker = accelerator, tracker
         self._storing = partial(storing, out, "The tracker's files", KEPT)
-        self._hook = threading.excepthook
+        self._hook, threading.excepthook = threading.excepthook, self._report
         if tracker:
             kwargs = {"tensorboard": {"purge_step": step + 1}} if tracker == "tensorboard" else {}
             with self._storing():
@@ -113,7 +113,6 @@ class RunLog:
                 self._accelerator.log(scalars(entry), step=step)
 
     def __enter__(self) -> RunLog:
-        threading.excepthook = self._report
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -124,7 +123,8 @@ class RunLog:
             with self._storing() if kind is None else suppress(OSError):
                 for one in self._accelerator.trackers:
                     one.finish()
-        threading.excepthook = self._hook
+        if kind is None:  # else TensorBoard's thread may still be about to fail
+            threading.excepthook = self._hook
 
     def _report(self, failed: threading.ExceptHookArgs) -> None:
         """TensorBoard's thread raises the disk's error twice: here, with a traceback, and in the call that logs next."""
