@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from vlaflow.actions.latent import LatentConfig
+from vlaflow.backbones.base import InputSize
 from vlaflow.config import INLINE
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.filters import Filters
+from vlaflow.data.frame_source import FrameStorage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Order
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
@@ -244,6 +246,11 @@ class Objective(ABC):
     def check(self, config: TrainConfig) -> None:  # noqa: B027 — most objectives follow every value
         """Refuse values of the config around it that it cannot follow, with a ``ConfigError``; by default none."""
 
+    @property
+    def input_size(self) -> InputSize:
+        """The size that frames are stored at for it; by default as recorded, or as the policy that it continues reads them."""
+        return InputSize()
+
     @abstractmethod
     def used_assets(self, assets: Assets) -> Assets:
         """The part of a pipeline's assets that concerns this stage."""
@@ -346,6 +353,7 @@ class TrainConfig:
         validation_fraction: share of the episodes held out, spread over the tasks; see ``windows.split_episodes``.
         hold_out_tasks: instructions whose episodes are all held out, in place of that share.
         mixture: how several data sets share the samples of a step; nothing for one.
+        frames: where frames come from: a cache of raw ones or of JPEGs, or a stream, which decodes them as they are needed.
         chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
             of the policy, whatever the rate.
         validate_every, checkpoint_every: steps.
@@ -371,6 +379,7 @@ class TrainConfig:
     validation_fraction: Fraction = 0.06
     hold_out_tasks: tuple[str, ...] = ()
     mixture: Mixture = field(default_factory=Mixture)
+    frames: FrameStorage = "raw"
     chunk_s: float | None = None
     validate_every: int = 250
     checkpoint_every: int = 500
