@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo libero test test-isa test-clients test-vla-eval test-lerobot test-smol fuzz lint format bench clean setup-demo setup-libero setup-dev \
+.PHONY: help demo libero test test-isa test-clients test-vla-eval test-lerobot test-smol fuzz siege lint format bench clean setup-demo setup-libero setup-dev \
 	setup-clients setup-vla-eval setup-lerobot
 
 help: ## this list
@@ -42,6 +42,9 @@ test-smol: setup-dev ## SmolLM2's published weights, from a Python package, agai
 	@$(OFFLINE) .venv/bin/python -m pytest tests/end_to_end/real_smol.py $(ARGS)
 
 fuzz: setup-dev ## a hundred thousand hostile frames against a server; ARGS="--frames N --seed N"
+	@$(OFFLINE) .venv/bin/python -m tests.serving.fuzz $(ARGS)
+
+siege: setup-dev ## every attack on a server, in turn and together, while a client asks (20 min); ARGS="--seconds N --together N --protocol vla-eval"
 	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)
 
 lint: setup-dev ## style, types, spelling

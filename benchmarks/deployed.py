@@ -36,7 +36,7 @@ from vlaflow.engine.fold import folded
 from vlaflow.engine.store import COMPILERS
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.policies.base import Policy
-from vlaflow.policies.deployment import build, open_policy
+from vlaflow.policies.deployment import build
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.spec import Observation
 
@@ -85,7 +85,7 @@ def deployed(
             except (CapabilityError, DeploymentError) as error:
                 say(f"{name} is left out: {error}")
                 continue
-            found[name] = (open_policy(folder, engine=compiler), time.perf_counter() - begin)
+            found[name] = (Policy.from_pretrained(folder, engine=compiler), time.perf_counter() - begin)
     return found
 
 

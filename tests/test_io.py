@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlaflow.cli.main import printable
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError
 from vlaflow.io import read_json, save_tensors
 from vlaflow.outputs import claim, require_system
+from vlaflow.text import printable
 
 
 def test_a_lock_keeps_a_second_holder_out_until_it_is_released(tmp_path):

@@ -20,7 +20,22 @@ EVERYTHING = sorted(
 
 # From the ground up. A room may import rooms of earlier storeys and itself, not its neighbours ...
 STOREYS = (
-    ("__init__", "errors", "registry", "spec", "config", "io", "outputs", "ranges", "versions", "progress", "packages", "hub"),
+    (
+        "__init__",
+        "errors",
+        "text",
+        "registry",
+        "spec",
+        "config",
+        "strict",
+        "io",
+        "outputs",
+        "ranges",
+        "versions",
+        "progress",
+        "packages",
+        "hub",
+    ),
     ("nn", "flows", "data", "actions", "simulators", "robot"),
     ("backbones", "stacks"),
     ("decoders",),

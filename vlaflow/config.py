@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-from vlaflow.errors import ConfigError, nearest
+from vlaflow.errors import ConfigError, VlaflowError, nearest
 from vlaflow.ranges import require_in
 from vlaflow.registry import Part, kind_of, require_registered
+from vlaflow.text import one_line, shown
 
 T = TypeVar("T")
 INLINE: Mapping[str, Any] = {"inline": True}
@@ -41,26 +44,54 @@ def to_json(value: Any) -> JSON:
     return value
 
 
+@dataclass(frozen=True)
+class JsonSource:
+    """Where JSON comes from, for errors.
+
+    Args:
+        where: the file, or the option of a command line.
+        error: class of the errors.
+        others: whether keys that the dataclass does not name are ignored, as in files of other programs.
+        unbounded: whether numbers that are not finite are left to the field's range, or to its class.
+    """
+
+    where: str
+    error: type[VlaflowError] = ConfigError
+    others: bool = False
+    unbounded: bool = False
+
+
 def from_json(cls: type[T], data: JSON, where: str) -> T:
     """Rebuild a dataclass written by ``to_json``.
 
     Raises:
         ConfigError: naming the key, the file (``where``) and the nearest valid key.
     """
-    return typing.cast(T, _decode(cls, data, where, "config"))
+    return typing.cast(T, decode(cls, data, JsonSource(where), "config"))
 
 
-def _decode(annotation: Any, data: JSON, where: str, key: str) -> Any:
+def decode(annotation: Any, data: JSON, source: JsonSource, key: str) -> Any:
+    """The value of an annotated field, from JSON.
+
+    Args:
+        annotation: of the field, or a dataclass.
+        data: what the file says.
+        source: the file.
+        key: of the field in it, with those of the objects that contain it.
+
+    Raises:
+        VlaflowError: of the source's class, naming key and file.
+    """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        value = _decode(args[0], data, where, key)
-        require_in(value, annotation, f"'{key}' in {where}")
+        value = decode(args[0], data, dataclasses.replace(source, unbounded=True), key)
+        require_in(value, annotation, f"'{key}' in {source.where}", source.error)
         return value
     if annotation is Any:
         return data
     if origin is Literal:
-        if data not in args:
-            raise ConfigError(f"'{key}' in {where} is {data!r}; {nearest(str(data), map(str, args))}")
+        if not any(data == each and type(data) is type(each) for each in args):
+            raise source.error(f"'{key}' in {source.where} is {shown(data)}; {nearest(str(data), map(str, args))}")
         return data
     if origin in (Union, types.UnionType):
         if data is None and type(None) in args:
@@ -68,59 +99,80 @@ def _decode(annotation: Any, data: JSON, where: str, key: str) -> Any:
         classes = _dataclasses_in(annotation)
         if classes and isinstance(data, dict):
             if len(classes) == 1:
-                return _decode(classes[0], data, where, key)
+                return decode(classes[0], data, source, key)
             by_name = {c.__name__: c for c in classes}
             kind = data.get("kind")
-            if kind not in by_name:
-                raise ConfigError(f"'{key}.kind' in {where} is {kind!r}; {nearest(str(kind), by_name)}")
-            return _decode(by_name[kind], data, where, key)
+            if not isinstance(kind, str) or kind not in by_name:
+                raise source.error(f"'{key}.kind' in {source.where} is {shown(kind)}; {nearest(str(kind), by_name)}")
+            return decode(by_name[kind], data, source, key)
         plain = [a for a in args if a is not type(None) and a not in classes]
         for option in plain:
             try:
-                return _decode(option, data, where, key)
-            except ConfigError:
+                return decode(option, data, source, key)
+            except source.error:
                 if option is plain[-1]:
                     raise
-        raise ConfigError(f"'{key}' in {where} cannot be {data!r}.")
+        raise source.error(f"'{key}' in {source.where} cannot be {shown(data)}.")
     if _is_open(annotation):
-        _require(isinstance(data, dict), key, where, f"an object ({annotation.__name__})", data)
-        _require(isinstance(data.get("kind"), str), f"{key}.kind", where, "a name", data.get("kind"))
-        unknown = f"'{key}.kind' in {where} is {data['kind']!r}, which nothing installed provides"
+        _require(isinstance(data, dict), key, source, f"an object ({annotation.__name__})", data)
+        _require(isinstance(data.get("kind"), str), f"{key}.kind", source, "a name", data.get("kind"))
+        unknown = f"'{key}.kind' in {source.where} is {shown(data['kind'])}, which nothing installed provides"
         kind = kind_of(annotation, data["kind"], unknown)
-        return _decode_dataclass(kind, data, where, key)
+        return _decode_dataclass(kind, data, source, key)
     if dataclasses.is_dataclass(annotation):
-        return _decode_dataclass(annotation, data, where, key)
+        return _decode_dataclass(annotation, data, source, key)
     if origin is tuple:
-        _require(isinstance(data, list), key, where, "a list", data)
+        _require(isinstance(data, list), key, source, "a list", data)
         if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_decode(args[0], v, where, f"{key}[{i}]") for i, v in enumerate(data))
-        _require(len(data) == len(args), key, where, f"a list of {len(args)}", data)
-        return tuple(_decode(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, data, strict=True)))
+            return tuple(decode(args[0], v, source, f"{key}[{i}]") for i, v in enumerate(data))
+        _require(len(data) == len(args), key, source, f"a list of {len(args)}", data)
+        return tuple(decode(a, v, source, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, data, strict=True)))
     if origin is dict:
-        _require(isinstance(data, dict), key, where, "an object", data)
-        return {k: _decode(args[1], v, where, f"{key}.{k}") for k, v in data.items()}
+        _require(isinstance(data, dict), key, source, "an object", data)
+        return {k: decode(args[1], v, source, f"{key}.{k}") for k, v in data.items()}
     if annotation is float:
-        _require(isinstance(data, int | float) and not isinstance(data, bool), key, where, "a number", data)
-        return float(data)
+        return _number(data, source, key)
     if annotation in (int, str, bool):
-        _require(type(data) is annotation, key, where, annotation.__name__, data)
+        _require(type(data) is annotation, key, source, annotation.__name__, data)
     return data
 
 
-def _decode_dataclass(cls: Any, data: JSON, where: str, key: str) -> Any:
-    _require(isinstance(data, dict), key, where, f"an object ({cls.__name__})", data)
-    kind = data.get("kind", cls.__name__)
-    _require(kind == cls.__name__, f"{key}.kind", where, repr(cls.__name__), kind)
-    data = {name: value for name, value in data.items() if name != "kind"}
+def _number(data: JSON, source: JsonSource, key: str) -> float:
+    """A number that fits a float, and is finite where no range or mark of the field says more."""
+    _require(isinstance(data, int | float) and not isinstance(data, bool), key, source, "a number", data)
+    try:
+        value = float(data)
+    except OverflowError:  # an integer of 400 digits
+        value = math.nan
+    _require(source.unbounded or math.isfinite(value), key, source, "a finite number", data)
+    return value
+
+
+def _decode_dataclass(cls: Any, data: JSON, source: JsonSource, key: str) -> Any:
+    _require(isinstance(data, dict), key, source, f"an object ({cls.__name__})", data)
+    inside = f"{key}." if key else ""
+    if not source.others:
+        kind = data.get("kind", cls.__name__)
+        _require(kind == cls.__name__, f"{inside}kind", source, repr(cls.__name__), kind)
+        data = {name: value for name, value in data.items() if name != "kind"}
     hints, known = typing.get_type_hints(cls, include_extras=True), {f.name: f for f in dataclasses.fields(cls)}
-    for name in data:
-        if name not in known:
-            raise ConfigError(f"Unknown key '{key}.{name}' in {where}; {nearest(name, known)}")
+    if not source.others:
+        for name in data:
+            if name not in known:
+                raise source.error(f"Unknown key {shown(inside + name)} in {source.where}; {nearest(name, known)}")
     for name, f in known.items():
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if needed and name not in data:
-            raise ConfigError(f"Key '{key}.{name}' is missing in {where}.")
-    return cls(**{name: _decode(hints[name], value, where, f"{key}.{name}") for name, value in data.items()})
+            raise source.error(f"Key '{inside}{name}' is missing in {source.where}.")
+    values = {name: decode(hints[name], data[name], source, f"{inside}{name}") for name in known if name in data}
+    try:
+        return cls(**values)
+    except VlaflowError as error:
+        raise type(error)(f"{source.where}, '{key}': {error}" if key else f"{source.where}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # values of the right types in their ranges that make no sense together
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise source.error(f"'{key}' in {source.where} cannot be used ({reason:.200}).") from error
 
 
 def _dataclasses_in(annotation: Any) -> list[Any]:
@@ -132,9 +184,10 @@ def _is_open(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Part) and not dataclasses.is_dataclass(annotation)
 
 
-def _require(condition: bool, key: str, where: str, wanted: str, found: Any) -> None:
+def _require(condition: bool, key: str, source: JsonSource, wanted: str, found: Any) -> None:
     if not condition:
-        raise ConfigError(f"'{key}' in {where} must be {wanted}, got {found!r}.")
+        what = f"'{key}' in {source.where}" if key else source.where
+        raise source.error(f"{what} must be {wanted}, got {shown(found)}.")
 
 
 def override(config: T, changes: Mapping[str, str], where: str = "--set") -> T:
@@ -165,14 +218,37 @@ def _override(config: Any, changes: Mapping[str, str], where: str, path: str) ->
         elif rest:
             deeper.setdefault(name, {})[rest] = text
         else:
-            values[name] = _decode(hints[name], _read(hints[name], text), where, f"{path}{name}")
+            values[name] = decode(hints[name], _read(hints[name], text), JsonSource(where), f"{path}{name}")
     for name, inner in deeper.items():
         current = values.get(name, getattr(config, name))
+        group = _group_in(hints[name])
+        if group is not None:
+            values[name] = _override_groups(current, group, inner, where, f"{path}{name}.")
+            continue
         if not dataclasses.is_dataclass(current):
             what = "is not set in this recipe" if current is None else f"is {current!r}, not a group of keys"
             raise ConfigError(f"'{path}{name}' {what}, so '{path}{name}.{next(iter(inner))}' in {where} cannot be set.")
         values[name] = _override(current, inner, where, path if name in inlined else f"{path}{name}.")
     return dataclasses.replace(config, **values)
+
+
+def _group_in(annotation: Any) -> Any:
+    """The dataclass whose instances a dict of this type holds by name; None for other types."""
+    group = typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else None
+    return group if dataclasses.is_dataclass(group) else None
+
+
+def _override_groups(groups: Mapping[str, Any], group: Any, changes: Mapping[str, str], where: str, path: str) -> Any:
+    """A dict of dataclasses with values replaced, by keys such as "NAME.field"; a new name begins with the defaults."""
+    by_name: dict[str, dict[str, str]] = {}
+    for key, text in changes.items():
+        name, dot, field = key.rpartition(".")
+        if not dot:
+            fields = ", ".join(f"{path}{key}.{f.name}" for f in dataclasses.fields(group))
+            raise ConfigError(f"'{path}{key}' in {where} is a group of keys: {fields}.")
+        by_name.setdefault(name, {})[field] = text
+    changed = {name: _override(groups.get(name, group()), inner, where, f"{path}{name}.") for name, inner in by_name.items()}
+    return {**groups, **changed}
 
 
 def _read(annotation: Any, text: str) -> JSON:

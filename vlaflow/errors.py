@@ -67,6 +67,6 @@ class DeadlineError(VlaflowError):
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """A hint for a misspelt name: the closest valid one, or the whole list when nothing is close."""
-    options = sorted(options)
+    options, name = sorted(options), name[:80]
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"valid names: {', '.join(options)}"

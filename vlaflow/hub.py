@@ -26,8 +26,8 @@ from typing import Literal
 from vlaflow.errors import CapabilityError, ConfigError, DataError
 from vlaflow.packages import missing, require
 
-Kind = Literal["data set", "checkpoint"]
-REPOSITORIES = {"data set": "dataset", "checkpoint": "model"}
+Kind = Literal["data set", "checkpoint", "action tokenizer"]
+REPOSITORIES = {"data set": "dataset", "checkpoint": "model", "action tokenizer": "model"}
 """What the Hub calls them."""
 
 _EXPLICIT = re.compile(r"hf:/{1,2}(datasets/)?")

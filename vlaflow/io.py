@@ -7,11 +7,16 @@ record need not load it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlaflow.errors import CheckpointError
+from vlaflow.errors import CheckpointError, VlaflowError
+from vlaflow.strict import read_object
+from vlaflow.text import one_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +38,65 @@ STORED = {
     "int64": "I64",
 }
 """Tensor types and their names in safetensors files, in the order that safetensors sorts them, smallest first."""
+_TYPES = {name: kind for kind, name in STORED.items()} | {"C64": "complex64", "F8_E4M3": "float8_e4m3fn"}
+
+MOST_BUFFERS = 2**30
+"""Bytes of tables that networks may compute for themselves, beyond the size of their weights."""
+MOST_TIMES, MOST_NUMBERS, MOST_TENSORS = 4, 2**28, 1000
+"""What networks may allocate while they are built: times what their file holds, and so many numbers and tensors more."""
+
+
+def require_fits(build: Callable[[], nn.Module], file: Path) -> None:
+    """Compare the networks that a config describes with the weights that they are for, before either takes memory.
+
+    They are built without memory (torch's device "meta"), so a config of larger networks than the file holds is refused before
+    anything is allocated. Not for several threads that build networks at a time.
+
+    Args:
+        build: makes the networks; torch's global generator is afterwards as before.
+        file: their weights.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or one of other networks; a config that no networks can be built from.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    stored = stored_tensors(file)
+    # Heads that are tied, or replaced while building, count as well, so this only ends a build that would never end.
+    most_numbers = MOST_TIMES * sum(prod(each.shape) for each in stored.values()) + MOST_NUMBERS
+    most_tensors = MOST_TIMES * len(stored) + MOST_TENSORS
+    kept: dict[int, torch.Tensor] = {}
+    numbers = 0
+
+    def count(_module: nn.Module, _name: str, parameter: torch.Tensor | None) -> None:
+        nonlocal numbers
+        if parameter is not None and id(parameter) not in kept:
+            kept[id(parameter)] = parameter  # or another one could get its id
+            numbers += parameter.numel()
+            if numbers > most_numbers or len(kept) > most_tensors:
+                raise CheckpointError(
+                    f"config.json describes much larger networks than {file} holds; they belong to different checkpoints."
+                )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build()
+    except VlaflowError:
+        raise
+    except Exception as error:  # whatever a part, or the library that it wraps, raises for numbers that make no sense
+        raise CheckpointError(
+            f"config.json next to {file} describes networks that cannot be built ({type(error).__name__}: "
+            f"{one_line(str(error)):.200}); it is damaged."
+        ) from error
+    finally:
+        hook.remove()
+    own = model.state_dict()
+    _require_same(own, stored, file)
+    extra = sum(each.numel() * each.element_size() for each in model.buffers()) - file.stat().st_size
+    if extra > MOST_BUFFERS:
+        raise CheckpointError(f"config.json next to {file} describes networks with {extra} bytes of tables; it is damaged.")
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -44,25 +108,59 @@ def load_weights(model: nn.Module, file: Path) -> None:
     Raises:
         CheckpointError: naming a tensor that is missing, unknown, of another shape or type, or not finite.
     """
-    weights, own = read_weights(file), model.state_dict()
-    for name in own.keys() - weights.keys():
-        raise CheckpointError(f"{file} lacks '{name}', which config.json requires; they belong to different checkpoints.")
-    for name in weights.keys() - own.keys():
-        raise CheckpointError(
-            f"{file} holds '{name}', which config.json does not describe; the two belong to different checkpoints."
-        )
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            raise CheckpointError(
-                f"'{name}' in {file} has shape {tuple(tensor.shape)}, but config.json requires {tuple(own[name].shape)}."
-            )
-        if tensor.dtype != own[name].dtype and not {_short(tensor.dtype), _short(own[name].dtype)} <= WEIGHTS:
-            raise CheckpointError(
-                f"'{name}' in {file} is of type {_short(tensor.dtype)}, but the network's is {_short(own[name].dtype)}. Save "
-                "the checkpoint with its own types; quantised ones cannot be opened."
-            )
+    _require_same(model.state_dict(), stored_tensors(file), file)
+    weights = read_weights(file)
     require_finite(weights, file)
     model.load_state_dict(weights)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, by the file's header.
+
+    Args:
+        dtype: its type as torch names it, or as safetensors does where torch has none of ``STORED``.
+        shape: its shape.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """What the header of a safetensors file says, compared with the size of the file; no tensor is read.
+
+    Raises:
+        CheckpointError: for a missing or damaged file.
+    """
+    from safetensors import safe_open
+
+    with _reading(file), safe_open(file, framework="numpy") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 — it is no mapping
+        return {
+            name: StoredTensor(_TYPES.get(each.get_dtype(), each.get_dtype()), tuple(each.get_shape()))
+            for name, each in slices.items()
+        }
+
+
+def _require_same(own: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], file: Path) -> None:
+    """Refuse tensors of other names, shapes or types than those of the networks."""
+    for name in own.keys() - stored.keys():
+        raise CheckpointError(f"{file} lacks '{name}', which config.json requires; they belong to different checkpoints.")
+    for name in stored.keys() - own.keys():
+        raise CheckpointError(
+            f"{file} holds {shown(name)}, which config.json does not describe; the two belong to different checkpoints."
+        )
+    for name, found in stored.items():
+        if found.shape != tuple(own[name].shape):
+            raise CheckpointError(
+                f"'{name}' in {file} has shape {found.shape}, but config.json requires {tuple(own[name].shape)}."
+            )
+        if found.dtype != _short(own[name].dtype) and not {found.dtype, _short(own[name].dtype)} <= WEIGHTS:
+            raise CheckpointError(
+                f"'{name}' in {file} is of type {found.dtype}, but the network's is {_short(own[name].dtype)}. Save "
+                "the checkpoint with its own types; quantised ones cannot be opened."
+            )
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -71,15 +169,23 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: for a missing or damaged file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not file.exists():
+    with _reading(file):
+        return load_file(file)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what safetensors raises about a missing or damaged file into a ``CheckpointError``."""
+    from safetensors import SafetensorError
+
+    if not file.is_file():
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Copy the whole folder.")
     try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); the file is damaged. Copy it again.") from error
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file} cannot be read ({one_line(str(error))}); the file is damaged. Copy it again.") from error
 
 
 def require_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -153,10 +259,4 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object; a missing or damaged file is a ``CheckpointError``."""
     if not file.exists():
         raise CheckpointError(f"{file} is missing; {file.parent} is not a complete checkpoint.")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also text that is not UTF-8, and numbers of thousands of digits
-        raise CheckpointError(f"{file} is not valid JSON ({error}); the file is damaged.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} contains a {type(found).__name__} instead of an object; the file is damaged.")
-    return found
+    return read_object(file, CheckpointError, "the file is damaged.")

@@ -11,7 +11,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from vlaflow.errors import ConfigError
+from vlaflow.errors import ConfigError, VlaflowError
+from vlaflow.text import shown
 
 BELOW_ONE = math.nextafter(1, 0)
 LARGEST = 2**31
@@ -61,6 +62,8 @@ Fraction = Annotated[float, Range(0, BELOW_ONE)]
 """A share below 1."""
 Width = Annotated[int, Range(1, 2**20)]
 """A size of a network or of its input."""
+AnyNumber = Annotated[float, "any"]
+"""A number that may be infinite or NaN as far as reading goes; the class that has it says more."""
 
 
 def require_ranges(value: Any, label: str = "{}") -> None:
@@ -79,16 +82,16 @@ def require_ranges(value: Any, label: str = "{}") -> None:
         require_in(getattr(value, field.name), hints[field.name], label.format(name))
 
 
-def require_in(value: Any, annotation: Any, name: str) -> None:
+def require_in(value: Any, annotation: Any, name: str, error: type[VlaflowError] = ConfigError) -> None:
     """Refuse a number, or a tuple of numbers, outside the ranges in an annotation.
 
     Raises:
-        ConfigError: naming ``name``, range and number.
+        ConfigError: naming ``name``, range and number; or an error of another class.
     """
     for wanted in _ranges(annotation):
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number not in wanted:
-                raise ConfigError(f"{name} must be {wanted.asked(number)}, got {number}.")
+                raise error(f"{name} must be {wanted.asked(number)}, got {shown(number)}.")
 
 
 def _ranges(annotation: Any) -> list[Range]:

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from vlaflow.errors import SpecError
+from vlaflow.ranges import AnyNumber
 
 UNSTATED: Final = "unstated"
 """What a drafted spec says where nobody has said it; it matches everything."""
@@ -35,8 +36,8 @@ class Dimension:
     name: str
     unit: str
     frame: str
-    low: float
-    high: float
+    low: AnyNumber
+    high: AnyNumber
     positive: str
     mode: Literal["delta", "absolute", "unstated"] = "delta"
     measured: bool = False

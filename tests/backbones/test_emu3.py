@@ -7,6 +7,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests import helpers
@@ -15,8 +16,11 @@ from vlaflow.backbones.emu3 import EmuConfig, emu3_8b
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.base import Targets
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig, EmbeddingMetric
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
+from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.spec import Observation
 from vlaflow.stacks.shared import SharedStack
@@ -253,14 +257,107 @@ def test_action_tokens_begin_as_the_last_rows_of_text(folder):
         policy(folder, partial(DiscreteFlowConfig, text_row=3))
 
 
+@pytest.mark.parametrize(
+    "decoder", [partial(DiscreteFlowConfig, attention="full"), AutoregressiveConfig, MaskedDiffusionConfig]
+)
+def test_tokens_stand_between_marks_that_begin_as_rows_of_text(folder, decoder):
+    """The one in front is only read; the one behind is the end token, which is predicted too."""
+    made = policy(folder, partial(decoder, text_row=300, marks=(310, 311)))
+    decoder, backbone = made.model.decoder, made.model.backbone
+    table, end = backbone.language.embed_tokens.weight, decoder.tokenizer.end
+    assert torch.equal(decoder.embedding.weight[decoder.front], table[310])
+    assert torch.equal(decoder.embedding.weight[end], table[311])
+    assert torch.equal(decoder.head.weight[end], backbone.head.weight[311])
+    chunk = made.act(observation(), generator=torch.Generator().manual_seed(0))
+    assert chunk.actions.shape == (6, 4)
+    targets = Targets(torch.zeros(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
+    decoder.loss(made.encode(OBSERVED), targets, torch.Generator().manual_seed(0)).total.backward()
+    assert decoder.embedding.weight.grad[decoder.front].any()
+    with pytest.raises(ConfigError, match=r"marks must lie in 0\.\.329"):
+        policy(folder, partial(DiscreteFlowConfig, marks=(310, 330)))
+
+
+def test_frozen_distances_are_those_of_the_rows_of_text(folder):
+    made = policy(folder, partial(DiscreteFlowConfig, text_row=300, metric=EmbeddingMetric(table="frozen")))
+    decoder = made.model.decoder
+    assert torch.equal(decoder.frozen_VW, decoder.embedding.weight[: decoder.vocabulary])
+
+
+# -- weights in the layout of Emu3's own code ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def univla(folder, tmp_path_factory):
+    """A folder like UniVLA's: other language weights in two files, no image tokenizer."""
+    own = tmp_path_factory.mktemp("univla")
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if "vqmodel" not in name:
+            plain = (
+                name.replace("model.text_model.", "model.")
+                .replace("text_model.model.", "model.")
+                .replace("text_model.lm", "lm")
+            )
+            weights[plain] = torch.randn(tensor.shape, generator=generator) * 0.1
+    assert {"model.embed_tokens.weight", "model.layers.2.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"} < {
+        *weights
+    }
+    names = sorted(weights)
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        save_file({name: weights[name] for name in part}, own / f"model-0000{number}-of-00002.safetensors")
+    stated = {**TEXT, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "model_type": "Emu3", "architectures": ["Emu3MoE"]}
+    (own / "config.json").write_text(json.dumps(stated))
+    return own
+
+
+def test_univlas_weights_take_the_place_of_the_language_model(folder, univla, tmp_path):
+    """Layer by layer those of its files, with the image tokenizer of the other folder, and the checkpoint needs neither."""
+    made = policy(folder, partial(DiscreteFlowConfig, text_row=300), language=str(univla))
+    backbone, plain = made.model.backbone, build(folder)
+    given = {name: t for file in univla.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert torch.equal(backbone.head.weight, given["lm_head.weight"])
+    for name, tensor in backbone.language.state_dict().items():
+        assert torch.equal(tensor, given[f"model.{name}"])
+    for name, tensor in backbone.network.vqmodel.state_dict().items():
+        assert torch.equal(tensor, plain.network.vqmodel.state_dict()[name])
+    made.save_pretrained(tmp_path)
+    again = Policy.from_pretrained(tmp_path)
+    assert again.config.backbone.language is None
+    with torch.no_grad():
+        assert torch.equal(again.encode(OBSERVED).hidden_BPW, made.encode(OBSERVED).hidden_BPW)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_processes_will_share_are_left_in_their_files(folder, univla, first):
+    """Rows of text that action tokens begin as are read; the process that is sent what is drawn holds nothing."""
+    decoder = partial(DiscreteFlowConfig, text_row=300)
+    whole = policy(folder, decoder, language=str(univla))
+    with shared_later(first):
+        made = policy(folder, decoder, language=str(univla))
+    assert all(p.is_meta for p in made.model.backbone.parameters())
+    assert all(p.is_meta is not first for p in made.model.decoder.parameters())
+    if first:
+        assert torch.equal(made.model.decoder.head.weight, whole.model.decoder.head.weight)
+        read_here(made.model)
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(made.model.state_dict()[name], tensor)
+
+
+def test_a_folder_without_univlas_weights_is_one_sentence(folder, univla, tmp_path):
+    with pytest.raises(ConfigError, match="is no Emu3 in the layout of its own code"):
+        build(folder, language=str(tmp_path))
+    (tmp_path / "config.json").write_text((univla / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"'model\.text_model\..*policy\.backbone\.language"):
+        build(folder, language=str(tmp_path))
+
+
 def test_the_output_projection_has_a_row_per_action_token_and_the_image_tokenizer_stays_as_it_is(folder):
     made = policy(folder, DiscreteFlowConfig, recompute=True)
     made.model.train()
     decoder = made.model.decoder
     assert decoder.head.weight.shape == (FAST.vocabulary, 64)
     prefix = made.encode(OBSERVED)
-    from vlaflow.decoders.base import Targets
-
     targets = Targets(torch.zeros(2, 6, 4), torch.ones(2, 6, dtype=torch.bool))
     decoder.loss(prefix, targets, torch.Generator().manual_seed(0)).total.backward()
     backbone = made.model.backbone

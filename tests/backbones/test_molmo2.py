@@ -20,6 +20,7 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.nn.block import BlockConfig
+from vlaflow.nn.stored import drawing, shared_later
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.spec import Observation
 from vlaflow.stacks.expert import ExpertConfig
@@ -313,3 +314,13 @@ def test_with_full_attention_the_first_word_sees_the_last(folder):
     same = ours.run(helpers.embed(ours, OBSERVED)).hidden_BPW
     other = replace(OBSERVED, state_BS=OBSERVED.state_BS + 1)
     assert not torch.allclose(ours.run(helpers.embed(ours, other)).hidden_BPW[:, 0], same[:, 0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_whose_weights_are_put_together_is_opened_by_the_first_process_alone(folder, first):
+    """Its queries, keys and values are one tensor of the file, so no process could read its own rows."""
+    with shared_later(first), drawing():
+        made = molmo_config(folder).build()
+    assert all(p.is_meta is not first for p in made.parameters())
+    if first:
+        assert torch.equal(made.language.embed_tokens.weight, build(folder).language.embed_tokens.weight)

@@ -5,8 +5,9 @@ from math import inf
 
 import pytest
 
-from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, choose, save, within
+from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, choose, profile_file, save, within
 from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget, load_exit
+from vlaflow.compute.cost import ChunkWork, CostModel
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
@@ -30,7 +31,20 @@ MADE = Calibration(
 )
 BETTER = replace(MADE, effect=replace(MADE.effect, error=0.4))
 """Lucky: nearer to the demonstrations than its own full depth."""
-TIMES = Profile("aa", machine(), 1, base=1.0, prefix=(1.0, 2.0, 3.0), step=(1.0, 2.0, 3.0), jitter=1.5, chunks=100, versions={})
+WORK = ChunkWork(0.5, (0.5, 1.0, 1.5), (0.25, 0.5, 0.75))
+TIMES = Profile(
+    "aa",
+    machine(),
+    1,
+    base=1.0,
+    prefix=(1.0, 2.0, 3.0),
+    step=(1.0, 2.0, 3.0),
+    jitter=1.5,
+    chunks=100,
+    versions={},
+    work=WORK,
+    cost=CostModel(1.0, 0.5, 1.0),
+)
 LOSS = Ladder(
     "aa",
     "dd",
@@ -80,7 +94,7 @@ def test_an_exit_is_found_by_name_and_refused_for_other_weights(tmp_path):
     with pytest.raises(CalibrationError, match="made in fp32"):
         parse("exit:fast", Knobs(dtype="bf16"), home)
     (tmp_path / FOLDER / "fast.json").write_text("{")
-    with pytest.raises(CalibrationError, match="no valid JSON"):
+    with pytest.raises(CalibrationError, match="not valid JSON"):
         parse("exit:fast", checkpoint=home)
 
 
@@ -158,3 +172,26 @@ def test_a_budget_reads_the_checkpoint_folder(tmp_path):
     save(replace(TIMES, checkpoint="bb"), tmp_path / PROFILE)
     with pytest.raises(CalibrationError, match="other weights"):
         within(home, 60)
+
+
+FASTER = replace(TIMES, prefix=(0.5, 1.0, 1.5), step=(0.5, 1.0, 1.5), engine="aoti f32")
+"""The same chunks computed by programs: what took 51 ms at p99 takes 26.25."""
+
+
+def test_a_budget_is_chosen_for_the_engine_that_computes(tmp_path):
+    home, programs = Checkpoint(tmp_path, "aa"), Knobs(engine="aoti f32")
+    save(LOSS, tmp_path / FOLDER / LADDER)
+    save(TIMES, tmp_path / PROFILE)
+    with pytest.raises(CalibrationError, match=r"needs latency-aoti\.json"):
+        parse("budget:30", programs, home)
+    save(FASTER, tmp_path / profile_file("aoti f32"))
+    assert (parse("budget:30", checkpoint=home).steps, parse("budget:30", programs, home).steps) == (2, 10)
+    with pytest.raises(CalibrationError, match="measured with engine aoti f32; this is aoti bf16"):
+        parse("budget:30", Knobs(engine="aoti bf16"), home)
+
+
+def test_milliseconds_that_were_measured_eagerly_are_converted_by_both_costs():
+    """10 ms for 33 layer passes, which cost 1 + 16.5 + 9.5 eagerly, and half of it by programs."""
+    half = replace(FASTER, cost=CostModel(0.5, 0.25, 0.5))
+    assert half.converted(10.0, 33, TIMES) == pytest.approx(5.0)
+    assert TIMES.converted(10.0, 33, TIMES) == pytest.approx(10.0)

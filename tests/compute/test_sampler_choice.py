@@ -9,6 +9,7 @@ from vlaflow.compute import sampler_choice
 from vlaflow.compute.auto import calibrated, default_name
 from vlaflow.compute.budget import Profile, choose_sampler, within
 from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget
+from vlaflow.compute.cost import ChunkWork, CostModel
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
@@ -138,7 +139,19 @@ def test_an_early_exit_competes_at_its_worst_case():
     share = ShareTarget("exponential", 0.4, True, (0.7, 0.3))
     better = ExitEffect(100, (0.7, 0.3), 2.3, 10.0, 4.6, 0.1, error=0.5, full_error=1.0)
     exits = {"fast": Calibration("aa", "dd", plan, (None,), share, 100, better, "", {})}
-    profile = Profile("aa", machine(), 1, base=1.0, prefix=(1, 2, 3), step=(1, 2, 3), jitter=1.5, chunks=9, versions={})
+    profile = Profile(
+        "aa",
+        machine(),
+        1,
+        base=1.0,
+        prefix=(1, 2, 3),
+        step=(1, 2, 3),
+        jitter=1.5,
+        chunks=9,
+        versions={},
+        work=ChunkWork(0, (1, 2, 3), (1, 2, 3)),
+        cost=CostModel(1, 1, 1),
+    )
     worst = 1.5 * (1 + 3 + 2 * (1 + 2 + 3))
     assert choose_sampler(worst + 0.1, by_frames, profile, exits, str).compute == "exit:fast"
     assert choose_sampler(worst - 0.1, by_frames, profile, exits, str).compute == "dense:10"

@@ -11,7 +11,8 @@ from tests import helpers
 from vlaflow.compute.dense import Dense
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.engine import store
-from vlaflow.engine.fold import folded, in_bfloat16
+from vlaflow.engine.fold import folded
+from vlaflow.engine.linear import in_bfloat16, transposed
 from vlaflow.engine.plan import needed
 
 WITHOUT = {
@@ -30,11 +31,11 @@ def test_a_compiled_program_computes_what_its_module_does(tmp_path, compiler, pr
         pytest.skip(WITHOUT[compiler])
     policy = helpers.policy()
     network = folded(policy.model)
-    if (compiler, precision) == ("aoti", "bf16"):
-        network = in_bfloat16(network)
+    if compiler == "aoti":
+        network = in_bfloat16(network) if precision == "bf16" else transposed(network)
     inputs = policy.processor(ObservationBatch.collate([helpers.observation()]))
     program = needed(network, [inputs], Dense().passes(2))[-1]
-    store.build(program, tmp_path, compiler, precision, tuned=False)
+    store.build(program, tmp_path, compiler, precision)
     run = store.opener(compiler, precision)(store.file_of(tmp_path, str(program.key), compiler))
     with torch.inference_mode():
         for expected, found in zip(program.module(*program.examples), run(program.examples), strict=True):

@@ -20,7 +20,8 @@ from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.engine.deployed import DeployedModel
-from vlaflow.engine.fold import folded, in_bfloat16
+from vlaflow.engine.fold import folded
+from vlaflow.engine.linear import in_bfloat16, transposed
 from vlaflow.engine.plan import needed
 from vlaflow.engine.programs import ProgramKey, Programs
 from vlaflow.flows.sampling import Sampling
@@ -64,7 +65,7 @@ def deployed(policy, *computes, batches=(1,), lengths=(16, 32), network=None):
     """The policy computed by its programs, and these."""
     processor = policy.processor.backbone.bucketed(lengths)
     prepare = dataclasses.replace(policy, backbone_processor=processor).processor
-    network = network or folded(policy.model)
+    network = network or transposed(folded(policy.model))
     words = ["x" * length for length in lengths]
     inputs = [prepare(ObservationBatch.collate([helpers.observation(0, w)] * n)) for w in words for n in batches]
     depth = policy.model.backbone.spec.depth

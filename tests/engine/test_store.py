@@ -1,8 +1,8 @@
 """Where programs are kept and when they are refused. A stand-in compiler keeps each program in memory; its file names it."""
 
-import dataclasses
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,14 +10,21 @@ import pytest
 import torch
 
 from tests import helpers
+from vlaflow.compute.budget import LADDER, Ladder, Profile, Rung, profile_file, save
+from vlaflow.compute.calibration import FOLDER
+from vlaflow.compute.cost import ChunkWork, CostModel
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.parse import parse
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.engine import aoti, store
 from vlaflow.engine.deploy import DeploymentPlan
-from vlaflow.errors import CapabilityError, DeploymentError
+from vlaflow.errors import CalibrationError, CapabilityError, DeploymentError
 from vlaflow.policies import deployment
 from vlaflow.policies.base import Policy
-from vlaflow.policies.deployment import build, default_lengths, open_policy, with_engine
+from vlaflow.policies.deployment import build, default_lengths
+from vlaflow.policies.engines import for_budgets, timed, with_engine
 from vlaflow.policies.provenance import fingerprint
+from vlaflow.versions import machine
 
 SEEN = helpers.observation()
 PLAN = DeploymentPlan("aoti", "f32", (Dense(2),), (1,), (16,))
@@ -32,7 +39,7 @@ def compiler(monkeypatch, tmp_path):
     """Programs by their file's bytes; building needs this, opening and acting must not."""
     kept = {}
 
-    def compile_to(program, file, *, tuned):
+    def compile_to(program, file, precision):
         kept[str(program.key).encode()] = program.module
         file.write_bytes(str(program.key).encode())
 
@@ -64,7 +71,7 @@ def programs(checkpoint):
 
 
 def test_a_deployed_checkpoint_gives_the_same_chunk_from_programs(deployed):
-    eager, policy = Policy.from_pretrained(deployed), open_policy(deployed, engine="aoti")
+    eager, policy = Policy.from_pretrained(deployed), Policy.from_pretrained(deployed, engine="aoti")
     np.testing.assert_allclose(policy.act(SEEN, Dense(2)).actions, eager.act(SEEN, Dense(2)).actions, atol=1e-5)
     assert (eager.model.engine, policy.model.engine) == ("eager", "aoti f32")
     assert not policy.model.programs.missed
@@ -72,7 +79,7 @@ def test_a_deployed_checkpoint_gives_the_same_chunk_from_programs(deployed):
 
 def test_nothing_is_compiled_outside_deploy(deployed):
     """Not even for what has no program: a longer instruction, two observations."""
-    policy = open_policy(deployed, engine="aoti")
+    policy = Policy.from_pretrained(deployed, engine="aoti")
     policy.act([SEEN, helpers.observation(1, "x" * 30)], Dense(3))
     assert policy.model.programs.missed
 
@@ -82,7 +89,7 @@ def test_programs_are_not_in_the_checkpoint(deployed):
     copied = deployed.parent / "copied"
     shutil.copytree(deployed, copied)
     assert {file.suffix for file in deployed.rglob("*") if file.is_file()} == {".json", ".safetensors", ".md"}
-    assert open_policy(copied, engine="aoti").model.engine == "aoti f32"  # the same weights, here
+    assert Policy.from_pretrained(copied, engine="aoti").model.engine == "aoti f32"  # the same weights, here
     assert before.model.engine == "eager"
 
 
@@ -91,7 +98,7 @@ def test_a_program_that_a_checkpoint_brings_is_not_opened(deployed):
     shutil.copytree(programs(deployed), deployed / "programs")
     shutil.rmtree(programs(deployed))
     with pytest.raises(DeploymentError, match="vlaflow deploy CKPT --engine aoti"):
-        open_policy(deployed, engine="aoti")
+        Policy.from_pretrained(deployed, engine="aoti")
 
 
 @pytest.mark.parametrize("name", ["torch", "instructions", "machine", "sources"])
@@ -105,16 +112,16 @@ def test_programs_of_something_else_are_refused(deployed, monkeypatch, capsys, n
     }
     monkeypatch.setattr(*patched[name])
     with pytest.raises(DeploymentError, match=rf"built for {name}.*vlaflow deploy CKPT --engine aoti"):
-        open_policy(deployed, engine="aoti")
-    assert open_policy(deployed, engine="auto").model.engine == "eager"
+        Policy.from_pretrained(deployed, engine="aoti")
+    assert Policy.from_pretrained(deployed, engine="auto").model.engine == "eager"
     assert f"built for {name}" in capsys.readouterr().err
 
 
 def test_other_weights_have_no_programs(deployed):
     helpers.policy(seed=1).save_pretrained(deployed)
     with pytest.raises(DeploymentError, match="has no programs of aoti on this machine"):
-        open_policy(deployed, engine="aoti")
-    assert open_policy(deployed, engine="auto").model.engine == "eager"
+        Policy.from_pretrained(deployed, engine="aoti")
+    assert Policy.from_pretrained(deployed, engine="auto").model.engine == "eager"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
@@ -124,23 +131,23 @@ def test_what_others_can_write_is_refused(deployed):
         mode = part.stat().st_mode
         part.chmod(mode | 0o020)
         with pytest.raises(DeploymentError, match="can be written by others"):
-            open_policy(deployed, engine="aoti")
+            Policy.from_pretrained(deployed, engine="aoti")
         part.chmod(mode)
     outside = deployed.parent / "elsewhere"
     place.rename(outside)
     place.symlink_to(outside)
     with pytest.raises(DeploymentError, match="is a link"):
-        open_policy(deployed, engine="aoti")
+        Policy.from_pretrained(deployed, engine="aoti")
 
 
 def test_a_damaged_program_is_refused(deployed, capsys):
     file = next(programs(deployed).glob("run-*"))
     file.write_bytes(b"nothing")
     with pytest.raises(DeploymentError, match=r"run-.* is missing or damaged.*vlaflow deploy CKPT"):
-        open_policy(deployed, engine="aoti")
+        Policy.from_pretrained(deployed, engine="aoti")
     found = store.find(fingerprint(deployed), "aoti")
-    store.write(dataclasses.replace(found, measured=store.Speed(1.0, 2.0, 0.0)), programs(deployed))
-    assert open_policy(deployed, engine="auto").model.engine == "eager"
+    store.write(replace(found, measured=store.Speed(1.0, 2.0, 0.0)), programs(deployed))
+    assert Policy.from_pretrained(deployed, engine="auto").model.engine == "eager"
     assert "is missing or damaged" in capsys.readouterr().err
 
 
@@ -162,7 +169,7 @@ def test_auto_takes_programs_only_where_they_are_faster(deployed):
     found = store.find(fingerprint(deployed), "aoti")
     for milliseconds, engine in ((found.measured.eager / 2, "aoti f32"), (found.measured.eager * 2, "eager")):
         measured = store.Speed(milliseconds, found.measured.eager, 0.0)
-        store.write(dataclasses.replace(found, measured=measured), place)
+        store.write(replace(found, measured=measured), place)
         assert with_engine(policy, "auto").model.engine == engine
 
 
@@ -178,7 +185,29 @@ def test_default_lengths_reach_the_longest_instruction(checkpoint):
 
 def test_a_pretrained_backbone_is_refused_in_a_sentence(compiler, checkpoint, monkeypatch):
     policy = Policy.from_pretrained(checkpoint)
-    policy.model.backbone.spec = dataclasses.replace(policy.model.backbone.spec, rotary=True)
+    policy.model.backbone.spec = replace(policy.model.backbone.spec, rotary=True)
     with pytest.raises(CapabilityError, match=r"fixed shapes.*--engine eager"):
         build(policy, checkpoint, PLAN, say=lambda program: None)
     assert not compiler
+
+
+def test_a_budget_picks_among_engines(deployed, checkpoint):
+    """The programs are eight times as fast, so more steps fit; without them, and where eager was asked for, fewer do."""
+    weights = fingerprint(checkpoint)
+    home = Checkpoint(checkpoint, weights)
+    work, cost = ChunkWork(0, (1, 1), (0, 1)), CostModel(1, 1, 1)
+    eager = Profile(weights, machine(), 1, 1.0, (1.0, 2.0), (0.0, 2.0), 1.0, 20, {}, work, cost)
+    programs = replace(eager, base=0.1, prefix=(0.1, 0.2), step=(0.0, 0.25), engine="aoti f32")
+    save(Ladder(weights, "dd", 9, (Rung(2, 1, 0.4, 0.6), Rung(2, 10, 0.0, 0.5))), checkpoint / FOLDER / LADDER)
+    save(eager, checkpoint / profile_file("eager"))
+    save(programs, checkpoint / profile_file("aoti f32"))
+    knobs = Knobs()
+    assert for_budgets("auto", ("budget:6",), knobs, home) == ("aoti", replace(knobs, engine="aoti f32"))
+    assert for_budgets("eager", ("budget:6",), knobs, home) == ("eager", knobs)
+    assert for_budgets("auto", ("dense", "refine"), knobs, home) == ("auto", knobs)
+    assert parse("budget:6", replace(knobs, engine="aoti f32"), home).steps == 10
+    assert timed("auto", Policy.from_pretrained(checkpoint)) == ["eager", "aoti"]
+    shutil.rmtree(store.root())
+    assert for_budgets("auto", ("budget:6",), knobs, home) == ("eager", knobs)
+    with pytest.raises(CalibrationError, match="Nothing fits 1 ms"):
+        for_budgets("auto", ("budget:1",), knobs, home)

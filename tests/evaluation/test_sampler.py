@@ -272,11 +272,11 @@ def test_episodes_choose_on_their_own_seeds_and_an_interrupted_calibration_conti
 
 
 def test_a_training_ends_with_it_where_episodes_were_held_out(checkpoint, dataset, tmp_path):
-    assert after_training(checkpoint, dataset).startswith("Calibrated the sampler on 96 held-out frames: ")
+    assert after_training(checkpoint, [dataset])[0].startswith("Calibrated the sampler on 96 held-out frames: ")
     assert Policy.from_pretrained(checkpoint).default_compute.name == load_choice(checkpoint)
     shutil.rmtree(checkpoint / "training")
     (checkpoint / "calibration" / "sampler.json").unlink()
-    assert "it is unknown which episodes it was trained on" in after_training(checkpoint, dataset)
+    assert "it is unknown which episodes it was trained on" in after_training(checkpoint, [dataset])[0]
     assert not (checkpoint / "calibration" / "sampler.json").exists()
 
 

@@ -17,7 +17,8 @@ def draw(seed, *shape):
 @pytest.mark.parametrize("noise_samples", [1, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_cached_and_own_tokens_share_one_softmax(kv_heads, noise_samples, causal, grad):
+@pytest.mark.parametrize("joined", [False, True])
+def test_cached_and_own_tokens_share_one_softmax(kv_heads, noise_samples, causal, grad, joined):
     """Reference: torch's own attention on concatenated, repeated keys and values, in double precision."""
     c, t, p, e = 2, 5, 7, 8
     b = c * noise_samples
@@ -28,7 +29,7 @@ def test_cached_and_own_tokens_share_one_softmax(kv_heads, noise_samples, causal
     kv_cache = KeyValues(draw(3, c, kv_heads, p, e), draw(4, c, kv_heads, p, e), seen)
     mask = torch.ones(t, t, dtype=torch.bool).tril() if causal else None
     with torch.set_grad_enabled(grad):
-        got = attend(query, own, kv_cache, mask)
+        got = attend(query, own, kv_cache, mask, joined=joined)
     key = torch.cat((kv_cache.key_CGPE.repeat_interleave(noise_samples, 0), own.key_CGPE), 2)
     value = torch.cat((kv_cache.value_CGPE.repeat_interleave(noise_samples, 0), own.value_CGPE), 2)
     allowed = torch.cat(

@@ -24,14 +24,14 @@ def built(config):
 
 
 def test_the_published_size_and_what_of_it_trains():
-    """8.49 B parameters of Emu3; the decoder adds embedding and head of the action tokens and nothing else."""
+    """8.49 B parameters of Emu3; the decoder adds embedding and head of the action tokens, and the mark in front of them."""
     config = recipes.libero(DATA)
     model = built(emu3(DATA, source=None))
     freeze(model, config.optim)
     assert not any(p.requires_grad for p in model.backbone.network.vqmodel.parameters())
     assert all(p.requires_grad for p in model.backbone.language.parameters())
     vocabulary = model.decoder.vocabulary
-    assert sum(p.numel() for p in model.decoder.parameters()) == 2 * vocabulary * 4096 + vocabulary
+    assert sum(p.numel() for p in model.decoder.parameters()) == (2 * vocabulary + 1) * 4096 + vocabulary
     assert vocabulary <= 1025
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(8.6e9, rel=0.02)
 

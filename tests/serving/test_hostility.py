@@ -19,8 +19,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.serving import hostile
+from tests.serving.fuzz import fuzz
 from tests.serving.live import PLACE, POLICY, Slow, expected, port_of, request, serving, until
-from tests.serving.siege import siege
 from vlaflow.compute.dense import Dense
 from vlaflow.errors import RequestError
 from vlaflow.robot import wire
@@ -34,7 +34,7 @@ AT_THE_CODEC, OVER_THE_WIRE = 98_000, 2_000
 
 def test_hostile_frames_over_the_wire_change_nothing_for_anybody_else():
     """``make fuzz`` sends a hundred thousand of them."""
-    seen = siege(OVER_THE_WIRE, seed=0)
+    seen = fuzz(OVER_THE_WIRE, seed=0)
     assert sum(seen.told.values()) == OVER_THE_WIRE
     assert seen.told["refused"] > 0.9 * OVER_THE_WIRE
     assert not seen.wrong

@@ -17,7 +17,8 @@ from vlaflow.errors import RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving.dashboard import STREAM
-from vlaflow.serving.limits import PINGS_PER_S, quiet_without_sockets
+from vlaflow.serving.limits import quiet_without_sockets
+from vlaflow.serving.turns import PINGS_PER_S
 
 
 @pytest.mark.parametrize("width", [2, 30, 9000])

@@ -195,7 +195,7 @@ NOISE = picture(helpers.observation().images["image"])
         ("observation", observation(images={"primary": {**picture(IMAGE), "format": "jpeg"}}), "not a valid JPEG"),
         ("observation", observation(images={"primary": {**picture(IMAGE), "format": "gif"}}), "has type None"),
         ("observation", observation(images={"primary": {**picture(IMAGE), "shape": [-16, 16, 3]}}), "lacks its data"),
-        ("observation", observation(images={"primary": picture(IMAGE, shape=(10**5, 10**5, 3))}), "at most 67108864"),
+        ("observation", observation(images={"primary": picture(IMAGE, shape=(10**5, 10**5, 3))}), "at most 6220800"),
         (
             "observation",
             observation(images={"primary": {**NOISE, "data": NOISE["data"][:200]}}),

@@ -27,12 +27,14 @@ from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.backbones.smol import SmolConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.nn.block import BlockConfig
+from vlaflow.nn.stored import shared_later
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.stages import PolicyStage
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training import checkpoint
+from vlaflow.training.team import launched
 from vlaflow.training.trainer import Trainer
 
 STACKS = ("shared", "expert")
@@ -71,7 +73,9 @@ def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, p
     expert = ExpertConfig(BlockConfig(32, heads=4, kv_heads=2, head_dim=16, ffn=48, norm="rms", gated=True))
     decoder = FlowConfig(action_dim=2, chunk_size=4, expert=expert if stack == "expert" else None)
     policy = PolicyConfig("asyncvla", backbone, decoder, n_action_steps=2)
-    made = Policy.create(policy, SPEC, tiny_stats(), 0)
+    rank, world = launched()
+    with shared_later(rank == 0 if shard and world > 1 and not lora else None):
+        made = Policy.create(policy, SPEC, tiny_stats(), 0)
     config = tiny_config(
         objective=PolicyObjective(policy),
         accumulate=2,
@@ -150,8 +154,10 @@ def compare(out):
         with pytest.MonkeyPatch.context() as monkeypatch:
             watch = Watch(monkeypatch)
             run = trainer(out / f"sharded-{stack}", stack, shard=True)
+            built = sum(4 * p.numel() for p in run.stage.module.parameters() if not p.is_meta)
             run.run()
         sizes = {"layers": watch.layers, "layer": watch.largest(False), "root": watch.largest(True), "saved": watch.saved}
+        sizes["built"] = built
         sizes["all"] = sum(4 * p.numel() for p in run.stage.module.parameters())
         (out / f"sharded-{stack}/rank-{run.team.rank}.json").write_text(json.dumps(sizes))
     trainer(out / "recomputed", "expert", shard=True, recompute=True, every=6).run()

@@ -143,6 +143,15 @@ def test_two_layers_at_most_are_whole_and_a_save_gathers_no_weights(layouts, sta
         assert max(found["saved"]) <= 6 * LONGEST < found["layer"]
 
 
+@pytest.mark.parametrize("stack", STACKS)
+def test_no_process_holds_pretrained_weights_before_they_are_shared(layouts, stack):
+    """The first one holds what is drawn at random, decoder and state's projection; the others nothing."""
+    first, other = (json.loads((layouts / f"sharded-{stack}/rank-{rank}.json").read_text())["built"] for rank in (0, 1))
+    weights = load_file(layouts / f"sharded-{stack}/model.safetensors")
+    drawn = sum(t.nbytes for name, t in weights.items() if not name.startswith(("backbone.network.", "backbone.head.")))
+    assert (first, other) == (drawn, 0)
+
+
 def pieces_of(folder):
     return sorted(folder.glob("training/step-000006/*.safetensors"))
 

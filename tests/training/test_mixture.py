@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from tests.training.latents import SMALL, latent_config
 from tests.training.small import SPEC, as_it_is, tiny_config, tiny_policy, weights, write_questions
+from tests.training.two_robots import WIDE, mixed_config, write_wide
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import calibrate
-from vlaflow.cli import train as command
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import Refine
 from vlaflow.data.filters import Filters
@@ -41,43 +41,17 @@ from vlaflow.policies.robots import robot_folder
 from vlaflow.policies.vqa import VqaTraining
 from vlaflow.serving.observation_keys import choose
 from vlaflow.serving.server import PolicyServer, ServerConfig
-from vlaflow.spec import ActionPrefix, Dimension, Observation
+from vlaflow.spec import ActionPrefix, Observation
 from vlaflow.training import run
 from vlaflow.training.loader import Loader
 from vlaflow.training.metrics_log import read_log
 from vlaflow.training.options import Options
 from vlaflow.training.team import Team
 
-WIDE = replace(
-    SPEC,
-    robot="wide arm",
-    dimensions=tuple(Dimension(name, "rad", "joint", -9.0, 9.0, "up") for name in "abc"),
-    rate_hz=20,
-)
-
-
-def write_wide(root):
-    """Four episodes of another robot: three joints at twice the rate, four numbers of state, a second view."""
-    views = {"front": (32, 32), "wrist": (32, 32)}
-    with Writer(root, fps=20, action_spec=WIDE, state_names=tuple("abcg"), views=views, robot_type="w", provenance={}) as out:
-        for episode in range(4):
-            rng = np.random.default_rng([7, episode])
-            images = {view: rng.integers(0, 256, (8, 32, 32, 3), np.uint8) for view in views}
-            state = rng.normal(5, 2, (8, 4)).astype(np.float32)
-            out.add(images, state, rng.uniform(-9, 9, (8, 3)).astype(np.float32), "lift the lid")
-    return root
-
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     return write_wide(tmp_path_factory.mktemp("wide") / "wide")
-
-
-def mixed_config(decoder=None, **changes):
-    policy = tiny_policy(views=("front", "wrist"))
-    decoder = decoder or FlowConfig(action_dim=3, chunk_size=4)
-    policy = replace(policy, backbone=replace(policy.backbone, state_dim=4), decoder=decoder)
-    return tiny_config(objective=PolicyObjective(policy), steps=4, validation_fraction=0.3, **changes)
 
 
 def trained(config, datasets, out, base=None, **options):
@@ -318,16 +292,6 @@ def test_a_rater_is_trained_for_all_robots_and_serves_one(both, dataset, wide, t
     assert chunk.confidence.shape == (4,)
     server = PolicyServer(rated, Dense(), ServerConfig(**choose("metaworld", tuple(rated.views), (), ())))
     assert (server.n_action_steps, server.metadata["state_dim"], server.metadata["chunk_size"]) == (2, 3, 4)
-
-
-def test_the_command_takes_several_data_sets(dataset, wide, tmp_path, capsys):
-    out = tmp_path / "p"
-    arguments = ["baselines.flow", "--dataset", str(dataset), "--dataset", f"big={wide}", "--mixture", "robots"]
-    arguments += ["--set", "policy.backbone.image_size=32", "--set", "policy.backbone.width=32", "--set", "max_excluded=1"]
-    assert command.main([*arguments, "--steps", "1", "--chunk-seconds", "0.3", "--out", str(out), "--tracker", "none"]) == 0
-    assert "takes one of the data sets" in capsys.readouterr().out
-    sizes = {name: robot.action_spec.chunk_size for name, robot in Policy.of_all_robots(out).robots.items()}
-    assert sizes == {"dataset": 3, "big": 6}
 
 
 def test_recipes_get_what_data_sets_have_together(dataset, wide):

@@ -45,7 +45,7 @@ def trained(strange, tmp_path_factory):
 
 
 def test_the_checkpoint_knows_how_its_data_were_read(trained):
-    assert reading_of(trained) == Reading(("actions",), ("joints",), (("eye", "front"),), 0.04)
+    assert reading_of(trained, strange) == Reading(("actions",), ("joints",), (("eye", "front"),), 0.04)
     assert tuple(Policy.from_pretrained(trained).model.backbone.views) == ("eye",)
 
 
@@ -59,7 +59,7 @@ def test_a_finished_run_and_later_stages_need_not_be_told_again(strange, trained
     words = ["asyncvla.rater", "--dataset", str(strange), "--out", str(tmp_path / "rated"), "--policy", str(trained)]
     own = ["--steps", "1", "--batch-size", "4", "--tracker", "none", "--no-calibrate"]
     assert command.main([*words, *own]) == 0
-    assert reading_of(tmp_path / "rated") == reading_of(trained)
+    assert reading_of(tmp_path / "rated", strange) == reading_of(trained, strange)
 
 
 def test_a_run_is_not_continued_on_other_columns(strange, trained):

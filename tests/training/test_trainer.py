@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -395,6 +397,26 @@ def test_training_learns(tmp_path):
     run(tmp_path / "p", replace(config, optim=replace(config.optim, learning_rate=1e-2)), Memory(8))
     losses = [entry["loss"] for entry in read_log(tmp_path / "p")]
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3
+
+
+def test_sigterm_between_the_parts_of_a_step_leaves_the_step_out(tmp_path, monkeypatch):
+    """No more than a part is waited for, and the run continues to the bytes of one that was not interrupted."""
+    config, loss, calls = tiny_config(accumulate=4, steps=4, checkpoint_every=4, ema_decay=None), PolicyStage.loss, []
+
+    def ended(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 2:  # in the second part of the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(PolicyStage, "loss", ended)
+    outcome = run(tmp_path / "p", config)
+    assert (outcome.signal, outcome.step, newest_state(tmp_path / "p")[0]) == (signal.SIGTERM, 2, 2)
+    assert len(calls) == 2 * 4 + 2 + 1, "one more pass, over samples of the step, before it is saved"
+    monkeypatch.undo()
+    run(tmp_path / "p", config)
+    run(tmp_path / "whole", config)
+    assert weights(tmp_path / "p") == weights(tmp_path / "whole")
 
 
 def test_a_hurried_checkpoint_keeps_the_earlier_policy_and_continues_to_the_same_end(tmp_path, monkeypatch):

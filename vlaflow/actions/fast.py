@@ -16,6 +16,7 @@ Shape letters: B batch, L chunk size, D action dimension, S token slots.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -85,8 +86,89 @@ class FastFit:
         return FastTokenizer(chunk_size, dim, self.scale, low, symbols, merges, slots=longest + 1)
 
 
+class CosineTokenizer(ABC):
+    """What tokenizers of cosine coefficients share: transform, padding, repairs.
+
+    Attributes:
+        chunk_size, dim: L and D.
+        scale: rounding units per normalised unit.
+        low: coefficient of symbol 0.
+        symbols: coefficients low … low + symbols − 1 can be encoded.
+        slots: tokens per chunk, including the end token, S.
+    """
+
+    chunk_size: int
+    dim: int
+    scale: float
+    low: int
+    symbols: int
+    slots: int
+
+    @property
+    @abstractmethod
+    def end(self) -> int | None:
+        """See ``Tokenizer``."""
+
+    @property
+    def local(self) -> bool:
+        """False: a token describes a frequency, not an action."""
+        return False
+
+    @abstractmethod
+    def encoded(self, symbol_BC: np.ndarray) -> list[list[int]]:
+        """Ids of sequences of symbols, without end tokens; symbols that cannot be encoded are clipped."""
+
+    @abstractmethod
+    def decoded(self, ids: list[int]) -> list[int]:
+        """Symbols of ids."""
+
+    def coefficients(self, action_BLD: np.ndarray) -> np.ndarray:
+        """Rounded coefficients, int64 (B, L·D), low frequencies of all dimensions first."""
+        return _coefficients(check_chunks(action_BLD, self.chunk_size, self.dim), self.scale)
+
+    def encode(self, action_BLD: np.ndarray) -> np.ndarray:
+        """Encode chunks: ids, int64 (B, S), padded with end tokens."""
+        id_BS = np.full((len(action_BLD), self.slots), self.end or 0, np.int64)
+        for row, ids in enumerate(self.encoded(self.coefficients(action_BLD) - self.low)):
+            kept = ids[: self.slots]
+            id_BS[row, : len(kept)] = kept
+        return id_BS
+
+    def exact(self, action_BLD: np.ndarray) -> np.ndarray:
+        """bool (B,): chunks that lose nothing but the rounding (all coefficients in the fitted range, and enough slots)."""
+        symbol_BC = self.coefficients(action_BLD) - self.low
+        inside_B = np.asarray(((symbol_BC >= 0) & (symbol_BC < self.symbols)).all(1))
+        fits_B = np.array([len(ids) <= self.slots for ids in self.encoded(symbol_BC)], bool)
+        return inside_B & fits_B
+
+    def lengths(self, id_BS: np.ndarray) -> np.ndarray:
+        """Number of tokens before the end, int64 (B,)."""
+        if self.end is None:
+            return np.full(len(id_BS), id_BS.shape[1])
+        ended_BS = id_BS == self.end
+        return np.where(ended_BS.any(1), ended_BS.argmax(1), id_BS.shape[1])
+
+    def decode(self, id_BS: np.ndarray) -> Decoding:
+        """Decode any ids; ids after the first end token are ignored."""
+        wanted = self.chunk_size * self.dim
+        coefficient_BC = np.zeros((len(id_BS), wanted))
+        repaired_B = np.zeros(len(id_BS), bool)
+        for row, (ids, length) in enumerate(zip(id_BS.tolist(), self.lengths(id_BS).tolist(), strict=True)):
+            found = self.decoded(ids[:length])
+            repaired_B[row] = len(found) != wanted
+            kept = found[:wanted]
+            coefficient_BC[row, : len(kept)] = np.add(kept, self.low)
+        spectrum_BLD = coefficient_BC.reshape(-1, self.chunk_size, self.dim) / self.scale
+        return Decoding(idct(spectrum_BLD, axis=1, norm="ortho").astype(np.float32), repaired_B)
+
+    @property
+    def error_bound(self) -> float:
+        """Largest root mean square error per dimension of a chunk for which ``exact`` is true: half a unit per coefficient."""
+        return 0.5 / self.scale
+
+
 @dataclass(frozen=True)
-class FastTokenizer:
+class FastTokenizer(CosineTokenizer):
     """A fitted FAST tokenizer; see the module docstring.
 
     Args:
@@ -141,57 +223,16 @@ class FastTokenizer:
         """Whether ids ascend with their values: true for coefficients, not for merges."""
         return not self.merges
 
-    @property
-    def local(self) -> bool:
-        """False: a token describes a frequency, not an action."""
-        return False
+    def encoded(self, symbol_BC: np.ndarray) -> list[list[int]]:
+        """See the base class."""
+        symbol_BC = np.clip(symbol_BC, 0, self.symbols - 1)
+        if not self.merges:
+            return symbol_BC.tolist()
+        return [row.ids for row in self._bpe.encode_batch([_text(row_C) for row_C in symbol_BC])]
 
-    def encode(self, action_BLD: np.ndarray) -> np.ndarray:
-        """Encode chunks: ids, int64 (B, S), padded with end tokens."""
-        coefficient_BC = _coefficients(check_chunks(action_BLD, self.chunk_size, self.dim), self.scale)
-        place_BC = np.clip(coefficient_BC - self.low, 0, self.symbols - 1)
-        if self.end is None:
-            return place_BC
-        id_BS = np.full((len(action_BLD), self.slots), self.end, np.int64)
-        for row, encoded in enumerate(self._bpe.encode_batch([_text(p) for p in place_BC])):
-            kept = encoded.ids[: self.slots]
-            id_BS[row, : len(kept)] = kept
-        return id_BS
-
-    def exact(self, action_BLD: np.ndarray) -> np.ndarray:
-        """bool (B,): chunks that lose nothing but the rounding (all coefficients in the fitted range, and enough slots)."""
-        place_BC = _coefficients(check_chunks(action_BLD, self.chunk_size, self.dim), self.scale) - self.low
-        inside_B = np.asarray(((place_BC >= 0) & (place_BC < self.symbols)).all(1))
-        if self.end is None:
-            return inside_B
-        texts = [_text(np.clip(p, 0, self.symbols - 1)) for p in place_BC]
-        fits_B = np.array([len(row.ids) <= self.slots for row in self._bpe.encode_batch(texts)], bool)
-        return inside_B & fits_B
-
-    def lengths(self, id_BS: np.ndarray) -> np.ndarray:
-        """Number of tokens before the end, int64 (B,)."""
-        if self.end is None:
-            return np.full(len(id_BS), id_BS.shape[1])
-        ended_BS = id_BS == self.end
-        return np.where(ended_BS.any(1), ended_BS.argmax(1), id_BS.shape[1])
-
-    def decode(self, id_BS: np.ndarray) -> Decoding:
-        """Decode any ids; ids after the first end token are ignored."""
-        wanted = self.chunk_size * self.dim
-        coefficient_BC = np.zeros((len(id_BS), wanted))
-        repaired_B = np.zeros(len(id_BS), bool)
-        for row, (ids, length) in enumerate(zip(id_BS.tolist(), self.lengths(id_BS).tolist(), strict=True)):
-            found = [symbol for id_ in ids[:length] for symbol in self._pieces[id_]]
-            repaired_B[row] = len(found) != wanted
-            kept = found[:wanted]
-            coefficient_BC[row, : len(kept)] = np.add(kept, self.low)
-        spectrum_BLD = coefficient_BC.reshape(-1, self.chunk_size, self.dim) / self.scale
-        return Decoding(idct(spectrum_BLD, axis=1, norm="ortho").astype(np.float32), repaired_B)
-
-    @property
-    def error_bound(self) -> float:
-        """Largest root mean square error per dimension of a chunk for which ``exact`` is true: half a unit per coefficient."""
-        return 0.5 / self.scale
+    def decoded(self, ids: list[int]) -> list[int]:
+        """See the base class."""
+        return [symbol for id_ in ids for symbol in self._pieces[id_]]
 
     @cached_property
     def _pieces(self) -> list[tuple[int, ...]]:

@@ -5,16 +5,16 @@ A checkpoint contains its tokenizer in its config.json and needs no such file.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlaflow import __version__
-from vlaflow.actions.bins import BinsTokenizer
-from vlaflow.actions.fast import FastTokenizer
+from vlaflow.actions.kinds import Fit, Fitted
+from vlaflow.actions.published_fast import PublishedFast
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import write_json
+from vlaflow.strict import read_json
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenizerFile:
         vlaflow: version that wrote the file.
     """
 
-    tokenizer: FastTokenizer | BinsTokenizer
+    tokenizer: Fitted
     normalisation: str
     dataset: str
     vlaflow: str = __version__
@@ -47,14 +47,10 @@ def open_tokenizer(file: Path) -> TokenizerFile:
     """
     if not file.is_file():
         raise ConfigError(f"There is no tokenizer file {file}. Fit one: vlaflow data fit-tokenizer DATASET --out {file}")
-    try:
-        data = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}); fit it again: vlaflow data fit-tokenizer.") from error
-    return from_json(TokenizerFile, data, str(file))
+    return from_json(TokenizerFile, read_json(file, ConfigError, "fit it again: vlaflow data fit-tokenizer."), str(file))
 
 
-def load_tokenizer(file: Path, normalisation: str) -> FastTokenizer | BinsTokenizer:
+def load_tokenizer(file: Path, normalisation: str) -> Fitted:
     """Load a tokenizer for actions with this normalisation.
 
     Raises:
@@ -67,3 +63,13 @@ def load_tokenizer(file: Path, normalisation: str) -> FastTokenizer | BinsTokeni
             f"Fit it again: vlaflow data fit-tokenizer --normalisation {normalisation}"
         )
     return found.tokenizer
+
+
+def named_tokenizer(name: Path | str, normalisation: str) -> Fit | Fitted:
+    """What ``--tokenizer`` names: a file of ours (.json), or the folder or Hub name of a published FAST tokenizer.
+
+    Raises:
+        ConfigError: see ``load_tokenizer``.
+    """
+    path = Path(name)
+    return load_tokenizer(path, normalisation) if path.is_file() or path.suffix == ".json" else PublishedFast(str(name))

@@ -32,7 +32,7 @@ from vlaflow import __version__
 from vlaflow.actions.nsvq import Codebook
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.io import load_weights, read_json, save_tensors
+from vlaflow.io import load_weights, read_json, require_fits, save_tensors
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig
 from vlaflow.nn.patches import PatchStem, from_patches
@@ -325,8 +325,10 @@ class LatentActionModel(nn.Module):
         """
         folder = Path(folder)
         found = from_json(LatentFile, read_json(folder / "config.json"), str(folder / "config.json"))
+        weights = folder / "model.safetensors"
+        require_fits(lambda: LatentActionModel.create(found.model, found.origin, 0), weights)
         model = LatentActionModel.create(found.model, found.origin, 0)
-        load_weights(model, folder / "model.safetensors")
+        load_weights(model, weights)
         return model.to(device).eval()
 
 

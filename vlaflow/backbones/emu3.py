@@ -10,14 +10,16 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from vlaflow.backbones.base import InputSize
+from vlaflow.backbones.emu3_language import open_with_language
 from vlaflow.backbones.emu3_processor import FAMILY, NAME, EmuProcessor, EmuReader
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig, plain_architecture
@@ -51,10 +53,13 @@ class EmuConfig(PretrainedConfig):
             the state not read, the views have one size.
         pixels: area that an image is resized to, its shape kept; 200 × 200 (UniVLA) are 25 × 26 tokens.
         attention: which prefix tokens see each other: "full", or "causal".
+        language: folder or Hub name of other weights of the language model, in the layout of Emu3's own code, such as UniVLA's;
+            tokenizer and image tokenizer, which are the same for all of them, come from ``source``.
     """
 
     pixels: int = 200 * 200
     attention: Literal["full", "causal"] = "full"
+    language: str | None = None
 
     name: ClassVar[str] = NAME
     family: ClassVar[str] = FAMILY
@@ -65,6 +70,21 @@ class EmuConfig(PretrainedConfig):
         super().__post_init__()
         if self.pixels < 64:
             raise ConfigError(f"An image needs at least one code of 8 × 8 pixels, got {self.pixels} pixels.")
+
+    def network(self, hub: ModuleType) -> Any:
+        """See the base class; with other weights of the language model where ``language`` is given.
+
+        Raises:
+            ConfigError: it cannot be opened.
+        """
+        if self.language is None or self.source is None:
+            return super().network(hub)
+        kind = getattr(hub, self.model_class)
+        return open_with_language(hub, kind, self.source, self.language, dtype=getattr(torch, self.dtype))
+
+    def built(self, architecture: dict[str, Any]) -> Self:
+        """See the base class."""
+        return replace(self, source=None, architecture=architecture, language=None)
 
     def build(self) -> EmuBackbone:
         """See the base class."""

@@ -29,10 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
+from vlaflow.backbones.opening import open_network
 from vlaflow.backbones.pretrained_processor import PretrainedProcessor, open_pretrained, transformers_library
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues, attend
 from vlaflow.nn.block import Rotate
+from vlaflow.nn.stored import rows_of
 
 WORDS = 50
 """Tokens of a prompt besides its pictures' that ``blank`` assumes: turns, instruction, state."""
@@ -98,7 +100,8 @@ class PretrainedConfig(BackboneConfig):
         """
         kind, dtype = getattr(hub, self.model_class), getattr(torch, self.dtype)
         if self.source is not None:
-            return open_pretrained(kind, self.source, self.name, dtype=dtype, use_safetensors=True)
+            given = (self.model_class, self.auto_class, self.source, self.name)
+            return open_network(hub, *given, dtype=dtype, use_safetensors=True)
         options = {**(self.architecture or {}), **self.transformers_options}
         return getattr(hub, self.auto_class).from_config(kind.config_class(**options), dtype=dtype)
 
@@ -107,12 +110,14 @@ class PretrainedConfig(BackboneConfig):
         if self.source is None:
             return self
         if self.source in self.published:
-            return replace(self, source=None, architecture=self.published[self.source]())
+            return self.built(self.published[self.source]())
         hub = transformers_library(self.name, self.family)
         kind = getattr(hub, self.model_class).config_class
-        return replace(
-            self, source=None, architecture=plain_architecture(open_pretrained(kind, self.source, self.name).to_diff_dict())
-        )
+        return self.built(plain_architecture(open_pretrained(kind, self.source, self.name).to_diff_dict()))
+
+    def built(self, architecture: dict[str, Any]) -> Self:
+        """The config of a network that was opened, for a checkpoint: with its architecture and without where it came from."""
+        return replace(self, source=None, architecture=architecture)
 
     @abstractmethod
     def image_tokens(self, side: int) -> int:
@@ -157,7 +162,7 @@ class PretrainedBackbone(LanguageBackbone):
         super().__init__()
         full = config.network(transformers_library(config.name, config.family))
         if config.source is not None:
-            config = replace(config, source=None, architecture=self.architecture_of(full.config))
+            config = config.built(self.architecture_of(full.config))
         self.config = config
         self.network = full.model
         self.head = None if full.config.tie_word_embeddings else full.lm_head
@@ -326,8 +331,8 @@ class PretrainedBackbone(LanguageBackbone):
 
     def rows(self, id_N: Tensor) -> tuple[Tensor, Tensor]:
         """See ``LanguageBackbone``; where the head is not tied to the table, they differ."""
-        read_NW = self.embed_ids(id_N)
-        return read_NW, read_NW if self.head is None else self.head.weight[id_N]
+        read_NW = rows_of(self.language.embed_tokens.weight, id_N)
+        return read_NW, read_NW if self.head is None else rows_of(self.head.weight, id_N)
 
     def name_ids(self, state_NW: Tensor) -> Tensor:
         """See ``LanguageBackbone``."""

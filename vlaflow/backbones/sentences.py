@@ -29,6 +29,7 @@ from vlaflow.backbones.pretrained_processor import FOLDER, open_pretrained, tran
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
 from vlaflow.outputs import write_json
 from vlaflow.packages import folders, missing
+from vlaflow.strict import read_json, read_object
 
 NAME = "sentence encoder"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -45,6 +46,7 @@ FILES = (
     "*_Pooling/config.json",
 )
 LIMITS = "sentence_bert_config.json"
+AGAIN = "copy the encoder's folder again."
 REMEMBERED = 4096
 """Sentences whose embeddings are kept; the least recently used ones are dropped."""
 
@@ -211,20 +213,17 @@ def _require_mean(folder: Path, source: str) -> None:
             raise ConfigError(f"'{source}' pools by {', '.join(sorted(modes))}; only the mean of the tokens is supported.")
     modules = folder / "modules.json"
     if modules.exists():
-        kinds = [str(each.get("type", "")).rpartition(".")[2] for each in json.loads(modules.read_text(encoding="utf-8"))]
+        stated = read_json(modules, ConfigError, AGAIN)
+        if not isinstance(stated, list) or not all(isinstance(each, dict) for each in stated):
+            raise ConfigError(f"{modules} is no list of modules; {AGAIN}")
+        kinds = [str(each.get("type", "")).rpartition(".")[2] for each in stated]
         if kinds != ["Transformer", "Pooling", "Normalize"]:
             raise ConfigError(f"'{source}' consists of {', '.join(kinds)}; only Transformer, Pooling, Normalize is supported.")
 
 
 def _json(file: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}). Copy the encoder's folder again.") from error
-    return found if isinstance(found, dict) else {}
+    return read_object(file, ConfigError, AGAIN) if file.exists() else {}
 
 
 def _fingerprint(model: Any, tokenizer: Any) -> str:

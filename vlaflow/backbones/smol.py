@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vlaflow.backbones.base import InputSize
 from vlaflow.backbones.inputs import Inputs
+from vlaflow.backbones.opening import open_network
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import open_reader, transformers_library
 from vlaflow.backbones.smol_processor import FAMILY, NAME, SHORT, SmolProcessor, SmolReader, open_from
@@ -99,7 +101,8 @@ class SmolConfig(PretrainedConfig):
         if self.source is None:
             full = super().network(hub)
         else:
-            full = open_from(getattr(hub, self.model_class), self.source, dtype=getattr(torch, self.dtype))
+            opening = partial(open_network, hub, self.model_class, self.auto_class)
+            full = open_from(opening, self.source, dtype=getattr(torch, self.dtype))
         text, have = full.config, full.config.num_hidden_layers
         if text.architectures not in (None, [self.model_class]):
             raise ConfigError(f"'{self.source}' is a {text.architectures[0]}; the smol backbone takes a {self.model_class}.")

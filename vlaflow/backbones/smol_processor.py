@@ -8,7 +8,8 @@ Shape letters: B batch, P prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,15 +55,15 @@ def files_of(source: str) -> tuple[str, dict[str, Any]]:
     return source, {"use_safetensors": True}
 
 
-def open_from(kind: Any, source: str, **options: Any) -> Any:
-    """``kind.from_pretrained`` of a source as ``files_of`` takes it.
+def open_from(opening: Callable[..., Any], source: str, **options: Any) -> Any:
+    """What ``opening`` makes of a source as ``files_of`` takes it.
 
     Raises:
         ConfigError: it cannot be opened.
     """
     place, own = files_of(source)
     try:
-        return open_pretrained(kind, place, NAME, **own, **options)
+        return opening(place, NAME, **own, **options)
     except ConfigError as error:
         if source != SHORT:
             raise
@@ -79,7 +80,8 @@ class SmolReader(Reader):
         Raises:
             ConfigError: when there is no tokenizer or chat template.
         """
-        tokenizer = open_from(transformers_library(NAME, FAMILY).AutoTokenizer, source)
+        kind = transformers_library(NAME, FAMILY).AutoTokenizer
+        tokenizer = open_from(partial(open_pretrained, kind), source)
         require_chat_template(tokenizer, {}, source)
         return cls(tokenizer, None)
 

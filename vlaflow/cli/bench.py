@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
 from vlaflow.ranges import Count
 
+if TYPE_CHECKING:
+    from vlaflow.compute.budget import Profile
+
 
 @dataclass(frozen=True)
 class BenchArguments:
-    """Time a checkpoint on this machine, part by part, and write CKPT/latency.json, which --compute budget:MS reads.
+    """Time a checkpoint on this machine, part by part, and fit what its chunks cost; --compute budget:MS reads the result.
+
+    It is written to CKPT/latency.json, and to CKPT/latency-ENGINE.json for programs that vlaflow deploy built.
 
     Example: vlaflow bench latency runs/a1/policy
 
@@ -35,32 +40,46 @@ class BenchArguments:
     """Where the networks run."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What they compute in."""
+    engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
+    """What computes them; auto times the networks (eager) and every engine whose programs are there."""
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow bench ...``; returns the exit status."""
     given = parse_arguments(BenchArguments, "vlaflow bench", argv)
 
-    from rich.console import Console
-    from rich.table import Table
-
-    from vlaflow.compute.budget import PROFILE, save
+    from vlaflow.compute.budget import profile_file, save
     from vlaflow.evaluation.profile import profile
     from vlaflow.outputs import require_writable
     from vlaflow.policies.base import Policy
+    from vlaflow.policies.engines import timed, with_engine
     from vlaflow.policies.provenance import fingerprint
     from vlaflow.policies.robots import robot_folder
 
     folder = robot_folder(given.checkpoint, given.robot)
-    require_writable(folder / PROFILE, cure="Make it writable, or time a copy of the checkpoint.")
-    found = profile(Policy.from_pretrained(folder, given.device, given.dtype), fingerprint(folder), given.rounds, given.threads)
-    save(found, folder / PROFILE)
-    table = Table("depth", "prefix ms", "step ms", title=f"{found.machine}, {found.threads} thread(s)", title_justify="left")
+    eager = Policy.from_pretrained(folder, given.device, given.dtype)
+    for engine in timed(given.engine, eager):
+        file = folder / profile_file(engine)
+        require_writable(file, cure="Make it writable, or time a copy of the checkpoint.")
+        found = profile(with_engine(eager, engine), fingerprint(folder), given.rounds, given.threads, eager)
+        save(found, file)
+        show(found, file)
+    return 0
+
+
+def show(found: Profile, file: Path) -> None:
+    """Print what was measured."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{found.engine}: {found.machine}, {found.threads} thread(s)"
+    table = Table("depth", "prefix ms", "step ms", title=title, title_justify="left")
     for depth, (prefix, step) in enumerate(zip(found.prefix, found.step, strict=True), 1):
         table.add_row(str(depth), f"{prefix:.2f}", f"{step:.2f}" if step else "no exit")
-    console = Console()
+    console, cost = Console(), found.cost
     console.print(table)
     console.print(
-        f"Everything else {found.base:.2f} ms; p99 is {found.jitter:.2f} times the median. Written: {folder / PROFILE}"
+        f"Everything else {found.base:.2f} ms; p99 is {found.jitter:.2f} times the median. A chunk costs {cost.chunk:.2f} ms, "
+        f"{cost.layer_pass:.3f} ms per layer pass and {cost.gflop:.1f} ms per 10⁹ operations; chunks left out of the fit are "
+        f"predicted within {cost.error:.0%} on average. Written: {file}"
     )
-    return 0

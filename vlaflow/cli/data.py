@@ -70,24 +70,26 @@ class FitTokenizer:
     Args:
         directory: a LeRobot data set.
         out: the file, .json.
-        kind: "fast" (cosine transform and byte-pair encoding) or "bins".
+        kind: "fast" (cosine transform and byte-pair encoding), "bins", or "published" (FAST with merges that exist already).
         chunk_size: actions per chunk.
         normalisation: as in the policy's action_normalisation.
         scale: for fast: rounding units per unit of the normalised actions.
         vocabulary: for fast: number of coefficients and merges; none for no merges.
         bins: for bins: number of intervals per dimension.
         spacing: for bins: "uniform" or "quantile".
+        source: for published: folder or Hub name of the tokenizer.
     """
 
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
-    kind: Literal["fast", "bins"] = "fast"
+    kind: Literal["fast", "bins", "published"] = "fast"
     chunk_size: Count = 16
     normalisation: Normalisation = "quantile"
     scale: Positive = 10.0
     vocabulary: Count | None = 256
     bins: Count = 64
     spacing: Literal["uniform", "quantile"] = "uniform"
+    source: str = "physical-intelligence/fast"
     how: ReadingGroup = LEROBOT
 
 

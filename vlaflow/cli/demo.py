@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
-from vlaflow.cli.demo_plans import PLANS, Plan
+from vlaflow.cli.demo_plans import PLANS, DemoRecord, Plan
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
 from vlaflow.ranges import Number
+from vlaflow.strict import read_json, require_form
 
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
@@ -160,11 +161,9 @@ class DemoLog:
         self.seconds: dict[str, float] = {}
         plain = json.loads(json.dumps(asdict(settings)))
         if self.file.exists():
-            try:
-                known = json.loads(self.file.read_text())
-                before, self.done, self.seconds = known["settings"], known["done"], known["seconds"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise DataError(f"{self.file} is damaged ({error}). Delete {out}, or choose another --out.") from error
+            known = read_json(self.file, DataError, f"it is damaged. Delete {out}, or choose another --out.")
+            require_form(DemoRecord, known, str(self.file), DataError)
+            before, self.done, self.seconds = known["settings"], known["done"], known["seconds"]
             for name, value in plain.items():
                 if before.get(name) != value:
                     raise ConfigError(

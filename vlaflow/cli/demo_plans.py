@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from vlaflow.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,12 @@ PLANS = {
         extra="demo,libero",
     ),
 }
+
+
+@dataclass(frozen=True)
+class DemoRecord:
+    """The content of demo.json."""
+
+    settings: dict[str, Any]
+    done: tuple[str, ...]
+    seconds: dict[str, NotNegative]

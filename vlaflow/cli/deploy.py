@@ -30,7 +30,6 @@ class Deploy:
         batch: numbers of observations; others are filled up to the next larger one. Repeat the option for more; 1 by default.
         instruction: instructions whose lengths to prepare for; shorter ones are padded. By default a third of the longest
             possible one, and all of it.
-        quick: skip the search for the fastest matrix products of aoti.
         threads: number of torch threads that the programs run with.
     """
 
@@ -40,7 +39,6 @@ class Deploy:
     precision: Literal["f32", "bf16"] = "f32"
     batch: tuple[int, ...] = ()
     instruction: tuple[str, ...] = ()
-    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     threads: int = 1
 
 
@@ -69,7 +67,7 @@ def main(argv: list[str]) -> int:
     computes = parse_all(a.compute or (default_name(folder),), Knobs(threads=a.threads), Checkpoint(folder, weights))
     lengths = tuple(sorted({len(text.encode()) for text in a.instruction})) or default_lengths(policy)
     batches = tuple(sorted(set(a.batch))) or (1,)
-    plan = DeploymentPlan(a.engine, a.precision, computes, batches, lengths, tuned=not a.quick)
+    plan = DeploymentPlan(a.engine, a.precision, computes, batches, lengths)
 
     def say(program: Program) -> None:
         sys.stderr.write(f"Compiling {program.key} ...\n")

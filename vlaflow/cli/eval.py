@@ -15,8 +15,8 @@ from vlaflow.ranges import Count, NotNegative, Number, Seed
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.results import PairedTest, Results
+    from vlaflow.evaluation.run import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
     results = run(checkpoint, config, out, fresh=arguments.fresh, report=write_report)
     for name in arguments.compute:
         if name == "auto" or name.startswith("budget:"):
-            console.print(f"{name} is {chosen(checkpoint, name, config.knobs)}")
+            console.print(f"{name} is {chosen(checkpoint, name, config)}")
     show(results, out)
     return 0
 
@@ -151,21 +151,22 @@ def show(results: Results, out: Path) -> None:
     console.print(f"Written: {out / 'results.json'} and {out / PAGE}", soft_wrap=True)
 
 
-def chosen(checkpoint: str, name: str, knobs: Knobs) -> str:
+def chosen(checkpoint: str, name: str, config: EvaluationConfig) -> str:
     """The compute policy that "auto" or a budget in milliseconds stands for, with what was measured of it."""
     from vlaflow.compute.auto import calibrated
     from vlaflow.compute.budget import within
     from vlaflow.compute.spelling import Checkpoint
     from vlaflow.policies.checkpoint import local_folder
+    from vlaflow.policies.engines import for_budgets
     from vlaflow.policies.provenance import fingerprint
 
     folder = local_folder(checkpoint)
     if name == "auto":
-        found = calibrated(folder, fingerprint, knobs)
+        found = calibrated(folder, fingerprint, config.knobs)
         return found.name if found else name
-    return str(
-        within(Checkpoint(folder, fingerprint(folder)), float(name.partition(":")[2]), knobs.device, knobs.threads, knobs.dtype)
-    )
+    home = Checkpoint(folder, fingerprint(folder))
+    _, knobs = for_budgets(config.rollout.engine, config.computes, config.knobs, home)
+    return f"{within(home, float(name.partition(':')[2]), knobs)} It is computed by: {knobs.engine}."
 
 
 def table(results: Results) -> RenderableType:

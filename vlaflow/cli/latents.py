@@ -26,7 +26,7 @@ def latent_report(arguments: LatentReport) -> int:
 
     a = arguments
     require(*PAGES)
-    dataset = Dataset.open(a.dataset, video=True, reading=a.how.reading() or reading_of(a.model))
+    dataset = Dataset.open(a.dataset, video=True, reading=a.how.reading() or reading_of(a.model, a.dataset))
     require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)
     console = Console()

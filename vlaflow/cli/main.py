@@ -17,6 +17,7 @@ from vlaflow import __version__
 from vlaflow.errors import ConfigError, VlaflowError, nearest
 from vlaflow.outputs import require_system
 from vlaflow.packages import EXTRAS, missing
+from vlaflow.text import printable
 
 COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
@@ -92,11 +93,6 @@ def _show(text: str) -> int:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
     return 0
-
-
-def printable(text: str) -> str:
-    """Text as it is, with control characters other than line breaks spelled out, so that none reaches the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _refuse(sentence: str) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.ranges import Count, Positive
 from vlaflow.training.recipes import Recipe, find_recipe
@@ -16,6 +18,7 @@ from vlaflow.training.recipes import Recipe, find_recipe
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vlaflow.data.weights import DatasetEntry
     from vlaflow.policies.base import PolicyConfig
     from vlaflow.policies.recipe import TrainConfig
     from vlaflow.training.estimate import Estimate, TrainingData
@@ -31,23 +34,26 @@ class PlanArguments:
 
     Args:
         recipe: which system and stage, as in vlaflow train.
-        dataset: plan for this data set; for one of LIBERO's shape by default.
+        dataset: plan for this data set, or repeat it for several at once; for one of LIBERO's shape by default.
         policy: checkpoint to continue, for recipes of raters and of later stages; only its config is read.
         gpus: number of GPUs.
         memory: GiB of each GPU.
         tflops: peak of each GPU in bfloat16, dense, in 10¹² operations a second.
         hours: say how many GPUs finish within this time.
+        chunk_seconds: duration of a chunk, as in vlaflow train.
         set: change a value of the recipe, e.g. --set accumulate=32; may be repeated.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    dataset: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]DIR[:WEIGHT]")] = ()
     policy: Annotated[Path | None, tyro.conf.arg(metavar="CKPT")] = None
     gpus: Count = 8
     memory: Positive = 80.0
     tflops: Positive = 989.0
     hours: Positive | None = None
+    chunk_seconds: Annotated[Positive | None, tyro.conf.arg(metavar="S")] = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    how: ReadingGroup = LEROBOT
 
 
 def main(argv: list[str]) -> int:
@@ -62,31 +68,39 @@ def main(argv: list[str]) -> int:
     from vlaflow.cli.train import pair
     from vlaflow.config import override
     from vlaflow.training.estimate import Machine, estimate
+    from vlaflow.training.run import entries, opened
 
-    data = shape_of(given.dataset)
+    overrides = dict(pair(text) for text in given.set)
+    if given.chunk_seconds is not None:
+        overrides["chunk_s"] = str(given.chunk_seconds)
+    given_data = given.how.of_entries(entries(given.dataset)) if given.dataset else []
+    data = shape_of(given_data)
     machine, console = Machine(given.gpus, given.memory, given.tflops), Console()
     fits = True
     for stage, policy in stages(recipe, data, given.policy):
-        config = override(stage.config(data.spec, policy), dict(pair(text) for text in given.set))
+        config = override(stage.config(data.spec, policy), overrides)
+        if config.chunk_s is not None and policy is None and given_data:
+            config = replace(config, objective=config.objective.timed(config, opened(config.objective, given_data)))
         found = estimate(config, machine, data, policy)
         fits = fits and found.fitting() is not None
         console.print(shown(stage.name, found, given.hours))
-        if given.dataset is not None:
-            console.print(f"To decode the frames beforehand: {cache_command(given.dataset, config)}", soft_wrap=True)
+        for entry in given_data:
+            console.print(f"To decode the frames beforehand: {cache_command(entry.root, config)}", soft_wrap=True)
     return 0 if fits else 1
 
 
-def shape_of(dataset: Path | None) -> TrainingData:
-    """The shape of a data set on disk, or LIBERO's."""
+def shape_of(given: Sequence[DatasetEntry]) -> TrainingData:
+    """What data sets on disk have together, or LIBERO's shape."""
     from vlaflow.data.lerobot import Dataset
     from vlaflow.policies.recipe import DataSpec
     from vlaflow.training.estimate import TrainingData
 
-    if dataset is None:
+    if not given:
         return TrainingData()
-    found = Dataset.open(dataset, video=True)
-    side = max(max(found.image_size(view)) for view in found.views)
-    return TrainingData(DataSpec.of(dataset), len(found), side)
+    found = [Dataset.open(entry.root, video=True, reading=entry.reading) for entry in given]
+    spec = DataSpec.of(*given)  # refuses a data set without a camera
+    side = max(max(each.image_size(view)) for each in found for view in each.views)
+    return TrainingData(spec, sum(map(len, found)), side)
 
 
 def stages(recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> list[tuple[Recipe, PolicyConfig | None]]:
@@ -111,7 +125,7 @@ def stages(recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> list[
     return found
 
 
-def cache_command(dataset: Path, config: TrainConfig) -> str:
+def cache_command(dataset: str, config: TrainConfig) -> str:
     """The command that builds the frame cache of a training stage."""
     size = config.objective.input_size
     options: dict[str, int | str | None] = {"--size": size.side, "--area": None if size.side else size.area}

@@ -7,7 +7,6 @@ command continues an interrupted test, and claims in one folder share recordings
 from __future__ import annotations
 
 import importlib
-import json
 import shlex
 import sys
 import time
@@ -19,10 +18,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
+from vlaflow.config import JsonSource, decode
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
-from vlaflow.ranges import Count, Number
+from vlaflow.ranges import Count, NotNegative, Number
+from vlaflow.strict import read_object
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -109,10 +110,8 @@ class Steps:
         self._file = out / STEPS
         self.seconds: dict[str, float] = {}
         if self._file.exists():
-            try:
-                self.seconds = {str(text): float(value) for text, value in json.loads(self._file.read_text()).items()}
-            except (ValueError, AttributeError, TypeError) as error:
-                raise DataError(f"{self._file} is damaged ({error}). Delete it, or choose another --out.") from error
+            found = read_object(self._file, DataError, "it is damaged. Delete it, or choose another --out.")
+            self.seconds = decode(dict[str, NotNegative], found, JsonSource(str(self._file), DataError), "seconds")
         elif out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and contains no test of claims. Choose another --out.")
         make_folder(out)

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -48,7 +48,7 @@ class ServeArguments:
         wait_ms: how long the first request of a batch waits for others.
         queue: largest number of waiting requests.
         deadline_ms: longest wait of a request before it fails, unless the request states its own.
-        most_mib: largest request in MiB; the server may hold two of them per client.
+        most_mib: largest request in MiB, of which the server may hold two per client; by default what the policy's images need.
         guided: continue action prefixes by guidance even if the checkpoint was trained for them.
         connections: largest number of clients.
         dashboard: serve a page at /dashboard to watch and instruct the policy.
@@ -77,7 +77,7 @@ class ServeArguments:
     wait_ms: NotNegative = 2.0
     queue: Count = 32
     deadline_ms: Positive = 10_000.0
-    most_mib: Positive = 64.0
+    most_mib: Positive | None = None
     guided: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     connections: Count = 32
     dashboard: bool = False
@@ -98,7 +98,8 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
-    from vlaflow.policies.deployment import open_policy
+    from vlaflow.policies.base import Policy
+    from vlaflow.policies.engines import for_budgets
     from vlaflow.policies.provenance import fingerprint
     from vlaflow.policies.robots import robot_folder
     from vlaflow.serving.engine import EngineConfig
@@ -114,8 +115,10 @@ def main(argv: list[str]) -> int:
     name = (a.compute or default_name(folder)) if a.budget_ms is None else f"budget:{a.budget_ms:g}"
     home = Checkpoint(folder, fingerprint(folder))
     knobs = Knobs(a.steps, device=a.device, threads=a.threads, dtype=a.dtype)
+    engine, knobs = for_budgets(a.engine, (name,), knobs, home)
     compute = parse(name, knobs, home)
-    policy = open_policy(folder, a.device, a.dtype, a.engine)
+    policy = Policy.from_pretrained(folder, a.device, a.dtype, engine=engine)
+    knobs = replace(knobs, engine=policy.model.engine)
     views = tuple(policy.views)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files
@@ -128,7 +131,7 @@ def main(argv: list[str]) -> int:
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),
         engine=EngineConfig(a.batch, a.wait_ms, a.queue, a.deadline_ms, a.guided),
-        most_bytes=int(a.most_mib * 2**20),
+        most_bytes=None if a.most_mib is None else int(a.most_mib * 2**20),
         connections=a.connections,
         n_action_steps=a.n_action_steps,
         budget=within,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
+    from vlaflow.actions.kinds import Fit
     from vlaflow.cli.data import FitTokenizer, TokenizerReport
 
 
@@ -18,6 +20,7 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     from vlaflow.actions.bins import BinsFit
     from vlaflow.actions.fast import FastFit
     from vlaflow.actions.io import TokenizerFile, save_tokenizer
+    from vlaflow.actions.published_fast import PublishedFast
     from vlaflow.data.lerobot import Dataset
     from vlaflow.evaluation.tokenizer_report import fit, material, quality
     from vlaflow.outputs import require_writable
@@ -26,7 +29,12 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     dataset = Dataset.open(a.directory, reading=a.how.reading())
     require_writable(a.out)
     chunks = material(dataset, a.chunk_size, a.normalisation)
-    made = fit(FastFit(a.scale, a.vocabulary) if a.kind == "fast" else BinsFit(a.bins, a.spacing), chunks)
+    fits: dict[str, Callable[[], Fit]] = {
+        "fast": lambda: FastFit(a.scale, a.vocabulary),
+        "bins": lambda: BinsFit(a.bins, a.spacing),
+        "published": lambda: PublishedFast(a.source),
+    }
+    made = fit(fits[a.kind](), chunks)
     save_tokenizer(a.out, TokenizerFile(made, a.normalisation, dataset.fingerprint))
     measured = quality(made, chunks)
     Console().print(

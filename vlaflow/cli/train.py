@@ -44,7 +44,8 @@ class TrainArguments:
     vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """VQA data set for co-training, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Action tokenizer from vlaflow data fit-tokenizer, for token decoders; fitted by default."""
+    """Action tokenizer for token decoders: a file of vlaflow data fit-tokenizer, or folder or Hub name of a published FAST
+    tokenizer (physical-intelligence/fast); fitted by default."""
     latent: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Latent action model from iflybot.latent, for decoders that predict its codes."""
     steps: Annotated[Count | None, tyro.conf.arg(metavar="N")] = None
@@ -96,6 +97,8 @@ def run(argv: list[str]) -> Outcome:
 
     from vlaflow.training.run import Options, entries, train
 
+    datasets = given.how.of_entries(entries(given.dataset))
+
     options = Options(
         overrides,
         given.tracker,
@@ -104,25 +107,17 @@ def run(argv: list[str]) -> Outcome:
         tokenizer=given.tokenizer,
         latent=given.latent,
         shard=given.shard,
-        reading=given.how.reading(),
         mixture=given.mixture,
     )
-    outcome = train(given.recipe, given.dataset, given.out, policy=given.policy, options=options)
+    outcome = train(given.recipe, datasets, given.out, policy=given.policy, options=options)
     if os.environ.get("RANK", "0") == "0":  # of several processes, only the first one prints
         sys.stdout.write(_sentence(outcome, given.out) + "\n")
         if given.calibrate and outcome.finished and outcome.policy is not None:
-            sys.stdout.write(_calibrated(outcome.policy, [entry.root for entry in entries(given.dataset)]) + "\n")
+            from vlaflow.evaluation.calibrate_sampler import after_training
+
+            for sentence in after_training(outcome.policy, [entry.root for entry in datasets]):
+                sys.stdout.write(f"{sentence}\n")
     return outcome
-
-
-def _calibrated(policy: Path, roots: list[str]) -> str:
-    from vlaflow.evaluation.calibrate_sampler import after_training
-
-    if len(roots) == 1:
-        return after_training(policy, Path(roots[0]))
-    return (
-        f"The sampler was not calibrated, which takes one of the data sets: vlaflow calibrate {policy} --sampler --dataset DIR"
-    )
 
 
 def _sentence(outcome: Outcome, out: Path) -> str:

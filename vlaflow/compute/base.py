@@ -126,14 +126,28 @@ class Passes:
     Args:
         reads: of the prefix: (layers that have run, layers that will have, draws), where each draw reads it for itself.
         steps: of the decoder: (depth, draws).
+        ratings: of the rater: (depth, draws).
     """
 
     reads: frozenset[tuple[int, int, int]]
     steps: frozenset[tuple[int, int]]
+    ratings: frozenset[tuple[int, int]] = frozenset()
 
     def __or__(self, other: Passes) -> Passes:
         """Both."""
-        return Passes(self.reads | other.reads, self.steps | other.steps)
+        return Passes(self.reads | other.reads, self.steps | other.steps, self.ratings | other.ratings)
+
+    def then(self, depth: int, *, rated: bool) -> Passes:
+        """These, then the rest of the prefix from wherever they ended, the rater if it is asked, and steps at full depth."""
+        rest = frozenset((upto, depth, 1) for _, upto, _ in self.reads if upto < depth)
+        full = frozenset({(depth, 1)})
+        return self | Passes(rest, full, full if rated else frozenset())
+
+    def drawn(self, draws: int) -> Passes:
+        """Those of so many draws; what all of them read is read once."""
+        reads = frozenset((start, upto, n * (draws if start else 1)) for start, upto, n in self.reads)
+        steps, ratings = (frozenset((depth, n * draws) for depth, n in each) for each in (self.steps, self.ratings))
+        return Passes(reads, steps, ratings)
 
     @staticmethod
     def at(depth: int) -> Passes:

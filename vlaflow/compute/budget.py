@@ -3,13 +3,13 @@
 Where the sampler was calibrated on this machine (``vlaflow calibrate CKPT --sampler``), its candidates are compared: steps,
 noise scales, draws, depths. Otherwise a fixed depth and number of steps is chosen, by what it loses (``Ladder``). Calibrated
 early exits compete in both cases, if the parts of a chunk were timed here (``Profile``, by ``vlaflow bench latency CKPT``).
-What must fit is the 99th percentile of the worst case: an early exit counts with all of its depths.
+What must fit is the 99th percentile of the worst case: an early exit counts with all of its depths. Times are those of the
+engine that computes; a sampler's, which were measured eagerly, are converted by the fitted costs of both engines.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
@@ -17,17 +17,20 @@ from typing import Any, TypeVar
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.calibration import FOLDER, Calibration
+from vlaflow.compute.cost import ChunkWork, CostModel
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.parse import parse
-from vlaflow.compute.sampler_choice import FAILURES, SamplerCalibration, load
+from vlaflow.compute.sampler_choice import FAILURES, Candidate, SamplerCalibration, load
 from vlaflow.compute.sampler_choice import FILE as SAMPLER
 from vlaflow.compute.sampler_choice import choose as choose_candidate
-from vlaflow.compute.spelling import Checkpoint, ComputeKind, Knobs, Spelling
+from vlaflow.compute.spelling import DEFAULTS, Checkpoint, ComputeKind, Knobs, Spelling
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
+from vlaflow.ranges import Count, NotNegative, Positive
+from vlaflow.strict import read_json
 from vlaflow.versions import device_name, machine
 
 T = TypeVar("T")
@@ -37,7 +40,7 @@ TIME = "Measure it: vlaflow bench latency CKPT"
 
 @dataclass(frozen=True)
 class Profile:
-    """How long the parts of a chunk take for one observation; medians in milliseconds.
+    """How long the parts of a chunk take for one observation; medians in milliseconds. ``cost`` tells the rest.
 
     Args:
         checkpoint: fingerprint.
@@ -49,29 +52,40 @@ class Profile:
         jitter: 99th percentile of a whole chunk over its median.
         chunks: timed.
         versions: of the software.
+        work: what the parts compute.
+        cost: fitted to chunks of several depths, steps and batches.
         device: "cpu", or the accelerator's name.
         dtype: what the networks computed in.
+        engine: what computed them, in words (``Model.engine``).
     """
 
     checkpoint: str
     machine: str
-    threads: int
-    base: float
-    prefix: tuple[float, ...]
-    step: tuple[float, ...]
-    jitter: float
-    chunks: int
+    threads: Count
+    base: NotNegative
+    prefix: tuple[NotNegative, ...]
+    step: tuple[NotNegative, ...]
+    jitter: Positive
+    chunks: Count
     versions: dict[str, str]
+    work: ChunkWork
+    cost: CostModel
     device: str = "cpu"
     dtype: Dtype = "fp32"
+    engine: str = "eager"
 
     def dense(self, depth: int, nfe: int) -> float:
         """Median of a chunk at a fixed depth."""
-        return self.base + self.prefix[depth - 1] + nfe * self.step[depth - 1]
+        return self.worst((depth,), nfe)
 
     def worst(self, depths: tuple[int, ...], nfe: int) -> float:
         """Median of a chunk that leaves at the last of the depths."""
         return self.base + self.prefix[depths[-1] - 1] + nfe * sum(self.step[depth - 1] for depth in depths)
+
+    def converted(self, milliseconds: float, layer_passes: float, eager: Profile) -> float:
+        """What a chunk of so many layer passes takes here that takes so long eagerly."""
+        ours, theirs = (each.cost.milliseconds(each.work.spent(layer_passes)) for each in (self, eager))
+        return milliseconds * ours / theirs
 
 
 @dataclass(frozen=True)
@@ -83,10 +97,10 @@ class Rung:
         error: mean absolute distance to the demonstrated actions, in the same units.
     """
 
-    depth: int
-    nfe: int
-    deviation: float
-    error: float
+    depth: Count
+    nfe: Count
+    deviation: NotNegative
+    error: NotNegative
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class Ladder:
 
     checkpoint: str
     dataset: str
-    samples: int
+    samples: Count
     rungs: tuple[Rung, ...]
     dtype: Dtype = "fp32"
 
@@ -217,23 +231,26 @@ def choose_sampler(
     return Choice(parse(taken.compute), taken.p99, taken.score, scored)
 
 
-def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", threads: int = 1, dtype: Dtype = "fp32") -> Choice:
+def within(checkpoint: Checkpoint, milliseconds: float, knobs: Knobs = DEFAULTS) -> Choice:
     """The best that fits, by the measurements in the checkpoint folder.
 
     Args:
         checkpoint: holds them.
         milliseconds: that must suffice.
-        device, threads, dtype: what it will be computed with.
+        knobs: what it will be computed with.
 
     Raises:
-        CalibrationError: when a measurement is missing, of other weights or of another machine, device, number of threads or
-            dtype; or nothing fits.
+        CalibrationError: when a measurement is missing, of other weights or of another machine, device, number of threads,
+            dtype or engine; or nothing fits.
     """
-    knobs = Knobs(device=device, threads=threads, dtype=dtype)
-    calibration = load(checkpoint)
-    if calibration is not None and calibration.here(device, threads, dtype):
-        exits = dict(_exits(checkpoint, dtype))
-        profile = _profile(checkpoint, knobs) if exits and (checkpoint.folder / PROFILE).exists() else None
+    calibration, dtype = load(checkpoint), knobs.dtype
+    if calibration is not None and calibration.here(knobs.device, knobs.threads, dtype):
+        exits, profile = dict(_exits(checkpoint, dtype)), None
+        if knobs.engine != "eager":
+            profile, eager = _profile(checkpoint, knobs), _profile(checkpoint, replace(knobs, engine="eager"))
+            calibration = replace(calibration, candidates=_converted(calibration.candidates, profile, eager))
+        elif exits and (checkpoint.folder / PROFILE).exists():
+            profile = _profile(checkpoint, knobs)
         return choose_sampler(milliseconds, calibration, profile, exits, lambda name: parse(name, knobs, checkpoint))
     profile = _profile(checkpoint, knobs)
     ladder = _read(checkpoint.folder / FOLDER / LADDER, Ladder, "Measure it: vlaflow calibrate CKPT --dataset DIR")
@@ -246,6 +263,15 @@ def within(checkpoint: Checkpoint, milliseconds: float, device: str = "cpu", thr
     return choose(milliseconds, profile, ladder, dict(_exits(checkpoint, dtype)))
 
 
+def _converted(candidates: Sequence[Candidate], profile: Profile, eager: Profile) -> tuple[Candidate, ...]:
+    """With the milliseconds of the profile's engine."""
+
+    def here(each: Candidate, milliseconds: float) -> float:
+        return profile.converted(milliseconds, each.layer_passes, eager)
+
+    return tuple(replace(each, p50=here(each, each.p50), p99=here(each, each.p99)) for each in candidates)
+
+
 def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
     if found != checkpoint.fingerprint:
         raise CalibrationError(f"{file} in {checkpoint.folder} was measured with other weights; measure again.")
@@ -253,21 +279,27 @@ def _require_weights(checkpoint: Checkpoint, file: str, found: str) -> None:
 
 def _profile(checkpoint: Checkpoint, knobs: Knobs) -> Profile:
     """The profile of the checkpoint, measured here."""
-    profile = _read(checkpoint.folder / PROFILE, Profile, TIME)
-    _require_weights(checkpoint, PROFILE, profile.checkpoint)
-    if profile.machine != machine():
-        raise CalibrationError(
-            f"{PROFILE} in {checkpoint.folder} was measured on {profile.machine}; this is {machine()}. {TIME}"
-        )
+    file = profile_file(knobs.engine)
+    profile = _read(checkpoint.folder / file, Profile, TIME)
+    _require_weights(checkpoint, file, profile.checkpoint)
+    for what, was, now in (("on", profile.machine, machine()), ("with engine", profile.engine, knobs.engine)):
+        if was != now:
+            raise CalibrationError(f"{file} in {checkpoint.folder} was measured {what} {was}; this is {now}. {TIME}")
     measured = (profile.device, profile.threads, profile.dtype)
-    now = (device_name(knobs.device), knobs.threads, knobs.dtype)
-    if measured != now:
+    here = (device_name(knobs.device), knobs.threads, knobs.dtype)
+    if measured != here:
         raise CalibrationError(
-            f"{PROFILE} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s) in {measured[2]}; "
-            f"this is {now[0]} with {now[1]} in {now[2]}. {TIME} --device {knobs.device} --threads {knobs.threads} "
+            f"{file} in {checkpoint.folder} was measured on {measured[0]} with {measured[1]} thread(s) in {measured[2]}; "
+            f"this is {here[0]} with {here[1]} in {here[2]}. {TIME} --device {knobs.device} --threads {knobs.threads} "
             f"--dtype {knobs.dtype}"
         )
     return profile
+
+
+def profile_file(engine: str) -> str:
+    """Name of the profile of an engine, which is given in words: one per compiler."""
+    compiler = engine.partition(" ")[0]
+    return PROFILE if compiler == "eager" else f"latency-{compiler}.json"
 
 
 def save(value: Any, file: Path) -> None:
@@ -291,7 +323,7 @@ def _answers(found: Calibration) -> float:
 def _read(file: Path, kind: type[T], command: str) -> T:
     if not file.exists():
         raise CalibrationError(f"A budget needs {file.name}, which {file.parent} lacks. {command}")
-    return from_json(kind, json.loads(file.read_text()), str(file))
+    return from_json(kind, read_json(file, CalibrationError, f"it is damaged. {command}"), str(file))
 
 
 def _parse(typed: Spelling) -> ComputePolicy:
@@ -301,7 +333,7 @@ def _parse(typed: Spelling) -> ComputePolicy:
         milliseconds = float(typed.more)
     except ValueError:
         raise ConfigError(f"A budget is a number of milliseconds, as in budget:20, got '{typed.more}'.") from None
-    return within(checkpoint, milliseconds, typed.knobs.device, typed.knobs.threads, typed.knobs.dtype).compute
+    return within(checkpoint, milliseconds, typed.knobs).compute
 
 
 BUDGET = ComputeKind(_parse)

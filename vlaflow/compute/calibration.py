@@ -6,7 +6,6 @@ measured is in ``evaluation.calibrate``; the mathematics in ``thresholds``.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -21,6 +20,8 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError, nearest
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
+from vlaflow.ranges import AnyNumber, Count, NotNegative, Positive, Share
+from vlaflow.strict import read_json
 
 FOLDER = "calibration"
 
@@ -37,7 +38,7 @@ class ShareTarget:
     distribution: Distribution
     budget: float
     first_exit: bool
-    shares: tuple[float, ...]
+    shares: tuple[Share, ...]
 
     def share_above(self, deviation_N: np.ndarray) -> float | None:
         """None: no deviation is bounded."""
@@ -55,9 +56,9 @@ class RiskTarget:
         metric: how the deviation from the full depth is measured.
     """
 
-    max_deviation: float
-    risk: float
-    error: float
+    max_deviation: Positive
+    risk: Share
+    error: Share
     metric: Metric
 
     @property
@@ -83,15 +84,15 @@ class ExitEffect:
         above: share of chunks above the risk target's ε; None for share targets.
     """
 
-    samples: int
-    shares: tuple[float, ...]
-    layers: float
-    layer_passes: float
-    nfe: float
-    deviation: float
-    error: float
-    full_error: float
-    above: float | None = None
+    samples: Count
+    shares: tuple[Share, ...]
+    layers: NotNegative
+    layer_passes: NotNegative
+    nfe: NotNegative
+    deviation: NotNegative
+    error: NotNegative
+    full_error: NotNegative
+    above: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class Calibration:
     checkpoint: str
     dataset: str
     plan: ExitPlan
-    thresholds: tuple[float | None, ...]
+    thresholds: tuple[AnyNumber | None, ...]
     target: ShareTarget | RiskTarget
-    samples: int
+    samples: Count
     effect: ExitEffect
     command: str
     versions: dict[str, str]
@@ -170,11 +171,7 @@ class Calibration:
             others = sorted(f.stem for f in file.parent.glob("*.json"))
             hint = nearest(file.stem, others) if others else "there are none yet: vlaflow calibrate CKPT --dataset DIR"
             raise CalibrationError(f"There is no calibration {file}; {hint}")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{file} is no valid JSON ({error}); calibrate again.") from error
-        found = from_json(Calibration, data, str(file))
+        found = from_json(Calibration, read_json(file, CalibrationError, "calibrate again."), str(file))
         if not all(t is None or isfinite(t) for t in found.thresholds):
             raise CalibrationError(f"{file} holds a threshold that is not finite ({list(found.thresholds)}); calibrate again.")
         return found

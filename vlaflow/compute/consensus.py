@@ -73,9 +73,7 @@ class Consensus(ComputePolicy):
 
     def passes(self, depth: int) -> Passes:
         """Those of every draw; what all of them read is read once."""
-        k, inner = self.draws, self.inner.passes(depth)
-        reads = frozenset((start, upto, draws * (k if start else 1)) for start, upto, draws in inner.reads)
-        return Passes(reads, frozenset((at, draws * k) for at, draws in inner.steps))
+        return self.inner.passes(depth).drawn(self.draws)
 
     def exact(self, model: Model) -> Consensus | None:
         """That of exact draws."""

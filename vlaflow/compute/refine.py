@@ -182,10 +182,8 @@ class Refine(ComputePolicy):
         return self.inner.read(model, prefix)
 
     def passes(self, depth: int) -> Passes:
-        """Those of the first round, the rest of the prefix from wherever that ended, and steps at full depth."""
-        first = self.inner.passes(depth)
-        rest = frozenset((upto, depth, 1) for _, upto, _ in first.reads if upto < depth)
-        return first | Passes(rest, frozenset({(depth, 1)}))
+        """Those of the first round, then those of doubt and regeneration."""
+        return self.inner.passes(depth).then(depth, rated=self.doubt.rater)
 
     def decode(
         self,

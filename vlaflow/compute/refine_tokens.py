@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.compute.base import ComputePolicy, Decoded, Requirements, Stopwatch
+from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import Draft, TokenDoubt, require_spread
 from vlaflow.compute.spelling import ComputeKind, Spelling
@@ -76,6 +76,10 @@ class RefineTokens(ComputePolicy):
     def read(self, model: Model, prefix: Prefix) -> Prefix:
         """As the first round does."""
         return self.inner.read(model, prefix)
+
+    def passes(self, depth: int) -> Passes:
+        """Those of the first round, then those of doubt and regeneration."""
+        return self.inner.passes(depth).then(depth, rated=self.doubt.rater)
 
     def decode(
         self,

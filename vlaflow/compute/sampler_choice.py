@@ -14,10 +14,11 @@ from pathlib import Path
 from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.spelling import Checkpoint
 from vlaflow.config import from_json, to_json
-from vlaflow.errors import CalibrationError, CheckpointError, ConfigError
-from vlaflow.io import read_json
+from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
+from vlaflow.ranges import NotNegative, Number, Share
+from vlaflow.strict import read_json
 from vlaflow.versions import device_name, machine
 
 FILE = "sampler.json"
@@ -45,16 +46,16 @@ class Candidate:
     """
 
     compute: str
-    nfe: float
-    layer_passes: float
-    p50: float
-    p99: float
+    nfe: NotNegative
+    layer_passes: NotNegative
+    p50: NotNegative
+    p99: NotNegative
     score: float
     behind: float = 0.0
-    standard_error: float = 0.0
+    standard_error: NotNegative = 0.0
     measures: dict[str, float] = field(default_factory=dict)
-    episodes: int = 0
-    successes: int = 0
+    episodes: Number = 0
+    successes: Number = 0
     reason: str = ""
 
 
@@ -83,15 +84,15 @@ class SamplerCalibration:
     criterion: str
     candidates: tuple[Candidate, ...]
     choice: str
-    budget_ms: float | None
-    frames: int
+    budget_ms: NotNegative | None
+    frames: Number
     envs: tuple[str, ...]
-    first_seed: int
-    seeds: int
-    two_groups: float
+    first_seed: Number
+    seeds: Number
+    two_groups: Share
     machine: str
     device: str
-    threads: int
+    threads: Number
     command: str
     versions: dict[str, str]
     dtype: Dtype = "fp32"
@@ -165,10 +166,7 @@ def load(checkpoint: Checkpoint) -> SamplerCalibration | None:
     file = checkpoint.folder / FOLDER / FILE
     if not file.exists():
         return None
-    try:
-        found = from_json(SamplerCalibration, read_json(file), str(file))
-    except CheckpointError as error:
-        raise CalibrationError(f"{file} is damaged. {AGAIN}") from error
+    found = from_json(SamplerCalibration, read_json(file, CalibrationError, f"it is damaged. {AGAIN}"), str(file))
     if found.checkpoint != checkpoint.fingerprint:
         raise CalibrationError(
             f"{file} was made for checkpoint {found.checkpoint}, and this one is {checkpoint.fingerprint}. {AGAIN}"

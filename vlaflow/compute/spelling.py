@@ -32,6 +32,7 @@ class Knobs:
             below which "refine-tokens" regenerates a token.
         any_training: see ``Refine``.
         device, threads, dtype: what is computed with, for budgets and calibrations.
+        engine: what computes chunks, in words (``Model.engine``), for budgets.
     """
 
     steps: int = 10
@@ -40,6 +41,7 @@ class Knobs:
     device: str = "cpu"
     threads: int = 1
     dtype: Dtype = "fp32"
+    engine: str = "eager"
 
 
 DEFAULTS = Knobs()

@@ -6,7 +6,6 @@ that has to be fixed.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from vlaflow.data.stats import FeatureStats, compute
 from vlaflow.data.transforms import floors, nearly_constant
 from vlaflow.data.video import TOLERANCE_S
 from vlaflow.errors import DataError
+from vlaflow.strict import read_object
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ def _about_numbers(dataset: Dataset) -> list[str]:
     path = dataset.root / "meta/stats.json"
     if dataset.version == "v3.0":
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_object(path, DataError, "")
             quantiles = all("q99" in found[key] for key in dataset.action_keys)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (DataError, KeyError, TypeError):
             quantiles = False
         if not quantiles:
             remarks.append("meta/stats.json is missing, damaged or without quantiles; LeRobot needs them, vlaflow does not.")

@@ -9,7 +9,6 @@ whose file ``changes.log`` says what is different. It gets its name only when it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from vlaflow.data.lerobot_meta import is_modern
 from vlaflow.data.writer_meta import DEFAULT_FEATURES
 from vlaflow.errors import ConfigError, DataError, SpecError, nearest
 from vlaflow.outputs import storing
+from vlaflow.strict import read_object
 
 STATS = ("min", "max", "mean", "std")
 """The statistics that every recorder computes in the same way; quantiles are often estimates."""
@@ -291,12 +291,12 @@ def _about_stats(source: Survey, written: Copied) -> list[str]:
         return []
     other = []
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
+        stated = read_object(path, DataError, "")
         for key in written.stats.keys() - {*BOOKKEEPING}:
             there = [np.ravel(stated[key][name]) for name in STATS]
             if not np.allclose(there, [np.ravel(written.stats[key][name]) for name in STATS], rtol=1e-3, atol=1e-5):
                 other.append(key)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DataError, ValueError, KeyError, TypeError):
         return ["meta/stats.json was missing, damaged or incomplete; the statistics are computed again."]
     keys = ", ".join(f"'{key}'" for key in sorted(other))
     return [f"meta/stats.json had other statistics of {keys}; they are computed again."] if other else []

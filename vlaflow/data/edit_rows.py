@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlaflow.data.lerobot_meta import some
-from vlaflow.data.tables import flat_numbers, read_parquet
+from vlaflow.data.tables import flat_numbers, read_parquet, whole_numbers
 from vlaflow.data.video import TOLERANCE_S
 from vlaflow.errors import DataError
 
@@ -117,16 +117,16 @@ class _Search:
         if not count:
             return
         if self.modern:
-            owner = _whole(table, "episode_index")
+            owner = whole_numbers(table, "episode_index", path)
         else:
             digits = re.search(r"(\d+)$", path.stem)
             if digits is None:
                 raise DataError("its name has no number.")
             owner = np.full(count, int(digits[1]))
-            if "episode_index" in table.column_names and (_whole(table, "episode_index") != owner).any():
+            if "episode_index" in table.column_names and (whole_numbers(table, "episode_index", path) != owner).any():
                 self.misnumbered.append(int(digits[1]))
-        frame = _whole(table, "frame_index")
-        task = _whole(table, "task_index") if "task_index" in table.column_names else np.full(count, -1)
+        frame = whole_numbers(table, "frame_index", path)
+        task = whole_numbers(table, "task_index", path) if "task_index" in table.column_names else np.full(count, -1)
         time = flat_numbers(table["timestamp"])[0] if "timestamp" in table.column_names else np.full(count, np.nan)
         self.found.schemas[path] = schema
         order = np.lexsort((frame, owner))
@@ -163,15 +163,3 @@ class _Search:
         if not exact.all():
             self.late[number] = float(np.nanmax(off, initial=0.0))
         self.found.episodes[number] = rows
-
-
-def _whole(table: pa.Table, key: str) -> np.ndarray:
-    """A column of whole numbers; some recorders wrap each in a list of one."""
-    if key not in table.column_names:
-        raise DataError(f"it has no column '{key}'.")
-    column = table[key].combine_chunks()
-    while pa.types.is_nested(column.type):
-        column = column.flatten()
-    if column.null_count or len(column) != len(table):
-        raise DataError(f"'{key}' does not hold one number per row.")
-    return column.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -17,13 +17,13 @@ from vlaflow.data.edit_rows import AllRows, find_rows
 from vlaflow.data.edit_video import Clip, ClipFinder, Placed, Stated
 from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_info import filled, read_info
-from vlaflow.data.lerobot_meta import is_modern, some
+from vlaflow.data.lerobot_meta import DATA_V2, VIDEO_V2, EpisodeForm, TaskForm, is_modern, some
 from vlaflow.data.tables import is_text, read_jsonl, read_parquet
 from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH
 from vlaflow.errors import DataError
+from vlaflow.strict import finite_number
+from vlaflow.text import shown
 
-DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-VIDEO_PATH_V2 = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 POINTERS = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
 PREFIXES = ("data/", "videos/", "meta/", "stats/")
 
@@ -133,7 +133,7 @@ class _Surveyor:
         sentences = {number: f"Episode {number} of {self.root} {problem}." for number, problem in self.problems.items()}
         unused = [word for word in words.values() if word not in used]
         if unused and not self.problems:
-            self.changes.append(f"{len(unused)} tasks that no row names are left out, the first is '{unused[0]}'.")
+            self.changes.append(f"{len(unused)} tasks that no row names are left out, the first is {shown(unused[0])}.")
         return Survey(
             self.root,
             self.info,
@@ -150,7 +150,7 @@ class _Surveyor:
         """The task table, by index; empty if it cannot be read."""
         try:
             if not self.modern:
-                lines = read_jsonl(self.root / "meta/tasks.jsonl", ("task_index", "task"))
+                lines = read_jsonl(self.root / "meta/tasks.jsonl", TaskForm)
                 pairs = [(line["task_index"], line["task"]) for line in lines]
             else:
                 table = read_parquet(self.root / "meta/tasks.parquet")
@@ -162,7 +162,7 @@ class _Surveyor:
         except DataError as error:
             self.changes.append(f"The task table is written again: {error}")
             return {}
-        whole = [(i, word) for i, word in pairs if isinstance(i, int) and isinstance(word, str) and word.strip()]
+        whole = [(i, word) for i, word in pairs if type(i) is int and isinstance(word, str) and word.strip()]
         return dict(sorted(whole))
 
     def _episode_rows(self) -> dict[int, dict[str, Any]]:
@@ -170,7 +170,7 @@ class _Surveyor:
         rows: list[dict[str, Any]] = []
         try:
             if not self.modern:
-                rows = read_jsonl(self.root / "meta/episodes.jsonl", ("episode_index", "length"))
+                rows = read_jsonl(self.root / "meta/episodes.jsonl", EpisodeForm)
             else:
                 paths = sorted((self.root / "meta/episodes").glob("chunk-*/file-*.parquet"))
                 if not paths:
@@ -182,15 +182,15 @@ class _Surveyor:
         found: dict[int, dict[str, Any]] = {}
         for row in rows:
             number = row.get("episode_index")
-            if not isinstance(number, int) or number in found:
-                self.changes.append(f"A row of the episode table with episode_index = {number!r} is left out.")
+            if type(number) is not int or number < 0 or number in found:
+                self.changes.append(f"A row of the episode table with episode_index = {shown(number)} is left out.")
             else:
                 found[number] = row
         return found
 
     def _data_file(self, number: int) -> Path | None:
         """The file that meta names for an episode's rows."""
-        template = self.info.get("data_path") or (DATA_PATH if self.modern else DATA_PATH_V2)
+        template = self.info.get("data_path") or (DATA_PATH if self.modern else DATA_V2)
         if not self.modern:
             return filled(self.root, "data_path", template, **self._place_v2(number))
         row = self.rows[number]
@@ -203,13 +203,13 @@ class _Surveyor:
     def _stated(self, number: int, key: str, length: int) -> Stated:
         """Where meta says an episode of a camera is."""
         if not self.modern:
-            template = self.info.get("video_path") or VIDEO_PATH_V2
+            template = self.info.get("video_path") or VIDEO_V2
             path = filled(self.root, "video_path", template, video_key=key, **self._place_v2(number))
             return Stated(number, length, path, 0.0)
         template, row = self.info.get("video_path") or VIDEO_PATH, self.rows.get(number, {})
         where = {name: row.get(f"videos/{key}/{name}") for name in ("chunk_index", "file_index")}
         times = [row.get(f"videos/{key}/{name}") for name in ("from_timestamp", "to_timestamp")]
-        start_s, end_s = (float(t) if isinstance(t, int | float) and np.isfinite(t) else None for t in times)
+        start_s, end_s = (float(t) if t is not None and finite_number(t) else None for t in times)
         if None in where.values():
             return Stated(number, length, None)
         return Stated(number, length, filled(self.root, "video_path", template, video_key=key, **where), start_s, end_s)

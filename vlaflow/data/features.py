@@ -15,11 +15,19 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import DataError
+from vlaflow.strict import MOST_NAME
+from vlaflow.text import shown
 
 Feature = Mapping[str, Any]
 
+LARGEST = float(np.sqrt(np.finfo(np.float32).max))
+"""Largest number that can be normalised: beyond it, float32 cannot hold its square."""
+
 CHANNELS = (1, 3, 4)
 """Numbers of channels that pictures have: grey, colour, colour with transparency."""
+
+MOST_AXES, MOST_NUMBERS = 8, 2**28
+"""Largest number of axes and of numbers per frame of a column."""
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Columns of every LeRobot data set that are neither an observation nor an action."""
@@ -34,21 +42,27 @@ def require_features(path: Path, features: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(features, dict):
         raise DataError(f"'features' in {path} must be an object with one entry per column. Copy the file again.")
     for key, feature in features.items():
+        if len(key.encode()) > MOST_NAME or any(not c.isprintable() for c in key):
+            raise DataError(f"{path} names a feature {shown(key)}, a name that no column can have. Correct it there.")
         where = f"The feature '{key}' in {path}"
         if not isinstance(feature, dict):
-            raise DataError(f"{where} must be an object with 'dtype' and 'shape', got {feature!r}. Copy the file again.")
+            raise DataError(f"{where} must be an object with 'dtype' and 'shape', got {shown(feature)}. Copy the file again.")
         if not isinstance(feature.get("dtype"), str):
             raise DataError(
                 f'{where} states no \'dtype\'. Add one: "video" if its pictures are in mp4 files, "image" if they are in the '
                 f'parquet files, or the type of its numbers, such as "float32".'
             )
         shape = feature.get("shape", [1] if key in BOOKKEEPING else None)
-        sound = isinstance(shape, list | tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
+        sound = isinstance(shape, list) and len(shape) <= MOST_AXES and all(type(n) is int and n >= 0 for n in shape)
         if not sound and feature["dtype"] not in ("string", "language"):
             raise DataError(
-                f"{where} states the 'shape' {shape!r}; it must be a list of whole numbers, such as [7] for seven numbers or "
-                f"[480, 640, 3] for pictures. Correct it there."
+                f"{where} states the 'shape' {shown(shape)}; it must be a list of whole numbers, such as [7] for seven numbers "
+                f"or [480, 640, 3] for pictures. Correct it there."
             )
+        if isinstance(shape, list) and sound and math.prod(shape) > MOST_NUMBERS:
+            raise DataError(f"{where} states the 'shape' {shape}, more numbers per frame than are read. Correct it there.")
+        if not isinstance(feature.get("info") or feature.get("video_info") or {}, dict):
+            raise DataError(f"{where} states an 'info' that is no object. Correct it there, or leave it out.")
     return features
 
 

@@ -9,7 +9,6 @@ They lie in the Hub's own cache, which other programs share.
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from functools import cache
@@ -19,6 +18,7 @@ from typing import Any
 from vlaflow.errors import CapabilityError, DataError
 from vlaflow.hub import HubName, download, hub_name
 from vlaflow.packages import missing
+from vlaflow.strict import read_object
 
 DATA_PATH = "data/*.parquet"
 VIDEO_PATH = "videos/*{video_key}*.mp4"
@@ -59,14 +59,14 @@ def needed(folder: Path) -> list[str]:
     left where it is.
     """
     try:
-        info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8"))
+        info = read_object(folder / "meta/info.json", DataError, "")
         features = info["features"].items()
         tables, videos = info.get("data_path") or DATA_PATH, info.get("video_path") or VIDEO_PATH
         patterns = [_pattern(tables)]
         patterns += [_pattern(videos, key) for key, feature in features if feature.get("dtype") == "video"]
         if any(feature.get("dtype") == "image" for _, feature in features):
             patterns.append("images/*")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (DataError, KeyError, TypeError, AttributeError):
         return []  # the reader says what is wrong with it
     return patterns
 
@@ -126,4 +126,4 @@ def _tag(api: Any, repository: str, version: str, commit: str) -> None:
 
 
 def _version(root: Path) -> str:
-    return str(json.loads((root / "meta/info.json").read_text(encoding="utf-8"))["codebase_version"])
+    return str(read_object(root / "meta/info.json", DataError, "copy it again.").get("codebase_version"))

@@ -29,7 +29,7 @@ from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.stored_images import read_image
-from vlaflow.data.tables import read_cells, read_parquet
+from vlaflow.data.tables import read_cells, read_parquet, whole_numbers
 from vlaflow.data.video import VideoError, decode_frames
 from vlaflow.data.video_offsets import REWRITE, largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
@@ -91,7 +91,7 @@ class Dataset:
             )
         own = info.get(EXTRA_KEY) or {}
         stated = own.get("action_spec")
-        self.provenance: Mapping[str, Any] = own.get("provenance", {})
+        self.provenance: Mapping[str, Any] = own.get("provenance") or {}
         action_spec = action_spec or reading.action_spec
         self.action_spec = action_spec
         if stated is not None:
@@ -310,11 +310,11 @@ class Dataset:
         others = sorted((self.root / "data").rglob("*.parquet")) if self._meta.modern else []
         for path in (named, *others):
             places = read_parquet(path, ["episode_index", "frame_index"])
-            rows = np.flatnonzero(places["episode_index"].to_numpy() == episode.index)
+            rows = np.flatnonzero(whole_numbers(places, "episode_index", path) == episode.index)
             if not self._meta.modern and not len(rows):
                 rows = np.arange(len(places))  # the file's number counts, as in ``columns``
             if len(rows):
-                return path, rows[np.argsort(places["frame_index"].to_numpy()[rows], kind="stable")]
+                return path, rows[np.argsort(whole_numbers(places, "frame_index", path)[rows], kind="stable")]
         return named, np.zeros(0, np.int64)
 
     @cached_property

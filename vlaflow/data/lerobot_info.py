@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 from vlaflow.data.features import require_features
 from vlaflow.errors import DataError
+from vlaflow.ranges import Count, Number, Range
+from vlaflow.strict import fill, read_object, require_form
+from vlaflow.text import one_line, shown
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
+
+
+@dataclass(frozen=True)
+class InfoForm:
+    """What meta/info.json must and may say, as far as it is read; see LeRobot's documentation for the meaning.
+
+    The templates of paths are checked where they are filled in, the features by ``require_features``, and what vlaflow adds by
+    the classes that it is read as.
+    """
+
+    fps: Annotated[float, Range(0, 1e6, above=True)]
+    features: dict[str, dict[str, Any]]
+    total_episodes: Number | None = None
+    total_frames: Number | None = None
+    chunks_size: Count | None = None
+    robot_type: str | None = None
+    x_vlaflow: Extra | None = None
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What vlaflow adds to meta/info.json."""
+
+    action_spec: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -23,20 +51,16 @@ def read_info(root: Path) -> dict[str, Any]:
         raise DataError(f"There is no folder {root}. Give the path of a LeRobot data set (the folder that holds meta/).")
     if not path.is_file():
         raise DataError(f"{root} is not a LeRobot data set: meta/info.json is missing. Give the folder that holds meta/.")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}). Copy the file again.") from error
-    absent = [key for key in ("codebase_version", "fps", "features") if not isinstance(info, dict) or key not in info]
+    info = read_object(path, DataError, "copy the file again.", finite=True)
+    absent = [key for key in ("codebase_version", "fps", "features") if key not in info]
     if absent:
         raise DataError(f"{path} does not state '{absent[0]}', which every LeRobot data set must. Copy the file again.")
     if info["codebase_version"] not in VERSIONS:
         raise DataError(
-            f"{root} has format version {info['codebase_version']}; vlaflow reads {', '.join(VERSIONS)}. Convert it with "
-            "LeRobot's own scripts (lerobot.datasets.v30.convert_dataset_v21_to_v30 or the older v2 ones)."
+            f"{root} has format version {one_line(str(info['codebase_version'])):.40}; vlaflow reads {', '.join(VERSIONS)}. "
+            "Convert it with LeRobot's own scripts (lerobot.datasets.v30.convert_dataset_v21_to_v30 or the older v2 ones)."
         )
-    if not isinstance(info["fps"], int | float) or not info["fps"] > 0:
-        raise DataError(f"{path} states fps = {info['fps']!r}; it must be a positive number.")
+    require_form(InfoForm, info, str(path), DataError)
     require_features(path, info["features"])
     return info
 
@@ -48,7 +72,7 @@ def inside(root: Path, path: str, where: str) -> Path:
         DataError: the path leads out of the folder.
     """
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise DataError(f"{where} of {root} leads out of the data set ({path}). Give a path inside it, without '..'.")
+        raise DataError(f"{where} of {root} leads out of the data set ({shown(path)}). Give a path inside it, without '..'.")
     return root / path
 
 
@@ -59,10 +83,10 @@ def filled(root: Path, name: str, template: Any, **values: Any) -> Path:
         DataError: it names something unknown, or leads out of the folder.
     """
     try:
-        path = template.format(**values)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        path = fill(template, values)
+    except ValueError as error:
         raise DataError(
-            f"meta/info.json of {root} states '{name}' = {template!r}, which cannot be filled in "
-            f"({type(error).__name__}: {error}); it may name {', '.join(values)}. Correct it there."
+            f"meta/info.json of {root} states '{name}' = {shown(template)}, which cannot be filled in ({error}); it may name "
+            f"{', '.join(values)}. Correct it there."
         ) from error
     return inside(root, path, f"'{name}' in meta/info.json")

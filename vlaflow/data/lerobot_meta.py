@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from vlaflow.data.lerobot_info import filled, read_info
-from vlaflow.data.tables import is_text, read_jsonl, read_parquet
+from vlaflow.data.tables import is_list, is_text, read_jsonl, read_parquet, whole_numbers
 from vlaflow.data.video_offsets import REWRITE, require_sound_offsets, seconds
 from vlaflow.errors import DataError
+from vlaflow.ranges import Number
+from vlaflow.text import shown
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,23 @@ class Meta:
         return is_modern(self.info)
 
 
+@dataclass(frozen=True)
+class TaskForm:
+    """A line of meta/tasks.jsonl."""
+
+    task_index: Number
+    task: str
+
+
+@dataclass(frozen=True)
+class EpisodeForm:
+    """A line of meta/episodes.jsonl."""
+
+    episode_index: Number
+    length: Number
+    tasks: tuple[str, ...] | str | None = None
+
+
 def is_modern(info: Mapping[str, Any]) -> bool:
     """Whether several episodes share a file, as from v3.0 on."""
     return str(info["codebase_version"]).startswith("v3")
@@ -126,21 +146,23 @@ def some(numbers: Sequence[int]) -> str:
 def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, Any]], path: Path) -> tuple[str, ...]:
     """Sort the episodes by number, and refuse those that are not numbered; notes about gaps and empty ones."""
     for row in rows:
-        if type(row["episode_index"]) is not int or row["episode_index"] < 0 or type(row["length"]) is not int:
+        if min(row["episode_index"], row["length"]) < 0:
             raise DataError(
-                f"{path} describes an episode with episode_index = {row['episode_index']!r} and length = {row['length']!r}; "
-                f"both must be whole numbers; {REWRITE}"
+                f"{path} describes an episode with episode_index = {row['episode_index']} and length = {row['length']}; "
+                f"neither can be negative; {REWRITE}"
             )
     rows.sort(key=lambda row: row["episode_index"])
     numbers = [row["episode_index"] for row in rows]
     twice = [a for a, b in pairwise(numbers) if a == b]
     if twice:
         raise DataError(f"{root}: meta describes episode {twice[0]} twice; {REWRITE}")
-    if info.get("total_episodes", len(rows)) != len(rows):
-        raise DataError(
-            f"{root}: meta/info.json counts {info['total_episodes']} episodes but {path.relative_to(root)} "
-            f"describes {len(rows)}. The recording was interrupted or copied in part; {REWRITE}"
-        )
+    for what, counted in (("episodes", len(rows)), ("frames", sum(row["length"] for row in rows))):
+        stated = info.get(f"total_{what}")
+        if stated not in (None, counted):
+            raise DataError(
+                f"{root}: meta/info.json counts {stated} {what} but {path.relative_to(root)} describes {counted}. The "
+                f"recording was interrupted or copied in part; {REWRITE}"
+            )
     notes = []
     if numbers and numbers[-1] != len(numbers) - 1:
         first = next(i for i, number in enumerate(numbers) if number != i)
@@ -163,18 +185,22 @@ def _tasks_v3(root: Path) -> tuple[tuple[str, ...], list[Path]]:
         raise DataError(f"{path} needs a column 'task_index' and one with the task in words. Copy the file again.")
     # Converted data sets leave the pandas index unnamed, so the words may be in '__index_level_0__'.
     words = table["task" if "task" in text else text[0]].to_pylist()
-    return _numbered(path, table["task_index"].to_pylist(), words), [path]
+    if None in words:
+        raise DataError(f"{path} has a task without words. Write its instruction there, or copy the file again.")
+    return _numbered(path, whole_numbers(table, "task_index", path).tolist(), words), [path]
 
 
 def _tasks_v2(root: Path) -> tuple[tuple[str, ...], list[Path]]:
     path = root / "meta/tasks.jsonl"
-    rows = read_jsonl(path, ("task_index", "task"))
+    rows = read_jsonl(path, TaskForm)
     return _numbered(path, [row["task_index"] for row in rows], [row["task"] for row in rows]), [path]
 
 
 def _numbered(path: Path, numbers: Sequence[int], words: Sequence[str]) -> tuple[str, ...]:
     if sorted(numbers) != list(range(len(numbers))):
-        raise DataError(f"{path}: task_index must count 0 to {len(numbers) - 1}, found {sorted(numbers)}. Copy the file again.")
+        raise DataError(
+            f"{path}: task_index must count 0 to {len(numbers) - 1}, found {shown(sorted(numbers))}. Copy the file again."
+        )
     return tuple(words[i] for i in np.argsort(np.asarray(numbers, np.int64), kind="stable"))
 
 
@@ -189,23 +215,42 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
         absent = [name for name in needed if name not in table.schema.names]
         if absent:
             raise DataError(f"{path} has no column '{absent[0]}'; {REWRITE}")
-        rows += table.to_pylist()
+        for name in needed:
+            whole_numbers(table, name, path)
+        if "tasks" in table.schema.names and not _are_texts(table.schema.field("tasks").type):
+            raise DataError(f"'tasks' in {path} holds {table.schema.field('tasks').type} instead of texts; {REWRITE}")
+        rows += ({key: value for key, value in row.items() if value is not None} for row in table.to_pylist())
     return rows, paths
+
+
+def _are_texts(kind: pa.DataType) -> bool:
+    """Whether a column holds words, or lists of them; one that is empty throughout has no type."""
+    inner = kind.value_type if is_list(kind) else kind
+    return is_text(inner) or pa.types.is_null(inner)
 
 
 def _episodes_v2(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     path = root / "meta/episodes.jsonl"
-    return read_jsonl(path, ("episode_index", "length")), [path]
+    return read_jsonl(path, EpisodeForm), [path]
+
+
+DATA_V3 = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_V3 = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+DATA_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+VIDEO_V2 = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+
+
+def _template(info: Mapping[str, Any], name: str, usual: str) -> Any:
+    return usual if info.get(name) is None else info[name]
 
 
 def _files_v3(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Mapping[str, Any]) -> EpisodeFiles:
-    data = info.get("data_path") or "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-    video = info.get("video_path") or "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    data, video = _template(info, "data_path", DATA_V3), _template(info, "video_path", VIDEO_V3)
     videos = {}
     for key in keys:
         start = f"videos/{key}/from_timestamp"
         pointers = [row.get(name) for name in (f"videos/{key}/chunk_index", f"videos/{key}/file_index", start)]
-        if None in pointers:
+        if not all(type(pointer) is int and pointer >= 0 for pointer in pointers[:2]) or pointers[2] is None:
             raise DataError(
                 f"Episode {row['episode_index']} of {root} does not say where its video '{key}' is (meta/episodes); {REWRITE}"
             )
@@ -217,9 +262,8 @@ def _files_v3(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Map
 
 def _files_v2(root: Path, info: Mapping[str, Any], keys: Sequence[str], row: Mapping[str, Any]) -> EpisodeFiles:
     index = row["episode_index"]
-    data = info.get("data_path") or "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
-    video = info.get("video_path") or "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
-    where = {"episode_chunk": index // int(info.get("chunks_size", 1000)), "episode_index": index}
+    data, video = _template(info, "data_path", DATA_V2), _template(info, "video_path", VIDEO_V2)
+    where = {"episode_chunk": index // (info.get("chunks_size") or 1000), "episode_index": index}
     videos = {key: (filled(root, "video_path", video, video_key=key, **where), 0.0) for key in keys}
     return EpisodeFiles(filled(root, "data_path", data, **where), videos)
 
@@ -249,7 +293,7 @@ def _located(root: Path) -> dict[int, Path]:
     """The data file that holds each episode's rows, from the rows themselves."""
     found: dict[int, Path] = {}
     for path in sorted((root / "data").rglob("*.parquet")):
-        for number in np.unique(read_parquet(path, ["episode_index"])["episode_index"].to_numpy()).tolist():
+        for number in np.unique(whole_numbers(read_parquet(path, ["episode_index"]), "episode_index", path)).tolist():
             found.setdefault(number, path)
     return found
 
@@ -264,16 +308,17 @@ def _instructions(
     strange: list[int] = []
     for row, one in zip(rows, files, strict=True):
         number, own = row["episode_index"], row.get("tasks") or ()
-        listed = tuple(t for t in ([own] if isinstance(own, str) else own) if t and t.strip())
+        listed = tuple(t for t in ((own,) if isinstance(own, str) else own) if t and t.strip())
         unknown = [name for name in listed if name not in known]
         if not listed or unknown:
             if one.data not in cache:
                 table = read_parquet(one.data, ["episode_index", "task_index"])
-                cache[one.data] = (table["episode_index"].to_numpy(), table["task_index"].to_numpy())
+                numbers = [whole_numbers(table, name, one.data) for name in ("episode_index", "task_index")]
+                cache[one.data] = (numbers[0], numbers[1])
             of_row, task_of_row = cache[one.data]
             found = task_of_row[of_row == number] if modern else task_of_row
             if not len(found) or found.min() < 0 or found.max() >= len(tasks):
-                what = f"names the task '{unknown[0]}', which {_task_table(modern)} lacks" if unknown else "has no task"
+                what = f"names the task {shown(unknown[0])}, which {_task_table(modern)} lacks" if unknown else "has no task"
                 raise DataError(
                     f"Episode {number} of {root} {what}, and its rows' task_index names none either. Write its instruction "
                     f"into {_episode_table(modern)} and {_task_table(modern)}."

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vlaflow.data.features import Feature, width
+from vlaflow.data.features import LARGEST, Feature, width
 from vlaflow.data.lerobot_meta import Meta, some
-from vlaflow.data.tables import damaged, flat_numbers, read_parquet
+from vlaflow.data.tables import flat_numbers, plain_numbers, read_parquet, whole_numbers
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 from vlaflow.errors import DataError
 
@@ -124,16 +124,8 @@ class _Reader:
         return part
 
     def _scalar(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
-        """One number per row; some recorders wrap it in a list of one."""
-        column = table[key]
-        if pa.types.is_nested(column.type):
-            numbers, counts = flat_numbers(column)
-            if (counts != 1).any():
-                raise DataError(f"'{key}' in {path} must hold one number per row. Record the file again.")
-            return numbers if key == "timestamp" else numbers.astype(np.int64)
-        if column.null_count:
-            raise DataError(f"'{key}' in {path} has empty cells. Copy or record the file again.")
-        return column.to_numpy()
+        """One number per row; whole but for the timestamp."""
+        return (plain_numbers if key == KEYS["time"] else whole_numbers)(table, key, path)
 
     def _own_number(self, episode: np.ndarray, number: int, path: Path) -> np.ndarray:
         """Where every episode has a file of its own, the file's number counts."""
@@ -150,9 +142,9 @@ class _Reader:
         """One vector column as float32 (rows, width), refusing rows whose length differs from the declared one."""
         declared, column = width(self.features[key]), table[key]
         try:
-            values, widths = flat_numbers(column)
+            values, widths = flat_numbers(column, switches=self.features[key]["dtype"].startswith("bool"))
         except pa.ArrowException as error:
-            raise damaged(path, error) from error
+            raise DataError(f"'{key}' in {path} cannot be read ({error}). Record the file again.") from error
         wrong = np.flatnonzero(widths != declared)
         if len(wrong) or column.null_count:
             row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(column.is_null().to_numpy())[0])
@@ -171,7 +163,7 @@ class _Reader:
         for path in sorted((self.root / "data").rglob("*.parquet")):
             if path in named:
                 continue
-            found = np.unique(read_parquet(path, ["episode_index"])["episode_index"].to_numpy())
+            found = np.unique(whole_numbers(read_parquet(path, ["episode_index"]), "episode_index", path))
             absent = np.intersect1d(found, np.setdiff1d(self.numbers, rows["episode"]))
             if len(absent):
                 part = self._part(path)
@@ -211,7 +203,7 @@ class _Reader:
         self._note_tasks(rows)
         self._check_times(rows)
         for name, vector in self.vectors.items():
-            bad = ~np.isfinite(rows[name])
+            bad = ~(np.abs(rows[name]) <= LARGEST)
             if bad.any():
                 row, dimension = (int(i) for i in np.argwhere(bad)[0])
                 raise DataError(
@@ -229,7 +221,7 @@ class _Reader:
         rounding = np.abs(rows["time"]) * np.finfo(np.float32).eps
         what = f"disagrees with fps = {self.fps:g} in meta/info.json by {limit_s * 1000:.3g} ms or more"
         cure = "; where frames are to be taken by their number whatever the clock says, give a larger --tolerance-s"
-        self._refuse(rows, off >= limit_s + rounding, "timestamp", what, cure)
+        self._refuse(rows, ~(off < limit_s + rounding), "timestamp", what, cure)  # NaN is no time
         if (off >= TOLERANCE_S + rounding).any():
             row = int(np.argmax(off))
             self.notes.append(

@@ -8,16 +8,16 @@ A checkpoint keeps the ``Reading`` it was trained with, so that calibration and 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from vlaflow.config import from_json
 from vlaflow.data.features import Feature, is_numeric
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.spec import ActionSpec
+from vlaflow.strict import read_object
 
 ACTION, STATE = "action", "observation.state"
 
@@ -80,6 +80,11 @@ class Reading:
             columns.get("action", ()), columns.get("state", ()), tuple(pairs), tolerance_s, read_spec(spec) if spec else None
         )
 
+    def before(self, general: Reading) -> Reading:
+        """What it says, and what a more general one says of everything else."""
+        own = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) not in ((), None)}
+        return replace(general, **own)
+
 
 def read_spec(file: Path) -> ActionSpec:
     """An action spec from a file, as ``vlaflow data spec --out FILE`` writes it.
@@ -87,13 +92,8 @@ def read_spec(file: Path) -> ActionSpec:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as an action spec ({error}). Write one: vlaflow data spec DIR --out {file}"
-        ) from error
-    return from_json(ActionSpec, data, str(file))
+    cure = f"it is no action spec. Write one: vlaflow data spec DIR --out {file}"
+    return from_json(ActionSpec, read_object(file, ConfigError, cure), str(file))
 
 
 @dataclass(frozen=True)

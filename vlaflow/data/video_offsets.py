@@ -7,13 +7,14 @@ video that ends too early) is checked in ``video``.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlaflow.data.video import START_TOLERANCE
 from vlaflow.errors import DataError
+from vlaflow.strict import finite_number
+from vlaflow.text import shown
 
 REWRITE = "copy the meta folder again, or write it again from rows and videos: vlaflow data repair DIR --out NEW"
 """How to get a meta folder that agrees with rows and videos."""
@@ -26,10 +27,10 @@ def seconds(root: Path, row: Mapping[str, Any], column: str) -> float:
         DataError: it is not a finite number, or it is negative.
     """
     value = row[column]
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not finite_number(value) or value < 0:
         raise DataError(
-            f"Episode {row['episode_index']} of {root}: '{column}' is {value!r}; it must be a time ≥ 0 in seconds. Correct it "
-            f"in meta/episodes, {REWRITE}"
+            f"Episode {row['episode_index']} of {root}: '{column}' is {shown(value)}; it must be a time ≥ 0 in seconds. "
+            f"Correct it in meta/episodes, {REWRITE}"
         )
     return float(value)
 

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.strict import MOST_LISTED, read_json, read_lines
+from vlaflow.text import shown
 
 Turns = Literal["all", "first"]
 MARK = "<image>"
@@ -179,25 +181,13 @@ def _file(path: Path) -> Path:
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:
     """Every record, with its location in words."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}). Write it as UTF-8, one JSON record per line.") from error
     if file.suffix == ".json":
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}). Fix the line.") from error
+        records = read_json(file, DataError, "fix it, or write one record per line.", finite=True, most_bytes=MOST_LISTED)
         if not isinstance(records, list):
             raise DataError(f"{file} must be a list of records. Put them in [ ], or one per line into a .jsonl file.")
         yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
         return
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # splitlines would also cut inside a JSON text
-        where = f"{file}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not a JSON record ({error.msg}). Fix the line, or remove it.") from error
+    yield from read_lines(file, DataError, "fix the line, or remove it.", finite=True)
 
 
 def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
@@ -205,7 +195,7 @@ def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
         raise DataError(f"{where}: a record is an object with id, image and conversations, not {type(record).__name__}.")
     name = record.get("id")
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        raise DataError(f"{where}: 'id' must be a string or a number, got {name!r}. Give the record an id.")
+        raise DataError(f"{where}: 'id' must be a string or a number, got {shown(name)}. Give the record an id.")
     images = _images(record.get("image"), where)
     kind, group = (_text(record.get(key, ""), key, where) for key in ("kind", "group"))
     exchanges = list(_exchanges(record.get("conversations"), where))
@@ -213,25 +203,28 @@ def _questions(record: Any, turns: Turns, where: str) -> Iterator[Question]:
     if marks != len(images):
         raise DataError(f"{where}: {len(images)} image(s) and {marks} {MARK} in the human turns. Write one {MARK} per image.")
     earlier: list[str] = []
-    shown = 0
+    images_so_far = 0
     for turn, (human, answer) in enumerate(exchanges[: 1 if turns == "first" else None], 1):
-        shown += human.count(MARK)
+        images_so_far += human.count(MARK)
         words = " ".join(human.replace(MARK, " ").split())
         if not words:
             raise DataError(f"{where}: turn {2 * turn - 1} contains images but no question. Add the question as text.")
         question = "\n".join((*earlier, words))
         earlier += [words, answer]
-        yield Question(f"{name}/{turn}" if len(exchanges) > 1 else str(name), images[:shown], question, answer, kind, group)
+        yield Question(
+            f"{name}/{turn}" if len(exchanges) > 1 else str(name), images[:images_so_far], question, answer, kind, group
+        )
 
 
 def _images(value: Any, where: str) -> tuple[str, ...]:
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, Sequence) or not all(isinstance(path, str) and path for path in paths):
-        raise DataError(f"{where}: 'image' must be a path or a list of paths, got {value!r}.")
+        raise DataError(f"{where}: 'image' must be a path or a list of paths, got {shown(value)}.")
     for path in paths:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise DataError(
-                f"{where}: the image '{path}' lies outside the folder of the data set. Move it next to the file of questions."
+                f"{where}: the image {shown(path)} lies outside the folder of the data set. Move it next to the file "
+                "of questions."
             )
     return tuple(Path(path).as_posix() for path in paths)
 
@@ -239,14 +232,14 @@ def _images(value: Any, where: str) -> tuple[str, ...]:
 def _exchanges(turns: Any, where: str) -> Iterator[tuple[str, str]]:
     """The pairs of question and answer of a conversation."""
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: 'conversations' must be a list of turns, got {turns!r}.")
+        raise DataError(f"{where}: 'conversations' must be a list of turns, got {shown(turns)}.")
     texts: list[str] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
-            raise DataError(f"{where}: turn {number + 1} must be an object with 'from' and 'value', got {turn!r}.")
+            raise DataError(f"{where}: turn {number + 1} must be an object with 'from' and 'value', got {shown(turn)}.")
         expected = SPEAKERS[number % 2]
         if turn["from"] != expected:
-            fault = "an answer before its question" if turn["from"] == "gpt" else f"from {turn['from']!r}"
+            fault = "an answer before its question" if turn["from"] == "gpt" else f"from {shown(turn['from'])}"
             raise DataError(
                 f"{where}: turn {number + 1} is {fault}; human and gpt take turns, human first, so {expected} is expected here."
             )
@@ -263,5 +256,5 @@ def _exchanges(turns: Any, where: str) -> Iterator[tuple[str, str]]:
 
 def _text(value: Any, what: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {what} must be a string, got {value!r}.")
+        raise DataError(f"{where}: {what} must be a string, got {shown(value)}.")
     return value

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vlaflow.data.reading import Reading
 from vlaflow.errors import ConfigError, nearest
 
 Balance = Literal["frames", "datasets", "robots"]
@@ -26,11 +27,13 @@ class DatasetEntry:
         root: folder of a LeRobot data set, or what opens one.
         name: in messages, logs and the checkpoint. Entries of one name are parts of one data set, for instance by robot.
         weight: its share, relative to the others'; None leaves it to the ``Mixture``.
+        reading: names of its columns and cameras; None for those of the training that is continued, else LeRobot's.
     """
 
     root: str
     name: str
     weight: float | None = None
+    reading: Reading | None = None
 
     @staticmethod
     def parse(text: str) -> DatasetEntry:

@@ -68,7 +68,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
     """See the module text."""
 
     def __init__(self, config: AutoregressiveConfig, spec: BackboneSpec) -> None:
-        super().__init__(config, spec, extra=1)
+        super().__init__(config, spec, marked=True)
         self.config = config
         self.begin = self.vocabulary
 

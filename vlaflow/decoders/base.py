@@ -20,8 +20,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.actions.base import Tokenizer
-from vlaflow.actions.bins import BinsTokenizer
-from vlaflow.actions.fast import FastTokenizer
+from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.data.batch import Executed
 from vlaflow.errors import CapabilityError, ConfigError
@@ -270,7 +269,7 @@ class DecoderConfig(Part, ABC):
         """
         return self
 
-    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
+    def with_tokenizer(self, tokenizer: Fit | Fitted) -> Self:
         """The config with this action tokenizer.
 
         Raises:
@@ -327,6 +326,9 @@ class Decoder(nn.Module, ABC, Generic[State]):
 
     def begin_from(self, backbone: Backbone) -> None:
         """Take first values from a backbone's own weights, where the config asks for it; by default none."""
+
+    def forget_values(self) -> None:
+        """Let zeros of the same shape stand for what is computed from values: a dry run has none. By default nothing is."""
 
     @abstractmethod
     def nfe(self, sampling: Sampling) -> int:

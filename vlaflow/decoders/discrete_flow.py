@@ -21,13 +21,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import BackboneSpec, Prefix, RunsLayers
+from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
@@ -180,8 +181,15 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             nn.init.zeros_(self.clock.bias)
         self.rate = nn.Linear(spec.width, 1) if c.velocity == "rate" else None
         if c.velocity == "metric" and c.metric.frozen:
-            self.register_buffer("frozen_VW", self.embedding.weight.detach().clone())
+            self.register_buffer("frozen_VW", self.embedding.weight[: self.vocabulary].detach().clone())
         self._distance: tuple[object, Tensor] | None = None
+
+    @torch.no_grad()
+    def begin_from(self, backbone: Backbone) -> None:
+        """See the base class; frozen distances are those of the rows that the tokens begin with."""
+        super().begin_from(backbone)
+        if self.config.velocity == "metric" and self.config.metric.frozen:
+            self.frozen_VW.copy_(self.embedding.weight[: self.vocabulary])
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -209,12 +217,17 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     def distance(self) -> Tensor:
         """d between all tokens, (V, V), mean 1 off the diagonal; kept until the embeddings change."""
         metric = self.config.metric
-        table_VW = self.frozen_VW if metric.frozen else self.embedding.weight
+        table_VW = self.frozen_VW if metric.frozen else self.embedding.weight[: self.vocabulary]
         key = (table_VW.data_ptr(), table_VW._version, table_VW.device)
         if self._distance is None or self._distance[0] != key:
             with torch.no_grad():
                 self._distance = (key, metric.distance(table_VW))
         return self._distance[1]
+
+    def forget_values(self) -> None:
+        """See ``Decoder``; the distances of tokens are, too."""
+        super().forget_values()
+        self.distance = partial(torch.zeros, self.vocabulary, self.vocabulary)  # type: ignore[method-assign]
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -271,14 +284,16 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         if self.config.attention == "full":
             if len(depths) > 1:
                 raise ConfigError("Full attention has one answer, at full depth; set exits=none or attention='blind'.")
-            return [self.stack.joint(self._embed(id_BS, clock_BS), prefix, depths[0])[0]]
-        return self.stack.exits(self._embed(id_BS, clock_BS), prefix, depths)
+            return [self.without_mark(self.stack.joint(self._embed(id_BS, clock_BS), prefix, depths[0])[0])]
+        hidden = self.stack.exits(self._embed(id_BS, clock_BS), prefix, depths)
+        return [self.without_mark(hidden_BTW) for hidden_BTW in hidden]
 
     def _embed(self, id_BS: Tensor, clock_BS: Tensor) -> Tensor:
         embedded_BSW = self.embedding(id_BS)
-        if self.clock is None:
-            return embedded_BSW
-        return embedded_BSW + self.clock(clock_embedding(clock_BS, embedded_BSW.shape[-1]).to(embedded_BSW.dtype))
+        if self.clock is not None:
+            clock_BSW = self.clock(clock_embedding(clock_BS, embedded_BSW.shape[-1]).to(embedded_BSW.dtype))
+            embedded_BSW = embedded_BSW + clock_BSW
+        return self.behind_mark(embedded_BSW)
 
     # -- inference ---------------------------------------------------------------------------------------------------
 
@@ -366,9 +381,9 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     def _look(self, state: DiscreteFlowState, clock_BS: Tensor, prefix: Prefix) -> tuple[Tensor, DiscreteFlowState]:
         """Hidden states of the present tokens, and the state with the prefix run again where that was due."""
         full = self.config.attention == "full"
-        embedded_BSW = self._embed(state.id_BS, clock_BS)
+        embedded_BTW = self._embed(state.id_BS, clock_BS)
         if not full and state.refresh >= 1:
-            return self.stack(embedded_BSW, prefix), state
+            return self.without_mark(self.stack(embedded_BTW, prefix)), state
         if state.cached_id_BS is None or state.prefix is None:
             due_B = torch.ones(len(state.id_BS), dtype=torch.bool, device=state.id_BS.device)
         else:
@@ -376,20 +391,22 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             due_B = changed_B >= state.refresh if state.refresh == 0 else changed_B > state.refresh
         if not bool(due_B.any()):
             assert state.prefix is not None
-            return self.stack(embedded_BSW, state.prefix), state
+            return self.without_mark(self.stack(embedded_BTW, state.prefix)), state
         row_R = due_B.nonzero()[:, 0]
         depth, part = prefix.depth or prefix.backbone.spec.depth, prefix.restart().select(row_R)
         if full:
-            hidden_RSW, fresh = self.stack.joint(embedded_BSW[row_R], part, depth)
+            hidden_RTW, fresh = self.stack.joint(embedded_BTW[row_R], part, depth)
         else:
             fresh = prefix.backbone.run(part, depth)
-            hidden_RSW = self.stack(embedded_BSW[row_R], fresh)
+            hidden_RTW = self.stack(embedded_BTW[row_R], fresh)
         latest, cached_id_BS = fresh, state.id_BS
         if state.prefix is not None and state.cached_id_BS is not None and len(row_R) < len(state.id_BS):
             layers = zip(state.prefix.kv_cache, fresh.kv_cache, strict=True)
             latest = replace(state.prefix, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
             cached_id_BS = torch.where(due_B[:, None], state.id_BS, state.cached_id_BS)
-            hidden_BSW = self.stack(embedded_BSW, latest).index_copy(0, row_R, hidden_RSW)
+            hidden_BTW = self.stack(embedded_BTW, latest).index_copy(0, row_R, hidden_RTW)
         else:
-            hidden_BSW = hidden_RSW
-        return hidden_BSW, replace(state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=state.refreshed + due_B)
+            hidden_BTW = hidden_RTW
+        return self.without_mark(hidden_BTW), replace(
+            state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=state.refreshed + due_B
+        )

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.actions.bins import BinsTokenizer
-from vlaflow.actions.fast import FastTokenizer
+from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import (
@@ -94,7 +93,7 @@ class LatentFlowConfig(DecoderConfig):
         """Whether the FAST tokenizer is to be fitted first."""
         return self.fast is not None and self.fast.unfitted
 
-    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
+    def with_tokenizer(self, tokenizer: Fit | Fitted) -> Self:
         """The config with this tokenizer.
 
         Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self, TypeVar
 
 import numpy as np
@@ -17,10 +18,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from vlaflow.actions.bins import BinsFit, BinsTokenizer
-from vlaflow.actions.fast import FastFit, FastTokenizer
+from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
-from vlaflow.backbones.language import speaking
+from vlaflow.backbones.language import LanguageBackbone, speaking
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -38,13 +38,17 @@ class TokenConfig(DecoderConfig):
         noise_samples: corruptions of one chunk per observation and training step; they share one prefix.
         text_row: id in the backbone's own vocabulary as whose row action token 0 begins, the following tokens as the rows
             before it (UniVLA and UD-VLA on Emu3: 151 642, the last of the text); None begins at random.
+        marks: ids in the backbone's own vocabulary of a mark in front of the tokens and of one behind them (UniVLA's boa and
+            eoa on Emu3: 151 844 and 151 845): a token that is only read, and the end token, begin as their rows. None: no mark
+            in front, unless the decoder needs one.
     """
 
     action_dim: int
-    tokenizer: FastFit | BinsFit | FastTokenizer | BinsTokenizer
+    tokenizer: Fit | Fitted
     chunk_size: int = 16
     noise_samples: int = 1
     text_row: int | None = None
+    marks: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if min(self.action_dim, self.chunk_size, self.noise_samples) < 1:
@@ -64,7 +68,7 @@ class TokenConfig(DecoderConfig):
         """Whether there is a tokenizer to be fitted first."""
         return self.tokenizer.fitted is None
 
-    def with_tokenizer(self, tokenizer: FastTokenizer | BinsTokenizer) -> Self:
+    def with_tokenizer(self, tokenizer: Fit | Fitted) -> Self:
         """The config with this one."""
         return replace(self, tokenizer=tokenizer)
 
@@ -77,7 +81,7 @@ class TokenConfig(DecoderConfig):
         return replace(self, tokenizer=self.tokenizer.fit(action_NLD))
 
     @property
-    def ready(self) -> FastTokenizer | BinsTokenizer:
+    def ready(self) -> Fitted:
         """The fitted tokenizer.
 
         Raises:
@@ -136,15 +140,19 @@ class TokenDecoder(Decoder[State]):
     Attributes:
         tokenizer: the fitted one.
         embedding: rows of the V action tokens, and of ``extra`` tokens that are only ever read.
+        front: row of the mark in front of the tokens among these; None for no mark.
         head: hidden states to logits over the V action tokens.
     """
 
-    tokenizer: FastTokenizer | BinsTokenizer
+    tokenizer: Fitted
 
-    def __init__(self, config: TokenConfig, spec: BackboneSpec, extra: int = 0) -> None:
+    def __init__(self, config: TokenConfig, spec: BackboneSpec, extra: int = 0, *, marked: bool | None = None) -> None:
         super().__init__()
+        marked = config.marks is not None if marked is None else marked
+        extra += marked
         self.chunk_size, self.action_dim, self.noise_samples = config.chunk_size, config.action_dim, config.noise_samples
-        self.tokenizer, self.text_row = config.ready, config.text_row
+        self.tokenizer, self.text_row, self.marks = config.ready, config.text_row, config.marks
+        self.front = self.tokenizer.vocabulary + extra - 1 if marked else None
         self.stack = SharedStack(spec.width)
         self.embedding = nn.Embedding(self.tokenizer.vocabulary + extra, spec.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -152,24 +160,48 @@ class TokenDecoder(Decoder[State]):
 
     @torch.no_grad()
     def begin_from(self, backbone: Backbone) -> None:
-        """See ``Decoder``: the tables of action tokens as rows of text, for ``text_row``.
+        """See ``Decoder``: the tables of action tokens as rows of text, for ``text_row``, and of ``marks``.
 
         Raises:
             CapabilityError: the backbone has no vocabulary.
             ConfigError: there are not as many rows.
         """
-        if self.text_row is None:
-            return
-        spoken = speaking(backbone)
-        if not self.vocabulary <= self.text_row + 1 <= spoken.vocabulary:
+        if self.text_row is not None:
+            self._begin_as_text(speaking(backbone), self.text_row)
+        if self.marks is not None:
+            self._begin_as_marks(speaking(backbone), self.marks)
+
+    def _begin_as_text(self, spoken: LanguageBackbone, text_row: int) -> None:
+        if not self.vocabulary <= text_row + 1 <= spoken.vocabulary:
             raise ConfigError(
                 f"text_row must lie in {self.vocabulary - 1}..{spoken.vocabulary - 1}, for the tokenizer's vocabulary and the "
-                f"backbone's, got {self.text_row}."
+                f"backbone's, got {text_row}."
             )
-        read_VW, named_VW = spoken.rows(self.text_row - torch.arange(self.vocabulary, device=self.head.weight.device))
+        read_VW, named_VW = spoken.rows(text_row - torch.arange(self.vocabulary))
         self.embedding.weight[: self.vocabulary] = read_VW.to(self.embedding.weight.dtype)
         self.head.weight.copy_(named_VW)
         self.head.bias.zero_()
+
+    def _begin_as_marks(self, spoken: LanguageBackbone, marks: tuple[int, int]) -> None:
+        if not 0 <= min(marks) <= max(marks) < spoken.vocabulary:
+            raise ConfigError(f"marks must lie in 0..{spoken.vocabulary - 1}, the backbone's vocabulary, got {list(marks)}.")
+        read_2W, named_2W = spoken.rows(torch.tensor(marks))
+        if self.front is not None:
+            self.embedding.weight[self.front] = read_2W[0].to(self.embedding.weight.dtype)
+        if self.tokenizer.end is not None:
+            self.embedding.weight[self.tokenizer.end] = read_2W[1].to(self.embedding.weight.dtype)
+            self.head.weight[self.tokenizer.end] = named_2W[1].to(self.head.weight.dtype)
+
+    def behind_mark(self, embedded_BSW: Tensor) -> Tensor:
+        """Embedded tokens with the mark in front of them, where there is one: (B, S or 1 + S, W)."""
+        if self.front is None:
+            return embedded_BSW
+        mark_B1W = self.embedding.weight[self.front].to(embedded_BSW.dtype).expand(len(embedded_BSW), 1, -1)
+        return torch.cat((mark_B1W, embedded_BSW), 1)
+
+    def without_mark(self, hidden_BTW: Tensor) -> Tensor:
+        """Hidden states of the tokens alone, (B, S, W)."""
+        return hidden_BTW if self.front is None else hidden_BTW[:, 1:]
 
     @property
     def vocabulary(self) -> int:
@@ -218,9 +250,14 @@ class TokenDecoder(Decoder[State]):
         """Ids (B, S) of chunks."""
         return torch.from_numpy(self.tokenizer.encode(action_BLD.float().cpu().numpy())).to(action_BLD.device)
 
+    def forget_values(self) -> None:
+        """See ``Decoder``; the ids of chunks are."""
+        self.tokenize = partial(_no_ids, self.slots)  # type: ignore[method-assign]
+
     def hidden(self, id_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Hidden states (B, S, W) at each depth of tokens that all see each other."""
-        return self.stack.exits(self.embedding(id_BS), prefix, depths)
+        hidden = self.stack.exits(self.behind_mark(self.embedding(id_BS)), prefix, depths)
+        return [self.without_mark(hidden_BTW) for hidden_BTW in hidden]
 
     def finish(self, state: State) -> Tensor:
         """The tokens as normalised actions; NaN where the network's scores were no numbers, for every id decodes to a chunk."""
@@ -256,6 +293,10 @@ class TokenDecoder(Decoder[State]):
             )
         id_BS, _ = self.encode(Targets(conditioning.action_BLD, torch.ones_like(conditioning.clock_BL, dtype=torch.bool)))
         return TokenConditioning(id_BS, conditioning.clock_BL.repeat_interleave(self.action_dim, 1))
+
+
+def _no_ids(slots: int, action_BLD: Tensor) -> Tensor:
+    return torch.zeros(len(action_BLD), slots, dtype=torch.long)
 
 
 def cross_entropy(logits_BSV: Tensor, id_BS: Tensor, weight_BS: Tensor) -> Tensor:

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from vlaflow.engine.programs import Program, Run
+from vlaflow.engine.programs import Precision, Program, Run
 from vlaflow.errors import CapabilityError
 
 SUFFIX = ".pt2"
-TUNED = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-"""Weights are packed for the processor's registers, and of several matrix products the fastest here is taken."""
-QUICK: dict[str, object] = {"freezing": True}
-"""Without that search."""
+SETTINGS: Mapping[Precision, Mapping[str, object]] = {
+    "f32": {"freezing": True, "cpp.weight_prepack": False},
+    "bf16": {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"},
+}
+"""In float32 MKL multiplies matrices as ``linear.transposed`` stores them; reordered for oneDNN, few tokens take twice as long
+and a search among generated products three times. In bfloat16 products are generated: starting oneDNN's takes longer than they.
+"""
 
 
 def require_compiler() -> None:
@@ -33,22 +37,20 @@ def require_compiler() -> None:
         )
 
 
-def build(program: Program, file: Path, *, tuned: bool = True) -> None:
+def build(program: Program, file: Path, precision: Precision) -> None:
     """Compile a program into a package.
 
     Args:
         program: what to compile; it runs with as many threads as torch has now.
         file: where to.
-        tuned: search for the fastest matrix products, which takes most of the time.
+        precision: of the products of its linear layers.
     """
     require_compiler()
     import torch._inductor
 
     with torch.no_grad():
         exported = torch.export.export(program.module, program.examples, strict=False)
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(file), inductor_configs=dict(TUNED if tuned else QUICK)
-        )
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=dict(SETTINGS[precision]))
 
 
 def load(file: Path) -> Run:

@@ -19,10 +19,11 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.decoders.model import Model
 from vlaflow.engine import store
 from vlaflow.engine.deployed import DeployedModel
-from vlaflow.engine.fold import folded, in_bfloat16
+from vlaflow.engine.fold import folded
+from vlaflow.engine.linear import in_bfloat16, transposed
 from vlaflow.engine.plan import needed
-from vlaflow.engine.programs import Program, Programs
-from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Precision, Speed
+from vlaflow.engine.programs import Precision, Program, Programs
+from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Speed
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.packages import require
 
@@ -40,7 +41,6 @@ class DeploymentPlan:
         computes: the compute policies whose passes the programs must cover.
         batches: numbers of observations; others are filled up to the next.
         lengths: of instructions, in the processor's units; others are filled up to the next.
-        tuned: search for the fastest matrix products.
     """
 
     compiler: Compiler
@@ -48,7 +48,6 @@ class DeploymentPlan:
     computes: Sequence[ComputePolicy]
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
-    tuned: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def build(
         digests = {}
         for program in listed:
             say(program)
-            digests[str(program.key)] = store.build(program, new, plan.compiler, plan.precision, tuned=plan.tuned)
+            digests[str(program.key)] = store.build(program, new, plan.compiler, plan.precision)
         made = Deployment(
             Identity.here(weights, plan.compiler),
             plan.compiler,
@@ -118,7 +117,7 @@ def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened
     Args:
         model: the networks.
         weights: fingerprint of their checkpoint; called only if this user has any programs.
-        engine: see ``policies.deployment.with_engine``.
+        engine: see ``policies.engines.with_engine``.
 
     Raises:
         DeploymentError: the programs of a compiler that was asked for by name are missing, or were built for something else.
@@ -158,11 +157,12 @@ def _open(model: Model, deployment: Deployment) -> Opened:
 
 
 def _opened(network: Model, deployment: Deployment, programs: Programs) -> Opened:
-    engine = f"{deployment.compiler} {deployment.precision}"
-    return Opened(DeployedModel(network, programs, engine).eval(), deployment.lengths, deployment)
+    return Opened(DeployedModel(network, programs, deployment.engine).eval(), deployment.lengths, deployment)
 
 
 def _network(model: Model, compiler: Compiler, precision: Precision) -> Model:
-    """The folded networks. OpenVINO rounds to bfloat16 by itself."""
+    """The folded networks. OpenVINO orders and rounds matrices by itself."""
     network = folded(model)
-    return in_bfloat16(network) if precision == "bf16" and compiler == "aoti" else network
+    if compiler == "openvino":
+        return network
+    return in_bfloat16(network) if precision == "bf16" else transposed(network)

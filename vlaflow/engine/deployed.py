@@ -22,6 +22,7 @@ from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.flow import FlowDecoder, FlowState
 from vlaflow.decoders.latent_flow import LatentFlowDecoder
 from vlaflow.decoders.model import Model
+from vlaflow.decoders.rater import ConfidenceRater
 from vlaflow.decoders.regression import RegressionDecoder, RegressionState
 from vlaflow.engine import programs
 from vlaflow.flows import gaussian
@@ -39,7 +40,8 @@ class DeployedModel(Model):
     """
 
     def __init__(self, model: Model, deployed: programs.Programs, engine: str) -> None:
-        super().__init__(model.backbone, with_programs(model.decoder, deployed), model.rater, model.depths)
+        rater = None if model.rater is None else DeployedRater(model.rater, deployed)
+        super().__init__(model.backbone, with_programs(model.decoder, deployed), rater, model.depths)
         self.programs, self._engine = deployed, engine
 
     @property
@@ -149,6 +151,27 @@ class DeployedRegression(RegressionDecoder):
         if program is None:
             return super().advance(state, prefix, steps)
         return RegressionState(program(programs.reading_inputs(prefix))[0])
+
+
+class DeployedRater(ConfidenceRater):
+    """A rater that is a program.
+
+    Args:
+        rater: folded; its networks are shared.
+        deployed: the programs.
+    """
+
+    def __init__(self, rater: ConfidenceRater, deployed: programs.Programs) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(rater))
+        self.programs = deployed
+
+    def forward(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:
+        """See ``ConfidenceRater``."""
+        program = self.programs.find(programs.rating_key(prefix))
+        if program is None:
+            return super().forward(prefix, action_BLD)
+        return program([*programs.run_inputs(prefix), action_BLD.contiguous()])[0]
 
 
 @singledispatch

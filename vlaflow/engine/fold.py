@@ -32,31 +32,6 @@ def folded(network: Net) -> Net:
     return cast(Net, copied.requires_grad_(False))
 
 
-def in_bfloat16(network: Net) -> Net:
-    """A copy whose linear layers multiply in bfloat16; sums, norms, attention and what is handed on stay in float32."""
-    copied = copy.deepcopy(network)
-    for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Bfloat16Linear(child))
-    return copied.requires_grad_(False)
-
-
-class Bfloat16Linear(nn.Module):
-    """A linear layer whose product is bfloat16; the bias is added in float32."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(linear.weight.detach().to(torch.bfloat16), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) float32 → (…, out) float32."""
-        product = functional.linear(x.to(torch.bfloat16), self.weight).float()
-        return product if self.bias is None else product + self.bias
-
-
 class TabulatedCodec(nn.Module):
     """An ``ActionCodec`` whose projection is part of the layer that mixes in the clock; what a clock adds there is a table.
 
@@ -114,6 +89,7 @@ def _(block: Block) -> nn.Module:
     block.norm_attention = _into(block.norm_attention, block.qkv)
     ffn = block.ffn
     block.norm_ffn = _into(block.norm_ffn, ffn.up, *([] if ffn.gate is None else [ffn.gate]))
+    block.joined = True
     return block
 
 

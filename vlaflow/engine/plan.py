@@ -56,6 +56,13 @@ def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
             yield Program(programs.run_key(before, upto), module, tuple(programs.run_inputs(before)))
     for depth, draws in sorted(passes.steps):
         yield from steps(model.decoder, backbone, prefix_at(depth, draws))
+    if (rater := model.rater) is None:
+        return
+    for depth, draws in sorted(passes.ratings):
+        prefix = prefix_at(depth, draws)
+        action_BLD = torch.zeros(prefix.batch, model.decoder.chunk_size, model.decoder.action_dim)
+        examples = (*programs.run_inputs(prefix), action_BLD)
+        yield Program(programs.rating_key(prefix), programs.Rate(backbone, rater), examples)
 
 
 @singledispatch

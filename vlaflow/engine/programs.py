@@ -4,6 +4,7 @@
     run      prefix tokens through layers ``start`` … ``upto``, to hidden states and the keys and values of these layers
     step     one Euler step of a flow, or one velocity, through ``upto`` layers
     answer   the chunk of a regression, through ``upto`` layers
+    rate     the rater's confidence in a chunk
 
 Every compute policy is made of these, so one set of programs serves all of them at any number of steps, any grid of clocks and
 with given actions. Shapes are fixed: a batch is filled up to the next program's, an instruction to the next length.
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.decoders.flow import FlowDecoder
+from vlaflow.decoders.rater import ConfidenceRater
 from vlaflow.decoders.regression import RegressionDecoder
 from vlaflow.nn.attention import KeyValues
 
+Precision = Literal["f32", "bf16"]
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 """A program that can be called: contiguous tensors of its shapes in, tensors out."""
 
@@ -42,7 +45,7 @@ class ProgramKey:
         batch: observations, times draws.
     """
 
-    part: Literal["embed", "run", "step", "answer"]
+    part: Literal["embed", "run", "step", "answer", "rate"]
     tokens: int
     start: int
     upto: int
@@ -138,6 +141,18 @@ class AnswerAtOnce(nn.Module):
         return self.decoder.answers(prefix, (prefix.depth,))
 
 
+class Rate(nn.Module):
+    """The rater's confidence."""
+
+    def __init__(self, backbone: Backbone, rater: ConfidenceRater) -> None:
+        super().__init__()
+        self.backbone, self.rater = backbone, rater
+
+    def forward(self, hidden_BPW: Tensor, padding_mask_BP: Tensor, action_BLD: Tensor) -> list[Tensor]:
+        """Confidence (B, L) in normalised actions, on hidden states of the full depth."""
+        return [self.rater(Prefix(self.backbone, hidden_BPW, padding_mask_BP), action_BLD)]
+
+
 def tensors_of(inputs: Inputs) -> list[Tensor]:
     """The tensors of inputs in the order of their fields, images by view."""
     found: list[Tensor] = []
@@ -174,6 +189,11 @@ def run_key(prefix: Prefix, upto: int) -> ProgramKey:
     return ProgramKey("run", prefix.hidden_BPW.shape[1], prefix.depth, upto, prefix.batch)
 
 
+def rating_key(prefix: Prefix) -> ProgramKey:
+    """What rates chunks on this prefix."""
+    return ProgramKey("rate", prefix.hidden_BPW.shape[1], 0, prefix.depth, prefix.batch)
+
+
 def reading_key(part: Literal["step", "answer"], prefix: Prefix) -> ProgramKey:
     """What reads this prefix."""
     key_CGPE = prefix.kv_cache[0].key_CGPE
@@ -181,7 +201,7 @@ def reading_key(part: Literal["step", "answer"], prefix: Prefix) -> ProgramKey:
 
 
 def run_inputs(prefix: Prefix) -> list[Tensor]:
-    """What ``RunLayers`` takes."""
+    """What ``RunLayers`` takes, and the first two arguments of ``Rate``."""
     return [prefix.hidden_BPW.contiguous(), _mask(prefix.padding_mask_BP, prefix.hidden_BPW)]
 
 

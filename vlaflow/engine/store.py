@@ -24,7 +24,7 @@ import torch
 
 from vlaflow.config import from_json, to_json
 from vlaflow.engine import aoti, openvino
-from vlaflow.engine.programs import Program, ProgramKey, Programs, Run
+from vlaflow.engine.programs import Precision, Program, ProgramKey, Programs, Run
 from vlaflow.errors import CheckpointError, DeploymentError
 from vlaflow.io import read_json
 from vlaflow.outputs import make_folder, write_json
@@ -32,7 +32,6 @@ from vlaflow.packages import require
 from vlaflow.versions import machine
 
 Compiler = Literal["aoti", "openvino"]
-Precision = Literal["f32", "bf16"]
 COMPILERS: tuple[Compiler, ...] = ("aoti", "openvino")
 MANIFEST = "manifest.json"
 _ROOMS = ("nn", "flows", "actions", "backbones", "stacks", "decoders", "engine")
@@ -112,6 +111,11 @@ class Deployment:
     programs: dict[str, str]
     measured: Speed | None = None
 
+    @property
+    def engine(self) -> str:
+        """In words, as ``Model.engine``."""
+        return f"{self.compiler} {self.precision}"
+
 
 def root() -> Path:
     """The folder of all programs of this user."""
@@ -188,11 +192,11 @@ def replacing(weights: str, compiler: Compiler) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def build(program: Program, to: Path, compiler: Compiler, precision: Precision, *, tuned: bool = True) -> str:
+def build(program: Program, to: Path, compiler: Compiler, precision: Precision) -> str:
     """Compile a program into a folder; returns its file's SHA-256."""
     file = file_of(to, str(program.key), compiler)
     if compiler == "aoti":
-        aoti.build(program, file, tuned=tuned)
+        aoti.build(program, file, precision)
     else:
         openvino.build(program, file, bf16=precision == "bf16")
     file.chmod(0o600)

@@ -161,7 +161,7 @@ def run(checkpoint: Path, dataset: Path, request: Request, device: str = "cpu", 
         VlaflowError: when checkpoint, data and plan do not fit together, or another data set's calibration has the name.
     """
     policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
-    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint))
+    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint, dataset))
     depths = request.depths or policy.model.depths
     if len(policy.model.depths) < 2:
         raise ConfigError(

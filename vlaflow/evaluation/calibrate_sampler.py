@@ -31,7 +31,8 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
-from vlaflow.policies.provenance import fingerprint, reading_of
+from vlaflow.policies.provenance import fingerprint, mixed_robots, reading_of
+from vlaflow.policies.robots import robot_folder
 from vlaflow.simulators.base import expand_env_names
 from vlaflow.spec import Observation
 from vlaflow.versions import command_line, device_name, machine, versions
@@ -125,7 +126,7 @@ def run(
         VlaflowError: when checkpoint, data, environments and candidates do not fit together, or nothing fits the budget.
     """
     policy, mark = Policy.from_pretrained(checkpoint, device, dtype), fingerprint(checkpoint)
-    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint))
+    data = Dataset.open(dataset, reading=request.reading or reading_of(checkpoint, dataset))
     names = list(request.computes) or candidates(policy.model)
     computes = [parse(name) for name in names]
     for compute in computes:
@@ -186,18 +187,37 @@ def run(
     return made
 
 
-def after_training(checkpoint: Path, dataset: Path, device: str | None = None) -> str:
-    """Calibrate a fresh checkpoint on as many held-out frames as fit into about a minute; returns a sentence about it.
+def after_training(checkpoint: Path, datasets: Sequence[str | Path], device: str | None = None) -> list[str]:
+    """Calibrate a fresh checkpoint on as many held-out frames as fit into about a minute; returns sentences about it.
 
-    A checkpoint without held-out episodes, or too slow for this, stays without a calibration.
+    Of several robots each is calibrated on the first of its data sets, in an equal share of the minute. A checkpoint without
+    held-out episodes, or too slow for this, stays without a calibration.
+
+    Args:
+        checkpoint: what was trained.
+        datasets: on these data sets, in their order.
+        device: where the networks run; a GPU where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy, data = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset, reading=reading_of(checkpoint))
+    robots = mixed_robots(checkpoint)
+    if not robots:
+        return [_calibrated_quickly(checkpoint, Path(datasets[0]), device, QUICK_MS)]
+    first = dict(reversed([*zip(robots, datasets, strict=True)]))
+    share = QUICK_MS / len(first)
+    return [
+        f"{robot}: {_calibrated_quickly(robot_folder(checkpoint, robot), Path(first[robot]), device, share)}"
+        for robot in dict.fromkeys(robots)
+    ]
+
+
+def _calibrated_quickly(checkpoint: Path, dataset: Path, device: str, milliseconds: float) -> str:
+    """``after_training`` of one robot; a sentence about it."""
+    policy, data = Policy.from_pretrained(checkpoint, device), Dataset.open(dataset, reading=reading_of(checkpoint, dataset))
     try:
         frames = sample(policy, data, held_out(checkpoint, data), QUICK_FRAMES)
         names = tuple(candidates(policy.model))
         times = measure_latency(policy, [parse(name) for name in names], _observations(frames, 2), 2, warm_up=1)
-        count = min(QUICK_FRAMES, int(QUICK_MS / sum(time.mean for time in times)))
+        count = min(QUICK_FRAMES, int(milliseconds / sum(time.mean for time in times)))
         if count < BATCH:
             return f"The sampler was not calibrated, which would take more than a minute here. {AGAIN}"
         request = SamplerRequest(names, frames=count, draws=1, latency_chunks=QUICK_CHUNKS)

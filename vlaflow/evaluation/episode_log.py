@@ -23,6 +23,8 @@ from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.outputs import claim, require_writable, storing
 from vlaflow.progress import progress
+from vlaflow.ranges import NotNegative, Number
+from vlaflow.strict import parse, require_form
 
 FILE = "episodes.jsonl"
 FORMAT = "vlaflow episodes 1"
@@ -47,6 +49,19 @@ class Kept(Generic[E]):
     about: Mapping[str, Any]
     finished: Mapping[int, E]
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Header:
+    settings: dict[str, Any]
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    job: Number
+    seconds: NotNegative
+    episode: dict[str, Any]
 
 
 def read_log(file: Path, kind: type[E]) -> Kept[E]:
@@ -76,16 +91,18 @@ def _require_log(file: Path, content: bytes) -> None:
 
 def _parsed(file: Path, kind: type[E], content: bytes) -> Kept[E]:
     _require_log(file, content)
-    first, *lines = content.splitlines()
-    try:
-        header, finished, seconds = json.loads(first), {}, 0.0
-        for line in lines:
-            entry = json.loads(line)
-            finished[int(entry["job"])] = from_json(kind, entry["episode"], str(file))
-            seconds = max(seconds, float(entry["seconds"]))
-        return Kept(header["settings"], header["about"], finished, seconds)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error}). Discard it with --fresh.") from error
+    first, *lines = content.split(b"\n")[:-1]
+    cure = "it is damaged and can only be discarded, with --fresh."
+    header = parse(first, f"{file}, line 1", DataError, cure)
+    require_form(_Header, header, f"{file}, line 1", DataError)
+    finished, seconds = {}, 0.0
+    for number, line in enumerate(lines, 2):
+        where = f"{file}, line {number}"
+        entry = parse(line, where, DataError, cure, finite=True)
+        require_form(_Entry, entry, where, DataError)
+        finished[entry["job"]] = from_json(kind, entry["episode"], where)
+        seconds = max(seconds, float(entry["seconds"]))
+    return Kept(header["settings"], header["about"], finished, seconds)
 
 
 class EpisodeLog(Generic[E]):

@@ -1,80 +1,148 @@
-"""Timing the parts of a chunk on this machine, layer by layer, for budgets in milliseconds."""
+"""Timing the parts of a chunk on this machine, layer by layer, and fitting what chunks cost, for budgets in milliseconds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Generator
+from torch.utils.flop_counter import FlopCounterMode
 
+from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.budget import Profile
+from vlaflow.compute.cost import ChunkWork, CostModel, Work, fit
 from vlaflow.compute.dense import Dense
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
+from vlaflow.spec import Chunk, Observation
 from vlaflow.versions import device_name, machine, versions
 
+FITTED = ((1, 1), (10, 1), (4, 2), (1, 8), (4, 8))
+"""Solver steps and observations of the chunks that a cost is fitted to, at full depth and at the first exit."""
+SAMPLING = Sampling(4)
+"""Of the chunk whose parts are timed."""
 
-def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1) -> Profile:
-    """Time embedding, every layer's prefix and a decoder evaluation at every exit, in turns; medians.
+
+def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1, eager: Policy | None = None) -> Profile:
+    """Time embedding, every layer's prefix and a decoder evaluation at every exit, in turns; medians. Fit what chunks cost.
 
     Args:
         policy: the policy to time.
         checkpoint: fingerprint of its checkpoint.
         rounds: number of measurements of each part, at least 20.
         threads: number of torch threads.
+        eager: the same policy computed eagerly, where ``policy`` is deployed: operations inside programs cannot be counted.
     """
     if rounds < 20:
         raise ConfigError(f"A 99th percentile needs at least 20 rounds, got {rounds}.")
-    model, observation = policy.model.eval(), example(policy)
+    eager, model, observation = eager or policy, policy.model.eval(), example(policy)
     depths = range(1, model.backbone.spec.depth + 1)
-    batch = policy.own(ObservationBatch.collate([observation]))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode(), policy.precision():
-            embedded = policy.embed(batch)
-            prefixes = {depth: model.read(embedded, depth) for depth in depths}
-            sampling = Sampling(4)
-            parts: dict[str, Callable[[], object]] = {"embed": lambda: policy.embed(batch)}
-            for depth in depths:
-                parts[f"prefix {depth}"] = lambda depth=depth: model.read(embedded, depth)  # type: ignore[misc]
-                if depth in model.depths:
-                    parts[f"step {depth}"] = lambda depth=depth: model.decoder.sample(  # type: ignore[misc]
-                        prefixes[depth], [Generator().manual_seed(0)], sampling
-                    )
-            parts["chunk"] = lambda: policy.act(observation, Dense.by(sampling), generator=Generator().manual_seed(0))
-            times: dict[str, list[float]] = {name: [] for name in parts}
-            for turn in range(-3, rounds):
-                for name, part in parts.items():
-                    begin = _now(policy.device)
-                    part()
-                    if turn >= 0:
-                        times[name].append(1e3 * (_now(policy.device) - begin))
+            parts = _parts(policy, observation)
+            parts["chunk"] = acting(policy, Dense.by(SAMPLING), [observation])
+            times = _in_turns(parts, rounds, policy.device)
+            gflop = {name: _gflop(part) for name, part in _parts(eager, observation).items()}
+            nfe = _nfe(eager, observation)
+        cost = fit_cost(policy, observation, max(10, rounds // 4), eager)
     finally:
         torch.set_num_threads(before)
     middle = {name: float(np.median(ms)) for name, ms in times.items()}
-    with torch.inference_mode(), policy.precision():
-        tokens = model.decoder.tokens(model.decoder.solve(prefixes[depths[-1]], [Generator().manual_seed(0)], sampling))
-    each = tokens.nfe[0] if tokens else model.decoder.nfe(sampling)
     full = middle[f"prefix {depths[-1]}"] + middle[f"step {depths[-1]}"]
+
+    def by_depth(values: Mapping[str, float], part: str, times: int = 1) -> tuple[float, ...]:
+        return tuple(values.get(f"{part} {depth}", 0.0) / times for depth in depths)
+
     return Profile(
         checkpoint=checkpoint,
         machine=machine(),
         threads=threads,
         base=max(middle["chunk"] - full, middle["embed"]),
-        prefix=tuple(middle[f"prefix {depth}"] for depth in depths),
-        step=tuple(middle.get(f"step {depth}", 0.0) / each for depth in depths),
+        prefix=by_depth(middle, "prefix"),
+        step=by_depth(middle, "step", nfe),
         jitter=float(np.percentile(times["chunk"], 99)) / middle["chunk"],
         chunks=rounds,
         versions=versions(),
+        work=ChunkWork(gflop["embed"], by_depth(gflop, "prefix"), by_depth(gflop, "step", nfe)),
+        cost=cost,
         device=device_name(str(policy.device)),
         dtype=policy.dtype,
+        engine=model.engine,
     )
+
+
+def fit_cost(policy: Policy, observation: Observation, rounds: int, eager: Policy) -> CostModel:
+    """What chunks of this policy cost here, from chunks of several depths, steps and batches.
+
+    Args:
+        policy: to be timed.
+        observation: that it acts on.
+        rounds: number of measurements of each chunk.
+        eager: see ``profile``.
+    """
+    depths = sorted({policy.model.depths[0], policy.model.backbone.spec.depth})
+    chunks = [(Dense(steps, depth=depth), [observation] * batch) for depth in depths for steps, batch in FITTED]
+    times = _in_turns({str(place): acting(policy, *chunk) for place, chunk in enumerate(chunks)}, rounds, policy.device)
+    return fit([count(eager, *chunk) for chunk in chunks], [float(np.median(each)) for each in times.values()])
+
+
+def count(policy: Policy, compute: ComputePolicy, observations: Sequence[Observation]) -> Work:
+    """What one call of an eager policy computes."""
+    act = acting(policy, compute, observations)
+    return Work(act()[0].layer_passes, _gflop(act))
+
+
+def acting(policy: Policy, compute: ComputePolicy, observations: Sequence[Observation]) -> Callable[[], list[Chunk]]:
+    """A function that acts on these observations, always with the same noise."""
+    return lambda: policy.act(observations, compute, generator=[Generator().manual_seed(0) for _ in observations])
+
+
+def _parts(policy: Policy, observation: Observation) -> dict[str, Callable[[], object]]:
+    """The parts of a chunk by name: "embed", "prefix DEPTH" and, where an exit was trained, all evaluations, "step DEPTH"."""
+    model, batch = policy.model, policy.own(ObservationBatch.collate([observation]))
+    embedded = policy.embed(batch)
+    found: dict[str, Callable[[], object]] = {"embed": lambda: policy.embed(batch)}
+    for depth in range(1, model.backbone.spec.depth + 1):
+        found[f"prefix {depth}"] = lambda depth=depth: model.read(embedded, depth)  # type: ignore[misc]
+        if depth in model.depths:
+            prefix = model.read(embedded, depth)
+            found[f"step {depth}"] = lambda prefix=prefix: model.decoder.sample(  # type: ignore[misc]
+                prefix, [Generator().manual_seed(0)], SAMPLING
+            )
+    return found
+
+
+def _nfe(policy: Policy, observation: Observation) -> int:
+    """Decoder evaluations of ``SAMPLING``; a decoder of tokens may need fewer than steps."""
+    decoder, prefix = policy.model.decoder, policy.encode(policy.own(ObservationBatch.collate([observation])))
+    tokens = decoder.tokens(decoder.solve(prefix, [Generator().manual_seed(0)], SAMPLING))
+    return int(tokens.nfe[0]) if tokens else decoder.nfe(SAMPLING)
+
+
+def _gflop(part: Callable[[], object]) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        part()
+    return float(counter.get_total_flops()) / 1e9
+
+
+def _in_turns(parts: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of every part in every round, after three that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(-3, rounds):
+        for name, part in parts.items():
+            begin = _now(device)
+            part()
+            if turn >= 0:
+                times[name].append(1e3 * (_now(device) - begin))
+    return times
 
 
 def _now(device: torch.device) -> float:

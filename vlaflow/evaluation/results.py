@@ -6,7 +6,6 @@ how they were run. Counting is done here; the formulas are in ``statistics``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +26,8 @@ from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles,
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
 from vlaflow.simulators.base import protocol_limits, step_limit
+from vlaflow.strict import read_json
+from vlaflow.text import shown
 
 T = TypeVar("T")
 FORMAT = "vlaflow results 1"
@@ -415,13 +416,10 @@ def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:
     """
     if not file.exists():
         raise DataError(f"There is no {file}. Write it: {command}")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not valid JSON ({error}); it is damaged. Run the evaluation again.") from error
+    data = read_json(file, DataError, "it is damaged. Run the evaluation again.", finite=True)
     if not isinstance(data, dict) or data.get("format") != expected:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise DataError(f"{file} has format {found!r}, but this version of vlaflow reads {expected!r}.")
+        found = shown(data.get("format")) if isinstance(data, dict) else repr(type(data).__name__)
+        raise DataError(f"{file} has format {found}, but this version of vlaflow reads {expected!r}.")
     return from_json(kind, data, str(file))
 
 

@@ -30,7 +30,6 @@ from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.deployment import open_policy
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.ranges import Count, require_ranges
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
@@ -55,7 +54,7 @@ class RolloutConfig:
         device: where the networks run.
         batch: episodes that a worker plays together, at most; fewer where the simulator keeps fewer environments.
         dtype: what the networks compute in.
-        engine: what computes them (``policies.deployment.with_engine``).
+        engine: what computes them (``policies.engines.with_engine``).
     """
 
     n_action_steps: Count | None = None
@@ -203,7 +202,7 @@ def play_all(
                 progress(len(found), len(jobs))
 
     with one_thread():
-        setup = functools.partial(open_policy, str(folder), config.device, config.dtype, config.engine)
+        setup = functools.partial(Policy.from_pretrained, str(folder), config.device, config.dtype, engine=config.engine)
         together = [EpisodeBlock(tuple(jobs[place] for place in block)) for block in places]
         run_jobs(functools.partial(_play_block, config=config), together, workers, setup=setup, finished=keep)
     return [found[place] for place in range(len(jobs))]

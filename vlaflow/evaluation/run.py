@@ -39,7 +39,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable, storing
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.deployment import open_policy
+from vlaflow.policies.engines import for_budgets
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
@@ -148,7 +148,7 @@ def evaluate(
         render: image quality; use the one the policy was trained with.
         device: where the networks run.
         dtype: what they compute in; "bf16" halves the memory of their layers.
-        engine: what computes them; see ``policies.deployment.with_engine``.
+        engine: what computes them; see ``policies.engines.with_engine``.
         batch: episodes that a process plays together, with one batched call of the policy.
         videos: whether to record a success and a failure per environment.
         workers: processes; 0 plays every episode in this one. Scripts that ask for more need the usual
@@ -381,8 +381,10 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     config = replace(config, computes=config.computes or (default_name(folder),))
     if "auto" in config.computes and (calibration := sampler_choice.load(home)):
         calibration.require_unseen(envs, config.first_seed, config.episodes)
+    engine, knobs = for_budgets(config.rollout.engine, config.computes, config.knobs, home)
+    config = replace(config, knobs=knobs, rollout=replace(config.rollout, engine=engine))
     computes = parse_all(config.computes, config.knobs, home)
-    policy = open_policy(folder, config.rollout.device, config.rollout.dtype, config.rollout.engine)
+    policy = Policy.from_pretrained(folder, config.rollout.device, config.rollout.dtype, engine=config.rollout.engine)
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)

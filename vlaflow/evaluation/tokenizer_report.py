@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from vlaflow.actions.base import Tokenizer
-from vlaflow.actions.bins import BinsFit, BinsTokenizer
-from vlaflow.actions.fast import FastFit, FastTokenizer
+from vlaflow.actions.bins import BinsFit
+from vlaflow.actions.fast import FastFit
+from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.data import stats
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.transforms import Mode, Normalizer
 from vlaflow.data.windows import action_chunks, split_episodes
 from vlaflow.errors import ConfigError, SpecError
 
-Fit = FastFit | BinsFit
 SHOWN = 3
 """Number of tokenizers in the plot of the example chunk; more lines could not be distinguished."""
 CHUNKS = 4000
@@ -142,7 +142,7 @@ def standard_fits() -> tuple[Fit, ...]:
     return (*fast, FastFit(10.0, None), BinsFit(32), BinsFit(64), BinsFit(128), BinsFit(64, "quantile"))
 
 
-def fit(what: Fit, chunks: Material) -> FastTokenizer | BinsTokenizer:
+def fit(what: Fit, chunks: Material) -> Fitted:
     """Fit on the training chunks."""
     return what.fit(chunks.train)
 

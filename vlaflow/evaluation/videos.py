@@ -8,7 +8,6 @@ affected.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from vlaflow.evaluation.rollout import EpisodeBlock, EpisodeJob, EpisodeResult, 
 from vlaflow.outputs import whole_file, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.deployment import open_policy
 from vlaflow.simulators.base import cached
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
+from vlaflow.strict import read_json
 
 FILE = "videos.json"
 FRAMES_PER_SECOND = 15
@@ -116,7 +115,7 @@ def record_videos(
     tasks.sort(key=lambda task: chosen.index(task[2]))
     run = functools.partial(_record_one, folder=str(folder), config=config, size=size)
     with one_thread():
-        setup = functools.partial(open_policy, str(source), config.device, config.dtype, config.engine)
+        setup = functools.partial(Policy.from_pretrained, str(source), config.device, config.dtype, engine=config.engine)
         videos = run_jobs(run, tasks, min(workers, len(tasks)), setup=setup)
     write_json(folder / FILE, [to_json(f) for f in videos], indent=1)
     return videos
@@ -127,10 +126,10 @@ def read_videos(folder: Path) -> list[EpisodeVideo]:
     file = folder / FILE
     if not file.exists():
         return []
-    try:
-        entries = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not valid JSON ({error}). Delete it and run the evaluation again.") from error
+    cure = "delete it and run the evaluation again."
+    entries = read_json(file, DataError, cure, finite=True)
+    if not isinstance(entries, list):
+        raise DataError(f"{file} contains a {type(entries).__name__} instead of a list; {cure}")
     return [from_json(EpisodeVideo, entry, str(file)) for entry in entries]
 
 

@@ -77,7 +77,14 @@ def as_on_gpu() -> Iterator[None]:
         _plain_on_cpu.reset(before)
 
 
-def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None, mask_TS: Tensor | None = None) -> Tensor:
+def attend(
+    query_BHTE: Tensor,
+    own: KeyValues,
+    kv_cache: KeyValues | None = None,
+    mask_TS: Tensor | None = None,
+    *,
+    joined: bool = False,
+) -> Tensor:
     """softmax(q·[k_cache, k_own]ᵀ/√E) [v_cache, v_own], for grouped-query heads and shared caches.
 
     Args:
@@ -85,6 +92,8 @@ def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None
         own: keys and values of the queries' own sequence, batch B; its mask hides padding.
         kv_cache: keys and values of batch C, where B is a multiple of C: with n = B / C, queries b·n … (b+1)·n − 1 use cache b.
         mask_TS: bool (T, S), True where query t may attend to own token s (causal masks); None for full attention.
+        joined: copy a cache that belongs to one sequence each and the own keys together, and multiply plainly: two products,
+            where starting four, or a fused kernel, would take longer than multiplying so few tokens.
 
     Returns:
         (B, H, T, E).
@@ -92,7 +101,11 @@ def attend(query_BHTE: Tensor, own: KeyValues, kv_cache: KeyValues | None = None
     # When training on a CPU in bf16, the backward pass of the fused kernel takes five times as long as plain products; in
     # float32 the fused kernel is a fifth faster (AVX2) or equal (AVX512).
     on_cpu = query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
-    plain = _plain_on_cpu.get() and on_cpu and torch.is_grad_enabled()
+    plain = joined or (_plain_on_cpu.get() and on_cpu and torch.is_grad_enabled())
+    if joined and kv_cache is not None and len(kv_cache.key_CGPE) == len(query_BHTE):
+        cached = kv_cache.key_CGPE.shape[2]
+        mask_TS = None if mask_TS is None else functional.pad(mask_TS, (cached, 0), value=True)
+        own, kv_cache = kv_cache.cat(own), None
     if kv_cache is None and not plain:
         return _fused(query_BHTE, own, mask_TS)
     b, h, t, e = query_BHTE.shape

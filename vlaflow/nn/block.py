@@ -70,11 +70,15 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    Attributes:
+        joined: how it attends (``attend``).
+    """
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.joined = config, False
         c = config
         self.norm_attention = make_norm(c.norm, c.width, c.eps)
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
@@ -108,6 +112,6 @@ class Block(nn.Module):
         if rotate is not None:
             query_BHTE, key_BGTE = rotate(query_BHTE, key_BGTE)
         own = KeyValues(key_BGTE, value_BGTE, padding_mask_BT)
-        mixed_BHTE = attend(query_BHTE, own, kv_cache, mask_TS)
+        mixed_BHTE = attend(query_BHTE, own, kv_cache, mask_TS, joined=self.joined)
         x_BTW = x_BTW + self.out(mixed_BHTE.transpose(1, 2).reshape(b, t, c.heads * c.head_dim))
         return x_BTW + self.ffn(self.norm_ffn(x_BTW)), own

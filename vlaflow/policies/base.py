@@ -38,14 +38,17 @@ from vlaflow.decoders.answers import Answer, greedy
 from vlaflow.decoders.base import Conditioning, LossTerms, Targets
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.engine.deploy import Engine
 from vlaflow.errors import CapabilityError, SpecError
-from vlaflow.io import load_weights, read_json
+from vlaflow.io import read_json
 from vlaflow.nn.precision import Dtype, autocast, round_matrices
+from vlaflow.nn.stored import drawing
 from vlaflow.outputs import write_json, write_text
 from vlaflow.policies.action_prefix import conditioning_of, in_lists
 from vlaflow.policies.adapters import save_merged
 from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
+from vlaflow.policies.engines import with_engine
 from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers, require_views
 from vlaflow.policies.provenance import fingerprint
@@ -100,10 +103,10 @@ class Policy:
                 "decoder.action_dim to the data set's."
             )
         own = self.backbone_processor = self.backbone_processor or c.backbone.processor()
-        self.action_normalizer = c.action_normalizer(self.stats, self.action_spec)
-        state = tuple(c.state_normalizer(r.stats) for r in self.robots.values()) or (c.state_normalizer(self.stats),)
-        action = tuple(c.action_normalizer(r.stats, r.action_spec) for r in self.robots.values()) or (self.action_normalizer,)
-        side = self.robots[self.robot].image_size if self.robot else None
+        acting = self.robots[self.robot] if self.robot else Robot(self.action_spec, dict(self.stats), ())
+        state, action = zip(*(robot.normalizers(c) for robot in self.robots.values() or (acting,)), strict=True)
+        self.action_normalizer = acting.normalizers(c)[1]
+        side = acting.image_size
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
         self.processor = PolicyProcessor(views, Normalizers(state, width), own, c.backbone.input_size.area)
@@ -127,7 +130,7 @@ class Policy:
             folder: of a checkpoint whose tokenizer and image settings it takes; by default those of the backbone's source.
             robots: by name, where there are several.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), drawing():
             torch.manual_seed(seed)
             model = config.build()
         processor = config.backbone.processor(folder)
@@ -332,8 +335,7 @@ class Policy:
         observations, generators, action_prefixes = in_lists(observation, generator, action_prefix)
         conditioning = conditioning_of(self, action_prefixes, guided=guided)
         # Guidance needs gradients, which tensors of the inference mode can never have.
-        guidance = conditioning is not None and conditioning.guidance is not None
-        with torch.no_grad() if guidance else torch.inference_mode(), self.precision():
+        with torch.no_grad() if conditioning and conditioning.guidance else torch.inference_mode(), self.precision():
             made = self._decode(observations, compute or self.default_compute, generators, conditioning)
         for chunk, known in zip(made, action_prefixes, strict=True):
             if known is not None:
@@ -378,8 +380,7 @@ class Policy:
         words = self.processor.backbone
         with self.precision():
             made = greedy(self.embed(observation), words.end_id, limit)
-        pairs = zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)
-        return [Answer(text, ended) for text, ended in pairs]
+        return [Answer(*pair) for pair in zip(words.answer_texts(made.id_BT), made.ended_B.tolist(), strict=True)]
 
     def to_robot(self, action_BLD: Tensor) -> np.ndarray:
         """Normalised actions (B, L, D) in robot units, not clipped: the dimensions and steps that the robot has."""
@@ -413,7 +414,9 @@ class Policy:
         self.processor.backbone.save(folder)
 
     @staticmethod
-    def from_pretrained(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None) -> Policy:
+    def from_pretrained(
+        path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", robot: str | None = None, engine: Engine = "eager"
+    ) -> Policy:
         """Open a checkpoint folder (or, where it is no folder, a Hugging Face repository id).
 
         Args:
@@ -421,14 +424,15 @@ class Policy:
             device: where the networks run.
             dtype: what they compute in; "bf16" halves the memory of their layers (docs/performance.md).
             robot: which one to act for, where it was trained for several.
+            engine: what computes it (``engines.with_engine``).
 
         Raises:
             CheckpointError: for missing or damaged files, or weights that do not fit the config.
             ConfigError: several robots and no choice, or none of this name.
         """
-        folder = local_folder(path)
-        home = home_of(folder)
-        return Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
+        home = home_of(folder := local_folder(path))
+        opened = Policy.of_all_robots(home, device, dtype).for_robot(folder.name if robot is None and home != folder else robot)
+        return with_engine(opened, engine)
 
     @staticmethod
     def of_all_robots(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32") -> Policy:
@@ -437,11 +441,9 @@ class Policy:
         written = {key: value for key, value in read_json(folder / "config.json").items() if key != "vlaflow"}
         config = from_json(PolicyConfig, written, str(folder / "config.json"))
         action_spec, stats, robots = read_robots(folder)
-        with torch.random.fork_rng(devices=[]):
-            model = config.build()
-        load_weights(model, folder / "model.safetensors")
+        model = config.opened(folder / "model.safetensors", device)
         if dtype == "bf16":
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
         text = card.read_text() if card.exists() else ""
-        return Policy(config, action_spec, stats, model.to(device).eval(), text, processor, folder, dtype, robots)
+        return Policy(config, action_spec, stats, model.eval(), text, processor, folder, dtype, robots)

@@ -1,6 +1,6 @@
-"""Policies computed by programs: opening them, and building the programs.
+"""Building a checkpoint's programs: they are compared with the eager chunks, and timed next to these, before they are kept.
 
-``build`` compares programs with the eager chunks, and times them next to these, before it keeps them.
+``engines`` opens what was built.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,10 @@ from vlaflow.backbones.inputs import Inputs
 from vlaflow.compute.base import ComputePolicy, Stopwatch
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.engine import deploy
-from vlaflow.engine.deploy import TOLERANCE, DeploymentPlan, Engine, Opened
+from vlaflow.engine.deploy import TOLERANCE, DeploymentPlan, Opened
 from vlaflow.engine.programs import Program
 from vlaflow.engine.store import Deployment, Speed
-from vlaflow.errors import CapabilityError, DeploymentError
-from vlaflow.nn.precision import Dtype
+from vlaflow.errors import DeploymentError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.policies.provenance import fingerprint
@@ -31,32 +29,6 @@ from vlaflow.spec import Observation
 
 ROUNDS = 40
 """Chunks of each kind that are timed, in turns."""
-
-
-def open_policy(path: Path | str, device: str = "cpu", dtype: Dtype = "fp32", engine: Engine = "auto") -> Policy:
-    """A checkpoint, opened as ``Policy.from_pretrained`` does and computed as ``with_engine`` says."""
-    return with_engine(Policy.from_pretrained(path, device, dtype), engine)
-
-
-def with_engine(policy: Policy, engine: Engine) -> Policy:
-    """The policy, computed by programs that ``vlaflow deploy`` built of its checkpoint on this machine.
-
-    Args:
-        policy: opened from a folder.
-        engine: "eager" for no programs; "aoti" or "openvino" for those of this compiler; "auto" for the fastest there is.
-
-    Raises:
-        CapabilityError: the policy is not on the CPU, or was opened in bfloat16; not for "auto", which stays eager.
-        DeploymentError: they were not built, or for something else; not for "auto", which warns and stays eager.
-    """
-    if engine == "eager" or policy.folder is None or (engine == "auto" and policy.dtype != "fp32"):
-        return policy
-    if policy.dtype != "fp32":
-        raise CapabilityError("Programs have a precision of their own (vlaflow deploy --precision); leave --dtype out.")
-    found = deploy.deployed(policy.model, partial(fingerprint, policy.folder), engine)
-    if found is None:
-        return policy
-    return replace(policy, model=found.model, backbone_processor=policy.processor.backbone.bucketed(found.lengths))
 
 
 def default_lengths(policy: Policy) -> tuple[int, ...]:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
-from vlaflow.decoders.base import Targets
-from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
-from vlaflow.decoders.model import Model
+from vlaflow.decoders.base import Decoder, Targets
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.decoders.tokens import TokenDecoder
 from vlaflow.policies.base import PolicyConfig
 
 CHUNKS = 256
@@ -53,7 +49,9 @@ def acting(config: PolicyConfig, side: int) -> DryRun:
         side: of the pictures in pixels.
     """
     model = _without_weights(config).build()
-    _forget_values(model)
+    for part in model.modules():
+        if isinstance(part, Decoder):
+            part.forget_values()
     exits = None
     if config.exits is not None and config.exits.choose == "all":  # of random exits the deepest needs the most
         exits = config.exits.depths
@@ -95,19 +93,6 @@ def picturing(config: LatentConfig) -> DryRun:
         return model(frame_BHW3, frame_BHW3, Generator()).later_BHW3.square().mean()
 
     return DryRun(model, model, 1, loss, lambda batch: 0)
-
-
-def _forget_values(model: Model) -> None:
-    """Replace what decoders of tokens compute from values, which are not there, by zeros of the same shape."""
-    for part in model.modules():
-        if isinstance(part, TokenDecoder):
-            part.tokenize = partial(_no_ids, part.slots)  # type: ignore[method-assign]
-        if isinstance(part, DiscreteFlowDecoder):
-            part.distance = partial(torch.zeros, part.vocabulary, part.vocabulary)  # type: ignore[method-assign]
-
-
-def _no_ids(slots: int, action_BLD: Tensor) -> Tensor:
-    return torch.zeros(len(action_BLD), slots, dtype=torch.long)
 
 
 def _without_weights(config: PolicyConfig) -> PolicyConfig:

@@ -12,25 +12,29 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import torch
 
+from vlaflow.config import to_json
 from vlaflow.data.check import about_jitter
 from vlaflow.data.common import CommonShape
 from vlaflow.data.filters import filtered
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed, Order
+from vlaflow.data.reading import Reading
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.weights import DatasetEntry, Member, weights_of
 from vlaflow.data.windows import Windows, action_chunks
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.policies.acting import chunks_of, policy_frames, print_exclusions, require_readable, stated_spec
 from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.policies.policy_config import Normalisation
+from vlaflow.policies.provenance import READING
 from vlaflow.policies.recipe import Base, Objective, OpenedDataset, Setup, TrainConfig
 from vlaflow.policies.robots import Robot
 from vlaflow.policies.stages import CoTraining, Stage
@@ -55,6 +59,12 @@ class Robots:
     def robot(self, number: int) -> Robot:
         """That of one data set."""
         return list(self.by_name.values())[self.of[number]]
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each data set's robot."""
+        by_place = list(self.by_name)
+        return [by_place[place] for place in self.of]
 
 
 def timed(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> PolicyConfig:
@@ -90,10 +100,36 @@ def robots_of(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[Open
         steps = policy.decoder.chunk_size if config.chunk_s is None else steps_of(config.chunk_s, spec.rate_hz)
         stats = pooled([datasets[number].dataset for number in members], config)
         name = re.sub(r"[^\w.-]+", "-", first.entry.name if first.entry.name not in by_name else first.label)
-        by_name[name] = Robot(spec.with_chunk_size(steps), stats, views[first.label], side)
+        own = normalisation_of([datasets[number] for number in members], config)
+        by_name[name] = Robot(spec.with_chunk_size(steps), stats, views[first.label], side, own)
         for number in members:
             of[number] = place
+    require_used(config, datasets, len(by_name))
     return Robots(by_name, tuple(of))
+
+
+def normalisation_of(members: Sequence[OpenedDataset], config: TrainConfig) -> Normalisation:
+    """What the config says of one robot's data sets by name.
+
+    Raises:
+        ConfigError: of two of them, different things.
+    """
+    stated = {each.entry.name: own for each in members if (own := config.normalisation.get(each.entry.name))}
+    if len(set(stated.values())) > 1:
+        names = " and ".join(f"'{name}'" for name in stated)
+        raise ConfigError(f"{names} are data of one robot, whose numbers are normalised in one way; set normalisation for one.")
+    return next(iter(stated.values()), Normalisation())
+
+
+def require_used(config: TrainConfig, datasets: Sequence[OpenedDataset], robots: int) -> None:
+    """Refuse a normalisation by data set that would have no effect, with a ``ConfigError``."""
+    names = [each.entry.name for each in datasets]
+    for name, own in config.normalisation.items():
+        if name not in names:
+            raise ConfigError(f"normalisation.{name} is about a data set that is not given; {nearest(name, names)}")
+        if robots == 1 and own != Normalisation():
+            key = next(f.name for f in fields(own) if getattr(own, f.name) != "same")
+            raise ConfigError(f"There is only one robot, so normalisation is set without a name: --set policy.{key}=...")
 
 
 def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
@@ -209,8 +245,8 @@ def samples_of(
     if len(datasets) == 1 and not policy.robots:
         (only,) = train.values()
         return Samples(only, next(iter(held.values()), None), partial(Order, nearby=only.nearby()), {}, {})
-    names = list(robots.by_name)
-    members = [Member(each.entry, names[of], len(train[each.label])) for each, of in zip(datasets, robots.of, strict=True)]
+    named = zip(datasets, robots.names, strict=True)
+    members = [Member(each.entry, name, len(train[each.label])) for each, name in named]
     weights = dict(zip(train, weights_of(members, config.mixture), strict=True))
     place = dict(zip(train, robots.of, strict=True))
     mixed = Mixed(train, weights, policy.shape, place, {name: part.nearby() for name, part in train.items()})
@@ -231,7 +267,7 @@ def normalised_chunks(
         robot = robots.robot(number)
         steps = robot.action_spec.chunk_size or decoder.chunk_size
         chunk_NLD = torch.from_numpy(action_chunks(each.dataset, steps, config.episodes(each.dataset)[0]))
-        made.append(shape.chunk(policy.action_normalizer(robot.stats, robot.action_spec).forward(chunk_NLD)))
+        made.append(shape.chunk(robot.normalizers(policy)[1].forward(chunk_NLD)))
     return torch.cat(made).numpy()
 
 
@@ -252,15 +288,27 @@ def report_jitter(datasets: Sequence[OpenedDataset], robots: Robots) -> None:
                 sys.stderr.write(f"{before}{sentence}\n")
 
 
-def mixture_identity(datasets: Sequence[OpenedDataset], samples: Samples) -> dict[str, Any]:
-    """What a run on several data sets records about them, JSON data; nothing for one data set."""
-    if len(datasets) == 1:
+def mixture_identity(datasets: Sequence[OpenedDataset], samples: Samples, robots: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run on several data sets, or for several robots, records about them, JSON data; nothing for others.
+
+    Args:
+        datasets: one or several.
+        samples: theirs.
+        robots: of each data set; empty where the checkpoint does not tell robots apart.
+    """
+    if not samples.weights:
         return {}
-    return {
-        "mixture": [
-            {"name": each.label, "data": each.dataset.fingerprint, "weight": samples.weights[each.label]} for each in datasets
-        ]
-    }
+    named = robots or [""] * len(datasets)
+    members = []
+    for each, robot in zip(datasets, named, strict=True):
+        about = {"name": each.label, "data": each.dataset.fingerprint, "weight": samples.weights[each.label], "robot": robot}
+        members.append(about | read_as(each.dataset))
+    return {"mixture": members}
+
+
+def read_as(dataset: Dataset) -> dict[str, Any]:
+    """How a data set was read, for the run's record; nothing where it has LeRobot's names."""
+    return {} if dataset.reading == Reading() else {READING: to_json(dataset.reading)}
 
 
 def combined_fingerprint(datasets: Sequence[OpenedDataset]) -> str:

@@ -10,11 +10,12 @@ Each says what it needs, builds its networks and samples, and describes the chec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vlaflow.actions.io import load_tokenizer
+from vlaflow.actions.io import named_tokenizer
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
 from vlaflow.backbones.base import InputSize
@@ -25,6 +26,7 @@ from vlaflow.data.reading import Reading
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
+from vlaflow.nn.stored import is_shared_later, lay_as, without_memory
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
@@ -61,6 +63,7 @@ class PolicyObjective(Objective):
 
     policy: PolicyConfig
     vqa: VqaTraining | None = None
+    reads_rows: ClassVar[bool] = True
 
     @property
     def names_codes(self) -> bool:
@@ -116,7 +119,7 @@ class PolicyObjective(Objective):
     def set_up_several(self, config: TrainConfig, datasets: Sequence[OpenedDataset], assets: Assets) -> Setup:
         """See ``Objective``."""
         if assets.base is None:
-            objective = replace(self, policy=timed(self.policy, config, datasets))
+            objective = self.timed(config, datasets)
             robots = robots_of(objective.policy, config, datasets)
             report_jitter(datasets, robots)
             policy, objective = objective._created(config, datasets, robots, assets.tokenizer)
@@ -142,7 +145,7 @@ class PolicyObjective(Objective):
             stage = AnsweringStage(stage, policy, self.vqa.weight)
             identity["vqa"] = to_json(trained)
             sources = {"VQA": line, **sources}
-        identity |= mixture_identity(datasets, samples)
+        identity |= mixture_identity(datasets, samples, robots.names if policy.robots else ())
 
         def card(training: Sequence[str]) -> str:
             what = "Further training of the policy"
@@ -150,10 +153,14 @@ class PolicyObjective(Objective):
 
         return samples.setup(objective, stage, vqa, identity, card)
 
+    def timed(self, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> PolicyObjective:
+        """See ``Objective``."""
+        return replace(self, policy=timed(self.policy, config, datasets))
+
     def create(self, config: TrainConfig, dataset: Dataset) -> Policy:
         """A new policy for a data set: normalisation and tokenizer fitted on its training episodes; no image is read."""
         datasets = [alone(dataset)]
-        objective = replace(self, policy=timed(self.policy, config, datasets))
+        objective = self.timed(config, datasets)
         return objective._created(config, datasets, robots_of(objective.policy, config, datasets), None)[0]
 
     def _created(
@@ -172,6 +179,8 @@ class PolicyObjective(Objective):
                 f"{base.path} has a confidence rater, which would not fit the policy that comes of it; give --policy the "
                 "checkpoint that the rater was trained for, and train another rater afterwards."
             )
+        if config.normalisation:
+            raise ConfigError(f"{base.path} keeps how its robots are normalised; leave normalisation out.")
         for key in ("state_normalisation", "action_normalisation", "state_clip", "action_clip", "kept_actions"):
             ours, theirs = getattr(self.policy, key), getattr(base.policy.config, key)
             if ours != theirs:
@@ -181,10 +190,13 @@ class PolicyObjective(Objective):
                 )
         require_same_model(run_of(base.folder).get("latent"), latent, base.path)
         own = base.policy
-        created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder, robots=own.robots)
+        with without_memory() if is_shared_later() else nullcontext():
+            created = Policy.create(self.policy, own.action_spec, own.stats, config.seed, folder=base.folder, robots=own.robots)
         further = replace(created, card=own.card)
         try:
             further.model.load_state_dict(base.policy.model.state_dict())
+            if is_shared_later():
+                lay_as(further.model, base.policy.model)
         except RuntimeError as error:
             raise ConfigError(
                 f"The networks of this config are not those of {base.path}, so they cannot start from its weights "
@@ -198,8 +210,8 @@ class PolicyObjective(Objective):
         """The assembly with the given tokenizer, or one fitted on the training episodes where its decoder needs one."""
         decoder, mode = self.policy.decoder, self.policy.action_normalisation
         if file is not None:
-            decoder = decoder.with_tokenizer(load_tokenizer(Path(file), mode))
-        elif decoder.unfitted:
+            decoder = decoder.with_tokenizer(named_tokenizer(file, mode))
+        if decoder.unfitted:
             decoder = decoder.fitted(normalised_chunks(self.policy, config, datasets, robots))
         return replace(self.policy, decoder=decoder)
 
@@ -263,7 +275,8 @@ class RaterObjective(Objective):
         def card(training: Sequence[str]) -> str:
             return policy_card(policy, datasets, training, "Training of the confidence rater", weights=samples.weights)
 
-        identity = base.identity() | mixture_identity(datasets, samples)
+        known = robots.names if policy.robots else ()
+        identity = base.identity() | mixture_identity(datasets, samples, known)
         return samples.setup(self, RaterStage(policy), None, identity, card)
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
 
 from vlaflow.backbones.base import BackboneConfig
 from vlaflow.data.stats import FeatureStats
@@ -13,7 +18,26 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
+from vlaflow.io import load_weights, require_fits
+from vlaflow.nn.stored import is_shared_later, lay, require_same, stored_in, without_memory
 from vlaflow.spec import ActionSpec
+
+Same = Literal["same"]
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How the numbers of one of several robots are normalised; "same" is as the policy's config says for all.
+
+    Args:
+        state_normalisation, action_normalisation, state_clip, action_clip, kept_actions: as in ``PolicyConfig``.
+    """
+
+    state_normalisation: Mode | Same = "same"
+    action_normalisation: Mode | Same = "same"
+    state_clip: float | Same | None = "same"
+    action_clip: float | Same | None = "same"
+    kept_actions: tuple[str, ...] | Same = "same"
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,11 @@ class PolicyConfig:
                 f"n_action_steps must lie in 1..{self.decoder.chunk_size} (the chunk size), got {self.n_action_steps}."
             )
 
+    def normalised_as(self, own: Normalisation) -> PolicyConfig:
+        """The same assembly with the normalisation of one of its robots."""
+        stated = {f.name: getattr(own, f.name) for f in fields(own)}
+        return replace(self, **{name: value for name, value in stated.items() if value != "same"})
+
     def state_normalizer(self, stats: Mapping[str, FeatureStats]) -> Normalizer:
         """Of a robot's state, by the statistics of its data."""
         return Normalizer.from_stats(stats["state"], self.state_normalisation).limited(self.state_clip)
@@ -71,3 +100,26 @@ class PolicyConfig:
         decoder.begin_from(backbone)
         rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
+
+    def opened(self, file: Path, device: str) -> Model:
+        """The networks with a checkpoint's weights, which are read later where processes are going to share them.
+
+        Args:
+            file: ``model.safetensors``.
+            device: where the networks run; not looked at where they are read later.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or does not fit the config.
+        """
+        later = is_shared_later()
+        if not later:
+            require_fits(self.build, file)
+        with torch.random.fork_rng(devices=[]), without_memory() if later else nullcontext():
+            model = self.build()
+        if later:
+            places = stored_in([file])
+            require_same(model, places, file)
+            lay(model, places)
+            return model
+        load_weights(model, file)
+        return model.to(device)

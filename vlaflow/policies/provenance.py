@@ -65,10 +65,27 @@ def run_of(folder: Path) -> dict[str, Any]:
     return {} if found is None else read_json(found[1] / STATE).get("run", {})
 
 
-def reading_of(folder: Path) -> Reading | None:
-    """How the data set of a checkpoint's training was read; None where it has LeRobot's names, or nothing is known."""
-    stated = run_of(folder).get(READING)
-    return None if stated is None else from_json(Reading, stated, str(folder))
+def reading_of(folder: Path, root: Path | str) -> Reading | None:
+    """How a data set was read in a checkpoint's training; None where it has LeRobot's names, or nothing is known.
+
+    Args:
+        folder: of the checkpoint, or of one of its robots.
+        root: the data set; a new one is read like that of the training or, of several, like the first one of the robot.
+    """
+    run = run_of(folder)
+    members = run.get("mixture") or [run]
+    stated = [None if READING not in each else from_json(Reading, each[READING], str(folder)) for each in members]
+    if all(each == stated[0] for each in stated):
+        return stated[0]
+    content = Dataset.open(root, video=True).fingerprint
+    robot = folder.name if folder != home_of(folder) else None
+    ranked = sorted(zip(members, stated, strict=True), key=lambda pair: (pair[0]["data"] != content, pair[0]["robot"] != robot))
+    return ranked[0][1]
+
+
+def mixed_robots(folder: Path) -> list[str]:
+    """The robot of each data set of a checkpoint's training, in their order; empty for a policy of one robot."""
+    return [each["robot"] for each in run_of(folder).get("mixture", ()) if each["robot"]]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.dry_run import DryRun
+from vlaflow.policies.parts import require_even
+from vlaflow.policies.policy_config import Normalisation
 from vlaflow.policies.provenance import ancestry, fingerprint
 from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.ranges import Count, Fraction, NotNegative, Number, Seed, Share
@@ -53,19 +55,20 @@ class DataSpec:
     no_action: str = "The data set has none; choose another one."
 
     @staticmethod
-    def of(*roots: Path | str, reading: Reading | None = None) -> DataSpec:
+    def of(*datasets: Path | str | DatasetEntry) -> DataSpec:
         """Of data sets on disk; only their meta folders are read.
 
         Raises:
             DataError: not a data set, or one without a camera.
         """
-        found = [DataSpec._of_one(root, reading) for root in roots]
+        found = [DataSpec._of_one(each) for each in datasets]
         views = dict.fromkeys(view for each in found for view in each.views)
         state, action = max(each.state_dim for each in found), max(each.action_dim for each in found)
         return DataSpec(state, action, tuple(views), found[0].no_action)
 
     @staticmethod
-    def _of_one(root: Path | str, reading: Reading | None) -> DataSpec:
+    def _of_one(given: Path | str | DatasetEntry) -> DataSpec:
+        root, reading = (given.root, given.reading) if isinstance(given, DatasetEntry) else (given, None)
         dataset = Dataset.open(root, video=True, reading=reading)
         if not dataset.views:
             raise DataError(f"{dataset.root} has no camera. Choose a data set with at least one view.")
@@ -237,6 +240,9 @@ class Objective(ABC):
 
     makes: ClassVar[Literal["policy", "latent"]] = "policy"
     """What its checkpoint is to the later stages of a pipeline."""
+    reads_rows: ClassVar[bool] = False
+    """Whether processes that share its networks may read their own rows of pretrained weights instead of all of them: all of
+    its networks train, and nothing looks at their weights before (``nn.stored``)."""
 
     @property
     def names_codes(self) -> bool:
@@ -293,6 +299,10 @@ class Objective(ABC):
             ConfigError: it needs a policy to continue.
         """
         raise CapabilityError(f"{type(self).__name__} does not say what its training step computes (dry_run).")
+
+    def timed(self, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> Self:
+        """The objective with chunks of the config's duration at the data sets' rates; by default as it is."""
+        return self
 
     @abstractmethod
     def open(self, root: Path | str, reading: Reading | None = None) -> Dataset:
@@ -354,6 +364,7 @@ class TrainConfig:
         hold_out_tasks: instructions whose episodes are all held out, in place of that share.
         mixture: how several data sets share the samples of a step; nothing for one.
         frames: where frames come from: a cache of raw ones or of JPEGs, or a stream, which decodes them as they are needed.
+        normalisation: of the robots of several data sets, by a data set's name, where it differs from the policy's.
         chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
             of the policy, whatever the rate.
         validate_every, checkpoint_every: steps.
@@ -380,6 +391,7 @@ class TrainConfig:
     hold_out_tasks: tuple[str, ...] = ()
     mixture: Mixture = field(default_factory=Mixture)
     frames: FrameStorage = "raw"
+    normalisation: dict[str, Normalisation] = field(default_factory=dict)
     chunk_s: float | None = None
     validate_every: int = 250
     checkpoint_every: int = 500
@@ -420,25 +432,3 @@ class TrainConfig:
         why = f"accumulate {self.accumulate}" + (f" on {processes} processes" if processes > 1 else "")
         require_even(self.global_batch_size, parts, "global_batch_size", why, before)
         return parts
-
-
-def require_even(size: int, parts: int, key: str, why: str, before: int = 1) -> None:
-    """Refuse a step that cannot be split into parts of equal size.
-
-    Args:
-        size: samples per step.
-        parts: that it is split into.
-        key: of the size in the config.
-        why: reason for the number of parts.
-        before: parts of an earlier attempt of the run, whose size can no longer be changed.
-
-    Raises:
-        ConfigError: with the nearest size that can be split, or the numbers of processes that a begun run can continue on.
-    """
-    if not size % parts:
-        return
-    near = max((size + parts // 2) // parts, 1) * parts
-    cure = f"The nearest size that can is {near}: --set {key}={near}"
-    if before > 1:
-        cure = f"Continue the run on a number of processes that divides {before}"
-    raise ConfigError(f"A step of {size} samples ({key}) cannot be split evenly into {parts} parts ({why}). {cure}.")

@@ -10,18 +10,29 @@ own. So whatever takes a checkpoint takes ``CKPT/robots/NAME``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlaflow.config import from_json, to_json
 from vlaflow.data.stats import FeatureStats
-from vlaflow.errors import ConfigError, nearest
+from vlaflow.data.transforms import Normalizer
+from vlaflow.errors import CheckpointError, ConfigError, nearest
 from vlaflow.io import read_json
 from vlaflow.outputs import write_json
 from vlaflow.policies.checkpoint import ROBOT, local_folder
+from vlaflow.policies.policy_config import Normalisation, PolicyConfig
 from vlaflow.spec import ActionSpec
+from vlaflow.strict import require_form
+from vlaflow.text import shown
 
 FILE, FOLDER = "robots.json", "robots"
+
+
+@dataclass(frozen=True)
+class RobotNames:
+    """The content of ``robots.json``."""
+
+    robots: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,19 @@ class Robot:
         views: the views that its training data have, of those that the policy looks at. An observation must have them; the
             policy's other views are hidden.
         image_size: side in pixels that images had in training, where the backbone takes any; None for those of the data.
+        normalisation: of its numbers, where it differs from other robots'.
     """
 
     action_spec: ActionSpec
     stats: dict[str, FeatureStats]
     views: tuple[str, ...]
     image_size: int | None = None
+    normalisation: Normalisation = field(default_factory=Normalisation)
+
+    def normalizers(self, config: PolicyConfig) -> tuple[Normalizer, Normalizer]:
+        """Of its state and its actions, in a policy of this config."""
+        own = config.normalised_as(self.normalisation)
+        return own.state_normalizer(self.stats), own.action_normalizer(self.stats, self.action_spec)
 
 
 def chosen_robot(robots: Mapping[str, Robot], name: str | None, where: str) -> str | None:
@@ -107,10 +125,16 @@ def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], d
     """
     if (folder / FILE).exists():
         robots = {}
-        for name in read_json(folder / FILE)["robots"]:
+        listed = read_json(folder / FILE)
+        require_form(RobotNames, listed, str(folder / FILE), CheckpointError)
+        for name in listed["robots"]:
+            if not name or "/" in name or name in (".", ".."):
+                raise CheckpointError(f"{folder / FILE} names a robot {shown(name)}, which no folder can have as its name.")
             file = folder / FOLDER / name / ROBOT
             robots[name] = from_json(Robot, read_json(file), str(file))
             _require_sound(robots[name].stats, file)
+        if not robots:
+            raise CheckpointError(f"{folder / FILE} names no robot; the file is damaged.")
         first = next(iter(robots.values()))
         return first.action_spec, first.stats, robots
     spec_file, file = folder / "action_spec.json", folder / "stats.json"

@@ -6,22 +6,25 @@ between conversations, so clients do not affect each other.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.errors import RequestError, SpecError
-from vlaflow.serving.engine import ActRequest
+from vlaflow.serving.engine import NEWCOMERS, ActRequest
 from vlaflow.serving.request_log import RequestEntry
 from vlaflow.spec import ActionPrefix, Chunk, Observation
 
 if TYPE_CHECKING:
     from vlaflow.serving.server import PolicyServer
 
+T = TypeVar("T")
 MOST_SIDE = 4096
 """Largest side of an image in pixels."""
 
@@ -31,10 +34,15 @@ class Conversation(ABC):
 
     Args:
         server: gives the policy, the settings and the engine.
+
+    Attributes:
+        answered: whether the client has got a chunk. Until then it has one share of the engine with all others that have not.
+        cost: what a request takes of the client's share.
+        seconds: of processor time that the last message took to decode.
     """
 
     def __init__(self, server: PolicyServer) -> None:
-        self.server = server
+        self.server, self.answered, self.cost, self.seconds = server, False, 1.0, 0.0
 
     def greeting(self) -> bytes | None:
         """The server's first frame; None if the client speaks first."""
@@ -58,6 +66,18 @@ class Conversation(ABC):
     def refusal(self, sentence: str) -> str | bytes:
         """The frame that states an error."""
         return sentence
+
+    async def in_thread(self, decode: Callable[[], T]) -> T:
+        """Decode a message in a thread, so that those of other clients are read meanwhile; counts ``seconds``."""
+
+        def timed() -> T:
+            began = time.thread_time()
+            try:
+                return decode()
+            finally:
+                self.seconds = time.thread_time() - began
+
+        return await asyncio.to_thread(timed)
 
     async def infer(
         self,
@@ -85,9 +105,10 @@ class Conversation(ABC):
         entry.observation = observation
         request = ActRequest(observation, compute or self.server.compute, generator, action_prefix)
         try:
-            entry.chunk = await self.server.engine.ask(request, deadline_ms)
+            entry.chunk = await self.server.engine.ask(request, deadline_ms, self if self.answered else NEWCOMERS, self.cost)
         except SpecError as error:
             raise RequestError(str(error)) from error
+        self.answered = True
         return entry.chunk
 
 

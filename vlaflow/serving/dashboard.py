@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import websockets
-from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
@@ -40,6 +39,7 @@ from websockets.typing import Subprotocol
 from vlaflow.errors import RequestError
 from vlaflow.serving.engine import Engine
 from vlaflow.serving.request_log import OUTCOMES, RECENT, Event, RequestEntry, RequestLog, sentence
+from vlaflow.serving.turns import PER_MESSAGE_S, LimitedConnection
 from vlaflow.spec import Chunk, Observation
 
 PAGE, STREAM = "/dashboard", "/dashboard/stream"
@@ -54,6 +54,8 @@ _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data
 _WRONG = frozenset({"refused", "busy", "late", "failed", "turned away"})
 _LONGEST_INSTRUCTION = 300
 _LONGEST_MESSAGE = 4096
+MOST_PAGE_BYTES = 2**16
+"""Size of a message beyond which a page is disconnected."""
 _SIDE = 480
 """Largest side of an image on the page in pixels."""
 
@@ -134,7 +136,7 @@ class Dashboard:
         tokens = [word.strip().removeprefix("token.") for word in offered if word.strip().startswith("token.")]
         return None if any(_same(token, self.token) for token in tokens) else "This page needs the server's token."
 
-    async def watch(self, connection: ServerConnection, name: str) -> None:
+    async def watch(self, connection: LimitedConnection, name: str) -> None:
         """Feed one page until it is closed."""
         if self.watchers >= self.most:
             await connection.close(1013, f"{self.most} pages are already watching.")
@@ -159,10 +161,13 @@ class Dashboard:
             self.watchers -= 1
             self.request_log.write("watched", name)
 
-    async def _listen(self, connection: ServerConnection, name: str) -> None:
+    async def _listen(self, connection: LimitedConnection, name: str) -> None:
         """Receive the operator's instructions."""
         with suppress(websockets.ConnectionClosed):
             async for frame in connection:
+                connection.spend(PER_MESSAGE_S)
+                await connection.turn()
+                await asyncio.sleep(0)  # a page that sends many messages at once must not block the others
                 try:
                     words = _instruction(frame)
                 except RequestError as error:

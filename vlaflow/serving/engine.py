@@ -1,4 +1,4 @@
-"""Inference off the event loop: requests of several clients in one bounded queue, answered together by one thread.
+"""Inference off the event loop: requests of several clients in one bounded, fair queue, answered together by one thread.
 
 A batch is closed when it is full, or when its first request has waited long enough and no other request is waiting. Batching
 changes no result: every request has its own noise, and the chunk for an observation does not depend on the rest of the batch. A
@@ -22,9 +22,18 @@ from vlaflow.errors import BusyError, ConfigError, DeadlineError
 from vlaflow.policies.action_prefix import longest_action_prefix
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
+from vlaflow.serving.fair_queue import FairQueue
 from vlaflow.spec import ActionPrefix, Chunk, Observation
 
 logger = logging.getLogger("vlaflow.serving")
+
+
+class _Client:
+    """Someone who asks."""
+
+
+NEWCOMERS = _Client()
+"""Stands for all clients that have not been answered yet: they have one share, so that reconnecting brings nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class ActRequest:
         return repr(self.compute), shapes, self.observation.state.shape, self.action_prefix is None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     request: ActRequest
     until: float
@@ -104,16 +113,24 @@ class Engine:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(self.config.queue)
+        self._queue = FairQueue[_Waiting](self.config.queue)
         self._thread = ThreadPoolExecutor(1, "inference")
 
     @property
     def waiting(self) -> int:
         """Number of requests in the queue."""
-        return self._queue.qsize()
+        return len(self._queue)
 
-    async def ask(self, request: ActRequest, deadline_ms: float | None = None) -> Chunk:
+    async def ask(
+        self, request: ActRequest, deadline_ms: float | None = None, client: object = NEWCOMERS, cost: float = 1.0
+    ) -> Chunk:
         """Compute the chunk for one request.
+
+        Args:
+            request: what to compute.
+            deadline_ms: longest wait; None for that of the config.
+            client: who asks; requests of several clients are computed in a fair order (``fair_queue``).
+            cost: what the request takes of the client's share.
 
         Raises:
             BusyError: the queue is full.
@@ -124,7 +141,7 @@ class Engine:
         seconds, loop = (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3, asyncio.get_running_loop()
         waiting = _Waiting(request, self.clock() + seconds, loop.create_future())
         try:
-            self._queue.put_nowait(waiting)
+            self._queue.put(client, waiting, cost)
         except asyncio.QueueFull:
             self.counts.busy += 1
             raise BusyError(f"{self.config.queue} requests are waiting already; try again later.") from None
@@ -133,6 +150,7 @@ class Engine:
             return await waiting.answer
         finally:
             timer.cancel()
+            self._queue.remove(waiting)  # of a client that has left
 
     async def warm_up(self, compute: ComputePolicy, rounds: int) -> None:
         """Compute dummy chunks: ``rounds`` times a single one, and once a full batch, each with and without an action prefix.
@@ -162,7 +180,7 @@ class Engine:
             batch = [await self._queue.get()]
             closes = self.clock() + self.config.wait_ms / 1e3
             while len(batch) < self.config.batch:
-                if not self._queue.empty():  # requests that are already waiting join the batch
+                if self.waiting:  # requests that are already waiting join the batch
                     batch.append(self._queue.get_nowait())
                     continue
                 try:

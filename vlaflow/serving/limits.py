@@ -1,7 +1,7 @@
-"""What one client may cost the event loop: pings, large images, and connections that the system has no room for.
+"""How large a message and its images may be, and what is logged when the system has no room for connections.
 
-What a message may contain is limited by its codec (``robot/wire.py``), how many clients and requests there may be by the server
-and its engine.
+What a message may contain is limited by its codec (``robot/wire.py``), how much of the event loop's time a client gets by
+``turns``, how many clients and requests there may be by the server and its engine.
 """
 
 from __future__ import annotations
@@ -12,58 +12,36 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from websockets.asyncio.server import ServerConnection
-from websockets.frames import Frame, Opcode
-
-from vlaflow.errors import RequestError
-from vlaflow.spec import Observation
+from vlaflow.robot import wire
 
 logger = logging.getLogger("vlaflow.serving")
-PINGS_PER_S = 20
 SIDES = 4
 PIXELS = 1920 * 1080
+_LARGEST_PIXEL = 3 * 4
+"""Bytes of a pixel whose channels are float32."""
+_REST_BYTES = 2**20
+"""Room for everything in a message but its images."""
 _QUIET_S = 60.0
 
 
-class LimitedConnection(ServerConnection):
-    """A connection that is dropped when its client sends more than ``PINGS_PER_S`` pings within a second."""
+def most_pixels(side: int | None) -> int:
+    """The largest image that is accepted: that of a full-HD camera, or ``SIDES`` times the side that the policy reads.
 
-    _pings, _since = 0, 0.0
-
-    def process_event(self, event: Any) -> None:
-        """Count pings, each of which is answered by a pong."""
-        if isinstance(event, Frame) and event.opcode is Opcode.PING:
-            now = time.monotonic()
-            if now - self._since > 1:
-                self._pings, self._since = 0, now
-            self._pings += 1
-            if self._pings > PINGS_PER_S:
-                self.transport.abort()
-                return
-        super().process_event(event)
-
-
-def require_sizes(observation: Observation, sides: Mapping[str, int | None]) -> None:
-    """Refuse images far larger than the policy reads, because resizing one would delay all clients.
-
-    Allowed are images of a full-HD camera, and ``SIDES`` times the side that the policy reads.
+    A larger one would have to be resized, which would delay all clients.
 
     Args:
-        observation: of a request.
-        sides: side in pixels at which the policy reads each view; None for any.
-
-    Raises:
-        RequestError: naming the view and both sizes.
+        side: at which the policy reads the view, in pixels; None for any.
     """
-    for view, image in observation.images.items():
-        side = sides.get(view) or 0
-        height, width = image.shape[:2]
-        if height * width > max(PIXELS, (SIDES * side) ** 2):
-            read = f"{side} × {side}" if side else "smaller images"
-            raise RequestError(
-                f"The image of view '{view}' has {width} × {height} pixels, but the policy reads {read}. Send at most "
-                "1920 × 1080."
-            )
+    return max(PIXELS, (SIDES * (side or 0)) ** 2)
+
+
+def most_message_bytes(sides: Mapping[str, int | None]) -> int:
+    """The largest message that a client of this policy needs: an image of ``most_pixels`` as float32 for every view.
+
+    Args:
+        sides: side in pixels at which the policy reads each view; None for any.
+    """
+    return min(wire.MOST_BYTES, _REST_BYTES + _LARGEST_PIXEL * sum(map(most_pixels, sides.values())))
 
 
 def quiet_without_sockets(loop: asyncio.AbstractEventLoop) -> None:

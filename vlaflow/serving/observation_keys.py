@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -107,14 +108,24 @@ def choose(
     return {"observation_keys": observation_keys, "views": tuple(views)}
 
 
-def read(request: Mapping[str, Any], observation_keys: ObservationKeys, views: Sequence[str]) -> Observation:
+def read(
+    request: Mapping[str, Any],
+    observation_keys: ObservationKeys,
+    views: Sequence[str],
+    sides: Mapping[str, int | None] = MappingProxyType({}),
+) -> Observation:
     """Read the observation of a request.
+
+    Args:
+        request: decoded.
+        observation_keys, views: see ``choose``.
+        sides: side in pixels at which the policy reads each view, which limits the images; None for any.
 
     Raises:
         RequestError: a key is missing or has an invalid value.
     """
     images = {
-        view: image_of(_find(request, key), key, observation_keys.channels_first)
+        view: image_of(_find(request, key), key, observation_keys.channels_first, sides.get(view))
         for view, key in zip(views, observation_keys.images, strict=True)
     }
     parts = [_vector(_find(request, key), key) for key in observation_keys.state]

@@ -15,10 +15,10 @@ get only the actions that are executed per chunk. Their "session_id" is ignored,
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,13 +31,26 @@ from vlaflow.robot import wire
 from vlaflow.serving.conversation import Conversation, WireProtocol
 from vlaflow.serving.request_arrays import array_of
 from vlaflow.serving.request_log import RequestEntry
-from vlaflow.spec import ActionPrefix, ActionSpec, Chunk
+from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
 
 if TYPE_CHECKING:
     from vlaflow.serving.server import PolicyServer
 
 ARM_AND_GRIPPER = 8
 """Action dimension of RoboArena's two action spaces: seven joints and the gripper."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A decoded request for a chunk; see the module docstring."""
+
+    restarts: bool
+    seed: float | None
+    deadline_ms: float | None
+    budget_ms: float | None
+    action_prefix: ActionPrefix | None
+    follows: bool
+    observation: Observation
 
 
 class OpenpiConversation(Conversation):
@@ -61,43 +74,53 @@ class OpenpiConversation(Conversation):
 
     async def answer(self, frame: str | bytes, entry: RequestEntry) -> str | bytes:
         """See ``Conversation``."""
-        request = await asyncio.to_thread(self._request, frame, entry)  # other clients' messages are read meanwhile
+        asked = await self.in_thread(lambda: self._read(frame, entry))
+        if isinstance(asked, bytes | str):
+            self._chunks, entry.outcome = 0, "reset"
+            return asked
+        chunks = 0 if asked.restarts else self._chunks
+        observation = self.server.instruct(asked.observation, asked.follows)
+        generator = Generator().manual_seed(int(asked.seed) if asked.seed is not None else chunks)
+        compute = None if asked.budget_ms is None else self._within(asked.budget_ms)
+        began = time.perf_counter()
+        chunk = await self.infer(
+            observation,
+            generator,
+            entry,
+            compute=compute,
+            action_prefix=asked.action_prefix,
+            deadline_ms=asked.deadline_ms,
+        )
+        reply = _reply(chunk, 1e3 * (time.perf_counter() - began))
+        if asked.follows:
+            reply["instruction"] = observation.instruction
+        self._chunks, entry.outcome = chunks + 1, "answered"
+        reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
+        return wire.pack(self.encoded(reply), entry.encoding)
+
+    def _read(self, frame: str | bytes, entry: RequestEntry) -> _Asked | str | bytes:
+        """Decode a request; one that only resets is answered at once."""
+        if isinstance(frame, str):
+            raise RequestError("Requests must be binary msgpack frames, got text.")
+        request, entry.encoding = wire.unpack_as_sent(frame, self.server.most_bytes)
+        if not isinstance(request, dict):
+            raise RequestError(f"A request must be a map, got a {type(request).__name__}.")
         endpoint = request.pop("endpoint", None)
         if endpoint is not None and (not isinstance(endpoint, str) or endpoint not in ("infer", "reset")):
             raise RequestError(f"There is no endpoint {endpoint!r:.40}; there are 'infer' and 'reset'.")
         self._require_spec(request.pop("action_spec", None))
         restarts = _flag(request.pop("reset", False), "reset")
         if endpoint == "reset" or (restarts and not request):
-            self._chunks, entry.outcome = 0, "reset"
             return "reset successful" if endpoint == "reset" else wire.pack({"reset": True}, entry.encoding)
-        chunks = 0 if restarts else self._chunks
-        seed, deadline_ms = _number(request.pop("seed", None), "seed"), _number(request.pop("deadline_ms", None), "deadline_ms")
-        budget_ms, action_prefix = (
-            _number(request.pop("budget_ms", None), "budget_ms"),
-            committed(request, self.server.policy.chunk_size),
+        return _Asked(
+            restarts=restarts,
+            seed=_number(request.pop("seed", None), "seed"),
+            deadline_ms=_number(request.pop("deadline_ms", None), "deadline_ms"),
+            budget_ms=_number(request.pop("budget_ms", None), "budget_ms"),
+            action_prefix=committed(request, self.server.policy.chunk_size),
+            follows=_flag(request.pop("follow_operator", False), "follow_operator"),
+            observation=self.server.observe(request),
         )
-        compute = None if budget_ms is None else self._within(budget_ms)
-        follows = _flag(request.pop("follow_operator", False), "follow_operator")
-        observation = self.server.observe(request, follows)
-        generator = Generator().manual_seed(int(seed) if seed is not None else chunks)
-        began = time.perf_counter()
-        chunk = await self.infer(
-            observation, generator, entry, compute=compute, action_prefix=action_prefix, deadline_ms=deadline_ms
-        )
-        reply = _reply(chunk, 1e3 * (time.perf_counter() - began))
-        if follows:
-            reply["instruction"] = observation.instruction
-        self._chunks, entry.outcome = chunks + 1, "answered"
-        reply["server_timing"]["total_ms"] = 1e3 * (time.perf_counter() - entry.began)
-        return wire.pack(self.encoded(reply), entry.encoding)
-
-    def _request(self, frame: str | bytes, entry: RequestEntry) -> dict[str, Any]:
-        if isinstance(frame, str):
-            raise RequestError("Requests must be binary msgpack frames, got text.")
-        request, entry.encoding = wire.unpack_as_sent(frame, self.server.config.most_bytes)
-        if not isinstance(request, dict):
-            raise RequestError(f"A request must be a map, got a {type(request).__name__}.")
-        return request
 
     def _within(self, budget_ms: float) -> ComputePolicy:
         budget = self.server.config.budget

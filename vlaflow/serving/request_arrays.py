@@ -13,6 +13,7 @@ import numpy as np
 
 from vlaflow.errors import RequestError
 from vlaflow.serving.conversation import MOST_SIDE
+from vlaflow.serving.limits import most_pixels
 
 
 def array_of(value: Any) -> np.ndarray:
@@ -23,13 +24,14 @@ def array_of(value: Any) -> np.ndarray:
         return np.empty(0, object)
 
 
-def image_of(value: Any, key: str, channels_first: bool) -> np.ndarray:
+def image_of(value: Any, key: str, channels_first: bool, side: int | None = None) -> np.ndarray:
     """One image of a request, uint8 (H, W, 3), contiguous.
 
     Args:
         value: what the request holds under ``key``.
         key: of the image, for errors.
         channels_first: where the channels are if both ends of the shape are 3.
+        side: at which the policy reads it, in pixels; None for any.
 
     Raises:
         RequestError: it is not an image; the message says how to convert it.
@@ -40,7 +42,12 @@ def image_of(value: Any, key: str, channels_first: bool) -> np.ndarray:
         raise RequestError(f"'{key}' must be an image, an array of shape (height, width, 3), got {_kind(value)}.")
     if value.size == 0 or max(value.shape, default=0) > MOST_SIDE:
         raise RequestError(f"'{key}' must be an image of 1 to {MOST_SIDE} pixels per side, got shape {list(value.shape)}.")
-    return np.ascontiguousarray(_levels(_channels_last(value, key, channels_first), key))
+    image = _channels_last(value, key, channels_first)
+    height, width = image.shape[:2]
+    if height * width > most_pixels(side):
+        read = f"{side} × {side}" if side else "smaller images"
+        raise RequestError(f"'{key}' has {width} × {height} pixels, but the policy reads {read}. Send at most 1920 × 1080.")
+    return np.ascontiguousarray(_levels(image, key))
 
 
 def _from_list(value: list[Any], key: str) -> np.ndarray:

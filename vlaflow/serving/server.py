@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -30,13 +31,14 @@ from vlaflow.config import to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, VlaflowError
 from vlaflow.policies.action_prefix import longest_action_prefix
 from vlaflow.policies.base import Policy
-from vlaflow.robot import wire
 from vlaflow.serving.conversation import Conversation
-from vlaflow.serving.dashboard import LOOPBACK, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
+from vlaflow.serving.dashboard import LOOPBACK, MOST_PAGE_BYTES, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import Engine, EngineConfig
-from vlaflow.serving.limits import LimitedConnection, quiet_without_sockets, require_sizes
+from vlaflow.serving.limits import most_message_bytes, most_pixels, quiet_without_sockets
 from vlaflow.serving.observation_keys import ObservationKeys, read
+from vlaflow.serving.places import ClientPlaces
 from vlaflow.serving.request_log import OneLine, RequestLog
+from vlaflow.serving.turns import PER_CONNECTION_S, PER_MESSAGE_S, LimitedConnection, Turns
 from vlaflow.spec import Observation
 
 logger = logging.getLogger("vlaflow.serving")
@@ -57,10 +59,11 @@ class ServerConfig:
         host, port: address to listen on; other than loopback needs a ``token``. Port 0 selects a free one.
         token: clients send it as "Authorization: Api-Key TOKEN".
         engine: how requests are batched.
-        most_bytes: largest request.
+        most_bytes: largest request; None for what the policy's images need at most (``limits``).
         connections: largest number of clients; more are turned away.
         open_s: longest wait for the headers of a client.
-        idle_s: longest time without a reply to pings before a connection is closed.
+        idle_s: longest time without a reply to pings before a connection is closed, and how long a client that sends no
+            request keeps its place when a new client needs it.
         n_action_steps: actions of a chunk that clients execute; None for the checkpoint's default.
         budget: the compute policy for a budget in milliseconds, for requests with a "budget_ms".
         dashboard: whether to serve the operator's page.
@@ -74,7 +77,7 @@ class ServerConfig:
     port: int = 8000
     token: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
-    most_bytes: int = wire.MOST_BYTES
+    most_bytes: int | None = None
     connections: int = 32
     open_s: float = 10.0
     idle_s: float = 60.0
@@ -88,7 +91,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.token is not None and not self.token.strip():
             raise ConfigError("The token is empty, which no client can send; set a token, or none to serve this machine alone.")
-        if not 0 <= self.port < 2**16 or min(self.connections, self.most_bytes, self.warm_up + 1) < 1:
+        most_bytes = 1 if self.most_bytes is None else self.most_bytes
+        if not 0 <= self.port < 2**16 or min(self.connections, most_bytes, self.warm_up + 1) < 1:
             raise ConfigError(
                 "port must lie in 0..65535, connections and most_bytes must be at least 1, and warm_up at least 0."
             )
@@ -122,10 +126,14 @@ class PolicyServer:
             )
         self.engine, self.request_log = Engine(self.policy, self.config.engine), RequestLog()
         self.dashboard = self._dashboard() if self.config.dashboard else None
+        self.most_image_bytes = 3 * sum(map(most_pixels, self.policy.views.values()))
+        self.most_bytes = self.config.most_bytes or most_message_bytes(self.policy.views)
+        self._idle_s = max(self.config.idle_s, self.config.observation_keys.protocol.idle_s)
+        self._places = ClientPlaces(self.config.connections, self.config.open_s, self._idle_s)
         self._stop, self._idle, self._answering = asyncio.Event(), asyncio.Event(), 0
         self._idle.set()
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, Any]:
         """The first message to a client."""
         policy = self.policy
@@ -145,8 +153,12 @@ class PolicyServer:
             "max_action_prefix": longest_action_prefix(policy),
             "views": list(self.config.views),
             "rate_hz": policy.action_spec.rate_hz,
+            "chunk_seconds": policy.chunk_size / policy.action_spec.rate_hz,
+            "robot": policy.robot or policy.action_spec.robot,
             "images": dict(zip(self.config.observation_keys.images, self.policy.views.values(), strict=True)),
             "state": list(self.config.observation_keys.state),
+            "prompt": self.config.observation_keys.prompt,
+            "default_prompt": self.config.observation_keys.default_prompt,
             "state_dim": len(policy.stats["state"].mean),
         }
 
@@ -185,14 +197,14 @@ class PolicyServer:
                 process_request=self._http,
                 select_subprotocol=lambda _, offered: SUBPROTOCOL if SUBPROTOCOL in offered else None,
                 compression=None,
-                max_size=self.config.most_bytes,
+                max_size=self.most_bytes,
                 max_queue=_FRAMES_AHEAD - 1,
                 open_timeout=self.config.open_s,
                 ping_interval=min(20.0, self.config.idle_s),
-                ping_timeout=max(self.config.idle_s, self.config.observation_keys.protocol.idle_s),
+                ping_timeout=self._idle_s,
                 close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
-                create_connection=LimitedConnection,
+                create_connection=partial(LimitedConnection, Turns()),  # type: ignore[arg-type]
                 logger=quiet,
             )
             port = _port(server)
@@ -242,14 +254,19 @@ class PolicyServer:
 
     # -- connections -------------------------------------------------------------------------------------------------
 
-    def _http(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _http(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer plain HTTP, and refuse clients that may not connect."""
+        assert isinstance(connection, LimitedConnection)
+        connection.opened()
+        connection.spend(PER_CONNECTION_S)
+        await connection.turn()
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         if self.dashboard is not None and (page := self.dashboard.http(request)):
             return page
         if request.path == STREAM:
             why = self.dashboard.refusal(request) if self.dashboard is not None else "Serve with --dashboard to watch."
+            connection.protocol.max_message_size = MOST_PAGE_BYTES
             return None if why is None else self._turn_away(connection, HTTPStatus.FORBIDDEN, why)
         if self.config.token is not None:
             sent = request.headers.get_all("Authorization")
@@ -265,7 +282,7 @@ class PolicyServer:
             and not (same_origin(request) and named_here(request))
         ):
             return self._turn_away(connection, HTTPStatus.FORBIDDEN, "Web pages may not connect to the policy.")
-        if len(self.request_log.clients) >= self.config.connections:
+        if not self._places.make_room():
             return self._turn_away(connection, HTTPStatus.SERVICE_UNAVAILABLE, self._full)
         return None
 
@@ -278,21 +295,28 @@ class PolicyServer:
         return connection.respond(status, f"{why}\n")
 
     async def _connection(self, connection: ServerConnection) -> None:
+        assert isinstance(connection, LimitedConnection)
         name = _name(connection)
         if self.dashboard is not None and connection.request is not None and connection.request.path == STREAM:
             await self.dashboard.watch(connection, name)
             return
-        if len(self.request_log.clients) >= self.config.connections:  # several connected at once
+        if not self._places.make_room():  # several connected at once
             self.request_log.turned_away(name, self._full)
             await connection.close(1013, self._full)
             return
-        with self.request_log.connected(name), suppress(websockets.ConnectionClosed):
+        with self._places.taken(connection), self.request_log.connected(name), suppress(websockets.ConnectionClosed):
             conversation = self.config.observation_keys.protocol.begin(self)
             if (greeting := conversation.greeting()) is not None:
                 await connection.send(greeting)
             async for frame in connection:
+                await connection.turn()
+                conversation.cost = connection.cost
                 with self._busy():
-                    reply = await _while_there(connection, self._reply(frame, conversation, name))
+                    with self._places.busy(connection):
+                        reply = await _while_there(connection, self._reply(frame, conversation, name))
+                    connection.spend(PER_MESSAGE_S + conversation.seconds)
+                    if conversation.answered:
+                        connection.establish()
                     if reply is not None:
                         await connection.send(reply)
                 await asyncio.sleep(0)  # a client that sends several requests at once must not block the others
@@ -324,18 +348,21 @@ class PolicyServer:
 
     # -- called by conversations -------------------------------------------------------------------------------------
 
-    def observe(self, request: Mapping[str, Any], follows: bool = False) -> Observation:
-        """Read the observation of a request, with the operator's instruction if there is one and the request follows it.
+    def observe(self, request: Mapping[str, Any]) -> Observation:
+        """Read the observation of a request; also in a thread.
 
         If the observation keys name no state, the policy gets the mean of its training data, which normalises to zeros.
 
         Raises:
             RequestError: a key is missing or has an invalid value.
         """
-        observation = read(request, self.config.observation_keys, self.config.views)
-        require_sizes(observation, self.policy.views)
+        observation = read(request, self.config.observation_keys, self.config.views, self.policy.views)
         if not self.config.observation_keys.state:
-            observation = replace(observation, state=np.array(self.policy.stats["state"].mean, np.float32))
+            return replace(observation, state=np.array(self.policy.stats["state"].mean, np.float32))
+        return observation
+
+    def instruct(self, observation: Observation, follows: bool) -> Observation:
+        """The observation, with the operator's instruction if there is one and the request follows it."""
         return self.dashboard.instruct(observation, follows) if self.dashboard is not None else observation
 
 

@@ -15,7 +15,6 @@ a PNG, a JPEG or raw bytes.
 
 from __future__ import annotations
 
-import asyncio
 import io
 import math
 import time
@@ -33,7 +32,7 @@ from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.robot import wire
 from vlaflow.serving.conversation import MOST_SIDE, Conversation, WireProtocol
 from vlaflow.serving.request_log import RequestEntry, sentence
-from vlaflow.spec import ActionSpec
+from vlaflow.spec import ActionSpec, Observation
 
 if TYPE_CHECKING:
     from vlaflow.serving.server import PolicyServer
@@ -101,9 +100,9 @@ class VlaEvalConversation(Conversation):
 
     async def answer(self, frame: str | bytes, entry: RequestEntry) -> bytes | None:
         """See ``Conversation``."""
-        kind, payload = self._message(frame)
+        kind, payload, observation = await self.in_thread(lambda: self._read(frame))
         if kind == "observation":
-            return self._packed("action", {"actions": await self._action(payload, entry)})
+            return self._packed("action", {"actions": await self._action(observation, entry)})
         entry.outcome = "reset"
         if kind == "hello":
             return self._packed("hello", self._hello(payload))
@@ -126,23 +125,32 @@ class VlaEvalConversation(Conversation):
         self._seed, self._chunks = seed, 0
         self._rest: list[np.ndarray] = []
 
-    async def _action(self, payload: dict[str, Any], entry: RequestEntry) -> np.ndarray:
-        """The action for one step, (D,) float32."""
-        if payload.get("episode_restart") is True:
-            self._rest = []
-        if self._rest:
+    async def _action(self, observation: Observation | None, entry: RequestEntry) -> np.ndarray:
+        """The action for one step, (D,) float32; without an observation, the next of the chunk."""
+        if observation is None:
             entry.outcome = "continued"
             return self._rest.pop(0)
-        size, most = sum(math.prod(image.shape) for image in _images(payload)), self.server.config.most_bytes
-        if size > most:
-            raise RequestError(
-                f"The images of the message have {size} bytes, but at most {most} are accepted. Send smaller images."
-            )
-        observation = self.server.observe(await asyncio.to_thread(_decoded, payload))
+        observation = self.server.instruct(observation, follows=False)
         chunk = await self.infer(observation, chunk_generator(self._seed, self._chunks), entry)
         self._chunks, entry.outcome = self._chunks + 1, "answered"
         first, *self._rest = chunk.actions[: self.server.n_action_steps]
         return np.asarray(first, np.float32)
+
+    def _read(self, frame: str | bytes) -> tuple[str, dict[str, Any], Observation | None]:
+        """Decode a message: its type, its payload, and the observation if the policy has to look at it."""
+        kind, payload = self._message(frame)
+        if kind != "observation":
+            return kind, payload, None
+        if payload.get("episode_restart") is True:
+            self._rest = []
+        if self._rest:
+            return kind, payload, None
+        size, most = sum(math.prod(image.shape) for image in _images(payload)), self.server.most_image_bytes
+        if size > most:
+            raise RequestError(
+                f"The images of the message have {size} bytes, but at most {most} are accepted. Send smaller images."
+            )
+        return kind, payload, self.server.observe(_decoded(payload))
 
     def _hello(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         version = theirs.get("protocol_version", VERSION)
@@ -170,7 +178,7 @@ class VlaEvalConversation(Conversation):
         self._seq = 0
         if isinstance(frame, str):
             raise RequestError("Messages must be binary msgpack frames, got text.")
-        message = wire.unpack(frame, self.server.config.most_bytes, _decode)
+        message = wire.unpack(frame, self.server.most_bytes, _decode)
         if not isinstance(message, dict):
             raise RequestError(f"A message must be a map, got a {type(message).__name__}.")
         seq = message.get("seq")

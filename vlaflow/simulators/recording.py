@@ -23,6 +23,7 @@ import numpy as np
 from vlaflow.data.video import Segment
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import claim, whole_file, write_json
+from vlaflow.strict import read_object
 
 SETTINGS = "settings.json"
 ARRAYS = ("state", "action", "executed", "success")
@@ -176,10 +177,4 @@ def _file(folder: Path, job: RecordJob) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} is damaged. Remove {file.parent}, or choose another --out.")
-    return found
+    return read_object(file, ConfigError, f"it is damaged. Remove {file.parent}, or choose another --out.")

@@ -59,7 +59,7 @@ def samples_sentence(batches: Iterable[Sample], most: int = 64) -> str:
 
 
 class Interrupt:
-    """Notes SIGTERM and SIGINT so that the step under way can be finished and saved; a second signal acts as usual.
+    """Notes SIGTERM and SIGINT so that the run can be saved before it ends; a second signal acts as usual.
 
     Outside the main thread, where Python takes no signals, it notes nothing.
     """

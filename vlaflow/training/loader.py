@@ -19,7 +19,8 @@ from torch import Generator, Tensor
 from vlaflow.data.mixture import Order
 from vlaflow.data.source import MakeOrder, Prepare, Ready, Sample, Source
 from vlaflow.data.transforms import RandomShift
-from vlaflow.policies.recipe import TrainConfig, require_even
+from vlaflow.policies.parts import require_even
+from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining
 from vlaflow.training.team import Team
 

@@ -26,8 +26,8 @@ class Options:
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
         shard: processes that train together share the weights instead of each holding all (docs/scale.md).
-        reading: names of the data set's columns and cameras; by default those of the run or policy that is continued, else
-            LeRobot's.
+        reading: names of columns and cameras of data sets that state none of their own (``DatasetEntry.reading``); by default
+            those of the run or policy that is continued, else LeRobot's.
         mixture: name of how several data sets are mixed (``data.weights.NAMED``); by default as the recipe says.
     """
 

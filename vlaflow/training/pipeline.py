@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vlaflow.data.weights import DatasetEntry
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.packages import packages_of, require
 from vlaflow.policies.recipe import DataSpec, EarlierStages, Objective
@@ -36,7 +37,7 @@ class Planned:
     objective: Objective
 
 
-def plan(pipeline: Recipe, roots: Sequence[str], out: Path, options: Options) -> list[Planned]:
+def plan(pipeline: Recipe, given: Sequence[DatasetEntry], out: Path, options: Options) -> list[Planned]:
     """The stages of a pipeline on these data sets.
 
     The last one's checkpoint lies in ``out`` itself, the others' in folders of their names inside it.
@@ -57,7 +58,7 @@ def plan(pipeline: Recipe, roots: Sequence[str], out: Path, options: Options) ->
             )
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")
-    data, earlier, planned = DataSpec.of(*roots, reading=options.reading), EarlierStages(), []
+    data, earlier, planned = DataSpec.of(*given), EarlierStages(), []
     for name in names:
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
         own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
@@ -69,7 +70,7 @@ def plan(pipeline: Recipe, roots: Sequence[str], out: Path, options: Options) ->
             assets = replace(assets, tokenizer=None)
         config = overridden(config, own, assets)
         require(*packages_of(config), what=f"The stage '{name}' of '{pipeline.name}'")
-        opened = [config.objective.open(root, options.reading) for root in roots]
+        opened = [config.objective.open(entry.root, entry.reading) for entry in given]
         afterwards = [config.objective.check_plan(config, dataset, assets, earlier, f"{name}.") for dataset in opened]
         earlier = afterwards[-1]
         mine = replace(options, overrides=own, fresh=False, vqa=assets.vqa, tokenizer=assets.tokenizer)

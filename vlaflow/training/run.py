@@ -5,22 +5,23 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlaflow.config import to_json
 from vlaflow.data.hub import origin
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
+from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
-from vlaflow.policies.mixing import combined_fingerprint, labels
-from vlaflow.policies.provenance import READING, reading_of
+from vlaflow.policies.mixing import combined_fingerprint, labels, read_as
+from vlaflow.policies.provenance import reading_of
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
@@ -28,6 +29,7 @@ from vlaflow.training.outcome import Outcome
 from vlaflow.training.pipeline import plan, start_over
 from vlaflow.training.precision import training_threads
 from vlaflow.training.recipes import Recipe, find_recipe
+from vlaflow.training.team import launched
 from vlaflow.training.trainer import Trainer
 from vlaflow.versions import command_line
 
@@ -65,11 +67,11 @@ def train(
         raise ConfigError(f"The recipe '{recipe}' continues a trained policy; name its checkpoint with --policy.")
     if found.several:
         return train_pipeline(found, dataset, Path(out), options)
-    base = None if policy is None else Base.open(policy)
-    options = _with_reading(options, Path(out), base)
-    roots = [entry.root for entry in entries(dataset)]
-    config = found.config(DataSpec.of(*roots, reading=options.reading), base.policy.config if base else None)
-    return train_stage(config, dataset, out, name=recipe, base=base, options=options)
+    with sharing(options):
+        base = None if policy is None else Base.open(policy)
+    given = as_read(entries(dataset), options, Path(out), base)
+    config = found.config(DataSpec.of(*given), base.policy.config if base else None)
+    return train_stage(config, given, out, name=recipe, base=base, options=options)
 
 
 def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Options) -> Outcome:
@@ -80,8 +82,8 @@ def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Opti
     Raises:
         VlaflowError: see ``pipeline.plan``; nothing is trained then.
     """
-    options = _with_reading(options, out, None)
-    stages = plan(pipeline, [entry.root for entry in entries(dataset)], out, options)
+    given = as_read(entries(dataset), options, out, None)
+    stages = plan(pipeline, given, out, options)
     if options.fresh:
         start_over(stages)
     made: dict[str, Path] = {}
@@ -89,7 +91,7 @@ def train_pipeline(pipeline: Recipe, dataset: Datasets, out: Path, options: Opti
         recipe, latent = stage.recipe, made.get("latent") if stage.objective.names_codes else None
         sys.stderr.write(f"Stage {number} of {len(stages)}: {recipe.name} into {stage.folder}\n")
         policy = made.get("policy") if recipe.continues else None
-        outcome = train(recipe.name, dataset, stage.folder, policy=policy, options=replace(stage.options, latent=latent))
+        outcome = train(recipe.name, given, stage.folder, policy=policy, options=replace(stage.options, latent=latent))
         if outcome.signal is not None:
             return replace(outcome, more=number < len(stages))
         made[stage.objective.makes] = stage.folder
@@ -118,22 +120,27 @@ def train_stage(
     Raises:
         VlaflowError: whatever the user can fix, in a sentence.
     """
-    options = _with_reading(options or Options(), Path(out), base)
+    options = options or Options()
+    given = as_read(entries(dataset), options, Path(out), base)
     assets = options.assets(base)
     if options.mixture is not None:
         config = replace(config, mixture=named_mixture(options.mixture))
     config = overridden(config, options.overrides, assets)
-    datasets = opened(config.objective, entries(dataset), options.reading)
+    datasets = opened(config.objective, given)
     _print_notes(datasets, lambda each: each.notes)
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")
     torch.set_num_threads(options.threads or training_threads())
     atexit.unregister(leave_group)
     atexit.register(leave_group)  # once, and not before: a group that was left cannot be joined again
-    if len(datasets) == 1:
-        setup = config.objective.set_up(config, datasets[0].dataset, assets)
-    else:
-        setup = config.objective.set_up_several(config, datasets, assets)
+    by_rows = config.objective.reads_rows and config.lora is None
+    if base is not None and not by_rows:
+        read_here(base.policy.model)
+    with sharing(options) if by_rows else nullcontext():
+        if len(datasets) == 1:
+            setup = config.objective.set_up(config, datasets[0].dataset, assets)
+        else:
+            setup = config.objective.set_up_several(config, datasets, assets)
     _print_notes(datasets, lambda each: each.row_notes)
     config = replace(config, objective=setup.objective)
     divided = [config.episodes(each.dataset) for each in datasets]
@@ -161,6 +168,12 @@ def train_stage(
     return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
 
 
+def sharing(options: Options) -> AbstractContextManager[None]:
+    """A context for networks that processes are about to share (``nn.stored``), if they are."""
+    rank, world = launched()
+    return shared_later(rank == 0 if options.shard and world > 1 else None)
+
+
 def entries(dataset: Datasets) -> list[DatasetEntry]:
     """The data sets of a training, one or several.
 
@@ -173,26 +186,35 @@ def entries(dataset: Datasets) -> list[DatasetEntry]:
     return [each if isinstance(each, DatasetEntry) else DatasetEntry.parse(str(each)) for each in given]
 
 
-def opened(objective: Objective, given: Sequence[DatasetEntry], reading: Reading | None = None) -> list[OpenedDataset]:
+def opened(objective: Objective, given: Sequence[DatasetEntry]) -> list[OpenedDataset]:
     """All data sets, opened as the objective needs them."""
     names = labels([entry.name for entry in given], [entry.root for entry in given])
-    return [OpenedDataset(entry, objective.open(entry.root, reading), label) for entry, label in zip(given, names, strict=True)]
+    return [
+        OpenedDataset(entry, objective.open(entry.root, entry.reading), label)
+        for entry, label in zip(given, names, strict=True)
+    ]
 
 
 def _recorded(datasets: Sequence[OpenedDataset]) -> dict[str, Any]:
-    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; and how they
-    were read, where they do not have LeRobot's names.
+    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; and how the
+    only one was read, where it does not have LeRobot's names (of several, ``mixture_identity`` says so).
     """
     found = [source for each in datasets if (source := origin(each.dataset.root)) is not None]
-    reading = datasets[0].dataset.reading
-    stated = {} if reading == Reading() else {READING: to_json(reading)}
+    stated = read_as(datasets[0].dataset) if len(datasets) == 1 else {}
     return {"source": ", ".join(found), **stated} if found else stated
 
 
-def _with_reading(options: Options, out: Path, base: Base | None) -> Options:
-    """The options with how the data set is read: as given, else as by the run that is continued, else as by the policy."""
-    known = options.reading or (None if options.fresh else reading_of(out)) or (reading_of(base.folder) if base else None)
-    return replace(options, reading=known)
+def as_read(given: Sequence[DatasetEntry], options: Options, out: Path, base: Base | None) -> list[DatasetEntry]:
+    """Data sets with how each is read: as given, else as by the run that is continued, else as by the policy."""
+    continued = [] if options.fresh else [out]
+    if base is not None:
+        continued.append(base.folder)
+
+    def known(entry: DatasetEntry) -> Reading | None:
+        stated = (reading_of(folder, entry.root) for folder in continued)
+        return entry.reading or options.reading or next((reading for reading in stated if reading is not None), None)
+
+    return [replace(entry, reading=known(entry)) for entry in given]
 
 
 def _print_notes(datasets: Sequence[OpenedDataset], notes: Callable[[Dataset], Iterable[str]]) -> None:

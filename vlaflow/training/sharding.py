@@ -10,7 +10,7 @@ A parameter's rows are divided as ``torch.chunk`` does: process r of n holds the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,32 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from vlaflow.errors import CapabilityError
+from vlaflow.errors import CapabilityError, CheckpointError, ConfigError
+from vlaflow.io import first_not_finite
+from vlaflow.nn.stored import Stored, place_of
 from vlaflow.training.team import Team
 
 
 def shard(root: nn.Module, blocks: Mapping[nn.Module, str], team: Team, *, bf16: bool) -> None:
-    """Spread a module over the processes, with the first one's weights; call it before there is an optimizer.
+    """Spread a module over the processes; call it before there is an optimizer.
+
+    Each process reads its own rows of weights that lie in files (``nn.stored``); the first one sends the others.
 
     Args:
         root: its forward pass is the whole loss; on the CPU, with weights on the first process and on any device elsewhere.
-        blocks: see ``stacks.base.blocks_of``.
+        blocks: see ``stacks.base.blocks_of``; without any, every process holds everything.
         team: the processes.
         bf16: gather layers in bfloat16, as autocast would round their matrices; gradients are still summed in float32. What
             is the root's is gathered in float32.
+
+    Raises:
+        ConfigError: the processes do not find the same files.
+        CheckpointError: a file cannot be read, or holds what is not finite.
     """
     _require_untied(root)
+    places = {name: place for name, tensor in named_tensors(root).items() if (place := place_of(tensor)) is not None}
+    if len(set(team.gather(len(places)))) > 1:
+        raise ConfigError("The processes of this run do not find the same files of pretrained weights; give all nodes a copy.")
     given = {name: tensor.detach() for name, tensor in named_tensors(root).items()} if team.is_first else {}
     root.to("meta")
     mesh = init_device_mesh(team.device.type, (team.world,))
@@ -42,23 +53,44 @@ def shard(root: nn.Module, blocks: Mapping[nn.Module, str], team: Team, *, bf16:
         fully_shard(block, mesh=mesh, mp_policy=rounded)
         if method != "forward":
             register_fsdp_forward_method(block, method)
-    fully_shard(root, mesh=mesh)
+    if blocks:
+        fully_shard(root, mesh=mesh)
     root.to_empty(device=team.device)
-    fill(root, given, team)
+    read_rows(root, places, team)
+    fill(root, {name: tensor for name, tensor in given.items() if name not in places}, team, leave=places.keys())
     # Keys and values leave a layer as views. Nothing writes into them, which is what the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 @torch.no_grad()
-def fill(root: nn.Module, given: Mapping[str, Tensor], team: Team) -> None:
+def read_rows(root: nn.Module, places: Mapping[str, Stored], team: Team) -> None:
+    """Read this process's rows of the tensors that lie in files.
+
+    Raises:
+        CheckpointError: in every process, where one cannot read its rows.
+    """
+    with team.together():
+        for name, tensor in named_tensors(root).items():
+            if name in places:
+                own, first = own_rows(tensor)
+                own.copy_(places[name].rows(first, first + len(own)) if own.ndim else places[name].whole())
+                if first_not_finite({name: own}):
+                    raise CheckpointError(f"'{name}' in {places[name].file} holds NaN or an infinite value.")
+
+
+@torch.no_grad()
+def fill(root: nn.Module, given: Mapping[str, Tensor], team: Team, leave: Collection[str] = ()) -> None:
     """Copy the first process's tensors into everyone's module, each process its rows, one tensor at a time.
 
     Args:
         root: parameters and buffers on the team's device.
         given: all of them by name, whole; only the first process's are read.
         team: the processes.
+        leave: names of those that are there already.
     """
     for name, tensor in named_tensors(root).items():
+        if name in leave:
+            continue
         whole = (
             given[name].to(team.device) if team.is_first else torch.empty(tensor.shape, dtype=tensor.dtype, device=team.device)
         )

@@ -6,6 +6,7 @@ wait for ever.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ class Team:
             raise failed
         if said:
             raise CheckpointError(said)
+
+
+def launched() -> tuple[int, int]:
+    """Rank of this process and number of processes, as their launcher says before they have met."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 ALONE = Team()

@@ -146,12 +146,14 @@ class Trainer:
         whole = LossModule(self.stage, bf16, self.device)
         blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
+        empty = any(parameter.is_meta for parameter in whole.parameters())
         if self.sharded:
             lora = self.config.lora
             if self.config.optim.kind != "adamw" or (lora and lora.quantise):
                 raise CapabilityError(
                     "What bitsandbytes keeps cannot be shared by processes. Leave --shard out, or optim.kind and lora.quantise."
                 )
+        if self.sharded or empty:
             sharding.shard(whole, blocks, self.team, bf16=bf16)
         self.stage.to(self.device)
         return whole if self.sharded else self.accelerator.prepare(whole)
@@ -180,10 +182,15 @@ class Trainer:
         try:
             with Interrupt() as interrupt, self._bar() as bar:
                 while self.step < self.config.steps:
-                    entry, stopped, part = self._one_step(interrupt.signal)
+                    entry, stopped, part = self._one_step(interrupt)
+                    if entry is None:
+                        if self.step:
+                            self._save(part, hurried=self.sharded)
+                        break
                     self.step += 1
                     last = self.step == self.config.steps
-                    if (self._held or self._held_vqa) and (last or self.step % self.config.validate_every == 0):
+                    due = last or (self.step % self.config.validate_every == 0 and stopped != signal.SIGTERM)
+                    if (self._held or self._held_vqa) and due:
                         entry["validation"] = self._validate()
                         self._validation = entry["validation"].get("loss")
                     self._seconds = time.monotonic() - began
@@ -209,16 +216,17 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _one_step(self, noted: int | None) -> tuple[dict[str, Any], int, StepPart]:
+    def _one_step(self, interrupt: Interrupt) -> tuple[dict[str, Any] | None, int, StepPart]:
         """Take step number ``self.step``.
 
         Args:
-            noted: the signal that this process got, or None.
+            interrupt: notes the signals that this process gets.
 
         Returns:
-            Its log entry, the signal after which the processes are to stop (0 for none), and some of its samples.
+            Its log entry, the signal after which the processes are to stop (0 for none), and some of its samples. The entry is
+            None where a SIGTERM came between the step's parts: then nothing has changed, and the step is taken again later.
         """
-        c, began = self.config, time.monotonic()
+        c, began, noted = self.config, time.monotonic(), interrupt.signal
         parts = self._loader.step(self.step)
         share_of_peak = multiplier(self.step, c.optim, c.steps)
         set_rate(self._optimizer.param_groups, share_of_peak)
@@ -226,6 +234,8 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         named: dict[str, Tensor] = {}
         for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
+            if number and self._agreed(interrupt.signal) == signal.SIGTERM:
+                return None, signal.SIGTERM, parts[0]
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
                 total, terms = self._model(part.ready, part.generator, part.shared)

@@ -137,7 +137,9 @@ def empty_episode(root, number):
     """An episode of length 0 between the others; its rows are gone, its frames remain in the video."""
     edit_table(root / EPISODES, "length", lambda lengths: [0 if i == number else n for i, n in enumerate(lengths)])
     table = pq.read_table(root / DATA)
-    pq.write_table(table.filter(pa.array(np.asarray(table["episode_index"]) != number)), root / DATA)
+    table = table.filter(pa.array(np.asarray(table["episode_index"]) != number))
+    pq.write_table(table, root / DATA)
+    edit_info(root, total_frames=len(table))
 
 
 def remove_episode_v21(root, number):

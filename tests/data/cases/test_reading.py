@@ -74,6 +74,7 @@ def test_empty_episode_v3_is_named_and_left_out(new):
 
 def test_only_empty_episodes_are_refused(new):
     edit_table(new / build.EPISODES, "length", lambda lengths: [0] * len(lengths))
+    edit_info(new, total_frames=0)
     with pytest.raises(DataError, match=r"holds no episodes with frames"):
         Dataset.open(new)
 

@@ -12,7 +12,7 @@ from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.policies.asyncvla.policy import QWEN, qwen3b, smol
 from vlaflow.policies.base import PolicyConfig
-from vlaflow.policies.dfm_vla.policy import EMU3, LAST_TEXT, emu3
+from vlaflow.policies.dfm_vla.policy import EMU3, LAST_TEXT, MARKS, emu3
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.tiny import COEFFICIENTS, FAST, tiny_backbone, token_policy
 
@@ -57,11 +57,11 @@ def qwen_regression(data: DataSpec, source: str | None = QWEN) -> PolicyConfig:
 
 def emu3_autoregressive(data: DataSpec, source: str | None = EMU3) -> PolicyConfig:
     """UniVLA's decoder on DFM-VLA's backbone and tokens: one after the other, under a causal mask."""
-    decoder = AutoregressiveConfig(data.action_dim, FastFit(50.0, 1024), 10, text_row=LAST_TEXT)
+    decoder = AutoregressiveConfig(data.action_dim, FastFit(50.0, 1024), 10, text_row=LAST_TEXT, marks=MARKS)
     return replace(emu3(data, source=source, attention="causal"), system="autoregressive", decoder=decoder)
 
 
 def emu3_masked(data: DataSpec, source: str | None = EMU3) -> PolicyConfig:
     """UD-VLA's decoder on DFM-VLA's backbone and tokens: revealed by confidence."""
-    decoder = MaskedDiffusionConfig(data.action_dim, FastFit(50.0, 1024), 10, text_row=LAST_TEXT)
+    decoder = MaskedDiffusionConfig(data.action_dim, FastFit(50.0, 1024), 10, text_row=LAST_TEXT, marks=MARKS)
     return replace(emu3(data, source=source), system="masked_diffusion", decoder=decoder)

@@ -15,6 +15,8 @@ from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.tiny import token_policy
 
 EMU3 = "Emu3-community/Emu3-Stage1-hf"
+MARKS = (151_844, 151_845)
+"""Ids of Emu3's that begin and end the actions in UniVLA: boa and eoa."""
 LAST_TEXT = 151_642
 """The last id of Emu3's text, which no text uses; action tokens begin as this row and the ones before it, as in UniVLA."""
 
@@ -46,7 +48,13 @@ def emu3(
         system="dfm_vla",
         backbone=EmuConfig(data.state_dim, data.views, source, architecture, recompute=True, attention=attention),
         decoder=DiscreteFlowConfig(
-            data.action_dim, FastFit(50.0, 1024), chunk_size, text_row=LAST_TEXT, attention="full", refresh=0.3
+            data.action_dim,
+            FastFit(50.0, 1024),
+            chunk_size,
+            text_row=LAST_TEXT,
+            marks=MARKS,
+            attention="full",
+            refresh=0.3,
         ),
         action_normalisation="quantile",
         action_clip=1.0,

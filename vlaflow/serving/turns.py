@@ -1,0 +1,221 @@
+"""Who may use the event loop, and when: a client that uses more than its part of the time waits its turn.
+
+Reading, parsing and decoding messages holds the interpreter's lock, which inference needs between any two operations. So what
+a connection spends is counted (``Account``). A connection that spends little is never held up. One that spends more stands in
+line, gets a turn of ``TURN_S`` at a time, and those in line get ``DUTY`` of the time together (``Turns``).
+
+Connections that have not been answered yet share one account, so that reconnecting brings nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.frames import Frame, Opcode
+
+DUTY = 1 / 3
+"""Part of the time that the clients in line get together."""
+RATE = 0.03
+"""Part of the time that a client may use without standing in line."""
+ALLOWANCE_S = 0.01
+"""What it may use at once, in seconds."""
+PACED_COST = 4.0
+"""What an inference takes of the share of a client that has been in line, where that of others takes 1."""
+TURN_S = 0.002
+"""Length of a turn in seconds."""
+PER_MESSAGE_S, PER_CONNECTION_S = 3e-4, 1e-3
+"""What answering a message and a connection cost apart from what is measured, in seconds."""
+MOST_OPENING = 64
+"""Connections that have not sent their headers yet; beyond them, the oldest is dropped."""
+PINGS_PER_S = 20
+_READ_BYTES = 2**14
+"""Bytes per read. The smallest frames take 20 ms to parse."""
+
+
+class Account:
+    """The seconds that a client has spent beyond its part.
+
+    Args:
+        clock: gives the time in seconds.
+
+    Attributes:
+        paced: whether it has been in debt and has not yet recovered entirely; what it spends then delays the next turn.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.paced = False
+        self._clock, self._spent, self._at = clock, 0.0, clock()
+
+    def spend(self, seconds: float) -> None:
+        """Add what was spent."""
+        self._recover()
+        self._spent += seconds
+        self.paced |= self._spent > ALLOWANCE_S
+
+    @property
+    def in_debt(self) -> bool:
+        """Whether the client must stand in line."""
+        self._recover()
+        return self._spent > ALLOWANCE_S
+
+    def forgive(self) -> None:
+        """Let the client spend one more turn."""
+        self._spent = min(self._spent, ALLOWANCE_S - TURN_S)
+
+    def _recover(self) -> None:
+        now = self._clock()
+        self._spent, self._at = max(self._spent - RATE * (now - self._at), 0.0), now
+        self.paced &= self._spent > 0
+
+
+class Turns:
+    """The line of clients that wait for a turn, and the connections that are being opened.
+
+    Args:
+        clock: gives the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.newcomers = clock, Account(clock)
+        self._line: deque[LimitedConnection] = deque()
+        self._opening: OrderedDict[LimitedConnection, None] = OrderedDict()
+        self._spent, self._since, self._timer = 0.0, clock(), None  # type: float, float, asyncio.Handle | None
+
+    def spend(self, seconds: float) -> None:
+        """Count what a client in line spent."""
+        self._spent += seconds
+
+    def join(self, connection: LimitedConnection) -> None:
+        """Put a connection at the end of the line."""
+        self._line.append(connection)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_soon(self._next)
+
+    def _next(self) -> None:
+        """Give the first in line its turn, as soon as the turn before has been paid for."""
+        loop, now = asyncio.get_running_loop(), self.clock()
+        pause = self._spent / DUTY - (now - self._since)
+        if pause > 0:
+            self._timer = loop.call_later(pause, self._next)
+            return
+        self._spent, self._since, self._timer = 0.0, now, None
+        if self._line:
+            self._line.popleft().take_turn()
+            self._timer = loop.call_later(TURN_S, self._next)
+
+    def open(self, connection: LimitedConnection) -> None:
+        """Remember a connection until it has sent its headers; drop the oldest if there are too many."""
+        self._opening[connection] = None
+        if len(self._opening) > MOST_OPENING:
+            oldest, _ = self._opening.popitem(last=False)
+            oldest.transport.abort()
+
+    def opened(self, connection: LimitedConnection) -> None:
+        """Forget a connection that has sent its headers, or is lost."""
+        self._opening.pop(connection, None)
+
+
+class LimitedConnection(ServerConnection):
+    """A connection that waits its turn, and is dropped when its client sends more than ``PINGS_PER_S`` pings within a second.
+
+    Args:
+        turns: of the server.
+        arguments, more: of the websocket library.
+    """
+
+    def __init__(self, turns: Turns, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._turns, self._account = turns, turns.newcomers
+        self._turn: asyncio.Future[None] | None = None
+        self._held: set[str] = set()
+        self._pings, self._since = 0, 0.0
+
+    def opened(self) -> None:
+        """Note that the client has sent its headers."""
+        self._turns.opened(self)
+
+    def establish(self) -> None:
+        """Give the client an account of its own, once it has been answered."""
+        if self._account is self._turns.newcomers:
+            self._account = Account(self._turns.clock)
+
+    def spend(self, seconds: float) -> None:
+        """Charge the client for what it made the server do."""
+        self._account.spend(seconds)
+        if self._account.paced:
+            self._turns.spend(seconds)
+
+    @property
+    def cost(self) -> float:
+        """What an inference takes of the client's share."""
+        return PACED_COST if self._account.paced else 1.0
+
+    async def turn(self) -> None:
+        """Wait until the client may make the server do something."""
+        if self._account.in_debt:
+            self._stand_in_line()
+            assert self._turn is not None
+            await asyncio.shield(self._turn)
+
+    def take_turn(self) -> None:
+        """Go on; called by ``Turns``."""
+        self._account.forgive()
+        if self._turn is not None:
+            self._turn.set_result(None)
+            self._turn = None
+        self._release("turn")
+
+    def _stand_in_line(self) -> None:
+        if self._turn is None:
+            self._turn = self.loop.create_future()
+            self._hold("turn")
+            self._turns.join(self)
+
+    # -- called by asyncio and the websocket library -----------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        """Read small pieces, so that no client keeps the event loop for long."""
+        super().connection_made(transport)
+        transport.max_size = _READ_BYTES
+        self.recv_messages.pause, self.recv_messages.resume = partial(self._hold, "queue"), partial(self._release, "queue")
+        self._turns.open(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._turns.opened(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what was read, and stop reading if that was too much."""
+        began = time.thread_time()
+        super().data_received(data)
+        self.spend(time.thread_time() - began)
+        if self._account.in_debt:
+            self._stand_in_line()
+
+    def process_event(self, event: Any) -> None:
+        """Count pings, each of which is answered by a pong."""
+        if isinstance(event, Frame) and event.opcode is Opcode.PING:
+            now = self._turns.clock()
+            if now - self._since > 1:
+                self._pings, self._since = 0, now
+            self._pings += 1
+            if self._pings > PINGS_PER_S:
+                self.transport.abort()
+                return
+        super().process_event(event)
+
+    def _hold(self, why: str) -> None:
+        self._held.add(why)
+        self.transport.pause_reading()
+
+    def _release(self, why: str) -> None:
+        self._held.discard(why)
+        if not self._held:
+            self.transport.resume_reading()

@@ -1,0 +1,33 @@
+"""Text that others wrote, in errors, in the terminal and on pages: it is shown, never interpreted, and kept short."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 80, 40, 80
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
+
+
+def shown(value: Any) -> str:
+    r"""A value that was found in a file, for an error: as ``repr`` has it, but of bounded length and depth.
+
+    >>> shown("a\nb"), shown(list(range(1000)))
+    ("'a\\nb'", '[0, 1, 2, 3, ...]')
+    """
+    return _SHORT.repr(value)
+
+
+def printable(text: str) -> str:
+    """Text as it is, with control characters other than line breaks spelled out, so that none reaches the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    r"""Text as it is, with all control characters and line breaks spelled out.
+
+    >>> one_line("push\x1b[31m\nit")
+    'push\\x1b[31m\\nit'
+    """
+    return printable(text).replace("\n", "\\n")
