@@ -1,9 +1,9 @@
-"""Does it matter who computes? A small Qwen2.5-VL trained by one process, by two copies, and sharded by layer over two.
+"""Does it matter who computes? Small networks trained by one process, by two copies, and sharded by layer over two.
 
     python -m benchmarks.layouts
 
 Prints the tables of docs/scale.md: losses, a run that moves from two processes to one and back, one whose second process is
-killed, and what each process gathers. Nothing is timed; the runs are those of ``tests.training.layouts``, in about a minute.
+killed, and what each process gathers. Nothing is timed; the runs are those of ``tests.training.layouts``, in some minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -33,12 +34,21 @@ ROWS = {
 }
 
 
+BYTES = {
+    "all": "the network",
+    "layer": "its largest layer",
+    "layers": "layers that were whole at once, at most",
+    "root": "what stays whole during a step (embeddings, norms, heads)",
+}
+NETWORKS = {"qwen": "Qwen2.5-VL", "smol": "smol"}
+
+
 @dataclass(frozen=True)
 class Options:
     """Where.
 
     Args:
-        folder: for the runs; a temporary one by default.
+        folder: for the runs, which must not be there yet; a temporary one by default.
     """
 
     folder: Path | None = None
@@ -47,24 +57,32 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and print."""
     options = tyro.cli(Options, description=__doc__, args=argv)
-    with tempfile.TemporaryDirectory() as temporary:
-        out = options.folder or Path(temporary)
-        everything(out)
-        lines = ["| run | " + " | ".join(f"step {n}" for n in range(1, 7)) + " |", "|---|" + "---|" * 6]
-        for name, words in ROWS.items():
-            lines.append(f"| {words} | " + " | ".join(f"{entry['loss']:.7f}" for entry in read_log(out / name)) + " |")
-        lines += ["", "| bytes in each process | shared stack | action expert |", "|---|---|---|"]
-        found = [json.loads((out / f"sharded-{stack}/rank-1.json").read_text()) for stack in ("shared", "expert")]
-        for key, words in (
-            ("all", "the network"),
-            ("layer", "its largest layer"),
-            ("layers", "layers that were whole at once, at most"),
-            ("root", "what stays whole during a step (embeddings, norms, heads)"),
-        ):
-            lines.append(f"| {words} | " + " | ".join(f"{each[key]:,}" for each in found) + " |")
-        lines.append("| exchanged while a checkpoint is written | " + " | ".join(f"{max(e['saved']):,}" for e in found) + " |")
-    print("\n".join(lines))
+    for name, words in NETWORKS.items():
+        with tempfile.TemporaryDirectory() as temporary:
+            out = (options.folder or Path(temporary)) / name
+            out.mkdir(parents=True)
+            everything(out, name)
+            print(f"### {words}\n\n{tables(out)}\n")
     return 0
+
+
+def tables(out: Path) -> str:
+    """Losses by run, and bytes by stack, as markdown."""
+    lines = ["| run | " + " | ".join(f"step {n}" for n in range(1, 7)) + " |", "|---|" + "---|" * 6]
+    for name, words in ROWS.items():
+        lines.append(f"| {words} | " + " | ".join(f"{entry['loss']:.7f}" for entry in read_log(out / name)) + " |")
+    lines += ["", "| bytes in each process | shared stack | action expert |", "|---|---|---|"]
+    first, found = ([_counted(out, stack, rank) for stack in ("shared", "expert")] for rank in (0, 1))
+    for key, words in BYTES.items():
+        lines.append(f"| {words} | " + " | ".join(f"{each[key]:,}" for each in found) + " |")
+    built = [f"{one['built']:,} and {other['built']:,}" for one, other in zip(first, found, strict=True)]
+    lines.append(f"| weights held before they are shared, first process and others | {' | '.join(built)} |")
+    lines.append("| exchanged while a checkpoint is written | " + " | ".join(f"{max(e['saved']):,}" for e in found) + " |")
+    return "\n".join(lines)
+
+
+def _counted(out: Path, stack: str, rank: int) -> dict[str, Any]:
+    return json.loads((out / f"sharded-{stack}/rank-{rank}.json").read_text())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""Training samples per second: the demo policy's train step against the same model as one would first write it.
+"""Training samples per second: the demo policy's train step in both formats against the same model as first written.
 
     python -m benchmarks.training
+    python -m benchmarks.training --compile --no-naive    # both formats also compiled, which takes minutes
     python -m benchmarks.training --ladder    # which of the differences matters how much on this CPU
+
+A step's floating-point operations per second are stated as a share of what one large matrix product reaches in the same format,
+in the same rounds.
 
 Both have the same sizes, batch, noise samples and loss; a sample is one observation with one draw. "First written" means: fused
 attention over one joint sequence with a mask, RMSNorm, tanh-GELU, convolutions in PyTorch's default layout, draws by repeating
@@ -11,7 +15,7 @@ in float32 is measured too. Loading, weight averaging and logging are in neither
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,10 +23,11 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._naive import NaivePolicy, Style
-from benchmarks._timing import Case, report, seconds_in_turns
+from benchmarks._timing import Case, Summary, report, seconds_in_turns
 from vlaflow.config import override
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.stats import FeatureStats
@@ -34,9 +39,11 @@ from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import DataSpec, OptimConfig
 from vlaflow.simulators.metaworld_tasks import ACTION, TASKS
 from vlaflow.training.optim import build_optimizer
-from vlaflow.training.precision import training_threads, use_bf16
+from vlaflow.training.precision import chosen_format, training_threads
 
 CPU = torch.device("cpu")
+NAMES = {False: "float32", True: "bf16"}
+FORMATS = {False: torch.float32, True: torch.bfloat16}
 DEMO_TASKS = ("drawer-open-v3", "button-press-topdown-v3", "window-close-v3")
 
 
@@ -46,19 +53,25 @@ class Options:
 
     Args:
         batch_size: observations per step; the recipe's by default.
-        precision: of the library's step; "auto" is what the demo does.
+        precision: of the library's step that comes first; "auto" is what the demo does.
+        compile: also the library's steps with a compiled loss.
+        naive: also the naive model.
         ladder: also the naive model in float32 with one difference after the other taken back.
         set: changes to the policy's config, e.g. backbone.width=384 backbone.heads=12.
         threads: of torch; one per physical core by default.
+        side: of the square matrices of the product that a step is compared with.
         rounds: rounds of one step each.
         json: file for the results.
     """
 
     batch_size: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    naive: bool = True
     ladder: bool = False
     set: tuple[str, ...] = ()
     threads: int | None = None
+    side: int = 1024
     rounds: int = 15
     json: Path | None = None
 
@@ -82,21 +95,50 @@ def make_batch(config: PolicyConfig, size: int) -> Batch:
     return Batch(ObservationBatch(images, state_BS, words), action_BLD, torch.ones(size, chunk_size).bool(), index_B, index_B)
 
 
-def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool) -> Callable[[], float]:
+def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool, *, compiled: bool = False) -> Callable[[], float]:
     """What the trainer does in a step."""
     optimizer, generator, weights = build_optimizer(policy.model, optim), Generator().manual_seed(0), policy.model.parameters
     policy.model.train()
+    loss_of = torch.compile(policy.loss_of) if compiled else policy.loss_of
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
+        ready = policy.prepare(batch)
+        drawn = policy.draw(ready, generator, generator)
         with autocast(bf16, CPU):
-            loss = policy.loss(policy.prepare(batch), generator, generator).total
+            loss = loss_of(ready, drawn).total
         loss.backward()
         nn.utils.clip_grad_norm_(weights(), optim.clip_norm)
         optimizer.step()
         return loss.item()
 
     return step
+
+
+def product(bf16: bool, side: int) -> Callable[[], Tensor]:
+    """A square matrix product in one of the formats."""
+    one, other = torch.randn((2, side, side), generator=Generator().manual_seed(0)).to(FORMATS[bf16])
+    return lambda: one @ other
+
+
+def shares_of_peak(
+    seconds: Mapping[str, Sequence[float]], steps: Mapping[str, tuple[str, str]], step_flops: float, product_flops: float
+) -> dict[str, str]:
+    """For each step, its operations per second as a share of the product's in the same round: median, smallest, largest.
+
+    Args:
+        seconds: by arm, one number a round.
+        steps: arms, each with its format and the product in it.
+        step_flops, product_flops: operations of a step and of a product.
+    """
+    found = {}
+    for arm, (name, peak) in steps.items():
+        pairs = zip(seconds[arm], seconds[peak], strict=True)
+        shares = Summary.of([(step_flops / step) / (product_flops / whole) for step, whole in pairs])
+        found[f"share of the matrix product's speed, {arm}"] = (
+            f"{shares.median:.0%} ({shares.min:.0%} to {shares.max:.0%}) of {name}"
+        )
+    return found
 
 
 def naive_step(policy: Policy, optim: OptimConfig, batch: Batch, style: Style) -> Callable[[], float]:
@@ -141,19 +183,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = demo(data)
     # the naive model has one answer, so ours is measured with one
     config = override(replace(tiny(data), exits=None), dict(pair.split("=", 1) for pair in options.set))
-    size, bf16 = options.batch_size or recipe.global_batch_size, use_bf16(options.precision, CPU)
-    batch, policy = make_batch(config, size), make_policy(config)
-    styles = {"naive, bf16 autocast": Style(bf16=True), "naive, float32": Style()}
+    size, noise_samples = options.batch_size or recipe.global_batch_size, config.decoder.noise_samples
+    batch, first = make_batch(config, size), chosen_format(options.precision, CPU) == "bf16"
+    arms: dict[str, Callable[[], object]] = {}
+    steps: dict[str, tuple[str, str]] = {}
+    for compiled in (False, True) if options.compile else (False,):
+        for bf16 in (first, not first):
+            name = f"vlaflow, {NAMES[bf16]}{', compiled' * compiled}"
+            arms[name] = our_step(make_policy(config), recipe.optim, batch, bf16, compiled=compiled)
+            steps[name] = (NAMES[bf16], f"product, {NAMES[bf16]}")
+    with FlopCounterMode(display=False) as counter:
+        next(iter(arms.values()))()
+    arms |= {f"product, {NAMES[bf16]}": product(bf16, options.side) for bf16 in (False, True)}
+    styles = {"naive, bf16 autocast": Style(bf16=True), "naive, float32": Style()} if options.naive else {}
     if options.ladder:
         styles["… with LayerNorm, erf-GELU"] = Style(norm=nn.LayerNorm, gelu="none")
         styles["… and fused AdamW"] = Style(norm=nn.LayerNorm, gelu="none", fused=True)
-    arms = {f"vlaflow, {'bf16' if bf16 else 'float32'}": our_step(policy, recipe.optim, batch, bf16)}
+    policy = make_policy(config)
     arms |= {name: naive_step(policy, recipe.optim, batch, style) for name, style in styles.items()}
-    noise_samples = config.decoder.noise_samples
     seconds = seconds_in_turns(arms, options.rounds, warmup=2)
+    notes = shares_of_peak(seconds, steps, counter.get_total_flops(), 2 * options.side**3)
+    timed = {name: each for name, each in seconds.items() if not name.startswith("product")}
     parameters = sum(p.numel() for p in policy.model.parameters()) / 1e6
     name = f"{parameters:.1f} M parameters, {size} observations × {noise_samples} noise samples"
-    return report("training", options, [Case.of_rates(name, "samples/s", size * noise_samples, seconds)], options.json)
+    return report("training", options, [Case.of_rates(name, "samples/s", size * noise_samples, timed, notes)], options.json)
 
 
 if __name__ == "__main__":

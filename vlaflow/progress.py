@@ -22,6 +22,13 @@ class Progress(Protocol):
         """Report ``steps`` more as done; ``note`` is shown next to the count, e.g. a loss."""
 
 
+class Silent:
+    """The progress of a process that leaves reporting to another one."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Nothing."""
+
+
 @contextmanager
 def progress(total: int, description: str, stream: TextIO | None = None) -> Iterator[Progress]:
     """Report on ``total`` steps of work.

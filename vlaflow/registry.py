@@ -64,6 +64,7 @@ OURS: dict[Group, dict[str, str]] = {
         "obstacle": "vlaflow.simulators.obstacle_suite:SUITE",
     },
     "layouts": {
+        "views": "vlaflow.serving.observation_keys:VIEWS",
         "metaworld": "vlaflow.serving.observation_keys:METAWORLD",
         "libero": "vlaflow.serving.observation_keys:LIBERO",
         "droid": "vlaflow.serving.observation_keys:DROID",

@@ -43,7 +43,7 @@ def test_the_later_frames_features_depend_on_the_earlier_frame():
 class Fixed(torch.nn.Module):
     """A book that says the same whatever it is shown."""
 
-    def forward(self, x_BKE, generator):
+    def forward(self, x_BKE, noise_BKE=None):
         return torch.ones_like(x_BKE), torch.zeros(x_BKE.shape[:2], dtype=torch.long)
 
 
@@ -51,14 +51,14 @@ def test_the_decoders_gradient_does_not_reach_the_encoder_through_the_first_fram
     """With codes that depend on nothing, neither the encoder nor the patch embedding that both share gets a gradient."""
     made = model()
     made.book = Fixed()
-    made(frames(0), frames(1), torch.Generator()).later_BHW3.square().mean().backward()
+    made(frames(0), frames(1)).later_BHW3.square().mean().backward()
     assert all(p.grad is None for p in (*made.encoder.parameters(), *made.patches.parameters()))
     assert all(p.grad is not None for p in made.decoder.parameters())
 
 
 def test_every_parameter_learns():
     made = model(replace(SMALL, action_dim=2)).train()
-    passed = made(frames(0), frames(1), torch.Generator().manual_seed(0))
+    passed = made(frames(0), frames(1), made.draw(3, torch.Generator().manual_seed(0)))
     (passed.later_BHW3.square().mean() + passed.action_BD.square().mean()).backward()
     assert not [name for name, p in made.named_parameters() if p.grad is None]
 

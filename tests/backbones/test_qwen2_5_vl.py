@@ -41,8 +41,8 @@ TEMPLATE = (
 )
 
 
-def write_model(folder, tied):
-    """A folder like those on the Hub: config, weights, tokenizer, image settings, chat template."""
+def write_model(folder, tied, text=None, vision=None):
+    """A folder like those on the Hub: config, weights, tokenizer, image settings, chat template; of other sizes if asked."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -65,6 +65,7 @@ def write_model(folder, tied):
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
             "bos_token_id": 0,
             "eos_token_id": 2,
+            **(text or {}),
         },
         vision_config={
             "depth": 2,
@@ -74,6 +75,7 @@ def write_model(folder, tied):
             "out_hidden_size": 64,
             "window_size": 112,
             "fullatt_block_indexes": [1],
+            **(vision or {}),
         },
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],

@@ -17,6 +17,7 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.nn.block import BlockConfig
+from vlaflow.nn.stored import drawing, place_of, read_here, shared_later
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.spec import Observation
 from vlaflow.stacks.expert import ExpertConfig
@@ -131,6 +132,20 @@ def test_an_encoder_is_that_of_transformers_and_its_features_are_folded_to_cells
         smol_config(folder, vision=f"transformers:{encoder}", image_size=48).build()
     with pytest.raises(ConfigError, match="cannot be folded"):
         smol_config(folder, vision=f"transformers:{encoder}", cell=4).build()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_layers_that_are_cut_off_are_not_read_and_an_encoder_is_sent(folder, encoder, first):
+    """The language model's rows are read later; the borrowed encoder is opened by the process that sends it."""
+    with shared_later(first), drawing():
+        made = smol_config(folder, vision=f"transformers:{encoder}", cell=16, layers=2).build()
+    assert all(place_of(p) for p in made.network.parameters())
+    assert {p.is_meta for p in made.vision.parameters()} == {not first}
+    read_here(made)
+    whole = build(folder, vision=f"transformers:{encoder}", cell=16, layers=2)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(made.network.state_dict()[name], tensor)
+    assert made.config == whole.config
 
 
 def policy(folder, **changes):

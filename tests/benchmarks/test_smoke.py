@@ -4,11 +4,13 @@ import gc
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import run_all
+from benchmarks import large_dataset, run_all
 from benchmarks._timing import Case, seconds_in_turns
+from vlaflow.data.lerobot import Dataset
 from vlaflow.simulators import gl
 
 TINY = {
@@ -19,6 +21,8 @@ TINY = {
         "2",
         "--threads",
         "1",
+        "--side",
+        "8",
         "--ladder",
         "--set",
         "backbone.depth=1",
@@ -119,3 +123,11 @@ def test_arms_take_turns():
 def test_a_ratio_is_taken_within_rounds_and_says_how_much_longer_the_other_way_takes(unit, values):
     ratio = Case("case", unit, values).ratios["b"]
     assert (ratio.min, ratio.median, ratio.max) == (3, 3, 3)
+
+
+def test_the_large_data_set_has_the_shape_that_is_stated(tmp_path):
+    """Several instructions in every episode, all of them known to it."""
+    dataset = Dataset.open(large_dataset.make(tmp_path / "data", large_dataset.Options(episodes=4, frames=12, tasks=16)))
+    assert (len(dataset), len(dataset.episodes), len(dataset.tasks)) == (48, 4, 16)
+    assert dataset.row_notes == ()
+    assert dataset.columns().task.tolist() == np.repeat(np.arange(16), 3).tolist()

@@ -201,5 +201,5 @@ def test_a_damaged_record_of_steps_is_one_sentence(tmp_path, capsys):
     (tmp_path / "steps.json").write_text(json.dumps(["vlaflow record"]))
     assert main(["reproduce", "C2", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "steps.json is damaged" in said
+    assert "steps.json contains a list instead of an object" in said
     assert said.count("\n") == 1

@@ -138,13 +138,13 @@ def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked,
     dataset, out = write_dataset(tmp_path / "data"), tmp_path / "policy"
     more = ["--vqa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "6", "--set", "vqa.held_out=0.25"]
     assert training.main([*arguments(dataset, out), *more]) == 0
-    assert eval_vqa.main([str(out), "--vqa", str(asked), "--out", str(tmp_path / "a"), "--limit", "4"]) == 0
+    assert eval_vqa.main([str(out), "--vqa", str(asked), "--out", str(tmp_path / "a"), "--limit", "4", "--dtype", "bf16"]) == 0
     shown = capsys.readouterr().out
     assert "light" in shown
     results = read(tmp_path / "a/answers.json")
     opened = VqaDataset.open(asked)
     assert [each.name for each in results.per_question] == [opened.questions[i].name for i in opened.split(0.25)[1]]
-    assert (results.overall.questions, results.part, results.limit) == (4, "held-out", 4)
+    assert (results.overall.questions, results.part, results.limit, results.dtype) == (4, "held-out", 4, "bf16")
     assert results.questions_fingerprint == opened.fingerprint
     again = run(out, asked, AnswerConfig(part="all", blind=False, limit=4), tmp_path / "b")
     assert (again.overall.questions, again.overall.blind) == (16, None)

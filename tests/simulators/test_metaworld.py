@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlaflow.errors import SpecError
-from vlaflow.simulators import make, simulator_spec
+from vlaflow.simulators import display, make, simulator_spec
 from vlaflow.simulators.experts import expert_for
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "metaworld_lerobot"
@@ -100,6 +100,18 @@ def test_fast_rendering_shows_the_same_scene(env):
     fast, exact = make("metaworld/drawer-open-v3", size=96), make("metaworld/drawer-open-v3", render="exact", size=96)
     pictures = [e.reset(seed=1003)[0]["pixels"].astype(int) for e in (fast, exact)]
     assert np.abs(pictures[0] - pictures[1]).mean() < 12
+
+
+def test_fast_images_show_simpler_meshes_and_physics_keeps_its_own(env):
+    """Meshes that collide are shown here, so they are simplified as well, but only while they are uploaded."""
+    env.reset(seed=7)
+    model = env._sim.model
+    kept = {name: getattr(model, name).copy() for name in display._CHANGED}
+    with display.simplified(model, 48, solid=True):
+        assert model.mesh_facenum.sum() < kept["mesh_facenum"].sum() / 3
+    env.close()
+    env.render()
+    assert all(np.array_equal(getattr(model, name), value) for name, value in kept.items())
 
 
 def test_environments_that_take_turns_do_not_see_each_others_images():

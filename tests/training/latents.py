@@ -55,7 +55,7 @@ def uses_of_two_processes(rank):
     """How many entries move when process 0 uses 0 … 7 and process 1 uses 8 … 15: none of 16, if they count together."""
     book = Codebook(16, 4)
     book.entry_VE.data = torch.eye(16)[:, :4] + torch.arange(16.0)[:, None]
-    book(book.entry_VE.detach()[None, 8 * rank : 8 * rank + 8], torch.Generator().manual_seed(0))
+    book(book.entry_VE.detach()[None, 8 * rank : 8 * rank + 8], torch.ones(1, 8, 4))
     return book.replace_unused(Replacement(1, 1.0, 0.5), 0, 10, torch.Generator().manual_seed(0))
 
 

@@ -1,4 +1,6 @@
-"""A small Qwen2.5-VL trained in several layouts, for two processes (python -m tests.training.layouts OUT JOB) and for one.
+"""A small network trained in several layouts, for two processes (python -m tests.training.layouts OUT JOB NAME) and for one.
+
+NAME is "qwen", a small Qwen2.5-VL, or "smol", a small Llama; their folders are in OUT.
 
 Every run takes six steps of the same recipe in two parts; what differs is who computes the parts and who holds the weights.
 """
@@ -65,11 +67,15 @@ class Killed(Seen):
         return super().batch(indices)
 
 
-def trainer(out, stack="shared", source=None, *, shard=False, recompute=False, precision="fp32", lora=None, every=2):
-    """A run of six steps in ``out``, saved after every ``every``; the models' folders ``qwen`` and ``smol`` are next to it."""
-    backbone = QwenConfig(3, ("front",), str(out.parent / "qwen"), min_pixels=PATCH, max_pixels=4 * PATCH, recompute=recompute)
-    if lora:
-        backbone = SmolConfig(3, ("front",), str(out.parent / "smol"), layers=2, image_size=56, cell=8)
+def trainer(
+    out, stack="shared", source=None, *, name="qwen", shard=False, recompute=False, precision="fp32", lora=None, every=2
+):
+    """A run of six steps in ``out``, saved after every ``every``; the model's folder ``name`` is next to it."""
+    folder = str(out.parent / name)
+    if name == "qwen":
+        backbone = QwenConfig(3, ("front",), folder, min_pixels=PATCH, max_pixels=4 * PATCH, recompute=recompute)
+    else:
+        backbone = SmolConfig(3, ("front",), folder, recompute=recompute, image_size=56, cell=8)
     expert = ExpertConfig(BlockConfig(32, heads=4, kv_heads=2, head_dim=16, ffn=48, norm="rms", gated=True))
     decoder = FlowConfig(action_dim=2, chunk_size=4, expert=expert if stack == "expert" else None)
     policy = PolicyConfig("asyncvla", backbone, decoder, n_action_steps=2)
@@ -145,64 +151,64 @@ class Watch:
         return sent
 
 
-def compare(out):
+def compare(out, name):
     """Both stacks as copies and sharded; with recomputation and in bfloat16; one run that breaks down after four steps; and
     last one whose second process is killed in its fourth step.
     """
     for stack in STACKS:
-        trainer(out / f"copies-{stack}", stack, every=6).run()
+        trainer(out / f"copies-{stack}", stack, name=name, every=6).run()
         with pytest.MonkeyPatch.context() as monkeypatch:
             watch = Watch(monkeypatch)
-            run = trainer(out / f"sharded-{stack}", stack, shard=True)
+            run = trainer(out / f"sharded-{stack}", stack, name=name, shard=True)
             built = sum(4 * p.numel() for p in run.stage.module.parameters() if not p.is_meta)
             run.run()
         sizes = {"layers": watch.layers, "layer": watch.largest(False), "root": watch.largest(True), "saved": watch.saved}
         sizes["built"] = built
         sizes["all"] = sum(4 * p.numel() for p in run.stage.module.parameters())
         (out / f"sharded-{stack}/rank-{run.team.rank}.json").write_text(json.dumps(sizes))
-    trainer(out / "recomputed", "expert", shard=True, recompute=True, every=6).run()
-    trainer(out / "sharded-smol", lora=LORA, shard=True).run()
-    trainer(out / "rounded", "shared", shard=True, precision="bf16", every=6).run()
+    trainer(out / "recomputed", "expert", name=name, shard=True, recompute=True, every=6).run()
+    trainer(out / "sharded-lora", name="smol", lora=LORA, shard=True).run()
+    trainer(out / "rounded", "shared", name=name, shard=True, precision="bf16", every=6).run()
     with pytest.raises(RuntimeError, match="cut"):
-        trainer(out / "moved", source=Cut(Seen(), at=4), shard=True).run()
-    trainer(out / "killed", source=Killed(), shard=True).run()
+        trainer(out / "moved", source=Cut(Seen(), at=4), name=name, shard=True).run()
+    trainer(out / "killed", source=Killed(), name=name, shard=True).run()
 
 
-def finish(out):
+def finish(out, name):
     """Go on with the run that was moved, and with a copy of the one that was killed."""
-    trainer(out / "moved", shard=True).run()
-    trainer(out / "killed-again", shard=True).run()
+    trainer(out / "moved", name=name, shard=True).run()
+    trainer(out / "killed-again", name=name, shard=True).run()
 
 
-def launch(out, job):
+def launch(out, job, name):
     """Run a job on two processes of one thread each; returns the exit status of the launcher and what it printed."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["-m", "tests.training.layouts", str(out), job]
+    words += ["-m", "tests.training.layouts", str(out), job, name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
     return done.returncode, done.stderr
 
 
-def everything(out):
+def everything(out, name="qwen"):
     """All runs, in order: one process, two, the moved one on one process again and on two, after the kill on one and on two."""
     write_model(out / "qwen", tied=True)
+    write_llama(out / "smol", head_dim=16)  # the expert's, as qwen has
     for stack in STACKS:
-        trainer(out / f"one-{stack}", stack, every=6).run()
-    write_llama(out / "smol")
-    trainer(out / "one-smol", lora=LORA).run()
-    status, said = launch(out, "compare")
+        trainer(out / f"one-{stack}", stack, name=name, every=6).run()
+    trainer(out / "one-lora", name="smol", lora=LORA).run()
+    status, said = launch(out, "compare", name)
     assert (out / "killed/training/step-000002").exists(), said[-3000:]
     assert status, "the killed process was not noticed"
     shutil.copytree(out / "killed", out / "killed-again")
     with pytest.raises(RuntimeError, match="cut"):  # goes on after step 2, with two parts a step, and breaks down after step 4
-        trainer(out / "moved", source=Cut(Seen(), at=6)).run()
-    status, said = launch(out, "finish")
+        trainer(out / "moved", source=Cut(Seen(), at=6), name=name).run()
+    status, said = launch(out, "finish", name)
     assert status == 0, said[-3000:]
-    trainer(out / "killed").run()
+    trainer(out / "killed", name=name).run()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with suppress(KeyboardInterrupt):
-        {"compare": compare, "finish": finish}[sys.argv[2]](Path(sys.argv[1]))
+        {"compare": compare, "finish": finish}[sys.argv[2]](Path(sys.argv[1]), sys.argv[3])
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ from vlaflow.data.writer import Writer
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.processor import Drawn
 from vlaflow.policies.recipe import OptimConfig, TrainConfig
 from vlaflow.spec import ActionSpec, Dimension
 
@@ -32,13 +33,26 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class as_it_is:
-    """For loaders whose samples no stage prepares."""
+class Unchanged:
+    """A sample that no stage prepares."""
 
     batch: object
 
     def to(self, device, *, non_blocking=False):
         return self.batch
+
+
+class AsItIs:
+    """For loaders whose samples no stage prepares, and whose loss draws the first number of both generators."""
+
+    def prepare(self, batch):
+        return Unchanged(batch)
+
+    def draw(self, batch, generator, shared):
+        return Drawn((torch.rand(1, generator=generator), torch.rand(1, generator=shared)))
+
+
+as_it_is = AsItIs()
 
 
 def tiny_policy(views=("front",), **backbone) -> PolicyConfig:

@@ -136,7 +136,8 @@ def test_questions_touch_no_parameter_of_decoder_or_expert_and_actions_no_langua
     touched = {}
     for name, batch in (("asked", AskedSource().batch(np.arange(4))), ("acted", acted)):
         policy.model.zero_grad(set_to_none=True)
-        stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)).total.backward()
+        ready = stage.prepare(batch)
+        stage.loss(ready, stage.draw(ready, torch.Generator().manual_seed(0), torch.Generator())).total.backward()
         touched[name] = {n for n, p in policy.model.named_parameters() if p.grad is not None}
     decoder = {n for n, _ in policy.model.named_parameters() if n.startswith("decoder.")}
     assert {n.split(".")[1] for n in decoder} == {"latent", "flow", "fast"}

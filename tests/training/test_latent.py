@@ -80,7 +80,8 @@ def test_an_action_head_adds_its_error_and_teaches_the_encoder(tmp_path):
     config = latent_config(model=replace(SMALL, action_dim=2))
     stage = latent_stage(config)
     torch.nn.init.zeros_(stage.module.decoder.leave.weight)  # no gradient from the pixels
-    terms = stage.loss(Pairs().batch(torch.arange(4).numpy()), torch.Generator().manual_seed(0), torch.Generator())
+    batch = Pairs().batch(torch.arange(4).numpy())
+    terms = stage.loss(batch, stage.draw(batch, torch.Generator().manual_seed(0), torch.Generator()))
     assert terms.total.item() == pytest.approx(float(terms.parts["pixels"] + 0.01 * terms.parts["action"]), rel=1e-5)
     terms.total.backward()
     assert stage.module.encoder.project.weight.grad.abs().sum() > 0

@@ -11,10 +11,11 @@ from torch import nn
 from tests.training.small import Memory, new_policy, tiny_config
 from vlaflow.config import override
 from vlaflow.data.lerobot import Dataset
-from vlaflow.decoders.base import LossTerms
+from vlaflow.decoders.losses import LossTerms
 from vlaflow.errors import ConfigError
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.objectives import LatentObjective, PolicyObjective, RaterObjective
+from vlaflow.policies.processor import Drawn
 from vlaflow.policies.recipe import Assets, DataSpec, Objective, ParameterGroup, Setup, TrainConfig
 from vlaflow.policies.stages import PolicyStage
 from vlaflow.training.metrics_log import read_log
@@ -51,7 +52,10 @@ class MeanStage:
         nn.init.zeros_(self.module.weight)
         nn.init.zeros_(self.module.bias)
 
-    def loss(self, batch, generator, shared):
+    def draw(self, batch, generator, shared):
+        return Drawn()
+
+    def loss(self, batch, drawn):
         state_BS = batch.observation.state_BS
         total = (state_BS - self.module(torch.ones(len(state_BS), 1))).square().mean()
         return LossTerms(total, {"state": total.detach()})

@@ -85,9 +85,10 @@ def test_parameters_are_those_of_the_cost_model():
 
 BASES = {"asyncvla.rater3b": "asyncvla.libero", "iflybot.fine3b": "iflybot.joint3b"}
 LARGE = [name for name, recipe in list_recipes().items() if "accelerate launch" in (recipe.call.__doc__ or "")]
+ONE_GPU = ["asyncvla.robot3b"]
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", LARGE + ONE_GPU)
 def test_a_recipe_states_what_it_needs(name):
     policy = find_recipe(BASES[name]).config(LIBERO.spec).objective.policy if name in BASES else None
     recipe = find_recipe(name)

@@ -144,7 +144,8 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
         batch.observation, batch.action_BLD.repeat(1, 4, 1), batch.valid_BL.repeat(1, 4), batch.episode_B, batch.frame_B
     )
     stage = RaterStage(policy, steps=2)
-    stage.loss(stage.prepare(batch), torch.Generator().manual_seed(0), torch.Generator()).total.backward()
+    ready = stage.prepare(batch)
+    stage.loss(ready, stage.draw(ready, torch.Generator().manual_seed(0), torch.Generator())).total.backward()
     assert all(p.grad is None for p in policy.model.backbone.parameters())
     assert all(p.grad is None for p in policy.model.decoder.parameters())
     assert all(p.grad is not None for p in policy.model.rater.parameters())

@@ -240,16 +240,20 @@ class LatentActionModel(nn.Module):
         """Device of the networks."""
         return self.patches.project.weight.device
 
-    def forward(self, earlier_BHW3: Tensor, later_BHW3: Tensor, generator: Generator | None = None) -> LatentOutput:
+    def draw(self, batch: int, generator: Generator) -> Tensor:
+        """The noise of the quantisation of so many pairs, (B, K, E)."""
+        return torch.randn((batch, self.config.codes, self.config.code_dim), generator=generator)
+
+    def forward(self, earlier_BHW3: Tensor, later_BHW3: Tensor, noise_BKE: Tensor | None = None) -> LatentOutput:
         """Encode, quantise, decode.
 
         Args:
             earlier_BHW3, later_BHW3: uint8 frames of the model's size.
-            generator: for the noise of the quantisation; needed in training.
+            noise_BKE: as ``draw`` draws it; needed in training.
         """
         earlier_BHW3, later_BHW3 = self._prepare(earlier_BHW3), self._prepare(later_BHW3)
         earlier_BPC, later_BPC = self.patches(earlier_BHW3), self.patches(later_BHW3)
-        value_BKE, id_BK = self.book(self.encoder(earlier_BPC, later_BPC), generator)
+        value_BKE, id_BK = self.book(self.encoder(earlier_BPC, later_BPC), noise_BKE)
         action_BD = None if self.act is None else self.act(value_BKE.flatten(1))
         return LatentOutput(self.decoder(earlier_BPC.detach(), value_BKE), id_BK, action_BD)
 

@@ -78,32 +78,30 @@ class Codebook(nn.Module):
         """The nearest entry of each vector, int64 (B, K); the first one in a tie."""
         return torch.cdist(x_BKE.float(), self.entry_VE.float(), compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
 
-    def forward(self, x_BKE: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BKE: Tensor, noise_BKE: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Quantise vectors.
 
         Args:
             x_BKE: vectors.
-            generator: for the noise; needed in training.
+            noise_BKE: standard normal, z; needed in training.
 
         Returns:
-            In training v = x + (|x − c*| / |z|) z with z ~ N(0, I), so |v − x| = |x − c*|; otherwise c* itself; and the
-            ids of c*, int64 (B, K).
+            In training v = x + (|x − c*| / |z|) z, so |v − x| = |x − c*|; otherwise c* itself; and the ids of c*, int64
+            (B, K).
         """
         id_BK = self.nearest(x_BKE.detach())
         code_BKE = self.entry_VE[id_BK]
         if not self.training:
             return code_BKE, id_BK
-        if generator is None:
-            raise ConfigError("A codebook in training needs a generator for its noise.")
+        if noise_BKE is None:
+            raise ConfigError("A codebook in training needs noise.")
         self._count(id_BK)
-        noise_BKE = torch.randn(x_BKE.shape, generator=generator).to(x_BKE)
+        noise_BKE = noise_BKE.to(x_BKE)
         unit_BKE = noise_BKE / torch.linalg.vector_norm(noise_BKE, dim=-1, keepdim=True)
         return x_BKE + torch.linalg.vector_norm(x_BKE - code_BKE, dim=-1, keepdim=True) * unit_BKE, id_BK
 
     def _count(self, id_BK: Tensor) -> None:
-        id_N = id_BK.flatten()  # bincount would have the host wait for the largest id
-        count_V = torch.zeros(len(self.entry_VE), dtype=torch.long, device=id_N.device)
-        count_V.scatter_add_(0, id_N, torch.ones_like(id_N))
+        count_V = _uses(id_BK, len(self.entry_VE))
         self._step_V = count_V if self._step_V is None else self._step_V + count_V
 
     @torch.no_grad()
@@ -144,5 +142,11 @@ class Codebook(nn.Module):
 
 def perplexity(id_BK: Tensor, entries: int) -> Tensor:
     """exp of the entropy of the entries' frequencies: V if all are used equally, 1 if only one is used."""
-    share_V = torch.bincount(id_BK.flatten(), minlength=entries).float() / max(id_BK.numel(), 1)
+    share_V = _uses(id_BK, entries).float() / max(id_BK.numel(), 1)
     return torch.special.entr(share_V).sum().exp()
+
+
+def _uses(id_BK: Tensor, entries: int) -> Tensor:
+    """How often each id occurs, int64 (V,)."""
+    id_N = id_BK.flatten()  # bincount would have the host wait for the largest id
+    return torch.zeros(entries, dtype=torch.long, device=id_N.device).scatter_add_(0, id_N, torch.ones_like(id_N))

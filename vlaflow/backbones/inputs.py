@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vlaflow.data.batch import ObservationBatch
+from vlaflow.data.batch import ObservationBatch, moved
 from vlaflow.errors import CapabilityError, SpecError
 
 HOST = {"host": True}
@@ -72,18 +72,18 @@ class Inputs:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same on another device, but for what stays on the CPU."""
-        moved = {
+        found = {
             f.name: _moved(getattr(self, f.name), device, non_blocking)
             for f in dataclasses.fields(self)
             if not f.metadata.get("host")
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **found)
 
 
 def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
     if isinstance(value, Mapping):
-        return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in value.items()}
-    return None if value is None else value.to(device, non_blocking=non_blocking)
+        return {name: moved(tensor, device, non_blocking=non_blocking) for name, tensor in value.items()}
+    return moved(value, device, non_blocking=non_blocking)
 
 
 class Processor(ABC):

@@ -134,15 +134,18 @@ class QwenBackbone(PretrainedBackbone):
         return self.network.visual.blocks
 
     def embed_prompt(self, inputs: Inputs) -> Tensor:
-        """See the base class. The vision tower reads image grids as numbers, so they are on the CPU."""
+        """See the base class."""
         hidden_BPW = self.embed_ids(inputs.id_BP)
         if inputs.patches is None or inputs.image_BP is None:
             return hidden_BPW
+        return hidden_BPW.masked_scatter(inputs.image_BP[..., None], self.image_features(inputs).to(hidden_BPW.dtype))
+
+    def image_features(self, inputs: Inputs) -> Tensor:
+        """Tokens (V, W) of all images; the vision tower reads their grids as numbers, so these are on the CPU."""
         features = self.network.get_image_features(
             inputs.patches, inputs.grid_I3, position_ids=inputs.patch_position_N2, return_dict=True
         )
-        image_VW = torch.cat(tuple(features.pooler_output)).to(hidden_BPW.dtype)
-        return hidden_BPW.masked_scatter(inputs.image_BP[..., None], image_VW)
+        return torch.cat(tuple(features.pooler_output))
 
     def prefix_positions(self, inputs: Inputs) -> Tensor:
         """Time, height and width: (3, B, P)."""

@@ -33,10 +33,13 @@ class Check:
     Args:
         directory: a LeRobot data set, v3.0 or v2.1: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
         workers: number of decoding threads.
+        deep: also compare the decoded frames with the hashes that were stored when the data set was written, and frame caches
+            with their checksums, so that flipped bits are found.
     """
 
     directory: Path
     workers: Count = 2
+    deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     how: ReadingGroup = LEROBOT
 
 
@@ -334,7 +337,12 @@ def _check(arguments: Check) -> int:
     dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("decoding")
-        findings = check(dataset, arguments.workers, lambda done, total: progress.update(bar, completed=done, total=total))
+        findings = check(
+            dataset,
+            arguments.workers,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            deep=arguments.deep,
+        )
     _print_summary(console, dataset)
     for sentence in findings.remarks:
         console.print(f"note: {sentence}", soft_wrap=True)
@@ -401,7 +409,9 @@ def _print_summary(console: Any, dataset: Dataset) -> None:
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {
         "data set": f"{origin(dataset.root) or dataset.root} (LeRobot {dataset.version})",
-        "robot": dataset.action_spec.robot if dataset.action_spec else "unknown (no action spec; vlaflow data spec drafts one)",
+        "robot": dataset.action_spec.robot
+        if dataset.action_spec
+        else f"{dataset.robot_type or 'unknown'} (no action spec; vlaflow data spec drafts one)",
         "episodes": f"{len(dataset.episodes)}, {len(dataset)} frames at {dataset.fps:g} fps",
         "tasks": str(len(dataset.tasks)),
         "views": views or "none",

@@ -36,6 +36,7 @@ class EvalVqa:
         blind: also measure with the images of other questions of the same wording.
         seed: seed of the exchange of images.
         device: where the networks run.
+        dtype: what they compute in; bf16 halves the memory of their layers.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -48,6 +49,7 @@ class EvalVqa:
     blind: bool = True
     seed: Seed = 0
     device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 def main(argv: list[str]) -> int:
@@ -67,6 +69,7 @@ def main(argv: list[str]) -> int:
         blind=given.blind,
         seed=given.seed,
         device=given.device,
+        dtype=given.dtype,
     )
     with progress(100, "Evaluating") as bar:
         shown = [0]

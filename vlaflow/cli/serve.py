@@ -35,8 +35,8 @@ class ServeArguments:
         compute: compute policy, as in vlaflow eval; the calibrated one (auto) by default, or dense where there is none.
         budget_ms: choose a compute policy for this many milliseconds, instead of --compute (run vlaflow bench latency first).
         steps: solver steps per round, where the compute policy states none.
-        observation_keys: keys that clients send: metaworld, libero, droid, aloha, roboarena, vla-eval-libero, vla-eval-calvin,
-            vla-eval-simpler, vla-eval-vlabench, or those of another package.
+        observation_keys: keys that clients send: views (images/VIEW, state), metaworld, libero, droid, aloha, roboarena,
+            vla-eval-libero, vla-eval-calvin, vla-eval-simpler, vla-eval-vlabench, or those of another package.
         image: key of an image, instead of those above, in the order of the policy's views; repeat for more.
         state: key of a part of the state, instead of those above; repeat for more.
         default_prompt: instruction of requests without a prompt, which are refused by default.

@@ -58,6 +58,8 @@ class TrainArguments:
     """Where to log besides training/log.jsonl; auto uses TensorBoard if it is installed."""
     shard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Several processes share the weights, layer by layer (FSDP2), instead of each holding all."""
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compile the loss (torch.compile) for long runs: a minute at the start, then faster steps; needs a C++ compiler."""
     calibrate: bool = True
     """Calibrate the sampler of the finished policy on held-out frames, in a minute at most; see vlaflow calibrate --sampler."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -107,6 +109,7 @@ def run(argv: list[str]) -> Outcome:
         tokenizer=given.tokenizer,
         latent=given.latent,
         shard=given.shard,
+        compiled=given.compile,
         mixture=given.mixture,
     )
     outcome = train(given.recipe, datasets, given.out, policy=given.policy, options=options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,20 @@ from torch import Tensor
 
 from vlaflow.errors import SpecError
 from vlaflow.spec import Observation
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def moved(tensor: T, device: torch.device | str, *, non_blocking: bool) -> T:
+    """A tensor on another device.
+
+    A copy to a GPU that is not to be waited for starts from pinned memory, without which CUDA would wait all the same.
+    """
+    if tensor is None:
+        return tensor
+    if non_blocking and torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
 
 
 @dataclass(frozen=True)
@@ -45,16 +59,16 @@ class ObservationBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ObservationBatch:
         """The same batch on another device."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+        def own(tensor: T) -> T:
+            return moved(tensor, device, non_blocking=non_blocking)
 
         return ObservationBatch(
-            {view: moved(image) for view, image in self.images.items()},
-            moved(self.state_BS),
+            {view: own(image) for view, image in self.images.items()},
+            own(self.state_BS),
             self.instructions,
-            None if self.known_BS is None else moved(self.known_BS),
-            None if self.robot_B is None else moved(self.robot_B),
-            None if self.shown is None else {view: moved(mask) for view, mask in self.shown.items()},
+            own(self.known_BS),
+            own(self.robot_B),
+            None if self.shown is None else {view: own(mask) for view, mask in self.shown.items()},
         )
 
     @staticmethod
@@ -121,7 +135,7 @@ class Executed:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Executed:
         """The same tensors on another device."""
         return Executed(
-            *(x.to(device, non_blocking=non_blocking) for x in (self.action_BLD, self.intervened_BL, self.present_BL))
+            *(moved(x, device, non_blocking=non_blocking) for x in (self.action_BLD, self.intervened_BL, self.present_BL))
         )
 
 
@@ -192,13 +206,13 @@ class Batch:
         """The same batch on another device."""
         return Batch(
             self.observation.to(device, non_blocking=non_blocking),
-            self.action_BLD.to(device, non_blocking=non_blocking),
-            self.valid_BL.to(device, non_blocking=non_blocking),
+            moved(self.action_BLD, device, non_blocking=non_blocking),
+            moved(self.valid_BL, device, non_blocking=non_blocking),
             self.episode_B,
             self.frame_B,
-            None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
+            moved(self.code_BK, device, non_blocking=non_blocking),
             None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
-            None if self.mask_BLD is None else self.mask_BLD.to(device, non_blocking=non_blocking),
+            moved(self.mask_BLD, device, non_blocking=non_blocking),
             self.sources,
         )
 

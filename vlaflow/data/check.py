@@ -7,7 +7,7 @@ that has to be fixed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,19 @@ import av
 import numpy as np
 
 from vlaflow.data.exclusions import intervened, paused
+from vlaflow.data.frames import damaged_blocks
+from vlaflow.data.hashes import HASHES, stored_hashes
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.lerobot_meta import some
 from vlaflow.data.quality import INTERVENTIONS, PauseRule
 from vlaflow.data.stats import FeatureStats, compute
 from vlaflow.data.transforms import floors, nearly_constant
-from vlaflow.data.video import TOLERANCE_S
+from vlaflow.data.video import TOLERANCE_S, FrameDigest
 from vlaflow.errors import DataError
 from vlaflow.strict import read_object
+
+OUTLIER = 1000
+"""Times the distance of the outer percentiles beyond which a number is called absurd."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +46,36 @@ class Findings:
     frames: int
 
 
-def check(dataset: Dataset, workers: int = 2, progress: Callable[[int, int], None] | None = None) -> Findings:
+def check(
+    dataset: Dataset, workers: int = 2, progress: Callable[[int, int], None] | None = None, *, deep: bool = False
+) -> Findings:
     """Read every row and decode every frame of every view.
 
     Args:
         dataset: an open data set.
         workers: decoding threads.
         progress: called with (videos done, total videos).
+        deep: also compare decoded frames with the hashes that the writer stored, and frame caches with their checksums.
     """
     problems, remarks = [], list(dataset.notes)
+    hashes: Mapping[str, Sequence[str]] = {}
     try:
         dataset.columns()
         remarks += _about_numbers(dataset)
     except DataError as error:
         problems.append(str(error))
     problems += _surplus_frames(dataset)
+    if deep:
+        try:
+            hashes = stored_hashes(dataset.root)
+            remarks += _about_hashes(dataset, hashes)
+        except DataError as error:
+            problems.append(str(error))
+        problems += damaged_blocks(dataset)
     tasks = [(episode.index, view) for view in dataset.views for episode in dataset.episodes]
     decoded = 0
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for done, (count, problem) in enumerate(pool.map(partial(_decode, dataset), tasks), 1):
+        for done, (count, problem) in enumerate(pool.map(partial(_decode, dataset, hashes), tasks), 1):
             decoded += count
             problems += [problem] if problem else []
             if progress:
@@ -82,14 +99,36 @@ def about_jitter(name: str, dimensions: Sequence[str], stats: FeatureStats) -> l
     ]
 
 
-def _decode(dataset: Dataset, which: tuple[int, str]) -> tuple[int, str | None]:
-    count = 0
+def _decode(dataset: Dataset, hashes: Mapping[str, Sequence[str]], which: tuple[int, str]) -> tuple[int, str | None]:
+    """How many frames of an episode's view can be decoded, and what is wrong with it."""
+    (number, view), count, digest = which, 0, FrameDigest()
     try:
-        for _ in dataset.iter_frames(*which):
+        for _ in dataset.iter_frames(number, view, digest=digest):
             count += 1
     except DataError as error:
         return count, str(error)
+    key = dataset.views[view]
+    stored = hashes.get(key, ())
+    if number < len(stored) and stored[number] != str(digest):
+        path = dataset.video_paths(number)[key].relative_to(dataset.root)
+        return count, (
+            f"Episode {number} of {dataset.root}: the frames of '{key}' ({path}) are not those that were written, so bits of "
+            f"the file have changed. Copy it again, or leave the episode out: "
+            f"vlaflow data drop {dataset.root} --episodes {number} --out DIR"
+        )
     return count, None
+
+
+def _about_hashes(dataset: Dataset, hashes: Mapping[str, Sequence[str]]) -> list[str]:
+    videos = [key for key in dataset.views.values() if dataset.features[key]["dtype"] == "video"]
+    lacking = sorted({n for n in dataset.numbers for key in videos if n >= len(hashes.get(key, ()))})
+    if not lacking:
+        return []
+    which = f"of episode {some(lacking)} " if hashes else ""
+    return [
+        f"The data set holds no hashes {which}({HASHES}), so flipped bits in videos that can still be decoded are not noticed; "
+        f"to store them: vlaflow data repair {dataset.root} --out DIR"
+    ]
 
 
 def _surplus_frames(dataset: Dataset) -> list[str]:
@@ -113,6 +152,19 @@ def _surplus_frames(dataset: Dataset) -> list[str]:
     return found
 
 
+def _about_outliers(name: str, dimensions: Sequence[str], stats: FeatureStats) -> list[str]:
+    """A sentence about every dimension with a number that is absurdly far from the others."""
+    found = []
+    for d, label in enumerate(dimensions):
+        usual, far = stats.q99[d] - stats.q01[d], max(stats.max[d] - stats.q50[d], stats.q50[d] - stats.min[d])
+        if far > OUTLIER * usual > 0:
+            found.append(
+                f"{name}: dimension '{label}' is up to {far:.3g} away from its median, {far / usual:.3g} times the spread of "
+                "98 % of its frames; a single wrong frame can spoil its normalisation."
+            )
+    return found
+
+
 def _about_numbers(dataset: Dataset) -> list[str]:
     columns, spec, remarks = dataset.columns(), dataset.action_spec, list(dataset.row_notes)
     for name, stats in compute(dataset).items():
@@ -120,9 +172,11 @@ def _about_numbers(dataset: Dataset) -> list[str]:
         if still:
             remarks.append(f"{name}: dimension {', '.join(map(str, still))} never changes.")
         remarks += about_jitter(name, dataset.dimension_names(name), stats)
+        remarks += _about_outliers(name, dataset.dimension_names(name), stats)
     if spec is None:
         remarks.append(
             f"No action spec: training drafts one. To state what its actions mean: vlaflow data spec {dataset.root} --out FILE"
+            f"{dataset.reading.options}"
         )
     else:
         outside = (columns.action < spec.low - 1e-6) | (columns.action > spec.high + 1e-6)

@@ -67,7 +67,8 @@ def with_spec(dataset: Dataset) -> Dataset:
         return dataset
     drafted = draft(dataset)
     where = origin(dataset.root) or dataset.root
-    return dataset.with_spec(drafted.spec, f"{drafted.words} To complete it: vlaflow data spec {where} --out FILE")
+    cure = f"To complete it: vlaflow data spec {where} --out FILE{dataset.reading.options}"
+    return dataset.with_spec(drafted.spec, f"{drafted.words} {cure}")
 
 
 def _measured(spec: ActionSpec, low_D: np.ndarray, high_D: np.ndarray) -> ActionSpec:

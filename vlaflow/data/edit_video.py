@@ -7,7 +7,7 @@ addressed by number, so what is placed can be written at exact times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 
-from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, Segment, encode_video, pixel_counts
+from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, FrameDigest, Segment, encode_video, pixel_counts
 from vlaflow.errors import DataError
 from vlaflow.outputs import REFUSALS
 
@@ -130,16 +130,17 @@ class Clip:
                 scratch.parent.mkdir(exist_ok=True)
                 return encode_video((frame.to_ndarray(format="rgb24") for frame in self._frames()), scratch, fps)
             if self.timeline.deep:
-                count, histogram = sum(1 for _ in self._frames()), np.zeros((3, 256), np.int64)
+                count, digest = _counted(self._frames())
+                histogram = np.zeros((3, 256), np.int64)
             else:
-                count, histogram = pixel_counts(self._frames())
+                count, histogram, digest = pixel_counts(self._frames())
         except av.FFmpegError as error:
             if error.errno in REFUSALS:  # of the disk, while encoding
                 raise
             raise DataError(f"a frame of {path} cannot be decoded ({error.strerror or error})") from error
         if count != self.count:
             raise DataError(f"only {count} of {self.count} frames of {path} can be decoded")
-        return Segment(path, count, histogram, int(shown[0]), int(self.timeline.bytes[self.own].sum()))
+        return Segment(path, count, histogram, digest, int(shown[0]), int(self.timeline.bytes[self.own].sum()))
 
     def _frames(self) -> Iterator[Any]:
         shown = self.timeline.shown[self.own]
@@ -154,6 +155,15 @@ class Clip:
                     yield frame
                 if frame.pts is not None and frame.pts >= last:
                     return
+
+
+def _counted(frames: Iterable[Any]) -> tuple[int, str]:
+    """Number of PyAV's frames, and their ``FrameDigest``."""
+    count, digest = 0, FrameDigest()
+    for frame in frames:
+        digest.add(frame)
+        count += 1
+    return count, str(digest)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.stored_images import read_image
 from vlaflow.data.tables import read_cells, read_parquet, whole_numbers
-from vlaflow.data.video import VideoError, decode_frames
+from vlaflow.data.video import FrameDigest, VideoError, decode_frames
 from vlaflow.data.video_offsets import REWRITE, largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
 from vlaflow.spec import ActionSpec, known_parts
@@ -235,13 +235,21 @@ class Dataset:
             images[i] = image
         return images
 
-    def iter_frames(self, number: int, view: str, first: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
-        """Yield ``count`` images of one episode from ``first`` on, by default all: uint8 (H, W, 3); raises as ``frames``."""
+    def iter_frames(
+        self, number: int, view: str, first: int = 0, count: int | None = None, *, digest: FrameDigest | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield the images of one episode, uint8 (H, W, 3); raises as ``frames`` does.
+
+        Args:
+            number, view: as for ``frames``.
+            first, count: only so many images from this one on; by default all.
+            digest: counts in every frame of a video as it is stored.
+        """
         key, found = self._view_key(view), self.episode(number)
         video = self.features[key]["dtype"] == "video"
         shape = (*self.image_size(view), 3)
         which = range(first, found.length if count is None else first + count)
-        images = self._video(found, key, which) if video else self._stored_images(found, key, which)
+        images = self._video(found, key, which, digest) if video else self._stored_images(found, key, which)
         for i, image in zip(which, images, strict=True):
             if image.shape != shape:
                 raise DataError(
@@ -250,10 +258,12 @@ class Dataset:
                 )
             yield image
 
-    def _video(self, episode: Episode, key: str, which: range) -> Iterator[np.ndarray]:
+    def _video(self, episode: Episode, key: str, which: range, digest: FrameDigest | None) -> Iterator[np.ndarray]:
         path, start_s = self._files(episode.index).videos[key]
         try:
-            yield from decode_frames(path, start_s, len(which), self.fps, self.reading.tolerance_s, first=which.start)
+            yield from decode_frames(
+                path, start_s, len(which), self.fps, self.reading.tolerance_s, first=which.start, digest=digest
+            )
         except VideoError as error:
             raise DataError(self._video_sentence(episode, key, path, start_s, error)) from error
 

@@ -80,6 +80,15 @@ class Reading:
             columns.get("action", ()), columns.get("state", ()), tuple(pairs), tolerance_s, read_spec(spec) if spec else None
         )
 
+    @property
+    def options(self) -> str:
+        """The options of a command line that read columns and cameras so, after a space; nothing where they are LeRobot's."""
+        words = [f"--key {name}={','.join(keys)}" for name, keys in (("action", self.action), ("state", self.state)) if keys]
+        words += [f"--view {name}" + (f"={key}" if key != name else "") for name, key in self.views]
+        if self.tolerance_s is not None:
+            words.append(f"--tolerance-s {self.tolerance_s:g}")
+        return "".join(f" {word}" for word in words)
+
     def before(self, general: Reading) -> Reading:
         """What it says, and what a more general one says of everything else."""
         own = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) not in ((), None)}

@@ -6,7 +6,11 @@ lies where in which file; ``lerobot`` writes the error messages about a damaged 
 
 from __future__ import annotations
 
+import hashlib
+import os
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -57,6 +61,7 @@ class Segment:
         path: the mp4 file.
         count: number of frames, T.
         histogram: int64 (3, 256), how often each value occurs per RGB channel, counted on the decoded frames.
+        digest: hash of the decoded frames, see ``FrameDigest``.
         start: when its first frame, a key frame, is shown, in the time base of the file; None for the beginning of the file.
         bytes: size of its packets; None if the file holds nothing else.
     """
@@ -64,6 +69,7 @@ class Segment:
     path: Path
     count: int
     histogram: np.ndarray
+    digest: str
     start: int | None = None
     bytes: int | None = None
 
@@ -132,21 +138,46 @@ def read_segment(path: Path) -> Segment:
     """
     try:
         with av.open(str(path)) as container:
-            count, histogram = pixel_counts(container.decode(video=0))
+            count, histogram, digest = pixel_counts(container.decode(video=0))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"The video {path} cannot be decoded ({_reason(error)}). Encode it again.") from error
-    return Segment(path, count, histogram)
+    return Segment(path, count, histogram, digest)
 
 
-def pixel_counts(frames: Iterable[Any]) -> tuple[int, np.ndarray]:
-    """Number of PyAV's frames, and how often each value occurs per RGB channel, int64 (3, 256)."""
-    histogram, count = np.zeros((3, 256), np.int64), 0
+class FrameDigest:
+    """A hash of decoded frames, in their order and in the format in which they are stored.
+
+    Formats such as H.264 and AV1 state the result of decoding to the bit, so it is the same with every decoder, and after the
+    packets were joined to others. A conversion to RGB would not be.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, frame: Any) -> None:
+        """Count in one of PyAV's frames."""
+        try:
+            content = frame.to_ndarray()
+        except (ValueError, AssertionError):  # a format, or an odd size, that PyAV cannot lay out
+            content = frame.to_ndarray(format="rgb24")
+        self._digest.update(f"{frame.format.name} {content.shape}".encode())
+        self._digest.update(np.ascontiguousarray(content).data)
+
+    def __str__(self) -> str:
+        """32 hex digits."""
+        return self._digest.hexdigest()
+
+
+def pixel_counts(frames: Iterable[Any]) -> tuple[int, np.ndarray, str]:
+    """Number of PyAV's frames, how often each value occurs per RGB channel, int64 (3, 256), and their ``FrameDigest``."""
+    histogram, count, digest = np.zeros((3, 256), np.int64), 0, FrameDigest()
     for frame in frames:
+        digest.add(frame)
         pixels = frame.to_ndarray(format="rgb24").reshape(-1, 3)
         for channel in range(3):
             histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
         count += 1
-    return count, histogram
+    return count, histogram, str(digest)
 
 
 class Joiner:
@@ -260,12 +291,20 @@ class VideoError(Exception):
 
 
 def decode_frames(
-    path: Path, start_s: float, count: int, fps: float, tolerance_s: float | None = None, *, first: int = 0
+    path: Path,
+    start_s: float,
+    count: int,
+    fps: float,
+    tolerance_s: float | None = None,
+    *,
+    first: int = 0,
+    digest: FrameDigest | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield ``count`` frames, each uint8 (H, W, 3), decoding forward from one seek.
 
     The first one is the frame nearest to ``start_s``, at most ``START_TOLERANCE`` away; the others follow at intervals of
-    1 / fps, each at most ``tolerance_s`` (by default ``START_TOLERANCE`` too) from its place, so none is a neighbour's.
+    1 / fps, each at most ``tolerance_s`` (by default ``START_TOLERANCE`` too) from its place, so none is a neighbour's. Every
+    frame is counted into ``digest``, if there is one.
 
     With ``first`` it is the frames from that number on, the same as after skipping so many. They are looked for up to half a
     frame from their places, because the first one may be off by ``START_TOLERANCE`` and they from it by as much.
@@ -282,11 +321,10 @@ def decode_frames(
     if first:
         start_s, slack_s, most_s = start_s + first / fps, 0.5 / fps, 0.5 / fps
     try:
-        with av.open(str(path)) as container:
+        with _opened(path, again=start_s <= TOLERANCE_S) as container:
             if not container.streams.video:
                 raise VideoError("unreadable", "no video stream", 0)
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
             rate = stream.average_rate
             time_base = float(stream.time_base or 0)
             end_s = ((container.start_time or 0) + container.duration) / av.time_base if container.duration else float("inf")
@@ -310,6 +348,8 @@ def decode_frames(
                         raise VideoError("rate", f"{float(rate):g} fps", found)
                     detail = f"frame {first + found} is at {at:.4f} s instead of {wanted:.4f} s"
                     raise VideoError("time", detail, first + found)
+                if digest is not None:
+                    digest.add(frame)
                 yield frame.to_ndarray(format="rgb24")
                 found += 1
                 if found == count:
@@ -317,6 +357,45 @@ def decode_frames(
     except (av.FFmpegError, OSError) as error:
         raise VideoError("unreadable", _reason(error), first + found) from error
     raise VideoError("short", f"{first + found} frames", first + found)
+
+
+class _Kept(threading.local):
+    """The file that a thread decoded last, still open: opening one reads the index of all its episodes, so opening it for every
+    one of 2000 episodes takes ten times as long as decoding them.
+    """
+
+    key: tuple[object, ...] = ()
+    container: Any = None
+
+
+_KEPT = _Kept()
+
+
+@contextmanager
+def _opened(path: Path, *, again: bool) -> Iterator[Any]:
+    """An open video file, the one of the call before if it is the same; ``again`` to open it in any case.
+
+    It is not in ``_KEPT`` while it is in use, so that two episodes can be decoded in turns. A process that was forked opens its
+    own, because it would share the place in the file with its parent.
+    """
+    found = path.stat()
+    key = (os.getpid(), path, found.st_ino, found.st_size, found.st_mtime_ns)
+    container, _KEPT.container = _KEPT.container, None
+    if container is not None and (again or _KEPT.key != key):
+        container.close()
+        container = None
+    if container is None:
+        container = av.open(str(path))
+        for stream in container.streams.video:
+            stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
+    try:
+        yield container
+    except BaseException:
+        container.close()
+        raise
+    if _KEPT.container is not None:
+        _KEPT.container.close()
+    _KEPT.key, _KEPT.container = key, container
 
 
 def _reason(error: Exception) -> str:

@@ -126,10 +126,11 @@ def fewer_episodes(dataset: Dataset, episodes: Sequence[int], share: float, seed
     """
     if not 0 < share <= 1:
         raise ConfigError(f"The share of the demonstrations must lie in (0, 1], got {share}.")
+    # One order for all tasks, because a generator for each takes 17 microseconds, and there may be 16,000.
+    order = np.random.default_rng([seed, 1]).permutation(len(episodes)).tolist()
     chosen: list[int] = []
-    for number, members in enumerate(_by_task(dataset, episodes).values()):
-        order = np.random.default_rng([seed, number, 1]).permutation(members)
-        chosen += order[: max(1, round(share * len(members)))].tolist()
+    for members in _by_task(dataset, [episodes[place] for place in order]).values():
+        chosen += members[: max(1, round(share * len(members)))]
     return tuple(sorted(chosen))
 
 

@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlaflow.data import writer_meta as meta
+from vlaflow.data.hashes import FORMAT as HASHES_FORMAT
+from vlaflow.data.hashes import HASHES
 from vlaflow.data.video import Joiner, Segment
 from vlaflow.errors import DataError
 from vlaflow.outputs import PartialOutput, write_json
@@ -62,6 +64,7 @@ class NewFolder:
         self._table_number = -1
         self._joiners: dict[str, Joiner] = {}
         self._numbers: dict[str, int] = {}
+        self._digests: dict[str, list[str]] = {}
         root.parent.mkdir(parents=True, exist_ok=True)
         self._part = PartialOutput(root, folder=True)
         self.path = self._part.path
@@ -96,6 +99,7 @@ class NewFolder:
             joiner = self._joiners[key] = Joiner(self.path / self._place(VIDEO_PATH, self._numbers[key], key), self.fps)
         chunk, file = divmod(self._numbers[key], self.limits.chunks_size)
         start, end = joiner.append(segment)
+        self._digests.setdefault(key, []).append(segment.digest)
         where = {"chunk_index": chunk, "file_index": file, "from_timestamp": start, "to_timestamp": end}
         return {f"videos/{key}/{name}": value for name, value in where.items()}
 
@@ -121,6 +125,8 @@ class NewFolder:
         write_json(self.path / "meta/stats.json", stats, indent=4, finite=True)
         meta.write_tasks(self.path / "meta/tasks.parquet", tasks)
         meta.write_episodes(self.path / "meta/episodes", episodes, self.limits.chunks_size)
+        if self._digests:
+            write_json(self.path / HASHES, {"format": HASHES_FORMAT, "frames": self._digests}, indent=1)
         write_json(self.path / "meta/info.json", info, indent=4, finite=True)
         self.published = True
         try:
@@ -155,7 +161,7 @@ class NewFolder:
         path = self.path / self._place(DATA_PATH, self._table_number)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._table_file = path.open("wb")
-        self._table = pq.ParquetWriter(self._table_file, schema, compression="snappy")
+        self._table = pq.ParquetWriter(self._table_file, schema, compression="snappy", write_page_checksum=True)
 
     def _close_table(self) -> None:
         if self._table is not None:

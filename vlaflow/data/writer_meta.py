@@ -91,7 +91,7 @@ def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     }
     schema = pa.schema([("task_index", pa.int64()), ("task", pa.string())], metadata={"pandas": json.dumps(pandas)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table([list(range(len(tasks))), list(tasks)], schema=schema), path)
+    pq.write_table(pa.table([list(range(len(tasks))), list(tasks)], schema=schema), path, write_page_checksum=True)
 
 
 def write_episodes(folder: Path, rows: Sequence[Mapping[str, Any]], chunks_size: int) -> None:
@@ -104,4 +104,4 @@ def write_episodes(folder: Path, rows: Sequence[Mapping[str, Any]], chunks_size:
         ]
         path = folder / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(part), path)
+        pq.write_table(pa.Table.from_pylist(part), path, write_page_checksum=True)

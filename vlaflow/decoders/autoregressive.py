@@ -15,7 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
+from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.categorical import pick, tempered, uniforms
@@ -81,8 +82,12 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
         """One a slot, at most, whatever number of steps."""
         return self.slots
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
-        """Cross-entropy of every next token; of the end tokens only the first is learned. Nothing is drawn."""
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """Nothing."""
+        return ()
+
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
+        """Cross-entropy of every next token; of the end tokens only the first is learned."""
         id_BS, weight_BS = self.encode(targets)
         if self.tokenizer.end is not None:
             ended_BS = (id_BS == self.tokenizer.end).long()

@@ -10,8 +10,8 @@ Shape letters: B batch, L chunk size, D action dimension, S token slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
@@ -22,41 +22,13 @@ from torch import Generator, Tensor, nn
 from vlaflow.actions.base import Tokenizer
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
-from vlaflow.data.batch import Executed
+from vlaflow.data.batch import Executed, moved
+from vlaflow.decoders.losses import Draws, LossTerms
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.registry import Group, Part
 
 State = TypeVar("State")
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """A training loss.
-
-    Args:
-        total: the mean of ``exits``, where there are any, and ``auxiliary``.
-        parts: named parts, detached, for the log.
-        exits: loss of each depth that answers.
-        auxiliary: auxiliary losses, which belong to no depth.
-    """
-
-    total: Tensor
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
-    exits: Mapping[int, Tensor] = field(default_factory=dict)
-    auxiliary: Tensor | None = None
-
-    def answering(self, answers: Tensor) -> LossTerms:
-        """The same with another loss of the answers in place of the mean of the exits."""
-        return replace(self, total=answers if self.auxiliary is None else answers + self.auxiliary)
-
-
-def mean_over_exits(name: str, losses: Mapping[int, Tensor]) -> LossTerms:
-    """One loss from those of several depths; each is named in the parts where there is more than one."""
-    total = torch.stack(tuple(losses.values())).mean()
-    deepest = losses[max(losses)].detach()
-    parts = {f"{name}@{depth}": loss.detach() for depth, loss in losses.items()} if len(losses) > 1 else {}
-    return LossTerms(total, {name: deepest, **parts}, losses)
 
 
 @dataclass(frozen=True)
@@ -70,6 +42,7 @@ class Targets:
         executed: what the robot was given instead, normalised: a committed beginning consists of it. None when it was
             ``action_BLD``.
         mask_BLD: bool, the dimensions and steps that the robot's chunks have; the others are padding. None for all.
+        id_BS: int64, the actions as tokens of the decoder's vocabulary; None where it has none or makes them itself.
     """
 
     action_BLD: Tensor
@@ -77,6 +50,7 @@ class Targets:
     code_BK: Tensor | None = None
     executed: Executed | None = None
     mask_BLD: Tensor | None = None
+    id_BS: Tensor | None = None
 
     def mean_over_dimensions(self, value_BLD: Tensor) -> Tensor:
         """Mean over the dimensions that the robot has, (B, L); 0 on steps that it does not have."""
@@ -87,11 +61,12 @@ class Targets:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
         """The same on another device."""
         return Targets(
-            self.action_BLD.to(device, non_blocking=non_blocking),
-            self.valid_BL.to(device, non_blocking=non_blocking),
-            None if self.code_BK is None else self.code_BK.to(device, non_blocking=non_blocking),
+            moved(self.action_BLD, device, non_blocking=non_blocking),
+            moved(self.valid_BL, device, non_blocking=non_blocking),
+            moved(self.code_BK, device, non_blocking=non_blocking),
             None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
-            None if self.mask_BLD is None else self.mask_BLD.to(device, non_blocking=non_blocking),
+            moved(self.mask_BLD, device, non_blocking=non_blocking),
+            moved(self.id_BS, device, non_blocking=non_blocking),
         )
 
 
@@ -334,13 +309,32 @@ class Decoder(nn.Module, ABC, Generic[State]):
     def nfe(self, sampling: Sampling) -> int:
         """Network evaluations that a chunk costs."""
 
+    def prepare(self, targets: Targets) -> Targets:
+        """Targets with what the loss needs of them and only the CPU can compute; by default there is nothing."""
+        return targets
+
     @abstractmethod
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """The random numbers of a training loss on so many samples, on the CPU; nothing else in ``loss_of`` is random."""
+
+    @abstractmethod
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
         """Training loss on one batch, the mean over exits at these depths (by default only where the prefix ends).
 
-        All randomness comes from ``generator``; every exit sees the same noise. With several depths, ``parts`` names the
-        loss of each: "velocity@2".
+        Every exit sees the same noise. With several depths, ``parts`` names the loss of each: "velocity@2".
+
+        Args:
+            prefix: of B observations.
+            targets: to be learned.
+            draws: what ``draw`` made for B samples, on the networks' device.
+            depths: of the exits, ascending.
         """
+
+    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+        """``loss_of`` with numbers drawn from ``generator``."""
+        device = targets.action_BLD.device
+        draws = tuple(drawn.to(device) for drawn in self.draw(prefix.batch, generator))
+        return self.loss_of(prefix, targets, draws, depths)
 
     @abstractmethod
     def start(

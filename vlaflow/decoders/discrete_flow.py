@@ -29,7 +29,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
-from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
+from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import discrete, gaussian, metrics
@@ -231,18 +232,22 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """Clocks and uniform numbers, (B·K, S) each."""
+        b = batch * self.noise_samples
+        # 1 − U lies in (0, 1]: a clock of exactly 0 would have nothing to learn from.
+        clock_BS = (1 - torch.rand(b, 1, generator=generator)).expand(b, self.slots)
+        if self.config.masks == "unified":
+            clock_BS = clock_BS * gaussian.sample_mask(b, self.slots, generator)
+        return clock_BS, torch.rand(b, self.slots, generator=generator)
+
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
         """Cross-entropy to the target at random clocks; for the rate variant also the rate's loss."""
         c = self.config
         id_BS, weight_BS = self.encode(targets)
         id_BS, weight_BS = (x.repeat_interleave(self.noise_samples, 0) for x in (id_BS, weight_BS))
-        b, device = len(id_BS), id_BS.device
-        # 1 − U lies in (0, 1]: a clock of exactly 0 would have nothing to learn from.
-        clock_BS = (1 - torch.rand(b, 1, generator=generator)).expand(b, self.slots)
-        if c.masks == "unified":
-            clock_BS = clock_BS * gaussian.sample_mask(b, self.slots, generator)
-        clock_BS = clock_BS.to(device)
-        noisy_BS = self.corrupt(id_BS, clock_BS, torch.rand(b, self.slots, generator=generator).to(device))
+        clock_BS, uniform_BS = draws
+        noisy_BS = self.corrupt(id_BS, clock_BS, uniform_BS)
         weight_BS = weight_BS * (clock_BS > 0)
         losses, rates = {}, {}
         depths = depths or (prefix.depth or prefix.backbone.spec.depth,)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Generator
 
-from vlaflow.decoders.base import LossTerms
+from vlaflow.decoders.losses import LossTerms
 from vlaflow.errors import ConfigError
 
 
@@ -35,6 +36,12 @@ class ExitTraining:
             raise ConfigError(f"Exit depths count layers and must ascend from at least 1, got {list(self.depths)}.")
         if self.shallow is not None and not (0 <= self.shallow < 1 and self.choose == "all"):
             raise ConfigError(f"shallow is a share in [0, 1) and goes with choose='all', got {self.shallow}.")
+
+    def draw(self, shared: Generator) -> tuple[int, ...]:
+        """The depth that a step trains, nothing where it trains all; evaluation does without it."""
+        if self.choose == "all":
+            return ()
+        return (self.depths[int(torch.randint(len(self.depths), (), generator=shared))],)
 
     def total(self, terms: LossTerms) -> LossTerms:
         """The loss of all exits, weighted."""

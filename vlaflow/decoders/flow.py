@@ -11,24 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import (
-    Capability,
-    Conditioning,
-    Decoder,
-    DecoderConfig,
-    Guidance,
-    LossTerms,
-    Targets,
-    TokenConditioning,
-    mean_over_exits,
-)
+from vlaflow.data.batch import moved
+from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Guidance, Targets, TokenConditioning
+from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows import gaussian, guidance
 from vlaflow.flows.sampling import Sampling
@@ -164,7 +156,13 @@ class FlowState:
 
 
 class FlowDecoder(Decoder[FlowState]):
-    """See the module text."""
+    """See the module text.
+
+    Attributes:
+        DRAWS: number of tensors that ``draw`` makes.
+    """
+
+    DRAWS: ClassVar[int] = 4
 
     def __init__(self, config: FlowConfig, spec: BackboneSpec) -> None:
         super().__init__()
@@ -206,33 +204,35 @@ class FlowDecoder(Decoder[FlowState]):
             return made_BLX
         return torch.where(mask_BLX, made_BLX.float(), x_BLX / clock_BL[..., None].clamp(min=_SMALLEST))
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
-        """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K samples a prefix."""
-        c, device = self.config, targets.action_BLD.device
-        mask_BLD = None if targets.mask_BLD is None else targets.mask_BLD.repeat_interleave(c.noise_samples, 0)
-        action_BLX = self._pad(_without_padding(targets.action_BLD.float(), targets.mask_BLD))
-        action_BLX = action_BLX.repeat_interleave(c.noise_samples, 0)
-        valid_BL = targets.valid_BL.repeat_interleave(c.noise_samples, 0)
-        b = action_BLX.shape[0]
-        mask_BL = torch.ones(b, c.chunk_size)
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """Of K noise samples each: 1 where a token is noised, 1 after the action prefix, clocks, all (B·K, L); the noise."""
+        c, b = self.config, batch * self.config.noise_samples
+        mask_BL, free_BL = torch.ones(b, c.chunk_size), torch.ones(b, c.chunk_size)
         if c.masks == "unified":
             mask_BL = gaussian.sample_mask(b, c.chunk_size, generator, c.whole)
-        known_BLX = action_BLX
         if c.max_action_prefix:
             free_BL = gaussian.sample_beginning(b, c.chunk_size, c.max_action_prefix, generator, c.whole)
             mask_BL = mask_BL * free_BL
-            if targets.executed is not None:  # what a robot commits to is what it executes
-                executed = targets.executed.repeat(c.noise_samples)
-                free_BL = free_BL.to(device)
-                executed_BLX = self._pad(_without_padding(executed.action_BLD.float(), mask_BLD))
-                known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, executed_BLX)
-                valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
         if c.times == "beta":
             time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
         else:
             time_B1 = gaussian.sample_skewed_time((b, 1), generator)
-        noise_BLX = torch.randn(action_BLX.shape, generator=generator).to(device)
-        mask_BL, clock_BL = mask_BL.to(device), (time_B1 * mask_BL).to(device)
+        noise_BLX = torch.randn((b, c.chunk_size, c.padded_dim or c.action_dim), generator=generator)
+        return mask_BL, free_BL, time_B1 * mask_BL, noise_BLX
+
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
+        """Mean squared velocity error over masked, valid tokens and real dimensions (AsyncVLA Alg. 2), K samples a prefix."""
+        c, (mask_BL, free_BL, clock_BL, noise_BLX) = self.config, draws
+        mask_BLD = None if targets.mask_BLD is None else targets.mask_BLD.repeat_interleave(c.noise_samples, 0)
+        action_BLX = self._pad(_without_padding(targets.action_BLD.float(), targets.mask_BLD))
+        action_BLX = action_BLX.repeat_interleave(c.noise_samples, 0)
+        valid_BL = targets.valid_BL.repeat_interleave(c.noise_samples, 0)
+        known_BLX = action_BLX
+        if c.max_action_prefix and targets.executed is not None:  # what a robot commits to is what it executes
+            executed = targets.executed.repeat(c.noise_samples)
+            executed_BLX = self._pad(_without_padding(executed.action_BLD.float(), mask_BLD))
+            known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, executed_BLX)
+            valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
         token_BLW = self.codec.encode(gaussian.interpolate(known_BLX, noise_BLX, clock_BL), clock_BL)
         target_BLX = gaussian.velocity_target(action_BLX, noise_BLX)
         losses = {}
@@ -258,7 +258,7 @@ class FlowDecoder(Decoder[FlowState]):
             raise CapabilityError("A flow decoder has no vocabulary; give it actions.")
         c, device = self.config, prefix.hidden_BPW.device
         shape = (c.chunk_size, c.padded_dim or c.action_dim)
-        noise_BLX = gaussian.standard_normal(generators, shape, sampling.noise_scale).to(device)
+        noise_BLX = moved(gaussian.standard_normal(generators, shape, sampling.noise_scale), device, non_blocking=True)
         if conditioning is None:
             return FlowState(noise_BLX, torch.ones(noise_BLX.shape[:2], device=device), 0, sampling)
         x_BLX = self._pad(conditioning.action_BLD.float())

@@ -22,18 +22,10 @@ from torch import Generator, Tensor
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import (
-    Capability,
-    Conditioning,
-    Decoder,
-    DecoderConfig,
-    LatentCodes,
-    LossTerms,
-    Targets,
-    TokenConditioning,
-)
+from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, LatentCodes, Targets, TokenConditioning
 from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
+from vlaflow.decoders.losses import Draws, LossTerms
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.ranges import NotNegative
@@ -150,7 +142,15 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         """Of the expert; the latent tokens are one more pass of a few tokens through the backbone."""
         return self.flow.nfe(sampling)
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+    def prepare(self, targets: Targets) -> Targets:
+        """See ``Decoder``: the FAST tokens, where these are targets."""
+        return targets if self.fast is None else self.fast.prepare(targets)
+
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """Those of the flow, then those of the FAST tokens."""
+        return (*self.flow.draw(batch, generator), *(self.fast.draw(batch, generator) if self.fast is not None else ()))
+
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
         """Flow loss, and the cross-entropies of codes and FAST tokens at the deepest exit.
 
         Codes that are answered one after the other are learned at every exit, for what is read next depends on the answer.
@@ -161,18 +161,18 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
         c, depths = self.config, tuple(depths or (prefix.depth,))
         if not c.teaches:
             written = self.latent.teach(prefix, None, depths)
-            return self.flow.loss(self._context(prefix, written), targets, generator, depths)
+            return self.flow.loss_of(self._context(prefix, written), targets, draws[: self.flow.DRAWS], depths)
         if targets.code_BK is None:
             raise ConfigError(
                 "This decoder learns latent actions and the batch has none; train with --latent (docs/latent.md)."
             )
         written = self.latent.teach(prefix, targets.code_BK, depths)
-        flow = self.flow.loss(self._context(prefix, written), targets, generator, depths)
+        flow = self.flow.loss_of(self._context(prefix, written), targets, draws[: self.flow.DRAWS], depths)
         answered = written.hidden if c.latent.answer == "autoregressive" else written.hidden[-1:]
         latent = torch.stack([self.latent.loss(hidden_BKW, targets.code_BK) for hidden_BKW in answered]).mean()
         auxiliary, parts = c.latent_weight * latent, {**flow.parts, "latent": latent.detach()}
         if self.fast is not None:
-            fast = self.fast.loss(written.after(prefix), targets, generator, depths[-1:])
+            fast = self.fast.loss_of(written.after(prefix), targets, draws[self.flow.DRAWS :], depths[-1:])
             auxiliary, parts = auxiliary + c.fast_weight * fast.total, {**parts, "fast": fast.total.detach()}
         return LossTerms(flow.total + auxiliary, parts, flow.exits, auxiliary)
 

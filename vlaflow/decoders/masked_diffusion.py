@@ -14,7 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Capability, Conditioning, LossTerms, Targets, TokenConditioning, Tokens, mean_over_exits
+from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import masked
@@ -82,11 +83,15 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
         """Conditioning, and regeneration: training masks any tokens and shows the others."""
         return self.conditioning | {Capability.REGENERATION, Capability.GRID, Capability.TEMPERATURE}
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """Which tokens are masked, bool (B·K, S)."""
+        return (masked.training_mask(batch * self.noise_samples, self.slots, generator, self.config.floor),)
+
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
         """Cross-entropy of the masked tokens."""
         id_BS, weight_BS = self.encode(targets)
         id_BS, weight_BS = (x.repeat_interleave(self.noise_samples, 0) for x in (id_BS, weight_BS))
-        masked_BS = masked.training_mask(len(id_BS), self.slots, generator, self.config.floor).to(id_BS.device)
+        (masked_BS,) = draws
         depths = depths or (prefix.depth,)
         hidden = self.hidden(id_BS.masked_fill(masked_BS, self.mask), prefix, depths)
         losses = {

@@ -16,7 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LossTerms, Targets, TokenConditioning, mean_over_exits
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning
+from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
@@ -93,8 +94,12 @@ class RegressionDecoder(Decoder[RegressionState]):
         mask_BLD = prefix.action_mask_BLD
         return made if mask_BLD is None else [torch.where(mask_BLD, made_BLD, 0.0) for made_BLD in made]
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
-        """Mean absolute error over valid actions and the dimensions that their robots have; nothing is drawn."""
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """Nothing."""
+        return ()
+
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
+        """Mean absolute error over valid actions and the dimensions that their robots have."""
         depths = depths or (prefix.depth,)
         weight_BL1 = targets.valid_BL[..., None].float()
         count = (weight_BL1.sum() * self.action_dim).clamp(min=1)

@@ -225,6 +225,10 @@ class TokenDecoder(Decoder[State]):
         """One a step."""
         return sampling.steps
 
+    def prepare(self, targets: Targets) -> Targets:
+        """See ``Decoder``: the tokens, so that no device waits for them."""
+        return replace(targets, id_BS=self.tokenize(targets.action_BLD))
+
     def encode(self, targets: Targets) -> tuple[Tensor, Tensor]:
         """Ids (B, S) of chunks and float weights (B, S) of their tokens in the loss, on the targets' device.
 
@@ -235,8 +239,8 @@ class TokenDecoder(Decoder[State]):
         What a robot's chunk lacks is learned as what it holds, because other tokens see it: 0 in dimensions, and the repeated
         last action in steps.
         """
-        action_BLD, valid_BL = targets.action_BLD, targets.valid_BL
-        id_BS = self.tokenize(action_BLD)
+        valid_BL = targets.valid_BL
+        id_BS = self.tokenize(targets.action_BLD) if targets.id_BS is None else targets.id_BS
         if self.tokenizer.local:
             if targets.mask_BLD is not None:
                 valid_BL = valid_BL | ~targets.mask_BLD.any(-1)

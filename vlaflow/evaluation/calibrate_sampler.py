@@ -16,7 +16,7 @@ import torch
 
 from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.parse import parse
-from vlaflow.compute.sampler_choice import AGAIN, FAILURES, FILE, TOLERANCE, Candidate, SamplerCalibration, choose
+from vlaflow.compute.sampler_choice import FAILURES, FILE, TOLERANCE, Candidate, SamplerCalibration, choose
 from vlaflow.config import JSON, to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
@@ -219,7 +219,10 @@ def _calibrated_quickly(checkpoint: Path, dataset: Path, device: str, millisecon
         times = measure_latency(policy, [parse(name) for name in names], _observations(frames, 2), 2, warm_up=1)
         count = min(QUICK_FRAMES, int(milliseconds / sum(time.mean for time in times)))
         if count < BATCH:
-            return f"The sampler was not calibrated, which would take more than a minute here. {AGAIN}"
+            return (
+                "The sampler was not calibrated, which would take more than a minute here. To do it: vlaflow calibrate "
+                f"{checkpoint} --dataset {dataset} --sampler"
+            )
         request = SamplerRequest(names, frames=count, draws=1, latency_chunks=QUICK_CHUNKS)
         made = run(checkpoint, dataset, request, device)
     except CalibrationError as reason:

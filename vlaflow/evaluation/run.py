@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from vlaflow.engine.deploy import Engine
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation import language, results, videos
 from vlaflow.evaluation.episode_log import EpisodeLog
+from vlaflow.evaluation.images import unlike_training
 from vlaflow.evaluation.latency import Latency, collect_observations, measure
 from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import Revision, follow
@@ -388,6 +390,8 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     rollout = replace(config.rollout, n_action_steps=config.rollout.n_action_steps or policy.n_action_steps)
     config = replace(config, rollout=rollout)
     require_fit(policy, str(checkpoint), set(envs), computes, rollout)
+    if note := unlike_training(folder, envs, rollout.render):
+        sys.stderr.write(f"Note: {note}\n")
     jobs = plan(envs, computes, config.episodes, config.first_seed, config.noise_seeds)
     swap = None
     if config.language_episodes:

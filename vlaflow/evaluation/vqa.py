@@ -27,6 +27,7 @@ from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
+from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
@@ -111,6 +112,7 @@ class AnswerResults:
         checkpoint, fingerprint: the policy.
         limit: largest number of tokens of a reply.
         seed: seed of the exchange of images.
+        dtype: what the networks computed in.
         command, machine, versions: how the results were obtained.
         format: format of this file.
     """
@@ -124,6 +126,7 @@ class AnswerResults:
     fingerprint: str
     limit: int
     seed: int
+    dtype: Dtype
     command: str
     machine: str
     versions: dict[str, str]
@@ -148,6 +151,7 @@ class AnswerConfig:
         seed: seed of the exchange.
         size: image size for backbones that accept any.
         device: where the networks run.
+        dtype: what they compute in.
     """
 
     part: Part = "held-out"
@@ -158,6 +162,7 @@ class AnswerConfig:
     seed: int = 0
     size: int = 448
     device: str = "cpu"
+    dtype: Dtype = "fp32"
 
     def __post_init__(self) -> None:
         if self.limit < 1 or self.batch_size < 1:
@@ -188,7 +193,7 @@ def run(
     turns = config.turns or (trained.turns if trained else "all")
     found = VqaDataset.open(questions, turns)
     chosen = tuple(range(len(found))) if config.part == "all" else held_out(folder, found, turns)
-    policy = Policy.from_pretrained(folder, config.device)
+    policy = Policy.from_pretrained(folder, config.device, config.dtype)
     speaking(policy.model.backbone)
     views = policy.model.backbone.views
     image_cache = ImageCache.open(found, next(iter(views.values())) or (trained.size if trained else config.size))
@@ -205,6 +210,7 @@ def run(
         fingerprint=fingerprint(folder),
         limit=config.limit,
         seed=config.seed,
+        dtype=config.dtype,
         command=command_line(),
         machine=machine(),
         versions=versions(),

@@ -153,7 +153,8 @@ def masked_mean_square(error_BLD: Tensor, weight_BL: Tensor, mask_BLD: Tensor | 
 def standard_normal(generators: Sequence[Generator], shape: Sequence[int], scale: float = 1.0) -> Tensor:
     """Noise (B, *shape) for a batch in which every item has its own generator, so that it does not depend on its batch.
 
-    It is multiplied by ``scale``; at 0 the generators advance all the same, so that what is drawn later is the same.
+    It is drawn where the generators live. It is multiplied by ``scale``; at 0 they advance all the same, so that what is drawn
+    later is the same.
     """
-    noise = torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
+    noise = torch.stack([torch.randn(tuple(shape), generator=g, device=g.device) for g in generators])
     return scale * noise if scale else torch.zeros_like(noise)  # 0 · noise would keep the noise's sign

@@ -101,7 +101,7 @@ def attend(
     # When training on a CPU in bf16, the backward pass of the fused kernel takes five times as long as plain products; in
     # float32 the fused kernel is a fifth faster (AVX2) or equal (AVX512).
     on_cpu = query_BHTE.device.type == "cpu" and query_BHTE.dtype != torch.float32
-    plain = joined or (_plain_on_cpu.get() and on_cpu and torch.is_grad_enabled())
+    plain = joined or (on_cpu and torch.is_grad_enabled() and (torch.compiler.is_compiling() or _plain_on_cpu.get()))
     if joined and kv_cache is not None and len(kv_cache.key_CGPE) == len(query_BHTE):
         cached = kv_cache.key_CGPE.shape[2]
         mask_TS = None if mask_TS is None else functional.pad(mask_TS, (cached, 0), value=True)

@@ -39,7 +39,8 @@ def stated_spec(dataset: Dataset) -> ActionSpec:
     if dataset.action_spec is None:
         raise SpecError(
             f"{dataset.root} does not say what its actions mean, and a policy must know. "
-            f"Write one (vlaflow data spec {dataset.root} --out FILE) and give it with --action-spec FILE."
+            f"Write one (vlaflow data spec {dataset.root} --out FILE{dataset.reading.options}) and give it with "
+            "--action-spec FILE."
         )
     return dataset.action_spec
 

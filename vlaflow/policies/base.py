@@ -35,7 +35,8 @@ from vlaflow.data.common import CommonShape, Normalizers
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.transforms import Normalizer
 from vlaflow.decoders.answers import Answer, greedy
-from vlaflow.decoders.base import Conditioning, LossTerms, Targets
+from vlaflow.decoders.base import Conditioning, Targets
+from vlaflow.decoders.losses import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.engine.deploy import Engine
@@ -50,7 +51,7 @@ from vlaflow.policies.checkpoint import home_of, local_folder
 from vlaflow.policies.chunks import chunks
 from vlaflow.policies.engines import with_engine
 from vlaflow.policies.policy_config import PolicyConfig
-from vlaflow.policies.processor import PolicyProcessor, Prepared, PreparedAnswers, require_views
+from vlaflow.policies.processor import Drawn, PolicyProcessor, Prepared, PreparedAnswers, require_views
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.robots import FOLDER, Robot, chosen_robot, read_robots, write_robots
 from vlaflow.spec import ActionPrefix, ActionSpec, Chunk, Observation
@@ -180,11 +181,7 @@ class Policy:
         return CommonShape(c.backbone.state_dim, c.decoder.action_dim, c.decoder.chunk_size, tuple(self.model.backbone.views))
 
     def for_robot(self, name: str | None) -> Policy:
-        """The same networks acting for one of the robots; the policy itself where there is only one.
-
-        Raises:
-            ConfigError: several robots and no choice, or none of this name.
-        """
+        """The same networks acting for one of the robots, by name; the policy itself where there is only one."""
         found = chosen_robot(self.robots, name, str(self.folder or "The policy"))
         if found is None:
             return self
@@ -207,11 +204,7 @@ class Policy:
         return Prepared(self.processor(batch.observation), self.targets(batch))
 
     def prepare_answers(self, batch: VqaBatch) -> PreparedAnswers:
-        """A batch of questions as ``answer_loss`` takes it, on the CPU.
-
-        Raises:
-            CapabilityError: when the backbone has no language-model head.
-        """
+        """A batch of questions as ``answer_loss`` takes it, on the CPU; refused where the backbone cannot answer."""
         speaking(self.model.backbone)
         return PreparedAnswers(self.processor(batch.observation), self.processor.backbone.answer_ids(batch.answers))
 
@@ -222,7 +215,8 @@ class Policy:
             return self._action.forward(action_BLD, batch.observation.robot_B)
 
         executed = batch.executed and replace(batch.executed, action_BLD=normalised(batch.executed.action_BLD))
-        return Targets(normalised(batch.action_BLD), batch.valid_BL, batch.code_BK, executed, batch.mask_BLD)
+        action_BLD = normalised(batch.action_BLD)
+        return self.model.decoder.prepare(Targets(action_BLD, batch.valid_BL, batch.code_BK, executed, batch.mask_BLD))
 
     def own(self, observation: ObservationBatch) -> ObservationBatch:
         """Observations of the robot that it acts for as the networks know them, where there are several robots.
@@ -250,29 +244,36 @@ class Policy:
     def embed(self, observation: ObservationBatch) -> Prefix:
         """The tokens of raw observations, before the first layer."""
         with self.precision():
-            prefix = self.model.embed(self.processor(observation).to(self.device))
+            prefix = self.model.embed(self.processor(observation).to(self.device, non_blocking=True))
         if observation.robot_B is None:
             return prefix
-        masks = [self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()]
-        return replace(prefix, action_mask_BLD=torch.stack(masks)[observation.robot_B].to(self.device))
+        masks = torch.stack([self.shape.mask(r.action_spec.chunk_size or 0, r.action_spec.dim) for r in self.robots.values()])
+        return replace(prefix, action_mask_BLD=masks[observation.robot_B].to(self.device))
 
     def encode(self, observation: ObservationBatch, depth: int | None = None) -> Prefix:
         """The prefix of raw observations, through so many layers (all by default)."""
         with self.precision():
             return self.model.read(self.embed(observation), depth)
 
-    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
-        """Training loss of backbone and decoder on what ``prepare`` made of a batch, on the networks' device.
+    def draw(self, batch: Prepared, generator: Generator, shared: Generator) -> Drawn:
+        """Everything random in ``loss_of``, on the CPU, ahead of the networks as ``prepare`` is; ``shared`` chooses exits."""
+        depth = self.config.exits.draw(shared) if self.config.exits else ()
+        return Drawn(self.model.decoder.draw(len(batch.inputs), generator), depth)
 
-        With exits it is their (weighted) mean, or that of the one drawn from ``shared``; in evaluation mode it is that of the
-        full depth, and the parts name the other exits' losses.
+    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
+        """``loss_of`` with what is drawn from these generators."""
+        return self.loss_of(batch, self.draw(batch, generator, shared).to(self.device))
+
+    def loss_of(self, batch: Prepared, drawn: Drawn) -> LossTerms:
+        """Training loss of backbone and decoder on what ``prepare`` and ``draw`` made, on the networks' device.
+
+        With exits it is their (weighted) mean, or that of the one drawn; in evaluation mode it is that of the full depth, and
+        the parts name the other exits' losses.
         """
-        model, exits = self.model, self.config.exits
-        embedded = self.begin(batch)
-        if exits is not None and exits.choose == "random" and model.training:
-            depth = exits.depths[int(torch.randint(len(exits.depths), (), generator=shared))]
-            return model.decoder.loss(model.read(embedded, depth), batch.targets, generator)
-        terms = model.decoder.loss(model.read(embedded), batch.targets, generator, exits.depths if exits else None)
+        model, exits, embedded = self.model, self.config.exits, self.begin(batch)
+        if drawn.integers and model.training:
+            return model.decoder.loss_of(model.read(embedded, drawn.integers[0]), batch.targets, drawn.numbers)
+        terms = model.decoder.loss_of(model.read(embedded), batch.targets, drawn.numbers, exits.depths if exits else None)
         if exits is None:
             return terms
         return exits.total(terms) if model.training else terms.answering(terms.exits[exits.depths[-1]])

@@ -90,7 +90,7 @@ def picturing(config: LatentConfig) -> DryRun:
 
     def loss(batch: int, depth: int) -> Tensor:
         frame_BHW3 = torch.zeros(batch, config.image_size, config.image_size, 3, dtype=torch.uint8)
-        return model(frame_BHW3, frame_BHW3, Generator()).later_BHW3.square().mean()
+        return model(frame_BHW3, frame_BHW3, model.draw(batch, Generator())).later_BHW3.square().mean()
 
     return DryRun(model, model, 1, loss, lambda batch: 0)
 

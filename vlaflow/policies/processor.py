@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlaflow.backbones.inputs import Inputs, Processor, require_state
-from vlaflow.data.batch import ObservationBatch
+from vlaflow.data.batch import ObservationBatch, moved
 from vlaflow.data.common import Normalizers
 from vlaflow.data.resize import fitted, resize
 from vlaflow.decoders.base import Targets
@@ -68,6 +68,23 @@ class Prepared:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Prepared:
         """The same on another device."""
         return Prepared(self.inputs.to(device, non_blocking=non_blocking), self.targets.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Everything random in a training loss.
+
+    Args:
+        numbers: tensors; see ``Decoder.draw``.
+        integers: choices and seeds, which stay on the CPU.
+    """
+
+    numbers: tuple[Tensor, ...] = ()
+    integers: tuple[int, ...] = ()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Drawn:
+        """The same on another device."""
+        return Drawn(tuple(moved(each, device, non_blocking=non_blocking) for each in self.numbers), self.integers)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from vlaflow.policies.checkpoint import ROBOT, home_of
 STATE = "state.json"
 READING = "reading"
 """Key of how the data set was read in a run's record."""
+IMAGES = "images"
+"""Key of how a simulator rendered the data sets' images, there too."""
 
 
 def fingerprint(folder: Path) -> str:
@@ -86,6 +88,18 @@ def reading_of(folder: Path, root: Path | str) -> Reading | None:
 def mixed_robots(folder: Path) -> list[str]:
     """The robot of each data set of a checkpoint's training, in their order; empty for a policy of one robot."""
     return [each["robot"] for each in run_of(folder).get("mixture", ()) if each["robot"]]
+
+
+def rendered(dataset: Dataset) -> dict[str, str]:
+    """How a simulator rendered a data set's images: {"render": "fast", "metaworld rendering": "fast 2"}; empty for others."""
+    found = dataset.provenance
+    versions = {key: str(value) for key, value in found.get("versions", {}).items() if key.endswith(" rendering")}
+    return {"render": str(found["render"]), **versions} if "render" in found else {}
+
+
+def images_of(folder: Path) -> list[dict[str, str]]:
+    """How the images were rendered that a checkpoint's training learned from; empty where nothing is known."""
+    return list(run_of(folder).get(IMAGES, ()))
 
 
 @dataclass(frozen=True)

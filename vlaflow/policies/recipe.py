@@ -368,7 +368,7 @@ class TrainConfig:
         chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
             of the policy, whatever the rate.
         validate_every, checkpoint_every: steps.
-        precision: "auto" is bf16 autocast where the device is fast at it (CUDA, CPUs with AMX), else float32.
+        precision: "auto" is bf16 autocast where that is faster: on CUDA, and on CPUs by measurement (``training.precision``).
         seed: of weights, data order and noise.
     """
 

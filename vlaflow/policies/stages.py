@@ -23,13 +23,13 @@ from vlaflow.data.batch import Batch, LossName, VqaBatch
 from vlaflow.data.common import Normalizers
 from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.source import Prepare, Ready, Source
-from vlaflow.decoders.base import LossTerms
+from vlaflow.decoders.losses import LossTerms
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
-from vlaflow.policies.processor import Prepared, PreparedAnswers
+from vlaflow.policies.processor import Drawn, Prepared, PreparedAnswers
 from vlaflow.stacks.base import stacks_of
 
 
@@ -47,11 +47,14 @@ class Stage(Protocol):
     def prepare(self, batch: Any) -> Ready:
         """What ``loss`` takes of a batch, on the CPU: the loader's thread does this ahead of the networks."""
 
-    def loss(self, batch: Any, generator: Generator, shared: Generator) -> LossTerms:
-        """Loss on what ``prepare`` made of a batch, on the networks' device.
+    def draw(self, batch: Any, generator: Generator, shared: Generator) -> Drawn:
+        """Everything random in the loss on what ``prepare`` made, on the CPU, in the loader's thread too.
 
-        All randomness comes from ``generator``, but for what every process must choose alike, which comes from ``shared``.
+        It comes from ``generator``, but for what every process must choose alike, which comes from ``shared``.
         """
+
+    def loss(self, batch: Any, drawn: Drawn) -> LossTerms:
+        """Loss on what ``prepare`` and ``draw`` made, on the networks' device."""
 
     def after_step(self, step: int, shared: Generator) -> None:
         """What is due after the optimiser took step number ``step``, in every process; ``shared`` is alike in all of them."""
@@ -107,9 +110,13 @@ class PolicyStage:
         """See ``Policy.prepare``."""
         return self.policy.prepare(batch)
 
-    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
-        """See ``Policy.loss``."""
-        return self.policy.loss(batch, generator, shared)
+    def draw(self, batch: Prepared, generator: Generator, shared: Generator) -> Drawn:
+        """See ``Policy.draw``."""
+        return self.policy.draw(batch, generator, shared)
+
+    def loss(self, batch: Prepared, drawn: Drawn) -> LossTerms:
+        """See ``Policy.loss_of``."""
+        return self.policy.loss_of(batch, drawn)
 
     def after_step(self, step: int, shared: Generator) -> None:
         """Nothing."""
@@ -123,7 +130,9 @@ class PolicyStage:
         replace(self.policy, card=card or self.policy.card).save_pretrained(folder, weights)
 
 
-TurnLoss = Callable[[Any, Generator, Generator], LossTerms]
+TurnDraw = Callable[[Any, Generator, Generator], Drawn]
+"""``Stage.draw`` of one kind of batch."""
+TurnLoss = Callable[[Any, Drawn], LossTerms]
 """``Stage.loss`` of one kind of batch."""
 
 
@@ -133,10 +142,11 @@ class Turn:
 
     Args:
         ready: what the loss takes.
-        loss: of this kind of batch.
+        draw, loss: of this kind of batch.
     """
 
     ready: Ready
+    draw: TurnDraw
     loss: TurnLoss
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Turn:
@@ -159,9 +169,9 @@ class AnsweringStage:
     def __init__(self, stage: Stage, policy: Policy, weight: float) -> None:
         speaking(policy.model.backbone)
         self.stage, self.policy, self.weight = stage, policy, weight
-        self._learned: dict[LossName, tuple[Prepare, TurnLoss]] = {
-            Batch.loss_name: (stage.prepare, stage.loss),
-            VqaBatch.loss_name: (policy.prepare_answers, self._answer_loss),
+        self._learned: dict[LossName, tuple[Prepare, TurnDraw, TurnLoss]] = {
+            Batch.loss_name: (stage.prepare, stage.draw, stage.loss),
+            VqaBatch.loss_name: (policy.prepare_answers, _draw_nothing, self._answer_loss),
         }
 
     @property
@@ -180,14 +190,18 @@ class AnsweringStage:
 
     def prepare(self, batch: Batch | VqaBatch) -> Turn:
         """Questions for the language model, anything else for the other stage."""
-        prepare, loss = self._learned[batch.loss_name]
-        return Turn(prepare(batch), loss)
+        prepare, draw, loss = self._learned[batch.loss_name]
+        return Turn(prepare(batch), draw, loss)
 
-    def loss(self, batch: Turn, generator: Generator, shared: Generator) -> LossTerms:
+    def draw(self, batch: Turn, generator: Generator, shared: Generator) -> Drawn:
+        """What the loss of this kind of batch draws; that of questions nothing."""
+        return batch.draw(batch.ready, generator, shared)
+
+    def loss(self, batch: Turn, drawn: Drawn) -> LossTerms:
         """The language-model loss of questions, the other stage's loss of anything else; never both."""
-        return batch.loss(batch.ready, generator, shared)
+        return batch.loss(batch.ready, drawn)
 
-    def _answer_loss(self, batch: PreparedAnswers, generator: Generator, shared: Generator) -> LossTerms:
+    def _answer_loss(self, batch: PreparedAnswers, drawn: Drawn) -> LossTerms:
         loss = self.policy.answer_loss(batch)
         return LossTerms(self.weight * loss, {"answer": loss.detach()})
 
@@ -198,6 +212,10 @@ class AnsweringStage:
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
         """See ``Stage``."""
         self.stage.save(folder, weights, card)
+
+
+def _draw_nothing(batch: PreparedAnswers, generator: Generator, shared: Generator) -> Drawn:
+    return Drawn()
 
 
 class RaterStage:
@@ -224,14 +242,19 @@ class RaterStage:
         """See ``Policy.prepare``."""
         return self.policy.prepare(batch)
 
-    def loss(self, batch: Prepared, generator: Generator, shared: Generator) -> LossTerms:
+    def draw(self, batch: Prepared, generator: Generator, shared: Generator) -> Drawn:
+        """A seed of the policy's chunk for every sample."""
+        seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
+        return Drawn(integers=tuple(seeds))
+
+    def loss(self, batch: Prepared, drawn: Drawn) -> LossTerms:
         """Squared error between rating and label, on a chunk the policy makes for the batch, over valid actions."""
         model, config = self.policy.model, self.rater.config
         decoder, targets = model.decoder, batch.targets
         with torch.no_grad():
             prefix = model.read(self.policy.begin(batch))
-            seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
-            made_BLD = decoder.sample(prefix, [Generator().manual_seed(s) for s in seeds], self.sampling)
+            generators = [Generator().manual_seed(seed) for seed in drawn.integers]
+            made_BLD = decoder.sample(prefix, generators, self.sampling)
             error_BL = targets.mean_over_dimensions((made_BLD - targets.action_BLD).square())
             label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
         rating_BL = self.rater(prefix, made_BLD)
@@ -292,13 +315,17 @@ class LatentStage:
         """The images as they are: the model turns them into numbers itself."""
         return batch
 
-    def loss(self, batch: Batch, generator: Generator, shared: Generator) -> LossTerms:
+    def draw(self, batch: Batch, generator: Generator, shared: Generator) -> Drawn:
+        """The noise of the quantisation."""
+        return Drawn((self.model.draw(len(batch.observation), generator),))
+
+    def loss(self, batch: Batch, drawn: Drawn) -> LossTerms:
         """Mean squared error of the later frame's pixels in [−1, 1]; with an action head also that of the mean action.
 
         In evaluation mode the codes are the entries themselves, without noise, so the loss is what a user of the model gets.
         """
         earlier, later = batch.observation.images[EARLIER], batch.observation.images[LATER]
-        passed = self.model(earlier, later, generator)
+        passed = self.model(earlier, later, *drawn.numbers)
         total = pixels = functional.mse_loss(passed.later_BHW3.float(), later.float() / 127.5 - 1)
         parts = {"pixels": pixels.detach(), "perplexity": perplexity(passed.id_BK, self.model.config.book)}
         if passed.action_BD is not None and self.action is not None:

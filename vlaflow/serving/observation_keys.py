@@ -30,7 +30,8 @@ class ObservationKeys:
     """The keys of a request.
 
     Args:
-        images: keys of the images (see ``request_arrays``); "a/b" may be one key or nested maps.
+        images: keys of the images (see ``request_arrays``); "a/b" may be one key or nested maps. Where empty, "images/VIEW" of
+            every view of the policy.
         state: keys of the parts of the state, concatenated in this order; none for clients that send no state.
         prompt: key of the instruction.
         channels_first: whether images whose shape leaves it open are (3, H, W).
@@ -46,6 +47,7 @@ class ObservationKeys:
     default_prompt: str | None = None
 
 
+VIEWS = ObservationKeys((), ("state",))
 METAWORLD = ObservationKeys(("observation/image",), ("observation/state",))
 LIBERO = ObservationKeys(("observation/image", "observation/wrist_image"), ("observation/state",))
 DROID = ObservationKeys(
@@ -95,7 +97,7 @@ def choose(
     observation_keys = registry.load("layouts", name, ObservationKeys, f"There are no observation keys '{name}'")
     observation_keys = replace(
         observation_keys,
-        images=tuple(images) or observation_keys.images,
+        images=tuple(images) or observation_keys.images or tuple(f"images/{view}" for view in views),
         state=tuple(state) or observation_keys.state,
         default_prompt=default_prompt if default_prompt is not None else observation_keys.default_prompt,
     )
@@ -103,7 +105,7 @@ def choose(
         raise ConfigError(
             f"The observation keys '{name}' name {len(observation_keys.images)} images "
             f"{list(observation_keys.images)}, but the policy has {len(views)} views {list(views)}. Name the "
-            "keys of the images with --image."
+            "keys of the images with --image, or those of all views with --observation-keys views (images/VIEW, and state)."
         )
     return {"observation_keys": observation_keys, "views": tuple(views)}
 

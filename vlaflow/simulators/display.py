@@ -25,20 +25,22 @@ _CHANGED = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "m
 
 
 @contextmanager
-def simplified(model: Any, size: int) -> Iterator[None]:
+def simplified(model: Any, size: int, *, solid: bool = False) -> Iterator[None]:
     """Simplify display meshes and shrink textures of ``model``, inside the context only.
 
     Vertices in one cell of a grid become one, at their mean; faces that lose their area, and repeated ones, vanish. Normals and
-    texture coordinates of the remaining corners are kept. Meshes that take part in collisions are left alone.
+    texture coordinates of the remaining corners are kept.
 
     Args:
         model: the mujoco.MjModel.
         size: side of the images in pixels.
+        solid: also meshes that take part in collisions; what collides is the model's own mesh, outside the context.
     """
     kept = {name: getattr(model, name).copy() for name in _CHANGED}
     texels: dict[int, np.ndarray] = {}
     try:
-        for number in np.setdiff1d(np.flatnonzero(model.mesh_facenum > FEW), _collision_meshes(model)):
+        left_alone = np.empty(0, np.int64) if solid else _collision_meshes(model)
+        for number in np.setdiff1d(np.flatnonzero(model.mesh_facenum > FEW), left_alone):
             _simplify_mesh(model, number, size)
         for number in np.flatnonzero(np.minimum(model.tex_width, model.tex_height) > TEXELS * size):
             texels[int(model.tex_adr[number])] = _shrink_texture(model, int(number), size)

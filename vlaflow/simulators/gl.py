@@ -115,6 +115,7 @@ class OffscreenCameras:
             several times cheaper.
         hidden: groups of geoms that are not shown, in addition to MuJoCo's default.
         simplify: with "fast", also simplify display meshes; see ``display``.
+        solid: with ``simplify``, also those that take part in collisions, where these are shown.
     """
 
     def __init__(
@@ -126,12 +127,13 @@ class OffscreenCameras:
         hidden: Sequence[int] = (),
         *,
         simplify: bool = False,
+        solid: bool = False,
     ) -> None:
         import mujoco
 
         self._mujoco = mujoco
         self._model = model
-        self._simplify = simplify
+        self._simplify, self._solid = simplify, solid
         self.size = size
         self.quality = quality
         self.taken = 0
@@ -207,7 +209,7 @@ class OffscreenCameras:
             screen.offwidth, screen.offheight = max(screen.offwidth, self.size), max(screen.offheight, self.size)
         simplify = self._simplify and self.quality == "fast"
         try:
-            with simplified(self._model, self.size) if simplify else nullcontext():
+            with simplified(self._model, self.size, solid=self._solid) if simplify else nullcontext():
                 self._gpu = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
         except mujoco.FatalError as problem:
             raise CapabilityError(NO_OPENGL.format(why=str(problem))) from problem

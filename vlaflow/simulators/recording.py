@@ -118,7 +118,7 @@ class Recording:
                     path = video_file(self.folder, job, view)
                     if path.stat().st_size != size:
                         return None
-                    videos[view] = Segment(path, len(stored["action"]), stored[f"histogram {view}"])
+                    videos[view] = Segment(path, len(stored["action"]), stored[f"histogram {view}"], facts["digests"][view])
                 arrays = {name: stored[name] for name in ARRAYS}
                 return Demonstration(job.env, facts["instruction"], facts["seed"], facts["attempts"], **arrays, videos=videos)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -149,6 +149,7 @@ def keep(folder: Path, job: RecordJob, demo: Demonstration) -> None:
         "seed": demo.seed,
         "attempts": demo.attempts,
         "bytes": {view: segment.path.stat().st_size for view, segment in demo.videos.items()},
+        "digests": {view: segment.digest for view, segment in demo.videos.items()},
     }
     arrays: dict[str, Any] = {name: getattr(demo, name) for name in ARRAYS}
     arrays |= {f"histogram {view}": segment.histogram for view, segment in demo.videos.items()}

@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import median
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from vlaflow.data.batch import SampleGroup
 from vlaflow.data.source import Sample
 from vlaflow.errors import VlaflowError
+from vlaflow.policies.provenance import newest_state
 
 
 class DivergedError(VlaflowError):
@@ -56,6 +58,26 @@ def samples_sentence(batches: Iterable[Sample], most: int = 64) -> str:
         for group, group_names in sorted(groups.items())
     ]
     return "; ".join(listed) + (f"; and {len(names) - most} more" if len(names) > most else "")
+
+
+def diverged(what: str, batches: Sequence[Sample], out: Path) -> DivergedError:
+    """The error of a loss that left the rails.
+
+    Args:
+        what: happened at which step.
+        batches: on which it was computed.
+        out: of the run.
+    """
+    return DivergedError(
+        f"{what}. Its samples: {samples_sentence(batches)}. {batches[0].advice}, or lower optim.learning_rate. {untouched(out)}"
+    )
+
+
+def untouched(out: Path) -> str:
+    """Which checkpoint of a run that ends early is left."""
+    found = newest_state(out)
+    kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
+    return f"{kept}: {out}."
 
 
 class Interrupt:

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from vlaflow.data.mixture import Order
-from vlaflow.data.source import MakeOrder, Prepare, Ready, Sample, Source
+from vlaflow.data.source import MakeOrder, Ready, Sample, Source
 from vlaflow.data.transforms import RandomShift
 from vlaflow.policies.parts import require_even
+from vlaflow.policies.processor import Drawn
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining
 from vlaflow.training.team import Team
@@ -34,15 +36,32 @@ class StepPart:
 
     Args:
         batch: the samples, on the CPU; what a loss that explodes is traced to.
+        targets: number of terms that their loss averages over.
         ready: the same as the loss takes them, on the device.
-        generator: that the loss draws from.
-        shared: its numbers are the same for all processes and parts.
+        drawn: everything random in the loss, on the device.
     """
 
     batch: Sample
+    targets: int
     ready: Ready
-    generator: Generator
-    shared: Generator
+    drawn: Drawn
+
+    @staticmethod
+    def of(batch: Sample, stage: PreparesSamples, generator: Generator, shared: Generator, device: torch.device) -> StepPart:
+        """Prepare samples, draw for them, and start both on their way to the device."""
+        ready = stage.prepare(batch)
+        drawn = stage.draw(ready, generator, shared)
+        return StepPart(batch, batch.targets, ready.to(device, non_blocking=True), drawn.to(device, non_blocking=True))
+
+
+class PreparesSamples(Protocol):
+    """What a loader needs of a stage; see ``policies.stages.Stage``."""
+
+    def prepare(self, batch: Any) -> Ready:
+        """What the loss takes of a batch."""
+
+    def draw(self, batch: Any, generator: Generator, shared: Generator) -> Drawn:
+        """Everything random in the loss on it."""
 
 
 def mix(*numbers: int | str) -> int:
@@ -56,9 +75,13 @@ class Loader:
 
     A step's ``global_batch_size`` samples are split into ``parts`` parts of equal size; every process takes as many of them and
     uses them one after another. With ``ahead`` (the default next to a GPU) a thread loads the next step meanwhile,
-    which changes no sample: a step's content does not depend on when it is loaded. ``prepare`` is done there too.
+    which changes no sample: a step's content does not depend on when it is loaded. The thread also prepares the samples, draws
+    what is random in their loss, and starts the copies to the device, from pinned memory.
 
     The samples of the next ``AHEAD`` steps are announced, so that a stream decodes them meanwhile.
+
+    Attributes:
+        thread: which loads ahead; None for none.
     """
 
     def __init__(
@@ -67,34 +90,35 @@ class Loader:
         config: TrainConfig,
         team: Team,
         device: torch.device,
-        prepare: Prepare,
+        stage: PreparesSamples,
         *,
         parts: int | None = None,
         ahead: bool | None = None,
         order: MakeOrder = Order,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
-        self.source, self.config, self.team, self.device, self.prepare = source, config, team, device, prepare
+        self.source, self.config, self.team, self.device, self.stage = source, config, team, device, stage
         self.parts = parts or config.parts(team.world)
         self.order = order(len(source), config.global_batch_size, config.seed)
         self.shift = RandomShift(config.shift)
         # Next to a model on the CPU a loading thread only takes its cores away: loading is one hundredth of a step there.
         ahead = device.type != "cpu" if ahead is None else ahead
-        self._ahead = ThreadPoolExecutor(1, "loader") if ahead else None
+        self.thread = thread or (ThreadPoolExecutor(1, "loader") if ahead else None)
         self._next: tuple[int, Future[list[StepPart]]] | None = None
         self._announced = 0
 
     def step(self, step: int) -> list[StepPart]:
         """The parts of step 0, 1, 2, ..."""
-        if self._ahead is None:
+        if self.thread is None:
             return self._load(step)
         parts = self._next[1].result() if self._next and self._next[0] == step else self._load(step)
-        self._next = (step + 1, self._ahead.submit(self._load, step + 1))
+        self._next = (step + 1, self.thread.submit(self._load, step + 1))
         return parts
 
     def close(self) -> None:
         """End the loading thread."""
-        if self._ahead is not None:
-            self._ahead.shutdown(wait=True, cancel_futures=True)
+        if self.thread is not None:
+            self.thread.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, step: int) -> list[StepPart]:
         c, parts = self.config, []
@@ -116,7 +140,7 @@ class Loader:
                 known_BS = c.state_mask(samples, dimensions, own("state mask"))
                 batch = replace(batch, observation=replace(batch.observation, known_BS=known_BS))
             shared = Generator().manual_seed(mix("shared", c.seed, step))
-            parts.append(StepPart(batch, self.prepare(batch).to(self.device, non_blocking=True), own("loss"), shared))
+            parts.append(StepPart.of(batch, self.stage, own("loss"), shared, self.device))
         return parts
 
     def _own(self, step: int) -> dict[int, np.ndarray]:
@@ -156,7 +180,7 @@ class Alternating:
         return self.asking.step(asked) if self.vqa_steps_before(step + 1) > asked else self.acting.step(step - asked)
 
     def close(self) -> None:
-        """End the loading threads."""
+        """End the loading thread, which both share."""
         self.acting.close()
         self.asking.close()
 
@@ -171,7 +195,7 @@ def alternating(acting: Loader, vqa: CoTraining) -> Alternating:
         state_mask=None,
         seed=mix("questions", acting.config.seed),
     )
-    asking = Loader(vqa.train, config, acting.team, acting.device, acting.prepare, parts=acting.parts)
+    asking = Loader(vqa.train, config, acting.team, acting.device, acting.stage, parts=acting.parts, thread=acting.thread)
     return Alternating(acting, asking, vqa.share)
 
 
@@ -191,7 +215,7 @@ class Held:
         chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
         self.batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
 
-    def parts(self, team: Team, device: torch.device, prepare: Prepare) -> Iterator[tuple[StepPart, bool]]:
+    def parts(self, team: Team, device: torch.device, stage: PreparesSamples) -> Iterator[tuple[StepPart, bool]]:
         """The batches of one process, and whether each counts.
 
         Every process gets equally many, as sharded models need; the surplus ones are repetitions that do not count.
@@ -201,4 +225,4 @@ class Held:
             generator = Generator().manual_seed(mix("validation", self.seed, number % total))
             shared = Generator().manual_seed(mix("shared validation", self.seed))
             batch = self.source.batch(self.batches[number % total])
-            yield StepPart(batch, prepare(batch).to(device, non_blocking=True), generator, shared), number < total
+            yield StepPart.of(batch, stage, generator, shared, device), number < total

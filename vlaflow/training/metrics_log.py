@@ -11,9 +11,13 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from vlaflow.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Tracker = Literal["auto", "tensorboard", "wandb", "trackio", "none"]
 
@@ -79,6 +83,42 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class RunLog:
+    """The log of a run and its tracker, in the first of the processes that train together; elsewhere it writes nothing.
+
+    Args:
+        out: the run's folder.
+        step: the step it starts from.
+        accelerator: whose trackers are used.
+        tracker: name of one, or None.
+    """
+
+    def __init__(self, out: Path, step: int, accelerator: Accelerator, tracker: str | None) -> None:
+        self._log = MetricsLog(out, step) if accelerator.is_main_process else None
+        self._accelerator, self._tracker = accelerator, tracker
+        if tracker:
+            kwargs = {"tensorboard": {"purge_step": step + 1}} if tracker == "tensorboard" else {}
+            accelerator.init_trackers(tracker, init_kwargs=kwargs)
+
+    def write(self, step: int, entry: Mapping[str, Any]) -> None:
+        """The entry of a step."""
+        if self._log is not None:
+            self._log.write({"step": step, **entry})
+        if self._tracker:
+            self._accelerator.log(scalars(entry), step=step)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._tracker:
+            # end_training() would also take the processes' group away, which the next stage of a pipeline needs.
+            for one in self._accelerator.trackers:
+                one.finish()
 
 
 def scalars(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

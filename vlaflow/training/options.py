@@ -26,6 +26,7 @@ class Options:
         latent: folder of a latent action model, for decoders that learn to name its codes.
         threads: CPU threads; by default OMP_NUM_THREADS, or the physical cores.
         shard: processes that train together share the weights instead of each holding all (docs/scale.md).
+        compiled: compile the loss, for long runs (docs/training.md).
         reading: names of columns and cameras of data sets that state none of their own (``DatasetEntry.reading``); by default
             those of the run or policy that is continued, else LeRobot's.
         mixture: name of how several data sets are mixed (``data.weights.NAMED``); by default as the recipe says.
@@ -40,6 +41,7 @@ class Options:
     latent: Path | str | None = None
     threads: int | None = None
     shard: bool = False
+    compiled: bool = False
     reading: Reading | None = None
     mixture: str | None = None
 

@@ -21,7 +21,7 @@ from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require
 from vlaflow.policies.mixing import combined_fingerprint, labels, read_as
-from vlaflow.policies.provenance import reading_of
+from vlaflow.policies.provenance import IMAGES, reading_of, rendered
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
@@ -164,6 +164,7 @@ def train_stage(
         tracker=options.tracker,
         fresh=options.fresh,
         shard=options.shard,
+        compiled=options.compiled,
     )
     return replace(trainer.run(), policy=Path(out) if config.objective.makes == "policy" else None)
 
@@ -196,11 +197,15 @@ def opened(objective: Objective, given: Sequence[DatasetEntry]) -> list[OpenedDa
 
 
 def _recorded(datasets: Sequence[OpenedDataset]) -> dict[str, Any]:
-    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; and how the
-    only one was read, where it does not have LeRobot's names (of several, ``mixture_identity`` says so).
+    """For the run's record: repository and commit of data sets from the Hub, but no folders, which may be moved; how the only
+    one was read, where it does not have LeRobot's names (of several, ``mixture_identity`` says so); and how a simulator
+    rendered their images.
     """
+    images = [rendered(each.dataset) for each in datasets]
+    images = [each for number, each in enumerate(images) if each and each not in images[:number]]
     found = [source for each in datasets if (source := origin(each.dataset.root)) is not None]
     stated = read_as(datasets[0].dataset) if len(datasets) == 1 else {}
+    stated = {**stated, IMAGES: images} if images else stated
     return {"source": ", ".join(found), **stated} if found else stated
 
 

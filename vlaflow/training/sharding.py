@@ -123,9 +123,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def number(tensor: Tensor) -> float:
-    """The value of a scalar that all processes computed together."""
-    return float(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+def whole(tensor: Tensor) -> Tensor:
+    """A scalar that all processes computed together, on its device."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(module: nn.Module) -> None:

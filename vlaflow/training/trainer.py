@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -24,27 +24,28 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.config import to_json
-from vlaflow.data.batch import LossName
+from vlaflow.data.batch import LossName, moved
 from vlaflow.data.mixture import Order
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.io import first_not_finite
 from vlaflow.policies.adapters import adapt, digest
-from vlaflow.policies.provenance import newest_state
+from vlaflow.policies.provenance import newest_state, run_of
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining, Stage
-from vlaflow.progress import progress
+from vlaflow.progress import Silent, progress
 from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
-from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, samples_sentence
+from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, diverged, untouched
 from vlaflow.training.ema import Ema
 from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
-from vlaflow.training.loss_module import LossModule
-from vlaflow.training.metrics_log import MetricsLog, Tracker, choose_tracker, scalars
+from vlaflow.training.loss_module import LossModule, can_compile
+from vlaflow.training.metrics_log import RunLog, Tracker, choose_tracker
 from vlaflow.training.moments import Masters, Moments
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate, with_rate
 from vlaflow.training.outcome import Outcome
-from vlaflow.training.precision import use_bf16
+from vlaflow.training.precision import FORMAT, chosen_format
+from vlaflow.training.step import SIGNALS, StepNumbers, TakenStep
 from vlaflow.training.team import Team
 from vlaflow.versions import versions
 
@@ -67,6 +68,9 @@ class Trainer:
         tracker: where the log goes besides ``training/log.jsonl``.
         fresh: start over; an old checkpoint in ``out`` is moved aside.
         shard: processes that train together share the weights instead of each holding all (see ``sharding``).
+        compiled: compile the loss (see ``LossModule``).
+        late: load a step one step ahead and read its loss one step later, so that the host never waits for the device; by
+            default where this is no CPU.
 
     Raises:
         ConfigError: an unknown tracker.
@@ -88,15 +92,19 @@ class Trainer:
         tracker: Tracker = "auto",
         fresh: bool = False,
         shard: bool = False,
+        compiled: bool = False,
+        late: bool | None = None,
     ) -> None:
         self.stage, self.config, self.out, self._card = stage, config, Path(out), card
-        self._train, self._order, self._vqa, self._fresh, self._shard = train, order, vqa, fresh, shard
+        self._train, self._order, self._vqa, self._fresh = train, order, vqa, fresh
+        self._shard, self._compiled = shard, compiled
         self._validation_sources = {"": (validation, 1.0)} if validation is not None else dict(validation_each or {})
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
         self._divergence = {name: Divergence(config.optim.warmup_steps) for name in get_args(LossName)}
         self.step, self._seconds, self._saved = 0, 0.0, -1
         self._validation: float | None = None
+        self._reads_late, self._last_read = late, 0.0
 
     def _begin(self) -> None:
         """Put the folder in order, the networks on their device and everything where an unfinished run left it."""
@@ -104,7 +112,7 @@ class Trainer:
 
         stage, config = self.stage, self.config
         self.accelerator = Accelerator(
-            mixed_precision="no",  # the recipe's "precision" decides; see precision.py
+            mixed_precision="no",  # see precision.py
             log_with=self._log_with,
             project_dir=str(self.out / "training"),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.uneven)],
@@ -112,18 +120,22 @@ class Trainer:
         if str(self.accelerator.distributed_type).endswith("FSDP"):
             raise CapabilityError("Leave FSDP out of Accelerate's config, which shards all layers at once, and give --shard.")
         self.device = self.accelerator.device
+        late = self.device.type != "cpu" if self._reads_late is None else self._reads_late
+        self._behind = int(late)  # steps that may be under way when the next one begins
         self.team = Team(self.accelerator.process_index, self.accelerator.num_processes, self.device)
-        run = {**self._given_identity, "config": _without(to_json(config))}
-        self.identity = json.loads(json.dumps(run))
         with self.team.together():
             if self.team.is_first and (aside := checkpoint.prepare(self.out, self._fresh)):
                 sys.stderr.write(f"The old checkpoint is now {aside}.\n")
+        self.format = chosen_format(config.precision, self.device, self.team, run_of(self.out).get(FORMAT))
+        compiled = {"compile": True} if self._compiled else {}
+        run = {**self._given_identity, FORMAT: self.format, **compiled, "config": _without(to_json(config))}
+        self.identity = json.loads(json.dumps(run))
 
         adapters = adapt(stage.module, config.lora, mix("adapters", config.seed)) if config.lora else []
         freeze(stage.module, config.optim)
         self._frozen = digest(stage.module) if adapters else None
         stage.module.train()
-        self._model = self._spread(use_bf16(config.precision, self.device))
+        self._model = self._spread(self.format == "bf16")
         masters = Masters(stage.module)
         optim = with_rate(config.optim, adapters, config.lora.learning_rate if config.lora else None)
         self._optimizer = build_optimizer(stage.module, optim, masters)
@@ -136,18 +148,22 @@ class Trainer:
         self._held = {name: (self._hold(source), weight) for name, (source, weight) in self._validation_sources.items()}
         self._held_vqa = self._hold(self._vqa.held) if self._vqa and self._vqa.held is not None else None
         self._parts = config.parts(self.team.world, self._resume())
-        acting = Loader(self._train, config, self.team, self.device, stage.prepare, parts=self._parts, order=self._order)
+        ahead, order = self._behind > 0, self._order
+        acting = Loader(self._train, config, self.team, self.device, stage, parts=self._parts, ahead=ahead, order=order)
         self._loader = alternating(acting, self._vqa) if self._vqa else acting
         if self.team.is_first and 0 < self.step < config.steps:
             sys.stderr.write(f"Continuing after step {self.step} of {config.steps}.\n")
 
     def _spread(self, bf16: bool) -> nn.Module:
         """The stage's loss as a module: sharded if asked for and there are layers to shard, else a copy in every process."""
-        whole = LossModule(self.stage, bf16, self.device)
+        compiled = self._compiled and can_compile(self.device, self.team)
+        whole = LossModule(self.stage, bf16, self.device, compiled=compiled)
         blocks = blocks_of(self.stage.module) if self._shard and self.team.world > 1 else {}
         self.sharded = bool(blocks)
         empty = any(parameter.is_meta for parameter in whole.parameters())
         if self.sharded:
+            if self._compiled:
+                raise CapabilityError("A loss that is sharded layer by layer is not compiled. Leave --compile or --shard out.")
             lora = self.config.lora
             if self.config.optim.kind != "adamw" or (lora and lora.quantise):
                 raise CapabilityError(
@@ -174,57 +190,49 @@ class Trainer:
     def _run(self) -> Outcome:
         if self.step >= self.config.steps:
             return self._outcome(None)
-        metrics_log = MetricsLog(self.out, self.step) if self.team.is_first else None
-        if self._log_with:
-            kwargs = {"tensorboard": {"purge_step": self.step + 1}} if self._log_with == "tensorboard" else {}
-            self.accelerator.init_trackers(self._log_with, init_kwargs=kwargs)
+        c, held = self.config, bool(self._held or self._held_vqa)
         began = time.monotonic() - self._seconds
+        waiting: list[TakenStep] = []  # whose numbers are not read yet
         try:
-            with Interrupt() as interrupt, self._bar() as bar:
-                while self.step < self.config.steps:
-                    entry, stopped, part = self._one_step(interrupt)
-                    if entry is None:
-                        if self.step:
-                            self._save(part, hurried=self.sharded)
-                        break
-                    self.step += 1
-                    last = self.step == self.config.steps
-                    due = last or (self.step % self.config.validate_every == 0 and stopped != signal.SIGTERM)
-                    if (self._held or self._held_vqa) and due:
-                        entry["validation"] = self._validate()
-                        self._validation = entry["validation"].get("loss")
-                    self._seconds = time.monotonic() - began
-                    entry["seconds"] = round(self._seconds, 3)
-                    if metrics_log is not None:
-                        metrics_log.write({"step": self.step, **entry})
-                    if self._log_with:
-                        self.accelerator.log(scalars(entry), step=self.step)
-                    bar.advance(note=self._note(entry))
-                    if last or stopped or self.step % self.config.checkpoint_every == 0:
+            with RunLog(self.out, self.step, self.accelerator, self._log_with) as log, Interrupt() as noted, self._bar() as bar:
+                while self.step < c.steps:
+                    taken, part = self._one_step(noted)
+                    if taken is not None:
+                        waiting.append(taken)
+                        self.step += 1
+                    last, stopped = self.step == c.steps, signal.SIGTERM if taken is None else 0
+                    validates = held and not stopped and (last or self.step % c.validate_every == 0)
+                    saves = last or self.step % c.checkpoint_every == 0
+                    while waiting and (len(waiting) > self._behind or stopped or validates or saves):
+                        entry, signalled = self._read(read := waiting.pop(0))
+                        stopped = stopped or signalled
+                        if validates and not waiting and (last or stopped != signal.SIGTERM):
+                            entry["validation"] = self._validate()
+                            self._validation = entry["validation"].get("loss")
+                        self._seconds = time.monotonic() - began
+                        log.write(read.number, {**entry, "seconds": round(self._seconds, 3)})
+                        bar.advance(note=self._note(entry))
+                    if self.step and (saves or stopped):
                         self._save(part, hurried=self.sharded and stopped == signal.SIGTERM and not last)
                     if stopped:
                         break
-                return self._outcome(self._agreed(interrupt.signal))
+                return self._outcome(self._agreed(noted.signal))
         finally:
-            if metrics_log is not None:
-                metrics_log.close()
-            if self._log_with:
-                # end_training() would also take the processes' group away, which the next stage of a pipeline needs.
-                for one in self.accelerator.trackers:
-                    one.finish()
             self._loader.close()
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _one_step(self, interrupt: Interrupt) -> tuple[dict[str, Any] | None, int, StepPart]:
+    def _one_step(self, interrupt: Interrupt) -> tuple[TakenStep | None, StepPart]:
         """Take step number ``self.step``.
+
+        On a GPU nothing here waits for the device, so numbers that are not finite are noticed when they are read, a step later.
 
         Args:
             interrupt: notes the signals that this process gets.
 
         Returns:
-            Its log entry, the signal after which the processes are to stop (0 for none), and some of its samples. The entry is
-            None where a SIGTERM came between the step's parts: then nothing has changed, and the step is taken again later.
+            The step, and some of its samples. None in place of a step where a SIGTERM came between its parts: then nothing has
+            changed, and it is taken again later.
         """
         c, began, noted = self.config, time.monotonic(), interrupt.signal
         parts = self._loader.step(self.step)
@@ -235,10 +243,10 @@ class Trainer:
         named: dict[str, Tensor] = {}
         for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
             if number and self._agreed(interrupt.signal) == signal.SIGTERM:
-                return None, signal.SIGTERM, parts[0]
+                return None, parts[0]
             more = number + 1 < len(parts)
             with self.accelerator.no_sync(self._model) if more else nullcontext():
-                total, terms = self._model(part.ready, part.generator, part.shared)
+                total, terms = self._model(part.ready, part.drawn)
                 torch.autograd.backward(total * (share * self.team.world))  # the wrapper averages over processes
             loss = loss + total.detach().float() * share
             for name, term in terms.items():
@@ -246,52 +254,56 @@ class Trainer:
         for frozen_steps, parameter in self._late:
             if self.step < frozen_steps:
                 parameter.grad = None  # so it neither counts in the norm nor begins its moments
-        gradient = sharding.number(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
-        mean_loss, *mean_terms = self.team.sum(torch.stack([loss, *named.values()])).tolist()
-        stopped = max(self.team.gather(noted or 0))
-        loss_name = parts[0].batch.loss_name
-        if complaint := self._divergence[loss_name].complaint(self.step, mean_loss, gradient):
-            raise DivergedError(self._diverged(complaint, parts))
+        gradient = sharding.whole(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
+        stops = moved(torch.tensor([float(noted == each) for each in SIGNALS]), self.device, non_blocking=True)
+        sums = self.team.sum(torch.cat([torch.stack([loss, *named.values()]), stops]))
+        values = torch.cat([sums, gradient.detach().float().reshape(1)])
+        rate = c.optim.learning_rate * share_of_peak
+        taken = TakenStep.of(self.step + 1, parts, tuple(named), values, rate=rate, began=began)
+        if not self._behind:
+            self._require_sound(taken, taken.read())
         self._optimizer.step()
         self.stage.after_step(self.step, Generator().manual_seed(mix("after step", c.seed, self.step)))
         if self._ema is not None:
             self._ema.update()
-        samples = sum(len(part.batch.observation) for part in parts) * self.team.world
-        return (
-            {
-                loss_name: mean_loss,
-                "parts": dict(zip(named, mean_terms, strict=True)),
-                "rate": c.optim.learning_rate * share_of_peak,
-                "gradient": gradient,
-                "samples_per_second": round(samples / (time.monotonic() - began), 1),
-            },
-            stopped,
-            parts[0],
-        )
+        return taken, parts[0]
 
-    def _shares(self, parts: list[StepPart]) -> list[float]:
+    def _read(self, taken: TakenStep) -> tuple[dict[str, Any], int]:
+        """The log entry of a step, and the signal after which the processes are to stop (0 for none).
+
+        Raises:
+            DivergedError: its numbers are not sound.
+        """
+        numbers = taken.read()
+        if self._behind:
+            self._require_sound(taken, numbers)
+        now, began = time.monotonic(), max(taken.began, self._last_read)
+        self._last_read = now
+        samples = sum(len(part.batch.observation) for part in taken.parts) * self.team.world
+        return taken.entry(numbers, samples, now - began), numbers.stopped
+
+    def _require_sound(self, taken: TakenStep, numbers: StepNumbers) -> None:
+        past = self._divergence[taken.loss_name]
+        if complaint := past.complaint(taken.number - 1, numbers.loss, numbers.gradient):
+            batches = [part.batch for part in taken.parts]
+            raise diverged(f"{complaint} at step {taken.number} of {self.config.steps}", batches, self.out)
+
+    def _shares(self, parts: list[StepPart]) -> Sequence[float | Tensor]:
         """Each part's weight in the step, by valid actions (or answers); over all processes they add up to 1."""
-        counts = [part.batch.targets for part in parts]
-        count, number = self.team.sum(torch.tensor([sum(counts), len(counts)], device=self.device)).tolist()
-        return [own / count for own in counts] if count else [1 / number] * len(counts)
-
-    def _diverged(self, complaint: str, parts: list[StepPart]) -> str:
-        samples, advice = samples_sentence(part.batch for part in parts), parts[0].batch.advice
-        return (
-            f"{complaint} at step {self.step + 1} of {self.config.steps}. Its samples: {samples}. {advice}, or lower "
-            f"optim.learning_rate. {self._untouched()}"
-        )
+        counts = [part.targets for part in parts]
+        if self.team.world == 1:
+            count = sum(counts)
+            return [own / count for own in counts] if count else [1 / len(counts)] * len(counts)
+        own_P = torch.tensor([*counts, sum(counts), len(counts)], dtype=torch.float64)
+        own_P = moved(own_P, self.device, non_blocking=True)
+        all_2 = self.team.sum(own_P[-2:].clone())
+        return list(torch.where(all_2[0] > 0, own_P[:-2] / all_2[0].clamp(min=1), 1 / all_2[1]))
 
     def _unsound(self, what: str) -> DivergedError:
         return DivergedError(
             f"{what} after step {self.step} of {self.config.steps}, so nothing is saved. Lower optim.learning_rate. "
-            f"{self._untouched()}"
+            f"{untouched(self.out)}"
         )
-
-    def _untouched(self) -> str:
-        found = newest_state(self.out)
-        kept = f"The checkpoint of step {found[0]} is untouched" if found else "Nothing was saved yet"
-        return f"{kept}: {self.out}."
 
     def _hold(self, source: Source) -> Held:
         return Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
@@ -307,13 +319,13 @@ class Trainer:
         found: dict[str, float] = {}
         total = sum(weight for _, weight in self._held.values())
         for name, (held, weight) in self._held.items():
-            measured = self._measure(held.parts(self.team, self.device, self.stage.prepare))
+            measured = self._measure(held.parts(self.team, self.device, self.stage))
             for term, value in measured.items():
                 found[term] = found.get(term, 0.0) + value * (weight / total)
             if name:
                 found[f"loss@{name}"] = measured["loss"]
         if self._held_vqa is not None:
-            found["answer"] = self._measure(self._held_vqa.parts(self.team, self.device, self.stage.prepare))["answer"]
+            found["answer"] = self._measure(self._held_vqa.parts(self.team, self.device, self.stage))["answer"]
         for name in ("loss", "answer"):
             if not math.isfinite(value := found.get(name, 0.0)):
                 raise self._unsound(f"The held-out {name} is {value}")
@@ -327,8 +339,8 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         with self._ema.in_module() if self._ema is not None else nullcontext():
             for part, counted in parts:
-                total, terms = self._model(part.ready, part.generator, part.shared)
-                weight = part.batch.targets * counted
+                total, terms = self._model(part.ready, part.drawn)
+                weight = part.targets * counted
                 for name, term in {"loss": total, **terms, "": torch.ones_like(total)}.items():
                     sums[name] = sums.get(name, torch.zeros_like(term, dtype=torch.float64)) + term * weight
             sharding.reshard(self._model)  # before the weights come back in place of the average
@@ -421,20 +433,13 @@ class Trainer:
 
     def _bar(self) -> Any:
         if not self.team.is_first:
-            return nullcontext(_Silent())
+            return nullcontext(Silent())
         return progress(self.config.steps - self.step, "Training")
 
     def _note(self, entry: Mapping[str, Any]) -> str:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"
         name = "loss" if "loss" in entry else "answer_loss"
         return f"{name.replace('_', ' ')} {entry[name]:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
-
-
-class _Silent:
-    """Progress of the processes that do not report."""
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Nothing: the first process reports for all."""
 
 
 def _without(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LossTerms, Targets, TokenConditioning, mean_over_exits
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning
+from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.flows.sampling import Sampling
 from vlaflow.stacks.shared import SharedStack
 
@@ -59,7 +60,11 @@ class LineDecoder(Decoder[Tensor | None]):
         """One, whatever number of steps."""
         return 1
 
-    def loss(self, prefix: Prefix, targets: Targets, generator: Generator, depths: Sequence[int] | None = None) -> LossTerms:
+    def draw(self, batch: int, generator: Generator) -> Draws:
+        """Nothing."""
+        return ()
+
+    def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
         """Mean absolute error over valid actions."""
         depths = depths or (prefix.depth,)
         weight_BL1 = targets.valid_BL[..., None].float()

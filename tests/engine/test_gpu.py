@@ -1,0 +1,127 @@
+"""Fused layers compute what the networks compute, and nothing in a chunk waits for the device. On a CPU, so unrecorded."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import launches
+from tests.backbones.test_qwen2_5_vl import ROUNDING, observation, observations, write_model
+from tests.backbones.test_qwen_policy import policy
+from tests.helpers import policy as tiny_policy
+from tests.reads import Reads
+from vlaflow.compute.dense import Dense
+from vlaflow.compute.refine import AtRandom, Refine
+from vlaflow.data.batch import ObservationBatch
+from vlaflow.engine.gpu import KEPT, FusedModel, Recent
+from vlaflow.engine.gpu_vision import VisionPlan
+from vlaflow.errors import CapabilityError
+from vlaflow.flows.sampling import Sampling
+
+pytest.importorskip("transformers")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A policy with weights large enough to show errors, and the same fused. Sentences differ in length, views in size."""
+    made = policy(write_model(tmp_path_factory.mktemp("qwen"), tied=True))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return made, replace(made, model=FusedModel(made.model))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Dense(3),
+        Dense(2, solver="midpoint"),
+        Refine(AtRandom(0.5), sampling=Sampling(2), inner=Dense(2)),
+    ],
+    ids=["dense", "midpoint", "refine"],
+)
+def test_chunks_are_those_of_the_networks(pair, compute):
+    """Also for a batch with padding, twice in the same buffers, and for a shorter prefix in between."""
+    eager, fused = pair
+    for seen in (observations(), [observation()], observations()):
+        wanted, made = (each.act(seen, compute) for each in (eager, fused))
+        for one, other in zip(wanted, made, strict=True):
+            torch.testing.assert_close(torch.from_numpy(other.actions), torch.from_numpy(one.actions), **ROUNDING)
+
+
+def test_image_tokens_are_those_of_the_tower(pair):
+    """Images of two sizes, each with windows that are cut off at its borders, in one batch."""
+    inputs = pair[0].processor(ObservationBatch.collate(observations()))
+    with torch.no_grad():
+        wanted, made = (each.model.backbone.image_features(inputs) for each in pair)
+    torch.testing.assert_close(made, wanted, **ROUNDING)
+
+
+@pytest.mark.parametrize("sizes", [((18, 18), (18, 18)), ((4, 10),), ((2, 2), (18, 6), (2, 2))])
+def test_windows_hold_every_patch_once_and_images_only_their_own(sizes):
+    plan = VisionPlan.of(sizes, 2, 4, CPU)
+    count = sum(rows * columns for rows, columns in sizes)
+    assert sorted(plan.order_N.tolist()) == list(range(count))
+    assert sum(groups * length for _, groups, length in plan.windows) == count
+    assert max(length for *_, length in plan.windows) <= 64
+    assert plan.whole_N[plan.windowed_N].tolist() == list(range(count))
+    owner_N = torch.repeat_interleave(torch.tensor([rows * columns for rows, columns in sizes]))
+    for spans, order_N in ((plan.windows, plan.order_N), (plan.images, plan.order_N[plan.whole_N])):
+        for first, groups, length in spans:
+            owners = owner_N[order_N[first : first + groups * length]].view(groups, length)
+            assert (owners == owners[:, :1]).all()
+
+
+def test_no_step_of_a_chunk_waits_for_the_device(pair):
+    """From inputs on the device to actions there; the grid of the images is on the CPU, and the noise comes from there."""
+    _, fused = pair
+    inputs = fused.processor(ObservationBatch.collate([observation()]))
+    with torch.inference_mode(), Reads(on_host=[inputs.grid_I3]) as reads:
+        prefix = fused.model.read(fused.model.embed(inputs))
+        fused.model.decoder.sample(prefix, [torch.Generator().manual_seed(0)], Sampling(2))
+    assert not reads.found
+
+
+def test_launches_depend_on_neither_layers_nor_steps(tmp_path):
+    found = []
+    for size in ("2", "3"):
+        sizes = ["--layers", size, "--vision-layers", size, "--steps", size, "--side", "3"]
+        assert launches.main([*sizes, "--json", str(tmp_path / "counts.json")]) == 0
+        chunk = json.loads((tmp_path / "counts.json").read_text())["cases"][-1]
+        found.append([chunk["arms"][way]["median"] for way in ("fused", "eager")])
+    assert found[0][0] == found[1][0] < 30
+    assert found[0][1] < found[1][1]
+
+
+def test_a_prefix_whose_buffers_were_given_away_is_refused(pair):
+    _, fused = pair
+    with torch.inference_mode():
+        first, second = (fused.encode(ObservationBatch.collate([observation()])) for _ in range(2))
+        generators = [torch.Generator().manual_seed(0)]
+        fused.model.decoder.sample(second, generators, Sampling(1))
+        with pytest.raises(CapabilityError, match="later observation has overwritten"):
+            fused.model.decoder.sample(first, generators, Sampling(1))
+
+
+def test_the_networks_own_matrices_are_views_of_the_merged_ones(pair):
+    """So that a fused model takes no more memory, and gradients and noise samples, which run as ever, see the same weights."""
+    eager, fused = pair
+    attention, merged = eager.model.backbone.language.layers[0].self_attn, fused.model.backbone.fused[0].qkv
+    assert attention.q_proj.weight.data_ptr() == merged.data_ptr()
+    assert attention.v_proj.weight.untyped_storage().data_ptr() == merged.untyped_storage().data_ptr()
+
+
+def test_networks_of_another_kind_are_refused():
+    with pytest.raises(CapabilityError, match="A TinyBackbone has no fused layers"):
+        FusedModel(tiny_policy().model)
+
+
+def test_only_the_shapes_used_last_are_kept():
+    kept = Recent()
+    for number in [*range(KEPT), 0, KEPT]:
+        kept.fetch(number, object)
+    assert list(kept) == [*range(2, KEPT), 0, KEPT]
