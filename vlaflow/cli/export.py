@@ -25,6 +25,8 @@ class Export:
     """Folder, or Hugging Face repository id."""
     out: Path
     """The new folder; must not exist."""
+    robot: str | None = None
+    """Robot to act for, if the checkpoint was trained for several."""
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +35,6 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.policies.lerobot import export
 
-    kind = export(given.checkpoint, given.out)
+    kind = export(given.checkpoint, given.out, given.robot)
     sys.stdout.write(f"Written: {given.out}, a LeRobot policy of type {kind}. lerobot-eval --policy.path={given.out}\n")
     return 0
