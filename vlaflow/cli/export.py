@@ -27,6 +27,8 @@ class Export:
     """Folder, or Hugging Face repository id."""
     out: Path
     """The new folder; must not exist."""
+    robot: str | None = None
+    """Robot to act for, if the checkpoint was trained for several."""
     hub: HubGroup = ONLINE
 
 
@@ -36,6 +38,6 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.policies.lerobot import export
 
-    kind = export(given.checkpoint, given.out)
+    kind = export(given.checkpoint, given.out, given.robot)
     sys.stdout.write(f"Written: {given.out}, a LeRobot policy of type {kind}. lerobot-eval --policy.path={given.out}\n")
     return 0

@@ -56,8 +56,8 @@ class ServeArguments:
         threads: number of torch threads, if the networks run on the CPU; vlaflow bench latency uses one.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
-        engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), or the fastest
-            available (auto).
+        engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), fused layers
+            on a GPU (graphs), or the fastest program available (auto).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -85,7 +85,7 @@ class ServeArguments:
     threads: Count = 1
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
+    engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "auto"
     hub: HubGroup = ONLINE
 
 

@@ -82,9 +82,9 @@ class Profile:
         """Median of a chunk that leaves at the last of the depths."""
         return self.base + self.prefix[depths[-1] - 1] + nfe * sum(self.step[depth - 1] for depth in depths)
 
-    def converted(self, milliseconds: float, layer_passes: float, eager: Profile) -> float:
-        """What a chunk of so many layer passes takes here that takes so long eagerly."""
-        ours, theirs = (each.cost.milliseconds(each.work.spent(layer_passes)) for each in (self, eager))
+    def converted(self, milliseconds: float, nfe: float, layer_passes: float, eager: Profile) -> float:
+        """What a chunk of so many evaluations and layer passes takes here that takes so long eagerly."""
+        ours, theirs = (each.cost.milliseconds(each.work.spent(nfe, layer_passes)) for each in (self, eager))
         return milliseconds * ours / theirs
 
 
@@ -267,7 +267,7 @@ def _converted(candidates: Sequence[Candidate], profile: Profile, eager: Profile
     """With the milliseconds of the profile's engine."""
 
     def here(each: Candidate, milliseconds: float) -> float:
-        return profile.converted(milliseconds, each.layer_passes, eager)
+        return profile.converted(milliseconds, each.nfe, each.layer_passes, eager)
 
     return tuple(replace(each, p50=here(each, each.p50), p99=here(each, each.p99)) for each in candidates)
 
