@@ -161,6 +161,34 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class BuildCache:
+    """Decode the frames of a data set into the cache that training reads.
+
+    Example: vlaflow data cache data/theirs --size 224 --shard 3/16
+
+    Training builds what is missing by itself; this is for building it beforehand, or on several machines that share a disk.
+    Each block appears whole, so any of them can be interrupted and repeated. vlaflow plan RECIPE --dataset DIR prints the
+    command that fits a recipe.
+
+    Args:
+        directory: a LeRobot data set: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
+        size: side in pixels of the squares that the policy reads; by default the views keep their shape.
+        area: without --size, most pixels of a view.
+        frames: as they are, or as JPEGs.
+        shard: I/N, the I-th of N shares, counted from 1.
+        workers: number of decoding threads; by default one per core, at most eight.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    size: Count | None = None
+    area: Count | None = None
+    frames: Literal["raw", "jpeg"] = "raw"
+    shard: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
+    workers: Count | None = None
+    how: ReadingGroup = LEROBOT
+
+
+@dataclass(frozen=True)
 class PushToHub:
     """Upload a data set to the Hugging Face Hub, under the tag of its format version, where LeRobot looks for it.
 
@@ -251,6 +279,7 @@ class RenameColumns:
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
+    from vlaflow.cli.data_cache import build_cache
     from vlaflow.cli.data_edit import drop, merge, push, rename, repair
     from vlaflow.cli.data_spec import spec
     from vlaflow.cli.latents import latent_report
@@ -261,6 +290,7 @@ def main(argv: list[str]) -> int:
         Annotated[positional(Check), tyro.conf.subcommand("check")]
         | Annotated[positional(Show), tyro.conf.subcommand("show")]
         | Annotated[positional(Spec), tyro.conf.subcommand("spec")]
+        | Annotated[BuildCache, tyro.conf.subcommand("cache")]
         | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
@@ -270,12 +300,13 @@ def main(argv: list[str]) -> int:
         | Annotated[MergeDataSets, tyro.conf.subcommand("merge")]
         | Annotated[RenameColumns, tyro.conf.subcommand("rename")]
     )
-    description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
+    description = "Check, show, cache, edit or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = parse_arguments(commands, "vlaflow data", argv, description=description)
     actions: dict[type, Any] = {
         Check: _check,
         Show: _show,
         Spec: spec,
+        BuildCache: build_cache,
         FitTokenizer: fit_tokenizer,
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,

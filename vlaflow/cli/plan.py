@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from vlaflow.data.weights import DatasetEntry
     from vlaflow.policies.base import PolicyConfig
+    from vlaflow.policies.recipe import TrainConfig
     from vlaflow.training.estimate import Estimate, TrainingData
 
 
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> int:
         found = estimate(config, machine, data, policy)
         fits = fits and found.fitting() is not None
         console.print(shown(stage.name, found, given.hours))
+        for entry in given_data:
+            console.print(f"To decode the frames beforehand: {cache_command(entry.root, config)}", soft_wrap=True)
     return 0 if fits else 1
 
 
@@ -120,6 +123,15 @@ def stages(recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> list[
         objective = stage.config(data.spec, policy).objective
         policy = objective.policy if isinstance(objective, PolicyObjective) else policy
     return found
+
+
+def cache_command(dataset: str, config: TrainConfig) -> str:
+    """The command that builds the frame cache of a training stage."""
+    size = config.objective.input_size
+    options: dict[str, int | str | None] = {"--size": size.side, "--area": None if size.side else size.area}
+    if config.frames == "jpeg":
+        options["--frames"] = "jpeg"
+    return f"vlaflow data cache {dataset}" + "".join(f" {name} {value}" for name, value in options.items() if value)
 
 
 def read_config(checkpoint: Path) -> PolicyConfig:

@@ -39,6 +39,8 @@ class TrainArguments:
     """How data sets without weights are mixed: frames (default), datasets, robots (A1's two levels), asyncvla-oxe."""
     chunk_seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     """Duration of a chunk; each robot's chunk size follows by its rate. By default the recipe's chunk size at any rate."""
+    frames: Literal["raw", "jpeg", "stream"] | None = None
+    """Where frames come from: a cache of raw ones (default, fastest) or of JPEGs, or a stream, decoded as they are needed."""
     vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """VQA data set for co-training, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -85,6 +87,7 @@ def run(argv: list[str]) -> Outcome:
         ("steps", given.steps),
         ("global_batch_size", given.batch_size),
         ("chunk_s", given.chunk_seconds),
+        ("frames", given.frames),
     ):
         if value is not None:
             overrides[key] = str(value)
