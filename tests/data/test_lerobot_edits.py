@@ -1,7 +1,7 @@
-"""What the edit tools of lerobot 0.6.1 write is read: rows, tasks and frames are those of the episodes that were edited.
+"""Outputs of the edit tools of lerobot 0.6.1 are read: rows, tasks and frames are those of the edited episodes.
 
-``tests/fixtures/lerobot_edits`` was written by its ``delete_episodes``, ``split_dataset``, ``merge_datasets``, ``remove_feature``
-and ``modify_tasks`` from two data sets of ``recorded`` pictures and numbers.
+``tests/fixtures/lerobot_edits`` was written by LeRobot's ``delete_episodes``, ``split_dataset``, ``merge_datasets``,
+``remove_feature`` and ``modify_tasks`` from two data sets of ``recorded`` pictures and numbers.
 """
 
 from pathlib import Path
