@@ -110,7 +110,7 @@ class Policy:
         side = acting.image_size
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
-        self.processor = PolicyProcessor(views, Normalizers(state, width), own)
+        self.processor = PolicyProcessor(views, Normalizers(state, width), own, c.backbone.input_size.area)
         self._action = Normalizers(action, c.decoder.action_dim)
 
     @staticmethod
