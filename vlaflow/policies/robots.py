@@ -9,6 +9,7 @@ own. So whatever takes a checkpoint takes ``CKPT/robots/NAME``.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,14 @@ def write_robots(folder: Path, action_spec: ActionSpec, stats: Mapping[str, Feat
         (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
         write_json(folder / FOLDER / name / ROBOT, to_json(robot))
     write_json(folder / FILE, {"robots": list(robots)})
+
+
+def keep_robot(folder: Path, name: str) -> None:
+    """Remove the files of all other robots from a checkpoint, which then acts for this one without a choice."""
+    for other in read_json(folder / FILE)["robots"]:
+        if other != name:
+            shutil.rmtree(folder / FOLDER / other)
+    write_json(folder / FILE, {"robots": [name]})
 
 
 def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], dict[str, Robot]]:
