@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import launches
+from tests.backbones import test_emu3, test_molmo2
 from tests.backbones.test_qwen2_5_vl import ROUNDING, observation, observations, write_model
 from tests.backbones.test_qwen_policy import policy
 from tests.helpers import policy as tiny_policy
@@ -14,7 +15,7 @@ from tests.reads import Reads
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import AtRandom, Refine
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.engine.gpu import KEPT, Recent
+from vlaflow.engine.gpu import KEPT, Recent, fuse
 from vlaflow.engine.gpu_vision import VisionPlan
 from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling
@@ -52,6 +53,20 @@ def test_chunks_are_those_of_the_networks(pair, compute):
         wanted, made = (each.act(seen, compute) for each in (eager, fused))
         for one, other in zip(wanted, made, strict=True):
             torch.testing.assert_close(torch.from_numpy(other.actions), torch.from_numpy(one.actions), **ROUNDING)
+
+
+@pytest.mark.parametrize("family", [test_molmo2, test_emu3], ids=["norms of heads", "no biases"])
+def test_layers_of_other_families_are_fused(family, tmp_path_factory):
+    """Molmo2's, which norm queries and keys, and Emu3's: prefix, suffix behind it, and the prefix continued in two parts."""
+    backbone = family.build(family.write_model(tmp_path_factory.mktemp("other"))).eval()
+    fused = fuse(backbone, 4)
+    suffix_BTW = torch.randn(2, 4, backbone.spec.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = []
+        for each in (backbone, fused):
+            prefix = each.run(each.run(each.blank(2, 56), 1))
+            found.append([prefix.hidden_BPW, *each.follow(suffix_BTW, prefix, (1, each.spec.depth))[0]])
+    torch.testing.assert_close(found[1], found[0], **ROUNDING)
 
 
 def test_in_bfloat16_both_round_alike(pair):
@@ -113,6 +128,16 @@ def test_a_prefix_whose_buffers_were_given_away_is_refused(pair):
         fused.model.decoder.sample(second, generators, Sampling(1))
         with pytest.raises(CapabilityError, match="later observation has overwritten"):
             fused.model.decoder.sample(first, generators, Sampling(1))
+
+
+def test_buffers_serve_inference_mode_and_its_absence(pair):
+    """Guidance acts without inference mode, in buffers that may have been made in it."""
+    _, fused = pair
+    batch = ObservationBatch.collate([observation()])
+    with torch.inference_mode():
+        wanted = fused.encode(batch).hidden_BPW.clone()
+    with torch.no_grad():
+        assert torch.equal(fused.encode(batch).hidden_BPW, wanted)
 
 
 def test_the_networks_own_matrices_are_views_of_the_merged_ones(pair):

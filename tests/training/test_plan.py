@@ -156,7 +156,7 @@ def test_epochs_and_hours_follow_from_the_recipe():
     machine, data = Machine(4, tflops=1.0), TrainingData(DataSpec(3, 2, ("front",)), 6400, 10)
     found = Estimate(replace(config, validation_fraction=0.5), COUNTS, StepCost(0.0, 1e12), 16, machine, data)
     assert found.epochs == 2
-    assert found.cache == 6400 * 300
+    assert found.cache == 6400 * 32 * 32 * 3  # at the size that the policy reads, not at the data set's
     assert found.hours == pytest.approx(100 * 4 / (4 * 0.4) / 3600)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary, TextLimit
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, InputSize, Prefix, Rotary, TextLimit
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
 from vlaflow.backbones.sentences import SentenceSpec, encoder_spec, open_encoder
@@ -91,6 +91,11 @@ class TinyConfig(BackboneConfig):
         cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
         encoder = None if self.text == "bytes" else open_encoder(self.text, self.sentence, folder)
         return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch, encoder=encoder)
+
+    @property
+    def input_size(self) -> InputSize:
+        """A square."""
+        return InputSize(self.image_size)
 
     @property
     def packages(self) -> tuple[str, ...]:
