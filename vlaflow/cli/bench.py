@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.ranges import Count
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class BenchArguments:
     """What they compute in."""
     engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "auto"
     """What computes them; auto times the networks (eager) and every engine whose programs are there."""
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.ranges import Count, Positive
 
@@ -41,6 +41,7 @@ class Check:
     workers: Count = 2
     deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Show:
     out: Path | None = None
     episodes: Count = 12
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class FitTokenizer:
     spacing: Literal["uniform", "quantile"] = "uniform"
     source: str = "physical-intelligence/fast"
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class TokenizerReport:
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class LatentReport:
     out: Path
     device: str = "cpu"
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ class Spec:
     directory: Path
     out: Path | None = None
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,7 @@ class RepairDataSet:
 
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -241,6 +248,7 @@ class DropEpisodes:
     directory: Annotated[Path, tyro.conf.Positional]
     episodes: tuple[str, ...]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -256,6 +264,7 @@ class MergeDataSets:
 
     directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,7 @@ class RenameColumns:
     out: Path
     column: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     camera: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
@@ -404,7 +414,7 @@ def _left_out(dataset: Dataset) -> Any:
 def _print_summary(console: Any, dataset: Dataset) -> None:
     from rich.table import Table
 
-    from vlaflow.data.hub import origin
+    from vlaflow.hub import origin
 
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.packages import PAGES, require
 from vlaflow.ranges import Count, NotNegative, Number, Seed
 
@@ -85,6 +85,7 @@ class Eval:
     engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "eager"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     shard: str | None = None
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
+
 
 @dataclass(frozen=True)
 class Export:
@@ -27,11 +29,12 @@ class Export:
     """The new folder; must not exist."""
     robot: str | None = None
     """Robot to act for, if the checkpoint was trained for several."""
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow export ...``; returns the exit status."""
-    given = tyro.cli(Export, prog="vlaflow export", args=argv)
+    given = parse_arguments(Export, "vlaflow export", argv)
 
     from vlaflow.policies.lerobot import export
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.ranges import Count, Positive
@@ -54,13 +54,12 @@ class PlanArguments:
     chunk_seconds: Annotated[Positive | None, tyro.conf.arg(metavar="S")] = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow plan ...``; returns the exit status: 1 where nothing that was tried fits."""
     given = parse_arguments(PlanArguments, "vlaflow plan", argv)
-    if given.gpus < 1 or given.memory <= 0 or given.tflops <= 0 or (given.hours is not None and given.hours <= 0):
-        raise ConfigError("--gpus is at least 1; --memory, --tflops and --hours are positive.")
     recipe = find_recipe(given.recipe)
 
     from rich.console import Console

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.ranges import Count, NotNegative, Positive, Range
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class ServeArguments:
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
     engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "auto"
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
@@ -98,6 +99,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
+    from vlaflow.hub import origin
     from vlaflow.policies.base import Policy
     from vlaflow.policies.engines import for_budgets
     from vlaflow.policies.provenance import fingerprint
@@ -126,7 +128,7 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt),
+        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt, stateless=not policy.stats["state"].dim),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),
@@ -136,7 +138,7 @@ def main(argv: list[str]) -> int:
         n_action_steps=a.n_action_steps,
         budget=within,
         dashboard=a.dashboard,
-        checkpoint=str(a.checkpoint),
+        checkpoint=origin(folder) or str(a.checkpoint),
         fingerprint=home.fingerprint,
     )
 

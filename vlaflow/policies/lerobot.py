@@ -13,7 +13,6 @@ Shape letters: B batch, C channels, H height, W width, S state dimension, L chun
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.outputs import require_makeable, whole_folder, write_json
+from vlaflow.outputs import copy_files, require_writable_folder, whole_folder, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import LEROBOT, home_of, local_folder
 from vlaflow.policies.robots import keep_robot
@@ -162,13 +161,13 @@ def export(checkpoint: Path | str, out: Path, robot: str | None = None) -> str:
         ConfigError: the folder exists, or cannot be made; or several robots and no choice, or none of this name.
         StorageError: the disk is full; nothing is left of it.
     """
-    folder = local_folder(checkpoint)
-    policy = Policy.from_pretrained(folder, robot=robot)
     if out.exists():
         raise ConfigError(f"{out} exists. Choose another --out.")
-    require_makeable(out)
+    require_writable_folder(out.parent)
+    folder = local_folder(checkpoint)
+    policy = Policy.from_pretrained(folder, robot=robot)
     with whole_folder(out, "The exported checkpoint") as part:
-        shutil.copytree(home_of(folder), part / LEROBOT, ignore=shutil.ignore_patterns("training", ".*"))
+        copy_files(home_of(folder), part / LEROBOT, leave_out=("training", ".*"))
         if policy.robot is not None:
             keep_robot(part / LEROBOT, policy.robot)
         for name, content in layout(policy).items():

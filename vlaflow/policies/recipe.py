@@ -28,6 +28,7 @@ from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.weights import DatasetEntry, Mixture
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError
+from vlaflow.hub import origin
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
@@ -177,7 +178,8 @@ class Base:
 
     def identity(self) -> dict[str, Any]:
         """What a run that continues it records about it, JSON data."""
-        return {"policy": fingerprint(self.folder), **ancestry(self.folder)}
+        source = origin(self.folder)
+        return {"policy": fingerprint(self.folder), **({"policy_source": source} if source else {}), **ancestry(self.folder)}
 
 
 @dataclass(frozen=True)
