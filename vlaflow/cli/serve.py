@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt),
+        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt, stateless=not policy.stats["state"].dim),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),
