@@ -13,7 +13,7 @@ def plain_console(*, stderr: bool = False) -> Any:
     from rich.text import Text
 
     class PlainConsole(Console):
-        def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(printable(text), **options)
 
     return PlainConsole(markup=False, emoji=False, stderr=stderr)

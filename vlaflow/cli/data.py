@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
+from vlaflow.cli.console import plain_console
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.ranges import Count, Positive
 
