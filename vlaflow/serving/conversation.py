@@ -38,7 +38,7 @@ class Conversation(ABC):
     Attributes:
         answered: whether the client has got a chunk. Until then it has one share of the engine with all others that have not.
         cost: what a request takes of the client's share.
-        seconds: of processor time that the last message took to decode.
+        seconds: that the last message took to decode.
     """
 
     def __init__(self, server: PolicyServer) -> None:
@@ -71,11 +71,11 @@ class Conversation(ABC):
         """Decode a message in a thread, so that those of other clients are read meanwhile; counts ``seconds``."""
 
         def timed() -> T:
-            began = time.thread_time()
+            began = time.perf_counter()
             try:
                 return decode()
             finally:
-                self.seconds = time.thread_time() - began
+                self.seconds = time.perf_counter() - began
 
         return await asyncio.to_thread(timed)
 

@@ -199,6 +199,7 @@ class PolicyServer:
                 compression=None,
                 max_size=self.most_bytes,
                 max_queue=_FRAMES_AHEAD - 1,
+                write_limit=0,
                 open_timeout=self.config.open_s,
                 ping_interval=min(20.0, self.config.idle_s),
                 ping_timeout=self._idle_s,
