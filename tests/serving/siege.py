@@ -165,7 +165,7 @@ def served(tree, checkpoint, protocol, log):
     command += ["--compute", "dense", "--steps", "2", "--observation-keys", KEYS[protocol]]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        process = subprocess.Popen(command, stderr=file, stdout=file, env=environment, cwd=tree)
+        process = subprocess.Popen(command, stderr=file, stdout=file, env=environment, cwd=tree, start_new_session=True)
     try:
         while not (found := re.search(r"ws://\S+:\d+", log.read_text())):
             if process.poll() is not None:

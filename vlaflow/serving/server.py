@@ -38,7 +38,7 @@ from vlaflow.serving.limits import most_message_bytes, most_pixels, quiet_withou
 from vlaflow.serving.observation_keys import ObservationKeys, read
 from vlaflow.serving.places import ClientPlaces
 from vlaflow.serving.request_log import OneLine, RequestLog
-from vlaflow.serving.turns import PER_CONNECTION_S, PER_MESSAGE_S, LimitedConnection, Turns
+from vlaflow.serving.turns import PER_CONNECTION_S, PER_MESSAGE_S, LimitedConnection, Turns, WorkingClock
 from vlaflow.spec import Observation
 
 logger = logging.getLogger("vlaflow.serving")
@@ -205,7 +205,7 @@ class PolicyServer:
                 ping_timeout=self._idle_s,
                 close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
-                create_connection=partial(LimitedConnection, Turns()),  # type: ignore[arg-type]
+                create_connection=partial(LimitedConnection, Turns(WorkingClock(lambda: self.engine.computing))),  # type: ignore[arg-type]
                 logger=quiet,
             )
             port = _port(server)
@@ -311,7 +311,7 @@ class PolicyServer:
                 await connection.send(greeting)
             async for frame in connection:
                 await connection.turn()
-                conversation.cost = connection.cost
+                conversation.cost, conversation.seconds = connection.cost, 0.0
                 with self._busy():
                     with self._places.busy(connection):
                         reply = await _while_there(connection, self._reply(frame, conversation, name))
