@@ -39,11 +39,12 @@ class Conversation(ABC):
     Attributes:
         answered: whether the client has got a chunk. Until then it has one share of the engine with all others that have not.
         cost: what a request takes of the client's share.
-        seconds: of processor time that the message being answered took to decode.
+        spend: charges the client for seconds of processor time.
     """
 
     def __init__(self, server: PolicyServer) -> None:
-        self.server, self.answered, self.cost, self.seconds = server, False, 1.0, 0.0
+        self.server, self.answered, self.cost = server, False, 1.0
+        self.spend: Callable[[float], None] = lambda _: None
 
     def greeting(self) -> bytes | None:
         """The server's first frame; None if the client speaks first."""
@@ -69,16 +70,21 @@ class Conversation(ABC):
         return sentence
 
     async def in_thread(self, decode: Callable[[], T]) -> T:
-        """Decode a message in a thread, so that those of other clients are read meanwhile; counts ``seconds``."""
+        """Decode a message in a thread, so that those of other clients are read meanwhile, and charge the client for it."""
+        seconds = 0.0
 
         def timed() -> T:
+            nonlocal seconds
             began = time.thread_time()
             try:
                 return decode()
             finally:
-                self.seconds += time.thread_time() - began
+                seconds = time.thread_time() - began
 
-        return await asyncio.to_thread(timed)
+        try:
+            return await asyncio.to_thread(timed)
+        finally:
+            self.spend(seconds)
 
     async def infer(
         self,

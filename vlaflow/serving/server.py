@@ -307,15 +307,16 @@ class PolicyServer:
             return
         with self._places.taken(connection), self.request_log.connected(name), suppress(websockets.ConnectionClosed):
             conversation = self.config.observation_keys.protocol.begin(self)
+            conversation.spend = connection.spend
             if (greeting := conversation.greeting()) is not None:
                 await connection.send(greeting)
             async for frame in connection:
                 await connection.turn()
-                conversation.cost, conversation.seconds = connection.cost, 0.0
+                connection.spend(PER_MESSAGE_S)
+                conversation.cost = connection.cost
                 with self._busy():
                     with self._places.busy(connection):
                         reply = await _while_there(connection, self._reply(frame, conversation, name))
-                    connection.spend(PER_MESSAGE_S + conversation.seconds)
                     if conversation.answered:
                         connection.establish()
                     if reply is not None:
