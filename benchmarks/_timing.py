@@ -6,6 +6,7 @@ timed one after the other but in turns, A B B A A B ..., and a ratio is the medi
 
 from __future__ import annotations
 
+import datetime
 import gc
 import json
 import os
@@ -177,6 +178,8 @@ def machine() -> dict[str, Any]:
         "cores": cores,
         "simd": torch.backends.cpu.get_cpu_capability(),
         "amx": has_amx(),
+        "features": features(),
+        "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "system": platform.platform(terse=True),
@@ -186,12 +189,24 @@ def machine() -> dict[str, Any]:
 
 def machine_line(found: Mapping[str, Any]) -> str:
     """The machine in a sentence or two."""
-    amx = "with AMX" if found["amx"] else "no AMX"
+    can = ", ".join([*found["features"], "with AMX" if found["amx"] else "no AMX"])
     packages = ", ".join(f"{name} {found['versions'][name]}" for name in ("vlaflow", "python", "torch"))
     threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     busy = found["load"] > found["threads"] + 0.5
     warning = f" Load {found['load']} at the end: the machine was not quiet; read the ratios only." if busy else ""
-    return f"{found['cpu']}, {found['cores']} cores ({found['simd']}, {amx}), {threads}; {packages}.{warning}"
+    processor = f"{found['cpu']}, {found['cores']} cores (torch uses {found['simd']}; {can})"
+    return f"{processor}, {threads}; {packages}; {found['date']}.{warning}"
+
+
+FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_fp16")
+
+
+def features() -> list[str]:
+    """Which of the instruction sets that decide the speed of matrix products the processor has; empty where none says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return [name for name in FEATURES if name in flags]
 
 
 def cpu_model() -> str:

@@ -6,7 +6,8 @@
 
 All ways take turns in one run. The notes say how far each chunk is from the eager one, and what share of this core's speed each
 way reaches: the limit is the chunk's matrix products at the rate of a large one, measured in the same run. Everything is built
-in a temporary folder; programs that were deployed before are left alone. Takes some minutes.
+in a temporary folder, or in one of your own, from which a second run takes what is there; programs that were deployed before
+are left alone. Building takes some minutes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.latency import compiled, make_observation, random_policy
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.parse import parse_all
 from vlaflow.compute.spelling import Checkpoint, Knobs
+from vlaflow.engine import store
 from vlaflow.engine.deploy import DeploymentPlan
 from vlaflow.engine.fold import folded
 from vlaflow.engine.store import COMPILERS
@@ -49,27 +51,29 @@ class Options:
 
     Args:
         checkpoint: a policy; by default the demo's, with random weights.
-        compute: compute policies of the checkpoint, each measured with every engine; dense by default.
+        compute: compute policies of the checkpoint, each measured with every engine; dense with ten and two steps by default.
         only: deployed ways, such as "aoti f32"; by default all that this machine can build.
         compile: also measure the prefix and the solver step under torch.compile.
         steps: solver steps, where a compute policy states none.
         rounds: chunks per way.
+        programs: folder of the programs, used where they are there; a temporary one by default.
         json: file for the results.
     """
 
     checkpoint: Path | None = None
-    compute: tuple[str, ...] = ("dense", "dense:2")
+    compute: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     compile: bool = True
     steps: int = 10
     rounds: int = 200
+    programs: Path | None = None
     json: Path | None = None
 
 
 def deployed(
-    folder: Path, computes: Sequence[ComputePolicy], length: int, only: Sequence[str]
-) -> dict[str, tuple[Policy, float]]:
-    """By engine and precision, the policy and the seconds that building took."""
+    folder: Path, computes: Sequence[ComputePolicy], length: int, only: Sequence[str], programs: Path
+) -> dict[str, Policy]:
+    """The policy by engine and precision, of which each has a folder of its own."""
     found = {}
     for compiler in COMPILERS:
         for precision in PRECISIONS:
@@ -79,13 +83,14 @@ def deployed(
             plan = DeploymentPlan(compiler, precision, computes, (1,), (length,))
             begin = time.perf_counter()
             try:
-                build(
-                    Policy.from_pretrained(folder), folder, plan, say=lambda program, name=name: say(f"{name}: {program.key}")
-                )
+                with patch.dict(os.environ, XDG_CACHE_HOME=str(programs / precision)):
+                    if store.find(fingerprint(folder), compiler) is None:
+                        eager = Policy.from_pretrained(folder)
+                        build(eager, folder, plan, say=lambda program, name=name: say(f"{name}: {program.key}"))
+                        say(f"{name} was built in {time.perf_counter() - begin:.0f} s")
+                    found[name] = Policy.from_pretrained(folder, engine=compiler)
             except (CapabilityError, DeploymentError) as error:
                 say(f"{name} is left out: {error}")
-                continue
-            found[name] = (Policy.from_pretrained(folder, engine=compiler), time.perf_counter() - begin)
     return found
 
 
@@ -109,27 +114,24 @@ PEAK_FLOPS = 2 * 512**3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
-    options = tyro.cli(Options, description=__doc__, args=argv)
+    options = tyro.cli(Options, description=__doc__, args=argv, config=(tyro.conf.UseAppendAction,))
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary, patch.dict(os.environ, XDG_CACHE_HOME=temporary):
+    with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoint or Path(temporary) / "policy"
         if options.checkpoint is None:
             random_policy(()).save_pretrained(folder)
-        return measure(options, folder)
+        return measure(options, folder, options.programs or Path(temporary))
 
 
-def measure(options: Options, folder: Path) -> int:
+def measure(options: Options, folder: Path, programs: Path) -> int:
     """Build, time in turns, report."""
     policy = Policy.from_pretrained(folder)
-    computes = parse_all(options.compute, Knobs(options.steps), Checkpoint(folder, fingerprint(folder)))
+    computes = parse_all(options.compute or ("dense", "dense:2"), Knobs(options.steps), Checkpoint(folder, fingerprint(folder)))
     observation = make_observation(policy)
-    built = deployed(folder, computes, len(observation.instruction.encode()), options.only)
-    ways = {name: made for name, (made, _) in built.items()} | {"eager": policy}
+    ways = deployed(folder, computes, len(observation.instruction.encode()), options.only, programs) | {"eager": policy}
     if options.compile:
         ways["torch.compile"] = compiled(policy)
     cases = [case(compute, observation, ways, options.rounds) for compute in computes]
-    for name, (_, taken) in built.items():
-        say(f"{name} was built in {taken:.0f} s")
     return report("deployed", options, cases, options.json)
 
 

@@ -109,7 +109,7 @@ def measure(root: Path) -> dict[str, dict[str, float]]:
         step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found[name] = {"s": time.perf_counter() - began, "cpu_s": time.process_time() - used, "peak": peak}
-        say(f"{name}: {found[name]['s']:.2f} s")
+        say(f"{name}: {found[name]['s']:.2f} s, {found[name]['cpu_s']:.2f} s of processor time, {peak / 2**30:.2f} GiB")
     return found
 
 

@@ -22,7 +22,17 @@ import tyro
 from benchmarks._timing import machine_line, say, table_of
 
 Name = Literal[
-    "loader", "operations", "training", "evaluation", "latency", "deployed", "decoders", "serving", "startup", "demo_steps"
+    "loader",
+    "operations",
+    "training",
+    "evaluation",
+    "latency",
+    "deployed",
+    "predicted",
+    "decoders",
+    "serving",
+    "startup",
+    "demo_steps",
 ]
 NAMES: tuple[Name, ...] = get_args(Name)
 ROOT = Path(__file__).parents[1]

@@ -35,10 +35,11 @@ class Hub:
     """State of the server.
 
     Attributes:
-        repositories: by type and name ("datasets/user/toy"), the files of the only commit.
+        repositories: by type and name ("datasets/user/toy", "models/user/policy"), the files of the only commit.
         tags: by repository, tag to commit.
         gated: repositories that ask for consent.
         fetched: paths of the files that were fetched.
+        asked: number of requests.
         home: the client's cache.
     """
 
@@ -47,6 +48,7 @@ class Hub:
     tags: dict = field(default_factory=dict)
     gated: set = field(default_factory=set)
     fetched: list = field(default_factory=list)
+    asked: int = 0
     address: str = ""
 
     def run(self, *steps, **environment):
@@ -80,7 +82,7 @@ import json, sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from vlaflow.cli.main import main
-from vlaflow.data.hub import origin
+from vlaflow.hub import origin
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import VlaflowError
 
@@ -107,17 +109,18 @@ def read_folder(folder):
 
 
 @contextmanager
-def hub(home, folders):
-    """A running Hub with data sets, by repository name."""
+def hub(home, folders, checkpoints=()):
+    """A running Hub with data sets and checkpoints, by repository name."""
     state = Hub(home)
-    for name, folder in folders.items():
-        state.repositories[f"datasets/{name}"] = read_folder(folder)
+    state.repositories |= {f"datasets/{name}": read_folder(folder) for name, folder in folders.items()}
+    state.repositories |= {f"models/{name}": read_folder(folder) for name, folder in dict(checkpoints).items()}
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
         def do_GET(self):
+            state.asked += 1
             path = unquote(urlsplit(self.path).path).lstrip("/")
             if path.startswith("api/"):
                 kind, user, name, what, *rest = [*path.removeprefix("api/").split("/"), ""]
@@ -131,6 +134,7 @@ def hub(home, folders):
                 else:
                     self._json([{"type": "file", "path": p, "size": len(d), "oid": oid(d)} for p, d in files.items()])
                 return
+            path = path if path.startswith("datasets/") else f"models/{path}"
             kind, user, name, _, revision, file = path.split("/", 5)
             files = self._files(f"{kind}/{user}/{name}", revision)
             if files is None:

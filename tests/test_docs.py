@@ -112,9 +112,10 @@ def fields_of(command):
     body = ast.parse((ROOT / f"vlaflow/cli/{command.replace('-', '_')}.py").read_text(encoding="utf-8")).body
     classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name != "Settings"]
     declared = [f for c in classes for f in c.body if isinstance(f, ast.AnnAssign)]
-    shared = [f for f in declared if ast.unparse(f.annotation) == "ReadingGroup"]
-    own = {f.target.id.replace("_", "-") for f in declared if f not in shared}
-    return own | fields_of("reading") if shared else own
+    shared = {"ReadingGroup": "reading", "HubGroup": "arguments"}
+    own = {f.target.id.replace("_", "-") for f in declared if ast.unparse(f.annotation) not in shared}
+    groups = {shared.get(ast.unparse(f.annotation)) for f in declared} - {None}
+    return own.union(*(fields_of(group) for group in groups))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlaflow.errors import CheckpointError, ConfigError
-from vlaflow.hub import HubName, _announce, hub_name
+from vlaflow.hub import HubName, _announce, hub_name, is_offline
 from vlaflow.policies.checkpoint import local_folder
 
 
@@ -15,6 +15,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "runs/demo/dataset").mkdir(parents=True)
     (tmp_path / "runs/peg").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     _announce.cache_clear()
 
 
@@ -50,6 +51,14 @@ def test_a_bare_name_means_the_hub_if_no_such_folder_is_near_and_it_is_said(give
     assert capsys.readouterr().err.startswith(f"There is no folder {given} here, so the data set {found} is fetched")
     hub_name(given, "data set")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("value", "offline"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_the_environment_can_forbid_the_network_as_well(monkeypatch, capsys, value, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert is_offline() == offline
+    hub_name("user/toy", "data set")
+    assert ("taken from the cache" in capsys.readouterr().err) == offline
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,16 @@ Which of the two a name like ``runs/demo`` means is decided in one place, ``hub_
    that no path is taken for a name without a word.
 4. Anything else is a path.
 
-``@REVISION`` after the name chooses a branch, a tag or a commit.
+``@REVISION`` after the name chooses a branch, a tag or a commit. A name is resolved to a commit once per process, so the files
+of one command are those of one commit; ``origin`` says of which. After ``go_offline`` the network is never used.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,8 @@ REPOSITORIES = {"data set": "dataset", "checkpoint": "model", "action tokenizer"
 _EXPLICIT = re.compile(r"hf:/{1,2}(datasets/)?")
 """A ``pathlib.Path`` of "hf://USER/NAME" has only one of the slashes."""
 _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
+_CACHED = re.compile(r"/(?:datasets|models)--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,25 @@ class HubName:
 
     def __str__(self) -> str:
         return f"hf://{self.repository}" + (f"@{self.revision}" if self.revision else "")
+
+
+def go_offline() -> None:
+    """Never use the network from now on, in this process and in those that it starts: what is not in the cache is missing."""
+    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:  # it was imported before, and reads the environment once
+        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def is_offline() -> bool:
+    """Whether only the cache may be used: after ``go_offline``, or where the environment says so."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def origin(folder: Path) -> str | None:
+    """Repository and commit of a folder in the Hub's cache, "hf://USER/NAME@COMMIT"; None for any other folder."""
+    found = _CACHED.search(folder.as_posix())
+    return None if found is None else str(HubName(f"{found['user']}/{found['name']}", found["commit"]))
 
 
 def hub_name(given: Path | str, kind: Kind) -> HubName | None:
@@ -75,7 +97,8 @@ def hub_name(given: Path | str, kind: Kind) -> HubName | None:
             f"There is no folder {text}{hint} If the {kind} of that name on the Hugging Face Hub is meant, write {name}"
         )
     require("huggingface_hub", what=f"Fetching {name}", extra="hub")
-    _announce(f"There is no folder {text} here, so the {kind} {name} is fetched from the Hugging Face Hub.\n")
+    where = "taken from the cache" if is_offline() else "fetched from the Hugging Face Hub"
+    _announce(f"There is no folder {text} here, so the {kind} {name} is {where}.\n")
     return name
 
 
@@ -84,8 +107,15 @@ def _announce(sentence: str) -> None:
     sys.stderr.write(sentence)
 
 
-def download(name: HubName, kind: Kind, patterns: Sequence[str]) -> tuple[Path, HubName]:
+@cache  # a command opens its checkpoint several times, and the main branch must not move in between
+def download(name: HubName, kind: Kind, patterns: tuple[str, ...], required: tuple[str, ...] = ()) -> tuple[Path, HubName]:
     """The files of a repository that match a pattern, in the Hub's own cache; what is there already is not fetched again.
+
+    Args:
+        name: the repository, and the revision of it.
+        kind: what it contains.
+        patterns: of the files to fetch, as of ``fnmatch``.
+        required: patterns of which each must match a file; offline, a fetch that was interrupted is found out by them.
 
     Returns:
         The folder, and the name with the commit as its revision.
@@ -101,11 +131,27 @@ def download(name: HubName, kind: Kind, patterns: Sequence[str]) -> tuple[Path, 
     kind_there = REPOSITORIES[kind]
     try:
         folder = snapshot_download(
-            name.repository, repo_type=kind_there, revision=name.revision, allow_patterns=[*patterns], library_name="vlaflow"
+            name.repository,
+            repo_type=kind_there,
+            revision=name.revision,
+            allow_patterns=[*patterns],
+            library_name="vlaflow",
+            local_files_only=is_offline(),
         )
     except Exception as error:  # the errors of its HTTP library, which is another one in other versions
         raise DataError(_sentence(name, kind, error)) from error
+    if is_offline() and not all(any(Path(folder).glob(pattern)) for pattern in required):
+        raise DataError(_missing(name))
     return Path(folder), replace(name, revision=Path(folder).name)
+
+
+def _missing(name: HubName) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"{name} is not (completely) in the cache of this machine ({constants.HF_HUB_CACHE}), and nothing may be fetched. "
+        f"Fetch it once without --offline or HF_HUB_OFFLINE, or give a folder."
+    )
 
 
 def _sentence(name: HubName, kind: Kind, error: Exception) -> str:
@@ -120,11 +166,8 @@ def _sentence(name: HubName, kind: Kind, error: Exception) -> str:
         return f"{where} has no {kind} {name}, or it is private{folder}. Check the name, or log in (hf auth login)."
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no such revision. Give a branch, a tag or a full commit after the @."
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"{name} is not (completely) in the cache of this machine ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids "
-            f"fetching it{folder}. Unset it, or give a folder."
-        )
+    if is_offline():
+        return _missing(name)
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{error}".strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -49,7 +50,7 @@ class PartialOutput:
             if not _in_use(leftover):
                 _remove(leftover)
         while True:
-            self.path = place.with_name(f".part-{token_hex(4)}-{place.name}")
+            self.path = self._hidden()
             if folder:
                 self.path.mkdir()
                 flags = os.O_RDONLY
@@ -62,22 +63,32 @@ class PartialOutput:
                 return
             os.close(self._descriptor)
 
-    def publish(self) -> None:
+    def publish(self, *, over: bool = False) -> None:
         """Rename it to its place; a file takes the place of an older one.
+
+        Args:
+            over: a folder does so, too. If the process is killed in between, neither the old nor the new one is there.
 
         Raises:
             OSError: its bytes cannot be stored, or it cannot be renamed; it still exists then.
         """
         if not self._folder:
             os.fsync(self._descriptor)  # bytes before the name, or a power cut could leave an empty file
+        older = self._hidden()
+        if over and self.place.is_dir():
+            self.place.rename(older)
         self.path.replace(self.place)
         self._close()
+        _remove(older)
 
     def discard(self) -> None:
         """Remove it, unless it was published or removed before."""
         if not self._closed:
             _remove(self.path)
             self._close()
+
+    def _hidden(self) -> Path:
+        return self.place.with_name(f".part-{token_hex(4)}-{self.place.name}")
 
     def _close(self) -> None:
         os.close(self._descriptor)
@@ -165,21 +176,23 @@ def make_folder(folder: Path, cure: str = OTHER) -> None:
 
 
 def require_makeable(folder: Path) -> None:
-    """Refuse a folder that ``make_folder`` could not create, as far as that can be known without creating it.
+    """Refuse a folder that ``make_folder`` could not create, or that could not be written then, without creating it.
+
+    A block is written where it will be.
 
     Raises:
-        ConfigError: a parent is not a folder, or is not writable.
+        ConfigError: a parent is not a folder, or cannot be written, or the disk is full.
     """
     try:
-        if folder.is_dir():
-            return
         there = next(above for above in (folder, *folder.parents) if above.exists())
     except OSError as error:  # a parent without search permission
         raise _refusal(folder, error.strerror) from error
     if not there.is_dir():
         raise _refusal(folder, f"{there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _refusal(folder, f"{there} is not writable")
+    try:
+        _write_block(there / "block")
+    except OSError as error:
+        raise _refusal(folder, f"{there} cannot be written: {error.strerror}") from error
 
 
 def require_writable(*files: Path, cure: str = OTHER) -> None:
@@ -210,13 +223,64 @@ def require_writable_folder(folder: Path, cure: str = OTHER) -> None:
 def _prove(file: Path, cure: str) -> None:
     make_folder(file.parent, cure)
     try:
-        part = PartialOutput(file)
-        try:
-            part.path.write_bytes(bytes(512))
-        finally:
-            part.discard()
+        _write_block(file)
     except OSError as error:
-        raise ConfigError(f"{file.parent} cannot be written ({error.strerror}). {cure}") from error
+        raise ConfigError(f"{_named(file.parent)} cannot be written ({error.strerror}). {cure}") from error
+
+
+def _write_block(file: Path) -> None:
+    part = PartialOutput(file)
+    try:
+        part.path.write_bytes(bytes(512))
+    finally:
+        part.discard()
+
+
+def _named(folder: Path) -> str:
+    return "The current folder" if folder == Path() else str(folder)
+
+
+def append(descriptor: int, data: bytes, *, sync: bool = False) -> None:
+    """Write to the end of a journal, all or nothing: a full disk first writes a part, and only the next write fails.
+
+    Args:
+        descriptor: of a file that was opened for appending.
+        data: one line or more, with their ends.
+        sync: wait until they are on the disk.
+
+    Raises:
+        OSError: they cannot be written; the journal is as it was.
+    """
+    end = os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if sync:
+            os.fsync(descriptor)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(descriptor, end)
+        raise
+
+
+def copy_files(source: Path, goal: Path, *, leave_out: Sequence[str] = ()) -> None:
+    """Copy the content of a folder into a new one, without times and permissions; stops at the first error.
+
+    Args:
+        source, goal: the folders.
+        leave_out: patterns of names that are left out, with everything within.
+
+    Raises:
+        OSError: a file cannot be read or written (``shutil.copytree`` would raise an error without a number).
+    """
+    goal.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if any(fnmatch(path.name, pattern) for pattern in leave_out):
+            continue
+        if path.is_dir():
+            copy_files(path, goal / path.name, leave_out=leave_out)
+        else:
+            shutil.copyfile(path, goal / path.name)
 
 
 def claim(place: int, busy: str | None = None) -> None:
@@ -262,7 +326,8 @@ def storing(
     except Exception as error:  # FFmpeg's errors are not OSErrors, but carry an errno
         if getattr(error, "errno", None) not in REFUSALS:
             raise
-        raise refused(f"{what} could not be written to {folder} ({{}}); {kept}.", error) from error
+        where = _named(folder).replace("The", "the")
+        raise refused(f"{what} could not be written to {where} ({{}}); {kept}.", error) from error
 
 
 def refused(sentence: str, error: Any) -> StorageError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol, TextIO
 
 QUIET_SECONDS = 15.0
@@ -47,6 +47,23 @@ def progress(total: int, description: str, stream: TextIO | None = None) -> Iter
         lines = Lines(total, description, stream)
         yield lines
         lines.close()
+
+
+@contextmanager
+def counting(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (steps done, total steps) that reports on them as ``progress`` does, once it is called."""
+    with ExitStack() as stack:
+        bar: Progress | None = None
+        before = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal bar, before
+            if bar is None:
+                bar, before = stack.enter_context(progress(total - done + 1, description)), done - 1
+            bar.advance(done - before)
+            before = done
+
+        yield report
 
 
 class Lines:

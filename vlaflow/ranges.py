@@ -79,7 +79,10 @@ def require_ranges(value: Any, label: str = "{}") -> None:
     hints = typing.get_type_hints(type(value), include_extras=True)
     for field in dataclasses.fields(value):
         name = field.name.replace("_", "-") if label.startswith("--") else field.name
-        require_in(getattr(value, field.name), hints[field.name], label.format(name))
+        found = getattr(value, field.name)
+        require_in(found, hints[field.name], label.format(name))
+        if label.startswith("--") and dataclasses.is_dataclass(found):  # a group of options
+            require_ranges(found, label)
 
 
 def require_in(value: Any, annotation: Any, name: str, error: type[VlaflowError] = ConfigError) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import large_dataset, run_all
+from benchmarks import large_dataset, predicted, run_all
 from benchmarks._timing import Case, seconds_in_turns
 from vlaflow.data.lerobot import Dataset
 from vlaflow.simulators import gl
@@ -43,6 +43,7 @@ TINY = {
     ],
     "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32", "exits=none"],
     "deployed": ["--only", "nothing", "--no-compile", "--compute", "dense:1"],
+    "predicted": [],
     "decoders": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
     "serving": [
         "--clients",
@@ -73,7 +74,7 @@ def _among_other_tests():
 
 
 @pytest.fixture
-def result(tmp_path):
+def result(tmp_path, monkeypatch):
     """A function that runs a benchmark at a tiny size and reads its JSON."""
 
     def run(name):
@@ -81,6 +82,10 @@ def result(tmp_path):
         if name == "evaluation":
             gl.prepare()  # before anything imports mujoco
             pytest.importorskip("metaworld")
+        if name == "predicted":
+            shapes = [predicted.Shape(1, 8, steps, depth, 32) for steps, depth in ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1))]
+            monkeypatch.setattr(predicted, "FITTED", shapes)
+            monkeypatch.setattr(predicted, "HELD_OUT", [predicted.Shape(2, 8, 1, 1, 32)])
         if name == "demo_steps":
             results = tmp_path / "results.json"
             results.write_text(json.dumps({"minutes": {"kind": "Minutes", "install": None, "record": 1.5, "train": 6.0}}))
@@ -98,7 +103,7 @@ def test_a_benchmark_writes_positive_ratios_and_where_they_come_from(name, resul
     data = result(name)
     assert data["benchmark"] == name
     assert data["cases"]
-    assert {"cpu", "amx", "threads", "versions"} <= data["machine"].keys()
+    assert {"cpu", "amx", "features", "date", "threads", "versions"} <= data["machine"].keys()
     for case in data["cases"]:
         _, *others = case["arms"]
         assert list(case["times_as_long_as_first"]) == others

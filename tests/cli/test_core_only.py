@@ -55,6 +55,7 @@ CASES = {
     "reproduce a claim": (["reproduce", "C6", "--out", "OUT/claims"], "demo"),
     "merge an evaluation": (["merge", "OUT/eval"], "viz"),
     "check data": (["data", "check", "DATA"], WORKS),
+    "build a frame cache": (["data", "cache", "DATA", "--size", "8", "--frames", "jpeg", "--shard", "1/2"], WORKS),
     "draft an action spec": (["data", "spec", "DATA", "--out", "OUT/spec.json"], WORKS),
     "show data": (["data", "show", "DATA"], WORKS),
     "show data on a page": (["data", "show", "DATA", "--out", "OUT/page.html"], "viz"),

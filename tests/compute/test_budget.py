@@ -7,7 +7,7 @@ import pytest
 
 from vlaflow.compute.budget import LADDER, PROFILE, Ladder, Profile, Rung, choose, profile_file, save, within
 from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget, load_exit
-from vlaflow.compute.cost import ChunkWork, CostModel
+from vlaflow.compute.cost import ChunkWork, CostModel, Work
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
@@ -31,7 +31,7 @@ MADE = Calibration(
 )
 BETTER = replace(MADE, effect=replace(MADE.effect, error=0.4))
 """Lucky: nearer to the demonstrations than its own full depth."""
-WORK = ChunkWork(0.5, (0.5, 1.0, 1.5), (0.25, 0.5, 0.75))
+WORK = ChunkWork(Work(0, 0.5), (Work(1, 0.5), Work(2, 1), Work(3, 1.5)), (Work(2, 0.25), Work(3, 0.5), Work(4, 0.75)))
 TIMES = Profile(
     "aa",
     machine(),
@@ -191,7 +191,7 @@ def test_a_budget_is_chosen_for_the_engine_that_computes(tmp_path):
 
 
 def test_milliseconds_that_were_measured_eagerly_are_converted_by_both_costs():
-    """10 ms for 33 layer passes, which cost 1 + 16.5 + 9.5 eagerly, and half of it by programs."""
+    """10 ms for ten steps, which cost 1 + 21.5 + 9.5 eagerly, and half of it by programs."""
     half = replace(FASTER, cost=CostModel(0.5, 0.25, 0.5))
-    assert half.converted(10.0, 33, TIMES) == pytest.approx(5.0)
-    assert TIMES.converted(10.0, 33, TIMES) == pytest.approx(10.0)
+    assert half.converted(10.0, 10, 33, TIMES) == pytest.approx(5.0)
+    assert TIMES.converted(10.0, 10, 33, TIMES) == pytest.approx(10.0)

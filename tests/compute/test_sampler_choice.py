@@ -9,7 +9,7 @@ from vlaflow.compute import sampler_choice
 from vlaflow.compute.auto import calibrated, default_name
 from vlaflow.compute.budget import Profile, choose_sampler, within
 from vlaflow.compute.calibration import FOLDER, Calibration, ExitEffect, ShareTarget
-from vlaflow.compute.cost import ChunkWork, CostModel
+from vlaflow.compute.cost import ChunkWork, CostModel, Work
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
@@ -149,7 +149,7 @@ def test_an_early_exit_competes_at_its_worst_case():
         jitter=1.5,
         chunks=9,
         versions={},
-        work=ChunkWork(0, (1, 2, 3), (1, 2, 3)),
+        work=ChunkWork(Work(), (Work(1),) * 3, (Work(1),) * 3),
         cost=CostModel(1, 1, 1),
     )
     worst = 1.5 * (1 + 3 + 2 * (1 + 2 + 3))

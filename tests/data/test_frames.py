@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.data.toyset import LENGTHS, VIEWS, cut_in_half, edit_info
-from vlaflow.data.frames import FrameCache, resize
+from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.resize import resize
 from vlaflow.errors import DataError, SpecError
 
 ROWS = sum(LENGTHS)

@@ -1,14 +1,17 @@
 """Data sets on the Hub, against a small one on loopback: what is fetched, what is recorded, and what fails in one sentence."""
 
 import json
+import re
 import shutil
 
 import pytest
 
 from tests.data.toyset import edit_info
+from tests.helpers import policy
 from tests.hub_server import commit_of, hub, read_folder
-from vlaflow.data.hub import needed, origin, title
+from vlaflow.data.hub import needed, title
 from vlaflow.data.lerobot import Dataset
+from vlaflow.hub import origin
 
 
 @pytest.fixture
@@ -20,7 +23,8 @@ def server(pristine, tmp_path):
     (folder / "videos/observation.images.depth").mkdir()
     (folder / "videos/observation.images.depth/old.mp4").write_bytes(b"not declared")
     (tmp_path / "home").mkdir()
-    with hub(tmp_path / "home", {"user/toy": folder}) as running:
+    policy(chunk_size=4, action_dim=2).save_pretrained(tmp_path / "policy")
+    with hub(tmp_path / "home", {"user/toy": folder}, {"user/policy": tmp_path / "policy"}) as running:
         yield running
 
 
@@ -29,7 +33,8 @@ def test_data_sets_are_fetched_shown_refused_and_pushed(server, pristine, tmp_pa
     commit, here = commit_of(server.repositories["datasets/user/toy"]), Dataset.open(pristine)
     server.gated.add("datasets/user/closed")
     (tmp_path / "empty").mkdir()
-    bare, explicit, check, show, typo, revision, gated, push, pushed, empty = server.run(
+    policy_commit = commit_of(server.repositories["models/user/policy"])
+    bare, explicit, check, show, typo, revision, gated, push, pushed, empty, promises, moved = server.run(
         "user/toy",
         f"hf://user/toy@{commit}",
         ["data", "check", "user/toy"],
@@ -40,13 +45,18 @@ def test_data_sets_are_fetched_shown_refused_and_pushed(server, pristine, tmp_pa
         ["data", "push", str(pristine), "user/new"],
         "hf://user/new@v3.0",
         ["data", "push", str(tmp_path / "empty"), "user/new"],
+        ["check", "policy", "user/policy"],
+        ["check", "policy", "hf://user/policy@v9"],
     )
     files = sorted(path for path in read_folder(pristine) if not path.startswith("."))
 
     # what is fetched is the data set of the folder; only its own files are fetched, once, and the commit is known
     facts = f"{len(here)} {here.episodes[0].length} hf://user/toy@{commit} {here.fingerprint}"
     assert bare[1].strip() == explicit[1].strip() == facts
-    assert sorted(server.fetched) == sorted(2 * files)  # of user/toy and of user/new
+    of_policy = [path for path in read_folder(tmp_path / "policy") if path in server.fetched]
+    assert {"config.json", "model.safetensors"} <= {*of_policy}
+    assert sorted(server.fetched) == sorted([*files, *files, *of_policy])  # of user/toy and of user/new; the policy once
+    assert promises[0] == 0
     assert "is fetched from the Hugging Face Hub" in bare[2]
     assert explicit[2] == ""
     assert (check[0], show[0]) == (0, 0)
@@ -58,6 +68,7 @@ def test_data_sets_are_fetched_shown_refused_and_pushed(server, pristine, tmp_pa
         (typo, "has no data set hf://user/typo, or it is private, and there is no folder user/typo here"),
         (revision, "hf://user/toy@v9 has no such revision"),
         (gated, "asks for consent"),
+        (moved, "hf://user/policy@v9 has no such revision"),
     ):
         assert status == 2
         assert sentence in said
@@ -73,10 +84,24 @@ def test_data_sets_are_fetched_shown_refused_and_pushed(server, pristine, tmp_pa
     assert empty[0] == 2
     assert "is not a LeRobot data set" in empty[2]
 
-    # offline, what was fetched is there
-    again, missing = server.run("user/toy", "hf://user/else", HF_HUB_OFFLINE="1")
+    # offline, what was fetched is there, at its commit; what is missing is named, and nobody is asked
+    asked, cache = server.asked, tmp_path / "home/hub"
+    (cache / f"models--user--policy/snapshots/{policy_commit}/model.safetensors").rename(tmp_path / "weights")
+    check, again, missing, cut, whole = server.run(
+        ["data", "check", "user/toy", "--offline"],
+        "user/toy",
+        "hf://user/else",
+        ["check", "policy", "user/policy", "--offline"],
+        ["data", "spec", f"user/toy@{commit}", "--offline"],
+    )
+    assert (check[0], again[0], whole[0]) == (0, 0, 0)
+    assert "is taken from the cache" in check[2]
     assert again[1].strip() == facts
-    assert "HF_HUB_OFFLINE forbids" in missing[2]
+    for (status, _, said), name in ((missing, "hf://user/else"), (cut, "hf://user/policy")):
+        assert status == 2
+        assert re.search(rf"^{name} is not \(completely\) in the cache .* nothing may be fetched", said, re.MULTILINE)
+        assert "Fetch it once without --offline" in said
+    assert server.asked == asked
 
 
 def test_without_a_connection_it_is_one_sentence(server, pristine):

@@ -169,6 +169,8 @@ def member(text, robot="arm", samples=1):
 def test_entries_are_read_as_they_are_written(tmp_path):
     assert DatasetEntry.parse("x/droid:0.7") == DatasetEntry("x/droid", "droid", 0.7)
     assert DatasetEntry.parse("mine=x/droid") == DatasetEntry("x/droid", "mine", None)
+    assert DatasetEntry.parse("hf://USER/NAME") == DatasetEntry("hf://USER/NAME", "NAME", None)
+    assert DatasetEntry.parse("hf://USER/NAME@v3.0:2") == DatasetEntry("hf://USER/NAME@v3.0", "NAME", 2.0)
     assert DatasetEntry.parse("mine=USER/NAME@v3.0:2") == DatasetEntry("USER/NAME@v3.0", "mine", 2.0)
     odd = tmp_path / "a=b:3"
     odd.mkdir()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import launches
+from tests.backbones import test_emu3, test_molmo2
 from tests.backbones.test_qwen2_5_vl import ROUNDING, observation, observations, write_model
 from tests.backbones.test_qwen_policy import policy
 from tests.helpers import policy as tiny_policy
@@ -14,10 +15,11 @@ from tests.reads import Reads
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import AtRandom, Refine
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.engine.gpu import KEPT, FusedModel, Recent
+from vlaflow.engine.gpu import KEPT, Recent, fuse
 from vlaflow.engine.gpu_vision import VisionPlan
 from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling
+from vlaflow.policies.engines import with_engine
 
 pytest.importorskip("transformers")
 
@@ -32,7 +34,7 @@ def pair(tmp_path_factory):
     with torch.no_grad():
         for parameter in made.model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return made, replace(made, model=FusedModel(made.model))
+    return made, with_engine(made, "graphs")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,27 @@ def test_chunks_are_those_of_the_networks(pair, compute):
         wanted, made = (each.act(seen, compute) for each in (eager, fused))
         for one, other in zip(wanted, made, strict=True):
             torch.testing.assert_close(torch.from_numpy(other.actions), torch.from_numpy(one.actions), **ROUNDING)
+
+
+@pytest.mark.parametrize("family", [test_molmo2, test_emu3], ids=["norms of heads", "no biases"])
+def test_layers_of_other_families_are_fused(family, tmp_path_factory):
+    """Molmo2's, which norm queries and keys, and Emu3's: prefix, suffix behind it, and the prefix continued in two parts."""
+    backbone = family.build(family.write_model(tmp_path_factory.mktemp("other"))).eval()
+    fused = fuse(backbone, 4)
+    suffix_BTW = torch.randn(2, 4, backbone.spec.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = []
+        for each in (backbone, fused):
+            prefix = each.run(each.run(each.blank(2, 56), 1))
+            found.append([prefix.hidden_BPW, *each.follow(suffix_BTW, prefix, (1, each.spec.depth))[0]])
+    torch.testing.assert_close(found[1], found[0], **ROUNDING)
+
+
+def test_in_bfloat16_both_round_alike(pair):
+    """Products are rounded in another order: by less than deployed programs may (``engine.deploy.TOLERANCE``)."""
+    wanted, made = (replace(each, dtype="bf16").act(observations(), Dense(3)) for each in pair)
+    for one, other in zip(wanted, made, strict=True):
+        torch.testing.assert_close(torch.from_numpy(other.actions), torch.from_numpy(one.actions), rtol=0, atol=0.05)
 
 
 def test_image_tokens_are_those_of_the_tower(pair):
@@ -107,6 +130,16 @@ def test_a_prefix_whose_buffers_were_given_away_is_refused(pair):
             fused.model.decoder.sample(first, generators, Sampling(1))
 
 
+def test_buffers_serve_inference_mode_and_its_absence(pair):
+    """Guidance acts without inference mode, in buffers that may have been made in it."""
+    _, fused = pair
+    batch = ObservationBatch.collate([observation()])
+    with torch.inference_mode():
+        wanted = fused.encode(batch).hidden_BPW.clone()
+    with torch.no_grad():
+        assert torch.equal(fused.encode(batch).hidden_BPW, wanted)
+
+
 def test_the_networks_own_matrices_are_views_of_the_merged_ones(pair):
     """So that a fused model takes no more memory, and gradients and noise samples, which run as ever, see the same weights."""
     eager, fused = pair
@@ -117,7 +150,7 @@ def test_the_networks_own_matrices_are_views_of_the_merged_ones(pair):
 
 def test_networks_of_another_kind_are_refused():
     with pytest.raises(CapabilityError, match="A TinyBackbone has no fused layers"):
-        FusedModel(tiny_policy().model)
+        with_engine(tiny_policy(), "graphs")
 
 
 def test_only_the_shapes_used_last_are_kept():

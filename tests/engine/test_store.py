@@ -12,7 +12,7 @@ import torch
 from tests import helpers
 from vlaflow.compute.budget import LADDER, Ladder, Profile, Rung, profile_file, save
 from vlaflow.compute.calibration import FOLDER
-from vlaflow.compute.cost import ChunkWork, CostModel
+from vlaflow.compute.cost import ChunkWork, CostModel, Work
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import Checkpoint, Knobs
@@ -195,7 +195,7 @@ def test_a_budget_picks_among_engines(deployed, checkpoint):
     """The programs are eight times as fast, so more steps fit; without them, and where eager was asked for, fewer do."""
     weights = fingerprint(checkpoint)
     home = Checkpoint(checkpoint, weights)
-    work, cost = ChunkWork(0, (1, 1), (0, 1)), CostModel(1, 1, 1)
+    work, cost = ChunkWork(Work(), (Work(1),) * 2, (Work(1),) * 2), CostModel(1, 1, 1)
     eager = Profile(weights, machine(), 1, 1.0, (1.0, 2.0), (0.0, 2.0), 1.0, 20, {}, work, cost)
     programs = replace(eager, base=0.1, prefix=(0.1, 0.2), step=(0.0, 0.25), engine="aoti f32")
     save(Ladder(weights, "dd", 9, (Rung(2, 1, 0.4, 0.6), Rung(2, 10, 0.0, 0.5))), checkpoint / FOLDER / LADDER)

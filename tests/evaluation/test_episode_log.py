@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from vlaflow.evaluation import run as module
 from vlaflow.evaluation.episode_log import FILE, EpisodeLog
 from vlaflow.evaluation.rollout import RolloutConfig
 from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
+from vlaflow.policies.recipe import Base
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,14 @@ def test_other_settings_are_refused_in_a_sentence_and_their_episodes_kept(checkp
     assert "--fresh" in str(caught.value)
     assert "another --out" in str(caught.value)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_a_checkpoint_of_the_hub_is_recorded_with_its_commit(checkpoint, tmp_path):
+    commit = "0123456789" * 4
+    folder = shutil.copytree(checkpoint, tmp_path / f"models--user--a--policy/snapshots/{commit}")
+    assert module._prepare(folder, CONFIG).checkpoint == f"hf://user/a--policy@{commit}"
+    assert Base.open(folder).identity()["policy_source"] == f"hf://user/a--policy@{commit}"
+    assert "policy_source" not in Base.open(checkpoint).identity()
 
 
 def test_fresh_discards_an_unfinished_evaluation(checkpoint, tmp_path, monkeypatch):

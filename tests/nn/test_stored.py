@@ -37,6 +37,7 @@ def test_rows_of_a_weight_are_read_without_the_others(checkpoint):
     assert torch.equal(rows_of(parameter, torch.tensor([4, 2, 2])), whole[name][[4, 2, 2]])
     place = place_of(parameter)
     assert torch.equal(place.rows(1, 3), whole[name][1:3])
+    assert place.rows(5, 5).shape == (0, *place.shape[1:])
 
 
 def test_a_network_can_lie_where_another_one_does(checkpoint):

@@ -3,7 +3,6 @@
 import ast
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from tests.training.small import SPEC, tiny_policy, tiny_stats
 from vlaflow.cli.main import main
 from vlaflow.compute.dense import Dense
 from vlaflow.data.batch import Batch, ObservationBatch
-from vlaflow.errors import ConfigError, SpecError
+from vlaflow.errors import SpecError
 from vlaflow.policies import lerobot
 from vlaflow.policies.base import Policy
 from vlaflow.policies.lerobot import Keys, as_pixels
@@ -154,14 +153,6 @@ def test_the_json_files_are_those_that_lerobot_writes(policy):
     assert config["input_features"]["observation.state"] == {"type": "STATE", "shape": [3]}
     own = {"input_features", "output_features", "recipe", "views", "chunk_size", "n_action_steps"}
     assert {key: config[key] for key in config.keys() - own} == {key: recorded[key] for key in recorded.keys() - own}
-
-
-def test_a_policy_of_several_robots_is_exported_robot_by_robot(policy, tmp_path, monkeypatch):
-    policy.save_pretrained(tmp_path / "policy")
-    monkeypatch.setattr(Policy, "from_pretrained", lambda folder: SimpleNamespace(robots={"a": None, "b": None}))
-    with pytest.raises(ConfigError, match=r"serves several robots\. Export one of them"):
-        lerobot.export(tmp_path / "policy", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_every_type_has_what_lerobot_looks_for_by_its_name():

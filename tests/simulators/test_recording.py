@@ -1,11 +1,11 @@
 """Interrupted recordings: what is kept, what is recorded again, what is refused."""
 
-import multiprocessing
 import os
 import signal
 
 import pytest
 
+from tests.crashes.faults import attempt
 from tests.data.toyset import full_disk
 from tests.simulators.test_record import digests
 from vlaflow.cli.record import main
@@ -97,10 +97,7 @@ def test_a_full_disk_keeps_the_finished_episodes(tmp_path, whole):
 def test_a_killed_recording_keeps_its_episodes(tmp_path, whole):
     """SIGKILL of everything, so nothing is tidied up; the partial data set that it leaves is not looked at."""
     out = tmp_path / "set"
-    process = multiprocessing.get_context("spawn").Process(target=_record_and_die, args=(out,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert attempt(lambda: _record_and_die(out), tmp_path).status == -signal.SIGKILL
     assert finished_before(out, episode_jobs(CONFIG)) == 2
     record(CONFIG, out, workers=0)
     assert digests(out) == whole

@@ -1,10 +1,12 @@
 """Data sets as everyone but vlaflow writes them are trained on by one command: no spec, no state, four cameras of two sizes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+from tests.data.cases.build import renamed
 from tests.data.toyset import edit_info
 from tests.serving.live import serving
 from tests.training.test_run import arguments
@@ -12,13 +14,13 @@ from vlaflow.cli import calibrate, data
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.writer import Writer
-from vlaflow.errors import SpecError
+from vlaflow.errors import DataError, SpecError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.policies.provenance import new_episodes, trained_on
 from vlaflow.robot.client import Client
-from vlaflow.serving.observation_keys import choose
-from vlaflow.spec import ActionSpec, Dimension, Observation
+from vlaflow.serving.observation_keys import choose, read
+from vlaflow.spec import ActionSpec, Dimension
 
 ALOHA = [f"{side}_{part}" for side in ("left", "right") for part in
          ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")]  # fmt: skip
@@ -65,35 +67,41 @@ def test_aloha_four_cameras_trains_on_all_four_and_keeps_the_drafted_spec(aloha,
     assert act(out).shape == (policy.chunk_size, 14)
 
 
-def test_the_walk_of_your_robot_ends_with_chunks_for_the_client(aloha, tmp_path):
-    """docs/your-robot.md: check, spec, train, calibrate, serve, drive."""
-    file, out = tmp_path / "shirts.json", tmp_path / "policy"
-    assert data.main(["check", str(aloha)]) == 0
-    assert data.main(["spec", str(aloha), "--out", str(file)]) == 0
-    own = ("--action-spec", str(file), "--chunk-seconds", "0.1", "--steps", "1")
-    assert command.main([*arguments(aloha, out), *own, "--set", "validation_fraction=0.5"]) == 0
-    made = ["--sampler", "--compute", "dense:1", "--compute", "dense:2", "--frames", "4"]
-    assert calibrate.main([str(out), "--dataset", str(aloha), *made]) == 0
-    policy = Policy.from_pretrained(out)
-    place = choose("aloha", tuple(policy.views))
-    images = {name: np.zeros((3, *size), np.uint8) for name, size in CAMERAS.items()}
-    with serving(policy, place=place) as (_, address), Client(address) as client:
-        assert client.metadata["action_spec"]["robot"] == "aloha, joint targets"
-        assert (client.metadata["rate_hz"], client.metadata["n_action_steps"]) == (50, 2)
-        assert client.infer({"images": images, "state": np.zeros(14), "prompt": "fold the shirt"})["actions"].shape == (5, 14)
-
-
-def test_two_robots_without_specs_are_trained_together_and_one_of_them_acts(aloha, tmp_path):
-    """14 joints, four cameras, 50 Hz, and seven numbers, two cameras, 15 Hz."""
-    views = {"front": (32, 32), "cam_left_wrist": (24, 32)}
+def test_the_walk_of_your_robot_ends_with_chunks_for_the_client_of_either_robot(aloha, tmp_path):
+    """docs/your-robot.md: check, spec, train, calibrate, serve, drive, with two robots that nobody describes: 14 joints, four
+    cameras and 50 Hz; and seven numbers, two cameras, 15 Hz and other names of columns.
+    """
+    views, out = {"front": (32, 32), "cam_left_wrist": (24, 32)}, tmp_path / "policy"
     other = write(tmp_path / "franka", names=[f"a{i}" for i in range(7)], views=views, fps=15, robot="franka")
-    out = tmp_path / "policy"
-    words = arguments(f"arms={aloha}", out, "--dataset", f"franka={other}", "--chunk-seconds", "0.2")
-    assert command.main([*words, "--steps", "1"]) == 0
-    policy = Policy.of_all_robots(out).for_robot("franka")
-    assert policy.action_spec.rotation == "unstated"
-    chosen = Observation({view: np.zeros((32, 32, 3), np.uint8) for view in views}, np.zeros(7, np.float32), "push")
-    assert policy.act(chosen).actions.shape == (3, 7)
+    renamed(other, action="actions", observation__state="state")
+    with pytest.raises(DataError) as refused:
+        data.main(["check", str(other)])
+    keys = re.findall(r"--key (\S+)", str(refused.value))
+    options = [word for key in keys for word in ("--key", key)]
+    own = ["--chunk-seconds", "0.1", "--steps", "1", "--set", "validation_fraction=0.5", "--dataset", f"franka={other}"]
+    own += [word for key in keys for word in ("--key", f"franka:{key}")]
+    for name, root, added in (("arms", aloha, []), ("franka", other, options)):
+        file = tmp_path / f"{name}.json"
+        assert data.main(["check", str(root), *added]) == 0
+        assert data.main(["spec", str(root), *added, "--out", str(file)]) == 0
+        own += ["--action-spec", f"{name}:{file}"]
+    assert command.main([*arguments(f"arms={aloha}", out), *own]) == 0
+    made = ["--sampler", "--compute", "dense:1", "--compute", "dense:2", "--frames", "4"]
+    assert calibrate.main([str(out), "--robot", "franka", "--dataset", str(other), *made]) == 0
+
+    def driven(robot, keys, sizes):
+        policy = Policy.from_pretrained(out, robot=robot)
+        images = {name: np.zeros((3, *size), np.uint8) for name, size in sizes.items()}
+        with serving(policy, place=choose(keys, tuple(policy.views))) as (_, address), Client(address) as client:
+            state = np.zeros(client.metadata["state_dim"])
+            return client.metadata, client.infer({"images": images, "state": state, "prompt": "fold the shirt"})["actions"]
+
+    about, actions = driven("arms", "aloha", CAMERAS)
+    assert (about["robot"], about["action_spec"]["robot"], about["rate_hz"]) == ("arms", "aloha, joint targets", 50)
+    assert (about["n_action_steps"], actions.shape) == (2, (5, 14))
+    about, actions = driven("franka", "views", views)
+    assert about["images"].keys() == {"images/front", "images/cam_left_wrist"}
+    assert (about["action_spec"]["rotation"], about["chunk_seconds"], actions.shape) == ("unstated", 2 / 15, (2, 7))
 
 
 def test_views_are_chosen_among_the_four(aloha, tmp_path):
@@ -106,7 +114,10 @@ def test_no_state_trains_a_policy_without_proprioception(tmp_path):
     root = write(tmp_path / "dataset", names=("a0", "a1"), state=False, views={"top": (32, 48)}, fps=10, robot="toy")
     assert Dataset.open(root).dim("state") == 0
     assert command.main([*arguments(root, tmp_path / "policy"), "--steps", "1"]) == 0
-    assert act(tmp_path / "policy").shape[1] == 2
+    policy = Policy.from_pretrained(tmp_path / "policy")
+    request = {"images/top": np.zeros((32, 48, 3), np.uint8), "prompt": "fold the shirt"}
+    place = choose("views", tuple(policy.views), stateless=not policy.stats["state"].dim)
+    assert policy.act(read(request, **place)).actions.shape[1] == 2
 
 
 def test_a_completed_spec_is_used_and_a_contradicting_one_refused_later(aloha, tmp_path):

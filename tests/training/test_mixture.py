@@ -16,6 +16,7 @@ from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
 from vlaflow.actions.latent import LatentActionModel
 from vlaflow.cli import calibrate
+from vlaflow.cli import export as export_command
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.refine import Refine
 from vlaflow.data.filters import Filters
@@ -33,6 +34,7 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.asyncvla.policy import tiny_rater
 from vlaflow.policies.base import Policy
 from vlaflow.policies.latent_pairs import Paired, pairs_of
+from vlaflow.policies.lerobot import export
 from vlaflow.policies.mixing import alone, common_side, robots_of
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.provenance import fingerprint, new_episodes, trained_on
@@ -254,6 +256,18 @@ def test_a_robot_of_a_mixture_is_calibrated_and_checked(both, wide):
     assert "dense:" in Policy.from_pretrained(both, robot="wide").default_compute.name
     assert Policy.from_pretrained(both, robot="narrow").default_compute == Dense()
     assert all(finding.passed for finding in check_policy(str(folder), "cpu", 2))
+
+
+def test_one_of_several_robots_is_exported_alone(both, tmp_path):
+    """Its chunks stay the same, in a checkpoint that knows no other robot and needs no choice."""
+    with pytest.raises(ConfigError, match="choose one with --robot"):
+        export(both, tmp_path / "none")
+    assert export_command.main(["lerobot", str(both), "--robot", "narrow", "--out", str(tmp_path / "narrow")]) == 0
+    export(both / "robots/wide", tmp_path / "wide")
+    for name, seen in (("narrow", observation(3, ["front"])), ("wide", observation(4, ["front", "wrist"]))):
+        alone = Policy.from_pretrained(tmp_path / name)
+        assert list(alone.robots) == [path.name for path in (tmp_path / name / "vlaflow/robots").iterdir()] == [name]
+        assert np.array_equal(alone.act(seen).actions, Policy.from_pretrained(both, robot=name).act(seen).actions)
 
 
 def test_held_out_episodes_losses_and_records_are_kept_by_data_set(both, dataset, wide):

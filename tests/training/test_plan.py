@@ -12,7 +12,7 @@ from tests import helpers
 from tests.training.small import tiny_config
 from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.cli.main import main
-from vlaflow.cli.plan import answer
+from vlaflow.cli.plan import answer, cache_command
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup
@@ -85,9 +85,10 @@ def test_parameters_are_those_of_the_cost_model():
 
 BASES = {"asyncvla.rater3b": "asyncvla.libero", "iflybot.fine3b": "iflybot.joint3b"}
 LARGE = [name for name, recipe in list_recipes().items() if "accelerate launch" in (recipe.call.__doc__ or "")]
+ONE_GPU = ["asyncvla.robot3b"]
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", LARGE + ONE_GPU)
 def test_a_recipe_states_what_it_needs(name):
     policy = find_recipe(BASES[name]).config(LIBERO.spec).objective.policy if name in BASES else None
     recipe = find_recipe(name)
@@ -155,7 +156,10 @@ def test_epochs_and_hours_follow_from_the_recipe():
     machine, data = Machine(4, tflops=1.0), TrainingData(DataSpec(3, 2, ("front",)), 6400, 10)
     found = Estimate(replace(config, validation_fraction=0.5), COUNTS, StepCost(0.0, 1e12), 16, machine, data)
     assert found.epochs == 2
-    assert found.cache == 6400 * 300
+    assert found.cache == 6400 * 32 * 32 * 3  # at the size that the policy reads, not at the data set's
+    assert cache_command("data/theirs", found.config) == "vlaflow data cache data/theirs --size 32"
+    jpegs = cache_command("data/theirs", replace(config, frames="jpeg"))
+    assert jpegs == "vlaflow data cache data/theirs --size 32 --frames jpeg"
     assert found.hours == pytest.approx(100 * 4 / (4 * 0.4) / 3600)
 
 

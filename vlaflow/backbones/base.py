@@ -59,6 +59,19 @@ class TextLimit:
     key: str
 
 
+@dataclass(frozen=True)
+class InputSize:
+    """What a backbone makes of pictures before it looks at them, which frames are stored at and cameras' are brought to.
+
+    Args:
+        side: of the square in pixels that they are resized to; None keeps their shape.
+        area: most pixels, where the shape is kept; None for any number.
+    """
+
+    side: int | None = None
+    area: int | None = None
+
+
 class BackboneConfig(Part, ABC):
     """All that is needed to build a backbone, weights aside; a checkpoint holds it as JSON.
 
@@ -105,6 +118,11 @@ class BackboneConfig(Part, ABC):
     def can_answer(self) -> bool:
         """Whether the network has a language-model head, so that it can learn and give answers in words."""
         return False
+
+    @property
+    def input_size(self) -> InputSize:
+        """The size that every view is brought to; by default as recorded, where the processor takes any."""
+        return InputSize()
 
     @property
     def longest_instruction(self) -> TextLimit | None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from vlaflow.backbones.base import InputSize
 from vlaflow.backbones.emu3_language import open_with_language
 from vlaflow.backbones.emu3_processor import FAMILY, NAME, EmuProcessor, EmuReader
 from vlaflow.backbones.inputs import Inputs
@@ -98,6 +99,11 @@ class EmuConfig(PretrainedConfig):
         """See the base class; every row of codes ends with a token of its own."""
         codes = round(self.pixels**0.5 / 8)
         return codes * (codes + 1)
+
+    @property
+    def input_size(self) -> InputSize:
+        """Of any shape."""
+        return InputSize(area=self.pixels)
 
     @property
     def prefix_attention(self) -> Literal["full", "causal"]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vlaflow.backbones.base import InputSize
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
 from vlaflow.backbones.pretrained_processor import open_reader
@@ -101,6 +102,11 @@ class QwenConfig(PretrainedConfig):
         """See the base class."""
         area = min(max(side * side, self.min_pixels), self.max_pixels)
         return max(round(area**0.5 / 28), 1) ** 2
+
+    @property
+    def input_size(self) -> InputSize:
+        """Of any shape."""
+        return InputSize(area=self.max_pixels)
 
     @property
     def state_width(self) -> int:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vlaflow.backbones.base import InputSize
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.opening import open_network
 from vlaflow.backbones.pretrained import PretrainedBackbone, PretrainedConfig
@@ -126,6 +127,11 @@ class SmolConfig(PretrainedConfig):
     def image_tokens(self, side: int) -> int:
         """See the base class."""
         return (self.image_size // self.cell) ** 2
+
+    @property
+    def input_size(self) -> InputSize:
+        """A square."""
+        return InputSize(self.image_size)
 
     @property
     def packages(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlaflow.backbones.base import BackboneConfig, BackboneSpec, Prefix, Rotary, TextLimit
+from vlaflow.backbones.base import BackboneConfig, BackboneSpec, InputSize, Prefix, Rotary, TextLimit
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.backbones.language import LanguageBackbone
 from vlaflow.backbones.sentences import SentenceSpec, encoder_spec, open_encoder
@@ -26,7 +26,7 @@ from vlaflow.backbones.tiny_processor import END, PAD, TinyProcessor
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
-from vlaflow.nn.patches import PatchStem
+from vlaflow.nn.patches import PixelStem
 from vlaflow.ranges import Number, Width
 
 MOST_VIEWS = 8
@@ -93,6 +93,11 @@ class TinyConfig(BackboneConfig):
         return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch, encoder=encoder)
 
     @property
+    def input_size(self) -> InputSize:
+        """A square."""
+        return InputSize(self.image_size)
+
+    @property
     def packages(self) -> tuple[str, ...]:
         """What a sentence encoder needs."""
         return () if self.text == "bytes" else ("transformers",)
@@ -127,11 +132,11 @@ class ConvStem(nn.Module):
         super().__init__()
         halvings = (cell // 4).bit_length() - 1
         channels = [max(16, width >> (halvings - i)) for i in range(halvings)] + [width]
-        self.patches = PatchStem(4, channels[0])
+        self.patches = PixelStem(4, channels[0])
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(channels))
 
     def forward(self, image_BHW3: Tensor) -> Tensor:
-        """(B, H, W, 3) in [−1, 1] → (B, tokens, width)."""
+        """uint8 (B, H, W, 3) → (B, tokens, width)."""
         b, h, w, _ = image_BHW3.shape
         # channels last all the way: the projection's output is already in the layout the convolutions are fast in
         x_BCHW = self.patches(image_BHW3).view(b, h // 4, w // 4, -1).permute(0, 3, 1, 2)
@@ -147,7 +152,7 @@ class TinyBackbone(LanguageBackbone):
         super().__init__()
         self.config = c = config
         self.spec = BackboneSpec(c.depth, c.width, c.heads, c.heads, c.width // c.heads, state_dim=c.state_dim)
-        stem = ConvStem if c.stem == "conv" else PatchStem
+        stem = ConvStem if c.stem == "conv" else PixelStem
         self.stems = nn.ModuleList(stem(c.cell, c.width) for _ in c.views)
         cells = (c.image_size // c.cell) ** 2
         self.byte = None if c.sentence else nn.Embedding(PAD + 1, 32)
@@ -178,7 +183,7 @@ class TinyBackbone(LanguageBackbone):
         c = self.config
         tokens = []
         for view, stem in zip(c.views, self.stems, strict=True):
-            tokens.append(stem(inputs.images[view].to(self.text.weight.dtype) / 127.5 - 1))
+            tokens.append(stem(inputs.images[view]))
         tokens.append(self.text(self._text_numbers(inputs)))
         before_state = sum(t.shape[1] for t in tokens)
         tokens.append(self._state_token(inputs))

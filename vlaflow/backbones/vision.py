@@ -58,7 +58,7 @@ class ScratchVision(nn.Module):
 
     def forward(self, image_IHW3: Tensor) -> Tensor:
         """uint8 images (I, H, W, 3) → (I, V, width)."""
-        return self.stem(image_IHW3.to(self.stem.patches.project.weight.dtype) / 127.5 - 1)
+        return self.stem(image_IHW3)
 
     @property
     def blocks(self) -> Iterable[nn.Module]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from vlaflow.errors import ConfigError
+from vlaflow.hub import go_offline
 from vlaflow.ranges import require_ranges
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """For commands that may fetch data sets, checkpoints or pretrained networks."""
+
+    offline: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Never use the network: what was fetched from the Hugging Face Hub before is taken from its cache."""
+
+
+HubGroup = Annotated[HubOptions, tyro.conf.arg(name="")]
+"""As a field ``hub`` of a command's arguments: the option has no prefix."""
+ONLINE = HubOptions()
+"""The option was not given."""
 
 
 def parse_arguments(kind: type[T], prog: str, argv: list[str], **options: Any) -> T:
@@ -26,6 +42,8 @@ def parse_arguments(kind: type[T], prog: str, argv: list[str], **options: Any) -
     """
     arguments: T = tyro.cli(kind, prog=prog, args=argv, **options)
     require_ranges(arguments, "--{}")
+    if getattr(arguments, "hub", ONLINE).offline:
+        go_offline()
     device = getattr(arguments, "device", None)
     if device is not None:
         require_device(device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.ranges import Count
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ class BenchArguments:
     """Where the networks run."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What they compute in."""
-    engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
+    engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "auto"
     """What computes them; auto times the networks (eager) and every engine whose programs are there."""
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
@@ -80,6 +81,6 @@ def show(found: Profile, file: Path) -> None:
     console.print(table)
     console.print(
         f"Everything else {found.base:.2f} ms; p99 is {found.jitter:.2f} times the median. A chunk costs {cost.chunk:.2f} ms, "
-        f"{cost.layer_pass:.3f} ms per layer pass and {cost.gflop:.1f} ms per 10⁹ operations; chunks left out of the fit are "
-        f"predicted within {cost.error:.0%} on average. Written: {file}"
+        f"{cost.layer_pass:.3f} ms per layer pass, {cost.gflop:.1f} ms per 10⁹ operations and {cost.gigabyte:.0f} ms per 10⁹ "
+        f"bytes of weights; chunks left out of the fit are predicted within {cost.error:.0%} on average. Written: {file}"
     )

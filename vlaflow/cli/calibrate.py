@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.packages import PAGES, require
@@ -67,7 +67,7 @@ class CalibrateArguments:
     """How the deviation is measured; max_abs is in standard deviations of the actions."""
     name: str | None = None
     """Name of the calibration; derived from the target by default."""
-    depths: tuple[int, ...] = ()
+    depths: tuple[Count, ...] = ()
     """Depths of the exits, ending with the full one; all trained ones by default. The first is only compared with."""
     metric: Literal["cosine", "l2", "mean_abs", "max_abs"] = "cosine"
     """How the chunks of two depths are compared."""
@@ -89,6 +89,7 @@ class CalibrateArguments:
     """What they compute in; the calibration holds for this alone."""
 
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.ranges import Count
 
@@ -50,6 +50,7 @@ class CheckPolicy:
     checkpoint: str
     device: str = "cpu"
     observations: Count = 4
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
@@ -90,8 +91,6 @@ def _policy(argv: list[str]) -> int:
 
     from vlaflow.evaluation.check_policy import check_policy
 
-    if arguments.observations < 1:
-        raise ConfigError(f"A check needs at least one observation, got {arguments.observations}.")
     findings = check_policy(arguments.checkpoint, arguments.device, arguments.observations)
     _table(arguments.checkpoint, [(f"{f.compute}: {f.promise}", f.passed, f.observed) for f in findings], "observed")
     return 0 if all(f.passed for f in findings) else 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.ranges import Count, Positive
 
@@ -41,6 +41,7 @@ class Check:
     workers: Count = 2
     deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Show:
     out: Path | None = None
     episodes: Count = 12
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class FitTokenizer:
     spacing: Literal["uniform", "quantile"] = "uniform"
     source: str = "physical-intelligence/fast"
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class TokenizerReport:
     normalisation: Normalisation = "quantile"
     policy: Path | None = None
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class LatentReport:
     out: Path
     device: str = "cpu"
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,35 @@ class Spec:
 
     directory: Path
     out: Path | None = None
+    how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
+
+
+@dataclass(frozen=True)
+class BuildCache:
+    """Decode the frames of a data set into the cache that training reads.
+
+    Example: vlaflow data cache data/theirs --size 224 --shard 3/16
+
+    Training builds what is missing by itself; this is for building it beforehand, or on several machines that share a disk.
+    Each block appears whole, so any of them can be interrupted and repeated. vlaflow plan RECIPE --dataset DIR prints the
+    command that fits a recipe.
+
+    Args:
+        directory: a LeRobot data set: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
+        size: side in pixels of the squares that the policy reads; by default the views keep their shape.
+        area: without --size, most pixels of a view.
+        frames: as they are, or as JPEGs.
+        shard: I/N, the I-th of N shares, counted from 1.
+        workers: number of decoding threads; by default one per core, at most eight.
+    """
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    size: Count | None = None
+    area: Count | None = None
+    frames: Literal["raw", "jpeg"] = "raw"
+    shard: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
+    workers: Count | None = None
     how: ReadingGroup = LEROBOT
 
 
@@ -196,6 +230,7 @@ class RepairDataSet:
 
     directory: Annotated[Path, tyro.conf.Positional]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -213,6 +248,7 @@ class DropEpisodes:
     directory: Annotated[Path, tyro.conf.Positional]
     episodes: tuple[str, ...]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -228,6 +264,7 @@ class MergeDataSets:
 
     directories: Annotated[tuple[Path, ...], tyro.conf.Positional]
     out: Path
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)
@@ -247,10 +284,12 @@ class RenameColumns:
     out: Path
     column: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     camera: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow data ...``; returns the exit status."""
+    from vlaflow.cli.data_cache import build_cache
     from vlaflow.cli.data_edit import drop, merge, push, rename, repair
     from vlaflow.cli.data_spec import spec
     from vlaflow.cli.latents import latent_report
@@ -261,6 +300,7 @@ def main(argv: list[str]) -> int:
         Annotated[positional(Check), tyro.conf.subcommand("check")]
         | Annotated[positional(Show), tyro.conf.subcommand("show")]
         | Annotated[positional(Spec), tyro.conf.subcommand("spec")]
+        | Annotated[BuildCache, tyro.conf.subcommand("cache")]
         | Annotated[FitTokenizer, tyro.conf.subcommand("fit-tokenizer")]
         | Annotated[TokenizerReport, tyro.conf.subcommand("tokenizer-report")]
         | Annotated[LatentReport, tyro.conf.subcommand("latent-report")]
@@ -270,12 +310,13 @@ def main(argv: list[str]) -> int:
         | Annotated[MergeDataSets, tyro.conf.subcommand("merge")]
         | Annotated[RenameColumns, tyro.conf.subcommand("rename")]
     )
-    description = "Check, show, edit or push a data set; fit and compare action tokenizers; report on latent actions."
+    description = "Check, show, cache, edit or push a data set; fit and compare action tokenizers; report on latent actions."
     chosen: Any = parse_arguments(commands, "vlaflow data", argv, description=description)
     actions: dict[type, Any] = {
         Check: _check,
         Show: _show,
         Spec: spec,
+        BuildCache: build_cache,
         FitTokenizer: fit_tokenizer,
         TokenizerReport: tokenizer_report,
         LatentReport: latent_report,
@@ -373,7 +414,7 @@ def _left_out(dataset: Dataset) -> Any:
 def _print_summary(console: Any, dataset: Dataset) -> None:
     from rich.table import Table
 
-    from vlaflow.data.hub import origin
+    from vlaflow.hub import origin
 
     views = ", ".join(f"{view} {'x'.join(map(str, dataset.image_size(view)))}" for view in dataset.views)
     rows = {

@@ -24,7 +24,7 @@ from vlaflow.cli.demo_plans import PLANS, DemoRecord, Plan
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
-from vlaflow.ranges import Number
+from vlaflow.ranges import Count, Number
 from vlaflow.strict import read_json, require_form
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class Demo:
 
     plan: Literal["metaworld", "libero"] = "metaworld"
     out: Path | None = None
-    episodes: int | None = None
-    eval_episodes: int | None = None
-    steps: int | None = None
+    episodes: Count | None = None
+    eval_episodes: Count | None = None
+    steps: Count | None = None
     workers: Number = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -86,9 +86,6 @@ class Settings:
     def of(arguments: Demo) -> Settings:
         """The settings for these arguments."""
         plan = PLANS[arguments.plan]
-        counts = (arguments.episodes, arguments.eval_episodes, arguments.steps)
-        if min((n for n in counts if n is not None), default=1) < 1:
-            raise ConfigError("episodes, eval-episodes and steps must be at least 1.")
         if arguments.quick:
             return Settings(arguments.plan, plan.envs[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 8, 0.5)
         eval_episodes = arguments.eval_episodes or plan.eval_episodes
@@ -121,7 +118,7 @@ def main(argv: list[str]) -> int:
     commands = equivalent(settings, plan, out, arguments.workers)
 
     with log.step("record", commands["record"]) as due:
-        if due and not dataset.exists():
+        if due:
             _record(settings, dataset, arguments.workers)
     for step, recipe, source, goal, steps in (
         ("train", plan.policy, None, policy, settings.steps),
@@ -248,7 +245,11 @@ def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[
 
 def _record(settings: Settings, dataset: Path, workers: int) -> None:
     from vlaflow.simulators.record import RecordConfig, record_with_progress
+    from vlaflow.simulators.recording import sweep_finished
 
+    if dataset.exists():  # complete, but the demo was killed before it knew
+        sweep_finished(dataset)
+        return
     record_with_progress(RecordConfig(settings.envs, settings.episodes), dataset, workers)
 
 

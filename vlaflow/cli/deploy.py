@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
+from vlaflow.ranges import Count
+
 if TYPE_CHECKING:
     from vlaflow.engine.programs import Program
 
@@ -37,14 +40,15 @@ class Deploy:
     engine: Literal["aoti", "openvino"] = "aoti"
     compute: tuple[str, ...] = ()
     precision: Literal["f32", "bf16"] = "f32"
-    batch: tuple[int, ...] = ()
+    batch: tuple[Count, ...] = ()
     instruction: tuple[str, ...] = ()
-    threads: int = 1
+    threads: Count = 1
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow deploy ...``; returns the exit status."""
-    a = tyro.cli(Deploy, prog="vlaflow deploy", args=argv, config=(tyro.conf.UseAppendAction,))
+    a = parse_arguments(Deploy, "vlaflow deploy", argv, config=(tyro.conf.UseAppendAction,))
 
     import torch
 

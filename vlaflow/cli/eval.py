@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.packages import PAGES, require
 from vlaflow.ranges import Count, NotNegative, Number, Seed
 
@@ -55,8 +55,8 @@ class Eval:
         videos: record a success and a failure per environment.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
-        engine: what computes chunks: the networks (eager), programs that vlaflow deploy built (aoti, openvino), or the fastest
-            available (auto).
+        engine: what computes chunks: the networks (eager), programs that vlaflow deploy built (aoti, openvino), fused layers
+            on a GPU (graphs), or the fastest program available (auto).
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
         shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge combines all parts
             (docs/scale.md).
@@ -82,9 +82,10 @@ class Eval:
     videos: bool = True
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    engine: Literal["auto", "eager", "aoti", "openvino"] = "eager"
+    engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "eager"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     shard: str | None = None
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

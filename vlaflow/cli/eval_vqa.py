@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.ranges import Count, Seed
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class EvalVqa:
     seed: Seed = 0
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

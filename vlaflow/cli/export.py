@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
+
 
 @dataclass(frozen=True)
 class Export:
@@ -25,14 +27,17 @@ class Export:
     """Folder, or Hugging Face repository id."""
     out: Path
     """The new folder; must not exist."""
+    robot: str | None = None
+    """Robot to act for, if the checkpoint was trained for several."""
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow export ...``; returns the exit status."""
-    given = tyro.cli(Export, prog="vlaflow export", args=argv)
+    given = parse_arguments(Export, "vlaflow export", argv)
 
     from vlaflow.policies.lerobot import export
 
-    kind = export(given.checkpoint, given.out)
+    kind = export(given.checkpoint, given.out, given.robot)
     sys.stdout.write(f"Written: {given.out}, a LeRobot policy of type {kind}. lerobot-eval --policy.path={given.out}\n")
     return 0

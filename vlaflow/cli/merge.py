@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.packages import PAGES, require
 from vlaflow.ranges import Number
 
@@ -33,6 +33,7 @@ class Merge:
     checkpoint: str | None = None
     workers: Number | None = None
     device: str | None = None
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:

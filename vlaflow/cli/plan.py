@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.ranges import Count, Positive
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from vlaflow.data.weights import DatasetEntry
     from vlaflow.policies.base import PolicyConfig
+    from vlaflow.policies.recipe import TrainConfig
     from vlaflow.training.estimate import Estimate, TrainingData
 
 
@@ -53,13 +54,12 @@ class PlanArguments:
     chunk_seconds: Annotated[Positive | None, tyro.conf.arg(metavar="S")] = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
     """Run ``vlaflow plan ...``; returns the exit status: 1 where nothing that was tried fits."""
     given = parse_arguments(PlanArguments, "vlaflow plan", argv)
-    if given.gpus < 1 or given.memory <= 0 or given.tflops <= 0 or (given.hours is not None and given.hours <= 0):
-        raise ConfigError("--gpus is at least 1; --memory, --tflops and --hours are positive.")
     recipe = find_recipe(given.recipe)
 
     from rich.console import Console
@@ -83,6 +83,8 @@ def main(argv: list[str]) -> int:
         found = estimate(config, machine, data, policy)
         fits = fits and found.fitting() is not None
         console.print(shown(stage.name, found, given.hours))
+        for entry in given_data:
+            console.print(f"To decode the frames beforehand: {cache_command(entry.root, config)}", soft_wrap=True)
     return 0 if fits else 1
 
 
@@ -120,6 +122,15 @@ def stages(recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> list[
         objective = stage.config(data.spec, policy).objective
         policy = objective.policy if isinstance(objective, PolicyObjective) else policy
     return found
+
+
+def cache_command(dataset: str, config: TrainConfig) -> str:
+    """The command that builds the frame cache of a training stage."""
+    size = config.objective.input_size
+    options: dict[str, int | str | None] = {"--size": size.side, "--area": None if size.side else size.area}
+    if config.frames == "jpeg":
+        options["--frames"] = "jpeg"
+    return f"vlaflow data cache {dataset}" + "".join(f" {name} {value}" for name, value in options.items() if value)
 
 
 def read_config(checkpoint: Path) -> PolicyConfig:

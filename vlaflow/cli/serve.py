@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.ranges import Count, NotNegative, Positive, Range
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class ServeArguments:
         threads: number of torch threads, if the networks run on the CPU; vlaflow bench latency uses one.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
-        engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), or the fastest
-            available (auto).
+        engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), fused layers
+            on a GPU (graphs), or the fastest program available (auto).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -86,7 +86,8 @@ class ServeArguments:
     threads: Count = 1
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    engine: Literal["auto", "eager", "aoti", "openvino"] = "auto"
+    engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "auto"
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
     from vlaflow.errors import ConfigError
+    from vlaflow.hub import origin
     from vlaflow.policies.base import Policy
     from vlaflow.policies.engines import for_budgets
     from vlaflow.policies.provenance import fingerprint
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt),
+        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt, stateless=not policy.stats["state"].dim),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),
@@ -137,7 +139,7 @@ def main(argv: list[str]) -> int:
         n_action_steps=a.n_action_steps,
         budget=within,
         dashboard=a.dashboard,
-        checkpoint=str(a.checkpoint),
+        checkpoint=origin(folder) or str(a.checkpoint),
         fingerprint=home.fingerprint,
     )
 

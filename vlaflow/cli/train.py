@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vlaflow.cli.arguments import parse_arguments
+from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
-from vlaflow.ranges import Count
+from vlaflow.ranges import Count, Positive
 from vlaflow.training.recipes import find_recipe, list_recipes
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ class TrainArguments:
     """Trained policy to continue, for recipes of raters and of later stages."""
     mixture: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """How data sets without weights are mixed: frames (default), datasets, robots (A1's two levels), asyncvla-oxe."""
-    chunk_seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
+    chunk_seconds: Annotated[Positive | None, tyro.conf.arg(metavar="S")] = None
     """Duration of a chunk; each robot's chunk size follows by its rate. By default the recipe's chunk size at any rate."""
+    frames: Literal["raw", "jpeg", "stream"] | None = None
+    """Where frames come from: a cache of raw ones (default, fastest) or of JPEGs, or a stream, decoded as they are needed."""
     vqa: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """VQA data set for co-training, for backbones with a language-model head; --set vqa.share=0.5."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -65,6 +67,7 @@ class TrainArguments:
     hold_out_task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK")] = ()
     """Hold out all episodes of this instruction and no others, to measure new tasks; may be repeated."""
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 def main(argv: list[str]) -> int:
@@ -85,6 +88,7 @@ def run(argv: list[str]) -> Outcome:
         ("steps", given.steps),
         ("global_batch_size", given.batch_size),
         ("chunk_s", given.chunk_seconds),
+        ("frames", given.frames),
     ):
         if value is not None:
             overrides[key] = str(value)

@@ -74,6 +74,11 @@ class Profile:
     dtype: Dtype = "fp32"
     engine: str = "eager"
 
+    def __post_init__(self) -> None:
+        depths = {len(each) for each in (self.prefix, self.step, self.work.prefix, self.work.step)}
+        if len(depths) > 1 or depths == {0}:
+            raise CalibrationError(f"The parts of a chunk were not all measured at the same depths. {TIME}")
+
     def dense(self, depth: int, nfe: int) -> float:
         """Median of a chunk at a fixed depth."""
         return self.worst((depth,), nfe)
@@ -82,9 +87,9 @@ class Profile:
         """Median of a chunk that leaves at the last of the depths."""
         return self.base + self.prefix[depths[-1] - 1] + nfe * sum(self.step[depth - 1] for depth in depths)
 
-    def converted(self, milliseconds: float, layer_passes: float, eager: Profile) -> float:
-        """What a chunk of so many layer passes takes here that takes so long eagerly."""
-        ours, theirs = (each.cost.milliseconds(each.work.spent(layer_passes)) for each in (self, eager))
+    def converted(self, milliseconds: float, nfe: float, layer_passes: float, eager: Profile) -> float:
+        """What a chunk of so many evaluations and layer passes takes here that takes so long eagerly."""
+        ours, theirs = (each.cost.milliseconds(each.work.spent(nfe, layer_passes)) for each in (self, eager))
         return milliseconds * ours / theirs
 
 
@@ -150,6 +155,8 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
     Raises:
         CalibrationError: when nothing fits, saying what the fastest takes.
     """
+    if not 0 < max((rung.depth for rung in ladder.rungs), default=0) <= len(profile.prefix):
+        raise CalibrationError(f"{LADDER} and {PROFILE} were not measured at the same depths; measure again. {TIME}")
     full_error = max(ladder.rungs, key=lambda r: (r.depth, r.nfe)).error
     candidates = [
         Choice(
@@ -186,6 +193,8 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
 
 def _worst(profile: Profile, found: Calibration) -> tuple[int, float]:
     """Evaluations at each depth of an early exit, and its 99th percentile when it takes all of its depths."""
+    if found.plan.depths[-1] > len(profile.prefix):
+        raise CalibrationError(f"{PROFILE} has no time of the depth {found.plan.depths[-1]}, at which an exit answers. {TIME}")
     each = round(found.effect.nfe / max(_answers(found), 1e-9))
     return each, profile.jitter * profile.worst(found.plan.depths, each)
 
@@ -267,7 +276,7 @@ def _converted(candidates: Sequence[Candidate], profile: Profile, eager: Profile
     """With the milliseconds of the profile's engine."""
 
     def here(each: Candidate, milliseconds: float) -> float:
-        return profile.converted(milliseconds, each.layer_passes, eager)
+        return profile.converted(milliseconds, each.nfe, each.layer_passes, eager)
 
     return tuple(replace(each, p50=here(each, each.p50), p99=here(each, each.p99)) for each in candidates)
 

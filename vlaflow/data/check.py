@@ -103,7 +103,7 @@ def _decode(dataset: Dataset, hashes: Mapping[str, Sequence[str]], which: tuple[
     """How many frames of an episode's view can be decoded, and what is wrong with it."""
     (number, view), count, digest = which, 0, FrameDigest()
     try:
-        for _ in dataset.iter_frames(number, view, digest):
+        for _ in dataset.iter_frames(number, view, digest=digest):
             count += 1
     except DataError as error:
         return count, str(error)

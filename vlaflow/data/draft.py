@@ -17,9 +17,10 @@ from typing import Literal
 import numpy as np
 
 from vlaflow.data.features import distinct
-from vlaflow.data.hub import origin, title
+from vlaflow.data.hub import title
 from vlaflow.data.known_robots import Clues, KnownRobot, recognise
 from vlaflow.data.lerobot import Dataset
+from vlaflow.hub import origin
 from vlaflow.spec import UNNAMED, UNSTATED, ActionSpec, Dimension
 
 MARGIN = 0.1

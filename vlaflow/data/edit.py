@@ -22,9 +22,10 @@ from vlaflow.data.edit_write import Copied, EditPart, EpisodeCopier
 from vlaflow.data.features import BOOKKEEPING
 from vlaflow.data.lerobot import EXTRA_KEY
 from vlaflow.data.lerobot_meta import is_modern
+from vlaflow.data.writer_files import require_free
 from vlaflow.data.writer_meta import DEFAULT_FEATURES
 from vlaflow.errors import ConfigError, DataError, SpecError, nearest
-from vlaflow.outputs import storing
+from vlaflow.outputs import require_makeable, storing
 from vlaflow.strict import read_object
 
 STATS = ("min", "max", "mean", "std")
@@ -61,6 +62,7 @@ def repair(folder: Path | str, out: Path) -> Edited:
     Raises:
         DataError: not a data set; no whole episode; the disk is full.
     """
+    _require_place(out)
     found = survey(folder)
     if not found.episodes:
         reason = next(iter(found.problems.values()), "It has no rows.")
@@ -80,6 +82,7 @@ def drop(folder: Path | str, episodes: Sequence[int], out: Path) -> Edited:
         SpecError: an episode that does not exist, or none would be left.
         DataError: not a data set; an episode that is kept is broken; the disk is full.
     """
+    _require_place(out)
     found = survey(folder)
     numbers = sorted({*(one.number for one in found.episodes), *found.problems})
     dropped = {*episodes}
@@ -112,6 +115,7 @@ def merge(folders: Sequence[Path | str], out: Path) -> Edited:
     """
     if len(folders) < 2:
         raise SpecError("Merging needs at least two data sets.")
+    _require_place(out)
     found = [_whole(survey(folder)) for folder in folders]
     for other in found[1:]:
         _require_alike(found[0], other)
@@ -149,6 +153,7 @@ def rename(
         SpecError: a name that does not exist, that two would have, or that LeRobot does not allow.
         DataError: not a data set; an episode is broken; the disk is full.
     """
+    _require_place(out)
     found = _whole(survey(folder))
     features = found.info["features"]
     images = {key: feature for key, feature in features.items() if feature["dtype"] in ("video", "image")}
@@ -162,6 +167,12 @@ def rename(
     _require_names(found, names)
     changes = [f"'{old}' is now '{new}'." for old, new in names.items()]
     return _write(out, [EditPart(found, names)], said=changes)
+
+
+def _require_place(out: Path) -> None:
+    """Before data sets are read, which may take hours."""
+    require_free(out)
+    require_makeable(out)
 
 
 def _whole(found: Survey) -> Survey:

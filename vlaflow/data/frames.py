@@ -7,7 +7,7 @@ The frames lie in ``blocks`` of whole episodes, raw or as JPEGs (``codecs``), in
 ``$VLAFLOW_CACHE/frames-<key>/``. The key hashes the data set's content, the sizes, the codec and the layout, so a changed data
 set gets a new cache and an old one is never read by mistake. Each block is written whole or not at all, so building can be
 interrupted and continued, and shared by machines: ``CacheBuilder.build(share=(0, 4))`` writes every fourth block.
-``resize`` is public because a policy must resize the images of the robot in exactly the same way.
+``open_frames`` of ``frame_source`` chooses between the caches and ``stream``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Self
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from torch import Tensor
 from vlaflow.data.blocks import SUFFIX, BlockFile, BlockStore, Frame, cut
 from vlaflow.data.codecs import Codec, Raw
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.nearby import Nearby
+from vlaflow.data.resize import fitted, resize
 from vlaflow.errors import DataError, SpecError, StorageError
 from vlaflow.outputs import claim
 
@@ -42,44 +45,6 @@ LAYOUT = 2
 RAW = Raw()
 
 Progress = Callable[[int, int], None]
-
-
-def fitted(height: int, width: int, size: int | None, area: int | None = None) -> tuple[int, int]:
-    """Height and width of an image of this size after ``resize``."""
-    if size is not None:
-        return size, size
-    if area is None or height * width <= area:
-        return height, width
-    scale = (area / (height * width)) ** 0.5
-    return max(1, int(height * scale)), max(1, int(width * scale))
-
-
-def resize(image: np.ndarray, size: int | None, area: int | None = None) -> np.ndarray:
-    """Resize with a box filter, to a square or to an area.
-
-    Args:
-        image: uint8 (H, W, 3).
-        size: side in pixels of a square; an image that is not square is padded with black bars.
-        area: without ``size``, most pixels; a larger image is made smaller and keeps its shape.
-
-    Returns:
-        uint8 (H', W', 3); the image itself if it already has that size.
-    """
-    from PIL import Image
-
-    height, width = image.shape[:2]
-    wanted = fitted(height, width, size, area)
-    if (height, width) == wanted:
-        return image
-    scale = min(wanted[0] / height, wanted[1] / width)
-    inner = wanted if size is None else (max(1, round(height * scale)), max(1, round(width * scale)))
-    small = np.asarray(Image.fromarray(image).resize(inner[::-1], Image.Resampling.BOX))
-    if small.shape[:2] == wanted:
-        return small
-    canvas = np.zeros((*wanted, 3), np.uint8)
-    top, left = (wanted[0] - small.shape[0]) // 2, (wanted[1] - small.shape[1]) // 2
-    canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
-    return canvas
 
 
 def cache_home(root: Path) -> Path:
@@ -166,6 +131,14 @@ class FrameCache:
             images[view] = torch.from_numpy(image_BHWC)
         return images
 
+    def nearby(self, rows: np.ndarray, offsets: Sequence[int] = (0,)) -> Nearby | None:
+        """See ``frame_source.FrameSource``: a cache is read in any order."""
+        return None
+
+    def for_few(self) -> Self:
+        """See ``frame_source.FrameSource``."""
+        return self
+
 
 class CacheBuilder:
     """What a cache of a data set consists of, and how its blocks are made.
@@ -195,13 +168,13 @@ class CacheBuilder:
         self._dataset, self._size, self._area, self._codec = dataset, size, area, codec
         chosen = dataset.views if views is None else views
         self.shapes = {view: fitted(*dataset.image_size(view), size, area) for view in chosen}
-        what = json.dumps([LAYOUT, dataset.fingerprint, list(self.shapes.items()), codec.key])
+        what = json.dumps([LAYOUT, dataset.fingerprint, sorted(self.shapes.items()), codec.key])
         key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
         self._row_bytes = codec.estimate(sum(h * w for h, w in self.shapes.values()))
         self._slices = cut([episode.length * self._row_bytes for episode in dataset.episodes])
         starts = [*(dataset.episodes[s.start].start for s in self._slices), len(dataset)]
         folder = cache_home(dataset.root) / f"frames-{key}"
-        self.store = BlockStore(folder, starts, list(self.shapes), {"data": dataset.fingerprint})
+        self.store = BlockStore(folder, starts, sorted(self.shapes), {"data": dataset.fingerprint})
 
     def build(self, workers: int | None = None, progress: Progress | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Write the missing blocks, or every n-th of all blocks.
@@ -251,7 +224,7 @@ class CacheBuilder:
         """The encoded frames of one block."""
         episodes = self._dataset.episodes[self._slices[number]]
         for episode in episodes:
-            for place, view in enumerate(self.shapes):
+            for place, view in enumerate(self.store.views):
                 for i, image in enumerate(self._dataset.iter_frames(episode.index, view)):
                     small = resize(image, self._size, self._area)
                     yield place, episode.start - episodes[0].start + i, self._codec.encode(small)

@@ -1,7 +1,7 @@
 """Data sets on the Hugging Face Hub: their folder on this machine, and pushing one.
 
     folder = data_folder("lerobot/pusht@v3.0")
-    origin(folder)                              # hf://lerobot/pusht@<commit>
+    hub.origin(folder)                          # hf://lerobot/pusht@<commit>
 
 Only the files that a data set needs are fetched: ``meta/`` first, then the tables and videos that ``meta/info.json`` names.
 They lie in the Hub's own cache, which other programs share.
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from vlaflow.errors import CapabilityError, DataError
-from vlaflow.hub import HubName, download, hub_name
+from vlaflow.hub import HubName, download, hub_name, origin
 from vlaflow.packages import missing
 from vlaflow.strict import read_object
 
 DATA_PATH = "data/*.parquet"
 VIDEO_PATH = "videos/*{video_key}*.mp4"
-_CACHED = re.compile(r"/datasets--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+IMAGES = "images/*"
+"""Stored images, where they are not in the tables."""
 
 
 def data_folder(root: Path | str) -> Path:
@@ -35,12 +36,6 @@ def data_folder(root: Path | str) -> Path:
     return Path(root) if name is None else _fetched(name)
 
 
-def origin(root: Path) -> str | None:
-    """Repository and commit of a folder in the Hub's cache, "hf://USER/NAME@COMMIT"; None for any other folder."""
-    found = _CACHED.search(root.as_posix())
-    return None if found is None else str(HubName(f"{found['user']}/{found['name']}", found["commit"]))
-
-
 def title(root: Path) -> str:
     """A data set's name for texts: its origin, or the name of its folder."""
     return origin(root) or root.name
@@ -48,8 +43,9 @@ def title(root: Path) -> str:
 
 @cache  # a command opens its data set several times, and the main branch must not move in between
 def _fetched(name: HubName) -> Path:
-    folder, exact = download(name, "data set", ["meta/*"])
-    return download(exact, "data set", ["meta/*", *needed(folder)])[0]
+    folder, exact = download(name, "data set", ("meta/*",), ("meta/*",))
+    patterns = ("meta/*", *needed(folder))
+    return download(exact, "data set", patterns, tuple(each for each in patterns if each != IMAGES))[0]
 
 
 def needed(folder: Path) -> list[str]:
@@ -65,7 +61,7 @@ def needed(folder: Path) -> list[str]:
         patterns = [_pattern(tables)]
         patterns += [_pattern(videos, key) for key, feature in features if feature.get("dtype") == "video"]
         if any(feature.get("dtype") == "image" for _, feature in features):
-            patterns.append("images/*")
+            patterns.append(IMAGES)
     except (DataError, KeyError, TypeError, AttributeError):
         return []  # the reader says what is wrong with it
     return patterns

@@ -21,7 +21,8 @@ import torch
 
 from vlaflow.data.batch import ObservationBatch, VqaBatch
 from vlaflow.data.blocks import BlockStore, Frame, cut
-from vlaflow.data.frames import LAYOUT, RAW, building, cache_home, resize, writing
+from vlaflow.data.frames import LAYOUT, RAW, building, cache_home, writing
+from vlaflow.data.resize import resize
 from vlaflow.data.vqa import Question, VqaDataset
 from vlaflow.errors import ConfigError, DataError, SpecError
 
@@ -32,7 +33,7 @@ class ImageCache:
     """All images of a VQA data set as squares of one size, by path.
 
     Attributes:
-        size: side in pixels; images that are not square are padded with black bars (``frames.resize``).
+        size: side in pixels; images that are not square are padded with black bars (``resize.resize``).
     """
 
     def __init__(self, store: BlockStore, images: Sequence[str], size: int) -> None:

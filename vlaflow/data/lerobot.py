@@ -235,17 +235,22 @@ class Dataset:
             images[i] = image
         return images
 
-    def iter_frames(self, number: int, view: str, digest: FrameDigest | None = None) -> Iterator[np.ndarray]:
+    def iter_frames(
+        self, number: int, view: str, first: int = 0, count: int | None = None, *, digest: FrameDigest | None = None
+    ) -> Iterator[np.ndarray]:
         """Yield the images of one episode, uint8 (H, W, 3); raises as ``frames`` does.
 
         Args:
             number, view: as for ``frames``.
+            first, count: only so many images from this one on; by default all.
             digest: counts in every frame of a video as it is stored.
         """
         key, found = self._view_key(view), self.episode(number)
         video = self.features[key]["dtype"] == "video"
         shape = (*self.image_size(view), 3)
-        for i, image in enumerate(self._video(found, key, digest) if video else self._stored_images(found, key)):
+        which = range(first, found.length if count is None else first + count)
+        images = self._video(found, key, which, digest) if video else self._stored_images(found, key, which)
+        for i, image in zip(which, images, strict=True):
             if image.shape != shape:
                 raise DataError(
                     f"Episode {number} of {self.root}: frame {i} of '{key}' is {image.shape[0]}x{image.shape[1]}, but "
@@ -253,10 +258,12 @@ class Dataset:
                 )
             yield image
 
-    def _video(self, episode: Episode, key: str, digest: FrameDigest | None) -> Iterator[np.ndarray]:
+    def _video(self, episode: Episode, key: str, which: range, digest: FrameDigest | None) -> Iterator[np.ndarray]:
         path, start_s = self._files(episode.index).videos[key]
         try:
-            yield from decode_frames(path, start_s, episode.length, self.fps, self.reading.tolerance_s, digest=digest)
+            yield from decode_frames(
+                path, start_s, len(which), self.fps, self.reading.tolerance_s, first=which.start, digest=digest
+            )
         except VideoError as error:
             raise DataError(self._video_sentence(episode, key, path, start_s, error)) from error
 
@@ -291,14 +298,14 @@ class Dataset:
             f"Copy the file again, or leave the episode out: {drop}"
         )
 
-    def _stored_images(self, episode: Episode, key: str) -> Iterator[np.ndarray]:
-        path, which = self._stored_in(episode)
-        if len(which) != episode.length:
+    def _stored_images(self, episode: Episode, key: str, which: range) -> Iterator[np.ndarray]:
+        path, rows = self._stored_in(episode)
+        if len(rows) != episode.length:
             raise DataError(
-                f"Episode {episode.index} of {self.root} has {episode.length} actions but '{key}' holds {len(which)} images "
+                f"Episode {episode.index} of {self.root} has {episode.length} actions but '{key}' holds {len(rows)} images "
                 f"({path.relative_to(self.root)}). Copy the file again, or record the episode again."
             )
-        for i, cell in enumerate(read_cells(path, key, which)):
+        for i, cell in zip(which, read_cells(path, key, rows[which.start : which.stop]), strict=True):
             try:
                 yield read_image(cell, self.features[key], self.root, f"image {i} of '{key}' in episode {episode.index}")
             except (TypeError, ValueError, OSError) as error:

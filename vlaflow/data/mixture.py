@@ -15,6 +15,7 @@ import torch
 
 from vlaflow.data.batch import Batch
 from vlaflow.data.common import CommonShape, joined
+from vlaflow.data.nearby import Nearby
 from vlaflow.data.source import SampleOrder, Source
 from vlaflow.errors import ConfigError
 
@@ -30,11 +31,13 @@ class Order:
         count: number of samples, M.
         batch_size: samples per step, B; may exceed ``count``.
         seed: determines every permutation, together with the number of the epoch.
+        nearby: permutations that keep neighbours close together, for streams; None for any.
     """
 
     count: int
     batch_size: int
     seed: int
+    nearby: Nearby | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.batch_size < 1 or self.seed < 0:
@@ -44,7 +47,8 @@ class Order:
 
     def indices(self, step: int) -> np.ndarray:
         """Indices of the samples of step 0, 1, 2, ...: int64 (B,)."""
-        return self.at(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.at(positions)[np.argsort(self.lane(positions), kind="stable")]
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """Indices of the samples at these positions of the endless sequence of epochs: int64, same shape."""
@@ -52,8 +56,24 @@ class Order:
         result = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            result[here] = _permutation(self.count, self.seed, int(epoch))[places[here]]
+            result[here] = self._permutation(int(epoch))[places[here]]
         return result
+
+    def lane(self, positions: np.ndarray) -> np.ndarray:
+        """Lanes of a stream that these positions read. Samples of a step are sorted by them, so that of several processes,
+        which share the step, each reads a part of the lanes.
+        """
+        return np.zeros_like(positions) if self.nearby is None else self.nearby.lane(positions % self.count)
+
+    def expect(self, indices: np.ndarray) -> None:
+        """Announce samples that will be asked for soon."""
+        if self.nearby is not None:
+            self.nearby.expect(indices)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self.nearby is None:
+            return _permutation(self.count, self.seed, epoch)
+        return self.nearby.permutation(self.seed, epoch)
 
     def epoch(self, step: int) -> float:
         """Epochs completed before this step."""
@@ -78,6 +98,7 @@ class MixedOrder:
         weights: of each part, positive; they need not add up to 1.
         batch_size: samples per step, B.
         seed: determines the order of the samples.
+        nearby: of each part, see ``Order``; nothing for None of each.
 
     Attributes:
         shares: how many of every 10,000 samples each part gives.
@@ -86,7 +107,14 @@ class MixedOrder:
         ConfigError: weights that are not positive, or not one for each part.
     """
 
-    def __init__(self, counts: Sequence[int], weights: Sequence[float], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        weights: Sequence[float],
+        batch_size: int,
+        seed: int,
+        nearby: Sequence[Nearby | None] = (),
+    ) -> None:
         if not counts or len(counts) != len(weights) or len(counts) > CYCLE:
             raise ConfigError(f"A mixture needs 1 to {CYCLE} parts with a weight each, got {len(counts)} and {len(weights)}.")
         if any(not np.isfinite(w) or w <= 0 for w in weights):
@@ -94,7 +122,8 @@ class MixedOrder:
         self.batch_size, self.seed = batch_size, seed
         self.shares = _shares(np.array(weights, np.float64))
         self._first = np.concatenate(([0], np.cumsum(counts)[:-1]))
-        self._orders = [Order(count, batch_size, seed + 1 + i) for i, count in enumerate(counts)]
+        each = nearby or [None] * len(counts)
+        self._orders = [Order(count, batch_size, seed + 1 + i, each[i]) for i, count in enumerate(counts)]
 
     def indices(self, step: int) -> np.ndarray:
         """Numbers of the samples of step 0, 1, 2, ...: int64 (B,)."""
@@ -106,10 +135,18 @@ class MixedOrder:
             schedule, before = _schedule(tuple(self.shares.tolist()), self.seed, int(cycle))
             part_B[here] = schedule[places[here]]
             index_B[here] = cycle * self.shares[part_B[here]] + before[places[here]]
+        lane_B = np.zeros_like(positions)
         for part in np.unique(part_B):
-            here = part_B == part
-            index_B[here] = self._first[part] + self._orders[part].at(index_B[here])
-        return index_B
+            here, order = part_B == part, self._orders[part]
+            lane_B[here] = order.lane(index_B[here])
+            index_B[here] = self._first[part] + order.at(index_B[here])
+        return index_B[np.argsort(lane_B, kind="stable")]
+
+    def expect(self, indices: np.ndarray) -> None:
+        """See ``Order.expect``."""
+        part_B = np.searchsorted(self._first, indices, side="right") - 1
+        for part in np.unique(part_B):
+            self._orders[part].expect(indices[part_B == part] - self._first[part])
 
 
 class Mixed:
@@ -120,18 +157,25 @@ class Mixed:
         weights: of each part, as in ``MixedOrder``.
         shape: what all are brought to.
         robots: the robot of each part, as a place in the policy's list.
+        nearby: of each part that is read from a stream, see ``Order``.
 
     Raises:
         ConfigError: weights or robots that are not named as the parts are.
     """
 
     def __init__(
-        self, parts: Mapping[str, Source], weights: Mapping[str, float], shape: CommonShape, robots: Mapping[str, int]
+        self,
+        parts: Mapping[str, Source],
+        weights: Mapping[str, float],
+        shape: CommonShape,
+        robots: Mapping[str, int],
+        nearby: Mapping[str, Nearby | None] | None = None,
     ) -> None:
         for name in (*parts, *weights, *robots):
             if name not in parts or name not in weights or name not in robots:
                 raise ConfigError(f"Weights, robots and data sets must have the same names; '{name}' is not in all of them.")
         self.parts, self.shape, self.robots, self.weights = dict(parts), shape, dict(robots), dict(weights)
+        self._nearby = [(nearby or {}).get(name) for name in parts]
         self._counts = [len(part) for part in parts.values()]
         self._ends = np.cumsum(self._counts)
 
@@ -141,7 +185,7 @@ class Mixed:
 
     def order(self, count: int, batch_size: int, seed: int) -> SampleOrder:
         """How training goes through them, as ``Order`` does for one data set."""
-        return MixedOrder(self._counts, [self.weights[name] for name in self.parts], batch_size, seed)
+        return MixedOrder(self._counts, [self.weights[name] for name in self.parts], batch_size, seed, self._nearby)
 
     def batch(self, indices: np.ndarray) -> Batch:
         """The samples at ``indices`` (B,), numbered through all parts."""

@@ -24,8 +24,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from vlaflow.data.batch import Batch, ObservationBatch
-from vlaflow.data.frames import FrameCache, cache_home, locked
+from vlaflow.data.frame_source import FrameSource
+from vlaflow.data.frames import cache_home, locked
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.nearby import Nearby
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.outputs import whole_file
 
@@ -81,7 +83,7 @@ class FramePairs:
     """
 
     def __init__(
-        self, dataset: Dataset, cache: FrameCache, view: str, gap_s: float, *, episodes: Sequence[int] | None = None
+        self, dataset: Dataset, cache: FrameSource, view: str, gap_s: float, *, episodes: Sequence[int] | None = None
     ) -> None:
         self.dataset, self.cache, self.view, self.gap_s = dataset, cache, chosen_view(dataset, view), gap_s
         self.gap = gap_in_frames(gap_s, dataset.fps)
@@ -100,6 +102,10 @@ class FramePairs:
     def __len__(self) -> int:
         """Number of pairs, M."""
         return len(self.rows)
+
+    def nearby(self) -> Nearby | None:
+        """The order in which they are to be read; None if any order is as good."""
+        return self.cache.nearby(self.rows, (0, self.gap))
 
     def left_out(self) -> str:
         """A sentence about the episodes without a pair; empty if there are none."""

@@ -29,6 +29,9 @@ class SampleOrder(Protocol):
     def indices(self, step: int) -> np.ndarray:
         """Numbers of the samples of step 0, 1, 2, ...: int64 (B,)."""
 
+    def expect(self, indices: np.ndarray) -> None:
+        """Announce samples that will be asked for soon; a stream begins to decode them."""
+
 
 MakeOrder = Callable[[int, int, int], SampleOrder]
 """An order of so many samples, so many per step, by a seed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 from typing import Literal
 
@@ -114,7 +115,16 @@ class Normalizer:
     def _tensors(self, x_D: Tensor) -> tuple[Tensor, Tensor]:
         if x_D.shape[-1] != self.dim:
             raise SpecError(f"This normalizer is for {self.dim} dimensions, got a tensor of shape {tuple(x_D.shape)}.")
-        return x_D.new_tensor(self.shift), x_D.new_tensor(self.scale)
+        return _tensor(self.shift, x_D.dtype, x_D.device), _tensor(self.scale, x_D.dtype, x_D.device)
+
+
+@lru_cache(maxsize=256)
+def _tensor(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: a chunk of a small policy takes about a millisecond. Never one of the inference mode, which training could
+    not use.
+    """
+    with torch.inference_mode(mode=False):
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def floors(stats: FeatureStats) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,7 @@ def decode_frames(
     fps: float,
     tolerance_s: float | None = None,
     *,
+    first: int = 0,
     digest: FrameDigest | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield ``count`` frames, each uint8 (H, W, 3), decoding forward from one seek.
@@ -304,11 +306,20 @@ def decode_frames(
     1 / fps, each at most ``tolerance_s`` (by default ``START_TOLERANCE`` too) from its place, so none is a neighbour's. Every
     frame is counted into ``digest``, if there is one.
 
+    With ``first`` it is the frames from that number on, the same as after skipping so many. They are looked for up to half a
+    frame from their places, because the first one may be off by ``START_TOLERANCE`` and they from it by as much.
+
     Raises:
         VideoError: when the file is unreadable, runs at another rate, has no frame at ``start_s``, ends early or lacks a
             frame.
     """
-    found, slack_s = 0, START_TOLERANCE / fps
+    slack_s = START_TOLERANCE / fps
+    if first and tolerance_s is not None and tolerance_s > slack_s:  # then only counting tells which frame is which
+        yield from islice(decode_frames(path, start_s, first + count, fps, tolerance_s), first, None)
+        return
+    found, most_s = 0, slack_s if tolerance_s is None else tolerance_s
+    if first:
+        start_s, slack_s, most_s = start_s + first / fps, 0.5 / fps, 0.5 / fps
     try:
         with _opened(path, again=start_s <= TOLERANCE_S) as container:
             if not container.streams.video:
@@ -318,24 +329,25 @@ def decode_frames(
             time_base = float(stream.time_base or 0)
             end_s = ((container.start_time or 0) + container.duration) / av.time_base if container.duration else float("inf")
             if start_s >= end_s:
-                raise VideoError("start", f"which ends at {end_s:.4f} s", 0)
+                raise VideoError("short" if first else "start", f"which ends at {end_s:.4f} s", first)
             if start_s > TOLERANCE_S:
                 container.seek(max(0, int((start_s - slack_s) / time_base)), stream=stream, backward=True)
-            begin, most_s = start_s, slack_s if tolerance_s is None else tolerance_s
+            begin = start_s
             for frame in container.decode(stream):
                 at = (frame.pts or 0) * time_base
                 if found == 0:
                     if at <= start_s - slack_s:
                         continue
-                    if at >= start_s + slack_s:
+                    if at >= start_s + slack_s and not first:
                         raise VideoError("start", f"which has no frame there; the next one is at {at:.4f} s", 0)
-                    begin = at
+                    begin = start_s if first else at
                 wanted = begin + found / fps
                 if abs(at - wanted) >= most_s:
                     # A wrong rate shows at the second frame; later it is a gap, whatever the average rate is.
                     if found <= 1 and rate is not None and abs(float(rate) / fps - 1) > 0.01:
                         raise VideoError("rate", f"{float(rate):g} fps", found)
-                    raise VideoError("time", f"frame {found} is at {at:.4f} s instead of {wanted:.4f} s", found)
+                    detail = f"frame {first + found} is at {at:.4f} s instead of {wanted:.4f} s"
+                    raise VideoError("time", detail, first + found)
                 if digest is not None:
                     digest.add(frame)
                 yield frame.to_ndarray(format="rgb24")
@@ -343,8 +355,8 @@ def decode_frames(
                 if found == count:
                     return
     except (av.FFmpegError, OSError) as error:
-        raise VideoError("unreadable", _reason(error), found) from error
-    raise VideoError("short", f"{found} frames", found)
+        raise VideoError("unreadable", _reason(error), first + found) from error
+    raise VideoError("short", f"{first + found} frames", first + found)
 
 
 class _Kept(threading.local):

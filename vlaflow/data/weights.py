@@ -48,8 +48,9 @@ class DatasetEntry:
             if equals:
                 name, root = before, after
             before, colon, after = root.rpartition(":")
-            if colon and not Path(root).exists():
+            if colon and not after.startswith("//") and not Path(root).exists():  # else the colon of "hf://USER/NAME"
                 root, weight = before, _weight(after, text)
+            name = name or Path(root).name.partition("@")[0]  # a revision on the Hub is no part of the name
         name = name or Path(root).name or Path(root).resolve().name
         if not name or not root:
             raise ConfigError(f"--dataset takes DIR, DIR:WEIGHT or NAME=DIR:WEIGHT, got '{text}'.")

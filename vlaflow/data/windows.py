@@ -17,8 +17,9 @@ import torch
 from vlaflow.data.batch import Batch, Executed, ObservationBatch
 from vlaflow.data.exclusions import intervened, paused
 from vlaflow.data.filters import Filtered
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frame_source import FrameSource
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.nearby import Nearby
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
 from vlaflow.errors import ConfigError, SpecError, nearest
 
@@ -42,7 +43,7 @@ class Windows:
     def __init__(
         self,
         dataset: Dataset,
-        cache: FrameCache,
+        cache: FrameSource,
         chunk_size: int,
         episodes: Sequence[int] | None = None,
         pause_rule: PauseRule | None = None,
@@ -54,7 +55,7 @@ class Windows:
         if chunk_size < 1:
             raise ConfigError(f"The chunk size must be at least one action, got {chunk_size}.")
         if len(cache) != len(dataset):
-            raise SpecError(f"The frame cache {cache.folder} holds {len(cache)} frames, but {dataset.root} has {len(dataset)}.")
+            raise SpecError(f"These are the frames of {len(cache)} rows, but {dataset.root} has {len(dataset)}.")
         self.dataset, self.cache, self.chunk_size, self.code_NK = dataset, cache, chunk_size, code_NK
         self.episodes = tuple(dataset.numbers if episodes is None else episodes)
         if not self.episodes:
@@ -78,6 +79,10 @@ class Windows:
     def __len__(self) -> int:
         """Number of samples, M."""
         return len(self.rows)
+
+    def nearby(self) -> Nearby | None:
+        """The order in which they are to be read; None if any order is as good."""
+        return self.cache.nearby(self.rows)
 
     def batch(self, indices: np.ndarray) -> Batch:
         """The samples at ``indices`` (B,), each in 0 .. M-1."""

@@ -42,6 +42,16 @@ class Limits:
     video_mb: float = 200
 
 
+def require_free(root: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        DataError: it is a file, or a folder that is not empty.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(f"{root} exists already and is not empty. Choose another name, or remove it first.")
+
+
 class NewFolder:
     """A folder next to ``root`` that gets its name on ``publish``; see ``outputs.PartialOutput``.
 
@@ -55,8 +65,7 @@ class NewFolder:
     """
 
     def __init__(self, root: Path, fps: float, limits: Limits) -> None:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise DataError(f"{root} exists already and is not empty. Choose another name, or remove it first.")
+        require_free(root)
         self.root, self.fps, self.limits = root, fps, limits
         self.published = False
         self._table: pq.ParquetWriter | None = None

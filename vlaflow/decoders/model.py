@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlaflow.backbones.base import Backbone, Prefix
@@ -32,6 +33,11 @@ class Model(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.rater = rater
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        return next(self.parameters()).device
 
     @property
     def engine(self) -> str:

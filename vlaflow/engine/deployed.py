@@ -45,6 +45,11 @@ class DeployedModel(Model):
         self.programs, self._engine = deployed, engine
 
     @property
+    def device(self) -> torch.device:
+        """See ``Model``. Looking for the first of many parameters, several times a chunk, would take longer than a layer."""
+        return torch.device("cpu")
+
+    @property
     def engine(self) -> str:
         """See ``Model``."""
         return self._engine

@@ -1,6 +1,6 @@
 """A policy's networks for a GPU: fused layers on static buffers, and passes that are recorded once and replayed as CUDA graphs.
 
-    fast = replace(policy, model=FusedModel(policy.model))      # chunks differ by rounding alone
+    fast = Policy.from_pretrained(folder, "cuda", engine="graphs")      # chunks differ by rounding alone
     fast.act(observation)
 
 What is recorded, per shape: the vision tower, the prefix through the language layers, and all solver steps of a chunk.
@@ -15,6 +15,7 @@ Shape letters: B batch, P prefix tokens, T suffix tokens, L chunk size, X padded
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from vlaflow.backbones.pretrained import PretrainedBackbone
 from vlaflow.backbones.qwen2_5_vl import QwenBackbone
 from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.flow import FlowDecoder, FlowState
+from vlaflow.decoders.latent_flow import LatentFlowDecoder
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.tokens import TokenDecoder
 from vlaflow.engine.gpu_layers import Buffers, Layer, LayerShape, Slots, Visible, fused_layer, merged_layers
@@ -65,7 +67,9 @@ class CapturedPass:
     """
 
     def __init__(self, function: Callable[..., Tensor], given: Sequence[Tensor | None]) -> None:
-        self._given = [None if each is None else each.clone() for each in given]
+        self._function = function  # and with it all tensors that the graph reads
+        with torch.inference_mode(False):  # whose tensors could not be written to in another mode
+            self._given = [None if each is None else each.clone() for each in given]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -77,12 +81,12 @@ class CapturedPass:
             self._made = function(*self._given)
 
     def __call__(self, *given: Tensor | None) -> Tensor:
-        """The function's value, until the next call."""
+        """The function's value."""
         for kept, each in zip(self._given, given, strict=True):
             if kept is not None and each is not None:
                 kept.copy_(each, non_blocking=True)
         self._graph.replay()
-        return self._made
+        return self._made.clone()  # the next call overwrites it
 
 
 class CapturedPasses:
@@ -92,7 +96,7 @@ class CapturedPasses:
         self._kept: Recent[CapturedPass] = Recent()
 
     def run(self, key: Hashable, function: Callable[..., Tensor], given: Sequence[Tensor | None]) -> Tensor:
-        """The function's value; on CUDA it is valid until the next call with this key.
+        """The function's value.
 
         Args:
             key: of everything that the function depends on besides the values of its arguments.
@@ -176,9 +180,7 @@ class FusedLanguage(PretrainedBackbone):
         if prefix.kv_cache:
             first = prefix.kv_cache[0]
             assert isinstance(first, Slots)
-            assert first.owner is not None
-            first.room(0)
-            return first.owner
+            return first.kept_by()
         spec, (b, p, _) = self.spec, prefix.hidden_BPW.shape
         like = prefix.hidden_BPW.new_empty(0)
         if torch.is_autocast_enabled(like.device.type):
@@ -249,25 +251,30 @@ class RecordedFlow(FlowDecoder):
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
         """See ``Decoder``."""
         held = prefix.kv_cache
-        static = bool(held) and all(isinstance(each, Slots) for each in held)
-        if torch.is_grad_enabled() or state.guidance is not None or not static or len(state.x_BLX) != prefix.batch:
+        if torch.is_grad_enabled() or state.guidance is not None or not held or len(state.x_BLX) != prefix.batch:
             return super().advance(state, prefix, steps)
-        first = held[0]
-        assert isinstance(first, Slots)
-        first.room(0)
-        others = (prefix.next_position_B, prefix.padding_mask_BP, prefix.state_BS, prefix.action_mask_BLD)
-        given = (state.x_BLX, state.start_BL, *others)
+        owners = {id(each.kept_by()) for each in held if isinstance(each, Slots)}
+        # keys and values that do not stay where they are, such as those of latent tokens, are copied to where they do
+        moving = [each for each in held if not isinstance(each, Slots)]
+        tensors = [tensor for each in moving for tensor in (each.key_CGPE, each.value_CGPE)]
+        others = (prefix.next_position_B, held[0].mask_CP, prefix.state_BS, prefix.action_mask_BLD)
+        given = (state.x_BLX, state.start_BL, *others, *tensors)
         until = min(state.done + steps, state.sampling.steps)
-        key = (*_shapes(given), id(first.owner), prefix.depth, prefix.written, state.sampling, state.done, until)
+        key = (*_shapes(given), *owners, prefix.depth, prefix.written, state.sampling, state.done, until)
 
         def solve(x_BLX: Tensor, start_BL: Tensor, *kept: Tensor | None) -> Tensor:
-            position_B, padding_BP, state_BS, mask_BLD = kept
-            caches = tuple(replace(each, mask_CP=padding_BP) for each in held)
+            position_B, mask_BP, state_BS, mask_BLD, *pairs = kept
+            copies = iter(pairs)
+            caches = [
+                replace(each, mask_CP=mask_BP)
+                if isinstance(each, Slots)
+                else KeyValues(cast(Tensor, next(copies)), cast(Tensor, next(copies)), mask_BP)
+                for each in held
+            ]
             here = replace(
                 prefix,
-                kv_cache=caches,
+                kv_cache=tuple(caches),
                 next_position_B=position_B,
-                padding_mask_BP=padding_BP,
                 state_BS=state_BS,
                 action_mask_BLD=mask_BLD,
             )
@@ -329,6 +336,13 @@ def recorded(decoder: Decoder[Any]) -> Decoder[Any]:
 @recorded.register
 def _(decoder: FlowDecoder) -> Decoder[Any]:
     return RecordedFlow(decoder)
+
+
+@recorded.register
+def _(decoder: LatentFlowDecoder) -> Decoder[Any]:
+    made = copy.copy(decoder)
+    made._modules = {**decoder._modules, "flow": RecordedFlow(decoder.flow)}
+    return made
 
 
 def _suffix_mask(padding_BP: Tensor | None, mask_TS: Tensor | None, prefix: int, tokens: int) -> Tensor | None:

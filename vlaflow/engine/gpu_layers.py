@@ -24,7 +24,7 @@ from vlaflow.nn.attention import KeyValues
 
 
 class LayerWeights(NamedTuple):
-    """One layer's, by what they do; a layer without biases has None."""
+    """One layer's, by what they do; a layer without biases has None, and so has one that does not norm its heads."""
 
     norm_in_W: Tensor
     qkv: Tensor
@@ -36,6 +36,8 @@ class LayerWeights(NamedTuple):
     gate_up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
+    norm_heads: Tensor | None = None
+    """Of queries and keys, (H + G, 1, E)."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,17 @@ def _merged(layer: Any) -> LayerWeights:
     attention: Any = getattr(layer, "self_attn", None)
     mlp: Any = getattr(layer, "mlp", None)
     parts = [(attention, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))]
-    if any(not hasattr(part, name) for part, names in parts for name in names) or hasattr(attention, "q_norm"):
+    if any(not hasattr(part, name) for part, names in parts for name in names):
         raise CapabilityError(
             f"A {type(layer).__name__} is made of other parts than the layers that run fused. Use --engine eager."
         )
     qkv, qkv_bias = join(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, gate_up_bias = join(mlp.gate_proj, mlp.up_proj)
+    norm_heads = None
+    if hasattr(attention, "q_norm"):  # Qwen3's family normalises each head's queries and keys
+        pairs = [(attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)]
+        scales = [norm.weight.detach().expand(len(project.weight) // len(norm.weight), -1) for norm, project in pairs]
+        norm_heads = torch.cat(scales)[:, None].clone()
     return LayerWeights(
         layer.input_layernorm.weight,
         qkv,
@@ -99,6 +106,7 @@ def _merged(layer: Any) -> LayerWeights:
         gate_up_bias,
         mlp.down_proj.weight,
         mlp.down_proj.bias,
+        norm_heads,
     )
 
 
@@ -149,9 +157,12 @@ def fused_layer(
     """
     (b, t, width), (key_BGNE, value_BGNE) = hidden_BTW.shape, slots
     h, g, e = shape.heads, shape.kv_heads, key_BGNE.shape[-1]
-    x_BTW = functional.rms_norm(hidden_BTW, (width,), w.norm_in_W, shape.eps)
+    x_BTW = functional.rms_norm(hidden_BTW.to(w.norm_in_W.dtype), (width,), w.norm_in_W, shape.eps)
     qkv = functional.linear(x_BTW, w.qkv, w.qkv_bias).view(b, t, h + 2 * g, e).transpose(1, 2)
-    turned = rotated(qkv[:, : h + g], *rotary).to(value_BGNE.dtype)
+    turned = qkv[:, : h + g]
+    if w.norm_heads is not None:
+        turned = functional.rms_norm(turned.to(w.norm_heads.dtype), (e,), None, shape.eps) * w.norm_heads
+    turned = rotated(turned, *rotary).to(value_BGNE.dtype)
     end = visible.begin + t
     key_BGNE[:, :, visible.begin : end] = turned[:, h:]
     value_BGNE[:, :, visible.begin : end] = qkv[:, h + g :]
@@ -164,7 +175,7 @@ def fused_layer(
         enable_gqa=h != g,
     )
     hidden_BTW = hidden_BTW + functional.linear(mixed_BHTE.transpose(1, 2).reshape(b, t, h * e), w.out, w.out_bias)
-    x_BTW = functional.rms_norm(hidden_BTW, (width,), w.norm_ffn_W, shape.eps)
+    x_BTW = functional.rms_norm(hidden_BTW.to(w.norm_ffn_W.dtype), (width,), w.norm_ffn_W, shape.eps)
     gate, up = functional.linear(x_BTW, w.gate_up, w.gate_up_bias).chunk(2, -1)
     return hidden_BTW + functional.linear(functional.silu(gate) * up, w.down, w.down_bias)
 
@@ -187,18 +198,23 @@ class Slots(KeyValues):
     owner: Buffers | None = None
     use: int = 0
 
-    def room(self, tokens: int) -> tuple[Tensor, Tensor] | None:
-        """The buffer, if so many tokens fit behind the prefix.
+    def kept_by(self) -> Buffers:
+        """The buffers of all layers.
 
         Raises:
-            CapabilityError: another prefix has been written into it.
+            CapabilityError: another prefix has been written into them.
         """
-        if self.buffer is None or self.owner is None:
-            return None
+        assert self.owner is not None
         if self.owner.uses != self.use:
             raise CapabilityError(
                 "A later observation has overwritten the keys and values of this prefix. Read it again, or use --engine eager."
             )
+        return self.owner
+
+    def room(self, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """The layer's buffer, if so many tokens fit behind the prefix; raises as ``kept_by``."""
+        self.kept_by()
+        assert self.buffer is not None
         return self.buffer if self.key_CGPE.shape[2] + tokens <= self.buffer[0].shape[2] else None
 
 
@@ -213,7 +229,8 @@ class Buffers:
     """
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], prefix: int, like: Tensor) -> None:
-        self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
+        with torch.inference_mode(False):  # whose tensors could not be written to in another mode
+            self.pairs = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]
         self.prefix, self.uses = prefix, 0
 
     def hold(self, index: int, mask_BP: Tensor | None) -> Slots:

@@ -125,7 +125,7 @@ def vision_layer(
         heads, eps: of the layer.
     """
     count, width = hidden_NW.shape
-    x_NW = functional.rms_norm(hidden_NW, (width,), w.norm_in_W, eps)
+    x_NW = functional.rms_norm(hidden_NW.to(w.norm_in_W.dtype), (width,), w.norm_in_W, eps)
     qkv_N3HE = functional.linear(x_NW, w.qkv, w.qkv_bias).view(count, 3, heads, -1)
     turned = rotated(qkv_N3HE[:, :2].flatten(1, 2).float(), *rotary).to(qkv_N3HE.dtype)
     qkv_N3HE = torch.cat((turned.view(count, 2, heads, -1), qkv_N3HE[:, 2:]), 1)
@@ -139,7 +139,7 @@ def vision_layer(
     if order is not None:
         mixed_NW = mixed_NW[order[1]]
     hidden_NW = hidden_NW + functional.linear(mixed_NW, w.out, w.out_bias)
-    x_NW = functional.rms_norm(hidden_NW, (width,), w.norm_ffn_W, eps)
+    x_NW = functional.rms_norm(hidden_NW.to(w.norm_ffn_W.dtype), (width,), w.norm_ffn_W, eps)
     gate, up = functional.linear(x_NW, w.gate_up, w.gate_up_bias).chunk(2, -1)
     return hidden_NW + functional.linear(functional.silu(gate) * up, w.down, w.down_bias)
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -27,7 +25,7 @@ from vlaflow.engine import aoti, openvino
 from vlaflow.engine.programs import Precision, Program, ProgramKey, Programs, Run
 from vlaflow.errors import CheckpointError, DeploymentError
 from vlaflow.io import read_json
-from vlaflow.outputs import make_folder, write_json
+from vlaflow.outputs import PartialOutput, require_writable_folder, storing, write_json
 from vlaflow.packages import require
 from vlaflow.versions import machine
 
@@ -179,17 +177,23 @@ def file_of(place: Path, program: str, compiler: Compiler) -> Path:
 
 @contextmanager
 def replacing(weights: str, compiler: Compiler) -> Iterator[Path]:
-    """A new folder to write into, which takes the old one's place when the block ends without an error."""
-    place = folder(weights, compiler)
-    make_folder(root(), "Set XDG_CACHE_HOME to a folder of yours.")
-    root().chmod(0o700)
-    new = Path(tempfile.mkdtemp(dir=root(), prefix=f".{place.name}-"))
-    try:
-        yield new
-        shutil.rmtree(place, ignore_errors=True)
-        new.replace(place)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    """A new folder to write into, which takes the old one's place when the block ends without an error.
+
+    Raises:
+        ConfigError: the cache folder cannot be written, which is tried before anything is compiled.
+        StorageError: the disk is full or not writable.
+    """
+    require_writable_folder(root(), "Set XDG_CACHE_HOME to a folder of yours.")
+    kept = "nothing of them was kept. Make room, or set XDG_CACHE_HOME to another folder"
+    with storing(root(), "The programs", kept):
+        root().chmod(0o700)
+        new = PartialOutput(folder(weights, compiler), folder=True)
+        try:
+            new.path.chmod(0o700)
+            yield new.path
+            new.publish(over=True)
+        finally:
+            new.discard()
 
 
 def build(program: Program, to: Path, compiler: Compiler, precision: Precision) -> str:

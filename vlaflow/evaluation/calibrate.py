@@ -36,7 +36,7 @@ from vlaflow.compute.thresholds import (
     taken,
 )
 from vlaflow.data.batch import Batch
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frame_source import open_few_frames
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
@@ -232,8 +232,9 @@ def sample(policy: Policy, dataset: Dataset, episodes: Sequence[int], frames: in
         raise ConfigError(f"Calibration needs at least two episodes and four frames, got {len(episodes)} and {frames}.")
     policy.action_spec.require_match(dataset.action_spec or policy.action_spec, "the checkpoint", f"data set {dataset.root}")
     views = policy.views
-    cache = FrameCache.open(dataset, next(iter(views.values())), list(views))
-    windows = Windows(dataset, cache, policy.chunk_size, episodes)
+    area = policy.config.backbone.input_size.area
+    found = open_few_frames(dataset, next(iter(views.values())), list(views), area=area)
+    windows = Windows(dataset, found, policy.chunk_size, episodes)
     random = np.random.default_rng(seed)
     by_task: dict[str, list[int]] = {}
     for episode in random.permutation(np.asarray(episodes)).tolist():

@@ -8,7 +8,6 @@ results are written.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -21,7 +20,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.outputs import claim, require_writable, storing
+from vlaflow.outputs import append, claim, require_writable, storing
 from vlaflow.progress import progress
 from vlaflow.ranges import NotNegative, Number
 from vlaflow.strict import parse, require_form
@@ -240,16 +239,7 @@ class EpisodeLog(Generic[E]):
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with storing(self.file.parent, "The episode", self.kept):
-            text = f"{_line(entry)}\n".encode()
-            end = os.fstat(self._place).st_size
-            try:
-                if os.write(self._place, text) < len(text):
-                    # a full disk first writes a part of the line, and only the next write fails
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(self._place)
-            except OSError:
-                os.ftruncate(self._place, end)
-                raise
+            append(self._place, f"{_line(entry)}\n".encode(), sync=True)
 
 
 def _line(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Generator
+from torch import Generator, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlaflow.compute.base import ComputePolicy
@@ -22,7 +22,7 @@ from vlaflow.policies.example import example
 from vlaflow.spec import Chunk, Observation
 from vlaflow.versions import device_name, machine, versions
 
-FITTED = ((1, 1), (10, 1), (4, 2), (1, 8), (4, 8))
+FITTED = ((1, 1), (10, 1), (4, 2), (10, 4), (1, 8), (4, 8))
 """Solver steps and observations of the chunks that a cost is fitted to, at full depth and at the first exit."""
 SAMPLING = Sampling(4)
 """Of the chunk whose parts are timed."""
@@ -49,28 +49,28 @@ def profile(policy: Policy, checkpoint: str, rounds: int = 100, threads: int = 1
             parts = _parts(policy, observation)
             parts["chunk"] = acting(policy, Dense.by(SAMPLING), [observation])
             times = _in_turns(parts, rounds, policy.device)
-            gflop = {name: _gflop(part) for name, part in _parts(eager, observation).items()}
-            nfe = _nfe(eager, observation)
+            work, nfe = _work_of_parts(eager, observation), _nfe(eager, observation)
         cost = fit_cost(policy, observation, max(10, rounds // 4), eager)
     finally:
         torch.set_num_threads(before)
     middle = {name: float(np.median(ms)) for name, ms in times.items()}
     full = middle[f"prefix {depths[-1]}"] + middle[f"step {depths[-1]}"]
 
-    def by_depth(values: Mapping[str, float], part: str, times: int = 1) -> tuple[float, ...]:
-        return tuple(values.get(f"{part} {depth}", 0.0) / times for depth in depths)
-
     return Profile(
         checkpoint=checkpoint,
         machine=machine(),
         threads=threads,
         base=max(middle["chunk"] - full, middle["embed"]),
-        prefix=by_depth(middle, "prefix"),
-        step=by_depth(middle, "step", nfe),
+        prefix=tuple(middle[f"prefix {depth}"] for depth in depths),
+        step=tuple(middle.get(f"step {depth}", 0.0) / nfe for depth in depths),
         jitter=float(np.percentile(times["chunk"], 99)) / middle["chunk"],
         chunks=rounds,
         versions=versions(),
-        work=ChunkWork(gflop["embed"], by_depth(gflop, "prefix"), by_depth(gflop, "step", nfe)),
+        work=ChunkWork(
+            work["embed"],
+            tuple(work[f"prefix {depth}"] for depth in depths),
+            tuple(work.get(f"step {depth}", Work()) * (1 / nfe) for depth in depths),
+        ),
         cost=cost,
         device=device_name(str(policy.device)),
         dtype=policy.dtype,
@@ -96,7 +96,8 @@ def fit_cost(policy: Policy, observation: Observation, rounds: int, eager: Polic
 def count(policy: Policy, compute: ComputePolicy, observations: Sequence[Observation]) -> Work:
     """What one call of an eager policy computes."""
     act = acting(policy, compute, observations)
-    return Work(act()[0].layer_passes, _gflop(act))
+    chunk = act()[0]
+    return _work(act, policy, chunk.layer_passes + chunk.nfe + len(policy.views))
 
 
 def acting(policy: Policy, compute: ComputePolicy, observations: Sequence[Observation]) -> Callable[[], list[Chunk]]:
@@ -126,11 +127,34 @@ def _nfe(policy: Policy, observation: Observation) -> int:
     return int(tokens.nfe[0]) if tokens else decoder.nfe(SAMPLING)
 
 
-def _gflop(part: Callable[[], object]) -> float:
+def _work_of_parts(policy: Policy, observation: Observation) -> dict[str, Work]:
+    """What each of ``_parts`` computes, with all evaluations of "step DEPTH"."""
+    nfe, found = _nfe(policy, observation), {}
+    for name, part in _parts(policy, observation).items():
+        kind, _, depth = name.partition(" ")
+        layers = int(depth or 0)
+        passes = {"embed": len(policy.views), "prefix": layers, "step": nfe * (layers + 1)}
+        found[name] = _work(part, policy, passes[kind])
+    return found
+
+
+def _work(part: Callable[[], object], policy: Policy, passes: float) -> Work:
+    """Counts operations, and the parameters of every module that runs, each time it does."""
+    read = 0
+
+    def add(module: nn.Module, *_: object) -> None:
+        nonlocal read
+        read += sum(weight.numel() * weight.element_size() for weight in module.parameters(recurse=False))
+
     counter = FlopCounterMode(display=False)
-    with counter:
-        part()
-    return float(counter.get_total_flops()) / 1e9
+    hooks = [module.register_forward_hook(add) for module in policy.model.modules() if not isinstance(module, nn.Embedding)]
+    try:
+        with counter:
+            part()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Work(passes, counter.get_total_flops() / 1e9, read / 1e9)
 
 
 def _in_turns(parts: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -37,6 +37,7 @@ from vlaflow.evaluation.rollout import (
     require_fit,
 )
 from vlaflow.evaluation.shards import Shard, read_shards, require_same
+from vlaflow.hub import origin
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable, storing
 from vlaflow.policies.base import Policy
@@ -225,7 +226,7 @@ def play_shard(checkpoint: Path | str, config: EvaluationConfig, out: Path, shar
         VlaflowError: as ``run``.
     """
     work = _prepare(checkpoint, config)
-    about = {"checkpoint": str(checkpoint), "config": to_json(work.config), "command": command_line()}
+    about = {"checkpoint": work.checkpoint, "config": to_json(work.config), "command": command_line()}
     with EpisodeLog(out, EpisodeResult, work.settings, about=about, name=shard.file, fresh=fresh) as log:
         return len(work.play(log, shard.of_blocks(work.blocks)))
 
@@ -281,7 +282,7 @@ class _Work:
     """An evaluation whose parts fit together.
 
     Args:
-        checkpoint: as it was given.
+        checkpoint: as it was given; one of the Hub with its commit.
         home: the same on disk.
         config: what to measure, with all defaults filled in.
         policy: the checkpoint's.
@@ -398,7 +399,14 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
         limit = config.swap_limit(envs)
         swap = language.plan_swap(envs, computes[0], config.language_episodes, config.first_seed, limit)
     return _Work(
-        str(checkpoint), home, config, policy, tuple(computes), tuple(jobs), swap, _settings(config, home, computes, rollout)
+        origin(folder) or str(checkpoint),
+        home,
+        config,
+        policy,
+        tuple(computes),
+        tuple(jobs),
+        swap,
+        _settings(config, home, computes, rollout),
     )
 
 

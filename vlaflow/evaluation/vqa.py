@@ -27,6 +27,7 @@ from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
+from vlaflow.hub import origin
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable, write_json
 from vlaflow.policies.base import Policy
@@ -188,6 +189,7 @@ def run(
     Raises:
         VlaflowError: when the parts do not fit together.
     """
+    require_writable(out / FILE)
     folder = local_folder(checkpoint)
     trained = next((each.vqa for each in reversed(trained_on(folder)) if each.vqa is not None), None)
     turns = config.turns or (trained.turns if trained else "all")
@@ -198,7 +200,6 @@ def run(
     views = policy.model.backbone.views
     image_cache = ImageCache.open(found, next(iter(views.values())) or (trained.size if trained else config.size))
     source = VqaSource(found, image_cache, tuple(views), len(policy.stats["state"].mean), chosen)
-    require_writable(out / FILE)
     answered = ask(policy, source, config, progress)
     results = AnswerResults(
         kinds=count(answered),
@@ -206,7 +207,7 @@ def run(
         part=config.part,
         questions=str(questions),
         questions_fingerprint=found.fingerprint,
-        checkpoint=str(checkpoint),
+        checkpoint=origin(folder) or str(checkpoint),
         fingerprint=fingerprint(folder),
         limit=config.limit,
         seed=config.seed,

@@ -5,7 +5,9 @@ Shape letters: B batch, H height, W width, P patches (row by row), N values per 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def to_patches(image_BHW3: Tensor, cell: int) -> Tensor:
@@ -33,3 +35,19 @@ class PatchStem(nn.Module):
     def forward(self, image_BHW3: Tensor) -> Tensor:
         """(B, H, W, 3) in [−1, 1] → (B, patches, width)."""
         return self.project(to_patches(image_BHW3, self.cell))
+
+
+class PixelStem(PatchStem):
+    """The same for uint8 pixels x, which stand for x/127.5 − 1.
+
+    Under autocast the scaling is part of the weights, which saves two passes over the images: an eighth of the demo's stem.
+    Half-precision numbers hold x − 128 exactly; around 0 the rounding of the weights counts least.
+    """
+
+    def forward(self, image_BHW3: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) → (B, patches, width)."""
+        weight, device = self.project.weight, image_BHW3.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(image_BHW3.to(weight.dtype) / 127.5 - 1)
+        centred_BPN = to_patches((image_BHW3 ^ 128).view(torch.int8), self.cell).to(torch.get_autocast_dtype(device))
+        return functional.linear(centred_BPN, weight / 127.5, self.project.bias + weight.sum(1) * (0.5 / 127.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from vlaflow.data.draft import with_spec
 from vlaflow.data.exclusions import Exclusions, exclusions
 from vlaflow.data.filters import Filtered, filtered
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frame_source import FrameSource, FrameStorage, open_frames
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.windows import Windows
@@ -82,7 +83,7 @@ def chunks_of(
     config: TrainConfig,
     dataset: Dataset,
     chunk_size: int,
-    cache: FrameCache,
+    frames: FrameSource,
     code_NK: np.ndarray | None = None,
 ) -> tuple[Windows, Windows | None]:
     """The chunks of the episodes for training, and those of the held-out ones.
@@ -91,19 +92,19 @@ def chunks_of(
         config: which episodes, and the rules for what is left out.
         dataset: the data set.
         chunk_size: actions per chunk.
-        cache: its frames at the size the policy sees.
+        frames: at the size the policy sees.
         code_NK: latent action codes by row.
     """
     found = None if config.filters is None else filtered(dataset, config.filters)
 
-    def cut(episodes: tuple[int, ...], left_out: Filtered | None) -> Windows:
+    def cut(frames: FrameSource, episodes: tuple[int, ...], left_out: Filtered | None) -> Windows:
         rule = config.interventions
         return Windows(
-            dataset, cache, chunk_size, episodes, config.pauses, intervention_rule=rule, code_NK=code_NK, filtered=left_out
+            dataset, frames, chunk_size, episodes, config.pauses, intervention_rule=rule, code_NK=code_NK, filtered=left_out
         )
 
     train, held = config.episodes(dataset)
-    return cut(train, found), cut(held, found and found.outliers_alone()) if held else None
+    return cut(frames, train, found), cut(frames.for_few(), held, found and found.outliers_alone()) if held else None
 
 
 def require_readable(policy: PolicyConfig, dataset: Dataset) -> None:
@@ -128,14 +129,22 @@ def require_readable(policy: PolicyConfig, dataset: Dataset) -> None:
         )
 
 
-def cached_size(policy: Policy) -> int | None:
-    """Side in pixels at which the policy's frames are cached; None for the size they have.
+def policy_frames(
+    storage: FrameStorage, policy: Policy, dataset: Dataset, views: Sequence[str], side: int | None = None
+) -> FrameSource:
+    """A data set's frames at the size that a policy reads.
+
+    Args:
+        storage: where they come from.
+        policy: the policy.
+        dataset: the data set.
+        views: of the policy that the data set has.
+        side: of squares in pixels that pictures are brought to where the policy reads any size; None keeps their shape.
 
     Raises:
         ConfigError: views of several sizes.
     """
-    views = policy.model.backbone.views
-    sizes = set(views.values())
+    sizes = set(policy.model.backbone.views.values())
     if len(sizes) > 1:
-        raise ConfigError(f"All views must be read at one size to be cached, got {dict(views)}.")
-    return sizes.pop()
+        raise ConfigError(f"All views must be read at one size to be stored, got {dict(policy.model.backbone.views)}.")
+    return open_frames(storage, dataset, sizes.pop() or side, views, area=policy.config.backbone.input_size.area)

@@ -98,7 +98,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         c, widest = self.config, max((r.action_spec.dim for r in self.robots.values()), default=self.action_spec.dim)
-        if widest != c.decoder.action_dim:
+        if widest > c.decoder.action_dim or (widest < c.decoder.action_dim and not self.robots):
             raise SpecError(
                 f"The decoder makes {c.decoder.action_dim} action dimensions, the action spec names {widest}. Set "
                 "decoder.action_dim to the data set's."
@@ -110,7 +110,7 @@ class Policy:
         side = acting.image_size
         views = {view: size or side for view, size in self.model.backbone.views.items()}
         width = c.backbone.state_dim if self.robots else state[0].dim
-        self.processor = PolicyProcessor(views, Normalizers(state, width), own)
+        self.processor = PolicyProcessor(views, Normalizers(state, width), own, c.backbone.input_size.area)
         self._action = Normalizers(action, c.decoder.action_dim)
 
     @staticmethod
@@ -191,7 +191,7 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the networks live."""
-        return next(self.model.parameters()).device
+        return self.model.device
 
     def precision(self) -> AbstractContextManager[object]:
         """The context in which the networks act: all methods for inference enter it, and direct calls of the networks must."""
@@ -446,5 +446,5 @@ class Policy:
         if dtype == "bf16":
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
-        text = card.read_text() if card.exists() else ""
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         return Policy(config, action_spec, stats, model.eval(), text, processor, folder, dtype, robots)

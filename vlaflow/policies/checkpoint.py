@@ -8,6 +8,7 @@ from vlaflow.errors import CheckpointError
 from vlaflow.hub import download, hub_name
 
 PATTERNS = ("*.json", "*.safetensors", "README.md")
+REQUIRED = ("**/config.json", "**/model.safetensors")
 ROBOT = "robot.json"
 """In the folder of one of a checkpoint's robots; see ``robots``."""
 LEROBOT = "vlaflow"
@@ -27,11 +28,9 @@ def local_folder(path: Path | str) -> Path:
         VlaflowError: see ``hub.hub_name`` and ``hub.download``.
     """
     folder = Path(path)
-    if (folder / LEROBOT / "config.json").exists():
-        return folder / LEROBOT
-    if folder.is_dir():
-        return folder
-    name = hub_name(path, "checkpoint")
-    if name is None:
-        raise CheckpointError(f"There is no checkpoint folder {folder}. Train one: vlaflow train asyncvla.demo --help")
-    return download(name, "checkpoint", PATTERNS)[0]
+    if not folder.is_dir():
+        name = hub_name(path, "checkpoint")
+        if name is None:
+            raise CheckpointError(f"There is no checkpoint folder {folder}. Train one: vlaflow train asyncvla.demo --help")
+        folder = download(name, "checkpoint", PATTERNS, REQUIRED)[0]
+    return folder / LEROBOT if (folder / LEROBOT / "config.json").exists() else folder

@@ -12,6 +12,7 @@ from vlaflow.compute import budget
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.engine import deploy, store
 from vlaflow.engine.deploy import Engine
+from vlaflow.engine.gpu import FusedModel
 from vlaflow.errors import CalibrationError, CapabilityError, DeploymentError
 from vlaflow.policies.provenance import fingerprint
 
@@ -24,12 +25,16 @@ def with_engine(policy: Policy, engine: Engine) -> Policy:
 
     Args:
         policy: opened from a folder.
-        engine: "eager" for no programs; "aoti" or "openvino" for those of this compiler; "auto" for the fastest there is.
+        engine: "eager" for no programs; "aoti" or "openvino" for those of this compiler; "auto" for the fastest there is;
+            "graphs" for fused layers and CUDA graphs of a pretrained backbone (``engine.gpu``), which nothing is built for.
 
     Raises:
-        CapabilityError: the policy is not on the CPU, or was opened in bfloat16; not for "auto", which stays eager.
+        CapabilityError: the policy is not on the CPU, or was opened in bfloat16; not for "auto", which stays eager. For
+            "graphs": its backbone is not pretrained.
         DeploymentError: they were not built, or for something else; not for "auto", which warns and stays eager.
     """
+    if engine == "graphs":
+        return replace(policy, model=FusedModel(policy.model))
     if engine == "eager" or policy.folder is None or (engine == "auto" and policy.dtype != "fp32"):
         return policy
     if policy.dtype != "fp32":

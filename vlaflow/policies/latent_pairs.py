@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from vlaflow.data import stats
 from vlaflow.data.batch import Batch
 from vlaflow.data.common import CommonShape, Normalizers
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frame_source import open_frames
 from vlaflow.data.mixture import Mixed, Order
 from vlaflow.data.pairs import EARLIER, LATER, FramePairs, chosen_view
 from vlaflow.data.source import Source
@@ -73,7 +74,7 @@ def pairs_of(how: Paired, config: TrainConfig, datasets: Sequence[OpenedDataset]
             held[each.label] = aside
     first = train[datasets[0].label]
     if not several:
-        return Samples(first, next(iter(held.values()), None), Order, {}, {}), first
+        return Samples(first, next(iter(held.values()), None), partial(Order, nearby=first.nearby()), {}, {}), first
     robots = {each.label: number for number, each in enumerate(datasets)}
     columns = [each.dataset.columns() for each in datasets]
     width = max(found.state.shape[1] for found in columns)
@@ -81,7 +82,7 @@ def pairs_of(how: Paired, config: TrainConfig, datasets: Sequence[OpenedDataset]
     members = [Member(each.entry, each.label, len(train[each.label])) for each in datasets]
     weights = dict(zip(train, weights_of(members, config.mixture), strict=True))
     parts: dict[str, Source] = {name: MeanActions(pairs) for name, pairs in train.items()}
-    mixed = Mixed(parts, weights, shape, robots)
+    mixed = Mixed(parts, weights, shape, robots, {name: pairs.nearby() for name, pairs in train.items()})
     held_each: dict[str, tuple[Source, float]] = {
         name: (Mixed({name: MeanActions(pairs)}, {name: 1.0}, shape, {name: robots[name]}), weights[name])
         for name, pairs in held.items()
@@ -95,11 +96,11 @@ def _pairs(how: Paired, config: TrainConfig, each: OpenedDataset, several: bool)
     view = chosen_view(dataset, how.view if how.view in dataset.views else None)
     if view != how.view:
         sys.stderr.write(f"{label}there is no view '{how.view}'; '{view}' is used.\n")
-    cache = FrameCache.open(dataset, how.size, [view])
-    train = FramePairs(dataset, cache, view, how.gap_s, episodes=train_episodes)
+    frames = open_frames(config.frames, dataset, how.size, [view])
+    train = FramePairs(dataset, frames, view, how.gap_s, episodes=train_episodes)
     held: FramePairs | None = None
     if any(dataset.episode(e).length > train.gap for e in held_episodes):
-        held = FramePairs(dataset, cache, view, how.gap_s, episodes=held_episodes)
+        held = FramePairs(dataset, frames.for_few(), view, how.gap_s, episodes=held_episodes)
     elif held_episodes:
         sys.stderr.write(
             f"{label}Held out: none of the {len(held_episodes)} episodes is longer than the gap; nothing is measured.\n"

@@ -13,7 +13,6 @@ Shape letters: B batch, C channels, H height, W width, S state dimension, L chun
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,10 @@ from torch import Tensor
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.outputs import require_makeable, whole_folder, write_json
+from vlaflow.outputs import copy_files, require_writable_folder, whole_folder, write_json
 from vlaflow.policies.base import Policy
-from vlaflow.policies.checkpoint import LEROBOT, local_folder
+from vlaflow.policies.checkpoint import LEROBOT, home_of, local_folder
+from vlaflow.policies.robots import keep_robot
 from vlaflow.policies.seeds import chunk_generator
 from vlaflow.spec import ActionPrefix
 
@@ -148,27 +148,28 @@ def act(
     return torch.from_numpy(np.stack([chunk.actions for chunk in made]))
 
 
-def export(checkpoint: Path | str, out: Path) -> str:
+def export(checkpoint: Path | str, out: Path, robot: str | None = None) -> str:
     """Write a checkpoint in LeRobot's layout; returns LeRobot's name of the policy.
 
     Args:
-        checkpoint: folder or Hub repository.
+        checkpoint: folder or Hub repository, or the folder of one of its robots.
         out: folder, which must not exist.
+        robot: which one to act for, where it was trained for several; the others are left out.
 
     Raises:
         CheckpointError: it cannot be opened.
-        ConfigError: the folder exists, or cannot be made; or the policy serves several robots.
+        ConfigError: the folder exists, or cannot be made; or several robots and no choice, or none of this name.
         StorageError: the disk is full; nothing is left of it.
     """
-    folder = local_folder(checkpoint)
-    policy = Policy.from_pretrained(folder)
-    if policy.robots:
-        raise ConfigError(f"{checkpoint} serves several robots. Export one of them: {folder / 'robots'}/NAME.")
     if out.exists():
         raise ConfigError(f"{out} exists. Choose another --out.")
-    require_makeable(out)
+    require_writable_folder(out.parent)
+    folder = local_folder(checkpoint)
+    policy = Policy.from_pretrained(folder, robot=robot)
     with whole_folder(out, "The exported checkpoint") as part:
-        shutil.copytree(folder, part / LEROBOT, ignore=shutil.ignore_patterns("training", ".*"))
+        copy_files(home_of(folder), part / LEROBOT, leave_out=("training", ".*"))
+        if policy.robot is not None:
+            keep_robot(part / LEROBOT, policy.robot)
         for name, content in layout(policy).items():
             write_json(part / name, content, indent=4)
     return policy_type(policy)

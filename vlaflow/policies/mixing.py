@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,15 @@ from vlaflow.config import to_json
 from vlaflow.data.check import about_jitter
 from vlaflow.data.common import CommonShape
 from vlaflow.data.filters import filtered
-from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Mixed, Order
 from vlaflow.data.reading import Reading
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.stats import FeatureStats
 from vlaflow.data.weights import DatasetEntry, Member, weights_of
-from vlaflow.data.windows import action_chunks
+from vlaflow.data.windows import Windows, action_chunks
 from vlaflow.errors import ConfigError, SpecError, nearest
-from vlaflow.policies.acting import cached_size, chunks_of, print_exclusions, require_readable, stated_spec
+from vlaflow.policies.acting import chunks_of, policy_frames, print_exclusions, require_readable, stated_spec
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.policy_config import Normalisation
 from vlaflow.policies.provenance import READING
@@ -41,7 +41,7 @@ from vlaflow.policies.stages import CoTraining, Stage
 from vlaflow.spec import ActionSpec
 
 LARGEST = 448
-"""Side in pixels up to which images of unequal size are kept for a backbone that takes any size."""
+"""Side in pixels up to which images of unequal size are kept for a backbone that takes any size and number of pixels."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def common_side(policy: PolicyConfig, datasets: Sequence[Dataset]) -> int | None
     sizes = {dataset.image_size(view) for dataset in datasets for view in policy.backbone.views if view in dataset.views}
     if len(datasets) == 1 or len(sizes) <= 1:
         return None
-    return min(LARGEST, max(max(size) for size in sizes))
+    area = policy.backbone.input_size.area
+    return min(LARGEST if area is None else math.isqrt(area), max(max(size) for size in sizes))
 
 
 @dataclass(frozen=True)
@@ -230,25 +231,25 @@ def samples_of(
         robots: that they are of.
         codes: latent action codes by row of each data set.
     """
-    train: dict[str, Source] = {}
-    held: dict[str, Source] = {}
+    train: dict[str, Windows] = {}
+    held: dict[str, Windows] = {}
     for number, each in enumerate(datasets):
         robot = robots.robot(number)
         require_readable(policy.config, each.dataset)
-        size = cached_size(policy) or robot.image_size
-        cache = FrameCache.open(each.dataset, size, list(robot.views) if policy.robots else list(policy.model.backbone.views))
+        views = list(robot.views) if policy.robots else list(policy.model.backbone.views)
+        frames = policy_frames(config.frames, policy, each.dataset, views, robot.image_size)
         steps = robot.action_spec.chunk_size or policy.config.decoder.chunk_size
-        train[each.label], aside = chunks_of(config, each.dataset, steps, cache, codes[number])
+        train[each.label], aside = chunks_of(config, each.dataset, steps, frames, codes[number])
         if aside is not None:
             held[each.label] = aside
     if len(datasets) == 1 and not policy.robots:
         (only,) = train.values()
-        return Samples(only, next(iter(held.values()), None), Order, {}, {})
+        return Samples(only, next(iter(held.values()), None), partial(Order, nearby=only.nearby()), {}, {})
     named = zip(datasets, robots.names, strict=True)
     members = [Member(each.entry, name, len(train[each.label])) for each, name in named]
     weights = dict(zip(train, weights_of(members, config.mixture), strict=True))
     place = dict(zip(train, robots.of, strict=True))
-    mixed = Mixed(train, weights, policy.shape, place)
+    mixed = Mixed(train, weights, policy.shape, place, {name: part.nearby() for name, part in train.items()})
     held_each: dict[str, tuple[Source, float]] = {
         name: (Mixed({name: part}, {name: 1.0}, policy.shape, {name: place[name]}), weights[name])
         for name, part in held.items()

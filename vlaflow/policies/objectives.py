@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from vlaflow.actions.io import named_tokenizer
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.nsvq import Replacement
+from vlaflow.backbones.base import InputSize
 from vlaflow.config import to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import chosen_view
@@ -68,6 +69,11 @@ class PolicyObjective(Objective):
     def names_codes(self) -> bool:
         """See ``Objective``."""
         return self.policy.decoder.latent_codes is not None
+
+    @property
+    def input_size(self) -> InputSize:
+        """The backbone's."""
+        return self.policy.backbone.input_size
 
     def used_assets(self, assets: Assets) -> Assets:
         """All of them."""
@@ -299,6 +305,11 @@ class LatentObjective(Objective):
             raise ConfigError(
                 "A latent action model's frames are taken as they are: leave out shift, augment, state_mask, pauses, filters."
             )
+
+    @property
+    def input_size(self) -> InputSize:
+        """The model's."""
+        return InputSize(self.model.image_size)
 
     def used_assets(self, assets: Assets) -> Assets:
         """None."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlaflow.backbones.inputs import Inputs, Processor, require_state
 from vlaflow.data.batch import ObservationBatch, moved
 from vlaflow.data.common import Normalizers
-from vlaflow.data.frames import resize
+from vlaflow.data.resize import fitted, resize
 from vlaflow.decoders.base import Targets
 from vlaflow.errors import SpecError, nearest
 
@@ -30,11 +30,13 @@ class PolicyProcessor:
         views: with the square image size each is resized to; None leaves the size to the backbone's processor.
         state: normalisers of the state.
         backbone: the backbone's processor.
+        area: most pixels of a view whose size is left to it.
     """
 
     views: Mapping[str, int | None]
     state: Normalizers
     backbone: Processor
+    area: int | None = None
 
     def __call__(self, observation: ObservationBatch) -> Inputs:
         """What the networks take of B observations on the CPU, in robot units.
@@ -44,7 +46,7 @@ class PolicyProcessor:
         """
         require_views(observation, self.views)
         require_state(observation, self.state.dim)
-        images = {view: _resized(observation.images[view], size) for view, size in self.views.items()}
+        images = {view: _resized(observation.images[view], size, self.area) for view, size in self.views.items()}
         state_BS = self.state.forward(observation.state_BS, observation.robot_B)
         if observation.known_BS is not None:
             state_BS = state_BS * observation.known_BS
@@ -111,8 +113,9 @@ def require_views(observation: ObservationBatch, views: Collection[str]) -> None
             )
 
 
-def _resized(image_BHWC: Tensor, size: int | None) -> Tensor:
-    """As the frame cache did for training."""
-    if size is None or image_BHWC.shape[1:3] == (size, size):
+def _resized(image_BHWC: Tensor, size: int | None, area: int | None) -> Tensor:
+    """As the frames of training were."""
+    height, width = image_BHWC.shape[1:3]
+    if fitted(height, width, size, area) == (height, width):
         return image_BHWC
-    return torch.from_numpy(np.stack([resize(image, size) for image in image_BHWC.numpy()]))
+    return torch.from_numpy(np.stack([resize(image, size, area) for image in image_BHWC.numpy()]))

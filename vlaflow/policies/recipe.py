@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from vlaflow.actions.latent import LatentConfig
+from vlaflow.backbones.base import InputSize
 from vlaflow.config import INLINE
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.filters import Filters
+from vlaflow.data.frame_source import FrameStorage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.mixture import Order
 from vlaflow.data.quality import INTERVENTIONS, InterventionRule, PauseRule
@@ -26,10 +28,12 @@ from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.weights import DatasetEntry, Mixture
 from vlaflow.data.windows import fewer_episodes, split_episodes
 from vlaflow.errors import CapabilityError, ConfigError, DataError
+from vlaflow.hub import origin
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.dry_run import DryRun
+from vlaflow.policies.parts import require_even
 from vlaflow.policies.policy_config import Normalisation
 from vlaflow.policies.provenance import ancestry, fingerprint
 from vlaflow.policies.stages import CoTraining, Stage
@@ -174,7 +178,8 @@ class Base:
 
     def identity(self) -> dict[str, Any]:
         """What a run that continues it records about it, JSON data."""
-        return {"policy": fingerprint(self.folder), **ancestry(self.folder)}
+        source = origin(self.folder)
+        return {"policy": fingerprint(self.folder), **({"policy_source": source} if source else {}), **ancestry(self.folder)}
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,11 @@ class Objective(ABC):
 
     def check(self, config: TrainConfig) -> None:  # noqa: B027 — most objectives follow every value
         """Refuse values of the config around it that it cannot follow, with a ``ConfigError``; by default none."""
+
+    @property
+    def input_size(self) -> InputSize:
+        """The size that frames are stored at for it; by default as recorded, or as the policy that it continues reads them."""
+        return InputSize()
 
     @abstractmethod
     def used_assets(self, assets: Assets) -> Assets:
@@ -355,6 +365,7 @@ class TrainConfig:
         validation_fraction: share of the episodes held out, spread over the tasks; see ``windows.split_episodes``.
         hold_out_tasks: instructions whose episodes are all held out, in place of that share.
         mixture: how several data sets share the samples of a step; nothing for one.
+        frames: where frames come from: a cache of raw ones or of JPEGs, or a stream, which decodes them as they are needed.
         normalisation: of the robots of several data sets, by a data set's name, where it differs from the policy's.
         chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
             of the policy, whatever the rate.
@@ -381,6 +392,7 @@ class TrainConfig:
     validation_fraction: Fraction = 0.06
     hold_out_tasks: tuple[str, ...] = ()
     mixture: Mixture = field(default_factory=Mixture)
+    frames: FrameStorage = "raw"
     normalisation: dict[str, Normalisation] = field(default_factory=dict)
     chunk_s: float | None = None
     validate_every: int = 250
@@ -422,25 +434,3 @@ class TrainConfig:
         why = f"accumulate {self.accumulate}" + (f" on {processes} processes" if processes > 1 else "")
         require_even(self.global_batch_size, parts, "global_batch_size", why, before)
         return parts
-
-
-def require_even(size: int, parts: int, key: str, why: str, before: int = 1) -> None:
-    """Refuse a step that cannot be split into parts of equal size.
-
-    Args:
-        size: samples per step.
-        parts: that it is split into.
-        key: of the size in the config.
-        why: reason for the number of parts.
-        before: parts of an earlier attempt of the run, whose size can no longer be changed.
-
-    Raises:
-        ConfigError: with the nearest size that can be split, or the numbers of processes that a begun run can continue on.
-    """
-    if not size % parts:
-        return
-    near = max((size + parts // 2) // parts, 1) * parts
-    cure = f"The nearest size that can is {near}: --set {key}={near}"
-    if before > 1:
-        cure = f"Continue the run on a number of processes that divides {before}"
-    raise ConfigError(f"A step of {size} samples ({key}) cannot be split evenly into {parts} parts ({why}). {cure}.")

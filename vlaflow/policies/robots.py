@@ -9,6 +9,7 @@ own. So whatever takes a checkpoint takes ``CKPT/robots/NAME``.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,14 @@ def write_robots(folder: Path, action_spec: ActionSpec, stats: Mapping[str, Feat
     write_json(folder / FILE, {"robots": list(robots)})
 
 
+def keep_robot(folder: Path, name: str) -> None:
+    """Remove the files of all other robots from a checkpoint, which then acts for this one without a choice."""
+    for other in read_json(folder / FILE)["robots"]:
+        if other != name:
+            shutil.rmtree(folder / FOLDER / other)
+    write_json(folder / FILE, {"robots": [name]})
+
+
 def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], dict[str, Robot]]:
     """What ``write_robots`` wrote: the first robot's action spec and statistics, and all robots where there are several.
 
@@ -145,5 +154,7 @@ def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], d
 
 
 def _require_sound(stats: Mapping[str, FeatureStats], file: Path) -> None:
+    for feature in {"state", "action"} - stats.keys():
+        raise CheckpointError(f"{file} holds no statistics of '{feature}'; the file is damaged. Copy it again.")
     for feature, measured in stats.items():
         measured.require_sound(f"'{feature}' in {file}")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from vlaflow.data.filters import left_out
-from vlaflow.data.frames import resize
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.resize import resize
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import require_writable, whole_file
 from vlaflow.reports import page

@@ -166,6 +166,7 @@ def record(
                 failed[demo.name] += demo.attempts - 1
                 frames += len(demo.action)
         writer.provenance = _provenance(config, side, seeds, failed, spec.protocol)
+        recording.done()
     return Summary(out, len(jobs), frames, {name: n for name, n in failed.items() if n})
 
 

@@ -2,14 +2,14 @@
 
 They are in the hidden folder ``.NAME.episodes`` next to the data set NAME: per episode one mp4 per view, and one npz with
 everything else. The npz is renamed into place last, so an episode without one is recorded again. What they were recorded with
-is in ``settings.json``.
+is in ``settings.json``. ``DONE`` is written when nothing is left to record, so that what a kill leaves of the folder after the
+data set got its name is known to be of no more use.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +26,7 @@ from vlaflow.outputs import claim, whole_file, write_json
 from vlaflow.strict import read_object
 
 SETTINGS = "settings.json"
+DONE = "done"
 ARRAYS = ("state", "action", "executed", "success")
 KEPT = "the finished episodes are kept. Make room and repeat the command, or choose another --out"
 
@@ -90,11 +91,13 @@ class Recording:
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
         self.folder = episodes_folder(out)
+        sweep_finished(out)
         self.folder.mkdir(exist_ok=True)
         self._place = os.open(self.folder, os.O_RDONLY)
         try:
             with suppress(OSError):  # a network folder without locks
                 claim(self._place, f"Another process is recording into {self.folder}. Wait for it, or choose another --out.")
+            (self.folder / DONE).unlink(missing_ok=True)
             self._require(json.loads(json.dumps(settings)))
         except BaseException:
             os.close(self._place)
@@ -105,8 +108,12 @@ class Recording:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or not any(self.folder.glob("*.npz")):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _clear(self.folder)
         os.close(self._place)
+
+    def done(self) -> None:
+        """Say that every episode is in the data set, which is about to get its name."""
+        (self.folder / DONE).touch()
 
     def finished(self, job: RecordJob) -> Demonstration | None:
         """The episode, if it was recorded before and its files are whole."""
@@ -136,6 +143,23 @@ class Recording:
                     )
         else:
             write_json(file, settings, indent=1)
+
+
+def sweep_finished(out: Path) -> None:
+    """Remove the folder of episodes that a process left which was killed after the data set was complete."""
+    folder = episodes_folder(out)
+    if out.exists() and (folder / DONE).exists():
+        _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the folder, and last of all what says that it is done; what cannot be removed stays for the next time."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name != DONE:
+                path.unlink(missing_ok=True)
+        (folder / DONE).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def keep(folder: Path, job: RecordJob, demo: Demonstration) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from vlaflow.data.resize import fitted
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.dry_run import DryRun
 from vlaflow.policies.recipe import DataSpec, TrainConfig
@@ -139,8 +140,10 @@ class Estimate:
 
     @property
     def cache(self) -> int:
-        """Bytes of the frame cache at the data set's size."""
-        return self.data.frames * len(self.data.spec.views) * self.data.side**2 * 3
+        """Bytes of a raw frame cache, of pictures as large as the data set's largest."""
+        size, side = self.config.objective.input_size, self.data.side
+        height, width = fitted(side, side, size.side, size.area)
+        return self.data.frames * len(self.data.spec.views) * height * width * 3
 
     @property
     def hours(self) -> float:

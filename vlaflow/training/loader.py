@@ -20,10 +20,14 @@ from torch import Generator, Tensor
 from vlaflow.data.mixture import Order
 from vlaflow.data.source import MakeOrder, Ready, Sample, Source
 from vlaflow.data.transforms import RandomShift
+from vlaflow.policies.parts import require_even
 from vlaflow.policies.processor import Drawn
-from vlaflow.policies.recipe import TrainConfig, require_even
+from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.stages import CoTraining
 from vlaflow.training.team import Team
+
+AHEAD = 16
+"""Steps whose samples are announced."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Loader:
     which changes no sample: a step's content does not depend on when it is loaded. The thread also prepares the samples, draws
     what is random in their loss, and starts the copies to the device, from pinned memory.
 
+    The samples of the next ``AHEAD`` steps are announced, so that a stream decodes them meanwhile.
+
     Attributes:
         thread: which loads ahead; None for none.
     """
@@ -99,6 +105,7 @@ class Loader:
         ahead = device.type != "cpu" if ahead is None else ahead
         self.thread = thread or (ThreadPoolExecutor(1, "loader") if ahead else None)
         self._next: tuple[int, Future[list[StepPart]]] | None = None
+        self._announced = 0
 
     def step(self, step: int) -> list[StepPart]:
         """The parts of step 0, 1, 2, ..."""
@@ -114,15 +121,16 @@ class Loader:
             self.thread.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, step: int) -> list[StepPart]:
-        c, count = self.config, self.parts // self.team.world
-        split, first = np.split(self.order.indices(step), self.parts), self.team.rank * count
-        parts = []
-        for number in range(first, first + count):
+        c, parts = self.config, []
+        for later in range(max(step, self._announced), min(step + AHEAD, c.steps)):
+            self.order.expect(np.concatenate(list(self._own(later).values())))
+        self._announced = max(self._announced, step + AHEAD)
+        for number, indices in self._own(step).items():
 
             def own(what: str, number: int = number) -> Generator:
                 return Generator().manual_seed(mix(what, c.seed, step, 0, number))
 
-            batch = self.source.batch(split[number])
+            batch = self.source.batch(indices)
             if c.shift:
                 batch = self._changed(batch, self.shift, own("shift"))
             if c.augment is not None:
@@ -134,6 +142,12 @@ class Loader:
             shared = Generator().manual_seed(mix("shared", c.seed, step))
             parts.append(StepPart.of(batch, self.stage, own("loss"), shared, self.device))
         return parts
+
+    def _own(self, step: int) -> dict[int, np.ndarray]:
+        """The samples of this process's parts of a step, by number of the part."""
+        count = self.parts // self.team.world
+        first, split = self.team.rank * count, np.split(self.order.indices(step), self.parts)
+        return {number: split[number] for number in range(first, first + count)}
 
     def _changed(self, batch: Sample, change: Callable[[Tensor, Generator], Tensor], generator: Generator) -> Sample:
         images = {view: change(image, generator) for view, image in batch.observation.images.items()}

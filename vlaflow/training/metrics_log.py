@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
-from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.errors import CheckpointError, ConfigError, StorageError
+from vlaflow.outputs import append, storing, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+KEPT = "the last checkpoint is untouched. Make room and run the same command again to continue"
 Tracker = Literal["auto", "tensorboard", "wandb", "trackio", "none"]
 
 
@@ -61,28 +67,21 @@ class MetricsLog:
         self.path = out / "training" / "log.jsonl"
         kept = [entry for entry in read_log(out) if entry["step"] <= step]
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.path.with_suffix(".jsonl.new")
-            fresh.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            fresh.replace(self.path)
-            self._file: TextIO = self.path.open("a")
-        except OSError as error:
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            self._place = os.open(self.path, os.O_WRONLY | os.O_APPEND)  # a buffer would be written again when it is closed
+        except (OSError, StorageError) as error:
             raise CheckpointError(f"{out} cannot be written ({error.strerror}). Choose another --out, or make room.") from error
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one step."""
         try:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            append(self._place, f"{json.dumps(entry)}\n".encode())
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be written ({error.strerror}); the last checkpoint is untouched. "
-                f"Make room and run the same command again to continue."
-            ) from error
+            raise CheckpointError(f"{self.path} cannot be written ({error.strerror}); {KEPT}.") from error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._place)
 
 
 class RunLog:
@@ -98,16 +97,20 @@ class RunLog:
     def __init__(self, out: Path, step: int, accelerator: Accelerator, tracker: str | None) -> None:
         self._log = MetricsLog(out, step) if accelerator.is_main_process else None
         self._accelerator, self._tracker = accelerator, tracker
+        self._storing = partial(storing, out, "The tracker's files", KEPT)
+        self._hook, threading.excepthook = threading.excepthook, self._report
         if tracker:
             kwargs = {"tensorboard": {"purge_step": step + 1}} if tracker == "tensorboard" else {}
-            accelerator.init_trackers(tracker, init_kwargs=kwargs)
+            with self._storing():
+                accelerator.init_trackers(tracker, init_kwargs=kwargs)
 
     def write(self, step: int, entry: Mapping[str, Any]) -> None:
         """The entry of a step."""
         if self._log is not None:
             self._log.write({"step": step, **entry})
         if self._tracker:
-            self._accelerator.log(scalars(entry), step=step)
+            with self._storing():
+                self._accelerator.log(scalars(entry), step=step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -117,8 +120,16 @@ class RunLog:
             self._log.close()
         if self._tracker:
             # end_training() would also take the processes' group away, which the next stage of a pipeline needs.
-            for one in self._accelerator.trackers:
-                one.finish()
+            with self._storing() if kind is None else suppress(OSError):
+                for one in self._accelerator.trackers:
+                    one.finish()
+        if kind is None:  # else TensorBoard's thread may still be about to fail
+            threading.excepthook = self._hook
+
+    def _report(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread raises the disk's error twice: here, with a traceback, and in the call that logs next."""
+        if not issubclass(failed.exc_type, OSError):
+            self._hook(failed)
 
 
 def scalars(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from vlaflow.data.hub import origin
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
 from vlaflow.data.weights import DatasetEntry, named_mixture
 from vlaflow.errors import ConfigError
+from vlaflow.hub import origin
 from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.outputs import require_makeable
 from vlaflow.packages import require

@@ -69,7 +69,7 @@ class VlaflowPolicy(PreTrainedPolicy):
         if reduction != "mean":
             raise ConfigError(f"vlaflow's policies know the reduction 'mean' alone, not '{reduction}'.")
         noise, shared = (Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in range(2))
-        prepared = self.policy.prepare(self.keys.batch(batch, self.policy.stats["state"].dim))
+        prepared = self.policy.prepare(self.policy.own_batch(self.keys.batch(batch, self.policy.stats["state"].dim)))
         terms = self.policy.loss(prepared.to(self.policy.device), noise, shared)
         return terms.total, {name: float(value) for name, value in terms.parts.items()}
 

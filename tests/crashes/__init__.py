@@ -1,0 +1,1 @@
+"""Crashes and full disks at every file operation of every command."""
