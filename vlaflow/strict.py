@@ -166,6 +166,14 @@ def fill(template: Any, values: Mapping[str, Any]) -> str:
     return path
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is an ordinary file; a name that is too long for the system is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def finite_number(found: Any) -> bool:
     """Whether a JSON value is a number that fits a float."""
     if isinstance(found, bool) or not isinstance(found, int | float):

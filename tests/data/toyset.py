@@ -69,6 +69,7 @@ def write_v3(root, **options):
 def write_v21(root):
     """The older layout, one parquet and one mp4 per episode, written from its description."""
     keys = {"image": "observation.image", "corner": "observation.images.corner"}
+    keys = {view: key for view, key in keys.items() if view in VIEWS}
     words = list(dict.fromkeys(TASKS))
     for i, task in enumerate(TASKS):
         images, state, action = episode(i)

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ import torch
 from tests import helpers
 from vlaflow.compute.dense import Dense
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.engine import store
+from vlaflow.engine import openvino, store
 from vlaflow.engine.fold import folded
 from vlaflow.engine.linear import in_bfloat16, transposed
 from vlaflow.engine.plan import needed
+from vlaflow.engine.programs import Program, ProgramKey
+from vlaflow.errors import DeploymentError
 
 WITHOUT = {
     "aoti": shutil.which(os.environ.get("CXX", "g++")) is None and "there is no C++ compiler",
@@ -40,3 +44,26 @@ def test_a_compiled_program_computes_what_its_module_does(tmp_path, compiler, pr
     with torch.inference_mode():
         for expected, found in zip(program.module(*program.examples), run(program.examples), strict=True):
             assert (expected - found).abs().max() < TOLERANCE[precision]
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return [2 * x]
+
+
+def test_what_openvino_cannot_compile_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    """Its own errors have many lines, of which the last says what is wrong."""
+
+    def fail(*args):
+        raise RuntimeError("Exception from core.cpp:117:\nCheck failed\ntwo passes can't be merged.\n\n")
+
+    stand_in = types.SimpleNamespace(
+        Core=lambda: types.SimpleNamespace(compile_model=fail), convert_model=id, __version__="1.0"
+    )
+    monkeypatch.setitem(sys.modules, "openvino", stand_in)
+    program = Program(ProgramKey("step", 12, 0, 4, 1), Doubled(), (torch.ones(1, 2),))
+    with pytest.raises(
+        DeploymentError, match=r"OpenVINO 1\.0 cannot compile step-12-0-4-1 \(two passes.*--engine aoti"
+    ) as refusal:
+        openvino.build(program, tmp_path / "program")
+    assert "\n" not in str(refusal.value)

@@ -154,7 +154,7 @@ def test_committed_actions_and_guidance_are_kept(guided):
 
 def test_what_has_no_program_is_computed_by_the_networks():
     policy, compute = made(FlowConfig(4, 6)), Dense(STEPS)
-    other, programs = deployed(policy, compute, lengths=(16,))
+    other, programs = deployed(policy, compute, lengths=(16,), network=folded(policy.model))
     assert largest_difference(policy, other, compute, 2) < ROUNDING
     assert {key.part for key in programs.missed} == {"embed", "run", "step"}
 

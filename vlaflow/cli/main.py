@@ -17,7 +17,7 @@ from vlaflow import __version__
 from vlaflow.errors import ConfigError, VlaflowError, nearest
 from vlaflow.outputs import require_system
 from vlaflow.packages import EXTRAS, missing
-from vlaflow.text import printable
+from vlaflow.text import one_line
 
 COMMANDS = {
     "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
@@ -96,5 +96,5 @@ def _show(text: str) -> int:
 
 
 def _refuse(sentence: str) -> int:
-    sys.stderr.write(printable(sentence) + "\n")
+    sys.stderr.write(one_line(sentence) + "\n")
     return 2

@@ -74,6 +74,11 @@ class Profile:
     dtype: Dtype = "fp32"
     engine: str = "eager"
 
+    def __post_init__(self) -> None:
+        depths = {len(each) for each in (self.prefix, self.step, self.work.prefix, self.work.step)}
+        if len(depths) > 1 or depths == {0}:
+            raise CalibrationError(f"The parts of a chunk were not all measured at the same depths. {TIME}")
+
     def dense(self, depth: int, nfe: int) -> float:
         """Median of a chunk at a fixed depth."""
         return self.worst((depth,), nfe)
@@ -150,6 +155,8 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
     Raises:
         CalibrationError: when nothing fits, saying what the fastest takes.
     """
+    if not 0 < max((rung.depth for rung in ladder.rungs), default=0) <= len(profile.prefix):
+        raise CalibrationError(f"{LADDER} and {PROFILE} were not measured at the same depths; measure again. {TIME}")
     full_error = max(ladder.rungs, key=lambda r: (r.depth, r.nfe)).error
     candidates = [
         Choice(
@@ -186,6 +193,8 @@ def choose(milliseconds: float, profile: Profile, ladder: Ladder, exits: dict[st
 
 def _worst(profile: Profile, found: Calibration) -> tuple[int, float]:
     """Evaluations at each depth of an early exit, and its 99th percentile when it takes all of its depths."""
+    if found.plan.depths[-1] > len(profile.prefix):
+        raise CalibrationError(f"{PROFILE} has no time of the depth {found.plan.depths[-1]}, at which an exit answers. {TIME}")
     each = round(found.effect.nfe / max(_answers(found), 1e-9))
     return each, profile.jitter * profile.worst(found.plan.depths, each)
 

@@ -90,8 +90,8 @@ class ExitEffect:
     layer_passes: NotNegative
     nfe: NotNegative
     deviation: NotNegative
-    error: NotNegative
-    full_error: NotNegative
+    error: Positive
+    full_error: Positive
     above: Share | None = None
 
 

@@ -253,7 +253,8 @@ class _Surveyor:
         disagreeing: list[int] = []
         for number, rows in found.episodes.items():
             own = self.rows.get(number, {}).get("tasks") or ()
-            stated = [t for t in ([own] if isinstance(own, str) else own) if isinstance(t, str) and t.strip()]
+            listed_here = own if isinstance(own, list) else [own]
+            stated = [t for t in listed_here if isinstance(t, str) and t.strip()]
             indices = np.unique(rows.task).tolist()
             if all(index in words for index in indices):
                 tasks[number] = tuple(words[index] for index in rows.task.tolist())

@@ -52,7 +52,9 @@ def require_features(path: Path, features: Any) -> dict[str, dict[str, Any]]:
                 f'{where} states no \'dtype\'. Add one: "video" if its pictures are in mp4 files, "image" if they are in the '
                 f'parquet files, or the type of its numbers, such as "float32".'
             )
-        shape = feature.get("shape", [1] if key in BOOKKEEPING else None)
+        if key in BOOKKEEPING:
+            feature.setdefault("shape", [1])
+        shape = feature.get("shape")
         sound = isinstance(shape, list) and len(shape) <= MOST_AXES and all(type(n) is int and n >= 0 for n in shape)
         if not sound and feature["dtype"] not in ("string", "language"):
             raise DataError(

@@ -20,6 +20,7 @@ from vlaflow.data.tables import is_list, is_text, read_jsonl, read_parquet, whol
 from vlaflow.data.video_offsets import REWRITE, require_sound_offsets, seconds
 from vlaflow.errors import DataError
 from vlaflow.ranges import Number
+from vlaflow.strict import is_file
 from vlaflow.text import shown
 
 
@@ -284,7 +285,7 @@ def _require_files(
 ) -> tuple[list[EpisodeFiles], tuple[str, ...]]:
     """Refuse missing files, but for data files whose rows lie in another one: those episodes are pointed to it, with a note."""
     named = {path for one in files for path in (one.data, *(path for path, _ in one.videos.values()))}
-    exists = {path: path.is_file() for path in named}
+    exists = {path: is_file(path) for path in named}
     elsewhere = _located(root) if not all(exists[one.data] for one in files) else {}
     found, moved = [], []
     for number, one in zip(numbers, files, strict=True):

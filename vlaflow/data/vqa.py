@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.strict import MOST_LISTED, read_json, read_lines
+from vlaflow.strict import MOST_LISTED, is_file, read_json, read_lines
 from vlaflow.text import shown
 
 Turns = Literal["all", "first"]
@@ -81,9 +81,9 @@ class VqaDataset:
             for question in _questions(record, turns, where):
                 found.append(question)
                 for image in question.images:
-                    if image not in present and not (file.parent / image).is_file():
+                    if image not in present and not is_file(file.parent / image):
                         raise DataError(
-                            f"{where} names the image {file.parent / image}, which is missing. Copy it there, or remove the "
+                            f"{where} names the image {shown(image)}, which {file.parent} lacks. Copy it there, or remove the "
                             "record."
                         )
                     present.add(image)

@@ -89,7 +89,6 @@ def _(block: Block) -> nn.Module:
     block.norm_attention = _into(block.norm_attention, block.qkv)
     ffn = block.ffn
     block.norm_ffn = _into(block.norm_ffn, ffn.up, *([] if ffn.gate is None else [ffn.gate]))
-    block.joined = True
     return block
 
 

@@ -1,4 +1,5 @@
-"""Linear layers as programs multiply them fastest: matrices stored by inputs in float32, or products in bfloat16.
+"""Networks as AOTInductor multiplies few tokens fastest: matrices stored by inputs in float32, or products in bfloat16, and
+blocks that attend by two products (``Block.joined``). OpenVINO has an order and kernels of its own.
 
 Shape letters: I inputs, O outputs.
 """
@@ -12,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from vlaflow.nn.block import Block
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -51,18 +54,22 @@ class Bfloat16Linear(nn.Module):
 
 
 def transposed(network: Net) -> Net:
-    """A copy whose linear layers are ``TransposedLinear``."""
+    """A copy whose linear layers are ``TransposedLinear`` and whose blocks attend by two products."""
     return _replaced(network, TransposedLinear)
 
 
 def in_bfloat16(network: Net) -> Net:
-    """A copy whose linear layers multiply in bfloat16; sums, norms, attention and what is handed on stay in float32."""
+    """A copy whose linear layers multiply in bfloat16; sums, norms, attention (by two products) and what is handed on stay in
+    float32.
+    """
     return _replaced(network, Bfloat16Linear)
 
 
 def _replaced(network: Net, kind: Callable[[nn.Linear], nn.Module]) -> Net:
     copied = copy.deepcopy(network)
     for parent in list(copied.modules()):
+        if isinstance(parent, Block):
+            parent.joined = True
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, kind(child))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlaflow.engine.programs import Program, Run
+from vlaflow.errors import DeploymentError
 
 SUFFIX = ".blob"
 
@@ -24,13 +25,22 @@ def build(program: Program, file: Path, *, bf16: bool = False) -> None:
         program: what to compile; it runs with as many threads as torch has now.
         file: where to.
         bf16: multiply in bfloat16.
+
+    Raises:
+        DeploymentError: OpenVINO cannot compile it.
     """
     import openvino
 
     with torch.no_grad():
         exported = torch.export.export(_Positional(program.module), program.examples, strict=False)
-        model = openvino.convert_model(exported)
-    file.write_bytes(openvino.Core().compile_model(model, "CPU", _settings(bf16)).export_model().getvalue())
+    try:
+        compiled = openvino.Core().compile_model(openvino.convert_model(exported), "CPU", _settings(bf16))
+        file.write_bytes(compiled.export_model().getvalue())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DeploymentError(
+            f"OpenVINO {openvino.__version__} cannot compile {program.key} ({reason}). Use the other compiler: --engine aoti."
+        ) from error
 
 
 class _Positional(nn.Module):

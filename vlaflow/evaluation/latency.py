@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.errors import ConfigError
 from vlaflow.evaluation.rollout import EpisodeJob, RolloutConfig, one_thread, open_env, play
 from vlaflow.evaluation.statistics import Percentiles
 from vlaflow.policies.base import Policy
 from vlaflow.policies.seeds import chunk_generator
+from vlaflow.ranges import Count, NotNegative, Share
 from vlaflow.spec import Observation
 
 PARTS = ("prefix", "first", "refine_deterministic", "rater", "refine")
@@ -41,15 +43,19 @@ class Latency:
     """
 
     compute: str
-    chunks: int
+    chunks: Count
     total: Percentiles
     parts: dict[str, Percentiles]
-    mean_parts: dict[str, float]
-    mean: float
-    layer_passes: float
-    nfe: float
-    regenerated_share: float
-    drift: float | None = None
+    mean_parts: dict[str, NotNegative]
+    mean: NotNegative
+    layer_passes: NotNegative
+    nfe: NotNegative
+    regenerated_share: Share
+    drift: NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        if self.parts.keys() != self.mean_parts.keys():
+            raise ConfigError(f"The percentiles of '{self.compute}' are of other parts than its means.")
 
 
 def measure(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 
@@ -25,12 +25,14 @@ from vlaflow.evaluation.rollout import EpisodeResult
 from vlaflow.evaluation.statistics import Interval, PairedOutcomes, Percentiles, paired_difference, wilson
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
+from vlaflow.ranges import Count, NotNegative, Number, Positive, Range, Seed, Share
 from vlaflow.simulators.base import protocol_limits, step_limit
 from vlaflow.strict import read_json
 from vlaflow.text import shown
 
 T = TypeVar("T")
 FORMAT = "vlaflow results 1"
+Difference = Annotated[float, Range(-1, 1)]
 ALL_PAIRS = 4
 """Largest number of compute policies for which every pair is tested; with more, there would be too many tests."""
 
@@ -46,8 +48,8 @@ class Within:
     """
 
     protocol: str
-    max_steps: int
-    successes: int
+    max_steps: Count
+    successes: Number
 
 
 @dataclass(frozen=True)
@@ -73,26 +75,34 @@ class Evaluation:
 
     env: str
     compute: str
-    episodes: int
-    successes: int
-    interval: tuple[float, float]
-    first_success_steps: tuple[int | None, ...]
+    episodes: Count
+    successes: Number
+    interval: tuple[Share, Share]
+    first_success_steps: tuple[Count | None, ...]
     latency_ms: Percentiles | None
-    seeds: tuple[int, ...]
-    noise_seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
+    noise_seeds: tuple[Seed, ...]
     within: tuple[Within, ...]
-    n_action_steps: int
-    max_steps: int
+    n_action_steps: Count
+    max_steps: Count
     render: str
-    solver_steps: int
-    nfe_per_chunk: float
-    layer_passes_per_chunk: float
-    regenerated_per_chunk: float
+    solver_steps: Number
+    nfe_per_chunk: NotNegative
+    layer_passes_per_chunk: NotNegative
+    regenerated_per_chunk: NotNegative
     per_episode: tuple[EpisodeResult, ...]
-    effective_episodes: float
-    revised_per_chunk: tuple[float, ...] = ()
-    repaired_share: float = 0.0
-    batch: int = 1
+    effective_episodes: Positive
+    revised_per_chunk: tuple[NotNegative, ...] = ()
+    repaired_share: Share = 0.0
+    batch: Count = 1
+
+    def __post_init__(self) -> None:
+        counted = [(e.seed, e.noise_seed, e.first_success_step) for e in self.per_episode]
+        stated = list(zip_longest(self.seeds, self.noise_seeds, self.first_success_steps, fillvalue=-1))
+        low, high = self.interval
+        sound = self.episodes == len(counted) and self.successes == sum(e.success for e in self.per_episode)
+        if counted != stated or not sound or not low - 1e-9 <= self.successes / self.episodes <= high + 1e-9:
+            raise ConfigError(f"The numbers of '{self.compute}' in {self.env} are not those of its single episodes.")
 
 
 @dataclass(frozen=True)
@@ -104,12 +114,12 @@ class Overall:
     """
 
     compute: str
-    episodes: int
-    successes: int
-    interval: tuple[float, float]
-    effective_episodes: float
-    mean_over_envs: float
-    within: dict[str, int] = field(default_factory=dict)
+    episodes: Count
+    successes: Number
+    interval: tuple[Share, Share]
+    effective_episodes: Positive
+    mean_over_envs: Share
+    within: dict[str, Number] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,16 +142,16 @@ class PairedTest:
     env: str
     first: str
     second: str
-    both: int
-    only_first: int
-    only_second: int
-    neither: int
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
-    effective_pairs: float
-    detectable: float
-    episodes_needed: int | None
+    both: Number
+    only_first: Number
+    only_second: Number
+    neither: Number
+    difference: Difference
+    interval: tuple[Difference, Difference]
+    p_value: Share
+    effective_pairs: Positive
+    detectable: NotNegative
+    episodes_needed: Count | None
 
 
 @dataclass(frozen=True)
@@ -159,25 +169,25 @@ class LanguageResult:
     env: str
     condition: str
     instruction: str
-    episodes: int
-    successes: int
-    interval: tuple[float, float]
-    seeds: tuple[int, ...]
-    first_success_steps: tuple[int | None, ...]
-    max_steps: int
+    episodes: Count
+    successes: Number
+    interval: tuple[Share, Share]
+    seeds: tuple[Seed, ...]
+    first_success_steps: tuple[Count | None, ...]
+    max_steps: Count
 
 
 @dataclass(frozen=True)
 class Minutes:
     """Wall time by step in minutes; null for steps that were not part of this run. ``total`` is their sum."""
 
-    install: float | None = None
-    record: float | None = None
-    train: float | None = None
-    rater: float | None = None
-    calibrate: float | None = None
-    evaluate: float | None = None
-    total: float | None = None
+    install: NotNegative | None = None
+    record: NotNegative | None = None
+    train: NotNegative | None = None
+    rater: NotNegative | None = None
+    calibrate: NotNegative | None = None
+    evaluate: NotNegative | None = None
+    total: NotNegative | None = None
 
     def summed(self) -> Minutes:
         """The same with ``total``, the sum of the known steps."""
@@ -399,7 +409,10 @@ def read(file: Path) -> Results:
         DataError: when it is missing, damaged or of another format.
         ConfigError: naming an unknown or missing key.
     """
-    return read_as(Results, file, FORMAT, f"vlaflow eval CKPT --env metaworld/drawer-open-v3 --out {file.parent}")
+    found = read_as(Results, file, FORMAT, f"vlaflow eval CKPT --env metaworld/drawer-open-v3 --out {file.parent}")
+    if not found.evaluations:
+        raise DataError(f"{file} contains no evaluation; it is damaged. Run the evaluation again.")
+    return found
 
 
 def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:

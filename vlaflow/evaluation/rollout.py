@@ -31,7 +31,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
-from vlaflow.ranges import Count, require_ranges
+from vlaflow.ranges import Count, Number, Seed, require_ranges
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
@@ -121,15 +121,15 @@ class EpisodeResult:
     seed: int
     instruction: str
     success: bool
-    first_success_step: int | None
-    steps: int
-    chunks: int
-    nfe: int
-    layer_passes: int
-    regenerated: int
-    revised: tuple[int, ...] = ()
-    repaired: int = 0
-    noise_seed: int = 0
+    first_success_step: Count | None
+    steps: Count
+    chunks: Count
+    nfe: Number
+    layer_passes: Number
+    regenerated: Number
+    revised: tuple[Number, ...] = ()
+    repaired: Number = 0
+    noise_seed: Seed = 0
 
     @property
     def seed_label(self) -> str:

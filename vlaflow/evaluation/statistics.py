@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlaflow.errors import ConfigError
+from vlaflow.ranges import NotNegative
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,12 @@ def bootstrap_mean(values: Sequence[float], level: float = 0.95, draws: int = 10
 class Percentiles:
     """Median and 99th percentile of times, in their unit."""
 
-    p50: float
-    p99: float
+    p50: NotNegative
+    p99: NotNegative
+
+    def __post_init__(self) -> None:
+        if self.p50 > self.p99:
+            raise ConfigError(f"A median of {self.p50} exceeds the 99th percentile, {self.p99}.")
 
     @staticmethod
     def of(values: Sequence[float]) -> Percentiles:

@@ -446,5 +446,5 @@ class Policy:
         if dtype == "bf16":
             round_matrices(blocks_of(model))
         card, processor = folder / "README.md", config.backbone.processor(folder)
-        text = card.read_text() if card.exists() else ""
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         return Policy(config, action_spec, stats, model.eval(), text, processor, folder, dtype, robots)

@@ -154,5 +154,7 @@ def read_robots(folder: Path) -> tuple[ActionSpec, Mapping[str, FeatureStats], d
 
 
 def _require_sound(stats: Mapping[str, FeatureStats], file: Path) -> None:
+    for feature in {"state", "action"} - stats.keys():
+        raise CheckpointError(f"{file} holds no statistics of '{feature}'; the file is damaged. Copy it again.")
     for feature, measured in stats.items():
         measured.require_sound(f"'{feature}' in {file}")
