@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -141,6 +142,9 @@ def main(argv: list[str]) -> int:
         checkpoint=origin(folder) or str(a.checkpoint),
         fingerprint=home.fingerprint,
     )
+
+    gc.collect()
+    gc.freeze()  # going through all objects of torch takes as long as several chunks
 
     async def serve() -> None:
         server = PolicyServer(policy, compute, config)
