@@ -112,5 +112,6 @@ def lerobot_batch(dataset: Dataset, chunk_size: int) -> Callable[[np.ndarray], A
         say(f"LeRobot's loader is left out: {str(error).splitlines()[0][:100]}")
         return None
     deltas = {"action": [i / dataset.fps for i in range(chunk_size)]}
-    theirs = LeRobotDataset("local/benchmark", root=dataset.root, delta_timestamps=deltas)
+    backend = "pyav" if torchcodec_frames() is None else "torchcodec"
+    theirs = LeRobotDataset("local/benchmark", root=dataset.root, delta_timestamps=deltas, video_backend=backend)
     return lambda indices: torch.utils.data.default_collate([theirs[int(i)] for i in indices])

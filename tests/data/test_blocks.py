@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tests.data.toyset import LENGTHS, VIEWS, files_of
+from vlaflow.cli.data import main
 from vlaflow.data import blocks
 from vlaflow.data.blocks import BlockStore, cut
 from vlaflow.data.codecs import Jpeg, Raw
 from vlaflow.data.frames import CacheBuilder, FrameCache, damaged_blocks
 from vlaflow.data.lerobot import Dataset
-from vlaflow.errors import DataError
+from vlaflow.errors import ConfigError, DataError
 
 ROWS = sum(LENGTHS)
 ALL = np.arange(ROWS)
@@ -155,3 +156,13 @@ def test_jpegs_are_close_to_the_frames_and_take_a_fraction_of_the_bytes():
 
 def test_codecs_have_caches_of_their_own(dataset):
     assert opened(dataset, codec=Jpeg()).folder != opened(dataset).folder != opened(dataset, codec=Jpeg(80)).folder
+
+
+def test_the_command_builds_shares_until_the_cache_is_complete(dataset, capsys):
+    for share, words in (("2/2", "2 of 5 blocks are in"), ("1/2", "The cache is complete")):
+        assert main(["cache", str(dataset.root), "--size", "16", "--shard", share]) == 0
+        assert words in capsys.readouterr().out
+    assert not CacheBuilder(dataset, 16).store.missing()
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(ConfigError, match=r"I in 1\.\.N"):
+            main(["cache", str(dataset.root), "--shard", wrong])

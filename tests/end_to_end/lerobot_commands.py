@@ -19,6 +19,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
+from tests.end_to_end.lerobot_eval import evaluated
 from tests.training.small import write_dataset
 from vlaflow.cli.main import main
 from vlaflow.policies.base import Policy
@@ -86,6 +87,8 @@ def run(folder: Path) -> None:
     assert main(["export", "lerobot", str(last), "--out", str(folder / "exported")]) == 0
     opened(folder / "exported")
     sys.stdout.write("exported\n")
+    assert evaluated(folder / "exported", folder / "evaluated") == 100, "lerobot-eval did not get through its episodes"
+    sys.stdout.write("evaluated\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.fair_queue import CREDIT, FairQueue
 from vlaflow.serving.places import ClientPlaces
-from vlaflow.serving.turns import ALLOWANCE_S, DUTY, MOST_OPENING, RATE, TURN_S, Account, Turns
+from vlaflow.serving.turns import ALLOWANCE_S, DUTY, MOST_OPENING, RATE, TURN_S, Account, Turns, WorkingClock
 
 
 class Asking:
@@ -142,6 +142,17 @@ def test_a_client_that_spends_more_stands_in_line_until_its_turn_or_until_it_has
     assert not account.in_debt
     account.spend(0)
     assert not account.paced
+
+
+def test_while_the_server_computes_only_the_time_counts_in_which_it_has_a_processor():
+    clock, processor, computing = Clock(), Clock(), [False]
+    working = WorkingClock(lambda: computing[0], clock, processor)
+    clock.now = 5
+    assert working() == 5
+    computing[0], clock.now, processor.now = True, 15, 1
+    assert working() == 6
+    clock.now, processor.now = 16, 4  # several threads
+    assert working() == 7
 
 
 class InLine:

@@ -1,18 +1,23 @@
 """Requests as users send them: accepted and converted, or refused with the cause and the cure."""
 
 import io
+from dataclasses import replace
 
 import msgpack
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from websockets.sync.client import connect
 
-from tests.serving.live import PLACE, request, serving
+from tests import helpers
+from tests.serving.live import PLACE, POLICY, request, serving
+from vlaflow.compute.dense import Dense
 from vlaflow.errors import ConfigError, RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.robot.wire import ArrayEncoding
+from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.observation_keys import choose, read
 from vlaflow.serving.openpi import committed
 
@@ -159,6 +164,30 @@ def test_a_client_is_answered_in_its_own_encoding():
                 reply, found = wire.unpack_as_sent(raw.recv(10))
                 assert found is encoding
                 np.testing.assert_array_equal(reply["actions"], expected)
+
+
+def test_an_image_of_another_size_is_resized_as_in_training():
+    """Before inference, in the thread that decodes."""
+    sizes, seen = [], helpers.observation(1, size=40)
+    larger = replace(seen, images={"image": seen.images["image"][:28]})
+    generator = torch.Generator().manual_seed(7)
+    known = POLICY.act(larger, Dense(3), generator=generator).actions
+    with serving(engine=EngineConfig(batch=1)) as (server, address), Client(address) as client:
+        act = server.engine.policy.act
+        server.engine._act = lambda asked: (
+            sizes.append(asked[0].observation.images["image"].shape)
+            or act([a.observation for a in asked], asked[0].compute, generator=[a.generator for a in asked])
+        )
+        found = client.infer(
+            {
+                "observation/image": larger.images["image"],
+                "observation/state": seen.state,
+                "prompt": seen.instruction,
+                "seed": 7,
+            }
+        )
+    assert sizes == [(16, 16, 3)]
+    np.testing.assert_array_equal(found["actions"], known)
 
 
 def test_float_channel_first_and_listed_requests_get_the_answer_of_the_plain_one():

@@ -19,7 +19,7 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.example import example
 from vlaflow.policies.provenance import new_episodes, trained_on
 from vlaflow.robot.client import Client
-from vlaflow.serving.observation_keys import choose
+from vlaflow.serving.observation_keys import choose, read
 from vlaflow.spec import ActionSpec, Dimension
 
 ALOHA = [f"{side}_{part}" for side in ("left", "right") for part in
@@ -114,7 +114,10 @@ def test_no_state_trains_a_policy_without_proprioception(tmp_path):
     root = write(tmp_path / "dataset", names=("a0", "a1"), state=False, views={"top": (32, 48)}, fps=10, robot="toy")
     assert Dataset.open(root).dim("state") == 0
     assert command.main([*arguments(root, tmp_path / "policy"), "--steps", "1"]) == 0
-    assert act(tmp_path / "policy").shape[1] == 2
+    policy = Policy.from_pretrained(tmp_path / "policy")
+    request = {"images/top": np.zeros((32, 48, 3), np.uint8), "prompt": "fold the shirt"}
+    place = choose("views", tuple(policy.views), stateless=not policy.stats["state"].dim)
+    assert policy.act(read(request, **place)).actions.shape[1] == 2
 
 
 def test_a_completed_spec_is_used_and_a_contradicting_one_refused_later(aloha, tmp_path):

@@ -12,7 +12,7 @@ from tests import helpers
 from tests.training.small import tiny_config
 from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.cli.main import main
-from vlaflow.cli.plan import answer
+from vlaflow.cli.plan import answer, cache_command
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup
@@ -157,6 +157,9 @@ def test_epochs_and_hours_follow_from_the_recipe():
     found = Estimate(replace(config, validation_fraction=0.5), COUNTS, StepCost(0.0, 1e12), 16, machine, data)
     assert found.epochs == 2
     assert found.cache == 6400 * 32 * 32 * 3  # at the size that the policy reads, not at the data set's
+    assert cache_command("data/theirs", found.config) == "vlaflow data cache data/theirs --size 32"
+    jpegs = cache_command("data/theirs", replace(config, frames="jpeg"))
+    assert jpegs == "vlaflow data cache data/theirs --size 32 --frames jpeg"
     assert found.hours == pytest.approx(100 * 4 / (4 * 0.4) / 3600)
 
 

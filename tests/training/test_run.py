@@ -30,6 +30,7 @@ STEPS = 60
 def arguments(dataset, out, *more):
     small = [word for value in SMALL for word in ("--set", f"policy.backbone.{value}")]
     small += ["--set", "policy.exits=none"]
+    small += ["--set", "precision=fp32"]  # "auto" measures, and two processes may come to two formats
     own = ["--steps", str(STEPS), "--batch-size", "4", "--set", "checkpoint_every=7", "--set", "optim.warmup_steps=5"]
     places = ["--dataset", str(dataset), "--out", str(out)]
     return ["asyncvla.demo", *places, *own, *small, "--set", "validate_every=25", "--tracker", "none", "--no-calibrate", *more]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> int:
         return parse(f"budget:{milliseconds:g}", knobs, home)
 
     config = ServerConfig(
-        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt),
+        **choose(a.observation_keys, views, a.image, a.state, a.default_prompt, stateless=not policy.stats["state"].dim),
         host=a.host,
         port=a.port,
         token=a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN"),
@@ -141,6 +142,9 @@ def main(argv: list[str]) -> int:
         checkpoint=origin(folder) or str(a.checkpoint),
         fingerprint=home.fingerprint,
     )
+
+    gc.collect()
+    gc.freeze()  # going through all objects of torch takes as long as several chunks
 
     async def serve() -> None:
         server = PolicyServer(policy, compute, config)

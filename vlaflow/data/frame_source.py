@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -47,7 +47,7 @@ class FrameSource(Protocol):
             offsets: of a sample's frames from its row.
         """
 
-    def for_few(self) -> Self | FrameSource:
+    def for_few(self) -> FrameSource:
         """The same frames for a few rows, which are gathered again and again."""
 
 

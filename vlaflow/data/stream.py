@@ -6,8 +6,8 @@
 Any rows can be asked for, and the frames are those that a raw frame cache holds, to the bit. Fast are the rows that were
 announced: a *run* is up to 512 neighbouring frames of one episode, which is decoded from its beginning to its end once,
 by one process, and kept in memory until all of it that was announced has been gathered. ``nearby`` is the order of samples that
-needs few runs at a time. Frames that were not announced are decoded one by one, as ``for_few`` does for
-those that validation asks for again and again.
+needs few runs at a time. Frames that were not announced are decoded one by one, as ``for_few`` does for those that validation
+asks for again and again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FrameStream:
         self._opening, self._workers, self._rows = opening, workers or min(8, os.cpu_count() or 1), len(dataset)
         self._here = decoding.EpisodeFrames(dataset, opening)
         self.shapes = self._here.shapes
-        most = max(8, min(LONGEST, RUN_BYTES // sum(h * w * 3 for h, w in self.shapes.values())))
+        most = max(8, min(LONGEST, RUN_BYTES // max(1, sum(h * w * 3 for h, w in self.shapes.values()))))
         self._runs = [
             (episode, start, min(start + most, episode.length))
             for episode in dataset.episodes

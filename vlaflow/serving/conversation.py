@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.data.frames import resize
 from vlaflow.errors import RequestError, SpecError
 from vlaflow.serving.engine import NEWCOMERS, ActRequest
 from vlaflow.serving.request_log import RequestEntry
@@ -38,11 +39,12 @@ class Conversation(ABC):
     Attributes:
         answered: whether the client has got a chunk. Until then it has one share of the engine with all others that have not.
         cost: what a request takes of the client's share.
-        seconds: of processor time that the last message took to decode.
+        spend: charges the client for seconds of processor time.
     """
 
     def __init__(self, server: PolicyServer) -> None:
-        self.server, self.answered, self.cost, self.seconds = server, False, 1.0, 0.0
+        self.server, self.answered, self.cost = server, False, 1.0
+        self.spend: Callable[[float], None] = lambda _: None
 
     def greeting(self) -> bytes | None:
         """The server's first frame; None if the client speaks first."""
@@ -68,16 +70,21 @@ class Conversation(ABC):
         return sentence
 
     async def in_thread(self, decode: Callable[[], T]) -> T:
-        """Decode a message in a thread, so that those of other clients are read meanwhile; counts ``seconds``."""
+        """Decode a message in a thread, so that those of other clients are read meanwhile, and charge the client for it."""
+        seconds = 0.0
 
         def timed() -> T:
+            nonlocal seconds
             began = time.thread_time()
             try:
                 return decode()
             finally:
-                self.seconds = time.thread_time() - began
+                seconds = time.thread_time() - began
 
-        return await asyncio.to_thread(timed)
+        try:
+            return await asyncio.to_thread(timed)
+        finally:
+            self.spend(seconds)
 
     async def infer(
         self,
@@ -102,7 +109,9 @@ class Conversation(ABC):
             RequestError: the observation does not fit the policy.
             VlaflowError: see ``Engine.ask``.
         """
-        entry.observation = observation
+        entry.observation, sides = observation, self.server.policy.views
+        if any(sides[view] and image.shape[:2] != (sides[view],) * 2 for view, image in observation.images.items()):
+            observation = await self.in_thread(lambda: _resized(observation, sides))
         request = ActRequest(observation, compute or self.server.compute, generator, action_prefix)
         try:
             entry.chunk = await self.server.engine.ask(request, deadline_ms, self if self.answered else NEWCOMERS, self.cost)
@@ -110,6 +119,11 @@ class Conversation(ABC):
             raise RequestError(str(error)) from error
         self.answered = True
         return entry.chunk
+
+
+def _resized(observation: Observation, sides: Mapping[str, int | None]) -> Observation:
+    """The observation as the policy's processor would resize it; here, the inference thread does not have to wait for it."""
+    return replace(observation, images={view: resize(image, sides[view]) for view, image in observation.images.items()})
 
 
 @dataclass(frozen=True)

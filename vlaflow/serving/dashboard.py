@@ -151,9 +151,15 @@ class Dashboard:
                 last = self._last if self._last is not None and self._last[0] is not shown else None
                 shown = self._last[0] if self._last is not None else None
                 now, lines = self._now(), [_line(event) for event in list(self.request_log.lines)[-12:]]
-                await connection.send(await asyncio.to_thread(_message, now, lines, last))
+                began = time.perf_counter()
+                message = await asyncio.to_thread(_message, now, lines, last)
+                connection.spend(time.perf_counter() - began)
+                await connection.send(message)
                 self.messages_sent += 1
                 await asyncio.wait([listening], timeout=1 / self.rate_hz)
+                if not listening.done():
+                    connection.establish()
+                    await connection.turn()
         except websockets.ConnectionClosed:
             pass
         finally:

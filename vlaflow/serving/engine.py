@@ -105,7 +105,11 @@ class _Waiting:
 
 @dataclass
 class Engine:
-    """Batches and computes requests; ``run`` is a task of the event loop, ``ask`` is called by every connection."""
+    """Batches and computes requests; ``run`` is a task of the event loop, ``ask`` is called by every connection.
+
+    Attributes:
+        computing: whether a batch is being computed.
+    """
 
     policy: Policy
     config: EngineConfig = field(default_factory=EngineConfig)
@@ -115,6 +119,7 @@ class Engine:
     def __post_init__(self) -> None:
         self._queue = FairQueue[_Waiting](self.config.queue)
         self._thread = ThreadPoolExecutor(1, "inference")
+        self.computing = False
 
     @property
     def waiting(self) -> int:
@@ -200,7 +205,9 @@ class Engine:
             for waiting in alive:
                 waiting.begun = True
             began = self.clock()
+            self.computing = True
             await self._compute(alive)
+            self.computing = False
             self.counts.batches += 1
             self.counts.seconds += self.clock() - began
 

@@ -80,6 +80,8 @@ def choose(
     images: Sequence[str] = (),
     state: Sequence[str] = (),
     default_prompt: str | None = None,
+    *,
+    stateless: bool = False,
 ) -> dict[str, Any]:
     """The observation keys for these views, as keyword arguments of ``read``.
 
@@ -88,6 +90,7 @@ def choose(
         views: views of the policy, in order.
         images, state: keys to use instead of the installed ones.
         default_prompt: the instruction of requests without one, instead of refusing them.
+        stateless: the policy reads no state, so requests need not have one.
 
     Raises:
         ConfigError: unknown name, an empty prompt, or the number of images differs from that of the views.
@@ -98,7 +101,7 @@ def choose(
     observation_keys = replace(
         observation_keys,
         images=tuple(images) or observation_keys.images or tuple(f"images/{view}" for view in views),
-        state=tuple(state) or observation_keys.state,
+        state=tuple(state) or (() if stateless else observation_keys.state),
         default_prompt=default_prompt if default_prompt is not None else observation_keys.default_prompt,
     )
     if len(observation_keys.images) != len(views):

@@ -38,13 +38,15 @@ from vlaflow.serving.limits import most_message_bytes, most_pixels, quiet_withou
 from vlaflow.serving.observation_keys import ObservationKeys, read
 from vlaflow.serving.places import ClientPlaces
 from vlaflow.serving.request_log import OneLine, RequestLog
-from vlaflow.serving.turns import PER_CONNECTION_S, PER_MESSAGE_S, LimitedConnection, Turns
+from vlaflow.serving.turns import PER_CONNECTION_S, PER_MESSAGE_S, LimitedConnection, Turns, WorkingClock
 from vlaflow.spec import Observation
 
 logger = logging.getLogger("vlaflow.serving")
 T = TypeVar("T")
 _ONE_LINE = OneLine()
 _CLOSE_S = 2.0
+_ACCEPTED = 16
+"""Connections that are accepted before the event loop turns to those that it has, and that wait to be accepted."""
 _FRAMES_AHEAD = 1
 """Requests that are read ahead while one is processed; more remain in the socket. The websocket library stops reading when
 there is one more than its ``max_queue``."""
@@ -199,12 +201,14 @@ class PolicyServer:
                 compression=None,
                 max_size=self.most_bytes,
                 max_queue=_FRAMES_AHEAD - 1,
+                write_limit=0,
                 open_timeout=self.config.open_s,
                 ping_interval=min(20.0, self.config.idle_s),
                 ping_timeout=self._idle_s,
                 close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
-                create_connection=partial(LimitedConnection, Turns()),  # type: ignore[arg-type]
+                backlog=_ACCEPTED,
+                create_connection=partial(LimitedConnection, Turns(WorkingClock(lambda: self.engine.computing))),  # type: ignore[arg-type]
                 logger=quiet,
             )
             port = _port(server)
@@ -306,15 +310,16 @@ class PolicyServer:
             return
         with self._places.taken(connection), self.request_log.connected(name), suppress(websockets.ConnectionClosed):
             conversation = self.config.observation_keys.protocol.begin(self)
+            conversation.spend = connection.spend
             if (greeting := conversation.greeting()) is not None:
                 await connection.send(greeting)
             async for frame in connection:
                 await connection.turn()
+                connection.spend(PER_MESSAGE_S)
                 conversation.cost = connection.cost
                 with self._busy():
                     with self._places.busy(connection):
                         reply = await _while_there(connection, self._reply(frame, conversation, name))
-                    connection.spend(PER_MESSAGE_S + conversation.seconds)
                     if conversation.answered:
                         connection.establish()
                     if reply is not None:

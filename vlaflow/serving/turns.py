@@ -10,6 +10,7 @@ Connections that have not been answered yet share one account, so that reconnect
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -29,13 +30,43 @@ PACED_COST = 4.0
 """What an inference takes of the share of a client that has been in line, where that of others takes 1."""
 TURN_S = 0.002
 """Length of a turn in seconds."""
-PER_MESSAGE_S, PER_CONNECTION_S = 3e-4, 1e-3
-"""What answering a message and a connection cost apart from what is measured, in seconds."""
+PER_READ_S, PER_MESSAGE_S, PER_CONNECTION_S = 2e-5, 3e-4, 1e-3
+"""What a read, a message and a connection cost apart from what is measured, in seconds."""
 MOST_OPENING = 64
 """Connections that have not sent their headers yet; beyond them, the oldest is dropped."""
 PINGS_PER_S = 20
+_UNREAD_BYTES = 2**14
+"""Replies that are sent to a client before it has read the first; more requests of it are not answered."""
 _READ_BYTES = 2**14
-"""Bytes per read. The smallest frames take 20 ms to parse."""
+"""Bytes per read; the smallest frames in it take 7 ms to parse."""
+
+
+class WorkingClock:
+    """The time during which the server could work, in seconds: while it computes, what it gets of a processor, otherwise all.
+
+    On a busy machine, a second without a client's messages is not yet a second for the others.
+
+    Args:
+        computing: tells whether an inference is being computed.
+        clock, processor_clock: give the time, and the processor time of this process.
+    """
+
+    def __init__(
+        self,
+        computing: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+        processor_clock: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._computing, self._clock, self._processor_clock = computing, clock, processor_clock
+        self._now, self._at, self._processor_at = 0.0, clock(), processor_clock()
+
+    def __call__(self) -> float:
+        """The time now."""
+        at, processor_at = self._clock(), self._processor_clock()
+        passed, worked = at - self._at, processor_at - self._processor_at
+        self._now += min(passed, worked) if self._computing() else passed
+        self._at, self._processor_at = at, processor_at
+        return self._now
 
 
 class Account:
@@ -85,7 +116,8 @@ class Turns:
         self.clock, self.newcomers = clock, Account(clock)
         self._line: deque[LimitedConnection] = deque()
         self._opening: OrderedDict[LimitedConnection, None] = OrderedDict()
-        self._spent, self._since, self._timer = 0.0, clock(), None  # type: float, float, asyncio.Handle | None
+        self._spent, self._since = 0.0, clock()
+        self._timer: asyncio.Handle | None = None
 
     def spend(self, seconds: float) -> None:
         """Count what a client in line spent."""
@@ -141,7 +173,7 @@ class LimitedConnection(ServerConnection):
         self._turns.opened(self)
 
     def establish(self) -> None:
-        """Give the client an account of its own, once it has been answered."""
+        """Give the client an account of its own, once it has been answered or has stayed."""
         if self._account is self._turns.newcomers:
             self._account = Account(self._turns.clock)
 
@@ -180,9 +212,10 @@ class LimitedConnection(ServerConnection):
     # -- called by asyncio and the websocket library -----------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
-        """Read small pieces, so that no client keeps the event loop for long."""
+        """Read small pieces, so that no client keeps the event loop for long, and wait for clients that do not read."""
         super().connection_made(transport)
         transport.max_size = _READ_BYTES
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
         self.recv_messages.pause, self.recv_messages.resume = partial(self._hold, "queue"), partial(self._release, "queue")
         self._turns.open(self)
 
@@ -195,14 +228,14 @@ class LimitedConnection(ServerConnection):
         """Parse what was read, and stop reading if that was too much."""
         began = time.thread_time()
         super().data_received(data)
-        self.spend(time.thread_time() - began)
+        self.spend(PER_READ_S + 2 * (time.thread_time() - began))  # what was parsed has to be put together, too
         if self._account.in_debt:
             self._stand_in_line()
 
     def process_event(self, event: Any) -> None:
         """Count pings, each of which is answered by a pong."""
         if isinstance(event, Frame) and event.opcode is Opcode.PING:
-            now = self._turns.clock()
+            now = time.monotonic()
             if now - self._since > 1:
                 self._pings, self._since = 0, now
             self._pings += 1

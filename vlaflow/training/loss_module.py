@@ -37,15 +37,17 @@ class LossModule(nn.Module):
         bf16: compute in bfloat16 autocast.
         device: of the networks.
         compiled: compile the loss by torch.compile with the first batch, which takes a minute; nothing in it is random.
+            Held-out losses are computed without, for they are rarely needed and would be compiled once more.
     """
 
     def __init__(self, stage: Stage, bf16: bool, device: torch.device, *, compiled: bool = False) -> None:
         super().__init__()
         self.module, self._bf16, self._device = stage.module, bf16, device
-        self._loss = torch.compile(stage.loss) if compiled else stage.loss
+        self._plain = stage.loss
+        self._trained = torch.compile(stage.loss) if compiled else stage.loss
 
     def forward(self, batch: Ready, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its detached parts; plain containers, so that the wrappers find the tensors in them."""
         with autocast(self._bf16, self._device):
-            terms = self._loss(batch, drawn)
+            terms = (self._trained if self.module.training else self._plain)(batch, drawn)
         return terms.total, dict(terms.parts)
