@@ -94,3 +94,24 @@ def test_info_keeps_our_block_where_lerobot_ignores_it(pristine):
     info = json.loads((pristine / "meta/info.json").read_text())
     assert set(info["x_vlaflow"]) == {"action_spec", "provenance"}
     assert not any("vlaflow" in key for key in info["features"])
+
+
+TEXT = "[/red] $\\frac{$ \x1b[31m<script>a</script>\r\x07 :smile: \u202e"
+
+
+def test_text_of_a_data_set_is_shown_and_never_interpreted(copy, tmp_path, capsys):
+    """Markup of rich, formulas of matplotlib, elements of HTML and control characters of a terminal."""
+    edit_table(copy / "meta/tasks.parquet", "task", lambda tasks: [TEXT + str(i) for i in range(len(tasks))])
+    edit_table(copy / "meta/episodes/chunk-000/file-000.parquet", "tasks", lambda tasks: [[TEXT + "0"]] * len(tasks))
+    info = json.loads((copy / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = ["$\\frac{$", "[/x]\x1b", "<b>"]
+    edit_info(copy, features=info["features"], robot_type="[/red]\x1b[2J", x_vlaflow={})
+    page = tmp_path / "page.html"
+    assert main(["show", str(copy), "--out", str(page), "--episodes", "1"]) == 0
+    assert main(["spec", str(copy)]) == 0
+    said = "".join(capsys.readouterr())
+    for part in ("[/red]\\x1b[2J", "$\\frac{$", "\\x1b[31m", "<script>", ":smile:", "[/x]\\x1b"):
+        assert part in said
+    for text in (said, page.read_text()):
+        assert all(c.isprintable() or c == "\n" for c in text.replace("\\u00a0", ""))
+    assert "<script>a" not in page.read_text()

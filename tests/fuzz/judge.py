@@ -7,7 +7,7 @@ another    read as another sound input: every value is of the type and in the ra
            somebody could have written it on purpose (an instruction, a threshold, a weight)
 changed    read, and something that matters differs, although what is there could not have been meant: LOST
 traceback  another exception than a ``VlaflowError``, or a sentence that is none: LOST
-hang       more than 5 s: LOST
+hang       more than 5 s of processor time: LOST
 ========== =====================================================================================================
 """
 
@@ -47,7 +47,7 @@ class Hang(BaseException):
 
 @contextmanager
 def limited(seconds=LIMIT_S):
-    """Raise ``Hang`` after so many seconds, in the main thread."""
+    """Raise ``Hang`` after so many seconds of processor time, which do not depend on what else runs; in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,13 +55,13 @@ def limited(seconds=LIMIT_S):
     def up(*_):
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, up)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def judge(site, hurt) -> Outcome:
@@ -98,7 +98,7 @@ def plausible(kind, file, before, now, hurt) -> bool:
     if file.endswith((".json", ".jsonl")):
         one, other = (documents(text, lines=file.endswith(".jsonl")) for text in (before, now))
         return alike(one, other, kind)
-    if file.endswith(".parquet") and hurt[1] in ("cell", "rows"):  # somebody wrote the table again, with checksums
+    if file.endswith(".parquet") and hurt[1] in ("cell", "rows", "column"):  # somebody wrote the table again, with checksums
         schemas = [pq.read_schema(io.BytesIO(content)) for content in (before, now)]
         return all(same_type(schemas[0].field(name).type, schemas[1].field(name).type) for name in schemas[0].names)
     return False
@@ -109,7 +109,11 @@ def documents(text, lines):
 
 
 def same_type(one, other):
-    return one == other or (pa.types.is_floating(one) and pa.types.is_floating(other)) or pa.types.is_nested(one)
+    return (
+        one == other
+        or (pa.types.is_floating(one) and pa.types.is_floating(other))
+        or (pa.types.is_nested(one) and pa.types.is_nested(other))
+    )
 
 
 def alike(one, other, kind) -> bool:

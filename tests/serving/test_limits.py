@@ -12,12 +12,13 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.serving import hostile
-from tests.serving.live import expected, port_of, request, serving
+from tests.serving.live import PLACE, expected, port_of, request, serving
 from vlaflow.errors import RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving.dashboard import STREAM
-from vlaflow.serving.limits import quiet_without_sockets
+from vlaflow.serving.limits import most_message_bytes, quiet_without_sockets
+from vlaflow.serving.observation_keys import choose
 from vlaflow.serving.turns import PINGS_PER_S
 
 
@@ -61,6 +62,29 @@ def test_costly_clients_are_refused_or_dropped_and_others_are_answered_as_before
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(asked)
         assert answered()
+
+
+@pytest.mark.parametrize("place", [PLACE, choose("vla-eval-simpler", ("image",))], ids=["openpi", "vla-eval"])
+def test_metrics_are_for_this_machine_in_every_protocol(place):
+    with serving(place=place) as (_, address):
+        web = f"{address.replace('ws', 'http')}/metrics"
+        assert b"vlaflow_clients" in urllib.request.urlopen(web).read()
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(web, headers={"Host": "evil.example"}))
+
+
+def test_a_message_is_as_large_as_the_policys_images_need():
+    """A full-HD image of float32 has 12 bytes per pixel; a policy that reads 4000 pixels a side is bounded by the codec."""
+    one = most_message_bytes({"a": 64})
+    assert one == 2**20 + 12 * 1920 * 1080
+    assert most_message_bytes({"a": 64, "b": None}) - one == one - 2**20
+    assert most_message_bytes({"a": 4000}) == wire.MOST_BYTES
+    with serving() as (server, address), hostile.Raw(port_of(address)) as bad:
+        assert server.most_bytes == one
+        bad.read()
+        bad.socket.sendall(hostile.frame(bytes(one + 1))[:100])
+        opcode, why = bad.read()
+        assert (opcode, int.from_bytes(why[:2], "big")) == (8, 1009)
 
 
 def test_a_moderate_client_may_ping():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
+from vlaflow.cli.console import plain_console
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.ranges import Count, Positive
 
@@ -330,20 +331,13 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def _console() -> Any:
-    """A console that prints text from a data set unchanged, brackets and colons included."""
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False)
-
-
 def _check(arguments: Check) -> int:
     from rich.progress import Progress
 
     from vlaflow.data.check import check
     from vlaflow.data.lerobot import Dataset
 
-    console = _console()
+    console = plain_console()
     dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("decoding")
@@ -372,7 +366,7 @@ def _show(arguments: Show) -> int:
     from vlaflow.data.lerobot import Dataset
     from vlaflow.data.stats import compute
 
-    console = _console()
+    console = plain_console()
     dataset = Dataset.open(arguments.directory, reading=arguments.how.reading())
     if arguments.out is not None:
         from vlaflow.reports.dataset import require_page, write_page

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlaflow.cli.console import plain_console
+
 if TYPE_CHECKING:
     from vlaflow.cli.data import Spec
 
@@ -13,15 +15,13 @@ def spec(arguments: Spec) -> int:
     import json
     import sys
 
-    from rich.console import Console
-
     from vlaflow.config import to_json
     from vlaflow.data.draft import draft
     from vlaflow.data.lerobot import Dataset
     from vlaflow.errors import ConfigError
     from vlaflow.outputs import require_writable, write_json
 
-    dataset, console = Dataset.open(arguments.directory, reading=arguments.how.reading()), Console(stderr=True)
+    dataset, console = Dataset.open(arguments.directory, reading=arguments.how.reading()), plain_console(stderr=True)
     if arguments.out is not None:
         if arguments.out.exists():
             raise ConfigError(f"{arguments.out} exists, and may have been completed by hand; choose another --out.")
@@ -32,7 +32,7 @@ def spec(arguments: Spec) -> int:
         found, words = drafted.spec, drafted.words
     else:
         words = f"{dataset.root} states what its actions mean."
-    console.print(words, soft_wrap=True, highlight=False, markup=False)
+    console.print(words, soft_wrap=True, highlight=False)
     if arguments.out is None:
         sys.stdout.write(json.dumps(to_json(found), indent=2) + "\n")
     else:
@@ -41,6 +41,5 @@ def spec(arguments: Spec) -> int:
             f'Written: {arguments.out}. Replace what is "unstated", then: vlaflow train ... --action-spec {arguments.out}',
             soft_wrap=True,
             highlight=False,
-            markup=False,
         )
     return 0

@@ -15,6 +15,7 @@ from vlaflow.data.resize import resize
 from vlaflow.errors import ConfigError
 from vlaflow.outputs import require_writable, whole_file
 from vlaflow.reports import page
+from vlaflow.text import one_line
 
 THUMBNAILS = 6
 SIDE = 128
@@ -99,8 +100,8 @@ def _figure(dataset: Dataset, episodes: Sequence[int], marks: Mapping[str, np.nd
 
 
 def plain(text: str) -> str:
-    """Escape dollar signs, which would otherwise begin a formula in matplotlib."""
-    return text.replace("$", r"\$")
+    """Escape dollar signs, which would otherwise begin a formula in matplotlib, and spell out control characters."""
+    return one_line(text).replace("$", r"\$")
 
 
 def _strip(dataset: Dataset, episode: int, view: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlaflow.outputs import write_text
+from vlaflow.text import printable
 
 if TYPE_CHECKING:
     import jinja2
@@ -87,10 +88,16 @@ def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("vlaflow.reports"),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _shown(value: Any) -> Any:
+    """A value of a template: in text, control characters are spelled out; what is markup already stays."""
+    return printable(value) if type(value) is str else value
 
 
 def _number_ids(page: str) -> str:

@@ -45,6 +45,8 @@ logger = logging.getLogger("vlaflow.serving")
 T = TypeVar("T")
 _ONE_LINE = OneLine()
 _CLOSE_S = 2.0
+_ACCEPTED = 16
+"""Connections that are accepted before the event loop turns to those that it has, and that wait to be accepted."""
 _FRAMES_AHEAD = 1
 """Requests that are read ahead while one is processed; more remain in the socket. The websocket library stops reading when
 there is one more than its ``max_queue``."""
@@ -205,6 +207,7 @@ class PolicyServer:
                 ping_timeout=self._idle_s,
                 close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
+                backlog=_ACCEPTED,
                 create_connection=partial(LimitedConnection, Turns(WorkingClock(lambda: self.engine.computing))),  # type: ignore[arg-type]
                 logger=quiet,
             )

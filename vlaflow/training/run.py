@@ -23,6 +23,7 @@ from vlaflow.packages import require
 from vlaflow.policies.mixing import combined_fingerprint, labels, read_as
 from vlaflow.policies.provenance import IMAGES, reading_of, rendered
 from vlaflow.policies.recipe import Base, DataSpec, Objective, OpenedDataset, TrainConfig
+from vlaflow.text import one_line
 from vlaflow.training.card import training_lines
 from vlaflow.training.options import Options, overridden
 from vlaflow.training.outcome import Outcome
@@ -226,7 +227,7 @@ def _print_notes(datasets: Sequence[OpenedDataset], notes: Callable[[Dataset], I
     for each in datasets:
         before = f"{each.label}: " if len(datasets) > 1 else ""
         for note in notes(each.dataset):
-            sys.stderr.write(f"Note: {before}{note}\n")
+            sys.stderr.write(f"Note: {before}{one_line(note)}\n")
 
 
 def leave_group() -> None:
