@@ -1,17 +1,20 @@
 """Numbers outside their range are refused before anything else, on the command line, in files and in Python."""
 
+import importlib
 import math
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, is_dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlaflow.cli.main import COMMANDS as COMMAND_NAMES
 from vlaflow.cli.main import main
 from vlaflow.config import from_json, override
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.rollout import RolloutConfig
-from vlaflow.ranges import Count, Fraction, NotNegative, Positive, Share, require_ranges
+from vlaflow.ranges import Count, Fraction, NotNegative, Positive, Share, _ranges, require_ranges
 from vlaflow.simulators.experts import Noise
 
 
@@ -73,6 +76,9 @@ COMMANDS = [
     ("serve nowhere --deadline-ms nan", "--deadline-ms must be above 0, got nan"),
     ("serve nowhere --port 99999", "--port must be in 0..65535"),
     ("calibrate nowhere --dataset nowhere --confidence 2", "--confidence must be in 0..1, got 2.0"),
+    ("deploy nowhere --threads 0", "--threads must be"),
+    ("deploy nowhere --batch 0", "--batch must be"),
+    ("demo --out nowhere --eval-episodes 0", "--eval-episodes must be"),
     ("bench latency nowhere --rounds 0", "--rounds must be"),
     ("data show nowhere --episodes -3", "--episodes must be"),
     (f"{TRAIN} --steps 0", "--steps must be"),
@@ -87,3 +93,17 @@ def test_every_command_refuses_at_the_start_in_one_sentence(words, sentence, cap
     assert said.startswith(sentence)
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def numeric(annotation):
+    """Whether a number is anywhere in it."""
+    return annotation in (int, float) or any(map(numeric, typing.get_args(annotation)))
+
+
+@pytest.mark.parametrize("command", COMMAND_NAMES)
+def test_every_numeric_option_states_its_range(command):
+    module = importlib.import_module(f"vlaflow.cli.{command.replace('-', '_')}")
+    for kind in vars(module).values():
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == module.__name__ and kind.__name__ != "Settings":
+            hints = typing.get_type_hints(kind, include_extras=True)
+            assert [name for name, hint in hints.items() if numeric(hint) and not _ranges(hint)] == [], kind
