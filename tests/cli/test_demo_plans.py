@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vlaflow.cli.arguments import parse_arguments
 from vlaflow.cli.demo import Demo, DemoLog, Settings, equivalent
 from vlaflow.cli.demo_plans import PLANS
 from vlaflow.errors import ConfigError
@@ -48,7 +49,7 @@ def test_numbers_come_from_the_plan_unless_they_are_given():
     assert (own.episodes, own.eval_episodes, own.steps) == (40, 10, PLANS["libero"].steps)
     assert (given.episodes, given.eval_episodes, given.language_episodes) == (3, 1, 1)
     with pytest.raises(ConfigError, match="at least 1"):
-        Settings.of(Demo(episodes=0))
+        parse_arguments(Demo, "vlaflow demo", ["--episodes", "0"])
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path):

@@ -67,7 +67,7 @@ FAULTS = {
     "'id' must be a string or a number, got None": {"image": "0.png", "conversations": [HUMAN, GPT]},
     "'image' must be a path or a list": record(image=5),
     "lies outside the folder of the data set": record(image="../0.png"),
-    "gone.png, which is missing": record(image="gone.png"),
+    "names the image .gone.png., which .* lacks": record(image="gone.png"),
     r"1 image\(s\) and 0 <image>": record(turns=(("Open?", "yes"),)),
     r"2 image\(s\) and 1 <image>": record(image=["0.png", "1.png"]),
     r"0 image\(s\) and 1 <image>": record(image=None),

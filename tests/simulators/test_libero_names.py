@@ -49,7 +49,8 @@ def test_an_episode_is_as_long_as_the_longest_published_one(group, openvla, lero
 
 
 def test_the_version_of_the_rendering_is_recorded_with_the_versions():
-    assert rendering_versions(["libero/object/1", "metaworld/reach-v3"], "fast").keys() == {"libero rendering"}
+    found = rendering_versions(["libero/object/1", "metaworld/reach-v3"], "fast")
+    assert found.keys() == {"libero rendering", "metaworld rendering"}
     assert rendering_versions(["libero/object"], "fast") != rendering_versions(["libero/object"], "exact")
 
 

@@ -56,7 +56,7 @@ class RiskTarget:
         metric: how the deviation from the full depth is measured.
     """
 
-    max_deviation: Positive
+    max_deviation: NotNegative
     risk: Share
     error: Share
     metric: Metric

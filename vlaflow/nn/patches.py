@@ -47,7 +47,7 @@ class PixelStem(PatchStem):
     def forward(self, image_BHW3: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) → (B, patches, width)."""
         weight, device = self.project.weight, image_BHW3.device.type
-        if not torch.is_autocast_enabled(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return super().forward(image_BHW3.to(weight.dtype) / 127.5 - 1)
         centred_BPN = to_patches((image_BHW3 ^ 128).view(torch.int8), self.cell).to(torch.get_autocast_dtype(device))
         return functional.linear(centred_BPN, weight / 127.5, self.project.bias + weight.sum(1) * (0.5 / 127.5))

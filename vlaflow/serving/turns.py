@@ -167,6 +167,7 @@ class LimitedConnection(ServerConnection):
         self._turn: asyncio.Future[None] | None = None
         self._held: set[str] = set()
         self._pings, self._since = 0, 0.0
+        self._unread: asyncio.TimerHandle | None = None
 
     def opened(self) -> None:
         """Note that the client has sent its headers."""
@@ -222,7 +223,24 @@ class LimitedConnection(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._turns.opened(self)
+        self._stop_waiting()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Give a client that does not read as long as one that answers no ping: a ping could not be sent to it either."""
+        super().pause_writing()
+        if self.ping_timeout is not None:
+            self._unread = self.loop.call_later(self.ping_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read."""
+        self._stop_waiting()
+        super().resume_writing()
+
+    def _stop_waiting(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def data_received(self, data: bytes) -> None:
         """Parse what was read, and stop reading if that was too much."""
