@@ -41,6 +41,8 @@ def seconds_in_turns(arms: Mapping[str, Callable[[], object]], rounds: int, warm
     names = list(arms)
     taken: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what there is already need not be looked at again in every round
     try:
         for number in range(-warmup, rounds):
             gc.enable()
@@ -53,6 +55,7 @@ def seconds_in_turns(arms: Mapping[str, Callable[[], object]], rounds: int, warm
                 if number >= 0:
                     taken[name].append(seconds)
     finally:
+        gc.unfreeze()
         (gc.enable if collecting else gc.disable)()
     return taken
 

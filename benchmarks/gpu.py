@@ -323,8 +323,9 @@ def step_of(
     notes = {
         "share of the measured rate of a large product": f"{flops / np.median(taken) / hardware.peak['bfloat16']:.2f}",
         "memory": _peak(bench),
-        "memory by vlaflow plan": f"{_planned(policy, bench, lora) / 2**30:.1f} GiB",
     }
+    if bench.on_gpu:
+        notes["memory by vlaflow plan"] = f"{_planned(policy, bench, lora) / 2**30:.1f} GiB"
     rates = {words: [bench.options.batch_size / seconds for seconds in taken]}
     return Case(f"training step, {words}, {bench.options.batch_size} observations", "observations/s", rates, notes)
 
