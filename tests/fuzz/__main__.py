@@ -13,10 +13,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-
 from tests.fuzz.judge import LOST, judge
-from tests.fuzz.kinds import KINDS, Site, damages
+from tests.fuzz.kinds import KINDS, Site, for_damages
 
 PART = 500
 """Inputs of a part."""
@@ -31,15 +29,7 @@ def run_part(kind, number, out, inputs=PART):
         site = Site(KINDS[kind], Path(folder) / kind)
         current = out / f"{kind}-{number:04d}.current"
 
-        @seed(number)
-        @settings(
-            max_examples=inputs,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(damages(site.files))
+        @for_damages(site, inputs, number)
         def every(hurt):
             current.write_text(repr(hurt))
             outcome = judge(site, hurt)

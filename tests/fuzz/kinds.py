@@ -15,6 +15,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests import helpers
@@ -361,3 +362,11 @@ class Site:
         if root not in self.sound:
             self.sound[root] = self.use(file)
         return self.sound[root]
+
+
+def for_damages(site, count, number):
+    """A decorator: the function is called for so many damages of a site, the same ones for the same number."""
+    chosen = settings(
+        max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    return lambda function: seed(number)(chosen(given(damages(site.files))(function)))

@@ -1,10 +1,9 @@
 """Damaged inputs are refused in a sentence, or read as what they are: a few in ``make test``, many in ``make fuzz``."""
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.judge import LOST, judge
-from tests.fuzz.kinds import KINDS, Site, damages
+from tests.fuzz.kinds import KINDS, Site, for_damages
 from tests.fuzz.seeds import SEEDS
 
 COUNTS = {"dataset": 20, "checkpoint": 10, "calibration": 15, "results": 30, "questions": 50, "message": 20}
@@ -20,15 +19,7 @@ def sites(tmp_path_factory):
 def test_no_damage_is_a_traceback_a_hang_or_taken_for_what_it_is_not(sites, kind):
     site = sites[kind]
 
-    @seed(0)
-    @settings(
-        max_examples=COUNTS[kind],
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(damages(site.files))
+    @for_damages(site, COUNTS[kind], 0)
     def every(hurt):
         outcome = judge(site, hurt)
         assert outcome.name not in LOST, f"{outcome.name}: {hurt!r}\n{outcome.said}"

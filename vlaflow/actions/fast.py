@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy.fft import dct, idct
@@ -105,6 +105,15 @@ class CosineTokenizer(ABC):
     slots: int
 
     @property
+    def fitted(self) -> Self:
+        """Itself."""
+        return self
+
+    def fit(self, action_NLD: np.ndarray) -> Self:
+        """Itself: it is fitted already."""
+        return self
+
+    @property
     @abstractmethod
     def end(self) -> int | None:
         """See ``Tokenizer``."""
@@ -187,15 +196,6 @@ class FastTokenizer(CosineTokenizer):
     symbols: int
     merges: tuple[tuple[int, int], ...] = field(repr=False)
     slots: int = 64
-
-    @property
-    def fitted(self) -> FastTokenizer:
-        """Itself."""
-        return self
-
-    def fit(self, action_NLD: np.ndarray) -> FastTokenizer:
-        """Itself: it is fitted already."""
-        return self
 
     @property
     def description(self) -> str:

@@ -85,15 +85,6 @@ class PublishedFastTokenizer(CosineTokenizer):
     slots: int
 
     @property
-    def fitted(self) -> PublishedFastTokenizer:
-        """Itself."""
-        return self
-
-    def fit(self, action_NLD: np.ndarray) -> PublishedFastTokenizer:
-        """Itself: it is fitted already."""
-        return self
-
-    @property
     def description(self) -> str:
         """A name for tables; the end token does not count as an id."""
         return f"published FAST, scale {self.scale:g}, {self.end} ids"

@@ -81,7 +81,21 @@ class DeployedModel(Model):
         return replace(prefix, hidden_BPW=hidden_BPW, kv_cache=(*prefix.kv_cache, *own), embedded_BPW=embedded_BPW)
 
 
-class DeployedFlow(FlowDecoder):
+class Deployed(nn.Module):
+    """A part of a model that runs programs; the first base of its class, before the class of the part.
+
+    Args:
+        part: folded; its networks are shared.
+        deployed: the programs.
+    """
+
+    def __init__(self, part: nn.Module, deployed: programs.Programs) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(part))
+        self.programs = deployed
+
+
+class DeployedFlow(Deployed, FlowDecoder):
     """A flow decoder whose steps are programs; what a clock adds to the tokens is kept for every sampler it was run with.
 
     Args:
@@ -90,9 +104,7 @@ class DeployedFlow(FlowDecoder):
     """
 
     def __init__(self, flow: FlowDecoder, deployed: programs.Programs) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(flow))
-        self.programs = deployed
+        super().__init__(flow, deployed)
         self._uniform = lru_cache(maxsize=32)(self._table)
 
     def advance(self, state: FlowState, prefix: Prefix, steps: int = 1) -> FlowState:
@@ -137,18 +149,8 @@ class DeployedFlow(FlowDecoder):
         return clock_NBL, delta_NBL, time_NBTW
 
 
-class DeployedRegression(RegressionDecoder):
-    """A regression decoder whose answer is a program.
-
-    Args:
-        regression: folded; its networks are shared.
-        deployed: the programs.
-    """
-
-    def __init__(self, regression: RegressionDecoder, deployed: programs.Programs) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(regression))
-        self.programs = deployed
+class DeployedRegression(Deployed, RegressionDecoder):
+    """A regression decoder whose answer is a program."""
 
     def advance(self, state: RegressionState, prefix: Prefix, steps: int = 1) -> RegressionState:
         """See ``Decoder``."""
@@ -158,18 +160,8 @@ class DeployedRegression(RegressionDecoder):
         return RegressionState(program(programs.reading_inputs(prefix))[0])
 
 
-class DeployedRater(ConfidenceRater):
-    """A rater that is a program.
-
-    Args:
-        rater: folded; its networks are shared.
-        deployed: the programs.
-    """
-
-    def __init__(self, rater: ConfidenceRater, deployed: programs.Programs) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(rater))
-        self.programs = deployed
+class DeployedRater(Deployed, ConfidenceRater):
+    """A rater that is a program."""
 
     def forward(self, prefix: Prefix, action_BLD: Tensor) -> Tensor:
         """See ``ConfidenceRater``."""
