@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,13 @@ from vlaflow.actions.bins import BinsFit
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
-from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig, EmbeddingMetric
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.decoders.token_metrics import BinMetric, EmbeddingMetric, SlotMetric
 from vlaflow.decoders.tokens import cross_entropy
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.discrete import TrainingClocks
 from vlaflow.flows.masked import still_masked
 from vlaflow.flows.sampling import Sampling
 
@@ -27,6 +30,17 @@ REVISING = [
     (DiscreteFlowConfig, {"velocity": "rate"}),
     (DiscreteFlowConfig, {"attention": "full", "refresh": 0.3}),
     (DiscreteFlowConfig, {"clock_input": True, "masks": "unified"}),
+    (
+        DiscreteFlowConfig,
+        {
+            "tokenizer": helpers.BINS,
+            "metric": SlotMetric().fitted(helpers.BINS, helpers.chunks()),
+            "clocks": TrainingClocks(power=1.5, pure=0.25),
+            "noise_token": True,
+            "self_conditioning": True,
+            "guess": "expected",
+        },
+    ),
 ]
 ALL = [(AutoregressiveConfig, {}), *REVISING, (DiscreteFlowConfig, {"metric": BinMetric(), "tokenizer": helpers.BINS})]
 every_decoder = pytest.mark.parametrize(("config", "settings"), ALL)
@@ -384,7 +398,38 @@ def test_a_decoder_of_tokens_learns_to_answer_at_several_depths(config):
     assert float(terms.total.detach()) == pytest.approx(sum(float(v.detach()) for v in terms.exits.values()) / 2)
 
 
+@pytest.mark.parametrize("config", [AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig])
+def test_the_expected_token_is_the_one_nearest_to_the_mean_value(config):
+    """Two equally probable ids at the ends of the range are far from it, and no draw decides between them."""
+    policy = helpers.token_policy(config, helpers.BINS)
+    decoder = policy.model.decoder
+    torch.nn.init.zeros_(decoder.head.weight)
+    with torch.no_grad():
+        decoder.head.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 9.0]))
+    middle_S = np.abs(decoder.tokenizer.values_SV - decoder.tokenizer.values_SV[:, [0, -1]].mean(1, keepdims=True)).argmin(1)
+    with torch.inference_mode():
+        state = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(2, expected=True))
+        assert torch.equal(state.id_BS, torch.from_numpy(middle_S).expand(3, -1))
+        if config is DiscreteFlowConfig:
+            settled = decoder.refine_deterministic(state, prefix_of(policy), 2)
+            assert torch.equal(settled.id_BS, state.id_BS)
+        top = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(2, temperature=0, expected=True))
+    assert bool((top.id_BS == 0).all()), "at temperature 0 the mean is that of the most probable token alone"
+
+
+def test_only_ids_that_are_ordered_have_an_expected_one():
+    for config in (AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig):
+        assert Capability.EXPECTED in helpers.token_policy(config, helpers.BINS).model.decoder.capabilities
+        assert Capability.EXPECTED not in helpers.token_policy(config, helpers.FAST).model.decoder.capabilities
+    with pytest.raises(ConfigError, match="guess='expected' needs a tokenizer whose ids are ordered"):
+        helpers.token_policy(DiscreteFlowConfig, guess="expected")
+
+
 def test_configs_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match="the share of them, above 0"):
+        helpers.token_policy(DiscreteFlowConfig, noise_token=True)
+    with pytest.raises(ConfigError, match="A SlotMetric of 3 slots does not fit a tokenizer of 24"):
+        helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=SlotMetric(spread=(1.0,) * 3)).model.decoder.distance()
     with pytest.raises(ConfigError, match="BinMetric needs a tokenizer whose ids are ordered"):
         helpers.token_policy(DiscreteFlowConfig, metric=BinMetric())
     with pytest.raises(ConfigError, match="is not fitted yet"):
