@@ -351,6 +351,7 @@ class Policy:
         conditioning: Conditioning | None,
     ) -> list[Chunk]:
         compute.needs.check(self.model, compute.name)
+        compute = compute.executing(self.n_action_steps)
         watch = Stopwatch(self.device)
         with watch.part("total"):
             with watch.part("prefix"):
