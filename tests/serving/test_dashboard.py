@@ -275,7 +275,7 @@ def test_the_browser_shows_a_curve_per_dimension_with_unit_and_confidence(shown)
     page = shown[2]
     names = page.run("[...document.querySelectorAll('#curves svg title')].map(t => t.textContent)")
     assert names == ["d0, m", "d1, m", "d2, m", "d3, m", "confidence, 0 to 1"]
-    assert page.run("document.querySelectorAll('#curves circle.again').length") == 12  # three executed actions of four dimensions
+    assert page.run("document.querySelectorAll('#curves circle.again').length") == 12  # three executed actions of four
     assert page.run("document.querySelectorAll('#table tr').length") == 7
     assert page.run("[...document.querySelectorAll('figure img')].every(i => i.complete && i.naturalWidth == 16)")
     assert "requests/s" in page.run("document.getElementById('numbers').innerText")
