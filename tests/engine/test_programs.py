@@ -10,8 +10,9 @@ from torch import Generator
 from tests import helpers
 from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
-from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
