@@ -186,8 +186,8 @@ class Programs:
         if not self.missed:
             sys.stderr.write(
                 f"No program was built for {key.batch} observation{'s' if key.batch > 1 else ''} and {key.tokens} tokens "
-                f"({key}), so the networks compute this: the same chunk, only later. Tell vlaflow deploy what you run: --batch, "
-                "--compute, and --instruction for its length.\n"
+                f"({key}), so the networks compute this: the same chunk, only later. Tell vlaflow deploy what you run: "
+                "--batch, --compute, and --instruction for its length.\n"
             )
         self.missed.add(key)
         return None
