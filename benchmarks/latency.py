@@ -26,8 +26,9 @@ from benchmarks.training import make_policy
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.parse import parse_all
-from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import override
 from vlaflow.data.batch import ObservationBatch

@@ -7,9 +7,10 @@ from tests import helpers
 from tests.compute.test_compute import decode
 from vlaflow.compute.base import Requirements
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import AtRandom
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
-from vlaflow.compute.refine import AtRandom, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.refine_tokens import RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage

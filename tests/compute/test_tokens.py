@@ -7,9 +7,9 @@ import torch
 from tests import helpers
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.parse import able, parse
-from vlaflow.compute.refine import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.refine_tokens import Improbable, RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage

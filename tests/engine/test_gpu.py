@@ -13,7 +13,8 @@ from tests.backbones.test_qwen_policy import policy
 from tests.helpers import policy as tiny_policy
 from tests.reads import Reads
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.refine import AtRandom, Refine
+from vlaflow.compute.doubts import AtRandom
+from vlaflow.compute.refine import Refine
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.engine.gpu import KEPT, Recent, fuse
 from vlaflow.engine.gpu_vision import VisionPlan

@@ -17,8 +17,9 @@ from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.stored_latent import StoredLatentModel
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
-from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.exits import ExitTraining

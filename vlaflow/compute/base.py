@@ -255,6 +255,10 @@ class ComputePolicy(ABC):
         """The passes it may take through a backbone of so many layers; by default those of one draw at full depth."""
         return Passes.at(depth)
 
+    def executing(self, n_action_steps: int) -> ComputePolicy:
+        """The same where so many actions of each chunk are executed; by default that changes nothing."""
+        return self
+
     @property
     def reports_spread(self) -> bool:
         """Whether it says how far several draws lie apart (``Decoded.spread_BL``)."""

@@ -12,8 +12,10 @@ medoid:8         … the one of them that is nearest to the others
 mean:8+dense:2@0.5  … made by another compute policy
 refine           the dense chunk, and what its rater doubts regenerated
 refine:2@0.5     … both rounds with these settings; refine:2@0.5+dense the second alone
-refine-random    the same with random doubts
+refine:2,clock=0.5  … from that clock; more options are threshold=0.3 and executed=16
+refine-random    the same with random doubts; refine-random:share=0.25
 refine-spread    the mean of eight, and where they lie apart regenerated; refine-spread+medoid:4
+refine-spread:draws=8+dense:2  a dense chunk, and where eight other draws lie apart regenerated
 two-stage:14+2   14 stochastic steps and 2 deterministic ones, for discrete flows
 two-stage:14+2/0.3  … whose prefix is run again when 30 % of the tokens have changed (0: at every step, no cache)
 refine-tokens    the dense chunk of a decoder of tokens, and the tokens below the threshold regenerated

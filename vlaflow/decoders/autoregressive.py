@@ -131,8 +131,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
             if bool(state.ended_B.all()):
                 break
             before_B = torch.full_like(state.length_B, self.begin) if slot == 0 else state.id_BS[:, slot - 1]
-            hidden_B1W = SharedStack.extend(self.embedding(before_B[:, None]), prefix, state.cache)
-            logits_B1V = self.head(hidden_B1W)
+            logits_B1V = self.following(self.embedding(before_B[:, None]), prefix, state.cache)
             next_B1 = self._choose(logits_B1V, state)
             chance_B1 = probability_of(logits_B1V, next_B1)
             free_B = ~state.ended_B
@@ -146,6 +145,10 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
                 state, id_BS=id_BS, probability_BS=probability_BS, done=slot + 1, length_B=length_B, ended_B=ended_B
             )
         return state
+
+    def following(self, token_B1W: Tensor, prefix: Prefix, cache: Cache) -> Tensor:
+        """Scores (B, 1, V) of the token that follows this one, whose keys and values are then in the cache."""
+        return self.head(SharedStack.extend(token_B1W, prefix, cache))
 
     def solve(
         self,

@@ -341,8 +341,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             # A token that started at 0 never moves; a clock of 1 keeps its unused rates finite.
             now_BS = state.clock_at(done).masked_fill(~state.free_BS, 1.0)
             next_BS = state.clock_at(done + 1).masked_fill(~state.free_BS, 1.0)
-            hidden_BSW, state = self._look(state, state.clock_at(done), prefix)
-            logits_BSV = self.head(hidden_BSW)
+            hidden_BSW, logits_BSV, state = self._look(state, state.clock_at(done), prefix)
             uniform_3BS = uniforms(state.generators, (3, self.slots), logits_BSV.device).transpose(0, 1)
             chance_BSV = logits_BSV.float().softmax(-1)
             end_BSV = tempered(logits_BSV, temperature)
@@ -367,8 +366,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         """Deterministic steps: the most probable token in every slot. They change nothing once nothing changes."""
         for _ in range(steps):
             clock_BS = state.clock_at(min(state.done, state.sampling.steps))
-            hidden_BSW, state = self._look(state, clock_BS, prefix)
-            logits_BSV = self.head(hidden_BSW)
+            _, logits_BSV, state = self._look(state, clock_BS, prefix)
             best_BS = logits_BSV.argmax(-1)
             state = state.moved(best_BS, probability_of(logits_BSV, best_BS))
         return state
@@ -383,12 +381,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         """See ``Decoder``."""
         return replace(super().tokens(state), prefix_runs=tuple(state.refreshed.tolist()))
 
-    def _look(self, state: DiscreteFlowState, clock_BS: Tensor, prefix: Prefix) -> tuple[Tensor, DiscreteFlowState]:
-        """Hidden states of the present tokens, and the state with the prefix run again where that was due."""
+    def _look(self, state: DiscreteFlowState, clock_BS: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor, DiscreteFlowState]:
+        """Hidden states and scores of the present tokens, and the state with the prefix run again where that was due."""
         full = self.config.attention == "full"
         embedded_BTW = self._embed(state.id_BS, clock_BS)
         if not full and state.refresh >= 1:
-            return self.without_mark(self.stack(embedded_BTW, prefix)), state
+            return *self.look(embedded_BTW, prefix), state
         if state.cached_id_BS is None or state.prefix is None:
             due_B = torch.ones(len(state.id_BS), dtype=torch.bool, device=state.id_BS.device)
         else:
@@ -396,7 +394,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             due_B = changed_B >= state.refresh if state.refresh == 0 else changed_B > state.refresh
         if not bool(due_B.any()):
             assert state.prefix is not None
-            return self.without_mark(self.stack(embedded_BTW, state.prefix)), state
+            return *self.look(embedded_BTW, state.prefix), state
         row_R = due_B.nonzero()[:, 0]
         depth, part = prefix.depth or prefix.backbone.spec.depth, prefix.restart().select(row_R)
         if full:
@@ -412,6 +410,10 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             hidden_BTW = self.stack(embedded_BTW, latest).index_copy(0, row_R, hidden_RTW)
         else:
             hidden_BTW = hidden_RTW
-        return self.without_mark(hidden_BTW), replace(
-            state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=state.refreshed + due_B
+        hidden_BSW = self.without_mark(hidden_BTW)
+        refreshed_B = state.refreshed + due_B
+        return (
+            hidden_BSW,
+            self.head(hidden_BSW),
+            replace(state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=refreshed_B),
         )

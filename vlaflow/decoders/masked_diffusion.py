@@ -153,4 +153,4 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
 
     def _look(self, state: MaskedState, prefix: Prefix) -> Tensor:
         id_BS = state.id_BS.masked_fill(state.hidden_BS, self.mask)
-        return self.head(self.hidden(id_BS, prefix, (prefix.depth,))[0])
+        return self.look(self.behind_mark(self.embedding(id_BS)), prefix)[1]

@@ -263,6 +263,11 @@ class TokenDecoder(Decoder[State]):
         hidden = self.stack.exits(self.behind_mark(self.embedding(id_BS)), prefix, depths)
         return [self.without_mark(hidden_BTW) for hidden_BTW in hidden]
 
+    def look(self, embedded_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, S, W) and scores (B, S, V) of embedded tokens, behind their mark, that all see each other."""
+        hidden_BSW = self.without_mark(self.stack(embedded_BTW, prefix))
+        return hidden_BSW, self.head(hidden_BSW)
+
     def finish(self, state: State) -> Tensor:
         """The tokens as normalised actions; NaN where the network's scores were no numbers, for every id decodes to a chunk."""
         made = self.tokenizer.decode(state.id_BS.cpu().numpy())
