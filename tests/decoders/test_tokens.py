@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -396,33 +395,6 @@ def test_a_decoder_of_tokens_learns_to_answer_at_several_depths(config):
     terms = policy.loss(policy.prepare(helpers.batch(4)), generator, generator)
     assert set(terms.exits) == {1, 2}
     assert float(terms.total.detach()) == pytest.approx(sum(float(v.detach()) for v in terms.exits.values()) / 2)
-
-
-@pytest.mark.parametrize("config", [AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig])
-def test_the_expected_token_is_the_one_nearest_to_the_mean_value(config):
-    """Two equally probable ids at the ends of the range are far from it, and no draw decides between them."""
-    policy = helpers.token_policy(config, helpers.BINS)
-    decoder = policy.model.decoder
-    torch.nn.init.zeros_(decoder.head.weight)
-    with torch.no_grad():
-        decoder.head.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 9.0]))
-    middle_S = np.abs(decoder.tokenizer.values_SV - decoder.tokenizer.values_SV[:, [0, -1]].mean(1, keepdims=True)).argmin(1)
-    with torch.inference_mode():
-        state = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(2, expected=True))
-        assert torch.equal(state.id_BS, torch.from_numpy(middle_S).expand(3, -1))
-        if config is DiscreteFlowConfig:
-            settled = decoder.refine_deterministic(state, prefix_of(policy), 2)
-            assert torch.equal(settled.id_BS, state.id_BS)
-        top = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(2, temperature=0, expected=True))
-    assert bool((top.id_BS == 0).all()), "at temperature 0 the mean is that of the most probable token alone"
-
-
-def test_only_ids_that_are_ordered_have_an_expected_one():
-    for config in (AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig):
-        assert Capability.EXPECTED in helpers.token_policy(config, helpers.BINS).model.decoder.capabilities
-        assert Capability.EXPECTED not in helpers.token_policy(config, helpers.FAST).model.decoder.capabilities
-    with pytest.raises(ConfigError, match="guess='expected' needs a tokenizer whose ids are ordered"):
-        helpers.token_policy(DiscreteFlowConfig, guess="expected")
 
 
 def test_configs_that_make_no_sense_are_refused():
