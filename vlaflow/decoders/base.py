@@ -278,6 +278,8 @@ class Capability(StrEnum):
     """The clocks of its solver steps can be stated."""
     TEMPERATURE = "temperature"
     """It draws tokens, and the temperature can be chosen."""
+    EXPECTED = "expected"
+    """The ids of its tokens are ordered by value, so a mean of them has a nearest token."""
     JOINT_ATTENTION = "joint-attention"
     """The prefix reads the action tokens too, so keys and values kept from an earlier step are an approximation."""
 
@@ -391,7 +393,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
         return None
 
     def distance(self) -> Tensor | None:
-        """Distances between all tokens, (V, V), where training or sampling uses such a metric; otherwise None."""
+        """Distances between all tokens, (V, V) or (S, V, V), where training or sampling uses a metric; otherwise None."""
         return None
 
     def refine_deterministic(self, state: State, prefix: Prefix, steps: int = 1) -> State:
