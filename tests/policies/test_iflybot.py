@@ -81,6 +81,19 @@ def test_codes_are_computed_once_per_model(dataset, monkeypatch):
     assert calls
 
 
+def test_a_streams_codes_are_a_raw_caches_and_those_of_jpegs_their_own(dataset, tmp_path, monkeypatch):
+    """A stream needs no cache, and JPEGs are other frames, so neither reads codes that were computed for the other."""
+    made = model(seed=3)
+    raw = dataset_codes(made, dataset).id_NK
+    jpegs = model_pairs(made, dataset, storage="jpeg")
+    found = dataset_codes(made, dataset, storage="jpeg").id_NK
+    assert np.array_equal(found[jpegs.rows], made.codes(*jpegs.frames(np.arange(len(jpegs)))).numpy())
+    assert not np.array_equal(found, raw)
+    monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path))
+    assert np.array_equal(dataset_codes(made, dataset, storage="stream").id_NK, raw)
+    assert not list(tmp_path.glob("frames-*"))
+
+
 def test_a_stored_model_is_opened_only_where_the_codes_are_missing(dataset, tmp_path, monkeypatch):
     """The same codes and fingerprint as the open model's; the second time there is no network at all."""
     model(seed=2).save_pretrained(tmp_path)

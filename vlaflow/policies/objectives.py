@@ -135,7 +135,7 @@ class PolicyObjective(Objective):
         codes = []
         sources: dict[str, str] = {}
         for each in datasets:
-            code_NK, latent = codes_of(policy, each.dataset, assets.latent, config.interventions)
+            code_NK, latent = codes_of(policy, each.dataset, assets.latent, config.interventions, config.frames)
             codes.append(code_NK)
             identity |= latent
             if latent:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.actions.bins import BinsFit
-from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.token_metrics import BinMetric
 from vlaflow.flows.discrete import MetricSchedule
 from vlaflow.policies.dfm_vla.policy import emu3, tiny
 from vlaflow.policies.libero_small import small, small_training
