@@ -50,5 +50,6 @@ def test_half_of_the_errors_lie_below_the_median():
     source = Numbered(40)
     scale = median_error(POLICY, source, Sampling(2), 0)
     assert scale == median_error(POLICY, source, Sampling(2), 0)
-    errors = torch.cat([rated_chunks(POLICY, POLICY.prepare(source.batch([i] * 20)), range(20), Sampling(2))[2] for i in (0, 32)])
+    batches = [POLICY.prepare(source.batch([i] * 20)) for i in (0, 32)]
+    errors = torch.cat([rated_chunks(POLICY, batch, range(20), Sampling(2))[2] for batch in batches])
     assert 0.4 < float((errors < scale).float().mean()) < 0.6
