@@ -23,6 +23,7 @@ from vlaflow.actions.base import Tokenizer
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.data.batch import Executed, moved
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -303,6 +304,17 @@ class Decoder(nn.Module, ABC, Generic[State]):
 
     def begin_from(self, backbone: Backbone) -> None:
         """Take first values from a backbone's own weights, where the config asks for it; by default none."""
+
+    def learn_exits(self, exits: ExitTraining) -> None:
+        """Answer at several depths; called once, before training.
+
+        Raises:
+            ConfigError: they are to have heads or targets of their own, which this kind of decoder does not offer.
+        """
+        if not exits.alike:
+            raise ConfigError(
+                f"The exits of a {type(self).__name__} share its head and targets; leave own_heads, detached and distil out."
+            )
 
     def forget_values(self) -> None:
         """Let zeros of the same shape stand for what is computed from values: a dry run has none. By default nothing is."""
