@@ -290,7 +290,7 @@ CLAIMS = {
             },
             (Effect("embeddings", "rate head"),),
             TASKS,
-            "Embeddings that are learned from scratch order no tokens; arms with an ordered metric show what an order is worth.",
+            "Embeddings that are learned from scratch order no tokens; other arms have an ordered metric.",
         ),
         Claim(
             "C12",
