@@ -26,12 +26,13 @@ from benchmarks.training import make_policy
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.parse import parse_all
-from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import override
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frame_source import open_few_frames
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.model import Model
@@ -120,12 +121,12 @@ def make_observation(policy: Policy) -> Observation:
 
 
 def observations(policy: Policy, dataset: Path, count: int = 200) -> list[Observation]:
-    """Frames of a data set, spread evenly, in an order that mixes episodes."""
+    """Frames of a data set, spread evenly, in an order that mixes episodes; from a raw frame cache where there is one."""
     opened = Dataset.open(dataset)
     views = policy.model.backbone.views
-    cache = FrameCache.open(opened, next(iter(views.values())), list(views))
+    found = open_few_frames(opened, next(iter(views.values())), list(views), area=policy.config.backbone.input_size.area)
     rows = np.random.default_rng(0).permutation(np.linspace(0, len(opened) - 1, count).astype(int))
-    columns, images = opened.columns(), cache.gather(rows)
+    columns, images = opened.columns(), found.gather(rows)
     return [
         Observation({view: images[view][i].numpy() for view in views}, columns.state[row], opened.tasks[int(columns.task[row])])
         for i, row in enumerate(rows)

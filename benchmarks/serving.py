@@ -1,11 +1,14 @@
-"""Requests per second and milliseconds per request with 1, 4 and 16 clients: requests answered together against one at a time.
+"""Requests per second and milliseconds per request with 1, 4 and 16 clients: by engine, together and one at a time.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --checkpoint runs/demo/rated --clients 1 8
+    vlaflow deploy runs/demo/rated --compute dense --batch 1 --batch 4 --batch 8
+    python -m benchmarks.serving --checkpoint runs/demo/rated --engine aoti eager
 
-Both ways are ``vlaflow serve`` on the same weights, each in a process of its own, with ``--batch 8`` and with ``--batch 1``.
-The clients are processes too, connected to both, and ask again as soon as they have an answer. While one way is measured the
-other is idle. All of it shares this machine's cores, as on a robot's own computer; clients elsewhere leave more to the server.
+Every way is ``vlaflow serve`` on the same weights, in a process of its own: with ``--batch 8`` for each engine, and with
+``--batch 1`` for the last one. The clients are processes too, connected to all, and ask again as soon as they have an answer.
+While one way is measured the others are idle. All of it shares this machine's cores, as on a robot's own computer; clients
+elsewhere leave more to the server.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ class Options:
         clients: how many at a time.
         batch: most requests answered together.
         requests: of all clients together in a round, at least one each.
+        engine: of the servers; others than eager need programs of the checkpoint (vlaflow deploy).
+        compute: the compute policy; by default the checkpoint's.
         steps: solver steps.
         threads: of torch, per server.
         rounds: per number of clients.
@@ -55,6 +60,8 @@ class Options:
     clients: tuple[int, ...] = (1, 4, 16)
     batch: int = 8
     requests: int = 64
+    engine: tuple[str, ...] = ("eager",)
+    compute: str | None = None
     steps: int = 10
     threads: int = 1
     rounds: int = 10
@@ -62,15 +69,16 @@ class Options:
 
 
 @contextmanager
-def serving(checkpoint: Path, batches: Sequence[int], options: Options) -> Iterator[list[str]]:
-    """A server per batch size, in processes of their own, warm; yields their addresses."""
+def serving(checkpoint: Path, ways: Sequence[tuple[str, int]], options: Options) -> Iterator[list[str]]:
+    """A server per engine and batch size, in processes of their own, warm; yields their addresses."""
     command = [sys.executable, "-m", "vlaflow", "serve", str(checkpoint), "--port", "0"]
     command += ["--steps", str(options.steps), "--threads", str(options.threads)]
+    command += ["--compute", options.compute] if options.compute else []
     with ExitStack() as stack:
         servers = []
-        for batch in batches:
+        for engine, batch in ways:
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            server = subprocess.Popen([*command, "--batch", str(batch)], stderr=log, text=True)
+            server = subprocess.Popen([*command, "--engine", engine, "--batch", str(batch)], stderr=log, text=True)
             stack.callback(server.wait)
             stack.callback(server.terminate)
             servers.append((server, log))
@@ -163,14 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = {"observation/image": image, "observation/state": seen.state, "prompt": seen.instruction, "seed": 0}
         file = Path(scratch) / "request.msgpack"
         file.write_bytes(wire.pack(request))
-        ways = {f"up to {options.batch} together": options.batch, "one at a time": 1}
+        ways = {f"{engine}, up to {options.batch} together": (engine, options.batch) for engine in options.engine}
+        ways[f"{options.engine[-1]}, one at a time"] = options.engine[-1], 1
         addresses = dict(zip(ways, stack.enter_context(serving(checkpoint, list(ways.values()), options)), strict=True))
         answers = []
         for address in addresses.values():
             with Client(address) as client:
                 answers.append(client.infer(request)["actions"])
-        if not np.allclose(*answers, atol=SAME_CHUNK):
-            raise SystemExit("The two servers answer differently.")
+        if any(not np.allclose(answers[-1], answer, atol=SAME_CHUNK) for answer in answers):
+            raise SystemExit("The servers answer differently.")
         cases = [case for count in options.clients for case in measure(count, file, addresses, options)]
         for way, address in addresses.items():
             say(f"{way}: {per_batch(address):.2f} requests per batch over all clients")

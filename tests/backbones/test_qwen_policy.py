@@ -10,7 +10,8 @@ import torch
 from tests.backbones.test_qwen2_5_vl import OBSERVED, ROUNDING, build, observation, observations, qwen_config, write_model
 from tests.helpers import action_spec, count_layers, feature_stats
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.refine import AtRandom, Refine
+from vlaflow.compute.doubts import AtRandom
+from vlaflow.compute.refine import Refine
 from vlaflow.config import from_json, to_json
 from vlaflow.data.batch import Batch
 from vlaflow.decoders.flow import FlowConfig

@@ -6,7 +6,8 @@ import torch
 from tests import helpers
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
+from vlaflow.compute.doubts import AtRandom, BelowThreshold
+from vlaflow.compute.refine import Refine
 from vlaflow.decoders.base import Conditioning
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling

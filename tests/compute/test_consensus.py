@@ -13,9 +13,10 @@ from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.consensus import Consensus, mean_and_spread, medoid
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.distance import distance
+from vlaflow.compute.doubts import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.early_exit import EarlyExit
 from vlaflow.compute.parse import parse
-from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine, Spread
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.refine_tokens import Improbable, RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage

@@ -13,8 +13,9 @@ from tests import helpers
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.distance import distance
+from vlaflow.compute.doubts import AtRandom, BelowThreshold
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
-from vlaflow.compute.refine import AtRandom, BelowThreshold, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig

@@ -7,9 +7,10 @@ from tests import helpers
 from tests.compute.test_compute import decode
 from vlaflow.compute.base import Requirements
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import AtRandom
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
-from vlaflow.compute.refine import AtRandom, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.refine_tokens import RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage
@@ -49,6 +50,8 @@ def test_refinement_takes_settings_and_an_inner_policy_of_its_own():
         inner=TwoStage(label="two-stage:14+2"),
         label="refine-tokens:8,temperature=0",
     )
+    once = parse("two-stage:0+1,expected")
+    assert (once.stochastic, once.settling, once.sampling) == (0, 1, Sampling(1, expected=True))
     staged = parse("two-stage:6+2/0.3,temperature=0")
     assert (staged.refresh, staged.sampling) == (0.3, Sampling(8, temperature=0.0))
 
@@ -72,6 +75,7 @@ def test_a_grid_of_two_stages_is_of_both_together():
         (helpers.token_policy(MaskedDiffusionConfig), Dense(2, solver="heun"), "second-order solver"),
         (helpers.token_policy(AutoregressiveConfig), Dense(grid=(1.0, 0.3, 0.0)), "Give a number of steps"),
         (helpers.policy(), Dense(2, temperature=0), "a FlowDecoder draws no tokens"),
+        (helpers.policy(), Dense(2, expected=True), "a FlowDecoder without ids ordered by value"),
         (helpers.policy(), Refine(AtRandom(), Sampling(2, temperature=0)), "a FlowDecoder draws no tokens"),
         (helpers.token_policy(MaskedDiffusionConfig), RefineTokens(sampling=HALF), "noise scale"),
     ],

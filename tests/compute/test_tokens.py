@@ -7,18 +7,19 @@ import torch
 from tests import helpers
 from vlaflow.compute.base import Stopwatch
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
 from vlaflow.compute.parse import able, parse
-from vlaflow.compute.refine import AtRandom, BelowThreshold, Spread
 from vlaflow.compute.refine_tokens import Improbable, RefineTokens
 from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Conditioning
-from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.token_metrics import BinMetric
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig

@@ -1,14 +1,17 @@
 """Data sets on the Hub, against a small one on loopback: what is fetched, what is recorded, and what fails in one sentence."""
 
+import importlib
 import json
 import re
 import shutil
+from dataclasses import fields, is_dataclass
 
 import pytest
 
 from tests.data.toyset import edit_info
 from tests.helpers import policy
 from tests.hub_server import commit_of, hub, read_folder
+from vlaflow.cli.main import COMMANDS
 from vlaflow.data.hub import needed, title
 from vlaflow.data.lerobot import Dataset
 from vlaflow.hub import origin
@@ -132,3 +135,11 @@ def test_a_folder_outside_the_hubs_cache_has_no_origin(copy, tmp_path):
     assert title(copy) == "copy"
     cached = tmp_path / f"datasets--user--a--b/snapshots/{'0' * 40}"
     assert origin(cached) == title(cached) == f"hf://user/a--b@{'0' * 40}"
+
+
+def test_every_command_that_opens_a_data_set_can_be_forbidden_the_network():
+    for command in COMMANDS:
+        module = importlib.import_module(f"vlaflow.cli.{command.replace('-', '_')}")
+        kinds = [kind for kind in vars(module).values() if is_dataclass(kind) and kind.__module__ == module.__name__]
+        options = {kind.__name__: {each.name for each in fields(kind)} for kind in kinds}
+        assert not [name for name, known in options.items() if "how" in known and "hub" not in known]

@@ -19,6 +19,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
+from tests.end_to_end import lerobot_rollout
 from tests.end_to_end.lerobot_eval import evaluated
 from tests.training.small import write_dataset
 from vlaflow.cli.main import main
@@ -89,6 +90,8 @@ def run(folder: Path) -> None:
     sys.stdout.write("exported\n")
     assert evaluated(folder / "exported", folder / "evaluated") == 100, "lerobot-eval did not get through its episodes"
     sys.stdout.write("evaluated\n")
+    lerobot_rollout.check(folder / "exported", folder / "robot")
+    sys.stdout.write("driven\n")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ from torch import Generator
 from tests import helpers
 from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
-from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.data.batch import ObservationBatch
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.engine.deployed import DeployedModel
 from vlaflow.engine.fold import folded
@@ -41,6 +44,9 @@ DECODERS = {
     "latent flow": LatentFlowConfig(FlowConfig(4, 6, expert=EXPERT, masks="synchronous"), LatentTokensConfig(2, 4)),
     "regression": RegressionConfig(4, 6),
     "discrete flow": DiscreteFlowConfig(4, helpers.BINS, chunk_size=6),
+    "discrete flow with rates and clocks": DiscreteFlowConfig(4, helpers.BINS, chunk_size=6, velocity="rate", clock_input=True),
+    "masked diffusion": MaskedDiffusionConfig(4, helpers.BINS, chunk_size=6),
+    "autoregression": AutoregressiveConfig(4, helpers.FAST, chunk_size=6),
 }
 STEPS = 3
 
@@ -94,12 +100,12 @@ def largest_difference(policy, other, compute, count=1, **more):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_programs_give_the_chunk_of_the_networks(name):
-    """Folding is algebra: whatever the decoder, only rounding differs. A decoder of tokens has programs for its prefix."""
+    """Folding is algebra: whatever the decoder, only rounding differs, for one observation and where a batch is filled up."""
     policy, compute = made(DECODERS[name]), Dense(STEPS)
-    other, programs = deployed(policy, compute)
-    assert largest_difference(policy, other, compute) < ROUNDING
-    if name != "discrete flow":
-        assert not programs.missed
+    other, programs = deployed(policy, compute, batches=(1, 3))
+    for count in (1, 2):
+        assert largest_difference(policy, other, compute, count) < ROUNDING
+    assert not programs.missed
 
 
 @pytest.mark.parametrize("sampling", ["5", "2@0.5", "1-0.3-0", "3,midpoint", "3,heun"])
@@ -152,11 +158,14 @@ def test_committed_actions_and_guidance_are_kept(guided):
     assert not programs.missed
 
 
-def test_what_has_no_program_is_computed_by_the_networks():
+def test_what_has_no_program_is_computed_by_the_networks_and_said_once(capsys):
     policy, compute = made(FlowConfig(4, 6)), Dense(STEPS)
     other, programs = deployed(policy, compute, lengths=(16,), network=folded(policy.model))
     assert largest_difference(policy, other, compute, 2) < ROUNDING
     assert {key.part for key in programs.missed} == {"embed", "run", "step"}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 observations and 32 tokens (embed-32-0-0-2)" in said
 
 
 def test_bfloat16_stays_within_its_tolerance():

@@ -8,8 +8,9 @@ import torch
 
 from tests import helpers
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import AtRandom
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
-from vlaflow.compute.refine import AtRandom, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig

@@ -17,8 +17,9 @@ from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.actions.stored_latent import StoredLatentModel
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.early_exit import EarlyExit, ExitPlan
-from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.refine import Refine
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.exits import ExitTraining
@@ -78,6 +79,19 @@ def test_codes_are_computed_once_per_model(dataset, monkeypatch):
     assert not calls
     dataset_codes(model(seed=1), dataset)
     assert calls
+
+
+def test_a_streams_codes_are_a_raw_caches_and_those_of_jpegs_their_own(dataset, tmp_path, monkeypatch):
+    """A stream needs no cache, and JPEGs are other frames, so neither reads codes that were computed for the other."""
+    made = model(seed=3)
+    raw = dataset_codes(made, dataset).id_NK
+    jpegs = model_pairs(made, dataset, storage="jpeg")
+    found = dataset_codes(made, dataset, storage="jpeg").id_NK
+    assert np.array_equal(found[jpegs.rows], made.codes(*jpegs.frames(np.arange(len(jpegs)))).numpy())
+    assert not np.array_equal(found, raw)
+    monkeypatch.setenv("VLAFLOW_CACHE", str(tmp_path))
+    assert np.array_equal(dataset_codes(made, dataset, storage="stream").id_NK, raw)
+    assert not list(tmp_path.glob("frames-*"))
 
 
 def test_a_stored_model_is_opened_only_where_the_codes_are_missing(dataset, tmp_path, monkeypatch):

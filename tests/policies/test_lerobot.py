@@ -113,8 +113,23 @@ def test_a_chunk_begins_with_the_actions_that_are_executed_meanwhile(policy, bat
     for committed in (rest, rest[None]):
         chunk_BLD = lerobot.act(policy, observation, Dense(2), seed=0, number=0, committed=committed, delay=2)
         assert torch.equal(chunk_BLD[0, :2], rest[:2])
-    fresh_BLD = lerobot.act(policy, observation, Dense(2), seed=0, number=0, committed=rest[:0], delay=0)
-    assert torch.equal(fresh_BLD, lerobot.act(policy, observation, Dense(2), seed=0, number=0))
+    fresh_BLD = lerobot.act(policy, observation, Dense(2), seed=0, number=0)
+    for nothing in (rest[:0], torch.zeros(10, 2)):
+        assert torch.equal(fresh_BLD, lerobot.act(policy, observation, Dense(2), seed=0, number=0, committed=nothing, delay=2))
+
+
+def test_zeros_after_the_rest_of_a_chunk_are_not_committed_and_a_long_delay_commits_what_can_be_continued(policy, batch):
+    """lerobot-rollout fills the rest up to its execution horizon, and takes the longest delay of the run."""
+    observation = Keys.of(policy, {}).observation({key: value[:1] for key, value in batch.items()}, 3)
+    rest = torch.tensor([[0.25, -0.5], [0.0, 0.0], [0.5, 0.125]])
+    filled = torch.cat((rest[:2], torch.zeros(8, 2)))
+    one, other = (
+        lerobot.act(policy, observation, Dense(2), seed=0, number=0, committed=given, delay=1) for given in (rest[:1], filled)
+    )
+    assert torch.equal(one, other)
+    whole = torch.cat((rest, rest, rest))
+    chunk_BLD = lerobot.act(policy, observation, Dense(2), seed=0, number=0, committed=whole, delay=9)
+    assert torch.equal(chunk_BLD[0, :3], whole[:3])
 
 
 def test_an_exported_checkpoint_has_lerobots_layout_and_opens_here(policy, tmp_path, capsys):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from tests import helpers
+from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.dense import Dense
 from vlaflow.serving.observation_keys import choose
 from vlaflow.serving.server import PolicyServer, ServerConfig
@@ -61,7 +62,7 @@ def until(condition, seconds=5):
     return condition()
 
 
-class Slow:
+class Slow(ComputePolicy):
     """A compute policy that takes its time."""
 
     name, needs = "slow", Dense().needs

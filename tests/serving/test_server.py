@@ -19,7 +19,8 @@ from websockets.sync.client import connect
 from tests import helpers
 from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving, until
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.refine import BelowThreshold, Refine
+from vlaflow.compute.doubts import BelowThreshold
+from vlaflow.compute.refine import Refine
 from vlaflow.config import to_json
 from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
 from vlaflow.flows.sampling import Sampling

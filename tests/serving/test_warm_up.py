@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving
+from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.dense import Dense
 from vlaflow.errors import ConfigError
 from vlaflow.robot.client import Client
@@ -14,7 +15,7 @@ from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.server import PolicyServer, ServerConfig
 
 
-class Watched:
+class Watched(ComputePolicy):
     """A compute policy that notes who computes how many, and continuing what."""
 
     name, needs = "watched", Dense().needs
@@ -51,7 +52,7 @@ def test_a_server_that_is_stopped_while_it_warms_up_takes_nobody_in(caplog):
     assert not any("serving:" in line for line in said)
 
 
-class TooLarge:
+class TooLarge(ComputePolicy):
     """A compute policy whose memory holds two observations."""
 
     name, needs = "too large", Dense().needs

@@ -136,12 +136,14 @@ class LatentReport:
         dataset: a LeRobot data set with video; for the data set of the training, its held-out episodes are used.
         out: the page, .html.
         device: where the networks run.
+        frames: where frames come from, as in training.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
     dataset: Path
     out: Path
     device: str = "cpu"
+    frames: Literal["raw", "jpeg", "stream"] = "raw"
     how: ReadingGroup = LEROBOT
     hub: HubGroup = ONLINE
 
@@ -193,6 +195,7 @@ class BuildCache:
     shard: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
     workers: Count | None = None
     how: ReadingGroup = LEROBOT
+    hub: HubGroup = ONLINE
 
 
 @dataclass(frozen=True)

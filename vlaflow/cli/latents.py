@@ -30,7 +30,7 @@ def latent_report(arguments: LatentReport) -> int:
     require_writable(a.out)
     model = LatentActionModel.from_pretrained(a.model, a.device)
     console = Console()
-    train, held = encode_pairs(model, dataset)
+    train, held = encode_pairs(model, dataset, a.frames)
     for encoded in (train, held):
         if encoded.pairs.short:
             console.print(encoded.pairs.left_out(), soft_wrap=True, highlight=False)

@@ -1,7 +1,7 @@
 """Several draws on one observation: their mean, or the draw that is nearest to the others.
 
 The prefix is read once and shared; the draws are one batch. How far they lie apart is reported per action (``Chunk.spread``),
-and refinement can regenerate by it (``compute.refine.Spread``). A mean of two ways around an obstacle leads into it: where
+and refinement can regenerate by it (``compute.doubts.Spread``). A mean of two ways around an obstacle leads into it: where
 demonstrations disagree the medoid keeps to one of them.
 
 Shape letters: B batch, K draws, L chunk size, D action dimension.
@@ -74,6 +74,10 @@ class Consensus(ComputePolicy):
     def passes(self, depth: int) -> Passes:
         """Those of every draw; what all of them read is read once."""
         return self.inner.passes(depth).drawn(self.draws)
+
+    def executing(self, n_action_steps: int) -> Consensus:
+        """See ``ComputePolicy``; of its draws."""
+        return replace(self, inner=self.inner.executing(n_action_steps))
 
     def exact(self, model: Model) -> Consensus | None:
         """That of exact draws."""

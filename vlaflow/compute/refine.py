@@ -5,7 +5,7 @@ The prefix is never encoded again. When nothing is doubted, nothing more is comp
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,154 +16,55 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
 from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.doubts import AtRandom, BelowThreshold, Doubt, Draft, Spread, require_spread
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Capability, Conditioning, Tokens
+from vlaflow.decoders.base import Capability, Conditioning
 from vlaflow.decoders.model import Model
-from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling
 
-
-@dataclass(frozen=True)
-class Draft:
-    """What a doubt looks at: first chunks of R observations.
-
-    Args:
-        model, watch: as in ``ComputePolicy.decode``.
-        prefix: at full depth.
-        generators: one per observation.
-        action_RLD: normalised.
-        spread_RL: of the draws they were made from, where there were several.
-    """
-
-    model: Model
-    prefix: Prefix
-    generators: Sequence[Generator]
-    action_RLD: Tensor
-    spread_RL: Tensor | None
-    watch: Stopwatch
-
-
-class TokenDoubt(ABC):
-    """Which tokens of a draft to regenerate. A kind is a frozen dataclass.
-
-    Attributes:
-        rater, spread: whether it needs the rater; whether it needs several draws.
-    """
-
-    rater: bool = False
-    spread: bool = False
-
-    @abstractmethod
-    def judge_tokens(self, draft: Draft, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """Doubted tokens, bool (R, S), and the rater's confidence in the actions, (R, L), where the rater was run."""
-
-
-class Doubt(TokenDoubt):
-    """Which actions of a draft to regenerate, or which tokens where each token belongs to one action.
-
-    Attributes:
-        name: of the refinement, for tables.
-    """
-
-    name: str
-
-    @abstractmethod
-    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """Doubted actions, bool (R, L), and the rater's confidence, (R, L), where the rater was run."""
-
-    def judge_tokens(self, draft: Draft, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """All tokens of the doubted actions; see ``TokenDoubt``."""
-        tokenizer = draft.model.decoder.tokenizer
-        if tokenizer is None or not tokenizer.local:
-            raise CapabilityError(
-                f"{type(self).__name__} doubts actions, but in this checkpoint a token belongs to several actions. Doubt "
-                "tokens instead: RefineTokens(Improbable(0.5))."
-            )
-        doubted_RL, confidence_RL = self.judge(draft)
-        return doubted_RL.repeat_interleave(tokenizer.dim, 1), confidence_RL
-
-
-@dataclass(frozen=True)
-class BelowThreshold(Doubt):
-    """Doubt the actions that the rater gives less than ``threshold`` (AsyncVLA eq. 3)."""
-
-    threshold: float = 0.5
-
-    name = "refine"
-    rater = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(f"A confidence threshold lies in [0, 1], got {self.threshold}.")
-
-    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """See ``Doubt``."""
-        if draft.model.rater is None:
-            raise CapabilityError("Refinement by confidence needs a rater.")
-        with draft.watch.part("rater"):
-            confidence_RL = draft.model.rater(draft.prefix, draft.action_RLD)
-            return confidence_RL < self.threshold, confidence_RL
-
-
-@dataclass(frozen=True)
-class AtRandom(Doubt):
-    """Doubt each action with this probability: the paper's control for the rater."""
-
-    probability: float = 0.5
-
-    name = "refine-random"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ConfigError(f"A probability lies in [0, 1], got {self.probability}.")
-
-    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """See ``Doubt``."""
-        draws = [torch.rand(draft.action_RLD.shape[1], generator=g) < self.probability for g in draft.generators]
-        return torch.stack(draws).to(draft.action_RLD.device), None
-
-
-@dataclass(frozen=True)
-class Spread(Doubt):
-    """Doubt the actions on which several draws lie more than ``threshold`` apart, in the units of ``Chunk.spread``."""
-
-    threshold: float = 0.5
-
-    name = "refine-spread"
-    spread = True
-
-    def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ConfigError(f"A spread is 0 or more, got {self.threshold}.")
-
-    def judge(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
-        """See ``Doubt``."""
-        if draft.spread_RL is None:
-            raise CapabilityError("Refinement by spread needs several draws.")
-        return draft.spread_RL > self.threshold, None
+DRAWS = Sampling(2)
+"""How the draws of ``refine-spread:draws=K`` are made: two steps of unit noise, the cheapest that differ much."""
 
 
 @dataclass(frozen=True)
 class Refine(ComputePolicy):
     """One round of regeneration after any other compute policy.
 
+    Only actions that will be executed are regenerated: what is doubted of the later ones stays as the first round made it, for
+    the next chunk replaces them.
+
     Args:
         doubt: which actions to regenerate.
         sampling: of the second round.
         inner: makes the first chunk.
+        clock: that doubted actions go back to, in (0, 1]: 1 makes them from noise, less keeps a part of the draft.
+        executed: number of actions, after the committed ones, that count; None for those that ``Policy.act`` or an evaluation
+            executes, or for the whole chunk where neither says so.
         any_training: also run on a checkpoint that never saw mixed clocks, to measure what becomes of it (claim C2 of the
             paper: it collapses).
         label: of the round itself, for tables; by default that of the doubt.
     """
 
-    doubt: Doubt = BelowThreshold()
+    doubt: Doubt = field(default_factory=BelowThreshold)
     sampling: Sampling = field(default_factory=Sampling)
     inner: ComputePolicy = field(default_factory=Dense)
+    clock: float = 1.0
+    executed: int | None = None
     any_training: bool = False
     label: str = ""
 
     def __post_init__(self) -> None:
-        require_spread(self.name, self.doubt, self.inner)
+        if not 0 < self.clock <= 1:
+            raise ConfigError(f"Doubted actions go back to a clock in (0, 1], got {self.clock}.")
+        if self.executed is not None and self.executed < 1:
+            raise ConfigError(f"At least one action of a chunk is executed, got {self.executed}.")
+        require_spread(self.name, self.doubt, self.inner.reports_spread)
+
+    def executing(self, n_action_steps: int) -> Refine:
+        """See ``ComputePolicy``; a number of its own stays."""
+        inner = self.inner.executing(n_action_steps)
+        return replace(self, inner=inner, executed=n_action_steps if self.executed is None else self.executed)
 
     @property
     def name(self) -> str:
@@ -183,7 +84,7 @@ class Refine(ComputePolicy):
 
     def passes(self, depth: int) -> Passes:
         """Those of the first round, then those of doubt and regeneration."""
-        return self.inner.passes(depth).then(depth, rated=self.doubt.rater)
+        return self.inner.passes(depth).then(depth, rated=self.doubt.rater) | self.doubt.passes(depth)
 
     def decode(
         self,
@@ -200,8 +101,8 @@ class Refine(ComputePolicy):
         first = self.inner.decode(model, prefix, generators, watch, conditioning)
         draft_BLD, device = first.action_BLD, first.action_BLD.device
         action_BLD, doubted_BL = draft_BLD.clone(), torch.zeros(draft_BLD.shape[:2], dtype=torch.bool, device=device)
-        confidence_BL = torch.zeros_like(doubted_BL, dtype=torch.float32) if self.doubt.rater else None
-        each = model.decoder.nfe(self.sampling)
+        confidence_BL, spread_BL = first.confidence_BL, first.spread_BL
+        each, looked = model.decoder.nfe(self.sampling), self.doubt.nfe(model)
         layers, passes, nfe, groups = list(first.layers), list(first.layer_passes), list(first.nfe), []
         depth = model.backbone.spec.depth
         for group in first.groups:
@@ -211,25 +112,25 @@ class Refine(ComputePolicy):
             groups.append(replace(group, prefix=prefix))
             draft_RLD = draft_BLD[row_R]
             spread_RL = None if first.spread_BL is None else first.spread_BL[row_R]
-            doubt_RL, rating_RL = self.doubt.judge(Draft(model, prefix, mine, draft_RLD, spread_RL, watch))
+            judged = self.doubt.judge(Draft(model, prefix, mine, draft_RLD, spread_RL, watch))
             kept = conditioning.select(row_R) if conditioning is not None else None
-            if kept is not None:
-                doubt_RL = doubt_RL & ~kept.committed_BL
+            doubt_RL = judged.doubted & self._countable(judged.doubted, kept)
             doubted_BL[row_R] = doubt_RL
-            if confidence_BL is not None and rating_RL is not None:
-                confidence_BL[row_R] = rating_RL
-            extra = (
-                prefix.depth - group.prefix.depth + (model.rater.config.depth if model.rater and rating_RL is not None else 0)
-            )
+            confidence_BL = _filled(confidence_BL, judged.confidence_RL, row_R, doubted_BL)
+            spread_BL = _filled(spread_BL, judged.spread_RL, row_R, doubted_BL)
+            rated = model.rater.config.depth if model.rater and judged.confidence_RL is not None else 0
+            extra = prefix.depth - group.prefix.depth + rated + looked * depth
             again_A = doubt_RL.any(1).nonzero()[:, 0]
             if len(again_A):  # only chunks with a doubt cost anything more
                 with watch.part("refine"):
-                    begin = Conditioning.around(kept, draft_RLD, doubt_RL.float())
                     part = prefix if len(again_A) == len(row_R) else prefix.select(again_A)
                     theirs = [mine[place] for place in again_A.tolist()]
-                    action_BLD[row_R[again_A]] = model.decoder.sample(part, theirs, self.sampling, begin.select(again_A))
+                    action_BLD[row_R[again_A]] = self.regenerate(
+                        model, part, theirs, draft_RLD[again_A], doubt_RL[again_A], kept and kept.select(again_A)
+                    )
             for row in row_R.tolist():
                 passes[row] += extra
+                nfe[row] += looked
             for row in row_R[again_A].tolist():
                 passes[row] += each * depth
                 nfe[row] += each
@@ -240,28 +141,128 @@ class Refine(ComputePolicy):
             layers=tuple(layers),
             nfe=tuple(nfe),
             layer_passes=tuple(passes),
-            confidence_BL=confidence_BL if confidence_BL is not None else first.confidence_BL,
+            confidence_BL=confidence_BL,
             regenerated_BL=doubted_BL,
             draft_BLD=draft_BLD,
-            spread_BL=first.spread_BL,
+            spread_BL=spread_BL,
+        )
+
+    def regenerate(  # noqa: PLR0917
+        self,
+        model: Model,
+        prefix: Prefix,
+        generators: Sequence[Generator],
+        draft_RLD: Tensor,
+        doubted_RL: Tensor,
+        kept: Conditioning | None = None,
+    ) -> Tensor:
+        """The second round alone: drafts whose doubted actions are made again from ``clock``, with the others as context.
+
+        Args:
+            model: the networks.
+            prefix: at full depth.
+            generators: one per observation.
+            draft_RLD: normalised.
+            doubted_RL: bool; the others stay to the bit.
+            kept: what the drafts were conditioned on.
+        """
+        begin = Conditioning.around(kept, draft_RLD, self.clock * doubted_RL.float())
+        return model.decoder.sample(prefix, generators, self.sampling, begin)
+
+    def _countable(self, like_RL: Tensor, kept: Conditioning | None) -> Tensor:
+        """Bool (R, L): the actions that will be executed and are not committed."""
+        free_RL = torch.ones_like(like_RL) if kept is None else ~kept.committed_BL
+        if self.executed is None:
+            return free_RL
+        return free_RL & (
+            torch.arange(like_RL.shape[1], device=like_RL.device) < self.executed + (~free_RL).sum(1, keepdim=True)
         )
 
 
-def require_spread(name: str, doubt: TokenDoubt, inner: ComputePolicy) -> None:
-    """Refuse a doubt about the spread of draws where the first round makes one draw."""
-    if doubt.spread and not inner.reports_spread:
-        raise ConfigError(
-            f"{name} doubts actions on which several draws differ, and its first round makes one chunk. Give it a "
-            "consensus, as in refine-spread+mean:8."
-        )
+def _filled(into_BL: Tensor | None, value_RL: Tensor | None, row_R: Tensor, like_BL: Tensor) -> Tensor | None:
+    """Values of some observations put among those of all; as before where there are none."""
+    if value_RL is None:
+        return into_BL
+    into_BL = torch.zeros_like(like_BL, dtype=value_RL.dtype) if into_BL is None else into_BL.clone()
+    into_BL[row_R] = value_RL
+    return into_BL
 
 
-def _parse(typed: Spelling, doubt: Doubt) -> Refine:
-    sampling, label = typed.sampling(), typed.own if typed.more else ""
-    inner = typed.inner or (Consensus(inner=Dense.by(sampling)) if doubt.spread else Dense.by(sampling))
-    return Refine(doubt, sampling, inner, typed.knobs.any_training, label)
+@dataclass(frozen=True)
+class RefineOptions:
+    """What may be typed after the settings of the sampler, as in ``refine:2@0.5,clock=0.5,threshold=0.3``.
+
+    Args:
+        sampling: the text before the options.
+        clock, executed: see ``Refine``.
+        limit: threshold of the doubt, or its probability.
+        draws: of ``Spread``; None for those of the first round.
+    """
+
+    sampling: str
+    clock: float = 1.0
+    executed: int | None = None
+    limit: float | None = None
+    draws: int | None = None
+
+    @staticmethod
+    def read(typed: Spelling, limit: str, *, draws: bool = False) -> RefineOptions:
+        """The options of a spelling.
+
+        Args:
+            typed: the spelling.
+            limit: name of the option that sets the limit.
+            draws: whether the doubt takes a number of draws.
+
+        Raises:
+            ConfigError: for an option that the kind does not take.
+        """
+        sampling, *rest = re.split(r"(?:^|,)(?=(?:clock|executed|threshold|share|draws)=)", typed.more)
+        taken = {"clock", "executed", limit, *(["draws"] if draws else [])}
+        given = dict(option.split("=", 1) for option in rest)
+        try:
+            if len(given) < len(rest) or not given.keys() <= taken:
+                raise ValueError
+            return RefineOptions(
+                sampling,
+                float(given.get("clock", 1)),
+                int(given["executed"]) if "executed" in given else None,
+                float(given[limit]) if limit in given else None,
+                int(given["draws"]) if "draws" in given else None,
+            )
+        except ValueError:
+            options = ", ".join(f"{name}=NUMBER" for name in sorted(taken))
+            kind = re.split("[:+]", typed.name, maxsplit=1)[0]
+            raise ConfigError(
+                f"'{typed.name}' is no compute policy; {kind} takes settings of the sampler and then {options}, as in "
+                f"{kind}:2@0.5,clock=0.5."
+            ) from None
 
 
-REFINE = ComputeKind(lambda typed: _parse(typed, BelowThreshold(typed.knobs.threshold)), example="refine")
-REFINE_RANDOM = ComputeKind(lambda typed: _parse(typed, AtRandom()), example="refine-random")
-REFINE_SPREAD = ComputeKind(lambda typed: _parse(typed, Spread(typed.knobs.threshold)), example="refine-spread+mean:2")
+def _parse(typed: Spelling, doubt: Doubt, options: RefineOptions, first: Dense | Consensus | None = None) -> Refine:
+    sampling, label = typed.sampling(options.sampling), typed.own if typed.more else ""
+    inner = typed.inner or first or Dense.by(sampling)
+    return Refine(doubt, sampling, inner, options.clock, options.executed, typed.knobs.any_training, label)
+
+
+def _parse_rated(typed: Spelling) -> Refine:
+    options = RefineOptions.read(typed, "threshold")
+    return _parse(typed, BelowThreshold(typed.knobs.threshold if options.limit is None else options.limit), options)
+
+
+def _parse_random(typed: Spelling) -> Refine:
+    options = RefineOptions.read(typed, "share")
+    return _parse(typed, AtRandom() if options.limit is None else AtRandom(options.limit), options)
+
+
+def _parse_spread(typed: Spelling) -> Refine:
+    options = RefineOptions.read(typed, "threshold", draws=True)
+    threshold = typed.knobs.threshold if options.limit is None else options.limit
+    if options.draws is not None:
+        return _parse(typed, Spread(threshold, Consensus(options.draws, inner=Dense.by(DRAWS))), options)
+    return _parse(typed, Spread(threshold), options, Consensus(inner=Dense.by(typed.sampling(options.sampling))))
+
+
+REFINE = ComputeKind(_parse_rated, example="refine")
+REFINE_RANDOM = ComputeKind(_parse_random, example="refine-random")
+REFINE_SPREAD = ComputeKind(_parse_spread, example="refine-spread+mean:2")

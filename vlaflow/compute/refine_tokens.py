@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.refine import Draft, TokenDoubt, require_spread
+from vlaflow.compute.doubts import Draft, Judged, TokenDoubt, require_spread
 from vlaflow.compute.spelling import ComputeKind, Spelling
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, TokenConditioning, Tokens
 from vlaflow.decoders.model import Model
@@ -35,9 +35,9 @@ class Improbable(TokenDoubt):
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"A probability lies in [0, 1], got {self.threshold}.")
 
-    def judge_tokens(self, draft: Draft, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    def judge_tokens(self, draft: Draft, tokens: Tokens) -> Judged:
         """See ``TokenDoubt``."""
-        return tokens.probability_BS < self.threshold, None
+        return Judged(tokens.probability_BS < self.threshold)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RefineTokens(ComputePolicy):
     label: str = "refine-tokens"
 
     def __post_init__(self) -> None:
-        require_spread(self.name, self.doubt, self.inner)
+        require_spread(self.name, self.doubt, self.inner.reports_spread)
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ class RefineTokens(ComputePolicy):
 
     def passes(self, depth: int) -> Passes:
         """Those of the first round, then those of doubt and regeneration."""
-        return self.inner.passes(depth).then(depth, rated=self.doubt.rater)
+        return self.inner.passes(depth).then(depth, rated=self.doubt.rater) | self.doubt.passes(depth)
 
     def decode(
         self,
@@ -95,7 +95,7 @@ class RefineTokens(ComputePolicy):
         if first.tokens is None or tokenizer is None:
             raise CapabilityError(f"{self.inner.name} reports no tokens, so there are none to regenerate.")
         action_BLD, parts, groups = first.action_BLD.clone(), [], []
-        layers, passes = list(first.layers), list(first.layer_passes)
+        layers, passes, nfe = list(first.layers), list(first.layer_passes), list(first.nfe)
         confidence_BL = first.confidence_BL
         for group in first.groups:
             row_R, mine = group.row_R, [generators[row] for row in group.row_R.tolist()]
@@ -105,7 +105,8 @@ class RefineTokens(ComputePolicy):
             before = first.tokens.select(row_R)
             spread_RL = None if first.spread_BL is None else first.spread_BL[row_R]
             draft = Draft(model, whole, mine, action_BLD[row_R], spread_RL, watch)
-            doubt_RS, rating_RL = self.doubt.judge_tokens(draft, before)
+            judged = self.doubt.judge_tokens(draft, before)
+            doubt_RS, rating_RL = judged.doubted, judged.confidence_RL
             if conditioning is not None:
                 doubt_RS &= decoder.token_conditioning(conditioning).clock_BS[row_R] > 0
             if rating_RL is not None:
@@ -113,6 +114,7 @@ class RefineTokens(ComputePolicy):
                     confidence_BL = action_BLD.new_zeros(action_BLD.shape[:2])
                 confidence_BL[row_R] = rating_RL
             extra = model.rater.config.depth if model.rater is not None and rating_RL is not None else 0
+            looked = self.doubt.nfe(model)
             again_R, after = doubt_RS.any(1), before
             if bool(again_R.any()):  # only chunks with a doubt cost anything more
                 again_A, sure_N = again_R.nonzero()[:, 0], (~again_R).nonzero()[:, 0]
@@ -127,7 +129,8 @@ class RefineTokens(ComputePolicy):
             depth = model.backbone.spec.depth
             more = [a - b for a, b in zip(after.passes(depth), before.passes(depth), strict=True)]
             for place, row in enumerate(row_R.tolist()):
-                passes[row] += whole.depth - group.prefix.depth + extra + more[place]
+                passes[row] += whole.depth - group.prefix.depth + extra + looked * depth + more[place]
+                nfe[row] = after.nfe[place] + looked
                 layers[row] = depth if again_R[place] else layers[row]
         order = torch.cat([group.row_R for group in first.groups]).argsort()
         tokens = Tokens.cat(parts).select(order)
@@ -136,7 +139,7 @@ class RefineTokens(ComputePolicy):
             action_BLD=action_BLD,
             groups=tuple(groups),
             layers=tuple(layers),
-            nfe=tokens.nfe,
+            nfe=tuple(nfe),
             layer_passes=tuple(passes),
             confidence_BL=confidence_BL,
             regenerated_BL=(action_BLD != first.action_BLD).any(-1),

@@ -33,6 +33,10 @@ class FrameSource(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """(height, width) by view."""
 
+    @property
+    def codec(self) -> Codec:
+        """What the frames went through: those of one data set with equal codecs and shapes are equal to the bit."""
+
     def __len__(self) -> int:
         """Number of rows, N."""
 

@@ -132,7 +132,7 @@ class _Reader:
         found = np.unique(episode)
         if len(found) == 1 and found[0] != number:
             self.notes.append(
-                f"CheckedRows of {path.relative_to(self.root)} say that they belong to episode {found[0]}; the file's number, "
+                f"Rows of {path.relative_to(self.root)} say that they belong to episode {found[0]}; the file's number, "
                 f"{number}, counts."
             )
             return np.full_like(episode, number)
@@ -157,7 +157,7 @@ class _Reader:
         return values.reshape(-1, declared)
 
     def _with_strays(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """CheckedRows of known episodes in files that meta points no episode to, added to the others."""
+        """Rows of known episodes in files that meta points no episode to, added to the others."""
         named = {files.data for files in self.meta.files}
         strays: list[int] = []
         for path in sorted((self.root / "data").rglob("*.parquet")):
@@ -172,7 +172,7 @@ class _Reader:
                 strays += absent.tolist()
         if strays:
             self.notes.append(
-                f"CheckedRows of episode {some(strays)} are not in the file that meta names; they were found in another."
+                f"Rows of episode {some(strays)} are not in the file that meta names; they were found in another."
             )
         return rows
 

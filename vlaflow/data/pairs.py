@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from vlaflow.outputs import whole_file
 
 EARLIER, LATER = "earlier", "later"
 """Names of the two images of a pair in a batch."""
-TABLE_LAYOUT = 1
+TABLE_LAYOUT = 2
 """Version of the table format; increment it when its content changes."""
 
 
@@ -67,7 +67,7 @@ class FramePairs:
 
     Args:
         dataset: a data set with video.
-        cache: cache of its frames that contains ``view``.
+        cache: its frames, of ``view`` at least.
         view: the view to use.
         gap_s: time between the frames in seconds.
         episodes: indices of the chosen episodes; all by default.
@@ -122,6 +122,19 @@ class FramePairs:
         both = self.cache.gather(np.concatenate((rows, rows + self.gap)))[self.view]
         return both[: len(rows)], both[len(rows) :]
 
+    def in_turn(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Go through the pairs at ``indices``, ascending: (indices, earlier frames, later frames) of every batch.
+
+        Each batch is announced while the one before it is used, so that a stream decodes every run of frames once.
+        """
+        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        nearby = self.nearby()
+        for place, batch in enumerate(batches):
+            if nearby is not None:
+                for soon in batches[place + (place > 0) : place + 2]:
+                    nearby.expect(soon)
+            yield batch, *self.frames(batch)
+
     def batch(self, indices: np.ndarray) -> Batch:
         """The pairs at ``indices`` (B,) as a training batch.
 
@@ -157,7 +170,7 @@ def pair_table(
         pairs: usually those of all episodes.
         encode: earlier and later frames, uint8 (B, H, W, 3), to int64 (B, K), each in [0, 32767].
         key: identifies ``encode`` (the fingerprint of a model); the table is stored under a hash of it and of data set, view,
-            frame size and pairs.
+            frame size, codec and pairs.
         progress: called with (pairs done, total pairs) while computing.
         batch_size: pairs encoded together.
 
@@ -168,7 +181,8 @@ def pair_table(
         DataError: a damaged table, or no permission to write one.
     """
     dataset = pairs.dataset
-    what = json.dumps([TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, pairs.cache.shapes[pairs.view], key])
+    shape, codec = pairs.cache.shapes[pairs.view], pairs.cache.codec.key
+    what = json.dumps([TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, shape, codec, key])
     home = cache_home(dataset.root)
     name = f"codes-{hashlib.blake2b(what.encode() + pairs.rows.tobytes(), digest_size=8).hexdigest()}"
     file = home / f"{name}.safetensors"
@@ -192,9 +206,8 @@ def _encode_all(
     batch_size: int,
 ) -> np.ndarray:
     value_NK: np.ndarray | None = None
-    for start in range(0, len(pairs), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(pairs)))
-        value_BK = encode(*pairs.frames(indices)).cpu().numpy()
+    for indices, earlier, later in pairs.in_turn(np.arange(len(pairs)), batch_size):
+        value_BK = encode(earlier, later).cpu().numpy()
         if value_NK is None:
             value_NK = np.full((len(pairs.dataset), value_BK.shape[1]), -1, np.int16)
         value_NK[pairs.rows[indices]] = value_BK

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vlaflow.data import decoding
+from vlaflow.data.codecs import Codec, Raw
 from vlaflow.data.decoding import Opening
 from vlaflow.data.lerobot import Dataset, Episode
 from vlaflow.data.nearby import Nearby
@@ -48,7 +49,10 @@ class FrameStream:
 
     Attributes:
         shapes: (height, width) by view.
+        codec: that of raw frames.
     """
+
+    codec: Codec = Raw()
 
     def __init__(
         self,
@@ -164,10 +168,11 @@ class KeptFrames:
 
     Attributes:
         shapes: (height, width) by view.
+        codec: of ``frames``.
     """
 
     def __init__(self, frames: FrameStream) -> None:
-        self._frames, self.shapes = frames, frames.shapes
+        self._frames, self.shapes, self.codec = frames, frames.shapes, frames.codec
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:

@@ -1,14 +1,15 @@
 """The model of a deployed policy: the same primitives as any other, computed by programs where there is one for the shapes.
 
 Compute policies call ``embed``, ``read`` and the decoder's steps as ever and need not know. What has no program (a larger
-batch, a longer instruction, one robot of several, the steps of a decoder of tokens, guidance, which needs gradients) is
-computed by the folded networks: the chunk is the same, only later. Nothing is ever compiled here.
+batch, a longer instruction, one robot of several, guidance, which needs gradients) is computed by the folded networks: the
+chunk is the same, only later. Nothing is ever compiled here.
 
-Shape letters: B batch, L chunk size, X padded action dimension, N solver steps, T time tokens, W width.
+Shape letters: B batch, L chunk size, X padded action dimension, N solver steps, T tokens, W width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, singledispatch
 from typing import Any
@@ -18,16 +19,25 @@ from torch import Tensor, nn
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.backbones.inputs import Inputs
+from vlaflow.decoders.autoregressive import AutoregressiveDecoder
 from vlaflow.decoders.base import Decoder
+from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
 from vlaflow.decoders.flow import FlowDecoder, FlowState
 from vlaflow.decoders.latent_flow import LatentFlowDecoder
+from vlaflow.decoders.latent_reader import LatentReader, Written
+from vlaflow.decoders.masked_diffusion import MaskedDiffusionDecoder
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import ConfidenceRater
 from vlaflow.decoders.regression import RegressionDecoder, RegressionState
+from vlaflow.decoders.tokens import TokenDecoder
 from vlaflow.engine import programs
 from vlaflow.flows import gaussian
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.attention import KeyValues
+from vlaflow.stacks.shared import Cache
+
+Clocks = tuple[tuple[Tensor, Tensor, Tensor], ...]
+"""For each step its clocks (B, L), their change, and what they add to the tokens (B, T, W)."""
 
 
 class DeployedModel(Model):
@@ -76,7 +86,7 @@ class DeployedModel(Model):
         if program is None:
             return self.backbone.run(prefix, upto)
         hidden_BPW, *caches = program(programs.run_inputs(prefix))
-        own = (KeyValues(k, v, prefix.padding_mask_BP) for k, v in zip(caches[::2], caches[1::2], strict=True))
+        own = _pairs(caches, prefix.padding_mask_BP)
         embedded_BPW = prefix.hidden_BPW if prefix.depth == 0 else prefix.embedded_BPW
         return replace(prefix, hidden_BPW=hidden_BPW, kv_cache=(*prefix.kv_cache, *own), embedded_BPW=embedded_BPW)
 
@@ -123,30 +133,28 @@ class DeployedFlow(Deployed, FlowDecoder):
 
         x_BLX, last = state.x_BLX.contiguous(), min(state.done + steps, count)
         if state.sampling.solver == "euler":
-            clock_NBL, delta_NBL, time_NBTW = self._clocks(state)
-            for done in range(state.done, last):
-                x_BLX = step(x_BLX, x_BLX, clock_NBL[done], delta_NBL[done], time_NBTW[done])
+            for clock_BL, delta_BL, time_BTW in self._clocks(state)[state.done : last]:
+                x_BLX = step(x_BLX, x_BLX, clock_BL, delta_BL, time_BTW)
             return replace(state, x_BLX=x_BLX, done=last)
         for done in range(state.done, last):
             now_BL, next_BL = state.clock_at(done), state.clock_at(done + 1)
             x_BLX = gaussian.solver_step(state.sampling.solver, x_BLX, velocity, now_BL, next_BL, last=done + 1 == count)
         return replace(state, x_BLX=x_BLX, done=last)
 
-    def _clocks(self, state: FlowState) -> tuple[Tensor, Tensor, Tensor]:
-        """Clocks (N, B, L), their changes, and what they add to the tokens."""
+    def _clocks(self, state: FlowState) -> Clocks:
         if bool((state.start_BL == 1).all()):
             return self._uniform(state.sampling, len(state.start_BL))
         return self._walk(state.sampling, state.start_BL)
 
-    def _table(self, sampling: Sampling, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _table(self, sampling: Sampling, batch: int) -> Clocks:
         """Those of tokens that all start as noise."""
         return self._walk(sampling, torch.ones(batch, self.chunk_size))
 
-    def _walk(self, sampling: Sampling, start_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _walk(self, sampling: Sampling, start_BL: Tensor) -> Clocks:
         clock_NBL = torch.stack([start_BL * sampling.clock(done) for done in range(sampling.steps + 1)])
         delta_NBL = clock_NBL[1:] - clock_NBL[:-1]
         time_NBTW = self.codec.times(clock_NBL[:-1].flatten(0, 1)).unflatten(0, delta_NBL.shape[:2])
-        return clock_NBL, delta_NBL, time_NBTW
+        return tuple(zip(clock_NBL[:-1], delta_NBL, time_NBTW, strict=True))
 
 
 class DeployedRegression(Deployed, RegressionDecoder):
@@ -160,6 +168,56 @@ class DeployedRegression(Deployed, RegressionDecoder):
         return RegressionState(program(programs.reading_inputs(prefix))[0])
 
 
+class DeployedTokens(Deployed, TokenDecoder[Any]):
+    """A decoder of action tokens that all see one another, whose scores are a program."""
+
+    def look(self, embedded_BTW: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """See ``TokenDecoder``."""
+        program = None
+        if len(embedded_BTW) == prefix.batch:
+            program = self.programs.find(programs.reading_key("look", prefix))
+        if program is None:
+            return super().look(embedded_BTW, prefix)
+        hidden_BSW, logits_BSV = program([embedded_BTW.contiguous(), *programs.reading_inputs(prefix)])
+        return hidden_BSW, logits_BSV
+
+
+class DeployedMaskedDiffusion(DeployedTokens, MaskedDiffusionDecoder):
+    """See its bases."""
+
+
+class DeployedDiscreteFlow(DeployedTokens, DiscreteFlowDecoder):
+    """See its bases."""
+
+
+class DeployedAutoregressive(Deployed, AutoregressiveDecoder):
+    """An autoregressive decoder that makes each token by a program, which reads buffers of the full length."""
+
+    def following(self, token_B1W: Tensor, prefix: Prefix, cache: Cache) -> Tensor:
+        """See ``AutoregressiveDecoder``."""
+        program = self.programs.find(programs.next_key(cache))
+        if program is None:
+            return super().following(token_B1W, prefix, cache)
+        placed_B1W, _ = prefix.backbone.place(token_B1W, prefix, cache.used - cache.prefix)
+        logits_B1V, *own = program(programs.next_inputs(placed_B1W, cache))
+        for index, pair in enumerate(_pairs(own)):
+            cache.write(index, pair)
+        cache.used += 1
+        return logits_B1V
+
+
+class DeployedLatentReader(Deployed, LatentReader):
+    """A reader whose codes are written by a program, where they are written in one pass."""
+
+    def read(self, prefix: Prefix) -> Written:
+        """See ``LatentReader``."""
+        program = self.programs.find(programs.reading_key("codes", prefix)) if self.config.answer == "parallel" else None
+        if program is None:
+            return super().read(prefix)
+        hidden_BKW, *own = program(programs.reading_inputs(prefix))
+        return Written((hidden_BKW,), _pairs(own))
+
+
 class DeployedRater(Deployed, ConfidenceRater):
     """A rater that is a program."""
 
@@ -171,9 +229,14 @@ class DeployedRater(Deployed, ConfidenceRater):
         return program([*programs.run_inputs(prefix), action_BLD.contiguous()])[0]
 
 
+def _pairs(tensors: Sequence[Tensor], mask_BP: Tensor | None = None) -> tuple[KeyValues, ...]:
+    """Keys and values by layer."""
+    return tuple(KeyValues(key, value, mask_BP) for key, value in zip(tensors[::2], tensors[1::2], strict=True))
+
+
 @singledispatch
 def with_programs(decoder: Decoder[Any], deployed: programs.Programs) -> Decoder[Any]:
-    """The decoder with programs for its steps. Those of tokens have none: what a step computes depends on the tokens."""
+    """The decoder with programs for its steps; by default as it is, since nothing is known of its steps."""
     return decoder
 
 
@@ -188,6 +251,22 @@ def _(decoder: RegressionDecoder, deployed: programs.Programs) -> Decoder[Any]:
 
 
 @with_programs.register
+def _(decoder: MaskedDiffusionDecoder, deployed: programs.Programs) -> Decoder[Any]:
+    return DeployedMaskedDiffusion(decoder, deployed)
+
+
+@with_programs.register
+def _(decoder: DiscreteFlowDecoder, deployed: programs.Programs) -> Decoder[Any]:
+    return DeployedDiscreteFlow(decoder, deployed)
+
+
+@with_programs.register
+def _(decoder: AutoregressiveDecoder, deployed: programs.Programs) -> Decoder[Any]:
+    return DeployedAutoregressive(decoder, deployed)
+
+
+@with_programs.register
 def _(decoder: LatentFlowDecoder, deployed: programs.Programs) -> Decoder[Any]:
+    decoder.latent = DeployedLatentReader(decoder.latent, deployed)
     decoder.flow = DeployedFlow(decoder.flow, deployed)
     return decoder

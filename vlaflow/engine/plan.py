@@ -1,6 +1,6 @@
 """Which programs a policy's chunks call: those of a compute policy's passes, for batches and lengths of instruction.
 
-Shape letters: L chunk size.
+Shape letters: B batch, L chunk size, T tokens, W width.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Generator
 from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.compute.base import Passes
+from vlaflow.decoders.autoregressive import AutoregressiveDecoder
 from vlaflow.decoders.base import Decoder
 from vlaflow.decoders.flow import FlowDecoder
 from vlaflow.decoders.latent_flow import LatentFlowDecoder
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.regression import RegressionDecoder
-from vlaflow.engine import programs
+from vlaflow.decoders.tokens import TokenDecoder
+from vlaflow.engine import modules, programs
 from vlaflow.engine.programs import Program, ProgramKey
 from vlaflow.flows.sampling import Sampling
 
@@ -43,7 +45,7 @@ def needed(model: Model, inputs: Iterable[Inputs], passes: Passes) -> list[Progr
 
 def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
     backbone, bare = model.backbone, programs.unmasked(inputs)
-    yield Program(programs.embed_key(inputs), programs.Embed(backbone, bare), tuple(programs.tensors_of(bare)))
+    yield Program(programs.embed_key(inputs), modules.Embed(backbone, bare), tuple(programs.tensors_of(bare)))
     embedded = backbone.embed(inputs)
 
     def prefix_at(depth: int, draws: int) -> Prefix:
@@ -52,7 +54,7 @@ def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
     for start, upto, draws in sorted(passes.reads):
         before = prefix_at(start, draws)
         if prefix_at(upto, draws).depth == upto:  # a decoder may read no prefix ahead of its tokens
-            module = programs.RunLayers(backbone, start, upto)
+            module = modules.RunLayers(backbone, start, upto)
             yield Program(programs.run_key(before, upto), module, tuple(programs.run_inputs(before)))
     for depth, draws in sorted(passes.steps):
         yield from steps(model.decoder, backbone, prefix_at(depth, draws))
@@ -62,7 +64,7 @@ def _of(model: Model, inputs: Inputs, passes: Passes) -> Iterator[Program]:
         prefix = prefix_at(depth, draws)
         action_BLD = torch.zeros(prefix.batch, model.decoder.chunk_size, model.decoder.action_dim)
         examples = (*programs.run_inputs(prefix), action_BLD)
-        yield Program(programs.rating_key(prefix), programs.Rate(backbone, rater), examples)
+        yield Program(programs.rating_key(prefix), modules.Rate(backbone, rater), examples)
 
 
 @singledispatch
@@ -77,16 +79,38 @@ def _(decoder: FlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]
     clock_BL, time_BTW = state.start_BL, decoder.codec.times(state.start_BL)
     # tensors of their own: export would take one that is given twice for one argument
     examples = (state.x_BLX, state.x_BLX.clone(), clock_BL, -clock_BL, time_BTW, *programs.reading_inputs(prefix))
-    return [Program(programs.reading_key("step", prefix), programs.SolverStep(backbone, decoder), examples)]
+    return [Program(programs.reading_key("step", prefix), modules.SolverStep(backbone, decoder), examples)]
 
 
 @steps.register
 def _(decoder: RegressionDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
-    module, examples = programs.AnswerAtOnce(backbone, decoder), tuple(programs.reading_inputs(prefix))
+    module, examples = modules.AnswerAtOnce(backbone, decoder), tuple(programs.reading_inputs(prefix))
     return [Program(programs.reading_key("answer", prefix), module, examples)]
+
+
+@steps.register
+def _(decoder: TokenDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
+    """Of tokens that all see one another; none where the prefix is run together with them, at every step."""
+    if prefix.depth == 0:
+        return []
+    embedded_BTW = decoder.behind_mark(torch.zeros(prefix.batch, decoder.slots, backbone.spec.width))
+    examples = (embedded_BTW, *programs.reading_inputs(prefix))
+    return [Program(programs.reading_key("look", prefix), modules.Look(backbone, decoder), examples)]
+
+
+@steps.register
+def _(decoder: AutoregressiveDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
+    cache = decoder.stack.cache(prefix, decoder.slots)
+    token_B1W = torch.zeros(prefix.batch, 1, backbone.spec.width)
+    module = modules.NextToken(backbone, decoder)
+    return [Program(programs.next_key(cache), module, tuple(programs.next_inputs(token_B1W, cache)))]
 
 
 @steps.register
 def _(decoder: LatentFlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
     generators = [Generator().manual_seed(0) for _ in range(prefix.batch)]
-    return steps(decoder.flow, backbone, decoder.start(prefix, generators, Sampling(1)).context)
+    made = steps(decoder.flow, backbone, decoder.start(prefix, generators, Sampling(1)).context)
+    if decoder.latent.config.answer != "parallel":
+        return made
+    module, examples = modules.WriteCodes(backbone, decoder.latent), tuple(programs.reading_inputs(prefix))
+    return [Program(programs.reading_key("codes", prefix), module, examples), *made]

@@ -1,35 +1,40 @@
-"""A policy's networks cut into functions of tensors, which can be compiled: embed, run, step, answer.
+"""A policy's networks cut into functions of tensors, which can be compiled.
 
     embed    images, instruction and state to prefix tokens
     run      prefix tokens through layers ``start`` … ``upto``, to hidden states and the keys and values of these layers
     step     one Euler step of a flow, or one velocity, through ``upto`` layers
     answer   the chunk of a regression, through ``upto`` layers
+    look     the scores of action tokens that all see one another: masked diffusion, discrete flow
+    next     the scores of the token after one more: autoregression
+    codes    the latent action tokens that an expert reads
     rate     the rater's confidence in a chunk
 
 Every compute policy is made of these, so one set of programs serves all of them at any number of steps, any grid of clocks and
 with given actions. Shapes are fixed: a batch is filled up to the next program's, an instruction to the next length.
+``modules`` holds what each of them is compiled from.
 
-Shape letters: B batch, P prefix tokens, W width, L chunk size, X padded action dimension, S state dimension, T time tokens.
+Shape letters: B batch, P prefix tokens, W width, S state dimension, N prefix tokens and room for the tokens behind them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vlaflow.backbones.base import Backbone, Prefix
+from vlaflow.backbones.base import Prefix
 from vlaflow.backbones.inputs import Inputs
-from vlaflow.decoders.flow import FlowDecoder
-from vlaflow.decoders.rater import ConfidenceRater
-from vlaflow.decoders.regression import RegressionDecoder
 from vlaflow.nn.attention import KeyValues
+from vlaflow.stacks.shared import Cache
 
 Precision = Literal["f32", "bf16"]
+Part = Literal["embed", "run", "step", "answer", "look", "next", "codes", "rate"]
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 """A program that can be called: contiguous tensors of its shapes in, tensors out."""
 
@@ -40,12 +45,12 @@ class ProgramKey:
 
     Args:
         part: see the module text.
-        tokens: prefix tokens that it reads; ids of the instruction for ``embed``.
+        tokens: prefix tokens that it reads; ids of the instruction for ``embed``; all that the buffers hold for ``next``.
         start, upto: layers; 0 and 0 for ``embed``.
         batch: observations, times draws.
     """
 
-    part: Literal["embed", "run", "step", "answer", "rate"]
+    part: Part
     tokens: int
     start: int
     upto: int
@@ -75,82 +80,6 @@ class Program:
     key: ProgramKey
     module: nn.Module
     examples: tuple[Tensor, ...]
-
-
-class Embed(nn.Module):
-    """The tokens of observations before the first layer."""
-
-    def __init__(self, backbone: Backbone, like: Inputs) -> None:
-        super().__init__()
-        self.backbone, self.like = backbone, like
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        """What ``tensors_of`` gives of the inputs, to hidden states (B, P, W)."""
-        return [self.backbone.embed(with_tensors(self.like, tensors)).hidden_BPW]
-
-
-class RunLayers(nn.Module):
-    """The prefix through some layers."""
-
-    def __init__(self, backbone: Backbone, start: int, upto: int) -> None:
-        super().__init__()
-        self.backbone, self.start, self.upto = backbone, start, upto
-
-    def forward(self, hidden_BPW: Tensor, padding_mask_BP: Tensor) -> list[Tensor]:
-        """Hidden states, then key and value of every layer."""
-        nothing = KeyValues(hidden_BPW, hidden_BPW)  # stands for layers that have run, which none reads
-        prefix = Prefix(self.backbone, hidden_BPW, padding_mask_BP, kv_cache=(nothing,) * self.start)
-        done = self.backbone.run(prefix, self.upto)
-        caches = (tensor for own in done.kv_cache[self.start :] for tensor in (own.key_CGPE, own.value_CGPE))
-        return [done.hidden_BPW, *(tensor.contiguous() for tensor in caches)]
-
-
-class SolverStep(nn.Module):
-    """from + delta · velocity(at): an Euler step where ``from`` is ``at``, and half of a second-order one where it is not."""
-
-    def __init__(self, backbone: Backbone, decoder: FlowDecoder) -> None:
-        super().__init__()
-        self.backbone, self.decoder = backbone, decoder
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        """Tokens after the step, (B, L, X), of
-
-        from_BLX, at_BLX: where the step begins, and where the velocity is taken.
-        clock_BL: of ``at_BLX``.
-        delta_BL: change of the clock; a token whose clock does not move is returned unchanged to the bit.
-        time_BTW: the codec's ``times`` of the clock.
-        state_BS, visible_BP, cache: see ``reading_inputs``.
-        """
-        from_BLX, at_BLX, clock_BL, delta_BL, time_BTW, state_BS, visible_BP, *cache = tensors
-        prefix = _reading(self.backbone, state_BS, visible_BP, cache)
-        velocity_BLX = self.decoder.velocity(at_BLX, clock_BL, prefix, time_BTW).float()
-        delta_BL1 = delta_BL[..., None]
-        return [torch.where(delta_BL1 == 0, from_BLX, from_BLX + delta_BL1 * velocity_BLX)]
-
-
-class AnswerAtOnce(nn.Module):
-    """The chunk of a regression decoder."""
-
-    def __init__(self, backbone: Backbone, decoder: RegressionDecoder) -> None:
-        super().__init__()
-        self.backbone, self.decoder = backbone, decoder
-
-    def forward(self, state_BS: Tensor, visible_BP: Tensor, *cache: Tensor) -> list[Tensor]:
-        """Normalised actions (B, L, D); arguments as ``reading_inputs`` gives them."""
-        prefix = _reading(self.backbone, state_BS, visible_BP, cache)
-        return self.decoder.answers(prefix, (prefix.depth,))
-
-
-class Rate(nn.Module):
-    """The rater's confidence."""
-
-    def __init__(self, backbone: Backbone, rater: ConfidenceRater) -> None:
-        super().__init__()
-        self.backbone, self.rater = backbone, rater
-
-    def forward(self, hidden_BPW: Tensor, padding_mask_BP: Tensor, action_BLD: Tensor) -> list[Tensor]:
-        """Confidence (B, L) in normalised actions, on hidden states of the full depth."""
-        return [self.rater(Prefix(self.backbone, hidden_BPW, padding_mask_BP), action_BLD)]
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
@@ -194,10 +123,16 @@ def rating_key(prefix: Prefix) -> ProgramKey:
     return ProgramKey("rate", prefix.hidden_BPW.shape[1], 0, prefix.depth, prefix.batch)
 
 
-def reading_key(part: Literal["step", "answer"], prefix: Prefix) -> ProgramKey:
+def reading_key(part: Literal["step", "answer", "look", "codes"], prefix: Prefix) -> ProgramKey:
     """What reads this prefix."""
     key_CGPE = prefix.kv_cache[0].key_CGPE
     return ProgramKey(part, key_CGPE.shape[2], 0, prefix.depth, len(key_CGPE))
+
+
+def next_key(cache: Cache) -> ProgramKey:
+    """What continues these tokens."""
+    key_CGPE = cache.layers[0].key_CGPE
+    return ProgramKey("next", key_CGPE.shape[2], 0, len(cache.layers), len(key_CGPE))
 
 
 def run_inputs(prefix: Prefix) -> list[Tensor]:
@@ -208,27 +143,38 @@ def run_inputs(prefix: Prefix) -> list[Tensor]:
 def reading_inputs(prefix: Prefix) -> list[Tensor]:
     """What reads a prefix takes of it: its state, bool of the tokens that may be read, key and value of every layer."""
     assert prefix.state_BS is not None
-    first, caches = prefix.kv_cache[0], (tensor for own in prefix.kv_cache for tensor in (own.key_CGPE, own.value_CGPE))
+    first = prefix.kv_cache[0]
     visible_BP = _mask(first.mask_CP, first.key_CGPE[:, 0])
-    return [prefix.state_BS.contiguous(), visible_BP, *(tensor.contiguous() for tensor in caches)]
+    return [prefix.state_BS.contiguous(), visible_BP, *_buffers(prefix.kv_cache)]
+
+
+def next_inputs(token_B1W: Tensor, cache: Cache) -> list[Tensor]:
+    """What ``NextToken`` takes: the token, bool (B, N) of the tokens before it, key and value of every layer."""
+    return [token_B1W.contiguous(), cache.visible(), *_buffers(cache.layers)]
+
+
+def _buffers(kv_cache: Sequence[KeyValues]) -> list[Tensor]:
+    return [tensor.contiguous() for own in kv_cache for tensor in (own.key_CGPE, own.value_CGPE)]
 
 
 def _mask(mask_BP: Tensor | None, token_BPW: Tensor) -> Tensor:
     """A mask where there was none: programs always read one."""
-    return token_BPW.new_ones(token_BPW.shape[:2], dtype=torch.bool) if mask_BP is None else mask_BP.contiguous()
+    return _everything(*token_BPW.shape[:2]) if mask_BP is None else mask_BP.contiguous()
 
 
-def _reading(backbone: Backbone, state_BS: Tensor, visible_BP: Tensor, cache: Sequence[Tensor]) -> Prefix:
-    """The inverse of ``reading_inputs``."""
-    kv_cache = tuple(KeyValues(k, v, visible_BP) for k, v in zip(cache[::2], cache[1::2], strict=True))
-    return Prefix(backbone, cache[0], kv_cache=kv_cache, state_BS=state_BS)
+@lru_cache(maxsize=64)
+def _everything(batch: int, tokens: int) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.ones(batch, tokens, dtype=torch.bool)
 
 
 class Programs:
     """Programs by what they compute; a batch that has none of its own takes the next larger one's.
 
+    What is missing the networks compute, which is said once on standard error.
+
     Attributes:
-        missed: what was asked for and not there, so the networks computed it.
+        missed: what was asked for and not there.
     """
 
     def __init__(self, programs: Mapping[ProgramKey, Run]) -> None:
@@ -244,6 +190,12 @@ class Programs:
                 return program
             if batch > key.batch:
                 return _filling(program, key.batch, batch)
+        if not self.missed:
+            sys.stderr.write(
+                f"No program was built for {key.batch} observation{'s' if key.batch > 1 else ''} and {key.tokens} tokens "
+                f"({key}), so the networks compute this: the same chunk, only later. Tell vlaflow deploy what you run: "
+                "--batch, --compute, and --instruction for its length.\n"
+            )
         self.missed.add(key)
         return None
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vlaflow.actions.latent import LatentActionModel
+from vlaflow.data.frame_source import FrameStorage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs
 from vlaflow.data.windows import split_episodes
@@ -117,8 +118,15 @@ class Pixels:
         return 1 - self.decoded / self.copy if self.copy else 0.0
 
 
-def encode_pairs(model: LatentActionModel, dataset: Dataset) -> tuple[EncodedPairs, EncodedPairs]:
+def encode_pairs(
+    model: LatentActionModel, dataset: Dataset, storage: FrameStorage = "raw"
+) -> tuple[EncodedPairs, EncodedPairs]:
     """Encode pairs of the training and of the held-out episodes, split as in training; other data is split in the same way.
+
+    Args:
+        model: the latent action model.
+        dataset: a data set with video.
+        storage: where its frames come from.
 
     Raises:
         SpecError: nothing is, or can be, held out.
@@ -133,15 +141,15 @@ def encode_pairs(model: LatentActionModel, dataset: Dataset) -> tuple[EncodedPai
         raise SpecError(
             f"No episode of {dataset.root} is held out: {why}. Train with a validation_fraction, or use other data."
         )
-    return _encode(model, dataset, train), _encode(model, dataset, held)
+    return _encode(model, dataset, train, storage), _encode(model, dataset, held, storage)
 
 
-def _encode(model: LatentActionModel, dataset: Dataset, episodes: Sequence[int]) -> EncodedPairs:
-    pairs = model_pairs(model, dataset, episodes=episodes)
+def _encode(model: LatentActionModel, dataset: Dataset, episodes: Sequence[int], storage: FrameStorage) -> EncodedPairs:
+    pairs = model_pairs(model, dataset, episodes=episodes, storage=storage)
     index_M = np.unique(np.linspace(0, len(pairs) - 1, min(PAIRS, len(pairs))).round().astype(np.int64))
     ids, vectors = [], []
-    for start in range(0, len(index_M), BATCH):
-        vector_BKE = model.vectors(*pairs.frames(index_M[start : start + BATCH]))
+    for _, earlier, later in pairs.in_turn(index_M, BATCH):
+        vector_BKE = model.vectors(earlier, later)
         ids.append(model.book.nearest(vector_BKE).cpu().numpy())
         vectors.append(vector_BKE.flatten(1).float().cpu().numpy())
     rows, columns = pairs.rows[index_M], dataset.columns()
@@ -168,9 +176,8 @@ def pixels(model: LatentActionModel, encoded: EncodedPairs, seed: int = 0) -> Pi
     """Decode every pair with its own codes and with those of a random pair."""
     other_M = np.random.default_rng(seed).permutation(len(encoded.index_M))
     sums = np.zeros(3)
-    for start in range(0, len(encoded.index_M), BATCH):
-        part = slice(start, start + BATCH)
-        earlier, later = encoded.pairs.frames(encoded.index_M[part])
+    for number, (_, earlier, later) in enumerate(encoded.pairs.in_turn(encoded.index_M, BATCH)):
+        part = slice(number * BATCH, (number + 1) * BATCH)
         own, others = (
             model.apply_codes(earlier, torch.from_numpy(ids)) for ids in (encoded.id_MK[part], encoded.id_MK[other_M[part]])
         )

@@ -262,7 +262,8 @@ def play(
         before: called with every observation and chunk before the chunk is executed.
         after: called with the same after the chunk was executed, with the number of steps so far.
     """
-    return _together(policy, [_episode(_chunked(policy, env, job, config), job, before, after)], [job])[0]
+    compute = _computing(policy, job, config)
+    return _together(policy, [_episode(_chunked(policy, env, job, config), job, before, after)], [job], compute)[0]
 
 
 def play_block(
@@ -280,21 +281,23 @@ def play_block(
     for place, job in enumerate(block.jobs):
         env = open_env(policy, job.env, config.render, copy=place)
         episodes.append(_episode(_chunked(policy, env, job, config), job, after=after.get(place) if after else None))
-    return _together(policy, episodes, block.jobs)
+    return _together(policy, episodes, block.jobs, _computing(policy, block.jobs[0], config))
 
 
 Episode = Generator[Observation, Chunk, EpisodeResult]
 """A running episode: yields observations, is sent the chunk for each, and returns its outcome."""
 
 
-def _together(policy: Policy, episodes: Sequence[Episode], jobs: Sequence[EpisodeJob]) -> list[EpisodeResult]:
+def _together(
+    policy: Policy, episodes: Sequence[Episode], jobs: Sequence[EpisodeJob], compute: ComputePolicy
+) -> list[EpisodeResult]:
     """Run episodes in step: the policy makes the next chunks of all that are not over in one batch."""
     waiting = {place: next(episode) for place, episode in enumerate(episodes)}
     found: dict[int, EpisodeResult] = {}
     for number in itertools.count():
         places = list(waiting)
         generators = [chunk_generator(jobs[place].seed, number, jobs[place].noise_seed) for place in places]
-        chunks = policy.act([waiting[place] for place in places], jobs[0].compute, generator=generators)
+        chunks = policy.act([waiting[place] for place in places], compute, generator=generators)
         for place, chunk in zip(places, chunks, strict=True):
             try:
                 waiting[place] = episodes[place].send(chunk)
@@ -304,6 +307,11 @@ def _together(policy: Policy, episodes: Sequence[Episode], jobs: Sequence[Episod
         if not waiting:
             break
     return [found[place] for place in range(len(episodes))]
+
+
+def _computing(policy: Policy, job: EpisodeJob, config: RolloutConfig) -> ComputePolicy:
+    """The compute policy of a job, which knows how many actions of a chunk are executed."""
+    return job.compute.executing(config.n_action_steps or policy.n_action_steps)
 
 
 def _chunked(policy: Policy, env: Environment, job: EpisodeJob, config: RolloutConfig) -> ChunkEnv:

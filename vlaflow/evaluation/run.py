@@ -420,6 +420,7 @@ def _timed(
     """Latency of every compute policy on observations of the first seed, and one chunk followed step by step."""
     with one_thread():
         observations = collect_observations(policy, plan(envs, computes[:1], 1, config.first_seed), rollout)
+    computes = [compute.executing(rollout.n_action_steps or policy.n_action_steps) for compute in computes]
     latency = measure(policy, computes, observations, config.latency_chunks)
     return latency, follow(policy, computes, observations[len(observations) // 2], chunk_generator(config.first_seed, 0))
 

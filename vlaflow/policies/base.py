@@ -355,7 +355,7 @@ class Policy:
         with watch.part("total"):
             with watch.part("prefix"):
                 prefix = self.embed(self.own(ObservationBatch.collate(observations)))
-            out = compute.decode(self.model, prefix, generators, watch, conditioning)
+            out = compute.executing(self.n_action_steps).decode(self.model, prefix, generators, watch, conditioning)
             action_BLD = self.to_robot(out.action_BLD)
         draft_BLD = None if out.draft_BLD is None else self.to_robot(out.draft_BLD)
         return chunks(out, action_BLD, draft_BLD, self.action_spec, [watch.milliseconds] * len(observations))

@@ -13,6 +13,7 @@ import numpy as np
 from vlaflow.actions.latent import LatentConfig
 from vlaflow.actions.stored_latent import StoredLatentModel
 from vlaflow.data.exclusions import intervened
+from vlaflow.data.frame_source import FrameStorage
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import InterventionRule
 from vlaflow.decoders.base import LatentCodes
@@ -23,7 +24,11 @@ from vlaflow.progress import Progress, progress
 
 
 def codes_of(
-    policy: Policy, dataset: Dataset, path: Path | str | None, rule: InterventionRule | None
+    policy: Policy,
+    dataset: Dataset,
+    path: Path | str | None,
+    rule: InterventionRule | None,
+    storage: FrameStorage = "raw",
 ) -> tuple[np.ndarray | None, dict[str, str]]:
     """Latent actions by row for a decoder that learns to name them, and the model they are from, for the run's identity.
 
@@ -52,7 +57,7 @@ def codes_of(
             bar.advance(now - done)
             done = now
 
-        codes = dataset_codes(model, dataset, progress=tell)
+        codes = dataset_codes(model, dataset, storage=storage, progress=tell)
     before = np.concatenate(([0], np.cumsum(intervened(dataset, rule))))
     end_N = np.minimum(np.arange(len(dataset)) + codes.gap, len(dataset))
     predictable_N = before[end_N] == before[:-1]

@@ -26,6 +26,7 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.outputs import copy_files, require_writable_folder, whole_folder, write_json
+from vlaflow.policies.action_prefix import longest_action_prefix
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import LEROBOT, home_of, local_folder
 from vlaflow.policies.robots import keep_robot
@@ -135,15 +136,19 @@ def act(
     Args:
         policy, observation, compute: see ``Policy.act``.
         seed, number: of the noise: the run's seed, and how many chunks were made before.
-        committed: (N, D) or (1, N, D), the rest of the chunk being executed (real-time chunking); for one observation.
-        delay: how many of these are executed until the new chunk arrives; it begins with them.
+        committed: (N, D) or (1, N, D), the rest of the chunk being executed (real-time chunking); for one observation. LeRobot
+            fills it up with rows of zeros, which no robot executes: they are left out.
+        delay: how many of these are executed until the new chunk arrives; it begins with them, as far as the decoder can
+            continue a chunk. LeRobot takes the longest delay so far, so one slow chunk must not end the run.
     """
     observations = observation.split()
     generators = [chunk_generator(seed + row, number) for row in range(len(observations))]
     prefixes = None
-    if committed is not None and committed.numel():
+    if committed is not None:
         rest_ND = committed.float().cpu().numpy().reshape(-1, committed.shape[-1])
-        prefixes = [ActionPrefix(rest_ND, min(delay, len(rest_ND)))] * len(observations)
+        rest_ND = rest_ND[: int(np.flatnonzero(rest_ND.any(1)).max(initial=-1)) + 1]
+        if len(rest_ND):
+            prefixes = [ActionPrefix(rest_ND, min(delay, len(rest_ND), longest_action_prefix(policy)))] * len(observations)
     made = policy.act(observations, compute, generator=generators, action_prefix=prefixes)
     return torch.from_numpy(np.stack([chunk.actions for chunk in made]))
 

@@ -112,7 +112,8 @@ class Conversation(ABC):
         entry.observation, sides = observation, self.server.policy.views
         if any(sides[view] and image.shape[:2] != (sides[view],) * 2 for view, image in observation.images.items()):
             observation = await self.in_thread(lambda: _resized(observation, sides))
-        request = ActRequest(observation, compute or self.server.compute, generator, action_prefix)
+        compute = compute.executing(self.server.n_action_steps) if compute else self.server.compute
+        request = ActRequest(observation, compute, generator, action_prefix)
         try:
             entry.chunk = await self.server.engine.ask(request, deadline_ms, self if self.answered else NEWCOMERS, self.cost)
         except SpecError as error:

@@ -126,6 +126,7 @@ class PolicyServer:
                 f"The checkpoint makes chunks of {chunk_size} actions, so 1 to {chunk_size} can be executed, not "
                 f"{self.n_action_steps}."
             )
+        self.compute = self.compute.executing(self.n_action_steps)
         self.engine, self.request_log = Engine(self.policy, self.config.engine), RequestLog()
         self.dashboard = self._dashboard() if self.config.dashboard else None
         self.most_image_bytes = 3 * sum(map(most_pixels, self.policy.views.values()))

@@ -43,6 +43,23 @@ class Cache:
         mask_BP = None if layer.mask_CP is None else layer.mask_CP[:, :n]
         return KeyValues(layer.key_CGPE[:, :, :n], layer.value_CGPE[:, :, :n], mask_BP)
 
+    def visible(self) -> Tensor:
+        """bool (B, room), the tokens that may be read so far."""
+        first = self.layers[0]
+        if first.mask_CP is None:
+            visible_BN = first.key_CGPE.new_zeros(first.key_CGPE.shape[::2], dtype=torch.bool)
+            visible_BN[:, : self.used] = True
+            return visible_BN
+        visible_BN = first.mask_CP.clone()
+        visible_BN[:, self.used :] = False
+        return visible_BN
+
+    def write(self, index: int, own: KeyValues) -> None:
+        """Keep the keys and values of the next tokens in a layer; ``used`` is left to the caller, after the last layer."""
+        layer, end = self.layers[index], self.used + own.key_CGPE.shape[2]
+        layer.key_CGPE[:, :, self.used : end] = own.key_CGPE
+        layer.value_CGPE[:, :, self.used : end] = own.value_CGPE
+
 
 class SharedStack(Stack):
     """As many backbone layers as asked, applied to the suffix; of the backbone's width."""
@@ -73,10 +90,9 @@ class SharedStack(Stack):
         """
         backbone, t = prefix.backbone, token_BTW.shape[1]
         hidden_BTW, rotary = backbone.place(token_BTW, prefix, cache.used - cache.prefix)
-        for index, layer in enumerate(cache.layers):
+        for index in range(len(cache.layers)):
             hidden_BTW, own = backbone.layer(index, hidden_BTW, rotary, cache.so_far(index))
-            layer.key_CGPE[:, :, cache.used : cache.used + t] = own.key_CGPE
-            layer.value_CGPE[:, :, cache.used : cache.used + t] = own.value_CGPE
+            cache.write(index, own)
         cache.used += t
         return backbone.finish(hidden_BTW).to(token_BTW.dtype)
 

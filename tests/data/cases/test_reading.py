@@ -137,7 +137,10 @@ def test_a_file_of_its_own_says_which_episode_its_rows_are(old):
     edit_table(old / "data/chunk-000/episode_000003.parquet", "episode_index", lambda rows: [17] * len(rows))
     dataset = Dataset.open(old)
     require_sound(dataset)
-    assert "say that they belong to episode 17; the file's number, 3, counts" in notes_of(dataset)
+    assert (
+        "Rows of data/chunk-000/episode_000003.parquet say that they belong to episode 17; the file's number, 3, counts"
+        in notes_of(dataset)
+    )
 
 
 # -- time ----------------------------------------------------------------------------------------------------------------

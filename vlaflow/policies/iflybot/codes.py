@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlaflow.actions.stored_latent import CodeModel
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frame_source import FrameStorage, open_frames
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import FramePairs, chosen_view, pair_table
 
@@ -34,7 +34,12 @@ class DatasetCodes:
 
 
 def model_pairs(
-    model: CodeModel, dataset: Dataset, *, view: str | None = None, episodes: Sequence[int] | None = None
+    model: CodeModel,
+    dataset: Dataset,
+    *,
+    view: str | None = None,
+    episodes: Sequence[int] | None = None,
+    storage: FrameStorage = "raw",
 ) -> FramePairs:
     """The frame pairs of a data set as the model was trained on them: its size, its gap in seconds.
 
@@ -43,13 +48,14 @@ def model_pairs(
         dataset: any data set with video; at another rate the gap has another number of frames.
         view: by default the one the model was trained on.
         episodes: all by default.
+        storage: where frames come from.
 
     Raises:
         DataError: no such view, or no episode longer than the gap.
     """
     view = chosen_view(dataset, view or model.origin.view)
-    cache = FrameCache.open(dataset, model.config.image_size, [view])
-    return FramePairs(dataset, cache, view, model.origin.gap_s, episodes=episodes)
+    frames = open_frames(storage, dataset, model.config.image_size, [view])
+    return FramePairs(dataset, frames, view, model.origin.gap_s, episodes=episodes)
 
 
 def dataset_codes(
@@ -57,20 +63,22 @@ def dataset_codes(
     dataset: Dataset,
     *,
     view: str | None = None,
+    storage: FrameStorage = "raw",
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetCodes:
-    """The codes of every frame of a data set, computed once per model and data set and kept next to the frame cache.
+    """The codes of every frame of a data set, computed once per model and data set and kept where frame caches are.
 
     Args:
         model: the latent action model; a stored one is opened only where the codes are not there yet.
         dataset: any data set with video.
         view: by default the one the model was trained on.
+        storage: where frames come from; the codes of JPEGs are other ones.
         progress: called with (pairs done, pairs in all) while computing.
 
     Raises:
         DataError: see ``model_pairs``; also a damaged table.
     """
-    pairs = model_pairs(model, dataset, view=view)
+    pairs = model_pairs(model, dataset, view=view, storage=storage)
     if pairs.short:
         sys.stderr.write(f"{dataset.root}: {pairs.left_out()}\n")
     id_NK = pair_table(pairs, model.codes, model.fingerprint(), progress)
