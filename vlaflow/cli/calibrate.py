@@ -172,7 +172,9 @@ def _refine(given: CalibrateArguments) -> int:
     name = f"deviation-{given.max_deviation:g}" if by_risk else f"share-{share:g}"
     request = refinement.RefineRequest(
         name=given.name or (name if given.doubt == "rater" else f"{given.doubt}-{name}"),
-        target=refinement.BySharing(share) if given.max_deviation is None else refinement.ByRisk(given.max_deviation, risk),
+        target=refinement.ByRegenerated(share)
+        if given.max_deviation is None
+        else refinement.ByKeptError(given.max_deviation, risk),
         doubt=given.doubt,
         draws=given.draws,
         first="".join(given.compute),

@@ -57,7 +57,7 @@ TIMED = 12
 """Chunks per compute policy."""
 
 
-class Target(Protocol):
+class RefineTarget(Protocol):
     """Criterion by which the limit is chosen."""
 
     def limit(self, table: Drafts, score_NL: np.ndarray) -> tuple[float, RefineShare | RefineRisk]:
@@ -65,19 +65,19 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
-class BySharing:
+class ByRegenerated:
     """Regenerate this share of the executed actions."""
 
     share: float = 0.25
 
     def limit(self, table: Drafts, score_NL: np.ndarray) -> tuple[float, RefineShare]:
-        """See ``Target``."""
+        """See ``RefineTarget``."""
         own_NL = table.counts_NL & table.choose_N[:, None]
         return limit_for_share(score_NL[own_NL], self.share), RefineShare(self.share)
 
 
 @dataclass(frozen=True)
-class ByRisk:
+class ByKeptError:
     """Let at most a share ``risk`` of the chunks keep an action whose error exceeds ``max_error``; see ``RefineRisk``."""
 
     max_error: float
@@ -85,7 +85,7 @@ class ByRisk:
     error: float = 0.05
 
     def limit(self, table: Drafts, score_NL: np.ndarray) -> tuple[float, RefineRisk]:
-        """See ``Target``."""
+        """See ``RefineTarget``."""
         own = table.choose_N
         found = limit_for_risk(
             score_NL[own],
@@ -118,7 +118,7 @@ class RefineRequest:
     """
 
     name: str
-    target: Target = field(default_factory=BySharing)
+    target: RefineTarget = field(default_factory=ByRegenerated)
     doubt: DoubtName = "rater"
     draws: int = 8
     first: str = ""
