@@ -1,6 +1,7 @@
 """Milliseconds from an observation to a chunk for every kind of decoder on one backbone, and what their caches save.
 
     python -m benchmarks.decoders
+    python -m benchmarks.decoders --views 4 --set backbone.cell=8      # a prefix of more than 576 tokens
     python -m benchmarks.decoders --checkpoint runs/dfm/emb runs/dfm/ar runs/dfm/full --dataset runs/a1/dataset
 
 By default random weights, which serve as well as trained ones where every chunk takes as many evaluations as its config says:
@@ -36,8 +37,6 @@ from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, TrainConfig
 from vlaflow.simulators.metaworld_tasks import ACTION
 
-DATA = DataSpec(ACTION.dim, ACTION.dim, ("corner2",))
-
 
 @dataclass(frozen=True)
 class Options:
@@ -47,6 +46,7 @@ class Options:
         checkpoint: policies; by default one of each decoder with random weights.
         dataset: where real observations come from; random pixels by default.
         steps: of flows and diffusions of tokens; continuous flows take ten.
+        views: cameras of the default policies, each of (image size / cell)² tokens.
         set: changes to the default policies, e.g. backbone.width=384 backbone.heads=12.
         compile: also the continuous flow compiled (takes a minute or two, and a C++ compiler).
         threads: of torch.
@@ -57,6 +57,7 @@ class Options:
     checkpoint: tuple[Path, ...] = ()
     dataset: Path | None = None
     steps: int = 16
+    views: int = 1
     set: tuple[str, ...] = ()
     compile: bool = False
     threads: int = 1
@@ -64,11 +65,11 @@ class Options:
     json: Path | None = None
 
 
-def random_policies(changes: Sequence[str]) -> dict[str, Policy]:
+def random_policies(changes: Sequence[str], views: int = 1) -> dict[str, Policy]:
     """One of each decoder on the same backbone, before any training, with tokenizers fitted on smooth random chunks."""
     rng = np.random.default_rng(0)
     chunks = rng.normal(size=(200, 16, ACTION.dim)).cumsum(1).clip(-4, 4).astype(np.float32) / 4
-    made = {}
+    data, made = DataSpec(ACTION.dim, ACTION.dim, tuple(f"view{number}" for number in range(views))), {}
     recipes: dict[str, Callable[[DataSpec], TrainConfig]] = {
         "flow": baselines.flow,
         "autoregression": baselines.coefficients_ar,
@@ -77,7 +78,7 @@ def random_policies(changes: Sequence[str]) -> dict[str, Policy]:
         "discrete flow, full attention": dfm.demo,
     }
     for name, recipe in recipes.items():
-        objective = recipe(DATA).objective
+        objective = recipe(data).objective
         assert isinstance(objective, PolicyObjective)
         config = override(objective.policy, dict(pair.split("=", 1) for pair in changes))
         if isinstance(config.decoder, TokenConfig):
@@ -115,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report."""
     options = tyro.cli(Options, description=__doc__, args=argv)
     torch.set_num_threads(options.threads)
-    policies = {path.name: Policy.from_pretrained(path) for path in options.checkpoint} or random_policies(options.set)
+    policies = {path.name: Policy.from_pretrained(path) for path in options.checkpoint} or random_policies(
+        options.set, options.views
+    )
     ways: dict[str, tuple[Policy, ComputePolicy]] = {}
     for name, policy in policies.items():
         ways |= ways_of(name, policy, options.steps)

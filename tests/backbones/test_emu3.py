@@ -17,8 +17,9 @@ from vlaflow.compute.two_stage import TwoStage
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Targets
-from vlaflow.decoders.discrete_flow import DiscreteFlowConfig, EmbeddingMetric
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.decoders.token_metrics import EmbeddingMetric
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
 from vlaflow.nn.stored import read_here, shared_later
 from vlaflow.policies.base import Policy, PolicyConfig

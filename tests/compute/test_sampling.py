@@ -50,6 +50,8 @@ def test_refinement_takes_settings_and_an_inner_policy_of_its_own():
         inner=TwoStage(label="two-stage:14+2"),
         label="refine-tokens:8,temperature=0",
     )
+    once = parse("two-stage:0+1,expected")
+    assert (once.stochastic, once.settling, once.sampling) == (0, 1, Sampling(1, expected=True))
     staged = parse("two-stage:6+2/0.3,temperature=0")
     assert (staged.refresh, staged.sampling) == (0.3, Sampling(8, temperature=0.0))
 
@@ -73,6 +75,7 @@ def test_a_grid_of_two_stages_is_of_both_together():
         (helpers.token_policy(MaskedDiffusionConfig), Dense(2, solver="heun"), "second-order solver"),
         (helpers.token_policy(AutoregressiveConfig), Dense(grid=(1.0, 0.3, 0.0)), "Give a number of steps"),
         (helpers.policy(), Dense(2, temperature=0), "a FlowDecoder draws no tokens"),
+        (helpers.policy(), Dense(2, expected=True), "a FlowDecoder without ids ordered by value"),
         (helpers.policy(), Refine(AtRandom(), Sampling(2, temperature=0)), "a FlowDecoder draws no tokens"),
         (helpers.token_policy(MaskedDiffusionConfig), RefineTokens(sampling=HALF), "noise scale"),
     ],

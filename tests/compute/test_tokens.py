@@ -15,10 +15,11 @@ from vlaflow.compute.spelling import Knobs
 from vlaflow.compute.two_stage import TwoStage
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Conditioning
-from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.decoders.token_metrics import BinMetric
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.block import BlockConfig

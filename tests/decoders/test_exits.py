@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import helpers
+from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Conditioning, Targets
 from vlaflow.decoders.exits import ExitTraining, every
 from vlaflow.decoders.flow import FlowConfig
@@ -20,9 +21,9 @@ EXPERT = ExpertConfig(BlockConfig(24, 2, 2, 16, 48))
 DECODERS = [FlowConfig(4, chunk_size=6), FlowConfig(4, chunk_size=6, expert=EXPERT), RegressionConfig(4, chunk_size=6)]
 
 
-def policy(decoder, choose="all", depths=(1, 2, 3)):
-    config = helpers.policy_config()
-    config = replace(config, backbone=replace(config.backbone, depth=3), decoder=decoder, exits=ExitTraining(depths, choose))
+def policy(decoder, choose="all", depths=(1, 2, 3), **exits):
+    config, exits = helpers.policy_config(), ExitTraining(depths, choose, **exits)
+    config = replace(config, backbone=replace(config.backbone, depth=3), decoder=decoder, exits=exits)
     stats = {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}
     return Policy.create(config, helpers.action_spec(4), stats, seed=0)
 
@@ -143,3 +144,76 @@ def test_one_shared_head_learns_at_every_exit(decoder):
     made.loss(made.prepare(helpers.batch()), generator(), generator()).total.backward()
     missing = [name for name, p in made.model.decoder.named_parameters() if p.grad is None]
     assert missing == []
+
+
+OWN = "decoder.exit_heads."
+
+
+def gradients(made):
+    """By parameter, after one training step's loss."""
+    made.model.train()
+    made.loss(made.prepare(helpers.batch()), generator(), generator()).total.backward()
+    return {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("distil", [False, True])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_detached_exits_leave_all_other_weights_to_the_full_depth(decoder, distil):
+    plain = gradients(policy(decoder, depths=(3,)))
+    made = gradients(policy(decoder, own_heads=1, detached=True, distil=distil))
+    own = {name for name in made if name.startswith(OWN)}
+    assert made.keys() - own == plain.keys()
+    assert {name.removeprefix(f"{OWN}at.")[0] for name in own} == {"1", "2"}
+    for name, gradient in plain.items():
+        torch.testing.assert_close(made[name], gradient)
+    assert all(bool((made[name] != 0).any()) for name in own)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_depth_answers_with_its_own_head(decoder, tmp_path):
+    made = policy(decoder, own_heads=2)
+    made.model.eval()
+    made.save_pretrained(tmp_path / "ckpt")
+    again = Policy.from_pretrained(tmp_path / "ckpt")
+
+    def chunks(of):
+        with torch.no_grad():
+            return [
+                of.model.decoder.sample(of.encode(helpers.batch().observation, depth), helpers.generators(3), Sampling(1))
+                for depth in (1, 2, 3)
+            ]
+
+    before = chunks(made)
+    assert all(torch.equal(one, other) for one, other in zip(before, chunks(again), strict=True))
+    with torch.no_grad():
+        for parameter in made.model.decoder.exit_heads.at["2"].parameters():
+            parameter.zero_()
+    after = chunks(made)
+    assert [torch.equal(one, other) for one, other in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_shallow_depths_learn_the_answer_of_the_last():
+    """One number per depth, squared error: 1 and 4 learn 3, which learns 10 and is not pulled towards them."""
+    hidden = [torch.tensor(value, requires_grad=True) for value in (1.0, 4.0, 3.0)]
+
+    def losses(exits, depths, training=True):
+        return exits.losses(
+            hidden[-len(depths) :], depths, lambda h, depth: h, lambda a, b: (a - b) ** 2, torch.tensor(10.0), training=training
+        )
+
+    taught = losses(ExitTraining((1, 2, 3), distil=True), (1, 2, 3))
+    assert {depth: loss.item() for depth, loss in taught.items()} == {1: 4, 2: 1, 3: 49}
+    sum(taught.values()).backward()
+    assert [h.grad.item() for h in hidden] == [-4, 2, -14]
+    validated = losses(ExitTraining((1, 2, 3), distil=True), (1, 2, 3), training=False)
+    assert {depth: loss.item() for depth, loss in validated.items()} == {1: 81, 2: 36, 3: 49}
+
+
+def test_what_exits_cannot_be():
+    for settings in ({"detached": True}, {"detached": True, "own_heads": 1, "shallow": 0.2}):
+        with pytest.raises(ConfigError, match="detached"):
+            ExitTraining((1, 2), **settings)
+    with pytest.raises(ConfigError, match="choose='all'"):
+        ExitTraining((1, 2), "random", distil=True)
+    with pytest.raises(ConfigError, match="share its head"):
+        helpers.token_policy(AutoregressiveConfig, exits=ExitTraining((1, 2), own_heads=1))

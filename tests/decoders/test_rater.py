@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import helpers
-from vlaflow.decoders.rater import rater_labels
+from vlaflow.decoders.rater import RaterConfig, rater_labels
+from vlaflow.nn.block import BlockConfig
 
 
 @settings(deadline=None, max_examples=60)
@@ -44,3 +45,26 @@ def test_the_rater_trains_itself_and_nothing_else():
     rating.sum().backward()
     assert all(p.grad is None for p in policy.model.backbone.parameters())
     assert all(p.grad is not None for p in policy.model.rater.blocks.parameters())
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3))
+def test_absolute_labels_say_the_error_whatever_the_chunk(seed, scale):
+    """The same error gets the same label next to other errors, the scale gets the middle one, and the error can be read off."""
+    alpha, beta = 0.01, 0.98
+    config = RaterConfig(BlockConfig(32, 2, 2, 16, 64), error_scale=scale)
+    error_BL = torch.rand(3, 7, generator=torch.Generator().manual_seed(seed)).double() * scale
+    error_BL[0, 0] = error_BL[1, 3] = scale
+    label_BL = config.labels(error_BL, torch.ones(3, 7, dtype=torch.bool))
+    assert label_BL[0, 0] == label_BL[1, 3]
+    assert abs(float(label_BL[0, 0]) - (1 - alpha - beta / 2)) < 1e-12
+    read_BL = scale * (1 - alpha - label_BL) / (label_BL - 1 + alpha + beta)
+    torch.testing.assert_close(read_BL, error_BL, rtol=1e-9, atol=1e-12 * scale)
+    assert (label_BL > 1 - alpha - beta).all()
+    assert (label_BL <= 1 - alpha).all()
+
+
+def test_labels_are_relative_unless_a_scale_is_stated():
+    error_BL, valid_BL = torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    config = RaterConfig(BlockConfig(32, 2, 2, 16, 64))
+    assert torch.equal(config.labels(error_BL, valid_BL), rater_labels(error_BL, valid_BL))

@@ -1,13 +1,15 @@
 """Every decoder heeds the settings of the sampler that it says it heeds."""
 
+import numpy as np
 import pytest
 import torch
 
 from tests import helpers
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Conditioning
+from vlaflow.decoders.base import Capability, Conditioning
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.errors import ConfigError
 from vlaflow.flows import gaussian
 from vlaflow.flows.sampling import Sampling
 
@@ -127,3 +129,30 @@ def test_a_masked_diffusion_reveals_by_the_clocks_of_the_grid():
             left.append(int(state.hidden_BS[0].sum()))
     assert left[1] == 0
     assert left[0] < int(decoder.slots * 0.5)  # equal strides would leave cos(π/4) of the slots
+
+
+@pytest.mark.parametrize("config", [AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig])
+def test_the_expected_token_is_the_one_nearest_to_the_mean_value(config):
+    """Two equally probable ids at the ends of the range are far from it, and no draw decides between them."""
+    policy = helpers.token_policy(config, helpers.BINS)
+    decoder = policy.model.decoder
+    torch.nn.init.zeros_(decoder.head.weight)
+    with torch.no_grad():
+        decoder.head.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 9.0]))
+    middle_S = np.abs(decoder.tokenizer.values_SV - decoder.tokenizer.values_SV[:, [0, -1]].mean(1, keepdims=True)).argmin(1)
+    with torch.inference_mode():
+        state = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(2, expected=True))
+        assert torch.equal(state.id_BS, torch.from_numpy(middle_S).expand(3, -1))
+        if config is DiscreteFlowConfig:
+            settled = decoder.refine_deterministic(state, prefix_of(policy), 2)
+            assert torch.equal(settled.id_BS, state.id_BS)
+        top = decoder.solve(prefix_of(policy), helpers.generators(3), Sampling(2, temperature=0, expected=True))
+    assert bool((top.id_BS == 0).all()), "at temperature 0 the mean is that of the most probable token alone"
+
+
+def test_only_ids_that_are_ordered_have_an_expected_one():
+    for config in (AutoregressiveConfig, MaskedDiffusionConfig, DiscreteFlowConfig):
+        assert Capability.EXPECTED in helpers.token_policy(config, helpers.BINS).model.decoder.capabilities
+        assert Capability.EXPECTED not in helpers.token_policy(config, helpers.FAST).model.decoder.capabilities
+    with pytest.raises(ConfigError, match="guess='expected' needs a tokenizer whose ids are ordered"):
+        helpers.token_policy(DiscreteFlowConfig, guess="expected")

@@ -11,11 +11,13 @@ from vlaflow.actions.bins import BinsFit
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
-from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig, EmbeddingMetric
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
+from vlaflow.decoders.token_metrics import BinMetric, EmbeddingMetric, SlotMetric
 from vlaflow.decoders.tokens import cross_entropy
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.discrete import TrainingClocks
 from vlaflow.flows.masked import still_masked
 from vlaflow.flows.sampling import Sampling
 
@@ -27,6 +29,17 @@ REVISING = [
     (DiscreteFlowConfig, {"velocity": "rate"}),
     (DiscreteFlowConfig, {"attention": "full", "refresh": 0.3}),
     (DiscreteFlowConfig, {"clock_input": True, "masks": "unified"}),
+    (
+        DiscreteFlowConfig,
+        {
+            "tokenizer": helpers.BINS,
+            "metric": SlotMetric().fitted(helpers.BINS, helpers.chunks()),
+            "clocks": TrainingClocks(power=1.5, pure=0.25),
+            "noise_token": True,
+            "self_conditioning": True,
+            "guess": "expected",
+        },
+    ),
 ]
 ALL = [(AutoregressiveConfig, {}), *REVISING, (DiscreteFlowConfig, {"metric": BinMetric(), "tokenizer": helpers.BINS})]
 every_decoder = pytest.mark.parametrize(("config", "settings"), ALL)
@@ -385,6 +398,10 @@ def test_a_decoder_of_tokens_learns_to_answer_at_several_depths(config):
 
 
 def test_configs_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match="the share of them, above 0"):
+        helpers.token_policy(DiscreteFlowConfig, noise_token=True)
+    with pytest.raises(ConfigError, match="A SlotMetric of 3 slots does not fit a tokenizer of 24"):
+        helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=SlotMetric(spread=(1.0,) * 3)).model.decoder.distance()
     with pytest.raises(ConfigError, match="BinMetric needs a tokenizer whose ids are ordered"):
         helpers.token_policy(DiscreteFlowConfig, metric=BinMetric())
     with pytest.raises(ConfigError, match="is not fitted yet"):

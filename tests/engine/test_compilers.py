@@ -1,4 +1,4 @@
-"""What is compiled computes what it was compiled from. Compiling takes a minute, so these run only where they are asked for."""
+"""What is compiled computes what it was compiled from. Compiling takes minutes, so this runs only where it is asked for."""
 
 import importlib.util
 import os
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import helpers
+from tests.engine.test_programs import DECODERS, made
 from vlaflow.compute.dense import Dense
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.engine import openvino, store
@@ -27,23 +28,29 @@ TOLERANCE = {"f32": 1e-5, "bf16": 0.1}
 """Of hidden states and velocities, which are of the order of 1."""
 
 
-@pytest.mark.skipif("VLAFLOW_TEST_COMPILE" not in os.environ, reason="takes a minute; set VLAFLOW_TEST_COMPILE=1")
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
+CASES = [(precision, name) for precision in TOLERANCE for name in DECODERS if precision == "f32" or name == "flow"]
+
+
+@pytest.mark.skipif("VLAFLOW_TEST_COMPILE" not in os.environ, reason="takes minutes; set VLAFLOW_TEST_COMPILE=1")
+@pytest.mark.parametrize(("precision", "name"), CASES)
 @pytest.mark.parametrize("compiler", WITHOUT)
-def test_a_compiled_program_computes_what_its_module_does(tmp_path, compiler, precision):
+def test_a_compiled_program_computes_what_its_module_does(tmp_path, compiler, precision, name):
+    """Of a flow all programs, of the other decoders those of their steps: the prefix's are alike."""
     if WITHOUT[compiler]:
         pytest.skip(WITHOUT[compiler])
-    policy = helpers.policy()
+    policy = made(DECODERS[name])
     network = folded(policy.model)
     if compiler == "aoti":
         network = in_bfloat16(network) if precision == "bf16" else transposed(network)
     inputs = policy.processor(ObservationBatch.collate([helpers.observation()]))
-    program = needed(network, [inputs], Dense().passes(2))[-1]
-    store.build(program, tmp_path, compiler, precision)
-    run = store.opener(compiler, precision)(store.file_of(tmp_path, str(program.key), compiler))
-    with torch.inference_mode():
-        for expected, found in zip(program.module(*program.examples), run(program.examples), strict=True):
-            assert (expected - found).abs().max() < TOLERANCE[precision]
+    for program in needed(network, [inputs], Dense().passes(2)):
+        if name != "flow" and program.key.part in ("embed", "run"):
+            continue
+        store.build(program, tmp_path, compiler, precision)
+        run = store.opener(compiler, precision)(store.file_of(tmp_path, str(program.key), compiler))
+        with torch.inference_mode():
+            for expected, found in zip(program.module(*program.examples), run(program.examples), strict=True):
+                assert (expected - found).abs().max() < TOLERANCE[precision], program.key
 
 
 class Doubled(torch.nn.Module):

@@ -1,8 +1,10 @@
 """Fused layers compute what the networks compute, and nothing in a chunk waits for the device. On a CPU, so unrecorded."""
 
+import copy
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +79,17 @@ def test_in_bfloat16_both_round_alike(pair):
         torch.testing.assert_close(torch.from_numpy(other.actions), torch.from_numpy(one.actions), rtol=0, atol=0.05)
 
 
+def test_float8_stays_near(pair):
+    """Three bits of mantissa in every factor: some hundredths of a deviation, and not what the networks compute."""
+    eager, _ = pair
+    rounded = with_engine(replace(eager, model=copy.deepcopy(eager.model)), "graphs-fp8")
+    assert rounded.model.engine.endswith("in float8")
+    spread = np.array(eager.stats["action"].std)
+    for one, other in zip(*(each.act(observations(), Dense(3)) for each in (eager, rounded)), strict=True):
+        apart = np.abs(one.actions - other.actions) / spread
+        assert 1e-4 < apart.max() < 0.25
+
+
 def test_image_tokens_are_those_of_the_tower(pair):
     """Images of two sizes, each with windows that are cut off at its borders, in one batch."""
     inputs = pair[0].processor(ObservationBatch.collate(observations()))
@@ -144,7 +157,7 @@ def test_buffers_serve_inference_mode_and_its_absence(pair):
 def test_the_networks_own_matrices_are_views_of_the_merged_ones(pair):
     """So that a fused model takes no more memory, and gradients and noise samples, which run as ever, see the same weights."""
     eager, fused = pair
-    attention, merged = eager.model.backbone.language.layers[0].self_attn, fused.model.backbone.fused[0].qkv
+    attention, merged = eager.model.backbone.language.layers[0].self_attn, fused.model.backbone.fused[0].qkv.weight_OI
     assert attention.q_proj.weight.data_ptr() == merged.data_ptr()
     assert attention.v_proj.weight.untyped_storage().data_ptr() == merged.untyped_storage().data_ptr()
 

@@ -57,6 +57,8 @@ def test_what_is_written_reads_back(sampling):
         ("1-0.3-0", Sampling(grid=(1.0, 0.3, 0.0))),
         ("1-.5-0@.5,heun", Sampling(2, 0.5, (1.0, 0.5, 0.0), "heun")),
         ("16,temperature=0", Sampling(16, temperature=0.0)),
+        ("16,expected", Sampling(16, expected=True)),
+        ("2,temperature=0.5,expected", Sampling(2, temperature=0.5, expected=True)),
     ],
 )
 def test_settings_as_people_type_them(text, expected):

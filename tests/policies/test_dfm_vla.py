@@ -48,7 +48,7 @@ def test_the_published_numbers():
 
 def test_the_comparison_differs_in_the_decoder_alone():
     made = [
-        *(getattr(recipes, name) for name in ("demo", "demo_head", "demo_ordered", "demo_bins", "demo_fast")),
+        *(getattr(recipes, name) for name in ("demo", "demo_head", "demo_ordered", "demo_slots", "demo_bins", "demo_fast")),
         *(getattr(baselines, name) for name in ("fast_ar", "coefficients_ar", "masked_diffusion", "flow")),
     ]
     configs = [recipe(DATA) for recipe in made]

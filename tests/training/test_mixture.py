@@ -25,9 +25,10 @@ from vlaflow.data.mixture import Mixed
 from vlaflow.data.weights import DatasetEntry
 from vlaflow.data.writer import Writer
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
+from vlaflow.decoders.token_metrics import BinMetric
 from vlaflow.errors import ConfigError, SpecError
 from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.flows.sampling import Sampling

@@ -17,9 +17,10 @@ from tests.training.small import weights
 from vlaflow.cli import train as command
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import newest_state
-from vlaflow.policies.stages import RaterStage
+from vlaflow.policies.rater_stage import RaterStage
 from vlaflow.training.metrics_log import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,16 @@ def test_the_rater_leaves_the_policy_untouched_to_the_bit(trained, dataset, tmp_
     assert "Training of the confidence rater" in policy.card
 
 
+def test_a_rater_of_absolute_errors_keeps_their_scale(trained, dataset, tmp_path):
+    """It is measured where it is not stated, and stated without absolute labels it is refused."""
+    places = ["--policy", str(trained), "--dataset", str(dataset), "--out", str(tmp_path / "rated"), "--tracker", "none"]
+    few = ["--steps", "1", "--batch-size", "4", "--no-calibrate", "--set", "sampling.steps=1"]
+    with pytest.raises(ConfigError, match="add --set labels=absolute"):
+        command.main(["asyncvla.rater", *places, *few, "--set", "rater.error_scale=0.1"])
+    assert command.main(["asyncvla.rater", *places, *few, "--set", "labels=absolute"]) == 0
+    assert Policy.from_pretrained(tmp_path / "rated").config.rater.error_scale > 0
+
+
 def test_the_raters_backbone_gets_no_gradient(trained, dataset):
     from tests.training.small import Memory
     from vlaflow.policies.asyncvla.policy import tiny_rater
@@ -144,7 +155,7 @@ def test_the_raters_backbone_gets_no_gradient(trained, dataset):
     batch = type(batch)(
         batch.observation, batch.action_BLD.repeat(1, 4, 1), batch.valid_BL.repeat(1, 4), batch.episode_B, batch.frame_B
     )
-    stage = RaterStage(policy, steps=2)
+    stage = RaterStage(policy, Sampling(2))
     ready = stage.prepare(batch)
     stage.loss(ready, stage.draw(ready, torch.Generator().manual_seed(0), torch.Generator())).total.backward()
     assert all(p.grad is None for p in policy.model.backbone.parameters())

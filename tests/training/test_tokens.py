@@ -43,7 +43,7 @@ def run(recipe, dataset, out, *, tokenizer=None, **changes):
     return train(recipe, dataset, out, options=Options(overrides, "none", tokenizer=tokenizer, threads=1))
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "dfm_vla.demo_bins", "baselines.flow"])
+@pytest.mark.parametrize("recipe", [*RECIPES, "dfm_vla.demo_bins", "dfm_vla.demo_slots", "baselines.flow"])
 def test_every_demo_trains_saves_its_tokenizer_and_acts(recipe, dataset, tmp_path):
     outcome = run(recipe, dataset, tmp_path / "policy")
     assert outcome.finished

@@ -4,7 +4,7 @@ A tokenizer maps normalised chunks (L, D) to a fixed number of token slots; unus
 dataclass of plain numbers, saved in a checkpoint's config.json or in its own file, and gives the same ids in every run.
 ``fast.py`` and ``bins.py`` contain the two kinds, ``io.py`` reads and writes them.
 
-Shape letters: B batch, L chunk size, D action dimension, S token slots.
+Shape letters: B batch, L chunk size, D action dimension, S token slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class Tokenizer(Protocol):
     @property
     def ordered(self) -> bool:
         """Whether neighbouring ids stand for neighbouring values, so that their difference is a distance."""
+
+    @property
+    def values_SV(self) -> np.ndarray | None:
+        """What each id stands for in each slot, float64, ascending in V; None for ids without an order."""
 
     @property
     def description(self) -> str:

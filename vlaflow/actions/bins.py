@@ -3,7 +3,7 @@
 Slot l·D + d holds the bin of dimension d of action l. All dimensions share the ids 0 … bins − 1, in ascending order, so the
 difference of two ids is a distance. Values outside the outer edges go to the outer bins.
 
-Shape letters: B batch, L chunk size, D action dimension, S token slots, K bins.
+Shape letters: B batch, L chunk size, D action dimension, S token slots, K bins, V vocabulary.
 """
 
 from __future__ import annotations
@@ -118,6 +118,11 @@ class BinsTokenizer:
     def ordered(self) -> bool:
         """True: ids ascend with their values."""
         return True
+
+    @property
+    def values_SV(self) -> np.ndarray:
+        """The centres of each slot's dimension."""
+        return np.tile(self._centres, (self.chunk_size, 1))
 
     def encode(self, action_BLD: np.ndarray) -> np.ndarray:
         """Encode chunks: ids, int64 (B, L·D)."""

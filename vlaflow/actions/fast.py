@@ -11,7 +11,7 @@ Without merges every token is one coefficient, ids are ordered, and all sequence
 Inexact cases follow rules, and are counted: coefficients outside the fitted range are clipped; a sequence longer than the
 slots loses its end (the highest frequencies); when decoding, missing coefficients are 0 and surplus ones are dropped.
 
-Shape letters: B batch, L chunk size, D action dimension, S token slots.
+Shape letters: B batch, L chunk size, D action dimension, S token slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -123,6 +123,11 @@ class CosineTokenizer(ABC):
         """False: a token describes a frequency, not an action."""
         return False
 
+    @property
+    def values_SV(self) -> np.ndarray | None:
+        """None: by default ids have no order."""
+        return None
+
     @abstractmethod
     def encoded(self, symbol_BC: np.ndarray) -> list[list[int]]:
         """Ids of sequences of symbols, without end tokens; symbols that cannot be encoded are clipped."""
@@ -222,6 +227,11 @@ class FastTokenizer(CosineTokenizer):
     def ordered(self) -> bool:
         """Whether ids ascend with their values: true for coefficients, not for merges."""
         return not self.merges
+
+    @property
+    def values_SV(self) -> np.ndarray | None:
+        """The coefficients themselves, without merges."""
+        return None if self.merges else np.tile((self.low + np.arange(self.symbols)) / self.scale, (self.slots, 1))
 
     def encoded(self, symbol_BC: np.ndarray) -> list[list[int]]:
         """See the base class."""

@@ -32,8 +32,22 @@ DISCRETE = Training("dfm_vla.demo", steps=STEPS)
 MASKED = Training("baselines.masked_diffusion", steps=STEPS)
 AUTOREGRESSIVE = Training("baselines.coefficients_ar", steps=STEPS)
 FLOW = Training("baselines.flow", steps=STEPS)
+ONE_PASS = Training("baselines.oft", steps=STEPS)
+ORDERED = Training("dfm_vla.demo_ordered", steps=STEPS)
+SLOTS = Training("dfm_vla.demo_slots", steps=STEPS)
+BINS = Training("dfm_vla.demo_bins", steps=STEPS)
+BY_DECODER = {
+    "discrete": DISCRETE,
+    "masked": MASKED,
+    "autoregressive": AUTOREGRESSIVE,
+    "flow": FLOW,
+    "one-pass": ONE_PASS,
+}
 
 SPLITS = ((14, 2), (16, 0), (15, 1), (12, 4), (8, 8))
+FEW_PASSES = ((0, 1), (2, 2), (4, 2))
+SHARES = {"tenth": ("0.1", 1800), "quarter": ("0.25", 2400), "half": ("0.5", 3600)}
+"""Smaller shares of the demonstrations, with optimiser steps."""
 
 LATENT = Training("iflybot.latent")
 QUESTIONS = {"policy.backbone.answers": "true"}
@@ -41,6 +55,29 @@ QUESTIONS = {"policy.backbone.answers": "true"}
 
 def _tenth(training: Training) -> Training:
     return Training(training.recipe, {**training.settings, **TENTH}, 1800)
+
+
+def _shared(share: str) -> dict[str, Training]:
+    """The training of every decoder on a share of the demonstrations."""
+    demonstrations, steps = SHARES[share]
+    return {
+        f"{name}-{share}": Training(each.recipe, {"demonstrations": demonstrations}, steps) for name, each in BY_DECODER.items()
+    }
+
+
+def _by_decoder(share: str) -> dict[str, TrialArm]:
+    """One arm per decoder on a share of the demonstrations, and the discrete flow's single pass."""
+    return {
+        f"{name}, a {share}": TrialArm(f"{training}-{share}", compute)
+        for name, training, compute in (
+            ("discrete flow", "discrete", "two-stage:14+2"),
+            ("discrete flow, one pass", "discrete", "two-stage:0+1"),
+            ("masked diffusion", "masked", "dense:16"),
+            ("autoregression", "autoregressive", "dense"),
+            ("flow", "flow", "dense:2"),
+            ("L1", "one-pass", "dense"),
+        )
+    }
 
 
 def _joint(*settings: tuple[str, str], vqa: bool = False) -> Training:
@@ -193,24 +230,19 @@ CLAIMS = {
             "Discrete flow succeeds more often than masked diffusion, and that more often than autoregression, most with "
             "little data.",
             "CALVIN with 10 % of the data: 3.21 / 2.84 / 1.71",
-            {
-                "discrete": DISCRETE,
-                "masked": MASKED,
-                "autoregressive": AUTOREGRESSIVE,
-                "flow": FLOW,
-                "discrete-tenth": _tenth(DISCRETE),
-                "masked-tenth": _tenth(MASKED),
-                "autoregressive-tenth": _tenth(AUTOREGRESSIVE),
-            },
+            {**BY_DECODER, **{name: each for share in SHARES for name, each in _shared(share).items()}},
             {
                 "discrete flow": TrialArm("discrete", "two-stage:14+2"),
+                **{f"discrete flow, {a} + {b}": TrialArm("discrete", f"two-stage:{a}+{b}") for a, b in FEW_PASSES},
                 "masked diffusion": TrialArm("masked", "dense:16"),
+                "masked diffusion, greedy": TrialArm("masked", "dense:16,temperature=0"),
                 "autoregression": TrialArm("autoregressive", "dense"),
-                "discrete flow, a tenth": TrialArm("discrete-tenth", "two-stage:14+2"),
-                "masked diffusion, a tenth": TrialArm("masked-tenth", "dense:16"),
-                "autoregression, a tenth": TrialArm("autoregressive-tenth", "dense"),
-                "discrete flow, one greedy pass": TrialArm("discrete", "two-stage:0+1"),
+                "autoregression, T = 1": TrialArm("autoregressive", "dense:1,temperature=1"),
+                "flow, 1 step": TrialArm("flow", "dense:1"),
                 "flow, 2 steps": TrialArm("flow", "dense:2"),
+                "flow, 10 steps": TrialArm("flow", "dense:10"),
+                "L1, one pass": TrialArm("one-pass", "dense"),
+                **{name: arm for share in SHARES for name, arm in _by_decoder(share).items()},
             },
             (
                 Effect("discrete flow", "masked diffusion"),
@@ -225,11 +257,14 @@ CLAIMS = {
             "DFM-VLA",
             "Fourteen stochastic and two deterministic steps are the best split of sixteen.",
             "4.44 / 95.7 against 4.37 / 94.8 at 16 + 0",
-            {"discrete": DISCRETE},
+            {"discrete": DISCRETE, "ordered": ORDERED, "slots": SLOTS},
             {
-                **{f"{a} + {b}": TrialArm("discrete", f"two-stage:{a}+{b}") for a, b in SPLITS},
-                "0 + 1": TrialArm("discrete", "two-stage:0+1"),
-                "2 + 2": TrialArm("discrete", "two-stage:2+2"),
+                **{f"{a} + {b}": TrialArm("discrete", f"two-stage:{a}+{b}") for a, b in (*SPLITS, *FEW_PASSES)},
+                **{
+                    f"{a} + {b}, ordered by {name}": TrialArm(training, f"two-stage:{a}+{b}")
+                    for name, training in (("coefficient", "ordered"), ("slot", "slots"))
+                    for a, b in (*SPLITS[:2], *FEW_PASSES)
+                },
             },
             tuple(Effect("14 + 2", other) for other in ("16 + 0", "15 + 1", "12 + 4", "8 + 8")),
             TASKS,
@@ -239,10 +274,23 @@ CLAIMS = {
             "DFM-VLA",
             "A path guided by the tokens' embeddings succeeds more often than a rate head.",
             "LIBERO 95.7 / 93.5",
-            {"discrete": DISCRETE, "rate-head": Training("dfm_vla.demo_head", steps=STEPS)},
-            {"embeddings": TrialArm("discrete", "two-stage:14+2"), "rate head": TrialArm("rate-head", "two-stage:14+2")},
+            {
+                "discrete": DISCRETE,
+                "rate-head": Training("dfm_vla.demo_head", steps=STEPS),
+                "ordered": ORDERED,
+                "slots": SLOTS,
+                "bins": BINS,
+            },
+            {
+                "embeddings": TrialArm("discrete", "two-stage:14+2"),
+                "rate head": TrialArm("rate-head", "two-stage:14+2"),
+                "ordered coefficients": TrialArm("ordered", "two-stage:14+2"),
+                "coefficients by slot": TrialArm("slots", "two-stage:14+2"),
+                "ordered bins": TrialArm("bins", "two-stage:14+2"),
+            },
             (Effect("embeddings", "rate head"),),
             TASKS,
+            "Embeddings that are learned from scratch order no tokens; other arms have an ordered metric.",
         ),
         Claim(
             "C12",

@@ -40,7 +40,7 @@ class BenchArguments:
     """Where the networks run."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What they compute in."""
-    engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "auto"
+    engine: Literal["auto", "eager", "aoti", "openvino", "graphs", "graphs-fp8"] = "auto"
     """What computes them; auto times the networks (eager) and every engine whose programs are there."""
     hub: HubGroup = ONLINE
 

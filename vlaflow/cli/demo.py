@@ -95,7 +95,7 @@ class Settings:
             arguments.episodes or plan.episodes,
             eval_episodes,
             arguments.steps or plan.steps,
-            None,
+            plan.rater_steps,
             None,
             None,
             60,

@@ -21,6 +21,7 @@ class Plan:
         episodes: demonstrations per task.
         eval_episodes: episodes per task and compute policy.
         steps: training steps of the policy; None for the recipe's own.
+        rater_steps: most training steps of the rater, which would go on improving for some minutes more.
         language_episodes: episodes of the language check.
         packages: import names that it needs, besides those of training and reports.
         extra: the extra that brings them.
@@ -34,6 +35,7 @@ class Plan:
     episodes: int
     eval_episodes: int
     steps: int | None
+    rater_steps: int
     language_episodes: int
     packages: tuple[str, ...]
     extra: str
@@ -49,6 +51,7 @@ PLANS = {
         episodes=50,
         eval_episodes=20,
         steps=None,
+        rater_steps=250,
         language_episodes=5,
         packages=("metaworld", "mujoco"),
         extra="demo",
@@ -62,6 +65,7 @@ PLANS = {
         episodes=40,
         eval_episodes=10,
         steps=2000,
+        rater_steps=250,
         language_episodes=3,
         packages=("libero", "mujoco"),
         extra="demo,libero",

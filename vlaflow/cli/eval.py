@@ -56,7 +56,7 @@ class Eval:
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
         engine: what computes chunks: the networks (eager), programs that vlaflow deploy built (aoti, openvino), fused layers
-            on a GPU (graphs), or the fastest program available (auto).
+            on a GPU (graphs, graphs-fp8), or the fastest program available (auto).
         fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
         shard: play only this part of the episodes, such as 2/4, and keep them in ``out``; vlaflow merge combines all parts
             (docs/scale.md).
@@ -82,7 +82,7 @@ class Eval:
     videos: bool = True
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "eager"
+    engine: Literal["auto", "eager", "aoti", "openvino", "graphs", "graphs-fp8"] = "eager"
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     shard: str | None = None
     hub: HubGroup = ONLINE

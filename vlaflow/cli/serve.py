@@ -58,7 +58,7 @@ class ServeArguments:
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
         engine: what computes chunks: programs that vlaflow deploy built (aoti, openvino), the networks (eager), fused layers
-            on a GPU (graphs), or the fastest program available (auto).
+            on a GPU (graphs, graphs-fp8), or the fastest program available (auto).
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -86,7 +86,7 @@ class ServeArguments:
     threads: Count = 1
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    engine: Literal["auto", "eager", "aoti", "openvino", "graphs"] = "auto"
+    engine: Literal["auto", "eager", "aoti", "openvino", "graphs", "graphs-fp8"] = "auto"
     hub: HubGroup = ONLINE
 
 

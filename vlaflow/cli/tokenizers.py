@@ -107,12 +107,12 @@ def _own_metric(checkpoint: Path, dataset: Any) -> str:
     policy = Policy.from_pretrained(checkpoint)
     decoder = policy.model.decoder
     with torch.no_grad():
-        own_VV = decoder.distance()
-    if decoder.tokenizer is None or own_VV is None:
+        distance = decoder.distance()
+    if decoder.tokenizer is None or distance is None:
         raise CapabilityError(
             f"{checkpoint} has a {type(decoder).__name__}, which has no metric. Name one with a discrete flow."
         )
     chunks = material(dataset, decoder.chunk_size, policy.config.action_normalisation)
-    distances = own_VV.cpu().numpy(), id_distance(decoder.tokenizer)
-    own, ids = (metric_rank(decoder.tokenizer, chunks, distance_VV) for distance_VV in distances)
+    both = distance.cpu().numpy(), id_distance(decoder.tokenizer)
+    own, ids = (metric_rank(decoder.tokenizer, chunks, each) for each in both)
     return f"{checkpoint} ({decoder.tokenizer.description}): order {own:.2f} by its own metric, {ids:.2f} by the ids."

@@ -133,7 +133,8 @@ def _sentence(outcome: Outcome, out: Path) -> str:
             f"everything is saved in {out}. Run the same command again to continue."
         )
     losses = [f"{name} {value:.4f}" for name, value in (("loss", outcome.loss), ("held out", outcome.validation)) if value]
-    return f"Trained {outcome.steps} steps in {duration(outcome.seconds)} ({', '.join(losses)}): {out}"
+    early = "" if outcome.best is None else f", no longer improving since step {outcome.best}, whose weights are kept"
+    return f"Trained {outcome.step} steps in {duration(outcome.seconds)} ({', '.join(losses)}){early}: {out}"
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -45,6 +45,10 @@ _WITHOUT = {
     ),
     Capability.GRID: "{compute} states the clocks of its steps, and a {decoder} has none to state. Give a number of steps.",
     Capability.TEMPERATURE: "{compute} sets a temperature, and a {decoder} draws no tokens. Leave it out.",
+    Capability.EXPECTED: (
+        "{compute} takes the expected token, which a {decoder} without ids ordered by value does not have. Leave 'expected' "
+        "out, or train a decoder of tokens with bins or with FAST without merges."
+    ),
     Capability.JOINT_ATTENTION: "{compute} needs a decoder whose prefix reads the action tokens, which a {decoder}'s does not.",
 }
 """The error for each missing capability, in the order in which they are checked."""
@@ -74,6 +78,7 @@ class Requirements:
             Capability.CONTINUOUS: sampling.noise_scale != 1 or sampling.solver != "euler",
             Capability.GRID: sampling.grid is not None,
             Capability.TEMPERATURE: sampling.temperature is not None,
+            Capability.EXPECTED: sampling.expected,
         }
         return self.also(*(capability for capability, needed in asked.items() if needed))
 

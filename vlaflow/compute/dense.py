@@ -22,7 +22,7 @@ class Dense(ComputePolicy):
     """``steps`` solver steps through all layers, or through the first ``depth`` of a multi-exit checkpoint.
 
     Args:
-        steps, noise_scale, grid, solver, temperature: see ``Sampling``.
+        steps, noise_scale, grid, solver, temperature, expected: see ``Sampling``.
         depth: layers to run; None for all.
         label: for tables.
     """
@@ -32,6 +32,7 @@ class Dense(ComputePolicy):
     grid: tuple[float, ...] | None = None
     solver: Solver = "euler"
     temperature: float | None = None
+    expected: bool = False
     depth: int | None = None
     label: str = "dense"
 
@@ -46,7 +47,7 @@ class Dense(ComputePolicy):
     @property
     def sampling(self) -> Sampling:
         """The settings of the sampler."""
-        return Sampling(self.steps, self.noise_scale, self.grid, self.solver, self.temperature)
+        return Sampling(self.steps, self.noise_scale, self.grid, self.solver, self.temperature, self.expected)
 
     @property
     def name(self) -> str:

@@ -183,18 +183,17 @@ class EarlyExit(ComputePolicy):
     ) -> Decoded:
         """See ``ComputePolicy``."""
         batch, device = prefix.batch, prefix.hidden_BPW.device
-        row_R = torch.arange(batch, device=device)
+        row_R, rows = torch.arange(batch, device=device), list(range(batch))
         done: list[Tensor] = []
         groups: list[Group] = []
         tokens: list[Tokens] = []
-        layers, passes, nfe = [0] * batch, [0] * batch, [0] * batch
-        each, spent = model.decoder.nfe(self.plan.sampling), torch.zeros(batch, dtype=torch.long)
-        calls = torch.zeros_like(spent)
+        layers, passes, nfe, each = [0] * batch, [0] * batch, [0] * batch, model.decoder.nfe(self.plan.sampling)
         answers = self.plan.answers(model, prefix, generators, watch, conditioning)
         for number, (depth, action_RLD) in enumerate(answers):
-            took_R = torch.tensor(answers.tokens.nfe if answers.tokens else [each] * len(row_R))
-            calls[row_R.cpu()] += took_R
-            spent[row_R.cpu()] += depth * took_R
+            took_R = answers.tokens.nfe if answers.tokens else (each,) * len(rows)
+            for row, took in zip(rows, took_R, strict=True):
+                layers[row], nfe[row] = depth, nfe[row] + took
+                passes[row] += depth * took
             if answers.previous_RLD is None:
                 continue
             leave_R = distance(self.plan.metric, action_RLD, answers.previous_RLD) <= self.thresholds[number - 1]
@@ -208,13 +207,13 @@ class EarlyExit(ComputePolicy):
             groups.append(Group(row_R[gone_G], answers.prefix if everybody else answers.prefix.select(gone_G)))
             if answers.tokens is not None:
                 tokens.append(answers.tokens.select(gone_G))
-            for row in row_R[gone_G].tolist():
-                layers[row], passes[row], nfe[row] = depth, depth + int(spent[row]), int(calls[row])
             if everybody:
                 break
             stay_S = (~leave_R).nonzero()[:, 0]
             answers.keep(stay_S)
             row_R = row_R[stay_S]
+            rows = row_R.tolist()
+        passes = [ran + depth for ran, depth in zip(passes, layers, strict=True)]
         order = torch.cat([g.row_R for g in groups]).argsort()
         found = replace(Tokens.cat(tokens).select(order), nfe=tuple(nfe)) if tokens else None
         return Decoded(torch.cat(done)[order], tuple(groups), tuple(layers), tuple(nfe), tuple(passes), tokens=found)

@@ -6,6 +6,7 @@ dense:2@0.5      … from half the noise; settings of the sampler may follow any
 dense:1-0.3-0    … at stated clocks
 dense:5,midpoint … of second order, two evaluations each
 dense:16,temperature=0  … of tokens, greedily
+dense:16,expected  … the token nearest to the expected value in every slot
 dense:2,depth=3  … through the first 3 layers
 mean:8           the mean of eight dense chunks
 medoid:8         … the one of them that is nearest to the others
@@ -17,6 +18,7 @@ refine-random    the same with random doubts; refine-random:share=0.25
 refine-spread    the mean of eight, and where they lie apart regenerated; refine-spread+medoid:4
 refine-spread:draws=8+dense:2  a dense chunk, and where eight other draws lie apart regenerated
 two-stage:14+2   14 stochastic steps and 2 deterministic ones, for discrete flows
+two-stage:0+1    a single pass: the most probable tokens, given noise; two-stage:0+1,expected the expected ones
 two-stage:14+2/0.3  … whose prefix is run again when 30 % of the tokens have changed (0: at every step, no cache)
 refine-tokens    the dense chunk of a decoder of tokens, and the tokens below the threshold regenerated
 exit:NAME        early exit by the calibration CKPT/calibration/NAME.json

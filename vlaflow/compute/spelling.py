@@ -108,7 +108,7 @@ class Spelling:
 
 _SAMPLING = re.compile(
     r"(?:(?P<grid>[\d.]+(?:-[\d.]+)+)|(?P<steps>\d*))(?:@(?P<noise_scale>[\d.]+))?"
-    r"(?:,(?P<solver>euler|midpoint|heun))?(?:,temperature=(?P<temperature>[\d.]+))?"
+    r"(?:,(?P<solver>euler|midpoint|heun))?(?:,temperature=(?P<temperature>[\d.]+))?(?P<expected>,expected)?"
 )
 
 
@@ -116,7 +116,8 @@ def read_sampling(text: str, steps: int, name: str) -> Sampling:
     """Settings of the sampler, as ``str(sampling)`` writes them.
 
     Args:
-        text: steps or a grid of clocks, then ``@NOISE_SCALE``, ``,SOLVER``, ``,temperature=T``; each may be left out.
+        text: steps or a grid of clocks, then ``@NOISE_SCALE``, ``,SOLVER``, ``,temperature=T``, ``,expected``; each may be left
+            out.
         steps: where there is neither steps nor a grid.
         name: all that was typed, for the refusal.
 
@@ -134,11 +135,12 @@ def read_sampling(text: str, steps: int, name: str) -> Sampling:
             tuple(map(float, given["grid"].split("-"))) if "grid" in given else None,
             cast(Solver, given.get("solver", "euler")),
             float(given["temperature"]) if "temperature" in given else None,
+            "expected" in given,
         )
     except ValueError:
         raise ConfigError(
-            f"Settings of the sampler are typed as in 10, 2@0.5 (noise scale), 1-0.3-0 (clocks), 5,midpoint (or heun) and "
-            f"16,temperature=0, which '{name}' does not follow."
+            f"Settings of the sampler are typed as in 10, 2@0.5 (noise scale), 1-0.3-0 (clocks), 5,midpoint (or heun), "
+            f"16,temperature=0 and 16,expected, which '{name}' does not follow."
         ) from None
 
 

@@ -31,7 +31,7 @@ class TwoStage(ComputePolicy):
         stochastic, settling: steps; together at least 1.
         refresh: share of the tokens that must have changed for the prefix to be run again (see ``DiscreteFlowConfig``); None
             leaves it to the checkpoint. With a prefix that is blind to the tokens, 0 is no cache at all: the same chunk, later.
-        grid, temperature: see ``Sampling``; a grid is of both stages together.
+        grid, temperature, expected: see ``Sampling``; all are of both stages together.
         label: for tables.
     """
 
@@ -40,6 +40,7 @@ class TwoStage(ComputePolicy):
     refresh: float | None = None
     grid: tuple[float, ...] | None = None
     temperature: float | None = None
+    expected: bool = False
     label: str = "two-stage"
 
     def __post_init__(self) -> None:
@@ -60,7 +61,7 @@ class TwoStage(ComputePolicy):
     @property
     def sampling(self) -> Sampling:
         """The settings of the sampler, both stages together."""
-        return Sampling(self.steps, grid=self.grid, temperature=self.temperature)
+        return Sampling(self.steps, grid=self.grid, temperature=self.temperature, expected=self.expected)
 
     @property
     def name(self) -> str:
@@ -119,14 +120,15 @@ class TwoStage(ComputePolicy):
 
 
 def _parse(typed: Spelling) -> TwoStage:
-    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?(?:,temperature=(\d*\.?\d+))?", typed.more)
+    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?(?:,temperature=(\d*\.?\d+))?(,expected)?", typed.more)
     if found is None or typed.inner is not None:
         raise ConfigError(
-            "two-stage takes stochastic and deterministic steps, and may take a refresh and a temperature, as in "
-            f"two-stage:14+2/0.3,temperature=0; got '{typed.name}'."
+            "two-stage takes stochastic and deterministic steps, and may take a refresh, a temperature and 'expected', as in "
+            f"two-stage:14+2/0.3,temperature=0 or two-stage:2+2,expected; got '{typed.name}'."
         )
-    refresh, temperature = (float(number) if number else None for number in found.groups()[2:])
-    return TwoStage(int(found[1]), int(found[2]), refresh, temperature=temperature, label=typed.name)
+    refresh, temperature = (float(number) if number else None for number in found.groups()[2:4])
+    expected = found[5] is not None
+    return TwoStage(int(found[1]), int(found[2]), refresh, temperature=temperature, expected=expected, label=typed.name)
 
 
 TWO_STAGE = ComputeKind(_parse, example="two-stage:14+2")

@@ -19,7 +19,7 @@ from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenCondit
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import CapabilityError, ConfigError
-from vlaflow.flows.categorical import pick, tempered, uniforms
+from vlaflow.flows.categorical import pick, uniforms
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.attention import causal_mask
 from vlaflow.ranges import NotNegative
@@ -76,7 +76,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
     @property
     def capabilities(self) -> frozenset[Capability]:
         """Tokens are drawn, and nothing can be given beforehand."""
-        return frozenset({Capability.TEMPERATURE})
+        return self.chance
 
     def nfe(self, sampling: Sampling) -> int:
         """One a slot, at most, whatever number of steps."""
@@ -132,7 +132,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
                 break
             before_B = torch.full_like(state.length_B, self.begin) if slot == 0 else state.id_BS[:, slot - 1]
             logits_B1V = self.following(self.embedding(before_B[:, None]), prefix, state.cache)
-            next_B1 = self._choose(logits_B1V, state)
+            next_B1 = self._choose(logits_B1V, slot, state)
             chance_B1 = probability_of(logits_B1V, next_B1)
             free_B = ~state.ended_B
             id_BS, probability_BS = state.id_BS.clone(), state.probability_BS.clone()
@@ -177,9 +177,12 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
     def _shifted(self, id_BS: Tensor) -> Tensor:
         return torch.cat((torch.full_like(id_BS[:, :1], self.begin), id_BS[:, :-1]), 1)
 
-    def _choose(self, logits_B1V: Tensor, state: AutoregressiveState) -> Tensor:
-        requested = state.sampling.temperature
-        temperature = self.config.temperature if requested is None else requested
+    def _choose(self, logits_B1V: Tensor, slot: int, state: AutoregressiveState) -> Tensor:
+        requested, expected = state.sampling.temperature, state.sampling.expected
+        temperature = (1.0 if expected else self.config.temperature) if requested is None else requested
         if temperature == 0:  # without a draw for every token
             return logits_B1V.argmax(-1)
-        return pick(tempered(logits_B1V, temperature), uniforms(state.generators, (1,), logits_B1V.device))
+        weight_B1V = self.weights(logits_B1V, temperature, expected=expected, slot=slice(slot, slot + 1))
+        if expected:
+            return weight_B1V.argmax(-1)
+        return pick(weight_B1V, uniforms(state.generators, (1,), logits_B1V.device))

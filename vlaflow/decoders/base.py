@@ -23,6 +23,7 @@ from vlaflow.actions.base import Tokenizer
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.data.batch import Executed, moved
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -277,6 +278,8 @@ class Capability(StrEnum):
     """The clocks of its solver steps can be stated."""
     TEMPERATURE = "temperature"
     """It draws tokens, and the temperature can be chosen."""
+    EXPECTED = "expected"
+    """The ids of its tokens are ordered by value, so a mean of them has a nearest token."""
     JOINT_ATTENTION = "joint-attention"
     """The prefix reads the action tokens too, so keys and values kept from an earlier step are an approximation."""
 
@@ -301,6 +304,17 @@ class Decoder(nn.Module, ABC, Generic[State]):
 
     def begin_from(self, backbone: Backbone) -> None:
         """Take first values from a backbone's own weights, where the config asks for it; by default none."""
+
+    def learn_exits(self, exits: ExitTraining) -> None:
+        """Answer at several depths; called once, before training.
+
+        Raises:
+            ConfigError: they are to have heads or targets of their own, which this kind of decoder does not offer.
+        """
+        if not exits.alike:
+            raise ConfigError(
+                f"The exits of a {type(self).__name__} share its head and targets; leave own_heads, detached and distil out."
+            )
 
     def forget_values(self) -> None:
         """Let zeros of the same shape stand for what is computed from values: a dry run has none. By default nothing is."""
@@ -379,7 +393,7 @@ class Decoder(nn.Module, ABC, Generic[State]):
         return None
 
     def distance(self) -> Tensor | None:
-        """Distances between all tokens, (V, V), where training or sampling uses such a metric; otherwise None."""
+        """Distances between all tokens, (V, V) or (S, V, V), where training or sampling uses a metric; otherwise None."""
         return None
 
     def refine_deterministic(self, state: State, prefix: Prefix, steps: int = 1) -> State:

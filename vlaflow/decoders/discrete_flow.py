@@ -4,26 +4,27 @@ All tokens start as uniform noise. At each step the network guesses the final ch
 velocity, and the tokens jump along it. Two variants (``velocity``):
 
     "metric"   training corrupts along a metric path and learns cross-entropy to the target; the velocity is the
-               kinetic-optimal one of that path (DFM-VLA's embedding-guided variant; with ``BinMetric`` bins know their order)
+               kinetic-optimal one of that path (DFM-VLA's embedding-guided variant; ``token_metrics`` has others)
     "rate"     training corrupts along the mixture path; a head predicts how fast each token should leave
                (DFM-VLA's head variant, after Edit Flows with substitutions alone)
 
 ``refine_deterministic`` adds deterministic steps: the most probable token everywhere, given all the others (the validation of
 DFM-VLA).
 
-The paper runs t = 1 − clock. The network does not see the clock unless ``clock_input`` says so.
+The paper runs t = 1 − clock. The network sees neither the clock, nor which tokens are pure noise, nor what it predicted a step
+before, unless ``clock_input``, ``noise_token`` and ``self_conditioning`` say so.
 
 Shape letters: B batch (observations × noise samples, samples innermost), S token slots, V vocabulary, W width.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
@@ -31,73 +32,16 @@ from torch.nn import functional
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
+from vlaflow.decoders.token_metrics import BinMetric, EmbeddingMetric, SlotMetric, require_order
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
-from vlaflow.flows import discrete, gaussian, metrics
-from vlaflow.flows.categorical import pick, tempered, uniforms
+from vlaflow.flows import discrete, gaussian
+from vlaflow.flows.categorical import pick, uniforms
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.time import clock_embedding
 
 _SMALLEST = 1e-9
 """Probability below which nothing is left."""
-
-
-class TokenMetric(ABC):
-    """The distance between tokens along which the metric path moves. A kind is a frozen dataclass.
-
-    Attributes:
-        ordered: whether it needs a tokenizer whose ids are ordered by value.
-    """
-
-    ordered: bool = False
-
-    @property
-    def frozen(self) -> bool:
-        """Whether distances are those of the embeddings before training."""
-        return False
-
-    @abstractmethod
-    def distance(self, table_VW: Tensor) -> Tensor:
-        """d between all tokens, (V, V), mean 1 off the diagonal, given their embeddings."""
-
-
-@dataclass(frozen=True)
-class EmbeddingMetric(TokenMetric):
-    """Distances of the tokens' embeddings.
-
-    Args:
-        table: "live" follows the embeddings as they train (without a gradient); "frozen" keeps those of the start.
-        power: of the Euclidean distance of the unit-norm rows; the larger, the earlier the chain arrives.
-    """
-
-    table: Literal["live", "frozen"] = "live"
-    power: metrics.Power = 2
-
-    @property
-    def frozen(self) -> bool:
-        """See ``TokenMetric``."""
-        return self.table == "frozen"
-
-    def distance(self, table_VW: Tensor) -> Tensor:
-        """See ``TokenMetric``."""
-        return metrics.embedding_distance(table_VW, self.power)
-
-
-@dataclass(frozen=True)
-class BinMetric(TokenMetric):
-    """Differences of ordered ids: bins, or FAST without merges.
-
-    Args:
-        power: of the difference.
-    """
-
-    power: metrics.Power = 1
-
-    ordered = True
-
-    def distance(self, table_VW: Tensor) -> Tensor:
-        """See ``TokenMetric``."""
-        return metrics.bin_distance(len(table_VW), power=self.power).to(table_VW.device)
 
 
 @dataclass(frozen=True)
@@ -109,11 +53,16 @@ class DiscreteFlowConfig(TokenConfig):
         metric: of the metric path.
         schedule: c and α of the metric path.
         jump: "linear" leaves with min(1, hλ) (DFM-VLA), "exponential" with 1 − exp(−hλ) (FUDOKI).
-        guess: the final chunk as the network sees it, unless a temperature is asked for: the "top" token everywhere [ours], or
-            a "sample".
+        guess: the final chunk as the network sees it, unless the sampling says otherwise: the "top" token everywhere [ours], a
+            "sample", or the "expected" token, whose value is nearest to the mean, for ordered ids [ours].
+        clocks: of training examples.
         masks: "synchronous" draws one clock per chunk; "unified" noises each token with a probability y ~ U(0, 1), so that
             tokens given clean are context the network knows [ours, after AsyncVLA].
         clock_input: add a projection of the embedding of each token's clock to its own; the projection starts at zero [ours].
+        noise_token: tokens at clock 1 are pure noise; show the network one learned token in their place [ours].
+        self_conditioning: add a projection of the network's previous prediction of the final chunk to every token; half of the
+            training examples have one, as has every step but the first. The projection starts at zero (Chen et al., Analog
+            Bits, 2022) [ours].
         attention: "blind": the prefix never sees the action tokens, its keys and values are computed once and exact;
             "full": everything sees everything, and the prefix is run again with the tokens.
         refresh: with "full", the share of tokens that must have changed since the prefix was last run for it to be run
@@ -123,12 +72,15 @@ class DiscreteFlowConfig(TokenConfig):
     """
 
     velocity: Literal["metric", "rate"] = "metric"
-    metric: EmbeddingMetric | BinMetric = field(default_factory=EmbeddingMetric)
+    metric: EmbeddingMetric | BinMetric | SlotMetric = field(default_factory=EmbeddingMetric)
     schedule: discrete.MetricSchedule = field(default_factory=discrete.MetricSchedule)
     jump: discrete.JumpRule = "linear"
-    guess: Literal["top", "sample"] = "top"
+    guess: Literal["top", "sample", "expected"] = "top"
+    clocks: discrete.TrainingClocks = field(default_factory=discrete.TrainingClocks)
     masks: Literal["synchronous", "unified"] = "synchronous"
     clock_input: bool = False
+    noise_token: bool = False
+    self_conditioning: bool = False
     attention: Literal["blind", "full"] = "blind"
     refresh: float = 0.0
     rate_weight: float = 1.0
@@ -140,6 +92,20 @@ class DiscreteFlowConfig(TokenConfig):
             raise ConfigError(f"refresh is a share of the tokens, in [0, 1], got {self.refresh}.")
         if not (self.rate_weight > 0 and self.rate_clip >= 1):
             raise ConfigError("rate_weight is above 0 and rate_clip at least 1.")
+        if self.noise_token and self.clocks.pure == 0:
+            raise ConfigError(
+                "A noise_token is learned from examples that are noise alone; set clocks.pure, the share of them, above 0."
+            )
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether tokenizer or metric are still to be fitted."""
+        return super().unfitted or self.metric.unfitted
+
+    def fitted(self, action_NLD: np.ndarray) -> DiscreteFlowConfig:
+        """The config with a fitted tokenizer and metric; what is fitted already stays."""
+        made = super().fitted(action_NLD)
+        return replace(made, metric=self.metric.fitted(made.ready, action_NLD))
 
     def build(self, spec: BackboneSpec) -> DiscreteFlowDecoder:
         """The decoder for such a backbone, randomly initialised."""
@@ -155,11 +121,13 @@ class DiscreteFlowState(TokenState):
         cached_id_BS: tokens that the prefix was last run with.
         prefix: as it was then; None before the first step.
         refreshed: how often it was run for each observation, int64 (B,).
+        end_BSV: probabilities of the final chunk as the network predicted it last, for ``self_conditioning``; None before.
     """
 
     refresh: float = 1.0
     cached_id_BS: Tensor | None = None
     prefix: Prefix | None = None
+    end_BSV: Tensor | None = None
     refreshed: Tensor = field(kw_only=True)
 
 
@@ -169,17 +137,19 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     frozen_VW: Tensor
 
     def __init__(self, config: DiscreteFlowConfig, spec: BackboneSpec) -> None:
-        super().__init__(config, spec)
+        super().__init__(config, spec, extra=int(config.noise_token))
         self.config = c = config
-        if c.metric.ordered and not self.tokenizer.ordered:
-            raise ConfigError(
-                f"{type(c.metric).__name__} needs a tokenizer whose ids are ordered: use bins, FAST without merges, or "
-                "EmbeddingMetric."
-            )
+        require_order(c.metric, self.tokenizer)
+        if c.guess == "expected" and not self.tokenizer.ordered:
+            raise ConfigError("guess='expected' needs a tokenizer whose ids are ordered: use bins, or FAST without merges.")
+        self.noise = self.vocabulary if c.noise_token else None
         self.clock = nn.Linear(spec.width, spec.width) if c.clock_input else None
         if self.clock is not None:  # drawn at random it would drown the tokens' embeddings, which are twenty times smaller
             nn.init.zeros_(self.clock.weight)
             nn.init.zeros_(self.clock.bias)
+        self.previous = nn.Linear(self.vocabulary, spec.width, bias=False) if c.self_conditioning else None
+        if self.previous is not None:
+            nn.init.zeros_(self.previous.weight)
         self.rate = nn.Linear(spec.width, 1) if c.velocity == "rate" else None
         if c.velocity == "metric" and c.metric.frozen:
             self.register_buffer("frozen_VW", self.embedding.weight[: self.vocabulary].detach().clone())
@@ -200,12 +170,12 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         the clocks cannot tell the two apart.
         """
         c = self.config
-        found = {Capability.DETERMINISTIC_STEPS, Capability.PREFIX_REFRESH, Capability.GRID, Capability.TEMPERATURE}
+        found = {Capability.DETERMINISTIC_STEPS, Capability.PREFIX_REFRESH, Capability.GRID}
         if c.masks == "unified" or (c.velocity == "rate" and not c.clock_input):
             found.add(Capability.REGENERATION)
         if c.attention == "full":
             found.add(Capability.JOINT_ATTENTION)
-        return self.conditioning | found
+        return self.conditioning | self.chance | found
 
     def refreshing(self, state: DiscreteFlowState, share: float) -> DiscreteFlowState:
         """See ``Decoder``. With a prefix that is blind to the tokens, 0 is no cache at all: the same chunk, later."""
@@ -216,14 +186,21 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         return prefix if self.config.attention == "full" else backbone.run(prefix, depth)
 
     def distance(self) -> Tensor:
-        """d between all tokens, (V, V), mean 1 off the diagonal; kept until the embeddings change."""
+        """d between all tokens, (V, V) or by slot (S, V, V); kept until the embeddings change."""
         metric = self.config.metric
         table_VW = self.frozen_VW if metric.frozen else self.embedding.weight[: self.vocabulary]
         key = (table_VW.data_ptr(), table_VW._version, table_VW.device)
         if self._distance is None or self._distance[0] != key:
             with torch.no_grad():
-                self._distance = (key, metric.distance(table_VW))
+                self._distance = (key, metric.distance(table_VW, self.tokenizer))
         return self._distance[1]
+
+    def distance_to(self, id_BS: Tensor) -> Tensor:
+        """d from every token to these, (B, S, V)."""
+        distance = self.distance()
+        if distance.dim() == 2:
+            return distance[id_BS]
+        return distance[torch.arange(self.slots, device=id_BS.device), id_BS]
 
     def forget_values(self) -> None:
         """See ``Decoder``; the distances of tokens are, too."""
@@ -233,25 +210,32 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def draw(self, batch: int, generator: Generator) -> Draws:
-        """Clocks and uniform numbers, (B·K, S) each."""
+        """Clocks and uniform numbers, (B·K, S) each; with self-conditioning also which examples have a prediction, (B·K, 1)."""
         b = batch * self.noise_samples
-        # 1 − U lies in (0, 1]: a clock of exactly 0 would have nothing to learn from.
-        clock_BS = (1 - torch.rand(b, 1, generator=generator)).expand(b, self.slots)
+        clock_BS = self.config.clocks.draw(b, generator).expand(b, self.slots)
         if self.config.masks == "unified":
             clock_BS = clock_BS * gaussian.sample_mask(b, self.slots, generator)
-        return clock_BS, torch.rand(b, self.slots, generator=generator)
+        uniform_BS = torch.rand(b, self.slots, generator=generator)
+        if self.previous is None:
+            return clock_BS, uniform_BS
+        return clock_BS, uniform_BS, torch.rand(b, 1, generator=generator) < 0.5
 
     def loss_of(self, prefix: Prefix, targets: Targets, draws: Draws, depths: Sequence[int] | None = None) -> LossTerms:
         """Cross-entropy to the target at random clocks; for the rate variant also the rate's loss."""
         c = self.config
         id_BS, weight_BS = self.encode(targets)
         id_BS, weight_BS = (x.repeat_interleave(self.noise_samples, 0) for x in (id_BS, weight_BS))
-        clock_BS, uniform_BS = draws
+        clock_BS, uniform_BS, *predicted = draws
         noisy_BS = self.corrupt(id_BS, clock_BS, uniform_BS)
         weight_BS = weight_BS * (clock_BS > 0)
         losses, rates = {}, {}
         depths = depths or (prefix.depth or prefix.backbone.spec.depth,)
-        for depth, hidden_BSW in zip(depths, self._layers(noisy_BS, clock_BS, prefix, depths), strict=True):
+        end_BSV = None
+        if predicted:  # for all examples, so that every process of a sharded training runs the same layers
+            with torch.no_grad():
+                first_BSW = self._layers(noisy_BS, clock_BS, None, prefix, depths[-1:])[0]
+                end_BSV = self.head(first_BSW).float().softmax(-1) * predicted[0][..., None]
+        for depth, hidden_BSW in zip(depths, self._layers(noisy_BS, clock_BS, end_BSV, prefix, depths), strict=True):
             logits_BSV = self.head(hidden_BSW)
             losses[depth] = cross_entropy(logits_BSV, id_BS, weight_BS)
             if self.rate is not None:
@@ -268,7 +252,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         if self.config.velocity == "rate":
             weight_BSV = discrete.mixture_path(id_BS, self.vocabulary, clock_BS)
         else:
-            weight_BSV = discrete.metric_path(self.distance()[id_BS], self.config.schedule.beta(clock_BS))
+            weight_BSV = discrete.metric_path(self.distance_to(id_BS), self.config.schedule.beta(clock_BS))
         return torch.where(clock_BS > 0, pick(weight_BSV, uniform_BS), id_BS)
 
     def _rate_loss(  # noqa: PLR0917
@@ -285,19 +269,24 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         loss_BS = steep_BS * (rho_BS - wrong_BS * (rho_BS.log() + right_BS))
         return torch.where(weight_BS > 0, loss_BS * weight_BS, 0.0).sum() / weight_BS.sum().clamp(min=1)
 
-    def _layers(self, id_BS: Tensor, clock_BS: Tensor, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
+    def _layers(
+        self, id_BS: Tensor, clock_BS: Tensor, end_BSV: Tensor | None, prefix: Prefix, depths: Sequence[int]
+    ) -> list[Tensor]:
+        embedded_BTW = self._embed(id_BS, clock_BS, end_BSV)
         if self.config.attention == "full":
             if len(depths) > 1:
                 raise ConfigError("Full attention has one answer, at full depth; set exits=none or attention='blind'.")
-            return [self.without_mark(self.stack.joint(self._embed(id_BS, clock_BS), prefix, depths[0])[0])]
-        hidden = self.stack.exits(self._embed(id_BS, clock_BS), prefix, depths)
-        return [self.without_mark(hidden_BTW) for hidden_BTW in hidden]
+            return [self.without_mark(self.stack.joint(embedded_BTW, prefix, depths[0])[0])]
+        return [self.without_mark(hidden_BTW) for hidden_BTW in self.stack.exits(embedded_BTW, prefix, depths)]
 
-    def _embed(self, id_BS: Tensor, clock_BS: Tensor) -> Tensor:
-        embedded_BSW = self.embedding(id_BS)
+    def _embed(self, id_BS: Tensor, clock_BS: Tensor, end_BSV: Tensor | None) -> Tensor:
+        shown_BS = id_BS if self.noise is None else id_BS.masked_fill(clock_BS >= 1, self.noise)
+        embedded_BSW = self.embedding(shown_BS)
         if self.clock is not None:
             clock_BSW = self.clock(clock_embedding(clock_BS, embedded_BSW.shape[-1]).to(embedded_BSW.dtype))
             embedded_BSW = embedded_BSW + clock_BSW
+        if self.previous is not None and end_BSV is not None:
+            embedded_BSW = embedded_BSW + self.previous(end_BSV.to(embedded_BSW.dtype))
         return self.behind_mark(embedded_BSW)
 
     # -- inference ---------------------------------------------------------------------------------------------------
@@ -336,7 +325,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         With a rate head a token leaves at λ = ρ/t for another one, drawn as the network's scores have it among the others (Edit
         Flows, substitutions alone); what the network still holds to be right at the end stays.
         """
-        temperature, count = self.temperature(state.sampling), state.sampling.steps
+        expected, temperature, count = self.expected(state.sampling), self.temperature(state.sampling), state.sampling.steps
         for done in range(state.done, min(state.done + steps, count)):
             # A token that started at 0 never moves; a clock of 1 keeps its unused rates finite.
             now_BS = state.clock_at(done).masked_fill(~state.free_BS, 1.0)
@@ -344,7 +333,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             hidden_BSW, logits_BSV, state = self._look(state, state.clock_at(done), prefix)
             uniform_3BS = uniforms(state.generators, (3, self.slots), logits_BSV.device).transpose(0, 1)
             chance_BSV = logits_BSV.float().softmax(-1)
-            end_BSV = tempered(logits_BSV, temperature)
+            end_BSV = self.weights(logits_BSV, temperature, expected=expected)
             guess_BS = pick(end_BSV, uniform_3BS[0])
             if self.rate is not None:
                 rho_BS = functional.softplus(self.rate(hidden_BSW)[..., 0].float())
@@ -357,25 +346,38 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             else:
                 schedule, stride_BS = self.config.schedule, now_BS - next_BS
                 beta_BS, slope_BS = schedule.beta(now_BS), schedule.rate(now_BS, stride_BS)
-                rate_BSV = discrete.metric_velocity(state.id_BS, guess_BS, self.distance(), beta_BS, slope_BS)
+                rate_BSV = discrete.metric_velocity(state.id_BS, self.distance_to(guess_BS), beta_BS, slope_BS)
                 id_BS = discrete.jump(state.id_BS, rate_BSV, stride_BS, uniform_3BS[1:], self.config.jump)
-            state = state.moved(id_BS, chance_BSV.gather(-1, id_BS[..., None])[..., 0])
+            state = self._after(state, chance_BSV).moved(id_BS, chance_BSV.gather(-1, id_BS[..., None])[..., 0])
         return state
 
     def refine_deterministic(self, state: DiscreteFlowState, prefix: Prefix, steps: int = 1) -> DiscreteFlowState:
-        """Deterministic steps: the most probable token in every slot. They change nothing once nothing changes."""
+        """Deterministic steps: the most probable token in every slot, or the expected one where the sampling says so.
+
+        They change nothing once nothing changes.
+        """
+        expected = self.expected(state.sampling)
+        temperature = self.temperature(state.sampling) if expected else 0.0
         for _ in range(steps):
             clock_BS = state.clock_at(min(state.done, state.sampling.steps))
             _, logits_BSV, state = self._look(state, clock_BS, prefix)
-            best_BS = logits_BSV.argmax(-1)
-            state = state.moved(best_BS, probability_of(logits_BSV, best_BS))
+            best_BS = self.weights(logits_BSV, temperature, expected=expected).argmax(-1)
+            state = self._after(state, logits_BSV.float().softmax(-1)).moved(best_BS, probability_of(logits_BSV, best_BS))
         return state
 
     def temperature(self, sampling: Sampling) -> float:
-        """Of the predicted final chunk; what the config calls a top guess is 0, a sample 1, and the rate head draws at 1."""
+        """Of the predicted final chunk; unless one is asked for, a top guess is 0, anything else 1, as for the rate head."""
         if sampling.temperature is not None:
             return sampling.temperature
-        return 1.0 if self.rate is not None or self.config.guess == "sample" else 0.0
+        return 0.0 if self.rate is None and self.config.guess == "top" and not sampling.expected else 1.0
+
+    def expected(self, sampling: Sampling) -> bool:
+        """Whether the final chunk is guessed as the expected one: asked for, or the config's guess and no temperature is."""
+        return sampling.expected or (sampling.temperature is None and self.config.guess == "expected")
+
+    def _after(self, state: DiscreteFlowState, end_BSV: Tensor) -> DiscreteFlowState:
+        """With what the network has just predicted, where the next step is shown it."""
+        return state if self.previous is None else replace(state, end_BSV=end_BSV)
 
     def tokens(self, state: DiscreteFlowState) -> Tokens:
         """See ``Decoder``."""
@@ -384,7 +386,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
     def _look(self, state: DiscreteFlowState, clock_BS: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor, DiscreteFlowState]:
         """Hidden states and scores of the present tokens, and the state with the prefix run again where that was due."""
         full = self.config.attention == "full"
-        embedded_BTW = self._embed(state.id_BS, clock_BS)
+        embedded_BTW = self._embed(state.id_BS, clock_BS, state.end_BSV)
         if not full and state.refresh >= 1:
             return *self.look(embedded_BTW, prefix), state
         if state.cached_id_BS is None or state.prefix is None:

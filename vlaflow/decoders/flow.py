@@ -20,6 +20,7 @@ from torch.nn import functional
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.data.batch import moved
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Guidance, Targets, TokenConditioning
+from vlaflow.decoders.exits import ExitHeads, ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows import gaussian, guidance
@@ -174,6 +175,14 @@ class FlowDecoder(Decoder[FlowState]):
         self.codec = ActionCodec(
             config.padded_dim or config.action_dim, self.stack.width, config.head_layers, config.time_token
         )
+        self.exits = ExitTraining((spec.depth,))
+        self.exit_heads: ExitHeads | None = None
+
+    def learn_exits(self, exits: ExitTraining) -> None:
+        """See ``Decoder``."""
+        self.exits, width = exits, self.stack.width
+        if exits.own_heads:
+            self.exit_heads = ExitHeads(exits, width, width, self.config.padded_dim or self.action_dim)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -198,11 +207,17 @@ class FlowDecoder(Decoder[FlowState]):
         """
         codec = self.codec
         token_BTW = codec.encode(x_BLX, clock_BL) if time_BTW is None else codec.enter(x_BLX, time_BTW)
-        made_BLX = codec.decode(self.stack(token_BTW, prefix))
+        made_BLX = self.answer(self.stack(token_BTW, prefix), prefix.depth)
         mask_BLX = self._mask(prefix.action_mask_BLD, x_BLX)
         if mask_BLX is None:
             return made_BLX
         return torch.where(mask_BLX, made_BLX.float(), x_BLX / clock_BL[..., None].clamp(min=_SMALLEST))
+
+    def answer(self, hidden_BTW: Tensor, depth: int) -> Tensor:
+        """Velocity (B, L, X) that the head of a depth makes of the stack's hidden states."""
+        if self.exit_heads is None or depth not in self.exit_heads:
+            return self.codec.decode(hidden_BTW)
+        return self.exit_heads(hidden_BTW[:, int(self.config.time_token) :], depth)
 
     def draw(self, batch: int, generator: Generator) -> Draws:
         """Of K noise samples each: 1 where a token is noised, 1 after the action prefix, clocks, all (B·K, L); the noise."""
@@ -235,11 +250,14 @@ class FlowDecoder(Decoder[FlowState]):
             valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
         token_BLW = self.codec.encode(gaussian.interpolate(known_BLX, noise_BLX, clock_BL), clock_BL)
         target_BLX = gaussian.velocity_target(action_BLX, noise_BLX)
-        losses = {}
+
+        def loss(made_BLX: Tensor, target_BLX: Tensor) -> Tensor:
+            error_BLX = made_BLX.float() - target_BLX
+            return gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL, mask_BLD)
+
         depths = depths or (prefix.depth,)
-        for depth, hidden_BLW in zip(depths, self.stack.exits(token_BLW, prefix, depths), strict=True):
-            error_BLX = self.codec.decode(hidden_BLW).float() - target_BLX
-            losses[depth] = gaussian.masked_mean_square(error_BLX[..., : c.action_dim], mask_BL * valid_BL, mask_BLD)
+        hidden = self.stack.exits(token_BLW, prefix, depths)
+        losses = self.exits.losses(hidden, depths, self.answer, loss, target_BLX, training=self.training)
         return mean_over_exits("velocity", losses)
 
     def start(

@@ -23,6 +23,7 @@ from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, LatentCodes, Targets, TokenConditioning
+from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.decoders.losses import Draws, LossTerms
@@ -137,6 +138,10 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
     def max_action_prefix(self) -> int:
         """As its flow."""
         return self.flow.max_action_prefix
+
+    def learn_exits(self, exits: ExitTraining) -> None:
+        """See ``Decoder``: those of its flow."""
+        self.flow.learn_exits(exits)
 
     def nfe(self, sampling: Sampling) -> int:
         """Of the expert; the latent tokens are one more pass of a few tokens through the backbone."""

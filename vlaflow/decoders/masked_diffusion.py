@@ -19,7 +19,7 @@ from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
 from vlaflow.flows import masked
-from vlaflow.flows.categorical import gumbel, pick, tempered, uniforms
+from vlaflow.flows.categorical import gumbel, pick, uniforms
 from vlaflow.flows.sampling import Sampling
 from vlaflow.ranges import NotNegative
 
@@ -81,7 +81,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     @property
     def capabilities(self) -> frozenset[Capability]:
         """Conditioning, and regeneration: training masks any tokens and shows the others."""
-        return self.conditioning | {Capability.REGENERATION, Capability.GRID, Capability.TEMPERATURE}
+        return self.conditioning | self.chance | {Capability.REGENERATION, Capability.GRID}
 
     def draw(self, batch: int, generator: Generator) -> Draws:
         """Which tokens are masked, bool (B·K, S)."""
@@ -127,7 +127,8 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     def advance(self, state: MaskedState, prefix: Prefix, steps: int = 1) -> MaskedState:
         """Predict all masked tokens and reveal the surest, as many as the cosine schedule says.
 
-        A temperature in the sampling replaces both of the config's: at 0 no step depends on a generator.
+        A temperature in the sampling replaces both of the config's: at 0 no step depends on a generator. The order of expected
+        tokens is that of their probabilities.
         """
         c, count_B, sampling = self.config, state.free_BS.sum(1), state.sampling
         temperature = c.temperature if sampling.temperature is None else sampling.temperature
@@ -138,7 +139,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
                 break
             logits_BSV = self._look(state, prefix)
             uniform_B2S = uniforms(state.generators, (2, self.slots), logits_BSV.device)
-            drawn_BS = pick(tempered(logits_BSV, temperature), uniform_B2S[:, 0])
+            drawn_BS = pick(self.weights(logits_BSV, temperature, expected=sampling.expected), uniform_B2S[:, 0])
             id_BS = torch.where(state.hidden_BS, drawn_BS, state.id_BS)
             chance_BS = torch.where(state.hidden_BS, probability_of(logits_BSV, id_BS), state.probability_BS)
             left_B = masked.still_masked(count_B, done + 1, sampling.steps, progress)

@@ -1,7 +1,8 @@
 """AsyncVLA's confidence rater: one probability per action of a finished chunk, from the observation and the chunk.
 
-It learns relative errors: within each chunk the best action is labelled 1 − α and the worst 1 − α − β. So a low rating
-says "worse than its neighbours", not "wrong"; a calibrated compute policy must not read more into it.
+As published it learns relative errors: within each chunk the best action is labelled 1 − α and the worst 1 − α − β. So a low
+rating says "worse than its neighbours", not "wrong". With an error scale it learns absolute errors, and ratings of different
+chunks compare.
 
 Shape letters: B batch, P prefix tokens, L chunk size, D action dimension, W width.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.nn.block import Block, BlockConfig, make_norm
+from vlaflow.ranges import Positive
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,21 @@ class RaterConfig:
         block: its transformer blocks; their width is that of the backbone.
         depth: number of blocks.
         alpha, beta: labels lie in [1 − alpha − beta, 1 − alpha].
+        error_scale: squared error (normalised actions) at which an absolute label is in the middle of its range; None for
+            relative labels.
     """
 
     block: BlockConfig
     depth: int = 2
     alpha: float = 0.01
     beta: float = 0.98
+    error_scale: Positive | None = None
+
+    def labels(self, error_BL: Tensor, valid_BL: Tensor) -> Tensor:
+        """What the rating of actions with these squared errors should be, (B, L)."""
+        if self.error_scale is None:
+            return rater_labels(error_BL, valid_BL, self.alpha, self.beta)
+        return absolute_labels(error_BL, self.error_scale, self.alpha, self.beta)
 
     def build(self, action_dim: int, chunk_size: int) -> ConfidenceRater:
         """The network, randomly initialised."""
@@ -52,6 +63,21 @@ def rater_labels(error_BL: Tensor, valid_BL: Tensor, alpha: float = 0.01, beta: 
     high_B1 = error_BL.masked_fill(~valid_BL, float("-inf")).amax(1, keepdim=True)
     share_BL = ((error_BL - low_B1) / (high_B1 - low_B1 + eps)).nan_to_num(0.0).clamp(0, 1)
     return 1 - alpha - beta * share_BL
+
+
+def absolute_labels(error_BL: Tensor, scale: float, alpha: float = 0.01, beta: float = 0.98) -> Tensor:
+    """q = 1 − α − β·e/(e + s): the same error has the same label in every chunk, and e = s the middle one.
+
+    A rating q of a rater that learned them stands for the error e = s·(1 − α − q)/(q − 1 + α + β).
+
+    Args:
+        error_BL: squared error per action, ≥ 0, (B, L).
+        scale: s > 0.
+
+    Returns:
+        (B, L) in (1 − α − β, 1 − α], falling as the error grows.
+    """
+    return 1 - alpha - beta * error_BL / (error_BL + scale)
 
 
 class ConfidenceRater(nn.Module):

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning
+from vlaflow.decoders.exits import ExitHeads, ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -78,9 +79,16 @@ class RegressionDecoder(Decoder[RegressionState]):
         self.stack: Stack = config.expert.build(spec, config.tokens) if config.expert else SharedStack(spec.width)
         width = self.stack.width
         self.query = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
-        self.head = ResidualMLP(
-            config.tokens // config.chunk_size * width, config.hidden or width, config.action_dim, config.head_layers
-        )
+        self._reads, self._hidden = config.tokens // config.chunk_size * width, config.hidden or width
+        self.head = ResidualMLP(self._reads, self._hidden, config.action_dim, config.head_layers)
+        self.exits = ExitTraining((spec.depth,))
+        self.exit_heads: ExitHeads | None = None
+
+    def learn_exits(self, exits: ExitTraining) -> None:
+        """See ``Decoder``."""
+        self.exits = exits
+        if exits.own_heads:
+            self.exit_heads = ExitHeads(exits, self._reads, self._hidden, self.action_dim)
 
     def nfe(self, sampling: Sampling) -> int:
         """One, whatever number of steps."""
@@ -88,11 +96,22 @@ class RegressionDecoder(Decoder[RegressionState]):
 
     def answers(self, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
         """Normalised chunks (B, L, D) at each of the depths."""
+        hidden = self._hidden_states(prefix, depths)
+        mask_BLD = prefix.action_mask_BLD
+        made = [self.answer(hidden_BLW, depth) for hidden_BLW, depth in zip(hidden, depths, strict=True)]
+        return made if mask_BLD is None else [torch.where(mask_BLD, made_BLD, 0.0) for made_BLD in made]
+
+    def answer(self, hidden_BLW: Tensor, depth: int) -> Tensor:
+        """Normalised chunk (B, L, D) that the head of a depth makes of the queries' hidden states."""
+        if self.exit_heads is None or depth not in self.exit_heads:
+            return self.head(hidden_BLW).float()
+        return self.exit_heads(hidden_BLW, depth).float()
+
+    def _hidden_states(self, prefix: Prefix, depths: Sequence[int]) -> list[Tensor]:
+        """Of the queries of each action, (B, L, T/L·W), at each of the depths."""
         query_BTW = self.query.expand(prefix.batch, -1, -1)
         hidden = self.stack.exits(query_BTW, prefix, depths)
-        made = [self.head(h_BTW.reshape(prefix.batch, self.chunk_size, -1)).float() for h_BTW in hidden]
-        mask_BLD = prefix.action_mask_BLD
-        return made if mask_BLD is None else [torch.where(mask_BLD, made_BLD, 0.0) for made_BLD in made]
+        return [hidden_BTW.reshape(prefix.batch, self.chunk_size, -1) for hidden_BTW in hidden]
 
     def draw(self, batch: int, generator: Generator) -> Draws:
         """Nothing."""
@@ -106,10 +125,13 @@ class RegressionDecoder(Decoder[RegressionState]):
         if targets.mask_BLD is not None:  # each action counts by the mean over its own dimensions
             count = targets.valid_BL.sum().clamp(min=1)
             weight_BL1 = weight_BL1 * targets.mask_BLD / targets.mask_BLD.sum(-1, keepdim=True).clamp(min=1)
-        losses = {
-            depth: ((made_BLD - targets.action_BLD.float()).abs() * weight_BL1).sum() / count
-            for depth, made_BLD in zip(depths, self.answers(prefix, depths), strict=True)
-        }
+
+        def loss(made_BLD: Tensor, target_BLD: Tensor) -> Tensor:
+            return ((made_BLD - target_BLD).abs() * weight_BL1).sum() / count
+
+        hidden = self._hidden_states(prefix, depths)
+        target_BLD = targets.action_BLD.float()
+        losses = self.exits.losses(hidden, depths, self.answer, loss, target_BLD, training=self.training)
         return mean_over_exits("absolute", losses)
 
     def start(

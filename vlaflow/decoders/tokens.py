@@ -23,6 +23,7 @@ from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
 from vlaflow.backbones.language import LanguageBackbone, speaking
 from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.categorical import tempered
 from vlaflow.flows.sampling import Sampling
 from vlaflow.stacks.shared import SharedStack
 
@@ -157,6 +158,8 @@ class TokenDecoder(Decoder[State]):
         self.embedding = nn.Embedding(self.tokenizer.vocabulary + extra, spec.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.head = nn.Linear(spec.width, self.tokenizer.vocabulary)
+        values_SV = self.tokenizer.values_SV
+        self._values_SV = None if values_SV is None else torch.from_numpy(values_SV)
 
     @torch.no_grad()
     def begin_from(self, backbone: Backbone) -> None:
@@ -220,6 +223,30 @@ class TokenDecoder(Decoder[State]):
         """
         by_action = {Capability.CONDITIONING} if self.tokenizer.local else set()
         return frozenset({Capability.TOKEN_CONDITIONING} | by_action)
+
+    @property
+    def chance(self) -> frozenset[Capability]:
+        """How its tokens can be drawn."""
+        expected = set() if self._values_SV is None else {Capability.EXPECTED}
+        return frozenset({Capability.TEMPERATURE} | expected)
+
+    def weights(self, logits_BSV: Tensor, temperature: float, *, expected: bool, slot: slice = slice(None)) -> Tensor:
+        """What tokens are drawn from, float32 (B, S, V): softmax(logits/temperature), or all on the expected token.
+
+        Args:
+            logits_BSV: of all slots, or of those in ``slot``.
+            temperature: 0 leaves the most probable token alone.
+            expected: the token whose value is nearest to the mean value under that distribution gets all the weight.
+            slot: which slots the logits are of.
+        """
+        weight_BSV = tempered(logits_BSV, temperature)
+        if not expected:
+            return weight_BSV
+        assert self._values_SV is not None, "compute policies check Capability.EXPECTED before anything runs"
+        value_SV = self._values_SV[slot].to(weight_BSV)
+        mean_BS1 = (weight_BSV * value_SV).sum(-1, keepdim=True)
+        nearest_BS1 = (value_SV - mean_BS1).abs().argmin(-1, keepdim=True)
+        return torch.zeros_like(weight_BSV).scatter_(-1, nearest_BS1, 1.0)
 
     def nfe(self, sampling: Sampling) -> int:
         """One a step."""

@@ -27,7 +27,7 @@ from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Spee
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.packages import require
 
-Engine = Literal["auto", "eager", "aoti", "openvino", "graphs"]
+Engine = Literal["auto", "eager", "aoti", "openvino", "graphs", "graphs-fp8"]
 TOLERANCE: dict[Precision, float] = {"f32": 1e-5, "bf16": 0.05}
 """Largest difference to the eager chunk, normalised. Sums in another order give 1e-6; bfloat16 keeps 8 bits of every factor."""
 
@@ -125,7 +125,7 @@ def deployed(model: Model, weights: Callable[[], str], engine: Engine) -> Opened
     device = model.device
     if engine == "auto":
         return _fastest(model, weights()) if device.type == "cpu" and store.root().exists() else None
-    if engine == "eager" or engine == "graphs":  # noqa: PLR1714 - narrows the type; graphs need no programs
+    if engine == "eager" or engine == "graphs" or engine == "graphs-fp8":  # noqa: PLR1714 - narrows the type
         return None
     if device.type != "cpu":
         raise CapabilityError(f"Programs run on the CPU, and this policy is on {device}. Leave --device or --engine out.")

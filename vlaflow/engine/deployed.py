@@ -36,6 +36,9 @@ from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.attention import KeyValues
 from vlaflow.stacks.shared import Cache
 
+Clocks = tuple[tuple[Tensor, Tensor, Tensor], ...]
+"""For each step its clocks (B, L), their change, and what they add to the tokens (B, T, W)."""
+
 
 class DeployedModel(Model):
     """See the module text.
@@ -130,30 +133,28 @@ class DeployedFlow(Deployed, FlowDecoder):
 
         x_BLX, last = state.x_BLX.contiguous(), min(state.done + steps, count)
         if state.sampling.solver == "euler":
-            clock_NBL, delta_NBL, time_NBTW = self._clocks(state)
-            for done in range(state.done, last):
-                x_BLX = step(x_BLX, x_BLX, clock_NBL[done], delta_NBL[done], time_NBTW[done])
+            for clock_BL, delta_BL, time_BTW in self._clocks(state)[state.done : last]:
+                x_BLX = step(x_BLX, x_BLX, clock_BL, delta_BL, time_BTW)
             return replace(state, x_BLX=x_BLX, done=last)
         for done in range(state.done, last):
             now_BL, next_BL = state.clock_at(done), state.clock_at(done + 1)
             x_BLX = gaussian.solver_step(state.sampling.solver, x_BLX, velocity, now_BL, next_BL, last=done + 1 == count)
         return replace(state, x_BLX=x_BLX, done=last)
 
-    def _clocks(self, state: FlowState) -> tuple[Tensor, Tensor, Tensor]:
-        """Clocks (N, B, L), their changes, and what they add to the tokens."""
+    def _clocks(self, state: FlowState) -> Clocks:
         if bool((state.start_BL == 1).all()):
             return self._uniform(state.sampling, len(state.start_BL))
         return self._walk(state.sampling, state.start_BL)
 
-    def _table(self, sampling: Sampling, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _table(self, sampling: Sampling, batch: int) -> Clocks:
         """Those of tokens that all start as noise."""
         return self._walk(sampling, torch.ones(batch, self.chunk_size))
 
-    def _walk(self, sampling: Sampling, start_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _walk(self, sampling: Sampling, start_BL: Tensor) -> Clocks:
         clock_NBL = torch.stack([start_BL * sampling.clock(done) for done in range(sampling.steps + 1)])
         delta_NBL = clock_NBL[1:] - clock_NBL[:-1]
         time_NBTW = self.codec.times(clock_NBL[:-1].flatten(0, 1)).unflatten(0, delta_NBL.shape[:2])
-        return clock_NBL, delta_NBL, time_NBTW
+        return tuple(zip(clock_NBL[:-1], delta_NBL, time_NBTW, strict=True))
 
 
 class DeployedRegression(Deployed, RegressionDecoder):

@@ -1,6 +1,7 @@
 """A policy's networks for a GPU: fused layers on static buffers, and passes that are recorded once and replayed as CUDA graphs.
 
     fast = Policy.from_pretrained(folder, "cuda", engine="graphs")      # chunks differ by rounding alone
+    fast = Policy.from_pretrained(folder, "cuda", engine="graphs-fp8")  # and here by the rounding of float8
     fast.act(observation)
 
 What is recorded, per shape: the vision tower, the prefix through the language layers, and all solver steps of a chunk.
@@ -24,6 +25,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vlaflow.backbones.base import Backbone, Prefix, Rotary
 from vlaflow.backbones.inputs import Inputs
@@ -121,10 +123,26 @@ class FusedLanguage(PretrainedBackbone):
         self.fused, eps = merged_layers(self.language.layers)
         self.shape, self.slots = LayerShape(self.spec.heads, self.spec.kv_heads, eps), room
         self.one_layer: Layer = fused_layer
-        if self.fused[0].qkv.is_cuda:
+        if self.fused[0].qkv.weight_OI.is_cuda:
             self.one_layer = torch.compile(fused_layer, dynamic=False)
         self._shapes: Recent[Buffers] = Recent()
         self._passes = CapturedPasses()
+
+    def to_float8(self) -> None:
+        """Have the fused language layers read float8 copies of their matrices.
+
+        Raises:
+            CapabilityError: torch or the GPU is too old, or a matrix has a size that is not divisible by 16.
+        """
+        matrix = self.fused[0].qkv.weight_OI
+        sizes = {size for w in self.fused for each in (w.qkv, w.out, w.gate_up, w.down) for size in each.weight_OI.shape}
+        old = matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) < (8, 9)
+        if old or not hasattr(functional, "scaled_mm") or any(size % 16 for size in sizes):
+            raise CapabilityError(
+                "Products of float8 need torch 2.10, a GPU of compute capability 8.9, and sizes that are multiples of 16. Use "
+                "--engine graphs."
+            )
+        self.fused = [w.in_float8() for w in self.fused]
 
     def run(self, prefix: Prefix, upto: int | None = None) -> Prefix:
         """See ``Backbone``; keys and values go into the buffers of this shape."""
@@ -212,7 +230,7 @@ class FusedQwen(FusedLanguage, QwenBackbone):
         super().__init__(backbone, room)
         self.fused_vision = merged_vision(self.network.visual.blocks)
         self.one_vision_layer: Callable[..., Tensor] = vision_layer
-        if self.fused_vision[0].qkv.is_cuda:
+        if self.fused_vision[0].qkv.weight_OI.is_cuda:
             self.one_vision_layer = torch.compile(vision_layer, dynamic=False)
         self._plans: Recent[VisionPlan] = Recent()
 
@@ -290,24 +308,30 @@ class FusedModel(Model):
 
     Args:
         model: whose networks it shares; matrices that are merged become views there too.
+        float8: round the matrices of the language layers, and what they multiply, to float8. The copies are read in place of
+            the networks' own, which stay for what does not run fused.
 
     Raises:
-        CapabilityError: its backbone is of another kind.
+        CapabilityError: its backbone is of another kind, or there is no float8 here.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, float8: bool = False) -> None:
         room = model.decoder.slots if isinstance(model.decoder, TokenDecoder) else model.decoder.chunk_size
-        super().__init__(fuse(model.backbone, room), recorded(model.decoder), model.rater, model.depths)
+        backbone = fuse(model.backbone, room)
+        if float8:
+            backbone.to_float8()
+        super().__init__(backbone, recorded(model.decoder), model.rater, model.depths)
+        self.float8 = float8
         self.eval()
 
     @property
     def engine(self) -> str:
         """See ``Model``."""
-        return "fused layers and CUDA graphs"
+        return f"fused layers and CUDA graphs{' in float8' * self.float8}"
 
 
 @singledispatch
-def fuse(backbone: Backbone, room: int) -> Backbone:
+def fuse(backbone: Backbone, room: int) -> FusedLanguage:
     """The backbone with fused layers, and slots for so many suffix tokens.
 
     Raises:
@@ -317,13 +341,13 @@ def fuse(backbone: Backbone, room: int) -> Backbone:
 
 
 @fuse.register
-def _(backbone: PretrainedBackbone, room: int) -> Backbone:
+def _(backbone: PretrainedBackbone, room: int) -> FusedLanguage:
     kind = type(f"Fused{type(backbone).__name__}", (FusedLanguage, type(backbone)), {})
-    return cast(Backbone, kind(backbone, room))
+    return cast(FusedLanguage, kind(backbone, room))
 
 
 @fuse.register
-def _(backbone: QwenBackbone, room: int) -> Backbone:
+def _(backbone: QwenBackbone, room: int) -> FusedLanguage:
     return FusedQwen(backbone, room)
 
 

@@ -5,7 +5,7 @@ product, and so are gate and up; queries and keys are rotated together; keys and
 layer, prefix first, suffix behind it, so that a suffix token's attention is one call over both.
 
 Shape letters: B batch, P prefix tokens, T tokens of this pass, N slots (P and those of the suffix), W width, H heads, G
-key/value heads, E head dimension.
+key/value heads, E head dimension, I inputs, O outputs, M rows of all tokens.
 """
 
 from __future__ import annotations
@@ -23,21 +23,66 @@ from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import KeyValues
 
 
+class Matrix(NamedTuple):
+    """A linear layer.
+
+    Args:
+        weight_OI: the outputs' rows.
+        bias_O: None for none.
+        scale_1O: by which each row of a float8 weight was divided; None in the number format of the network.
+    """
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+    scale_1O: Tensor | None = None
+
+    @staticmethod
+    def of(linear: nn.Linear) -> Matrix:
+        """Its weights."""
+        return Matrix(linear.weight, linear.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., I) → (..., O) in the format of ``x``. With float8 weights each row of ``x`` is rounded to float8 as well."""
+        if self.scale_1O is None:
+            return functional.linear(x, self.weight_OI, self.bias_O)
+        row_MI, scale_M1 = rounded_to_float8(x.flatten(0, -2))
+        kind = functional.ScalingType.RowWise
+        made_MO = functional.scaled_mm(
+            row_MI, self.weight_OI.t(), scale_M1, kind, self.scale_1O, kind, output_dtype=torch.bfloat16
+        ).to(x.dtype)
+        return (made_MO if self.bias_O is None else made_MO + self.bias_O).unflatten(0, x.shape[:-1])
+
+    def in_float8(self) -> Matrix:
+        """The same with a float8 weight."""
+        weight_OI, scale_O1 = rounded_to_float8(self.weight_OI.detach())
+        return Matrix(weight_OI, self.bias_O, scale_O1.t().contiguous())
+
+
+def rounded_to_float8(x_MI: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in float8 (e4m3, three bits of mantissa) and float32 (M, 1), what each was divided by to use its whole range."""
+    scale_M1 = (x_MI.float().abs().amax(-1, keepdim=True) / torch.finfo(FLOAT8).max).clamp(min=1e-12)
+    return (x_MI.float() / scale_M1).to(FLOAT8), scale_M1
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
 class LayerWeights(NamedTuple):
-    """One layer's, by what they do; a layer without biases has None, and so has one that does not norm its heads."""
+    """One layer's, by what they do; a layer that does not norm its heads has None."""
 
     norm_in_W: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
+    qkv: Matrix
+    out: Matrix
     norm_ffn_W: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Matrix
+    down: Matrix
     norm_heads: Tensor | None = None
     """Of queries and keys, (H + G, 1, E)."""
+
+    def in_float8(self) -> LayerWeights:
+        """The same with float8 matrices."""
+        matrices = {name: getattr(self, name).in_float8() for name in ("qkv", "out", "gate_up", "down")}
+        return self._replace(**matrices)
 
 
 @dataclass(frozen=True)
@@ -88,8 +133,6 @@ def _merged(layer: Any) -> LayerWeights:
         raise CapabilityError(
             f"A {type(layer).__name__} is made of other parts than the layers that run fused. Use --engine eager."
         )
-    qkv, qkv_bias = join(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, gate_up_bias = join(mlp.gate_proj, mlp.up_proj)
     norm_heads = None
     if hasattr(attention, "q_norm"):  # Qwen3's family normalises each head's queries and keys
         pairs = [(attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)]
@@ -97,20 +140,16 @@ def _merged(layer: Any) -> LayerWeights:
         norm_heads = torch.cat(scales)[:, None].clone()
     return LayerWeights(
         layer.input_layernorm.weight,
-        qkv,
-        qkv_bias,
-        attention.o_proj.weight,
-        attention.o_proj.bias,
+        join(attention.q_proj, attention.k_proj, attention.v_proj),
+        Matrix.of(attention.o_proj),
         layer.post_attention_layernorm.weight,
-        gate_up,
-        gate_up_bias,
-        mlp.down_proj.weight,
-        mlp.down_proj.bias,
+        join(mlp.gate_proj, mlp.up_proj),
+        Matrix.of(mlp.down_proj),
         norm_heads,
     )
 
 
-def join(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def join(*linears: nn.Linear) -> Matrix:
     """Several linear layers of one input as one; their parameters become views of its."""
     joined: list[Tensor | None] = []
     for name in ("weight", "bias"):
@@ -124,7 +163,7 @@ def join(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
         joined.append(whole)
     weight, bias = joined
     assert weight is not None
-    return weight, bias
+    return Matrix(weight, bias)
 
 
 def rotated(x_BHTE: Tensor, cosine_B1TE: Tensor, sine_B1TE: Tensor) -> Tensor:
@@ -158,7 +197,7 @@ def fused_layer(
     (b, t, width), (key_BGNE, value_BGNE) = hidden_BTW.shape, slots
     h, g, e = shape.heads, shape.kv_heads, key_BGNE.shape[-1]
     x_BTW = functional.rms_norm(hidden_BTW.to(w.norm_in_W.dtype), (width,), w.norm_in_W, shape.eps)
-    qkv = functional.linear(x_BTW, w.qkv, w.qkv_bias).view(b, t, h + 2 * g, e).transpose(1, 2)
+    qkv = w.qkv.product(x_BTW).view(b, t, h + 2 * g, e).transpose(1, 2)
     turned = qkv[:, : h + g]
     if w.norm_heads is not None:
         turned = functional.rms_norm(turned.to(w.norm_heads.dtype), (e,), None, shape.eps) * w.norm_heads
@@ -174,10 +213,10 @@ def fused_layer(
         is_causal=visible.causal,
         enable_gqa=h != g,
     )
-    hidden_BTW = hidden_BTW + functional.linear(mixed_BHTE.transpose(1, 2).reshape(b, t, h * e), w.out, w.out_bias)
+    hidden_BTW = hidden_BTW + w.out.product(mixed_BHTE.transpose(1, 2).reshape(b, t, h * e))
     x_BTW = functional.rms_norm(hidden_BTW.to(w.norm_ffn_W.dtype), (width,), w.norm_ffn_W, shape.eps)
-    gate, up = functional.linear(x_BTW, w.gate_up, w.gate_up_bias).chunk(2, -1)
-    return hidden_BTW + functional.linear(functional.silu(gate) * up, w.down, w.down_bias)
+    gate, up = w.gate_up.product(x_BTW).chunk(2, -1)
+    return hidden_BTW + w.down.product(functional.silu(gate) * up)
 
 
 Layer = Callable[..., Tensor]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlaflow.backbones.base import Rotary
-from vlaflow.engine.gpu_layers import LayerWeights, join, rotated
+from vlaflow.engine.gpu_layers import LayerWeights, Matrix, join, rotated
 
 Span = tuple[int, int, int]
 """The first patch, how many groups of equal length follow, and that length."""
@@ -93,12 +93,14 @@ def merged_vision(blocks: Sequence[Any]) -> list[LayerWeights]:
     found = []
     for block in blocks:
         attention, mlp = block.attn, block.mlp
-        gate_up, gate_up_bias = join(mlp.gate_proj, mlp.up_proj)
-        qkv, out, down = attention.qkv, attention.proj, mlp.down_proj
-        norms = (block.norm1.weight, block.norm2.weight)
         found.append(
             LayerWeights(
-                norms[0], qkv.weight, qkv.bias, out.weight, out.bias, norms[1], gate_up, gate_up_bias, down.weight, down.bias
+                block.norm1.weight,
+                Matrix.of(attention.qkv),
+                Matrix.of(attention.proj),
+                block.norm2.weight,
+                join(mlp.gate_proj, mlp.up_proj),
+                Matrix.of(mlp.down_proj),
             )
         )
     return found
@@ -126,7 +128,7 @@ def vision_layer(
     """
     count, width = hidden_NW.shape
     x_NW = functional.rms_norm(hidden_NW.to(w.norm_in_W.dtype), (width,), w.norm_in_W, eps)
-    qkv_N3HE = functional.linear(x_NW, w.qkv, w.qkv_bias).view(count, 3, heads, -1)
+    qkv_N3HE = w.qkv.product(x_NW).view(count, 3, heads, -1)
     turned = rotated(qkv_N3HE[:, :2].flatten(1, 2).float(), *rotary).to(qkv_N3HE.dtype)
     qkv_N3HE = torch.cat((turned.view(count, 2, heads, -1), qkv_N3HE[:, 2:]), 1)
     if order is not None:
@@ -138,10 +140,10 @@ def vision_layer(
     mixed_NW = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
     if order is not None:
         mixed_NW = mixed_NW[order[1]]
-    hidden_NW = hidden_NW + functional.linear(mixed_NW, w.out, w.out_bias)
+    hidden_NW = hidden_NW + w.out.product(mixed_NW)
     x_NW = functional.rms_norm(hidden_NW.to(w.norm_ffn_W.dtype), (width,), w.norm_ffn_W, eps)
-    gate, up = functional.linear(x_NW, w.gate_up, w.gate_up_bias).chunk(2, -1)
-    return hidden_NW + functional.linear(functional.silu(gate) * up, w.down, w.down_bias)
+    gate, up = w.gate_up.product(x_NW).chunk(2, -1)
+    return hidden_NW + w.down.product(functional.silu(gate) * up)
 
 
 def see(

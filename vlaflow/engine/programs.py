@@ -22,6 +22,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -158,7 +159,13 @@ def _buffers(kv_cache: Sequence[KeyValues]) -> list[Tensor]:
 
 def _mask(mask_BP: Tensor | None, token_BPW: Tensor) -> Tensor:
     """A mask where there was none: programs always read one."""
-    return token_BPW.new_ones(token_BPW.shape[:2], dtype=torch.bool) if mask_BP is None else mask_BP.contiguous()
+    return _everything(*token_BPW.shape[:2]) if mask_BP is None else mask_BP.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _everything(batch: int, tokens: int) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.ones(batch, tokens, dtype=torch.bool)
 
 
 class Programs:

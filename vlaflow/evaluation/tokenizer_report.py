@@ -168,11 +168,13 @@ class Disturbed:
     """Chunks in which one token each was replaced.
 
     Args:
-        before_N, after_N: ids of the token before and after.
+        slot_N: where the token was.
+        before_N, after_N: its id before and after.
         change_N: root mean square change of the chunk.
         repaired_N: bool, whether the tokens are no longer a valid encoding.
     """
 
+    slot_N: np.ndarray
     before_N: np.ndarray
     after_N: np.ndarray
     change_N: np.ndarray
@@ -200,16 +202,16 @@ def disturbed(tokenizer: Tokenizer, id_NS: np.ndarray, rng: np.random.Generator,
     wrong_NS[np.arange(len(rows)), place] = after
     made = tokenizer.decode(wrong_NS)
     change_N = np.sqrt(np.square(made.action_BLD - tokenizer.decode(id_NS[rows]).action_BLD).mean((1, 2)))
-    return Disturbed(before, after, change_N, made.repaired_B)
+    return Disturbed(place, before, after, change_N, made.repaired_B)
 
 
-def metric_rank(tokenizer: Tokenizer, chunks: Material, distance_VV: np.ndarray, seed: int = 0) -> float:
+def metric_rank(tokenizer: Tokenizer, chunks: Material, distance: np.ndarray, seed: int = 0) -> float:
     """Whether a distance between ids reflects the change of actions: Spearman's rank correlation over random replacements.
 
     Args:
         tokenizer: a tokenizer with V ids.
         chunks: see ``material``; one token of each held-out chunk is replaced.
-        distance_VV: distance between ids.
+        distance: between ids, (V, V), or (S, V, V) where slots differ.
         seed: seed of the replacements.
 
     Returns:
@@ -219,7 +221,8 @@ def metric_rank(tokenizer: Tokenizer, chunks: Material, distance_VV: np.ndarray,
 
     action_NLD = chunks.held[:: -(-len(chunks.held) // CHUNKS)]
     found = disturbed(tokenizer, tokenizer.encode(action_NLD), np.random.default_rng(seed), near=False)
-    return float(spearmanr(distance_VV[found.before_N, found.after_N], found.change_N).statistic)
+    distance_SVV = np.broadcast_to(distance, (tokenizer.slots, *distance.shape[-2:]))
+    return float(spearmanr(distance_SVV[found.slot_N, found.before_N, found.after_N], found.change_N).statistic)
 
 
 def id_distance(tokenizer: Tokenizer) -> np.ndarray:

@@ -17,14 +17,42 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from vlaflow.errors import ConfigError
 from vlaflow.flows.categorical import pick
-from vlaflow.ranges import Positive
+from vlaflow.ranges import Positive, Share
 
 JumpRule = Literal["linear", "exponential"]
 """Probability of leaving a token whose rate is λ within a stride h: min(1, hλ), or 1 − exp(−hλ)."""
+
+
+@dataclass(frozen=True)
+class TrainingClocks:
+    """How the clocks of training examples are drawn; uniformly by default.
+
+    Args:
+        power: k of the density k·clock^(k − 1) on (0, 1]; above 1 there is more noise in the examples.
+        pure: share of the examples that are noise alone, at clock 1, where every chunk starts.
+    """
+
+    power: Positive = 1.0
+    pure: Share = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.power > 0 and 0 <= self.pure <= 1):
+            raise ConfigError(
+                f"Training clocks need a power above 0 and a share pure in [0, 1], got {self.power} and {self.pure}."
+            )
+
+    def draw(self, batch: int, generator: Generator) -> Tensor:
+        """Clocks (batch, 1) in (0, 1]; one of exactly 0 would have nothing to learn from."""
+        clock_B1 = 1 - torch.rand(batch, 1, generator=generator)
+        if self.power != 1:
+            clock_B1 = clock_B1 ** (1 / self.power)
+        if self.pure > 0:
+            clock_B1 = clock_B1.masked_fill(torch.rand(batch, 1, generator=generator) < self.pure, 1.0)
+        return clock_B1
 
 
 @dataclass(frozen=True)
@@ -71,15 +99,19 @@ def metric_path(distance_BSV: Tensor, beta_BS: Tensor) -> Tensor:
     return (-finite_BS1 * distance_BSV).softmax(-1)
 
 
-def metric_velocity(token_BS: Tensor, target_BS: Tensor, distance_VV: Tensor, beta_BS: Tensor, rate_BS: Tensor) -> Tensor:
+def metric_velocity(token_BS: Tensor, distance_BSV: Tensor, beta_BS: Tensor, rate_BS: Tensor) -> Tensor:
     """Kinetic-optimal velocity u(x) = p(x | y)·dβ/dt·[d(z, y) − d(x, y)]₊ from token z towards target y.
 
     It moves only to tokens closer to the target, is 0 at the current token, and vanishes once z = y (Shaul et al. eq. 17).
 
+    Args:
+        token_BS: current tokens, z.
+        distance_BSV: d from every token x to the target y.
+        beta_BS, rate_BS: β and dβ/dt.
+
     Returns:
         Rates (B, S, V) ≥ 0 per unit of t = 1 − clock.
     """
-    distance_BSV = distance_VV[target_BS]
     here_BS1 = distance_BSV.gather(-1, token_BS[..., None])
     closer_BSV = (here_BS1 - distance_BSV).clamp(min=0)
     return metric_path(distance_BSV, beta_BS) * rate_BS[..., None] * closer_BSV

@@ -2,7 +2,7 @@
 
 A value that every decoder's ``start`` takes. What a decoder has no use for (a temperature without tokens, a noise scale without
 Gaussian noise) is refused before anything runs (``compute.base.Requirements``). Written as ``2``, ``2@0.5``, ``1-0.3-0``,
-``5,midpoint``, ``16,temperature=0`` (docs/sampling.md).
+``5,midpoint``, ``16,temperature=0``, ``16,expected`` (docs/sampling.md).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Sampling:
         solver: of a continuous flow.
         temperature: of the tokens a discrete decoder draws (in a discrete flow, of the predicted final chunk); 0 takes the most
             probable ones, None is the checkpoint's own.
+        expected: a discrete decoder takes the token nearest to the mean of its distribution, in place of drawing one; for ids
+            that are ordered by value. The temperature is then that of the distribution, 1 by default.
     """
 
     steps: int = 10
@@ -38,6 +40,7 @@ class Sampling:
     grid: tuple[float, ...] | None = None
     solver: Solver = "euler"
     temperature: float | None = None
+    expected: bool = False
 
     def __post_init__(self) -> None:
         if self.grid is not None:
@@ -57,7 +60,8 @@ class Sampling:
         clocks = "-".join(f"{clock:g}" for clock in self.grid) if self.grid else str(self.steps)
         noise = "" if self.noise_scale == 1 else f"@{self.noise_scale:g}"
         solver = "" if self.solver == "euler" else f",{self.solver}"
-        return clocks + noise + solver + ("" if self.temperature is None else f",temperature={self.temperature:g}")
+        temperature = "" if self.temperature is None else f",temperature={self.temperature:g}"
+        return clocks + noise + solver + temperature + ",expected" * self.expected
 
     @property
     def evaluations(self) -> int:

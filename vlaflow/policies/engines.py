@@ -26,15 +26,16 @@ def with_engine(policy: Policy, engine: Engine) -> Policy:
     Args:
         policy: opened from a folder.
         engine: "eager" for no programs; "aoti" or "openvino" for those of this compiler; "auto" for the fastest there is;
-            "graphs" for fused layers and CUDA graphs of a pretrained backbone (``engine.gpu``), which nothing is built for.
+            "graphs" for fused layers and CUDA graphs of a pretrained backbone (``engine.gpu``), which nothing is built for,
+            and "graphs-fp8" for the same with float8 matrices.
 
     Raises:
         CapabilityError: the policy is not on the CPU, or was opened in bfloat16; not for "auto", which stays eager. For
             "graphs": its backbone is not pretrained.
         DeploymentError: they were not built, or for something else; not for "auto", which warns and stays eager.
     """
-    if engine == "graphs":
-        return replace(policy, model=FusedModel(policy.model))
+    if engine in ("graphs", "graphs-fp8"):
+        return replace(policy, model=FusedModel(policy.model, float8=engine == "graphs-fp8"))
     if engine == "eager" or policy.folder is None or (engine == "auto" and policy.dtype != "fp32"):
         return policy
     if policy.dtype != "fp32":

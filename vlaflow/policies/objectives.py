@@ -23,9 +23,11 @@ from vlaflow.config import to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import chosen_view
 from vlaflow.data.reading import Reading
+from vlaflow.data.source import Source
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
+from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.stored import is_shared_later, lay_as, without_memory
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
@@ -46,10 +48,11 @@ from vlaflow.policies.mixing import (
     timed,
 )
 from vlaflow.policies.provenance import run_of
+from vlaflow.policies.rater_stage import RaterStage, median_error
 from vlaflow.policies.recipe import Assets, Base, EarlierStages, Objective, OpenedDataset, Setup, TrainConfig
-from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, RaterStage, Stage
+from vlaflow.policies.stages import AnsweringStage, LatentStage, PolicyStage, Stage
 from vlaflow.policies.vqa import VqaTraining, require_askable, vqa_of
-from vlaflow.ranges import NotNegative, Positive
+from vlaflow.ranges import Count, NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -222,9 +225,18 @@ class RaterObjective(Objective):
 
     Args:
         rater: its networks.
+        labels: "relative", as published: an action's error between the smallest and the largest of its chunk; or "absolute":
+            the error itself, on the scale ``rater.error_scale``, which by default is the median on training samples.
+        draws: chunks per observation and step, which share its prefix.
+        expected: label each action by the mean error over these draws instead of its own chunk's.
+        sampling: of the chunks; those of the sampler whose chunks it will rate teach it most.
     """
 
     rater: RaterConfig
+    labels: Literal["relative", "absolute"] = "relative"
+    draws: Count = 1
+    expected: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
 
     def used_assets(self, assets: Assets) -> Assets:
         """The policy alone."""
@@ -267,17 +279,27 @@ class RaterObjective(Objective):
         base = assets.base
         if base is None:
             raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
+        if self.labels == "relative" and self.rater.error_scale is not None:
+            raise ConfigError("rater.error_scale belongs to absolute labels; add --set labels=absolute, or leave it out.")
         robots = known_robots(base, datasets)
-        policy = base.policy.with_rater(self.rater, config.seed)
+        samples = samples_of(base.policy, config, datasets, robots, [None] * len(datasets))
+        objective = self._scaled(base.policy, samples.train, config.seed)
+        policy = base.policy.with_rater(objective.rater, config.seed)
         report_exclusions(config, datasets, robots, policy)
-        samples = samples_of(policy, config, datasets, robots, [None] * len(datasets))
 
         def card(training: Sequence[str]) -> str:
             return policy_card(policy, datasets, training, "Training of the confidence rater", weights=samples.weights)
 
         known = robots.names if policy.robots else ()
         identity = base.identity() | mixture_identity(datasets, samples, known)
-        return samples.setup(self, RaterStage(policy), None, identity, card)
+        stage = RaterStage(policy, self.sampling, self.draws, expected=self.expected)
+        return samples.setup(objective, stage, None, identity, card)
+
+    def _scaled(self, policy: Policy, train: Source, seed: int) -> RaterObjective:
+        """The objective with the scale of absolute labels, measured where it is not stated."""
+        if self.labels == "relative" or self.rater.error_scale is not None:
+            return self
+        return replace(self, rater=replace(self.rater, error_scale=median_error(policy, train, self.sampling, seed)))
 
 
 @dataclass(frozen=True)

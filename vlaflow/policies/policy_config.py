@@ -98,6 +98,8 @@ class PolicyConfig:
             )
         decoder = self.decoder.build(backbone.spec)
         decoder.begin_from(backbone)
+        if self.exits is not None:
+            decoder.learn_exits(self.exits)
         rater = self.rater.build(self.decoder.action_dim, self.decoder.chunk_size) if self.rater else None
         return Model(backbone, decoder, rater, self.exits.depths if self.exits else ())
 

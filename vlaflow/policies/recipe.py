@@ -33,6 +33,7 @@ from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.dry_run import DryRun
+from vlaflow.policies.early_stop import EarlyStop
 from vlaflow.policies.parts import require_even
 from vlaflow.policies.policy_config import Normalisation
 from vlaflow.policies.provenance import ancestry, fingerprint
@@ -370,6 +371,7 @@ class TrainConfig:
         chunk_s: duration of a chunk in seconds, from which each robot's chunk size follows by its rate; None for the chunk size
             of the policy, whatever the rate.
         validate_every, checkpoint_every: steps.
+        stop: when to end before the last step; None for never.
         precision: "auto" is bf16 autocast where that is faster: on CUDA, and on CPUs by measurement (``training.precision``).
         seed: of weights, data order and noise.
     """
@@ -397,6 +399,7 @@ class TrainConfig:
     chunk_s: float | None = None
     validate_every: int = 250
     checkpoint_every: int = 500
+    stop: EarlyStop | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Seed = 0
 

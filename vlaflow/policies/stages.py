@@ -1,4 +1,4 @@
-"""What a training run learns: the policy itself, VQA co-training, the confidence rater, or a latent action model.
+"""What a training run learns: the policy itself, VQA co-training, or a latent action model; the rater is in ``rater_stage``.
 
 A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
 
@@ -25,9 +25,7 @@ from vlaflow.data.pairs import EARLIER, LATER
 from vlaflow.data.source import Prepare, Ready, Source
 from vlaflow.decoders.losses import LossTerms
 from vlaflow.decoders.model import Model
-from vlaflow.decoders.rater import rater_labels
 from vlaflow.errors import CapabilityError
-from vlaflow.flows.sampling import Sampling
 from vlaflow.policies.base import Policy
 from vlaflow.policies.processor import Drawn, Prepared, PreparedAnswers
 from vlaflow.stacks.base import stacks_of
@@ -216,63 +214,6 @@ class AnsweringStage:
 
 def _draw_nothing(batch: PreparedAnswers, generator: Generator, shared: Generator) -> Drawn:
     return Drawn()
-
-
-class RaterStage:
-    """The rater learns which actions of the frozen policy's own chunks are the worse ones (AsyncVLA §3.3)."""
-
-    def __init__(self, policy: Policy, steps: int = 10) -> None:
-        if policy.model.rater is None:
-            raise CapabilityError("The rater stage needs a policy with a rater; use policy.with_rater(config, seed).")
-        self.policy, self.sampling, self.rater = policy, Sampling(steps), policy.model.rater
-        policy.model.backbone.requires_grad_(False)
-        policy.model.decoder.requires_grad_(False)
-
-    @property
-    def module(self) -> nn.Module:
-        """The rater alone."""
-        return self.rater
-
-    @property
-    def uneven(self) -> bool:
-        """Never."""
-        return False
-
-    def prepare(self, batch: Batch) -> Prepared:
-        """See ``Policy.prepare``."""
-        return self.policy.prepare(batch)
-
-    def draw(self, batch: Prepared, generator: Generator, shared: Generator) -> Drawn:
-        """A seed of the policy's chunk for every sample."""
-        seeds = torch.randint(2**62, (len(batch.inputs),), generator=generator).tolist()
-        return Drawn(integers=tuple(seeds))
-
-    def loss(self, batch: Prepared, drawn: Drawn) -> LossTerms:
-        """Squared error between rating and label, on a chunk the policy makes for the batch, over valid actions."""
-        model, config = self.policy.model, self.rater.config
-        decoder, targets = model.decoder, batch.targets
-        with torch.no_grad():
-            prefix = model.read(self.policy.begin(batch))
-            generators = [Generator().manual_seed(seed) for seed in drawn.integers]
-            made_BLD = decoder.sample(prefix, generators, self.sampling)
-            error_BL = targets.mean_over_dimensions((made_BLD - targets.action_BLD).square())
-            label_BL = rater_labels(error_BL, targets.valid_BL, config.alpha, config.beta)
-        rating_BL = self.rater(prefix, made_BLD)
-        weight_BL = targets.valid_BL.float()
-        total = (functional.mse_loss(rating_BL, label_BL, reduction="none") * weight_BL).sum() / weight_BL.sum().clamp(min=1)
-        return LossTerms(total, {"rating": total.detach(), "error": error_BL[targets.valid_BL].mean()})
-
-    def after_step(self, step: int, shared: Generator) -> None:
-        """Nothing."""
-
-    def to(self, device: torch.device) -> None:
-        """See ``Stage``."""
-        self.policy.model.to(device)
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None, card: str = "") -> None:
-        """The whole policy, with the rater."""
-        whole = None if weights is None else {f"rater.{name}": tensor for name, tensor in weights.items()}
-        replace(self.policy, card=card or self.policy.card).save_pretrained(folder, whole)
 
 
 class LatentStage:

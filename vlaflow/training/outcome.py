@@ -18,6 +18,7 @@ class Outcome:
         signal: the signal that asked for its end, or None; it may have come when nothing was left to cut short.
         more: whether stages of a pipeline are still to come.
         policy: folder of the policy that the run made; None if it made something else.
+        best: step whose weights the checkpoint holds, of a run that ended because it no longer improved.
     """
 
     step: int
@@ -28,8 +29,9 @@ class Outcome:
     signal: int | None = None
     more: bool = False
     policy: Path | None = None
+    best: int | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were taken, and all stages."""
-        return self.step >= self.steps and not self.more
+        """Whether all steps were taken, or all that improved it, and all stages."""
+        return (self.step >= self.steps or self.best is not None) and not self.more

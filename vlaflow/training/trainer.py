@@ -46,6 +46,7 @@ from vlaflow.training.optim import build_optimizer, freeze, late_parameters, mul
 from vlaflow.training.outcome import Outcome
 from vlaflow.training.precision import FORMAT, chosen_format
 from vlaflow.training.step import SIGNALS, StepNumbers, TakenStep
+from vlaflow.training.stopping import Best, kept_settings
 from vlaflow.training.team import Team
 from vlaflow.versions import versions
 
@@ -102,7 +103,7 @@ class Trainer:
         self._given_identity, self._log_with = {**(identity or {})}, choose_tracker(tracker)
         # Losses of two kinds have two sizes, so each is compared with its own past.
         self._divergence = {name: Divergence(config.optim.warmup_steps) for name in get_args(LossName)}
-        self.step, self._seconds, self._saved = 0, 0.0, -1
+        self.step, self._seconds, self._saved, self._best = 0, 0.0, -1, Best(config.stop)
         self._validation: float | None = None
         self._reads_late, self._last_read = late, 0.0
 
@@ -128,7 +129,7 @@ class Trainer:
                 sys.stderr.write(f"The old checkpoint is now {aside}.\n")
         self.format = chosen_format(config.precision, self.device, self.team, run_of(self.out).get(FORMAT))
         compiled = {"compile": True} if self._compiled else {}
-        run = {**self._given_identity, FORMAT: self.format, **compiled, "config": _without(to_json(config))}
+        run = {**self._given_identity, FORMAT: self.format, **compiled, "config": kept_settings(to_json(config))}
         self.identity = json.loads(json.dumps(run))
 
         adapters = adapt(stage.module, config.lora, mix("adapters", config.seed)) if config.lora else []
@@ -146,6 +147,7 @@ class Trainer:
         if self._ema is not None and masters.of:
             raise ConfigError("Weights in bfloat16 are too coarse for averages. Set ema_decay=none, or train them in float32.")
         self._held = {name: (self._hold(source), weight) for name, (source, weight) in self._validation_sources.items()}
+        self._best.require(bool(self._held))
         self._held_vqa = self._hold(self._vqa.held) if self._vqa and self._vqa.held is not None else None
         self._parts = config.parts(self.team.world, self._resume())
         ahead, order = self._behind > 0, self._order
@@ -188,7 +190,7 @@ class Trainer:
             return self._run()
 
     def _run(self) -> Outcome:
-        if self.step >= self.config.steps:
+        if self.step >= self.config.steps or self._best.over:
             return self._outcome(None)
         c, held = self.config, bool(self._held or self._held_vqa)
         began = time.monotonic() - self._seconds
@@ -209,12 +211,13 @@ class Trainer:
                         if validates and not waiting and (last or stopped != signal.SIGTERM):
                             entry["validation"] = self._validate()
                             self._validation = entry["validation"].get("loss")
+                            self._best.update(self.step, entry["validation"])
                         self._seconds = time.monotonic() - began
                         log.write(read.number, {**entry, "seconds": round(self._seconds, 3)})
                         bar.advance(note=self._note(entry))
-                    if self.step and (saves or stopped):
+                    if self.step and (saves or stopped or self._best.due(self.step)):
                         self._save(part, hurried=self.sharded and stopped == signal.SIGTERM and not last)
-                    if stopped:
+                    if stopped or self._best.over:
                         break
                 return self._outcome(self._agreed(noted.signal))
         finally:
@@ -375,6 +378,7 @@ class Trainer:
             "step": self.step,
             "seconds": self._seconds,
             "validation": self._validation,
+            "best": self._best.state(),
             "losses": list(self._divergence["loss"].losses),
             "answer_losses": list(self._divergence["answer_loss"].losses),
             "processes": self.team.world,
@@ -392,7 +396,8 @@ class Trainer:
             with checkpoint.policy_weights(folder.parent, writers, self._ema is not None) as weights:
                 self.stage.save(folder, weights, card)
 
-        checkpoint.publish(self.out, self.step, state, tensors, None if hurried else save_policy, team=self.team)
+        as_before = hurried or self._best.keeps(self.step)
+        checkpoint.publish(self.out, self.step, state, tensors, None if as_before else save_policy, team=self.team)
         self._saved = self.step
 
     def _resume(self) -> int:
@@ -406,6 +411,7 @@ class Trainer:
             checkpoint.restore(found[1], state, self.stage.module, self._moments, self._ema, frozen=self._frozen)
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
+        self._best.restore(state["best"])
         self._divergence["loss"].losses.extend(state["losses"])
         self._divergence["answer_loss"].losses.extend(state.get("answer_losses", ()))
         return state["parts"]
@@ -427,7 +433,7 @@ class Trainer:
     def _outcome(self, signal: int | None) -> Outcome:
         losses = list(self._divergence["loss"].losses)[-100:]
         mean = sum(losses) / len(losses) if losses else None
-        return Outcome(self.step, self.config.steps, mean, self._validation, self._seconds, signal)
+        return Outcome(self.step, self.config.steps, mean, self._validation, self._seconds, signal, best=self._best.final)
 
     # -- words -------------------------------------------------------------------------------------------------------
 
@@ -440,8 +446,3 @@ class Trainer:
         held = "" if self._validation is None else f", held out {self._validation:.4f}"
         name = "loss" if "loss" in entry else "answer_loss"
         return f"{name.replace('_', ' ')} {entry[name]:.4f}{held}, {entry['samples_per_second']:.0f} samples/s"
-
-
-def _without(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what may change when a run is continued: how often to look and to save."""
-    return {key: value for key, value in config.items() if key not in ("validate_every", "checkpoint_every")}

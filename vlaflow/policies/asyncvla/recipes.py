@@ -12,6 +12,7 @@ from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.asyncvla.policy import smol as smol_policy
 from vlaflow.policies.base import PolicyConfig
+from vlaflow.policies.early_stop import EarlyStop
 from vlaflow.policies.libero_small import EXITS, small, small_training
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
@@ -55,14 +56,18 @@ def rater(policy: PolicyConfig) -> TrainConfig:
     """The confidence rater on a frozen tiny policy.
 
     vlaflow train asyncvla.rater --policy runs/demo/policy --dataset runs/demo/dataset --out runs/demo/rated
+
+    It ends when the held-out loss has not improved in five validations.
     """
     return TrainConfig(
-        RaterObjective(tiny_rater(policy)),
-        optim=OptimConfig(learning_rate=5e-4, warmup_steps=50),
-        steps=250,
+        RaterObjective(tiny_rater(policy), draws=2),
+        optim=OptimConfig(learning_rate=5e-4, warmup_steps=50, schedule="constant"),
+        steps=3000,
         global_batch_size=32,
         ema_decay=0.98,
         pauses=PauseRule(),
+        validate_every=100,
+        stop=EarlyStop(),
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vlaflow.actions.bins import BinsFit
-from vlaflow.decoders.discrete_flow import BinMetric, DiscreteFlowConfig
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
+from vlaflow.decoders.token_metrics import BinMetric, SlotMetric
 from vlaflow.flows.discrete import MetricSchedule
 from vlaflow.policies.dfm_vla.policy import emu3, tiny
 from vlaflow.policies.libero_small import small, small_training
@@ -20,6 +21,8 @@ from vlaflow.policies.tiny import COEFFICIENTS, FAST, tiny_training
 GRADUAL = MetricSchedule(c=3.5, alpha=0.5)
 """Embeddings of a small vocabulary are almost equidistant. With the paper's c = 3 and α = 1 nearly all tokens turn from
 noise to target between clocks 0.45 and 0.3, and most training samples are all noise or all clean. This spreads it out."""
+BY_SPREAD = MetricSchedule(c=1.0, alpha=1.0)
+"""In units of a slot's spread, noise is as wide as the data at clock 1/2, and three times as wide at 3/4."""
 
 
 def demo(data: DataSpec) -> TrainConfig:
@@ -48,6 +51,15 @@ def demo_ordered(data: DataSpec) -> TrainConfig:
     vlaflow train dfm_vla.demo_ordered --dataset runs/demo/dataset --out runs/dfm/ordered
     """
     return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, metric=BinMetric())), steps=3000)
+
+
+def demo_slots(data: DataSpec) -> TrainConfig:
+    """Discrete flow whose metric is the order of each slot's coefficients, in units of its own spread, otherwise as ``demo``.
+
+    vlaflow train dfm_vla.demo_slots --dataset runs/demo/dataset --out runs/dfm/slots
+    """
+    decoder = DiscreteFlowConfig(data.action_dim, COEFFICIENTS, metric=SlotMetric(), schedule=BY_SPREAD)
+    return tiny_training(tiny(data, decoder), steps=3000)
 
 
 def demo_bins(data: DataSpec) -> TrainConfig:

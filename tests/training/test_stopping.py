@@ -1,0 +1,73 @@
+"""Early stopping: the best weights are kept, an interrupted run ends with the same ones, and an ended run stays ended."""
+
+import pytest
+
+from tests.training.small import Cut, Memory, tiny_config, weights
+from tests.training.test_trainer import run
+from vlaflow.errors import ConfigError
+from vlaflow.policies.early_stop import EarlyStop
+from vlaflow.policies.recipe import OptimConfig
+from vlaflow.training.metrics_log import read_log
+from vlaflow.training.stopping import Best, kept_settings
+from vlaflow.training.trainer import Trainer
+
+HELD_OUT = (3.0, 1.0, 2.0, 1.5, 0.5, 0.4)
+"""By step: the second is the best until patience ends after the fourth, and better ones would have followed."""
+CONSTANT = OptimConfig(learning_rate=1e-3, warmup_steps=2, schedule="constant")
+
+
+def config(**changes):
+    return tiny_config(optim=CONSTANT, validate_every=1, checkpoint_every=100, stop=EarlyStop(patience=2), **changes)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr(Trainer, "_validate", lambda self: {"loss": HELD_OUT[self.step - 1], "velocity": -float(self.step)})
+
+
+def test_the_checkpoint_holds_the_best_weights_and_not_the_last(tmp_path, scripted):
+    outcome = run(tmp_path / "p", config(), held=Memory(9), card=lambda outcome: f"step {outcome.step}")
+    assert (outcome.step, outcome.best, outcome.finished) == (4, 2, True)
+    run(tmp_path / "two", tiny_config(optim=CONSTANT, steps=2))
+    assert weights(tmp_path / "p") == weights(tmp_path / "two")
+    assert (tmp_path / "p/README.md").read_text() == "step 2"
+    assert run(tmp_path / "p", config(), held=Memory(9)).step == 4  # and it stays ended
+    assert weights(tmp_path / "p") == weights(tmp_path / "two")
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_run_that_breaks_down_ends_with_the_same_weights(tmp_path, scripted, at):
+    """Before the best step and after it, by the number of the batch."""
+    with pytest.raises(RuntimeError, match="cut"):
+        run(tmp_path / "p", config(), source=Cut(Memory(), at), held=Memory(9))
+    outcome = run(tmp_path / "p", config(), held=Memory(9))
+    run(tmp_path / "whole", config(), held=Memory(9))
+    assert (outcome.step, outcome.best) == (4, 2)
+    assert weights(tmp_path / "p") == weights(tmp_path / "whole")
+    assert [entry["validation"]["loss"] for entry in read_log(tmp_path / "p")] == [*HELD_OUT[:4]]
+
+
+def test_a_run_that_improves_to_the_end_takes_all_its_steps(tmp_path, scripted):
+    settings = tiny_config(optim=CONSTANT, validate_every=1, stop=EarlyStop(patience=1, measure="velocity"))
+    outcome = run(tmp_path / "p", settings, held=Memory(9))
+    assert (outcome.step, outcome.best, outcome.finished) == (6, None, True)
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path, scripted):
+    with pytest.raises(ConfigError, match="stop=none"):
+        run(tmp_path / "p", config())
+    with pytest.raises(ConfigError, match=r"stop\.measure is 'speed'"):
+        run(tmp_path / "q", tiny_config(stop=EarlyStop(measure="speed"), validate_every=1), held=Memory(9))
+
+
+def test_validations_that_decide_cannot_be_moved_when_a_run_continues():
+    """Without early stopping they change nothing and may."""
+    every = {"validate_every": 1, "checkpoint_every": 2, "stop": {"patience": 2}}
+    assert kept_settings(every) == {"validate_every": 1, "stop": {"patience": 2}}
+    assert kept_settings({**every, "stop": None}) == {"stop": None}
+
+
+def test_without_a_rule_nothing_is_kept_from_an_earlier_step():
+    best = Best(None)
+    best.update(3, {})
+    assert (best.over, best.due(3), best.keeps(3)) == (False, False, False)
