@@ -97,7 +97,7 @@ def _file_is_deep(root: Path, key: str, feature: Feature, file: Path) -> bool:
 
 def _deep(image: Image.Image) -> bool:
     """Whether pixels hold more than a byte per channel; Pillow would cut 16-bit grey with transparency to its high byte."""
-    return image.mode == "F" or image.mode.startswith("I") or "LA;16" in str(image.tile)
+    return image.mode == "F" or image.mode.startswith("I") or "LA;16" in str(getattr(image, "tile", ""))
 
 
 def _numbers(cell: list[Any], feature: Feature, where: str) -> np.ndarray:
