@@ -1,8 +1,5 @@
-"""Two processes that trained together, and a data set on disk."""
+"""A data set on disk, and what was trained on it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,20 +8,6 @@ from tests.training import flybot
 from tests.training.small import write_dataset
 from vlaflow.cli import train as command
 from vlaflow.training.trainer import Trainer
-
-
-@pytest.fixture(scope="session")
-def together(tmp_path_factory) -> Path:
-    """What two processes left that trained together; one start for all tests, for it takes longer than the trainings."""
-    out = tmp_path_factory.mktemp("together")
-    write_dataset(out / "flybot/dataset")
-    flybot.write_latent(out / "flybot/latent")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.training.together", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
 
 
 @pytest.fixture(scope="session")

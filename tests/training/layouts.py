@@ -1,6 +1,6 @@
-"""A small network trained in several layouts, for two processes (python -m tests.training.layouts OUT JOB NAME) and for one.
+"""A small network trained in several layouts, by two processes (``ranks``) and by one.
 
-NAME is "qwen", a small Qwen2.5-VL, or "smol", a small Llama; their folders are in OUT.
+``name`` is "qwen", a small Qwen2.5-VL, or "smol", a small Llama; their folders are next to those of the runs.
 
 Every run takes six steps of the same recipe in two parts; what differs is who computes the parts and who holds the weights.
 """
@@ -9,11 +9,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.backbones.smol import write_model as write_llama
 from tests.backbones.test_qwen2_5_vl import write_model
+from tests.training import ranks
 from tests.training.small import SPEC, Cut, Ragged, tiny_config, tiny_stats
 from vlaflow.backbones.qwen2_5_vl import PATCH, QwenConfig
 from vlaflow.backbones.smol import SmolConfig
@@ -180,15 +177,6 @@ def finish(out, name):
     trainer(out / "killed-again", name=name, shard=True).run()
 
 
-def launch(out, job, name):
-    """Run a job on two processes of one thread each; returns the exit status of the launcher and what it printed."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["-m", "tests.training.layouts", str(out), job, name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    return done.returncode, done.stderr
-
-
 def everything(out, name="qwen"):
     """All runs, in order: one process, two, the moved one on one process again and on two, after the kill on one and on two."""
     write_model(out / "qwen", tied=True)
@@ -196,19 +184,9 @@ def everything(out, name="qwen"):
     for stack in STACKS:
         trainer(out / f"one-{stack}", stack, name=name, every=6).run()
     trainer(out / "one-lora", name="smol", lora=LORA).run()
-    status, said = launch(out, "compare", name)
-    assert (out / "killed/training/step-000002").exists(), said[-3000:]
-    assert status, "the killed process was not noticed"
+    assert ranks.launch(compare, out, name)[1] == -signal.SIGKILL, ranks.failures(out)
     shutil.copytree(out / "killed", out / "killed-again")
     with pytest.raises(RuntimeError, match="cut"):  # goes on after step 2, with two parts a step, and breaks down after step 4
         trainer(out / "moved", source=Cut(Seen(), at=6), name=name).run()
-    status, said = launch(out, "finish", name)
-    assert status == 0, said[-3000:]
+    assert ranks.launch(finish, out, name) == [0, 0], ranks.failures(out)
     trainer(out / "killed", name=name).run()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with suppress(KeyboardInterrupt):
-        {"compare": compare, "finish": finish}[sys.argv[2]](Path(sys.argv[1]), sys.argv[3])
-    dist.destroy_process_group()

@@ -12,7 +12,6 @@ from vlaflow.data.augment import Augment, StateMask
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import OptimConfig, ParameterGroup
 from vlaflow.training.loader import Held, Loader
-from vlaflow.training.metrics_log import read_log
 from vlaflow.training.team import Team
 
 LATE = OptimConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.1, groups=(ParameterGroup("backbone.", frozen_steps=4),))
@@ -82,23 +81,3 @@ def test_masks_and_augmentation_are_for_training_and_follow_the_seed(tmp_path):
     run(tmp_path / "b", config)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert Policy.from_pretrained(tmp_path / "a")
-
-
-def test_processes_that_train_together_run_the_same_random_exit(together):
-    """An expert leaves the last layer without a gradient, a random exit whole layers: DDP has to know, and ranks to agree."""
-    assert [entry["step"] for entry in read_log(together / "exits")] == [1, 2, 3, 4, 5, 6]
-    assert Policy.from_pretrained(together / "exits")
-
-
-def test_a_tracker_that_ends_leaves_the_processes_together(together):
-    """The runs after the one with a tracker share their steps as well."""
-    assert list((together / "exits/training").glob("**/events.out.tfevents.*"))
-    assert [entry["step"] for entry in read_log(together / "latent")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_processes_that_find_different_checkpoints_all_refuse(together):
-    """--out on each node's own disk: otherwise one would continue, and the others begin."""
-    for rank in (0, 1):
-        told = (together / f"ended/rank-{rank}.txt").read_text()
-        assert "checkpoints of different steps (2, none)" in told
-        assert "--out must be a folder that all nodes share" in told

@@ -54,18 +54,6 @@ def test_batches_carry_the_codes_of_the_frames_they_begin_at(dataset, latent, tm
     assert any(key in known for key in seen)
 
 
-def test_two_processes_see_the_same_codes_and_train_together(together):
-    """One makes the table of a cache that was empty, the other reads it; parameters without a gradient hold nobody up."""
-    ranks = [load_file(together / f"flybot/rank-{rank}.safetensors") for rank in (0, 1)]
-    assert torch.equal(ranks[0]["code_NK"], ranks[1]["code_NK"])
-    opened = Dataset.open(together / "flybot/dataset")
-    model = LatentActionModel.from_pretrained(together / "flybot/latent")
-    pairs = model_pairs(model, opened)
-    wanted = model.codes(*pairs.frames(np.arange(len(pairs))))
-    assert torch.equal(ranks[0]["code_NK"][torch.from_numpy(pairs.rows)], wanted)
-    assert [entry["step"] for entry in read_log(together / "flybot/policy")] == [1, 2, 3, 4]
-
-
 def test_a_run_belongs_to_its_latent_action_model(dataset, latent, joint, tmp_path):
     other = flybot.write_latent(tmp_path / "other", seed=1)
     with pytest.raises(ConfigError, match=r"was trained with latent = "):

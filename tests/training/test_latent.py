@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.data.toyset import edit_info, without_actions
 from tests.training.latents import OFTEN, SMALL, Pairs, latent_config, latent_stage, train
@@ -54,17 +53,6 @@ def test_entries_move_in_training(tmp_path):
     moved = train(tmp_path / "b", latent_config(ema_decay=None))[0].module.book.entry_VE
     assert any(kept)
     assert not any(torch.equal(row, before) for row, before in zip(moved, first, strict=True))
-
-
-def test_two_processes_keep_one_book(together):
-    """Uses are counted over both, and every draw is the same in both."""
-    ranks = [load_file(together / f"latent/rank-{rank}.safetensors") for rank in (0, 1)]
-    for name, tensor in ranks[0].items():
-        assert torch.equal(tensor, ranks[1][name]), name
-    assert ranks[0]["moved"] == 0
-    alone = latent_stage(latent_config()).module.book.entry_VE
-    assert not torch.equal(ranks[0]["book.entry_VE"], alone)
-    assert [entry["step"] for entry in read_log(together / "latent")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_training_learns(tmp_path):

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.training.layouts import LORA, STACKS, everything, trainer
-from tests.training.small import CPU, Memory, Ragged, as_it_is, tiny_config
-from tests.training.test_trainer import run
+from tests.training.small import CPU, Memory, as_it_is, tiny_config
 from vlaflow.data.augment import Augment, StateMask
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.policies.base import Policy
@@ -66,14 +65,6 @@ def test_questions_are_split_as_actions_are():
     acting = Loader(Memory(), tiny_config(accumulate=4), Team(), CPU, as_it_is)
     with pytest.raises(ConfigError, match=r"6 samples \(vqa\.batch_size\).*4 parts .*--set vqa\.batch_size=8\."):
         alternating(acting, CoTraining(Memory(), None, 0.5, batch_size=6))
-
-
-def test_two_processes_learn_what_one_learns_in_two_parts(together, tmp_path):
-    """Parts hold unequally many valid actions, and each counts by them; to rounding, for threads add in another order."""
-    run(tmp_path / "p", tiny_config(accumulate=2), Ragged(), Memory(9))
-    assert losses(tmp_path / "p") == pytest.approx(losses(together / "spread"), rel=1e-5)
-    held = [[entry["validation"]["loss"] for entry in read_log(out)[2::3]] for out in (tmp_path / "p", together / "spread")]
-    assert held[0] == pytest.approx(held[1], rel=1e-5)
 
 
 # -- a small Qwen2.5-VL, sharded by layer ------------------------------------------------------------------------------

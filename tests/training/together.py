@@ -1,8 +1,7 @@
-"""Trainings of a few steps that several processes share (fixture ``together``): python -m tests.training.together OUT."""
+"""Trainings of a few steps that two processes share (fixture ``together``)."""
 
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,8 +63,8 @@ def look_apart(out):
         (out / f"rank-{rank}.txt").write_text(str(error))
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
+def train_all(out: Path) -> None:
+    """All of them, one after the other."""
     policy = tiny_policy()
     expert = ExpertConfig(BlockConfig(16, 2, 2, 16, 32))
     policy = replace(
