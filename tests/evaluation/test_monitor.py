@@ -75,9 +75,10 @@ def test_an_episode_keeps_the_mean_over_executed_actions_of_every_chunk(name, ke
     chunk = policy.act(_observation(), compute, generator=torch.Generator().manual_seed(0))
     running = _episode(Still(), EpisodeJob(ENV, compute, 0))
     next(running)
+    running.send(chunk)
+    running.send(chunk)
     with pytest.raises(StopIteration) as over:
-        for _ in range(3):
-            running.send(chunk)
+        running.send(chunk)
     found = over.value.value
     for signal in ("confidence", "spread"):
         wanted = () if signal != kept else [float(getattr(chunk, signal)[:n].mean()) for n in (4, 4, 2)]
