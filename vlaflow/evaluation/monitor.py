@@ -1,8 +1,9 @@
 """Confidence as a monitor: does it foretell, while an episode is still running, that it will fail?
 
 At the start of every chunk, the episodes that are still running are ordered by what their chunks so far said: the mean
-confidence of the executed actions, or their mean spread. The area under the ROC curve is the probability that an episode that will
-fail looks worse than one that will succeed; 0.5 is chance. Episodes that are over take no part: an early success is no good sign.
+confidence of the executed actions, or their mean spread. The area under the ROC curve is the probability that an episode that
+will fail looks worse than one that will succeed; 0.5 is chance. Episodes that are over take no part: an early success is no
+good sign.
 """
 
 from __future__ import annotations

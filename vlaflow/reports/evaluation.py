@@ -78,19 +78,8 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
     }
     optional = {"Videos": "more_clips", "Tokens": "revision", "Monitor": "monitor", "Training": "losses"}
     optional |= {"Chunks": "chunks", "Language": "language"}
-    order = (
-        "Success",
-        "Latency",
-        "Videos",
-        "Steps",
-        "Tokens",
-        "Monitor",
-        "Training",
-        "Chunks",
-        "Language",
-        "Reproduce",
-        "Limits",
-    )
+    order: tuple[str, ...] = ("Success", "Latency", "Videos", "Steps", "Tokens", "Monitor", "Training", "Chunks", "Language")
+    order += ("Reproduce", "Limits")
     shown["sections"] = [
         name for name in order if name not in optional or shown[optional[name]] or (name == "Tokens" and revising)
     ]
