@@ -1,8 +1,8 @@
 """The fourteen claims, as tests at the size of a laptop: small networks from scratch, on Meta-World tasks with room to improve.
 
 Claims of one system share its training. Flows take two solver steps unless the claim is about another number, because ten
-steps of unit noise are a weak reference (docs/sampling.md); C1 refines what the calibrated sampler makes. The papers' figures are
-from other networks, data and benchmarks; only the direction of an effect can be compared.
+steps of unit noise are a weak reference (docs/sampling.md); C1 refines what the calibrated sampler makes. The papers' figures
+are from other networks, data and benchmarks; only the direction of an effect can be compared.
 """
 
 from __future__ import annotations
