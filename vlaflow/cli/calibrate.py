@@ -1,4 +1,4 @@
-"""``vlaflow calibrate``: thresholds of early exits, or the sampler, measured on held-out data or in simulation."""
+"""``vlaflow calibrate``: the sampler, thresholds of early exits or of a refinement, on held-out data or in simulation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrateArguments:
-    """Calibrate the sampler or the early exits of a checkpoint; results and a page of plots are written to CKPT/calibration.
+    """Calibrate the sampler, early exits or refinement of a checkpoint; results and plots are written to CKPT/calibration.
 
     Sampler: vlaflow calibrate runs/demo/policy --dataset runs/demo/dataset --sampler --budget-ms 20
 
@@ -30,6 +30,10 @@ class CalibrateArguments:
     Exits: vlaflow calibrate runs/a1/policy --dataset runs/a1/dataset --exit-budget 0.4
 
     Then: vlaflow eval runs/a1/policy --env metaworld/drawer-open-v3 --compute dense --compute exit:budget-0.4
+
+    Refinement: vlaflow calibrate runs/demo/rated --dataset runs/demo/dataset --refine --share 0.25
+
+    Then: vlaflow eval runs/demo/rated --env metaworld/drawer-open-v3 --compute auto --compute refine:share-0.25
 
     Half of the held-out episodes determine the thresholds of exits, the other half show their effect. Give either a budget (the
     share of chunks that exit at each depth) or a largest deviation from the chunk of full depth.
@@ -50,9 +54,20 @@ class CalibrateArguments:
     rollouts: Count = 1200
     """With --env: episodes of all candidates together (successive halving)."""
     compute: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """With --sampler: a candidate, instead of the default ones; repeat for more."""
+    """With --sampler: a candidate, instead of the default ones; repeat for more. With --refine: the first round; by default the
+    calibrated sampler, or dense."""
     workers: Number = 2
     """With --env: number of processes."""
+    refine: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Calibrate the threshold of a refinement instead of exits, and print what each doubt knows and brings."""
+    share: Share | None = None
+    """With --refine: share of the executed actions that is regenerated; 0.25 unless --max-deviation is given."""
+    doubt: Literal["rater", "spread"] = "rater"
+    """With --refine: what doubts, the rater or the spread of --draws draws of two steps."""
+    draws: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """With --refine: draws whose spread is measured."""
+    clock: Share = 1.0
+    """With --refine: clock that doubted actions go back to; 1 makes them from noise."""
     exit_budget: Positive | None = None
     """Compute budget c of the exit distribution; smaller values exit earlier. 0.4 unless --max-deviation is given."""
     exit_distribution: Literal["exponential", "gaussian", "gamma"] = "exponential"
@@ -60,7 +75,8 @@ class CalibrateArguments:
     first_exit: bool = True
     """Whether to use the first exit."""
     max_deviation: NotNegative | None = None
-    """Largest difference of a chunk from that of full depth, in --deviation on normalised actions; replaces --exit-budget."""
+    """Largest difference of a chunk from that of full depth, in --deviation on normalised actions; replaces --exit-budget. With
+    --refine: largest error of an action that is kept (root mean square over its dimensions); replaces --share."""
     confidence: Share = 0.9
     """With --max-deviation: at least this share of the chunks stays within it (with 95 % probability)."""
     deviation: Literal["max_abs", "mean_abs", "l2", "cosine"] = "max_abs"
@@ -71,8 +87,9 @@ class CalibrateArguments:
     """Depths of the exits, ending with the full one; all trained ones by default. The first is only compared with."""
     metric: Literal["cosine", "l2", "mean_abs", "max_abs"] = "cosine"
     """How the chunks of two depths are compared."""
-    sampling: str = "2"
-    """Solver steps at each depth, and other settings of the sampler, as in --compute dense:2@0.5."""
+    sampling: str | None = None
+    """Solver steps at each depth (by default 2), and other settings of the sampler, as in --compute dense:2@0.5. With --refine:
+    of the second round; by default as in the first."""
     warm_start: Literal["fresh", "same", "anchor", "renoise"] = "same"
     """Where the sampling at the next depth starts: new noise, the same noise, the last chunk, or that chunk noised again."""
     restart: Share = 0.5
@@ -80,7 +97,7 @@ class CalibrateArguments:
     episodes: Literal["held-out", "all"] = "held-out"
     """Which episodes to measure on; all only for data on which the checkpoint was not trained."""
     frames: Count | None = None
-    """Number of frames to measure: 1024 by default, for exits over both halves; 256 with --sampler."""
+    """Number of frames to measure: 1024 by default, for exits over both halves; 256 with --sampler, 512 with --refine."""
     ladder: bool = True
     """Also measure the error of fixed depths and steps, which --compute budget:MS needs."""
     device: str = "cpu"
@@ -98,9 +115,17 @@ def main(argv: list[str]) -> int:
     if given.exit_budget is not None and given.max_deviation is not None:
         raise ConfigError("Give either --exit-budget or --max-deviation: one fixes the compute, the other the risk.")
     simulated = [f"--{name}" for name in ("budget_ms", "env", "compute") if getattr(given, name) not in (None, ())]
-    if simulated and not given.sampler:
+    if simulated and not given.sampler and not (given.refine and simulated == ["--compute"]):
         raise ConfigError(f"{simulated[0].replace('_', '-')} calibrates the sampler; add --sampler.")
+    if given.sampler and given.refine:
+        raise ConfigError("Give either --sampler or --refine; refinement starts from the calibrated sampler.")
+    if given.share is not None and not given.refine:
+        raise ConfigError("--share is of regenerated actions; add --refine.")
+    if given.share is not None and given.max_deviation is not None:
+        raise ConfigError("Give either --share or --max-deviation: one fixes the compute, the other the risk.")
     require(*PAGES)  # checked first, because the page is written last
+    if given.refine:
+        return _refine(given)
     return _sampler(given) if given.sampler else _exits(given)
 
 
@@ -132,6 +157,41 @@ def _sampler(given: CalibrateArguments) -> int:
     return 0
 
 
+def _refine(given: CalibrateArguments) -> int:
+    from rich.console import Console
+
+    from vlaflow.compute.spelling import read_sampling
+    from vlaflow.evaluation import refinement
+    from vlaflow.policies.robots import robot_folder
+    from vlaflow.reports.refinement import words, write_page
+
+    if len(given.compute) > 1:
+        raise ConfigError("A refinement has one first round; give --compute once.")
+    share, risk = 0.25 if given.share is None else given.share, 1 - given.confidence
+    by_risk = given.max_deviation is not None
+    name = f"deviation-{given.max_deviation:g}" if by_risk else f"share-{share:g}"
+    request = refinement.RefineRequest(
+        name=given.name or (name if given.doubt == "rater" else f"{given.doubt}-{name}"),
+        target=refinement.ByRegenerated(share)
+        if given.max_deviation is None
+        else refinement.ByKeptError(given.max_deviation, risk),
+        doubt=given.doubt,
+        draws=given.draws,
+        first="".join(given.compute),
+        sampling=None if given.sampling is None else read_sampling(given.sampling, 2, f"--sampling {given.sampling}"),
+        clock=given.clock,
+        frames=given.frames or 512,
+        new_data=given.episodes == "all",
+        reading=given.how.reading(),
+    )
+    made = refinement.run(robot_folder(given.checkpoint, given.robot), given.dataset, request, given.device, given.dtype)
+    page = write_page(made.calibration, made.drafts, made.file.with_suffix(".html"))
+    console = Console()
+    console.print(words(made.calibration), soft_wrap=True)
+    console.print(f"Written: {made.file} and {page}", soft_wrap=True)
+    return 0
+
+
 def _exits(given: CalibrateArguments) -> int:
     from rich.console import Console
 
@@ -145,7 +205,7 @@ def _exits(given: CalibrateArguments) -> int:
         target=_target(given),
         depths=given.depths,
         metric=given.metric,
-        sampling=read_sampling(given.sampling, 2, f"--sampling {given.sampling}"),
+        sampling=read_sampling(given.sampling or "2", 2, f"--sampling {given.sampling}"),
         warm_start=given.warm_start,
         restart=given.restart,
         deviation=given.deviation,

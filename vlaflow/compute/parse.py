@@ -14,6 +14,7 @@ mean:8+dense:2@0.5  … made by another compute policy
 refine           the dense chunk, and what its rater doubts regenerated
 refine:2@0.5     … both rounds with these settings; refine:2@0.5+dense the second alone
 refine:2,clock=0.5  … from that clock; more options are threshold=0.3 and executed=16
+refine:NAME      as calibrated: CKPT/calibration/refine/NAME.json
 refine-random    the same with random doubts; refine-random:share=0.25
 refine-spread    the mean of eight, and where they lie apart regenerated; refine-spread+medoid:4
 refine-spread:draws=8+dense:2  a dense chunk, and where eight other draws lie apart regenerated

@@ -5,7 +5,6 @@ The prefix is never encoded again. When nothing is doubted, nothing more is comp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,10 +13,8 @@ from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
-from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
-from vlaflow.compute.doubts import AtRandom, BelowThreshold, Doubt, Draft, Spread, require_spread
-from vlaflow.compute.spelling import ComputeKind, Spelling
+from vlaflow.compute.doubts import BelowThreshold, Doubt, Draft, require_spread
 from vlaflow.decoders.base import Capability, Conditioning
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
@@ -44,6 +41,7 @@ class Refine(ComputePolicy):
         any_training: also run on a checkpoint that never saw mixed clocks, to measure what becomes of it (claim C2 of the
             paper: it collapses).
         label: of the round itself, for tables; by default that of the doubt.
+        alias: name of both rounds together, as of a calibration; by default it is composed of theirs.
     """
 
     doubt: Doubt = field(default_factory=BelowThreshold)
@@ -53,6 +51,7 @@ class Refine(ComputePolicy):
     executed: int | None = None
     any_training: bool = False
     label: str = ""
+    alias: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.clock <= 1:
@@ -69,6 +68,8 @@ class Refine(ComputePolicy):
     @property
     def name(self) -> str:
         """For tables."""
+        if self.alias:
+            return self.alias
         own = self.label or self.doubt.name
         return own if self.inner.name == "dense" else f"{own}({self.inner.name})"
 
@@ -186,83 +187,3 @@ def _filled(into_BL: Tensor | None, value_RL: Tensor | None, row_R: Tensor, like
     into_BL = torch.zeros_like(like_BL, dtype=value_RL.dtype) if into_BL is None else into_BL.clone()
     into_BL[row_R] = value_RL
     return into_BL
-
-
-@dataclass(frozen=True)
-class RefineOptions:
-    """What may be typed after the settings of the sampler, as in ``refine:2@0.5,clock=0.5,threshold=0.3``.
-
-    Args:
-        sampling: the text before the options.
-        clock, executed: see ``Refine``.
-        limit: threshold of the doubt, or its probability.
-        draws: of ``Spread``; None for those of the first round.
-    """
-
-    sampling: str
-    clock: float = 1.0
-    executed: int | None = None
-    limit: float | None = None
-    draws: int | None = None
-
-    @staticmethod
-    def read(typed: Spelling, limit: str, *, draws: bool = False) -> RefineOptions:
-        """The options of a spelling.
-
-        Args:
-            typed: the spelling.
-            limit: name of the option that sets the limit.
-            draws: whether the doubt takes a number of draws.
-
-        Raises:
-            ConfigError: for an option that the kind does not take.
-        """
-        sampling, *rest = re.split(r"(?:^|,)(?=(?:clock|executed|threshold|share|draws)=)", typed.more)
-        taken = {"clock", "executed", limit, *(["draws"] if draws else [])}
-        given = dict(option.split("=", 1) for option in rest)
-        try:
-            if len(given) < len(rest) or not given.keys() <= taken:
-                raise ValueError
-            return RefineOptions(
-                sampling,
-                float(given.get("clock", 1)),
-                int(given["executed"]) if "executed" in given else None,
-                float(given[limit]) if limit in given else None,
-                int(given["draws"]) if "draws" in given else None,
-            )
-        except ValueError:
-            options = ", ".join(f"{name}=NUMBER" for name in sorted(taken))
-            kind = re.split("[:+]", typed.name, maxsplit=1)[0]
-            raise ConfigError(
-                f"'{typed.name}' is no compute policy; {kind} takes settings of the sampler and then {options}, as in "
-                f"{kind}:2@0.5,clock=0.5."
-            ) from None
-
-
-def _parse(typed: Spelling, doubt: Doubt, options: RefineOptions, first: Dense | Consensus | None = None) -> Refine:
-    sampling, label = typed.sampling(options.sampling), typed.own if typed.more else ""
-    inner = typed.inner or first or Dense.by(sampling)
-    return Refine(doubt, sampling, inner, options.clock, options.executed, typed.knobs.any_training, label)
-
-
-def _parse_rated(typed: Spelling) -> Refine:
-    options = RefineOptions.read(typed, "threshold")
-    return _parse(typed, BelowThreshold(typed.knobs.threshold if options.limit is None else options.limit), options)
-
-
-def _parse_random(typed: Spelling) -> Refine:
-    options = RefineOptions.read(typed, "share")
-    return _parse(typed, AtRandom() if options.limit is None else AtRandom(options.limit), options)
-
-
-def _parse_spread(typed: Spelling) -> Refine:
-    options = RefineOptions.read(typed, "threshold", draws=True)
-    threshold = typed.knobs.threshold if options.limit is None else options.limit
-    if options.draws is not None:
-        return _parse(typed, Spread(threshold, Consensus(options.draws, inner=Dense.by(DRAWS))), options)
-    return _parse(typed, Spread(threshold), options, Consensus(inner=Dense.by(typed.sampling(options.sampling))))
-
-
-REFINE = ComputeKind(_parse_rated, example="refine")
-REFINE_RANDOM = ComputeKind(_parse_random, example="refine-random")
-REFINE_SPREAD = ComputeKind(_parse_spread, example="refine-spread+mean:2")

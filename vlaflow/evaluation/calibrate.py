@@ -276,10 +276,10 @@ def measure(policy: Policy, plan: ExitPlan, frames: Sample, metric: Metric = "ma
         torch.cat(part).double().cpu().numpy() for part in (discrepancy, deviation, largest, error)
     )
     require_finite(near_NK)
-    return ExitMeasurements(near_NK, far_NK, largest_NK, error_NK, frames.choose_N, _tuning(frames, seed))
+    return ExitMeasurements(near_NK, far_NK, largest_NK, error_NK, frames.choose_N, tuning_frames(frames, seed))
 
 
-def _tuning(frames: Sample, seed: int) -> np.ndarray:
+def tuning_frames(frames: Sample, seed: int = 0) -> np.ndarray:
     """Frames that define the sequence of thresholds, (N,) bool; the others of their half test it, with other episodes."""
     windows = frames.windows
     episode_N = windows.dataset.columns().episode[windows.rows[frames.index_N]]

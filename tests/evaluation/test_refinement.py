@@ -1,0 +1,186 @@
+"""Calibrating a refinement: what limits do, what the table may show, and where a calibration is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.evaluation.conftest import make_policy
+from vlaflow.cli.calibrate import main
+from vlaflow.compute.doubt_calibration import RefineCalibration, RefineShare
+from vlaflow.compute.doubt_limits import limit_for_risk, limit_for_share
+from vlaflow.compute.doubts import AtRandom, Spread
+from vlaflow.compute.parse import parse
+from vlaflow.compute.refine import Refine
+from vlaflow.compute.spelling import Checkpoint
+from vlaflow.data.lerobot import Dataset
+from vlaflow.data.writer import Writer
+from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.evaluation.calibrate import sample
+from vlaflow.evaluation.rank import auc, auc_interval, rank_correlation
+from vlaflow.evaluation.refinement_measures import ORACLE, RATER, Workbench
+from vlaflow.flows.sampling import Sampling
+from vlaflow.policies.provenance import fingerprint
+from vlaflow.simulators.base import simulator_spec
+
+seeds = st.integers(0, 2**31)
+FRAMES = 24
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Four episodes of noise, as Meta-World would record them."""
+    spec, root = simulator_spec("metaworld"), tmp_path_factory.mktemp("refinement") / "dataset"
+    settings = {"fps": 80, "action_spec": spec.action, "state_names": spec.state_names, "robot_type": "test", "provenance": {}}
+    with Writer(root, views={"image": (32, 32)}, **settings) as writer:
+        for episode in range(4):
+            rng = np.random.default_rng(episode)
+            images = rng.integers(0, 256, (14, 32, 32, 3), np.uint8)
+            state, action = rng.normal(size=(14, 4)).astype(np.float32), rng.uniform(-1, 1, (14, 4)).astype(np.float32)
+            writer.add({"image": images}, state, action, "Open a drawer")
+    return root
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint, dataset, tmp_path_factory):
+    """A checkpoint with a calibration of half of the executed actions, and what the command printed."""
+    folder = tmp_path_factory.mktemp("refinement") / "policy"
+    shutil.copytree(checkpoint, folder)
+    given = [str(folder), "--dataset", str(dataset), "--episodes", "all", "--frames", str(FRAMES)]
+    assert main([*given, "--refine", "--share", "0.5", "--compute", "dense:2", "--sampling", "1"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bench(dataset):
+    policy = make_policy()
+    frames = sample(policy, Dataset.open(dataset), range(4), FRAMES)
+    refine = Refine(AtRandom(), Sampling(1), parse("dense:2"), executed=4)
+    work = Workbench(policy, frames, refine, {RATER: parse("refine").doubt, "random": AtRandom()})
+    return work, work.drafts()
+
+
+@settings(deadline=None)
+@given(seed=seeds, share=st.floats(0, 1), count=st.integers(1, 60))
+def test_the_limit_of_a_share_doubts_that_share_within_one_action(seed, share, count):
+    score_M = np.random.default_rng(seed).normal(size=count).astype(np.float32)
+    assert abs(int((score_M > limit_for_share(score_M, share)).sum()) - share * count) <= 1
+
+
+def test_of_equal_scores_at_the_limit_none_is_doubted():
+    assert int((np.ones(8) > limit_for_share(np.ones(8), 0.5)).sum()) == 0
+
+
+@settings(deadline=None, max_examples=8)
+@given(seed=seeds, risk=st.floats(0.05, 0.6))
+def test_a_bound_on_the_risk_holds_on_other_chunks(seed, risk):
+    """Scores that know half of the error; the bound may fail in 5 % of the draws, so this allows a standard error more."""
+    random = np.random.default_rng(seed)
+    error_NL = random.gamma(2, size=(1200, 3))
+    score_NL = error_NL + random.gamma(2, size=(1200, 3))
+    counts_NL, tuning_N = random.random((1200, 3)) < 0.9, np.arange(1200) % 4 == 0
+    own = slice(0, 600)
+    limit = limit_for_risk(
+        score_NL[own], error_NL[own], counts_NL[own], max_error=3.0, risk=risk, error=0.001, tuning_N=tuning_N[own]
+    )
+    bad = (counts_NL & (score_NL <= limit) & (error_NL > 3.0))[600:].any(1).mean()
+    assert bad <= risk + 3 * np.sqrt(risk * (1 - risk) / 600)
+
+
+def test_without_allowed_errors_everything_is_doubted():
+    score_NL, everything = np.random.default_rng(0).random((40, 2)), np.ones((40, 2), bool)
+    limit = limit_for_risk(score_NL, np.ones((40, 2)), everything, max_error=0.5, risk=0.1, tuning_N=np.arange(40) % 2 == 0)
+    assert (score_NL > limit).all()
+
+
+@settings(deadline=None)
+@given(seed=seeds)
+def test_ranks_know_order_and_nothing_else(seed):
+    random = np.random.default_rng(seed)
+    value_M, other_M = random.normal(size=30), random.normal(size=30)
+    assert rank_correlation(value_M, np.exp(value_M)) == pytest.approx(1)
+    assert rank_correlation(value_M, -value_M) == pytest.approx(-1)
+    assert rank_correlation(value_M, np.ones(30)) == 0
+    positive_M = other_M > 0
+    pairs = [(a > b) + 0.5 * (a == b) for a in value_M[positive_M] for b in value_M[~positive_M]]
+    assert auc(value_M, positive_M) == pytest.approx(np.mean(pairs) if pairs else 0.5)
+    low, high = auc_interval(auc(value_M, positive_M), int(positive_M.sum()), int((~positive_M).sum()))
+    assert 0 <= low <= auc(value_M, positive_M) <= high <= 1
+
+
+def test_a_calibration_says_what_was_measured_and_runs_by_its_name(calibrated):
+    made = RefineCalibration.load(calibrated / "calibration/refine/share-0.5.json")
+    assert made.target == RefineShare(0.5)
+    assert (made.first, made.sampling, made.n_action_steps) == ("dense:2", Sampling(1), 4)
+    assert {each.doubt for each in made.knowledge} == {"rater", "spread", "random"}
+    assert made.rivals[0].difference == 0
+    shares = {each.name: each.share for each in made.rivals if each.settings}
+    assert shares["all actions"] == 1
+    compute = parse("refine:share-0.5", checkpoint=Checkpoint(calibrated, fingerprint(calibrated)))
+    assert (compute.name, compute.executed, compute.doubt.threshold) == ("refine:share-0.5", 4, made.threshold)
+    page = (calibrated / "calibration/refine/share-0.5.html").read_text()
+    assert page.count("<svg") == 2
+    assert made.checkpoint in page
+
+
+def test_other_weights_and_another_data_set_are_refused(calibrated, dataset, tmp_path):
+    with pytest.raises(CalibrationError, match="was made for checkpoint"):
+        parse("refine:share-0.5", checkpoint=Checkpoint(calibrated, "another"))
+    with pytest.raises(CalibrationError, match=r"share-0\.5"):
+        parse("refine:share-0.4", checkpoint=Checkpoint(calibrated, "another"))
+    with pytest.raises(ConfigError, match="brings its first round along"):
+        parse("refine:share-0.5+dense", checkpoint=Checkpoint(calibrated, "another"))
+    other = tmp_path / "policy"
+    shutil.copytree(calibrated, other)
+    file = other / "calibration/refine/share-0.5.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dataset": "another"}))
+    given = [str(other), "--dataset", str(dataset), "--episodes", "all", "--frames", "8", "--refine"]
+    with pytest.raises(CalibrationError, match="was made on data set another"):
+        main([*given, "--share", "0.5", "--compute", "dense:2"])
+
+
+def test_the_threshold_regenerates_its_share_of_the_actions_it_was_made_from(bench):
+    _, drafts = bench
+    for name in (RATER, ORACLE):
+        score_M = drafts.score_NL[name][drafts.counts_NL]
+        doubted = (score_M > limit_for_share(score_M, 0.3)).sum()
+        assert abs(int(doubted) - 0.3 * len(score_M)) <= 1
+
+
+def test_only_doubted_actions_change_and_all_rivals_have_the_same_noise(bench):
+    work, drafts = bench
+    nothing, everything = np.zeros_like(drafts.counts_NL), np.ones_like(drafts.counts_NL)
+    np.testing.assert_array_equal(work.regenerated(nothing, work.refine), drafts.error_NL)
+    first, second = (work.regenerated(everything, work.refine) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert (first != drafts.error_NL).all()
+
+
+def test_the_oracle_is_no_worse_than_random_doubt(bench):
+    """A second draw has the same expected error whatever the first was, so replacing the worst ones replaces more."""
+    work, drafts = bench
+    errors = {}
+    for name in (ORACLE, "random"):
+        score_NL = drafts.score_NL[name]
+        doubted_NL = drafts.counts_NL & (score_NL > limit_for_share(score_NL[drafts.counts_NL], 0.5))
+        errors[name] = work.regenerated(doubted_NL, work.refine)[drafts.counts_NL].mean()
+    assert errors[ORACLE] < errors["random"]
+
+
+def test_what_cannot_be_calibrated_is_one_sentence(calibrated, bare_checkpoint, dataset, monkeypatch):
+    def refused(folder, *arguments):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            main([str(folder), "--dataset", str(dataset), "--episodes", "all", *arguments])
+        return str(caught.value)
+
+    assert "train asyncvla.rater" in refused(bare_checkpoint, "--refine")
+    assert "add --refine" in refused(calibrated, "--share", "0.5")
+    assert "Give either --share or --max-deviation" in refused(calibrated, "--refine", "--share", "1", "--max-deviation", "1")
+    assert "begins with a letter" in refused(calibrated, "--refine", "--name", "2x")
+    with pytest.raises(ConfigError, match="at least two draws"):
+        parse("refine-spread:2,draws=1")
+    assert replace(Spread(0.1), threshold=0.2).limit == 0.2
