@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from vlaflow.config import from_json
 from vlaflow.errors import CheckpointError, ConfigError, DataError
-from vlaflow.io import load_weights, read_json, require_fits, stored_tensors
+from vlaflow.io import load_weights, read_json, stored_tensors
+from vlaflow.nn.meta import require_fits
 from vlaflow.ranges import AnyNumber, Count
 from vlaflow.strict import MOST_DEPTH, fill, parse, read_lines, require_form
 from vlaflow.text import one_line, shown

@@ -65,7 +65,7 @@ HEAVY = {
     "metaworld": {"simulators"},
     "gymnasium": {"simulators"},
     "matplotlib": set(),
-    "scipy": {"actions"},
+    "scipy": set(),
     "accelerate": {"training"},
     "tensorboard": set(),
     "openvino": set(),

@@ -7,20 +7,19 @@ record need not load it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlaflow.errors import CheckpointError, VlaflowError
+from vlaflow.errors import CheckpointError
 from vlaflow.strict import read_object
 from vlaflow.text import one_line, shown
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 WEIGHTS = {"float32", "bfloat16", "float16"}
 """Weight types that are converted to each other; the config says which one a network computes in."""
@@ -40,66 +39,8 @@ STORED = {
 """Tensor types and their names in safetensors files, in the order that safetensors sorts them, smallest first."""
 _TYPES = {name: kind for kind, name in STORED.items()} | {"C64": "complex64", "F8_E4M3": "float8_e4m3fn"}
 
-MOST_BUFFERS = 2**30
-"""Bytes of tables that networks may compute for themselves, beyond the size of their weights."""
-MOST_TIMES, MOST_NUMBERS, MOST_TENSORS = 4, 2**28, 1000
-"""What networks may allocate while they are built: times what their file holds, and so many numbers and tensors more."""
 
-
-def require_fits(build: Callable[[], nn.Module], file: Path) -> None:
-    """Compare the networks that a config describes with the weights that they are for, before either takes memory.
-
-    They are built without memory (torch's device "meta"), so a config of larger networks than the file holds is refused before
-    anything is allocated. Not for several threads that build networks at a time.
-
-    Args:
-        build: makes the networks; torch's global generator is afterwards as before.
-        file: their weights.
-
-    Raises:
-        CheckpointError: a missing or damaged file, or one of other networks; a config that no networks can be built from.
-    """
-    import torch
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    stored = stored_tensors(file)
-    # Heads that are tied, or replaced while building, count as well, so this only ends a build that would never end.
-    most_numbers = MOST_TIMES * sum(prod(each.shape) for each in stored.values()) + MOST_NUMBERS
-    most_tensors = MOST_TIMES * len(stored) + MOST_TENSORS
-    kept: dict[int, torch.Tensor] = {}
-    numbers = 0
-
-    def count(_module: nn.Module, _name: str, parameter: torch.Tensor | None) -> None:
-        nonlocal numbers
-        if parameter is not None and id(parameter) not in kept:
-            kept[id(parameter)] = parameter  # or another one could get its id
-            numbers += parameter.numel()
-            if numbers > most_numbers or len(kept) > most_tensors:
-                raise CheckpointError(
-                    f"config.json describes much larger networks than {file} holds; they belong to different checkpoints."
-                )
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = build()
-    except VlaflowError:
-        raise
-    except Exception as error:  # whatever a part, or the library that it wraps, raises for numbers that make no sense
-        raise CheckpointError(
-            f"config.json next to {file} describes networks that cannot be built ({type(error).__name__}: "
-            f"{one_line(str(error)):.200}); it is damaged."
-        ) from error
-    finally:
-        hook.remove()
-    own = model.state_dict()
-    _require_same(own, stored, file)
-    extra = sum(each.numel() * each.element_size() for each in model.buffers()) - file.stat().st_size
-    if extra > MOST_BUFFERS:
-        raise CheckpointError(f"config.json next to {file} describes networks with {extra} bytes of tables; it is damaged.")
-
-
-def load_weights(model: nn.Module, file: Path) -> None:
+def load_weights(model: torch.nn.Module, file: Path) -> None:
     """Load the weights of a model, strictly.
 
     The model's types are kept: bfloat16 weights open exactly in a float32 network, and float32 weights are rounded where the
@@ -108,7 +49,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     Raises:
         CheckpointError: naming a tensor that is missing, unknown, of another shape or type, or not finite.
     """
-    _require_same(model.state_dict(), stored_tensors(file), file)
+    require_described(model.state_dict(), stored_tensors(file), file)
     weights = read_weights(file)
     require_finite(weights, file)
     model.load_state_dict(weights)
@@ -143,8 +84,12 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
         }
 
 
-def _require_same(own: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], file: Path) -> None:
-    """Refuse tensors of other names, shapes or types than those of the networks."""
+def require_described(own: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], file: Path) -> None:
+    """Refuse a file with tensors of other names, shapes or types than those of the networks that its config describes.
+
+    Raises:
+        CheckpointError: naming one of them.
+    """
     for name in own.keys() - stored.keys():
         raise CheckpointError(f"{file} lacks '{name}', which config.json requires; they belong to different checkpoints.")
     for name in stored.keys() - own.keys():

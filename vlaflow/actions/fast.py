@@ -22,7 +22,6 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-from scipy.fft import dct, idct
 
 from vlaflow.actions.base import Decoding, check_chunks
 from vlaflow.errors import ConfigError
@@ -164,6 +163,8 @@ class CosineTokenizer(ABC):
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
         """Decode any ids; ids after the first end token are ignored."""
+        from scipy.fft import idct
+
         wanted = self.chunk_size * self.dim
         coefficient_BC = np.zeros((len(id_BS), wanted))
         repaired_B = np.zeros(len(id_BS), bool)
@@ -268,6 +269,8 @@ class FastTokenizer(CosineTokenizer):
 
 def _coefficients(action_BLD: np.ndarray, scale: float) -> np.ndarray:
     """Rounded coefficients, int64 (B, L·D), low frequencies of all dimensions first."""
+    from scipy.fft import dct
+
     return np.rint(scale * dct(action_BLD, axis=1, norm="ortho")).astype(np.int64).reshape(len(action_BLD), -1)
 
 

@@ -32,9 +32,11 @@ from vlaflow import __version__
 from vlaflow.actions.nsvq import Codebook
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError, SpecError
-from vlaflow.io import load_weights, read_json, require_fits, save_tensors
+from vlaflow.io import load_weights, read_json, save_tensors
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig
+from vlaflow.nn.drawn import drawn
+from vlaflow.nn.meta import require_fits
 from vlaflow.nn.patches import PatchStem, from_patches
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.outputs import write_json, write_text
@@ -153,8 +155,8 @@ class Encoder(nn.Module):
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.place = nn.Parameter(torch.randn(c.side**2, c.width) * 0.02)
-        self.time = nn.Parameter(torch.randn(2, c.width) * 0.02)
+        self.place = drawn(c.side**2, c.width)
+        self.time = drawn(2, c.width)
         self.spatial = nn.ModuleList(Block(_block(c)) for _ in range(c.spatial))
         self.temporal = nn.ModuleList(Block(_block(c)) for _ in range(c.temporal))
         self.norm = nn.LayerNorm(c.width)
@@ -188,8 +190,8 @@ class ImageDecoder(nn.Module):
     def __init__(self, config: LatentConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.place = nn.Parameter(torch.randn(c.side**2, c.width) * 0.02)
-        self.slot = nn.Parameter(torch.randn(c.codes, c.width) * 0.02)
+        self.place = drawn(c.side**2, c.width)
+        self.slot = drawn(c.codes, c.width)
         self.enter = nn.Linear(c.code_dim, c.width)
         self.norm_code = nn.LayerNorm(c.width)
         self.read = nn.ModuleList(nn.Linear(c.width, 2 * c.width) for _ in range(c.decoder))

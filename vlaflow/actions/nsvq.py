@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Generator, Tensor, nn
 
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.nn.drawn import drawn
 from vlaflow.ranges import Positive
 
 
@@ -69,7 +70,7 @@ class Codebook(nn.Module):
 
     def __init__(self, entries: int, dim: int) -> None:
         super().__init__()
-        self.entry_VE = nn.Parameter(torch.randn(entries, dim) * dim**-0.5)
+        self.entry_VE = drawn(entries, dim, std=dim**-0.5)
         self.register_buffer("used_V", torch.zeros(entries, dtype=torch.long), persistent=False)
         # Not a buffer: processes that train together copy the first one's buffers before every forward pass.
         self._step_V: Tensor | None = None

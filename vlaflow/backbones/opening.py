@@ -7,6 +7,7 @@ no such places: the first process opens them whole and sends them to the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from vlaflow.backbones.pretrained_processor import open_pretrained
+from vlaflow.nn.meta import Undrawn
 from vlaflow.nn.stored import Stored, is_sent, is_shared_later, lay, missing, stored_in, without_memory
 
 
@@ -35,7 +37,7 @@ def open_network(hub: ModuleType, kind: str, auto: str, source: str, name: str, 
     """
     model = getattr(hub, kind)
     if not is_shared_later():
-        return open_pretrained(model, source, name, **options)
+        return _opened(model, source, name, options)
     reading = {key: value for key, value in options.items() if key == "gguf_file"}
     config = open_pretrained(model.config_class, source, name, **reading)
     with without_memory(), torch.random.fork_rng(devices=[]):  # some modules draw all the same
@@ -44,7 +46,12 @@ def open_network(hub: ModuleType, kind: str, auto: str, source: str, name: str, 
     if missing(network, places) is None:
         lay(network, places)
         return network
-    return network if is_sent() else open_pretrained(model, source, name, **options)
+    return network if is_sent() else _opened(model, source, name, options)
+
+
+def _opened(model: Any, source: str, name: str, options: Mapping[str, Any]) -> Any:
+    with Undrawn():  # transformers builds it on the meta device first
+        return open_pretrained(model, source, name, **options)
 
 
 def places_of(network: Any, source: str) -> dict[str, Stored]:

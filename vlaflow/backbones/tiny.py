@@ -26,6 +26,7 @@ from vlaflow.backbones.tiny_processor import END, PAD, TinyProcessor
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues
 from vlaflow.nn.block import Block, BlockConfig
+from vlaflow.nn.drawn import drawn
 from vlaflow.nn.patches import PixelStem
 from vlaflow.ranges import Number, Width
 
@@ -159,8 +160,8 @@ class TinyBackbone(LanguageBackbone):
         texts = 1 if c.sentence else c.text_bytes // c.text_patch
         self.text = nn.Linear(c.sentence.dim if c.sentence else 32 * c.text_patch, c.width)
         self.state = nn.Linear(c.state_dim, c.width) if c.state_dim else None
-        self.prefix_position = nn.Parameter(torch.randn(len(c.views) * cells + texts + 1, c.width) * 0.02)
-        self.suffix_position = nn.Parameter(torch.randn(c.suffix, c.width) * 0.02)
+        self.prefix_position = drawn(len(c.views) * cells + texts + 1, c.width)
+        self.suffix_position = drawn(c.suffix, c.width)
         block = BlockConfig(c.width, c.heads, c.heads, c.width // c.heads, c.ffn)
         self.layers = nn.ModuleList(Block(block) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.nn.block import Block, BlockConfig, make_norm
+from vlaflow.nn.drawn import drawn
 from vlaflow.ranges import Positive
 
 
@@ -87,7 +88,7 @@ class ConfidenceRater(nn.Module):
         super().__init__()
         self.config, width = config, config.block.width
         self.project = nn.Linear(action_dim, width)
-        self.position = nn.Parameter(torch.randn(chunk_size, width) * 0.02)
+        self.position = drawn(chunk_size, width)
         self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.depth))
         self.norm = make_norm(config.block.norm, width, config.block.eps)
         self.rate = nn.Linear(width, 1)

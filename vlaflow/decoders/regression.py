@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning
@@ -21,6 +21,7 @@ from vlaflow.decoders.exits import ExitHeads, ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling
+from vlaflow.nn.drawn import drawn
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.ranges import Number, Width
 from vlaflow.stacks.base import Stack
@@ -78,7 +79,7 @@ class RegressionDecoder(Decoder[RegressionState]):
         self.chunk_size, self.action_dim = config.chunk_size, config.action_dim
         self.stack: Stack = config.expert.build(spec, config.tokens) if config.expert else SharedStack(spec.width)
         width = self.stack.width
-        self.query = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
+        self.query = drawn(config.tokens, width)
         self._reads, self._hidden = config.tokens // config.chunk_size * width, config.hidden or width
         self.head = ResidualMLP(self._reads, self._hidden, config.action_dim, config.head_layers)
         self.exits = ExitTraining((spec.depth,))

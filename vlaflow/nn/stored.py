@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vlaflow.errors import CheckpointError
 from vlaflow.io import STORED
+from vlaflow.nn.meta import Undrawn
 
 _FIRST: ContextVar[bool | None] = ContextVar("first", default=None)
 _PLACE = "vlaflow_stored"
@@ -124,7 +125,8 @@ def without_memory() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with Undrawn():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 

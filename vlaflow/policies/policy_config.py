@@ -18,7 +18,8 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
-from vlaflow.io import load_weights, require_fits
+from vlaflow.io import load_weights
+from vlaflow.nn.meta import require_fits
 from vlaflow.nn.stored import is_shared_later, lay, require_same, stored_in, without_memory
 from vlaflow.spec import ActionSpec
 

@@ -23,6 +23,7 @@ from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues, causal_mask
 from vlaflow.nn.block import Block, BlockConfig, make_norm
+from vlaflow.nn.drawn import drawn
 from vlaflow.ranges import Number
 from vlaflow.stacks.base import Stack
 
@@ -89,7 +90,7 @@ class ExpertStack(Stack):
             self.state, lead = nn.Linear(size, block.width), lead + 1
         self.position: nn.Parameter | None = None
         if not spec.rotary or config.projected:
-            self.position = nn.Parameter(torch.randn(lead + tokens, block.width) * 0.02)
+            self.position = drawn(lead + tokens, block.width)
 
     @property
     def blocks(self) -> Mapping[nn.Module, str]:

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlaflow.errors import CapabilityError
 from vlaflow.nn.attention import as_on_gpu
 from vlaflow.nn.fake import real_tensors
+from vlaflow.nn.meta import on_meta
 from vlaflow.nn.precision import autocast
 from vlaflow.policies.adapters import adapt
 from vlaflow.policies.dry_run import DryRun
@@ -121,7 +122,7 @@ def count(build: Callable[[], DryRun], config: TrainConfig) -> Counts:
         build: makes its networks.
         config: says which parameters are frozen or adapted, and how moments are kept.
     """
-    with torch.device("meta"):
+    with on_meta():
         run = build()
     _adapt(run, config)
     _freeze(run, config)
@@ -191,13 +192,13 @@ def _adapt(run: DryRun, config: TrainConfig) -> None:
         return
     if config.lora.quantise is not None:
         raise CapabilityError("Matrices in four bits cannot be planned. Plan with --set lora.quantise=none.")
-    with torch.device("meta"):
+    with on_meta():
         adapt(run.trained, config.lora, 0)
 
 
 def _adapted(build: Callable[[], DryRun], config: TrainConfig) -> DryRun:
     """Networks with adapters as fake tensors; peft cannot make adapters of these, so they come from the meta device."""
-    with real_tensors(), torch.device("meta"):
+    with real_tensors(), on_meta():
         run = build()
     with real_tensors():
         _adapt(run, config)
