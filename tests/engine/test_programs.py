@@ -52,7 +52,7 @@ STEPS = 3
 
 
 def made(decoder, rater=False):
-    """A policy whose every parameter counts: norms with weights and biases of their own, three exits with heads of their own."""
+    """A policy whose every parameter counts: norms with weights and biases of their own, exits with heads of their own."""
     config = helpers.policy_config(rater)
     backbone = dataclasses.replace(config.backbone, depth=3 if rater else 2)
     exits = ExitTraining((1, 2, 3), own_heads=1) if rater else None
