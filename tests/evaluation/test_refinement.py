@@ -16,7 +16,7 @@ from vlaflow.compute.doubt_limits import limit_for_risk, limit_for_share
 from vlaflow.compute.doubts import AtRandom, Spread
 from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import Refine
-from vlaflow.compute.spelling import Checkpoint
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.writer import Writer
 from vlaflow.errors import CalibrationError, ConfigError
@@ -122,6 +122,8 @@ def test_a_calibration_says_what_was_measured_and_runs_by_its_name(calibrated):
     assert shares["all actions"] == 1
     compute = parse("refine:share-0.5", checkpoint=Checkpoint(calibrated, fingerprint(calibrated)))
     assert (compute.name, compute.executed, compute.doubt.threshold) == ("refine:share-0.5", 4, made.threshold)
+    unstated = replace(made, first="dense").refine("again", Knobs(steps=3))
+    assert unstated.inner.sampling == Sampling(10)  # what "dense" was when it was measured
     page = (calibrated / "calibration/refine/share-0.5.html").read_text()
     assert page.count("<svg") == 2
     assert made.checkpoint in page
