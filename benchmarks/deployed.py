@@ -129,7 +129,7 @@ def measure(options: Options, folder: Path, programs: Path) -> int:
     """Build, time in turns, report."""
     policy = Policy.from_pretrained(folder)
     computes = parse_all(options.compute or ("dense", "dense:2"), Knobs(options.steps), Checkpoint(folder, fingerprint(folder)))
-    many = observations(policy, options.dataset, options.rounds) if options.dataset else [make_observation(policy)]
+    many = observations(policy, options.dataset) if options.dataset else [make_observation(policy)]
     length = max(len(each.instruction.encode()) for each in many)
     ways = deployed(folder, computes, length, options.only, programs) | {"eager": policy}
     if options.compile:

@@ -44,7 +44,7 @@ TINY = {
     "latency": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32", "exits=none"],
     "deployed": ["--only", "nothing", "--no-compile", "--compute", "dense:1"],
     "predicted": [],
-    "decoders": ["--steps", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
+    "decoders": ["--steps", "2", "--views", "2", "--set", "backbone.depth=1", "backbone.image_size=32"],
     "serving": [
         "--clients",
         "2",

@@ -1,6 +1,7 @@
 """The catalogue, the commands that it becomes, and ``vlaflow reproduce`` from a claim to its row."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from itertools import pairwise
@@ -55,7 +56,11 @@ def _computes():
     return sorted({arm.compute for claim in CLAIMS.values() for arm in claim.arms.values() if arm.compute})
 
 
-@pytest.mark.parametrize("name", [c for c in _computes() if c != "auto" and not c.startswith("exit:")])
+MEASURED = re.compile(r"(.*\+)?auto|exit:.*|refine:[a-z].*")
+"""Compute policies that read what was measured of a checkpoint."""
+
+
+@pytest.mark.parametrize("name", [c for c in _computes() if not MEASURED.fullmatch(c)])
 def test_compute_policies_of_the_arms_exist(name):
     assert parse(name).name
 
@@ -63,9 +68,9 @@ def test_compute_policies_of_the_arms_exist(name):
 def test_exits_of_the_arms_are_calibrated_first():
     for claim in CLAIMS.values():
         for arm in claim.arms.values():
-            if arm.compute and arm.compute.startswith("exit:"):
-                assert arm.compute.removeprefix("exit:") in claim.trainings[arm.training].exits
-            if arm.compute == "auto":
+            if arm.compute and re.match("exit:|refine:[a-z]", arm.compute):
+                assert arm.compute.partition(":")[2] in claim.trainings[arm.training].calibrations
+            if arm.compute and arm.compute.endswith("auto"):
                 assert claim.trainings[arm.training].sampler
 
 

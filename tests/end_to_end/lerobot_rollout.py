@@ -61,6 +61,6 @@ def check(checkpoint: Path, folder: Path) -> None:
     actions = driven(checkpoint, folder)
     assert len(actions) > FPS * SECONDS // 2, f"{len(actions)} actions in {SECONDS} s at {FPS} per second"
     assert np.array_equal(actions, expected(checkpoint, len(actions))), "lerobot-rollout sends other actions than vlaflow"
-    actions = driven(checkpoint, folder, "--inference.type=rtc")
+    actions = driven(checkpoint, folder, "--inference.type=rtc", "--inference.queue_threshold=2")
     assert len(actions) > FPS * SECONDS // 3, f"{len(actions)} actions in {SECONDS} s at {FPS} per second"
     assert np.isfinite(actions).all()

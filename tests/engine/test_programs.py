@@ -52,10 +52,10 @@ STEPS = 3
 
 
 def made(decoder, rater=False):
-    """A policy whose every parameter counts: norms with weights and biases of their own, three exits."""
+    """A policy whose every parameter counts: norms with weights and biases of their own, exits with heads of their own."""
     config = helpers.policy_config(rater)
     backbone = dataclasses.replace(config.backbone, depth=3 if rater else 2)
-    exits = ExitTraining((1, 2, 3)) if rater else None
+    exits = ExitTraining((1, 2, 3), own_heads=1) if rater else None
     config = dataclasses.replace(config, backbone=backbone, decoder=decoder, exits=exits)
     stats = {"state": helpers.feature_stats(4, 1), "action": helpers.feature_stats(4, 2)}
     policy = Policy.create(config, helpers.action_spec(), stats, 0)

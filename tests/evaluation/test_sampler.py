@@ -16,6 +16,7 @@ from vlaflow.compute.parse import parse
 from vlaflow.compute.sampler_choice import FAILURES, load
 from vlaflow.compute.spelling import Checkpoint
 from vlaflow.data.lerobot import Dataset
+from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.errors import CalibrationError
 from vlaflow.evaluation import sampler_episodes
 from vlaflow.evaluation.calibrate import sample
@@ -202,6 +203,12 @@ def test_candidates_are_what_the_model_can_run():
     assert not any("temperature" in name or "two-stage" in name for name in flow)
     for name in flow:
         parse(name).needs.check(helpers.policy().model, name)
+
+
+def test_candidates_of_a_discrete_flow_are_splits_and_where_ids_are_ordered_expected_tokens():
+    ordered, merged = (candidates(helpers.token_policy(DiscreteFlowConfig, t).model) for t in (helpers.BINS, helpers.FAST))
+    assert {f"two-stage:{split}" for split in ("0+1", "0+4", "2+2", "4+2", "14+2")} <= set(merged) <= set(ordered)
+    assert {"dense:2,expected", "two-stage:0+1,expected", "two-stage:2+2,expected"} <= set(ordered) - set(merged)
 
 
 def test_frames_choose_and_auto_is_the_default_of_eval_and_act(checkpoint, dataset, tmp_path, capsys):

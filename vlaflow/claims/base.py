@@ -27,7 +27,7 @@ class Training:
         latent: training of the latent action model (``--latent``).
         vqa: whether questions are mixed in (``--vqa``).
         sampler: whether training ends with the calibration of the sampler, for the compute policy "auto".
-        exits: calibrations of its early exits: the options of ``vlaflow calibrate`` by name.
+        calibrations: of its early exits or its refinement: the options of ``vlaflow calibrate`` by name.
     """
 
     recipe: str
@@ -37,7 +37,7 @@ class Training:
     latent: str | None = None
     vqa: bool = False
     sampler: bool = False
-    exits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    calibrations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def needs(self) -> tuple[str, ...]:

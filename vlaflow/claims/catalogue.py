@@ -1,8 +1,8 @@
 """The fourteen claims, as tests at the size of a laptop: small networks from scratch, on Meta-World tasks with room to improve.
 
 Claims of one system share its training. Flows take two solver steps unless the claim is about another number, because ten
-steps of unit noise are a weak reference (docs/sampling.md). The papers' figures are from other networks, data and benchmarks;
-only the direction of an effect can be compared.
+steps of unit noise are a weak reference (docs/sampling.md); C1 refines what the calibrated sampler makes. The papers' figures
+are from other networks, data and benchmarks; only the direction of an effect can be compared.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ TENTH = {"demonstrations": "0.1"}
 
 UNIFIED = Training("asyncvla.demo", steps=STEPS, sampler=True)
 SYNCHRONOUS = Training("asyncvla.demo", {"policy.decoder.masks": "synchronous"}, STEPS)
-RATED = Training("asyncvla.rater", after="unified", sampler=True)
+QUARTER = ("--refine", "--sampling", "2", "--share", "0.25")
+RATED = Training(
+    "asyncvla.rater",
+    after="unified",
+    sampler=True,
+    calibrations={"quarter": QUARTER, "spread-quarter": (*QUARTER, "--doubt", "spread")},
+)
+RATED_ABSOLUTELY = Training(
+    "asyncvla.rater", {"labels": "absolute"}, after="unified", sampler=True, calibrations={"quarter": QUARTER}
+)
 
 PLAIN = Training("a1.demo", {"policy.exits": "none"}, STEPS)
 EXITS = Training(
     "a1.demo",
     steps=STEPS,
-    exits={
+    calibrations={
         **{f"budget-{budget}": ("--exit-budget", budget) for budget in ("1.0", "0.8", "0.4", "0.1")},
         "ten-steps": ("--exit-budget", "0.4", "--sampling", "10"),
         **{f"{start}": ("--exit-budget", "0.4", "--warm-start", start) for start in ("fresh", "anchor", "renoise")},
@@ -99,14 +108,15 @@ CLAIMS = {
             "Regenerating the actions that a rater doubts succeeds more often than regenerating random ones, and that more "
             "often than synchronous flow.",
             "WidowX 70.8 / 62.5 / 47.9",
-            {"unified": UNIFIED, "rated": RATED},
+            {"unified": UNIFIED, "rated": RATED, "rated-absolutely": RATED_ABSOLUTELY},
             {
-                "synchronous": TrialArm("rated", "dense:2"),
-                "random": TrialArm("rated", "refine-random:2"),
-                "rater": TrialArm("rated", "refine:2"),
-                "calibrated sampler": TrialArm("rated", "auto"),
+                "synchronous": TrialArm("rated", "auto"),
+                "random": TrialArm("rated", "refine-random:2,share=0.25+auto"),
+                "rater": TrialArm("rated", "refine:quarter"),
+                "rater of absolute errors": TrialArm("rated-absolutely", "refine:quarter"),
+                "spread as doubt": TrialArm("rated", "refine:spread-quarter"),
                 "mean of four draws": TrialArm("rated", "mean:4+dense:2"),
-                "spread as doubt": TrialArm("rated", "refine-spread:2+mean:4"),
+                "as published": TrialArm("rated", "refine:10+dense:10"),
             },
             (Effect("rater", "random"), Effect("random", "synchronous"), Effect("rater", "synchronous")),
             TASKS,

@@ -122,7 +122,7 @@ def _training(training: Training, name: str, places: Places, seed: int, size: Si
     sampler = [] if training.sampler else ["--no-calibrate"]
     yield ["train", training.recipe, "--dataset", str(places.dataset), *assets, "--out", str(out), *number, *changes, *sampler]
     frames = 16 if size.quick else CALIBRATION_FRAMES
-    for calibration, options in training.exits.items():
+    for calibration, options in training.calibrations.items():
         named = ["--name", calibration, *options, "--frames", str(frames), "--no-ladder"]
         yield ["calibrate", str(out), "--dataset", str(places.dataset), *named]
 

@@ -6,7 +6,7 @@ It is measured in ``evaluation.refinement``; the thresholds are made in ``doubt_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Spread
 from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import DRAWS, Refine
-from vlaflow.compute.spelling import Checkpoint, Knobs
+from vlaflow.compute.spelling import DEFAULTS, Checkpoint, Knobs
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import CalibrationError, ConfigError, nearest
 from vlaflow.flows.sampling import Sampling
@@ -181,7 +181,8 @@ class RefineCalibration:
 
     def refine(self, label: str, knobs: Knobs, checkpoint: Checkpoint | None = None) -> Refine:
         """The compute policy."""
-        doubt, inner = doubt_of(self.doubt, self.threshold, self.draws), parse(self.first, knobs, checkpoint)
+        as_measured = replace(knobs, steps=DEFAULTS.steps)  # of a first round whose name states none
+        doubt, inner = doubt_of(self.doubt, self.threshold, self.draws), parse(self.first, as_measured, checkpoint)
         executed, waived = self.n_action_steps, knobs.any_training
         return Refine(doubt, self.sampling, inner, self.clock, executed, any_training=waived, alias=label)
 
@@ -205,8 +206,8 @@ class RefineCalibration:
 
 
 def doubt_of(name: DoubtName, threshold: float, draws: int) -> Doubt:
-    """The doubt of that name; a rater's confidences lie below 1, and the spread of draws is 0 or more."""
-    return BelowThreshold(min(threshold, 1.0)) if name == "rater" else Spread(threshold, spread_draws(draws))
+    """The doubt of that name."""
+    return BelowThreshold(threshold) if name == "rater" else Spread(threshold, spread_draws(draws))
 
 
 def spread_draws(draws: int) -> Consensus:

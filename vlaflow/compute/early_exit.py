@@ -197,9 +197,10 @@ class EarlyExit(ComputePolicy):
                 passes[row] += depth * took
             if answers.previous_RLD is None:
                 continue
-            leave_R = distance(self.plan.metric, action_RLD, answers.previous_RLD) <= self.thresholds[number - 1]
-            if number == len(self.plan.exits):  # whatever it is, even if it is no number
-                leave_R = torch.ones_like(leave_R)
+            if number == len(self.plan.exits):  # however far it is, even if it is no number
+                leave_R = torch.ones_like(row_R, dtype=torch.bool)
+            else:
+                leave_R = distance(self.plan.metric, action_RLD, answers.previous_RLD) <= self.thresholds[number - 1]
             if not bool(leave_R.any()):
                 continue
             gone_G = leave_R.nonzero()[:, 0]

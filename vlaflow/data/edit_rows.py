@@ -83,6 +83,7 @@ class _Search:
         self.elsewhere: list[int] = []
         self.late: dict[int, float] = {}
         self.misnumbered: list[int] = []
+        self.uncounted: list[Path] = []
 
     def run(self) -> AllRows:
         for path in sorted((self.root / "data").rglob("*.parquet")):
@@ -101,6 +102,11 @@ class _Search:
         if self.misnumbered:
             self.found.changes.append(
                 f"Rows of the files of episode {some(self.misnumbered)} name other episodes; the files' numbers count."
+            )
+        if self.uncounted:
+            self.found.changes.append(
+                f"{len(self.uncounted)} files, {self.uncounted[0].relative_to(self.root)} first, have no 'frame_index'; frames "
+                "are counted in the order of the rows."
             )
         if self.late:
             worst = max(self.late, key=lambda number: self.late[number])
@@ -125,7 +131,11 @@ class _Search:
             owner = np.full(count, int(digits[1]))
             if "episode_index" in table.column_names and (whole_numbers(table, "episode_index", path) != owner).any():
                 self.misnumbered.append(int(digits[1]))
-        frame = whole_numbers(table, "frame_index", path)
+        if "frame_index" in table.column_names:
+            frame = whole_numbers(table, "frame_index", path)
+        else:
+            frame = _counted(owner)
+            self.uncounted.append(path)
         task = whole_numbers(table, "task_index", path) if "task_index" in table.column_names else np.full(count, -1)
         time = flat_numbers(table["timestamp"])[0] if "timestamp" in table.column_names else np.full(count, np.nan)
         self.found.schemas[path] = schema
@@ -163,3 +173,12 @@ class _Search:
         if not exact.all():
             self.late[number] = float(np.nanmax(off, initial=0.0))
         self.found.episodes[number] = rows
+
+
+def _counted(owner: np.ndarray) -> np.ndarray:
+    """The place of every row among those of its episode, in their order: int64, as ``owner``."""
+    order = np.argsort(owner, kind="stable")
+    _, starts, lengths = np.unique(owner[order], return_index=True, return_counts=True)
+    frame = np.empty_like(owner)
+    frame[order] = np.arange(len(owner)) - np.repeat(starts, lengths)
+    return frame

@@ -21,7 +21,7 @@ from vlaflow.data.edit_survey import SourceEpisode, Survey
 from vlaflow.data.features import Feature, channels, image_size, is_image, is_numeric, marked_as_depth, width
 from vlaflow.data.lerobot_info import inside
 from vlaflow.data.stored_images import DepthError, read_image
-from vlaflow.data.tables import is_text, read_parquet
+from vlaflow.data.tables import is_text, read_parquet, switches_as_numbers
 from vlaflow.data.video import Segment
 from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH, Limits, NewFolder
 from vlaflow.errors import DataError, SpecError
@@ -140,6 +140,7 @@ class EpisodeCopier:
                 raise DataError(
                     f"{self.root} was not written: no episode is whole. {self.problems[0] if self.problems else ''}".rstrip()
                 )
+            self._describe_videos()
             tasks, rows, stats, frames = self._write_all(folder, ready)
             numbers = tuple((one.part, one.source.number) for one in ready)
             vectors = {key: stat for key, stat in stats.items() if not is_image(self.features[key])}
@@ -191,6 +192,8 @@ class EpisodeCopier:
             feature = part.source.info["features"][key]
             if is_numeric(key, feature):
                 _require_whole(key, feature, table[key])
+                if not feature["dtype"].startswith("bool"):
+                    table = self._as_numbers(table, key)
             elif is_image(feature):
                 cells = _embedded(part.source.root, key, source, table[key])
                 table = table.set_column(table.schema.get_field_index(key), key, cells)
@@ -198,6 +201,16 @@ class EpisodeCopier:
         if self.schema is None:
             self.schema = table.schema
         return table.select(self.schema.names).cast(self.schema)
+
+    def _as_numbers(self, table: pa.Table, key: str) -> pa.Table:
+        """The table with booleans of a column that declares numbers as 0 and 1."""
+        column = switches_as_numbers(table[key])
+        if column.type == table[key].type:
+            return table
+        sentence = f"'{key}' holds booleans where numbers are declared; they are written as 0 and 1."
+        if sentence not in self.changes:
+            self.changes.append(sentence)
+        return table.set_column(table.schema.get_field_index(key), key, column)
 
     def _here(self, part: EditPart) -> list[str]:
         """The columns of the new data set, under their old names in a part."""
@@ -233,6 +246,17 @@ class EpisodeCopier:
                 raise DataError(
                     f"its video '{key}' is {size[0]}x{size[1]}, that of the episodes before it {known[0]}x{known[1]}"
                 )
+
+    def _describe_videos(self) -> None:
+        """Declare every camera as its videos are."""
+        for name, size in self.sizes.items():
+            feature = self.features[name]
+            if image_size(feature) != size:
+                stated = "x".join(map(str, image_size(feature)))
+                self.changes.append(f"The shape of '{name}' is now that of its video, {size[0]}x{size[1]}; it was {stated}.")
+                self.features[name] = {**feature, "shape": [*size, channels(feature)], "names": ["height", "width", "channel"]}
+            if name in self.encoded:
+                self.features[name] = {**self.features[name], "info": meta.video_feature(*size, self.fps)["info"]}
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -302,12 +326,6 @@ class EpisodeCopier:
         return {name: v if name == "count" else np.reshape(v, shape).tolist() for name, v in stats.items()}
 
     def _new_info(self, limits: Limits, episodes: int, frames: int, tasks: int) -> dict[str, Any]:
-        for name, size in self.sizes.items():
-            feature = self.features[name]
-            if image_size(feature) != size:
-                self.features[name] = {**feature, "shape": [*size, channels(feature)], "names": ["height", "width", "channel"]}
-            if name in self.encoded:
-                self.features[name] = {**self.features[name], "info": meta.video_feature(*size, self.fps)["info"]}
         kept = {key: value for key, value in self.parts[0].source.info.items() if key not in OLD_ENTRIES}
         return kept | {
             "codebase_version": "v3.0",

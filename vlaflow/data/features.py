@@ -55,6 +55,8 @@ def require_features(path: Path, features: Any) -> dict[str, dict[str, Any]]:
         if key in BOOKKEEPING:
             feature.setdefault("shape", [1])
         shape = feature.get("shape")
+        if isinstance(shape, list) and all(type(n) is float and n.is_integer() for n in shape):
+            shape = feature["shape"] = [int(n) for n in shape]
         sound = isinstance(shape, list) and len(shape) <= MOST_AXES and all(type(n) is int and n >= 0 for n in shape)
         if not sound and feature["dtype"] not in ("string", "language"):
             raise DataError(
@@ -126,11 +128,17 @@ def is_image(feature: Feature) -> bool:
 
 def resembles_image(feature: Feature) -> bool:
     """Whether a column that is not read as pictures has the shape of some."""
-    return not is_image(feature) and feature["dtype"].startswith(("float", "int", "uint")) and _is_layout(feature["shape"])
+    numbers = feature["dtype"].startswith(("float", "int", "uint"))
+    return not is_image(feature) and numbers and (_is_layout(feature["shape"]) or _is_plane(feature["shape"]))
 
 
 def _is_layout(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and min(shape[0], shape[2]) in CHANNELS and shape[1] > 4
+
+
+def _is_plane(shape: Sequence[int]) -> bool:
+    """Whether it is a picture of one channel, such as a depth map; no action or state has so many rows and columns."""
+    return len(shape) == 2 and min(shape) >= 16
 
 
 def channel_first(feature: Feature) -> bool:

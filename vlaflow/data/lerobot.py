@@ -252,9 +252,10 @@ class Dataset:
         images = self._video(found, key, which, digest) if video else self._stored_images(found, key, which)
         for i, image in zip(which, images, strict=True):
             if image.shape != shape:
+                cure = f"have the video's written: vlaflow data repair {self.root} --out DIR" if video else "record it again."
                 raise DataError(
                     f"Episode {number} of {self.root}: frame {i} of '{key}' is {image.shape[0]}x{image.shape[1]}, but "
-                    f"meta/info.json declares {shape[0]}x{shape[1]}. Correct the shape there, or record the episode again."
+                    f"meta/info.json declares {shape[0]}x{shape[1]}. Correct the shape there, or {cure}"
                 )
             yield image
 

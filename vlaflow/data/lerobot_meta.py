@@ -201,7 +201,8 @@ def _tasks_v2(root: Path) -> tuple[tuple[str, ...], list[Path]]:
 def _numbered(path: Path, numbers: Sequence[int], words: Sequence[str]) -> tuple[str, ...]:
     if sorted(numbers) != list(range(len(numbers))):
         raise DataError(
-            f"{path}: task_index must count 0 to {len(numbers) - 1}, found {shown(sorted(numbers))}. Copy the file again."
+            f"{path}: task_index must count 0 to {len(numbers) - 1}, found {shown(sorted(numbers))}. Copy the file again, or "
+            f"have it written from the rows: vlaflow data repair {path.parents[1]} --out DIR"
         )
     return tuple(words[i] for i in np.argsort(np.asarray(numbers, np.int64), kind="stable"))
 

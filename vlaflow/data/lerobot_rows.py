@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from vlaflow.data.features import LARGEST, Feature, width
 from vlaflow.data.lerobot_meta import Meta, some
-from vlaflow.data.tables import flat_numbers, plain_numbers, read_parquet, whole_numbers
+from vlaflow.data.tables import AGAIN, flat_numbers, plain_numbers, read_parquet, switches_as_numbers, whole_numbers
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 from vlaflow.errors import DataError
 
@@ -114,7 +114,9 @@ class _Reader:
 
     def _part(self, path: Path, number: int | None = None) -> dict[str, np.ndarray]:
         """The rows of one file; the number of the episode that it belongs to alone, as before v3.0."""
-        table = read_parquet(path, [*KEYS.values(), *(key for vector in self.vectors.values() for key in vector.keys)])
+        wanted = [*KEYS.values(), *(key for vector in self.vectors.values() for key in vector.keys)]
+        repair = f"vlaflow data repair {self.root} --out DIR"
+        table = read_parquet(path, wanted, cure=f"{AGAIN[:-1]}, or have times and numbers of frames written: {repair}")
         part = {name: self._scalar(table, key, path) for name, key in KEYS.items()}
         if number is not None:
             part["episode"] = self._own_number(part["episode"], number, path)
@@ -144,7 +146,10 @@ class _Reader:
         try:
             values, widths = flat_numbers(column, switches=self.features[key]["dtype"].startswith("bool"))
         except pa.ArrowException as error:
-            raise DataError(f"'{key}' in {path} cannot be read ({error}). Record the file again.") from error
+            cure = "Record the file again."
+            if switches_as_numbers(column).type != column.type:
+                cure = f"Have the booleans written as numbers: vlaflow data repair {self.root} --out DIR"
+            raise DataError(f"'{key}' in {path} cannot be read ({error}). {cure}") from error
         wrong = np.flatnonzero(widths != declared)
         if len(wrong) or column.null_count:
             row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(column.is_null().to_numpy())[0])

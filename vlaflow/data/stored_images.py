@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -16,6 +16,9 @@ from vlaflow.data.features import Feature, channel_first, channels, marked_as_de
 from vlaflow.data.lerobot_info import inside
 from vlaflow.data.tables import first_cell
 from vlaflow.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class DepthError(DataError):
@@ -47,7 +50,7 @@ def read_image(cell: Any, feature: Feature, root: Path, where: str) -> np.ndarra
         raise TypeError("the cell is empty")
     source = io.BytesIO(content) if content is not None else inside(root, str(path), f"The path of {where}")
     with Image.open(source) as image:
-        if _deep(image.mode):
+        if _deep(image):
             raise DepthError(
                 f"{where[:1].upper()}{where[1:]} of {root} is not a colour picture: it has more than eight bits per pixel, as "
                 "depth maps have. Mark the column with \"is_depth_map\": true under 'info' in meta/info.json."
@@ -92,9 +95,9 @@ def _file_is_deep(root: Path, key: str, feature: Feature, file: Path) -> bool:
     return False
 
 
-def _deep(mode: str) -> bool:
-    """Whether pixels of this mode of Pillow's hold more than a byte per channel."""
-    return mode == "F" or mode.startswith("I")
+def _deep(image: Image.Image) -> bool:
+    """Whether pixels hold more than a byte per channel; Pillow would cut 16-bit grey with transparency to its high byte."""
+    return image.mode == "F" or image.mode.startswith("I") or "LA;16" in str(getattr(image, "tile", ""))
 
 
 def _numbers(cell: list[Any], feature: Feature, where: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,13 +21,17 @@ MOST_ROWS_PER_BYTE = 64
 """Rows that a file can hold per byte: numbers that count up take an eighth of a bit each in parquet's densest encoding."""
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str | None = None) -> pa.Table:
+AGAIN = "Copy or record the file again."
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str | None = None, cure: str = AGAIN) -> pa.Table:
     """Read a parquet file.
 
     Args:
         path: the file.
         columns: the columns to read, all of them when None.
         without: skip columns whose name starts with this.
+        cure: what to do about a column that it lacks, for the error.
 
     Raises:
         DataError: when the file is missing, cut off or lacks a column.
@@ -36,16 +41,24 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str 
         names = file.schema_arrow.names
         absent = [name for name in columns or () if name not in names]
         if absent:
-            raise DataError(f"{path} has no column '{absent[0]}'. Copy or record the file again.")
+            raise DataError(f"{path} has no column '{absent[0]}'. {cure}")
         if without is not None:
             columns = [name for name in columns or names if not name.startswith(without)]
         table = file.read(columns=columns)
         table.validate(full=True)  # texts are UTF-8, lists begin and end within their column
-        return table
+        return _plain(table)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. Copy the data set again.") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(path, error) from error
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """The table without dictionaries, as pandas writes its categories."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
+    return table
 
 
 def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
@@ -72,12 +85,15 @@ def damaged(path: Path, error: Exception) -> DataError:
 
 
 def whole_numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    """A column of whole numbers, one per row, int64 (rows,); some recorders wrap each in a list of one.
+    """A column of whole numbers, one per row, int64 (rows,); some recorders wrap each in a list of one, or store it as a float.
 
     Raises:
         DataError: it holds something else, or empty cells.
     """
     cells = _one_per_row(table, name, path)
+    if pa.types.is_floating(cells.type) and pc.all(pc.equal(cells, pc.round(cells))).as_py():
+        with contextlib.suppress(pa.ArrowException):  # beyond int64: not whole numbers
+            cells = cells.cast(pa.int64())
     if not pa.types.is_integer(cells.type):
         raise DataError(f"'{name}' in {path} holds {cells.type} instead of whole numbers. Copy or record the file again.")
     try:
@@ -158,6 +174,20 @@ def flat_numbers(column: pa.ChunkedArray, *, switches: bool = False) -> tuple[np
         raise pa.ArrowInvalid(f"it holds {cells.type} instead of numbers")
     numbers = pc.cast(cells, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(numbers, np.float32), counts
+
+
+def switches_as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of booleans, in lists of any nesting, as the numbers 0 and 1, float32; any other column as it is."""
+
+    def as_numbers(kind: pa.DataType) -> pa.DataType:
+        if pa.types.is_fixed_size_list(kind):
+            return pa.list_(as_numbers(kind.value_type), kind.list_size)
+        if is_list(kind):
+            return pa.list_(as_numbers(kind.value_type))
+        return pa.float32() if pa.types.is_boolean(kind) else kind
+
+    wanted = as_numbers(column.type)
+    return column if wanted == column.type else column.cast(wanted)
 
 
 def is_list(kind: pa.DataType) -> bool:

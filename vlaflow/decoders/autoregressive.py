@@ -77,7 +77,7 @@ class AutoregressiveDecoder(TokenDecoder[AutoregressiveState]):
     @property
     def capabilities(self) -> frozenset[Capability]:
         """Tokens are drawn, and nothing can be given beforehand."""
-        return self.chance
+        return self.drawing
 
     def nfe(self, sampling: Sampling) -> int:
         """One a slot, at most, whatever number of steps."""

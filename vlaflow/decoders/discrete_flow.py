@@ -141,6 +141,8 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         super().__init__(config, spec, extra=int(config.noise_token))
         self.config = c = config
         require_order(c.metric, self.tokenizer)
+        if c.metric.unfitted:
+            raise ConfigError(f"This {type(c.metric).__name__} is not fitted yet; training fits it on the demonstrations.")
         if c.guess == "expected" and not self.tokenizer.ordered:
             raise ConfigError("guess='expected' needs a tokenizer whose ids are ordered: use bins, or FAST without merges.")
         self.noise = self.vocabulary if c.noise_token else None
@@ -176,7 +178,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             found.add(Capability.REGENERATION)
         if c.attention == "full":
             found.add(Capability.JOINT_ATTENTION)
-        return self.conditioning | self.chance | found
+        return self.conditioning | self.drawing | found
 
     def refreshing(self, state: DiscreteFlowState, share: float) -> DiscreteFlowState:
         """See ``Decoder``. With a prefix that is blind to the tokens, 0 is no cache at all: the same chunk, later."""

@@ -82,7 +82,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     @property
     def capabilities(self) -> frozenset[Capability]:
         """Conditioning, and regeneration: training masks any tokens and shows the others."""
-        return self.conditioning | self.chance | {Capability.REGENERATION, Capability.GRID}
+        return self.conditioning | self.drawing | {Capability.REGENERATION, Capability.GRID}
 
     def draw(self, batch: int, generator: Generator) -> Draws:
         """Which tokens are masked, bool (B·K, S)."""

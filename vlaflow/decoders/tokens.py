@@ -226,7 +226,7 @@ class TokenDecoder(Decoder[State]):
         return frozenset({Capability.TOKEN_CONDITIONING} | by_action)
 
     @property
-    def chance(self) -> frozenset[Capability]:
+    def drawing(self) -> frozenset[Capability]:
         """How its tokens can be drawn."""
         expected = set() if self._values_SV is None else {Capability.EXPECTED}
         return frozenset({Capability.TEMPERATURE} | expected)

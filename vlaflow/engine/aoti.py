@@ -47,8 +47,11 @@ def build(program: Program, file: Path, precision: Precision) -> None:
     """
     require_compiler()
     import torch._inductor
+    from torch._inductor.utils import fresh_inductor_cache
 
-    with torch.no_grad():
+    # torch keeps code of earlier compilations in a folder that all programs of this user share: others could write there if
+    # they made it first, and two compilations at a time leave files of each other half written
+    with torch.no_grad(), fresh_inductor_cache(dir=str(file.parent)):
         exported = torch.export.export(program.module, program.examples, strict=False)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=dict(SETTINGS[precision]))
 

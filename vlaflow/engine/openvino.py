@@ -5,7 +5,7 @@ It multiplies in bfloat16 where that is asked for and the processor can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def load(file: Path, *, bf16: bool = False) -> Run:
     import openvino
 
     model: Any = openvino.Core().import_model(file.read_bytes(), "CPU", _settings(bf16))
-    read = [int(port.any_name.rpartition("_")[2]) for port in model.inputs]
+    read = [_place(port.get_names()) for port in model.inputs]
     request = model.create_infer_request()
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -79,3 +79,9 @@ def load(file: Path, *, bf16: bool = False) -> Run:
         return [torch.from_numpy(found[place].copy()) for place in range(len(found))]
 
     return run
+
+
+def _place(names: Iterable[str]) -> int:
+    """Of an argument. Where its first reader changes nothing (no padding), the port has this one's names as well."""
+    own = "tensors_"
+    return next(int(name.removeprefix(own)) for name in names if name.startswith(own))

@@ -82,15 +82,16 @@ class SamplerRequest:
 def candidates(model: Model) -> list[str]:
     """Ways to sample that this model can run, as on the command line, the cheapest first.
 
-    Steps × noise scales for continuous flows, steps × temperatures for decoders of tokens, deterministic steps for discrete
-    flows, means and medoids of several draws of two steps, and two steps at every trained depth.
+    Steps × noise scales for continuous flows, steps × temperatures and expected tokens for decoders of tokens, deterministic
+    steps for discrete flows, means and medoids of several draws of two steps, and two steps at every trained depth.
     """
     decoder = model.decoder
     steps = [s for n, s in enumerate(STEPS) if not n or decoder.nfe(Sampling(s)) != decoder.nfe(Sampling(STEPS[n - 1]))]
     few = min(steps, key=lambda s: abs(s - 2))
     names = [f"dense:{s}@{scale:g}".removesuffix("@1") for s in steps for scale in NOISE_SCALES]
     names += [f"dense:{s},temperature={t:g}" for s in steps for t in TEMPERATURES if t is not None]
-    names += [f"two-stage:{first}+{last}" for first, last in ((0, 1), (0, 4), (2, 2), (14, 2))]
+    names += [f"dense:{few},expected"]
+    names += [f"two-stage:{split}" for split in ("0+1", "0+1,expected", "0+4", "2+2", "2+2,expected", "4+2", "14+2")]
     names += [f"{choice}:{draws}+dense:{few}" for draws in DRAWS for choice in ("mean", "medoid")]
     names += [f"dense:{few},depth={depth}" for depth in model.depths[:-1]]
     found = []

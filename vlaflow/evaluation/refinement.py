@@ -169,13 +169,13 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
     work = Workbench(policy, frames, refine, doubts)
     drafts = work.drafts()
     limit, target = request.target.limit(drafts, drafts.score_NL[request.doubt])
-    threshold = -limit if request.doubt == RATER else limit
-    refine = replace(refine, doubt=doubt_of(request.doubt, max(threshold, 0.0), request.draws))
+    threshold = min(-limit, 1.0) if request.doubt == RATER else max(limit, 0.0)
+    refine = replace(refine, doubt=doubt_of(request.doubt, threshold, request.draws))
     made = RefineCalibration(
         checkpoint=mark,
         dataset=data.fingerprint,
         doubt=request.doubt,
-        threshold=max(threshold, 0.0),
+        threshold=threshold,
         draws=request.draws if request.doubt == SPREAD else 0,
         first=first.name,
         sampling=refine.sampling,
@@ -207,7 +207,6 @@ def rivals(work: Workbench, drafts: Drafts, refine: Refine, limit: float, doubt:
     chosen_NL = counts_NL & (drafts.score_NL[doubt] > limit)
     few = [parse(f"{how}:{k}+dense:2") for how in ("mean", "medoid") for k in CONSENSUS]
     times = _times(work, [first, refine, *few])
-
     calibrated = f"{doubt}, calibrated"
 
     def regenerated(name: str, doubted_NL: np.ndarray, how: Refine) -> Rival:
@@ -230,8 +229,9 @@ def rivals(work: Workbench, drafts: Drafts, refine: Refine, limit: float, doubt:
         for clock in CLOCKS:
             yield regenerated(calibrated, chosen_NL, replace(refine, sampling=sampling, clock=clock))
     for how in ("mean", "medoid"):
-        own = [compute for compute in few if compute.name.startswith(how)]
-        yield sampled(max(own, key=lambda compute: (times[compute.name] <= times[refine.name], times[compute.name])))
+        own = [compute for compute in few if compute.name.startswith(how)]  # the fewest draws first
+        fitting = [compute for compute in own if times[compute.name] <= times[refine.name]]
+        yield sampled(fitting[-1] if fitting else own[0])
 
 
 def compared(drafts: Drafts, error_NL: np.ndarray, row: Rival) -> Rival:

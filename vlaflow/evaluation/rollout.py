@@ -31,7 +31,7 @@ from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
-from vlaflow.ranges import Count, Number, Seed, require_ranges
+from vlaflow.ranges import Count, NotNegative, Number, Seed, Share, require_ranges
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
 from vlaflow.spec import Chunk, Observation
@@ -39,6 +39,8 @@ from vlaflow.spec import Chunk, Observation
 if TYPE_CHECKING:
     from vlaflow.simulators.chunks import ChunkEnv
 
+DIGITS = 5
+"""Of what an episode keeps of every chunk."""
 Observer = Callable[[int, Observation, Chunk], None]
 """Called with the step, the observation at that step, and the policy's chunk."""
 
@@ -114,6 +116,8 @@ class EpisodeResult:
         revised: tokens changed by each solver step, summed over all chunks; empty for decoders without tokens.
         repaired: chunks whose tokens were not a valid encoding.
         noise_seed: as in the job.
+        confidence: of every chunk, where a rater was run: mean over its executed actions.
+        spread: of every chunk, where there were several draws: mean over its executed actions, normalised.
     """
 
     env: str
@@ -130,6 +134,8 @@ class EpisodeResult:
     revised: tuple[Number, ...] = ()
     repaired: Number = 0
     noise_seed: Seed = 0
+    confidence: tuple[Share, ...] = ()
+    spread: tuple[NotNegative, ...] = ()
 
     @property
     def seed_label(self) -> str:
@@ -325,6 +331,8 @@ def _episode(chunked: ChunkEnv, job: EpisodeJob, before: Observer | None = None,
     chunked.restart(job.seed)
     chunks = nfe = layer_passes = regenerated = repaired = steps = 0
     revised: tuple[int, ...] = ()
+    confidence: list[float] = []
+    spread: list[float] = []
     while True:
         observation = chunked.observe()
         if job.instruction is not None:
@@ -340,6 +348,9 @@ def _episode(chunked: ChunkEnv, job: EpisodeJob, before: Observer | None = None,
         regenerated += 0 if chunk.regenerated is None else int(chunk.regenerated.sum())
         revised = tuple(a + b for a, b in zip_longest(revised, chunk.revised, fillvalue=0))
         repaired += chunk.repaired
+        for values, value_L in ((confidence, chunk.confidence), (spread, chunk.spread)):
+            if value_L is not None:
+                values.append(round(float(value_L[: done.steps].mean()), DIGITS))
         if after:
             after(steps, observation, chunk)
         if done.done:
@@ -360,6 +371,8 @@ def _episode(chunked: ChunkEnv, job: EpisodeJob, before: Observer | None = None,
         revised=revised,
         repaired=repaired,
         noise_seed=job.noise_seed,
+        confidence=tuple(confidence),
+        spread=tuple(spread),
     )
 
 

@@ -18,6 +18,7 @@ from vlaflow.evaluation.run import RESULTS, VIDEOS
 from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports import page, revision_plots
+from vlaflow.reports.monitor_plots import monitor
 from vlaflow.reports.page import Figure, Table
 from vlaflow.reports.words import NOTABLE, percent, played, rate, short, signed, step_limits, too_few
 
@@ -66,6 +67,7 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "steps_table": steps_table(results),
         "revised": Figure(revision_plots.revised(revising)) if revising else None,
         "revision": revision(results),
+        "monitor": monitor(results),
         "losses": [Figure(plots.loss(log, name), f"{name}.") for name, log in logs.items() if log],
         "chunks": [m for video in videos if _telling(video, videos) for m in _chunks(video, folder)],
         "language": language(results),
@@ -74,8 +76,10 @@ def values(results: Results, folder: Path, logs: Mapping[str, Log], title: str |
         "fact_entries": facts(results),
         "caveats": caveats(results),
     }
-    optional = {"Videos": "more_clips", "Tokens": "revision", "Training": "losses", "Chunks": "chunks", "Language": "language"}
-    order = ("Success", "Latency", "Videos", "Steps", "Tokens", "Training", "Chunks", "Language", "Reproduce", "Limits")
+    optional = {"Videos": "more_clips", "Tokens": "revision", "Monitor": "monitor", "Training": "losses"}
+    optional |= {"Chunks": "chunks", "Language": "language"}
+    order: tuple[str, ...] = ("Success", "Latency", "Videos", "Steps", "Tokens", "Monitor", "Training", "Chunks", "Language")
+    order += ("Reproduce", "Limits")
     shown["sections"] = [
         name for name in order if name not in optional or shown[optional[name]] or (name == "Tokens" and revising)
     ]

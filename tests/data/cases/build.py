@@ -6,6 +6,8 @@ with five episodes (``toyset.LENGTHS``) and two cameras.
 
 import io
 import json
+import struct
+import zlib
 
 import av
 import numpy as np
@@ -78,6 +80,33 @@ def depth_png16(root):
     cells = [png(np.full((32, 48), 800 + i, np.uint16)) for i in range(ROWS)]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     column(root, "observation.images.range", cells, kind, dtype="image", shape=[32, 48, 3], names=None)
+
+
+def depth_png16_with_transparency(root):
+    """Pillow opens such a file as eight bits of grey."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compress(b"".join(b"\0" + np.full((48, 2), 800, ">u2").tobytes() for _ in range(32)))
+    header = struct.pack(">IIBBBBB", 48, 32, 16, 4, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = [{"bytes": file, "path": None}] * ROWS
+    column(root, "observation.images.range", cells, kind, dtype="image", shape=[32, 48, 3], names=None)
+
+
+def column_dropped(root, key):
+    """Every data set has it, and meta declares it."""
+    pq.write_table(pq.read_table(root / DATA).drop_columns([key]), root / DATA)
+
+
+def task_numbers_with_a_gap(root):
+    """As after deleting a task."""
+    tasks = pq.read_table(root / "meta/tasks.parquet").to_pydict()
+    tasks["task_index"].append(5)
+    tasks["task"].append("juggle")
+    pq.write_table(pa.table(tasks), root / "meta/tasks.parquet")
 
 
 def depth_video(root):

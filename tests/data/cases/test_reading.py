@@ -221,7 +221,14 @@ def test_lerobots_own_file_declared_channel_first(tmp_path):
     assert np.array_equal(images, right)
 
 
-@pytest.mark.parametrize(("change", "key"), [(build.depth_png16, "observation.images.range"), (build.depth_video, build.TOP)])
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (build.depth_png16, "observation.images.range"),
+        (build.depth_png16_with_transparency, "observation.images.range"),
+        (build.depth_video, build.TOP),
+    ],
+)
 def test_depth_that_nothing_marks_is_left_out_with_a_note(new, change, key):
     change(new)
     dataset = Dataset.open(new)
@@ -258,6 +265,9 @@ def test_numbers_that_look_like_a_picture_are_not_read_and_noted(new):
     build.column(new, "observation.heat", cells, pa.list_(pa.list_(pa.list_(pa.float32()))), dtype="float32", shape=[8, 8, 3])
     dataset = Dataset.open(new)
     assert "'observation.heat' has the shape of a picture" in notes_of(dataset)
+    cells = [np.zeros((32, 48)).tolist()] * build.ROWS
+    build.column(new, "observation.range", cells, pa.list_(pa.list_(pa.uint16())), dtype="uint16", shape=[32, 48])
+    assert "'observation.range' has the shape of a picture, [32, 48], but holds uint16" in notes_of(Dataset.open(new))
     require_sound(dataset)
 
 
