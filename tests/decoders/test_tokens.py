@@ -10,7 +10,8 @@ from tests import helpers
 from vlaflow.actions.bins import BinsFit
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
@@ -402,6 +403,8 @@ def test_configs_that_make_no_sense_are_refused():
         helpers.token_policy(DiscreteFlowConfig, noise_token=True)
     with pytest.raises(ConfigError, match="A SlotMetric of 3 slots does not fit a tokenizer of 24"):
         helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=SlotMetric(spread=(1.0,) * 3)).model.decoder.distance()
+    with pytest.raises(ConfigError, match="This SlotMetric is not fitted yet"):
+        helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=SlotMetric())
     with pytest.raises(ConfigError, match="BinMetric needs a tokenizer whose ids are ordered"):
         helpers.token_policy(DiscreteFlowConfig, metric=BinMetric())
     with pytest.raises(ConfigError, match="is not fitted yet"):

@@ -30,7 +30,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
-from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.token_metrics import BinMetric, EmbeddingMetric, SlotMetric, require_order
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
@@ -140,6 +141,8 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         super().__init__(config, spec, extra=int(config.noise_token))
         self.config = c = config
         require_order(c.metric, self.tokenizer)
+        if c.metric.unfitted:
+            raise ConfigError(f"This {type(c.metric).__name__} is not fitted yet; training fits it on the demonstrations.")
         if c.guess == "expected" and not self.tokenizer.ordered:
             raise ConfigError("guess='expected' needs a tokenizer whose ids are ordered: use bins, or FAST without merges.")
         self.noise = self.vocabulary if c.noise_token else None
@@ -175,7 +178,7 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
             found.add(Capability.REGENERATION)
         if c.attention == "full":
             found.add(Capability.JOINT_ATTENTION)
-        return self.conditioning | self.chance | found
+        return self.conditioning | self.drawing | found
 
     def refreshing(self, state: DiscreteFlowState, share: float) -> DiscreteFlowState:
         """See ``Decoder``. With a prefix that is blind to the tokens, 0 is no cache at all: the same chunk, later."""

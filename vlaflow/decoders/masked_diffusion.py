@@ -14,7 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import ConfigError
@@ -81,7 +82,7 @@ class MaskedDiffusionDecoder(TokenDecoder[MaskedState]):
     @property
     def capabilities(self) -> frozenset[Capability]:
         """Conditioning, and regeneration: training masks any tokens and shows the others."""
-        return self.conditioning | self.chance | {Capability.REGENERATION, Capability.GRID}
+        return self.conditioning | self.drawing | {Capability.REGENERATION, Capability.GRID}
 
     def draw(self, batch: int, generator: Generator) -> Draws:
         """Which tokens are masked, bool (B·K, S)."""

@@ -21,7 +21,8 @@ from torch.nn import functional
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
 from vlaflow.backbones.language import LanguageBackbone, speaking
-from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.categorical import tempered
 from vlaflow.flows.sampling import Sampling
@@ -225,7 +226,7 @@ class TokenDecoder(Decoder[State]):
         return frozenset({Capability.TOKEN_CONDITIONING} | by_action)
 
     @property
-    def chance(self) -> frozenset[Capability]:
+    def drawing(self) -> frozenset[Capability]:
         """How its tokens can be drawn."""
         expected = set() if self._values_SV is None else {Capability.EXPECTED}
         return frozenset({Capability.TEMPERATURE} | expected)

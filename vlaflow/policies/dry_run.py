@@ -70,8 +70,8 @@ def acting(config: PolicyConfig, side: int) -> DryRun:
     return DryRun(model, model, model.backbone.spec.depth, loss, lambda batch: model.backbone.vision_numbers(batch, side))
 
 
-def rating(config: PolicyConfig, rater: RaterConfig, side: int) -> DryRun:
-    """A rater learns on a frozen policy, whose layers keep nothing for the backward pass."""
+def rating(config: PolicyConfig, rater: RaterConfig, side: int, draws: int = 1) -> DryRun:
+    """A rater learns from some chunks per observation, on a frozen policy whose layers keep nothing for the backward pass."""
     model = _without_weights(replace(config, rater=rater)).build()
     network = model.rater
     assert network is not None
@@ -79,7 +79,8 @@ def rating(config: PolicyConfig, rater: RaterConfig, side: int) -> DryRun:
     def loss(batch: int, depth: int) -> Tensor:
         with torch.no_grad():
             prefix = model.read(model.backbone.blank(batch, side), depth)
-        return network(prefix, torch.zeros(batch, config.decoder.chunk_size, config.decoder.action_dim)).square().mean()
+            prefix = prefix if draws == 1 else prefix.select(torch.arange(batch).repeat_interleave(draws))
+        return network(prefix, torch.zeros(batch * draws, config.decoder.chunk_size, config.decoder.action_dim)).square().mean()
 
     return DryRun(model, network, model.backbone.spec.depth, loss, lambda batch: 0)
 

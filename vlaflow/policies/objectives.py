@@ -255,7 +255,7 @@ class RaterObjective(Objective):
         """See ``Objective``."""
         if policy is None:
             raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
-        return rating(policy, self.rater, side)
+        return rating(policy, self.rater, side, self.draws)
 
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
