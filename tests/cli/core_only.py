@@ -1,17 +1,10 @@
-"""Runs commands in processes that can import the core dependencies alone, as after `pip install vlaflow` without extras.
-
-    python -m tests.cli.core_only '[["data", "check", "DIR"], ...]'
+"""Processes that can import the core dependencies alone, as after `pip install vlaflow` without extras.
 
 The folder ``bare`` must be on PYTHONPATH, so that processes that a command starts are no better off.
-Prints what became of each as a line of JSON: its status and what it wrote to standard error, or the traceback.
 """
 
 import contextlib
-import io
-import json
 import re
-import sys
-import traceback
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from tomllib import loads
@@ -55,22 +48,3 @@ class CoreOnly:
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
-
-
-def outcome(arguments):
-    from vlaflow.cli.main import main
-
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            status = main(arguments)
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            return {"status": None, "said": traceback.format_exc()}
-    return {"status": status, "said": said.getvalue()}
-
-
-if __name__ == "__main__":
-    for one in json.loads(sys.argv[1]):
-        sys.stdout.write(json.dumps(outcome(one)) + "\n")

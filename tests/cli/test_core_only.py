@@ -85,9 +85,10 @@ def outcomes(tmp_path_factory):
         return f"{places[head]}{slash}{rest}" if head in places else word
 
     commands = [[located(word) for word in arguments] for arguments, _ in CASES.values()]
-    command = [sys.executable, "-m", "tests.cli.core_only", json.dumps(commands)]
+    command = [sys.executable, "-m", "tests.commands"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE / "bare"), str(HERE.parents[1])))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = "".join(json.dumps(words) + "\n" for words in commands)
+    done = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
 

@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vlaflow.data.windows import FEW_TASKS, fewer_episodes, split_episodes
+from vlaflow.data.windows import FEW_TASKS, fewer_episodes, require_tasks, split_episodes
 from vlaflow.errors import ConfigError
 
 
 def episodes_of(tasks):
     """As much of a data set as a split looks at."""
     made = [SimpleNamespace(index=i, task=f"task {task}") for i, task in enumerate(tasks)]
-    return of(made)
+    rows = SimpleNamespace(task=np.array(tasks), episode=np.arange(len(made)))
+    return SimpleNamespace(**vars(of(made)), tasks=[f"task {task}" for task in range(max(tasks) + 1)], columns=lambda: rows)
 
 
 def of(made):
@@ -49,8 +50,13 @@ def test_the_same_seed_gives_the_same_division_and_another_seed_another():
 def test_whole_tasks_are_held_out_by_name():
     dataset = episodes_of([0, 1, 2, 1])
     assert split_episodes(dataset, 0.5, 0, ["task 1"]) == ((0, 2), (1, 3))
-    with pytest.raises(ConfigError, match="no episode of the task 'task 9'; did you mean"):
-        split_episodes(dataset, 0.5, 0, ["task 9"])
+    dataset.columns().task[2] = 1  # a frame of it in an episode of another task
+    assert split_episodes(dataset, 0.5, 0, ["task 1"]) == ((0,), (1, 2, 3))
+    assert split_episodes(dataset, 0.5, 0, ["task 2"]) == ((0, 1, 2, 3), ())  # that of another data set, perhaps
+    require_tasks([dataset], ["task 0", "task 1"])
+    with pytest.raises(ConfigError, match="no episode of the task 'task 9' in data/made and data/made; did you mean"):
+        require_tasks([dataset, dataset], ["task 9"])
+    dataset = episodes_of([0, 1, 2, 1])
     with pytest.raises(ConfigError, match="every episode"):
         split_episodes(dataset, 0.5, 0, ["task 0", "task 1", "task 2"])
 

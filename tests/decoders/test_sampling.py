@@ -6,7 +6,8 @@ import torch
 
 from tests import helpers
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Capability, Conditioning
+from vlaflow.decoders.base import Conditioning
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig
 from vlaflow.errors import ConfigError

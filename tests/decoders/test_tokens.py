@@ -10,7 +10,8 @@ from tests import helpers
 from vlaflow.actions.bins import BinsFit
 from vlaflow.data.batch import Executed
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.masked_diffusion import MaskedDiffusionConfig

@@ -38,21 +38,45 @@ def environment(*folders):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def vlaflow(*arguments, env):
-    command = [sys.executable, "-m", "vlaflow", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+@contextmanager
+def commands(env):
+    """A function that runs ``vlaflow ...`` in one process of its own, and returns what became of it."""
+    words = [sys.executable, "-m", "tests.commands"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+
+        def run(*arguments):
+            process.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield run
 
 
 @pytest.fixture(scope="module")
 def command(site):
     """Run ``vlaflow ...`` where the plugin is installed; it must succeed."""
+    with commands(environment(site)) as run:
 
-    def run(*arguments):
-        done = vlaflow(*arguments, env=environment(site))
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        def succeed(*arguments):
+            done = run(*arguments)
+            assert done["status"] == 0, done["said"]
+            return done["printed"]
 
-    return run
+        yield succeed
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Run ``vlaflow ...`` where the plugin is not installed; returns the one sentence that it is refused with."""
+    with commands(environment()) as run:
+
+        def refused(*arguments):
+            done = run(*arguments)
+            assert done["status"] == 2, done["said"]
+            (said,) = done["said"].strip().splitlines()
+            return said
+
+        yield refused
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +148,12 @@ def test_its_policy_is_served_to_its_client(site, trained):
     assert ways[0].mean() < 0 < ways[1].mean()
 
 
-def test_its_checkpoint_is_refused_in_one_sentence_where_it_is_not_installed(trained, tmp_path):
+def test_its_checkpoint_is_refused_in_one_sentence_where_it_is_not_installed(elsewhere, trained, tmp_path):
     for arguments in (
         ("eval", trained, "--env", "metaworld/reach-v3", "--out", tmp_path / "eval"),
         ("serve", trained, "--observation-keys", "libero", "--port", "0"),
     ):
-        done = vlaflow(*arguments, env=environment())
-        assert done.returncode == 2, done.stderr
-        (said,) = done.stderr.strip().splitlines()
+        said = elsewhere(*arguments)
         assert "'config.backbone.kind' in" in said
         assert "is 'GlanceConfig', which nothing installed provides; installed: " in said
         assert "TinyConfig" in said
@@ -144,8 +166,5 @@ def test_its_checkpoint_is_refused_in_one_sentence_where_it_is_not_installed(tra
         ("train", "corridor.demo", "--dataset", "nowhere", "--out", "nowhere"),
     ],
 )
-def test_its_names_are_unknown_where_it_is_not_installed(arguments):
-    done = vlaflow(*arguments, env=environment())
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "corridor" in done.stderr
+def test_its_names_are_unknown_where_it_is_not_installed(elsewhere, arguments):
+    assert "corridor" in elsewhere(*arguments)

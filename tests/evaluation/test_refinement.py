@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.evaluation.conftest import make_policy
 from vlaflow.cli.calibrate import main
-from vlaflow.compute.doubt_calibration import RefineCalibration, RefineShare
+from vlaflow.compute.doubt_calibration import RefineCalibration, RefineRisk, RefineShare, Rival
 from vlaflow.compute.doubt_limits import limit_for_risk, limit_for_share
 from vlaflow.compute.doubts import AtRandom, Spread
 from vlaflow.compute.parse import parse
@@ -20,6 +20,7 @@ from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.writer import Writer
 from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.evaluation import refinement
 from vlaflow.evaluation.calibrate import sample
 from vlaflow.evaluation.rank import auc, auc_interval, rank_correlation
 from vlaflow.evaluation.refinement_measures import ORACLE, RATER, Workbench
@@ -127,6 +128,17 @@ def test_a_calibration_says_what_was_measured_and_runs_by_its_name(calibrated):
     page = (calibrated / "calibration/refine/share-0.5.html").read_text()
     assert page.count("<svg") == 2
     assert made.checkpoint in page
+
+
+def test_a_risk_is_written_with_what_other_episodes_show(calibrated, dataset, monkeypatch, capsys):
+    """No action may be kept that is further off than 0, so all are regenerated and none is wrong."""
+    monkeypatch.setattr(refinement, "rivals", lambda *_: iter([Rival("dense:2", "", 0, 1, 0, 0, 0)]))
+    given = [str(calibrated), "--dataset", str(dataset), "--episodes", "all", "--frames", str(FRAMES), "--refine"]
+    assert main([*given, "--max-deviation", "0", "--doubt", "spread", "--draws", "2", "--compute", "dense:2"]) == 0
+    made = RefineCalibration.load(calibrated / "calibration/refine/spread-deviation-0.json")
+    assert made.target == RefineRisk(0, pytest.approx(0.1), 0.05)
+    assert (made.effect.share, made.effect.above, made.draws) == (1, 0, 2)
+    assert "keep an action that is worse than allowed" in capsys.readouterr().out
 
 
 def test_other_weights_and_another_data_set_are_refused(calibrated, dataset, tmp_path):

@@ -15,7 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
-from vlaflow.decoders.base import Capability, Conditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError
 from vlaflow.flows.sampling import Sampling

@@ -206,8 +206,8 @@ class RefineCalibration:
 
 
 def doubt_of(name: DoubtName, threshold: float, draws: int) -> Doubt:
-    """The doubt of that name; a rater's confidences lie below 1, and the spread of draws is 0 or more."""
-    return BelowThreshold(min(threshold, 1.0)) if name == "rater" else Spread(threshold, spread_draws(draws))
+    """The doubt of that name."""
+    return BelowThreshold(threshold) if name == "rater" else Spread(threshold, spread_draws(draws))
 
 
 def spread_draws(draws: int) -> Consensus:

@@ -12,6 +12,9 @@ import numpy as np
 from vlaflow.compute.thresholds import LEVELS
 from vlaflow.errors import ConfigError
 
+EVERYTHING = -np.inf
+"""Limit that every score is above."""
+
 
 def limit_for_share(score_M: np.ndarray, share: float) -> float:
     """Limit above which ``round(share · M)`` scores lie; of equal scores at the limit none is above it.
@@ -27,7 +30,7 @@ def limit_for_share(score_M: np.ndarray, share: float) -> float:
     if not 0 <= share <= 1:
         raise ConfigError(f"A share of actions lies in [0, 1], got {share}.")
     falling_M, count = np.sort(score_M)[::-1], round(share * len(score_M))
-    return float(falling_M[count]) if count < len(falling_M) else _below(falling_M[-1])
+    return float(falling_M[count]) if count < len(falling_M) else EVERYTHING
 
 
 def limit_for_risk(
@@ -67,7 +70,7 @@ def limit_for_risk(
         raise ConfigError("Risk control tunes on some episodes and tests on others; take more episodes.")
     own_M, testing_N = np.sort(score_NL[tuning_N][counts_NL[tuning_N]]), ~tuning_N
     wrong_NL = (counts_NL & (error_NL > max_error))[testing_N]
-    best = _below(float(score_NL[counts_NL].min()))
+    best = EVERYTHING
     for level in np.arange(1, LEVELS + 1) / LEVELS:
         limit = float(np.quantile(own_M, level, method="inverted_cdf"))
         bad = int((wrong_NL & (score_NL[testing_N] <= limit)).any(1).sum())
@@ -75,10 +78,6 @@ def limit_for_risk(
             break
         best = limit
     return best
-
-
-def _below(score: float) -> float:
-    return float(np.nextafter(np.float32(score), np.float32(-np.inf)))
 
 
 def _require_scores(score_M: np.ndarray) -> None:

@@ -22,7 +22,8 @@ from torch import Generator, Tensor
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Passes, Requirements, Stopwatch
 from vlaflow.compute.distance import Metric, distance
-from vlaflow.decoders.base import Capability, Conditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling

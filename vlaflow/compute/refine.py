@@ -15,7 +15,8 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Draft, require_spread
-from vlaflow.decoders.base import Capability, Conditioning
+from vlaflow.decoders.base import Conditioning
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling

@@ -19,7 +19,8 @@ from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, S
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import Draft, Judged, TokenDoubt, require_spread
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Capability, Conditioning, Decoder, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Decoder, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.sampling import Sampling

@@ -17,7 +17,8 @@ from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Requirements, Stages, Stopwatch
 from vlaflow.compute.dense import spent
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Capability, Conditioning
+from vlaflow.decoders.base import Conditioning
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.model import Model
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling

@@ -118,9 +118,10 @@ def weights_of(members: Sequence[Member], mixture: Mixture) -> list[float]:
     if mixture.weights:
         for name in names:
             if name not in mixture.weights:
+                hint = nearest(name, mixture.weights).removesuffix("?")
                 raise ConfigError(
-                    f"The mixture has no weight for a data set '{name}'; {nearest(name, mixture.weights)} Give its name with "
-                    f"--dataset NAME=DIR: {', '.join(mixture.weights)}."
+                    f"The mixture has no weight for a data set '{name}'; {hint}. Give every data set a name that it has: "
+                    "--dataset NAME=DIR"
                 )
         total = sum(mixture.weights[name] for name in dict.fromkeys(names))
         within = _shared(members, names)
@@ -171,5 +172,5 @@ def named_mixture(name: str) -> Mixture:
         ConfigError: there is none of this name.
     """
     if name not in NAMED:
-        raise ConfigError(f"There is no mixture '{name}'; {nearest(name, NAMED)} Known: {', '.join(NAMED)}.")
+        raise ConfigError(f"There is no mixture '{name}'; {nearest(name, NAMED)}")
     return NAMED[name]

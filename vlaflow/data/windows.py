@@ -148,23 +148,23 @@ def split_episodes(
         dataset: an open data set.
         validation_fraction: share of the episodes to hold out.
         seed: determines which.
-        hold_out_tasks: instructions; all of their episodes are held out, and no others.
+        hold_out_tasks: instructions; all episodes with a frame of one of them are held out, and no others. Those that the data
+            set does not have are for another one (``require_tasks``).
 
     Raises:
-        ConfigError: the fraction is not in [0, 1), a task does not exist, or nothing is left to train on.
+        ConfigError: the fraction is not in [0, 1), or nothing is left to train on.
     """
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"The validation fraction must lie in [0, 1), got {validation_fraction}.")
-    by_task = _by_task(dataset, dataset.numbers)
     chosen: set[int] = set()
     if hold_out_tasks:
-        for task in hold_out_tasks:
-            if task not in by_task:
-                raise ConfigError(f"{dataset.root} has no episode of the task '{task}'; {nearest(task, by_task)}")
-            chosen |= set(by_task[task])
+        columns = dataset.columns()
+        asked = [index for index, task in enumerate(dataset.tasks) if task in hold_out_tasks]
+        chosen = set(columns.episode[np.isin(columns.task, asked)].tolist())
         if len(chosen) == len(dataset.numbers):
             raise ConfigError(f"--hold-out-task holds out every episode of {dataset.root}. Name fewer tasks.")
     else:
+        by_task = _by_task(dataset, dataset.numbers)
         several = [members for members in by_task.values() if len(members) > 1]
         single = [members[0] for members in by_task.values() if len(members) == 1]
         groups = several + ([single] if len(single) > 1 else [])
@@ -173,6 +173,21 @@ def split_episodes(
             if count:
                 chosen |= set(np.random.default_rng([seed, number]).permutation(members)[:count].tolist())
     return tuple(n for n in dataset.numbers if n not in chosen), tuple(sorted(chosen))
+
+
+def require_tasks(datasets: Sequence[Dataset], hold_out_tasks: Sequence[str]) -> None:
+    """Refuse to hold out an instruction that no frame of any of the data sets has.
+
+    Raises:
+        ConfigError: with the nearest that there is.
+    """
+    if not hold_out_tasks:
+        return
+    known = {dataset.tasks[task] for dataset in datasets for task in np.unique(dataset.columns().task).tolist()}
+    for task in hold_out_tasks:
+        if task not in known:
+            roots = " and ".join(str(dataset.root) for dataset in datasets)
+            raise ConfigError(f"There is no episode of the task '{task}' in {roots}; {nearest(task, known)}")
 
 
 def _held_out_of(groups: Sequence[Sequence[int]], several: int, whole: int, fraction: float, seed: int) -> list[int]:

@@ -15,7 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
-from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of
 from vlaflow.errors import CapabilityError, ConfigError

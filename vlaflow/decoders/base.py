@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -23,6 +22,7 @@ from vlaflow.actions.base import Tokenizer
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.data.batch import Executed, moved
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms
 from vlaflow.errors import CapabilityError, ConfigError
@@ -258,30 +258,19 @@ class DecoderConfig(Part, ABC):
         """The latent action codes that training teaches it to name; None where it needs none."""
         return None
 
+    def untruncated(self, noise_samples: int) -> Self:
+        """The config of a later stage, in which the gradients of the actions reach the backbone.
 
-class Capability(StrEnum):
-    """What a decoder can do beyond making whole chunks from noise; compute policies say which of these they need."""
+        Args:
+            noise_samples: per observation.
 
-    CONDITIONING = "conditioning"
-    """``start`` can begin from given actions."""
-    TOKEN_CONDITIONING = "token-conditioning"  # noqa: S105
-    """``start`` can begin from given tokens of a vocabulary, and every solver step may revise tokens."""
-    REGENERATION = "regeneration"
-    """It was trained to make some actions or tokens while the others are given clean."""
-    DETERMINISTIC_STEPS = "deterministic-steps"
-    """It has a ``refine_deterministic``: deterministic steps that may still revise every token."""
-    PREFIX_REFRESH = "prefix-refresh"
-    """It has a ``refreshing``: the share of changed tokens from which the prefix is run again can be chosen."""
-    CONTINUOUS = "continuous"
-    """Its tokens glide from Gaussian noise: the scale of the noise and the solver can be chosen."""
-    GRID = "grid"
-    """The clocks of its solver steps can be stated."""
-    TEMPERATURE = "temperature"
-    """It draws tokens, and the temperature can be chosen."""
-    EXPECTED = "expected"
-    """The ids of its tokens are ordered by value, so a mean of them has a nearest token."""
-    JOINT_ATTENTION = "joint-attention"
-    """The prefix reads the action tokens too, so keys and values kept from an earlier step are an approximation."""
+        Raises:
+            CapabilityError: for decoders that truncate no gradients.
+        """
+        raise CapabilityError(
+            f"A {type(self).__name__} truncates no gradients, so there is no later stage for it. This recipe "
+            "continues a policy of iflybot.joint; train that first."
+        )
 
 
 class Decoder(nn.Module, ABC, Generic[State]):

@@ -30,7 +30,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
-from vlaflow.decoders.base import Capability, Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.decoders.token_metrics import BinMetric, EmbeddingMetric, SlotMetric, require_order
 from vlaflow.decoders.tokens import TokenConfig, TokenDecoder, TokenState, cross_entropy, probability_of

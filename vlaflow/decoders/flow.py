@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.data.batch import moved
-from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Guidance, Targets, TokenConditioning
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Guidance, Targets, TokenConditioning
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.exits import ExitHeads, ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError

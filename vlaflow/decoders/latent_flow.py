@@ -22,7 +22,8 @@ from torch import Generator, Tensor
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
-from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, LatentCodes, Targets, TokenConditioning
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LatentCodes, Targets, TokenConditioning
+from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
@@ -104,6 +105,10 @@ class LatentFlowConfig(DecoderConfig):
     def latent_codes(self) -> LatentCodes | None:
         """Those that are predicted first, where they are targets at all."""
         return LatentCodes(self.latent.codes, self.latent.book) if self.teaches else None
+
+    def untruncated(self, noise_samples: int) -> Self:
+        """See ``DecoderConfig``."""
+        return replace(self, truncate=False, flow=replace(self.flow, noise_samples=noise_samples))
 
     def build(self, spec: BackboneSpec) -> LatentFlowDecoder:
         """The decoder for such a backbone, randomly initialised."""

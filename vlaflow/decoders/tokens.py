@@ -21,7 +21,8 @@ from torch.nn import functional
 from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
 from vlaflow.backbones.language import LanguageBackbone, speaking
-from vlaflow.decoders.base import Capability, Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
+from vlaflow.decoders.capability import Capability
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows.categorical import tempered
 from vlaflow.flows.sampling import Sampling

@@ -169,13 +169,13 @@ def run(checkpoint: Path, dataset: Path, request: RefineRequest, device: str = "
     work = Workbench(policy, frames, refine, doubts)
     drafts = work.drafts()
     limit, target = request.target.limit(drafts, drafts.score_NL[request.doubt])
-    threshold = -limit if request.doubt == RATER else limit
-    refine = replace(refine, doubt=doubt_of(request.doubt, max(threshold, 0.0), request.draws))
+    threshold = min(-limit, 1.0) if request.doubt == RATER else max(limit, 0.0)
+    refine = replace(refine, doubt=doubt_of(request.doubt, threshold, request.draws))
     made = RefineCalibration(
         checkpoint=mark,
         dataset=data.fingerprint,
         doubt=request.doubt,
-        threshold=max(threshold, 0.0),
+        threshold=threshold,
         draws=request.draws if request.doubt == SPREAD else 0,
         first=first.name,
         sampling=refine.sampling,

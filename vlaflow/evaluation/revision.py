@@ -13,7 +13,7 @@ from torch import Generator
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.data.batch import ObservationBatch
-from vlaflow.decoders.base import Capability
+from vlaflow.decoders.capability import Capability
 from vlaflow.policies.base import Policy
 from vlaflow.spec import Observation
 

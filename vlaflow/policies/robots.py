@@ -83,7 +83,9 @@ def chosen_robot(robots: Mapping[str, Robot], name: str | None, where: str) -> s
         raise ConfigError(f"{where} was trained for several robots; choose one with --robot: {known}.")
     found = [each for each, robot in robots.items() if name in (each, robot.action_spec.robot)]
     if not found:
-        raise ConfigError(f"{where} was not trained for a robot '{name}'; {nearest(name, robots)} It knows {known}.")
+        raise ConfigError(
+            f"{where} was not trained for a robot '{name}'; {nearest(name, robots).removesuffix('?')}. It knows {known}."
+        )
     return found[0]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vlaflow.decoders.latent_flow import LatentFlowConfig
-from vlaflow.errors import CapabilityError
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.iflybot.policy import full_latent, qwen3b, small, tiny, tiny_latent
 from vlaflow.policies.libero_small import OPTIM as SMALL_OPTIM
@@ -62,9 +60,7 @@ def fine(policy: PolicyConfig) -> TrainConfig:
     vlaflow train iflybot.fine --policy runs/iflybot/joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out DIR
     """
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
-    return replace(
-        tiny_training(_whole(policy, noise_samples=5), steps=1000, optim=optim), validate_every=250, checkpoint_every=500
-    )
+    return replace(tiny_training(_untruncated(policy), steps=1000, optim=optim), validate_every=250, checkpoint_every=500)
 
 
 def libero_small() -> Pipeline:
@@ -99,7 +95,7 @@ def small_fine(policy: PolicyConfig) -> TrainConfig:
     vlaflow train iflybot.small_fine --policy runs/libero/joint --dataset DIR --latent runs/libero/latent --out DIR
     """
     optim = replace(SMALL_OPTIM, learning_rate=2e-4, warmup_steps=100)
-    return small_training(_whole(policy, noise_samples=5), steps=6000, optim=optim)
+    return small_training(_untruncated(policy), steps=6000, optim=optim)
 
 
 def latent_full(data: DataSpec) -> TrainConfig:
@@ -163,7 +159,7 @@ def fine3b(policy: PolicyConfig) -> TrainConfig:
     4.00 B parameters, 4.00 B trained; before activations 75 GiB per GPU as copies, 11 GiB with --shard on eight.
     """
     return TrainConfig(
-        PolicyObjective(_whole(policy, noise_samples=5)),
+        PolicyObjective(_untruncated(policy)),
         optim=OptimConfig(learning_rate=2e-6, weight_decay=0.0, warmup_steps=500, schedule="constant"),
         steps=50_000,
         global_batch_size=32,
@@ -186,8 +182,5 @@ def libero(data: DataSpec) -> TrainConfig:
     return replace(joint3b(data), objective=PolicyObjective(qwen3b(data, chunk_size=7, n_action_steps=7)))
 
 
-def _whole(policy: PolicyConfig, noise_samples: int) -> PolicyConfig:
-    decoder = policy.decoder
-    if not isinstance(decoder, LatentFlowConfig):
-        raise CapabilityError("This stage continues a policy of iflybot.joint; train that first.")
-    return replace(policy, decoder=replace(decoder, truncate=False, flow=replace(decoder.flow, noise_samples=noise_samples)))
+def _untruncated(policy: PolicyConfig) -> PolicyConfig:
+    return replace(policy, decoder=policy.decoder.untruncated(noise_samples=5))
