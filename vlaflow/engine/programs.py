@@ -179,6 +179,7 @@ class Programs:
 
     def __init__(self, programs: Mapping[ProgramKey, Run]) -> None:
         self.missed: set[ProgramKey] = set()
+        self._said = False
         self._by_batch: dict[ProgramKey, list[tuple[int, Run]]] = {}
         for key in sorted(programs):
             self._by_batch.setdefault(replace(key, batch=0), []).append((key.batch, programs[key]))
@@ -190,7 +191,8 @@ class Programs:
                 return program
             if batch > key.batch:
                 return _filling(program, key.batch, batch)
-        if not self.missed:
+        if not self._said and any(other.part == key.part for other in self._by_batch):  # or this kind of policy has none
+            self._said = True
             sys.stderr.write(
                 f"No program was built for {key.batch} observation{'s' if key.batch > 1 else ''} and {key.tokens} tokens "
                 f"({key}), so the networks compute this: the same chunk, only later. Tell vlaflow deploy what you run: "
