@@ -15,7 +15,7 @@ from torch import distributed as dist
 IMPORTED = ("tests.training.together", "tests.training.layouts", "torch._dynamo", "accelerate")
 """By the process that all others are forked from. It runs nothing, for threads do not survive a fork."""
 PATIENCE_S = 10
-"""For the others of a group when one has failed: they notice, but not where they wait for it to read a file."""
+"""How long the others of a group may take to notice that one has failed; then they are killed."""
 
 
 def forked() -> multiprocessing.context.ForkServerContext:
@@ -38,8 +38,10 @@ def launch(job: Callable[..., None], out: Path, *arguments: object, world: int =
         environment = {**meeting, "ACCELERATE_USE_CPU": "true", **{name: str(value) for name, value in own.items()}}
         processes.append(context.Process(target=_work, args=(environment, job, out, arguments)))
         processes[-1].start()
-    while all(process.exitcode in {None, 0} for process in processes) and any(process.is_alive() for process in processes):
-        wait([process.sentinel for process in processes if process.is_alive()])
+    running = processes
+    while running and all(process.exitcode in {None, 0} for process in processes):
+        wait([process.sentinel for process in running])
+        running = [process for process in running if process.is_alive()]
     for process in processes:
         process.join(PATIENCE_S)
         process.kill()
