@@ -273,7 +273,8 @@ def _sampler(settings: Settings, checkpoint: Path, dataset: Path) -> None:
     from vlaflow.evaluation.calibrate_sampler import SamplerRequest, run
     from vlaflow.reports.sampler import write_page
 
-    run(checkpoint, dataset, SamplerRequest(frames=settings.sampler_frames), report=write_page)
+    chunks = min(settings.latency_chunks, SamplerRequest.latency_chunks)
+    run(checkpoint, dataset, SamplerRequest(frames=settings.sampler_frames, latency_chunks=chunks), report=write_page)
 
 
 def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
