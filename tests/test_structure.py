@@ -82,6 +82,11 @@ def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@cache
+def every_node(path):
+    return tuple(ast.walk(tree(path)))
+
+
 def imported(node, path):
     """Full names of the modules or members that an import statement asks for; for other nodes nothing."""
     if isinstance(node, ast.Import):
@@ -172,9 +177,10 @@ def circles(graph):
     return sorted(sorted(group) for group in groups if group)
 
 
-def offences_of(paths, offence, nodes=ast.walk):
-    """``file:line what`` for every node that ``offence(node, path)`` describes."""
-    found = ((path, node, offence(node, path)) for path in paths for node in nodes(tree(path)))
+def offences_of(paths, offence, nodes=None):
+    """``file:line what`` for every node that ``offence(node, path)`` describes, of all or of those that ``nodes`` selects."""
+    chosen = every_node if nodes is None else lambda path: nodes(tree(path))
+    found = ((path, node, offence(node, path)) for path in paths for node in chosen(path))
     return [f"{relative(path)}:{node.lineno} {what}" for path, node, what in found if what]
 
 
@@ -336,7 +342,7 @@ def test_no_two_classes_share_a_name():
     """One word for one thing: a reader who searches for a class finds one."""
     places = {}
     for path in SOURCES:
-        for node in ast.walk(tree(path)):
+        for node in every_node(path):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(relative(path))
     assert not {name: files for name, files in places.items() if len(files) > 1}
