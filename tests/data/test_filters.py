@@ -7,9 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlaflow.data.filters import Filters, _outliers, _prefix, _segments, _still, filtered
+from tests.data.toyset import edit_info
+from vlaflow.data.draft import stated
+from vlaflow.data.exclusions import paused
+from vlaflow.data.filters import Filters, _outliers, _prefix, _segments, _still, filtered, left_out
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.quality import PauseRule
 from vlaflow.data.windows import Windows
 from vlaflow.errors import ConfigError
 
@@ -89,6 +93,16 @@ def test_a_data_set_that_stands_still_at_first_is_found_whatever_its_rate(pristi
     assert np.flatnonzero(found.by_kind["idle"]).tolist() == list(range(6))
     off = filtered(dataset, Filters(static=None, slow=None, idle=None, outliers=None))
     assert not off.no_start_N.any()
+
+
+def test_pauses_are_shown_without_an_action_spec_as_training_finds_them(copy):
+    """Training drafts the spec that most data sets lack, and so does what shows its rules."""
+    edit_info(copy, x_vlaflow={})
+    dataset = Dataset.open(copy)
+    dataset.columns().action[3:9] = 0
+    wanted = paused(stated(dataset), PauseRule())
+    assert wanted[4:8].all()
+    assert np.array_equal(left_out(dataset)["pause"], wanted)
 
 
 @pytest.mark.parametrize("wrong", [{"static": 0.0}, {"slow": 1.0}, {"outliers": -1.0}, {"idle_s": 0.0}])

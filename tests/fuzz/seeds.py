@@ -15,6 +15,7 @@ SEEDS = {
         (V3, "set", ["features"], [1]),
         (V3, "set", ["features", "action"], []),
         (V3, "drop", ["features", "action", "dtype"]),
+        (V3, "set", ["features", "observation.state", "dtype"], "a\nb"),
         (V3, "drop", ["features", "action", "shape"]),
         (V3, "drop", ["features", "timestamp", "shape"]),
         (V3, "set", ["features", "action", "shape"], ["3"]),

@@ -104,7 +104,7 @@ class MolmoBackbone(PretrainedBackbone):
         if text.qk_norm_type != "qwen3" or text.norm_after or text.rope_parameters["rope_type"] != "default":
             raise ConfigError(f"Of the {NAME} models those on Qwen3 can be run layer by layer (4B, 8B), not this one.")
         if config.recompute:
-            self.network.vision_tower.gradient_checkpointing_enable()
+            self.network.vision_tower.activation_checkpointing_enable()
 
     @property
     def vision_blocks(self) -> Iterable[nn.Module]:

@@ -11,6 +11,7 @@ from vlaflow.data.features import Feature, distinct, is_image, resembles_image
 from vlaflow.data.reading import Reading
 from vlaflow.data.stored_images import depth_reason
 from vlaflow.errors import DataError, SpecError, nearest
+from vlaflow.text import shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def find_cameras(
                 left_out[key] = reason
         elif resembles_image(feature):
             notes.append(
-                f"'{key}' has the shape of a picture, {feature['shape']}, but holds {feature['dtype']}; it is not read."
+                f"'{key}' has the shape of a picture, {feature['shape']}, but holds {shown(feature['dtype'])}; it is not read."
             )
     names = view_names(cameras)
     by_name = {name: key for key, name in names.items()}

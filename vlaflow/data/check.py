@@ -15,6 +15,7 @@ from functools import partial
 import av
 import numpy as np
 
+from vlaflow.data.draft import stated
 from vlaflow.data.exclusions import intervened, paused
 from vlaflow.data.frames import damaged_blocks
 from vlaflow.data.hashes import HASHES, stored_hashes
@@ -187,13 +188,13 @@ def _about_numbers(dataset: Dataset) -> list[str]:
                 f"action '{dimension.name}' leaves its range [{dimension.low:g}, {dimension.high:g}] in "
                 f"{outside[:, d].mean():.1%} of the frames, first in episode {episode}."
             )
-        share = paused(dataset, PauseRule()).mean()
-        if share > 0:
-            remarks.append(
-                f"{share:.1%} of the frames are pauses by the default rule (vlaflow.data.quality.PauseRule); recipes with a "
-                "pause rule leave them out of the loss"
-                + (", and refuse to train while that is more than max_excluded." if share > 0.5 else ".")
-            )
+    share = paused(stated(dataset), PauseRule()).mean()
+    if share > 0:
+        remarks.append(
+            f"{share:.1%} of the frames are pauses by the default rule (vlaflow.data.quality.PauseRule); recipes with a "
+            "pause rule leave them out of the loss"
+            + (", and refuse to train while that is more than max_excluded." if share > 0.5 else ".")
+        )
     share = intervened(dataset, INTERVENTIONS).mean()
     if share > 0:
         remarks.append(

@@ -45,6 +45,11 @@ class DraftedSpec:
     words: str
 
 
+def stated(dataset: Dataset) -> Dataset:
+    """The data set with what its actions mean: as it states, or else by a draft."""
+    return dataset if dataset.action_spec is not None else dataset.with_spec(draft(dataset).spec)
+
+
 def draft(dataset: Dataset) -> DraftedSpec:
     """Draft what a data set's actions mean; reads its rows for their ranges.
 

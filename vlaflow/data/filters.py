@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlaflow.data.draft import stated
 from vlaflow.data.exclusions import paused
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.quality import FAST, PauseRule
@@ -127,9 +128,8 @@ def _fast(change_N: np.ndarray) -> float:
 
 
 def left_out(dataset: Dataset) -> dict[str, np.ndarray]:
-    """Rows, (N,) bool, that pauses and filters mark by their default rules, by name; pauses only with an action spec."""
-    pauses = {"pause": paused(dataset, PauseRule())} if dataset.action_spec is not None else {}
-    return pauses | filtered(dataset, Filters()).by_kind
+    """Rows, (N,) bool, that pauses and filters mark by their default rules, by name; without an action spec, by a draft."""
+    return {"pause": paused(stated(dataset), PauseRule())} | filtered(dataset, Filters()).by_kind
 
 
 def _outliers(values_ND: np.ndarray, times: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from vlaflow.data.features import Feature, is_numeric
 from vlaflow.errors import ConfigError, DataError, nearest
 from vlaflow.spec import ActionSpec
 from vlaflow.strict import read_object
+from vlaflow.text import shown
 
 ACTION, STATE = "action", "observation.state"
 
@@ -142,7 +143,7 @@ def choose_columns(root: Path, features: Mapping[str, Feature], reading: Reading
     for key in (*action, *state):
         if not is_numeric(key, features[key]):
             raise DataError(
-                f"'{key}' of {root} holds no numbers ({features[key]['dtype']}), so it is neither action nor state."
+                f"'{key}' of {root} holds no numbers ({shown(features[key]['dtype'])}), so it is neither action nor state."
             )
     notes: tuple[str, ...] = ()
     looks = _like(features, "state")

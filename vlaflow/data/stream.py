@@ -148,8 +148,8 @@ class FrameStream:
             yield
         except BrokenProcessPool as error:
             raise DataError(
-                f"A process that decodes the videos of {self._opening.root} has died; the kernel ends processes when memory "
-                "runs out. Train from a frame cache: --frames jpeg"
+                f"A process that decodes the videos of {self._opening.root} has died. The kernel ends processes when memory "
+                'runs out: train from a frame cache, --frames jpeg. A script must train under `if __name__ == "__main__":`'
             ) from error
 
     def _forget(self) -> None:

@@ -49,7 +49,7 @@ class TrainingClocks:
         """Clocks (batch, 1) in (0, 1]; one of exactly 0 would have nothing to learn from."""
         clock_B1 = 1 - torch.rand(batch, 1, generator=generator)
         if self.power != 1:
-            clock_B1 = clock_B1 ** (1 / self.power)
+            clock_B1 = (clock_B1 ** (1 / self.power)).clamp(min=torch.finfo(clock_B1.dtype).tiny)
         if self.pure > 0:
             clock_B1 = clock_B1.masked_fill(torch.rand(batch, 1, generator=generator) < self.pure, 1.0)
         return clock_B1

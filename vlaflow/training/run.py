@@ -14,7 +14,7 @@ import torch
 
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
-from vlaflow.data.weights import DatasetEntry, named_mixture
+from vlaflow.data.weights import DatasetEntry, Member, named_mixture, weights_of
 from vlaflow.data.windows import require_tasks
 from vlaflow.errors import ConfigError
 from vlaflow.hub import origin
@@ -130,6 +130,8 @@ def train_stage(
     config = overridden(config, options.overrides, assets)
     datasets = opened(config.objective, given)
     _print_notes(datasets, lambda each: each.notes)
+    if len(datasets) > 1:  # before rows are read
+        weights_of([Member(each.entry, each.entry.name, 1) for each in datasets], config.mixture)
     require_tasks([each.dataset for each in datasets], config.hold_out_tasks)
     if base is not None and Path(out).resolve() == base.folder.resolve():
         raise ConfigError(f"--out and --policy are both {out}; give the new checkpoint a folder of its own.")

@@ -267,7 +267,7 @@ def test_numbers_that_look_like_a_picture_are_not_read_and_noted(new):
     assert "'observation.heat' has the shape of a picture" in notes_of(dataset)
     cells = [np.zeros((32, 48)).tolist()] * build.ROWS
     build.column(new, "observation.range", cells, pa.list_(pa.list_(pa.uint16())), dtype="uint16", shape=[32, 48])
-    assert "'observation.range' has the shape of a picture, [32, 48], but holds uint16" in notes_of(Dataset.open(new))
+    assert "'observation.range' has the shape of a picture, [32, 48], but holds 'uint16'" in notes_of(Dataset.open(new))
     require_sound(dataset)
 
 
