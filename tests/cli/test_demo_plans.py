@@ -38,6 +38,8 @@ def test_the_printed_commands_do_what_the_steps_do(name):
     plan, settings = PLANS[name], Settings.of(Demo(plan=name, steps=7))
     commands = {step: shlex.split(line) for step, line in equivalent(settings, plan, Path("runs/x"), 2).items()}
     assert [word for word in commands["record"] if "/" in word] == [*plan.envs, "runs/x/dataset"]
+    noise = [commands["record"][commands["record"].index(option) + 1] for option in ("--noise", "--noise-memory")]
+    assert noise == [str(plan.noise), str(plan.noise_memory)]
     assert commands["train"][:3] == ["vlaflow", "train", plan.policy]
     assert commands["train"][commands["train"].index("--steps") + 1] == "7"
     assert commands["rater"][2] == plan.rater

@@ -79,6 +79,7 @@ def test_in_bfloat16_both_round_alike(pair):
         torch.testing.assert_close(torch.from_numpy(other.actions), torch.from_numpy(one.actions), rtol=0, atol=0.05)
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "scaled_mm"), reason="this torch has no products of float8")
 def test_float8_stays_near(pair):
     """Three bits of mantissa in every factor: some hundredths of a deviation, and not what the networks compute."""
     eager, _ = pair

@@ -101,12 +101,13 @@ def test_simulated_marginals_agree_with_the_path(distance_VV, rule):
     schedule, target, chains, steps = discrete.MetricSchedule(), 1, 20_000, 400
     generators = [torch.Generator().manual_seed(5)]
     token = (uniforms(generators, (chains,)) * 5).long()
-    aim = torch.full_like(token, target)
+    every, aim = torch.arange(5)[None], torch.full((1, 5), target)  # chains at one token share its rates
     clocks = torch.linspace(1, 0.4, steps + 1)
     for now, after in pairwise(clocks.tolist()):
-        when, stride = torch.full(token.shape, now), torch.full(token.shape, now - after)
-        rate = discrete.metric_velocity(token, distance_VV[aim], schedule.beta(when), schedule.rate(when, stride))
-        token = discrete.jump(token, rate, stride, uniforms(generators, (2, chains)).transpose(0, 1), rule)
+        when, stride = torch.full(every.shape, now), torch.full(every.shape, now - after)
+        rate_VV = discrete.metric_velocity(every, distance_VV[aim], schedule.beta(when), schedule.rate(when, stride))[0]
+        draws = uniforms(generators, (2, chains)).transpose(0, 1)
+        token = discrete.jump(token, rate_VV[token], stride[:, :1].expand(token.shape), draws, rule)
     expected = path(distance_VV, target, 0.4, schedule) * chains
     found = torch.bincount(token[0], minlength=5).float()
     assert float(((found - expected).square() / expected).sum()) < 37

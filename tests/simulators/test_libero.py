@@ -15,7 +15,9 @@ from vlaflow.simulators.checker import check_environment
 from vlaflow.simulators.libero_tasks import CAMERAS
 
 pytestmark = [needs_libero, pytest.mark.xdist_group("libero")]
-TASK, SIZE, SEED = "object/3", 128, 1003
+TASK, SIZE, SEED = "object/3", 64, 1003
+LARGE = 128
+"""Of pictures that are compared by how they look."""
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_views_come_as_a_dict_and_as_observations_with_the_same_pixels(env):
 
 
 def cameras(env, *, simplify=False):
-    found = gl.OffscreenCameras(env.raw.sim.model._model, tuple(CAMERAS.values()), SIZE, "fast", (0,), simplify=simplify)
+    found = gl.OffscreenCameras(env.raw.sim.model._model, tuple(CAMERAS.values()), LARGE, "fast", (0,), simplify=simplify)
     found.capture(env.raw.sim.data._data)
     return found
 
@@ -156,14 +158,14 @@ def test_simplifying_leaves_the_model_as_it_was_and_moves_no_vertex_far(env):
     model = env.raw.sim.model._model
     names = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum", "tex_width", "tex_height")
     before = {name: getattr(model, name).copy() for name in (*names, "tex_data")}
-    with display.simplified(model, SIZE):
+    with display.simplified(model, LARGE):
         assert model.mesh_facenum.sum() < before["mesh_facenum"].sum() / 2
         for number in np.flatnonzero(model.mesh_facenum != before["mesh_facenum"]):
             vertices = slice(model.mesh_vertadr[number], model.mesh_vertadr[number] + model.mesh_vertnum[number])
             start = model.mesh_faceadr[number]
             faces = model.mesh_face[start : start + model.mesh_facenum[number]]
             corners, old = model.mesh_vert[vertices][faces].reshape(-1, 3), before["mesh_vert"][vertices]
-            cell = max(display.FINEST / SIZE, display.COARSEST / SIZE * np.ptp(old, axis=0).max())
+            cell = max(display.FINEST / LARGE, display.COARSEST / LARGE * np.ptp(old, axis=0).max())
             assert (corners >= old.min(0) - 1e-6).all()
             assert (corners <= old.max(0) + 1e-6).all()
             moved = np.abs(model.mesh_vert[vertices] - old).max()
@@ -171,8 +173,8 @@ def test_simplifying_leaves_the_model_as_it_was_and_moves_no_vertex_far(env):
     assert all(np.array_equal(getattr(model, name), value) for name, value in before.items())
 
 
-def test_the_benchmark_compares_all_ways_with_the_stock_environment(monkeypatch, tmp_path):
-    """Without the stock environment itself, which takes long to build."""
+def test_the_benchmark_compares_all_ways_with_the_stock_environment(env, monkeypatch, tmp_path):
+    """Without the stock environment itself and with one of ours for all ways, for both take long to build."""
     import json
 
     from benchmarks import libero_rendering
@@ -187,10 +189,14 @@ def test_the_benchmark_compares_all_ways_with_the_stock_environment(monkeypatch,
         def close(self):
             pass
 
+    made = []
+    monkeypatch.setattr(env, "close", lambda: None)
+    monkeypatch.setattr(libero_rendering, "make", lambda name, **how: made.append((name, how)) or env)
     monkeypatch.setattr(libero_rendering, "Stock", Stock)
     file = tmp_path / "found.json"
     sizes = ["--steps", "2", "--size", "32", "--rounds", "1"]
     assert libero_rendering.main(["--envs", f"libero/{TASK}", *sizes, "--json", str(file)]) == 0
+    assert made == [(f"libero/{TASK}", {"render": render, "size": 32}) for render in ("fast", "exact")]
     ways, resets = json.loads(file.read_text())["cases"]
     assert len(ways["arms"]) == 6
     assert any("stock" in way for way in ways["times_as_long_as_first"])

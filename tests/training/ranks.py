@@ -1,5 +1,5 @@
-"""Processes that train together, as ``torchrun`` would start them, without its start: the group of a job is forked from a
-process that has imported what every job needs, because imports take longer than these trainings.
+"""Processes that train, alone or together as ``torchrun`` would start them: forked from one that has imported what they need,
+because imports take longer than these trainings.
 """
 
 import multiprocessing
@@ -13,9 +13,16 @@ import torch
 from torch import distributed as dist
 
 IMPORTED = ("tests.training.together", "tests.training.layouts", "torch._dynamo", "accelerate")
-"""By the process that all groups are forked from. It runs nothing, for threads do not survive a fork."""
+"""By the process that all others are forked from. It runs nothing, for threads do not survive a fork."""
 PATIENCE_S = 10
-"""For the others of a group when one has failed: they notice, but not where they wait for it to read a file."""
+"""How long the others of a group may take to notice that one has failed; then they are killed."""
+
+
+def forked() -> multiprocessing.context.ForkServerContext:
+    """The context of processes that begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return context
 
 
 def launch(job: Callable[..., None], out: Path, *arguments: object, world: int = 2) -> list[int]:
@@ -25,16 +32,16 @@ def launch(job: Callable[..., None], out: Path, *arguments: object, world: int =
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    processes = []
+    context, processes = forked(), []
     for rank in range(world):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
         environment = {**meeting, "ACCELERATE_USE_CPU": "true", **{name: str(value) for name, value in own.items()}}
         processes.append(context.Process(target=_work, args=(environment, job, out, arguments)))
         processes[-1].start()
-    while all(process.exitcode in {None, 0} for process in processes) and any(process.is_alive() for process in processes):
-        wait([process.sentinel for process in processes if process.is_alive()])
+    running = processes
+    while running and all(process.exitcode in {None, 0} for process in processes):
+        wait([process.sentinel for process in running])
+        running = [process for process in running if process.is_alive()]
     for process in processes:
         process.join(PATIENCE_S)
         process.kill()

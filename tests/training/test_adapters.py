@@ -23,7 +23,7 @@ from vlaflow.training.moments import Masters
 from vlaflow.training.optim import build_optimizer
 from vlaflow.training.trainer import Trainer
 
-pytest.importorskip("peft")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 BITS = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 LORA = LoraConfig(rank=2, alpha=4.0)
 

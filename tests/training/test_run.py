@@ -4,17 +4,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training import ranks
 from tests.training.small import weights
 from vlaflow.cli import train as command
+from vlaflow.cli.main import main
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import CheckpointError, ConfigError, SpecError
 from vlaflow.flows.sampling import Sampling
@@ -23,7 +23,6 @@ from vlaflow.policies.provenance import newest_state
 from vlaflow.policies.rater_stage import RaterStage
 from vlaflow.training.metrics_log import read_log
 
-ROOT = Path(__file__).parents[2]
 SMALL = ("width=32", "depth=1", "heads=2", "ffn=64", "image_size=32", "text_bytes=32")
 STEPS = 60
 
@@ -37,20 +36,27 @@ def arguments(dataset, out, *more):
     return ["asyncvla.demo", *places, *own, *small, "--set", "validate_every=25", "--tracker", "none", "--no-calibrate", *more]
 
 
+def run_command(words, said):
+    with said.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        status = main(["train", *words])
+    raise SystemExit(status)
+
+
 def start(dataset, out):
-    """The command in a process of its own, once it has taken its first step."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vlaflow", "train", *arguments(dataset, out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """The command in a process of its own, once it has taken its first step; what it says is in a file next to ``out``."""
+    process = ranks.forked().Process(target=run_command, args=(arguments(dataset, out), out.with_suffix(".txt")))
+    process.start()
     log = out / "training/log.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
+    while process.is_alive() and not (log.exists() and log.stat().st_size):
         time.sleep(0.002)
     return process
+
+
+def end(process, number):
+    """Send it a signal; returns its exit status."""
+    os.kill(process.pid, number)
+    process.join(60)
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +79,11 @@ def test_a_killed_run_continues_to_the_same_bytes(trained, dataset, tmp_path):
         out = tmp_path / f"killed{attempt}"
         process, delay = start(dataset, out), random.uniform(0, 0.4)
         time.sleep(delay)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        if process.is_alive():
+            status = end(process, signal.SIGKILL)
             break
     print(f"killed after {delay:.4f} s, newest state {newest_state(out)}")  # noqa: T201
-    assert process.returncode == -signal.SIGKILL
+    assert status == -signal.SIGKILL
     if (out / "config.json").exists():
         Policy.from_pretrained(out)
     assert command.main(arguments(dataset, out)) == 0
@@ -89,9 +94,8 @@ def test_a_killed_run_continues_to_the_same_bytes(trained, dataset, tmp_path):
 def test_sigterm_saves_says_how_to_go_on_and_exits_0(trained, dataset, tmp_path):
     out = tmp_path / "ended"
     process = start(dataset, out)
-    process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    status, said = end(process, signal.SIGTERM), out.with_suffix(".txt").read_text()
+    assert status == 0, said
     step = read_log(out)[-1]["step"]
     assert step < STEPS
     assert f"Stopped by SIGTERM after step {step} of {STEPS}" in said
@@ -104,9 +108,8 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(trained, dataset, tmp_path)
 def test_control_c_saves_and_exits_130(dataset, tmp_path):
     out = tmp_path / "ended"
     process = start(dataset, out)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    status, said = end(process, signal.SIGINT), out.with_suffix(".txt").read_text()
+    assert status == 130, said
     assert "Stopped by SIGINT" in said
     assert newest_state(out) is not None
 

@@ -4,8 +4,7 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.training import ranks
 from tests.training.small import CPU, Cut, Memory, Ragged, as_it_is, new_policy, tiny_config, weights
 from vlaflow.decoders.losses import LossTerms
 from vlaflow.errors import CheckpointError, ConfigError
@@ -96,21 +96,28 @@ def test_fresh_moves_the_old_checkpoint_aside(tmp_path):
     assert weights(tmp_path / "p") != before
 
 
+def hold(folder, say):
+    with checkpoint.claimed(folder):
+        say.send("in")
+        time.sleep(60)
+
+
 @pytest.mark.parametrize("options", [{}, {"fresh": True}])
 def test_two_runs_do_not_train_into_one_folder(tmp_path, options):
     """Neither sweeps away what the other is writing; a run that was killed keeps nobody out."""
     run(tmp_path / "p", tiny_config(steps=2))
     held = weights(tmp_path / "p")
-    code = "import os, sys, time; from pathlib import Path; from vlaflow.training.checkpoint import claimed\n"
-    code += "with claimed(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "p")], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "in\n"
-        (tmp_path / "p/.partial-other").mkdir()
-        with pytest.raises(ConfigError, match="Another run is training into"):
-            run(tmp_path / "p", **options)
-        assert (tmp_path / "p/.partial-other").exists()
-        assert weights(tmp_path / "p") == held
-        other.kill()
+    inside, say = ranks.forked().Pipe(duplex=False)
+    other = ranks.forked().Process(target=hold, args=(tmp_path / "p", say))
+    other.start()
+    assert inside.recv() == "in"
+    (tmp_path / "p/.partial-other").mkdir()
+    with pytest.raises(ConfigError, match="Another run is training into"):
+        run(tmp_path / "p", **options)
+    assert (tmp_path / "p/.partial-other").exists()
+    assert weights(tmp_path / "p") == held
+    other.kill()
+    other.join()
     run(tmp_path / "p", tiny_config(steps=2), **options)
 
 

@@ -32,7 +32,7 @@ class Check:
     Exit status: 0 if there are no problems, 1 if something must be fixed, 2 if it is not a data set.
 
     Args:
-        directory: a LeRobot data set, v3.0 or v2.1: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
+        directory: a LeRobot data set, v2.0 to v3.0: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
         workers: number of decoding threads.
         deep: also compare the decoded frames with the hashes that were stored when the data set was written, and frame caches
             with their checksums, so that flipped bits are found.
@@ -52,7 +52,7 @@ class Show:
     Example: vlaflow data show runs/demo/dataset --out runs/demo/dataset.html
 
     Args:
-        directory: a LeRobot data set, v3.0 or v2.1: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
+        directory: a LeRobot data set, v2.0 to v3.0: the folder that holds meta/, or USER/NAME[@REVISION] on the Hub.
         out: write a page here, .html (self-contained) or .png.
         episodes: number of episodes on the page.
     """

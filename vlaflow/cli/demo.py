@@ -70,6 +70,8 @@ class Settings:
     plan: str
     envs: tuple[str, ...]
     episodes: int
+    noise: float
+    noise_memory: float
     eval_episodes: int
     steps: int | None
     rater_steps: int | None
@@ -86,13 +88,15 @@ class Settings:
     def of(arguments: Demo) -> Settings:
         """The settings for these arguments."""
         plan = PLANS[arguments.plan]
+        noise = plan.noise, plan.noise_memory
         if arguments.quick:
-            return Settings(arguments.plan, plan.envs[:1], 4, 2, 4, 2, 8, 40, 4, 1, 2, 16, 8, 0.5)
+            return Settings(arguments.plan, plan.envs[:1], 4, *noise, 2, 4, 2, 8, 40, 4, 1, 2, 16, 8, 0.5)
         eval_episodes = arguments.eval_episodes or plan.eval_episodes
         return Settings(
             arguments.plan,
             plan.envs,
             arguments.episodes or plan.episodes,
+            *noise,
             eval_episodes,
             arguments.steps or plan.steps,
             plan.rater_steps,
@@ -218,7 +222,10 @@ def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[
         return ["--steps", n] if n else []
 
     return {
-        "record": command("record", *envs, "--episodes", settings.episodes, "--out", dataset, "--workers", workers),
+        "record": command(
+            *("record", *envs, "--episodes", settings.episodes, "--noise", settings.noise),
+            *("--noise-memory", settings.noise_memory, "--out", dataset, "--workers", workers),
+        ),
         "train": command(
             *("train", plan.policy, "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch, *held),
             "--no-calibrate",
@@ -244,13 +251,15 @@ def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[
 
 
 def _record(settings: Settings, dataset: Path, workers: int) -> None:
+    from vlaflow.simulators.experts import Noise
     from vlaflow.simulators.record import RecordConfig, record_with_progress
     from vlaflow.simulators.recording import sweep_finished
 
     if dataset.exists():  # complete, but the demo was killed before it knew
         sweep_finished(dataset)
         return
-    record_with_progress(RecordConfig(settings.envs, settings.episodes), dataset, workers)
+    noise = Noise(settings.noise, memory=settings.noise_memory)
+    record_with_progress(RecordConfig(settings.envs, settings.episodes, noise=noise), dataset, workers)
 
 
 def _train(
@@ -273,7 +282,8 @@ def _sampler(settings: Settings, checkpoint: Path, dataset: Path) -> None:
     from vlaflow.evaluation.calibrate_sampler import SamplerRequest, run
     from vlaflow.reports.sampler import write_page
 
-    run(checkpoint, dataset, SamplerRequest(frames=settings.sampler_frames), report=write_page)
+    chunks = min(settings.latency_chunks, SamplerRequest.latency_chunks)
+    run(checkpoint, dataset, SamplerRequest(frames=settings.sampler_frames, latency_chunks=chunks), report=write_page)
 
 
 def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:

@@ -29,7 +29,7 @@ from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.stored_images import read_image
-from vlaflow.data.tables import read_cells, read_parquet, whole_numbers
+from vlaflow.data.tables import POINTER, is_pointer, read_cells, read_parquet, whole_numbers
 from vlaflow.data.video import FrameDigest, VideoError, decode_frames
 from vlaflow.data.video_offsets import REWRITE, largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
@@ -289,6 +289,8 @@ class Dataset:
                 f"{which}: in video '{key}' ({where}) {error.detail}, so frames are missing or fps = {self.fps:g} in "
                 f"meta/info.json is wrong. Correct fps, or record the episode again."
             )
+        if error.kind == "unreadable" and is_pointer(path):
+            return f"{which}: video '{key}' ({where}) {POINTER}"
         if error.kind == "unreadable":
             return (
                 f"{which}: video '{key}' ({where}) cannot be decoded after {error.found} of {episode.length} frames "

@@ -226,6 +226,11 @@ class _Reader:
         rounding = np.abs(rows["time"]) * np.finfo(np.float32).eps
         what = f"disagrees with fps = {self.fps:g} in meta/info.json by {limit_s * 1000:.3g} ms or more"
         cure = "; where frames are to be taken by their number whatever the clock says, give a larger --tolerance-s"
+        last = rows["time"][self.starts + self.lengths - 1].astype(np.float64)
+        whole_s = float((last - rows["time"][self.starts]).sum())
+        rate = (self.lengths - 1).sum() / whole_s if whole_s > 0 else self.fps
+        if abs(rate / self.fps - 1) > 0.05:
+            cure = f"; the rows are {rate:.4g} per second, so if that is their rate, correct fps there"
         self._refuse(rows, ~(off < limit_s + rounding), "timestamp", what, cure)  # NaN is no time
         if (off >= TOLERANCE_S + rounding).any():
             row = int(np.argmax(off))

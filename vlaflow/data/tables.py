@@ -80,8 +80,22 @@ def open_parquet(path: Path, buffer_size: int = 0) -> pq.ParquetFile:
 
 def damaged(path: Path, error: Exception) -> DataError:
     """The error about a file that cannot be read."""
+    if is_pointer(path):
+        return DataError(f"{path} {POINTER}")
     reason = one_line((str(error).splitlines() or [type(error).__name__])[0])
     return DataError(f"{path} is damaged or cut off ({reason:.300}). Copy or record it again.")
+
+
+POINTER = "is only a pointer of Git LFS to the file. Fetch the files themselves: git lfs pull"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file was cloned without Git LFS, which leaves a few lines of text in place of its content."""
+    try:
+        with path.open("rb") as file:
+            return file.read(27) == b"version https://git-lfs.git"
+    except OSError:
+        return False
 
 
 def whole_numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:

@@ -139,8 +139,8 @@ class FusedLanguage(PretrainedBackbone):
         old = matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) < (8, 9)
         if old or not hasattr(functional, "scaled_mm") or any(size % 16 for size in sizes):
             raise CapabilityError(
-                "Products of float8 need torch 2.10, a GPU of compute capability 8.9, and sizes that are multiples of 16. Use "
-                "--engine graphs."
+                "Products of float8 need torch.nn.functional.scaled_mm, which torch 2.13 has, a GPU of compute capability 8.9, "
+                "and sizes that are multiples of 16. Use --engine graphs."
             )
         self.fused = [w.in_float8() for w in self.fused]
 

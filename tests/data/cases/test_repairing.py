@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.cases import build
 from tests.data.cases.test_reading import require_sound
-from tests.data.toyset import TASKS, edit_table
+from tests.data.toyset import TASKS, edit_info, edit_table
 from vlaflow.data.edit import repair
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import DataError
@@ -54,6 +54,24 @@ def test_the_repair_that_a_refusal_names_works(new, tmp_path, change, sentence, 
     made = repair(new, tmp_path / "whole")
     assert re.search(log, " ".join(made.changes))
     require_sound(Dataset.open(made.root))
+
+
+def test_a_clone_without_git_lfs_is_told_to_fetch_its_files(old):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    (old / f"videos/chunk-000/{build.TOP}/episode_000001.mp4").write_text(pointer)
+    with pytest.raises(DataError, match=r"Episode 1 of .*mp4\) is only a pointer of Git LFS .*: git lfs pull"):
+        Dataset.open(old).frames(1, "corner")
+    (old / "data/chunk-000/episode_000001.parquet").write_text(pointer)
+    with pytest.raises(DataError, match=r"episode_000001.parquet is only a pointer of Git LFS .*: git lfs pull"):
+        Dataset.open(old).columns()
+
+
+def test_rows_of_another_rate_than_stated_name_theirs(old):
+    edit_info(old, fps=15)
+    with pytest.raises(DataError, match=r"disagrees with fps = 15 .*the rows are 20 per second, .*correct fps there"):
+        Dataset.open(old).columns()
+    edit_info(old, fps=20)
+    require_sound(Dataset.open(old))
 
 
 def test_booleans_where_numbers_are_declared_are_refused_and_repaired(new, tmp_path):
