@@ -64,7 +64,7 @@ class CalibrateArguments:
     """With --refine: share of the executed actions that is regenerated; 0.25 unless --max-deviation is given."""
     doubt: Literal["rater", "spread"] = "rater"
     """With --refine: what doubts, the rater or the spread of --draws draws of two steps."""
-    draws: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    draws: Annotated[Count, tyro.conf.arg(metavar="N")] = 8
     """With --refine: draws whose spread is measured."""
     clock: Share = 1.0
     """With --refine: clock that doubted actions go back to; 1 makes them from noise."""
