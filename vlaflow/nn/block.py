@@ -47,9 +47,18 @@ class BlockConfig:
     eps: NotNegative = 1e-6
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, also where weights are rounded and activations are not, as in sharded layers: on a CPU, torch refuses those."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, W) → (…, W), in the number format of ``x``."""
+        weight_W, bias_W = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return functional.layer_norm(x, self.normalized_shape, weight_W, bias_W, self.eps)
+
+
 def make_norm(kind: Literal["layer", "rms"], width: int, eps: float) -> nn.Module:
     """A LayerNorm or RMSNorm over the last dimension."""
-    return nn.LayerNorm(width, eps=eps) if kind == "layer" else nn.RMSNorm(width, eps=eps)
+    return LayerNorm(width, eps=eps) if kind == "layer" else nn.RMSNorm(width, eps=eps)
 
 
 class FeedForward(nn.Module):
