@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,67 @@ from vlaflow.ranges import AnyNumber, Count, NotNegative, Positive, Share
 from vlaflow.strict import read_json
 
 FOLDER = "calibration"
+COMMAND = "vlaflow calibrate CKPT --dataset DIR"
+AGAIN = f"Calibrate again: {COMMAND}"
+Made = TypeVar("Made")
+
+
+class Provenance(Protocol):
+    """What every calibration says of its origin."""
+
+    @property
+    def checkpoint(self) -> str:
+        """Fingerprint of the checkpoint."""
+
+    @property
+    def dataset(self) -> str:
+        """Fingerprint of the data set."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """What the networks computed in."""
+
+
+def require_made_for(
+    made: Provenance,
+    where: str,
+    again: str,
+    *,
+    checkpoint: str | None = None,
+    dataset: str | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Refuse a calibration that was made for anything else; what is None is not compared.
+
+    Args:
+        made: the calibration.
+        where: its file, for the error.
+        again: the cure, which ends with a command.
+        checkpoint, dataset, dtype: what it is to be used with.
+
+    Raises:
+        CalibrationError: saying what differs and what to do.
+    """
+    if checkpoint not in (None, made.checkpoint):
+        raise CalibrationError(f"{where} was made for checkpoint {made.checkpoint}, and this one is {checkpoint}. {again}")
+    if dataset not in (None, made.dataset):
+        raise CalibrationError(f"{where} was made on data set {made.dataset}, and this one is {dataset}. {again}")
+    if dtype not in (None, made.dtype):
+        raise CalibrationError(f"{where} was made in {made.dtype}, and this is {dtype}. {again} --dtype {dtype}")
+
+
+def load_calibration(kind: type[Made], file: Path, command: str) -> Made:
+    """Read a calibration of this kind strictly; ``command`` makes one.
+
+    Raises:
+        CalibrationError: there is none, with the nearest name, or it is no JSON.
+        ConfigError: for a wrong key or value in it.
+    """
+    if not file.exists():
+        others = sorted(each.stem for each in file.parent.glob("*.json"))
+        hint = nearest(file.stem, others) if others else f"there are none yet: {command}"
+        raise CalibrationError(f"There is no calibration {file}; {hint}")
+    return from_json(kind, read_json(file, CalibrationError, "calibrate again."), str(file))
 
 
 @dataclass(frozen=True)
@@ -137,18 +199,12 @@ class Calibration:
         Raises:
             CalibrationError: saying what differs and what to do.
         """
-        again = "Calibrate again: vlaflow calibrate CKPT --dataset DIR"
-        if checkpoint not in (None, self.checkpoint):
-            raise CalibrationError(f"{where} was made for checkpoint {self.checkpoint}, and this one is {checkpoint}. {again}")
-        if dataset not in (None, self.dataset):
-            raise CalibrationError(f"{where} was made on data set {self.dataset}, and this one is {dataset}. {again}")
-        if dtype not in (None, self.dtype):
-            raise CalibrationError(f"{where} was made in {self.dtype}, and this is {dtype}. {again} --dtype {dtype}")
+        require_made_for(self, where, AGAIN, checkpoint=checkpoint, dataset=dataset, dtype=dtype)
         if plan is not None and plan != self.plan:
             names = ("depths", "metric", "sampling", "warm_start", "restart")
             name = next(n for n in names if getattr(plan, n) != getattr(self.plan, n))
             mine, wanted = getattr(self.plan, name), getattr(plan, name)
-            raise CalibrationError(f"{where} was made with {name} {mine}, not {wanted}. {again}")
+            raise CalibrationError(f"{where} was made with {name} {mine}, not {wanted}. {AGAIN}")
 
     def early_exit(self, label: str) -> EarlyExit:
         """The compute policy."""
@@ -167,11 +223,7 @@ class Calibration:
                 number.
             ConfigError: for a wrong key or value in it.
         """
-        if not file.exists():
-            others = sorted(f.stem for f in file.parent.glob("*.json"))
-            hint = nearest(file.stem, others) if others else "there are none yet: vlaflow calibrate CKPT --dataset DIR"
-            raise CalibrationError(f"There is no calibration {file}; {hint}")
-        found = from_json(Calibration, read_json(file, CalibrationError, "calibrate again."), str(file))
+        found = load_calibration(Calibration, file, COMMAND)
         if not all(t is None or isfinite(t) for t in found.thresholds):
             raise CalibrationError(f"{file} holds a threshold that is not finite ({list(found.thresholds)}); calibrate again.")
         return found

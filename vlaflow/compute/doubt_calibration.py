@@ -12,25 +12,25 @@ from typing import Literal
 
 import numpy as np
 
-from vlaflow.compute.calibration import FOLDER
+from vlaflow.compute.calibration import FOLDER, load_calibration, require_made_for
 from vlaflow.compute.consensus import Consensus
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Spread
 from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import DRAWS, Refine
 from vlaflow.compute.spelling import DEFAULTS, Checkpoint, Knobs
-from vlaflow.config import from_json, to_json
-from vlaflow.errors import CalibrationError, ConfigError, nearest
+from vlaflow.config import to_json
+from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import write_json
 from vlaflow.ranges import Count, NotNegative, Number, Share
-from vlaflow.strict import read_json
 
 DoubtName = Literal["rater", "spread"]
 PLACE = Path(FOLDER) / "refine"
 """Folder of the calibrated refinements in that of the checkpoint."""
-AGAIN = "Calibrate again: vlaflow calibrate CKPT --dataset DIR --refine"
+COMMAND = "vlaflow calibrate CKPT --dataset DIR --refine"
+AGAIN = f"Calibrate again: {COMMAND}"
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,7 @@ class RefineCalibration:
         Raises:
             CalibrationError: saying what differs and what to do.
         """
-        if checkpoint not in (None, self.checkpoint):
-            raise CalibrationError(f"{where} was made for checkpoint {self.checkpoint}, and this one is {checkpoint}. {AGAIN}")
-        if dataset not in (None, self.dataset):
-            raise CalibrationError(f"{where} was made on data set {self.dataset}, and this one is {dataset}. {AGAIN}")
-        if dtype not in (None, self.dtype):
-            raise CalibrationError(f"{where} was made in {self.dtype}, and this is {dtype}. {AGAIN} --dtype {dtype}")
+        require_made_for(self, where, AGAIN, checkpoint=checkpoint, dataset=dataset, dtype=dtype)
 
     def refine(self, label: str, knobs: Knobs, checkpoint: Checkpoint | None = None) -> Refine:
         """The compute policy."""
@@ -198,11 +193,7 @@ class RefineCalibration:
             CalibrationError: there is none, with the nearest name, or it is no JSON.
             ConfigError: for a wrong key or value in it.
         """
-        if not file.exists():
-            others = sorted(each.stem for each in file.parent.glob("*.json"))
-            hint = nearest(file.stem, others) if others else "there are none yet: vlaflow calibrate CKPT --dataset DIR --refine"
-            raise CalibrationError(f"There is no calibration {file}; {hint}")
-        return from_json(RefineCalibration, read_json(file, CalibrationError, "calibrate again."), str(file))
+        return load_calibration(RefineCalibration, file, COMMAND)
 
 
 def doubt_of(name: DoubtName, threshold: float, draws: int) -> Doubt:
