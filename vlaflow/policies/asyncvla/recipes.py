@@ -8,6 +8,7 @@ from vlaflow.data.quality import PauseRule
 from vlaflow.data.weights import named_mixture
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
+from vlaflow.flows.consistency import Consistency
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.asyncvla.policy import smol as smol_policy
@@ -51,6 +52,19 @@ def finetune(policy: PolicyConfig) -> TrainConfig:
     vlaflow train asyncvla.finetune --policy runs/realtime --dataset runs/demo/dataset --out runs/realtime-3
     """
     return tiny_training(policy, steps=3000, optim=OptimConfig(learning_rate=8e-4, warmup_steps=50))
+
+
+def consistency(policy: PolicyConfig) -> TrainConfig:
+    """Consistency distillation of a tiny flow policy of any system, whose chunks then take one solver step.
+
+    vlaflow train asyncvla.consistency --policy runs/demo/policy --dataset runs/demo/dataset --out runs/demo/one-step
+
+    For two steps, ``--set consistency.steps=2``. Exits learn the chunks of the teacher's full depth.
+    """
+    optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
+    config = tiny_training(policy, steps=1000, optim=optim)
+    objective = PolicyObjective(policy, consistency=Consistency())
+    return replace(config, objective=objective, ema_decay=0.99, validate_every=250, checkpoint_every=500)
 
 
 def rater(policy: PolicyConfig) -> TrainConfig:
