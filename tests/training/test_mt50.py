@@ -1,4 +1,4 @@
-"""The recipe for Meta-World's fifty tasks, from a data set to an action: the checkpoint knows what part of an image it reads."""
+"""The recipe for Meta-World's fifty tasks, from data to an action: its checkpoint knows what part of an image it reads."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ SHORT = ("policy.exits=none", "validation_fraction=0.34", "max_excluded=1")
 
 
 def test_a_policy_trained_on_the_centre_of_the_images_acts_on_it(dataset, tmp_path):
-    """Frames are stored with their margin as JPEGs; shifts of training move it into sight, and nothing outside is read after."""
+    """Frames are stored with their margin, as JPEGs; acting does not depend on the margin."""
     changes = [word for key in SMALL for word in ("--set", f"policy.backbone.{key}")]
     changes += [word for key in SHORT for word in ("--set", key)]
     recipe = ["asyncvla.mt50_small", "--dataset", str(dataset), "--out", str(tmp_path / "out")]
