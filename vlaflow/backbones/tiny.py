@@ -94,8 +94,14 @@ class TinyConfig(BackboneConfig):
         """See the base class; it needs files for a sentence encoder only."""
         cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
         encoder = None if self.text == "bytes" else open_encoder(self.text, self.sentence, folder)
-        lengths = {"text_bytes": self.text_bytes, "text_patch": self.text_patch}
-        return TinyProcessor(cells, self.state_dim, **lengths, margin=self.margin, encoder=encoder)
+        return TinyProcessor(
+            cells,
+            self.state_dim,
+            text_bytes=self.text_bytes,
+            text_patch=self.text_patch,
+            margin=self.margin,
+            encoder=encoder,
+        )
 
     @property
     def input_size(self) -> InputSize:
