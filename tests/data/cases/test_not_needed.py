@@ -1,4 +1,4 @@
-"""Columns that LeRobot does without: where they are absent, or hold something else, data sets are read as LeRobot reads them."""
+"""Columns that LeRobot does without: where they are absent or hold something else, data sets are read as LeRobot reads them."""
 
 import pyarrow.parquet as pq
 import pytest
