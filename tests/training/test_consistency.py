@@ -162,7 +162,7 @@ def test_what_cannot_be_distilled_is_said_in_a_sentence(dataset, tmp_path):
     with pytest.raises(CapabilityError, match="A RegressionDecoder has no velocity that another could learn"):
         regression.model.decoder.velocity_field(None)
     with pytest.raises(ConfigError, match=r"starts from a trained policy\. Use a recipe that continues one"):
-        command.main(arguments("asyncvla.demo", dataset, tmp_path / "p", "--set", 'consistency={}'))
+        command.main(arguments("asyncvla.demo", dataset, tmp_path / "p", "--set", "consistency={}"))
 
 
 def test_a_plan_counts_the_teacher_and_trains_the_policy():
