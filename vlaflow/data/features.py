@@ -29,6 +29,9 @@ CHANNELS = (1, 3, 4)
 MOST_AXES, MOST_NUMBERS = 8, 2**28
 """Largest number of axes and of numbers per frame of a column."""
 
+DEPTH_MARKS = ("is_depth_map", "video.is_depth_map")
+"""Where recorders say under 'info' that pictures are depth maps."""
+
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Columns of every LeRobot data set that are neither an observation nor an action."""
 
@@ -65,8 +68,12 @@ def require_features(path: Path, features: Any) -> dict[str, dict[str, Any]]:
             )
         if isinstance(shape, list) and sound and math.prod(shape) > MOST_NUMBERS:
             raise DataError(f"{where} states the 'shape' {shape}, more numbers per frame than are read. Correct it there.")
-        if not isinstance(feature.get("info") or feature.get("video_info") or {}, dict):
+        info = feature.get("info") or feature.get("video_info") or {}
+        if not isinstance(info, dict):
             raise DataError(f"{where} states an 'info' that is no object. Correct it there, or leave it out.")
+        for mark in DEPTH_MARKS:
+            if not isinstance(info.get(mark) or False, bool):
+                raise DataError(f"{where} states the '{mark}' {shown(info[mark])}; it must be true or false. Correct it there.")
     return features
 
 
@@ -167,4 +174,4 @@ def channels(feature: Feature) -> int:
 def marked_as_depth(feature: Feature) -> bool:
     """Whether the recorder says that these are depth maps."""
     info = feature.get("info") or feature.get("video_info") or {}
-    return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
+    return any(info.get(mark) for mark in DEPTH_MARKS)
