@@ -403,23 +403,21 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         row_R = due_B.nonzero()[:, 0]
         depth, part = prefix.depth or prefix.backbone.spec.depth, prefix.restart().select(row_R)
         if full:
-            hidden_BSW, logits_BSV, fresh = self.look_jointly(embedded_BTW[row_R], part, depth)
+            hidden_BSW, fresh = self.look_jointly(embedded_BTW[row_R], part, depth)
         else:
             fresh = prefix.backbone.run(part, depth)
-            hidden_BSW, logits_BSV = self.look(embedded_BTW[row_R], fresh)
+            hidden_BSW = self.look(embedded_BTW[row_R], fresh)[0]
         latest, cached_id_BS = fresh, state.id_BS
         if state.prefix is not None and state.cached_id_BS is not None and len(row_R) < len(state.id_BS):
             layers = zip(state.prefix.kv_cache, fresh.kv_cache, strict=True)
             latest = replace(state.prefix, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
             cached_id_BS = torch.where(due_B[:, None], state.id_BS, state.cached_id_BS)
-            seen = zip(self.look(embedded_BTW, latest), (hidden_BSW, logits_BSV), strict=True)
-            hidden_BSW, logits_BSV = (old.index_copy(0, row_R, new) for old, new in seen)
+            hidden_BSW = self.look(embedded_BTW, latest)[0].index_copy(0, row_R, hidden_BSW)
         refreshed_B = state.refreshed + due_B
         state = replace(state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=refreshed_B)
-        return hidden_BSW, logits_BSV, state
+        return hidden_BSW, self.head(hidden_BSW), state
 
-    def look_jointly(self, embedded_BTW: Tensor, prefix: Prefix, depth: int) -> tuple[Tensor, Tensor, Prefix]:
-        """``look`` where prefix and tokens see each other through ``depth`` layers; also the prefix as it was there."""
+    def look_jointly(self, embedded_BTW: Tensor, prefix: Prefix, depth: int) -> tuple[Tensor, Prefix]:
+        """Hidden states (B, S, W) of tokens that the prefix sees too, through ``depth`` layers, and the prefix as it was there."""
         hidden_BTW, latest = self.stack.joint(embedded_BTW, prefix, depth)
-        hidden_BSW = self.without_mark(hidden_BTW)
-        return hidden_BSW, self.head(hidden_BSW), latest
+        return self.without_mark(hidden_BTW), latest

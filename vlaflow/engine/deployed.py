@@ -188,16 +188,15 @@ class DeployedMaskedDiffusion(DeployedTokens, MaskedDiffusionDecoder):
 class DeployedDiscreteFlow(DeployedTokens, DiscreteFlowDecoder):
     """See its bases; where the prefix sees the tokens, both are run by one program."""
 
-    def look_jointly(self, embedded_BTW: Tensor, prefix: Prefix, depth: int) -> tuple[Tensor, Tensor, Prefix]:
+    def look_jointly(self, embedded_BTW: Tensor, prefix: Prefix, depth: int) -> tuple[Tensor, Prefix]:
         """See ``DiscreteFlowDecoder``."""
         start = prefix.restart()
         program = self.programs.find(programs.joint_key(start, depth))
         if program is None:
             return super().look_jointly(embedded_BTW, start, depth)
-        made = program([embedded_BTW.contiguous(), *programs.run_inputs(start)])
-        hidden_BSW, logits_BSV, hidden_BPW, *caches = made
+        hidden_BSW, hidden_BPW, *caches = program([embedded_BTW.contiguous(), *programs.run_inputs(start)])
         kv_cache = _pairs(caches, start.padding_mask_BP)
-        return hidden_BSW, logits_BSV, replace(start, hidden_BPW=hidden_BPW, kv_cache=kv_cache, embedded_BPW=start.hidden_BPW)
+        return hidden_BSW, replace(start, hidden_BPW=hidden_BPW, kv_cache=kv_cache, embedded_BPW=start.hidden_BPW)
 
 
 class DeployedAutoregressive(Deployed, AutoregressiveDecoder):

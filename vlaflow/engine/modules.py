@@ -121,10 +121,10 @@ class LookJointly(nn.Module):
         self.backbone, self.decoder, self.depth = backbone, decoder, depth
 
     def forward(self, embedded_BTW: Tensor, hidden_BPW: Tensor, padding_mask_BP: Tensor) -> list[Tensor]:
-        """Hidden states (B, S, W) and scores (B, S, V); the prefix's hidden states, then its key and value in every layer."""
+        """Hidden states (B, S, W) of the tokens and (B, P, W) of the prefix, then its key and value in every layer."""
         prefix = Prefix(self.backbone, hidden_BPW, padding_mask_BP)
-        hidden_BSW, logits_BSV, latest = self.decoder.look_jointly(embedded_BTW, prefix, self.depth)
-        return [hidden_BSW, logits_BSV, latest.hidden_BPW.contiguous(), *_flat(latest.kv_cache)]
+        hidden_BSW, latest = self.decoder.look_jointly(embedded_BTW, prefix, self.depth)
+        return [hidden_BSW, latest.hidden_BPW.contiguous(), *_flat(latest.kv_cache)]
 
 
 class NextToken(nn.Module):

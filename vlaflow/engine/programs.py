@@ -5,7 +5,7 @@
     step     one Euler step of a flow, or one velocity, through ``upto`` layers
     answer   the chunk of a regression, through ``upto`` layers
     look     the scores of action tokens that all see one another: masked diffusion, discrete flow
-    joint    the same where the prefix sees the tokens too, and is run with them
+    joint    hidden states of tokens that the prefix sees too, and the prefix that was run with them
     next     the scores of the token after one more: autoregression, of actions or of latent codes
     codes    the latent action tokens that an expert reads
     rate     the rater's confidence in a chunk
