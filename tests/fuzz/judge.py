@@ -112,6 +112,7 @@ def same_type(one, other):
     return (
         one == other
         or (pa.types.is_floating(one) and pa.types.is_floating(other))
+        or (pa.types.is_integer(one) and pa.types.is_integer(other))
         or (pa.types.is_nested(one) and pa.types.is_nested(other))
     )
 

@@ -67,6 +67,9 @@ def require_features(path: Path, features: Any) -> dict[str, dict[str, Any]]:
             raise DataError(f"{where} states the 'shape' {shape}, more numbers per frame than are read. Correct it there.")
         if not isinstance(feature.get("info") or feature.get("video_info") or {}, dict):
             raise DataError(f"{where} states an 'info' that is no object. Correct it there, or leave it out.")
+        for name, mark in _depth_marks(feature):
+            if mark is not None and not isinstance(mark, bool):
+                raise DataError(f"{where} states '{name}': {shown(mark)}; it must be true or false. Correct it there.")
     return features
 
 
@@ -166,5 +169,9 @@ def channels(feature: Feature) -> int:
 
 def marked_as_depth(feature: Feature) -> bool:
     """Whether the recorder says that these are depth maps."""
+    return any(mark for _, mark in _depth_marks(feature))
+
+
+def _depth_marks(feature: Feature) -> list[tuple[str, Any]]:
     info = feature.get("info") or feature.get("video_info") or {}
-    return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))
+    return [(name, info.get(name)) for name in ("is_depth_map", "video.is_depth_map")]
