@@ -418,6 +418,6 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         return hidden_BSW, self.head(hidden_BSW), state
 
     def look_jointly(self, embedded_BTW: Tensor, prefix: Prefix, depth: int) -> tuple[Tensor, Prefix]:
-        """Hidden states (B, S, W) of tokens that the prefix sees too, through ``depth`` layers, and the prefix as it was there."""
+        """Hidden states (B, S, W) of tokens that the prefix sees too, through ``depth`` layers, and the prefix as run there."""
         hidden_BTW, latest = self.stack.joint(embedded_BTW, prefix, depth)
         return self.without_mark(hidden_BTW), latest

@@ -128,6 +128,4 @@ def _(decoder: LatentFlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Pr
 def _next(head: nn.Module, backbone: Backbone, cache: Cache) -> Program:
     """Of one more token behind these."""
     token_B1W = torch.zeros(len(cache.layers[0].key_CGPE), 1, backbone.spec.width)
-    return Program(
-        programs.next_key(cache), modules.NextToken(backbone, head), tuple(programs.next_inputs(token_B1W, cache))
-    )
+    return Program(programs.next_key(cache), modules.NextToken(backbone, head), tuple(programs.next_inputs(token_B1W, cache)))
