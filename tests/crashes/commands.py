@@ -102,7 +102,7 @@ def _short_demo():
     from vlaflow.evaluation.run import RESULTS
     from vlaflow.outputs import write_text
 
-    def results(settings, checkpoint, out, workers):
+    def results(settings, protocol, checkpoint, out, workers):
         write_text(out / RESULTS, Path("results", RESULTS).read_text())
 
     for step in ("_record", "_train", "_sampler", "_calibrate"):

@@ -21,7 +21,7 @@ SEEDS = {
         (V3, "set", ["features", "action", "shape"], ["3"]),
         (V3, "set", ["features", "action", "shape"], [2**40]),
         (V3, "set", ["features", "observation.image", "info"], [1]),
-        (V3, "set", ["features", "observation.image", "info", "is_depth_map"], -3.7e-177),
+        (V3, "set", ["features", "observation.image", "info", "is_depth_map"], -4e-177),
         (V3, "set", ["fps"], "20"),
         (V3, "set", ["fps"], None),
         (V3, "set", ["fps"], "long"),

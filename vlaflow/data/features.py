@@ -29,9 +29,6 @@ CHANNELS = (1, 3, 4)
 MOST_AXES, MOST_NUMBERS = 8, 2**28
 """Largest number of axes and of numbers per frame of a column."""
 
-DEPTH_MARKS = ("is_depth_map", "video.is_depth_map")
-"""Where recorders say under 'info' that pictures are depth maps."""
-
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Columns of every LeRobot data set that are neither an observation nor an action."""
 
@@ -68,12 +65,11 @@ def require_features(path: Path, features: Any) -> dict[str, dict[str, Any]]:
             )
         if isinstance(shape, list) and sound and math.prod(shape) > MOST_NUMBERS:
             raise DataError(f"{where} states the 'shape' {shape}, more numbers per frame than are read. Correct it there.")
-        info = feature.get("info") or feature.get("video_info") or {}
-        if not isinstance(info, dict):
+        if not isinstance(feature.get("info") or feature.get("video_info") or {}, dict):
             raise DataError(f"{where} states an 'info' that is no object. Correct it there, or leave it out.")
-        for mark in DEPTH_MARKS:
-            if not isinstance(info.get(mark) or False, bool):
-                raise DataError(f"{where} states the '{mark}' {shown(info[mark])}; it must be true or false. Correct it there.")
+        for name, mark in _depth_marks(feature):
+            if mark is not None and not isinstance(mark, bool):
+                raise DataError(f"{where} states '{name}': {shown(mark)}; it must be true or false. Correct it there.")
     return features
 
 
@@ -173,5 +169,9 @@ def channels(feature: Feature) -> int:
 
 def marked_as_depth(feature: Feature) -> bool:
     """Whether the recorder says that these are depth maps."""
+    return any(mark for _, mark in _depth_marks(feature))
+
+
+def _depth_marks(feature: Feature) -> list[tuple[str, Any]]:
     info = feature.get("info") or feature.get("video_info") or {}
-    return any(info.get(mark) for mark in DEPTH_MARKS)
+    return [(name, info.get(name)) for name in ("is_depth_map", "video.is_depth_map")]

@@ -101,11 +101,23 @@ def column_dropped(root, key):
     pq.write_table(pq.read_table(root / DATA).drop_columns([key]), root / DATA)
 
 
-def task_numbers_with_a_gap(root):
-    """As after deleting a task."""
+def no_videos(root):
+    """One camera, whose pictures are in the table."""
+    stored_images(root)
+    edit_info(root, features={key: one for key, one in features(root).items() if one["dtype"] != "video"})
+
+
+def task_numbers_with_gaps(root):
+    """As after deleting tasks: the two that are left are 1 and 4, in any order of the table."""
     tasks = pq.read_table(root / "meta/tasks.parquet").to_pydict()
-    tasks["task_index"].append(5)
-    tasks["task"].append("juggle")
+    numbers = [3 * n + 1 for n in tasks["task_index"]]
+    pq.write_table(pa.table({"task_index": numbers[::-1], "task": tasks["task"][::-1]}), root / "meta/tasks.parquet")
+    edit_table(root / DATA, "task_index", lambda rows: [3 * n + 1 for n in rows])
+
+
+def task_number_of_two(root):
+    tasks = pq.read_table(root / "meta/tasks.parquet").to_pydict()
+    tasks = {"task_index": [*tasks["task_index"], 0], "task": [*tasks["task"], "juggle"]}
     pq.write_table(pa.table(tasks), root / "meta/tasks.parquet")
 
 
@@ -169,6 +181,12 @@ def empty_episode(root, number):
     table = table.filter(pa.array(np.asarray(table["episode_index"]) != number))
     pq.write_table(table, root / DATA)
     edit_info(root, total_frames=len(table))
+
+
+def length_stated(root, number, length):
+    """Of an episode, another one than it has rows."""
+    edit_table(root / EPISODES, "length", lambda lengths: [length if i == number else n for i, n in enumerate(lengths)])
+    edit_info(root, total_frames=ROWS + length - LENGTHS[number])
 
 
 def remove_episode_v21(root, number):
