@@ -148,8 +148,8 @@ def require_undamaged(file: Path) -> None:
                 found = crc32(tensors, found)
     if f"{found:08x}" != stated:
         raise CheckpointError(
-            f"{file} is not as it was saved (its checksum is {found:08x}, not {shown(stated)}): it is damaged, or another program "
-            f"changed it. Copy it again; if the change is meant, save it without '{CHECKSUM}' in its metadata."
+            f"{file} is not as it was saved (its checksum is {found:08x}, not {shown(stated)}): it is damaged, or another "
+            f"program changed it. Copy it again; if the change is meant, save it without '{CHECKSUM}' in its metadata."
         )
 
 

@@ -96,7 +96,7 @@ class Listener(socket.socket):
 
 
 def log_pauses(loop: asyncio.AbstractEventLoop) -> None:
-    """Log once a minute that clients cannot connect; asyncio logs it at every pause, and at every attempt before Python 3.13."""
+    """Log once a minute that clients cannot connect; asyncio logs it at every pause, before Python 3.13 more than once."""
     logged = -_QUIET_S
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
