@@ -272,7 +272,10 @@ def _require_files(
             found.append(one)
         for path in (found[-1].data, *(path for path, _ in one.videos.values())):
             if not exists[path]:
-                raise DataError(f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again.")
+                raise DataError(
+                    f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again, or leave the "
+                    f"episode out: vlaflow data drop {root} --episodes {number} --out DIR"
+                )
     note = f"Rows of episode {some(moved)} are not in the file that meta names; they were found in another one."
     return found, (note,) if moved else ()
 
