@@ -49,6 +49,7 @@ SEEDS = {
         (ROWS, "column", "timestamp", "string"),
         (ROWS, "column", "frame_index", "bool"),
         (ROWS, "column", "episode_index", "list"),
+        (ROWS, "column", "task_index", "int32"),
         (ROWS, "rows", []),
         (EPISODES, "column", "tasks", "bool"),
         (EPISODES, "column", "length", "double"),
@@ -75,6 +76,8 @@ SEEDS = {
         ("README.md", "flip", 0, 148),
         ("model.safetensors", "set", ["__metadata__"], []),
         ("model.safetensors", "insert", 0, b"\xff" * 8),
+        ("model.safetensors", "set", ["__metadata__", "crc32"], "1234"),
+        ("model.safetensors", "flip", 9000, 1),
         ("action_spec.json", "set", ["dimensions", 0, "low"], float("nan")),
     ],
     "calibration": [
