@@ -275,7 +275,7 @@ class Dataset:
         if error.kind == "start":
             cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
             if not self._meta.modern:
-                cure = f"The video begins late: encode it again with its first frame at 0 s, or have the data set written so: {repair}"
+                cure = f"The video begins late: encode it again with its first frame at 0 s, or have that done: {repair}"
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":
             return (
