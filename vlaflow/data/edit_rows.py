@@ -160,7 +160,10 @@ class _Search:
             frame = count_rows(owner)
             self.uncounted.append(path)
         task = whole_numbers(table, "task_index", path) if is_filled(table, "task_index") else np.full(count, -1)
-        time = flat_numbers(table["timestamp"])[0] if is_filled(table, "timestamp") else np.full(count, np.nan)
+        time = np.full(count, np.nan)
+        if is_filled(table, "timestamp"):
+            numbers, widths = flat_numbers(table["timestamp"])
+            time = numbers if (widths == 1).all() else time
         self.found.schemas[path] = schema
         order = np.lexsort((frame, owner))
         numbers, starts = np.unique(owner[order], return_index=True)

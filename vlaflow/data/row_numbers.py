@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlaflow.data.lerobot_info import FASTEST
 from vlaflow.data.lerobot_meta import some
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 
@@ -59,7 +60,8 @@ def is_regular(time: np.ndarray, fps: float, limit_s: float, *, from_first: bool
         from_first: whether the first may be at any time, and the others count from it.
     """
     seconds = time.astype(np.float64)
-    off = np.abs(seconds - (seconds[0] if from_first else 0.0) - np.arange(len(time)) / fps)
+    with np.errstate(invalid="ignore"):  # of infinite times
+        off = np.abs(seconds - (seconds[0] if from_first else 0.0) - np.arange(len(time)) / fps)
     return bool(np.all(off < limit_s + np.abs(time) * ROUNDING))
 
 
@@ -81,6 +83,8 @@ def regular_rate(times: Sequence[np.ndarray], fps: float) -> float | None:
     if not (np.isfinite(whole_s) and whole_s > 0) or fits(fps, START_TOLERANCE / fps):
         return None
     found = sum(len(time) - 1 for time in times) / whole_s
+    if found > FASTEST:
+        return None
     whole = round(found)
     for rate in (whole, round(found / NTSC) * NTSC, float(f"{found:.6g}")):
         if rate > 0 and fits(rate, TOLERANCE_S):

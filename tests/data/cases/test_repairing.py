@@ -10,10 +10,11 @@ import pytest
 
 from tests.data.cases import build
 from tests.data.cases.test_reading import require_sound
-from tests.data.toyset import TASKS, edit_info, edit_table
-from vlaflow.data.edit import repair
+from tests.data.toyset import TASKS, edit_info, edit_table, episode
+from vlaflow.data.edit import drop, repair
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.row_numbers import regular_rate
+from vlaflow.data.video import encode_video
 from vlaflow.errors import DataError
 
 
@@ -146,3 +147,17 @@ def test_booleans_where_numbers_are_declared_are_refused_and_repaired(new, tmp_p
     made = repair(new, tmp_path / "whole")
     assert "'action' holds booleans where numbers are declared; they are written as 0 and 1." in made.changes
     assert np.array_equal(Dataset.open(made.root).columns().action, np.array(closed, np.float32))
+
+
+def test_cures_of_videos_at_another_rate_and_of_missing_ones_work(old, tmp_path):
+    path = old / f"videos/chunk-000/{build.TOP}/episode_000001.mp4"
+    encode_video(episode(1)[0]["corner"], path, 25)
+    with pytest.raises(DataError, match=r"frame 2 is at 0.0800 s .*have frames taken by their number: vlaflow data repair"):
+        Dataset.open(old).frames(1, "corner")
+    require_sound(Dataset.open(repair(old, tmp_path / "whole").root))
+    path.unlink()
+    with pytest.raises(
+        DataError, match=r"which is missing.*leave the episode out: vlaflow data drop .* --episodes 1 --out DIR"
+    ):
+        Dataset.open(old)
+    assert len(Dataset.open(drop(old, [1], tmp_path / "fewer").root).episodes) == 4
