@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from vlaflow.data.features import LARGEST, Feature, width
 from vlaflow.data.lerobot_meta import Meta, some
-from vlaflow.data.row_numbers import ROUNDING, about_recounted, about_uncounted, count_rows, is_regular, regular_rate
+from vlaflow.data.row_numbers import ROUNDING, about_recounted, about_uncounted, count_rows, is_regular, mean_rate, regular_rate
 from vlaflow.data.tables import flat_numbers, is_filled, plain_numbers, read_parquet, switches_as_numbers, whole_numbers
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 from vlaflow.errors import DataError
@@ -299,10 +299,13 @@ class _Reader:
         if bad.any():
             what = f"disagrees with fps = {self.fps:g} in meta/info.json by {self.limit_s * 1000:.3g} ms or more"
             cure = "Fix the column, or give a larger --tolerance-s if frames are to be taken by number whatever the clock says."
-            rate = regular_rate([rows["time"][self._own(place)] for place in range(len(self.numbers))], self.fps)
+            times = [rows["time"][self._own(place)] for place in range(len(self.numbers))]
+            rate, mean = regular_rate(times, self.fps), mean_rate(times)
             if rate is not None:
                 what += f"; all rows are {rate:.5g} per second"
                 cure = f"If that is their rate, correct fps there, or have it corrected: {self.repair}"
+            elif mean is not None and abs(mean / self.fps - 1) > 0.05:
+                what += f"; the rows are {mean:.4g} per second on average"
             self._refuse(rows, bad, "timestamp", what, cure)
         if (off >= TOLERANCE_S + rounding).any():
             row = int(np.argmax(off))
