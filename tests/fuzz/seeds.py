@@ -11,6 +11,7 @@ EXIT, LADDER, PROFILE = "laddered/calibration/fast.json", "laddered/calibration/
 
 SEEDS = {
     "dataset": [
+        ("v21/videos/chunk-000/observation.image/episode_000001.mp4", "cut", 1275),
         (V3, "set", [], []),
         (V3, "set", ["features"], [1]),
         (V3, "set", ["features", "action"], []),
