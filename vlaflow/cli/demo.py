@@ -90,7 +90,7 @@ class Settings:
         plan = PLANS[arguments.plan]
         noise = plan.noise, plan.noise_memory
         if arguments.quick:
-            return Settings(arguments.plan, plan.envs[:1], 4, *noise, 2, 4, 2, 8, 40, 4, 1, 2, 16, 8, 0.5)
+            return Settings(arguments.plan, plan.envs[:1], 4, *noise, 2, 4, 2, 8, 40, 2, 1, 2, 16, 8, 0.5)
         eval_episodes = arguments.eval_episodes or plan.eval_episodes
         return Settings(
             arguments.plan,
