@@ -13,18 +13,21 @@ BYTECODE := PYTHONDONTWRITEBYTECODE=
 # What drew a picture during the set-up; the caller's own MUJOCO_GL wins.
 GL = env $$([ -n "$$MUJOCO_GL" ] || sed 's/^/MUJOCO_GL=/' .venv/.vlaflow-gl 2>/dev/null)
 
-.PHONY: help demo libero test test-isa test-clients test-vla-eval test-lerobot test-smol \
+.PHONY: help demo libero mt50 test test-isa test-clients test-vla-eval test-lerobot test-smol \
 	fuzz siege crash test-lowest lint format bench clean setup-demo setup-libero setup-dev \
 	setup-clients setup-vla-eval setup-lerobot
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another place than runs/demo
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 libero: setup-libero ## the same on three tasks of LIBERO-Object; OUT=DIR for another place than runs/libero-demo
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan libero $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+mt50: setup-demo ## the same on all fifty tasks of Meta-World, in a day or two; OUT=DIR for another place than runs/mt50
+	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan mt50 $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
 	@$(GL) $(OFFLINE) $(BYTECODE) .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
@@ -52,7 +55,7 @@ fuzz: setup-dev ## 10,000 damaged inputs of every kind, then a hundred thousand 
 siege: setup-dev ## every attack on a server, in turn and together, while a client asks (20 min); ARGS="--seconds N --together N --protocol vla-eval"
 	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)
 
-crash: setup-dev ## kills and full disks at every file operation of every command; ARGS="--command NAME --kind NAME --every N"
+crash: setup-dev ## kills and full disks at every file operation of every command, continued after an interruption; ARGS="--command NAME --kind NAME --every N"
 	@$(GL) $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m tests.crashes.walk $(ARGS)
 
 test-lowest: ## tests with the lowest declared versions, in .venv-lowest; LOWEST="torch=2.13.0" for one that cannot be had

@@ -93,3 +93,17 @@ def test_the_demo_policy_has_the_size_its_docstring_states():
         model = tiny(DataSpec(4, 4, ("image",))).build()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 1.0
     assert helpers.policy_config().build().rater is None
+
+
+def test_a_margin_is_cut_off_and_the_rest_read_as_without_one():
+    """Whatever is in the margin; and the policy asks for images that are larger by it."""
+    plain, cut = build(), build(margin=8)
+    wide, state = observe(size=48), helpers.embed(plain, observe()).hidden_BPW
+    inner = dataclasses.replace(wide, images={"image": wide.images["image"][:, 8:40, 8:40]})
+    black = {"image": torch.nn.functional.pad(inner.images["image"], (0, 0, 8, 8, 8, 8))}
+    assert cut.views == {"image": 48}
+    assert cut.config.input_size.side == 48
+    found = helpers.embed(cut, wide).hidden_BPW
+    assert found.shape == state.shape
+    assert torch.equal(found, helpers.embed(plain, inner).hidden_BPW)
+    assert torch.equal(found, helpers.embed(cut, dataclasses.replace(wide, images=black)).hidden_BPW)

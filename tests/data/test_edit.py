@@ -395,6 +395,7 @@ def test_editing_refuses_what_it_cannot_do(pristine, pristine_v21, new, tmp_path
     with pytest.raises(DataError, match="exists already and is not empty"):
         repair(pristine, new)
     edit_info(new, fps=2 * FPS)
+    edit_table(new / build.DATA, "timestamp", lambda times: [t / 2 for t in times])
     with pytest.raises(SpecError, match=r"cannot be merged: fps is 20\.0 in one and 40\.0 in the other"):
         merge([pristine, new], out)
     edit_info(new, fps=FPS, x_vlaflow={})

@@ -238,7 +238,8 @@ def test_killed_builder_leaves_nothing_to_be_mistaken(copy, tmp_path):
     assert all(file.name[0].isdigit() for file in cache.folder.iterdir())
 
 
-def test_a_cache_is_built_where_the_system_has_no_locks(dataset, monkeypatch, caplog):
+def test_macos_fallocate_and_locks_are_not_needed_for_a_cache(dataset, monkeypatch, caplog):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     assert len(FrameCache.open(dataset, 16)) == ROWS
     assert "cannot be locked" in caplog.text

@@ -40,7 +40,9 @@ class TinyConfig(BackboneConfig):
     Args:
         state_dim: length of the proprioceptive state, S; 0 for none, and its token is constant.
         views: one to eight camera views, in the order of their tokens.
-        image_size: square image side in pixels; a multiple of ``cell``.
+        image_size: side in pixels of the square that becomes tokens; a multiple of ``cell``.
+        margin: pixels around that square. Images are resized to ``image_size + 2 * margin`` and their borders cut off, so 128
+            and 32 see the central two thirds (of the side) as large as in an image of 192 pixels.
         cell: image side covered by one token in pixels; a power of two, at least 4.
         stem: "conv" (small patches, then 3×3 convolutions of stride 2) or "patch" (one projection).
         width, depth, heads, ffn: of the blocks.
@@ -55,6 +57,7 @@ class TinyConfig(BackboneConfig):
     state_dim: Number
     views: tuple[str, ...] = ("image",)
     image_size: Width = 96
+    margin: Number = 0
     cell: Width = 16
     stem: Literal["conv", "patch"] = "conv"
     width: Width = 192
@@ -91,12 +94,19 @@ class TinyConfig(BackboneConfig):
         """See the base class; it needs files for a sentence encoder only."""
         cells = dict.fromkeys(self.views, (self.image_size // self.cell) ** 2)
         encoder = None if self.text == "bytes" else open_encoder(self.text, self.sentence, folder)
-        return TinyProcessor(cells, self.state_dim, text_bytes=self.text_bytes, text_patch=self.text_patch, encoder=encoder)
+        return TinyProcessor(
+            cells,
+            self.state_dim,
+            text_bytes=self.text_bytes,
+            text_patch=self.text_patch,
+            margin=self.margin,
+            encoder=encoder,
+        )
 
     @property
     def input_size(self) -> InputSize:
-        """A square."""
-        return InputSize(self.image_size)
+        """A square, the margin included."""
+        return InputSize(self.image_size + 2 * self.margin)
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -171,8 +181,8 @@ class TinyBackbone(LanguageBackbone):
 
     @property
     def views(self) -> Mapping[str, int | None]:
-        """Views and their image side."""
-        return dict.fromkeys(self.config.views, self.config.image_size)
+        """Views and their image side, the margin included."""
+        return dict.fromkeys(self.config.views, self.config.input_size.side)
 
     @property
     def blocks(self) -> Mapping[nn.Module, str]:

@@ -34,6 +34,7 @@ class TinyProcessor(Processor):
         state_dim: length of the state, S.
         text_bytes: longest instruction in bytes.
         text_patch: bytes per text token.
+        margin: pixels to cut off each side of the images.
         encoder: of sentences; None to read bytes.
         lengths: ascending lengths in bytes that instructions are padded to; one beyond them, and every one where there are
             none, is padded to whole text tokens.
@@ -46,12 +47,13 @@ class TinyProcessor(Processor):
         *,
         text_bytes: int,
         text_patch: int,
+        margin: int = 0,
         encoder: SentenceEncoder | None = None,
         lengths: Sequence[int] = (),
     ) -> None:
         self.lengths = tuple(lengths)
         self.cells, self.state_dim = dict(cells), state_dim
-        self.text_bytes, self.text_patch, self._encoder = text_bytes, text_patch, encoder
+        self.text_bytes, self.text_patch, self.margin, self._encoder = text_bytes, text_patch, margin, encoder
 
     def __call__(self, observation: ObservationBatch) -> Inputs:
         """See the base class.
@@ -60,7 +62,7 @@ class TinyProcessor(Processor):
             SpecError: for an instruction that is too long or a state of another length.
         """
         require_state(observation, self.state_dim)
-        images = {view: observation.images[view] for view in self.cells}
+        images = {view: centre(observation.images[view], self.margin) for view in self.cells}
         if self._encoder is not None:
             none_B0 = torch.zeros((len(observation), 0), dtype=torch.int64)
             sentence_BE = self._encoder(observation.instructions)
@@ -88,6 +90,7 @@ class TinyProcessor(Processor):
             self.state_dim,
             text_bytes=self.text_bytes,
             text_patch=self.text_patch,
+            margin=self.margin,
             encoder=self._encoder,
             lengths=sorted({min(self._whole(length), self.text_bytes) for length in lengths}),
         )
@@ -130,3 +133,10 @@ class TinyProcessor(Processor):
     def _whole(self, count: int) -> int:
         """So many bytes, and those that fill up the last text token."""
         return -(-count // self.text_patch) * self.text_patch
+
+
+def centre(image_BHWC: Tensor, margin: int) -> Tensor:
+    """The images without ``margin`` pixels on each side, (B, H − 2 margin, W − 2 margin, C)."""
+    if not margin:
+        return image_BHWC
+    return image_BHWC[:, margin:-margin, margin:-margin].contiguous()

@@ -20,18 +20,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from vlaflow.cli.arguments import parse_arguments
-from vlaflow.cli.demo_plans import PLANS, DemoRecord, Plan
+from vlaflow.cli.demo_plans import CALIBRATION, PLANS, DemoRecord, Plan, Protocol
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.outputs import make_folder, require_makeable, write_json
 from vlaflow.packages import PAGES, require
 from vlaflow.ranges import Count, Number
+from vlaflow.simulators.base import expand_env_names
 from vlaflow.strict import read_json, require_form
 
 if TYPE_CHECKING:
     from vlaflow.evaluation.results import Minutes, Results
-
-CALIBRATION = "adaptive"
-COMPUTES = ("auto", "dense", "refine", f"exit:{CALIBRATION}")
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,23 @@ class Demo:
 
     Example: vlaflow demo --out runs/demo
 
-    Three tasks of Meta-World take a quarter of an hour, three of LIBERO-Object up to an hour.
+    Three tasks of Meta-World take a quarter of an hour, three of LIBERO-Object up to an hour, all fifty of Meta-World a night
+    or two.
 
     Run the same command again to continue after an interruption.
 
     Args:
-        plan: the simulator.
-        out: folder for the data set, the checkpoints, results.json and report.html; runs/demo or runs/libero-demo by default.
+        plan: the tasks: three of Meta-World, three of LIBERO-Object, or Meta-World's fifty.
+        out: folder for the data set, the checkpoints, results.json and report.html; runs/demo, runs/libero-demo or runs/mt50 by
+            default.
         episodes: demonstrations per task; 50, or 40 of LIBERO, by default.
-        eval_episodes: episodes per task and compute policy; 20, or 10 of LIBERO, by default.
+        eval_episodes: episodes per task and compute policy; 20, or 10 of LIBERO and of the fifty, by default.
         steps: training steps of the policy; the plan's by default.
         workers: processes for recording and evaluation; one per core is best.
         quick: a few steps on one task, to check that everything works; the policy does not learn.
     """
 
-    plan: Literal["metaworld", "libero"] = "metaworld"
+    plan: Literal["metaworld", "libero", "mt50"] = "metaworld"
     out: Path | None = None
     episodes: Count | None = None
     eval_episodes: Count | None = None
@@ -83,6 +83,7 @@ class Settings:
     frames: int
     sampler_frames: int
     validation_fraction: float | None
+    size: int | None
 
     @staticmethod
     def of(arguments: Demo) -> Settings:
@@ -90,7 +91,8 @@ class Settings:
         plan = PLANS[arguments.plan]
         noise = plan.noise, plan.noise_memory
         if arguments.quick:
-            return Settings(arguments.plan, plan.envs[:1], 4, *noise, 2, 4, 2, 8, 40, 2, 1, 2, 16, 8, 0.5)
+            first, language = tuple(expand_env_names(plan.envs)[:1]), min(plan.language_episodes, 1)
+            return Settings(arguments.plan, first, 4, *noise, 2, 4, 2, 8, 40, 2, language, 2, 16, 8, 0.5, plan.size)
         eval_episodes = arguments.eval_episodes or plan.eval_episodes
         return Settings(
             arguments.plan,
@@ -108,6 +110,7 @@ class Settings:
             512,
             96,
             None,
+            plan.size,
         )
 
 
@@ -118,16 +121,16 @@ def main(argv: list[str]) -> int:
     require(*plan.packages, "accelerate", "psutil", *PAGES, what="The demo", extra=plan.extra)
     out = arguments.out or Path(plan.out)
     log = DemoLog(out, settings)
-    dataset, policy, rated = (out / name for name in ("dataset", "policy", "rated"))
+    dataset, policy, final = out / "dataset", out / "policy", out / plan.final
     commands = equivalent(settings, plan, out, arguments.workers)
 
     with log.step("record", commands["record"]) as due:
         if due:
             _record(settings, dataset, arguments.workers)
-    for step, recipe, source, goal, steps in (
-        ("train", plan.policy, None, policy, settings.steps),
-        ("rater", plan.rater, policy, rated, settings.rater_steps),
-    ):
+    stages: list[tuple[str, str, Path | None, Path, int | None]] = [("train", plan.policy, None, policy, settings.steps)]
+    if plan.rater:
+        stages.append(("rater", plan.rater, policy, final, settings.rater_steps))
+    for step, recipe, source, goal, steps in stages:
         with log.step(step, commands[step]) as due:
             overrides = {
                 "steps": steps,
@@ -140,11 +143,12 @@ def main(argv: list[str]) -> int:
                 return stopped
     with log.step("calibrate", commands["calibrate"]) as due:
         if due:
-            _sampler(settings, rated, dataset)
-            _calibrate(settings, rated, dataset)
-    with log.step("evaluate", commands["evaluate"]) as due:
-        if due:
-            _evaluate(settings, rated, out, arguments.workers)
+            _sampler(settings, final, dataset)
+            _calibrate(settings, final, dataset)
+    for protocol in plan.protocols:
+        with log.step(protocol.step, commands[protocol.step]) as due:
+            if due:
+                _evaluate(settings, protocol, final, out, arguments.workers)
     return _report(out, log, plan, settings, tuple(commands.values()))
 
 
@@ -200,7 +204,10 @@ class DemoLog:
         """Minutes by step, with the installation as measured by ``make demo``; writing the page is not counted."""
         from vlaflow.evaluation.results import Minutes
 
-        spent = {name: seconds / 60 for name, seconds in self.seconds.items()}
+        spent: dict[str, float] = {}
+        for name, seconds in self.seconds.items():
+            step = name.partition(" ")[0]  # "evaluate evo1"
+            spent[step] = spent.get(step, 0.0) + seconds / 60
         return Minutes(install=_install_minutes(), **spent).summed()
 
     def _save(self) -> None:
@@ -209,9 +216,8 @@ class DemoLog:
 
 def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[str, str]:
     """The equivalent command of every step."""
-    dataset, policy, rated = (str(out / name) for name in ("dataset", "policy", "rated"))
+    dataset, policy, final = (str(out / name) for name in ("dataset", "policy", plan.final))
     envs = [word for env in settings.envs for word in ("--env", env)]
-    computes = [word for compute in COMPUTES for word in ("--compute", compute)]
     batch = ["--batch-size", settings.batch_size] if settings.batch_size else []
     held = ["--set", f"validation_fraction={settings.validation_fraction}"] if settings.validation_fraction else []
 
@@ -221,32 +227,43 @@ def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[
     def steps(n: int | None) -> list[Any]:
         return ["--steps", n] if n else []
 
+    def evaluate(protocol: Protocol) -> str:
+        limit = settings.max_steps or protocol.max_steps
+        return command(
+            *("eval", final, *envs, *(word for name in protocol.computes for word in ("--compute", name))),
+            *("--episodes", settings.eval_episodes),
+            *(["--seed", protocol.first_seed] if protocol.name else []),
+            *(["--max-steps", limit] if limit else []),
+            *([] if settings.solver_steps == 10 else ["--steps", settings.solver_steps]),
+            *(["--no-videos"] if protocol.name else ["--language", settings.language_episodes]),
+            *("--out", out / protocol.name, "--workers", workers),
+        )
+
+    def rater(recipe: str) -> str:
+        return command(
+            *("train", recipe, "--policy", policy, "--dataset", dataset, "--out", final),
+            *(*steps(settings.rater_steps), *batch, *held),
+            "--no-calibrate",
+        )
+
     return {
         "record": command(
             *("record", *envs, "--episodes", settings.episodes, "--noise", settings.noise),
-            *("--noise-memory", settings.noise_memory, "--out", dataset, "--workers", workers),
+            *("--noise-memory", settings.noise_memory, *(["--size", settings.size] if settings.size else [])),
+            *("--out", dataset, "--workers", workers),
         ),
         "train": command(
             *("train", plan.policy, "--dataset", dataset, "--out", policy, *steps(settings.steps), *batch, *held),
             "--no-calibrate",
         ),
-        "rater": command(
-            *("train", plan.rater, "--policy", policy, "--dataset", dataset, "--out", rated),
-            *(*steps(settings.rater_steps), *batch, *held),
-            "--no-calibrate",
-        ),
-        "calibrate": command("calibrate", rated, "--dataset", dataset, "--sampler", "--frames", settings.sampler_frames)
+        **({"rater": rater(plan.rater)} if plan.rater else {}),
+        "calibrate": command("calibrate", final, "--dataset", dataset, "--sampler", "--frames", settings.sampler_frames)
         + " && "
         + command(
-            *("calibrate", rated, "--dataset", dataset, "--name", CALIBRATION),
+            *("calibrate", final, "--dataset", dataset, "--name", CALIBRATION),
             *("--frames", settings.frames, "--no-ladder"),
         ),
-        "evaluate": command(
-            *("eval", rated, *envs, *computes, "--episodes", settings.eval_episodes),
-            *(["--max-steps", settings.max_steps] if settings.max_steps else []),
-            *([] if settings.solver_steps == 10 else ["--steps", settings.solver_steps]),
-            *("--language", settings.language_episodes, "--out", out, "--workers", workers),
-        ),
+        **{protocol.step: evaluate(protocol) for protocol in plan.protocols},
     }
 
 
@@ -259,7 +276,7 @@ def _record(settings: Settings, dataset: Path, workers: int) -> None:
         sweep_finished(dataset)
         return
     noise = Noise(settings.noise, memory=settings.noise_memory)
-    record_with_progress(RecordConfig(settings.envs, settings.episodes, noise=noise), dataset, workers)
+    record_with_progress(RecordConfig(settings.envs, settings.episodes, settings.size, noise=noise), dataset, workers)
 
 
 def _train(
@@ -294,22 +311,25 @@ def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
     write_page(made.calibration, made.table, made.file.with_suffix(".html"))
 
 
-def _evaluate(settings: Settings, checkpoint: Path, out: Path, workers: int) -> None:
+def _evaluate(settings: Settings, protocol: Protocol, checkpoint: Path, out: Path, workers: int) -> None:
     from vlaflow.compute.spelling import Knobs
     from vlaflow.evaluation.rollout import RolloutConfig
     from vlaflow.evaluation.run import EvaluationConfig, run
+    from vlaflow.reports.evaluation import write_report
 
     config = EvaluationConfig(
         envs=settings.envs,
-        computes=COMPUTES,
+        computes=protocol.computes,
         episodes=settings.eval_episodes,
+        first_seed=protocol.first_seed,
         knobs=Knobs(settings.solver_steps),
-        rollout=RolloutConfig(max_steps=settings.max_steps),
+        rollout=RolloutConfig(max_steps=settings.max_steps or protocol.max_steps),
         latency_chunks=settings.latency_chunks,
-        language_episodes=settings.language_episodes,
+        language_episodes=0 if protocol.name else settings.language_episodes,
+        videos=not protocol.name,
         workers=workers,
     )
-    run(checkpoint, config, out)
+    run(checkpoint, config, out / protocol.name, report=write_report if protocol.name else None)
 
 
 def _report(out: Path, log: DemoLog, plan: Plan, settings: Settings, commands: tuple[str, ...]) -> int:
@@ -325,8 +345,11 @@ def _report(out: Path, log: DemoLog, plan: Plan, settings: Settings, commands: t
     minutes = log.minutes()
     found: Results = replace(results.read(out / RESULTS), minutes=minutes, command=command_line(), commands=commands)
     results.write(found, out / RESULTS)
-    logs = {"velocity error, squared": read_log(out / "policy"), "rating error, squared": read_log(out / "rated")}
-    tasks = f"{len(settings.envs)} {plan.title} task{'s' if len(settings.envs) > 1 else ''}"
+    logs = {"velocity error, squared": read_log(out / "policy")}
+    if plan.rater:
+        logs["rating error, squared"] = read_log(out / plan.final)
+    count = len(found.envs)
+    tasks = f"{count} {plan.title} task{'s' if count > 1 else ''}"
     page = write_report(out, logs, f"AsyncVLA on {tasks}: from nothing to evaluated in {minutes.total or 0:.1f} minutes")
     console = Console()
     console.print()

@@ -209,6 +209,13 @@ def table(results: Results) -> RenderableType:
         for overall in results.overall:
             rate = f"{overall.successes}/{overall.episodes}"
             grid.add_row("all", overall.compute, rate, percent(overall.interval))
+        for overall in results.overall:
+            for mean in overall.by_group:
+                for group in mean.groups:
+                    rate = f"{group.successes}/{group.episodes}"
+                    grid.add_row(f"{mean.suite}/{group.group}", overall.compute, rate, percent(group.interval))
+                name = f"mean of {len(mean.groups)} groups"
+                grid.add_row(name, overall.compute, f"{100 * mean.mean:.1f} %", percent(mean.interval))
     return Group(grid, *(sentence(test) for test in results.paired if test.env == "all"), *too_few(results))
 
 

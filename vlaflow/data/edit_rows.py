@@ -6,17 +6,19 @@ Rows are believed: their numbers, their order and their tasks. An episode whose 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlaflow.data.lerobot_meta import some
-from vlaflow.data.tables import flat_numbers, read_parquet, whole_numbers
-from vlaflow.data.video import TOLERANCE_S
+from vlaflow.data.lerobot_meta import is_modern, some
+from vlaflow.data.row_numbers import about_recounted, about_uncounted, count_rows, is_regular, regular_rate
+from vlaflow.data.tables import flat_numbers, is_filled, read_parquet, whole_numbers
+from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 from vlaflow.errors import DataError
 
 KEYS = ("episode_index", "frame_index", "task_index", "timestamp")
@@ -29,7 +31,7 @@ class FoundRows:
     Args:
         path: their parquet file.
         places: int64 (T,), their places in the file, by frame.
-        task: int64 (T,), their task index; -1 where the file has none.
+        task: int64 (T,), their task index, by frame; -1 where the file has none.
     """
 
     path: Path
@@ -42,48 +44,65 @@ class AllRows:
     """The rows of a data set.
 
     Attributes:
+        fps: frames per second: as meta states, or as all timestamps and videos say instead.
         episodes: by number.
         problems: why an episode cannot be used, in words that follow "Episode N of DIR", by number.
         changes: what is wrong with columns or files, one sentence each.
         schemas: of every file with rows.
     """
 
+    fps: float
     episodes: dict[int, FoundRows] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     schemas: dict[Path, pa.Schema] = field(default_factory=dict)
 
 
-def find_rows(root: Path, fps: float, modern: bool, named: Mapping[int, Path]) -> AllRows:
+def find_rows(root: Path, info: Mapping[str, Any], named: Mapping[int, Path], bears_out: Callable[[float], bool]) -> AllRows:
     """Find the rows of every episode.
 
     Args:
         root: the data set's folder.
-        fps: frames per second.
-        modern: whether episodes share files; otherwise the number in a file's name is its episode's.
+        info: meta/info.json.
         named: the file that meta names for an episode, by number.
+        bears_out: whether the videos can run at a rate, frames per second; asked where timestamps say another one than info.
     """
-    return _Search(root, fps, modern, named).run()
+    return _Search(root, info, named, bears_out).run()
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Rows of one episode in one file, by frame: frame_index int64 (T,), timestamp float32 (T,)."""
+    """Rows of one episode in one file, by frame: frame_index int64 (T,), timestamp (T,), NaN where it is absent."""
 
     rows: FoundRows
     frame: np.ndarray
     time: np.ndarray
 
+    @property
+    def counts(self) -> bool:
+        """Whether its frame_index counts from 0."""
+        return np.array_equal(self.frame, np.arange(len(self.frame)))
+
+    def in_file(self, column: np.ndarray) -> np.ndarray:
+        """One of its columns in the order of the rows in the file."""
+        return column[np.argsort(self.rows.places)]
+
 
 class _Search:
-    def __init__(self, root: Path, fps: float, modern: bool, named: Mapping[int, Path]) -> None:
-        self.root, self.fps, self.modern, self.named = root, fps, modern, named
-        self.found = AllRows()
+    def __init__(
+        self, root: Path, info: Mapping[str, Any], named: Mapping[int, Path], bears_out: Callable[[float], bool]
+    ) -> None:
+        self.root, self.fps, self.modern, self.named = root, float(info["fps"]), is_modern(info), named
+        self.filmed = any(feature["dtype"] == "video" for feature in info["features"].values())
+        self.bears_out = bears_out
+        self.found = AllRows(self.fps)
         self.candidates: dict[int, list[_Candidate]] = {}
         self.elsewhere: list[int] = []
         self.late: dict[int, float] = {}
         self.misnumbered: list[int] = []
         self.uncounted: list[Path] = []
+        self.recounted: list[int] = []
+        self.timeless = 0
 
     def run(self) -> AllRows:
         for path in sorted((self.root / "data").rglob("*.parquet")):
@@ -91,10 +110,13 @@ class _Search:
                 self._file(path)
             except (DataError, pa.ArrowException, OSError) as error:
                 self.found.changes.append(f"{path.relative_to(self.root)} cannot be read, so its rows are lost: {error}")
-        for number, candidates in self.candidates.items():
-            chosen = self._choose(number, candidates)
-            if chosen is not None:
-                self._take(number, chosen)
+        chosen = {number: self._choose(number, candidates) for number, candidates in self.candidates.items()}
+        taken = {number: one for number, one in chosen.items() if one is not None}
+        rate = regular_rate([one.time if one.counts else one.in_file(one.time) for one in taken.values()], self.fps)
+        if rate is not None and self.bears_out(rate):
+            self.fps = self.found.fps = rate
+        for number, one in taken.items():
+            self._take(number, one)
         if self.elsewhere:
             self.found.changes.append(
                 f"Rows of episode {some(self.elsewhere)} are not in the file that meta names; they were found in another one."
@@ -104,10 +126,11 @@ class _Search:
                 f"Rows of the files of episode {some(self.misnumbered)} name other episodes; the files' numbers count."
             )
         if self.uncounted:
-            self.found.changes.append(
-                f"{len(self.uncounted)} files, {self.uncounted[0].relative_to(self.root)} first, have no 'frame_index'; frames "
-                "are counted in the order of the rows."
-            )
+            self.found.changes.append(about_uncounted(self.uncounted, self.root))
+        if self.recounted:
+            self.found.changes.append(about_recounted(self.recounted))
+        if self.timeless:
+            self.found.changes.append(f"Timestamps of {self.timeless} episodes are frame_index / fps; they had none.")
         if self.late:
             worst = max(self.late, key=lambda number: self.late[number])
             self.found.changes.append(
@@ -118,7 +141,7 @@ class _Search:
 
     def _file(self, path: Path) -> None:
         schema = pq.read_schema(path)
-        table = read_parquet(path, [name for name in KEYS if name in schema.names])
+        table = read_parquet(path, [], optional=KEYS)
         count = len(table)
         if not count:
             return
@@ -129,15 +152,18 @@ class _Search:
             if digits is None:
                 raise DataError("its name has no number.")
             owner = np.full(count, int(digits[1]))
-            if "episode_index" in table.column_names and (whole_numbers(table, "episode_index", path) != owner).any():
+            if is_filled(table, "episode_index") and (whole_numbers(table, "episode_index", path) != owner).any():
                 self.misnumbered.append(int(digits[1]))
-        if "frame_index" in table.column_names:
+        if is_filled(table, "frame_index"):
             frame = whole_numbers(table, "frame_index", path)
         else:
-            frame = _counted(owner)
+            frame = count_rows(owner)
             self.uncounted.append(path)
-        task = whole_numbers(table, "task_index", path) if "task_index" in table.column_names else np.full(count, -1)
-        time = flat_numbers(table["timestamp"])[0] if "timestamp" in table.column_names else np.full(count, np.nan)
+        task = whole_numbers(table, "task_index", path) if is_filled(table, "task_index") else np.full(count, -1)
+        time = np.full(count, np.nan)
+        if is_filled(table, "timestamp"):
+            numbers, widths = flat_numbers(table["timestamp"])
+            time = numbers if (widths == 1).all() else time
         self.found.schemas[path] = schema
         order = np.lexsort((frame, owner))
         numbers, starts = np.unique(owner[order], return_index=True)
@@ -162,23 +188,20 @@ class _Search:
         return chosen[0]
 
     def _take(self, number: int, chosen: _Candidate) -> None:
-        rows, frame, time = chosen.rows, chosen.frame, chosen.time
-        if not np.array_equal(frame, np.arange(len(frame))):
-            self.found.problems[number] = (
-                f"has rows that are not whole: frame_index does not count 0, 1, 2, ... ({rows.path.relative_to(self.root)})"
-            )
-            return
-        off = np.abs(time.astype(np.float64) - frame / self.fps)
-        exact = off < TOLERANCE_S + np.abs(time) * np.finfo(np.float32).eps  # float32 seconds
-        if not exact.all():
+        rows, time = chosen.rows, chosen.time
+        if not chosen.counts:
+            time = chosen.in_file(time)
+            if not is_regular(time, self.fps, START_TOLERANCE / self.fps, from_first=not self.filmed):
+                self.found.problems[number] = (
+                    "has rows that are not whole: frame_index does not count 0, 1, 2, ..., nor do the timestamps "
+                    f"({rows.path.relative_to(self.root)})"
+                )
+                return
+            rows = FoundRows(rows.path, chosen.in_file(rows.places), chosen.in_file(rows.task))
+            self.recounted.append(number)
+        if np.isnan(time).all():
+            self.timeless += 1
+        elif not is_regular(time, self.fps, TOLERANCE_S):
+            off = np.abs(time.astype(np.float64) - np.arange(len(time)) / self.fps)
             self.late[number] = float(np.nanmax(off, initial=0.0))
         self.found.episodes[number] = rows
-
-
-def _counted(owner: np.ndarray) -> np.ndarray:
-    """The place of every row among those of its episode, in their order: int64, as ``owner``."""
-    order = np.argsort(owner, kind="stable")
-    _, starts, lengths = np.unique(owner[order], return_index=True, return_counts=True)
-    frame = np.empty_like(owner)
-    frame[order] = np.arange(len(owner)) - np.repeat(starts, lengths)
-    return frame

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from vlaflow.data.edit_rows import AllRows, find_rows
-from vlaflow.data.edit_video import Clip, ClipFinder, Placed, Stated
+from vlaflow.data.edit_video import Clip, ClipFinder, Placed, Stated, read_timeline
 from vlaflow.data.hub import data_folder
+from vlaflow.data.lerobot import EXTRA_KEY
 from vlaflow.data.lerobot_info import filled, read_info
-from vlaflow.data.lerobot_meta import DATA_V2, VIDEO_V2, EpisodeForm, TaskForm, is_modern, some
+from vlaflow.data.lerobot_meta import DATA_V2, VIDEO_V2, EpisodeForm, is_modern, some
+from vlaflow.data.lerobot_tasks import TaskForm
 from vlaflow.data.tables import is_text, read_jsonl, read_parquet
 from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH
 from vlaflow.errors import DataError
@@ -25,6 +27,8 @@ from vlaflow.strict import finite_number
 from vlaflow.text import shown
 
 POINTERS = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
+SAME_RATE = 0.01
+"""Largest relative difference of a video's usual interval from that of a rate it may run at."""
 PREFIXES = ("data/", "videos/", "meta/", "stats/")
 
 
@@ -102,7 +106,9 @@ class _Surveyor:
         words = self._words()
         self.rows = self._episode_rows()
         named = {number: path for number in self.rows if (path := self._data_file(number)) is not None}
-        found = find_rows(self.root, self.fps, self.modern, named)
+        found = find_rows(self.root, self.info, named, self._videos_bear_out)
+        if found.fps != self.fps:
+            self._correct_rate(found.fps)
         self.changes += found.changes
         self.problems |= found.problems
         self._compare(found)
@@ -162,8 +168,13 @@ class _Surveyor:
         except DataError as error:
             self.changes.append(f"The task table is written again: {error}")
             return {}
-        whole = [(i, word) for i, word in pairs if type(i) is int and isinstance(word, str) and word.strip()]
-        return dict(sorted(whole))
+        words_of: dict[int, set[str]] = {}
+        for i, word in pairs:
+            if type(i) is int and isinstance(word, str) and word.strip():
+                words_of.setdefault(i, set()).add(word)
+        for i in sorted(i for i, found in words_of.items() if len(found) > 1):
+            self.changes.append(f"The task table gives the number {i} to {len(words_of[i])} tasks; it names none of them.")
+        return {i: next(iter(found)) for i, found in sorted(words_of.items()) if len(found) == 1}
 
     def _episode_rows(self) -> dict[int, dict[str, Any]]:
         """The rows of the episode table, by number; empty if it cannot be read."""
@@ -213,6 +224,30 @@ class _Surveyor:
         if None in where.values():
             return Stated(number, length, None)
         return Stated(number, length, filled(self.root, "video_path", template, video_key=key, **where), start_s, end_s)
+
+    # -- the rate ----------------------------------------------------------------------------------------------------
+
+    def _videos_bear_out(self, rate: float) -> bool:
+        """Whether the first readable video of every camera, if it has any, runs at this rate."""
+        for key in self.cameras:
+            for path in sorted(path for path in (self.root / "videos").rglob("*.mp4") if key in path.parts):
+                try:
+                    between_s = np.diff(read_timeline(path).seconds)
+                except DataError:
+                    continue
+                if len(between_s):
+                    if abs(float(np.median(between_s)) * rate - 1) > SAME_RATE:
+                        return False
+                    break
+        return True
+
+    def _correct_rate(self, rate: float) -> None:
+        """State the rate of rows and videos wherever meta/info.json states another one."""
+        self.changes.append(
+            f"meta/info.json stated fps = {self.fps:g}, but the timestamps of all episodes are {rate:.5g} per second; that is "
+            "now its fps."
+        )
+        self.info, self.fps = _with_rate(self.info, rate), rate
 
     # -- comparing ---------------------------------------------------------------------------------------------------
 
@@ -274,6 +309,24 @@ class _Surveyor:
                 f"The episode table lists other tasks for episode {some(disagreeing)} than its rows name; the rows count."
             )
         return tasks
+
+
+def _with_rate(info: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    """The content of meta/info.json with another rate, wherever it says fps."""
+    old, new = info["fps"], int(rate) if rate.is_integer() else rate
+    found = {**info, "fps": new}
+    own = info.get(EXTRA_KEY) or {}
+    spec = own.get("action_spec") or {}
+    if spec.get("rate_hz") == old:
+        found[EXTRA_KEY] = {**own, "action_spec": {**spec, "rate_hz": new}}
+    found["features"] = {
+        key: {
+            name: {**part, "video.fps": new} if isinstance(part, dict) and part.get("video.fps") == old else part
+            for name, part in feature.items()
+        }
+        for key, feature in info["features"].items()
+    }
+    return found
 
 
 def select(found: Survey, numbers: Sequence[int]) -> Survey:

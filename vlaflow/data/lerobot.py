@@ -29,7 +29,7 @@ from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
 from vlaflow.data.reading import Reading, choose_columns
 from vlaflow.data.stored_images import read_image
-from vlaflow.data.tables import POINTER, is_pointer, read_cells, read_parquet, whole_numbers
+from vlaflow.data.tables import POINTER, is_filled, is_pointer, read_cells, read_parquet, whole_numbers
 from vlaflow.data.video import FrameDigest, VideoError, decode_frames
 from vlaflow.data.video_offsets import REWRITE, largest_drift_s
 from vlaflow.errors import DataError, SpecError, nearest
@@ -60,7 +60,7 @@ class Dataset:
         state_keys, action_keys: feature keys, joined in order; empty where there is no 'observation.state' or, opened as video
             alone, no 'action'.
         executed_key: feature key of the executed actions; None if the data set does not record them separately.
-        tasks: the instructions, by task index.
+        tasks: the instructions, in the order of their numbers.
         episodes: one ``Episode`` each, in the order of the rows; those without frames are left out.
         action_spec: what an action means, or None if neither the data set nor the caller states it.
         provenance: how the data set was created, as recorded by the writer.
@@ -76,7 +76,7 @@ class Dataset:
         self.root, self.version, self.fps = meta.root, str(info["codebase_version"]), float(info["fps"])
         self.robot_type = str(info.get("robot_type") or "")
         self.features: Mapping[str, Any] = info["features"]
-        self.tasks, self.episodes = meta.tasks, meta.episodes
+        self.tasks, self.episodes = meta.tasks.words, meta.episodes
         self._place = {episode.index: place for place, episode in enumerate(meta.episodes)}
         cameras = find_cameras(self.root, self.features, reading, self._sample)
         chosen = choose_columns(self.root, self.features, reading, video=video)
@@ -271,23 +271,21 @@ class Dataset:
     def _video_sentence(self, episode: Episode, key: str, path: Path, start_s: float, error: VideoError) -> str:
         which, where = f"Episode {episode.index} of {self.root}", path.relative_to(self.root)
         drop = f"vlaflow data drop {self.root} --episodes {episode.index} --out DIR"
+        repair = f"vlaflow data repair {self.root} --out DIR"
         if error.kind == "start":
             cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
             if not self._meta.modern:
-                cure = (
-                    "The video begins late: encode it again with its first frame at 0 s, or have the data set written so: "
-                    f"vlaflow data repair {self.root} --out DIR"
-                )
+                cure = f"The video begins late: encode it again with its first frame at 0 s, or have that done: {repair}"
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":
             return (
                 f"{which}: video '{key}' ({where}) runs at {error.detail}, but meta/info.json states fps = {self.fps:g}. "
-                f"Correct fps there, or encode the video again at that rate."
+                f"Correct fps there if the rows are at that rate too, or have frames taken by their number: {repair}"
             )
         if error.kind == "time":
             return (
                 f"{which}: in video '{key}' ({where}) {error.detail}, so frames are missing or fps = {self.fps:g} in "
-                f"meta/info.json is wrong. Correct fps, or record the episode again."
+                f"meta/info.json is wrong. Correct fps, or have frames taken by their number: {repair}"
             )
         if error.kind == "unreadable" and is_pointer(path):
             return f"{which}: video '{key}' ({where}) {POINTER}"
@@ -322,12 +320,19 @@ class Dataset:
         named = self._files(episode.index).data
         others = sorted((self.root / "data").rglob("*.parquet")) if self._meta.modern else []
         for path in (named, *others):
-            places = read_parquet(path, ["episode_index", "frame_index"])
-            rows = np.flatnonzero(whole_numbers(places, "episode_index", path) == episode.index)
-            if not self._meta.modern and not len(rows):
-                rows = np.arange(len(places))  # the file's number counts, as in ``columns``
+            modern = self._meta.modern
+            places = read_parquet(path, ["episode_index"] if modern else [], optional=("episode_index", "frame_index"))
+            rows = np.arange(len(places))
+            if is_filled(places, "episode_index"):
+                own = np.flatnonzero(whole_numbers(places, "episode_index", path) == episode.index)
+                rows = own if modern or len(own) else rows  # before v3.0 the file's number counts, as in ``columns``
+            if len(rows) and is_filled(places, "frame_index"):
+                frames = whole_numbers(places, "frame_index", path)[rows]
+                order = np.argsort(frames, kind="stable")
+                if np.array_equal(frames[order], np.arange(len(rows))):
+                    rows = rows[order]
             if len(rows):
-                return path, rows[np.argsort(whole_numbers(places, "frame_index", path)[rows], kind="stable")]
+                return path, rows
         return named, np.zeros(0, np.int64)
 
     @cached_property
@@ -350,7 +355,8 @@ class Dataset:
         if abs(spec.rate_hz - self.fps) > 1e-6 * self.fps:
             raise SpecError(
                 f"{self.root} runs at {self.fps:g} fps, but its action spec states {spec.rate_hz:g} actions per second. "
-                f"The two must be equal."
+                f"They must be equal: correct the one that is wrong, or have fps corrected by the timestamps: "
+                f"vlaflow data repair {self.root} --out DIR"
             )
 
     def _at(self, number: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from vlaflow.data.lerobot_info import filled, read_info
+from vlaflow.data.lerobot_tasks import Tasks, read_tasks
 from vlaflow.data.tables import is_list, is_text, read_jsonl, read_parquet, whole_numbers
 from vlaflow.data.video_offsets import REWRITE, require_sound_offsets, seconds
 from vlaflow.errors import DataError
@@ -63,7 +64,7 @@ class Meta:
     Args:
         root: the data set's folder.
         info: meta/info.json.
-        tasks: the instructions, by task index.
+        tasks: the task table.
         episodes: by number, those without frames left out.
         files: of each episode.
         paths: the meta files that were read.
@@ -72,7 +73,7 @@ class Meta:
 
     root: Path
     info: Mapping[str, Any]
-    tasks: tuple[str, ...]
+    tasks: Tasks
     episodes: tuple[Episode, ...]
     files: tuple[EpisodeFiles, ...]
     paths: tuple[Path, ...]
@@ -82,14 +83,6 @@ class Meta:
     def modern(self) -> bool:
         """Whether several episodes share a file, as from v3.0 on."""
         return is_modern(self.info)
-
-
-@dataclass(frozen=True)
-class TaskForm:
-    """A line of meta/tasks.jsonl."""
-
-    task_index: Number
-    task: str
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ def read_meta(root: Path) -> Meta:
     """
     info = read_info(root)
     modern = is_modern(info)
-    tasks, task_paths = (_tasks_v3 if modern else _tasks_v2)(root)
+    tasks = read_tasks(root, modern)
     rows, episode_paths = (_episodes_v3 if modern else _episodes_v2)(root)
     notes = _require_numbered(root, info, rows, episode_paths[0])
     rows = [row for row in rows if int(row["length"])]
@@ -133,8 +126,8 @@ def read_meta(root: Path) -> Meta:
         Episode(int(row["episode_index"]), names[0], int(length), int(start), names)
         for row, names, length, start in zip(rows, named, lengths, starts, strict=True)
     )
-    read = (root / "meta/info.json", *task_paths, *episode_paths)
-    return Meta(root, info, tasks, episodes, tuple(files), read, (*notes, *moved, *told))
+    read = (root / "meta/info.json", tasks.path, *episode_paths)
+    return Meta(root, info, tasks, episodes, tuple(files), read, (*tasks.notes, *notes, *moved, *told))
 
 
 def some(numbers: Sequence[int]) -> str:
@@ -179,34 +172,6 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
     return tuple(notes)
 
 
-def _tasks_v3(root: Path) -> tuple[tuple[str, ...], list[Path]]:
-    path = root / "meta/tasks.parquet"
-    table = read_parquet(path)
-    text = [name for name in table.schema.names if is_text(table.schema.field(name).type)]
-    if "task_index" not in table.schema.names or not text:
-        raise DataError(f"{path} needs a column 'task_index' and one with the task in words. Copy the file again.")
-    # Converted data sets leave the pandas index unnamed, so the words may be in '__index_level_0__'.
-    words = table["task" if "task" in text else text[0]].to_pylist()
-    if None in words:
-        raise DataError(f"{path} has a task without words. Write its instruction there, or copy the file again.")
-    return _numbered(path, whole_numbers(table, "task_index", path).tolist(), words), [path]
-
-
-def _tasks_v2(root: Path) -> tuple[tuple[str, ...], list[Path]]:
-    path = root / "meta/tasks.jsonl"
-    rows = read_jsonl(path, TaskForm)
-    return _numbered(path, [row["task_index"] for row in rows], [row["task"] for row in rows]), [path]
-
-
-def _numbered(path: Path, numbers: Sequence[int], words: Sequence[str]) -> tuple[str, ...]:
-    if sorted(numbers) != list(range(len(numbers))):
-        raise DataError(
-            f"{path}: task_index must count 0 to {len(numbers) - 1}, found {shown(sorted(numbers))}. Copy the file again, or "
-            f"have it written from the rows: vlaflow data repair {path.parents[1]} --out DIR"
-        )
-    return tuple(words[i] for i in np.argsort(np.asarray(numbers, np.int64), kind="stable"))
-
-
 def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     paths = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
     if not paths:
@@ -214,6 +179,7 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = read_parquet(path, without="stats/")
+        table = _with_lengths(table, path)
         needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
         absent = [name for name in needed if name not in table.schema.names]
         if absent:
@@ -224,6 +190,14 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
             raise DataError(f"'tasks' in {path} holds {table.schema.field('tasks').type} instead of texts; {REWRITE}")
         rows += ({key: value for key, value in row.items() if value is not None} for row in table.to_pylist())
     return rows, paths
+
+
+def _with_lengths(table: pa.Table, path: Path) -> pa.Table:
+    """The table with 'length', which LeRobot does without: its rows' range says as much."""
+    first, end = "dataset_from_index", "dataset_to_index"
+    if "length" in table.column_names or not {first, end} <= {*table.column_names}:
+        return table
+    return table.append_column("length", pa.array(whole_numbers(table, end, path) - whole_numbers(table, first, path)))
 
 
 def _are_texts(kind: pa.DataType) -> bool:
@@ -298,7 +272,10 @@ def _require_files(
             found.append(one)
         for path in (found[-1].data, *(path for path, _ in one.videos.values())):
             if not exists[path]:
-                raise DataError(f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again.")
+                raise DataError(
+                    f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again, or leave the "
+                    f"episode out: vlaflow data drop {root} --episodes {number} --out DIR"
+                )
     note = f"Rows of episode {some(moved)} are not in the file that meta names; they were found in another one."
     return found, (note,) if moved else ()
 
@@ -313,10 +290,10 @@ def _located(root: Path) -> dict[int, Path]:
 
 
 def _instructions(
-    root: Path, tasks: tuple[str, ...], rows: Sequence[Mapping[str, Any]], files: Sequence[EpisodeFiles], modern: bool
+    root: Path, tasks: Tasks, rows: Sequence[Mapping[str, Any]], files: Sequence[EpisodeFiles], modern: bool
 ) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """The instructions of every episode: those that meta lists, or its rows' where meta lists none or one it does not know."""
-    known, cache = set(tasks), dict[Path, tuple[np.ndarray, np.ndarray]]()
+    known, cache = set(tasks.words), dict[Path, dict[str, np.ndarray]]()
     named: list[tuple[str, ...]] = []
     silent: list[int] = []
     strange: list[int] = []
@@ -326,19 +303,19 @@ def _instructions(
         unknown = [name for name in listed if name not in known]
         if not listed or unknown:
             if one.data not in cache:
-                table = read_parquet(one.data, ["episode_index", "task_index"])
-                numbers = [whole_numbers(table, name, one.data) for name in ("episode_index", "task_index")]
-                cache[one.data] = (numbers[0], numbers[1])
-            of_row, task_of_row = cache[one.data]
-            found = task_of_row[of_row == number] if modern else task_of_row
-            if not len(found) or found.min() < 0 or found.max() >= len(tasks):
+                names = ("task_index", "episode_index") if modern else ("task_index",)
+                table = read_parquet(one.data, names)
+                cache[one.data] = {name: whole_numbers(table, name, one.data) for name in names}
+            cells = cache[one.data]
+            found = tasks.places(cells["task_index"][cells["episode_index"] == number] if modern else cells["task_index"])
+            if not len(found) or found.min() < 0:
                 what = f"names the task {shown(unknown[0])}, which {_task_table(modern)} lacks" if unknown else "has no task"
                 raise DataError(
                     f"Episode {number} of {root} {what}, and its rows' task_index names none either. Write its instruction "
                     f"into {_episode_table(modern)} and {_task_table(modern)}."
                 )
             (strange if unknown else silent).append(number)
-            listed = tuple(dict.fromkeys(tasks[i] for i in found.tolist()))
+            listed = tuple(dict.fromkeys(tasks.words[i] for i in found.tolist()))
         named.append(listed)
     notes = []
     if silent:

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from vlaflow.data.features import LARGEST, Feature, width
 from vlaflow.data.lerobot_meta import Meta, some
-from vlaflow.data.tables import AGAIN, flat_numbers, plain_numbers, read_parquet, switches_as_numbers, whole_numbers
+from vlaflow.data.row_numbers import ROUNDING, about_recounted, about_uncounted, count_rows, is_regular, regular_rate
+from vlaflow.data.tables import flat_numbers, is_filled, plain_numbers, read_parquet, switches_as_numbers, whole_numbers
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 from vlaflow.errors import DataError
 
@@ -88,11 +89,15 @@ class _Reader:
     def __init__(self, meta: Meta, vectors: Mapping[str, Vector], tolerance_s: float | None) -> None:
         self.meta, self.root, self.fps = meta, meta.root, float(meta.info["fps"])
         self.features: Mapping[str, Feature] = meta.info["features"]
-        self.vectors, self.tolerance_s = vectors, tolerance_s
+        self.vectors = vectors
         self.numbers = np.array([e.index for e in meta.episodes])
         self.lengths = np.array([e.length for e in meta.episodes])
         self.starts = np.array([e.start for e in meta.episodes])
+        self.limit_s = START_TOLERANCE / self.fps if tolerance_s is None else tolerance_s
+        self.repair = f"vlaflow data repair {self.root} --out DIR"
+        self.filmed = any(feature["dtype"] == "video" for feature in self.features.values())
         self.notes: list[str] = []
+        self.uncounted: list[Path] = []
 
     def read(self) -> CheckedRows:
         owner = {files.data: episode.index for files, episode in zip(self.meta.files, self.meta.episodes, strict=True)}
@@ -101,10 +106,10 @@ class _Reader:
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if self.meta.modern and len(rows["episode"]) < self.lengths.sum():
             rows = self._with_strays(rows)
-        order = np.lexsort((rows["frame"], rows["episode"]))
-        if not np.array_equal(order, np.arange(len(order))):
-            rows = {name: array[order] for name, array in rows.items()}
+        if self.uncounted:
+            self.notes.append(about_uncounted(self.uncounted, self.root))
         self._check_counts(rows)
+        rows = self._ordered(rows)
         self._check_rows(rows)
         whole = {name: rows[name].astype(np.int64, copy=False) for name in ("episode", "frame", "task")}
         columns = Columns(rows["state"], rows["action"], rows.get("executed", rows["action"]), **whole)
@@ -114,20 +119,42 @@ class _Reader:
 
     def _part(self, path: Path, number: int | None = None) -> dict[str, np.ndarray]:
         """The rows of one file; the number of the episode that it belongs to alone, as before v3.0."""
-        wanted = [*KEYS.values(), *(key for vector in self.vectors.values() for key in vector.keys)]
-        repair = f"vlaflow data repair {self.root} --out DIR"
-        table = read_parquet(path, wanted, cure=f"{AGAIN[:-1]}, or have times and numbers of frames written: {repair}")
-        part = {name: self._scalar(table, key, path) for name, key in KEYS.items()}
-        if number is not None:
-            part["episode"] = self._own_number(part["episode"], number, path)
+        vectors = [key for vector in self.vectors.values() for key in vector.keys]
+        needed = [*([KEYS["episode"]] if number is None else []), *vectors]
+        table = read_parquet(path, needed, optional=tuple(KEYS.values()))
+        part = self._numbering(table, path, number)
         for name, vector in self.vectors.items():
-            columns = [self._vector(table, key, path) for key in vector.keys]
+            columns = [self._vector(table, key, path, part) for key in vector.keys]
             part[name] = np.concatenate(columns, axis=1) if columns else np.zeros((len(table), 0), np.float32)
         return part
 
-    def _scalar(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
-        """One number per row; whole but for the timestamp."""
-        return (plain_numbers if key == KEYS["time"] else whole_numbers)(table, key, path)
+    def _numbering(self, table: pa.Table, path: Path, number: int | None) -> dict[str, np.ndarray]:
+        """Episode, frame, task and time of every row; what LeRobot does without may be absent."""
+        if not is_filled(table, KEYS["task"]):
+            raise DataError(
+                f"{path} has no column 'task_index'. Copy the file again, or have the tasks written that meta lists for its "
+                f"episodes: {self.repair}"
+            )
+        if number is None or is_filled(table, KEYS["episode"]):
+            episode = whole_numbers(table, KEYS["episode"], path)
+            episode = episode if number is None else self._own_number(episode, number, path)
+        else:
+            episode = np.full(len(table), number)
+        if is_filled(table, KEYS["frame"]):
+            frame = whole_numbers(table, KEYS["frame"], path)
+        else:
+            frame = count_rows(episode)
+            self.uncounted.append(path)
+        if is_filled(table, KEYS["time"]):
+            time = plain_numbers(table, KEYS["time"], path)
+        elif self.filmed:
+            raise DataError(
+                f"{path} has no column 'timestamp', the time of every row in its video. Copy the file again, or have times "
+                f"written that follow from the numbers of the frames: {self.repair}"
+            )
+        else:
+            time = frame / self.fps
+        return {"episode": episode, "frame": frame, "task": whole_numbers(table, KEYS["task"], path), "time": time}
 
     def _own_number(self, episode: np.ndarray, number: int, path: Path) -> np.ndarray:
         """Where every episode has a file of its own, the file's number counts."""
@@ -140,7 +167,7 @@ class _Reader:
             return np.full_like(episode, number)
         return episode
 
-    def _vector(self, table: pa.Table, key: str, path: Path) -> np.ndarray:
+    def _vector(self, table: pa.Table, key: str, path: Path, part: Mapping[str, np.ndarray]) -> np.ndarray:
         """One vector column as float32 (rows, width), refusing rows whose length differs from the declared one."""
         declared, column = width(self.features[key]), table[key]
         try:
@@ -148,15 +175,15 @@ class _Reader:
         except pa.ArrowException as error:
             cure = "Record the file again."
             if switches_as_numbers(column).type != column.type:
-                cure = f"Have the booleans written as numbers: vlaflow data repair {self.root} --out DIR"
+                cure = f"Have the booleans written as numbers: {self.repair}"
             raise DataError(f"'{key}' in {path} cannot be read ({error}). {cure}") from error
         wrong = np.flatnonzero(widths != declared)
         if len(wrong) or column.null_count:
             row = int(wrong[0]) if len(wrong) else int(np.flatnonzero(column.is_null().to_numpy())[0])
             found = f"{widths[row]} numbers" if column[row].is_valid else "nothing"
             raise DataError(
-                f"Episode {table['episode_index'][row].as_py()} of {self.root}: '{key}' holds {found} at frame "
-                f"{table['frame_index'][row].as_py()} ({path.relative_to(self.root)}), but meta/info.json declares {declared}. "
+                f"Episode {part['episode'][row]} of {self.root}: '{key}' holds {found} at frame "
+                f"{part['frame'][row]} ({path.relative_to(self.root)}), but meta/info.json declares {declared}. "
                 f"Correct the shape there, or record the episode again."
             )
         return values.reshape(-1, declared)
@@ -190,48 +217,95 @@ class _Reader:
         if len(foreign):
             raise DataError(
                 f"{self.root}/data holds rows of episode {int(foreign[0])}, which meta does not describe. Copy the meta folder "
-                "again."
+                f"again, or have it written from the rows: {self.repair}"
             )
         held = np.zeros(len(self.numbers), np.int64)
         held[np.searchsorted(self.numbers, found)] = counts
         for i in np.flatnonzero(held != self.lengths)[:1]:
             raise DataError(
                 f"Episode {self.numbers[i]} of {self.root} has {self.lengths[i]} frames according to meta, but {self._path(i)} "
-                f"holds {held[i]} rows of it. Copy the file again, or record the episode again."
+                f"holds {held[i]} rows of it. Copy the file again, or have the rows' number written: {self.repair}"
             )
 
-    def _check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+    def _ordered(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The rows by episode and frame; LeRobot does without frame numbers, so they may begin anywhere or be all the same."""
+        counted = np.arange(len(rows["frame"])) - np.repeat(self.starts, self.lengths)
+        order, as_stored = np.lexsort((rows["frame"], rows["episode"])), np.argsort(rows["episode"], kind="stable")
+        recounted = []
+        miscounted = rows["episode"][order][rows["frame"][order] != counted]
+        for place in np.searchsorted(self.numbers, np.unique(miscounted)).tolist():
+            own = self._own(place)
+            frame, time = (rows[name][as_stored[own]] for name in ("frame", "time"))
+            step = np.diff(frame)
+            if ((step == 1).all() or (step == 0).all()) and self._is_clock(time):
+                order[own] = as_stored[own]
+                recounted.append(place)
+        if not np.array_equal(order, np.arange(len(order))):
+            rows = {name: array[order] for name, array in rows.items()}
+        for place in recounted:
+            rows["frame"][self._own(place)] = np.arange(self.lengths[place])
+        if recounted:
+            self.notes.append(about_recounted(self.numbers[recounted].tolist()))
+        return rows if self.filmed else rows | {"time": self._from_first(rows["time"])}
+
+    def _is_clock(self, time: np.ndarray) -> bool:
+        """Whether by the timestamps of an episode, in the order of its rows, none is missing."""
+        return is_regular(time, self.fps, self.limit_s, from_first=not self.filmed)
+
+    def _from_first(self, time: np.ndarray) -> np.ndarray:
+        """Times that begin elsewhere than at 0 s counted from there: without videos, they only tell rows apart."""
+        first = time[self.starts].astype(np.float64)
+        late = np.abs(first) >= self.limit_s
+        if not late.any():
+            return time
+        place = int(np.argmax(late))
+        self.notes.append(
+            f"Timestamps of episode {some(self.numbers[late].tolist())} do not begin at 0 s ({self.numbers[place]} at "
+            f"{first[place]:.4g} s); they are counted from their first row."
+        )
+        return time - np.repeat(np.where(late, first, 0.0), self.lengths)
+
+    def _check_rows(self, rows: dict[str, np.ndarray]) -> None:
         starts = np.repeat(self.starts, self.lengths)
-        self._refuse(rows, rows["frame"] != np.arange(len(starts)) - starts, "frame_index", "does not count 0, 1, 2, ...")
-        tasks = len(self.meta.tasks)
-        self._refuse(rows, (rows["task"] < 0) | (rows["task"] >= tasks), "task_index", "names no task in meta")
+        miscounted = rows["frame"] != np.arange(len(starts)) - starts
+        if miscounted.any():
+            cure = "Fix the column"
+            if self._is_clock(rows["time"][self._own(self._place(int(np.argmax(miscounted))))]):
+                cure = f"Fix the column, have frames counted by the timestamps ({self.repair})"
+            self._refuse(rows, miscounted, "frame_index", "does not count from 0", cure)
+        places = self.meta.tasks.places(rows["task"])
+        cure = f"Fix the column, have the only task written that meta lists for the episode ({self.repair})"
+        self._refuse(rows, places < 0, "task_index", "names no task in meta", cure)
+        rows["task"] = places
         self._note_tasks(rows)
         self._check_times(rows)
         for name, vector in self.vectors.items():
             bad = ~(np.abs(rows[name]) <= LARGEST)
             if bad.any():
                 row, dimension = (int(i) for i in np.argwhere(bad)[0])
+                path = self._path(self._place(row))
                 raise DataError(
                     f"Episode {rows['episode'][row]} of {self.root} holds {rows[name][row, dimension]} in "
                     f"'{','.join(vector.keys)}' at frame {rows['frame'][row]}, dimension {dimension} "
-                    f"('{vector.names[dimension]}') ({self._path(self._place(row))}). Record the episode again, or "
+                    f"('{vector.names[dimension]}') ({path}). Record the episode again, or "
                     f"leave it out: vlaflow data drop {self.root} --episodes {rows['episode'][row]} --out DIR"
                 )
 
     def _check_times(self, rows: Mapping[str, np.ndarray]) -> None:
         """Frames are addressed by number, so a timestamp must be nearest to its own frame; how exact it is, a note says."""
-        limit_s = START_TOLERANCE / self.fps if self.tolerance_s is None else self.tolerance_s
         off = np.abs(rows["time"].astype(np.float64) - rows["frame"] / self.fps)
-        # float32 seconds: half a unit in the last place exceeds the tolerance after half an hour within one episode.
-        rounding = np.abs(rows["time"]) * np.finfo(np.float32).eps
-        what = f"disagrees with fps = {self.fps:g} in meta/info.json by {limit_s * 1000:.3g} ms or more"
-        cure = "; where frames are to be taken by their number whatever the clock says, give a larger --tolerance-s"
-        last = rows["time"][self.starts + self.lengths - 1].astype(np.float64)
-        whole_s = float((last - rows["time"][self.starts]).sum())
-        rate = (self.lengths - 1).sum() / whole_s if whole_s > 0 else self.fps
-        if abs(rate / self.fps - 1) > 0.05:
-            cure = f"; the rows are {rate:.4g} per second, so if that is their rate, correct fps there"
-        self._refuse(rows, ~(off < limit_s + rounding), "timestamp", what, cure)  # NaN is no time
+        rounding = np.abs(rows["time"]) * ROUNDING
+        bad = ~(off < self.limit_s + rounding)  # NaN is no time
+        if bad.any():
+            what = f"disagrees with fps = {self.fps:g} in meta/info.json by {self.limit_s * 1000:.3g} ms or more"
+            cure = (
+                "Fix the column, give a larger --tolerance-s if frames are to be taken by their number whatever the clock says"
+            )
+            rate = regular_rate([rows["time"][self._own(place)] for place in range(len(self.numbers))], self.fps)
+            if rate is not None:
+                what += f"; all rows are {rate:.5g} per second"
+                cure = f"If that is their rate, correct fps there, or have it corrected ({self.repair})"
+            self._refuse(rows, bad, "timestamp", what, cure)
         if (off >= TOLERANCE_S + rounding).any():
             row = int(np.argmax(off))
             self.notes.append(
@@ -241,14 +315,14 @@ class _Reader:
 
     def _note_tasks(self, rows: Mapping[str, np.ndarray]) -> None:
         """Frames whose instruction is none that meta gives their episode keep their own."""
-        place = np.repeat(np.arange(len(self.numbers)), self.lengths)
-        pairs, first, counts = np.unique(place * len(self.meta.tasks) + rows["task"], return_index=True, return_counts=True)
+        place, words = np.repeat(np.arange(len(self.numbers)), self.lengths), self.meta.tasks.words
+        pairs, first, counts = np.unique(place * len(words) + rows["task"], return_index=True, return_counts=True)
         own = [frozenset(e.tasks) for e in self.meta.episodes]
         strange = []
         for pair, row, count in zip(pairs.tolist(), first.tolist(), counts.tolist(), strict=True):
-            at, task = divmod(pair, len(self.meta.tasks))
-            if self.meta.tasks[task] not in own[at]:
-                strange.append((row, count, self.meta.tasks[task]))
+            at, task = divmod(pair, len(words))
+            if words[task] not in own[at]:
+                strange.append((row, count, words[task]))
         if strange:
             row, _, task = strange[0]
             self.notes.append(
@@ -257,19 +331,25 @@ class _Reader:
                 "counts."
             )
 
-    def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str, cure: str = "") -> None:
+    def _refuse(
+        self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str, cure: str = "Fix the column"
+    ) -> None:
         if bad.any():
             row, name = int(np.argmax(bad)), next(name for name, key in KEYS.items() if key == column)
             place = self._place(row)
             raise DataError(
                 f"Episode {self.numbers[place]} of {self.root}: '{column}' is {rows[name][row]:g} at frame "
-                f"{row - self.starts[place]} ({self._path(place)}), which {what}. Fix the column, or record the episode "
-                f"again{cure}."
+                f"{row - self.starts[place]} ({self._path(place)}), which {what}. {cure}, or leave the episode out: "
+                f"vlaflow data drop {self.root} --episodes {self.numbers[place]} --out DIR"
             )
 
     def _place(self, row: int) -> int:
         """The place among the episodes of the one that a row belongs to."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def _own(self, place: int) -> slice:
+        """The rows of the episode at a place."""
+        return slice(self.starts[place], self.starts[place] + self.lengths[place])
 
     def _path(self, place: int) -> Path:
         return self.meta.files[place].data.relative_to(self.root)

@@ -21,17 +21,16 @@ MOST_ROWS_PER_BYTE = 64
 """Rows that a file can hold per byte: numbers that count up take an eighth of a bit each in parquet's densest encoding."""
 
 
-AGAIN = "Copy or record the file again."
-
-
-def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str | None = None, cure: str = AGAIN) -> pa.Table:
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None, without: str | None = None, optional: Sequence[str] = ()
+) -> pa.Table:
     """Read a parquet file.
 
     Args:
         path: the file.
         columns: the columns to read, all of them when None.
         without: skip columns whose name starts with this.
-        cure: what to do about a column that it lacks, for the error.
+        optional: columns to read as well if it has them.
 
     Raises:
         DataError: when the file is missing, cut off or lacks a column.
@@ -41,7 +40,9 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, without: str 
         names = file.schema_arrow.names
         absent = [name for name in columns or () if name not in names]
         if absent:
-            raise DataError(f"{path} has no column '{absent[0]}'. {cure}")
+            raise DataError(f"{path} has no column '{absent[0]}'. Copy or record the file again.")
+        if columns is not None:
+            columns = [*columns, *(name for name in optional if name in names and name not in columns)]
         if without is not None:
             columns = [name for name in columns or names if not name.startswith(without)]
         table = file.read(columns=columns)
@@ -96,6 +97,11 @@ def is_pointer(path: Path) -> bool:
             return file.read(27) == b"version https://git-lfs.git"
     except OSError:
         return False
+
+
+def is_filled(table: pa.Table, name: str) -> bool:
+    """Whether a table has a column, and it is not empty throughout."""
+    return name in table.column_names and table[name].null_count < max(len(table), 1)
 
 
 def whole_numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:

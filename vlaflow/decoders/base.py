@@ -26,6 +26,7 @@ from vlaflow.decoders.capability import Capability
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms
 from vlaflow.errors import CapabilityError, ConfigError
+from vlaflow.flows.consistency import Teaching, VelocityField
 from vlaflow.flows.sampling import Sampling
 from vlaflow.registry import Group, Part
 
@@ -44,6 +45,7 @@ class Targets:
             ``action_BLD``.
         mask_BLD: bool, the dimensions and steps that the robot's chunks have; the others are padding. None for all.
         id_BS: int64, the actions as tokens of the decoder's vocabulary; None where it has none or makes them itself.
+        teaching: the velocity to learn in place of the data's, for decoders with a ``velocity_field``.
     """
 
     action_BLD: Tensor
@@ -52,6 +54,7 @@ class Targets:
     executed: Executed | None = None
     mask_BLD: Tensor | None = None
     id_BS: Tensor | None = None
+    teaching: Teaching | None = None
 
     def mean_over_dimensions(self, value_BLD: Tensor) -> Tensor:
         """Mean over the dimensions that the robot has, (B, L); 0 on steps that it does not have."""
@@ -68,6 +71,7 @@ class Targets:
             None if self.executed is None else self.executed.to(device, non_blocking=non_blocking),
             moved(self.mask_BLD, device, non_blocking=non_blocking),
             moved(self.id_BS, device, non_blocking=non_blocking),
+            self.teaching,
         )
 
 
@@ -338,6 +342,14 @@ class Decoder(nn.Module, ABC, Generic[State]):
         device = targets.action_BLD.device
         draws = tuple(drawn.to(device) for drawn in self.draw(prefix.batch, generator))
         return self.loss_of(prefix, targets, draws, depths)
+
+    def velocity_field(self, prefix: Prefix) -> VelocityField:
+        """The flow that its solver steps follow for these observations, at ``prefix.depth``.
+
+        Raises:
+            CapabilityError: for decoders that follow none.
+        """
+        raise CapabilityError(f"A {type(self).__name__} has no velocity that another could learn; use a flow decoder.")
 
     @abstractmethod
     def start(

@@ -25,6 +25,7 @@ from vlaflow.decoders.exits import ExitHeads, ExitTraining
 from vlaflow.decoders.losses import Draws, LossTerms, mean_over_exits
 from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.flows import gaussian, guidance
+from vlaflow.flows.consistency import VelocityField
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.resnet import ResidualMLP
 from vlaflow.nn.time import clock_embedding
@@ -249,8 +250,11 @@ class FlowDecoder(Decoder[FlowState]):
             executed_BLX = self._pad(_without_padding(executed.action_BLD.float(), mask_BLD))
             known_BLX = torch.where(free_BL[..., None] > 0, action_BLX, executed_BLX)
             valid_BL = executed.valid_after((1 - free_BL).sum(1, keepdim=True))
-        token_BLW = self.codec.encode(gaussian.interpolate(known_BLX, noise_BLX, clock_BL), clock_BL)
+        x_BLX = gaussian.interpolate(known_BLX, noise_BLX, clock_BL)
         target_BLX = gaussian.velocity_target(action_BLX, noise_BLX)
+        if targets.teaching is not None:
+            target_BLX = targets.teaching(x_BLX, clock_BL, self.velocity_field(prefix.detach()))
+        token_BLW = self.codec.encode(x_BLX, clock_BL)
 
         def loss(made_BLX: Tensor, target_BLX: Tensor) -> Tensor:
             error_BLX = made_BLX.float() - target_BLX
@@ -260,6 +264,10 @@ class FlowDecoder(Decoder[FlowState]):
         hidden = self.stack.exits(token_BLW, prefix, depths)
         losses = self.exits.losses(hidden, depths, self.answer, loss, target_BLX, training=self.training)
         return mean_over_exits("velocity", losses)
+
+    def velocity_field(self, prefix: Prefix) -> VelocityField:
+        """See ``Decoder``."""
+        return partial(self._velocity, prefix, None)
 
     def start(
         self,

@@ -29,6 +29,7 @@ from vlaflow.decoders.flow import FlowConfig, FlowState
 from vlaflow.decoders.latent_reader import LatentTokensConfig, Written
 from vlaflow.decoders.losses import Draws, LossTerms
 from vlaflow.errors import ConfigError
+from vlaflow.flows.consistency import VelocityField
 from vlaflow.flows.sampling import Sampling
 from vlaflow.ranges import NotNegative
 
@@ -185,6 +186,10 @@ class LatentFlowDecoder(Decoder[LatentFlowState]):
             fast = self.fast.loss_of(written.after(prefix), targets, draws[self.flow.DRAWS :], depths[-1:])
             auxiliary, parts = auxiliary + c.fast_weight * fast.total, {**parts, "fast": fast.total.detach()}
         return LossTerms(flow.total + auxiliary, parts, flow.exits, auxiliary)
+
+    def velocity_field(self, prefix: Prefix) -> VelocityField:
+        """See ``Decoder``: of its flow, given the latent tokens that it predicts."""
+        return self.flow.velocity_field(self._context(prefix, self.latent.read(prefix)))
 
     def start(
         self,

@@ -27,7 +27,7 @@ from vlaflow.strict import parse, require_form
 
 FILE = "episodes.jsonl"
 FORMAT = "vlaflow episodes 1"
-KEPT = "the episodes finished so far are kept in {}. Make room, and run the same command again to continue"
+KEPT = "the {}s finished so far are kept in {}. Make room, and run the same command again to continue"
 
 E = TypeVar("E")
 J = TypeVar("J")
@@ -113,6 +113,7 @@ class EpisodeLog(Generic[E]):
         settings: everything that determines the episodes, as JSON values by name.
         about: further information about the run, which may change when the run is continued.
         name: of the file.
+        what: what one entry is, for errors.
         fresh: discard an existing log instead of continuing it.
 
     Attributes:
@@ -134,9 +135,10 @@ class EpisodeLog(Generic[E]):
         *,
         about: Mapping[str, Any] | None = None,
         name: str = FILE,
+        what: str = "episode",
         fresh: bool = False,
     ) -> None:
-        self.file, self.kept, self._began = folder / name, KEPT.format(name), time.monotonic()
+        self.file, self.kept, self._what, self._began = folder / name, KEPT.format(what, name), what, time.monotonic()
         self.finished: dict[int, E] = {}
         self.seconds = 0.0
         require_writable(self.file)
@@ -238,7 +240,7 @@ class EpisodeLog(Generic[E]):
         self.seconds = found.seconds
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with storing(self.file.parent, "The episode", self.kept):
+        with storing(self.file.parent, f"The {self._what}", self.kept):
             append(self._place, f"{_line(entry)}\n".encode(), sync=True)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation.clusters import effective_size, sign_flip_test
+from vlaflow.evaluation.groups import GroupMean, by_group
 from vlaflow.evaluation.latency import Latency
 from vlaflow.evaluation.power import detectable_difference, pairs_needed
 from vlaflow.evaluation.revision import Revision
@@ -111,6 +112,7 @@ class Overall:
 
     Args:
         within: successes by published evaluation, as far as every environment counts them.
+        by_group: the suites whose published groups were evaluated completely.
     """
 
     compute: str
@@ -120,6 +122,7 @@ class Overall:
     effective_episodes: Positive
     mean_over_envs: Share
     within: dict[str, Number] = field(default_factory=dict)
+    by_group: tuple[GroupMean, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -314,7 +317,8 @@ def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
         mean = sum(e.successes / e.episodes for e in mine) / len(mine)
         effective = effective_size(_success_SR([p for e in mine for p in e.per_episode]))
         interval = _pair(wilson(successes, n, effective=effective))
-        found.append(Overall(compute, n, successes, interval, effective, mean, _within_all(mine)))
+        groups = by_group(mine, [_within_all([e]) for e in mine])
+        found.append(Overall(compute, n, successes, interval, effective, mean, _within_all(mine), groups))
     return tuple(found)
 
 

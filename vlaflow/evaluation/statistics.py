@@ -48,6 +48,22 @@ def wilson(successes: int, n: int, level: float = 0.95, effective: float | None 
     return Interval(low, high)
 
 
+def mean_interval(rates: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Interval for the mean of independent success rates, each counting the same.
+
+    The margins of the single intervals are added as the legs of a right triangle and divided by the number of rates, below and
+    above separately (Zou & Donner 2008). It lies within [0, 1], and of one rate it is that rate's own interval.
+
+    Args:
+        rates: success rates.
+        intervals: of each, at the same confidence level.
+    """
+    n, mean = len(rates), sum(rates) / len(rates)
+    below = math.hypot(*(rate - interval.low for rate, interval in zip(rates, intervals, strict=True)))
+    above = math.hypot(*(interval.high - rate for rate, interval in zip(rates, intervals, strict=True)))
+    return Interval(max(0.0, mean - below / n), min(1.0, mean + above / n))
+
+
 @dataclass(frozen=True)
 class PairedOutcomes:
     """Successes of two policies on the same seeds: how often both, only one, or neither succeeded."""

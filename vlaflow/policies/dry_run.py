@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Generator, Tensor, nn
 from vlaflow.actions.latent import LatentActionModel, LatentConfig, Origin
 from vlaflow.decoders.base import Decoder, Targets
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.flows.consistency import Consistency, Teaching
 from vlaflow.policies.base import PolicyConfig
 
 CHUNKS = 256
@@ -41,12 +43,13 @@ class DryRun:
     unseen: Callable[[int], int]
 
 
-def acting(config: PolicyConfig, side: int) -> DryRun:
+def acting(config: PolicyConfig, side: int, teach: Callable[[int, int], Teaching] | None = None) -> DryRun:
     """Backbone and decoder learn to act.
 
     Args:
         config: the assembly; a source is replaced by its architecture, and an action tokenizer fitted on noise.
         side: of the pictures in pixels.
+        teach: what so many observations, through so many layers, are taught by in place of the data.
     """
     model = _without_weights(config).build()
     for part in model.modules():
@@ -62,12 +65,26 @@ def acting(config: PolicyConfig, side: int) -> DryRun:
             torch.zeros(batch, decoder.chunk_size, decoder.action_dim),
             torch.ones(batch, decoder.chunk_size, dtype=torch.bool),
             torch.zeros(batch, codes.codes, dtype=torch.long) if codes else None,
+            teaching=teach and teach(batch, depth),
         )
         prefix = model.read(model.backbone.blank(batch, side), depth)
         reached = None if exits is None else [exit for exit in exits if exit <= depth]
         return model.decoder.loss(prefix, targets, Generator(), reached or None).total
 
     return DryRun(model, model, model.backbone.spec.depth, loss, lambda batch: model.backbone.vision_numbers(batch, side))
+
+
+def distilling(config: PolicyConfig, consistency: Consistency, side: int) -> DryRun:
+    """A flow learns from a frozen copy of itself, whose layers keep nothing for the backward pass."""
+    teacher = _without_weights(config).build()
+
+    def teach(batch: int, depth: int) -> Teaching:
+        with torch.no_grad():
+            field = teacher.decoder.velocity_field(teacher.read(teacher.backbone.blank(batch, side), depth))
+        return partial(consistency.target, teacher=field)
+
+    student = acting(config, side, teach)
+    return replace(student, networks=nn.ModuleList((student.networks, teacher)))
 
 
 def rating(config: PolicyConfig, rater: RaterConfig, side: int, draws: int = 1) -> DryRun:

@@ -1,6 +1,7 @@
 """What this package's training stages learn: a policy, a confidence rater on a frozen policy, or a latent action model.
 
     TrainConfig(PolicyObjective(tiny(data)), steps=3500)
+    TrainConfig(PolicyObjective(policy, consistency=Consistency()), steps=1000)
     TrainConfig(RaterObjective(tiny_rater(policy)), steps=250)
     TrainConfig(LatentObjective(LatentConfig(), view="front"), steps=1200)
 
@@ -27,12 +28,14 @@ from vlaflow.data.source import Source
 from vlaflow.data.vqa import VqaDataset
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
+from vlaflow.flows.consistency import Consistency
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.stored import is_shared_later, lay_as, without_memory
 from vlaflow.policies.acting import open_actions, require_enough
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.card import latent_card, policy_card
-from vlaflow.policies.dry_run import DryRun, acting, picturing, rating
+from vlaflow.policies.consistency_stage import ConsistencyStage
+from vlaflow.policies.dry_run import DryRun, acting, distilling, picturing, rating
 from vlaflow.policies.latent_codes import codes_of, fit_codes, require_same_model
 from vlaflow.policies.latent_pairs import Paired, action_normalizers, pairs_of
 from vlaflow.policies.mixing import (
@@ -62,11 +65,17 @@ class PolicyObjective(Objective):
     Args:
         policy: the assembly.
         vqa: VQA co-training; None for none.
+        consistency: learn to act as the trained policy does, in fewer solver steps; None to learn from the actions themselves.
     """
 
     policy: PolicyConfig
     vqa: VqaTraining | None = None
-    reads_rows: ClassVar[bool] = True
+    consistency: Consistency | None = None
+
+    @property
+    def reads_rows(self) -> bool:
+        """See ``Objective``; a teacher is read whole."""
+        return self.consistency is None
 
     @property
     def names_codes(self) -> bool:
@@ -97,7 +106,7 @@ class PolicyObjective(Objective):
 
     def dry_run(self, policy: PolicyConfig | None, side: int) -> DryRun:
         """See ``Objective``."""
-        return acting(self.policy, side)
+        return acting(self.policy, side) if self.consistency is None else distilling(self.policy, self.consistency, side)
 
     def check_plan(
         self, config: TrainConfig, dataset: Dataset, assets: Assets, before: EarlierStages, stage: str
@@ -132,6 +141,7 @@ class PolicyObjective(Objective):
             policy, objective = self._continued(config, assets.base, assets.latent), self
             identity = assets.base.identity()
         report_exclusions(config, datasets, robots, policy)
+        stage, what = self._stage(policy, assets.base)
         codes = []
         sources: dict[str, str] = {}
         for each in datasets:
@@ -141,7 +151,6 @@ class PolicyObjective(Objective):
             if latent:
                 sources["Latent actions"] = f"codes of {Path(str(assets.latent)).name}, fingerprint {latent['latent']}"
         samples = samples_of(policy, config, datasets, robots, codes)
-        stage: Stage = PolicyStage(policy)
         vqa = None
         if self.vqa is not None and assets.vqa is not None:
             vqa, trained, line = vqa_of(policy, self.vqa, assets.vqa)
@@ -151,10 +160,20 @@ class PolicyObjective(Objective):
         identity |= mixture_identity(datasets, samples, robots.names if policy.robots else ())
 
         def card(training: Sequence[str]) -> str:
-            what = "Further training of the policy"
             return policy_card(policy, datasets, training, what, sources=sources, weights=samples.weights)
 
         return samples.setup(objective, stage, vqa, identity, card)
+
+    def _stage(self, policy: Policy, base: Base | None) -> tuple[Stage, str]:
+        """What trains it, and what that is called where it continues another policy."""
+        if self.consistency is None:
+            return PolicyStage(policy), "Further training of the policy"
+        if base is None:
+            raise ConfigError(
+                "Consistency distillation starts from a trained policy. Use a recipe that continues one, such as "
+                "asyncvla.consistency, with --policy, or leave consistency out."
+            )
+        return ConsistencyStage(policy, base.policy, self.consistency), "Consistency distillation of the policy"
 
     def timed(self, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> PolicyObjective:
         """See ``Objective``."""

@@ -243,9 +243,14 @@ class Objective(ABC):
 
     makes: ClassVar[Literal["policy", "latent"]] = "policy"
     """What its checkpoint is to the later stages of a pipeline."""
-    reads_rows: ClassVar[bool] = False
-    """Whether processes that share its networks may read their own rows of pretrained weights instead of all of them: all of
-    its networks train, and nothing looks at their weights before (``nn.stored``)."""
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether processes that share its networks may read their own rows of pretrained weights instead of all of them.
+
+        They may where all of its networks train and nothing looks at their weights before (``nn.stored``); by default not.
+        """
+        return False
 
     @property
     def names_codes(self) -> bool:

@@ -1,4 +1,6 @@
-"""What a training run learns: the policy itself, VQA co-training, or a latent action model; the rater is in ``rater_stage``.
+"""What a training run learns: the policy itself, VQA co-training, or a latent action model.
+
+The rater is in ``rater_stage``, the distillation of a policy in ``consistency_stage``.
 
 A stage holds the module that trains and computes its loss; the trainer knows nothing else of it.
 

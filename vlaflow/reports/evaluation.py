@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlaflow.evaluation.groups import GroupMean, GroupRate
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
-from vlaflow.evaluation.results import Evaluation, Minutes, PairedTest, Results, Within, read
+from vlaflow.evaluation.results import Evaluation, Minutes, Overall, PairedTest, Results, Within, read
 from vlaflow.evaluation.run import RESULTS, VIDEOS
 from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import evaluation_plots as plots
@@ -98,7 +99,12 @@ def headline(results: Results) -> list[str]:
     for other in others:
         test = next(t for t in results.paired if (t.env, t.first, t.second) == ("all", first.compute, other.compute))
         found.append(f"{other.compute}: {other.successes} of {other.episodes}. {verdict(test)}")
-    return found
+    return found + [
+        f"Mean of the {len(mean.groups)} groups of {mean.suite}, {overall.compute}: {100 * mean.mean:.1f} % "
+        f"(95 % interval {percent(mean.interval)})."
+        for overall in results.overall
+        for mean in overall.by_group
+    ]
 
 
 def verdict(test: PairedTest) -> str:
@@ -129,18 +135,34 @@ def tiles(results: Results) -> list[tuple[str, str]]:
 
 def success_table(results: Results) -> Table:
     """Success rates: a row per environment, a column per compute policy."""
-
-    def cells(entries: Sequence[Any]) -> list[page.Cell]:
-        return [(f"{e.successes}/{e.episodes}", percent(e.interval)) for e in entries]
-
-    rows: list[list[page.Cell]] = [[env, *cells([results.of(env, c) for c in results.computes])] for env in results.envs]
+    rows: list[list[page.Cell]] = [[env, *_rates([results.of(env, c) for c in results.computes])] for env in results.envs]
+    early = list(dict.fromkeys(w.protocol for e in results.evaluations for w in earlier(e)))
     if len(results.envs) > 1:
-        rows.append(["all", *cells(results.overall)])
+        rows.append(["all", *_rates(results.overall)])
         rows.append(["mean over environments", *(f"{100 * o.mean_over_envs:.1f} %" for o in results.overall)])
-        for protocol in dict.fromkeys(w.protocol for e in results.evaluations for w in earlier(e)):
+        for protocol in early:
             counts = [(o.within.get(protocol), o.episodes) for o in results.overall]
             rows.append([f"all, within {protocol}'s limits", *("–" if k is None else f"{k}/{n}" for k, n in counts)])
+    for means in zip(*(overall.by_group for overall in results.overall), strict=True):
+        rows += _group_rows(means, early)
     return Table(("environment", *results.computes), rows, totals=(len(results.envs),))
+
+
+def _group_rows(means: Sequence[GroupMean], early: Sequence[str]) -> list[list[page.Cell]]:
+    """The groups of a suite and their mean, of every compute policy."""
+    suite = means[0].suite
+    groups = zip(*(mean.groups for mean in means), strict=True)
+    rows = [[f"{suite}/{same[0].group}, {same[0].envs} tasks", *_rates(same)] for same in groups]
+    rows.append([f"mean of {suite}'s groups", *((f"{100 * m.mean:.1f} %", percent(m.interval)) for m in means)])
+    for protocol in early:
+        shares = [mean.within.get(protocol) for mean in means]
+        texts = ["–" if share is None else f"{100 * share:.1f} %" for share in shares]
+        rows.append([f"mean of {suite}'s groups, within {protocol}'s limits", *texts])
+    return rows
+
+
+def _rates(entries: Sequence[Evaluation | Overall | GroupRate]) -> list[page.Cell]:
+    return [(f"{e.successes}/{e.episodes}", percent(e.interval)) for e in entries]
 
 
 def paired(results: Results) -> dict[str, Any] | None:

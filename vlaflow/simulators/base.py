@@ -45,6 +45,7 @@ class SimulatorSpec:
         excluded: groups that the simulator lists but that cannot run here, with the reason.
         kept: number of environments that a worker keeps for later episodes. One that has rendered takes 10 to 60 MB of
             memory in Meta-World, and 300 MB in LIBERO.
+        published: groups without common tasks whose success rates published tables list and average.
     """
 
     suite: str
@@ -62,6 +63,7 @@ class SimulatorSpec:
     rendering: Mapping[str, str] = field(default_factory=dict)
     excluded: Mapping[str, str] = field(default_factory=dict)
     kept: int = 8
+    published: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -207,6 +209,12 @@ def protocol_limits(name: str) -> dict[str, int]:
     """Step limits of published evaluations of the environment "suite/task", by the evaluation's name."""
     suite, task = parse_env_name(name)
     return {protocol: limits[task] for protocol, limits in simulator_spec(suite).protocols.items()}
+
+
+def published_groups(suite: str) -> dict[str, tuple[str, ...]]:
+    """Environments "suite/task" of each group that published tables list, by the group's name."""
+    spec = simulator_spec(suite)
+    return {group: tuple(f"{suite}/{task}" for task in spec.groups[group]) for group in spec.published}
 
 
 def rendering_versions(names: Iterable[str], render: Render) -> dict[str, str]:

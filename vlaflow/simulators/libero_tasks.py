@@ -76,10 +76,13 @@ TASKS: dict[str, LiberoTask] = {
 
 ACTION = LIBERO
 
+MAIN = ("spatial", "object", "goal", "long")
+
 SPEC = SimulatorSpec(
     suite="libero",
     tasks={task: each.instruction for task, each in TASKS.items()},
-    groups={**GROUPS, "main": tuple(task for group in ("spatial", "object", "goal", "long") for task in GROUPS[group])},
+    groups={**GROUPS, "main": tuple(task for group in MAIN for task in GROUPS[group])},
+    published=MAIN,
     robot="libero_panda",
     action=ACTION,
     # position of the hand in metres and its rotation as axis times angle (world); positions of the two finger joints in

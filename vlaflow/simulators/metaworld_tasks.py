@@ -102,6 +102,7 @@ SPEC = SimulatorSpec(
     suite="metaworld",
     tasks={name: task.instruction for name, task in TASKS.items()},
     groups=GROUPS,
+    published=tuple(GROUPS),
     robot="metaworld_sawyer",
     action=ACTION,
     # hand position in metres (world), then the fingers' distance as a fraction of 0.1 m: 1 open, 0 closed

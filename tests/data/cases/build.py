@@ -101,18 +101,30 @@ def column_dropped(root, key):
     pq.write_table(pq.read_table(root / DATA).drop_columns([key]), root / DATA)
 
 
-def task_numbers_with_a_gap(root):
-    """As after deleting a task."""
+def no_videos(root):
+    """One camera, whose pictures are in the table."""
+    stored_images(root)
+    edit_info(root, features={key: one for key, one in features(root).items() if one["dtype"] != "video"})
+
+
+def task_numbers_with_gaps(root):
+    """As after deleting tasks: the two that are left are 1 and 4, in any order of the table."""
     tasks = pq.read_table(root / "meta/tasks.parquet").to_pydict()
-    tasks["task_index"].append(5)
-    tasks["task"].append("juggle")
+    numbers = [3 * n + 1 for n in tasks["task_index"]]
+    pq.write_table(pa.table({"task_index": numbers[::-1], "task": tasks["task"][::-1]}), root / "meta/tasks.parquet")
+    edit_table(root / DATA, "task_index", lambda rows: [3 * n + 1 for n in rows])
+
+
+def task_number_of_two(root):
+    tasks = pq.read_table(root / "meta/tasks.parquet").to_pydict()
+    tasks = {"task_index": [*tasks["task_index"], 0], "task": [*tasks["task"], "juggle"]}
     pq.write_table(pa.table(tasks), root / "meta/tasks.parquet")
 
 
 def depth_video(root):
-    """Depth in a video of 12-bit grey."""
+    """Depth in a video of 16-bit grey; the muxer of MP4 takes no such codec before PyAV 16."""
     path = root / "videos/observation.images.corner/chunk-000/file-000.mp4"
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=FPS)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "gray16le"
         for i in range(ROWS):
@@ -169,6 +181,12 @@ def empty_episode(root, number):
     table = table.filter(pa.array(np.asarray(table["episode_index"]) != number))
     pq.write_table(table, root / DATA)
     edit_info(root, total_frames=len(table))
+
+
+def length_stated(root, number, length):
+    """Of an episode, another one than it has rows."""
+    edit_table(root / EPISODES, "length", lambda lengths: [length if i == number else n for i, n in enumerate(lengths)])
+    edit_info(root, total_frames=ROWS + length - LENGTHS[number])
 
 
 def remove_episode_v21(root, number):

@@ -15,8 +15,8 @@ from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.regression import RegressionConfig
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import PolicyConfig
-from vlaflow.policies.libero_small import EXITS, HEAD_DIM, HEADS, small
 from vlaflow.policies.recipe import DataSpec
+from vlaflow.policies.small_networks import EXITS, HEAD_DIM, HEADS, small
 from vlaflow.policies.tiny import tiny_backbone
 from vlaflow.stacks.expert import ExpertConfig, a1_expert
 

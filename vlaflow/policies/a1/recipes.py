@@ -8,9 +8,9 @@ from vlaflow.data.augment import Augment, StateMask
 from vlaflow.data.filters import Filters
 from vlaflow.data.weights import named_mixture
 from vlaflow.policies.a1.policy import molmo_flow, molmo_regression, small_flow, tiny_flow, tiny_regression
-from vlaflow.policies.libero_small import small_training
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
+from vlaflow.policies.small_networks import small_training
 from vlaflow.policies.tiny import tiny_training
 
 

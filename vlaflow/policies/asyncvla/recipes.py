@@ -8,14 +8,15 @@ from vlaflow.data.quality import PauseRule
 from vlaflow.data.weights import named_mixture
 from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.flow import FlowConfig
+from vlaflow.flows.consistency import Consistency
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.asyncvla.policy import qwen3b, qwen3b_rater, tiny, tiny_rater
 from vlaflow.policies.asyncvla.policy import smol as smol_policy
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.early_stop import EarlyStop
-from vlaflow.policies.libero_small import EXITS, small, small_training
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
+from vlaflow.policies.small_networks import EXITS, mt50, mt50_training, small, small_training
 from vlaflow.policies.tiny import tiny_training
 
 
@@ -53,6 +54,19 @@ def finetune(policy: PolicyConfig) -> TrainConfig:
     return tiny_training(policy, steps=3000, optim=OptimConfig(learning_rate=8e-4, warmup_steps=50))
 
 
+def consistency(policy: PolicyConfig) -> TrainConfig:
+    """Consistency distillation of a tiny flow policy of any system, whose chunks then take one solver step.
+
+    vlaflow train asyncvla.consistency --policy runs/demo/policy --dataset runs/demo/dataset --out runs/demo/one-step
+
+    For two steps, ``--set consistency.steps=2``. Exits learn the chunks of the teacher's full depth.
+    """
+    optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
+    config = tiny_training(policy, steps=1000, optim=optim)
+    objective = PolicyObjective(policy, consistency=Consistency())
+    return replace(config, objective=objective, ema_decay=0.99, validate_every=250, checkpoint_every=500)
+
+
 def rater(policy: PolicyConfig) -> TrainConfig:
     """The confidence rater on a frozen tiny policy.
 
@@ -80,6 +94,17 @@ def libero_small(data: DataSpec) -> TrainConfig:
     Its rater is ``asyncvla.rater``.
     """
     return small_training(replace(small(tiny(data), data), exits=ExitTraining(EXITS, shallow=0.2)))
+
+
+def mt50_small(data: DataSpec) -> TrainConfig:
+    """AsyncVLA on the fifty tasks of Meta-World from one data set, from scratch on a CPU.
+
+    vlaflow train asyncvla.mt50_small --dataset runs/mt50/dataset --out runs/mt50/policy
+
+    The data set is recorded with --size 192. Its rater is ``asyncvla.rater`` with ``--set frames=jpeg``. No policy has been
+    trained with it to the end yet (docs/mt50.md).
+    """
+    return mt50_training(replace(mt50(tiny(data), data), exits=ExitTraining(EXITS, shallow=0.2)))
 
 
 def smol(data: DataSpec) -> TrainConfig:

@@ -8,9 +8,9 @@ from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.asyncvla import recipes as asyncvla
 from vlaflow.policies.baselines import policy
 from vlaflow.policies.dfm_vla import recipes as dfm_vla
-from vlaflow.policies.libero_small import small, small_training
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, TrainConfig
+from vlaflow.policies.small_networks import mt50, mt50_training, small, small_training
 from vlaflow.policies.tiny import COEFFICIENTS, tiny_training
 
 
@@ -122,3 +122,19 @@ def oft_libero_small(data: DataSpec) -> TrainConfig:
     One query token per action, not per number, which would quadruple the decoder's cost.
     """
     return small_training(small(policy.regression(data), data))
+
+
+def oft_mt50_small(data: DataSpec) -> TrainConfig:
+    """The same on the fifty tasks of Meta-World, with the networks of ``<system>.mt50_small``.
+
+    vlaflow train baselines.oft_mt50_small --dataset runs/mt50/dataset --out runs/mt50/oft
+    """
+    return mt50_training(mt50(policy.regression(data), data))
+
+
+def flow_mt50_small(data: DataSpec) -> TrainConfig:
+    """Continuous flow matching, all tokens at one clock (as π0), otherwise as ``oft_mt50_small``.
+
+    vlaflow train baselines.flow_mt50_small --dataset runs/mt50/dataset --out runs/mt50/flow
+    """
+    return mt50_training(mt50(policy.flow(data), data))

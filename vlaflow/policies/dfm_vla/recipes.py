@@ -13,9 +13,9 @@ from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
 from vlaflow.decoders.token_metrics import BinMetric, SlotMetric
 from vlaflow.flows.discrete import MetricSchedule
 from vlaflow.policies.dfm_vla.policy import emu3, tiny
-from vlaflow.policies.libero_small import small, small_training
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
+from vlaflow.policies.small_networks import small, small_training
 from vlaflow.policies.tiny import COEFFICIENTS, FAST, tiny_training
 
 GRADUAL = MetricSchedule(c=3.5, alpha=0.5)

@@ -12,7 +12,7 @@ from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.latent_flow import LatentFlowConfig
 from vlaflow.decoders.latent_reader import LatentTokensConfig
 from vlaflow.nn.block import BlockConfig
-from vlaflow.policies import libero_small
+from vlaflow.policies import small_networks
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.tiny import FAST, wordy_backbone
@@ -45,7 +45,7 @@ def tiny(data: DataSpec) -> PolicyConfig:
 
 def small(data: DataSpec) -> PolicyConfig:
     """A policy for LIBERO: the same on the larger backbone, with room for the tokens of 16 actions of seven numbers."""
-    return libero_small.small(replace(tiny(data), decoder=_decoder(data, heads=6)), data, suffix=160)
+    return small_networks.small(replace(tiny(data), decoder=_decoder(data, heads=6)), data, suffix=160)
 
 
 def _decoder(data: DataSpec, heads: int) -> LatentFlowConfig:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.iflybot.policy import full_latent, qwen3b, small, tiny, tiny_latent
-from vlaflow.policies.libero_small import OPTIM as SMALL_OPTIM
-from vlaflow.policies.libero_small import small_training
 from vlaflow.policies.objectives import LatentObjective, PolicyObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, Pipeline, TrainConfig
+from vlaflow.policies.small_networks import OPTIM as SMALL_OPTIM
+from vlaflow.policies.small_networks import small_training
 from vlaflow.policies.tiny import OPTIM, tiny_training
 
 

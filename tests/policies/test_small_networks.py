@@ -1,4 +1,4 @@
-"""The recipes for LIBERO on a CPU: each is built, takes a step on synthetic frames, and acts."""
+"""The recipes for LIBERO and Meta-World MT50 on a CPU: each is built, takes a step on synthetic frames, and acts."""
 
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from vlaflow.data.batch import Batch, ObservationBatch
 from vlaflow.data.stats import FeatureStats
 from vlaflow.policies.base import Policy
 from vlaflow.policies.recipe import DataSpec, Pipeline, TrainConfig
+from vlaflow.simulators import metaworld_tasks
 from vlaflow.simulators.libero_tasks import SPEC
 from vlaflow.spec import Observation
 from vlaflow.training.recipes import find_recipe
@@ -22,10 +23,16 @@ RECIPES = (
     "dfm_vla.libero_small",
     "baselines.oft_libero_small",
 )
+MT50 = ("asyncvla.mt50_small", "baselines.oft_mt50_small", "baselines.flow_mt50_small")
+
+
+def suite_of(name):
+    return metaworld_tasks.SPEC if name in MT50 else SPEC
 
 
 def config_of(name) -> TrainConfig:
-    return find_recipe(name).config(DATA, None)
+    suite = suite_of(name)
+    return find_recipe(name).config(DataSpec(len(suite.state_names), suite.action.dim, suite.views), None)
 
 
 def table(dim, seed):
@@ -36,52 +43,52 @@ def table(dim, seed):
 
 
 def policy_of(name) -> Policy:
-    policy = config_of(name).objective.policy
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, 16, 7)).astype(np.float32)
+    policy, suite = config_of(name).objective.policy, suite_of(name)
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, 16, suite.action.dim)).astype(np.float32)
     if policy.decoder.unfitted:
         policy = replace(policy, decoder=policy.decoder.fitted(chunks))
-    stats = {"state": FeatureStats.of(table(8, 1)), "action": FeatureStats.of(table(7, 2))}
-    return Policy.create(policy, SPEC.action, stats, seed=0)
+    stats = {"state": FeatureStats.of(table(len(suite.state_names), 1)), "action": FeatureStats.of(table(suite.action.dim, 2))}
+    return Policy.create(policy, suite.action, stats, seed=0)
 
 
-def observation(seed):
+def observation(suite, seed):
     rng = np.random.default_rng(seed)
-    images = {view: rng.integers(0, 256, (128, 128, 3), dtype=np.uint8) for view in SPEC.views}
-    return Observation(images, table(8, seed)[0], "pick up the milk and place it in the basket")
+    images = {view: rng.integers(0, 256, (128, 128, 3), dtype=np.uint8) for view in suite.views}
+    return Observation(images, table(len(suite.state_names), seed)[0], max(suite.tasks.values(), key=len))
 
 
-def batch(size=2):
-    actions = torch.from_numpy(np.stack([table(7, 10 + i)[:16] for i in range(size)]))
+def batch(suite, size=2):
+    actions = torch.from_numpy(np.stack([table(suite.action.dim, 10 + i)[:16] for i in range(size)]))
     codes = torch.randint(0, 32, (size, 8), generator=torch.Generator().manual_seed(0))
-    seen = ObservationBatch.collate([observation(i) for i in range(size)])
+    seen = ObservationBatch.collate([observation(suite, i) for i in range(size)])
     number_B = torch.arange(size)
     return Batch(seen, actions, torch.ones(size, 16, dtype=torch.bool), number_B, number_B, code_BK=codes)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *MT50[:2]])
 def test_a_step_is_taken_and_a_chunk_made(name):
-    policy = policy_of(name)
+    policy, suite = policy_of(name), suite_of(name)
     assert sum(p.numel() for p in policy.model.parameters()) < 50e6
     optimizer = torch.optim.AdamW(policy.model.parameters(), 1e-3)
     before = {key: value.clone() for key, value in policy.model.named_parameters()}
     policy.model.train()
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    terms = policy.loss(policy.prepare(batch()), *generators)
+    terms = policy.loss(policy.prepare(batch(suite)), *generators)
     terms.total.backward()
     optimizer.step()
     assert bool(terms.total.isfinite())
     still = [key for key, value in policy.model.named_parameters() if torch.equal(value, before[key])]
     assert not [key for key in still if key.startswith("backbone.stems")], "both views are learned from"
     policy.model.eval()
-    chunk = policy.act(observation(5))
-    assert chunk.actions.shape == (16, 7)
+    chunk = policy.act(observation(suite, 5))
+    assert chunk.actions.shape == (16, suite.action.dim)
     assert np.abs(chunk.actions).max() <= 1
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_differ_in_decoder_and_exits_alone(name):
+@pytest.mark.parametrize(("name", "first"), [*((name, RECIPES[0]) for name in RECIPES), *((name, MT50[0]) for name in MT50)])
+def test_recipes_differ_in_decoder_and_exits_alone(name, first):
     """So that a difference in success is one of the decoders."""
-    mine, other = config_of(name), config_of(RECIPES[0])
+    mine, other = config_of(name), config_of(first)
     a, b = mine.objective.policy, other.objective.policy
     assert replace(a.backbone, suffix=0) == replace(b.backbone, suffix=0)
     assert (a.action_normalisation, a.n_action_steps, a.decoder.chunk_size) == ("quantile", 8, 16)
