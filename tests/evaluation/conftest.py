@@ -65,7 +65,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def forked_workers(monkeypatch):
-    """Workers begin with torch imported, which takes longer than a test's episodes; tests/simulators starts them from nothing."""
+    """Workers begin with torch imported, which takes longer than a test's episodes; others are started as in use."""
     context = forked()
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: context)
 

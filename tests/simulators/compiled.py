@@ -1,4 +1,4 @@
-"""MuJoCo's compiled models shared between environments of one scene: compiling one of LIBERO's takes seconds, copying it 0.1 s."""
+"""Environments of one scene share MuJoCo's compiled model: compiling one of LIBERO's takes seconds, copying it 0.1 s."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
