@@ -48,7 +48,7 @@ def test_numbers_in_the_types_that_other_tools_leave_behind_are_read(new):
             lambda root: edit_table(
                 root / build.DATA, "frame_index", lambda frames: [f if i != 5 else 4 for i, f in enumerate(frames)]
             ),
-            r"frame_index' is 4 at frame 5 .*have frames counted by the timestamps \(vlaflow data repair",
+            r"frame_index' is 4 at frame 5 .*have frames counted by the timestamps: vlaflow data repair",
             "no row is missing, so frames are counted",
         ),
         (lambda root: build.column_dropped(root, "task_index"), "no column 'task_index'.*data repair", "names no task"),
