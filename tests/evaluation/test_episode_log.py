@@ -114,6 +114,7 @@ def test_a_killed_evaluation_continues_at_another_number_of_workers(checkpoint, 
     assert untimed(tmp_path) == whole
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [2, 4])
 def test_any_number_of_workers_writes_the_same_bytes(checkpoint, whole, tmp_path, workers):
     """Noise is a function of seed and chunk number, workers compute with one thread, and episodes are not timed."""
