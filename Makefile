@@ -55,7 +55,7 @@ fuzz: setup-dev ## 10,000 damaged inputs of every kind, then a hundred thousand 
 siege: setup-dev ## every attack on a server, in turn and together, while a client asks (20 min); ARGS="--seconds N --together N --protocol vla-eval"
 	@$(OFFLINE) .venv/bin/python -m tests.serving.siege $(ARGS)
 
-crash: setup-dev ## kills and full disks at every file operation of every command; ARGS="--command NAME --kind NAME --every N"
+crash: setup-dev ## kills and full disks at every file operation of every command, continued after an interruption; ARGS="--command NAME --kind NAME --every N"
 	@$(GL) $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -W ignore -m tests.crashes.walk $(ARGS)
 
 test-lowest: ## tests with the lowest declared versions, in .venv-lowest; LOWEST="torch=2.13.0" for one that cannot be had

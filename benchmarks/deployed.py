@@ -8,7 +8,7 @@ All compute policies and ways take turns in one run, on the same observation in 
 from the eager one, and what share of this core's speed each way reaches: the limit is the chunk's matrix products at the rate
 of a large one, measured in the same run. Where the work depends on the observation (early exits, refinement), they also give
 each amount of work by itself. Everything is built in a temporary folder, or in one of your own, from which a second run takes
-what is there; programs that were deployed before are left alone. Building takes some minutes.
+what is there and still fits the sources; programs that were deployed before are left alone. Building takes some minutes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.engine import store
 from vlaflow.engine.deploy import DeploymentPlan
 from vlaflow.engine.fold import folded
-from vlaflow.engine.store import COMPILERS
+from vlaflow.engine.store import COMPILERS, Compiler
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.policies.base import Policy
 from vlaflow.policies.deployment import build
@@ -88,7 +88,7 @@ def deployed(
             begin = time.perf_counter()
             try:
                 with patch.dict(os.environ, XDG_CACHE_HOME=str(programs / precision)):
-                    if store.find(fingerprint(folder), compiler) is None:
+                    if not _built(fingerprint(folder), compiler):
                         eager = Policy.from_pretrained(folder)
                         build(eager, folder, plan, say=lambda program, name=name: say(f"{name}: {program.key}"))
                         say(f"{name} was built in {time.perf_counter() - begin:.0f} s")
@@ -96,6 +96,14 @@ def deployed(
             except (CapabilityError, DeploymentError) as error:
                 say(f"{name} is left out: {error}")
     return found
+
+
+def _built(weights: str, compiler: Compiler) -> bool:
+    """Whether there are programs that can be used; those of older sources are built again."""
+    try:
+        return store.find(weights, compiler) is not None
+    except DeploymentError:
+        return False
 
 
 def flops(eager: Arm, number: int) -> int:

@@ -3,13 +3,17 @@
 import errno
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vlaflow.errors import CapabilityError, CheckpointError, ConfigError
-from vlaflow.io import read_json, save_tensors
+from vlaflow.io import CHECKSUM, read_json, read_weights, save_tensors
 from vlaflow.outputs import claim, require_system
 from vlaflow.text import printable
 
@@ -57,11 +61,45 @@ def tensors():
     return {**given, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "turned": torch.arange(6.0).view(2, 3).T}
 
 
-@pytest.mark.parametrize("about", [None, {"rows": "{}"}])
-def test_the_bytes_are_those_of_safetensors_own_writer(tmp_path, about):
-    save_tensors(tmp_path / "ours", tensors(), about=about)
+def test_the_bytes_are_those_of_safetensors_own_writer(tmp_path):
+    """Of several entries of its metadata, that one writes the first at random."""
+    save_tensors(tmp_path / "ours", tensors())
+    with safe_open(tmp_path / "ours", "pt") as opened:
+        about = opened.metadata()
+    assert list(about) == [CHECKSUM]
     save_file({name: t.contiguous() for name, t in tensors().items()}, tmp_path / "theirs", about)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    save_tensors(tmp_path / "ours", tensors(), about={"rows": "{}"})
+    with safe_open(tmp_path / "ours", "pt") as opened:
+        assert opened.metadata().keys() == {CHECKSUM, "rows"}
+    assert all(torch.equal(found, tensors()[name]) for name, found in read_weights(tmp_path / "ours").items())
+
+
+def test_no_flipped_bit_leaves_weights_that_are_read(tmp_path):
+    """Apart from one in the name of the checksum, without which the weights are as they were saved."""
+    file, like = tmp_path / "file", {"a": torch.ones(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
+    save_tensors(file, like)
+    saved = file.read_bytes()
+
+    @settings(max_examples=100)
+    @given(place=st.integers(0, len(saved) - 1), bit=st.integers(0, 7))
+    def every(place, bit):
+        content = bytearray(saved)
+        content[place] ^= 1 << bit
+        file.write_bytes(content)
+        if CHECKSUM.encode() in content:
+            with pytest.raises(CheckpointError, match="Copy it again"):
+                read_weights(file)
+        else:
+            with suppress(CheckpointError):
+                assert all(torch.equal(found, like[name]) for name, found in read_weights(file).items())
+
+    every()
+
+
+def test_weights_of_other_programs_have_no_checksum_and_are_read(tmp_path):
+    save_file({"a": torch.ones(3)}, tmp_path / "file")
+    assert torch.equal(read_weights(tmp_path / "file")["a"], torch.ones(3))
 
 
 def test_what_is_not_given_is_taken_from_the_model(tmp_path):

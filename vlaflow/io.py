@@ -7,11 +7,13 @@ record need not load it.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from vlaflow.errors import CheckpointError
 from vlaflow.strict import read_object
@@ -37,6 +39,8 @@ STORED = {
     "int64": "I64",
 }
 """Tensor types and their names in safetensors files, in the order that safetensors sorts them, smallest first."""
+CHECKSUM = "crc32"
+"""Key in the header of a safetensors file: CRC-32 of the file with eight zeros in its place, as eight hexadecimal digits."""
 _TYPES = {name: kind for kind, name in STORED.items()} | {"C64": "complex64", "F8_E4M3": "float8_e4m3fn"}
 
 
@@ -109,15 +113,52 @@ def require_described(own: Mapping[str, Tensor], stored: Mapping[str, StoredTens
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, unchecked.
+    """The tensors of a checkpoint, as they were saved.
 
     Raises:
         CheckpointError: for a missing or damaged file.
     """
     from safetensors.torch import load_file
 
+    require_undamaged(file)
     with _reading(file):
         return load_file(file)
+
+
+def require_undamaged(file: Path) -> None:
+    """Refuse a safetensors file with other bytes than ``save_tensors`` wrote; one without its checksum is not looked at.
+
+    A flipped bit mostly leaves a finite number, which nothing else would notice. It takes 30 ms per 100 MB, where
+    SHA-256 takes 80 and BLAKE2 150.
+
+    Raises:
+        CheckpointError: it is missing, damaged or was changed.
+    """
+    from safetensors import safe_open
+
+    with _reading(file):
+        with safe_open(file, framework="numpy") as opened:
+            stated = (opened.metadata() or {}).get(CHECKSUM)
+        if stated is None:
+            return
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start = 8 + int.from_bytes(content[:8], "little")
+            found = crc32(content[:start].replace(_entry(stated), _entry(_BLANK), 1))
+            with memoryview(content) as whole, whole[start:] as tensors:
+                found = crc32(tensors, found)
+    if f"{found:08x}" != stated:
+        raise CheckpointError(
+            f"{file} is not as it was saved (its checksum is {found:08x}, not {shown(stated)}): it is damaged, or another "
+            f"program changed it. Copy it again; if the change is meant, save it without '{CHECKSUM}' in its metadata."
+        )
+
+
+_BLANK = "0" * 8
+
+
+def _entry(checksum: str) -> bytes:
+    """As it stands in the header."""
+    return f'"{CHECKSUM}":"{checksum}"'.encode()
 
 
 @contextmanager
@@ -153,7 +194,9 @@ def save_tensors(
     like: Mapping[str, Tensor] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file, one tensor in memory at a time; the bytes are those of ``safetensors.torch.save_file``.
+    """Write a safetensors file, one tensor in memory at a time.
+
+    The bytes are those of ``safetensors.torch.save_file`` with a ``CHECKSUM``, which ``require_undamaged`` compares.
 
     Args:
         file: where to.
@@ -166,7 +209,7 @@ def save_tensors(
 
     like = tensors if like is None else like
     names = sorted(like, key=lambda name: (-list(STORED).index(_short(like[name].dtype)), name))
-    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    header: dict[str, Any] = {"__metadata__": {CHECKSUM: _BLANK, **(about or {})}}
     end = 0
     for name in names:
         start, end = end, end + like[name].numel() * like[name].element_size()
@@ -174,14 +217,20 @@ def save_tensors(
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    checksum = crc32(text)
     with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(text)
         for name in names:
             tensor = (tensors if name in tensors else like)[name].detach().cpu().contiguous()
             if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
                 raise ValueError(f"'{name}' is not of the shape and type it was announced with.")
             if tensor.numel():
-                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                data = tensor.reshape(-1).view(torch.uint8).numpy().data
+                checksum = crc32(data, checksum)
+                out.write(data)
+        out.seek(text.index(_entry(_BLANK)))
+        out.write(_entry(f"{checksum:08x}"))
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

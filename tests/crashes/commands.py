@@ -192,7 +192,9 @@ COMMANDS = {
     "eval": Command((*EVAL, "--compute", "dense:1", "--out", "out"), journals=r"episodes\.jsonl$"),
     "eval --shard": Command((*EVAL, "--shard", "1/2", "--out", "out"), journals=r"shard-1-of-2\.jsonl$", timed=r"\.jsonl$"),
     "merge": Command(("merge", "shards", "--workers", "0"), out="shards"),
-    "eval-vqa": Command(("eval-vqa", "policy", "--vqa", "questions", "--part", "all", "--out", "out")),
+    "eval-vqa": Command(
+        ("eval-vqa", "policy", "--vqa", "questions", "--part", "all", "--out", "out"), journals=r"answers\.jsonl$"
+    ),
     "eval-realtime": Command(
         ("eval-realtime", *ENV, "--episodes", "1", "--out", "out"), journals=r"episodes\.jsonl$", stub=_without_server
     ),

@@ -2,6 +2,7 @@
 
     python -m tests.crashes.walk                              # make crash: everything
     python -m tests.crashes.walk --command train --kind kill --at 17
+    python -m tests.crashes.walk --every 8                    # continues where it was interrupted; later --every 4 tries more
 
 What must hold:
 
@@ -16,7 +17,6 @@ import json
 import re
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -88,7 +88,8 @@ class Case:
                 return f"status {found.status}: {found.err[-3000:]}"
             if found.status == 2 and (not re.search(r"[.)]$", found.sentence) or "Traceback" in found.err):
                 return f"no sentence: {found.err[-2000:]}"
-            if (hidden := self.parts()) and fault.kind != "read-only":
+            removable = fault.kind != "read-only" and self.operations[fault.at].name not in ("unlink", "rmdir")
+            if removable and (hidden := self.parts()):
                 return f"left behind: {hidden}"
         ended = found.status in (0, 1)
         again = self.run(repeated=True)
@@ -121,42 +122,69 @@ def _without_times(data):
     return [_without_times(each) for each in data] if isinstance(data, list) else data
 
 
+def walk(case, kinds, every, ats, kept):
+    """Try what did not survive yet, by ``kept``, a file with a line of JSON per fault that was tried."""
+    survived = (each for each in last(kept) if each["operations"] == len(case.operations) and not each["wrong"])
+    done = {(each["kind"], each["at"]) for each in survived}
+    for kind in kinds:
+        for at in ats or case.points(kind)[::every]:
+            if (kind, at) in done:
+                continue
+            wrong, each = case.wrong(Fault(kind, at)), case.operations[at]
+            if wrong:
+                wrong = f"{kind} at {at}, {each.name} of {each.path}: {wrong}"
+                say(f"{case.name}: {wrong}")
+            found = {"command": case.name, "operations": len(case.operations), "kind": kind, "at": at, "wrong": wrong}
+            with kept.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+
+
+def last(file):
+    """What became of each fault when it was tried last."""
+    tried = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return list({(each["kind"], each["at"]): each for each in tried}.values())
+
+
+def say(text):
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def table(folder, names):
+    """A row per command that was tried."""
+    rows = ["| command | operations | tried | lost |", "|---|---|---|---|"]
+    for name in names:
+        if tried := last(folder / f"{name}.jsonl"):
+            counts = Counter(each["kind"] for each in tried)
+            kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+            lost = sum(bool(each["wrong"]) for each in tried)
+            rows.append(f"| `{name}` | {tried[-1]['operations']} | {len(tried)} ({kinds}) | {lost} |")
+    return "\n".join(rows)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--command", action="append", choices=COMMANDS)
     parser.add_argument("--kind", action="append", choices=KINDS)
     parser.add_argument("--at", type=int, action="append")
     parser.add_argument("--every", type=int, default=1, help="only every n-th operation")
+    parser.add_argument("--out", type=Path, default=Path("runs/crash"), help="what survived is kept here and not tried again")
     given = parser.parse_args()
-    failed = 0
+    names, written = given.command or list(COMMANDS), []
+    given.out.mkdir(parents=True, exist_ok=True)
     warm_up()
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "stock"
         source.mkdir()
         stock(source)
-        for name in given.command or COMMANDS:
-            began, tried, lost = time.monotonic(), Counter(), []
+        for name in names:
             case = Case(name, source, Path(place) / "place")
-            if written := case.in_place():
-                lost.append(f"written in place: {written}")
-            for kind in given.kind or KINDS:
-                for at in given.at or case.points(kind)[:: given.every]:
-                    tried[kind] += 1
-                    if wrong := case.wrong(Fault(kind, at)):
-                        each = case.operations[at]
-                        lost.append(f"{kind} at {at}, {each.name} of {each.path}: {wrong}")
-                        sys.stdout.write(f"{name}: {lost[-1]}\n")
-                        sys.stdout.flush()
-            counts = ", ".join(f"{kind} {number}" for kind, number in tried.items())
-            failed += len(lost)
-            sys.stdout.write(
-                f"{name}: {len(case.operations)} operations, {sum(tried.values())} tried ({counts}), {len(lost)} lost, "
-                f"{time.monotonic() - began:.0f} s\n"
-            )
-            sys.stdout.flush()
-            if written:
-                sys.stdout.write(f"{name}: {lost[0]}\n")
-    return 1 if failed else 0
+            if found := case.in_place():
+                written.append(name)
+                say(f"{name}: written in place: {found}")
+            walk(case, given.kind or KINDS, given.every, given.at, given.out / f"{name}.jsonl")
+    say(table(given.out, names))
+    return 1 if written or any(each["wrong"] for name in names for each in last(given.out / f"{name}.jsonl")) else 0
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def clues(words, count, low=-0.9, high=0.9, names=None):
     return Clues(words, tuple(names), np.full(count, low), np.full(count, high))
 
 
-def test_ranges_rate_names_and_robot_come_from_the_data(plain):
+def test_plain_no_spec_gets_ranges_rate_names_and_robot_of_the_data(plain):
     dataset = Dataset.open(plain)
     spec = draft(dataset).spec
     action = dataset.columns().action

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.data.toyset import LENGTHS, VIEWS, cut_in_half, edit_info
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frames import FrameCache, building
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.resize import resize
 from vlaflow.errors import DataError, SpecError
@@ -163,6 +163,13 @@ def test_a_read_only_disk_is_one_sentence(dataset, monkeypatch):
         FrameCache.open(dataset)
 
 
+def test_a_lock_that_cannot_be_opened_is_one_sentence(tmp_path):
+    (tmp_path / ".cache.lock").mkdir()
+    refused = pytest.raises(DataError, match=r"The frame cache cannot be written to .* \(Is a directory\)")
+    with refused, building(tmp_path, tmp_path / "cache"):
+        pass
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_disk_without_locks_is_a_warning(dataset, monkeypatch, caplog, number):
     def refused(*_):
@@ -238,7 +245,8 @@ def test_killed_builder_leaves_nothing_to_be_mistaken(copy, tmp_path):
     assert all(file.name[0].isdigit() for file in cache.folder.iterdir())
 
 
-def test_a_cache_is_built_where_the_system_has_no_locks(dataset, monkeypatch, caplog):
+def test_macos_fallocate_and_locks_are_not_needed_for_a_cache(dataset, monkeypatch, caplog):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     assert len(FrameCache.open(dataset, 16)) == ROWS
     assert "cannot be locked" in caplog.text

@@ -64,7 +64,7 @@ def test_a_place_without_a_frame_is_refused_when_it_is_decoded(copy, shift, foun
     assert len(check(Dataset.open(copy)).problems) == 1
 
 
-@pytest.mark.parametrize("drift_s", [0.0002, -0.0002, 0.009, -0.009])
+@pytest.mark.parametrize("drift_s", [pytest.param(0.0002, id="ts_drift_0p2ms"), -0.0002, 0.009, -0.009])
 def test_summed_rounding_gives_the_nearest_frames_and_a_note(pristine, copy, drift_s):
     """Recorders that sum up rounded durations are off by fractions of a millisecond per episode."""
     move(copy, lambda times: [t if i == 0 else t + i / 4 * drift_s for i, t in enumerate(times)], "from_timestamp")

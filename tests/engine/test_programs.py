@@ -42,9 +42,16 @@ DECODERS = {
     "expert": FlowConfig(4, 6, expert=EXPERT, masks="synchronous"),
     "expert with a time token": FlowConfig(4, 6, expert=EXPERT, masks="synchronous", time_token=True),
     "latent flow": LatentFlowConfig(FlowConfig(4, 6, expert=EXPERT, masks="synchronous"), LatentTokensConfig(2, 4)),
+    "latent flow, code after code": LatentFlowConfig(
+        FlowConfig(4, 6, expert=EXPERT, masks="synchronous"), LatentTokensConfig(2, 4, "autoregressive"), sees="prefix+latent"
+    ),
     "regression": RegressionConfig(4, 6),
     "discrete flow": DiscreteFlowConfig(4, helpers.BINS, chunk_size=6),
     "discrete flow with rates and clocks": DiscreteFlowConfig(4, helpers.BINS, chunk_size=6, velocity="rate", clock_input=True),
+    "discrete flow seen by the prefix": DiscreteFlowConfig(4, helpers.BINS, chunk_size=6, attention="full"),
+    "discrete flow seen by the prefix now and then": DiscreteFlowConfig(
+        4, helpers.BINS, chunk_size=6, attention="full", refresh=0.5
+    ),
     "masked diffusion": MaskedDiffusionConfig(4, helpers.BINS, chunk_size=6),
     "autoregression": AutoregressiveConfig(4, helpers.FAST, chunk_size=6),
 }

@@ -16,7 +16,7 @@ from vlaflow.compute.cost import ChunkWork, CostModel, Work
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import Checkpoint, Knobs
-from vlaflow.engine import aoti, store
+from vlaflow.engine import aoti, plan, store
 from vlaflow.engine.deploy import DeploymentPlan
 from vlaflow.errors import CalibrationError, CapabilityError, DeploymentError
 from vlaflow.policies import deployment
@@ -117,6 +117,17 @@ def test_programs_of_something_else_are_refused(deployed, monkeypatch, capsys, n
     assert f"built for {name}" in capsys.readouterr().err
 
 
+def test_steps_that_the_engine_does_not_know_stay_eager(compiler, checkpoint, monkeypatch, capsys):
+    """As those of another package's decoder: what it reads is computed by programs all the same."""
+    monkeypatch.setattr(plan, "steps", lambda decoder, backbone, prefix: [])
+    policy = Policy.from_pretrained(checkpoint)
+    made = build(policy, checkpoint, PLAN, say=lambda program: None)
+    assert {name.split("-")[0] for name in made.programs} == {"embed", "run"}
+    assert "no programs for the steps of a FlowDecoder" in capsys.readouterr().err
+    chunk = Policy.from_pretrained(checkpoint, engine="aoti").act(SEEN, Dense(2))
+    np.testing.assert_allclose(chunk.actions, policy.act(SEEN, Dense(2)).actions, atol=1e-5)
+
+
 def test_other_weights_have_no_programs(deployed):
     helpers.policy(seed=1).save_pretrained(deployed)
     with pytest.raises(DeploymentError, match="has no programs of aoti on this machine"):
@@ -186,7 +197,7 @@ def test_default_lengths_reach_the_longest_instruction(checkpoint):
 def test_a_pretrained_backbone_is_refused_in_a_sentence(compiler, checkpoint, monkeypatch):
     policy = Policy.from_pretrained(checkpoint)
     policy.model.backbone.spec = replace(policy.model.backbone.spec, rotary=True)
-    with pytest.raises(CapabilityError, match=r"fixed shapes.*--engine eager"):
+    with pytest.raises(CapabilityError, match=r"shapes depend on images and words.*--engine eager"):
         build(policy, checkpoint, PLAN, say=lambda program: None)
     assert not compiler
 

@@ -12,7 +12,9 @@ from vlaflow.evaluation import results
 from vlaflow.evaluation.groups import by_group
 from vlaflow.evaluation.results import Evaluation
 from vlaflow.evaluation.statistics import Interval, mean_interval, wilson
+from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports.evaluation import headline, success_table
+from vlaflow.reports.evaluation_plots import places
 from vlaflow.simulators.base import published_groups
 
 GROUPS = published_groups("metaworld")
@@ -82,5 +84,8 @@ def test_results_and_pages_hold_the_groups(tmp_path):
     assert cells["mean of metaworld's groups"][0][0] == "60.0 %"
     assert cells["mean of metaworld's groups, within evo1's limits"] == ["50.0 %"]
     assert any("Mean of the 4 groups of metaworld, dense: 60.0 %" in sentence for sentence in headline(made))
+    assert places(made) == {f"metaworld/{group}": envs for group, envs in GROUPS.items()}
+    assert plots.success(made).count("very_hard") == plots.first_success(made).count("very_hard") > 0
+    assert list(places(synthetic.results())) == list(synthetic.ENVS)
     grid = table(made).renderables[0]
     assert "mean of 4 groups" in list(grid.columns[0].cells)

@@ -134,6 +134,32 @@ def test_batches_do_not_change_answers(asked):
     assert one == many
 
 
+def test_an_interrupted_evaluation_is_continued_to_the_same_bytes(asked, tmp_path, monkeypatch):
+    """Batches with and without the right image; only what was not answered is asked again, unless the settings are others."""
+    new_policy(tiny_config(policy=tiny_policy(answers=True))).save_pretrained(tmp_path / "policy")
+    config, reply = AnswerConfig(part="all", limit=3, batch_size=5), Policy.reply
+    run(tmp_path / "policy", asked, config, tmp_path / "whole")
+    calls = []
+
+    def interrupted(*given):
+        calls.append(len(given[1]))
+        if sum(calls) > 21:  # within the second batch of exchanged images
+            raise KeyboardInterrupt
+        return reply(*given)
+
+    monkeypatch.setattr(Policy, "reply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "policy", asked, config, tmp_path / "parts")
+    calls.clear()
+    with pytest.raises(ConfigError, match=r"answers\.jsonl belongs to an unfinished evaluation with seed = 0, not 1\."):
+        run(tmp_path / "policy", asked, replace(config, seed=1), tmp_path / "parts")
+    run(tmp_path / "policy", asked, config, tmp_path / "parts")
+    assert calls == [5, 5, 1]
+    whole, parts = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "parts"))
+    assert whole == parts
+    assert list(whole) == ["answers.json"]
+
+
 def test_the_command_asks_what_training_held_out_and_writes_what_it_found(asked, tmp_path, capsys):
     dataset, out = write_dataset(tmp_path / "data"), tmp_path / "policy"
     more = ["--vqa", str(asked), "--set", "policy.backbone.answers=true", "--steps", "6", "--set", "vqa.held_out=0.25"]

@@ -4,7 +4,7 @@
 refused    one sentence of one line, without control characters
 unchanged  read, and everything that matters is as in the sound input
 another    read as another sound input: every value is of the type and in the range of the one it stands for, so
-           somebody could have written it on purpose (an instruction, a threshold, a weight)
+           somebody could have written it on purpose (an instruction, a threshold, a seed)
 changed    read, and something that matters differs, although what is there could not have been meant: LOST
 traceback  another exception than a ``VlaflowError``, or a sentence that is none: LOST
 hang       more than 5 s of processor time: LOST

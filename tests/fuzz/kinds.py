@@ -326,7 +326,7 @@ def use_message(folder, file):
 
 KINDS = {
     "dataset": Kind(build_datasets, use_dataset, frozenset({"names"}), ("v21/*.mp4", "v21/*.parquet"), others=True),
-    "checkpoint": Kind(build_checkpoint, use_checkpoint, unsealed=("*.safetensors",)),
+    "checkpoint": Kind(build_checkpoint, use_checkpoint),
     "calibration": Kind(build_calibrations, use_calibrations),
     "results": Kind(build_results, use_results),
     "questions": Kind(build_questions, use_questions, frozenset({"id", "image"}), others=True),

@@ -11,6 +11,9 @@ EXIT, LADDER, PROFILE = "laddered/calibration/fast.json", "laddered/calibration/
 
 SEEDS = {
     "dataset": [
+        ("v3/data/chunk-000/file-000.parquet", "flip", 2023, 149),
+        ("v21/data/chunk-000/episode_000001.parquet", "flip", 892, 240),
+        ("v21/videos/chunk-000/observation.image/episode_000001.mp4", "cut", 1275),
         (V3, "set", [], []),
         (V3, "set", ["features"], [1]),
         (V3, "set", ["features", "action"], []),
@@ -49,6 +52,7 @@ SEEDS = {
         (ROWS, "column", "timestamp", "string"),
         (ROWS, "column", "frame_index", "bool"),
         (ROWS, "column", "episode_index", "list"),
+        (ROWS, "column", "task_index", "int32"),
         (ROWS, "rows", []),
         (EPISODES, "column", "tasks", "bool"),
         (EPISODES, "column", "length", "double"),
@@ -75,6 +79,8 @@ SEEDS = {
         ("README.md", "flip", 0, 148),
         ("model.safetensors", "set", ["__metadata__"], []),
         ("model.safetensors", "insert", 0, b"\xff" * 8),
+        ("model.safetensors", "set", ["__metadata__", "crc32"], "1234"),
+        ("model.safetensors", "flip", 9000, 1),
         ("action_spec.json", "set", ["dimensions", 0, "low"], float("nan")),
     ],
     "calibration": [

@@ -22,7 +22,7 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_server_on_this_machine_is_reached_without_the_proxy(host):
+def test_proxy_env_is_ignored_for_a_server_on_this_machine(host):
     hello = wire.pack({"a": 1})
     with answering(lambda connection: connection.send(hello)) as address:
         client = Client(address.replace("127.0.0.1", host), timeout_s=5)

@@ -2,6 +2,7 @@
 
 python -m tests.serving.siege --seconds 20 --together 600
 python -m tests.serving.siege --before ../vlaflow-before --protocol vla-eval --attacks pings page
+python -m tests.serving.siege --table runs/siege.json                 # the table for docs/trust.md, of an earlier run
 
 The server is ``vlaflow serve --batch 1 --steps 2 --dashboard`` with the demo's policy (random weights): in a batch a product
 may be rounded in another order, and bits are compared. The well-behaved client asks three times a second, first alone and then
@@ -81,13 +82,16 @@ class Seen:
         """p50 and p99 alone, p50 and p99 attacked."""
         return [np.percentile([ms for ms, _ in taken], (50, 99)) for taken in (self.alone, self.attacked)]
 
-    def row(self):
-        """Of the table."""
+    @property
+    def cells(self):
+        """Of the table: p50 / p99 alone and attacked, in milliseconds and in those of a processor, and MiB."""
         spent = [np.percentile([ms for _, ms in taken], (50, 99)) for taken in (self.alone, self.attacked)]
         both = [f"{p50:.0f} / {p99:.0f}" for p50, p99 in (*self.milliseconds, *spent)]
-        return (
-            f"| {' | '.join([self.attack, self.version, *both])} | {self.grown / 2**20:.0f} | {'; '.join(self.wrong) or '–'} |"
-        )
+        return [*both, f"{self.grown / 2**20:.0f}"]
+
+    def row(self):
+        """Of what is printed as it goes."""
+        return f"| {' | '.join([self.attack, self.version, *self.cells])} | {'; '.join(self.wrong) or '–'} |"
 
 
 HEAD = (
@@ -95,6 +99,20 @@ HEAD = (
     + "|---" * 8
     + "|\n"
 )
+
+
+def table(all_seen):
+    """A row per attack: p50 / p99, and processor time, of every version next to each other; then what was missed."""
+    versions = list(dict.fromkeys(seen.version for seen in all_seen))
+    columns = ("alone", "attacked", "processor ms, alone", "attacked", "MiB")
+    heads = [f"{version}: {column}" if len(versions) > 1 else column for version in versions for column in columns]
+    lines = ["| attack | " + " | ".join(heads) + " | requests |", "|---|" + "---:|" * (len(heads) + 1)]
+    for attack in dict.fromkeys(seen.attack for seen in all_seen):
+        rows = [seen for version in versions for seen in all_seen if (seen.attack, seen.version) == (attack, version)]
+        cells = [cell for seen in rows for cell in seen.cells]
+        lines.append(f"| {' | '.join([attack, *cells, str(len(rows[-1].attacked))])} |")
+    missed = [f"- {seen.attack}, {seen.version}: {'; '.join(seen.wrong)}" for seen in all_seen if seen.wrong]
+    return "\n".join([*lines, "", *(missed or ["Nothing was missed."]), ""])
 
 
 class OpenpiClient:
@@ -158,9 +176,16 @@ def _marked(array):
     return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": list(array.shape)}
 
 
+MAKE = "import sys; from benchmarks.latency import random_policy; random_policy(()).save_pretrained(sys.argv[1])"
+"""A version reads what it wrote."""
+
+
 @contextmanager
 def served(tree, checkpoint, protocol, log):
     """A server of the version in ``tree``; yields its address and process."""
+    subprocess.run(
+        [sys.executable, "-c", MAKE, str(checkpoint)], cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, check=True
+    )
     command = [sys.executable, "-m", "vlaflow", "serve", str(checkpoint), "--port", "0", "--batch", "1", "--dashboard"]
     command += ["--compute", "dense", "--steps", "2", "--observation-keys", KEYS[protocol]]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
@@ -255,15 +280,19 @@ def main():
     parser.add_argument("--together", type=float, default=600, help="seconds of all attacks at once; 0 to leave them out")
     parser.add_argument("--protocol", choices=list(KEYS), default="openpi")
     parser.add_argument("--before", type=Path, help="checkout of another version")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=Path, default=Path("runs/siege.json"), help="file for the results, after each attack")
+    parser.add_argument("--table", type=Path, help="print the table of such a file, and measure nothing")
     given = parser.parse_args()
+    if given.table:
+        sys.stdout.write(table([Seen(**each) for each in json.loads(given.table.read_text())]))
+        return 0
+    given.json.parent.mkdir(parents=True, exist_ok=True)
     policy = random_policy(())
     observations = [make_observation(policy) for _ in range(4)]
-    trees, all_seen = {"before": given.before, "now": HERE}, []
+    trees, all_seen = {"before": given.before and given.before.resolve(), "now": HERE}, []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        policy.save_pretrained(Path(folder) / "policy")
         servers = {
-            version: stack.enter_context(served(tree, Path(folder) / "policy", given.protocol, Path(folder) / f"{version}.log"))
+            version: stack.enter_context(served(tree, Path(folder) / version, given.protocol, Path(folder) / f"{version}.log"))
             for version, tree in trees.items()
             if tree is not None
         }
@@ -276,8 +305,7 @@ def main():
                 all_seen.append(seen)
                 sys.stdout.write(f"{seen.row()}\n")
                 sys.stdout.flush()
-    if given.json:
-        given.json.write_text(json.dumps([asdict(seen) for seen in all_seen]))
+                given.json.write_text(json.dumps([asdict(seen) for seen in all_seen]))
     return any(seen.wrong for seen in all_seen if seen.version == "now")
 
 

@@ -17,7 +17,8 @@ from vlaflow.errors import RequestError
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving.dashboard import STREAM
-from vlaflow.serving.limits import most_message_bytes, quiet_without_sockets
+from vlaflow.serving.limits import most_message_bytes
+from vlaflow.serving.listener import log_pauses
 from vlaflow.serving.observation_keys import choose
 from vlaflow.serving.turns import PINGS_PER_S
 
@@ -105,7 +106,7 @@ def test_a_lack_of_sockets_is_logged_once_a_minute_and_other_errors_as_ever(capl
             self.others += 1
 
     loop = Loop()
-    quiet_without_sockets(loop)
+    log_pauses(loop)
     with caplog.at_level(logging.WARNING):
         for _ in range(100):
             loop.handle(loop, {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many")})

@@ -160,6 +160,21 @@ def test_each_process_writes_its_rows_and_the_policy_is_put_together(layouts):
     assert abs(sizes[0] - sizes[1]) < 0.05 * sum(sizes)
 
 
+def test_a_process_that_reads_a_changed_row_notices(layouts):
+    """A flipped bit leaves a finite number. Other files are read by other processes."""
+    state = shutil.copytree(layouts / "sharded-shared", layouts / "flipped") / "training/step-000006"
+    file = piece(state, "optimizer", 1, 2)
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with safe_open(piece(state, "optimizer", 0, 2), "pt") as first:
+        name = next(iter(first.keys()))
+    with Pieces(state, "optimizer", 2) as optimizer:
+        assert optimizer.rows(name, 0, 1).isfinite().all()
+        with pytest.raises(CheckpointError, match=r"optimizer-00002-of-00002\.safetensors is not as it was saved"):
+            [optimizer[name] for name in optimizer]
+
+
 @pytest.mark.parametrize(
     ("group", "damage", "message"),
     [

@@ -23,7 +23,8 @@ class EvalVqa:
 
     Example: vlaflow eval-vqa runs/co/policy --vqa runs/qa --out runs/co/answers
 
-    Writes answers.json. A reply is right if it equals the true answer except for case and spaces.
+    Writes answers.json. A reply is right if it equals the true answer except for case and spaces. After an interruption, the
+    same command continues.
 
     Args:
         checkpoint: folder, or Hugging Face repository id.
@@ -37,6 +38,7 @@ class EvalVqa:
         seed: seed of the exchange of images.
         device: where the networks run.
         dtype: what they compute in; bf16 halves the memory of their layers.
+        fresh: discard an unfinished evaluation in ``out``; without it, the same command continues one.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -50,6 +52,7 @@ class EvalVqa:
     seed: Seed = 0
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     hub: HubGroup = ONLINE
 
 
@@ -80,7 +83,7 @@ def main(argv: list[str]) -> int:
             bar.advance(percent - shown[0])
             shown[0] = percent
 
-        results = run(given.checkpoint, given.vqa, config, given.out, report)
+        results = run(given.checkpoint, given.vqa, config, given.out, report, fresh=given.fresh)
     console = Console()
     console.print(table(results))
     console.print(f"Written: {given.out / FILE}", soft_wrap=True)

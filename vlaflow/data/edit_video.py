@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 
-from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, FrameDigest, Segment, encode_video, pixel_counts
+from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, FrameDigest, Segment, decodable, encode_video, pixel_counts
 from vlaflow.errors import DataError
 from vlaflow.outputs import REFUSALS
 
@@ -73,9 +73,10 @@ def read_timeline(path: Path) -> Timeline:
     """
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path} holds no video.")
-            stream = container.streams.video[0]
+            streams = decodable(container)
+            if not streams:
+                raise DataError(f"{path} holds no video that can be decoded.")
+            stream = streams[0]
             context = stream.codec_context
             packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if p.pts is not None and p.size]
             pixels = context.pix_fmt or ""
@@ -146,7 +147,7 @@ class Clip:
         shown = self.timeline.shown[self.own]
         wanted, last = set(shown.tolist()), int(shown[-1])
         with av.open(str(self.timeline.path)) as container:
-            stream = container.streams.video[0]
+            stream = decodable(container)[0]
             stream.codec_context.thread_count = 1
             if self.first:
                 container.seek(int(shown[0]), stream=stream, backward=True)

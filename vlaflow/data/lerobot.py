@@ -271,23 +271,21 @@ class Dataset:
     def _video_sentence(self, episode: Episode, key: str, path: Path, start_s: float, error: VideoError) -> str:
         which, where = f"Episode {episode.index} of {self.root}", path.relative_to(self.root)
         drop = f"vlaflow data drop {self.root} --episodes {episode.index} --out DIR"
+        repair = f"vlaflow data repair {self.root} --out DIR"
         if error.kind == "start":
             cure = f"Correct 'videos/{key}/from_timestamp' in meta/episodes, {REWRITE}"
             if not self._meta.modern:
-                cure = (
-                    "The video begins late: encode it again with its first frame at 0 s, or have the data set written so: "
-                    f"vlaflow data repair {self.root} --out DIR"
-                )
+                cure = f"The video begins late: encode it again with its first frame at 0 s, or have that done: {repair}"
             return f"{which} begins at {start_s:.4f} s of video '{key}' ({where}), {error.detail}. {cure}"
         if error.kind == "rate":
             return (
                 f"{which}: video '{key}' ({where}) runs at {error.detail}, but meta/info.json states fps = {self.fps:g}. "
-                f"Correct fps there, or encode the video again at that rate."
+                f"Correct fps there if the rows are at that rate too, or have frames taken by their number: {repair}"
             )
         if error.kind == "time":
             return (
                 f"{which}: in video '{key}' ({where}) {error.detail}, so frames are missing or fps = {self.fps:g} in "
-                f"meta/info.json is wrong. Correct fps, or record the episode again."
+                f"meta/info.json is wrong. Correct fps, or have frames taken by their number: {repair}"
             )
         if error.kind == "unreadable" and is_pointer(path):
             return f"{which}: video '{key}' ({where}) {POINTER}"

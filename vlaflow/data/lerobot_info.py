@@ -12,6 +12,8 @@ from vlaflow.ranges import Count, Number, Range
 from vlaflow.strict import fill, read_object, require_form
 from vlaflow.text import one_line, shown
 
+FASTEST = 1e6
+"""Largest rate of a data set, frames per second."""
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
 
@@ -23,7 +25,7 @@ class InfoForm:
     the classes that it is read as.
     """
 
-    fps: Annotated[float, Range(0, 1e6, above=True)]
+    fps: Annotated[float, Range(0, FASTEST, above=True)]
     features: dict[str, dict[str, Any]]
     total_episodes: Number | None = None
     total_frames: Number | None = None

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vlaflow.data.lerobot_info import filled, read_info
 from vlaflow.data.lerobot_tasks import Tasks, read_tasks
@@ -152,14 +151,18 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
     twice = [a for a, b in pairwise(numbers) if a == b]
     if twice:
         raise DataError(f"{root}: meta describes episode {twice[0]} twice; {REWRITE}")
+    notes = []
     for what, counted in (("episodes", len(rows)), ("frames", sum(row["length"] for row in rows))):
-        stated = info.get(f"total_{what}")
-        if stated not in (None, counted):
+        stated = counted if (total := info.get(f"total_{what}")) is None else total
+        if stated < counted:
+            notes.append(
+                f"meta/info.json counts {stated} {what}, but {path.relative_to(root)} describes {counted}; these count."
+            )
+        if stated > counted:
             raise DataError(
                 f"{root}: meta/info.json counts {stated} {what} but {path.relative_to(root)} describes {counted}. The "
                 f"recording was interrupted or copied in part; {REWRITE}"
             )
-    notes = []
     if numbers and numbers[-1] != len(numbers) - 1:
         first = next(i for i, number in enumerate(numbers) if number != i)
         notes.append(
@@ -180,7 +183,7 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = read_parquet(path, without="stats/")
-        table = _with_lengths(table)
+        table = _with_lengths(table, path)
         needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
         absent = [name for name in needed if name not in table.schema.names]
         if absent:
@@ -193,12 +196,12 @@ def _episodes_v3(root: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     return rows, paths
 
 
-def _with_lengths(table: pa.Table) -> pa.Table:
+def _with_lengths(table: pa.Table, path: Path) -> pa.Table:
     """The table with 'length', which LeRobot does without: its rows' range says as much."""
     first, end = "dataset_from_index", "dataset_to_index"
     if "length" in table.column_names or not {first, end} <= {*table.column_names}:
         return table
-    return table.append_column("length", pc.subtract(table[end], table[first]))
+    return table.append_column("length", pa.array(whole_numbers(table, end, path) - whole_numbers(table, first, path)))
 
 
 def _are_texts(kind: pa.DataType) -> bool:
@@ -273,7 +276,10 @@ def _require_files(
             found.append(one)
         for path in (found[-1].data, *(path for path, _ in one.videos.values())):
             if not exists[path]:
-                raise DataError(f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again.")
+                raise DataError(
+                    f"Episode {number} of {root} needs {path.relative_to(root)}, which is missing. Copy it again, or leave the "
+                    f"episode out: vlaflow data drop {root} --episodes {number} --out DIR"
+                )
     note = f"Rows of episode {some(moved)} are not in the file that meta names; they were found in another one."
     return found, (note,) if moved else ()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlaflow.data.lerobot_info import FASTEST
 from vlaflow.data.lerobot_meta import some
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 
@@ -59,8 +60,20 @@ def is_regular(time: np.ndarray, fps: float, limit_s: float, *, from_first: bool
         from_first: whether the first may be at any time, and the others count from it.
     """
     seconds = time.astype(np.float64)
-    off = np.abs(seconds - (seconds[0] if from_first else 0.0) - np.arange(len(time)) / fps)
+    with np.errstate(invalid="ignore"):  # of infinite times
+        off = np.abs(seconds - (seconds[0] if from_first else 0.0) - np.arange(len(time)) / fps)
     return bool(np.all(off < limit_s + np.abs(time) * ROUNDING))
+
+
+def mean_rate(times: Sequence[np.ndarray]) -> float | None:
+    """How many rows of all episodes there are per second, by their times; None where these say nothing.
+
+    Args:
+        times: of the rows of every episode, in their order, seconds.
+    """
+    whole_s = sum(float(time[-1]) - float(time[0]) for time in times if len(time))
+    found = sum(len(time) - 1 for time in times if len(time)) / whole_s if whole_s > 0 else 0.0
+    return found if 0 < found <= FASTEST else None
 
 
 def regular_rate(times: Sequence[np.ndarray], fps: float) -> float | None:
@@ -77,10 +90,9 @@ def regular_rate(times: Sequence[np.ndarray], fps: float) -> float | None:
         return all(is_regular(time, rate, limit_s, from_first=True) for time in times)
 
     times = [time for time in times if len(time) > 1]
-    whole_s = sum(float(time[-1]) - float(time[0]) for time in times)
-    if not (np.isfinite(whole_s) and whole_s > 0) or fits(fps, START_TOLERANCE / fps):
+    found = mean_rate(times)
+    if found is None or fits(fps, START_TOLERANCE / fps):
         return None
-    found = sum(len(time) - 1 for time in times) / whole_s
     whole = round(found)
     for rate in (whole, round(found / NTSC) * NTSC, float(f"{found:.6g}")):
         if rate > 0 and fits(rate, TOLERANCE_S):

@@ -15,6 +15,7 @@ import numpy as np
 from vlaflow.data.features import Feature, channel_first, channels, marked_as_depth
 from vlaflow.data.lerobot_info import inside
 from vlaflow.data.tables import first_cell
+from vlaflow.data.video import decodable
 from vlaflow.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _file_is_deep(root: Path, key: str, feature: Feature, file: Path) -> bool:
     if feature["dtype"] == "video":
         try:
             with av.open(str(file)) as container:
-                found = container.streams.video[0].codec_context.pix_fmt or ""
+                found = decodable(container)[0].codec_context.pix_fmt or ""
         except (av.FFmpegError, OSError, IndexError):
             return False  # decoding reports it better, by episode
         return found.startswith("gray") and found not in ("gray", "gray8", "gray8a")

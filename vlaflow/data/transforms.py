@@ -5,6 +5,7 @@ A policy keeps the ``Normalizer`` that it was trained with, so its inputs and ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,11 +101,15 @@ class Normalizer:
     def forward(self, x_D: Tensor) -> Tensor:
         """Convert robot units to normalised units, (..., D) of any floating type."""
         shift_D, scale_D = self._tensors(x_D)
-        constant_D = scale_D == 0
-        y_D = torch.where(constant_D, torch.zeros_like(x_D), (x_D - shift_D) / scale_D.masked_fill(constant_D, 1.0))
+        if 0 in self.scale:
+            constant_D = scale_D == 0
+            y_D = torch.where(constant_D, torch.zeros_like(x_D), (x_D - shift_D) / scale_D.masked_fill(constant_D, 1.0))
+        else:
+            y_D = (x_D - shift_D) / scale_D
         if self.clip is None:
             return y_D
-        limit_D = x_D.new_tensor([float("inf") if d in self.kept else self.clip for d in range(self.dim)])
+        limits = tuple(math.inf if d in self.kept else self.clip for d in range(self.dim))
+        limit_D = _tensor(limits, x_D.dtype, x_D.device)
         return y_D.clamp(-limit_D, limit_D)
 
     def inverse(self, x_D: Tensor) -> Tensor:

@@ -276,6 +276,11 @@ def _parameters(stream: Any, packets: list[Any]) -> tuple[Any, ...]:
     return context.name, context.width, context.height, context.extradata, _delay(_ranks(packets))
 
 
+def decodable(container: Any) -> list[Any]:
+    """The video streams of an open file that a decoder was found for; damaged files may hold others."""
+    return [stream for stream in container.streams.video if stream.codec_context is not None]
+
+
 class VideoError(Exception):
     """A video does not match the table; ``lerobot`` turns this into a ``DataError`` that names the episode.
 
@@ -322,9 +327,10 @@ def decode_frames(
         start_s, slack_s, most_s = start_s + first / fps, 0.5 / fps, 0.5 / fps
     try:
         with _opened(path, again=start_s <= TOLERANCE_S) as container:
-            if not container.streams.video:
-                raise VideoError("unreadable", "no video stream", 0)
-            stream = container.streams.video[0]
+            streams = decodable(container)
+            if not streams:
+                raise VideoError("unreadable", "no video stream that can be decoded", 0)
+            stream = streams[0]
             rate = stream.average_rate
             time_base = float(stream.time_base or 0)
             end_s = ((container.start_time or 0) + container.duration) / av.time_base if container.duration else float("inf")
@@ -386,7 +392,7 @@ def _opened(path: Path, *, again: bool) -> Iterator[Any]:
         container = None
     if container is None:
         container = av.open(str(path))
-        for stream in container.streams.video:
+        for stream in decodable(container):
             stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
     try:
         yield container

@@ -403,22 +403,21 @@ class DiscreteFlowDecoder(TokenDecoder[DiscreteFlowState]):
         row_R = due_B.nonzero()[:, 0]
         depth, part = prefix.depth or prefix.backbone.spec.depth, prefix.restart().select(row_R)
         if full:
-            hidden_RTW, fresh = self.stack.joint(embedded_BTW[row_R], part, depth)
+            hidden_BSW, fresh = self.look_jointly(embedded_BTW[row_R], part, depth)
         else:
             fresh = prefix.backbone.run(part, depth)
-            hidden_RTW = self.stack(embedded_BTW[row_R], fresh)
+            hidden_BSW = self.look(embedded_BTW[row_R], fresh)[0]
         latest, cached_id_BS = fresh, state.id_BS
         if state.prefix is not None and state.cached_id_BS is not None and len(row_R) < len(state.id_BS):
             layers = zip(state.prefix.kv_cache, fresh.kv_cache, strict=True)
             latest = replace(state.prefix, kv_cache=tuple(old.with_rows(row_R, new) for old, new in layers))
             cached_id_BS = torch.where(due_B[:, None], state.id_BS, state.cached_id_BS)
-            hidden_BTW = self.stack(embedded_BTW, latest).index_copy(0, row_R, hidden_RTW)
-        else:
-            hidden_BTW = hidden_RTW
-        hidden_BSW = self.without_mark(hidden_BTW)
+            hidden_BSW = self.look(embedded_BTW, latest)[0].index_copy(0, row_R, hidden_BSW)
         refreshed_B = state.refreshed + due_B
-        return (
-            hidden_BSW,
-            self.head(hidden_BSW),
-            replace(state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=refreshed_B),
-        )
+        state = replace(state, prefix=latest, cached_id_BS=cached_id_BS, refreshed=refreshed_B)
+        return hidden_BSW, self.head(hidden_BSW), state
+
+    def look_jointly(self, embedded_BTW: Tensor, prefix: Prefix, depth: int) -> tuple[Tensor, Prefix]:
+        """Hidden states (B, S, W) of tokens that the prefix sees too, through ``depth`` layers, and the prefix as run there."""
+        hidden_BTW, latest = self.stack.joint(embedded_BTW, prefix, depth)
+        return self.without_mark(hidden_BTW), latest

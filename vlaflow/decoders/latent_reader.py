@@ -20,7 +20,7 @@ from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.tokens import cross_entropy
 from vlaflow.errors import ConfigError
 from vlaflow.nn.attention import KeyValues, causal_mask
-from vlaflow.stacks.shared import SharedStack
+from vlaflow.stacks.shared import Cache, SharedStack
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,24 @@ class LatentReader(nn.Module):
         if self.config.answer == "parallel":
             return self._parallel(prefix, (prefix.depth,))
         k, hidden = self.config.codes, []
-        cache = SharedStack.cache(prefix, 1 + k)
+        cache = self.cache(prefix)
         row_B1 = torch.zeros(prefix.batch, 1, dtype=torch.long, device=prefix.hidden_BPW.device)  # to begin with
         for _ in range(k):
-            hidden.append(SharedStack.extend(self.embedding(row_B1), prefix, cache))
-            row_B1 = 1 + self.head(hidden[-1]).argmax(-1)
-        SharedStack.extend(self.embedding(row_B1), prefix, cache)
+            hidden_B1W, logits_B1N = self.following(self.embedding(row_B1), prefix, cache)
+            hidden.append(hidden_B1W)
+            row_B1 = 1 + logits_B1N.argmax(-1)
+        self.following(self.embedding(row_B1), prefix, cache)
         own = tuple(KeyValues(m.key_CGPE[:, :, -k:], m.value_CGPE[:, :, -k:]) for m in cache.layers)
         return Written((torch.cat(hidden, 1),), own)
+
+    def cache(self, prefix: Prefix) -> Cache:
+        """Room behind the prefix for the token to begin with and one per code."""
+        return SharedStack.cache(prefix, 1 + self.config.codes)
+
+    def following(self, token_B1W: Tensor, prefix: Prefix, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, 1, W) and scores (B, 1, N) of the code after this token, whose keys and values are then cached."""
+        hidden_B1W = SharedStack.extend(token_B1W, prefix, cache)
+        return hidden_B1W, self.logits(hidden_B1W)
 
     def teach(self, prefix: Prefix, code_BK: Tensor | None, depths: Sequence[int]) -> Written:
         """All tokens in one pass through several depths, each seeing the codes before it where that is how it answers.

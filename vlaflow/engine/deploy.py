@@ -22,7 +22,7 @@ from vlaflow.engine.deployed import DeployedModel
 from vlaflow.engine.fold import folded
 from vlaflow.engine.linear import in_bfloat16, transposed
 from vlaflow.engine.plan import needed
-from vlaflow.engine.programs import Precision, Program, Programs
+from vlaflow.engine.programs import STEPS, Precision, Program, Programs
 from vlaflow.engine.store import COMPILERS, Compiler, Deployment, Identity, Speed
 from vlaflow.errors import CapabilityError, DeploymentError
 from vlaflow.packages import require
@@ -79,17 +79,23 @@ def build(
         say: is called before each program.
 
     Raises:
-        CapabilityError: there is no compiler, or the backbone is a pretrained one, whose inputs have no fixed shapes.
+        CapabilityError: there is no compiler, or the backbone is a pretrained one: its inputs have no fixed shapes, and its
+            time goes into reading weights, which programs read as well.
     """
     if model.backbone.spec.rotary:
         raise CapabilityError(
-            f"Programs have fixed shapes, and those of a {type(model.backbone).__name__} depend on images and words. Run it "
-            "with --engine eager."
+            f"A {type(model.backbone).__name__} has no programs: its shapes depend on images and words, and its chunks take "
+            "their time for reading weights. Run it with --engine eager, or on a GPU with --engine graphs."
         )
     store.require_compiler(plan.compiler)
     network = _network(model, plan.compiler, plan.precision)
     passes = reduce(or_, (compute.passes(model.backbone.spec.depth) for compute in plan.computes))
     listed = needed(network, inputs, passes)
+    if not any(program.key.part in STEPS for program in listed):
+        sys.stderr.write(
+            f"The engine knows no programs for the steps of a {type(model.decoder).__name__}, so the networks take them; "
+            "observations are embedded and read by programs.\n"
+        )
     with store.replacing(weights, plan.compiler) as new:
         digests = {}
         for program in listed:

@@ -69,8 +69,7 @@ class DeployedModel(Model):
         program = self.programs.find(programs.embed_key(inputs))
         if program is None:
             return self.backbone.embed(inputs)
-        tensors = programs.tensors_of(programs.unmasked(inputs))
-        (hidden_BPW,) = program([tensor.contiguous() for tensor in tensors])
+        (hidden_BPW,) = program([tensor.contiguous() for tensor in programs.tensors_of(inputs)])
         return Prefix(self.backbone, hidden_BPW, inputs.padding_mask_BP, state_BS=inputs.state_BS)
 
     def read(self, prefix: Prefix, depth: int | None = None) -> Prefix:
@@ -187,7 +186,17 @@ class DeployedMaskedDiffusion(DeployedTokens, MaskedDiffusionDecoder):
 
 
 class DeployedDiscreteFlow(DeployedTokens, DiscreteFlowDecoder):
-    """See its bases."""
+    """See its bases; where the prefix sees the tokens, both are run by one program."""
+
+    def look_jointly(self, embedded_BTW: Tensor, prefix: Prefix, depth: int) -> tuple[Tensor, Prefix]:
+        """See ``DiscreteFlowDecoder``."""
+        start = prefix.restart()
+        program = self.programs.find(programs.joint_key(start, depth))
+        if program is None:
+            return super().look_jointly(embedded_BTW, start, depth)
+        hidden_BSW, hidden_BPW, *caches = program([embedded_BTW.contiguous(), *programs.run_inputs(start)])
+        kv_cache = _pairs(caches, start.padding_mask_BP)
+        return hidden_BSW, replace(start, hidden_BPW=hidden_BPW, kv_cache=kv_cache, embedded_BPW=start.hidden_BPW)
 
 
 class DeployedAutoregressive(Deployed, AutoregressiveDecoder):
@@ -195,19 +204,12 @@ class DeployedAutoregressive(Deployed, AutoregressiveDecoder):
 
     def following(self, token_B1W: Tensor, prefix: Prefix, cache: Cache) -> Tensor:
         """See ``AutoregressiveDecoder``."""
-        program = self.programs.find(programs.next_key(cache))
-        if program is None:
-            return super().following(token_B1W, prefix, cache)
-        placed_B1W, _ = prefix.backbone.place(token_B1W, prefix, cache.used - cache.prefix)
-        logits_B1V, *own = program(programs.next_inputs(placed_B1W, cache))
-        for index, pair in enumerate(_pairs(own)):
-            cache.write(index, pair)
-        cache.used += 1
-        return logits_B1V
+        made = _one_more(self.programs, token_B1W, prefix, cache)
+        return super().following(token_B1W, prefix, cache) if made is None else made[1]
 
 
 class DeployedLatentReader(Deployed, LatentReader):
-    """A reader whose codes are written by a program, where they are written in one pass."""
+    """A reader whose codes are written by a program: all at once, or one at a call."""
 
     def read(self, prefix: Prefix) -> Written:
         """See ``LatentReader``."""
@@ -216,6 +218,11 @@ class DeployedLatentReader(Deployed, LatentReader):
             return super().read(prefix)
         hidden_BKW, *own = program(programs.reading_inputs(prefix))
         return Written((hidden_BKW,), _pairs(own))
+
+    def following(self, token_B1W: Tensor, prefix: Prefix, cache: Cache) -> tuple[Tensor, Tensor]:
+        """See ``LatentReader``."""
+        made = _one_more(self.programs, token_B1W, prefix, cache)
+        return super().following(token_B1W, prefix, cache) if made is None else made
 
 
 class DeployedRater(Deployed, ConfidenceRater):
@@ -227,6 +234,19 @@ class DeployedRater(Deployed, ConfidenceRater):
         if program is None:
             return super().forward(prefix, action_BLD)
         return program([*programs.run_inputs(prefix), action_BLD.contiguous()])[0]
+
+
+def _one_more(deployed: programs.Programs, token_B1W: Tensor, prefix: Prefix, cache: Cache) -> tuple[Tensor, Tensor] | None:
+    """Hidden states and scores after one more token, which is then in the cache; None where there is no program."""
+    program = deployed.find(programs.next_key(cache))
+    if program is None:
+        return None
+    placed_B1W, _ = prefix.backbone.place(token_B1W, prefix, cache.used - cache.prefix)
+    hidden_B1W, logits_B1V, *own = program(programs.next_inputs(placed_B1W, cache))
+    for index, pair in enumerate(_pairs(own)):
+        cache.write(index, pair)
+    cache.used += 1
+    return hidden_B1W, logits_B1V
 
 
 def _pairs(tensors: Sequence[Tensor], mask_BP: Tensor | None = None) -> tuple[KeyValues, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.backbones.inputs import Inputs
-from vlaflow.decoders.autoregressive import AutoregressiveDecoder
+from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
 from vlaflow.decoders.flow import FlowDecoder
 from vlaflow.decoders.latent_reader import LatentReader
 from vlaflow.decoders.rater import ConfidenceRater
@@ -113,15 +113,29 @@ class Look(nn.Module):
         return list(self.decoder.look(embedded_BTW, _reading(self.backbone, state_BS, visible_BP, cache)))
 
 
-class NextToken(nn.Module):
-    """One more token of an autoregressive decoder."""
+class LookJointly(nn.Module):
+    """A step of a discrete flow where prefix and tokens see one another."""
 
-    def __init__(self, backbone: Backbone, decoder: AutoregressiveDecoder) -> None:
+    def __init__(self, backbone: Backbone, decoder: DiscreteFlowDecoder, depth: int) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, decoder.head
+        self.backbone, self.decoder, self.depth = backbone, decoder, depth
+
+    def forward(self, embedded_BTW: Tensor, hidden_BPW: Tensor, padding_mask_BP: Tensor) -> list[Tensor]:
+        """Hidden states (B, S, W) of the tokens and (B, P, W) of the prefix, then its key and value in every layer."""
+        prefix = Prefix(self.backbone, hidden_BPW, padding_mask_BP)
+        hidden_BSW, latest = self.decoder.look_jointly(embedded_BTW, prefix, self.depth)
+        return [hidden_BSW, latest.hidden_BPW.contiguous(), *_flat(latest.kv_cache)]
+
+
+class NextToken(nn.Module):
+    """One more token of what answers one after the other: of actions, or latent ones."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
 
     def forward(self, token_B1W: Tensor, visible_BN: Tensor, *cache: Tensor) -> list[Tensor]:
-        """Scores (B, 1, V) of the token that follows, then this token's key and value in every layer.
+        """Hidden states (B, 1, W) and scores (B, 1, V) of the next token; this one's key and value in every layer.
 
         Args:
             token_B1W: embedded, with its position.
@@ -132,7 +146,8 @@ class NextToken(nn.Module):
         for index, before in enumerate(_pairs(cache, visible_BN)):
             hidden_B1W, own = self.backbone.layer(index, hidden_B1W, None, before)
             found.append(own)
-        return [self.head(self.backbone.finish(hidden_B1W)), *_flat(found)]
+        hidden_B1W = self.backbone.finish(hidden_B1W)
+        return [hidden_B1W, self.head(hidden_B1W), *_flat(found)]
 
 
 class WriteCodes(nn.Module):

@@ -10,13 +10,14 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from torch import Generator
+from torch import Generator, nn
 
 from vlaflow.backbones.base import Backbone, Prefix
 from vlaflow.backbones.inputs import Inputs
 from vlaflow.compute.base import Passes
 from vlaflow.decoders.autoregressive import AutoregressiveDecoder
 from vlaflow.decoders.base import Decoder
+from vlaflow.decoders.discrete_flow import DiscreteFlowDecoder
 from vlaflow.decoders.flow import FlowDecoder
 from vlaflow.decoders.latent_flow import LatentFlowDecoder
 from vlaflow.decoders.model import Model
@@ -25,6 +26,7 @@ from vlaflow.decoders.tokens import TokenDecoder
 from vlaflow.engine import modules, programs
 from vlaflow.engine.programs import Program, ProgramKey
 from vlaflow.flows.sampling import Sampling
+from vlaflow.stacks.shared import Cache
 
 
 def needed(model: Model, inputs: Iterable[Inputs], passes: Passes) -> list[Program]:
@@ -90,20 +92,27 @@ def _(decoder: RegressionDecoder, backbone: Backbone, prefix: Prefix) -> list[Pr
 
 @steps.register
 def _(decoder: TokenDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
-    """Of tokens that all see one another; none where the prefix is run together with them, at every step."""
-    if prefix.depth == 0:
-        return []
+    """Of tokens that all see one another."""
     embedded_BTW = decoder.behind_mark(torch.zeros(prefix.batch, decoder.slots, backbone.spec.width))
     examples = (embedded_BTW, *programs.reading_inputs(prefix))
     return [Program(programs.reading_key("look", prefix), modules.Look(backbone, decoder), examples)]
 
 
 @steps.register
+def _(decoder: DiscreteFlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
+    """Where the prefix sees the tokens: of both together, and of tokens that read the prefix as it was a few steps before."""
+    if prefix.depth > 0:
+        return steps.dispatch(TokenDecoder)(decoder, backbone, prefix)
+    depth = backbone.spec.depth
+    embedded_BTW = decoder.behind_mark(torch.zeros(prefix.batch, decoder.slots, backbone.spec.width))
+    examples = (embedded_BTW, *programs.run_inputs(prefix))
+    joint = Program(programs.joint_key(prefix, depth), modules.LookJointly(backbone, decoder, depth), examples)
+    return [joint, *steps.dispatch(TokenDecoder)(decoder, backbone, backbone.run(prefix, depth))]
+
+
+@steps.register
 def _(decoder: AutoregressiveDecoder, backbone: Backbone, prefix: Prefix) -> list[Program]:
-    cache = decoder.stack.cache(prefix, decoder.slots)
-    token_B1W = torch.zeros(prefix.batch, 1, backbone.spec.width)
-    module = modules.NextToken(backbone, decoder)
-    return [Program(programs.next_key(cache), module, tuple(programs.next_inputs(token_B1W, cache)))]
+    return [_next(decoder.head, backbone, decoder.stack.cache(prefix, decoder.slots))]
 
 
 @steps.register
@@ -111,6 +120,12 @@ def _(decoder: LatentFlowDecoder, backbone: Backbone, prefix: Prefix) -> list[Pr
     generators = [Generator().manual_seed(0) for _ in range(prefix.batch)]
     made = steps(decoder.flow, backbone, decoder.start(prefix, generators, Sampling(1)).context)
     if decoder.latent.config.answer != "parallel":
-        return made
+        return [_next(decoder.latent.head, backbone, decoder.latent.cache(prefix)), *made]
     module, examples = modules.WriteCodes(backbone, decoder.latent), tuple(programs.reading_inputs(prefix))
     return [Program(programs.reading_key("codes", prefix), module, examples), *made]
+
+
+def _next(head: nn.Module, backbone: Backbone, cache: Cache) -> Program:
+    """Of one more token behind these."""
+    token_B1W = torch.zeros(len(cache.layers[0].key_CGPE), 1, backbone.spec.width)
+    return Program(programs.next_key(cache), modules.NextToken(backbone, head), tuple(programs.next_inputs(token_B1W, cache)))

@@ -5,7 +5,8 @@
     step     one Euler step of a flow, or one velocity, through ``upto`` layers
     answer   the chunk of a regression, through ``upto`` layers
     look     the scores of action tokens that all see one another: masked diffusion, discrete flow
-    next     the scores of the token after one more: autoregression
+    joint    hidden states of tokens that the prefix sees too, and the prefix that was run with them
+    next     the scores of the token after one more: autoregression, of actions or of latent codes
     codes    the latent action tokens that an expert reads
     rate     the rater's confidence in a chunk
 
@@ -34,7 +35,9 @@ from vlaflow.nn.attention import KeyValues
 from vlaflow.stacks.shared import Cache
 
 Precision = Literal["f32", "bf16"]
-Part = Literal["embed", "run", "step", "answer", "look", "next", "codes", "rate"]
+Part = Literal["embed", "run", "step", "answer", "look", "joint", "next", "codes", "rate"]
+STEPS: frozenset[Part] = frozenset({"step", "answer", "look", "joint", "next"})
+"""Of a decoder; the others make what it reads, or judge its chunk."""
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 """A program that can be called: contiguous tensors of its shapes in, tensors out."""
 
@@ -83,11 +86,15 @@ class Program:
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
-    """The tensors of inputs in the order of their fields, images by view."""
+    """The tensors of inputs in the order of their fields, images by view; without the mask, which no embedding reads."""
     found: list[Tensor] = []
-    for field in dataclasses.fields(inputs):
-        value = getattr(inputs, field.name)
-        found += value.values() if isinstance(value, Mapping) else [] if value is None else [value]
+    for name, value in vars(inputs).items():  # dataclasses.fields takes as long as ten of these rounds
+        if value is None or name == "padding_mask_BP":
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        else:
+            found += value.values()
     return found
 
 
@@ -104,7 +111,7 @@ def with_tensors(like: Inputs, tensors: Iterable[Tensor]) -> Inputs:
 
 
 def unmasked(inputs: Inputs) -> Inputs:
-    """The same without the mask of the prefix tokens, which no embedding reads."""
+    """The same without the mask of the prefix tokens: what ``with_tensors`` puts the tensors of ``tensors_of`` into."""
     return replace(inputs, padding_mask_BP=None)
 
 
@@ -129,6 +136,11 @@ def reading_key(part: Literal["step", "answer", "look", "codes"], prefix: Prefix
     return ProgramKey(part, key_CGPE.shape[2], 0, prefix.depth, len(key_CGPE))
 
 
+def joint_key(prefix: Prefix, depth: int) -> ProgramKey:
+    """What runs this prefix, of which no layer has run, together with a decoder's tokens."""
+    return ProgramKey("joint", prefix.hidden_BPW.shape[1], 0, depth, prefix.batch)
+
+
 def next_key(cache: Cache) -> ProgramKey:
     """What continues these tokens."""
     key_CGPE = cache.layers[0].key_CGPE
@@ -136,7 +148,7 @@ def next_key(cache: Cache) -> ProgramKey:
 
 
 def run_inputs(prefix: Prefix) -> list[Tensor]:
-    """What ``RunLayers`` takes, and the first two arguments of ``Rate``."""
+    """What ``RunLayers`` takes, the first two arguments of ``Rate`` and the last two of ``LookJointly``."""
     return [prefix.hidden_BPW.contiguous(), _mask(prefix.padding_mask_BP, prefix.hidden_BPW)]
 
 
@@ -180,12 +192,18 @@ class Programs:
     def __init__(self, programs: Mapping[ProgramKey, Run]) -> None:
         self.missed: set[ProgramKey] = set()
         self._said = False
+        self._found: dict[ProgramKey, Run | None] = {}
         self._by_batch: dict[ProgramKey, list[tuple[int, Run]]] = {}
         for key in sorted(programs):
             self._by_batch.setdefault(replace(key, batch=0), []).append((key.batch, programs[key]))
 
     def find(self, key: ProgramKey) -> Run | None:
         """The program for these shapes; None where none was built."""
+        if key not in self._found:
+            self._found[key] = self._search(key)
+        return self._found[key]
+
+    def _search(self, key: ProgramKey) -> Run | None:
         for batch, program in self._by_batch.get(replace(key, batch=0), ()):
             if batch == key.batch:
                 return program

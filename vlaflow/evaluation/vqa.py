@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -25,18 +26,19 @@ from vlaflow.data.image_cache import ImageCache, VqaSource
 from vlaflow.data.vqa import Question, Turns, VqaDataset
 from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.results import read_as
 from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
 from vlaflow.hub import origin
 from vlaflow.nn.precision import Dtype
-from vlaflow.outputs import require_writable, write_json
+from vlaflow.outputs import require_writable, storing, write_json
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.provenance import fingerprint, new_questions, trained_on
 from vlaflow.versions import command_line, machine, versions
 
 FORMAT = "vlaflow answers 1"
-FILE = "answers.json"
+FILE, LOG = "answers.json", "answers.jsonl"
 EVERYTHING = "all"
 Part = Literal["held-out", "all"]
 
@@ -71,6 +73,13 @@ class AnsweredQuestion:
     def right_blind(self) -> bool:
         """Whether the reply without the right image was right."""
         return self.blind is not None and self.blind_ended and normal(self.blind) == normal(self.answer)
+
+
+@dataclass(frozen=True)
+class AnsweredBatch:
+    """The replies to one batch of questions, as the log of an unfinished evaluation keeps them."""
+
+    replies: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
@@ -176,8 +185,12 @@ def run(
     config: AnswerConfig,
     out: Path,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    fresh: bool = False,
 ) -> AnswerResults:
     """Evaluate a checkpoint on a VQA data set, and write ``answers.json`` into ``out``.
+
+    Until then, answers are kept in ``answers.jsonl``, from which the same evaluation continues after an interruption.
 
     Args:
         checkpoint: folder or Hugging Face repository id.
@@ -185,6 +198,7 @@ def run(
         config: settings.
         out: folder of the results.
         progress: called with (questions done, total questions), including blind ones.
+        fresh: discard an unfinished evaluation in ``out`` instead of continuing it.
 
     Raises:
         VlaflowError: when the parts do not fit together.
@@ -200,23 +214,34 @@ def run(
     views = policy.model.backbone.views
     image_cache = ImageCache.open(found, next(iter(views.values())) or (trained.size if trained else config.size))
     source = VqaSource(found, image_cache, tuple(views), len(policy.stats["state"].mean), chosen)
-    answered = ask(policy, source, config, progress)
-    results = AnswerResults(
-        kinds=count(answered),
-        per_question=tuple(answered),
-        part=config.part,
-        questions=str(questions),
-        questions_fingerprint=found.fingerprint,
-        checkpoint=origin(folder) or str(checkpoint),
-        fingerprint=fingerprint(folder),
-        limit=config.limit,
-        seed=config.seed,
-        dtype=config.dtype,
-        command=command_line(),
-        machine=machine(),
-        versions=versions(),
-    )
-    write_json(out / FILE, asdict(results))
+    mark = fingerprint(folder)
+    settings = {
+        **asdict(replace(config, turns=turns, size=image_cache.size)),
+        "checkpoint": mark,
+        "questions": found.fingerprint,
+        "versions": versions(),
+        "asked": sha256(np.array(chosen, "<i8").tobytes()).hexdigest()[:16],
+    }
+    with EpisodeLog(out, AnsweredBatch, settings, name=LOG, what="answer", fresh=fresh) as log:
+        answered = ask(policy, source, config, progress, log)
+        results = AnswerResults(
+            kinds=count(answered),
+            per_question=tuple(answered),
+            part=config.part,
+            questions=str(questions),
+            questions_fingerprint=found.fingerprint,
+            checkpoint=origin(folder) or str(checkpoint),
+            fingerprint=mark,
+            limit=config.limit,
+            seed=config.seed,
+            dtype=config.dtype,
+            command=command_line(),
+            machine=machine(),
+            versions=versions(),
+        )
+        with storing(out, "The results", log.kept):
+            write_json(out / FILE, asdict(results))
+            log.remove()
     return results
 
 
@@ -247,19 +272,38 @@ def held_out(folder: Path, questions: VqaDataset, turns: Turns = "all") -> tuple
 
 
 def ask(
-    policy: Policy, source: VqaSource, config: AnswerConfig, progress: Callable[[int, int], None] | None = None
+    policy: Policy,
+    source: VqaSource,
+    config: AnswerConfig,
+    progress: Callable[[int, int], None] | None = None,
+    log: EpisodeLog[AnsweredBatch] | None = None,
 ) -> list[AnsweredQuestion]:
-    """The policy's replies to every question of a source, with its image and, if ``config.blind``, with another's."""
+    """The policy's replies to every question of a source, with its image and, if ``config.blind``, with another's.
+
+    Args:
+        policy, source, config: who is asked what, and how.
+        progress: called with (questions done, total questions).
+        log: batches that were answered before, to which the others are added.
+    """
     questions = [source.questions.questions[i] for i in source.indices]
-    total = len(questions) * (1 + config.blind)
-    replies = _answers(policy, source, None, config, lambda done: progress and progress(done, total))
-    blind: Sequence[Answer | None] = [None] * len(questions)
-    if config.blind:
-        partners = exchange(questions, config.seed)
-        blind = _answers(policy, source, partners, config, lambda done: progress and progress(len(questions) + done, total))
+    starts = range(0, len(questions), config.batch_size)
+    partners = exchange(questions, config.seed) if config.blind else None
+    jobs = [(start, images) for images in (None, partners)[: 1 + config.blind] for start in starts]
+    replies: list[Answer] = []
+    for number, (start, images) in enumerate(jobs):
+        indices = np.arange(start, min(start + config.batch_size, len(questions)))
+        kept = log.finished.get(number) if log else None
+        if kept is None or len(kept.replies) != len(indices):
+            kept = AnsweredBatch(tuple(_answers(policy, source, indices, images, config.limit)))
+            if log:
+                log.add(number, kept)
+        replies += kept.replies
+        if progress:
+            progress(len(replies), len(questions) * (1 + config.blind))
+    blind: Sequence[Answer | None] = replies[len(questions) :] or [None] * len(questions)
     return [
         AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, *((b.text, b.ended) if b else ()))
-        for q, s, b in zip(questions, replies, blind, strict=True)
+        for q, s, b in zip(questions, replies[: len(questions)], blind, strict=True)
     ]
 
 
@@ -330,21 +374,12 @@ def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:
 
 
 def _answers(
-    policy: Policy,
-    source: VqaSource,
-    partners: np.ndarray | None,
-    config: AnswerConfig,
-    progress: Callable[[int], object],
-) -> list[Answer]:
-    replies: list[Answer] = []
-    for start in range(0, len(source), config.batch_size):
-        indices = np.arange(start, min(start + config.batch_size, len(source)))
-        batch = source.batch(indices)
-        if partners is not None:
-            batch = _with_images_of(batch, source, partners[indices])
-        replies += policy.reply(batch.observation, config.limit)
-        progress(len(replies))
-    return replies
+    policy: Policy, source: VqaSource, indices: np.ndarray, partners: np.ndarray | None, limit: int
+) -> Sequence[Answer]:
+    batch = source.batch(indices)
+    if partners is not None:
+        batch = _with_images_of(batch, source, partners[indices])
+    return policy.reply(batch.observation, limit)
 
 
 def _with_images_of(batch: VqaBatch, source: VqaSource, partners: np.ndarray) -> VqaBatch:

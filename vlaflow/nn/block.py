@@ -56,9 +56,19 @@ class LayerNorm(nn.LayerNorm):
         return functional.layer_norm(x, self.normalized_shape, weight_W, bias_W, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, also where weights and activations differ in format, as under autocast: torch warns of those once a process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, W) → (…, W), in the number format of ``x``; computed in float32 where the weights' is another."""
+        if self.weight.dtype == x.dtype:
+            return super().forward(x)
+        return functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 def make_norm(kind: Literal["layer", "rms"], width: int, eps: float) -> nn.Module:
     """A LayerNorm or RMSNorm over the last dimension."""
-    return LayerNorm(width, eps=eps) if kind == "layer" else nn.RMSNorm(width, eps=eps)
+    return LayerNorm(width, eps=eps) if kind == "layer" else RMSNorm(width, eps=eps)
 
 
 class FeedForward(nn.Module):

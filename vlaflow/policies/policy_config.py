@@ -18,9 +18,9 @@ from vlaflow.decoders.exits import ExitTraining
 from vlaflow.decoders.model import Model
 from vlaflow.decoders.rater import RaterConfig
 from vlaflow.errors import ConfigError
-from vlaflow.io import load_weights
+from vlaflow.io import load_weights, require_undamaged
 from vlaflow.nn.meta import require_fits
-from vlaflow.nn.stored import is_shared_later, lay, require_same, stored_in, without_memory
+from vlaflow.nn.stored import is_sent, is_shared_later, lay, require_same, stored_in, without_memory
 from vlaflow.spec import ActionSpec
 
 Same = Literal["same"]
@@ -122,6 +122,8 @@ class PolicyConfig:
         if later:
             places = stored_in([file])
             require_same(model, places, file)
+            if not is_sent():
+                require_undamaged(file)
             lay(model, places)
             return model
         load_weights(model, file)

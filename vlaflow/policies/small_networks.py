@@ -75,4 +75,4 @@ def mt50(policy: PolicyConfig, data: DataSpec) -> PolicyConfig:
 
 def mt50_training(policy: PolicyConfig) -> TrainConfig:
     """The same for longer; frames are kept as JPEGs, because raw ones of all fifty tasks take about 30 GB."""
-    return replace(small_training(policy, steps=60_000), frames="jpeg")
+    return replace(small_training(policy, steps=40_000), frames="jpeg")

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from vlaflow.evaluation.groups import GroupRate
 from vlaflow.evaluation.latency import PARTS, Latency
-from vlaflow.evaluation.results import Minutes, Results
+from vlaflow.evaluation.results import Evaluation, Minutes, Overall, Results
 from vlaflow.evaluation.videos import EpisodeVideo, VideoChunk
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, PAPER, SERIES, WIDTH, figure
 from vlaflow.reports.words import short
+from vlaflow.simulators.base import published_groups
 
 PART_NAMES = {
     "prefix": "prefix",
@@ -26,17 +28,15 @@ LEGEND_COLUMNS = 3
 
 
 def success(results: Results) -> str:
-    """Success rate with its interval, one row per environment, one marker per compute policy."""
-    computes, envs = results.computes, results.envs
-    rows = [*envs, *(["all"] if len(envs) > 1 else [])]
+    """Success rate with its interval, one row per environment or group of them, one marker per compute policy."""
+    computes = results.computes
+    rows = [*places(results), *(["all"] if len(results.envs) > 1 else [])]
     columns = min(len(computes), LEGEND_COLUMNS)
     height = 0.55 + 0.2 * -(-len(computes) // columns) + (0.2 * len(computes) + 0.22) * len(rows)
     with figure(WIDTH, height) as (_, axis, done):
         for c, compute in enumerate(computes):
             for r, env in enumerate(rows):
-                entry: Any = (
-                    next(o for o in results.overall if o.compute == compute) if env == "all" else results.of(env, compute)
-                )
+                entry = _rate(results, env, compute)
                 low, high = entry.interval
                 y = r * (len(computes) + 1) + c
                 axis.plot([100 * low, 100 * high], [y, y], color=SERIES[c % 5], lw=2, solid_capstyle="butt")
@@ -52,24 +52,49 @@ def success(results: Results) -> str:
         return done()
 
 
+def places(results: Results) -> dict[str, tuple[str, ...]]:
+    """Environments by what is plotted as one: itself, or its group if all groups that its suite publishes were evaluated.
+
+    Fifty environments would make a plot of many pages; the table has them.
+    """
+    grouped = {
+        f"{mean.suite}/{group}": envs
+        for mean in results.overall[0].by_group
+        for group, envs in published_groups(mean.suite).items()
+    }
+    inside = {env for envs in grouped.values() for env in envs}
+    return {env: (env,) for env in results.envs if env not in inside} | grouped
+
+
+def _rate(results: Results, place: str, compute: str) -> Evaluation | GroupRate | Overall:
+    overall = next(o for o in results.overall if o.compute == compute)
+    groups = {f"{mean.suite}/{rate.group}": rate for mean in overall.by_group for rate in mean.groups}
+    if place == "all":
+        return overall
+    return groups[place] if place in groups else results.of(place, compute)
+
+
 def first_success(results: Results) -> str:
-    """Share of the episodes that have succeeded by each step, per environment."""
-    envs, columns = results.envs, min(3, len(results.envs))
-    rows = -(-len(envs) // columns)
+    """Share of the episodes that have succeeded by each step, per environment or group of them."""
+    panels = places(results)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with figure(WIDTH, 2 * rows + 0.4, rows, columns, sharey=True) as (_, axes, done):
         grid = np.atleast_1d(axes).ravel()
-        for spare in grid[len(envs) :]:
+        for spare in grid[len(panels) :]:
             spare.set_visible(False)
-        for env, axis in zip(envs, grid, strict=False):
+        for (place, envs), axis in zip(panels.items(), grid, strict=False):
+            entries = [results.of(env, compute) for env in envs for compute in results.computes]
+            longest = max(entry.max_steps for entry in entries)
             for c, compute in enumerate(results.computes):
-                entry = results.of(env, compute)
-                steps = sorted(s for s in entry.first_success_steps if s is not None)
-                x = [0, *steps, entry.max_steps]
-                y = [0, *(100 * (i + 1) / entry.episodes for i in range(len(steps))), 100 * len(steps) / entry.episodes]
+                firsts = [step for entry in entries if entry.compute == compute for step in entry.first_success_steps]
+                steps = sorted(step for step in firsts if step is not None)
+                x = [0, *steps, longest]
+                y = [0, *(100 * (i + 1) / len(firsts) for i in range(len(steps))), 100 * len(steps) / len(firsts)]
                 axis.step(x, y, where="post", color=SERIES[c % 5], ls=LINES[c % 5], lw=1.8, label=compute, clip_on=False)
-            for limit in {w.max_steps for w in entry.within if w.max_steps < entry.max_steps}:
+            for limit in {w.max_steps for entry in entries for w in entry.within if w.max_steps < longest}:
                 axis.axvline(limit, color=FAINT, lw=0.8)
-            axis.set(title=short(env), xlim=(0, entry.max_steps), ylim=(0, 100), xlabel="simulator steps")
+            axis.set(title=short(place), xlim=(0, longest), ylim=(0, 100), xlabel="simulator steps")
             axis.locator_params(axis="x", nbins=3)
         for axis in grid[::columns]:
             axis.set_ylabel("succeeded so far, %")

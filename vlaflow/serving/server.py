@@ -34,7 +34,8 @@ from vlaflow.policies.base import Policy
 from vlaflow.serving.conversation import Conversation
 from vlaflow.serving.dashboard import LOOPBACK, MOST_PAGE_BYTES, PAGE, STREAM, SUBPROTOCOL, Dashboard, named_here, same_origin
 from vlaflow.serving.engine import Engine, EngineConfig
-from vlaflow.serving.limits import most_message_bytes, most_pixels, quiet_without_sockets
+from vlaflow.serving.limits import most_message_bytes, most_pixels
+from vlaflow.serving.listener import AT_ONCE, Listener, log_pauses
 from vlaflow.serving.observation_keys import ObservationKeys, read
 from vlaflow.serving.places import ClientPlaces
 from vlaflow.serving.request_log import OneLine, RequestLog
@@ -45,8 +46,6 @@ logger = logging.getLogger("vlaflow.serving")
 T = TypeVar("T")
 _ONE_LINE = OneLine()
 _CLOSE_S = 2.0
-_ACCEPTED = 16
-"""Connections that are accepted before the event loop turns to those that it has, and that wait to be accepted."""
 _FRAMES_AHEAD = 1
 """Requests that are read ahead while one is processed; more remain in the socket. The websocket library stops reading when
 there is one more than its ``max_queue``."""
@@ -192,11 +191,10 @@ class PolicyServer:
         try:
             if not await self._warmed_up():
                 return
-            quiet_without_sockets(asyncio.get_running_loop())
+            log_pauses(asyncio.get_running_loop())
             server = await serve(
                 self._connection,
-                self.config.host,
-                self.config.port,
+                sock=Listener(self.config.host, self.config.port),
                 process_request=self._http,
                 select_subprotocol=lambda _, offered: SUBPROTOCOL if SUBPROTOCOL in offered else None,
                 compression=None,
@@ -208,7 +206,7 @@ class PolicyServer:
                 ping_timeout=self._idle_s,
                 close_timeout=min(_CLOSE_S, self.config.idle_s),
                 server_header=None,
-                backlog=_ACCEPTED,
+                backlog=AT_ONCE,
                 create_connection=partial(LimitedConnection, Turns(WorkingClock(lambda: self.engine.computing))),  # type: ignore[arg-type]
                 logger=quiet,
             )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlaflow.errors import CheckpointError
-from vlaflow.io import first_not_finite, save_tensors
+from vlaflow.io import first_not_finite, require_undamaged, save_tensors
 from vlaflow.training.sharding import is_sharded, own_rows
 
 ROWS = "rows"
@@ -86,6 +86,7 @@ class Pieces(Mapping[str, Tensor]):
     def __init__(self, folder: Path, group: str, writers: int) -> None:
         self.folder, self.group = folder, group
         self._rows: dict[str, list[Rows]] = {}
+        self._undamaged: set[Path] = set()
         totals: dict[str, int] = {}
         with ExitStack() as opened:
             for file in (piece(folder, group, rank, writers) for rank in range(writers)):
@@ -127,7 +128,10 @@ class Pieces(Mapping[str, Tensor]):
         """The rows from ``first`` up to ``last``; a scalar has one."""
         if first == last:
             return self._rows[name][0].read(name, 0, 1)[:0]
-        overlapping = (each for each in self._rows[name] if max(first, each.first) < min(last, each.first + each.count))
+        overlapping = [each for each in self._rows[name] if max(first, each.first) < min(last, each.first + each.count)]
+        for file in {each.file for each in overlapping} - self._undamaged:  # other processes read the others
+            require_undamaged(file)
+            self._undamaged.add(file)
         read = [each.read(name, first, last) for each in overlapping]
         return read[0] if len(read) == 1 else torch.cat(read)
 

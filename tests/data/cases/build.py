@@ -122,9 +122,9 @@ def task_number_of_two(root):
 
 
 def depth_video(root):
-    """Depth in a video of 12-bit grey."""
+    """Depth in a video of 16-bit grey; the muxer of MP4 takes no such codec before PyAV 16."""
     path = root / "videos/observation.images.corner/chunk-000/file-000.mp4"
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=FPS)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "gray16le"
         for i in range(ROWS):

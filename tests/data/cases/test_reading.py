@@ -200,7 +200,16 @@ def test_pts_offset_is_refused_with_a_cure_that_works(old):
 # -- cameras -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [["c", "h", "w"], ["channels", "height", "width"], [], None, ["height", "width", "channel"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["c", "h", "w"], id="chw_cdim"),
+        pytest.param([], id="chw_empty"),
+        None,
+        ["channels", "height", "width"],
+        ["height", "width", "channel"],
+    ],
+)
 def test_channel_first_however_it_is_named(new, names):
     build.feature(new, build.TOP, shape=[3, 32, 48], names=names)
     dataset = Dataset.open(new)
@@ -208,13 +217,15 @@ def test_channel_first_however_it_is_named(new, names):
     require_sound(dataset)
 
 
-@pytest.mark.parametrize("names", [[], None, ["h", "w", "c"], {"axes": ["height", "width", "channel"]}])
+@pytest.mark.parametrize(
+    "names", [pytest.param([], id="names_empty_hwc"), None, ["h", "w", "c"], {"axes": ["height", "width", "channel"]}]
+)
 def test_channel_last_however_it_is_named(new, names):
     build.feature(new, build.TOP, names=names)
     require_sound(Dataset.open(new))
 
 
-def test_lerobots_own_file_declared_channel_first(tmp_path):
+def test_lerobot_cnames_is_read_as_channel_first(tmp_path):
     root = shutil.copytree(LEROBOTS_OWN, tmp_path / "cnames")
     build.feature(root, "observation.images.top", shape=[3, 64, 64], names=["c", "h", "w"])
     images, right = (Dataset.open(folder).frames(1, "top") for folder in (root, LEROBOTS_OWN))

@@ -10,10 +10,12 @@ import pytest
 
 from tests.data.cases import build
 from tests.data.cases.test_reading import require_sound
-from tests.data.toyset import TASKS, edit_info, edit_table
-from vlaflow.data.edit import repair
+from tests.data.toyset import TASKS, edit_info, edit_table, episode
+from vlaflow.data.edit import drop, repair
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.row_numbers import regular_rate
+from vlaflow.data.video import encode_video
 from vlaflow.errors import DataError
 
 
@@ -47,7 +49,7 @@ def test_numbers_in_the_types_that_other_tools_leave_behind_are_read(new):
             lambda root: edit_table(
                 root / build.DATA, "frame_index", lambda frames: [f if i != 5 else 4 for i, f in enumerate(frames)]
             ),
-            r"frame_index' is 4 at frame 5 .*have frames counted by the timestamps \(vlaflow data repair",
+            r"frame_index' is 4 at frame 5 .*have frames counted by the timestamps: vlaflow data repair",
             "no row is missing, so frames are counted",
         ),
         (lambda root: build.column_dropped(root, "task_index"), "no column 'task_index'.*data repair", "names no task"),
@@ -102,6 +104,15 @@ def test_rows_of_another_rate_than_stated_name_theirs_and_are_repaired(old, tmp_
     require_sound(Dataset.open(old))
 
 
+def test_a_clock_at_no_rate_says_its_mean_and_is_read_by_number_when_told(old):
+    for path in (old / "data").rglob("*.parquet"):
+        edit_table(path, "timestamp", lambda times: [1.2 * t + 0.02 * (i % 2) for i, t in enumerate(times)])
+    with pytest.raises(DataError, match=r"the rows are 16\.\d+ per second on average.*larger --tolerance-s") as refused:
+        Dataset.open(old).columns()
+    assert "data repair" not in str(refused.value)
+    require_sound(Dataset.open(old, reading=Reading.of(tolerance_s=0.5)))
+
+
 def test_a_rate_is_corrected_wherever_it_is_stated(new, tmp_path):
     """Files, offsets and videos are of 20 frames per second, what is written about them says 10."""
     spec = json.loads((new / "meta/info.json").read_text())["x_vlaflow"]
@@ -146,3 +157,17 @@ def test_booleans_where_numbers_are_declared_are_refused_and_repaired(new, tmp_p
     made = repair(new, tmp_path / "whole")
     assert "'action' holds booleans where numbers are declared; they are written as 0 and 1." in made.changes
     assert np.array_equal(Dataset.open(made.root).columns().action, np.array(closed, np.float32))
+
+
+def test_cures_of_videos_at_another_rate_and_of_missing_ones_work(old, tmp_path):
+    path = old / f"videos/chunk-000/{build.TOP}/episode_000001.mp4"
+    encode_video(episode(1)[0]["corner"], path, 25)
+    with pytest.raises(DataError, match=r"frame 2 is at 0.0800 s .*have frames taken by their number: vlaflow data repair"):
+        Dataset.open(old).frames(1, "corner")
+    require_sound(Dataset.open(repair(old, tmp_path / "whole").root))
+    path.unlink()
+    with pytest.raises(
+        DataError, match=r"which is missing.*leave the episode out: vlaflow data drop .* --episodes 1 --out DIR"
+    ):
+        Dataset.open(old)
+    assert len(Dataset.open(drop(old, [1], tmp_path / "fewer").root).episodes) == 4
