@@ -24,7 +24,7 @@ from vlaflow.data.lerobot_meta import some
 from vlaflow.data.quality import INTERVENTIONS, PauseRule
 from vlaflow.data.stats import FeatureStats, compute
 from vlaflow.data.transforms import floors, nearly_constant
-from vlaflow.data.video import TOLERANCE_S, FrameDigest
+from vlaflow.data.video import TOLERANCE_S, FrameDigest, open_video
 from vlaflow.errors import DataError
 from vlaflow.strict import read_object
 
@@ -141,7 +141,7 @@ def _surplus_frames(dataset: Dataset) -> list[str]:
     found = []
     for (key, video), count in expected.items():
         try:
-            with av.open(video) as container:
+            with open_video(video) as container:
                 held = container.streams.video[0].frames if container.streams.video else 0
         except (av.FFmpegError, OSError):
             continue  # decoding reports it better, by episode

@@ -130,6 +130,11 @@ def require_even(height: int, width: int, name: str) -> None:
         raise SpecError(f"'{name}' is {height}x{width}; video needs an even height and width. Crop or resize by one pixel.")
 
 
+def open_video(path: Path | str) -> Any:
+    """Open a file to read its video; its titles and comments, which nobody reads, need not be UTF-8."""
+    return av.open(str(path), metadata_errors="replace")
+
+
 def read_segment(path: Path) -> Segment:
     """Decode an encoded episode to count its frames and pixel values.
 
@@ -137,7 +142,7 @@ def read_segment(path: Path) -> Segment:
         DataError: when the file is missing or cannot be decoded.
     """
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             count, histogram, digest = pixel_counts(container.decode(video=0))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"The video {path} cannot be decoded ({_reason(error)}). Encode it again.") from error
@@ -238,7 +243,7 @@ class Joiner:
         if self._source is None or segment.start is None or self._source.name != str(segment.path):
             if self._source is not None:
                 self._source.close()
-            self._source = av.open(str(segment.path))
+            self._source = open_video(segment.path)
         return self._source.streams.video[0]
 
 
@@ -391,7 +396,7 @@ def _opened(path: Path, *, again: bool) -> Iterator[Any]:
         container.close()
         container = None
     if container is None:
-        container = av.open(str(path))
+        container = open_video(path)
         for stream in decodable(container):
             stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
     try:
