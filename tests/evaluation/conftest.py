@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.evaluation.latents import root
+from tests.training.ranks import forked
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.spelling import Knobs
 from vlaflow.data.stats import FeatureStats
@@ -16,6 +17,7 @@ from vlaflow.evaluation.rollout import RolloutConfig
 from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy, PolicyConfig
+from vlaflow.simulators import workers
 from vlaflow.simulators.base import simulator_spec
 
 __all__ = ["root"]
@@ -59,6 +61,13 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     make_policy().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers begin with torch imported, which takes longer than a test's episodes; others are started as in use."""
+    context = forked()
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: context)
 
 
 @pytest.fixture(scope="session")

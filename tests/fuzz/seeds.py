@@ -11,6 +11,8 @@ EXIT, LADDER, PROFILE = "laddered/calibration/fast.json", "laddered/calibration/
 
 SEEDS = {
     "dataset": [
+        ("v3/data/chunk-000/file-000.parquet", "flip", 2023, 149),
+        ("v21/data/chunk-000/episode_000001.parquet", "flip", 892, 240),
         ("v21/videos/chunk-000/observation.image/episode_000001.mp4", "cut", 1275),
         (V3, "set", [], []),
         (V3, "set", ["features"], [1]),

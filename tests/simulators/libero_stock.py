@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 
+from tests.simulators.compiled import scenes_compiled_once
 from vlaflow.simulators import make
 from vlaflow.simulators.libero_package import files
 from vlaflow.simulators.libero_tasks import TASKS
@@ -50,5 +51,6 @@ def main(task, size, seed, steps=6):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    with scenes_compiled_once():
+        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     os._exit(0)  # the stock environment's OpenGL can crash when Python ends

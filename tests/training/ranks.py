@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-IMPORTED = ("tests.training.together", "tests.training.layouts", "torch._dynamo", "accelerate")
+IMPORTED = (
+    "tests.training.together",
+    "tests.training.layouts",
+    "vlaflow.evaluation.rollout",
+    "torch._dynamo",
+    "accelerate",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+)
 """By the process that all others are forked from. It runs nothing, for threads do not survive a fork."""
 PATIENCE_S = 10
 """How long the others of a group may take to notice that one has failed; then they are killed."""

@@ -9,9 +9,9 @@ from vlaflow.policies.stages import PolicyStage
 from vlaflow.training.trainer import Trainer
 
 
-def run(out, ema_decay, held=None, source=None):
-    """Six steps, saved every second; with held-out samples each is followed by a validation."""
-    config = tiny_config(global_batch_size=4, validate_every=1, ema_decay=ema_decay)
+def run(out, ema_decay, held=None, source=None, every=6):
+    """Six steps, saved after every ``every``; with held-out samples each step is followed by a validation."""
+    config = tiny_config(global_batch_size=4, validate_every=1, checkpoint_every=every, ema_decay=ema_decay)
     trainer = Trainer(PolicyStage(new_policy(config)), config, source or Memory(), held, out, tracker="none", shard=True)
     trainer.run()
     assert trainer.sharded
@@ -23,5 +23,5 @@ def train_sharded(out: Path) -> None:
     run(out / "validated", 0.9, Memory(5))
     run(out / "plain", None, Memory(5))
     with pytest.raises(RuntimeError, match="cut"):
-        run(out / "cut", 0.9, Memory(5), Cut(Memory()))
-    run(out / "cut", 0.9, Memory(5))
+        run(out / "cut", 0.9, Memory(5), Cut(Memory()), every=2)
+    run(out / "cut", 0.9, Memory(5), every=2)

@@ -73,10 +73,10 @@ def train_all(out: Path) -> None:
         decoder=replace(policy.decoder, expert=expert),
         exits=ExitTraining((1, 2, 3), "random"),
     )
-    config = tiny_config(policy=policy, global_batch_size=4)
+    config = tiny_config(policy=policy, global_batch_size=4, checkpoint_every=6)
     # with a tracker: what ends it must leave the processes' group to the runs below
     Trainer(PolicyStage(new_policy(config)), config, Memory(), Memory(9), out / "exits", tracker="tensorboard").run()
-    config = tiny_config(accumulate=2)
+    config = tiny_config(accumulate=2, checkpoint_every=6)
     Trainer(PolicyStage(new_policy(config)), config, Ragged(), Memory(9), out / "spread", tracker="none").run()
     end_together(out / "ended/of-0")
     look_apart(out / "ended")

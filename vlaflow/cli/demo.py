@@ -92,7 +92,7 @@ class Settings:
         noise = plan.noise, plan.noise_memory
         if arguments.quick:
             first, language = tuple(expand_env_names(plan.envs)[:1]), min(plan.language_episodes, 1)
-            return Settings(arguments.plan, first, 4, *noise, 2, 4, 2, 8, 40, 4, language, 2, 16, 8, 0.5, plan.size)
+            return Settings(arguments.plan, first, 4, *noise, 2, 4, 2, 8, 40, 2, language, 2, 16, 8, 0.5, plan.size)
         eval_episodes = arguments.eval_episodes or plan.eval_episodes
         return Settings(
             arguments.plan,

@@ -151,14 +151,18 @@ def _require_numbered(root: Path, info: Mapping[str, Any], rows: list[dict[str, 
     twice = [a for a, b in pairwise(numbers) if a == b]
     if twice:
         raise DataError(f"{root}: meta describes episode {twice[0]} twice; {REWRITE}")
+    notes = []
     for what, counted in (("episodes", len(rows)), ("frames", sum(row["length"] for row in rows))):
-        stated = info.get(f"total_{what}")
-        if stated not in (None, counted):
+        stated = counted if (total := info.get(f"total_{what}")) is None else total
+        if stated < counted:
+            notes.append(
+                f"meta/info.json counts {stated} {what}, but {path.relative_to(root)} describes {counted}; these count."
+            )
+        if stated > counted:
             raise DataError(
                 f"{root}: meta/info.json counts {stated} {what} but {path.relative_to(root)} describes {counted}. The "
                 f"recording was interrupted or copied in part; {REWRITE}"
             )
-    notes = []
     if numbers and numbers[-1] != len(numbers) - 1:
         first = next(i for i, number in enumerate(numbers) if number != i)
         notes.append(

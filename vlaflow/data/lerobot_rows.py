@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from vlaflow.data.features import LARGEST, Feature, width
 from vlaflow.data.lerobot_meta import Meta, some
-from vlaflow.data.row_numbers import ROUNDING, about_recounted, about_uncounted, count_rows, is_regular, regular_rate
+from vlaflow.data.row_numbers import ROUNDING, about_recounted, about_uncounted, count_rows, is_regular, mean_rate, regular_rate
 from vlaflow.data.tables import flat_numbers, is_filled, plain_numbers, read_parquet, switches_as_numbers, whole_numbers
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 from vlaflow.errors import DataError
@@ -255,7 +255,7 @@ class _Reader:
     def _from_first(self, time: np.ndarray) -> np.ndarray:
         """Times that begin elsewhere than at 0 s counted from there: without videos, they only tell rows apart."""
         first = time[self.starts].astype(np.float64)
-        late = np.abs(first) >= self.limit_s
+        late = np.isfinite(first) & (np.abs(first) >= self.limit_s)
         if not late.any():
             return time
         place = int(np.argmax(late))
@@ -269,12 +269,12 @@ class _Reader:
         starts = np.repeat(self.starts, self.lengths)
         miscounted = rows["frame"] != np.arange(len(starts)) - starts
         if miscounted.any():
-            cure = "Fix the column"
+            cure = ""
             if self._is_clock(rows["time"][self._own(self._place(int(np.argmax(miscounted))))]):
-                cure = f"Fix the column, have frames counted by the timestamps ({self.repair})"
+                cure = f"Fix the column, or have frames counted by the timestamps: {self.repair}"
             self._refuse(rows, miscounted, "frame_index", "does not count from 0", cure)
         places = self.meta.tasks.places(rows["task"])
-        cure = f"Fix the column, have the only task written that meta lists for the episode ({self.repair})"
+        cure = f"Fix the column, or have the only task written that meta lists for the episode: {self.repair}"
         self._refuse(rows, places < 0, "task_index", "names no task in meta", cure)
         rows["task"] = places
         self._note_tasks(rows)
@@ -298,13 +298,14 @@ class _Reader:
         bad = ~(off < self.limit_s + rounding)  # NaN is no time
         if bad.any():
             what = f"disagrees with fps = {self.fps:g} in meta/info.json by {self.limit_s * 1000:.3g} ms or more"
-            cure = (
-                "Fix the column, give a larger --tolerance-s if frames are to be taken by their number whatever the clock says"
-            )
-            rate = regular_rate([rows["time"][self._own(place)] for place in range(len(self.numbers))], self.fps)
+            cure = "Fix the column, or give a larger --tolerance-s if frames are to be taken by number whatever the clock says."
+            times = [rows["time"][self._own(place)] for place in range(len(self.numbers))]
+            rate, mean = regular_rate(times, self.fps), mean_rate(times)
             if rate is not None:
                 what += f"; all rows are {rate:.5g} per second"
-                cure = f"If that is their rate, correct fps there, or have it corrected ({self.repair})"
+                cure = f"If that is their rate, correct fps there, or have it corrected: {self.repair}"
+            elif mean is not None and abs(mean / self.fps - 1) > 0.05:
+                what += f"; the rows are {mean:.4g} per second on average"
             self._refuse(rows, bad, "timestamp", what, cure)
         if (off >= TOLERANCE_S + rounding).any():
             row = int(np.argmax(off))
@@ -331,16 +332,17 @@ class _Reader:
                 "counts."
             )
 
-    def _refuse(
-        self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str, cure: str = "Fix the column"
-    ) -> None:
+    def _refuse(self, rows: Mapping[str, np.ndarray], bad: np.ndarray, column: str, what: str, cure: str) -> None:
         if bad.any():
             row, name = int(np.argmax(bad)), next(name for name, key in KEYS.items() if key == column)
             place = self._place(row)
+            number = self.numbers[place]
+            cure = (
+                cure or f"Fix the column, or leave the episode out: vlaflow data drop {self.root} --episodes {number} --out DIR"
+            )
             raise DataError(
-                f"Episode {self.numbers[place]} of {self.root}: '{column}' is {rows[name][row]:g} at frame "
-                f"{row - self.starts[place]} ({self._path(place)}), which {what}. {cure}, or leave the episode out: "
-                f"vlaflow data drop {self.root} --episodes {self.numbers[place]} --out DIR"
+                f"Episode {number} of {self.root}: '{column}' is {rows[name][row]:g} at frame "
+                f"{row - self.starts[place]} ({self._path(place)}), which {what}. {cure}"
             )
 
     def _place(self, row: int) -> int:

@@ -65,6 +65,17 @@ def is_regular(time: np.ndarray, fps: float, limit_s: float, *, from_first: bool
     return bool(np.all(off < limit_s + np.abs(time) * ROUNDING))
 
 
+def mean_rate(times: Sequence[np.ndarray]) -> float | None:
+    """How many rows of all episodes there are per second, by their times; None where these say nothing.
+
+    Args:
+        times: of the rows of every episode, in their order, seconds.
+    """
+    whole_s = sum(float(time[-1]) - float(time[0]) for time in times if len(time))
+    found = sum(len(time) - 1 for time in times if len(time)) / whole_s if whole_s > 0 else 0.0
+    return found if 0 < found <= FASTEST else None
+
+
 def regular_rate(times: Sequence[np.ndarray], fps: float) -> float | None:
     """The rate that the times of all episodes have in common, if it is another one than stated and leaves no doubt.
 
@@ -79,11 +90,8 @@ def regular_rate(times: Sequence[np.ndarray], fps: float) -> float | None:
         return all(is_regular(time, rate, limit_s, from_first=True) for time in times)
 
     times = [time for time in times if len(time) > 1]
-    whole_s = sum(float(time[-1]) - float(time[0]) for time in times)
-    if not (np.isfinite(whole_s) and whole_s > 0) or fits(fps, START_TOLERANCE / fps):
-        return None
-    found = sum(len(time) - 1 for time in times) / whole_s
-    if found > FASTEST:
+    found = mean_rate(times)
+    if found is None or fits(fps, START_TOLERANCE / fps):
         return None
     whole = round(found)
     for rate in (whole, round(found / NTSC) * NTSC, float(f"{found:.6g}")):

@@ -61,11 +61,14 @@ class Latency:
 def measure(
     policy: Policy, computes: Sequence[ComputePolicy], observations: Sequence[Observation], chunks: int = 60, warm_up: int = 3
 ) -> list[Latency]:
-    """Time ``chunks`` chunks of every compute policy, in turns, spread over the observations, after a warm-up."""
+    """Time ``chunks`` chunks of every compute policy, in turns, spread over the observations.
+
+    Before them come up to ``warm_up`` turns that are not timed, but no more than are.
+    """
     times: dict[str, list[dict[str, float]]] = {compute.name: [] for compute in computes}
     work: dict[str, list[tuple[int, int, float]]] = {compute.name: [] for compute in computes}
     with one_thread():
-        for turn in range(-warm_up, chunks):
+        for turn in range(-min(warm_up, chunks), chunks):
             observation = observations[turn % chunks * len(observations) // chunks]
             for compute in computes:
                 chunk = policy.act(observation, compute, generator=chunk_generator(turn % 2**20, 0))

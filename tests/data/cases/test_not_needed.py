@@ -5,7 +5,7 @@ import pytest
 
 from tests.data.cases import build
 from tests.data.cases.test_reading import notes_of, require_sound
-from tests.data.toyset import FPS, LENGTHS, TASKS, edit_table
+from tests.data.toyset import FPS, LENGTHS, TASKS, edit_info, edit_table
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import DataError
 
@@ -87,3 +87,15 @@ def test_a_file_of_its_own_needs_no_episode_numbers(old):
     dataset = Dataset.open(old)
     require_sound(dataset)
     assert "episode_000003.parquet has no 'frame_index'" in notes_of(dataset)
+
+
+@pytest.mark.parametrize("what", ["episodes", "frames"])
+def test_totals_may_lag_behind(new, what):
+    """Tools that add episodes and leave meta/info.json as it was; where it counts more, something is missing."""
+    edit_info(new, **{f"total_{what}": 4})
+    dataset = Dataset.open(new)
+    require_sound(dataset)
+    assert f"meta/info.json counts 4 {what}, but meta/episodes/chunk-000/file-000.parquet describes" in notes_of(dataset)
+    edit_info(new, **{f"total_{what}": 55})
+    with pytest.raises(DataError, match=f"counts 55 {what} but .*data repair"):
+        Dataset.open(new)
