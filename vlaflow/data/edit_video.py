@@ -16,7 +16,16 @@ from typing import Any
 import av
 import numpy as np
 
-from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, FrameDigest, Segment, decodable, encode_video, open_video, pixel_counts
+from vlaflow.data.video import (
+    START_TOLERANCE,
+    TOLERANCE_S,
+    FrameDigest,
+    Segment,
+    decodable,
+    encode_video,
+    open_video,
+    pixel_counts,
+)
 from vlaflow.errors import DataError
 from vlaflow.outputs import REFUSALS
 
