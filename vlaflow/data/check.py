@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -134,10 +135,10 @@ def _about_hashes(dataset: Dataset, hashes: Mapping[str, Sequence[str]]) -> list
 
 def _surplus_frames(dataset: Dataset) -> list[str]:
     """Find videos with more frames than their episodes have rows, which suggests that they were not recorded together."""
-    expected: Counter[tuple[str, str]] = Counter()
+    expected: Counter[tuple[str, Path]] = Counter()
     for episode in dataset.episodes:
         for key, path in dataset.video_paths(episode.index).items():
-            expected[key, str(path)] += episode.length
+            expected[key, path] += episode.length
     found = []
     for (key, video), count in expected.items():
         try:

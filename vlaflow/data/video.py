@@ -281,6 +281,11 @@ def _parameters(stream: Any, packets: list[Any]) -> tuple[Any, ...]:
     return context.name, context.width, context.height, context.extradata, _delay(_ranks(packets))
 
 
+def open_video(path: Path) -> Any:
+    """Open a video for reading; what is not UTF-8 in its tags, which nothing reads, is replaced."""
+    return av.open(str(path), metadata_errors="replace")
+
+
 def decodable(container: Any) -> list[Any]:
     """The video streams of an open file that a decoder was found for; damaged files may hold others."""
     return [stream for stream in container.streams.video if stream.codec_context is not None]
