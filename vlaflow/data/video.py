@@ -130,11 +130,6 @@ def require_even(height: int, width: int, name: str) -> None:
         raise SpecError(f"'{name}' is {height}x{width}; video needs an even height and width. Crop or resize by one pixel.")
 
 
-def open_video(path: Path | str) -> Any:
-    """Open a file to read its video; its titles and comments, which nobody reads, need not be UTF-8."""
-    return av.open(str(path), metadata_errors="replace")
-
-
 def read_segment(path: Path) -> Segment:
     """Decode an encoded episode to count its frames and pixel values.
 
