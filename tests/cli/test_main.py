@@ -1,5 +1,6 @@
 """The dispatcher: quick help, lazy commands, errors as sentences, exit statuses."""
 
+import errno
 import importlib.util
 import os
 import resource
@@ -101,11 +102,19 @@ def test_a_missing_package_names_the_extra_that_brings_it(command, capsys):
     assert "pip install 'vlaflow[metaworld]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), ModuleNotFoundError("no", name="vlaflow.nothing")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), ModuleNotFoundError("no", name="vlaflow.nothing"), FileNotFoundError(2, "x")]
+)
 def test_a_defect_of_ours_keeps_its_traceback(command, error):
     command(raises(error))
     with pytest.raises(type(error)):
         dispatcher.main(["demo"])
+
+
+def test_a_file_that_the_system_refuses_is_a_sentence_wherever_it_happens(command, capsys):
+    command(raises(PermissionError(errno.EACCES, "Permission denied", "a/b.json")))
+    assert dispatcher.main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith("a/b.json cannot be read or written (Permission denied).")
 
 
 def test_an_interrupt_is_a_short_sentence_and_status_130(command, capsys):

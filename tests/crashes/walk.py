@@ -88,7 +88,8 @@ class Case:
                 return f"status {found.status}: {found.err[-3000:]}"
             if found.status == 2 and (not re.search(r"[.)]$", found.sentence) or "Traceback" in found.err):
                 return f"no sentence: {found.err[-2000:]}"
-            if (hidden := self.parts()) and fault.kind != "read-only":
+            removable = fault.kind != "read-only" and self.operations[fault.at].name not in ("unlink", "rmdir")
+            if removable and (hidden := self.parts()):
                 return f"left behind: {hidden}"
         ended = found.status in (0, 1)
         again = self.run(repeated=True)
@@ -122,8 +123,9 @@ def _without_times(data):
 
 
 def walk(case, kinds, every, ats, kept):
-    """Try what is not in ``kept``, a file with a line of JSON per fault that was tried; an interrupted walk continues."""
-    done = {(each["kind"], each["at"]) for each in lines(kept) if each["operations"] == len(case.operations)}
+    """Try what did not survive yet, by ``kept``, a file with a line of JSON per fault that was tried."""
+    survived = (each for each in last(kept) if each["operations"] == len(case.operations) and not each["wrong"])
+    done = {(each["kind"], each["at"]) for each in survived}
     for kind in kinds:
         for at in ats or case.points(kind)[::every]:
             if (kind, at) in done:
@@ -137,8 +139,10 @@ def walk(case, kinds, every, ats, kept):
                 file.write(json.dumps(found) + "\n")
 
 
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def last(file):
+    """What became of each fault when it was tried last."""
+    tried = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return list({(each["kind"], each["at"]): each for each in tried}.values())
 
 
 def say(text):
@@ -150,7 +154,7 @@ def table(folder, names):
     """A row per command that was tried."""
     rows = ["| command | operations | tried | lost |", "|---|---|---|---|"]
     for name in names:
-        if tried := lines(folder / f"{name}.jsonl"):
+        if tried := last(folder / f"{name}.jsonl"):
             counts = Counter(each["kind"] for each in tried)
             kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
             lost = sum(bool(each["wrong"]) for each in tried)
@@ -164,7 +168,7 @@ def main():
     parser.add_argument("--kind", action="append", choices=KINDS)
     parser.add_argument("--at", type=int, action="append")
     parser.add_argument("--every", type=int, default=1, help="only every n-th operation")
-    parser.add_argument("--out", type=Path, default=Path("runs/crash"), help="what was tried is kept here and not tried again")
+    parser.add_argument("--out", type=Path, default=Path("runs/crash"), help="what survived is kept here and not tried again")
     given = parser.parse_args()
     names, written = given.command or list(COMMANDS), []
     given.out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +184,7 @@ def main():
                 say(f"{name}: written in place: {found}")
             walk(case, given.kind or KINDS, given.every, given.at, given.out / f"{name}.jsonl")
     say(table(given.out, names))
-    return 1 if written or any(each["wrong"] for name in names for each in lines(given.out / f"{name}.jsonl")) else 0
+    return 1 if written or any(each["wrong"] for name in names for each in last(given.out / f"{name}.jsonl")) else 0
 
 
 if __name__ == "__main__":

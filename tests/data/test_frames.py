@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.data.toyset import LENGTHS, VIEWS, cut_in_half, edit_info
-from vlaflow.data.frames import FrameCache
+from vlaflow.data.frames import FrameCache, building
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.resize import resize
 from vlaflow.errors import DataError, SpecError
@@ -161,6 +161,13 @@ def test_a_read_only_disk_is_one_sentence(dataset, monkeypatch):
     monkeypatch.setattr(type(dataset.root), "mkdir", refused)
     with pytest.raises(DataError, match=r"cannot be written to .*Read-only file system.*VLAFLOW_CACHE"):
         FrameCache.open(dataset)
+
+
+def test_a_lock_that_cannot_be_opened_is_one_sentence(tmp_path):
+    (tmp_path / ".cache.lock").mkdir()
+    refused = pytest.raises(DataError, match=r"The frame cache cannot be written to .* \(Is a directory\)")
+    with refused, building(tmp_path, tmp_path / "cache"):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

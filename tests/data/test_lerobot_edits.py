@@ -1,7 +1,8 @@
 """Outputs of the edit tools of lerobot 0.6.1 are read: rows, tasks and frames are those of the edited episodes.
 
 ``tests/fixtures/lerobot_edits`` was written by LeRobot's ``delete_episodes``, ``split_dataset``, ``merge_datasets``,
-``remove_feature`` and ``modify_tasks`` from two data sets of ``recorded`` pictures and numbers.
+``remove_feature``, ``modify_tasks``, ``add_features`` (a reward) and ``convert_image_to_video_dataset`` from two data sets of
+``recorded`` pictures and numbers.
 """
 
 from pathlib import Path
@@ -22,6 +23,8 @@ CASES = {
     "merged": [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)],
     "removed": [(0, 0), (0, 1), (0, 2), (0, 3)],
     "retasked": [(0, 0), (0, 1), (0, 2), (0, 3)],
+    "added": [(0, 0), (0, 1), (0, 2), (0, 3)],
+    "converted": [(0, 0), (0, 1), (0, 2), (0, 3)],
 }
 """Of which data set, and which of its episodes, the result consists."""
 

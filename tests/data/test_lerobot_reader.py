@@ -80,7 +80,11 @@ def test_unnamed_task_index_of_converted_data_sets_is_understood(copy):
     assert Dataset.open(copy).tasks == ("push the puck", "open the drawer")
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()], ids=str)
+STRINGS = [pa.large_string(), pa.string_view()][: 1 + (int(pa.__version__.split(".")[0]) >= 21)]
+"""Which this pyarrow writes; older ones read the latter as a string."""
+
+
+@pytest.mark.parametrize("kind", STRINGS, ids=str)
 def test_words_of_any_string_type_are_tasks(copy, kind):
     """Other writers of parquet than LeRobot's choose their own."""
     path = copy / "meta/tasks.parquet"

@@ -1,5 +1,6 @@
 """An evaluation that is interrupted loses nothing that was finished, and what cannot be written is said before any episode."""
 
+import errno
 import os
 import resource
 import shutil
@@ -198,6 +199,21 @@ def test_a_full_disk_is_one_sentence_and_loses_no_finished_episode(tmp_path):
         assert log.file.stat().st_size == size, "no half a line is left"
     with opened(tmp_path) as log:
         assert log.finished == {0: Made("first")}
+
+
+@pytest.mark.parametrize("function", ["open", "ftruncate", "unlink"])
+def test_a_disk_that_is_read_only_from_some_moment_on_is_one_sentence(tmp_path, monkeypatch, function):
+    """Before the log is opened, begun or removed."""
+    real = getattr(os, function)
+
+    def refused(path, *more, **settings):
+        if "part" in str(path):  # the proof that the folder can be written
+            return real(path, *more, **settings)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, function, refused)
+    with pytest.raises(DataError, match=r"could not be written to .* \(Read-only file system\); the episodes .* are kept"):
+        opened(tmp_path).remove()
 
 
 def test_two_evaluations_do_not_write_into_one_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +28,6 @@ from vlaflow.policies.processor import Drawn
 from vlaflow.policies.provenance import fingerprint, newest_state, run_of
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training.memory import count, measure
-from vlaflow.training.metrics_log import read_log
 from vlaflow.training.trainer import Trainer
 
 EXPERT = ExpertConfig(BlockConfig(width=24, heads=3, kv_heads=3, head_dim=8, ffn=32), projected=True)
@@ -79,7 +79,7 @@ def test_the_held_out_loss_is_the_distance_from_the_teachers_chunks(decoder):
 
 @pytest.mark.parametrize("decoder", [FLOWS["through the backbone"], FLOWS["behind latent tokens"]], ids=["shared", "latent"])
 def test_every_weight_that_learns_from_data_learns_from_the_teacher(decoder):
-    """Also in bfloat16, where the weights that autocast keeps from the target's pass would have no gradient."""
+    """Also in bfloat16, where autocast keeps the weights that it casts for the pass that makes the target."""
     stage = stage_of(decoder, exits=ExitTraining((1, 2), shallow=0.2))
     model, (ready, drawn) = stage.module.train(), ready_and_drawn(stage)
     reached = []
@@ -116,7 +116,7 @@ def teacher(tmp_path_factory):
 
 def arguments(recipe, dataset, out, *more):
     places = ["--dataset", str(dataset), "--out", str(out), "--tracker", "none", "--no-calibrate"]
-    few = ("steps=4", "global_batch_size=4", "checkpoint_every=2", "validate_every=2", "precision=fp32")
+    few = ("steps=4", "global_batch_size=4", "checkpoint_every=2", "validate_every=4", "precision=fp32")
     return [recipe, *places, *flybot.sets(few), *map(str, more)]
 
 
@@ -146,11 +146,19 @@ def test_distillation_brings_one_step_near_the_teachers_chunks(tmp_path):
     with torch.no_grad():
         for each in (policy, teacher):
             each.model.decoder.codec.head[-1].weight *= 4
-    config = tiny_config(steps=40, validate_every=1, checkpoint_every=40, shift=0, ema_decay=None)
-    stage = ConsistencyStage(policy, teacher, Consistency())
-    Trainer(stage, config, Memory(), Memory(4), tmp_path / "p", tracker="none").run()
-    first, *_, last = (entry["validation"]["loss"] for entry in read_log(tmp_path / "p"))
-    assert last < first / 2
+    stage = ConsistencyStage(policy, teacher, Consistency(stride=10))
+    ready = stage.prepare(Memory().batch(np.arange(16)))
+    drawn = stage.draw(ready, *helpers.generators(2))
+
+    def distance():
+        stage.module.eval()
+        with torch.no_grad():
+            return float(stage.loss(ready, drawn).total)
+
+    before = distance()
+    config = tiny_config(steps=24, checkpoint_every=24, shift=0, ema_decay=None)
+    Trainer(stage, config, Memory(), None, tmp_path / "p", tracker="none").run()
+    assert distance() < 0.6 * before
 
 
 def test_what_cannot_be_distilled_is_said_in_a_sentence(dataset, tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from vlaflow import __version__
 from vlaflow.errors import ConfigError, VlaflowError, nearest
-from vlaflow.outputs import require_system
+from vlaflow.outputs import REFUSALS, require_system
 from vlaflow.packages import EXTRAS, missing
 from vlaflow.text import one_line
 
@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as in `vlaflow --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # of the disk, at a place where nothing more can be said
+        if error.errno not in REFUSALS:
+            raise
+        file = error.filename or "A file"
+        return _refuse(f"{file} cannot be read or written ({error.strerror}). Correct that, and repeat the command.")
 
 
 def _run(arguments: list[str]) -> int:

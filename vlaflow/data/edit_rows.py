@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vlaflow.data.lerobot_meta import is_modern, some
 from vlaflow.data.row_numbers import about_recounted, about_uncounted, count_rows, is_regular, regular_rate
-from vlaflow.data.tables import flat_numbers, is_filled, read_parquet, whole_numbers
+from vlaflow.data.tables import flat_numbers, is_filled, read_parquet, read_schema, whole_numbers
 from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S
 from vlaflow.errors import DataError
 
@@ -140,7 +139,7 @@ class _Search:
         return self.found
 
     def _file(self, path: Path) -> None:
-        schema = pq.read_schema(path)
+        schema = read_schema(path)
         table = read_parquet(path, [], optional=KEYS)
         count = len(table)
         if not count:

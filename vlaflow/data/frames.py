@@ -236,11 +236,12 @@ def building(root: Path, folder: Path) -> Iterator[None]:
     """Hold the lock of a cache, so that of several processes one builds it and the others wait.
 
     Raises:
-        DataError: no permission to write there.
+        DataError: it cannot be written there.
     """
-    with _refusals(root, folder, 0):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent / f".{folder.name}.lock"):
+    with contextlib.ExitStack() as held:
+        with _refusals(root, folder, 0):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder.parent / f".{folder.name}.lock"))
         yield
 
 

@@ -54,6 +54,18 @@ def read_parquet(
         raise damaged(path, error) from error
 
 
+def read_schema(path: Path) -> pa.Schema:
+    """The columns of a parquet file and their types.
+
+    Raises:
+        DataError: when the file is missing or damaged.
+    """
+    try:
+        return open_parquet(path).schema_arrow
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
 def _plain(table: pa.Table) -> pa.Table:
     """The table without dictionaries, as pandas writes its categories."""
     for place, field in enumerate(table.schema):

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -144,7 +144,12 @@ class EpisodeLog(Generic[E]):
         require_writable(self.file)
         # a round trip through JSON, so that tuples compare equal to the lists they become
         header = {"format": FORMAT, "settings": json.loads(_line(settings)), "about": dict(about or {})}
-        self._place = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        with self._storing():
+            self._place = os.open(self.file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._open(folder, kind, header, fresh)
+
+    def _open(self, folder: Path, kind: type[E], header: dict[str, Any], fresh: bool) -> None:
+        """Lock the file, and read what it holds or begin it."""
         try:
             with suppress(OSError):  # a network folder without locks
                 claim(self._place, f"Another evaluation is writing to {folder}. Wait for it, or choose another --out.")
@@ -219,7 +224,11 @@ class EpisodeLog(Generic[E]):
 
     def remove(self) -> None:
         """Remove the log, once the results are written."""
-        self.file.unlink(missing_ok=True)
+        with self._storing():
+            self.file.unlink(missing_ok=True)
+
+    def _storing(self) -> AbstractContextManager[None]:
+        return storing(self.file.parent, f"The {self._what}", self.kept)
 
     def _read(self) -> bytes:
         """Read all complete lines, and truncate the file after them."""
@@ -240,7 +249,7 @@ class EpisodeLog(Generic[E]):
         self.seconds = found.seconds
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with storing(self.file.parent, f"The {self._what}", self.kept):
+        with self._storing():
             append(self._place, f"{_line(entry)}\n".encode(), sync=True)
 
 

@@ -94,5 +94,5 @@ class Consistency:
                 x_BLX, clock_BL = step(x_BLX, velocity_BLX, clock_BL, next_BL), next_BL
         if count == self.longest:
             return taught_BLX
-        # with gradients, which are not needed: autocast keeps the weights it casts, and must not keep them without
+        # with gradients, which are not needed: autocast of older versions of torch would keep the weights it casts without
         return (taught_BLX + share(clock_BL - end_BL) * own(x_BLX, clock_BL)).detach()

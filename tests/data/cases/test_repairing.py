@@ -13,6 +13,7 @@ from tests.data.cases.test_reading import require_sound
 from tests.data.toyset import TASKS, edit_info, edit_table, episode
 from vlaflow.data.edit import drop, repair
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.row_numbers import regular_rate
 from vlaflow.data.video import encode_video
 from vlaflow.errors import DataError
@@ -101,6 +102,15 @@ def test_rows_of_another_rate_than_stated_name_theirs_and_are_repaired(old, tmp_
     require_sound(Dataset.open(made.root))
     edit_info(old, fps=20)
     require_sound(Dataset.open(old))
+
+
+def test_a_clock_at_no_rate_says_its_mean_and_is_read_by_number_when_told(old):
+    for path in (old / "data").rglob("*.parquet"):
+        edit_table(path, "timestamp", lambda times: [1.2 * t + 0.02 * (i % 2) for i, t in enumerate(times)])
+    with pytest.raises(DataError, match=r"the rows are 16\.\d+ per second on average.*larger --tolerance-s") as refused:
+        Dataset.open(old).columns()
+    assert "data repair" not in str(refused.value)
+    require_sound(Dataset.open(old, reading=Reading.of(tolerance_s=0.5)))
 
 
 def test_a_rate_is_corrected_wherever_it_is_stated(new, tmp_path):
