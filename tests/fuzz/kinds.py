@@ -57,7 +57,7 @@ class Kind:
     Args:
         build: writes a sound one into an empty folder.
         use: reads it there; a digest.
-        free: keys of JSON objects whose value may have several types.
+        free: keys of JSON objects whose value may have several types, or any keys of its own.
         unsealed: patterns of files without checksums: a damaged one that can be read is another sound input.
         others: whether keys of JSON objects that are not known are ignored, as in the files of other programs.
     """
@@ -328,7 +328,7 @@ KINDS = {
     "dataset": Kind(build_datasets, use_dataset, frozenset({"names"}), ("v21/*.mp4", "v21/*.parquet"), others=True),
     "checkpoint": Kind(build_checkpoint, use_checkpoint),
     "calibration": Kind(build_calibrations, use_calibrations),
-    "results": Kind(build_results, use_results),
+    "results": Kind(build_results, use_results, frozenset({"versions"})),
     "questions": Kind(build_questions, use_questions, frozenset({"id", "image"}), others=True),
     "message": Kind(build_message, use_message, unsealed=("*.msgpack",)),
 }

@@ -11,9 +11,12 @@ EXIT, LADDER, PROFILE = "laddered/calibration/fast.json", "laddered/calibration/
 
 SEEDS = {
     "dataset": [
+        ("v3/videos/observation.image/chunk-000/file-000.mp4", "insert", 2705, b"\xa7\xc1m\xfd\x10\x1ff\x9e"),
+        ("v3/videos/observation.image/chunk-000/file-000.mp4", "flip", 18, 128),
         ("v3/data/chunk-000/file-000.parquet", "flip", 2023, 149),
         ("v21/data/chunk-000/episode_000001.parquet", "flip", 892, 240),
         ("v21/videos/chunk-000/observation.image/episode_000001.mp4", "cut", 1275),
+        ("v3/videos/observation.image/chunk-000/file-000.mp4", "flip", 18, 128),
         (V3, "set", [], []),
         (V3, "set", ["features"], [1]),
         (V3, "set", ["features", "action"], []),
@@ -107,6 +110,7 @@ SEEDS = {
         ("results.json", "drop", ["latency", 1, "mean_parts", "prefix"]),
         ("results.json", "set", ["format"], "deep"),
         ("results.json", "set", ["overall", 0, "interval"], [2, 1]),
+        ("results.json", "set", ["versions"], {"x": "nan", "": "{0}"}),
     ],
     "questions": [
         ("questions.jsonl#1", "set", ["image"], "x" * 300),

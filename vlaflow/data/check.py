@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -24,7 +25,7 @@ from vlaflow.data.lerobot_meta import some
 from vlaflow.data.quality import INTERVENTIONS, PauseRule
 from vlaflow.data.stats import FeatureStats, compute
 from vlaflow.data.transforms import floors, nearly_constant
-from vlaflow.data.video import TOLERANCE_S, FrameDigest
+from vlaflow.data.video import TOLERANCE_S, FrameDigest, open_video
 from vlaflow.errors import DataError
 from vlaflow.strict import read_object
 
@@ -134,14 +135,14 @@ def _about_hashes(dataset: Dataset, hashes: Mapping[str, Sequence[str]]) -> list
 
 def _surplus_frames(dataset: Dataset) -> list[str]:
     """Find videos with more frames than their episodes have rows, which suggests that they were not recorded together."""
-    expected: Counter[tuple[str, str]] = Counter()
+    expected: Counter[tuple[str, Path]] = Counter()
     for episode in dataset.episodes:
         for key, path in dataset.video_paths(episode.index).items():
-            expected[key, str(path)] += episode.length
+            expected[key, path] += episode.length
     found = []
     for (key, video), count in expected.items():
         try:
-            with av.open(video) as container:
+            with open_video(video) as container:
                 held = container.streams.video[0].frames if container.streams.video else 0
         except (av.FFmpegError, OSError):
             continue  # decoding reports it better, by episode

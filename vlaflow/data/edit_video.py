@@ -16,7 +16,16 @@ from typing import Any
 import av
 import numpy as np
 
-from vlaflow.data.video import START_TOLERANCE, TOLERANCE_S, FrameDigest, Segment, decodable, encode_video, pixel_counts
+from vlaflow.data.video import (
+    START_TOLERANCE,
+    TOLERANCE_S,
+    FrameDigest,
+    Segment,
+    decodable,
+    encode_video,
+    open_video,
+    pixel_counts,
+)
 from vlaflow.errors import DataError
 from vlaflow.outputs import REFUSALS
 
@@ -72,7 +81,7 @@ def read_timeline(path: Path) -> Timeline:
         DataError: the file cannot be read, or holds no video.
     """
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             streams = decodable(container)
             if not streams:
                 raise DataError(f"{path} holds no video that can be decoded.")
@@ -146,7 +155,7 @@ class Clip:
     def _frames(self) -> Iterator[Any]:
         shown = self.timeline.shown[self.own]
         wanted, last = set(shown.tolist()), int(shown[-1])
-        with av.open(str(self.timeline.path)) as container:
+        with open_video(self.timeline.path) as container:
             stream = decodable(container)[0]
             stream.codec_context.thread_count = 1
             if self.first:

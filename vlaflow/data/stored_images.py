@@ -15,7 +15,7 @@ import numpy as np
 from vlaflow.data.features import Feature, channel_first, channels, marked_as_depth
 from vlaflow.data.lerobot_info import inside
 from vlaflow.data.tables import first_cell
-from vlaflow.data.video import decodable
+from vlaflow.data.video import decodable, open_video
 from vlaflow.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def depth_reason(root: Path, key: str, feature: Feature, file: Path | None) -> s
 def _file_is_deep(root: Path, key: str, feature: Feature, file: Path) -> bool:
     if feature["dtype"] == "video":
         try:
-            with av.open(str(file)) as container:
+            with open_video(file) as container:
                 found = decodable(container)[0].codec_context.pix_fmt or ""
         except (av.FFmpegError, OSError, IndexError):
             return False  # decoding reports it better, by episode

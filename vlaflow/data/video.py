@@ -137,7 +137,7 @@ def read_segment(path: Path) -> Segment:
         DataError: when the file is missing or cannot be decoded.
     """
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             count, histogram, digest = pixel_counts(container.decode(video=0))
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"The video {path} cannot be decoded ({_reason(error)}). Encode it again.") from error
@@ -238,7 +238,7 @@ class Joiner:
         if self._source is None or segment.start is None or self._source.name != str(segment.path):
             if self._source is not None:
                 self._source.close()
-            self._source = av.open(str(segment.path))
+            self._source = open_video(segment.path)
         return self._source.streams.video[0]
 
 
@@ -274,6 +274,11 @@ def _parameters(stream: Any, packets: list[Any]) -> tuple[Any, ...]:
     """What must be the same for packets that share a file."""
     context = stream.codec_context
     return context.name, context.width, context.height, context.extradata, _delay(_ranks(packets))
+
+
+def open_video(path: Path) -> Any:
+    """Open a video for reading; what is not UTF-8 in its tags, which nothing reads, is replaced."""
+    return av.open(str(path), metadata_errors="replace")
 
 
 def decodable(container: Any) -> list[Any]:
@@ -391,7 +396,7 @@ def _opened(path: Path, *, again: bool) -> Iterator[Any]:
         container.close()
         container = None
     if container is None:
-        container = av.open(str(path))
+        container = open_video(path)
         for stream in decodable(container):
             stream.codec_context.thread_count = 1  # callers decode several episodes in parallel
     try:
