@@ -1,12 +1,10 @@
 """Every benchmark runs, at sizes that say nothing about speed, and writes what it promises."""
 
-import gc
 import importlib
 import json
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import large_dataset, predicted, run_all, startup
 from benchmarks._timing import Case, seconds_in_turns
@@ -61,16 +59,6 @@ TINY = {
     "demo_steps": [],
 }
 ROUNDS = 2
-
-
-@pytest.fixture(autouse=True)
-def _among_other_tests():
-    """They get their threads back, and what they left in memory is not collected before every round."""
-    threads = torch.get_num_threads()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -51,6 +51,12 @@ def test_equal_rates_have_the_single_interval_divided_by_the_root_of_their_numbe
     assert found == Interval(pytest.approx(0.7 - (0.7 - one.low) / n**0.5), pytest.approx(0.7 + (one.high - 0.7) / n**0.5))
 
 
+@pytest.mark.parametrize("suite", ["metaworld", "libero"])
+def test_no_task_is_in_two_published_groups(suite):
+    envs = [env for group in published_groups(suite).values() for env in group]
+    assert len(envs) == len(set(envs)) == {"metaworld": 50, "libero": 40}[suite]
+
+
 def test_each_group_counts_the_same():
     """28 easy tasks solved and nothing else: a quarter, not 56 %."""
     (overall,) = results.pool(evaluations({"easy": EPISODES, "medium": 0, "hard": 0, "very_hard": 0}))

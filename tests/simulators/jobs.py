@@ -52,6 +52,8 @@ def add_offset(job, offset):
 
 
 def sleep_long(_job):
+    sys.stdout.write("busy\n")
+    sys.stdout.flush()
     time.sleep(60)
 
 
@@ -65,6 +67,4 @@ def first_frame(job):
 if __name__ == "__main__":  # the signal tests run this file as a program
     from vlaflow.simulators.workers import run_jobs
 
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
     run_jobs(sleep_long, list(range(4)), 2)

@@ -102,8 +102,7 @@ def test_signals_leave_no_process_behind(number, status):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (no threads here)
     )
     with parent.stdout as output:
-        assert output.readline() == "ready\n"
-    time.sleep(2.0)
+        assert [output.readline() for _ in range(2)] == ["busy\n"] * 2
     children = _children(parent.pid)
     assert len(children) >= 2
     parent.send_signal(number)
