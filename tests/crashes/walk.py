@@ -27,7 +27,7 @@ PARTS = re.compile(r"(^|/)\.(part-|partial-|.*\.partial(/|$))")
 """What is being written; never left after an error, and swept by the next run after a kill."""
 
 
-DONE = re.compile("exists|is not empty|no shards")
+DONE = re.compile("exists|is not empty|no shard")
 """A command that finds its work done may say so."""
 
 
