@@ -13,6 +13,7 @@ from vlaflow.compute.spelling import Knobs
 from vlaflow.data.stats import FeatureStats
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
+from vlaflow.evaluation import run as evaluation
 from vlaflow.evaluation.rollout import RolloutConfig
 from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
 from vlaflow.nn.block import BlockConfig
@@ -61,6 +62,15 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     make_policy().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def few_timed(monkeypatch):
+    """Evaluations time two chunks of every compute policy instead of sixty."""
+    measure = evaluation.measure
+    monkeypatch.setattr(
+        evaluation, "measure", lambda policy, computes, seen, chunks: measure(policy, computes, seen, min(chunks, 2))
+    )
 
 
 @pytest.fixture

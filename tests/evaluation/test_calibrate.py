@@ -45,6 +45,7 @@ def trained(dataset, tmp_path_factory):
     return out
 
 
+@pytest.mark.usefixtures("few_timed")
 def test_calibrate_bench_and_eval_work_together(trained, dataset, tmp_path, capsys):
     folder = tmp_path / "policy"
     shutil.copytree(trained, folder)

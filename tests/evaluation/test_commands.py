@@ -18,6 +18,7 @@ from vlaflow.evaluation.check_policy import check_policy
 from vlaflow.policies.base import Policy
 
 
+@pytest.mark.usefixtures("few_timed")
 def test_eval_writes_results_videos_and_a_report(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--env", ENV, "--compute", "dense", "--compute", "refine", "--episodes", "2", "--max-steps", "12", "--steps", "2"]
@@ -37,6 +38,7 @@ def test_eval_writes_results_videos_and_a_report(checkpoint, tmp_path, capsys):
     assert "refine against dense" in printed
 
 
+@pytest.mark.usefixtures("few_timed")
 def test_eval_plays_every_seed_with_every_noise_seed(checkpoint, tmp_path, capsys, monkeypatch):
     """The first noise seed gives the episodes of an evaluation without the option, and another number continues no log."""
     words = ["eval", str(checkpoint), "--env", ENV, "--episodes", "2", "--max-steps", "8", "--steps", "2", "--workers", "0"]

@@ -9,7 +9,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.flows import gaussian
 from vlaflow.flows.consistency import Consistency
 
-ONE, TWO = Consistency(1), Consistency(2)
+TWO = Consistency(2)
 clocks = st.floats(0, 1, width=32)
 seeds = st.integers(0, 2**31)
 

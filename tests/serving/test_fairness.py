@@ -17,7 +17,7 @@ from vlaflow.robot.client import Client
 from vlaflow.serving.engine import EngineConfig
 from vlaflow.serving.fair_queue import CREDIT, FairQueue
 from vlaflow.serving.places import ClientPlaces
-from vlaflow.serving.turns import ALLOWANCE_S, DUTY, MOST_OPENING, RATE, TURN_S, Account, Turns, WorkingClock
+from vlaflow.serving.turns import ALLOWANCE_S, DUTY, MOST_OPENING, RATE, TURN_S, Account, LimitedConnection, Turns, WorkingClock
 
 
 class Asking:
@@ -180,6 +180,20 @@ def test_those_in_line_take_turns_and_together_no_more_than_their_part_of_the_ti
         assert loop.time() - began >= 8 * 0.004 / DUTY
 
     asyncio.run(run())
+
+
+def test_a_client_that_has_been_in_line_is_read_in_smaller_pieces(monkeypatch):
+    """The event loop does nothing else while a piece is parsed, and 16 KiB may hold 2300 frames."""
+    sizes, received = [], LimitedConnection.data_received
+    monkeypatch.setattr(LimitedConnection, "data_received", lambda self, data: (sizes.append(len(data)), received(self, data)))
+    flood = b"\x02\x81\0\0\0\0\xc0" + b"\x00\x81\0\0\0\0\xc0" * 3900  # fragments of a message without an end
+    with serving() as (_, address), hostile.Raw(port_of(address)) as client:
+        client.read()
+        sizes.clear()
+        client.socket.sendall(flood)
+        assert until(lambda: sum(sizes) == len(flood))
+    assert max(sizes) > 2**12
+    assert max(sizes[2:]) == 2**12
 
 
 class Seat:

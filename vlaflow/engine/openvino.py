@@ -73,15 +73,14 @@ def load(file: Path, *, bf16: bool = False) -> Run:
     model: Any = openvino.Core().import_model(file.read_bytes(), "CPU", _settings(bf16))
     read = [_place(port.get_names()) for port in model.inputs]
     request, made = model.create_infer_request(), range(len(model.outputs))
-    bound: list[Any] = [None] * len(read)
-    address = [0] * len(read)
+    bound: list[Tensor | None] = [None] * len(read)  # kept, so that no other tensor can come to lie where one of these does
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         for port, place in enumerate(read):
-            tensor = tensors[place]
-            if tensor.data_ptr() != address[port]:  # what is bound is kept, so nothing else can come to lie there
-                bound[port], address[port] = openvino.Tensor(tensor.numpy(), shared_memory=True), tensor.data_ptr()
-                request.set_input_tensor(port, bound[port])
+            tensor, before = tensors[place], bound[port]
+            if before is None or tensor.data_ptr() != before.data_ptr():
+                request.set_input_tensor(port, openvino.Tensor(tensor.numpy(), shared_memory=True))
+                bound[port] = tensor
         request.infer(share_outputs=True)  # it would look at each argument in Python, a third of a small program's time
         return [torch.from_numpy(request.get_output_tensor(port).data.copy()) for port in made]
 

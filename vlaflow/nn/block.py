@@ -57,13 +57,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, also where weights and activations differ in format, as under autocast: torch warns of those once a process."""
+    """torch's, where weights and activations differ in format: under autocast as in sharded layers. torch warns of those, and
+    has no fused kernel for them.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, W) → (…, W), in the number format of ``x``; computed in float32 where the weights' is another."""
-        if self.weight.dtype == x.dtype:
-            return super().forward(x)
-        return functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        """(…, W) → (…, W), in the number format of ``x``."""
+        return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def make_norm(kind: Literal["layer", "rms"], width: int, eps: float) -> nn.Module:
