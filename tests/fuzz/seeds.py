@@ -12,7 +12,6 @@ EXIT, LADDER, PROFILE = "laddered/calibration/fast.json", "laddered/calibration/
 SEEDS = {
     "dataset": [
         ("v3/videos/observation.image/chunk-000/file-000.mp4", "insert", 2705, b"\xa7\xc1m\xfd\x10\x1ff\x9e"),
-        ("v3/videos/observation.image/chunk-000/file-000.mp4", "flip", 18, 128),
         ("v3/data/chunk-000/file-000.parquet", "flip", 2023, 149),
         ("v21/data/chunk-000/episode_000001.parquet", "flip", 892, 240),
         ("v21/videos/chunk-000/observation.image/episode_000001.mp4", "cut", 1275),

@@ -59,7 +59,9 @@ def consistency(policy: PolicyConfig) -> TrainConfig:
 
     vlaflow train asyncvla.consistency --policy runs/demo/policy --dataset runs/demo/dataset --out runs/demo/one-step
 
-    For two steps, ``--set consistency.steps=2``. Exits learn the chunks of the teacher's full depth.
+    For two steps, ``--set consistency.steps=2``. Exits learn the chunks of the teacher's full depth. After 300 steps of 16 the
+    squared distance of one step from the demo policy's ten had fallen from 0.039 to 0.015 (docs/log.md); no episodes have been
+    played with it yet.
     """
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
     config = tiny_training(policy, steps=1000, optim=optim)
