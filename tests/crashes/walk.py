@@ -28,6 +28,8 @@ PARTS = re.compile(r"(^|/)\.(part-|partial-|.*\.partial(/|$))")
 """What is being written; never left after an error, and swept by the next run after a kill."""
 
 
+NAMED_BY_TIME = re.compile(r"[.]lock$|[.]tfevents[.]")
+"""Locks, which hold nothing, and TensorBoard's files, whose names hold the time and the process."""
 DONE = re.compile("exists|is not empty|no shard")
 """A command that finds its work done may say so."""
 
@@ -49,7 +51,8 @@ class Case:
 
     def left(self):
         """All files, without measured times."""
-        return {path: self._untimed(path, data) for path, data in files_of(self.place).items() if not path.endswith(".lock")}
+        files = {path: data for path, data in files_of(self.place).items() if not NAMED_BY_TIME.search(path)}
+        return {path: self._untimed(path, data) for path, data in files.items()}
 
     def _untimed(self, path, data):
         if re.search(self.command.timed, path):

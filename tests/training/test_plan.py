@@ -13,8 +13,10 @@ from tests.training.small import tiny_config
 from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.cli.main import main
 from vlaflow.cli.plan import answer, cache_command
+from vlaflow.decoders.flow import FlowConfig
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.objectives import PolicyObjective
+from vlaflow.policies.policy_config import PolicyConfig
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup
 from vlaflow.stacks.expert import ExpertConfig
 from vlaflow.training import estimate as module
@@ -74,6 +76,25 @@ def test_memory_is_within_a_tenth_of_what_torch_allocates(expert, bf16):
     unused = sum(p.nbytes for p in run.networks.parameters() if p.grad is None)  # of the last layer that an expert reads
     assert memory.optimizer == pytest.approx(moments + 2 * unused, rel=0.1)
     assert memory.weights == sum(p.nbytes for p in run.networks.state_dict().values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_of_a_pretrained_backbone_are_those_that_torch_keeps(tmp_path, recompute):
+    """Also where layers are computed again in the backward pass, so that only the inputs of each are kept."""
+    pytest.importorskip("transformers")
+    from tests.backbones.test_qwen2_5_vl import qwen_config, write_model
+
+    backbone = qwen_config(write_model(tmp_path, tied=True), recompute=recompute)
+    decoder = FlowConfig(action_dim=4, chunk_size=6, padded_dim=8)
+    learned = PolicyObjective(PolicyConfig("asyncvla", backbone, decoder, n_action_steps=3))
+    config, side = tiny_config(objective=learned), 56
+    run = learned.dry_run(None, side)
+    unseen = 4 * run.unseen(BATCH)
+    needed = measure(lambda: learned.dry_run(None, side), config, BATCH, bf16=False).activations - unseen
+    run.networks.train()
+    for parameter in run.networks.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+    assert needed == pytest.approx(allocated(lambda: torch.autograd.backward(run.loss(BATCH, run.depth))), rel=0.1)
 
 
 def test_parameters_are_those_of_the_cost_model():

@@ -174,12 +174,14 @@ def measure(build: Callable[[], DryRun], config: TrainConfig, batch: int, *, bf1
 
 
 def _measured(run: DryRun, batch: int, depth: int, bf16: bool) -> StepCost:
+    """Two steps, because the counter of operations keeps some tensors until the next garbage collection."""
     live = LiveBytes((*run.networks.parameters(), *run.networks.buffers()))
     operations = FlopCounterMode(display=False)
-    with live, operations, as_on_gpu():
-        with autocast(bf16, torch.device("cpu")):
-            total = run.loss(batch, depth)
-        torch.autograd.backward(total)
+    for instrument in (live, operations):
+        with instrument, as_on_gpu():
+            with autocast(bf16, torch.device("cpu")):
+                total = run.loss(batch, depth)
+            torch.autograd.backward(total)
     return StepCost(live.peak, operations.get_total_flops())
 
 
