@@ -2,13 +2,16 @@
 
 import importlib
 import json
+from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import large_dataset, predicted, run_all, startup
+from benchmarks import deployed_parts, large_dataset, predicted, run_all, startup
 from benchmarks._timing import Case, seconds_in_turns
 from vlaflow.data.lerobot import Dataset
+from vlaflow.engine.programs import ProgramKey, Programs
 from vlaflow.simulators import gl
 
 TINY = {
@@ -127,3 +130,20 @@ def test_the_large_data_set_has_the_shape_that_is_stated(tmp_path):
     assert (len(dataset), len(dataset.episodes), len(dataset.tasks)) == (48, 4, 16)
     assert dataset.row_notes == ()
     assert dataset.columns().task.tolist() == np.repeat(np.arange(16), 3).tolist()
+
+
+def test_the_parts_of_a_chunk_add_up(capsys):
+    """Also of an eager one, which has no programs: all of it is Python."""
+    assert deployed_parts.main(["--engine", "eager", "--compute", "dense:1", "--rounds", "2"]) == 0
+    rows = {cells[1].strip(): cells[2].strip() for line in capsys.readouterr().out.splitlines() if (cells := line.split("|"))[2:]}
+    assert float(rows["Python"]) == float(rows["all"]) > 0
+
+
+def test_programs_are_timed_by_part():
+    spent = defaultdict(float)
+    with deployed_parts.timed_programs(spent):
+        key = ProgramKey("rate", 1, 1, 1, 1)
+        programs = Programs({key: lambda tensors: [sum(range(100_000)) * tensors[0]]})
+        assert programs.find(key)([torch.ones(1)])[0].item() == sum(range(100_000))
+        assert programs.find(ProgramKey("run", 1, 1, 1, 1)) is None
+    assert list(spent) == ["rate"] and spent["rate"] > 0
