@@ -143,7 +143,8 @@ def test_programs_are_timed_by_part():
     spent = defaultdict(float)
     with deployed_parts.timed_programs(spent):
         key = ProgramKey("rate", 1, 1, 1, 1)
-        programs = Programs({key: lambda tensors: [sum(range(100_000)) * tensors[0]]})
-        assert programs.find(key)([torch.ones(1)])[0].item() == sum(range(100_000))
+        programs = Programs({key: lambda tensors: [tensors[0] @ tensors[0]]})
+        assert programs.find(key)([torch.eye(200)])[0].sum() == 200
         assert programs.find(ProgramKey("run", 1, 1, 1, 1)) is None
-    assert list(spent) == ["rate"] and spent["rate"] > 0
+    assert list(spent) == ["rate"]
+    assert spent["rate"] > 0
