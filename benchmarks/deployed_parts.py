@@ -121,8 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(options, folder)
     names = dict.fromkeys(part for parts in found.values() for part in parts if part not in ("Python", "all", "p99/p50"))
     lines = [f"| ms | {' | '.join(found)} |", f"|---|{'---:|' * len(found)}"]
-    for part in (*names, "Python", "all", "p99/p50"):
-        lines.append(f"| {part} | {' | '.join(f'{parts[part]:.2f}' if part in parts else '' for parts in found.values())} |")
+    lines += [
+        f"| {part} | {' | '.join(f'{parts[part]:.2f}' if part in parts else '' for parts in found.values())} |"
+        for part in (*names, "Python", "all", "p99/p50")
+    ]
     sys.stdout.write("\n".join(lines) + "\n" + machine_line(machine()) + "\n")
     return 0
 
