@@ -83,6 +83,20 @@ def test_draws_on_one_prefix_equal_separate_passes():
         torch.testing.assert_close(together[k::3], decoder.velocity(x[k::3], clock[k::3], prefix), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("times", ["beta", "skewed"])
+def test_draws_with_shared_times_have_one_clock_an_observation_and_noise_of_their_own(times):
+    policy = helpers.policy()
+    decoder = policy.model.decoder
+    decoder.config = dataclasses.replace(decoder.config, masks="synchronous", noise_samples=3, times=times)
+    _, _, own_BL, _ = decoder.draw(2, torch.Generator().manual_seed(0))
+    decoder.config = dataclasses.replace(decoder.config, shared_times=True)
+    _, _, clock_BL, noise_BLX = decoder.draw(2, torch.Generator().manual_seed(0))
+    assert own_BL[:, 0].unique().numel() == 6
+    assert torch.equal(clock_BL[:, 0], clock_BL[::3, 0].repeat_interleave(3))
+    assert clock_BL[0, 0] != clock_BL[3, 0]
+    assert noise_BLX.flatten(1).unique(dim=0).shape[0] == 6
+
+
 def test_a_cached_prefix_equals_a_recomputed_one():
     """Prefix and suffix in one pass under a block mask, written here independently, give the same velocities."""
     policy = helpers.policy()

@@ -51,6 +51,7 @@ class FlowConfig(DecoderConfig):
             so that chunks can continue each other while the robot moves (real-time chunking); 0 for none.
         whole: share of the unified masks, and of the action prefixes, that noise every token after all; 0 is the paper.
         noise_samples: noise, time and mask draws per observation and step, K; they share one prefix.
+        shared_times: the K draws of an observation have one training time, and noise and masks of their own.
         times: training times are Beta(time_alpha, 1), or skewed towards noise by a log-normal law (``sample_skewed_time``).
         time_alpha: of the former.
         time_floor: smallest training time.
@@ -67,6 +68,7 @@ class FlowConfig(DecoderConfig):
     max_action_prefix: int = 0
     whole: float = 0.0
     noise_samples: Count = 2
+    shared_times: bool = False
     times: Literal["beta", "skewed"] = "beta"
     time_alpha: Positive = 1.5
     time_floor: Fraction = 0.001
@@ -230,10 +232,12 @@ class FlowDecoder(Decoder[FlowState]):
         if c.max_action_prefix:
             free_BL = gaussian.sample_beginning(b, c.chunk_size, c.max_action_prefix, generator, c.whole)
             mask_BL = mask_BL * free_BL
+        times = (batch if c.shared_times else b, 1)
         if c.times == "beta":
-            time_B1 = gaussian.sample_time((b, 1), generator, c.time_alpha, c.time_floor)
+            time_B1 = gaussian.sample_time(times, generator, c.time_alpha, c.time_floor)
         else:
-            time_B1 = gaussian.sample_skewed_time((b, 1), generator)
+            time_B1 = gaussian.sample_skewed_time(times, generator)
+        time_B1 = time_B1.repeat_interleave(b // times[0], 0)
         noise_BLX = torch.randn((b, c.chunk_size, c.padded_dim or c.action_dim), generator=generator)
         return mask_BL, free_BL, time_B1 * mask_BL, noise_BLX
 
