@@ -16,6 +16,7 @@ from vlaflow.errors import ConfigError, RequestError, SpecError
 from vlaflow.evaluation import realtime
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.realtime_results import count, results
+from vlaflow.policies.seeds import chunk_seed
 from vlaflow.reports.realtime import write_page
 from vlaflow.robot.realtime import Move
 from vlaflow.simulators.metaworld_tasks import ACTION
@@ -212,6 +213,36 @@ def test_two_tasks_are_compared_apart_and_together():
     assert {p.env: p.success[0] for p in pairs} == {"a": 1.0, "b": -1.0, "all": 0.0}
 
 
+def test_repetitions_that_never_differ_add_nothing():
+    """Three repetitions of each scene are worth the scenes, in the intervals and in both tests."""
+    once = [
+        replace(play(mode, 0.0, seed), success=mode == "commit" or seed == 1000, boundary_jerk=0.1 if mode == "commit" else 0.3)
+        for seed in range(1000, 1006)
+        for mode in ("switch", "commit")
+    ]
+    thrice = [replace(episode, noise_seed=noise) for episode in once for noise in range(3)]
+    (cells, (pair,)), (repeated, (again,)) = count(once), count(thrice)
+    assert [cell.effective_episodes for cell in repeated] == [6, 6]
+    assert [cell.episodes for cell in repeated] == [18, 18]
+    assert [cell.interval for cell in repeated] == [cell.interval for cell in cells]
+    assert [cell.boundary_jerk[0] for cell in repeated] == pytest.approx([0.3, 0.1])
+    assert (again.success, again.success_p, again.jerk_p) == (pytest.approx(pair.success), pair.success_p, pair.jerk_p)
+    assert (pair.success_p, pair.jerk_p) == (2 / 2**5, 2 / 2**6)
+    assert (again.smoother, again.rougher) == (18, 0)
+
+
+def test_another_noise_seed_is_other_noise_in_the_same_scene():
+    jobs = realtime.plan((ENV,), ("switch", "commit"), (0.0,), 2, noise_seeds=2)
+    assert [(job.seed, job.noise_seed) for job in jobs[::2]] == [(1000, 0), (1000, 1), (1001, 0), (1001, 1)]
+    assert [job.trace for job in jobs] == [True, True, *[False] * 6]
+    infer = Forward()
+    job = replace(jobs[2], trace=True)
+    episode = realtime.play(infer, METADATA, World(), job, realtime.RealtimeEvaluationConfig())
+    assert [request["seed"] for request in infer.requests] == [chunk_seed(1000, n, 1) for n in range(len(infer.requests))]
+    assert episode.noise_seed == 1
+    assert "seed 1000, noise 1" in job.name
+
+
 def test_steps_to_success_are_the_median_of_those_that_succeeded():
     episodes = [replace(play("wait", 0.0, seed), first_success_step=step) for seed, step in enumerate((10, None, 30))]
     assert count(episodes)[0][0].steps == 20
@@ -259,6 +290,8 @@ def test_jitter_that_is_none_is_refused(jitter_ms):
 def test_impossible_plans_are_refused():
     with pytest.raises(ConfigError, match="name at least one environment"):
         realtime.plan((), ("wait",), (0.0,), 1)
+    with pytest.raises(ConfigError, match="at least one"):
+        realtime.plan((ENV,), ("wait",), (0.0,), 1, noise_seeds=0)
     for episodes, delays in ((0, (0.0,)), (1, ()), (1, (-1.0,)), (1, (float("inf"),))):
         with pytest.raises(ConfigError, match="at least one"):
             realtime.plan((ENV,), ("wait",), delays, episodes)

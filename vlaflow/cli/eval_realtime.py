@@ -42,7 +42,8 @@ class EvalRealtime:
         jitter_ms: largest random addition to a delay.
         n_action_steps: actions executed before the next chunk is requested; the checkpoint's default if omitted.
         fade: actions over which a new chunk is faded in (switch and commit).
-        episodes: number of episodes per environment, mode and delay.
+        episodes: number of environment seeds per environment, mode and delay.
+        noise_seeds: episodes per environment seed, with other noise of the policy each; the intervals account for it.
         max_steps: limit of control steps per episode; the suite's by default.
         render: image quality; use the one the policy was trained with.
         seed: seed of the first episode; the others follow.
@@ -60,6 +61,7 @@ class EvalRealtime:
     n_action_steps: Count | None = None
     fade: Number = 0
     episodes: Count = 20
+    noise_seeds: Count = 1
     max_steps: Count | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: Seed = 1000
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> int:
     modes = tuple(dict.fromkeys(a.mode)) or ("wait", "switch", "ensemble", "commit")
     delays = tuple(dict.fromkeys(a.delay_ms)) or (0.0, 200.0)
     config = realtime.RealtimeEvaluationConfig(a.n_action_steps, a.max_steps, a.jitter_ms, a.fade, a.render)
-    jobs = realtime.plan(envs, modes, delays, a.episodes, a.seed)
+    jobs = realtime.plan(envs, modes, delays, a.episodes, a.seed, noise_seeds=a.noise_seeds)
     require_writable(a.out / "results.json", a.out / "report.html")
     token = a.token if a.token is not None else os.environ.get("VLAFLOW_TOKEN")
     with Client(a.server, token) as client:
@@ -101,6 +103,7 @@ def main(argv: list[str]) -> int:
         "modes": modes,
         "delays_ms": delays,
         "episodes": a.episodes,
+        "noise_seeds": a.noise_seeds,
         "first_seed": a.seed,
         "config": to_json(config),
         "versions": versions(),
@@ -138,8 +141,8 @@ def table(found: RealtimeResults) -> Table:
         "late",
         box=box.SIMPLE,
         padding=0,
-        title=f"{len(found.seeds)} episodes per environment, a new chunk requested after {found.n_action_steps} actions, "
-        f"{found.rate_hz:g} Hz",
+        title=f"{len(found.seeds) * len(found.noise_seeds)} episodes per environment, a new chunk requested after "
+        f"{found.n_action_steps} actions, {found.rate_hz:g} Hz",
         title_style="",
         title_justify="left",
     )

@@ -13,11 +13,46 @@ Shape letters: S environment seeds (clusters), R noise seeds (repetitions).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from vlaflow.errors import ConfigError
 from vlaflow.evaluation.statistics import quantile
+
+
+class Played(Protocol):
+    """An episode that was played in a scene: the seed of an environment."""
+
+    @property
+    def env(self) -> str:
+        """suite/task."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the environment."""
+        ...
+
+    @property
+    def success(self) -> bool:
+        """Whether any step succeeded."""
+        ...
+
+
+def success_SR(episodes: Sequence[Played]) -> np.ndarray:
+    """Successes as integers, a row per environment and seed, in the order of the episodes.
+
+    Raises:
+        ConfigError: the environment seeds were not played with equally many noise seeds.
+    """
+    rows: dict[tuple[str, int], list[int]] = {}
+    for episode in episodes:
+        rows.setdefault((episode.env, episode.seed), []).append(int(episode.success))
+    if len({len(row) for row in rows.values()}) > 1:
+        raise ConfigError("Every environment seed must be played with the same number of noise seeds to be counted.")
+    return np.array(list(rows.values()))
 
 
 def effective_size(value_SR: np.ndarray, level: float = 0.95) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
-from vlaflow.policies.seeds import FIRST_SEED, chunk_seed
+from vlaflow.policies.seeds import FIRST_SEED, chunk_seed, seed_label
 from vlaflow.robot.client import Client
 from vlaflow.robot.realtime import HandOver, Move, RealtimeConfig, RealtimeController
 from vlaflow.robot.transports import Infer, SimulatedTransport
@@ -71,6 +71,7 @@ class RealtimeJob:
         delay_ms: delay of every reply.
         seed: seed of the reset, the noise and the jitter.
         trace: whether to keep the actions.
+        noise_seed: further seed of the policy's noise, from 0; other noise in the same scene.
     """
 
     env: str
@@ -78,11 +79,12 @@ class RealtimeJob:
     delay_ms: float
     seed: int
     trace: bool = False
+    noise_seed: int = 0
 
     @property
     def name(self) -> str:
         """Name of the job in error messages."""
-        return f"{self.env}, {self.mode}, {self.delay_ms:g} ms, seed {self.seed}"
+        return f"{self.env}, {self.mode}, {self.delay_ms:g} ms, {seed_label(self.seed, self.noise_seed)}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class RealtimeEpisode:
     """The outcome of one episode.
 
     Args:
-        env, mode, delay_ms, seed: as in the job.
+        env, mode, delay_ms, seed, noise_seed: as in the job.
         success: whether any step succeeded.
         first_success_step: counted from 1; None without success.
         steps: control steps until the episode ended, including idle ones.
@@ -127,6 +129,7 @@ class RealtimeEpisode:
     boundary_jerk: float | None
     inner_jerk: float | None
     trace: Trace | None = None
+    noise_seed: int = 0
 
 
 def plan(
@@ -135,16 +138,22 @@ def plan(
     delays_ms: Sequence[float],
     episodes: int,
     first_seed: int = FIRST_SEED,
+    *,
+    noise_seeds: int = 1,
 ) -> list[RealtimeJob]:
-    """List the jobs: every hand-over at every delay on the same seeds of every environment; the first seed keeps a trace."""
+    """List the jobs: every hand-over at every delay on the same seeds of every environment; the first seed keeps a trace.
+
+    Every seed is played with the noise seeds 0 to ``noise_seeds`` − 1.
+    """
     if not envs:
         raise ConfigError("Nothing to drive: name at least one environment, e.g. --env metaworld/drawer-open-v3.")
-    if episodes < 1 or not all(0 <= delay < math.inf for delay in delays_ms or (-1,)):
+    if min(episodes, noise_seeds) < 1 or not all(0 <= delay < math.inf for delay in delays_ms or (-1,)):
         raise ConfigError("A real-time evaluation needs at least one episode and at least one delay, each at least 0 ms.")
     return [
-        RealtimeJob(env, mode, delay, seed, trace=seed == first_seed)
+        RealtimeJob(env, mode, delay, seed, trace=(seed, noise_seed) == (first_seed, 0), noise_seed=noise_seed)
         for env in envs
         for seed in range(first_seed, first_seed + episodes)
+        for noise_seed in range(noise_seeds)
         for delay in delays_ms
         for mode in modes
     ]
@@ -239,7 +248,7 @@ def play(
 
     def observe() -> dict[str, Any]:
         nonlocal requests
-        seed, requests = chunk_seed(job.seed, requests), requests + 1
+        seed, requests = chunk_seed(job.seed, requests, job.noise_seed), requests + 1
         return {**as_request(env.observe(), metadata), "seed": seed}
 
     transport = SimulatedTransport(infer, delay)
@@ -274,6 +283,7 @@ def play(
         boundary_jerk=motion.mean(at_boundaries=True),
         inner_jerk=motion.mean(at_boundaries=False),
         trace=motion.trace if job.trace else None,
+        noise_seed=job.noise_seed,
     )
 
 

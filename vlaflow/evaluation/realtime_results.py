@@ -9,9 +9,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from vlaflow.config import to_json
+from vlaflow.evaluation.clusters import effective_size, sign_flip_test, success_SR
 from vlaflow.evaluation.realtime import RealtimeEpisode, RealtimeEvaluationConfig
-from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, mcnemar, paired_difference, sign_test, wilson
+from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, paired_difference, wilson
 from vlaflow.outputs import write_json
 from vlaflow.robot.realtime import HandOver
 from vlaflow.simulators.base import parse_env_name, rendering_versions, simulator_spec, step_limit
@@ -26,12 +29,14 @@ class Cell:
 
     Args:
         mode, delay_ms: the hand-over and the delay.
-        episodes, successes, interval: with the 95 % Wilson interval of the rate.
+        episodes, successes, interval: with the 95 % Wilson interval of the rate, for ``effective_episodes``.
         per_env: successes by environment.
         steps: median control steps to success over the successful episodes; None if there are none.
-        boundary_jerk, inner_jerk: means over the episodes that have one, with 95 % bootstrap intervals; None if none has.
+        boundary_jerk, inner_jerk: means over the episodes that have one, with 95 % bootstrap intervals over environment seeds;
+            None if none has.
         idle_share: share of the control steps at which the robot had nothing to execute.
         late_share: share of the replies that arrived after more actions than had been committed.
+        effective_episodes: number of independent episodes that these are worth; fewer if environment seeds are repeated.
     """
 
     mode: HandOver
@@ -45,6 +50,7 @@ class Cell:
     inner_jerk: tuple[float, float, float] | None
     idle_share: float
     late_share: float
+    effective_episodes: float
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,10 @@ class Comparison:
         env: environment, or "all".
         first, second, delay_ms: the two hand-overs and the delay.
         success: difference of the rates, and its 95 % interval.
-        success_p: exact McNemar test.
+        success_p: exact permutation test over environment seeds; with one noise seed, McNemar's.
         jerk: mean difference of the jerk at boundaries over episodes that have both; None if there are none.
         smoother, rougher: number of episodes in which the second has less, or more, jerk.
-        jerk_p: exact sign test of these two numbers.
+        jerk_p: the same test of these two numbers; with one noise seed, the sign test.
     """
 
     env: str
@@ -79,7 +85,7 @@ class RealtimeResults:
 
     Args:
         server, system, compute, compute_settings, guided, checkpoint, fingerprint, dtype: the policy, as the server says.
-        envs, seeds, n_action_steps, max_steps, jitter_ms, fade, rate_hz: how the episodes were run.
+        envs, seeds, noise_seeds, n_action_steps, max_steps, jitter_ms, fade, rate_hz: how the episodes were run.
         cells, comparisons: the results.
         episodes: the single episodes.
         versions, command, machine: how the results were obtained.
@@ -95,6 +101,7 @@ class RealtimeResults:
     dtype: str
     envs: tuple[str, ...]
     seeds: tuple[int, ...]
+    noise_seeds: tuple[int, ...]
     n_action_steps: int
     max_steps: int
     jitter_ms: float
@@ -152,6 +159,7 @@ def results(
         dtype=str(metadata["dtype"]),
         envs=tuple(dict.fromkeys(e.env for e in episodes)),
         seeds=tuple(dict.fromkeys(e.seed for e in episodes)),
+        noise_seeds=tuple(dict.fromkeys(e.noise_seed for e in episodes)),
         n_action_steps=config.n_action_steps or int(metadata["n_action_steps"]),
         max_steps=max(step_limit(e.env, config.max_steps) for e in episodes),
         jitter_ms=config.jitter_ms,
@@ -168,7 +176,8 @@ def results(
 
 def _cell(mode: HandOver, delay_ms: float, mine: Sequence[RealtimeEpisode]) -> Cell:
     successes = sum(e.success for e in mine)
-    interval = wilson(successes, len(mine))
+    effective = effective_size(success_SR(mine))
+    interval = wilson(successes, len(mine), effective=effective)
     firsts = [e.first_success_step for e in mine if e.first_success_step is not None]
     envs = dict.fromkeys(e.env for e in mine)
     return Cell(
@@ -179,38 +188,50 @@ def _cell(mode: HandOver, delay_ms: float, mine: Sequence[RealtimeEpisode]) -> C
         (interval.low, interval.high),
         {env: sum(e.success for e in mine if e.env == env) for env in envs},
         median(firsts) if firsts else None,
-        _mean([e.boundary_jerk for e in mine if e.boundary_jerk is not None]),
-        _mean([e.inner_jerk for e in mine if e.inner_jerk is not None]),
+        _mean(_by_scene(mine, [e.boundary_jerk for e in mine])),
+        _mean(_by_scene(mine, [e.inner_jerk for e in mine])),
         sum(e.idle for e in mine) / sum(e.steps for e in mine),
         sum(e.late for e in mine) / max(1, sum(e.chunks for e in mine)),
+        effective,
     )
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float, float] | None:
-    if not values:
+def _by_scene(episodes: Sequence[RealtimeEpisode], values: Sequence[float | None]) -> list[list[float]]:
+    """The known values of the episodes, together where environment and seed are the same; scenes without any are left out."""
+    scenes: dict[tuple[str, int], list[float]] = {}
+    for episode, value in zip(episodes, values, strict=True):
+        if value is not None:
+            scenes.setdefault((episode.env, episode.seed), []).append(value)
+    return list(scenes.values())
+
+
+def _mean(scenes: Sequence[Sequence[float]]) -> tuple[float, float, float] | None:
+    if not scenes:
         return None
-    interval = bootstrap_mean(values)
-    return sum(values) / len(values), interval.low, interval.high
+    means = [sum(values) / len(values) for values in scenes]
+    interval = bootstrap_mean(means)
+    return sum(means) / len(means), interval.low, interval.high
 
 
 def _compare(env: str, first: Sequence[RealtimeEpisode], second: Sequence[RealtimeEpisode]) -> Comparison:
     outcomes = PairedOutcomes.of([e.success for e in first], [e.success for e in second])
-    difference = paired_difference(outcomes)
-    jerks = [
-        b.boundary_jerk - a.boundary_jerk
+    difference_SR = success_SR(second) - success_SR(first)
+    difference = paired_difference(outcomes, effective=effective_size(difference_SR))
+    known = [
+        None if a.boundary_jerk is None or b.boundary_jerk is None else b.boundary_jerk - a.boundary_jerk
         for a, b in zip(first, second, strict=True)
-        if a.boundary_jerk is not None and b.boundary_jerk is not None
     ]
-    smoother, rougher = sum(j < 0 for j in jerks), sum(j > 0 for j in jerks)
+    jerks = [each for each in known if each is not None]
+    rougher_by_scene = [sum(int(np.sign(each)) for each in scene) for scene in _by_scene(first, known)]
     return Comparison(
         env,
         first[0].mode,
         second[0].mode,
         first[0].delay_ms,
         (outcomes.difference, difference.low, difference.high),
-        mcnemar(outcomes),
+        sign_flip_test(difference_SR.sum(1).tolist()),
         sum(jerks) / len(jerks) if jerks else None,
-        smoother,
-        rougher,
-        sign_test(smoother, rougher),
+        sum(each < 0 for each in jerks),
+        sum(each > 0 for each in jerks),
+        sign_flip_test(rougher_by_scene),
     )

@@ -13,11 +13,9 @@ from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import numpy as np
-
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, DataError
-from vlaflow.evaluation.clusters import effective_size, sign_flip_test
+from vlaflow.evaluation.clusters import effective_size, sign_flip_test, success_SR
 from vlaflow.evaluation.groups import GroupMean, by_group
 from vlaflow.evaluation.latency import Latency
 from vlaflow.evaluation.power import detectable_difference, pairs_needed
@@ -276,7 +274,7 @@ def count(
     found = []
     for (env, compute), group in groups.items():
         n, successes = len(group), sum(e.success for e in group)
-        effective = effective_size(_success_SR(group))
+        effective = effective_size(success_SR(group))
         chunks = sum(e.chunks for e in group)
         firsts, limit = tuple(e.first_success_step for e in group), step_limit(env, max_steps)
         found.append(
@@ -315,7 +313,7 @@ def pool(evaluations: Sequence[Evaluation]) -> tuple[Overall, ...]:
         mine = [e for e in evaluations if e.compute == compute]
         n, successes = sum(e.episodes for e in mine), sum(e.successes for e in mine)
         mean = sum(e.successes / e.episodes for e in mine) / len(mine)
-        effective = effective_size(_success_SR([p for e in mine for p in e.per_episode]))
+        effective = effective_size(success_SR([p for e in mine for p in e.per_episode]))
         interval = _pair(wilson(successes, n, effective=effective))
         groups = by_group(mine, [_within_all([e]) for e in mine])
         found.append(Overall(compute, n, successes, interval, effective, mean, _within_all(mine), groups))
@@ -362,7 +360,7 @@ def _test(
         raise ConfigError(f"'{first}' and '{second}' were not evaluated on the same seeds; a paired test is impossible.")
     matched = [of_second[_key(e)] for e in first_episodes]
     table = PairedOutcomes.of([e.success for e in first_episodes], [e.success for e in matched])
-    difference_SR = _success_SR(matched) - _success_SR(first_episodes)
+    difference_SR = success_SR(matched) - success_SR(first_episodes)
     effective = effective_size(difference_SR)
     disagreement = (table.only_first + table.only_second) / table.n
     needed = pairs_needed(disagreement, table.difference)
@@ -385,20 +383,6 @@ def _test(
 
 def _key(episode: EpisodeResult) -> tuple[str, int, int]:
     return episode.env, episode.seed, episode.noise_seed
-
-
-def _success_SR(episodes: Sequence[EpisodeResult]) -> np.ndarray:
-    """Successes as integers, a row per environment and seed, in the order of the episodes.
-
-    Raises:
-        ConfigError: the environment seeds were not played with equally many noise seeds.
-    """
-    rows: dict[tuple[str, int], list[int]] = {}
-    for episode in episodes:
-        rows.setdefault((episode.env, episode.seed), []).append(int(episode.success))
-    if len({len(row) for row in rows.values()}) > 1:
-        raise ConfigError("Every environment seed must be played with the same number of noise seeds to be counted.")
-    return np.array(list(rows.values()))
 
 
 def write(results: Results, file: Path) -> None:

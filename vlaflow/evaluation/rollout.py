@@ -30,7 +30,7 @@ from vlaflow.errors import ConfigError, SpecError, nearest
 from vlaflow.nn.precision import Dtype
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import local_folder
-from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
+from vlaflow.policies.seeds import FIRST_SEED, chunk_generator, seed_label
 from vlaflow.ranges import Count, NotNegative, Number, Seed, Share, require_ranges
 from vlaflow.simulators.base import Environment, Render, cached, parse_env_name, simulator_spec, step_limit
 from vlaflow.simulators.workers import run_jobs
@@ -374,11 +374,6 @@ def _episode(chunked: ChunkEnv, job: EpisodeJob, before: Observer | None = None,
         confidence=tuple(confidence),
         spread=tuple(spread),
     )
-
-
-def seed_label(seed: int, noise_seed: int) -> str:
-    """The seeds of an episode in words, without a noise seed of 0."""
-    return f"seed {seed}, noise {noise_seed}" if noise_seed else f"seed {seed}"
 
 
 def require_fit(

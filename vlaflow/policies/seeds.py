@@ -21,3 +21,8 @@ def chunk_seed(seed: int, chunk: int, noise_seed: int = 0) -> int:
     """
     sequence = np.random.SeedSequence((seed, chunk), spawn_key=(noise_seed,) if noise_seed else ())
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_label(seed: int, noise_seed: int) -> str:
+    """The seeds of an episode in words, without a noise seed of 0."""
+    return f"seed {seed}, noise {noise_seed}" if noise_seed else f"seed {seed}"

@@ -13,7 +13,7 @@ from vlaflow.evaluation.realtime_results import Cell, Comparison, RealtimeResult
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
-from vlaflow.reports.words import NOTABLE, short
+from vlaflow.reports.words import NOTABLE, seed_span, short
 
 WORDS = {
     "wait": "wait (synchronous)",
@@ -29,20 +29,21 @@ def write_page(found: RealtimeResults, file: Path) -> Path:
         Figure(success(found), "Success rate against the delay of replies; bars are 95 % Wilson intervals."),
         Figure(
             jerk(found),
-            "Mean second difference of the commanded motion at boundaries between chunks (bars: 95 % bootstrap over episodes), "
+            "Mean second difference of the commanded motion at boundaries between chunks (bars: 95 % bootstrap over environment seeds), "
             "and elsewhere (faint).",
         ),
     ]
     if drawn := executed(found):
         figures.append(drawn)
     guided = ", continued by guidance" if found.guided else ""
+    episodes = len(found.seeds) * len(found.noise_seeds)
     notable = [test for test in found.comparisons if min(test.success_p, test.jerk_p) < NOTABLE]
     return page.write(
         file,
         "realtime.html",
         title=f"{found.system} with {found.compute}{guided} in real time",
-        protocol=f"{len(found.seeds)} episode{'s' if len(found.seeds) > 1 else ''} (seeds {found.seeds[0]} to "
-        f"{found.seeds[-1]}) of each of {', '.join(map(short, found.envs))}, up to {found.max_steps} control steps at "
+        protocol=f"{episodes} episode{'s' if episodes > 1 else ''} ({seed_span(found.seeds, found.noise_seeds)}) of each of "
+        f"{', '.join(map(short, found.envs))}, up to {found.max_steps} control steps at "
         f"{found.rate_hz:g} Hz; the next chunk is requested after {found.n_action_steps} actions; {found.compute_settings}; "
         f"jitter up to {found.jitter_ms:g} ms, fade over {found.fade} actions.",
         figures=figures,

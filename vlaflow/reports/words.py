@@ -48,9 +48,13 @@ def middle(steps: tuple[int | None, ...]) -> str:
 def played(results: Results) -> str:
     """Number of episodes per environment and compute policy, and their seeds."""
     first = results.evaluations[0]
-    seeds, repetitions = sorted(set(first.seeds)), len(set(first.noise_seeds))
-    span = f"seeds {seeds[0]} to {seeds[-1]}"
-    return f"{first.episodes} episodes each, {span}" + (f", {repetitions} noise seeds each" if repetitions > 1 else "")
+    return f"{first.episodes} episodes each, {seed_span(first.seeds, first.noise_seeds)}"
+
+
+def seed_span(seeds: Sequence[int], noise_seeds: Sequence[int]) -> str:
+    """The environment seeds, and how often each was played."""
+    repetitions = len(set(noise_seeds))
+    return f"seeds {min(seeds)} to {max(seeds)}" + (f", {repetitions} noise seeds each" if repetitions > 1 else "")
 
 
 def too_few(results: Results) -> list[str]:
