@@ -35,6 +35,14 @@ def test_dense_as_people_type_it():
     assert Dense(grid=(1.0, 0.3, 0.0)).steps == 2
 
 
+@pytest.mark.parametrize("typed", ["dense,temperature=0", "dense@0.5", "dense,expected", "refine@0.5", "refine,clock=0.5"])
+def test_settings_without_a_colon_are_told_what_to_type(typed):
+    with pytest.raises(ConfigError, match="Settings follow a colon") as refusal:
+        parse(typed)
+    told = str(refusal.value).split("'")[1]
+    assert parse(told).name == told
+
+
 def test_what_once_was_the_depth_is_refused():
     with pytest.raises(ConfigError, match=r"noise_scale lies in \[0, 1\], got 3"):
         parse("dense:2@3")
