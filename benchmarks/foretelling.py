@@ -24,7 +24,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.evaluation.calibrate import held_out, sample
 from vlaflow.evaluation.rank import rank_correlation
 from vlaflow.evaluation.results import Evaluation, read
-from vlaflow.evaluation.sampler_measures import CRITERION, MEASURES, SamplerMeasures, measure
+from vlaflow.evaluation.sampler_measures import MEASURES, SamplerMeasures, measure
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.ranges import Count
@@ -65,14 +65,21 @@ def evaluations(folders: Sequence[Path], mark: str) -> dict[str, list[Evaluation
             found.setdefault(each.env, {})[each.compute] = each
     shared = [name for name in next(iter(found.values()), {}) if all(name in of for of in found.values())]
     if len(shared) < 3:
-        raise ConfigError(f"Ranking needs three compute policies that were evaluated in every environment, not {len(shared)}.")
+        raise ConfigError(
+            f"Ranking needs three compute policies that were evaluated in every environment, not {len(shared)}. Evaluate more: "
+            "vlaflow eval CKPT --compute dense:1 --compute dense:2 ..."
+        )
     return {env: [of[name] for name in shared] for env, of in found.items()}
 
 
+GEOMETRIC = "geometric_mean"
+"""Of ``executed_error`` and ``implausibility``, of their means over all frames; the calibration's is taken episode by episode."""
+
+
 def means(found: SamplerMeasures) -> dict[str, float]:
-    """Means over the frames where a measure is defined, and the calibration's criterion."""
-    values = {name: float(np.nanmean(value_N)) for name, value_N in found.values.items() if np.isfinite(value_N).any()}
-    return {**values, CRITERION: float(np.sqrt(values["executed_error"] * values["implausibility"]))}
+    """Means over the frames where a measure is defined, and the geometric mean."""
+    values = found.means()
+    return {**values, GEOMETRIC: float(np.sqrt(values["executed_error"] * values["implausibility"]))}
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def main(options: Options) -> None:
         computes = parse_all([each.compute for each in group])
         measured, _ = measure(policy, computes, frames, n_action_steps=policy.n_action_steps, draws=options.draws)
         rows_EC.append([means(each) for each in measured])
-    shared = [name for name in (*MEASURES, CRITERION) if all(name in row for row_C in rows_EC for row in row_C)]
+    shared = [name for name in (*MEASURES, GEOMETRIC) if all(name in row for row_C in rows_EC for row in row_C)]
     rankings = {name: Ranking.of(np.array([[row[name] for row in row_C] for row_C in rows_EC]), success_EC) for name in shared}
     best = int(success_EC.max(1).sum())
     print(f"| measure | {' | '.join(known)} | mean of the tasks | all tasks together | successes of its first, best {best} |")

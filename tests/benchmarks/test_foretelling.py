@@ -24,7 +24,7 @@ def test_the_reverse_order_and_sums_over_environments():
     assert found.first_E == (1, 4)
 
 
-def test_evaluations_of_another_checkpoint_and_too_few_samplers_are_refused(tmp_path, monkeypatch):
+def test_evaluations_of_another_checkpoint_and_too_few_samplers_are_refused(monkeypatch):
     class Found:
         fingerprint = "mine"
         evaluations = ()

@@ -146,7 +146,7 @@ def run(
     times = measure_latency(policy, computes, _observations(frames, request.latency_chunks), request.latency_chunks)
     two_groups = two_group_share(policy, parse("dense"), frames)
     measured = [
-        Candidate(name, each.nfe, each.layer_passes, time.total.p50, time.total.p99, 0.0, measures=_means(each))
+        Candidate(name, each.nfe, each.layer_passes, time.total.p50, time.total.p99, 0.0, measures=each.means())
         for name, each, time in zip(names, measures, times, strict=True)
     ]
     simulation = None
@@ -237,12 +237,6 @@ def _observations(frames: Sample, count: int) -> list[Observation]:
     windows = frames.windows
     index_N = frames.index_N[np.linspace(0, len(frames.index_N) - 1, min(count, len(frames.index_N))).astype(int)]
     return windows.batch(index_N).observation.split()
-
-
-def _means(found: SamplerMeasures) -> dict[str, float]:
-    """Means over the frames on which a measure is defined; a measure that is defined on none is left out."""
-    known = {name: value_N[np.isfinite(value_N)] for name, value_N in found.values.items()}
-    return {name: float(value.mean()) for name, value in known.items() if len(value)}
 
 
 def _by_frames(found: Sequence[Candidate], measures: Sequence[SamplerMeasures], frames: Sample) -> list[Candidate]:

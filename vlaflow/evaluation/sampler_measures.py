@@ -64,6 +64,11 @@ class SamplerMeasures:
     nfe: float
     layer_passes: float
 
+    def means(self) -> dict[str, float]:
+        """Means over the frames on which a measure is defined; a measure that is defined on none is left out."""
+        known = {name: value_N[np.isfinite(value_N)] for name, value_N in self.values.items()}
+        return {name: float(value.mean()) for name, value in known.items() if len(value)}
+
     def by_episode(self, measure: str, episode_N: np.ndarray) -> np.ndarray:
         """Mean of a measure over the frames of each episode, by the episodes' numbers; NaN where there are none."""
         value_N = self.values[measure]
