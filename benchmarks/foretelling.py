@@ -73,7 +73,7 @@ def evaluations(folders: Sequence[Path], mark: str) -> dict[str, list[Evaluation
 
 
 GEOMETRIC = "geometric_mean"
-"""Of ``executed_error`` and ``implausibility``, of their means over all frames; the calibration's is taken episode by episode."""
+"""Of ``executed_error`` and ``implausibility``, each a mean over all frames; a calibration takes it episode by episode."""
 
 
 def means(found: SamplerMeasures) -> dict[str, float]:
