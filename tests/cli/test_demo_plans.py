@@ -2,6 +2,7 @@
 
 import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ def test_the_printed_commands_do_what_the_steps_do(name):
     plan, settings = PLANS[name], Settings.of(Demo(plan=name, steps=7))
     commands = {step: shlex.split(line) for step, line in equivalent(settings, plan, Path("runs/x"), 2).items()}
     assert [word for word in commands["record"] if "/" in word] == [*plan.envs, "runs/x/dataset"]
-    noise = [commands["record"][commands["record"].index(option) + 1] for option in ("--noise", "--noise-memory")]
-    assert noise == [str(plan.noise), str(plan.noise_memory)]
+    for option, values in (("--noise", plan.noise), ("--noise-memory", plan.noise_memory)):
+        assert [given for word, given in pairwise(commands["record"]) if word == option] == [str(value) for value in values]
     assert commands["train"][:3] == ["vlaflow", "train", plan.policy]
     assert commands["train"][commands["train"].index("--steps") + 1] == "7"
     assert ("rater" in commands) == bool(plan.rater)

@@ -5,7 +5,7 @@ import pytest
 
 from vlaflow.errors import ConfigError
 from vlaflow.simulators import make, simulator_spec
-from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for
+from vlaflow.simulators.experts import Noise, Noisy, Wandering, episode_generator, expert_for, noises
 
 DEMO = ("drawer-open-v3", "button-press-topdown-v3", "window-close-v3")
 GRIPPER = np.array([False, False, False, True])
@@ -142,6 +142,13 @@ def test_impossible_noise_is_refused():
         Noise(memory=1.0)
     with pytest.raises(ConfigError):
         Noise(misjudge=-0.01)
+
+
+def test_one_memory_goes_with_every_noise_or_each_has_its_own():
+    assert noises([0.1, 0.2], [0.5]) == (Noise(0.1, memory=0.5), Noise(0.2, memory=0.5))
+    assert noises([0.1, 0.2], [0.0, 0.8], 0.01)[1] == Noise(0.2, memory=0.8, misjudge=0.01)
+    with pytest.raises(ConfigError, match=r"3 value.* of --noise and 2 of --noise-memory"):
+        noises([0.1, 0.2, 0.3], [0.0, 0.8])
 
 
 def test_a_wandering_expert_sees_other_places_first_and_then_does_the_task():

@@ -12,7 +12,7 @@ from vlaflow.cli.record import main
 from vlaflow.data.lerobot import Dataset
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.simulators import make
-from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
+from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for, noises
 from vlaflow.simulators.record import RecordConfig, episode_seed, record
 
 ENVS = ("metaworld/window-close-v3", "metaworld/button-press-topdown-v3")
@@ -27,7 +27,7 @@ def digests(root):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     root = tmp_path_factory.mktemp("record") / "one"
-    summary = record(RecordConfig(ENVS, episodes=1, size=48, noise=Noise(0.2)), root, workers=0)
+    summary = record(RecordConfig(ENVS, episodes=1, size=48, noise=(Noise(0.2),)), root, workers=0)
     return root, summary
 
 
@@ -41,7 +41,7 @@ def test_what_records_loads_no_torch(module):
 def test_any_number_of_workers_gives_the_same_bytes(recorded, tmp_path):
     """Every file, to the byte."""
     root, _ = recorded
-    record(RecordConfig(ENVS, episodes=1, size=48, noise=Noise(0.2)), tmp_path / "two", workers=2)
+    record(RecordConfig(ENVS, episodes=1, size=48, noise=(Noise(0.2),)), tmp_path / "two", workers=2)
     assert digests(root) == digests(tmp_path / "two")
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
 
@@ -75,10 +75,23 @@ def test_frame_state_and_label_belong_together(recorded):
 
 def test_noise_is_executed_and_not_learned(recorded, tmp_path):
     """With and without noise the first labels agree and the next states do not."""
-    record(RecordConfig(ENVS[:1], episodes=1, size=48, noise=Noise(0.0)), tmp_path / "clean", workers=0)
+    record(RecordConfig(ENVS[:1], episodes=1, size=48, noise=(Noise(0.0),)), tmp_path / "clean", workers=0)
     noisy, clean = (Dataset.open(p).columns() for p in (recorded[0], tmp_path / "clean"))
     assert np.array_equal(noisy.action[0], clean.action[0])
     assert not np.array_equal(noisy.state[1], clean.state[1])
+
+
+def test_episodes_take_turns_among_several_kinds_of_noise(tmp_path):
+    """Each episode is, to the bit, that of a recording with its noise alone."""
+    kinds = noises([0.0, 0.3], [0.0, 0.8])
+    for name, noise in (("both", kinds), ("first", kinds[:1]), ("second", kinds[1:])):
+        record(RecordConfig(ENVS[:1], episodes=3, size=16, noise=noise), tmp_path / name, workers=0)
+    sets = {path.name: Dataset.open(path) for path in tmp_path.iterdir()}
+    assert [kind["memory"] for kind in sets["both"].provenance["noise"]] == [0.0, 0.8]
+    for episode, alone in enumerate(("first", "second", "first")):
+        expected, given = (sets[name].columns().executed[sets[name].episode_slice(episode)] for name in (alone, "both"))
+        assert np.array_equal(expected, given)
+    assert not np.array_equal(*(sets[name].columns().executed[:9] for name in ("first", "second")))
 
 
 def test_an_episode_ends_a_few_frames_after_success(tmp_path):
@@ -86,7 +99,9 @@ def test_an_episode_ends_a_few_frames_after_success(tmp_path):
     lengths = []
     for extra in (0, 5):
         record(
-            RecordConfig(ENVS[:1], episodes=1, size=16, noise=Noise(0), after_success=extra), tmp_path / str(extra), workers=0
+            RecordConfig(ENVS[:1], episodes=1, size=16, noise=(Noise(0),), after_success=extra),
+            tmp_path / str(extra),
+            workers=0,
         )
         lengths.append(len(Dataset.open(tmp_path / str(extra))))
     assert lengths[1] - lengths[0] == 5
@@ -102,7 +117,7 @@ def test_seeds_of_recordings_are_distinct_and_never_those_of_an_evaluation():
 
 def test_an_expert_that_cannot_succeed_is_reported_and_leaves_nothing(tmp_path):
     """Three times the full range of noise is too much for anybody."""
-    config = RecordConfig(("metaworld/peg-insert-side-v3",), episodes=1, size=16, noise=Noise(3.0, gripper=3.0), attempts=1)
+    config = RecordConfig(("metaworld/peg-insert-side-v3",), episodes=1, size=16, noise=(Noise(3.0, gripper=3.0),), attempts=1)
     with pytest.raises(DataError, match="Use less noise"):
         record(config, tmp_path / "never", workers=0)
     assert not list(tmp_path.iterdir())
@@ -126,7 +141,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(recorded, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [{"envs": ()}, {"episodes": 0}, {"seed": -1}, {"attempts": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"envs": ()},
+        {"episodes": 0},
+        {"seed": -1},
+        {"attempts": 0},
+        {"noise": ()},
+        {"episodes": 1, "noise": (Noise(), Noise(0.2))},
+    ],
+)
 def test_an_impossible_config_is_refused(wrong):
     """Before anything is built."""
     with pytest.raises(ConfigError):

@@ -70,8 +70,8 @@ class Settings:
     plan: str
     envs: tuple[str, ...]
     episodes: int
-    noise: float
-    noise_memory: float
+    noise: tuple[float, ...]
+    noise_memory: tuple[float, ...]
     eval_episodes: int
     steps: int | None
     rater_steps: int | None
@@ -248,8 +248,10 @@ def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[
 
     return {
         "record": command(
-            *("record", *envs, "--episodes", settings.episodes, "--noise", settings.noise),
-            *("--noise-memory", settings.noise_memory, *(["--size", settings.size] if settings.size else [])),
+            *("record", *envs, "--episodes", settings.episodes),
+            *(word for noise in settings.noise for word in ("--noise", noise)),
+            *(word for memory in settings.noise_memory for word in ("--noise-memory", memory)),
+            *(["--size", settings.size] if settings.size else []),
             *("--out", dataset, "--workers", workers),
         ),
         "train": command(
@@ -268,14 +270,14 @@ def equivalent(settings: Settings, plan: Plan, out: Path, workers: int) -> dict[
 
 
 def _record(settings: Settings, dataset: Path, workers: int) -> None:
-    from vlaflow.simulators.experts import Noise
+    from vlaflow.simulators.experts import noises
     from vlaflow.simulators.record import RecordConfig, record_with_progress
     from vlaflow.simulators.recording import sweep_finished
 
     if dataset.exists():  # complete, but the demo was killed before it knew
         sweep_finished(dataset)
         return
-    noise = Noise(settings.noise, memory=settings.noise_memory)
+    noise = noises(settings.noise, settings.noise_memory)
     record_with_progress(RecordConfig(settings.envs, settings.episodes, settings.size, noise=noise), dataset, workers)
 
 

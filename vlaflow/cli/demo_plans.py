@@ -45,8 +45,8 @@ class Plan:
         policy: recipe of the policy.
         rater: recipe of its confidence rater; None for none.
         episodes: demonstrations per task.
-        noise, noise_memory: of the demonstrations, as in ``vlaflow record``. Noise that lasts shows how to return to a handle
-            that was missed, without which a policy misses it again (docs/log.md).
+        noise, noise_memory: of the demonstrations, as in ``vlaflow record``; of several, episodes take turns. Noise that lasts
+            shows how to return to a handle that was missed, without which a policy misses it again (docs/log.md).
         eval_episodes: episodes per task and compute policy.
         steps: training steps of the policy; None for the recipe's own.
         rater_steps: most training steps of the rater, which would go on improving for some minutes more.
@@ -63,8 +63,8 @@ class Plan:
     policy: str
     rater: str | None
     episodes: int
-    noise: float
-    noise_memory: float
+    noise: tuple[float, ...]
+    noise_memory: tuple[float, ...]
     eval_episodes: int
     steps: int | None
     rater_steps: int | None
@@ -88,8 +88,8 @@ PLANS = {
         policy="asyncvla.demo",
         rater="asyncvla.rater",
         episodes=50,
-        noise=0.2,
-        noise_memory=0.8,
+        noise=(0.2,),
+        noise_memory=(0.8,),
         eval_episodes=20,
         steps=None,
         rater_steps=250,
@@ -104,8 +104,8 @@ PLANS = {
         policy="asyncvla.libero_small",
         rater="asyncvla.rater",
         episodes=40,
-        noise=0.1,
-        noise_memory=0.0,
+        noise=(0.1,),
+        noise_memory=(0.0,),
         eval_episodes=10,
         steps=2000,
         rater_steps=250,
@@ -120,8 +120,8 @@ PLANS = {
         policy="asyncvla.mt50_small",
         rater=None,
         episodes=50,
-        noise=0.2,
-        noise_memory=0.8,
+        noise=(0.1, 0.2),
+        noise_memory=(0.0, 0.8),
         eval_episodes=10,
         steps=None,
         rater_steps=None,

@@ -27,8 +27,9 @@ class Record:
         size: side of the image in pixels, even; by default the suite's, e.g. 96 for Meta-World and 128 for LIBERO.
         render: exact keeps the simulator's shadows and antialiasing (published numbers), fast omits them.
         seed: another seed gives other episodes, but never those of an evaluation.
-        noise: standard deviation of the noise on the executed movement (1 is the full range); the label stays clean.
-        noise_memory: correlation of the noise from one step to the next, 0 to below 1.
+        noise: standard deviation of the noise on the executed movement (1 is the full range); the label stays clean. Give it
+            several times for episodes that take turns.
+        noise_memory: correlation of the noise from one step to the next, 0 to below 1; one, or one for each --noise.
         misjudge: standard deviation in metres per axis of a temporary error in the hand position that the expert assumes, in
             half of the episodes; the label stays clean.
         after_success: number of frames kept after the first success.
@@ -41,8 +42,8 @@ class Record:
     size: Count | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: Seed = 0
-    noise: NotNegative = 0.1
-    noise_memory: NotNegative = 0.0
+    noise: tuple[NotNegative, ...] = (0.1,)
+    noise_memory: tuple[NotNegative, ...] = (0.0,)
     misjudge: NotNegative = 0.0
     after_success: Number = 4
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
 
     arguments = parse_arguments(Record, "vlaflow record", argv, config=(tyro.conf.UseAppendAction,))
 
-    from vlaflow.simulators.experts import Noise
+    from vlaflow.simulators.experts import noises
     from vlaflow.simulators.record import RecordConfig, record_with_progress
 
     config = RecordConfig(
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         size=arguments.size,
         render=arguments.render,
         seed=arguments.seed,
-        noise=Noise(arguments.noise, memory=arguments.noise_memory, misjudge=arguments.misjudge),
+        noise=noises(arguments.noise, arguments.noise_memory, arguments.misjudge),
         after_success=arguments.after_success,
     )
     summary = record_with_progress(config, arguments.out, arguments.workers)

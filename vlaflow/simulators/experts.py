@@ -12,12 +12,13 @@ otherwise a single outlier would determine the scale of the normalisation.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlaflow.errors import CapabilityError
+from vlaflow.errors import CapabilityError, ConfigError
 from vlaflow.ranges import Fraction, NotNegative, require_ranges
 from vlaflow.simulators.base import Environment, Expert, parse_env_name, suite_of
 
@@ -97,6 +98,25 @@ class Noise:
 
     def __post_init__(self) -> None:
         require_ranges(self, "noise.{}")
+
+
+def noises(scales: Sequence[float], memories: Sequence[float], misjudge: float = 0.0) -> tuple[Noise, ...]:
+    """One noise for each scale.
+
+    Args:
+        scales: standard deviations.
+        memories: one for each scale, or one for all.
+        misjudge: of all.
+
+    Raises:
+        ConfigError: for another number of memories, or a value out of its range.
+    """
+    if len(memories) not in (1, len(scales)):
+        raise ConfigError(
+            f"{len(scales)} value(s) of --noise and {len(memories)} of --noise-memory: give one memory, or one for each noise."
+        )
+    each = [*memories] * (len(scales) if len(memories) == 1 else 1)
+    return tuple(Noise(scale, memory=memory, misjudge=misjudge) for scale, memory in zip(scales, each, strict=True))
 
 
 class Noisy:

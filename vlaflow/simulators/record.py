@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class RecordConfig:
         size: side of the image in pixels, even; None takes the suite's default.
         render: "fast" or "exact"; evaluate with the same.
         seed: changes the seed of every episode; see `episode_seed`.
-        noise: disturbance of the executed actions.
+        noise: disturbance of the executed actions; of several, the episodes of an environment take turns.
         after_success: frames kept after the first success.
         attempts: largest number of seeds tried per episode.
     """
@@ -69,7 +69,7 @@ class RecordConfig:
     size: int | None = None
     render: Render = "fast"
     seed: int = 0
-    noise: Noise = field(default_factory=Noise)
+    noise: tuple[Noise, ...] = (Noise(),)
     after_success: int = 4
     attempts: int = 20
 
@@ -78,6 +78,10 @@ class RecordConfig:
             raise ConfigError("Nothing to record: name at least one environment, e.g. metaworld/drawer-open-v3.")
         if not 1 <= self.episodes <= _ATTEMPT_STRIDE:
             raise ConfigError(f"episodes must lie in 1..{_ATTEMPT_STRIDE}, got {self.episodes}.")
+        if not 1 <= len(self.noise) <= self.episodes:
+            raise ConfigError(
+                f"{len(self.noise)} kinds of noise for {self.episodes} episode(s) per environment: give each at least one."
+            )
         if not 0 <= self.seed <= 4000:
             raise ConfigError(f"seed must lie in 0..4000, got {self.seed}.")
         if self.after_success < 0 or not 1 <= self.attempts <= _SEED_STRIDE // _ATTEMPT_STRIDE - 1:
@@ -206,7 +210,7 @@ def _provenance(
         "protocol": protocol,
         "render": config.render,
         "size": side,
-        "noise": asdict(config.noise),
+        "noise": [asdict(noise) for noise in config.noise],
         "after_success": config.after_success,
         "seed": config.seed,
         "seeds": seeds,
@@ -280,17 +284,17 @@ def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: 
     """
     env: Any = cached(name, render=config.render, size=size)
     is_gripper = np.array([dimension.frame == "gripper" for dimension in env.action_spec.dimensions])
+    noise = config.noise[episode % len(config.noise)]
     for attempt in range(config.attempts):
         seed = episode_seed(run, episode, attempt)
         generator, clean = episode_generator(name, seed), expert_for(name)
-        expert = Noisy(Wandering(clean, generator, wander) if wander else clean, config.noise, generator, is_gripper)
+        expert = Noisy(Wandering(clean, generator, wander) if wander else clean, noise, generator, is_gripper)
         env.restart(seed, RANDOM_START)
         steps = _play(env, expert, config.after_success)
         if steps is not None:
             return ExpertEpisode(env, seed, attempt + 1, steps)
     raise DataError(
-        f"The expert of {name} failed with {config.attempts} seeds in a row, the last one {seed}, with {config.noise}. "
-        f"Use less noise."
+        f"The expert of {name} failed with {config.attempts} seeds in a row, the last one {seed}, with {noise}. Use less noise."
     )
 
 

@@ -84,7 +84,7 @@ class VqaRecordingConfig:
 
     def episode_config(self) -> RecordConfig:
         """Settings for finding episodes."""
-        return RecordConfig(self.envs, self.episodes, self.size, self.render, noise=self.noise)
+        return RecordConfig(self.envs, self.episodes, self.size, self.render, noise=(self.noise,))
 
 
 @dataclass(frozen=True)
