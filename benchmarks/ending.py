@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = {"hidden_size": options.width, "intermediate_size": 3 * options.width, "num_hidden_layers": options.layers}
         write_model(out / "model", **shape, num_attention_heads=heads, num_key_value_heads=heads)
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([*words, "-m", MODULE, "--work", temporary], env=environment, check=True)
         found = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(options.processes)]
     slowest = {key: float(np.max([each[key] for each in found])) for key in found[0]}

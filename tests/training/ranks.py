@@ -42,7 +42,7 @@ def launch(job: Callable[..., None], out: Path, *arguments: object, world: int =
     context, processes = forked(), []
     for rank in range(world):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
-        environment = {**meeting, "ACCELERATE_USE_CPU": "true", **{name: str(value) for name, value in own.items()}}
+        environment = {**meeting, "CUDA_VISIBLE_DEVICES": "", **{name: str(value) for name, value in own.items()}}
         processes.append(context.Process(target=_work, args=(environment, job, out, arguments)))
         processes[-1].start()
     running = processes

@@ -18,6 +18,7 @@ from vlaflow.policies.recipe import DataSpec, EarlierStages, Objective
 from vlaflow.training import checkpoint
 from vlaflow.training.options import Options, overridden
 from vlaflow.training.recipes import Recipe, find_recipe
+from vlaflow.training.team import meet
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ def start_over(stages: Sequence[Planned]) -> None:
 
     Together, so that no stage's folder is lost in another's; and before the first stage, when no process reads from it yet.
     """
-    from accelerate import Accelerator
-
-    together = Accelerator(mixed_precision="no")
+    together = meet()
     if together.is_main_process and any(checkpoint.held(stage.folder) for stage in stages):
         for stage in stages:
             checkpoint.require_free(stage.folder)

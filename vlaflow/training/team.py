@@ -10,12 +10,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from vlaflow.errors import CheckpointError, VlaflowError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CPU = torch.device("cpu")
 LONGEST = 2000
@@ -89,6 +93,19 @@ class Team:
             raise failed
         if said:
             raise CheckpointError(said)
+
+
+def meet(**options: Any) -> Accelerator:
+    """The place of this process among those that a launcher has started, in the weights' own precision (see ``precision``).
+
+    Accelerate takes every process for the only one where there is no GPU, unless it is told to use the CPU.
+
+    Args:
+        options: of Accelerate's ``Accelerator``.
+    """
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", **options)
 
 
 def launched() -> tuple[int, int]:

@@ -47,7 +47,7 @@ from vlaflow.training.outcome import Outcome
 from vlaflow.training.precision import FORMAT, chosen_format
 from vlaflow.training.step import SIGNALS, StepNumbers, TakenStep
 from vlaflow.training.stopping import Best, kept_settings
-from vlaflow.training.team import Team
+from vlaflow.training.team import Team, meet
 from vlaflow.versions import versions
 
 
@@ -109,11 +109,10 @@ class Trainer:
 
     def _begin(self) -> None:
         """Put the folder in order, the networks on their device and everything where an unfinished run left it."""
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import DistributedDataParallelKwargs
 
         stage, config = self.stage, self.config
-        self.accelerator = Accelerator(
-            mixed_precision="no",  # see precision.py
+        self.accelerator = meet(
             log_with=self._log_with,
             project_dir=str(self.out / "training"),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.uneven)],
