@@ -10,6 +10,7 @@ import pytest
 import vlaflow
 from tests import helpers
 from vlaflow import registry
+from vlaflow.actions.base import TokenizerConfig
 from vlaflow.backbones.base import BackboneConfig
 from vlaflow.backbones.tiny import TinyConfig
 from vlaflow.compute.parse import able, parse
@@ -24,7 +25,7 @@ from vlaflow.simulators.base import Suite, parse_env_name
 from vlaflow.training.recipes import find_recipe, list_recipes
 
 KINDS = {"compute": ComputeKind, "simulators": Suite, "layouts": ObservationKeys, "recipes": ModuleType}
-BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig}
+BASES = {"backbones": BackboneConfig, "decoders": DecoderConfig, "tokenizers": TokenizerConfig}
 
 FOREIGN = """
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ group               name                              object
 ==================  ================================  ================================================================
 vlaflow.backbones   class name, as in config.json     a frozen dataclass derived from ``backbones.base.BackboneConfig``
 vlaflow.decoders    class name, as in config.json     a frozen dataclass derived from ``decoders.base.DecoderConfig``
+vlaflow.tokenizers  class name, as in config.json     a frozen dataclass derived from ``actions.base.TokenizerConfig``
 vlaflow.compute     as in ``--compute``               a ``compute.spelling.ComputeKind``
 vlaflow.simulators  the suite, before the slash       a ``simulators.base.Suite``
 vlaflow.layouts     as in ``--observation-keys``      a ``serving.observation_keys.ObservationKeys``
@@ -27,7 +28,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from vlaflow.errors import CapabilityError, ConfigError, VlaflowError
 
 T = TypeVar("T")
-Group = Literal["backbones", "decoders", "compute", "simulators", "layouts", "recipes"]
+Group = Literal["backbones", "decoders", "tokenizers", "compute", "simulators", "layouts", "recipes"]
 
 OURS: dict[Group, dict[str, str]] = {
     "backbones": {
@@ -44,6 +45,14 @@ OURS: dict[Group, dict[str, str]] = {
         "LatentFlowConfig": "vlaflow.decoders.latent_flow:LatentFlowConfig",
         "MaskedDiffusionConfig": "vlaflow.decoders.masked_diffusion:MaskedDiffusionConfig",
         "RegressionConfig": "vlaflow.decoders.regression:RegressionConfig",
+    },
+    "tokenizers": {
+        "BinsFit": "vlaflow.actions.bins:BinsFit",
+        "BinsTokenizer": "vlaflow.actions.bins:BinsTokenizer",
+        "FastFit": "vlaflow.actions.fast:FastFit",
+        "FastTokenizer": "vlaflow.actions.fast:FastTokenizer",
+        "PublishedFast": "vlaflow.actions.published_fast:PublishedFast",
+        "PublishedFastTokenizer": "vlaflow.actions.published_fast:PublishedFastTokenizer",
     },
     "compute": {
         "dense": "vlaflow.compute.dense:DENSE",

@@ -132,6 +132,18 @@ def test_its_compute_policy_is_among_those_that_a_check_runs(command, trained):
     assert "averaged" in command("check", "policy", trained)
 
 
+def test_its_action_tokenizer_is_fitted_and_decodes_for_a_decoder_of_ours(command, elsewhere, trained, tmp_path):
+    """The fitted one is in the checkpoint, which is refused where the kind is missing."""
+    settings = ("--steps", 2, "--batch-size", 8, "--no-calibrate", "--set", 'policy.decoder.tokenizer={"kind": "KnotsFit"}')
+    command("train", "baselines.fast_ar", "--dataset", trained.parent / "dataset", "--out", tmp_path / "policy", *settings)
+    tokenizer = json.loads((tmp_path / "policy/config.json").read_text())["decoder"]["tokenizer"]
+    assert (tokenizer["kind"], tokenizer["knots"], tokenizer["chunk_size"]) == ("KnotsTokenizer", 3, 16)
+    settings = ("--episodes", 1, "--no-videos", "--workers", 0, "--out", tmp_path / "eval")
+    command("eval", tmp_path / "policy", "--env", "corridor/left", *settings)
+    said = elsewhere("eval", tmp_path / "policy", "--env", "metaworld/reach-v3", "--out", tmp_path / "other")
+    assert "is 'KnotsTokenizer', which nothing installed provides" in said
+
+
 def test_its_policy_is_served_to_its_client(site, trained):
     """The actions of a request with the layout's keys point to the end that is asked for."""
     image = np.full((16, 16, 3), 40, np.uint8)

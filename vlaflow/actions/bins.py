@@ -14,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 
-from vlaflow.actions.base import Decoding, check_chunks
+from vlaflow.actions.base import Decoding, Tokenizer, TokenizerConfig, check_chunks
 from vlaflow.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class BinsFit:
+class BinsFit(TokenizerConfig):
     """Settings for fitting a ``BinsTokenizer``.
 
     Args:
@@ -33,11 +33,6 @@ class BinsFit:
     def __post_init__(self) -> None:
         if self.bins < 2:
             raise ConfigError(f"A tokenizer needs at least 2 bins, got {self.bins}.")
-
-    @property
-    def fitted(self) -> None:
-        """None: it is still to be fitted."""
-        return
 
     def fit(self, action_NLD: np.ndarray) -> BinsTokenizer:
         """Fit the edges to N normalised chunks."""
@@ -55,7 +50,7 @@ class BinsFit:
 
 
 @dataclass(frozen=True)
-class BinsTokenizer:
+class BinsTokenizer(Tokenizer):
     """A tokenizer with one bin per number; see the module docstring.
 
     Args:
@@ -76,15 +71,6 @@ class BinsTokenizer:
             raise ConfigError("Every dimension needs one edge more than bins.")
 
     @property
-    def fitted(self) -> BinsTokenizer:
-        """Itself."""
-        return self
-
-    def fit(self, action_NLD: np.ndarray) -> BinsTokenizer:
-        """Itself: it is fitted already."""
-        return self
-
-    @property
     def description(self) -> str:
         """A name for tables."""
         return f"{self.bins} bins"
@@ -98,11 +84,6 @@ class BinsTokenizer:
     def vocabulary(self) -> int:
         """Number of ids, K."""
         return self.bins
-
-    @property
-    def end(self) -> None:
-        """None: all sequences have the same length."""
-        return
 
     @property
     def slots(self) -> int:
@@ -139,10 +120,6 @@ class BinsTokenizer:
     def exact(self, action_BLD: np.ndarray) -> np.ndarray:
         """bool (B,), True: every value is rounded to a bin, those beyond the edges to an outer one."""
         return np.ones(len(action_BLD), bool)
-
-    def lengths(self, id_BS: np.ndarray) -> np.ndarray:
-        """Number of tokens, int64 (B,): all of them, because there is no end token."""
-        return np.full(len(id_BS), id_BS.shape[1])
 
     @property
     def error_bound(self) -> tuple[float, ...]:

@@ -16,14 +16,14 @@ Shape letters: B batch, L chunk size, D action dimension, S token slots, V vocab
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from vlaflow.actions.base import Decoding, check_chunks
+from vlaflow.actions.base import Decoding, Tokenizer, TokenizerConfig, check_chunks
 from vlaflow.errors import ConfigError
 from vlaflow.ranges import Positive
 
@@ -34,7 +34,7 @@ MOST = 20_000
 
 
 @dataclass(frozen=True)
-class FastFit:
+class FastFit(TokenizerConfig):
     """Settings for fitting a ``FastTokenizer``.
 
     Args:
@@ -50,11 +50,6 @@ class FastFit:
             raise ConfigError(
                 f"FAST needs a scale above 0 and a vocabulary of at least 2, got {self.scale} and {self.vocabulary}."
             )
-
-    @property
-    def fitted(self) -> None:
-        """None: it is still to be fitted."""
-        return
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -85,7 +80,7 @@ class FastFit:
         return FastTokenizer(chunk_size, dim, self.scale, low, symbols, merges, slots=longest + 1)
 
 
-class CosineTokenizer(ABC):
+class CosineTokenizer(Tokenizer):
     """What tokenizers of cosine coefficients share: transform, padding, repairs.
 
     Attributes:
@@ -102,30 +97,6 @@ class CosineTokenizer(ABC):
     low: int
     symbols: int
     slots: int
-
-    @property
-    def fitted(self) -> Self:
-        """Itself."""
-        return self
-
-    def fit(self, action_NLD: np.ndarray) -> Self:
-        """Itself: it is fitted already."""
-        return self
-
-    @property
-    @abstractmethod
-    def end(self) -> int | None:
-        """See ``Tokenizer``."""
-
-    @property
-    def local(self) -> bool:
-        """False: a token describes a frequency, not an action."""
-        return False
-
-    @property
-    def values_SV(self) -> np.ndarray | None:
-        """None: by default ids have no order."""
-        return None
 
     @abstractmethod
     def encoded(self, symbol_BC: np.ndarray) -> list[list[int]]:
@@ -153,13 +124,6 @@ class CosineTokenizer(ABC):
         inside_B = np.asarray(((symbol_BC >= 0) & (symbol_BC < self.symbols)).all(1))
         fits_B = np.array([len(ids) <= self.slots for ids in self.encoded(symbol_BC)], bool)
         return inside_B & fits_B
-
-    def lengths(self, id_BS: np.ndarray) -> np.ndarray:
-        """Number of tokens before the end, int64 (B,)."""
-        if self.end is None:
-            return np.full(len(id_BS), id_BS.shape[1])
-        ended_BS = id_BS == self.end
-        return np.where(ended_BS.any(1), ended_BS.argmax(1), id_BS.shape[1])
 
     def decode(self, id_BS: np.ndarray) -> Decoding:
         """Decode any ids; ids after the first end token are ignored."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlaflow import __version__
-from vlaflow.actions.kinds import Fit, Fitted
+from vlaflow.actions.base import Tokenizer, TokenizerConfig
 from vlaflow.actions.published_fast import PublishedFast
 from vlaflow.config import from_json, to_json
 from vlaflow.errors import ConfigError
@@ -28,7 +28,7 @@ class TokenizerFile:
         vlaflow: version that wrote the file.
     """
 
-    tokenizer: Fitted
+    tokenizer: Tokenizer
     normalisation: str
     dataset: str
     vlaflow: str = __version__
@@ -50,7 +50,7 @@ def open_tokenizer(file: Path) -> TokenizerFile:
     return from_json(TokenizerFile, read_json(file, ConfigError, "fit it again: vlaflow data fit-tokenizer."), str(file))
 
 
-def load_tokenizer(file: Path, normalisation: str) -> Fitted:
+def load_tokenizer(file: Path, normalisation: str) -> Tokenizer:
     """Load a tokenizer for actions with this normalisation.
 
     Raises:
@@ -65,7 +65,7 @@ def load_tokenizer(file: Path, normalisation: str) -> Fitted:
     return found.tokenizer
 
 
-def named_tokenizer(name: Path | str, normalisation: str) -> Fit | Fitted:
+def named_tokenizer(name: Path | str, normalisation: str) -> TokenizerConfig:
     """What ``--tokenizer`` names: a file of ours (.json), or the folder or Hub name of a published FAST tokenizer.
 
     Raises:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vlaflow.actions.base import TokenizerConfig
 from vlaflow.actions.fast import CosineTokenizer
 from vlaflow.errors import CheckpointError, ConfigError
 from vlaflow.hub import download, hub_name
@@ -32,7 +33,7 @@ LAST = 0xD7FF
 
 
 @dataclass(frozen=True)
-class PublishedFast:
+class PublishedFast(TokenizerConfig):
     """Settings for opening a published tokenizer.
 
     Args:
@@ -40,11 +41,6 @@ class PublishedFast:
     """
 
     source: str = UNIVERSAL
-
-    @property
-    def fitted(self) -> None:
-        """None: its slots are still to be measured."""
-        return
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -103,11 +99,6 @@ class PublishedFastTokenizer(CosineTokenizer):
     def end(self) -> int:
         """The last id."""
         return len(self._pieces)
-
-    @property
-    def ordered(self) -> bool:
-        """False: ids are in the order in which merges were learned."""
-        return False
 
     def encoded(self, symbol_BC: np.ndarray) -> list[list[int]]:
         """See the base class."""

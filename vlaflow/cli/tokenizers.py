@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlaflow.packages import PAGES, require
 
 if TYPE_CHECKING:
-    from vlaflow.actions.kinds import Fit
+    from vlaflow.actions.base import TokenizerConfig
     from vlaflow.cli.data import FitTokenizer, TokenizerReport
 
 
@@ -29,7 +29,7 @@ def fit_tokenizer(arguments: FitTokenizer) -> int:
     dataset = Dataset.open(a.directory, reading=a.how.reading())
     require_writable(a.out)
     chunks = material(dataset, a.chunk_size, a.normalisation)
-    fits: dict[str, Callable[[], Fit]] = {
+    fits: dict[str, Callable[[], TokenizerConfig]] = {
         "fast": lambda: FastFit(a.scale, a.vocabulary),
         "bins": lambda: BinsFit(a.bins, a.spacing),
         "published": lambda: PublishedFast(a.source),

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from vlaflow.actions.base import Tokenizer
-from vlaflow.actions.kinds import Fit, Fitted
+from vlaflow.actions.base import Tokenizer, TokenizerConfig
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix, RunsLayers
 from vlaflow.data.batch import Executed, moved
 from vlaflow.decoders.capability import Capability
@@ -249,7 +248,7 @@ class DecoderConfig(Part, ABC):
         """
         return self
 
-    def with_tokenizer(self, tokenizer: Fit | Fitted) -> Self:
+    def with_tokenizer(self, tokenizer: TokenizerConfig) -> Self:
         """The config with this action tokenizer.
 
         Raises:

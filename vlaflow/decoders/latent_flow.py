@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from vlaflow.actions.kinds import Fit, Fitted
+from vlaflow.actions.base import TokenizerConfig
 from vlaflow.backbones.base import BackboneSpec, Prefix
 from vlaflow.decoders.autoregressive import AutoregressiveConfig
 from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, LatentCodes, Targets, TokenConditioning
@@ -88,7 +88,7 @@ class LatentFlowConfig(DecoderConfig):
         """Whether the FAST tokenizer is to be fitted first."""
         return self.fast is not None and self.fast.unfitted
 
-    def with_tokenizer(self, tokenizer: Fit | Fitted) -> Self:
+    def with_tokenizer(self, tokenizer: TokenizerConfig) -> Self:
         """The config with this tokenizer.
 
         Raises:

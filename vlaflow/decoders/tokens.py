@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from vlaflow.actions.kinds import Fit, Fitted
+from vlaflow.actions.base import Tokenizer, TokenizerConfig
 from vlaflow.backbones.base import Backbone, BackboneSpec, Prefix
 from vlaflow.backbones.language import LanguageBackbone, speaking
 from vlaflow.decoders.base import Conditioning, Decoder, DecoderConfig, Targets, TokenConditioning, Tokens
@@ -46,7 +46,7 @@ class TokenConfig(DecoderConfig):
     """
 
     action_dim: int
-    tokenizer: Fit | Fitted
+    tokenizer: TokenizerConfig
     chunk_size: int = 16
     noise_samples: int = 1
     text_row: int | None = None
@@ -70,7 +70,7 @@ class TokenConfig(DecoderConfig):
         """Whether there is a tokenizer to be fitted first."""
         return self.tokenizer.fitted is None
 
-    def with_tokenizer(self, tokenizer: Fit | Fitted) -> Self:
+    def with_tokenizer(self, tokenizer: TokenizerConfig) -> Self:
         """The config with this one."""
         return replace(self, tokenizer=tokenizer)
 
@@ -83,7 +83,7 @@ class TokenConfig(DecoderConfig):
         return replace(self, tokenizer=self.tokenizer.fit(action_NLD))
 
     @property
-    def ready(self) -> Fitted:
+    def ready(self) -> Tokenizer:
         """The fitted tokenizer.
 
         Raises:
@@ -146,7 +146,7 @@ class TokenDecoder(Decoder[State]):
         head: hidden states to logits over the V action tokens.
     """
 
-    tokenizer: Fitted
+    tokenizer: Tokenizer
 
     def __init__(self, config: TokenConfig, spec: BackboneSpec, extra: int = 0, *, marked: bool | None = None) -> None:
         super().__init__()

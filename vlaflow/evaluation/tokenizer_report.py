@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vlaflow.actions.base import Tokenizer
+from vlaflow.actions.base import Tokenizer, TokenizerConfig
 from vlaflow.actions.bins import BinsFit
 from vlaflow.actions.fast import FastFit
-from vlaflow.actions.kinds import Fit, Fitted
 from vlaflow.data import stats
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.transforms import Mode, Normalizer
@@ -136,13 +135,13 @@ def quality(tokenizer: Tokenizer, chunks: Material, name: str | None = None, see
     )
 
 
-def standard_fits() -> tuple[Fit, ...]:
+def standard_fits() -> tuple[TokenizerConfig, ...]:
     """The tokenizers that a report compares by default."""
     fast = tuple(FastFit(scale, vocabulary) for scale in (5.0, 10.0, 20.0) for vocabulary in (256, 1024))
     return (*fast, FastFit(10.0, None), BinsFit(32), BinsFit(64), BinsFit(128), BinsFit(64, "quantile"))
 
 
-def fit(what: Fit, chunks: Material) -> Fitted:
+def fit(what: TokenizerConfig, chunks: Material) -> Tokenizer:
     """Fit on the training chunks."""
     return what.fit(chunks.train)
 
