@@ -69,10 +69,15 @@ def small_training(policy: PolicyConfig, *, steps: int = 25_000, optim: OptimCon
 
 
 def mt50(policy: PolicyConfig, data: DataSpec) -> PolicyConfig:
-    """The same on Meta-World: 25 tokens of the central 160 pixels of images of 192, which show every goal (docs/mt50.md)."""
-    return replace(small(policy, data), backbone=replace(small_backbone(data), image_size=160, margin=16))
+    """A demo's policy for all of Meta-World: four layers of width 192, trained twice as fast as six of 256.
+
+    It reads 25 tokens of the central 160 pixels of images of 192, which show every goal (docs/mt50.md).
+    """
+    backbone = replace(small_backbone(data), image_size=160, margin=16, width=192, depth=4, heads=6, ffn=768)
+    return replace(small(policy, data), backbone=backbone)
 
 
 def mt50_training(policy: PolicyConfig) -> TrainConfig:
-    """The same for longer; frames are kept as JPEGs, because raw ones of all fifty tasks take about 30 GB."""
-    return replace(small_training(policy, steps=40_000), frames="jpeg")
+    """As ``small_training``; frames are kept as JPEGs, because raw ones of all fifty tasks take about 30 GB."""
+    optim = replace(OPTIM, learning_rate=1e-3)
+    return replace(small_training(policy, steps=12_000, optim=optim), frames="jpeg")

@@ -106,7 +106,7 @@ def mt50_small(data: DataSpec) -> TrainConfig:
     The data set is recorded with --size 192. Its rater is ``asyncvla.rater`` with ``--set frames=jpeg``. No policy has been
     trained with it to the end yet (docs/mt50.md).
     """
-    return mt50_training(replace(mt50(tiny(data), data), exits=ExitTraining(EXITS, shallow=0.2)))
+    return mt50_training(mt50(tiny(data), data))
 
 
 def smol(data: DataSpec) -> TrainConfig:
