@@ -147,6 +147,8 @@ def test_impossible_noise_is_refused():
 def test_one_memory_goes_with_every_noise_or_each_has_its_own():
     assert noises([0.1, 0.2], [0.5]) == (Noise(0.1, memory=0.5), Noise(0.2, memory=0.5))
     assert noises([0.1, 0.2], [0.0, 0.8], 0.01)[1] == Noise(0.2, memory=0.8, misjudge=0.01)
+    assert noises((), ()) == (Noise(),)
+    assert noises((), [0.8]) == (Noise(memory=0.8),)
     with pytest.raises(ConfigError, match=r"3 value.* of --noise and 2 of --noise-memory"):
         noises([0.1, 0.2, 0.3], [0.0, 0.8])
 

@@ -164,3 +164,18 @@ def test_the_command_records(tmp_path, capsys):
     assert main(arguments.split()) == 0
     assert len(Dataset.open(tmp_path / "d").episodes) == 2
     assert "2 episodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded"),
+    [
+        ("", [(0.1, 0.0)]),
+        ("--noise 0.3", [(0.3, 0.0)]),
+        ("--noise 0.1 --noise-memory 0 --noise 0.2 --noise-memory 0.8", [(0.1, 0.0), (0.2, 0.8)]),
+    ],
+)
+def test_the_noise_that_is_typed_takes_the_place_of_the_default(tmp_path, options, recorded):
+    """It is noted in the data set."""
+    arguments = f"--env {ENVS[0]} --episodes 2 --size 16 --workers 0 --out {tmp_path / 'd'} {options}"
+    assert main(arguments.split()) == 0
+    assert [(kind["scale"], kind["memory"]) for kind in Dataset.open(tmp_path / "d").provenance["noise"]] == recorded

@@ -27,8 +27,8 @@ class Record:
         size: side of the image in pixels, even; by default the suite's, e.g. 96 for Meta-World and 128 for LIBERO.
         render: exact keeps the simulator's shadows and antialiasing (published numbers), fast omits them.
         seed: another seed gives other episodes, but never those of an evaluation.
-        noise: standard deviation of the noise on the executed movement (1 is the full range); the label stays clean. Give it
-            several times for episodes that take turns.
+        noise: standard deviation of the noise on the executed movement (1 is the full range), 0.1 by default; the label stays
+            clean. Give it several times for episodes that take turns.
         noise_memory: correlation of the noise from one step to the next, 0 to below 1; one, or one for each --noise.
         misjudge: standard deviation in metres per axis of a temporary error in the hand position that the expert assumes, in
             half of the episodes; the label stays clean.
@@ -42,8 +42,8 @@ class Record:
     size: Count | None = None
     render: Literal["fast", "exact"] = "fast"
     seed: Seed = 0
-    noise: tuple[NotNegative, ...] = (0.1,)
-    noise_memory: tuple[NotNegative, ...] = (0.0,)
+    noise: tuple[NotNegative, ...] = ()
+    noise_memory: tuple[NotNegative, ...] = ()
     misjudge: NotNegative = 0.0
     after_success: Number = 4
 

@@ -104,13 +104,14 @@ def noises(scales: Sequence[float], memories: Sequence[float], misjudge: float =
     """One noise for each scale.
 
     Args:
-        scales: standard deviations.
-        memories: one for each scale, or one for all.
+        scales: standard deviations; empty for the default one.
+        memories: one for each scale, or one for all; empty for none.
         misjudge: of all.
 
     Raises:
         ConfigError: for another number of memories, or a value out of its range.
     """
+    scales, memories = scales or (Noise.scale,), memories or (Noise.memory,)
     if len(memories) not in (1, len(scales)):
         raise ConfigError(
             f"{len(scales)} value(s) of --noise and {len(memories)} of --noise-memory: give one memory, or one for each noise."
