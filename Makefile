@@ -26,7 +26,7 @@ demo: setup-demo ## record, train, evaluate and report; OUT=DIR for another plac
 libero: setup-libero ## the same on three tasks of LIBERO-Object; OUT=DIR for another place than runs/libero-demo
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan libero $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-mt50: setup-demo ## the same on all fifty tasks of Meta-World, in 10 to 30 hours; OUT=DIR for another place than runs/mt50
+mt50: setup-demo ## the same on all fifty tasks of Meta-World, in about three hours; OUT=DIR for another place than runs/mt50
 	@$(GL) VLAFLOW_INSTALL_SECONDS="$$(cat .venv/.vlaflow-install-seconds)" .venv/bin/vlaflow demo --plan mt50 $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: setup-dev ## the whole test suite, offline; ARGS="-k words" for a part
