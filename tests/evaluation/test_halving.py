@@ -1,9 +1,11 @@
 """Successive halving: every candidate plays the same seeds, the better half goes on, and the best one survives."""
 
+import re
+
 import pytest
 
 from vlaflow.errors import ConfigError
-from vlaflow.evaluation.halving import halve
+from vlaflow.evaluation.halving import halve, require_episodes
 
 
 class Arms:
@@ -39,6 +41,13 @@ def test_ties_go_to_the_smaller_key():
     assert alive == [5, 4]
 
 
-def test_too_few_episodes_are_refused():
-    with pytest.raises(ConfigError, match="8 candidates need at least 24 episodes per environment in 3 rounds"):
-        halve(range(8), Arms([0.0] * 8), 23, key=lambda n: n)
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 21])
+@pytest.mark.parametrize("environments", [1, 3])
+def test_the_number_of_episodes_that_a_refusal_names_is_enough_and_one_fewer_is_not(count, environments):
+    with pytest.raises(ConfigError) as refusal:
+        require_episodes(count, 0, environments)
+    least = int(re.search(r"at least (\d+) episodes", str(refusal.value))[1])
+    require_episodes(count, least, environments)
+    halve(range(count), Arms([0.0] * count), least // environments, key=lambda n: n)
+    with pytest.raises(ConfigError, match="Raise --rollouts"):
+        require_episodes(count, least - 1, environments)

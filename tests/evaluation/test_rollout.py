@@ -9,7 +9,7 @@ from tests.evaluation.conftest import ENV
 from vlaflow.compute.parse import parse, parse_all
 from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import CapabilityError, ConfigError, SpecError
-from vlaflow.evaluation.latency import collect_observations, measure
+from vlaflow.evaluation.latency import collect_observations, evenly, measure
 from vlaflow.evaluation.rollout import (
     EpisodeBlock,
     EpisodeJob,
@@ -176,6 +176,13 @@ def test_other_actions_are_refused(checkpoint):
 def test_impossible_settings_are_refused(checkpoint, wrong):
     with pytest.raises(ConfigError):
         require_fit(Policy.from_pretrained(checkpoint), "x", {ENV}, [], wrong)
+
+
+def test_latency_is_measured_on_a_few_environments_from_the_whole_list():
+    names = [f"suite/{i}" for i in range(50)]
+    assert evenly(names, 8) == [f"suite/{i}" for i in (0, 6, 12, 18, 25, 31, 37, 43)]
+    assert evenly(names[:8], 8) == names[:8]
+    assert len(evenly(names[:9], 8)) == 8
 
 
 def test_latency_parts_add_up_to_the_total(checkpoint):

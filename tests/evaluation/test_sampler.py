@@ -17,8 +17,8 @@ from vlaflow.compute.sampler_choice import FAILURES, load
 from vlaflow.compute.spelling import Checkpoint
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.discrete_flow import DiscreteFlowConfig
-from vlaflow.errors import CalibrationError
-from vlaflow.evaluation import sampler_episodes
+from vlaflow.errors import CalibrationError, ConfigError
+from vlaflow.evaluation import calibrate_sampler, sampler_episodes
 from vlaflow.evaluation.calibrate import sample
 from vlaflow.evaluation.calibrate_sampler import SamplerRequest, after_training, candidates, run
 from vlaflow.evaluation.rollout import RolloutConfig
@@ -276,6 +276,13 @@ def test_episodes_choose_on_their_own_seeds_and_an_interrupted_calibration_conti
     words = ["--seed", "500001", "--episodes", "1", "--workers", "0", "--out", str(tmp_path / "eval")]
     assert main(["eval", str(checkpoint), "--env", ENV, *words]) == 2
     assert f"Evaluate other seeds: --seed {500_000 + made.seeds}" in capsys.readouterr().err
+
+
+def test_too_few_episodes_for_the_candidates_are_refused_before_any_frame_is_measured(checkpoint, dataset, monkeypatch):
+    monkeypatch.setattr(calibrate_sampler, "measure", None)
+    request = SamplerRequest(WAYS, envs=(ENV,), episodes=len(WAYS) - 1)
+    with pytest.raises(ConfigError, match=f"{len(WAYS)} candidates need at least"):
+        run(checkpoint, dataset, request)
 
 
 def test_a_training_ends_with_it_where_episodes_were_held_out(checkpoint, dataset, tmp_path):

@@ -23,6 +23,7 @@ from vlaflow.data.reading import Reading
 from vlaflow.decoders.model import Model
 from vlaflow.errors import CalibrationError, CapabilityError
 from vlaflow.evaluation.calibrate import BATCH, Sample, held_out, sample
+from vlaflow.evaluation.halving import require_episodes
 from vlaflow.evaluation.latency import measure as measure_latency
 from vlaflow.evaluation.rollout import RolloutConfig, require_fit
 from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
@@ -137,6 +138,8 @@ def run(
     rollout = replace(request.rollout, device=device, dtype=dtype, n_action_steps=n_action_steps)
     if envs:
         require_fit(policy, str(checkpoint), set(envs), computes, rollout)
+        if request.budget_ms is None:  # else only those that fit the budget play
+            require_episodes(len(computes), request.episodes, len(envs))
     file = checkpoint / FOLDER / FILE
     require_writable(file, file.with_suffix(".html"), cure="Make it writable, or calibrate a copy of the checkpoint.")
 

@@ -11,6 +11,31 @@ LAST = 2
 """Candidates that play the last round."""
 
 
+def rounds_of(candidates: int) -> int:
+    """Rounds until ``LAST`` of so many candidates have played the last one."""
+    return ceil(log2(candidates / LAST)) + 1 if candidates > LAST else 1
+
+
+def require_episodes(candidates: int, budget: int, environments: int = 1) -> None:
+    """Refuse a budget that does not give every candidate an episode per round and environment.
+
+    Args:
+        candidates: how many.
+        budget: episodes of all candidates and environments together.
+        environments: how many.
+
+    Raises:
+        ConfigError: naming the number of episodes that would do.
+    """
+    rounds = rounds_of(candidates)
+    if budget // environments // rounds < candidates:
+        where = "" if environments == 1 else f" in each of {environments} environments"
+        raise ConfigError(
+            f"{candidates} candidates need at least {rounds * candidates * environments} episodes, one a round{where}, and "
+            f"there are {budget}. Raise --rollouts, or name fewer candidates with --compute."
+        )
+
+
 def halve(
     candidates: Sequence[int],
     play: Callable[[Sequence[int], int, int], Sequence[float]],
@@ -34,12 +59,8 @@ def halve(
         ConfigError: the budget does not give every candidate an episode per round.
     """
     alive = list(candidates)
-    rounds = max(1, ceil(log2(max(len(alive), 1) / LAST)) + 1) if len(alive) > LAST else 1
-    if budget // rounds < len(alive):
-        raise ConfigError(
-            f"{len(alive)} candidates need at least {rounds * len(alive)} episodes per environment in {rounds} rounds, and "
-            f"there are {budget}. Raise --rollouts, or name fewer candidates with --compute."
-        )
+    require_episodes(len(alive), budget)
+    rounds = rounds_of(len(alive))
     used = 0
     for number in range(rounds):
         count = budget // rounds // len(alive)

@@ -6,7 +6,7 @@ because they share the machine with each other and with the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,9 @@ from vlaflow.policies.base import Policy
 from vlaflow.policies.seeds import chunk_generator
 from vlaflow.ranges import Count, NotNegative, Share
 from vlaflow.spec import Observation
+
+TIMED_ENVS = 8
+"""Environments whose observations are timed; an episode of each is played for them, one after the other."""
 
 PARTS = ("prefix", "first", "refine_deterministic", "rater", "refine")
 """Parts of a chunk's time in order; a part that was not run counts as 0 ms. The rest is ``other``."""
@@ -59,11 +62,18 @@ class Latency:
 
 
 def measure(
-    policy: Policy, computes: Sequence[ComputePolicy], observations: Sequence[Observation], chunks: int = 60, warm_up: int = 3
+    policy: Policy,
+    computes: Sequence[ComputePolicy],
+    observations: Sequence[Observation],
+    chunks: int = 60,
+    warm_up: int = 3,
+    *,
+    timed: Callable[[], None] = lambda: None,
 ) -> list[Latency]:
     """Time ``chunks`` chunks of every compute policy, in turns, spread over the observations.
 
-    Before them come up to ``warm_up`` turns that are not timed, but no more than are.
+    Before them come up to ``warm_up`` turns that are not timed, but no more than are. ``timed`` is called after every turn
+    that is.
     """
     times: dict[str, list[dict[str, float]]] = {compute.name: [] for compute in computes}
     work: dict[str, list[tuple[int, int, float]]] = {compute.name: [] for compute in computes}
@@ -77,6 +87,8 @@ def measure(
                 times[compute.name].append(dict(chunk.milliseconds))
                 again = 0.0 if chunk.regenerated is None else float(chunk.regenerated.mean())
                 work[compute.name].append((chunk.layer_passes, chunk.nfe, again))
+            if turn >= 0:
+                timed()
         drifts = {compute.name: _drift(policy, compute, observations[:chunks]) for compute in computes}
     return [replace(_summary(name, timed, work[name]), drift=drifts[name]) for name, timed in times.items()]
 
@@ -92,8 +104,15 @@ def _drift(policy: Policy, compute: ComputePolicy, observations: Sequence[Observ
     return float(np.abs(np.array(chunks[0]) - np.array(chunks[1])).mean())
 
 
-def collect_observations(policy: Policy, jobs: Sequence[EpisodeJob], config: RolloutConfig) -> list[Observation]:
-    """The observations of these episodes, interleaved.
+def evenly(envs: Sequence[str], most: int = TIMED_ENVS) -> list[str]:
+    """At most so many of the environments, evenly spread over their order, the first one among them."""
+    return [envs[i * len(envs) // most] for i in range(most)] if len(envs) > most else list(envs)
+
+
+def collect_observations(
+    policy: Policy, jobs: Sequence[EpisodeJob], config: RolloutConfig, *, played: Callable[[], None] = lambda: None
+) -> list[Observation]:
+    """The observations of these episodes, interleaved; ``played`` is called after each episode.
 
     Adaptive compute policies take longer in difficult scenes, so the first steps of episodes would not be representative.
     """
@@ -103,6 +122,7 @@ def collect_observations(policy: Policy, jobs: Sequence[EpisodeJob], config: Rol
         observe = lambda step, now, chunk, observed=observed: observed.append(now)  # noqa: E731
         play(policy, open_env(policy, job.env, config.render), job, config, before=observe)
         episodes.append(observed)
+        played()
     longest = max(map(len, episodes))
     return [each[i] for i in range(longest) for each in episodes if i < len(each)]
 

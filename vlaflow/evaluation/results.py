@@ -60,7 +60,7 @@ class Evaluation:
         episodes, successes: counts.
         interval: 95 % Wilson interval of the success rate, for ``effective_episodes``.
         first_success_steps: per episode, counted from 1; null without success.
-        latency_ms: latency of a chunk over the observations of all environments; null if not measured.
+        latency_ms: latency of a chunk over the observations of up to eight environments; null if not measured.
         seeds, noise_seeds: seeds of the episodes, in the order of all lists here.
         within: successes within the limits of published evaluations, as far as they do not exceed ``max_steps``.
         n_action_steps, max_steps, render, batch: how the episodes were run.

@@ -23,7 +23,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.evaluation import language, results, videos
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.images import unlike_training
-from vlaflow.evaluation.latency import Latency, collect_observations, measure
+from vlaflow.evaluation.latency import Latency, collect_observations, evenly, measure
 from vlaflow.evaluation.results import Minutes, Results
 from vlaflow.evaluation.revision import Revision, follow
 from vlaflow.evaluation.rollout import (
@@ -45,6 +45,7 @@ from vlaflow.policies.checkpoint import local_folder
 from vlaflow.policies.engines import for_budgets
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
+from vlaflow.progress import progress
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
 from vlaflow.versions import command_line, machine, versions
 
@@ -418,11 +419,13 @@ def _timed(
     policy: Policy, envs: Sequence[str], computes: Sequence[ComputePolicy], config: EvaluationConfig, rollout: RolloutConfig
 ) -> tuple[list[Latency], Revision | None]:
     """Latency of every compute policy on observations of the first seed, and one chunk followed step by step."""
-    with one_thread():
-        observations = collect_observations(policy, plan(envs, computes[:1], 1, config.first_seed), rollout)
-    computes = [compute.executing(rollout.n_action_steps or policy.n_action_steps) for compute in computes]
-    latency = measure(policy, computes, observations, config.latency_chunks)
-    return latency, follow(policy, computes, observations[len(observations) // 2], chunk_generator(config.first_seed, 0))
+    jobs = plan(evenly(envs), computes[:1], 1, config.first_seed)
+    executed = [compute.executing(rollout.n_action_steps or policy.n_action_steps) for compute in computes]
+    with progress(len(jobs) + config.latency_chunks, "Timing") as bar:
+        with one_thread():
+            observations = collect_observations(policy, jobs, rollout, played=bar.advance)
+        latency = measure(policy, executed, observations, config.latency_chunks, timed=bar.advance)
+    return latency, follow(policy, executed, observations[len(observations) // 2], chunk_generator(config.first_seed, 0))
 
 
 def _settings(

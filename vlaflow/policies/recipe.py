@@ -111,12 +111,13 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine (or constant) schedule.
+    """AdamW or Muon with linear warm-up and a cosine (or constant) schedule.
 
     Weights in a smaller format than float32 are trained through float32 copies of them, so that no small step is lost.
 
     Args:
-        kind: how AdamW keeps its moments. "adamw8bit" needs 2 bytes per weight instead of 8; "paged_adamw" and
+        kind: "adamw", or "muon" for the matrices of the layers and AdamW for all else, which learns small networks in fewer
+            steps (docs/training.md). "adamw8bit" needs 2 bytes per weight for its moments instead of 8; "paged_adamw" and
             "paged_adamw8bit" let them move to host memory where the GPU's is short. These three need bitsandbytes.
         learning_rate: peak rate.
         warmup_steps: linear up to the peak; the first step has 1 / warmup_steps of it.
@@ -125,7 +126,7 @@ class OptimConfig:
         clip_norm: largest gradient norm; larger ones are scaled down.
     """
 
-    kind: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     learning_rate: NotNegative = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: NotNegative = 1e-8
@@ -139,7 +140,7 @@ class OptimConfig:
     @property
     def packages(self) -> tuple[str, ...]:
         """What ``kind`` needs."""
-        return () if self.kind == "adamw" else ("bitsandbytes",)
+        return () if self.kind in ("adamw", "muon") else ("bitsandbytes",)
 
 
 @dataclass(frozen=True)

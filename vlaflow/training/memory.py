@@ -32,7 +32,7 @@ from vlaflow.policies.adapters import adapt
 from vlaflow.policies.dry_run import DryRun
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.stacks.base import blocks_of
-from vlaflow.training.optim import freeze
+from vlaflow.training.optim import freeze, turned_matrices
 
 FLOAT = 4
 """Bytes of a gradient, moment or average."""
@@ -132,11 +132,14 @@ def count(build: Callable[[], DryRun], config: TrainConfig) -> Counts:
     matrices = {m.weight for m in run.networks.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     free = [p for p in every if p.requires_grad]
     moments = 2 if config.optim.kind.endswith("8bit") else 2 * FLOAT
+    turned = turned_matrices(run.trained, config.optim)
     return Counts(
         parameters=_numbers(every),
         trained=_numbers(free),
         gradient_bytes=sum(p.numel() * p.element_size() for p in free),
-        optimizer_bytes=sum(p.numel() * (moments + FLOAT * (p.dtype != torch.float32)) for p in free),
+        optimizer_bytes=sum(
+            p.numel() * ((FLOAT if p in turned else moments) + FLOAT * (p.dtype != torch.float32)) for p in free
+        ),
         weight_bytes=sum(t.numel() * t.element_size() for t in (*every, *run.networks.buffers())),
         root=_numbers(p for p in every if p not in inside),
         root_trained=_numbers(p for p in every if p not in inside and p.requires_grad),

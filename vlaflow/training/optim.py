@@ -1,4 +1,4 @@
-"""AdamW over named groups of parameters, and the learning rate as a pure function of the step.
+"""AdamW or Muon over named groups of parameters, and the learning rate as a pure function of the step.
 
 Only weights that multiply decay: matrices and convolution kernels. Biases, norms, embeddings and learned positions do not,
 because pulling them towards 0 has no meaning (a rare word's embedding would fade whenever it is not seen).
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.packages import require
 from vlaflow.policies.recipe import OptimConfig, ParameterGroup
+from vlaflow.stacks.base import blocks_of
 from vlaflow.training.moments import Masters
+from vlaflow.training.muon import Muon
 
 KINDS = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
 """Kinds of ``OptimConfig`` and their names in bitsandbytes."""
@@ -75,30 +77,55 @@ def with_rate(config: OptimConfig, names: Iterable[str], rate: float | None) -> 
     return replace(config, groups=(*config.groups, *(ParameterGroup(name, rate) for name in names)))
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig, masters: Masters | None = None) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; the rate of each group is its peak, in ``group["peak"]``.
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, masters: Masters | None = None, *, bf16: bool = False
+) -> torch.optim.Optimizer:
+    """Over the trainable parameters; the rate of each group is its peak, in ``group["peak"]``.
 
     Args:
         module: whose parameters; on the device where they train.
         config: how.
         masters: float32 copies to step in place of parameters.
+        bf16: compute the directions of Muon's steps in bfloat16.
 
     Raises:
         CapabilityError: bitsandbytes is missing for a ``kind`` that needs it.
+        ConfigError: Muon, and no layer's matrix trains.
     """
     masters = masters or Masters(module)
     decayed = _multiplying_weights(module)
-    sorted_out: dict[tuple[float, float], list[Tensor]] = {}
+    turned = turned_matrices(module, config)
+    sorted_out: dict[tuple[bool, float, float], list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             group = _group_of(name, config)
             rate = config.learning_rate if group is None or group.learning_rate is None else group.learning_rate
             decay = config.weight_decay if name in decayed else 0.0
-            sorted_out.setdefault((rate, decay), []).append(masters.of.get(parameter, parameter))
-    groups = [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), p in sorted_out.items()]
-    optimizer = _adamw(groups, config)
+            sorted_out.setdefault((parameter in turned, rate, decay), []).append(masters.of.get(parameter, parameter))
+    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (turns, rate, decay), parameters in sorted_out.items():
+        groups[turns].append({"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay})
+    if turned:
+        optimizer: torch.optim.Optimizer = Muon(groups[True], groups[False], config, torch.bfloat16 if bf16 else torch.float32)
+    else:
+        optimizer = _adamw(groups[False], config)
     masters.serve(optimizer)
     return optimizer
+
+
+def turned_matrices(module: nn.Module, config: OptimConfig) -> set[nn.Parameter]:
+    """The parameters that take Muon's steps: trainable matrices of layers; none with another optimiser.
+
+    Raises:
+        ConfigError: there are none, and there should be.
+    """
+    if config.kind != "muon":
+        return set()
+    inside = {parameter for block in blocks_of(module) for parameter in block.parameters()}
+    found = {p for p in inside if p.ndim == 2 and p.requires_grad}
+    if not found:
+        raise ConfigError("optim.kind=muon is for the matrices of layers, and none trains here. Choose optim.kind=adamw.")
+    return found
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

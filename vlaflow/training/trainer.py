@@ -138,7 +138,7 @@ class Trainer:
         self._model = self._spread(self.format == "bf16")
         masters = Masters(stage.module)
         optim = with_rate(config.optim, adapters, config.lora.learning_rate if config.lora else None)
-        self._optimizer = build_optimizer(stage.module, optim, masters)
+        self._optimizer = build_optimizer(stage.module, optim, masters, bf16=self.format == "bf16")
         self._moments = Moments(self._optimizer, masters.of)
         self._late = late_parameters(stage.module, config.optim)
         self._trained = [p for p in stage.module.parameters() if p.requires_grad]
@@ -166,10 +166,12 @@ class Trainer:
             if self._compiled:
                 raise CapabilityError("A loss that is sharded layer by layer is not compiled. Leave --compile or --shard out.")
             lora = self.config.lora
-            if self.config.optim.kind != "adamw" or (lora and lora.quantise):
+            if self.config.optim.packages or (lora and lora.quantise):
                 raise CapabilityError(
                     "What bitsandbytes keeps cannot be shared by processes. Leave --shard out, or optim.kind and lora.quantise."
                 )
+            if self.config.optim.kind == "muon":
+                raise CapabilityError("Muon's steps need whole matrices. Leave --shard out, or choose optim.kind=adamw.")
         if self.sharded or empty:
             sharding.shard(whole, blocks, self.team, bf16=bf16)
         self.stage.to(self.device)

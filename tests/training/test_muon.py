@@ -1,0 +1,111 @@
+"""Muon: orthogonal steps for the matrices of layers, AdamW's for all else, and runs that continue to the bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Generator, nn
+
+from tests.training.small import Cut, Memory, new_policy, tiny_config, weights
+from tests.training.test_trainer import run
+from vlaflow.errors import ConfigError
+from vlaflow.policies.recipe import OptimConfig
+from vlaflow.training.memory import count
+from vlaflow.training.muon import orthogonal
+from vlaflow.training.optim import build_optimizer
+
+MUON = OptimConfig(kind="muon", learning_rate=1e-2, weight_decay=0.1)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_directions_have_the_singular_vectors_of_the_matrix_and_singular_values_near_one(shape, scale):
+    u, s, vh = torch.linalg.svd(drawn(*shape), full_matrices=False)
+    s = s.clamp(min=0.1 * s.max())
+    found = u.mT @ orthogonal(scale * (u @ s.diag() @ vh)) @ vh.mT
+    torch.testing.assert_close(found, found.diagonal().diag(), atol=1e-3, rtol=0)
+    assert found.diagonal().min() > 0.6
+    assert found.diagonal().max() < 1.2
+
+
+def test_nothing_to_learn_is_no_direction():
+    assert not orthogonal(torch.zeros(3, 5)).any()
+
+
+def layers_and_others(model):
+    named = dict(model.named_parameters())
+    layers = {name for name, p in named.items() if ".layers." in name and p.ndim == 2}
+    assert {"backbone.layers.0.qkv.weight"} <= layers
+    return {name: named[name] for name in layers}, {name: p for name, p in named.items() if name not in layers}
+
+
+def stepped(config, *, steps=3, bf16=False):
+    """A small policy's parameters before, and after steps along drawn gradients."""
+    model = new_policy(tiny_config()).model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, config, bf16=bf16)
+    for step in range(steps):
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = drawn(*parameter.shape, seed=100 * step + number)
+        optimizer.step()
+    return model, before
+
+
+def test_what_is_no_matrix_of_a_layer_takes_the_steps_of_adamw():
+    ours, others = layers_and_others(stepped(MUON)[0])
+    adamw = dict(stepped(replace(MUON, kind="adamw"))[0].named_parameters())
+    for name, parameter in others.items():
+        torch.testing.assert_close(parameter, adamw[name], rtol=0, atol=0, msg=name)
+    assert not any(torch.equal(parameter, adamw[name]) for name, parameter in ours.items())
+
+
+def test_a_first_step_does_not_depend_on_the_size_of_gradients_and_is_as_long_as_one_of_adamw():
+    """Of a full matrix all singular values become 1 or so: R·C·rms² = min(R, C), and the step's rms is 0.2 times the rate."""
+    model, before = stepped(replace(MUON, weight_decay=0.0), steps=1)
+    for name, parameter in layers_and_others(model)[0].items():
+        rms = (parameter.detach() - before[name]).square().mean().sqrt()
+        assert 0.6 * 0.2e-2 < rms < 1.2 * 0.2e-2, name
+
+
+def test_the_steps_are_those_of_torch():
+    torch_muon = getattr(torch.optim, "Muon", None)
+    if torch_muon is None:
+        pytest.skip("this torch has no Muon")
+    model, before = stepped(MUON, bf16=True)
+    numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}
+    for name, parameter in layers_and_others(model)[0].items():
+        other = nn.Parameter(before[name].clone())
+        optimizer = torch_muon([other], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for step in range(3):
+            other.grad = drawn(*other.shape, seed=100 * step + numbers[name])
+            optimizer.step()
+        moved = (other - before[name]).norm()
+        assert (parameter - other).norm() < 0.02 * moved, name
+
+
+def test_a_run_that_was_cut_continues_to_the_bit(tmp_path):
+    config = tiny_config(optim=replace(MUON, warmup_steps=2))
+    run(tmp_path / "a", config)
+    with pytest.raises(RuntimeError, match="cut"):
+        run(tmp_path / "b", config, source=Cut(Memory(), at=4))
+    run(tmp_path / "b", config)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_matrix_has_one_moment_where_adamw_has_two():
+    config = tiny_config()
+    ours, theirs = (
+        count(lambda: config.objective.dry_run(None, 32), replace(config, optim=OptimConfig(kind=kind)))
+        for kind in ("muon", "adamw")
+    )
+    model = new_policy(config).model
+    assert theirs.optimizer_bytes - ours.optimizer_bytes == 4 * sum(p.numel() for p in layers_and_others(model)[0].values())
+
+
+def test_without_layers_there_is_nothing_to_turn():
+    with pytest.raises(ConfigError, match=r"none trains here. Choose optim\.kind=adamw"):
+        build_optimizer(nn.Linear(3, 3), MUON)
