@@ -97,7 +97,8 @@ def make_batch(config: PolicyConfig, size: int) -> Batch:
 
 def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool, *, compiled: bool = False) -> Callable[[], float]:
     """What the trainer does in a step."""
-    optimizer, generator, weights = build_optimizer(policy.model, optim), Generator().manual_seed(0), policy.model.parameters
+    optimizer = build_optimizer(policy.model, optim, bf16=bf16)
+    generator, weights = Generator().manual_seed(0), policy.model.parameters
     policy.model.train()
     loss_of = torch.compile(policy.loss_of) if compiled else policy.loss_of
 

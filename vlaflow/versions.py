@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,11 @@ def versions() -> dict[str, str]:
     """Versions of vlaflow, Python and those packages of ``PACKAGES`` that are installed, in that order."""
     found = {"vlaflow": __version__, "python": platform.python_version()}
     return found | {package: version for package in PACKAGES if (version := _installed(package)) is not None}
+
+
+def version_list(found: Mapping[str, str]) -> str:
+    """Each package with its version, separated by commas."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 @cache  # reading all of them takes 20 ms, and every checkpoint records them

@@ -1,5 +1,6 @@
 """Muon: orthogonal steps for the matrices of layers, AdamW's for all else, and runs that continue to the bit."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -94,6 +95,27 @@ def test_a_run_that_was_cut_continues_to_the_bit(tmp_path):
         run(tmp_path / "b", config, source=Cut(Memory(), at=4))
     run(tmp_path / "b", config)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_state_that_was_loaded_goes_on_as_one_that_was_not():
+    def optimizer_of(model):
+        return build_optimizer(model, MUON)
+
+    def step(model, optimizer, number):
+        for place, parameter in enumerate(model.parameters()):
+            parameter.grad = drawn(*parameter.shape, seed=100 * number + place)
+        optimizer.step()
+
+    one, other = (new_policy(tiny_config()).model for _ in range(2))
+    first, second = optimizer_of(one), optimizer_of(other)
+    step(one, first, 0)
+    other.load_state_dict(one.state_dict())
+    second.load_state_dict(deepcopy(first.state_dict()))
+    for number in (1, 2):
+        step(one, first, number)
+        step(other, second, number)
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
 def test_a_matrix_has_one_moment_where_adamw_has_two():

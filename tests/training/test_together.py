@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.training import flybot, ranks
 from tests.training.latents import latent_config, latent_stage
+from tests.training.sharded import MUON
 from tests.training.small import Memory, Ragged, tiny_config, write_dataset
 from tests.training.test_trainer import run
 from tests.training.together import train_all
@@ -112,6 +113,16 @@ def test_validation_leaves_no_trace_in_a_sharded_run(together, name):
     out = together / "sharded"
     assert same(saved(out / "alone", name), saved(out / "validated", name))
     assert same(saved(out / "alone", name), saved(out / "cut", name))
+
+
+def test_muon_turns_whole_matrices_that_processes_share_by_rows(together, tmp_path):
+    run(tmp_path / "p", tiny_config(accumulate=2, ema_decay=None, optim=MUON))
+    assert losses(tmp_path / "p") == pytest.approx(losses(together / "sharded/turned"), rel=1e-4)
+    for name in ("weights", "optimizer"):
+        assert same(saved(together / "sharded/turned", name), saved(together / "sharded/turned-cut", name))
+    moments = saved(together / "sharded/turned", "optimizer")
+    assert "exp_avg.backbone.layers.0.qkv.weight" in moments
+    assert "exp_avg_sq.backbone.layers.0.qkv.weight" not in moments
 
 
 def test_a_sharded_run_saves_moments_and_keeps_weights_and_average_apart(together):

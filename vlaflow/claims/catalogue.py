@@ -10,7 +10,7 @@ from __future__ import annotations
 from vlaflow.claims.base import Claim, Effect, Training, TrialArm
 
 TASKS = ("metaworld/window-open-v3", "metaworld/peg-insert-side-v3", "metaworld/pick-place-v3")
-STEPS = 4500
+STEPS = 1200
 TENTH = {"demonstrations": "0.1"}
 
 UNIFIED = Training("asyncvla.demo", steps=STEPS, sampler=True)
@@ -55,7 +55,7 @@ BY_DECODER = {
 
 SPLITS = ((14, 2), (16, 0), (15, 1), (12, 4), (8, 8))
 FEW_PASSES = ((0, 1), (2, 2), (4, 2))
-SHARES = {"tenth": ("0.1", 1800), "quarter": ("0.25", 2400), "half": ("0.5", 3600)}
+SHARES = {"tenth": ("0.1", 450), "quarter": ("0.25", 600), "half": ("0.5", 900)}
 """Smaller shares of the demonstrations, with optimiser steps."""
 
 LATENT = Training("iflybot.latent")
@@ -63,7 +63,7 @@ QUESTIONS = {"policy.backbone.answers": "true"}
 
 
 def _tenth(training: Training) -> Training:
-    return Training(training.recipe, {**training.settings, **TENTH}, 1800)
+    return Training(training.recipe, {**training.settings, **TENTH}, 450)
 
 
 def _shared(share: str) -> dict[str, Training]:

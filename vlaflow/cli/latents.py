@@ -22,7 +22,7 @@ def latent_report(arguments: LatentReport) -> int:
     from vlaflow.outputs import require_writable
     from vlaflow.policies.provenance import reading_of
     from vlaflow.reports import latent_actions as page
-    from vlaflow.versions import command_line, versions
+    from vlaflow.versions import command_line, version_list, versions
 
     a = arguments
     require(*PAGES)
@@ -48,7 +48,7 @@ def latent_report(arguments: LatentReport) -> int:
             f"{len(held.pairs)} pairs of {len(held.pairs.episodes)} held-out episodes; probes learn from {len(train.index_M)}",
             "codes": f"{model.config.codes} of {book}",
             "command": command_line(),
-            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+            "versions": version_list(versions()),
         },
     )
     predicted = f" The codes predict {nanmean(found.probes['codes']):.2f} of the actions' variance." if found.probes else ""

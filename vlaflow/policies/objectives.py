@@ -1,6 +1,6 @@
 """What this package's training stages learn: a policy, a confidence rater on a frozen policy, or a latent action model.
 
-    TrainConfig(PolicyObjective(tiny(data)), steps=3500)
+    TrainConfig(PolicyObjective(tiny(data)), steps=1000)
     TrainConfig(PolicyObjective(policy, consistency=Consistency()), steps=1000)
     TrainConfig(RaterObjective(tiny_rater(policy)), steps=250)
     TrainConfig(LatentObjective(LatentConfig(), view="front"), steps=1200)

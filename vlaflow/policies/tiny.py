@@ -23,7 +23,7 @@ FAST = FastFit(scale=10.0, vocabulary=256)
 """On the demo's chunks of 16 × 4 numbers: 15 tokens on average, 46 at most, error 0.017 of the range's half."""
 COEFFICIENTS = FastFit(scale=10.0, vocabulary=None)
 """The same without merges: 64 tokens of 81 ids. Decoders that make tokens in parallel need it (docs/tokens.md)."""
-OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=100)
+OPTIM = OptimConfig("muon", learning_rate=3e-3, warmup_steps=100)
 
 
 def tiny_backbone(data: DataSpec) -> TinyConfig:
@@ -44,14 +44,17 @@ def token_policy(
 
 
 def tiny_training(policy: PolicyConfig, *, steps: int, optim: OptimConfig = OPTIM) -> TrainConfig:
-    """Training of a tiny policy on a CPU: batches of 32, averaged weights, pauses left out."""
+    """Training of a tiny policy on a CPU: batches of 64, averaged weights, pauses left out.
+
+    Two threads train batches of 64 at 1.4 times the rate of 32, and Muon learns no less from a sample in them (docs/log.md).
+    """
     return TrainConfig(
         PolicyObjective(policy),
         optim=optim,
         steps=steps,
-        global_batch_size=32,
+        global_batch_size=64,
         ema_decay=0.998,
         pauses=PauseRule(),
-        validate_every=500,
-        checkpoint_every=1000,
+        validate_every=200,
+        checkpoint_every=400,
     )

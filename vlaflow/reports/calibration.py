@@ -11,6 +11,7 @@ from vlaflow.compute.thresholds import ExitMeasurements, exit_shares, filtered_q
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure
+from vlaflow.versions import version_list
 
 BUDGETS = tuple(np.geomspace(0.02, 4, 25).tolist())
 
@@ -51,7 +52,7 @@ def write_page(made: Calibration, table: ExitMeasurements, file: Path) -> Path:
         "solver steps at each": str(plan.sampling),
         "warm start": plan.warm_start + (f" from clock {plan.restart:g}" if plan.warm_start == "renoise" else ""),
         "command": made.command,
-        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+        "versions": version_list(made.versions),
     }
     title = f"Calibration {file.stem}"
     return page.write(file, "calibration.html", title=title, tile_entries=tiles, figures=figures, fact_entries=facts)

@@ -12,6 +12,7 @@ from vlaflow.reports import page
 from vlaflow.reports.figure import INK, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
 from vlaflow.reports.words import percent, short, signed
+from vlaflow.versions import version_list
 
 DIRECTIONS = {"more": "more successes than", "no fewer": "no fewer successes than", "cheaper": "cheaper than"}
 
@@ -50,7 +51,7 @@ def write_page(claim: Claim, row: Row, places: Places) -> Path:
             "episodes": f"{row.arms[0].n} per arm",
             "hours": f"{row.hours:.1f}",
             "machine": row.machine,
-            "versions": ", ".join(f"{name} {version}" for name, version in row.versions.items()),
+            "versions": version_list(row.versions),
         },
     )
 

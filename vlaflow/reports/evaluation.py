@@ -22,6 +22,7 @@ from vlaflow.reports import page, revision_plots
 from vlaflow.reports.monitor_plots import monitor
 from vlaflow.reports.page import Figure, Table
 from vlaflow.reports.words import NOTABLE, percent, played, rate, short, signed, step_limits, too_few
+from vlaflow.versions import version_list
 
 Log = Sequence[Mapping[str, Any]]
 PAGE = "report.html"
@@ -283,7 +284,7 @@ def facts(results: Results) -> dict[str, str]:
         f"{first.render} rendering",
         "machine": results.machine,
         "minutes": _minutes(results.minutes),
-        "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
+        "versions": version_list(results.versions),
     }
 
 

@@ -14,6 +14,7 @@ from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
 from vlaflow.reports.words import NOTABLE, seed_span, short
+from vlaflow.versions import version_list
 
 WORDS = {
     "wait": "wait (synchronous)",
@@ -55,7 +56,7 @@ def write_page(found: RealtimeResults, file: Path) -> Path:
         fact_entries={
             "checkpoint": f"{found.checkpoint}, content {found.fingerprint[:12]}, computed in {found.dtype}",
             "machine": found.machine,
-            "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+            "versions": version_list(found.versions),
         },
     )
 

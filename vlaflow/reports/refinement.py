@@ -11,6 +11,7 @@ from vlaflow.evaluation.refinement_measures import ORACLE, RATER, Drafts
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, LINES, MARKERS, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
+from vlaflow.versions import version_list
 
 BINS = 10
 HEADS = ("rival", "second round", "regenerated", "error", "difference to the first round", "95 % interval", "p50, ms")
@@ -56,7 +57,7 @@ def write_page(made: RefineCalibration, drafts: Drafts, file: Path) -> Path:
         "second round": f"{made.sampling}, from clock {made.clock:g}",
         "executed actions": str(made.n_action_steps),
         "command": made.command,
-        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+        "versions": version_list(made.versions),
     }
     return page.write(
         file,

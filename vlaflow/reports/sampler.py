@@ -10,6 +10,7 @@ from vlaflow.evaluation.sampler_measures import MEASURES
 from vlaflow.reports import page
 from vlaflow.reports.figure import FAINT, INK, SERIES, WIDTH, figure
 from vlaflow.reports.page import Figure, Table
+from vlaflow.versions import version_list
 
 PLAUSIBLE = "the geometric mean of the executed actions' squared distances to the demonstration and to any demonstration"
 
@@ -43,7 +44,7 @@ def write_page(made: SamplerCalibration, file: Path) -> Path:
         "budget": "none" if made.budget_ms is None else f"{made.budget_ms:g} ms at p99",
         "machine": made.machine,
         "command": made.command,
-        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+        "versions": version_list(made.versions),
     }
     return page.write(
         file,

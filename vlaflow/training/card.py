@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.progress import duration
 from vlaflow.training.outcome import Outcome
-from vlaflow.versions import versions
+from vlaflow.versions import version_list, versions
 
 
 def training_lines(config: TrainConfig, outcome: Outcome, *, recipe: str, command: str, train: int, held: int) -> list[str]:
@@ -28,6 +28,6 @@ def training_lines(config: TrainConfig, outcome: Outcome, *, recipe: str, comman
         f"- Episodes: {train} for training, {held} held out",
         f"- Training loss: {loss}",
         f"- Validation loss: {validation}",
-        f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
+        f"- Versions: {version_list(versions())}",
         "",
     ]

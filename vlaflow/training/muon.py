@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vlaflow.policies.recipe import OptimConfig
+from vlaflow.training.sharding import own_rows, whole
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -50,36 +51,40 @@ class Muon(torch.optim.Optimizer):
     """See the module text.
 
     Args:
-        matrices: parameter groups, each with "params", "lr" and "weight_decay", whose parameters are matrices.
-        others: the same for AdamW.
+        groups: parameter groups, each with "params", "lr", "weight_decay" and "turned", whether its parameters are matrices
+            that take orthogonal steps; these first.
         config: of AdamW.
         dtype: in which directions are computed.
     """
 
-    def __init__(
-        self,
-        matrices: Sequence[dict[str, Any]],
-        others: Sequence[dict[str, Any]],
-        config: OptimConfig,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__([*matrices, *others], {})
-        self._matrices, self._dtype = self.param_groups[: len(matrices)], dtype
+    def __init__(self, groups: Sequence[dict[str, Any]], config: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(groups, {})
+        self._dtype, self._turned = dtype, sum(group["turned"] for group in groups)
         self._adamw: torch.optim.Optimizer | None = None
-        if others:
-            self._adamw = torch.optim.AdamW(self.param_groups[len(matrices) :], betas=config.betas, eps=config.eps, fused=True)
-            self._adamw.state = self.state  # one memory and one set of groups, whichever of the two a reader asks
+        if others := self.param_groups[self._turned :]:
+            self._adamw = torch.optim.AdamW(others, betas=config.betas, eps=config.eps, fused=True)
+            self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What ``load_state_dict`` ends with."""
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        """One memory and one set of groups, whichever of the two optimisers a reader asks."""
+        if self._adamw is not None:
+            self._adamw.state, self._adamw.param_groups = self.state, self.param_groups[self._turned :]
 
     def init_state(self, group: dict[str, Any], parameter: Tensor, *_: int) -> None:
         """Remember of a parameter what there is before its first step."""
-        names = ("exp_avg",) if any(group is each for each in self._matrices) else ("exp_avg", "exp_avg_sq")
+        names = ("exp_avg",) if group["turned"] else ("exp_avg", "exp_avg_sq")
         self.state[parameter]["step"] = torch.zeros((), device=parameter.device)
         self.state[parameter].update({name: torch.zeros_like(parameter) for name in names})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here evaluates a loss again
         """Take a step; parameters without a gradient stay."""
-        for group in self._matrices:
+        for group in self.param_groups[: self._turned]:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._turn(group, parameter, parameter.grad)
@@ -87,12 +92,14 @@ class Muon(torch.optim.Optimizer):
             self._adamw.step()
 
     def _turn(self, group: dict[str, Any], parameter: Tensor, gradient_RC: Tensor) -> None:
+        """Step a matrix; where processes share it by rows, each of them makes the direction of the whole and steps its rows."""
         if parameter not in self.state:
             self.init_state(group, parameter)
         state = self.state[parameter]
         state["step"] += 1
         state["exp_avg"].lerp_(gradient_RC, 1 - MOMENTUM)
-        ahead_RC = gradient_RC.lerp(state["exp_avg"], MOMENTUM)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        direction_RC = orthogonal(whole(gradient_RC.lerp(state["exp_avg"], MOMENTUM)), self._dtype)
+        rows_RC, first = own_rows(parameter)
+        rows_RC.mul_(1 - group["lr"] * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(parameter.shape))
-        parameter.add_(orthogonal(ahead_RC, self._dtype).to(parameter.dtype), alpha=-group["lr"] * scale)
+        rows_RC.add_(direction_RC[first : first + len(rows_RC)].to(rows_RC.dtype), alpha=-group["lr"] * scale)

@@ -93,24 +93,44 @@ def build_optimizer(
         ConfigError: Muon, and no layer's matrix trains.
     """
     masters = masters or Masters(module)
-    decayed = _multiplying_weights(module)
-    turned = turned_matrices(module, config)
+    optimizer = optimizer_of(parameter_groups(module, config, masters), config, bf16=bf16)
+    masters.serve(optimizer)
+    return optimizer
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig, masters: Masters | None = None) -> list[dict[str, Any]]:
+    """The trainable parameters by rate and weight decay, and with Muon by whether they take its steps (``group["turned"]``).
+
+    Those come first.
+
+    Raises:
+        ConfigError: Muon, and no layer's matrix trains.
+    """
+    copies = masters.of if masters else {}
+    decayed, turned = _multiplying_weights(module), turned_matrices(module, config)
     sorted_out: dict[tuple[bool, float, float], list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             group = _group_of(name, config)
             rate = config.learning_rate if group is None or group.learning_rate is None else group.learning_rate
             decay = config.weight_decay if name in decayed else 0.0
-            sorted_out.setdefault((parameter in turned, rate, decay), []).append(masters.of.get(parameter, parameter))
-    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for (turns, rate, decay), parameters in sorted_out.items():
-        groups[turns].append({"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay})
-    if turned:
-        optimizer: torch.optim.Optimizer = Muon(groups[True], groups[False], config, torch.bfloat16 if bf16 else torch.float32)
-    else:
-        optimizer = _adamw(groups[False], config)
-    masters.serve(optimizer)
-    return optimizer
+            sorted_out.setdefault((parameter in turned, rate, decay), []).append(copies.get(parameter, parameter))
+    groups = [
+        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay, "turned": turns}
+        for (turns, rate, decay), parameters in sorted_out.items()
+    ]
+    return sorted(groups, key=lambda group: not group["turned"])
+
+
+def optimizer_of(groups: list[dict[str, Any]], config: OptimConfig, *, bf16: bool = False) -> torch.optim.Optimizer:
+    """The optimiser of what ``parameter_groups`` sorted.
+
+    Raises:
+        CapabilityError: bitsandbytes is missing for a ``kind`` that needs it.
+    """
+    if config.kind == "muon":
+        return Muon(groups, config, torch.bfloat16 if bf16 else torch.float32)
+    return _adamw(groups, config)
 
 
 def turned_matrices(module: nn.Module, config: OptimConfig) -> set[nn.Parameter]:

@@ -124,7 +124,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A scalar that all processes computed together, on its device."""
+    """All of a tensor of which every process holds a part, or that all of them computed together, on its device."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

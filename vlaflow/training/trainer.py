@@ -170,8 +170,6 @@ class Trainer:
                 raise CapabilityError(
                     "What bitsandbytes keeps cannot be shared by processes. Leave --shard out, or optim.kind and lora.quantise."
                 )
-            if self.config.optim.kind == "muon":
-                raise CapabilityError("Muon's steps need whole matrices. Leave --shard out, or choose optim.kind=adamw.")
         if self.sharded or empty:
             sharding.shard(whole, blocks, self.team, bf16=bf16)
         self.stage.to(self.device)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig, OptimizerConfig
+from torch.optim import Optimizer
 
 from vlaflow.errors import ConfigError
-from vlaflow.policies.recipe import DataSpec, TrainConfig
+from vlaflow.policies.recipe import DataSpec, OptimConfig, TrainConfig
+from vlaflow.training.optim import optimizer_of
 from vlaflow.training.options import Options, overridden
 from vlaflow.training.recipes import find_recipe
 
@@ -18,6 +21,29 @@ UNKNOWN = DataSpec(7, 7, ("front",))
 
 def _identity() -> dict[str, NormalizationMode]:
     return dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
+
+
+@OptimizerConfig.register_subclass("vlaflow_muon")
+@dataclass
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices of the layers and AdamW for all else, on the groups that the policy sorts its parameters into.
+
+    Args:
+        lr: of both.
+        betas, eps: of AdamW.
+        weight_decay: of weights that multiply.
+        grad_clip_norm: largest gradient norm.
+    """
+
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip_norm: float = 1.0
+
+    def build(self, params: Any) -> Optimizer:
+        """The optimiser of the groups of ``get_optim_params``."""
+        return optimizer_of(list(params), OptimConfig("muon", learning_rate=self.lr, betas=self.betas, eps=self.eps))
 
 
 @dataclass
@@ -69,10 +95,11 @@ class VlaflowConfig(PreTrainedConfig):
     def validate_features(self) -> None:
         """The features are checked when the policy is made."""
 
-    def get_optimizer_preset(self) -> AdamWConfig:
+    def get_optimizer_preset(self) -> OptimizerConfig:
         """The recipe's optimiser."""
         optim = self.train_config().optim
-        return AdamWConfig(
+        kind = MuonConfig if optim.kind == "muon" else AdamWConfig
+        return kind(
             lr=optim.learning_rate,
             betas=optim.betas,
             eps=optim.eps,

@@ -27,6 +27,7 @@ from vlaflow.policies import lerobot
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.recipe import DataSpec
+from vlaflow.training.optim import parameter_groups
 
 
 class VlaflowPolicy(PreTrainedPolicy):
@@ -55,9 +56,9 @@ class VlaflowPolicy(PreTrainedPolicy):
         self._queue: deque[Tensor] = deque()
         self._chunks = 0
 
-    def get_optim_params(self) -> list[torch.nn.Parameter]:
-        """All parameters, in one group."""
-        return list(self.model.parameters())
+    def get_optim_params(self) -> list[dict[str, Any]]:
+        """The parameters in groups, as the recipe's optimiser takes them."""
+        return parameter_groups(self.model, self.config.train_config().optim)
 
     def reset(self) -> None:
         """A new episode begins: nothing of the last one is kept."""

@@ -35,8 +35,8 @@ def tiny_flow(data: DataSpec) -> PolicyConfig:
 
 
 def small_flow(data: DataSpec) -> PolicyConfig:
-    """Flow matching for LIBERO: an expert half as wide as the backbone, exits after every second layer as published."""
-    block = BlockConfig(width=128, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn=512)
+    """Flow matching for LIBERO: an expert half as wide as the backbone, exits where the other systems have theirs."""
+    block = BlockConfig(width=96, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn=384)
     decoder = FlowConfig(data.action_dim, masks="synchronous", noise_samples=2, expert=ExpertConfig(block), head_layers=2)
     return replace(small(tiny_flow(data), data), decoder=decoder, exits=ExitTraining(EXITS))
 

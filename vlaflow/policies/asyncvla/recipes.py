@@ -16,7 +16,7 @@ from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.early_stop import EarlyStop
 from vlaflow.policies.objectives import PolicyObjective, RaterObjective
 from vlaflow.policies.recipe import DataSpec, OptimConfig, ParameterGroup, TrainConfig
-from vlaflow.policies.small_networks import EXITS, mt50, mt50_training, small, small_training
+from vlaflow.policies.small_networks import mt50, mt50_training, small, small_training
 from vlaflow.policies.tiny import tiny_training
 
 
@@ -29,7 +29,7 @@ def demo(data: DataSpec) -> TrainConfig:
     demonstrations each, recorded with --noise 0.2 --noise-memory 0.8: 59 of 60 episodes (seeds 1000 to 1019, 8 of 16 actions
     executed, dense).
     """
-    return tiny_training(tiny(data), steps=3500)
+    return tiny_training(tiny(data), steps=1000)
 
 
 def realtime(data: DataSpec) -> TrainConfig:
@@ -43,7 +43,7 @@ def realtime(data: DataSpec) -> TrainConfig:
     """
     policy = tiny(data)
     decoder = FlowConfig(action_dim=data.action_dim, chunk_size=48, masks="synchronous", whole=0.5, max_action_prefix=32)
-    return tiny_training(replace(policy, decoder=decoder, exits=None, n_action_steps=16), steps=3500)
+    return tiny_training(replace(policy, decoder=decoder, exits=None, n_action_steps=16), steps=1000)
 
 
 def finetune(policy: PolicyConfig) -> TrainConfig:
@@ -51,7 +51,7 @@ def finetune(policy: PolicyConfig) -> TrainConfig:
 
     vlaflow train asyncvla.finetune --policy runs/realtime --dataset runs/demo/dataset --out runs/realtime-3
     """
-    return tiny_training(policy, steps=3000, optim=OptimConfig(learning_rate=8e-4, warmup_steps=50))
+    return tiny_training(policy, steps=1500, optim=OptimConfig(learning_rate=8e-4, warmup_steps=50))
 
 
 def consistency(policy: PolicyConfig) -> TrainConfig:
@@ -64,9 +64,9 @@ def consistency(policy: PolicyConfig) -> TrainConfig:
     played with it yet.
     """
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
-    config = tiny_training(policy, steps=1000, optim=optim)
+    config = tiny_training(policy, steps=500, optim=optim)
     objective = PolicyObjective(policy, consistency=Consistency())
-    return replace(config, objective=objective, ema_decay=0.99, validate_every=250, checkpoint_every=500)
+    return replace(config, objective=objective, ema_decay=0.99, validate_every=125, checkpoint_every=250)
 
 
 def rater(policy: PolicyConfig) -> TrainConfig:
@@ -95,7 +95,7 @@ def libero_small(data: DataSpec) -> TrainConfig:
 
     Its rater is ``asyncvla.rater``.
     """
-    return small_training(replace(small(tiny(data), data), exits=ExitTraining(EXITS, shallow=0.2)))
+    return small_training(small(tiny(data), data))
 
 
 def mt50_small(data: DataSpec) -> TrainConfig:

@@ -19,7 +19,7 @@ def fast_ar(data: DataSpec) -> TrainConfig:
 
     vlaflow train baselines.fast_ar --dataset runs/demo/dataset --out runs/baselines/ar
     """
-    return tiny_training(policy.autoregressive(data), steps=3000)
+    return tiny_training(policy.autoregressive(data), steps=900)
 
 
 def coefficients_ar(data: DataSpec) -> TrainConfig:
@@ -27,9 +27,9 @@ def coefficients_ar(data: DataSpec) -> TrainConfig:
 
     vlaflow train baselines.coefficients_ar --dataset runs/demo/dataset --out runs/baselines/coefficients
 
-    Five Meta-World tasks, 2000 steps: 74 of 100 episodes, 62 with a tenth of the demonstrations (docs/log.md).
+    Five Meta-World tasks, 2000 steps of AdamW at 1e-3: 74 of 100 episodes, 62 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(policy.autoregressive(data, COEFFICIENTS), steps=3000)
+    return tiny_training(policy.autoregressive(data, COEFFICIENTS), steps=900)
 
 
 def masked_diffusion(data: DataSpec) -> TrainConfig:
@@ -37,9 +37,9 @@ def masked_diffusion(data: DataSpec) -> TrainConfig:
 
     vlaflow train baselines.masked_diffusion --dataset runs/demo/dataset --out runs/baselines/masked
 
-    Five Meta-World tasks, 2000 steps: 37 of 100 episodes, 26 with a tenth of the demonstrations (docs/log.md).
+    Five Meta-World tasks, 2000 steps of AdamW at 1e-3: 37 of 100 episodes, 26 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(policy.masked(data), steps=3000)
+    return tiny_training(policy.masked(data), steps=900)
 
 
 def flow(data: DataSpec) -> TrainConfig:
@@ -47,9 +47,9 @@ def flow(data: DataSpec) -> TrainConfig:
 
     vlaflow train baselines.flow --dataset runs/demo/dataset --out runs/baselines/flow
 
-    Five Meta-World tasks, 2000 steps: 76 of 100 episodes, 63 with a tenth of the demonstrations (docs/log.md).
+    Five Meta-World tasks, 2000 steps of AdamW at 1e-3: 76 of 100 episodes, 63 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(policy.flow(data), steps=3000)
+    return tiny_training(policy.flow(data), steps=900)
 
 
 def oft(data: DataSpec) -> TrainConfig:
@@ -57,7 +57,7 @@ def oft(data: DataSpec) -> TrainConfig:
 
     vlaflow train baselines.oft --dataset runs/demo/dataset --out runs/baselines/oft
     """
-    return tiny_training(policy.regression(data), steps=3000)
+    return tiny_training(policy.regression(data), steps=900)
 
 
 def oft_smol(data: DataSpec) -> TrainConfig:

@@ -30,9 +30,9 @@ def demo(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo --dataset runs/demo/dataset --out runs/dfm/policy
 
-    Five Meta-World tasks, 2000 steps: 50 of 100 episodes, 38 with a tenth of the demonstrations (docs/log.md).
+    Five Meta-World tasks, 2000 steps of AdamW at 1e-3: 50 of 100 episodes, 38 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, schedule=GRADUAL)), steps=3000)
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, schedule=GRADUAL)), steps=900)
 
 
 def demo_head(data: DataSpec) -> TrainConfig:
@@ -40,9 +40,9 @@ def demo_head(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo_head --dataset runs/demo/dataset --out runs/dfm/head
 
-    Five Meta-World tasks, 2000 steps: 49 of 100 episodes, 34 with a tenth of the demonstrations (docs/log.md).
+    Five Meta-World tasks, 2000 steps of AdamW at 1e-3: 49 of 100 episodes, 34 with a tenth of the demonstrations (docs/log.md).
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, velocity="rate")), steps=3000)
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, velocity="rate")), steps=900)
 
 
 def demo_ordered(data: DataSpec) -> TrainConfig:
@@ -50,7 +50,7 @@ def demo_ordered(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo_ordered --dataset runs/demo/dataset --out runs/dfm/ordered
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, metric=BinMetric())), steps=3000)
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, COEFFICIENTS, metric=BinMetric())), steps=900)
 
 
 def demo_slots(data: DataSpec) -> TrainConfig:
@@ -59,7 +59,7 @@ def demo_slots(data: DataSpec) -> TrainConfig:
     vlaflow train dfm_vla.demo_slots --dataset runs/demo/dataset --out runs/dfm/slots
     """
     decoder = DiscreteFlowConfig(data.action_dim, COEFFICIENTS, metric=SlotMetric(), schedule=BY_SPREAD)
-    return tiny_training(tiny(data, decoder), steps=3000)
+    return tiny_training(tiny(data, decoder), steps=900)
 
 
 def demo_bins(data: DataSpec) -> TrainConfig:
@@ -67,7 +67,7 @@ def demo_bins(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo_bins --dataset runs/demo/dataset --out runs/dfm/bins
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, BinsFit(64), metric=BinMetric())), steps=3000)
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, BinsFit(64), metric=BinMetric())), steps=900)
 
 
 def demo_fast(data: DataSpec) -> TrainConfig:
@@ -75,7 +75,7 @@ def demo_fast(data: DataSpec) -> TrainConfig:
 
     vlaflow train dfm_vla.demo_fast --dataset runs/demo/dataset --out runs/dfm/fast
     """
-    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, FAST)), steps=3000)
+    return tiny_training(tiny(data, DiscreteFlowConfig(data.action_dim, FAST)), steps=900)
 
 
 def libero_small(data: DataSpec) -> TrainConfig:

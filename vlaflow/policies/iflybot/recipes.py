@@ -12,15 +12,17 @@ from vlaflow.policies.small_networks import OPTIM as SMALL_OPTIM
 from vlaflow.policies.small_networks import small_training
 from vlaflow.policies.tiny import OPTIM, tiny_training
 
+LATENT_OPTIM = OptimConfig(learning_rate=1e-3, warmup_steps=100)
+
 
 def demo() -> Pipeline:
     """iFlyBot-VLA on a few Meta-World tasks, its three stages one after the other, from scratch on a CPU.
 
     vlaflow train iflybot.demo --dataset runs/demo/dataset --out runs/iflybot
 
-    Two cores (AMD EPYC, AVX2, float32), 20 minutes in all; drawer-open, button-press-topdown, window-close from 50
-    demonstrations each: 117 of 120 episodes (seeds 1000 to 1039, 8 of 16 actions executed, five solver steps), where
-    ``asyncvla.demo`` has 119 after as many training samples.
+    With 2500 joint steps of AdamW at 1e-3 (two cores, AMD EPYC, AVX2, float32, 20 minutes in all), drawer-open,
+    button-press-topdown, window-close from 50 demonstrations each: 117 of 120 episodes (seeds 1000 to 1039, 8 of 16 actions
+    executed, five solver steps), where ``asyncvla.demo`` has 119 after as many training samples.
     """
     return Pipeline((latent, joint, fine))
 
@@ -37,7 +39,7 @@ def latent(data: DataSpec) -> TrainConfig:
     """
     return TrainConfig(
         LatentObjective(tiny_latent(), data.views[0], gap_s=0.2),
-        optim=OPTIM,
+        optim=LATENT_OPTIM,
         steps=1200,
         global_batch_size=32,
         ema_decay=0.99,
@@ -51,7 +53,7 @@ def joint(data: DataSpec) -> TrainConfig:
 
     vlaflow train iflybot.joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out runs/iflybot/joint
     """
-    return tiny_training(tiny(data), steps=2500, optim=replace(OPTIM, final_fraction=0.3))
+    return tiny_training(tiny(data), steps=700, optim=replace(OPTIM, final_fraction=0.3))
 
 
 def fine(policy: PolicyConfig) -> TrainConfig:
@@ -60,7 +62,7 @@ def fine(policy: PolicyConfig) -> TrainConfig:
     vlaflow train iflybot.fine --policy runs/iflybot/joint --dataset runs/demo/dataset --latent runs/iflybot/latent --out DIR
     """
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=50)
-    return replace(tiny_training(_untruncated(policy), steps=1000, optim=optim), validate_every=250, checkpoint_every=500)
+    return replace(tiny_training(_untruncated(policy), steps=500, optim=optim), validate_every=125, checkpoint_every=250)
 
 
 def libero_small() -> Pipeline:
@@ -77,7 +79,7 @@ def small_latent(data: DataSpec) -> TrainConfig:
     vlaflow train iflybot.small_latent --dataset runs/libero/object --out runs/libero/latent
     """
     return replace(
-        latent(data), objective=LatentObjective(tiny_latent(), data.views[0], gap_s=0.8), steps=4000, interventions=None
+        latent(data), objective=LatentObjective(tiny_latent(), data.views[0], gap_s=0.8), steps=2000, interventions=None
     )
 
 
@@ -86,7 +88,7 @@ def small_joint(data: DataSpec) -> TrainConfig:
 
     vlaflow train iflybot.small_joint --dataset runs/libero/object --latent runs/libero/latent --out runs/libero/joint
     """
-    return small_training(small(data), steps=18_000, optim=replace(SMALL_OPTIM, final_fraction=0.3))
+    return small_training(small(data), steps=3000, optim=replace(SMALL_OPTIM, final_fraction=0.3))
 
 
 def small_fine(policy: PolicyConfig) -> TrainConfig:
@@ -94,8 +96,8 @@ def small_fine(policy: PolicyConfig) -> TrainConfig:
 
     vlaflow train iflybot.small_fine --policy runs/libero/joint --dataset DIR --latent runs/libero/latent --out DIR
     """
-    optim = replace(SMALL_OPTIM, learning_rate=2e-4, warmup_steps=100)
-    return small_training(_untruncated(policy), steps=6000, optim=optim)
+    optim = replace(SMALL_OPTIM, learning_rate=6e-4)
+    return small_training(_untruncated(policy), steps=1000, optim=optim)
 
 
 def latent_full(data: DataSpec) -> TrainConfig:
