@@ -69,7 +69,9 @@ def few_timed(monkeypatch):
     """Evaluations time two chunks of every compute policy instead of sixty."""
     measure = evaluation.measure
     monkeypatch.setattr(
-        evaluation, "measure", lambda policy, computes, seen, chunks: measure(policy, computes, seen, min(chunks, 2))
+        evaluation,
+        "measure",
+        lambda policy, computes, seen, chunks, **settings: measure(policy, computes, seen, min(chunks, 2), **settings),
     )
 
 

@@ -180,7 +180,7 @@ def test_every_type_has_what_lerobot_looks_for_by_its_name():
         for node in ast.walk(trees["configuration"])
         if isinstance(node, ast.ClassDef)
         for decorator in node.decorator_list
-        if isinstance(decorator, ast.Call) and getattr(decorator.func, "attr", "") == "register_subclass"
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "PreTrainedConfig.register_subclass"
     }
     assert registered.keys() == {*lerobot.TYPES.values(), lerobot.OTHER}
     classes = {node.name for node in ast.walk(trees["modeling"]) if isinstance(node, ast.ClassDef)}
