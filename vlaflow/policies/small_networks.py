@@ -22,7 +22,7 @@ OPTIM = OptimConfig("muon", learning_rate=2e-3, warmup_steps=100)
 def small_backbone(data: DataSpec, *, image_size: int = 128, margin: int = 0, suffix: int = 64) -> TinyConfig:
     """Four layers of width 192 over a token per 32 × 32 pixels: 16 per view of LIBERO.
 
-    Six layers of width 256 take twice as long per sample, which a training of an hour or two needs more (docs/log.md).
+    Six layers of width 256 take twice as long per sample.
 
     Args:
         data: one to eight views; LIBERO has two, Meta-World one.
