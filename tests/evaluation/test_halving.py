@@ -48,6 +48,8 @@ def test_the_number_of_episodes_that_a_refusal_names_is_enough_and_one_fewer_is_
         require_episodes(count, 0, environments)
     least = int(re.search(r"at least (\d+) episodes", str(refusal.value))[1])
     require_episodes(count, least, environments)
-    halve(range(count), Arms([0.0] * count), least // environments, key=lambda n: n)
+    arms = Arms([0.0] * count)
+    halve(range(count), arms, least, key=lambda n: n, environments=environments)
+    assert min(played for _, _, played in arms.calls) >= 1
     with pytest.raises(ConfigError, match="Raise --rollouts"):
         require_episodes(count, least - 1, environments)

@@ -23,7 +23,7 @@ def run(out, ema_decay, held=None, source=None, every=6, **changes):
 def train_sharded(out: Path) -> None:
     """One run that only trains, one that validates, one that averages no weights, and one that breaks down and goes on.
 
-    The last two of them are repeated with Muon, whose steps need whole matrices.
+    With Muon, whose steps need whole matrices, one run that only trains, and one that breaks down and goes on.
     """
     run(out / "alone", 0.9)
     run(out / "validated", 0.9, Memory(5))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Generator, nn
 
+from tests.training.sharded import MUON
 from tests.training.small import Cut, Memory, new_policy, tiny_config, weights
 from tests.training.test_trainer import run
 from vlaflow.errors import ConfigError
@@ -14,8 +15,6 @@ from vlaflow.policies.recipe import OptimConfig
 from vlaflow.training.memory import count
 from vlaflow.training.muon import orthogonal
 from vlaflow.training.optim import build_optimizer
-
-MUON = OptimConfig(kind="muon", learning_rate=1e-2, weight_decay=0.1)
 
 
 def drawn(*shape, seed=0):
@@ -44,15 +43,20 @@ def layers_and_others(model):
     return {name: named[name] for name in layers}, {name: p for name, p in named.items() if name not in layers}
 
 
+def step(model, optimizer, number):
+    """A step along gradients that are drawn from its number."""
+    for place, parameter in enumerate(model.parameters()):
+        parameter.grad = drawn(*parameter.shape, seed=100 * number + place)
+    optimizer.step()
+
+
 def stepped(config, *, steps=3, bf16=False):
     """A small policy's parameters before, and after steps along drawn gradients."""
     model = new_policy(tiny_config()).model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(model, config, bf16=bf16)
-    for step in range(steps):
-        for number, parameter in enumerate(model.parameters()):
-            parameter.grad = drawn(*parameter.shape, seed=100 * step + number)
-        optimizer.step()
+    for number in range(steps):
+        step(model, optimizer, number)
     return model, before
 
 
@@ -64,7 +68,7 @@ def test_what_is_no_matrix_of_a_layer_takes_the_steps_of_adamw():
     assert not any(torch.equal(parameter, adamw[name]) for name, parameter in ours.items())
 
 
-def test_a_first_step_does_not_depend_on_the_size_of_gradients_and_is_as_long_as_one_of_adamw():
+def test_a_first_step_has_a_fifth_of_the_rate_as_its_root_mean_square():
     """Of a full matrix all singular values become 1 or so: R·C·rms² = min(R, C), and the step's rms is 0.2 times the rate."""
     model, before = stepped(replace(MUON, weight_decay=0.0), steps=1)
     for name, parameter in layers_and_others(model)[0].items():
@@ -89,7 +93,7 @@ def test_the_steps_are_those_of_torch():
 
 
 def test_a_run_that_was_cut_continues_to_the_bit(tmp_path):
-    config = tiny_config(optim=replace(MUON, warmup_steps=2))
+    config = tiny_config(optim=MUON)
     run(tmp_path / "a", config)
     with pytest.raises(RuntimeError, match="cut"):
         run(tmp_path / "b", config, source=Cut(Memory(), at=4))
@@ -98,16 +102,8 @@ def test_a_run_that_was_cut_continues_to_the_bit(tmp_path):
 
 
 def test_a_state_that_was_loaded_goes_on_as_one_that_was_not():
-    def optimizer_of(model):
-        return build_optimizer(model, MUON)
-
-    def step(model, optimizer, number):
-        for place, parameter in enumerate(model.parameters()):
-            parameter.grad = drawn(*parameter.shape, seed=100 * number + place)
-        optimizer.step()
-
     one, other = (new_policy(tiny_config()).model for _ in range(2))
-    first, second = optimizer_of(one), optimizer_of(other)
+    first, second = (build_optimizer(model, MUON) for model in (one, other))
     step(one, first, 0)
     other.load_state_dict(one.state_dict())
     second.load_state_dict(deepcopy(first.state_dict()))

@@ -42,6 +42,7 @@ def halve(
     budget: int,
     *,
     key: Callable[[int], float],
+    environments: int = 1,
 ) -> tuple[list[int], int]:
     """Keep the better half of the candidates after each round; every round plays about equally many episodes.
 
@@ -49,21 +50,22 @@ def halve(
         candidates: their numbers.
         play: plays seeds ``first`` … ``first + count - 1`` with each of these candidates, called as ``(alive, first, count)``;
             returns a loss of each over all seeds it has played, in their order. Every candidate plays the same seeds.
-        budget: episodes in all, one per candidate and seed.
+        budget: episodes in all, one per candidate, seed and environment.
         key: breaks ties; smaller is better.
+        environments: in how many each seed is played.
 
     Returns:
         The candidates of the last round, best first, and the number of seeds used.
 
     Raises:
-        ConfigError: the budget does not give every candidate an episode per round.
+        ConfigError: see ``require_episodes``.
     """
     alive = list(candidates)
-    require_episodes(len(alive), budget)
+    require_episodes(len(alive), budget, environments)
     rounds = rounds_of(len(alive))
     used = 0
     for number in range(rounds):
-        count = budget // rounds // len(alive)
+        count = budget // environments // rounds // len(alive)
         losses = dict(zip(alive, play(alive, used, count), strict=True))
         used += count
         alive.sort(key=lambda each: (losses[each], key(each)))

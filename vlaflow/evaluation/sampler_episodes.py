@@ -13,7 +13,7 @@ from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.sampler_choice import Candidate, choose
 from vlaflow.config import JSON
 from vlaflow.evaluation.episode_log import EpisodeLog
-from vlaflow.evaluation.halving import halve, require_episodes
+from vlaflow.evaluation.halving import halve
 from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult, RolloutConfig, blocks, play_all
 
 FIRST_SEED = 500_000
@@ -61,9 +61,8 @@ class Simulation:
         fits = [n for n, each in enumerate(candidates) if budget_ms is None or each.p99 <= budget_ms]
         if not fits:
             choose(candidates, budget_ms)  # names the fastest
-        require_episodes(len(fits), episodes, len(self.envs))
         cost = [each.layer_passes for each in candidates]
-        alive, seeds = halve(fits, self._play, episodes // len(self.envs), key=lambda n: cost[n])
+        alive, seeds = halve(fits, self._play, episodes, key=lambda n: cost[n], environments=len(self.envs))
         scored = []
         for number, candidate in enumerate(candidates):
             if number not in self.failed:

@@ -55,7 +55,7 @@ def small(policy: PolicyConfig, data: DataSpec, *, image_size: int = 128, margin
 
 
 def small_training(policy: PolicyConfig, *, steps: int = 4000, optim: OptimConfig = OPTIM) -> TrainConfig:
-    """As a demo's, with images shifted by up to 6 pixels, averaged weights, pauses left out.
+    """As a demo's, with images shifted by up to 6 pixels and a longer average.
 
     Executed actions are not compared with the labels, which are the experts' answers to whatever the noise led to: LIBERO's
     experts hardly rotate the hand, so in relation to the range of these labels the recorder's noise would count as an

@@ -46,7 +46,7 @@ def token_policy(
 def tiny_training(policy: PolicyConfig, *, steps: int, optim: OptimConfig = OPTIM) -> TrainConfig:
     """Training of a tiny policy on a CPU: batches of 64, averaged weights, pauses left out.
 
-    Two threads train batches of 64 at 1.4 times the rate of 32, and Muon learns no less from a sample in them (docs/log.md).
+    Two threads train batches of 64 at 1.4 times the rate of 32, and Muon learned more from as many samples (docs/log.md).
     """
     return TrainConfig(
         PolicyObjective(policy),

@@ -345,7 +345,7 @@ class PolicyServer:
                 return await conversation.answer(frame, entry)
             except VlaflowError as error:
                 return conversation.refusal(entry.refused(error))
-            except Exception:
+            except Exception:  # ours, so the log gets the traceback, and neither this client nor another is cut off
                 entry.outcome = "failed"
                 logger.exception("%s: a bug in the server", name)
                 return conversation.refusal("The server failed on this request; see its log.")

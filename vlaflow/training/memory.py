@@ -6,7 +6,8 @@ layers are alike.
 
     bytes = weights + gradients + optimizer + average + buckets + activations
 
-where AdamW keeps two moments per trained weight. Unless the recipe says otherwise, all of these are float32.
+where AdamW keeps two moments per trained weight, and Muon one per weight of a matrix. Unless the recipe says otherwise, all of
+these are float32.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Counts:
         trained: those that get a gradient.
         weight_bytes: what all of them take, in the types that the config states.
         gradient_bytes: of the trained ones' gradients, which are of the weights' types.
-        optimizer_bytes: AdamW's two moments, in float32 or in 8 bits, and float32 copies of weights in smaller formats.
+        optimizer_bytes: AdamW's two moments, in float32 or in 8 bits, or Muon's one, and float32 copies of weights in smaller
+            formats.
         root: parameters outside of layers, which sharding gathers for a whole step.
         root_trained: those of them that get a gradient.
         largest: parameters of the largest layer.

@@ -51,7 +51,7 @@ class Moments:
     """See the module text.
 
     Args:
-        optimizer: AdamW of torch or of bitsandbytes.
+        optimizer: AdamW of torch or of bitsandbytes, or Muon.
         masters: the parameters it steps for, by the module's own; the others it steps itself.
     """
 
@@ -73,7 +73,7 @@ class Moments:
         if begin is None:
             state["step"] = torch.zeros((), device=stepped.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(stepped), torch.zeros_like(stepped)
-        else:  # bitsandbytes, which decides by the parameter's size how its moments are kept
+        else:  # Muon, and bitsandbytes, which decides by the parameter's size how its moments are kept
             group, place = self._place(stepped)
             begin(self._optimizer.param_groups[group], stepped, group, place)
         for key, value in state.items():

@@ -5,8 +5,8 @@ directions of small gradients as in those of large ones (Jordan et al., "Muon: A
 networks", 2024). Steps are scaled by 0.2·√max(rows, columns), which gives them the root mean square of AdamW's, so both share
 one learning rate (Liu et al., "Muon is scalable for LLM training", 2025).
 
-``torch.optim.Muon`` takes the same steps, but always computes them in bfloat16, in which a processor without instructions for
-it takes twenty times as long as in float32, longer than for the rest of a small network's step.
+``torch.optim.Muon`` takes the same steps, but always computes them in bfloat16. A processor without instructions for it then
+takes twenty times as long as in float32, which is longer than the rest of a small network's step.
 """
 
 from __future__ import annotations

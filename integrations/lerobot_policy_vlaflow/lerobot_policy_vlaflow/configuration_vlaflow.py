@@ -29,9 +29,8 @@ class MuonConfig(OptimizerConfig):
     """Muon for the matrices of the layers and AdamW for all else, on the groups that the policy sorts its parameters into.
 
     Args:
-        lr: of both.
+        lr, weight_decay: of the recipe, for the record; every group states its own.
         betas, eps: of AdamW.
-        weight_decay: of weights that multiply.
         grad_clip_norm: largest gradient norm.
     """
 
@@ -43,7 +42,7 @@ class MuonConfig(OptimizerConfig):
 
     def build(self, params: Any) -> Optimizer:
         """The optimiser of the groups of ``get_optim_params``."""
-        return optimizer_of(list(params), OptimConfig("muon", learning_rate=self.lr, betas=self.betas, eps=self.eps))
+        return optimizer_of(list(params), OptimConfig("muon", betas=self.betas, eps=self.eps))
 
 
 @dataclass
