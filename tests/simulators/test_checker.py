@@ -96,6 +96,13 @@ class Unlike(MetaWorldEnv):
         return Observation({v: i[::-1] for v, i in seen.images.items()}, seen.state, seen.instruction)
 
 
+class Late(MetaWorldEnv):
+    """Postpones even the moment."""
+
+    def postpone(self):
+        return self.observe
+
+
 class Endless(MetaWorldEnv):
     """Ends later than it says."""
 
@@ -115,6 +122,7 @@ class Endless(MetaWorldEnv):
         (Deaf, ["Different seeds"]),
         (Gambler, ["Nothing draws"]),
         (Unlike, ["observe() returns"]),
+        (Late, ["A postponed observation"]),
         (Endless, ["The episode is cut off"]),
     ],
 )

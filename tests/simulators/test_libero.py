@@ -125,25 +125,28 @@ def test_views_come_as_a_dict_and_as_observations_with_the_same_pixels(env):
 
 
 def cameras(env, *, simplify=False):
-    found = gl.OffscreenCameras(env.raw.sim.model._model, tuple(CAMERAS.values()), LARGE, "fast", (0,), simplify=simplify)
-    found.capture(env.raw.sim.data._data)
-    return found
+    return gl.OffscreenCameras(env.raw.sim.model._model, tuple(CAMERAS.values()), LARGE, "fast", (0,), simplify=simplify)
+
+
+def pictures_and_geoms(env, **how):
+    taking = cameras(env, **how)
+    now = taking.keep(env.raw.sim.data._data)
+    found = [(taking.take(camera, now).astype(int), taking._scene.ngeom) for camera in CAMERAS.values()]
+    taking.close()
+    return [picture for picture, _ in found], [geoms for _, geoms in found]
 
 
 def pictures(env, **how):
-    taking = cameras(env, **how)
-    found = [taking.take(camera).astype(int) for camera in CAMERAS.values()]
-    taking.close()
-    return found
+    return pictures_and_geoms(env, **how)[0]
 
 
 def test_leaving_out_what_lies_outside_the_picture_changes_no_pixel(env, monkeypatch):
     env.restart(SEED)
-    culled = pictures(env)
-    shown = [scene.ngeom for scene in cameras(env)._scenes.values()]
+    culled, few = pictures_and_geoms(env)
     monkeypatch.setattr(gl, "in_view", lambda model, data, camera: np.ones(model.ngeom, bool))
-    assert all(np.array_equal(a, b) for a, b in zip(culled, pictures(env), strict=True))
-    assert all(a < b.ngeom for a, b in zip(shown, cameras(env)._scenes.values(), strict=True))
+    whole, all_of_them = pictures_and_geoms(env)
+    assert all(np.array_equal(a, b) for a, b in zip(culled, whole, strict=True))
+    assert all(a < b for a, b in zip(few, all_of_them, strict=True))
 
 
 def test_simplified_pictures_resemble_the_others(env):

@@ -7,7 +7,7 @@ from tests.simulators.compiled import scenes_compiled_once
 from tests.simulators.libero_catalogue import needs_libero
 from vlaflow.errors import CapabilityError
 from vlaflow.simulators import make
-from vlaflow.simulators.base import RANDOM_START
+from vlaflow.simulators.base import RANDOM_START, postponed
 from vlaflow.simulators.experts import Noise, Noisy, episode_generator, expert_for
 
 pytestmark = [needs_libero, pytest.mark.xdist_group("libero")]
@@ -49,6 +49,25 @@ def test_an_expert_solves_its_task_with_noise(task, steps):
     """Well within the limits of the protocols, 220 and more."""
     env = make(f"libero/{task}")
     assert 0 < play(env, 10_000) < steps
+
+
+def test_images_rendered_after_the_episode_are_those_of_its_moments():
+    """Also of a stove's flames: its task changes MuJoCo's model when it is switched on."""
+    env = make("libero/goal/7")
+    env.restart(10_000, RANDOM_START)
+    expert, then, later, success = expert_for(env.name), [], [], False
+    while not success:
+        _, success, truncated, info = env.advance(expert(env))
+        assert not truncated
+        if success or info["steps"] % 25 == 1:
+            then.append(env.observe())
+            later.append(postponed(env))
+    lit = env.raw.sim.model._model.site_rgba.copy()
+    env.restart(10_001, RANDOM_START)
+    assert not np.array_equal(lit, env.raw.sim.model._model.site_rgba)
+    for seen, shown in zip(then, (show() for show in later), strict=True):
+        assert all(np.array_equal(image, shown.images[view]) for view, image in seen.images.items())
+        assert np.array_equal(seen.state, shown.state)
 
 
 def test_the_clean_action_is_a_function_of_the_state():

@@ -134,6 +134,27 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class Postponing(Protocol):
+    """An environment that can show later what happens now; optional. See `postponed`."""
+
+    def postpone(self) -> Callable[[], Observation]:
+        """What `postponed` returns; the same bytes as `observe` now."""
+        ...
+
+
+def postponed(env: Environment) -> Callable[[], Observation]:
+    """The current observation as a function that renders it, also after further steps or a reset.
+
+    A recorder learns at the end of an episode whether its images are needed. Where the environment cannot postpone, the images
+    are rendered now.
+    """
+    if isinstance(env, Postponing):
+        return env.postpone()
+    observation = env.observe()
+    return lambda: observation
+
+
 RANDOM_START: dict[str, Any] = {"start": "random"}
 """Option of a reset: draw the placement from the seed, also where there are stored initial states."""
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from vlaflow.errors import VlaflowError
+from vlaflow.simulators.base import postponed
+from vlaflow.spec import Observation
 
 Check = Callable[[Any], None]
 CHECKS: list[Check] = []
@@ -95,6 +97,10 @@ def _flat(observation: dict[str, Any]) -> list[np.ndarray]:
     pixels = observation["pixels"]
     images = list(pixels.values()) if isinstance(pixels, dict) else [pixels]
     return [np.array(image) for image in images] + [np.array(observation["agent_pos"])]
+
+
+def _numbers(observation: Observation) -> list[np.ndarray]:
+    return [*observation.images.values(), observation.state]
 
 
 def _same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
@@ -256,10 +262,24 @@ def _observe(env: Any) -> None:
     env.reset(seed=SEED)
     observation = env.step(_actions(env, 1)[0])[0]
     observed = env.observe()
-    _require(_same(_flat(observation), [*observed.images.values(), observed.state]), "they differ")
+    _require(_same(_flat(observation), _numbers(observed)), "they differ")
     _require(observed.instruction == env.task_description, f"its instruction is {observed.instruction!r}")
     sizes = {view: image.shape[:2] for view, image in observed.images.items()}
     _require(sizes == env.views, f"views are {sizes}, but {env.views} are declared")
+
+
+@_promise
+def _postponed(env: Any) -> None:
+    """A postponed observation shows the moment at which it was asked for, whatever happens before it is rendered."""
+    env.reset(seed=SEED)
+    moments = []
+    for action in _actions(env, 3):
+        moments.append((postponed(env), env.observe()))
+        env.advance(action)
+    env.restart(SEED + 1)
+    for render, expected in moments:
+        shown = render()
+        _require(_same(_numbers(shown), _numbers(expected)), "another moment is shown")
 
 
 @_promise

@@ -11,8 +11,9 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
@@ -24,6 +25,11 @@ from vlaflow.simulators.display import in_view, simplified
 Quality = Literal["fast", "exact"]
 _HIDDEN_GROUP = 5
 """A group of geoms that MuJoCo does not show by default."""
+_PLACES = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat")
+_IN_DATA = (*_PLACES, "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+"""Arrays of MuJoCo's data that a picture shows."""
+_IN_MODEL = ("site_pos", "site_rgba", "geom_rgba")
+"""Arrays of MuJoCo's model that a picture shows and tasks change while an episode runs."""
 
 NO_OPENGL = (
     "MuJoCo found no OpenGL to render off screen ({why}). On Debian or Ubuntu: apt-get install libegl1 libgl1 libopengl0 "
@@ -99,11 +105,32 @@ def _backend() -> Any:
     return maker
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What pictures depend on: copies of arrays of MuJoCo's data and model, by name. See `OffscreenCameras.keep`."""
+
+    data: Mapping[str, np.ndarray]
+    model: Mapping[str, np.ndarray]
+
+
+@contextmanager
+def _set(arrays: Any, values: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Set arrays of a model or data, inside the context only."""
+    before = {name: getattr(arrays, name).copy() for name in values}
+    try:
+        for name, value in values.items():
+            getattr(arrays, name)[:] = value
+        yield
+    finally:
+        for name, value in before.items():
+            getattr(arrays, name)[:] = value
+
+
 class OffscreenCameras:
     """Renders images of one MuJoCo model with some of its cameras.
 
-    A picture is taken in two steps, so that it can show a moment that is over when it is asked for: ``capture`` records what
-    each camera sees (microseconds), ``take`` renders the latest capture (milliseconds).
+    A picture is taken in two steps, so that it can show a moment that is over when it is asked for: ``keep`` copies what a
+    picture depends on (microseconds), ``take`` renders it (milliseconds).
 
     Args:
         model: the mujoco.MjModel. With quality "fast" its off-screen buffer is set to the size of the image
@@ -141,36 +168,36 @@ class OffscreenCameras:
         self._options, self._perturbation = mujoco.MjvOption(), mujoco.MjvPerturb()
         for group in hidden:
             self._options.geomgroup[group] = 0
-        self._cameras, self._scenes = {}, {}
+        self._cameras = {}
         for name in cameras:
-            camera = mujoco.MjvCamera()
+            self._cameras[name] = camera = mujoco.MjvCamera()
             camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(name).id
-            self._cameras[name], self._scenes[name] = camera, mujoco.MjvScene(model, 1000)
-            if quality == "fast":
-                self._scenes[name].flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-                self._scenes[name].flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._scene = mujoco.MjvScene(model, 1000)
+        if quality == "fast":
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._shown: Any = None
 
-    def capture(self, data: Any) -> None:
-        """Record what the cameras see in ``data`` (mujoco.MjData, only read); needs no OpenGL."""
-        for name, scene in self._scenes.items():
-            camera = self._cameras[name]
-            with self._culled(data, camera.fixedcamid):
-                self._mujoco.mjv_updateScene(
-                    self._model, data, self._options, self._perturbation, camera, self._mujoco.mjtCatBit.mjCAT_ALL, scene
-                )
+    def keep(self, data: Any) -> Moment:
+        """What pictures of ``data`` (mujoco.MjData, only read) depend on; needs no OpenGL."""
+        return Moment(
+            {name: getattr(data, name).copy() for name in _IN_DATA},
+            {name: getattr(self._model, name).copy() for name in _IN_MODEL},
+        )
 
-    def take(self, camera: str) -> np.ndarray:
-        """Render the latest capture of a camera: (size, size, 3) uint8, row 0 at the bottom."""
+    def take(self, camera: str, moment: Moment) -> np.ndarray:
+        """Render what a camera saw at a moment: (size, size, 3) uint8, row 0 at the bottom."""
         mujoco = self._mujoco
         if self._gpu is None:
             self._open()
         else:
             _context()
+        self._compose(self._cameras[camera], moment)
         view = mujoco.MjrRect(0, 0, self.size, self.size)
         # Before every image: models share one OpenGL context, and without this the first image after another model's
         # is rendered into that model's buffer, while the pixels read back are this model's previous image.
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._gpu)
-        mujoco.mjr_render(view, self._scenes[camera], self._gpu)
+        mujoco.mjr_render(view, self._scene, self._gpu)
         pixels = np.empty((self.size, self.size, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, view, self._gpu)
         self.taken += 1
@@ -183,18 +210,21 @@ class OffscreenCameras:
             self._gpu.free()
             self._gpu = None
 
-    @contextmanager
-    def _culled(self, data: Any, camera: int) -> Iterator[None]:
-        """Hide geoms outside the picture, with "fast"."""
-        if self.quality != "fast":
-            yield
-            return
-        group = self._model.geom_group.copy()
-        self._model.geom_group[~in_view(self._model, data, camera)] = _HIDDEN_GROUP
-        try:
-            yield
-        finally:
-            self._model.geom_group[:] = group
+    def _compose(self, camera: Any, moment: Moment) -> None:
+        """Fill the scene with what a camera saw; with "fast", without geoms outside the picture."""
+        mujoco = self._mujoco
+        if self._shown is None:
+            self._shown = mujoco.MjData(self._model)
+        for name, value in moment.data.items():
+            getattr(self._shown, name)[:] = value
+        changed = dict(moment.model)
+        if self.quality == "fast":
+            seen = in_view(self._model, self._shown, camera.fixedcamid)
+            changed["geom_group"] = np.where(seen, self._model.geom_group, _HIDDEN_GROUP)
+        with _set(self._model, changed):
+            mujoco.mjv_updateScene(
+                self._model, self._shown, self._options, self._perturbation, camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+            )
 
     def _open(self) -> None:
         """Upload the model to OpenGL (on the first image, so that an environment that is never rendered needs no OpenGL)."""

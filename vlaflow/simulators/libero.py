@@ -12,6 +12,7 @@ and the action spec are in ``libero_tasks``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ class LiberoEnv(gymnasium.Env):
         self._first_success = self._initial_state = -1
         self._state = np.zeros(len(SPEC.state_names), np.float32)
         self._images: dict[str, np.ndarray] = {}
+        self._moment: gl.Moment | None = None
 
     @property
     def renders(self) -> int:
@@ -164,20 +166,30 @@ class LiberoEnv(gymnasium.Env):
         """The current observation; rendered at most once per step."""
         return Observation({view: self._image(view) for view in CAMERAS}, self.state, self.task_description)
 
+    def postpone(self) -> Callable[[], Observation]:
+        """See `vlaflow.simulators.base.postponed`."""
+        self._require_reset()
+        moment, state, words = self._moment, self.state, self.task_description
+        return lambda: Observation({view: self._take(view, moment) for view in CAMERAS}, state, words)
+
     def close(self) -> None:
         """Release the buffers of the cameras; the environment can still be used."""
         self._cameras.close()
 
     def _capture(self) -> None:
-        self._cameras.capture(self._world.data)
+        self._moment = self._cameras.keep(self._world.data)
         self._state, self._images = self._world.state, {}
 
     def _image(self, view: str) -> np.ndarray:
         self._require_reset()
         if view not in self._images:
-            # The stock environment returns the buffer as it is, row 0 at the bottom; the protocol rotates that by 180 degrees.
-            self._images[view] = self._cameras.take(CAMERAS[view])[::-1, ::-1].copy()
+            self._images[view] = self._take(view, self._moment)
         return self._images[view].copy()
+
+    def _take(self, view: str, moment: gl.Moment | None) -> np.ndarray:
+        assert moment is not None
+        # The stock environment returns the buffer as it is, row 0 at the bottom; the protocol rotates that by 180 degrees.
+        return self._cameras.take(CAMERAS[view], moment)[::-1, ::-1].copy()
 
     def _observation(self) -> dict[str, Any]:
         return {"pixels": pixels({view: self._image(view) for view in CAMERAS}), "agent_pos": self.state}

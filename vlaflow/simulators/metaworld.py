@@ -19,6 +19,7 @@ The tasks and the action spec are in ``metaworld_tasks``; what recording adds to
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -155,15 +156,17 @@ class MetaWorldEnv(gymnasium.Env):
     def render(self) -> np.ndarray:
         """The current image, (size, size, 3) uint8 RGB, upright; rendered at most once per step."""
         if self._image is None:
-            # The buffer's row 0 is the bottom, and LeRobot rotates the upright image by 180 degrees: together, the
-            # rows stay as they are and the columns are mirrored.
-            self._camera.capture(self._sim.data)
-            self._image = self._camera.take(CAMERA)[:, ::-1].copy()
+            self._image = self._take(self._camera.keep(self._sim.data))
         return self._image.copy()
 
     def observe(self) -> Observation:
         """The current observation."""
         return Observation({self.view: self.render()}, self.state, self.task_description)
+
+    def postpone(self) -> Callable[[], Observation]:
+        """See `vlaflow.simulators.base.postponed`."""
+        moment, state, words = self._camera.keep(self._sim.data), self.state, self.task_description
+        return lambda: Observation({self.view: self._take(moment)}, state, words)
 
     def facts(self) -> Facts:
         """Positions and states of the things in the scene; see ``scenes``.
@@ -176,6 +179,11 @@ class MetaWorldEnv(gymnasium.Env):
     def close(self) -> None:
         """Release the buffers of the camera; the environment can still be used."""
         self._camera.close()
+
+    def _take(self, moment: gl.Moment) -> np.ndarray:
+        # The buffer's row 0 is the bottom, and LeRobot rotates the upright image by 180 degrees: together, the
+        # rows stay as they are and the columns are mirrored.
+        return self._camera.take(CAMERA, moment)[:, ::-1].copy()
 
     def _observation(self) -> dict[str, Any]:
         return {"pixels": self.render(), "agent_pos": self.state}

@@ -35,6 +35,7 @@ from vlaflow.simulators.base import (
     Render,
     cached,
     expand_env_names,
+    postponed,
     rendering_versions,
     simulator_spec,
 )
@@ -222,13 +223,12 @@ def _provenance(
 def _record_episode(job: RecordJob, config: RecordConfig, size: int, folder: Path) -> Demonstration:
     """Record one successful episode; runs in a worker.
 
-    The expert first plays without images, and its executed actions are then repeated with images: physics costs a twentieth
-    of rendering, and a failed episode runs to the step limit.
+    Images are rendered once the episode has succeeded: rendering costs more than physics, and a failed episode runs to the step
+    limit.
     """
-    found = find_episode(job.env, job.episode, config, config.seed, size)
+    found = find_episode(job.env, job.episode, config, config.seed, size, observable=True)
     env = found.env
-    env.restart(found.seed, RANDOM_START)
-    frames = [_observe_and_act(env, step) for step in found.steps]
+    frames = [step.observe() for step in found.steps if step.observe]
     with storing(folder.parent, kept=KEPT):
         videos = {
             view: encode_video((frame.images[view] for frame in frames), video_file(folder, job, view), env.action_spec.rate_hz)
@@ -251,11 +251,15 @@ def _record_episode(job: RecordJob, config: RecordConfig, size: int, folder: Pat
 
 @dataclass(frozen=True)
 class Step:
-    """An executed action, its clean label, and whether it ended in success."""
+    """An executed action, its clean label, and whether it ended in success.
+
+    With ``observe``, if it was asked for, the observation before the action is rendered.
+    """
 
     executed: np.ndarray
     label: np.ndarray
     success: bool
+    observe: Callable[[], Observation] | None = None
 
 
 @dataclass(frozen=True)
@@ -268,8 +272,17 @@ class ExpertEpisode:
     steps: list[Step]
 
 
-def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: int, *, wander: int = 0) -> ExpertEpisode:
-    """Try seeds, without images, until the expert succeeds.
+def find_episode(
+    name: str,
+    episode: int,
+    config: RecordConfig,
+    run: int,
+    size: int,
+    *,
+    wander: int = 0,
+    observable: bool = False,
+) -> ExpertEpisode:
+    """Try seeds until the expert succeeds.
 
     Args:
         name: "suite/task".
@@ -278,6 +291,7 @@ def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: 
         run: see ``episode_seed``.
         size: side in pixels of the images of the environment.
         wander: random points that the hand visits before the expert begins.
+        observable: every step can be observed afterwards.
 
     Raises:
         DataError: when all attempts fail.
@@ -290,7 +304,7 @@ def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: 
         generator, clean = episode_generator(name, seed), expert_for(name)
         expert = Noisy(Wandering(clean, generator, wander) if wander else clean, noise, generator, is_gripper)
         env.restart(seed, RANDOM_START)
-        steps = _play(env, expert, config.after_success)
+        steps = _play(env, expert, config.after_success, observable)
         if steps is not None:
             return ExpertEpisode(env, seed, attempt + 1, steps)
     raise DataError(
@@ -298,14 +312,15 @@ def find_episode(name: str, episode: int, config: RecordConfig, run: int, size: 
     )
 
 
-def _play(env: Environment, expert: Noisy, after_success: int) -> list[Step] | None:
+def _play(env: Environment, expert: Noisy, after_success: int, observable: bool) -> list[Step] | None:
     """Let the expert act from the start of an episode; None if it does not succeed before the step limit."""
     steps: list[Step] = []
     left: int | None = None
     while True:
         executed, label = expert(env)
+        observe = postponed(env) if observable else None
         _, success, truncated, _ = env.advance(executed)
-        steps.append(Step(executed, label, success))
+        steps.append(Step(executed, label, success, observe))
         if left is not None:
             left -= 1
         elif success:
@@ -314,11 +329,3 @@ def _play(env: Environment, expert: Noisy, after_success: int) -> list[Step] | N
             return steps
         if truncated:
             return None
-
-
-def _observe_and_act(env: Environment, step: Step) -> Observation:
-    observation = env.observe()
-    _, success, _, _ = env.advance(step.executed)
-    if success != step.success:
-        raise RuntimeError(f"{env.name} is not deterministic: the same actions did not have the same outcome.")
-    return observation
