@@ -89,7 +89,7 @@ def test_settings_of_the_trainings_are_values_of_their_recipes(name):
 
 def test_trainings_come_after_those_they_continue_and_before_their_evaluation(tmp_path):
     for claim in CLAIMS.values():
-        everything = list(commands(claim, Places(tmp_path), Size(training_seeds=2), 2))
+        everything = list(commands(claim, Places(tmp_path, Size(training_seeds=2))))
         made = []
         for words in everything:
             given = dict(pairwise(words))
@@ -191,6 +191,28 @@ def test_claims_share_recordings_and_trainings(tmp_path, monkeypatch):
     monkeypatch.setitem(CLAIMS, "C3", replace(C2, name="C3"))
     assert main(["reproduce", "C2", "C3", *one]) == 0
     assert stage.ran == ["record", "train", "eval", "eval"]
+
+
+def test_the_number_of_workers_repeats_nothing(tmp_path, monkeypatch, capsys):
+    stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
+    words = ["reproduce", "C2", "--out", str(tmp_path), "--training-seeds", "1", "--episodes", "6"]
+    assert main([*words, "--workers", "2"]) == 0
+    assert main([*words, "--workers", "1"]) == 0
+    assert stage.ran == ["record", "train", "eval"]
+    assert "--workers 1   (done before)" in capsys.readouterr().out
+
+
+def test_every_size_has_its_own_recordings_trainings_and_results(tmp_path, monkeypatch):
+    stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
+    words = ["reproduce", "C2", "--out", str(tmp_path), "--training-seeds", "1", "--episodes", "6"]
+    assert main([*words, "--demonstrations", "50"]) == 0
+    assert main([*words, "--demonstrations", "10"]) == 0
+    assert stage.ran == ["record", "train", "eval"] * 2
+    assert main([*words, "--demonstrations", "10", "--episodes", "8"]) == 0
+    assert [arm.n for arm in read(tmp_path / "C2.json").arms] == [24, 24]
+    assert main([*words, "--demonstrations", "10"]) == 0
+    assert [arm.n for arm in read(tmp_path / "C2.json").arms] == [18, 18]
+    assert stage.ran == ["record", "train", "eval"] * 2 + ["eval"], "the answers of six seeds are still there"
 
 
 def test_a_training_that_a_signal_ended_is_not_done(monkeypatch):

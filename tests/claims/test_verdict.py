@@ -98,6 +98,16 @@ def test_repeated_noise_seeds_are_not_independent_pairs():
     assert arm_row("a", Measured(first)).interval[0] == pytest.approx(arm_row("a", Measured(outcomes("+++"))).interval[0])
 
 
+def test_questions_of_one_group_are_a_cluster_of_any_size():
+    """Nine answers of two episodes differ; as nine independent ones they would be significant."""
+    right = {(0, "a"): (True,) * 6, (0, "b"): (True,) * 3}
+    wrong = {key: tuple(not each for each in values) for key, values in right.items()}
+    found = judged(Effect("a", "b"), Measured(right), Measured(wrong))
+    assert (found.difference, found.per_seed) == (1.0, (1.0,))
+    assert found.p_value == 0.5
+    assert found.verdict == "not seen"
+
+
 def test_arms_on_other_seeds_are_not_paired():
     with pytest.raises(DataError, match="were not measured on the same seeds"):
         judged(Effect("a", "b"), Measured(outcomes("++")), Measured(outcomes("+++")))

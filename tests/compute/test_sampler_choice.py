@@ -14,7 +14,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.early_exit import ExitPlan
 from vlaflow.compute.parse import parse
 from vlaflow.compute.sampler_choice import FAILURES, FILE, Candidate, SamplerCalibration, choose
-from vlaflow.compute.spelling import Checkpoint
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.errors import CalibrationError, ConfigError
 from vlaflow.flows.sampling import Sampling
 from vlaflow.versions import machine
@@ -80,6 +80,9 @@ def test_a_budget_is_the_99th_percentile_and_dropped_candidates_are_never_chosen
     assert choose(dropped, None).compute == "dense:2"
     with pytest.raises(CalibrationError, match=r"Nothing fits 1 ms here; the fastest, dense:1, takes 2.0 ms at p99"):
         choose(certain, 1)
+    barred = [replace(certain[0], reason="averages draws"), *certain[1:]]
+    with pytest.raises(CalibrationError, match=r"the fastest, dense:2, takes 4.0 ms at p99"):
+        choose(barred, 1)
 
 
 def test_auto_is_the_choice_and_the_default(checkpoint, tmp_path):
@@ -103,6 +106,15 @@ def test_what_cannot_be_trusted_is_refused_with_the_command_that_cures_it(checkp
     with pytest.raises(CalibrationError, match=sentence) as refusal:
         parse("auto", checkpoint=checkpoint)
     assert "vlaflow calibrate CKPT --dataset DIR --sampler" in str(refusal.value)
+
+
+def test_settings_of_the_moment_do_not_change_what_was_calibrated(checkpoint):
+    """The steps of a name that states none are those it was measured with."""
+    unstated = replace(MADE, candidates=(candidate("dense", 2, 0.3), candidate("mean:4", 3, 0.2)), choice="mean:4")
+    unstated.save(checkpoint.folder / FOLDER / FILE)
+    turned = Knobs(steps=3, threshold=0.9)
+    assert parse("auto", turned, checkpoint) == parse("mean:4")
+    assert within(checkpoint, 5, turned).compute == parse("dense")
 
 
 def test_auto_stands_alone(checkpoint):

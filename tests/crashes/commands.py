@@ -117,8 +117,8 @@ def _short_claims():
     from vlaflow.outputs import write_text
     from vlaflow.reports import claims
 
-    def nothing(claim, places, size, *, hours, commands):
-        return row.Row(claim.name, "not seen", (), (), (), size, hours, "", commands, "", {})
+    def nothing(claim, places, *, hours, commands):
+        return row.Row(claim.name, "not seen", (), (), (), places.size, hours, "", commands, "", {})
 
     def page(claim, row, places):
         write_text(places.page(claim), "")

@@ -40,10 +40,16 @@ def test_eval_writes_results_videos_and_a_report(checkpoint, tmp_path, capsys):
 
 @pytest.mark.usefixtures("few_timed")
 def test_eval_plays_every_seed_with_every_noise_seed(checkpoint, tmp_path, capsys, monkeypatch):
-    """The first noise seed gives the episodes of an evaluation without the option, and another number continues no log."""
+    """The first noise seed gives the episodes of an evaluation without the option, and another number continues no log.
+
+    Videos of an earlier evaluation in the same folder do not stay for the report.
+    """
     words = ["eval", str(checkpoint), "--env", ENV, "--episodes", "2", "--max-steps", "8", "--steps", "2", "--workers", "0"]
     words += ["--no-videos", "--out", str(tmp_path)]
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "videos.json").write_text("those of another policy")
     assert main(words) == 0
+    assert not (tmp_path / "videos" / "videos.json").exists()
     plain = results.read(tmp_path / "results.json").evaluations[0]
     assert main([*words, "--noise-seeds", "2"]) == 0
     found = results.read(tmp_path / "results.json").evaluations[0]

@@ -1,5 +1,7 @@
 """Confidence as a monitor: what an episode keeps of every chunk, and how early it foretells a failure."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,8 +50,18 @@ def test_notice_is_taken_when_the_interval_leaves_chance_for_good():
     assert first_notice([]) is None
 
 
+def test_repetitions_of_a_scene_make_no_interval_narrower():
+    once = half_fail((0.5, 0.9), (0.5, 0.1), count=10)
+    thrice = [replace(each, noise_seed=noise) for each in once for noise in range(3)]
+    for one, repeated in zip(foretold(once, 8, "confidence"), foretold(thrice, 8, "confidence"), strict=True):
+        assert (repeated.running, repeated.auc) == (3 * one.running, one.auc)
+        assert (repeated.low, repeated.high) == pytest.approx((one.low, one.high))
+
+
 class Still:
     """An environment of ten steps in which nothing happens, as ``ChunkEnv`` plays it: four actions of a chunk."""
+
+    n_action_steps = 4
 
     def __init__(self):
         self.left = 10
@@ -69,8 +81,8 @@ class Still:
 @pytest.mark.parametrize(
     ("name", "kept"), [("refine:1", "confidence"), ("refine-spread:1,draws=2", "spread"), ("dense:1", None)]
 )
-def test_an_episode_keeps_the_mean_over_executed_actions_of_every_chunk(name, kept):
-    """The last chunk executes two of its actions, so two count."""
+def test_an_episode_keeps_the_mean_over_what_every_chunk_is_to_execute(name, kept):
+    """The last chunk executes two of four, because the episode is over; a mean of two would know that beforehand."""
     policy, compute = make_policy(), parse(name)
     chunk = policy.act(_observation(), compute, generator=torch.Generator().manual_seed(0))
     running = _episode(Still(), EpisodeJob(ENV, compute, 0))
@@ -81,7 +93,7 @@ def test_an_episode_keeps_the_mean_over_executed_actions_of_every_chunk(name, ke
         running.send(chunk)
     found = over.value.value
     for signal in ("confidence", "spread"):
-        wanted = () if signal != kept else [float(getattr(chunk, signal)[:n].mean()) for n in (4, 4, 2)]
+        wanted = () if signal != kept else [float(getattr(chunk, signal)[:n].mean()) for n in (4, 4, 4)]
         assert getattr(found, signal) == pytest.approx(wanted, abs=1e-5)
 
 

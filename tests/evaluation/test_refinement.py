@@ -113,6 +113,26 @@ def test_ranks_know_order_and_nothing_else(seed):
     assert 0 <= low <= auc(value_M, positive_M) <= high <= 1
 
 
+def test_an_area_under_the_curve_has_an_interval_even_if_all_pairs_are_in_order():
+    for positives in (5, 50):
+        low, high = auc_interval(1.0, positives, positives)
+        assert low < 1 - 1 / (2 * positives)
+        assert high == 1
+        assert (low, high) == pytest.approx(tuple(1 - end for end in reversed(auc_interval(0.0, positives, positives))))
+
+
+def test_the_interval_of_an_area_holds_the_truth_as_often_as_it_says():
+    """Two normal scores whose means differ so that 85 of 100 pairs are in order."""
+    random, positives, negatives, true = np.random.default_rng(0), 12, 20, 0.85
+    positive_M, shift = np.arange(positives + negatives) < positives, 2**0.5 * 1.0364
+    held = 0
+    for _ in range(600):
+        score_M = random.normal(size=len(positive_M)) + shift * positive_M
+        low, high = auc_interval(auc(score_M, positive_M), positives, negatives)
+        held += low <= true <= high
+    assert 0.92 < held / 600 < 0.98
+
+
 def test_a_calibration_says_what_was_measured_and_runs_by_its_name(calibrated):
     made = RefineCalibration.load(calibrated / "calibration/refine/share-0.5.json")
     assert made.target == RefineShare(0.5)

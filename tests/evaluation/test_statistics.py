@@ -1,7 +1,6 @@
 """Intervals and tests against scipy, published examples and their own definitions."""
 
-import math
-
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,10 +10,10 @@ from vlaflow.errors import ConfigError
 from vlaflow.evaluation.statistics import (
     PairedOutcomes,
     Percentiles,
-    bootstrap_mean,
     mcnemar,
     paired_difference,
     sign_test,
+    student,
     wilson,
 )
 
@@ -79,12 +78,20 @@ def test_percentiles_interpolate():
     assert Percentiles.of(range(101)) == Percentiles(50.0, 99.0)
 
 
-def test_bootstrap_of_equal_values_has_no_width_and_any_seed_repeats():
-    assert bootstrap_mean([3.0] * 7, draws=50) == bootstrap_mean([3.0] * 7, draws=50, seed=5)
-    wide = bootstrap_mean([0.0, 1.0] * 50, draws=4000)
-    assert wide == bootstrap_mean([0.0, 1.0] * 50, draws=4000)
-    # the standard error of this mean is 0.05; a bootstrap of 4000 draws places its ends within a few thousandths
-    assert math.isclose(wide.low, 0.5 - 1.96 * 0.05, abs_tol=0.012)
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says(n):
+    """Also of two values, where a percentile bootstrap does in half of the cases."""
+    drawn = np.random.default_rng(n).normal(size=(4000, n))
+    held = np.mean([interval.low <= 0 <= interval.high for interval in map(student, drawn)])
+    assert 0.94 < held < 0.96
+
+
+def test_the_interval_of_a_mean_is_students():
+    ends = student([1.0, 2.0, 3.0, 4.0])
+    assert (ends.low, ends.high) == pytest.approx((2.5 - 3.1824 * 0.6455, 2.5 + 3.1824 * 0.6455), abs=1e-3)
+    assert student([3.0]) == student([3.0] * 7)
+    with pytest.raises(ConfigError, match="at least one value"):
+        student([])
 
 
 @pytest.mark.parametrize(("successes", "n"), [(3, 2), (-1, 4), (0, 0)])

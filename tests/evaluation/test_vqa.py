@@ -68,6 +68,18 @@ def test_accuracies_by_kind_in_closed_form():
     assert count([replace(each, blind=None) for each in answered])[0].p_value is None
 
 
+def test_questions_about_one_episode_count_less_than_as_many_about_others():
+    """Twelve questions right with the image and wrong without: of one group each, or of two episodes."""
+    apart = [replace(said("open", "open", blind="closed"), group=f"episode {n}") for n in range(12)]
+    together = [replace(each, group=f"episode {n % 2}") for n, each in enumerate(apart)]
+    alone, grouped = (count(each)[-1] for each in (apart, together))
+    assert (alone.right, alone.difference) == (grouped.right, grouped.difference) == (12, 1.0)
+    assert alone.p_value == 2 / 2**12
+    assert grouped.p_value == 2 / 2**2
+    assert grouped.interval[0] < alone.interval[0]
+    assert count([replace(each, group="") for each in apart]) == count(apart)
+
+
 def test_the_most_frequent_answer_is_that_of_the_wording_and_not_of_the_kind():
     answered = [said("open", "", question="A?"), said("open", "", question="A?"), said("closed", "", question="B?")]
     assert count(answered)[-1].majority == 3

@@ -120,8 +120,10 @@ class TinyProcessor(Processor):
         sentences = [sentence.encode() for sentence in instructions]
         for raw in sentences:
             if len(raw) > self.text_bytes:
+                text = raw.decode()
+                shown = text if len(text) <= 80 else f"{text[:77]}..."
                 raise SpecError(
-                    f"The instruction '{raw.decode()}' has {len(raw)} bytes, the policy reads at most {self.text_bytes}."
+                    f"The instruction '{shown}' has {len(raw)} bytes, the policy reads at most {self.text_bytes}. Shorten it."
                 )
         written = max(len(raw) for raw in sentences)
         length = next((length for length in self.lengths if written <= length), self._whole(written))

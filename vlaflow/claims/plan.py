@@ -1,18 +1,21 @@
 """The commands that test a claim, in order: record, train and calibrate, evaluate.
 
-Everything but the evaluations is shared: claims of one folder use the same data sets and the same trainings.
+Everything but the evaluations is shared: claims of one folder use the same data sets and the same trainings. Folders are named
+by the size of what they hold, so tests of several sizes can lie in one folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlaflow.claims.base import Claim, Training, TrialArm
 from vlaflow.errors import ConfigError
 
 CALIBRATION_FRAMES = 768
+PARALLEL = ("record", "record-vqa", "eval")
+"""Commands that take ``--workers``, on which their results do not depend."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +46,42 @@ class Size:
         """The training seeds."""
         return range(1 if self.quick else self.training_seeds)
 
+    @property
+    def recorded(self) -> int:
+        """Demonstrations per task, also with ``quick``."""
+        return 4 if self.quick else self.demonstrations
+
+    @property
+    def played(self) -> tuple[int, int]:
+        """Environment seeds per task and arm, and episodes per environment seed, also with ``quick``."""
+        return (2, 1) if self.quick else (self.episodes, self.noise_seeds)
+
 
 @dataclass(frozen=True)
 class Places:
-    """The folders and files of a test."""
+    """The folders and files of tests of one size."""
 
     out: Path
+    size: Size = field(default_factory=Size)
 
     @property
     def dataset(self) -> Path:
         """Demonstrations."""
-        return self.out / "dataset"
+        return self.out / f"dataset-{self._recorded}"
 
     @property
     def vqa(self) -> Path:
         """Questions about images of the same tasks."""
-        return self.out / "vqa"
+        return self.out / ("vqa-quick" if self.size.quick else "vqa")
 
     def policy(self, training: str, seed: int) -> Path:
         """A checkpoint."""
-        return self.out / "policies" / f"{training}-{seed}"
+        return self.out / "policies" / f"{training}-{self._recorded}-{seed}"
 
     def results(self, claim: Claim, training: str, seed: int) -> Path:
         """Results of the episodes, or answers, of a checkpoint."""
-        return self.out / "results" / claim.name / f"{training}-{seed}"
+        episodes, noise = self.size.played
+        return self.out / "results" / claim.name / f"{training}-{self._recorded}-{seed}-{episodes}x{noise}"
 
     def row(self, claim: Claim) -> Path:
         """The claim's row."""
@@ -76,25 +91,28 @@ class Places:
         """The claim's page."""
         return self.out / f"{claim.name}.html"
 
+    @property
+    def _recorded(self) -> str:
+        return "quick" if self.size.quick else str(self.size.recorded)
+
 
 def envs(claim: Claim, size: Size) -> tuple[str, ...]:
     """The tasks."""
     return claim.envs[:1] if size.quick else claim.envs
 
 
-def commands(claim: Claim, places: Places, size: Size, workers: int) -> Iterator[list[str]]:
-    """The arguments of ``vlaflow`` for every step, in order."""
+def commands(claim: Claim, places: Places) -> Iterator[list[str]]:
+    """The arguments of ``vlaflow`` for every step, in order, without the number of workers."""
+    size = places.size
     tasks = [word for env in envs(claim, size) for word in ("--env", env)]
-    demonstrations = 4 if size.quick else size.demonstrations
-    episodes, noise = (2, 1) if size.quick else (size.episodes, size.noise_seeds)
-    of_workers = ["--workers", str(workers)]
-    yield ["record", *tasks, "--episodes", str(demonstrations), "--out", str(places.dataset), *of_workers]
+    episodes, noise = size.played
+    yield ["record", *tasks, "--episodes", str(size.recorded), "--out", str(places.dataset)]
     if claim.asks:
         number = ["--episodes", "4" if size.quick else "150"]
-        yield ["record-vqa", *tasks, *number, "--out", str(places.vqa), *of_workers]
+        yield ["record-vqa", *tasks, *number, "--out", str(places.vqa)]
     for seed in size.seeds:
         for name in claim.order():
-            yield from _training(claim.trainings[name], name, places, seed, size)
+            yield from _training(claim.trainings[name], name, places, seed)
     for seed in size.seeds:
         for name in claim.order():
             arms = [arm for arm in claim.arms.values() if arm.training == name]
@@ -103,11 +121,11 @@ def commands(claim: Claim, places: Places, size: Size, workers: int) -> Iterator
                 yield ["eval-vqa", checkpoint, "--vqa", str(places.vqa), *out]
             if computes := _computes(arms):
                 counts = ["--episodes", str(episodes), "--noise-seeds", str(noise)]
-                yield ["eval", checkpoint, *tasks, *computes, *counts, *_short_episodes(size), *out, *of_workers]
+                yield ["eval", checkpoint, *tasks, *computes, *counts, *_short_episodes(size), *out]
 
 
-def _training(training: Training, name: str, places: Places, seed: int, size: Size) -> Iterator[list[str]]:
-    out = places.policy(name, seed)
+def _training(training: Training, name: str, places: Places, seed: int) -> Iterator[list[str]]:
+    out, size = places.policy(name, seed), places.size
     settings = {**training.settings, "seed": str(seed)}
     steps = training.steps
     if size.quick:
@@ -123,7 +141,8 @@ def _training(training: Training, name: str, places: Places, seed: int, size: Si
     yield ["train", training.recipe, "--dataset", str(places.dataset), *assets, "--out", str(out), *number, *changes, *sampler]
     frames = 16 if size.quick else CALIBRATION_FRAMES
     for calibration, options in training.calibrations.items():
-        named = ["--name", calibration, *options, "--frames", str(frames), "--no-ladder"]
+        of_exits = [] if "--refine" in options else ["--no-ladder"]
+        named = ["--name", calibration, *options, "--frames", str(frames), *of_exits]
         yield ["calibrate", str(out), "--dataset", str(places.dataset), *named]
 
 

@@ -53,13 +53,14 @@ class Row:
     format: str = field(default=FORMAT)
 
 
-def conclude(claim: Claim, places: Places, size: Size, *, hours: float, commands: tuple[str, ...]) -> Row:
+def conclude(claim: Claim, places: Places, *, hours: float, commands: tuple[str, ...]) -> Row:
     """Read the results of all arms and judge the claim.
 
     Raises:
         DataError: results are missing, damaged or cannot be paired.
     """
-    measured = {name: _measured(claim, arm, places, size) for name, arm in claim.arms.items()}
+    size = places.size
+    measured = {name: _measured(claim, arm, places) for name, arm in claim.arms.items()}
     found = findings(claim, measured)
     return Row(
         claim=claim.name,
@@ -90,10 +91,11 @@ def read(file: Path) -> Row:
     return read_as(Row, file, FORMAT, f"vlaflow reproduce {file.stem} --out {file.parent}")
 
 
-def _measured(claim: Claim, arm: TrialArm, places: Places, size: Size) -> Measured:
+def _measured(claim: Claim, arm: TrialArm, places: Places) -> Measured:
+    seeds = places.size.seeds
     if arm.compute is None:
-        return Measured({key: value for seed in size.seeds for key, value in _answers(claim, arm, places, seed).items()})
-    by_seed = {seed: _evaluations(claim, arm, places, seed) for seed in size.seeds}
+        return Measured({key: value for seed in seeds for key, value in _answers(claim, arm, places, seed).items()})
+    by_seed = {seed: _evaluations(claim, arm, places, seed) for seed in seeds}
     episodes = [entry for entries in by_seed.values() for entry in entries]
     times = [entry.latency_ms.p50 for entry in episodes if entry.latency_ms]
     return Measured(
@@ -123,4 +125,8 @@ def _successes(seed: int, entries: list[Evaluation]) -> dict[tuple[int, str], tu
 
 def _answers(claim: Claim, arm: TrialArm, places: Places, seed: int) -> dict[tuple[int, str], tuple[bool, ...]]:
     answered = vqa.read(places.results(claim, arm.training, seed) / vqa.FILE).per_question
-    return {(seed, f"{number} {one.name}"): (one.right,) for number, one in enumerate(answered)}
+    found: dict[tuple[int, str], tuple[bool, ...]] = {}
+    for number, one in enumerate(answered):
+        key = (seed, one.group or f"{number} {one.name}")
+        found[key] = (*found.get(key, ()), one.right)
+    return found

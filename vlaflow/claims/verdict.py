@@ -1,7 +1,7 @@
 """From the outcomes of a claim's arms to its row: paired differences, corrected p-values and the verdict.
 
-Pairs are the same task, environment seed and noise seed of the same training seed; for answers, the same question. The rule is
-fixed before anything is measured:
+Pairs are the same task, environment seed and noise seed of the same training seed; for answers, the same question. Episodes of
+one environment seed, and questions of one group, are clusters. The rule is fixed before anything is measured:
 
     held        every effect holds
     refuted     at least one effect is refuted
@@ -30,7 +30,7 @@ LEVEL = 0.05
 CHEAPER, DEARER = 0.95, 1.05
 Verdict = Literal["held", "refuted", "not seen"]
 Outcomes = Mapping[tuple[int, str], tuple[bool, ...]]
-"""Successes by (training seed, task and environment seed), one per noise seed; for answers, one per question."""
+"""Successes by (training seed, task and environment seed), one per noise seed; for answers, by group, one per question."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Finding:
         difference: success rate of the first arm minus that of the second, paired.
         interval: its 95 % interval.
         per_seed: the difference for each training seed.
-        p_value: exact permutation test over environment seeds, before the correction.
+        p_value: exact permutation test over environment seeds, or groups of questions, before the correction.
         adjusted: the p-value after Holm's correction; None for effects that are not tested.
         ratio: cost of the first arm divided by that of the second; None for effects on success.
         verdict: see the module.
@@ -94,9 +94,9 @@ class Finding:
 
 def arm_row(name: str, measured: Measured) -> ArmRow:
     """Count an arm's successes."""
-    value_SR = np.array(list(measured.outcomes.values()), dtype=np.int64)
-    n, successes = value_SR.size, int(value_SR.sum())
-    found = wilson(successes, n, effective=effective_size(value_SR))
+    clusters = list(measured.outcomes.values())
+    n, successes = sum(map(len, clusters)), sum(map(sum, clusters))
+    found = wilson(successes, n, effective=effective_size(clusters))
     return ArmRow(name, n, successes, (found.low, found.high), measured.latency_ms, measured.layer_passes)
 
 
@@ -134,23 +134,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _finding(effect: Effect, first: Measured, second: Measured) -> Finding:
     """The effect before the correction, with the verdict for those that need none."""
-    if first.outcomes.keys() != second.outcomes.keys():
+    keys = list(first.outcomes)
+    sizes = [{key: len(values) for key, values in one.outcomes.items()} for one in (first, second)]
+    if sizes[0] != sizes[1]:
         raise DataError(
             f"'{effect.first}' and '{effect.second}' were not measured on the same seeds, so they cannot be paired. "
             "Measure them again in an empty --out."
         )
-    keys = list(first.outcomes)
-    first_SR, second_SR = (np.array([one.outcomes[key] for key in keys], dtype=np.int64) for one in (first, second))
-    seed_S, difference_SR = np.array([seed for seed, _ in keys]), first_SR - second_SR
-    table = PairedOutcomes.of((second_SR > 0).ravel().tolist(), (first_SR > 0).ravel().tolist())
-    found = paired_difference(table, effective=effective_size(difference_SR))
+    pairs = {key: list(zip(first.outcomes[key], second.outcomes[key], strict=True)) for key in keys}
+    table = PairedOutcomes.of([b for key in keys for _, b in pairs[key]], [a for key in keys for a, _ in pairs[key]])
+    differences = {key: [int(a) - int(b) for a, b in pairs[key]] for key in keys}
+    found = paired_difference(table, effective=effective_size(list(differences.values())))
+    by_seed = {s: [each for key in keys if key[0] == s for each in differences[key]] for s in sorted({s for s, _ in keys})}
     ratio = _ratio(effect, first, second) if effect.direction == "cheaper" else None
     return Finding(
         effect,
         table.difference,
         (found.low, found.high),
-        tuple(float(difference_SR[seed_S == seed].mean()) for seed in np.unique(seed_S)),
-        sign_flip_test(difference_SR.sum(1).tolist()),
+        tuple(float(np.mean(own)) for own in by_seed.values()),
+        sign_flip_test(map(sum, differences.values())),
         None,
         ratio,
         _judge_interval(found, effect.margin) if ratio is None else _judge_ratio(ratio),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
+from vlaflow.cli.calibrate_options import require_effect
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
 from vlaflow.errors import ConfigError
 from vlaflow.packages import PAGES, require
@@ -58,6 +59,8 @@ class CalibrateArguments:
     calibrated sampler, or dense."""
     workers: Number = 2
     """With --env: number of processes."""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With --env: start over, instead of continuing an interrupted calibration."""
     refine: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Calibrate the threshold of a refinement instead of exits, and print what each doubt knows and brings."""
     share: Share | None = None
@@ -112,17 +115,9 @@ class CalibrateArguments:
 def main(argv: list[str]) -> int:
     """Run ``vlaflow calibrate ...``; returns the exit status."""
     given = parse_arguments(CalibrateArguments, "vlaflow calibrate", argv)
-    if given.exit_budget is not None and given.max_deviation is not None:
-        raise ConfigError("Give either --exit-budget or --max-deviation: one fixes the compute, the other the risk.")
-    simulated = [f"--{name}" for name in ("budget_ms", "env", "compute") if getattr(given, name) not in (None, ())]
-    if simulated and not given.sampler and not (given.refine and simulated == ["--compute"]):
-        raise ConfigError(f"{simulated[0].replace('_', '-')} calibrates the sampler; add --sampler.")
     if given.sampler and given.refine:
         raise ConfigError("Give either --sampler or --refine; refinement starts from the calibrated sampler.")
-    if given.share is not None and not given.refine:
-        raise ConfigError("--share is of regenerated actions; add --refine.")
-    if given.share is not None and given.max_deviation is not None:
-        raise ConfigError("Give either --share or --max-deviation: one fixes the compute, the other the risk.")
+    require_effect(given, "sampler" if given.sampler else "refine" if given.refine else "exits")
     require(*PAGES)  # checked first, because the page is written last
     if given.refine:
         return _refine(given)
@@ -146,6 +141,7 @@ def _sampler(given: CalibrateArguments) -> int:
         envs=given.env,
         episodes=given.rollouts,
         workers=given.workers,
+        fresh=given.fresh,
         reading=given.how.reading(),
     )
     checkpoint = robot_folder(given.checkpoint, given.robot)

@@ -38,7 +38,7 @@ class Demo:
 
     Example: vlaflow demo --out runs/demo
 
-    Three tasks of Meta-World take a quarter of an hour, three of LIBERO-Object up to an hour, all fifty of Meta-World about
+    Three tasks of Meta-World take some ten minutes, three of LIBERO-Object up to an hour, all fifty of Meta-World about
     three.
 
     Run the same command again to continue after an interruption.

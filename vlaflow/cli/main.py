@@ -20,12 +20,12 @@ from vlaflow.packages import EXTRAS, missing
 from vlaflow.text import one_line
 
 COMMANDS = {
-    "demo": "from nothing to an evaluated policy and a report, in a quarter of an hour",
+    "demo": "from nothing to an evaluated policy and a report, in some ten minutes",
     "record": "record demonstrations of scripted experts as a LeRobot data set",
     "record-vqa": "record questions about simulated scenes as a VQA data set",
     "train": "train a policy, or one of its later stages, by recipe",
     "plan": "say what a recipe needs: memory per GPU, epochs, hours",
-    "calibrate": "calibrate the early exits of a checkpoint on held-out data",
+    "calibrate": "choose the sampler, exits or refinement of a checkpoint on held-out data",
     "bench": "time a checkpoint on this machine, part by part",
     "deploy": "compile a checkpoint's chunks for this machine",
     "eval": "measure a checkpoint's success rate and latency in an environment",

@@ -1,7 +1,7 @@
 """``vlaflow reproduce``: test a claim of one of the papers at the size of a laptop, by one command.
 
-Every step is a vlaflow command, printed before it runs. Finished ones are recorded in ``steps.json`` by their text, so the same
-command continues an interrupted test, and claims in one folder share recordings and trainings.
+Every step is a vlaflow command, printed before it runs. Finished ones are recorded in ``steps.json`` by their text without the
+number of workers, so the same command continues an interrupted test, and claims in one folder share recordings and trainings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from vlaflow.claims.base import Claim
-    from vlaflow.claims.plan import Places, Size
+    from vlaflow.claims.plan import Places
     from vlaflow.claims.row import Row
 
 STEPS = "steps.json"
@@ -89,9 +89,9 @@ def main(argv: list[str]) -> int:
     from vlaflow.claims.plan import Places, Size
 
     size = Size(arguments.training_seeds, arguments.demonstrations, arguments.episodes, arguments.noise_seeds, arguments.quick)
-    steps, places = Steps(out), Places(out)
+    steps, places = Steps(out, arguments.workers), Places(out, size)
     for name in CLAIMS if "all" in arguments.claims else dict.fromkeys(arguments.claims):
-        status = _reproduce(CLAIMS[name], steps, places, size, arguments.workers)
+        status = _reproduce(CLAIMS[name], steps, places)
         if status is not None:
             return status
     return 0
@@ -100,14 +100,18 @@ def main(argv: list[str]) -> int:
 class Steps:
     """The finished steps of a folder, by the text of their command, and how long they took.
 
+    Args:
+        out: the folder.
+        workers: processes of the commands that take a number of them.
+
     Raises:
         DataError: the record is damaged.
         ConfigError: the folder cannot be created, or holds something else.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, workers: int) -> None:
         require_makeable(out)
-        self._file = out / STEPS
+        self._file, self._workers = out / STEPS, workers
         self.seconds: dict[str, float] = {}
         if self._file.exists():
             found = read_object(self._file, DataError, "it is damaged. Delete it, or choose another --out.")
@@ -119,25 +123,38 @@ class Steps:
 
     def run(self, words: Sequence[str]) -> int | None:
         """Print a command and run it unless it was finished before; returns an exit status if it did not finish, else None."""
-        text = shlex.join(["vlaflow", *words])
-        before = text in self.seconds
-        sys.stdout.write(f"\n$ {text}{'   (done before)' if before else ''}\n")
+        name = _text(words)
+        before = name in self.seconds
+        sys.stdout.write(f"\n$ {self.text(words)}{'   (done before)' if before else ''}\n")
         sys.stdout.flush()
         if before:
             return None
         began = time.monotonic()
-        status = _run(words)
+        status = _run(self._whole(words))
         if status is None:
-            self.seconds[text] = time.monotonic() - began
+            self.seconds[name] = time.monotonic() - began
             self._save()
         return status
 
+    def text(self, words: Sequence[str]) -> str:
+        """A command as it is typed."""
+        return _text(self._whole(words))
+
     def hours(self, commands: Iterable[Sequence[str]]) -> float:
         """Time spent on these commands."""
-        return sum(self.seconds[shlex.join(["vlaflow", *words])] for words in commands) / 3600
+        return sum(self.seconds[_text(words)] for words in commands) / 3600
+
+    def _whole(self, words: Sequence[str]) -> list[str]:
+        from vlaflow.claims.plan import PARALLEL
+
+        return [*words, *(["--workers", str(self._workers)] if words[0] in PARALLEL else [])]
 
     def _save(self) -> None:
         write_json(self._file, self.seconds, indent=1)
+
+
+def _text(words: Sequence[str]) -> str:
+    return shlex.join(["vlaflow", *words])
 
 
 def _run(words: Sequence[str]) -> int | None:
@@ -152,7 +169,7 @@ def _run(words: Sequence[str]) -> int | None:
     return status or None
 
 
-def _reproduce(claim: Claim, steps: Steps, places: Places, size: Size, workers: int) -> int | None:
+def _reproduce(claim: Claim, steps: Steps, places: Places) -> int | None:
     """Test one claim; returns an exit status if that ended early, else None."""
     from rich.console import Console
 
@@ -160,14 +177,14 @@ def _reproduce(claim: Claim, steps: Steps, places: Places, size: Size, workers: 
     from vlaflow.claims.row import conclude, write
     from vlaflow.reports.claims import in_words, write_page
 
-    everything = list(commands(claim, places, size, workers))
+    everything = list(commands(claim, places))
     sys.stdout.write(f"\n{claim.name} ({claim.system}): {claim.statement}\n")
     for words in everything:
         status = steps.run(words)
         if status is not None:
             return status
-    texts = tuple(shlex.join(["vlaflow", *words]) for words in everything)
-    row = conclude(claim, places, size, hours=steps.hours(everything), commands=texts)
+    texts = tuple(steps.text(words) for words in everything)
+    row = conclude(claim, places, hours=steps.hours(everything), commands=texts)
     write(row, places.row(claim))
     page = write_page(claim, row, places)
     console = Console()

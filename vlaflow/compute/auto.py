@@ -42,7 +42,7 @@ def calibrated(folder: Path, fingerprint: Callable[[Path], str], knobs: Knobs = 
             sampler_choice.AGAIN,
             knobs.dtype,
         )
-    return parse(found.choice, knobs, checkpoint)
+    return parse(found.choice, knobs.as_measured(), checkpoint)
 
 
 def default_name(folder: Path) -> str:

@@ -6,7 +6,7 @@ It is measured in ``evaluation.refinement``; the thresholds are made in ``doubt_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Spread
 from vlaflow.compute.parse import parse
 from vlaflow.compute.refine import DRAWS, Refine
-from vlaflow.compute.spelling import DEFAULTS, Checkpoint, Knobs
+from vlaflow.compute.spelling import Checkpoint, Knobs
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError
 from vlaflow.flows.sampling import Sampling
@@ -92,8 +92,9 @@ class Rival:
         name: what doubts, or the compute policy.
         settings: of the second round; empty where there is none.
         share: of the executed actions that were regenerated.
-        error: mean squared error of the executed actions, normalised.
-        difference, low, high: to the error of the first round, with a 95 % interval (bootstrap over episodes).
+        error: mean over episodes of the mean squared error of the executed actions, normalised.
+        difference, low, high: to the error of the first round, with a 95 % interval (Student's, over episodes), which a single
+            episode does not have: low and high are the difference.
         p50: milliseconds per chunk; None where it was not timed.
     """
 
@@ -176,8 +177,7 @@ class RefineCalibration:
 
     def refine(self, label: str, knobs: Knobs, checkpoint: Checkpoint | None = None) -> Refine:
         """The compute policy."""
-        as_measured = replace(knobs, steps=DEFAULTS.steps)  # of a first round whose name states none
-        doubt, inner = doubt_of(self.doubt, self.threshold, self.draws), parse(self.first, as_measured, checkpoint)
+        doubt, inner = doubt_of(self.doubt, self.threshold, self.draws), parse(self.first, knobs.as_measured(), checkpoint)
         executed, waived = self.n_action_steps, knobs.any_training
         return Refine(doubt, self.sampling, inner, self.clock, executed, any_training=waived, alias=label)
 

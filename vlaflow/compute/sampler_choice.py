@@ -113,7 +113,7 @@ class SamplerCalibration:
         return (self.machine, self.device, self.threads, self.dtype) == now
 
     def require_unseen(self, envs: Sequence[str], first_seed: int, episodes: int) -> None:
-        """Refuse to report a success rate on the episodes that the choice was made from.
+        """Refuse to report success rates on the episodes that the choice was made from, under whatever name it is run.
 
         Raises:
             ConfigError: naming seeds that are free.
@@ -121,8 +121,9 @@ class SamplerCalibration:
         shared = set(envs) & set(self.envs)
         if shared and first_seed < self.first_seed + self.seeds and self.first_seed < first_seed + episodes:
             raise ConfigError(
-                f"'auto' was chosen on seeds {self.first_seed} to {self.first_seed + self.seeds - 1} of {min(shared)}, so its "
-                f"success cannot be measured on them. Evaluate other seeds: --seed {self.first_seed + self.seeds}."
+                f"This checkpoint's sampler was chosen on seeds {self.first_seed} to {self.first_seed + self.seeds - 1} of "
+                f"{min(shared)}, so success cannot be measured on them. Evaluate other seeds: --seed "
+                f"{self.first_seed + self.seeds}."
             )
 
     def save(self, file: Path) -> None:
@@ -147,7 +148,8 @@ def choose(candidates: Sequence[Candidate], budget_ms: float | None, tolerance: 
     limit = inf if budget_ms is None else budget_ms
     fitting = [each for each in candidates if not each.reason and each.p99 <= limit]
     if not fitting:
-        fastest = min(candidates, key=lambda each: each.p99)
+        able = [each for each in candidates if not each.reason]
+        fastest = min(able or candidates, key=lambda each: each.p99)
         raise CalibrationError(
             f"Nothing fits {limit:g} ms here; the fastest, {fastest.compute}, takes {fastest.p99:.1f} ms at p99. Allow more."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +42,10 @@ class Knobs:
     threads: int = 1
     dtype: Dtype = "fp32"
     engine: str = "eager"
+
+    def as_measured(self) -> Knobs:
+        """With the settings that calibrations measure with, for names that state none."""
+        return replace(self, steps=DEFAULTS.steps, threshold=DEFAULTS.threshold)
 
 
 DEFAULTS = Knobs()

@@ -26,7 +26,7 @@ from vlaflow.evaluation.calibrate import BATCH, Sample, held_out, sample
 from vlaflow.evaluation.halving import require_episodes
 from vlaflow.evaluation.latency import measure as measure_latency
 from vlaflow.evaluation.rollout import RolloutConfig, require_fit
-from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Simulation
+from vlaflow.evaluation.sampler_episodes import FIRST_SEED, Observed, Simulation
 from vlaflow.evaluation.sampler_measures import CRITERION, SamplerMeasures, measure, plausible_error, two_group_share
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
@@ -34,7 +34,7 @@ from vlaflow.outputs import require_writable
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint, mixed_robots, reading_of
 from vlaflow.policies.robots import robot_folder
-from vlaflow.simulators.base import expand_env_names
+from vlaflow.simulators.base import expand_env_names, rendering_versions
 from vlaflow.spec import Observation
 from vlaflow.versions import command_line, device_name, machine, versions
 
@@ -64,6 +64,7 @@ class SamplerRequest:
         rollout: how episodes are run.
         latency_chunks: chunks timed per candidate.
         workers: processes for episodes.
+        fresh: discard what an interrupted calibration in simulation left, instead of continuing it.
         reading: names of the data set's columns and cameras; by default as in the training.
     """
 
@@ -77,6 +78,7 @@ class SamplerRequest:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     latency_chunks: int = 20
     workers: int = 1
+    fresh: bool = False
     reading: Reading | None = None
 
 
@@ -145,24 +147,38 @@ def run(
 
     episodes = data.numbers if request.new_data else held_out(checkpoint, data)
     frames = sample(policy, data, episodes, request.frames)
-    measures, _ = measure(policy, computes, frames, n_action_steps=n_action_steps, draws=request.draws)
-    times = measure_latency(policy, computes, _observations(frames, request.latency_chunks), request.latency_chunks)
-    two_groups = two_group_share(policy, parse("dense"), frames)
-    measured = [
-        Candidate(name, each.nfe, each.layer_passes, time.total.p50, time.total.p99, 0.0, measures=each.means())
-        for name, each, time in zip(names, measures, times, strict=True)
-    ]
+
+    def observed() -> tuple[Observed, list[SamplerMeasures]]:
+        measures, _ = measure(policy, computes, frames, n_action_steps=n_action_steps, draws=request.draws)
+        times = measure_latency(policy, computes, _observations(frames, request.latency_chunks), request.latency_chunks)
+        measured = [
+            Candidate(name, each.nfe, each.layer_passes, time.total.p50, time.total.p99, 0.0, measures=each.means())
+            for name, each, time in zip(names, measures, times, strict=True)
+        ]
+        return Observed(tuple(measured), two_group_share(policy, parse("dense"), frames)), measures
+
     simulation = None
     if envs:
-        settings: dict[str, JSON] = {"checkpoint": mark, "candidates": names, "envs": list(envs), "episodes": request.episodes}
+        settings: dict[str, JSON] = {
+            "checkpoint": mark,
+            "dataset": data.fingerprint,
+            "candidates": names,
+            "envs": list(envs),
+            "rollouts": request.episodes,
+            "budget_ms": request.budget_ms,
+            "frames": request.frames,
+            "rollout": to_json(rollout),
+            "machine": machine(),
+            "versions": versions() | rendering_versions(envs, rollout.render),
+        }
         folder = checkpoint / FOLDER / "sampler-episodes"
-        simulation = Simulation(
-            checkpoint, computes, envs, rollout, request.workers, folder, {**settings, "rollout": to_json(rollout)}
-        )
-        scored, seeds = simulation.score(measured, request.budget_ms, request.episodes)
+        simulation = Simulation(checkpoint, computes, envs, rollout, request.workers, folder, settings)
+        on_frames = simulation.begin(lambda: observed()[0], fresh=request.fresh)
+        scored, seeds = simulation.score(on_frames.candidates, request.budget_ms, request.episodes)
     else:
-        scored, seeds = _by_frames(measured, measures, frames), 0
-        if two_groups > MOST_TWO_GROUPS:
+        on_frames, measures = observed()
+        scored, seeds = _by_frames(on_frames.candidates, measures, frames), 0
+        if on_frames.two_groups > MOST_TWO_GROUPS:
             scored = [replace(each, reason=AVERAGES) if c.averages else each for each, c in zip(scored, computes, strict=True)]
     made = SamplerCalibration(
         checkpoint=mark,
@@ -175,7 +191,7 @@ def run(
         envs=envs,
         first_seed=FIRST_SEED,
         seeds=seeds,
-        two_groups=two_groups,
+        two_groups=on_frames.two_groups,
         machine=machine(),
         device=device_name(device),
         threads=1,

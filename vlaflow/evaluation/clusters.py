@@ -1,4 +1,6 @@
-"""Statistics for repeated episodes: every environment seed is played R times, each time with different policy noise.
+"""Statistics for values that come in clusters: episodes of one scene, or questions about one episode.
+
+Every environment seed may be played R times, each time with different policy noise.
 
 Repetitions of one environment seed share its scene, so they carry less information than episodes in as many different scenes.
 Here each environment seed is a cluster. Intervals are those for independent episodes (``statistics``), computed with a smaller,
@@ -55,29 +57,31 @@ def success_SR(episodes: Sequence[Played]) -> np.ndarray:
     return np.array(list(rows.values()))
 
 
-def effective_size(value_SR: np.ndarray, level: float = 0.95) -> float:
+def effective_size(clusters: np.ndarray | Sequence[Sequence[float]], level: float = 0.95) -> float:
     """Number of independent episodes that would determine the mean as precisely as these do.
 
-    n / deff · (z / t)², at least S and at most n = S·R (Korn & Graubard 1998). The design effect deff is the variance of the
-    mean from the spread of the S cluster means, divided by that for n independent values (Kish 1965), and t, Student's
-    quantile with S − 1 degrees of freedom, accounts for having estimated it from S clusters.
+    n / deff · (z / t)², at least S and at most n, the number of values (Korn & Graubard 1998). The design effect deff is the
+    variance of the mean from the spread of the S clusters, divided by that for n independent values (Kish 1965), and t,
+    Student's quantile with S − 1 degrees of freedom, accounts for having estimated it from S clusters. Clusters of different
+    sizes, as of questions, are weighted by their size (the linearised variance of a ratio).
 
     Repetitions that never differ give S: they add nothing. So do values that are all equal, which say nothing about what the
     repetitions share, and a single cluster.
 
     Args:
-        value_SR: successes as 0 and 1, or paired differences as −1, 0 and 1.
+        clusters: successes as 0 and 1, or paired differences as −1, 0 and 1, by cluster: (S, R), or S rows of any length.
         level: confidence level of the interval in which the number is used.
     """
     from scipy.stats import t
 
-    seeds, repetitions = value_SR.shape
-    n = seeds * repetitions
-    variance = float(value_SR.var())
-    if seeds < 2 or repetitions < 2 or variance == 0:
+    value_N, seeds = np.concatenate([np.asarray(row, np.float64) for row in clusters]), len(clusters)
+    n, variance = len(value_N), float(value_N.var())
+    if seeds < 2 or n == seeds or variance == 0:
         return float(seeds)
-    of_mean = float(value_SR.mean(1).var(ddof=1)) / seeds
-    if of_mean == 0:
+    mean = float(value_N.mean())
+    residual_S = np.array([float(np.sum(row)) - len(row) * mean for row in clusters])
+    of_mean = float((residual_S**2).sum()) * seeds / (seeds - 1) / n**2
+    if of_mean < 1e-12 * variance:
         return float(n)
     shrink = quantile(level) / float(t.ppf((1 + level) / 2, seeds - 1))
     return min(max(variance / of_mean * shrink**2, float(seeds)), float(n))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -40,11 +42,31 @@ def auc(score_M: np.ndarray, positive_M: np.ndarray) -> float:
     return (total - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def auc_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
-    """95 % interval of an area under the curve, within [0, 1] (Hanley and McNeil 1982); [0, 1] where there is only one kind."""
+def auc_interval(area: float, positives: float, negatives: float) -> tuple[float, float]:
+    """95 % interval of an area under the curve (Newcombe 2006, part 2, method 5); [0, 1] where there is only one kind.
+
+    Like Wilson's interval of a proportion, it consists of the areas that are compatible with the observed one, by the variance
+    (Hanley and McNeil 1982) that they would have themselves. So it has a width where all pairs are in order.
+
+    Args:
+        area: observed.
+        positives, negatives: their numbers, or effective numbers.
+    """
     if not positives or not negatives:
         return 0.0, 1.0
-    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
-    spread = area * (1 - area) + (positives - 1) * (q1 - area**2) + (negatives - 1) * (q2 - area**2)
-    half = 1.96 * float(np.sqrt(spread / (positives * negatives)))
-    return max(0.0, area - half), min(1.0, area + half)
+
+    def excess(true: float) -> float:
+        """How much further the observed area is than 1.96 deviations; below 0 where they are compatible."""
+        more = max(0.0, (positives + negatives) / 2 - 1)
+        variance = true * (1 - true) * (1 + more * (1 - true) / (2 - true) + more * true / (1 + true)) / (positives * negatives)
+        return abs(area - true) - 1.96 * float(np.sqrt(variance))
+
+    return _edge(excess, 0.0, area), _edge(excess, 1.0, area)
+
+
+def _edge(excess: Callable[[float], float], outside: float, inside: float) -> float:
+    """Where ``excess`` falls to 0 between an end of the range and the observed area."""
+    for _ in range(60):
+        middle = (outside + inside) / 2
+        outside, inside = (middle, inside) if excess(middle) > 0 else (outside, middle)
+    return inside

@@ -14,7 +14,7 @@ import numpy as np
 from vlaflow.config import to_json
 from vlaflow.evaluation.clusters import effective_size, sign_flip_test, success_SR
 from vlaflow.evaluation.realtime import RealtimeEpisode, RealtimeEvaluationConfig
-from vlaflow.evaluation.statistics import PairedOutcomes, bootstrap_mean, paired_difference, wilson
+from vlaflow.evaluation.statistics import PairedOutcomes, paired_difference, student, wilson
 from vlaflow.outputs import write_json
 from vlaflow.robot.realtime import HandOver
 from vlaflow.simulators.base import parse_env_name, rendering_versions, simulator_spec, step_limit
@@ -32,7 +32,7 @@ class Cell:
         episodes, successes, interval: with the 95 % Wilson interval of the rate, for ``effective_episodes``.
         per_env: successes by environment.
         steps: median control steps to success over the successful episodes; None if there are none.
-        boundary_jerk, inner_jerk: means over the episodes that have one, with 95 % bootstrap intervals over environment seeds;
+        boundary_jerk, inner_jerk: means over the episodes that have one, with Student's 95 % intervals over environment seeds;
             None if none has.
         idle_share: share of the control steps at which the robot had nothing to execute.
         late_share: share of the replies that arrived after more actions than had been committed.
@@ -209,7 +209,7 @@ def _mean(scenes: Sequence[Sequence[float]]) -> tuple[float, float, float] | Non
     if not scenes:
         return None
     means = [sum(values) / len(values) for values in scenes]
-    interval = bootstrap_mean(means)
+    interval = student(means)
     return sum(means) / len(means), interval.low, interval.high
 
 

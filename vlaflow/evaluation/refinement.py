@@ -39,7 +39,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.evaluation.calibrate import held_out, sample
 from vlaflow.evaluation.latency import measure as measure_latency
 from vlaflow.evaluation.refinement_measures import RANDOM, RATER, SPREAD, Drafts, Workbench
-from vlaflow.evaluation.statistics import bootstrap_mean
+from vlaflow.evaluation.statistics import student
 from vlaflow.flows.sampling import Sampling
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable
@@ -237,13 +237,14 @@ def rivals(work: Workbench, drafts: Drafts, refine: Refine, limit: float, doubt:
 def compared(drafts: Drafts, error_NL: np.ndarray, row: Rival) -> Rival:
     """The row with the mean of these errors, and its paired difference to the drafts'.
 
-    The interval is a bootstrap over the means of episodes, because frames of one episode are alike.
+    Episodes count alike, because frames of one episode are alike.
     """
-    counts_NL, moved_NL = drafts.counts_NL, error_NL - drafts.error_NL
-    own = [counts_NL & (drafts.episode_N == episode)[:, None] for episode in np.unique(drafts.episode_N)]
-    interval = bootstrap_mean([float(moved_NL[own_NL].mean()) for own_NL in own if own_NL.any()])
-    error, moved = float(error_NL[counts_NL].mean()), float(moved_NL[counts_NL].mean())
-    return replace(row, error=error, difference=moved, low=interval.low, high=interval.high)
+    masks = [drafts.counts_NL & (drafts.episode_N == episode)[:, None] for episode in np.unique(drafts.episode_N)]
+    own = [mask_NL for mask_NL in masks if mask_NL.any()]
+    errors = [float(error_NL[mask_NL].mean()) for mask_NL in own]
+    moved = [error - float(drafts.error_NL[mask_NL].mean()) for error, mask_NL in zip(errors, own, strict=True)]
+    interval = student(moved)
+    return replace(row, error=float(np.mean(errors)), difference=float(np.mean(moved)), low=interval.low, high=interval.high)
 
 
 def _times(work: Workbench, computes: Sequence[ComputePolicy]) -> dict[str, float]:

@@ -116,7 +116,7 @@ class EpisodeResult:
         revised: tokens changed by each solver step, summed over all chunks; empty for decoders without tokens.
         repaired: chunks whose tokens were not a valid encoding.
         noise_seed: as in the job.
-        confidence: of every chunk, where a rater was run: mean over its executed actions.
+        confidence: of every chunk, where a rater was run: mean over its actions to be executed.
         spread: of every chunk, where there were several draws: mean over its executed actions, normalised.
     """
 
@@ -350,7 +350,8 @@ def _episode(chunked: ChunkEnv, job: EpisodeJob, before: Observer | None = None,
         repaired += chunk.repaired
         for values, value_L in ((confidence, chunk.confidence), (spread, chunk.spread)):
             if value_L is not None:
-                values.append(round(float(value_L[: done.steps].mean()), DIGITS))
+                # of all actions that were to be executed: an average that ends with a success would know of it
+                values.append(round(float(value_L[: chunked.n_action_steps].mean()), DIGITS))
         if after:
             after(steps, observation, chunk)
         if done.done:

@@ -344,6 +344,8 @@ class _Work:
         if config.videos:
             by_job = dict(zip(self.jobs, episodes, strict=True))
             videos.record_videos(self.home.folder, by_job, out / VIDEOS, rollout, workers=config.workers)
+        else:
+            videos.discard(out / VIDEOS)
         evaluations = results.count(
             episodes,
             latency,
@@ -383,7 +385,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     envs = expand_env_names(config.envs)
     home = Checkpoint(folder, fingerprint(folder))
     config = replace(config, computes=config.computes or (default_name(folder),))
-    if "auto" in config.computes and (calibration := sampler_choice.load(home)):
+    if calibration := sampler_choice.load(home):
         calibration.require_unseen(envs, config.first_seed, config.episodes)
     engine, knobs = for_budgets(config.rollout.engine, config.computes, config.knobs, home)
     config = replace(config, knobs=knobs, rollout=replace(config.rollout, engine=engine))

@@ -121,6 +121,11 @@ def record_videos(
     return videos
 
 
+def discard(folder: Path) -> None:
+    """Forget the videos of an earlier evaluation in this folder, if there are any."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
 def read_videos(folder: Path) -> list[EpisodeVideo]:
     """The videos of a folder, or an empty list without ``videos.json``."""
     file = folder / FILE

@@ -5,7 +5,9 @@ A reply is right if it has ended and equals the true answer except for case and 
     majority    always the most frequent true answer to the same wording: the upper bound without images
     blind       the checkpoint itself with the image of another question with the same wording
 
-Both use the same questions, so replies with and without the right image are compared in pairs (McNemar's exact test).
+Both use the same questions, so replies with and without the right image are compared in pairs. Questions of one group, such
+as an episode, are alike: intervals count as many questions as they are worth, and the test flips whole groups (``clusters``).
+Where every question is a group of its own, these are Wilson's interval and McNemar's exact test.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from vlaflow.data.image_cache import ImageCache, VqaSource
 from vlaflow.data.vqa import Question, Turns, VqaDataset
 from vlaflow.decoders.answers import Answer
 from vlaflow.errors import CheckpointError, ConfigError
+from vlaflow.evaluation.clusters import effective_size, sign_flip_test
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.results import read_as
-from vlaflow.evaluation.statistics import PairedOutcomes, mcnemar, paired_difference, wilson
+from vlaflow.evaluation.statistics import PairedOutcomes, paired_difference, wilson
 from vlaflow.hub import origin
 from vlaflow.nn.precision import Dtype
 from vlaflow.outputs import require_writable, storing, write_json
@@ -53,6 +56,7 @@ class AnsweredQuestion:
         ended: whether the reply ended within the limit; otherwise it is wrong.
         blind: the reply with another question's image; None if that was not measured.
         blind_ended: as ``ended``, for ``blind``.
+        group: what it shares with other questions: the data set's group, or its images; empty if it shares nothing.
     """
 
     name: str
@@ -63,6 +67,7 @@ class AnsweredQuestion:
     ended: bool
     blind: str | None = None
     blind_ended: bool = True
+    group: str = ""
 
     @property
     def right(self) -> bool:
@@ -89,12 +94,12 @@ class Accuracy:
     Args:
         question_kind: the kind; "all" for all questions.
         questions, right: number of questions and of right replies.
-        interval: 95 % Wilson interval of the accuracy.
+        interval: 95 % Wilson interval of the accuracy, for as many independent questions as these are worth.
         majority: right answers of the majority-class baseline: always the most frequent true answer to the same wording.
         blind: right replies with other questions' images; None if not measured.
         difference: accuracy minus blind accuracy.
-        difference_interval: its 95 % interval, Newcombe's method 10.
-        p_value: exact McNemar test of replies with the right image against blind ones.
+        difference_interval: its 95 % interval, Newcombe's method 10, for as many pairs as these are worth.
+        p_value: exact permutation test over groups of replies with the right image against blind ones.
         unended: replies that did not end within the limit.
     """
 
@@ -302,7 +307,11 @@ def ask(
             progress(len(replies), len(questions) * (1 + config.blind))
     blind: Sequence[Answer | None] = replies[len(questions) :] or [None] * len(questions)
     return [
-        AnsweredQuestion(q.name, q.kind, q.question, q.answer, s.text, s.ended, *((b.text, b.ended) if b else ()))
+        AnsweredQuestion(
+            *(q.name, q.kind, q.question, q.answer, s.text, s.ended),
+            *((b.text, b.ended) if b else ()),
+            group=q.group or " ".join(q.images),
+        )
         for q, s, b in zip(questions, replies[: len(questions)], blind, strict=True)
     ]
 
@@ -351,7 +360,8 @@ def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:
     wordings: dict[str, Counter[str]] = {}
     for each in group:
         wordings.setdefault(each.question, Counter())[normal(each.answer)] += 1
-    interval = wilson(right, n)
+    together = _groups(group)
+    interval = wilson(right, n, effective=effective_size([[each.right for each in some] for some in together]))
     done = Accuracy(
         kind,
         n,
@@ -363,14 +373,23 @@ def _accuracy(kind: str, group: Sequence[AnsweredQuestion]) -> Accuracy:
     if any(each.blind is None for each in group):
         return done
     table = PairedOutcomes.of([each.right_blind for each in group], [each.right for each in group])
-    gain = paired_difference(table)
+    differences = [[int(each.right) - int(each.right_blind) for each in some] for some in together]
+    gain = paired_difference(table, effective=effective_size(differences))
     return replace(
         done,
         blind=sum(each.right_blind for each in group),
         difference=table.difference,
         difference_interval=(gain.low, gain.high),
-        p_value=mcnemar(table),
+        p_value=sign_flip_test(map(sum, differences)),
     )
+
+
+def _groups(answered: Sequence[AnsweredQuestion]) -> list[list[AnsweredQuestion]]:
+    """The questions by group, in the order of their first ones."""
+    found: dict[tuple[str, int], list[AnsweredQuestion]] = {}
+    for number, each in enumerate(answered):
+        found.setdefault((each.group, 0 if each.group else number), []).append(each)
+    return list(found.values())
 
 
 def _answers(

@@ -80,7 +80,10 @@ def chosen_robot(robots: Mapping[str, Robot], name: str | None, where: str) -> s
         return next(iter(robots))
     known = ", ".join(f"'{each}' ({robot.action_spec.robot})" for each, robot in robots.items())
     if name is None:
-        raise ConfigError(f"{where} was trained for several robots; choose one with --robot: {known}.")
+        raise ConfigError(
+            f"{where} was trained for several robots; choose one with --robot: {known}. Commands without this option take the "
+            f"robot's folder, such as {where}/{FOLDER}/{next(iter(robots))}."
+        )
     found = [each for each, robot in robots.items() if name in (each, robot.action_spec.robot)]
     if not found:
         raise ConfigError(

@@ -328,8 +328,8 @@ def caveats(results: Results) -> list[str]:
     ]
     if any("rater" in entry.parts for entry in results.latency):
         found.append(
-            "The rater was trained on relative errors: a low rating means worse than the other actions of the chunk, not "
-            "wrong. Some action of a perfect chunk can still be regenerated."
+            "A rater learns relative errors unless it was trained with labels=absolute: a low rating then means worse than the "
+            "other actions of the chunk, not wrong, and some action of a perfect chunk can still be regenerated."
         )
     if results.language:
         found.append(f"The language-swap test has n = {results.language[0].episodes} per cell and detects only large effects.")

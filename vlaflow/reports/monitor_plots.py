@@ -27,7 +27,7 @@ def monitor(results: Results) -> dict[str, Any] | None:
     text = (
         "Area under the ROC curve with which the mean confidence (or spread) of the chunks so far tells episodes that will "
         "fail from those that will succeed, among the episodes that are still running; 0.5 is chance. Intervals are 95 % "
-        "(Hanley and McNeil), not corrected for looking at several moments."
+        "(Newcombe), not corrected for looking at several moments."
     )
     return {"text": text, "figure": Figure(areas(curves)), "table": notices(curves)}
 

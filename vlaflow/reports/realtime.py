@@ -30,7 +30,7 @@ def write_page(found: RealtimeResults, file: Path) -> Path:
         Figure(success(found), "Success rate against the delay of replies; bars are 95 % Wilson intervals."),
         Figure(
             jerk(found),
-            "Mean second difference of the commanded motion at boundaries between chunks (bars: 95 % bootstrap over "
+            "Mean second difference of the commanded motion at boundaries between chunks (bars: 95 % intervals over "
             "environment seeds), and elsewhere (faint).",
         ),
     ]

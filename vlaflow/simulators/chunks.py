@@ -79,7 +79,7 @@ class ChunkEnv(gymnasium.Wrapper):
             raise ConfigError(f"max_steps of {env.name} must lie in 1..{env._max_episode_steps}, got {max_steps}.")
         super().__init__(env)  # type: ignore[arg-type]
         self._inner = env
-        self._n_action_steps = n_action_steps
+        self.n_action_steps = n_action_steps
         self._video = video
         self._video_every = video_every
         self._max_episode_steps = max_steps or env._max_episode_steps
@@ -118,7 +118,7 @@ class ChunkEnv(gymnasium.Wrapper):
         if chunk.ndim != 2 or chunk.shape[0] < 1 or chunk.shape[1] != dimension:
             raise SpecError(f"A chunk for {self._inner.name} must have shape (L, {dimension}) with L >= 1, got {chunk.shape}.")
         total, steps = 0.0, 0
-        for action in chunk[: self._n_action_steps]:
+        for action in chunk[: self.n_action_steps]:
             reward, terminated, truncated, info = self._inner.advance(action)
             total, steps = total + reward, steps + 1
             truncated = truncated or (info["steps"] >= self._max_episode_steps)

@@ -219,8 +219,8 @@ class OffscreenCameras:
             getattr(self._shown, name)[:] = value
         changed = dict(moment.model)
         if self.quality == "fast":
-            seen = in_view(self._model, self._shown, camera.fixedcamid)
-            changed["geom_group"] = np.where(seen, self._model.geom_group, _HIDDEN_GROUP)
+            visible = in_view(self._model, self._shown, camera.fixedcamid)
+            changed["geom_group"] = np.where(visible, self._model.geom_group, _HIDDEN_GROUP)
         with _set(self._model, changed):
             mujoco.mjv_updateScene(
                 self._model, self._shown, self._options, self._perturbation, camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene

@@ -31,6 +31,11 @@ class Averaged(ComputePolicy):
         """For tables."""
         return self.label
 
+    @property
+    def averages(self) -> bool:
+        """Nobody acts like a mean where there are two good ways."""
+        return True
+
     def decode(
         self,
         model: Model,
