@@ -3,6 +3,7 @@
 One group of them makes all these runs (``together``), for its start takes longer than they do.
 """
 
+import json
 import signal
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from tests.training import flybot, ranks
 from tests.training.latents import latent_config, latent_stage
 from tests.training.sharded import MUON
-from tests.training.small import Memory, Ragged, tiny_config, write_dataset
+from tests.training.small import Memory, Ragged, tiny_config, weights, write_dataset
 from tests.training.test_trainer import run
 from tests.training.together import train_all
 from vlaflow.actions.latent import LatentActionModel
@@ -113,6 +114,15 @@ def test_validation_leaves_no_trace_in_a_sharded_run(together, name):
     out = together / "sharded"
     assert same(saved(out / "alone", name), saved(out / "validated", name))
     assert same(saved(out / "alone", name), saved(out / "cut", name))
+
+
+def test_a_sharded_run_that_was_told_to_end_makes_up_for_the_validation_it_left_out(together):
+    out = together / "sharded"
+    before = [json.loads(line) for line in (out / "told/before.jsonl").read_text().splitlines()]
+    assert ["validation" in entry for entry in before] == [True, True, True, False]
+    whole, told = ([entry["validation"] for entry in read_log(out / name)] for name in ("validated", "told"))
+    assert whole == told
+    assert weights(out / "validated") == weights(out / "told")
 
 
 def test_muon_turns_whole_matrices_that_processes_share_by_rows(together, tmp_path):

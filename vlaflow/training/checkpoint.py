@@ -223,6 +223,37 @@ def publish(
         _forget_oldest(out)
 
 
+def complete(
+    out: Path, step: int, state: Mapping[str, Any], save_policy: Callable[[Path], None] | None, *, team: Team = ALONE
+) -> None:
+    """Give the newest training state, whose tensors stay, another ``state.json`` and its policy. Every process calls it.
+
+    A kill at any time leaves a state that is to be completed again, or a whole one.
+
+    Args:
+        out: folder of the run.
+        step: of the training state.
+        state: in place of what its ``state.json`` says.
+        save_policy: as in ``publish``.
+        team: the processes.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; the training state is as it was.
+    """
+    folder = state_folder(out, step)
+    with team.together(), _writing(out, step):
+        if team.is_first:
+            if save_policy is not None:
+                unfinished = folder / f"{PARTIAL}policy"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                save_policy(unfinished)
+                _sync(unfinished)
+                unfinished.rename(folder / "policy")
+            write_json(folder / STATE, state)
+            _sync_folder(folder)
+            _move_up(out, folder)
+
+
 @contextmanager
 def _writing(out: Path, step: int) -> Iterator[None]:
     """Turn errors of the disk into one sentence."""
@@ -295,6 +326,17 @@ def require_run_of(out: Path, recipe: str) -> None:
         raise ConfigError(
             f"{out} holds a checkpoint of {before or 'an unknown recipe'}, where that of {recipe} is to be. Choose another "
             "--out, or give --fresh to move everything in it aside."
+        )
+
+
+def require_same_step(out: Path, step: int, team: Team) -> None:
+    """Refuse, in every process, checkpoints of different steps in what should be one folder; −1 is none."""
+    found = set(team.gather(step))
+    if len(found) > 1:
+        steps = ", ".join("none" if one < 0 else str(one) for one in sorted(found, reverse=True))
+        raise ConfigError(
+            f"The processes of this run find checkpoints of different steps ({steps}) in {out}. "
+            f"--out must be a folder that all nodes share."
         )
 
 

@@ -7,7 +7,7 @@ numbered over all processes: two parts are the same on one process, one after th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -226,3 +226,28 @@ class Held:
             shared = Generator().manual_seed(mix("shared validation", self.seed))
             batch = self.source.batch(self.batches[number % total])
             yield StepPart.of(batch, stage, generator, shared, device), number < total
+
+
+def held_out_losses(
+    held: Mapping[str, tuple[Held, float]], questions: Held | None, measure: Callable[[Held], dict[str, float]]
+) -> dict[str, float]:
+    """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions.
+
+    Of several data sets these are the means by their weights, and "loss@NAME" is the loss on each.
+
+    Args:
+        held: samples of each data set, with its weight; of the only one, without a name.
+        questions: None where there are none.
+        measure: the losses on some of them.
+    """
+    found: dict[str, float] = {}
+    total = sum(weight for _, weight in held.values())
+    for name, (samples, weight) in held.items():
+        measured = measure(samples)
+        for term, value in measured.items():
+            found[term] = found.get(term, 0.0) + value * (weight / total)
+        if name:
+            found[f"loss@{name}"] = measured["loss"]
+    if questions is not None:
+        found["answer"] = measure(questions)["answer"]
+    return found

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -65,12 +65,17 @@ class MetricsLog:
 
     def __init__(self, out: Path, step: int) -> None:
         self.path = out / "training" / "log.jsonl"
-        kept = [entry for entry in read_log(out) if entry["step"] <= step]
+        self._out = out
+        self._begin([entry for entry in read_log(out) if entry["step"] <= step])
+
+    def _begin(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Hold these entries alone, and append to them from here on."""
         try:
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
             self._place = os.open(self.path, os.O_WRONLY | os.O_APPEND)  # a buffer would be written again when it is closed
         except (OSError, StorageError) as error:
-            raise CheckpointError(f"{out} cannot be written ({error.strerror}). Choose another --out, or make room.") from error
+            message = f"{self._out} cannot be written ({error.strerror}). Choose another --out, or make room."
+            raise CheckpointError(message) from error
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one step."""
@@ -78,6 +83,12 @@ class MetricsLog:
             append(self._place, f"{json.dumps(entry)}\n".encode())
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written ({error.strerror}); {KEPT}.") from error
+
+    def amend(self, step: int, more: Mapping[str, Any]) -> None:
+        """Add to the entry of a step, if there is one."""
+        before = self._place
+        self._begin([{**entry, **more} if entry["step"] == step else entry for entry in read_log(self._out)])
+        os.close(before)
 
     def close(self) -> None:
         """Close the file."""
@@ -108,6 +119,15 @@ class RunLog:
         """The entry of a step."""
         if self._log is not None:
             self._log.write({"step": step, **entry})
+        self._track(step, entry)
+
+    def amend(self, step: int, more: Mapping[str, Any]) -> None:
+        """Numbers of a step that was written before."""
+        if self._log is not None:
+            self._log.amend(step, more)
+        self._track(step, more)
+
+    def _track(self, step: int, entry: Mapping[str, Any]) -> None:
         if self._tracker:
             with self._storing():
                 self._accelerator.log(scalars(entry), step=step)

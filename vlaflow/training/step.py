@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlaflow.data.batch import LossName
+from vlaflow.data.batch import LossName, moved
 from vlaflow.training.loader import StepPart
+from vlaflow.training.team import Team
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """That end a run, the one that counts first."""
@@ -102,3 +103,15 @@ class TakenStep:
             "gradient": numbers.gradient,
             "samples_per_second": round(samples / seconds, 1),
         }
+
+
+def shares(parts: Sequence[StepPart], team: Team) -> Sequence[float | Tensor]:
+    """Each part's weight in the step, by valid actions (or answers); over all processes they add up to 1."""
+    counts = [part.targets for part in parts]
+    if team.world == 1:
+        count = sum(counts)
+        return [own / count for own in counts] if count else [1 / len(counts)] * len(counts)
+    own_P = torch.tensor([*counts, sum(counts), len(counts)], dtype=torch.float64)
+    own_P = moved(own_P, team.device, non_blocking=True)
+    all_2 = team.sum(own_P[-2:].clone())
+    return list(torch.where(all_2[0] > 0, own_P[:-2] / all_2[0].clamp(min=1), 1 / all_2[1]))

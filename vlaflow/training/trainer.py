@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -38,14 +38,14 @@ from vlaflow.stacks.base import blocks_of
 from vlaflow.training import checkpoint, sharding
 from vlaflow.training.divergence import DivergedError, Divergence, Interrupt, diverged, untouched
 from vlaflow.training.ema import Ema
-from vlaflow.training.loader import Held, Loader, StepPart, alternating, mix
+from vlaflow.training.loader import Held, Loader, StepPart, alternating, held_out_losses, mix
 from vlaflow.training.loss_module import LossModule, can_compile
 from vlaflow.training.metrics_log import RunLog, Tracker, choose_tracker
 from vlaflow.training.moments import Masters, Moments
 from vlaflow.training.optim import build_optimizer, freeze, late_parameters, multiplier, set_rate, with_rate
 from vlaflow.training.outcome import Outcome
 from vlaflow.training.precision import FORMAT, chosen_format
-from vlaflow.training.step import SIGNALS, StepNumbers, TakenStep
+from vlaflow.training.step import SIGNALS, StepNumbers, TakenStep, shares
 from vlaflow.training.stopping import Best, kept_settings
 from vlaflow.training.team import Team, meet
 from vlaflow.versions import versions
@@ -106,6 +106,8 @@ class Trainer:
         self.step, self._seconds, self._saved, self._best = 0, 0.0, -1, Best(config.stop)
         self._validation: float | None = None
         self._reads_late, self._last_read = late, 0.0
+        self._owes = False  # the validation of the present step
+        self._continued: dict[str, Any] = {}
 
     def _begin(self) -> None:
         """Put the folder in order, the networks on their device and everything where an unfinished run left it."""
@@ -196,7 +198,9 @@ class Trainer:
         waiting: list[TakenStep] = []  # whose numbers are not read yet
         try:
             with RunLog(self.out, self.step, self.accelerator, self._log_with) as log, Interrupt() as noted, self._bar() as bar:
-                while self.step < c.steps:
+                if self._owes and held:
+                    self._catch_up(log)
+                while self.step < c.steps and not self._best.over:
                     taken, part = self._one_step(noted)
                     if taken is not None:
                         waiting.append(taken)
@@ -207,16 +211,15 @@ class Trainer:
                     while waiting and (len(waiting) > self._behind or stopped or validates or saves):
                         entry, signalled = self._read(read := waiting.pop(0))
                         stopped = stopped or signalled
-                        if validates and not waiting and (last or stopped != signal.SIGTERM):
-                            entry["validation"] = self._validate()
-                            self._validation = entry["validation"].get("loss")
-                            self._best.update(self.step, entry["validation"])
+                        if validates and not waiting:
+                            self._owes = stopped == signal.SIGTERM and not last
+                            entry |= {} if self._owes else {"validation": self._validated()}
                         self._seconds = time.monotonic() - began
                         log.write(read.number, {**entry, "seconds": round(self._seconds, 3)})
                         bar.advance(note=self._note(entry))
                     if self.step and (saves or stopped or self._best.due(self.step)):
                         self._save(part, hurried=self.sharded and stopped == signal.SIGTERM and not last)
-                    if stopped or self._best.over:
+                    if stopped:
                         break
                 return self._outcome(self._agreed(noted.signal))
         finally:
@@ -243,7 +246,7 @@ class Trainer:
         self.stage.module.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         named: dict[str, Tensor] = {}
-        for number, (part, share) in enumerate(zip(parts, self._shares(parts), strict=True)):
+        for number, (part, share) in enumerate(zip(parts, shares(parts, self.team), strict=True)):
             if number and self._agreed(interrupt.signal) == signal.SIGTERM:
                 return None, parts[0]
             more = number + 1 < len(parts)
@@ -290,17 +293,6 @@ class Trainer:
             batches = [part.batch for part in taken.parts]
             raise diverged(f"{complaint} at step {taken.number} of {self.config.steps}", batches, self.out)
 
-    def _shares(self, parts: list[StepPart]) -> Sequence[float | Tensor]:
-        """Each part's weight in the step, by valid actions (or answers); over all processes they add up to 1."""
-        counts = [part.targets for part in parts]
-        if self.team.world == 1:
-            count = sum(counts)
-            return [own / count for own in counts] if count else [1 / len(counts)] * len(counts)
-        own_P = torch.tensor([*counts, sum(counts), len(counts)], dtype=torch.float64)
-        own_P = moved(own_P, self.device, non_blocking=True)
-        all_2 = self.team.sum(own_P[-2:].clone())
-        return list(torch.where(all_2[0] > 0, own_P[:-2] / all_2[0].clamp(min=1), 1 / all_2[1]))
-
     def _unsound(self, what: str) -> DivergedError:
         return DivergedError(
             f"{what} after step {self.step} of {self.config.steps}, so nothing is saved. Lower optim.learning_rate. "
@@ -310,24 +302,31 @@ class Trainer:
     def _hold(self, source: Source) -> Held:
         return Held(source, self.config.global_batch_size // self.config.accumulate, self.config.seed)
 
-    def _validate(self) -> dict[str, float]:
-        """Losses on the held-out samples, and "answer", the language-model loss on the held-out questions.
+    def _validated(self) -> dict[str, float]:
+        """What the validation of the present step found, now that the run has taken it into account."""
+        measured = self._validate()
+        self._validation = measured.get("loss")
+        self._best.update(self.step, measured)
+        return measured
 
-        Of several data sets these are the means by their weights, and "loss@NAME" is the loss on each.
+    def _catch_up(self, log: RunLog) -> None:
+        """Do what a SIGTERM left undone at the step that the run is continued from: its validation, and what follows from it."""
+        log.amend(self.step, {"validation": self._validated()})
+        self._owes = False
+        state = {**self._continued, "validation": self._validation, "best": self._best.state(), "owes": False}
+        checkpoint.complete(self.out, self.step, state, self._policy_of(state["writers"]), team=self.team)
+
+    def _validate(self) -> dict[str, float]:
+        """The losses of ``held_out_losses``.
 
         Raises:
             DivergedError: one of them is not finite.
         """
-        found: dict[str, float] = {}
-        total = sum(weight for _, weight in self._held.values())
-        for name, (held, weight) in self._held.items():
-            measured = self._measure(held.parts(self.team, self.device, self.stage))
-            for term, value in measured.items():
-                found[term] = found.get(term, 0.0) + value * (weight / total)
-            if name:
-                found[f"loss@{name}"] = measured["loss"]
-        if self._held_vqa is not None:
-            found["answer"] = self._measure(self._held_vqa.parts(self.team, self.device, self.stage))["answer"]
+
+        def measure(held: Held) -> dict[str, float]:
+            return self._measure(held.parts(self.team, self.device, self.stage))
+
+        found = held_out_losses(self._held, self._held_vqa, measure)
         for name in ("loss", "answer"):
             if not math.isfinite(value := found.get(name, 0.0)):
                 raise self._unsound(f"The held-out {name} is {value}")
@@ -378,6 +377,7 @@ class Trainer:
             "seconds": self._seconds,
             "validation": self._validation,
             "best": self._best.state(),
+            "owes": self._owes,
             "losses": list(self._divergence["loss"].losses),
             "answer_losses": list(self._divergence["answer_loss"].losses),
             "processes": self.team.world,
@@ -389,20 +389,30 @@ class Trainer:
             "frozen": self._frozen,
             "run": self.identity,
         }
+        save_policy = None if hurried else self._policy_of(writers)
+        checkpoint.publish(self.out, self.step, state, tensors, save_policy, team=self.team)
+        self._saved = self.step
+
+    def _policy_of(self, writers: int) -> Callable[[Path], None] | None:
+        """Writes the policy of a training state into a folder of it; None where the policy of an earlier step is kept.
+
+        Args:
+            writers: number of processes that wrote the state.
+        """
+        if self._best.keeps(self.step):
+            return None
         card = self._card(self._outcome(None)) if self._card is not None and self.team.is_first else ""
 
         def save_policy(folder: Path) -> None:
             with checkpoint.policy_weights(folder.parent, writers, self._ema is not None) as weights:
                 self.stage.save(folder, weights, card)
 
-        as_before = hurried or self._best.keeps(self.step)
-        checkpoint.publish(self.out, self.step, state, tensors, None if as_before else save_policy, team=self.team)
-        self._saved = self.step
+        return save_policy
 
     def _resume(self) -> int:
         """Take everything from the newest checkpoint; returns the parts of its steps, 1 without one."""
         found = newest_state(self.out)
-        self._require_same_step(found[0] if found else -1)
+        checkpoint.require_same_step(self.out, found[0] if found else -1, self.team)
         if found is None:
             return 1
         with self.team.together():
@@ -411,19 +421,10 @@ class Trainer:
         self.step = self._saved = state["step"]
         self._seconds, self._validation = state["seconds"], state["validation"]
         self._best.restore(state["best"])
+        self._owes, self._continued = state.get("owes", False), state
         self._divergence["loss"].losses.extend(state["losses"])
         self._divergence["answer_loss"].losses.extend(state.get("answer_losses", ()))
         return state["parts"]
-
-    def _require_same_step(self, step: int) -> None:
-        """Refuse, in every process, checkpoints of different steps; −1 is none."""
-        found = set(self.team.gather(step))
-        if len(found) > 1:
-            steps = ", ".join("none" if one < 0 else str(one) for one in sorted(found, reverse=True))
-            raise ConfigError(
-                f"The processes of this run find checkpoints of different steps ({steps}) in {self.out}. "
-                f"--out must be a folder that all nodes share."
-            )
 
     def _agreed(self, noted: int | None) -> int | None:
         """The signal that any process noted, in all of them: none may go on to another stage alone."""
