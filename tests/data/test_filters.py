@@ -76,6 +76,9 @@ def test_filtered_frames_begin_no_chunk_and_outliers_are_not_learned(windows):
     made = cut(found)
     assert made.rows[:6].tolist() == [0, 1, 4, 6, 7, 8]
     assert made.batch(np.array([1, 2])).valid_BL.tolist() == [[True] * 4, [True, False, True, True]]
+    executed = made.batch(np.array([1, 2])).executed
+    assert executed.valid_after(1).tolist() == [[True] * 4, [True, False, True, True]]
+    assert executed.repeat(2).to("cpu").outlier_BL.tolist() == [[False] * 4] * 2 + [[False, True, False, False]] * 2
     assert found.words((0, 1), dataset) == "14.3% of the frames begin no chunk (9.5% in slow segments, 4.8% outliers)"
     found.by_kind["static"][:] = True
     with pytest.raises(ConfigError, match="--set filters=none"):

@@ -160,6 +160,20 @@ def test_tokens_of_a_whole_chunk_teach_nothing_once_an_intervention_leaves_out_a
         assert weight_BS.any(1).tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("tokenizer", [helpers.FAST, helpers.BINS])
+def test_tokens_of_a_whole_chunk_teach_nothing_where_a_number_is_wrong(tokenizer):
+    policy = helpers.token_policy(DiscreteFlowConfig, tokenizer)
+    targets, decoder = targets_of(policy), policy.model.decoder
+    outlier_BL = torch.zeros_like(targets.valid_BL)
+    outlier_BL[0, 2] = True
+    executed = Executed(targets.action_BLD, torch.zeros_like(outlier_BL), torch.ones_like(outlier_BL), outlier_BL)
+    _, weight_BS = decoder.encode(replace(targets, valid_BL=executed.valid_after(0), executed=executed))
+    if decoder.tokenizer.local:
+        assert weight_BS.view(3, 6, 4).any(2).int().tolist() == [[1, 1, 0, 1, 1, 1], [1] * 6, [1] * 6]
+    else:
+        assert weight_BS.any(1).tolist() == [False, True, True]
+
+
 def test_with_bins_single_invalid_actions_teach_nothing():
     policy = helpers.token_policy(DiscreteFlowConfig, helpers.BINS, metric=BinMetric())
     targets, prefix = targets_of(policy), prefix_of(policy)

@@ -161,8 +161,8 @@ def tiny_stats():
     return {"state": FeatureStats.of(rows), "action": FeatureStats.of(rows[:, :2])}
 
 
-def write_dataset(root: Path) -> Path:
-    """Six episodes of two tasks, noise in one view."""
+def write_dataset(root: Path, longer: int = 0) -> Path:
+    """Six episodes of two tasks, noise in one view; each by so many frames longer."""
     with Writer(
         root,
         fps=10,
@@ -174,7 +174,7 @@ def write_dataset(root: Path) -> Path:
     ) as writer:
         for episode in range(6):
             rng = np.random.default_rng(episode)
-            length = 9 + episode
+            length = 9 + episode + longer
             images = rng.integers(0, 256, (length, 32, 32, 3), np.uint8)
             state = rng.standard_normal((length, 3)).astype(np.float32)
             action = rng.uniform(-1, 1, (length, 2)).astype(np.float32)

@@ -1,18 +1,25 @@
 """Decoders of tokens trained by recipe: the tokenizer fitted or given, fewer demonstrations, resuming."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.training.small import weights
+from tests.training.small import weights, write_dataset
 from vlaflow.cli.main import main
+from vlaflow.config import override
+from vlaflow.data.filters import Filtered, filtered
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.windows import action_chunks, fewer_episodes, split_episodes
 from vlaflow.errors import ConfigError
+from vlaflow.policies import mixing
 from vlaflow.policies.base import Policy
+from vlaflow.policies.mixing import alone, robots_of
+from vlaflow.policies.recipe import DataSpec
 from vlaflow.policies.stages import PolicyStage
+from vlaflow.training.recipes import find_recipe
 from vlaflow.training.run import Options, train
 
 SMALL = {
@@ -56,6 +63,30 @@ def test_every_demo_trains_saves_its_tokenizer_and_acts(recipe, dataset, tmp_pat
         tokenizer = policy.model.decoder.tokenizer
         assert policy.config.decoder.tokenizer == tokenizer
         assert chunk.tokens.shape == (tokenizer.slots,)
+
+
+@pytest.mark.parametrize("recipe", ["dfm_vla.demo_bins", "baselines.fast_ar", "baselines.coefficients_ar"])
+def test_an_outlier_takes_no_part_in_the_fit_of_a_tokenizer(recipe, tmp_path):
+    opened = Dataset.open(write_dataset(tmp_path / "dataset", longer=40))
+    config = find_recipe(recipe).config(DataSpec.of(opened.root))
+    config = override(config, {"filters": "{}", "pauses": "none"})
+    row = opened.episode_slice(config.episodes(opened)[0][0]).start + 3
+    fits = []
+    for wrong in (100.0, 1000.0):
+        opened.columns().action[row] = wrong
+        assert np.flatnonzero(filtered(opened, config.filters).outlier_N).tolist() == [row]
+        fits.append(config.objective.create(config, opened).model.decoder.tokenizer)
+    assert fits[0] == fits[1]
+
+
+def test_a_tokenizer_without_a_chunk_to_fit_says_what_to_change(dataset, monkeypatch):
+    opened = Dataset.open(dataset)
+    config = replace(find_recipe("dfm_vla.demo_bins").config(DataSpec.of(dataset)), pauses=None)
+    robots = robots_of(config.objective.policy, config, [alone(opened)])
+    every = Filtered({"outliers": np.ones(len(opened), bool)})
+    monkeypatch.setattr(mixing, "filtered", lambda *_: every)
+    with pytest.raises(ConfigError, match=r"--set filters\.outliers=none"):
+        mixing.normalised_chunks(config.objective.policy, config, [alone(opened)], robots)
 
 
 def _observations(dataset):

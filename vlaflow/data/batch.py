@@ -5,7 +5,7 @@ Shape letters: B batch, H height, W width, S state dimension, L chunk size, D ac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
@@ -112,11 +112,13 @@ class Executed:
         action_BLD: float32, the executed actions.
         intervened_BL: bool, steps at which the executed action is far from the action to be learned.
         present_BL: bool, steps that are neither past the end of the episode nor in a pause.
+        outlier_BL: bool, steps whose numbers are wrong and never count; None for none.
     """
 
     action_BLD: Tensor
     intervened_BL: Tensor
     present_BL: Tensor
+    outlier_BL: Tensor | None = None
 
     def valid_after(self, known_B1: Tensor | int) -> Tensor:
         """Mask of the steps that count if the first ``known_B1`` executed actions are known: no intervention in between.
@@ -126,17 +128,20 @@ class Executed:
         """
         place_1L = torch.arange(self.intervened_BL.shape[1], device=self.intervened_BL.device)[None]
         intervened_BL = self.intervened_BL & (place_1L >= known_B1)
-        return self.present_BL & (intervened_BL.cumsum(1) - intervened_BL.long() == 0)
+        valid_BL = self.present_BL & (intervened_BL.cumsum(1) - intervened_BL.long() == 0)
+        return valid_BL if self.outlier_BL is None else valid_BL & ~self.outlier_BL
 
     def repeat(self, times: int) -> Executed:
         """Repeat every sample ``times`` times in a row."""
-        return Executed(*(x.repeat_interleave(times, 0) for x in (self.action_BLD, self.intervened_BL, self.present_BL)))
+        return self._changed(lambda x: x.repeat_interleave(times, 0))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Executed:
         """The same tensors on another device."""
-        return Executed(
-            *(moved(x, device, non_blocking=non_blocking) for x in (self.action_BLD, self.intervened_BL, self.present_BL))
-        )
+        return self._changed(lambda x: moved(x, device, non_blocking=non_blocking))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Executed:
+        outlier_BL = None if self.outlier_BL is None else change(self.outlier_BL)
+        return Executed(change(self.action_BLD), change(self.intervened_BL), change(self.present_BL), outlier_BL)
 
 
 LossName = Literal["loss", "answer_loss"]

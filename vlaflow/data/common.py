@@ -73,8 +73,10 @@ class CommonShape:
         mask_LD = self.mask(steps, dim)
         executed = batch.executed and Executed(
             self.chunk(batch.executed.action_BLD),
-            functional.pad(batch.executed.intervened_BL, (0, self.chunk_size - steps)),
-            functional.pad(batch.executed.present_BL, (0, self.chunk_size - steps)),
+            *(
+                mask_BL if mask_BL is None else functional.pad(mask_BL, (0, self.chunk_size - steps))
+                for mask_BL in (batch.executed.intervened_BL, batch.executed.present_BL, batch.executed.outlier_BL)
+            ),
         )
         return replace(
             batch,
@@ -162,6 +164,7 @@ def joined(batches: Sequence[Batch], back_B: Tensor) -> Batch:
             torch.cat([e.action_BLD for e in executed])[back_B],
             torch.cat([e.intervened_BL for e in executed])[back_B],
             torch.cat([e.present_BL for e in executed])[back_B],
+            maybe([e.outlier_BL for e in executed]),
         )
         if len(executed) == len(batches)
         else None,

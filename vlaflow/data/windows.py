@@ -35,7 +35,8 @@ class Windows:
         episodes: the chosen episodes.
         action_spec: the data set's, with ``chunk_size``; None if the data set has none.
         rows: int64 (M,), the row of each sample's first action in ``Dataset.columns``.
-        pause_N: bool (N,), rows that a pause rule marked, and outliers; they are left out of the loss.
+        pause_N: bool (N,), rows that a pause rule marked; they are left out of the loss.
+        outlier_N: bool (N,), rows with numbers that are wrong; they are left out of the loss. None where nothing is filtered.
         intervened_N: bool (N,), rows at which the robot executed something else than the action to be learned.
         code_NK: int64, latent action codes by row, −1 where there are none; None when batches contain no codes.
     """
@@ -65,7 +66,7 @@ class Windows:
         self._columns = dataset.columns()
         self.rows = np.concatenate([np.arange(s.start, s.stop) for s in slices])
         self._last = np.concatenate([np.full(s.stop - s.start, s.stop - 1) for s in slices])
-        self.pause_N = paused(dataset, pause_rule)
+        self.pause_N, self.outlier_N = paused(dataset, pause_rule), None if filtered is None else filtered.outlier_N
         if filtered is not None:
             starts_M = ~filtered.no_start_N[self.rows]
             if not starts_M.any():
@@ -73,7 +74,6 @@ class Windows:
                     f"The filters leave no frame of {dataset.root} that begins a chunk. Train with --set filters=none."
                 )
             self.rows, self._last = self.rows[starts_M], self._last[starts_M]
-            self.pause_N |= filtered.outlier_N
         self.intervened_N = intervened(dataset, intervention_rule)
 
     def __len__(self) -> int:
@@ -91,7 +91,10 @@ class Windows:
         row_BL = np.minimum(wanted_BL, last_B[:, None])
         columns = self._columns
         present_BL = (wanted_BL == row_BL) & ~self.pause_N[row_BL]
-        executed = Executed(*map(torch.from_numpy, (columns.executed[row_BL], self.intervened_N[row_BL], present_BL)))
+        executed = Executed(
+            *map(torch.from_numpy, (columns.executed[row_BL], self.intervened_N[row_BL], present_BL)),
+            None if self.outlier_N is None else torch.from_numpy(self.outlier_N[row_BL]),
+        )
         observation = ObservationBatch(
             self.cache.gather(first_B),
             torch.from_numpy(columns.state[first_B]),
@@ -108,13 +111,22 @@ class Windows:
         )
 
 
-def action_chunks(dataset: Dataset, chunk_size: int, episodes: Sequence[int]) -> np.ndarray:
-    """The chunks that begin at every frame of the episodes, in robot units, float32 (M, L, D), cut as in ``Windows``."""
+def action_chunks(
+    dataset: Dataset, chunk_size: int, episodes: Sequence[int], without_N: np.ndarray | None = None
+) -> np.ndarray:
+    """The chunks that begin at every frame of the episodes, in robot units, float32 (M, L, D), cut as in ``Windows``.
+
+    Args:
+        dataset: an open data set.
+        chunk_size: L.
+        episodes: whose chunks.
+        without_N: bool (N,), rows that no chunk may reach; None for none.
+    """
     action, found = dataset.columns().action, []
     for episode in episodes:
         rows = dataset.episode_slice(episode)
-        first_M1 = np.arange(rows.start, rows.stop)[:, None]
-        found.append(action[np.minimum(first_M1 + np.arange(chunk_size), rows.stop - 1)])
+        row_ML = np.minimum(np.arange(rows.start, rows.stop)[:, None] + np.arange(chunk_size), rows.stop - 1)
+        found.append(action[row_ML if without_N is None else row_ML[~without_N[row_ML].any(1)]])
     return np.concatenate(found)
 
 

@@ -262,7 +262,7 @@ class TokenDecoder(Decoder[State]):
 
         A token that belongs to one action counts where that action does. One that speaks of the whole chunk counts where
         any action does: steps past the episode's end are then learned as what they hold, the repeated last action. It does not
-        count where an intervention leaves out a part of the chunk.
+        count where an intervention or an outlier leaves out a part of the chunk.
 
         What a robot's chunk lacks is learned as what it holds, because other tokens see it: 0 in dimensions, and the repeated
         last action in steps.

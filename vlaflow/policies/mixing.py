@@ -260,15 +260,24 @@ def samples_of(
 def normalised_chunks(
     policy: PolicyConfig, config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots
 ) -> np.ndarray:
-    """The chunks of all training episodes as the decoder is to make them, float32 (N, L, D): normalised, and padded."""
+    """The chunks of all training episodes as the decoder is to make them, float32 (N, L, D): normalised, and padded.
+
+    Those with an outlier among their actions are not among them.
+
+    Raises:
+        ConfigError: none is left.
+    """
     decoder, made = policy.decoder, []
     shape = CommonShape(policy.backbone.state_dim, decoder.action_dim, decoder.chunk_size, policy.backbone.views)
     for number, each in enumerate(datasets):
         robot = robots.robot(number)
         steps = robot.action_spec.chunk_size or decoder.chunk_size
-        chunk_NLD = torch.from_numpy(action_chunks(each.dataset, steps, config.episodes(each.dataset)[0]))
+        outlier_N = filtered(each.dataset, config.filters).outlier_N
+        chunk_NLD = torch.from_numpy(action_chunks(each.dataset, steps, config.episodes(each.dataset)[0], outlier_N))
         made.append(shape.chunk(robot.normalizers(policy)[1].forward(chunk_NLD)))
-    return torch.cat(made).numpy()
+    if not (found_NLD := torch.cat(made)).numel():
+        raise ConfigError("Every chunk has an outlier among its actions. Train with --set filters.outliers=none.")
+    return found_NLD.numpy()
 
 
 def report_exclusions(config: TrainConfig, datasets: Sequence[OpenedDataset], robots: Robots, policy: Policy) -> None:
