@@ -310,7 +310,7 @@ class Trainer:
         return measured
 
     def _catch_up(self, log: RunLog) -> None:
-        """Do what a SIGTERM left undone at the step that the run is continued from: its validation, and what follows from it."""
+        """Make up for the validation that a SIGTERM left out at the step that the run continues from, with all it decides."""
         log.amend(self.step, {"validation": self._validated()})
         self._owes = False
         state = {**self._continued, "validation": self._validation, "best": self._best.state(), "owes": False}
