@@ -9,10 +9,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.cost_model.shapes import PolicyShape
 from benchmarks.cost_model.shapes_of import Grid, flow_decoder, qwen_backbone
 from tests import helpers
-from tests.training.small import tiny_config
+from tests.training.flybot import sets
+from tests.training.small import tiny_config, write_dataset
 from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.cli.main import main
 from vlaflow.cli.plan import answer, cache_command
+from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.objectives import PolicyObjective
@@ -196,6 +198,61 @@ def test_the_command_plans_every_stage_and_says_what_fits(capsys):
     assert "--set accumulate=4" in answer(planned(30_000, activations=25_000.0), "")
     assert main(["plan", "asyncvla.rater"]) == 2
     assert "name its checkpoint with --policy" in capsys.readouterr().err
+
+
+@pytest.fixture
+def estimated(monkeypatch):
+    """What the command would estimate: configs and policies of the stages."""
+    asked = []
+
+    def remember(config, machine, data, policy=None):
+        asked.append((config, policy))
+        return Estimate(config, COUNTS, StepCost(1.0, 1.0), 1, machine, data)
+
+    monkeypatch.setattr(module, "estimate", remember)
+    return asked
+
+
+def test_a_pipeline_is_planned_with_the_overrides_that_train_takes(estimated, capsys):
+    changes = ["joint.steps=7", "joint.policy.n_action_steps=5", "joint.policy.backbone.depth=3", "fine.steps=9"]
+    main(["plan", "iflybot.demo", "--gpus", "1", *sets(changes)])
+    (latent, _), (joint, none), (fine, continued) = estimated
+    assert (joint.steps, fine.steps, none) == (7, 9, None)
+    assert latent.steps == find_recipe("iflybot.latent").config(LIBERO.spec).steps
+    assert continued == joint.objective.policy
+    assert (continued.n_action_steps, fine.objective.policy.backbone.depth) == (5, 3)
+    assert main(["plan", "iflybot.demo", "--set", "steps=7"]) == 2
+    assert "'steps' names no stage of 'iflybot.demo', as --set fine.steps=... would" in capsys.readouterr().err
+
+
+def test_seconds_of_a_chunk_need_the_rate_of_a_data_set(estimated, tmp_path, capsys):
+    for how in (["--chunk-seconds", "2"], ["--set", "chunk_s=2"]):
+        assert main(["plan", "asyncvla.demo", "--gpus", "1", *how]) == 2
+        assert "name one with --dataset" in capsys.readouterr().err
+    assert not estimated
+    dataset = write_dataset(tmp_path / "dataset")
+    main(["plan", "asyncvla.demo", "--gpus", "1", "--dataset", str(dataset), "--chunk-seconds", "2"])
+    main(["plan", "iflybot.demo", "--gpus", "1", "--dataset", str(dataset), "--chunk-seconds", "2"])
+    (alone, _), _, (joint, _), (_, continued) = estimated
+    assert {each.decoder.chunk_size for each in (alone.objective.policy, joint.objective.policy, continued)} == {20}
+
+
+def test_epochs_are_of_the_episodes_that_are_learned_from(estimated, tmp_path, capsys):
+    """Of six episodes of 9 to 14 frames, those of each task in turns."""
+    dataset = str(write_dataset(tmp_path / "dataset"))
+    given = ["plan", "baselines.flow", "--gpus", "1", "--set", "steps=36", "--set", "global_batch_size=1", "--set"]
+    main([*given, 'hold_out_tasks=["push the puck"]', "--dataset", dataset])
+    assert "1.0 epochs of 36 frames" in " ".join(capsys.readouterr().out.split())
+    main([*given, "demonstrations=0.34", "--set", "validation_fraction=0", "--dataset", dataset])
+    config = estimated[-1][0]
+    assert len(config.episodes(Dataset.open(dataset))[0]) == 2
+    learned = sum(9 + episode for episode in config.episodes(Dataset.open(dataset))[0])
+    assert f"of {learned} frames" in " ".join(capsys.readouterr().out.split())
+    assert main([*given, 'hold_out_tasks=["push the puck"]']) == 2
+    assert "name one with --dataset" in capsys.readouterr().err
+    shape = TrainingData(frames=1000)
+    half = tiny_config(steps=100, global_batch_size=4, validation_fraction=0.0, demonstrations=0.5)
+    assert Estimate(half, COUNTS, StepCost(1.0, 1.0), 1, Machine(1), shape).epochs == 0.8
 
 
 def test_an_estimate_splits_the_batch_over_the_gpus(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +18,7 @@ from vlaflow.training.recipes import Recipe, find_recipe
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vlaflow.data.lerobot import Dataset
     from vlaflow.data.weights import DatasetEntry
     from vlaflow.policies.base import PolicyConfig
     from vlaflow.policies.recipe import TrainConfig
@@ -40,8 +41,8 @@ class PlanArguments:
         memory: GiB of each GPU.
         tflops: peak of each GPU in bfloat16, dense, in 10¹² operations a second.
         hours: say how many GPUs finish within this time.
-        chunk_seconds: duration of a chunk, as in vlaflow train.
-        set: change a value of the recipe, e.g. --set accumulate=32; may be repeated.
+        chunk_seconds: duration of a chunk, as in vlaflow train; needs a data set, whose rate decides how many actions that is.
+        set: change a value of the recipe, e.g. --set accumulate=32; may be repeated. In a pipeline name the stage: joint.steps.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
@@ -65,63 +66,137 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from vlaflow.cli.train import pair
-    from vlaflow.config import override
     from vlaflow.training.estimate import Machine, estimate
-    from vlaflow.training.run import entries, opened
+    from vlaflow.training.run import entries
 
-    overrides = dict(pair(text) for text in given.set)
-    if given.chunk_seconds is not None:
-        overrides["chunk_s"] = str(given.chunk_seconds)
     given_data = given.how.of_entries(entries(given.dataset)) if given.dataset else []
     data = shape_of(given_data)
     machine, console = Machine(given.gpus, given.memory, given.tflops), Console()
     fits = True
-    for stage, policy in stages(recipe, data, given.policy):
-        config = override(stage.config(data.spec, policy), overrides)
-        if config.chunk_s is not None and policy is None and given_data:
-            config = replace(config, objective=config.objective.timed(config, opened(config.objective, given_data)))
-        found = estimate(config, machine, data, policy)
+    overrides = dict(pair(text) for text in given.set)
+    seconds = given.chunk_seconds
+    for stage in stages(recipe, data, given_data, checkpoint=given.policy, overrides=overrides, chunk_seconds=seconds):
+        found = estimate(stage.config, machine, stage.data, stage.policy)
         fits = fits and found.fitting() is not None
-        console.print(shown(stage.name, found, given.hours))
+        console.print(shown(stage.recipe.name, found, given.hours))
         for entry in given_data:
-            console.print(f"To decode the frames beforehand: {cache_command(entry.root, config)}", soft_wrap=True)
+            console.print(f"To decode the frames beforehand: {cache_command(entry.root, stage.config)}", soft_wrap=True)
     return 0 if fits else 1
 
 
 def shape_of(given: Sequence[DatasetEntry]) -> TrainingData:
     """What data sets on disk have together, or LIBERO's shape."""
-    from vlaflow.data.lerobot import Dataset
     from vlaflow.policies.recipe import DataSpec
     from vlaflow.training.estimate import TrainingData
 
     if not given:
         return TrainingData()
-    found = [Dataset.open(entry.root, video=True, reading=entry.reading) for entry in given]
+    found = opened_data(given)
     spec = DataSpec.of(*given)  # refuses a data set without a camera
     side = max(max(each.image_size(view)) for each in found for view in each.views)
     return TrainingData(spec, sum(map(len, found)), side)
 
 
-def stages(recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> list[tuple[Recipe, PolicyConfig | None]]:
-    """A recipe's stages, each with the policy that it continues.
+def opened_data(given: Sequence[DatasetEntry]) -> list[Dataset]:
+    """Data sets, whether or not they hold actions."""
+    from vlaflow.data.lerobot import Dataset
+
+    return [Dataset.open(entry.root, video=True, reading=entry.reading) for entry in given]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage to estimate.
+
+    Args:
+        recipe: its own.
+        config: with all changes.
+        policy: the one that it continues.
+        data: that it learns from.
+    """
+
+    recipe: Recipe
+    config: TrainConfig
+    policy: PolicyConfig | None
+    data: TrainingData
+
+
+def stages(
+    recipe: Recipe,
+    data: TrainingData,
+    given: Sequence[DatasetEntry],
+    *,
+    checkpoint: Path | None,
+    overrides: Mapping[str, str],
+    chunk_seconds: float | None,
+) -> list[PlannedStage]:
+    """A recipe's stages, each with the policy that the ones before it make.
+
+    Args:
+        recipe: of one stage or several.
+        data: their shape.
+        given: the data sets; none for those that are only a shape.
+        checkpoint: a policy to continue.
+        overrides: as in ``vlaflow train``; of a pipeline each names its stage.
+        chunk_seconds: duration of a chunk, for all stages.
 
     Raises:
-        ConfigError: it continues a policy, and none is named.
+        ConfigError: it continues a policy, and none is named; or as ``train`` refuses overrides.
     """
     from vlaflow.policies.objectives import PolicyObjective
+    from vlaflow.training.pipeline import overrides_by_stage
 
     policy = None if checkpoint is None else read_config(checkpoint)
     if recipe.continues and policy is None:
         raise ConfigError(f"'{recipe.name}' continues a trained policy; name its checkpoint with --policy.")
-    if not recipe.several:
-        return [(recipe, policy)]
-    found: list[tuple[Recipe, PolicyConfig | None]] = []
-    for function in recipe.call().stages:
-        stage = find_recipe(f"{recipe.system}.{function.__name__}")
-        found.append((stage, policy))
-        objective = stage.config(data.spec, policy).objective
-        policy = objective.policy if isinstance(objective, PolicyObjective) else policy
+    if recipe.several:
+        own = {find_recipe(f"{recipe.system}.{name}"): each for name, each in overrides_by_stage(recipe, overrides).items()}
+    else:
+        own = {recipe: dict(overrides)}
+    found: list[PlannedStage] = []
+    for stage, changes in own.items():
+        config = configured(stage, data, given, policy=policy, changes=changes, chunk_seconds=chunk_seconds)
+        found.append(PlannedStage(stage, config, policy, learned_of(data, given, config)))
+        policy = config.objective.policy if isinstance(config.objective, PolicyObjective) else policy
     return found
+
+
+def configured(
+    stage: Recipe,
+    data: TrainingData,
+    given: Sequence[DatasetEntry],
+    *,
+    policy: PolicyConfig | None,
+    changes: Mapping[str, str],
+    chunk_seconds: float | None,
+) -> TrainConfig:
+    """A stage's config with all changes, and chunks of the duration that they state; arguments as in ``stages``."""
+    from vlaflow.config import override
+    from vlaflow.training.run import opened
+
+    config = override(stage.config(data.spec, policy), dict(changes))
+    if chunk_seconds is not None:
+        config = replace(config, chunk_s=chunk_seconds)
+    if config.chunk_s is None or policy is not None:
+        return config
+    if not given:
+        raise ConfigError(
+            "How many actions a chunk of so many seconds has follows from the rate of a data set; name one with --dataset, or "
+            "leave --chunk-seconds (chunk_s) out."
+        )
+    return replace(config, objective=config.objective.timed(config, opened(config.objective, given)))
+
+
+def learned_of(data: TrainingData, given: Sequence[DatasetEntry], config: TrainConfig) -> TrainingData:
+    """The data with the number of frames that a config learns from."""
+    from vlaflow.data.windows import require_tasks
+
+    found = opened_data(given)
+    if config.hold_out_tasks and not found:
+        raise ConfigError("Which episodes hold_out_tasks holds out follows from a data set; name one with --dataset.")
+    require_tasks(found, config.hold_out_tasks)
+    slices = [each.episode_slice(number) for each in found for number in config.episodes(each)[0]]
+    return replace(data, learned=sum(rows.stop - rows.start for rows in slices)) if found else data
 
 
 def cache_command(dataset: str, config: TrainConfig) -> str:
@@ -168,7 +243,7 @@ def shown(name: str, found: Estimate, hours: float | None) -> RenderableType:
     lines = [
         f"{name}: {counts.parameters:,} parameters, {counts.trained:,} trained.",
         f"{c.steps:,} steps of {c.global_batch_size} observations ({split}), {found.epochs:.1f} epochs of "
-        f"{found.data.frames:,} frames; frame cache up to {found.cache / GIB:.1f} GiB.",
+        f"{found.learned:,} frames; frame cache up to {found.cache / GIB:.1f} GiB.",
     ]
     speed = f"{100 * UTILISATION:.0f} % of {machine.tflops:g} TFLOP/s per GPU"
     after = [f"About {found.hours:.1f} hours at {speed}."]

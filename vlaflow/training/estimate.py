@@ -30,11 +30,13 @@ class TrainingData:
         spec: dimensions and views.
         frames: in all.
         side: of its pictures in pixels.
+        learned: frames of the episodes that a config trains with; None to take them from its shares.
     """
 
     spec: DataSpec = field(default_factory=lambda: DataSpec(8, 7, ("image", "wrist_image")))
     frames: int = 273_465
     side: int = 256
+    learned: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,14 @@ class Estimate:
     @property
     def epochs(self) -> float:
         """Passes over the frames of the training episodes."""
-        samples = self.config.steps * self.config.global_batch_size
-        return samples / max(self.data.frames * (1 - self.config.validation_fraction), 1)
+        return self.config.steps * self.config.global_batch_size / max(self.learned, 1)
+
+    @property
+    def learned(self) -> int:
+        """Frames of the training episodes."""
+        if self.data.learned is not None:
+            return self.data.learned
+        return round(self.data.frames * (1 - self.config.validation_fraction) * self.config.demonstrations)
 
     @property
     def cache(self) -> int:

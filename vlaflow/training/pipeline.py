@@ -7,7 +7,7 @@ answered at once. What runs a stage is ``run.train_pipeline``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,21 +48,14 @@ def plan(pipeline: Recipe, given: Sequence[DatasetEntry], out: Path, options: Op
             installed, a latent action model given from outside, stages that do not fit together or questions that do not fit a
             stage, a folder that holds another recipe's run.
     """
-    names = [stage.__name__ for stage in pipeline.call().stages]
-    for key in options.overrides or ():
-        stage, _, rest = key.partition(".")
-        if stage not in names or not rest:
-            hint = nearest(stage, names) if rest else f"its stages: {', '.join(names)}"
-            raise ConfigError(
-                f"'{key}' names no stage of '{pipeline.name}', as --set {names[-1]}.{rest or key}=... would (also in place of "
-                f"--steps and --batch-size); {hint}"
-            )
+    stages = overrides_by_stage(pipeline, options.overrides or {})
+    names = list(stages)
     if options.latent is not None:
         raise ConfigError(f"'{pipeline.name}' trains a latent action model of its own; leave --latent out.")
     data, earlier, planned = DataSpec.of(*given), EarlierStages(), []
     for name in names:
         recipe, folder = find_recipe(f"{pipeline.system}.{name}"), out if name == names[-1] else out / name
-        own = {k.partition(".")[2]: v for k, v in (options.overrides or {}).items() if k.partition(".")[0] == name}
+        own = stages[name]
         config = recipe.config(data, earlier.policy)
         assets = config.objective.used_assets(options.assets())
         if own.get("vqa") in ("none", "null"):
@@ -80,6 +73,26 @@ def plan(pipeline: Recipe, given: Sequence[DatasetEntry], out: Path, options: Op
         for found in planned:
             checkpoint.require_run_of(found.folder, found.recipe.name)
     return planned
+
+
+def overrides_by_stage(pipeline: Recipe, overrides: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Each stage's share of the overrides of a pipeline, by the stage's name, in order: {"joint": {"steps": "500"}}.
+
+    Raises:
+        ConfigError: an override that names no stage.
+    """
+    found: dict[str, dict[str, str]] = {stage.__name__: {} for stage in pipeline.call().stages}
+    names = list(found)
+    for key, value in overrides.items():
+        stage, _, rest = key.partition(".")
+        if stage not in found or not rest:
+            hint = nearest(stage, names) if rest else f"its stages: {', '.join(names)}"
+            raise ConfigError(
+                f"'{key}' names no stage of '{pipeline.name}', as --set {names[-1]}.{rest or key}=... would (also in place of "
+                f"--steps and --batch-size); {hint}"
+            )
+        found[stage][rest] = value
+    return found
 
 
 def start_over(stages: Sequence[Planned]) -> None:
