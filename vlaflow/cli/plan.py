@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
@@ -104,8 +104,7 @@ def opened_data(given: Sequence[DatasetEntry]) -> list[Dataset]:
     return [Dataset.open(entry.root, video=True, reading=entry.reading) for entry in given]
 
 
-@dataclass(frozen=True)
-class PlannedStage:
+class PlannedStage(NamedTuple):
     """A stage to estimate.
 
     Args:
