@@ -15,6 +15,7 @@ in float32 is measured too. Loading, weight averaging and logging are in neither
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def our_step(policy: Policy, optim: OptimConfig, batch: Batch, bf16: bool, *, co
         with autocast(bf16, CPU):
             loss = loss_of(ready, drawn).total
         loss.backward()
-        nn.utils.clip_grad_norm_(weights(), optim.clip_norm)
+        nn.utils.clip_grad_norm_(weights(), optim.clip_norm or math.inf)
         optimizer.step()
         return loss.item()
 
@@ -169,7 +170,7 @@ def naive_step(policy: Policy, optim: OptimConfig, batch: Batch, style: Style) -
             error_BLD = model.velocity(repeated, repeated.state_BS, x_BLD, clock_BL).float() - (noise_BLD - action_BLD)
             loss = gaussian.masked_mean_square(error_BLD, mask_BL)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf)
         optimizer.step()
         return loss.item()
 

@@ -14,6 +14,8 @@ from vlaflow.cli.main import main
 from vlaflow.config import from_json, override
 from vlaflow.errors import ConfigError
 from vlaflow.evaluation.rollout import RolloutConfig
+from vlaflow.policies.adapters import LoraConfig
+from vlaflow.policies.recipe import OptimConfig, ParameterGroup
 from vlaflow.ranges import Count, Fraction, NotNegative, Positive, Share, _ranges, require_ranges
 from vlaflow.simulators.experts import Noise
 
@@ -61,6 +63,12 @@ def test_files_and_changed_values_are_checked_like_arguments():
     for make in (lambda: Noise(0.1, misjudge=math.nan), lambda: Noise(memory=1.0), lambda: RolloutConfig(n_action_steps=0)):
         with pytest.raises(ConfigError, match="must be"):
             make()
+    with pytest.raises(ConfigError, match=r"optim\.betas must be in \[0, 1\), got 1\.0"):
+        OptimConfig(betas=(0.9, 1.0))
+    with pytest.raises(ConfigError, match=r"optim\.groups\.frozen_steps must be at least 0, got -1"):
+        ParameterGroup("decoder.", frozen_steps=-1)
+    with pytest.raises(ConfigError, match=r"lora\.learning_rate must be at least 0, got -1\.0"):
+        LoraConfig(learning_rate=-1.0)
 
 
 TRAIN = "train asyncvla.demo --dataset nowhere --out nowhere"

@@ -58,6 +58,7 @@ Seed = Annotated[int, Range(0, LARGEST)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, above=True)]
 Fraction = Annotated[float, Range(0, BELOW_ONE)]
 """A share below 1."""
 Width = Annotated[int, Range(1, 2**20)]

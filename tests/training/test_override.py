@@ -19,6 +19,7 @@ from vlaflow.errors import ConfigError
         ("policy.backbone.views", '["a", "b"]', ("a", "b")),
         ("policy.decoder.masks", "synchronous", "synchronous"),
         ("pauses", "null", None),
+        ("optim.clip_norm", "none", None),
     ],
 )
 def test_a_value_is_read_as_its_fields_type(key, text, expected):
@@ -63,6 +64,16 @@ def test_nested_groups_are_given_as_json():
         ("policy.n_action_stpes", "1", "did you mean 'n_action_steps'"),
         ("objective.policy.n_action_steps", "1", "Unknown key 'objective'"),
         ("global_batch_size", "0", "at least 1"),
+        ("optim.betas", "[0.9, 1.0]", r"'optim.betas\[1\]' in --set must be in \[0, 1\), got 1.0"),
+        ("optim.clip_norm", "0", "must be above 0, got 0"),
+        ("optim.eps", "0", "must be above 0, got 0"),
+        ("optim.groups", '[{"prefix": "decoder.", "learning_rate": -1e-3}]', r"learning_rate' in --set must be at least 0"),
+        ("optim.groups", '[{"prefix": "decoder.", "frozen_steps": -1}]', r"frozen_steps' in --set must be at least 0"),
+        ("lora", '{"learning_rate": -1e-3}', r"'lora.learning_rate' in --set must be at least 0"),
+        ("lora", '{"alpha": 0}', r"'lora.alpha' in --set must be above 0"),
+        ("max_excluded", "0", "must be above 0 and at most 1, got 0"),
+        ("demonstrations", "0", "must be above 0 and at most 1, got 0"),
+        ("chunk_s", "0", "must be above 0, got 0"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_sentence(key, text, message):

@@ -24,6 +24,7 @@ from vlaflow.backbones.base import Backbone
 from vlaflow.errors import ConfigError, nearest
 from vlaflow.io import save_tensors
 from vlaflow.packages import require
+from vlaflow.ranges import Count, NotNegative, Positive, require_ranges
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
@@ -41,15 +42,14 @@ class LoraConfig:
         quantise: hold the adapted matrices in four bits; None holds them in the backbone's ``dtype``.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Count = 16
+    alpha: Positive = 32.0
     targets: tuple[str, ...] = ()
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     quantise: Literal["nf4"] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ConfigError(f"rank must be at least 1 and alpha positive, got rank {self.rank} and alpha {self.alpha}.")
+        require_ranges(self, "lora.{}")
 
     @property
     def packages(self) -> tuple[str, ...]:

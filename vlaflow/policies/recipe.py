@@ -27,7 +27,7 @@ from vlaflow.data.reading import Reading, missing_action
 from vlaflow.data.source import MakeOrder, Source
 from vlaflow.data.weights import DatasetEntry, Mixture
 from vlaflow.data.windows import fewer_episodes, split_episodes
-from vlaflow.errors import CapabilityError, ConfigError, DataError
+from vlaflow.errors import CapabilityError, DataError
 from vlaflow.hub import origin
 from vlaflow.policies.adapters import LoraConfig
 from vlaflow.policies.base import Policy, PolicyConfig
@@ -38,7 +38,7 @@ from vlaflow.policies.parts import require_even
 from vlaflow.policies.policy_config import Normalisation
 from vlaflow.policies.provenance import ancestry, fingerprint
 from vlaflow.policies.stages import CoTraining, Stage
-from vlaflow.ranges import Count, Fraction, NotNegative, Number, Seed, Share
+from vlaflow.ranges import Count, Fraction, NotNegative, Number, Positive, PositiveShare, Seed, Share, require_ranges
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,12 @@ class ParameterGroup:
     """
 
     prefix: str
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     frozen: bool = False
-    frozen_steps: int = 0
+    frozen_steps: Number = 0
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "optim.groups.{}")
 
 
 @dataclass(frozen=True)
@@ -123,19 +126,22 @@ class OptimConfig:
         warmup_steps: linear up to the peak; the first step has 1 / warmup_steps of it.
         schedule: after the warm-up.
         final_fraction: share of the peak that the cosine ends at.
-        clip_norm: largest gradient norm; larger ones are scaled down.
+        clip_norm: largest gradient norm; larger ones are scaled down. None only measures it.
     """
 
     kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     learning_rate: NotNegative = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: NotNegative = 1e-8
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
     weight_decay: NotNegative = 0.01
     warmup_steps: Number = 100
     schedule: Literal["cosine", "constant"] = "cosine"
     final_fraction: Share = 0.0
-    clip_norm: NotNegative = 1.0
+    clip_norm: Positive | None = 1.0
     groups: tuple[ParameterGroup, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "optim.{}")
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -387,7 +393,7 @@ class TrainConfig:
     lora: LoraConfig | None = None
     steps: Count = 1000
     global_batch_size: Count = 64
-    accumulate: int = 1
+    accumulate: Count = 1
     ema_decay: Fraction | None = 0.998
     shift: Number = 0
     augment: Augment | None = None
@@ -395,28 +401,23 @@ class TrainConfig:
     pauses: PauseRule | None = None
     interventions: InterventionRule | None = INTERVENTIONS
     filters: Filters | None = None
-    max_excluded: float = 0.5
-    demonstrations: Share = 1.0
+    max_excluded: PositiveShare = 0.5
+    demonstrations: PositiveShare = 1.0
     validation_fraction: Fraction = 0.06
     hold_out_tasks: tuple[str, ...] = ()
     mixture: Mixture = field(default_factory=Mixture)
     frames: FrameStorage = "raw"
     normalisation: dict[str, Normalisation] = field(default_factory=dict)
-    chunk_s: float | None = None
-    validate_every: int = 250
-    checkpoint_every: int = 500
+    chunk_s: Positive | None = None
+    validate_every: Count = 250
+    checkpoint_every: Count = 500
     stop: EarlyStop | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         self.objective.check(self)
-        if self.chunk_s is not None and not 0 < self.chunk_s < math.inf:
-            raise ConfigError(f"chunk_s is a duration in seconds above 0, got {self.chunk_s}.")
-        if not 0 < self.max_excluded <= 1:
-            raise ConfigError(f"max_excluded is a share in (0, 1], got {self.max_excluded}.")
-        if min(self.steps, self.global_batch_size, self.accumulate, self.validate_every, self.checkpoint_every) < 1:
-            raise ConfigError("steps, global_batch_size, accumulate, validate_every and checkpoint_every must be at least 1.")
         self.parts()
 
     def episodes(self, dataset: Dataset) -> tuple[tuple[int, ...], tuple[int, ...]]:

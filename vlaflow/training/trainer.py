@@ -259,7 +259,7 @@ class Trainer:
         for frozen_steps, parameter in self._late:
             if self.step < frozen_steps:
                 parameter.grad = None  # so it neither counts in the norm nor begins its moments
-        gradient = sharding.whole(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm))
+        gradient = sharding.whole(nn.utils.clip_grad_norm_(self._trained, c.optim.clip_norm or math.inf))
         stops = moved(torch.tensor([float(noted == each) for each in SIGNALS]), self.device, non_blocking=True)
         sums = self.team.sum(torch.cat([torch.stack([loss, *named.values()]), stops]))
         values = torch.cat([sums, gradient.detach().float().reshape(1)])
