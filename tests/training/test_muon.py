@@ -1,5 +1,6 @@
 """Muon: orthogonal steps for the matrices of layers, AdamW's for all else, and runs that continue to the bit."""
 
+import pickle
 from copy import deepcopy
 from dataclasses import replace
 
@@ -34,6 +35,23 @@ def test_directions_have_the_singular_vectors_of_the_matrix_and_singular_values_
 
 def test_nothing_to_learn_is_no_direction():
     assert not orthogonal(torch.zeros(3, 5)).any()
+
+
+def through_pickle(pair):
+    return pickle.loads(pickle.dumps(pair))  # noqa: S301 — written one call before
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("copied", [deepcopy, through_pickle])
+def test_a_copy_of_the_optimiser_takes_the_same_steps(kind, copied):
+    model = new_policy(tiny_config()).model
+    optimizer = build_optimizer(model, OptimConfig(kind, learning_rate=1e-2))
+    step(model, optimizer, 1)
+    other, own = copied((model, optimizer))
+    for each, its in ((model, optimizer), (other, own)):
+        step(each, its, 2)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    assert {tuple(values) for values in own.state.values()} == {tuple(values) for values in optimizer.state.values()}
 
 
 def layers_and_others(model):

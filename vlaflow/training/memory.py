@@ -237,7 +237,7 @@ class Memory:
     """Bytes that a process needs, by part.
 
     Args:
-        weights, gradients, optimizer, average: of its share of the parameters; the optimizer's are two moments.
+        weights, gradients, optimizer, average: of its share of the parameters; the optimizer's as in ``Counts``.
         buckets: copies in which gradients are exchanged, and with sharding the layers that are gathered at a time.
         activations: what is kept for the backward pass, with autocast's copies of matrices.
     """

@@ -65,8 +65,13 @@ class Muon(torch.optim.Optimizer):
             self._adamw = torch.optim.AdamW(others, betas=config.betas, eps=config.eps, fused=True)
             self._share()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds."""
+        own = {"_dtype": self._dtype, "_turned": self._turned, "_adamw": self._adamw}
+        return {**super().__getstate__(), **own}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What ``load_state_dict`` ends with."""
+        """What ``load_state_dict``, a copy and a pickle end with."""
         super().__setstate__(state)
         self._share()
 
