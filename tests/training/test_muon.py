@@ -38,7 +38,7 @@ def test_nothing_to_learn_is_no_direction():
 
 
 def through_pickle(pair):
-    return pickle.loads(pickle.dumps(pair))  # noqa: S301 — written one call before
+    return pickle.loads(pickle.dumps(pair))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -29,6 +29,7 @@ from vlaflow.outputs import copy_files, require_writable_folder, whole_folder, w
 from vlaflow.policies.action_prefix import longest_action_prefix
 from vlaflow.policies.base import Policy
 from vlaflow.policies.checkpoint import LEROBOT, home_of, local_folder
+from vlaflow.policies.recipe import TrainConfig
 from vlaflow.policies.robots import keep_robot
 from vlaflow.policies.seeds import chunk_generator
 from vlaflow.spec import ActionPrefix
@@ -48,6 +49,27 @@ ONLY_IMAGE, IMAGE = "observation.image", "observation.images."
 def policy_type(policy: Policy) -> str:
     """LeRobot's name for a policy of this system."""
     return TYPES.get(policy.config.system, OTHER)
+
+
+def require_trainable(config: TrainConfig, name: str) -> None:
+    """Refuse a recipe that asks for what LeRobot's trainer does not do, and would leave out in silence.
+
+    Args:
+        config: of the recipe.
+        name: of it, for the message.
+
+    Raises:
+        ConfigError: with the setting to change.
+    """
+    optim, elsewhere = config.optim, "or train it with vlaflow train, then: vlaflow export lerobot CKPT --out DIR"
+    if config.lora is not None:
+        raise ConfigError(f"{name} trains adapters, which lerobot-train does not: leave them out with lora=none, {elsewhere}")
+    if optim.packages:
+        raise ConfigError(f"lerobot-train has no optimiser {optim.kind}: set optim.kind=adamw, {elsewhere}")
+    if any(group.frozen_steps for group in optim.groups):
+        raise ConfigError(
+            f"Groups of {name} join after some steps, which lerobot-train does not know: leave frozen_steps out, {elsewhere}"
+        )
 
 
 @dataclass(frozen=True)

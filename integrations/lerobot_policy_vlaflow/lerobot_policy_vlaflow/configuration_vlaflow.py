@@ -10,6 +10,7 @@ from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig, Opt
 from torch.optim import Optimizer
 
 from vlaflow.errors import ConfigError
+from vlaflow.policies.lerobot import require_trainable
 from vlaflow.policies.recipe import DataSpec, OptimConfig, TrainConfig
 from vlaflow.training.optim import optimizer_of
 from vlaflow.training.options import Options, overridden
@@ -85,6 +86,16 @@ class VlaflowConfig(PreTrainedConfig):
             changes.setdefault("policy.n_action_steps", str(self.n_action_steps))
         return overridden(recipe.config(data, None), changes, Options().assets())
 
+    def training(self) -> TrainConfig:
+        """The recipe for LeRobot's trainer.
+
+        Raises:
+            ConfigError: it asks for what that does not do; or as ``train_config``.
+        """
+        config = self.train_config()
+        require_trainable(config, f"'{self.recipe}'")
+        return config
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.recipe is not None:
@@ -95,28 +106,26 @@ class VlaflowConfig(PreTrainedConfig):
         """The features are checked when the policy is made."""
 
     def get_optimizer_preset(self) -> OptimizerConfig:
-        """The recipe's optimiser."""
-        optim = self.train_config().optim
+        """The recipe's optimiser; LeRobot takes a largest norm of 0 for none."""
+        optim = self.training().optim
         kind = MuonConfig if optim.kind == "muon" else AdamWConfig
         return kind(
             lr=optim.learning_rate,
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
-            grad_clip_norm=optim.clip_norm,
+            grad_clip_norm=optim.clip_norm or 0.0,
         )
 
-    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig | None:
-        """The recipe's schedule; none for a constant rate."""
-        config = self.train_config()
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+        """The recipe's schedule; a constant rate is a cosine that ends where it begins."""
+        config = self.training()
         optim = config.optim
-        if optim.schedule == "constant":
-            return None
         return CosineDecayWithWarmupSchedulerConfig(
             num_warmup_steps=optim.warmup_steps,
             num_decay_steps=config.steps,
             peak_lr=optim.learning_rate,
-            decay_lr=optim.learning_rate * optim.final_fraction,
+            decay_lr=optim.learning_rate * (1.0 if optim.schedule == "constant" else optim.final_fraction),
         )
 
     @property

@@ -27,7 +27,7 @@ from vlaflow.policies import lerobot
 from vlaflow.policies.base import Policy
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.recipe import DataSpec
-from vlaflow.training.optim import parameter_groups
+from vlaflow.training.optim import freeze, parameter_groups
 
 
 class VlaflowPolicy(PreTrainedPolicy):
@@ -57,8 +57,10 @@ class VlaflowPolicy(PreTrainedPolicy):
         self._chunks = 0
 
     def get_optim_params(self) -> list[dict[str, Any]]:
-        """The parameters in groups, as the recipe's optimiser takes them."""
-        return parameter_groups(self.model, self.config.train_config().optim)
+        """The parameters in groups, as the recipe's optimiser takes them; those that the recipe freezes stay as they are."""
+        optim = self.config.training().optim
+        freeze(self.model, optim)
+        return parameter_groups(self.model, optim)
 
     def reset(self) -> None:
         """A new episode begins: nothing of the last one is kept."""
