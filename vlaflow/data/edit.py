@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlaflow.data.cameras import view_names
+from vlaflow.data.edit_seeds import seeds_of
 from vlaflow.data.edit_survey import Survey, select, survey
 from vlaflow.data.edit_write import Copied, EditPart, EpisodeCopier
 from vlaflow.data.features import BOOKKEEPING
@@ -129,7 +130,7 @@ def merge(folders: Sequence[Path | str], out: Path) -> Edited:
     own = [one.info.get(EXTRA_KEY) or {} for one in found]
     provenance = [each.get("provenance", {}) for each in own]
     info: dict[str, Any] = {}
-    if any(each != own[0] for each in own):
+    if any(each != own[0] or seeds_of(each.get("provenance")) for each in own):
         info = {EXTRA_KEY: {**own[0], "provenance": {"merged": provenance}}}
     said = [f"{len(one.episodes)} episodes are from {one.root}." for one in found]
     return _write(out, [EditPart(first), *map(EditPart, found[1:])], said=said, info=info)

@@ -17,8 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from vlaflow.data import writer_meta as meta
+from vlaflow.data.edit_seeds import of_kept
 from vlaflow.data.edit_survey import SourceEpisode, Survey
 from vlaflow.data.features import Feature, channels, image_size, is_image, is_numeric, marked_as_depth, width
+from vlaflow.data.lerobot import EXTRA_KEY
 from vlaflow.data.lerobot_info import inside
 from vlaflow.data.stored_images import DepthError, read_image
 from vlaflow.data.tables import is_text, read_parquet, switches_as_numbers
@@ -146,7 +148,7 @@ class EpisodeCopier:
             vectors = {key: stat for key, stat in stats.items() if not is_image(self.features[key])}
             written = Copied(self.root, numbers, frames, tuple(self.problems), tuple(self.changes), vectors)
             (folder.path / CHANGES).write_text("".join(f"{line}\n" for line in log(written)), encoding="utf-8")
-            folder.publish(self._new_info(folder.limits, len(rows), frames, len(tasks)), tasks, rows, stats)
+            folder.publish(self._new_info(folder.limits, numbers, frames, len(tasks)), tasks, rows, stats)
             return written
         except BaseException:
             if not folder.published:
@@ -325,12 +327,17 @@ class EpisodeCopier:
             return stats
         return {name: v if name == "count" else np.reshape(v, shape).tolist() for name, v in stats.items()}
 
-    def _new_info(self, limits: Limits, episodes: int, frames: int, tasks: int) -> dict[str, Any]:
-        kept = {key: value for key, value in self.parts[0].source.info.items() if key not in OLD_ENTRIES}
+    def _new_info(self, limits: Limits, episodes: Sequence[tuple[int, int]], frames: int, tasks: int) -> dict[str, Any]:
+        before = self.parts[0].source.info
+        kept = {key: value for key, value in before.items() if key not in OLD_ENTRIES}
+        own = kept.get(EXTRA_KEY)
+        if isinstance(own, Mapping) and "provenance" in own:
+            numbers = [number for part, number in episodes if part == 0]
+            kept[EXTRA_KEY] = {**own, "provenance": of_kept(own["provenance"], before.get("total_episodes"), numbers)}
         return kept | {
             "codebase_version": "v3.0",
             "features": self.features,
-            "total_episodes": episodes,
+            "total_episodes": len(episodes),
             "total_frames": frames,
             "total_tasks": tasks,
             "chunks_size": limits.chunks_size,
@@ -338,7 +345,7 @@ class EpisodeCopier:
             "video_files_size_in_mb": limits.video_mb,
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self.sizes else None,
-            "splits": {"train": f"0:{episodes}"},
+            "splits": {"train": f"0:{len(episodes)}"},
             **self.info,
         }
 
