@@ -71,18 +71,21 @@ class CommonShape:
         """Training samples of one robot in this shape."""
         count, steps, dim = batch.action_BLD.shape
         mask_LD = self.mask(steps, dim)
+
+        def padded(mask_BL: Tensor) -> Tensor:
+            return functional.pad(mask_BL, (0, self.chunk_size - steps))
+
         executed = batch.executed and Executed(
             self.chunk(batch.executed.action_BLD),
-            *(
-                mask_BL if mask_BL is None else functional.pad(mask_BL, (0, self.chunk_size - steps))
-                for mask_BL in (batch.executed.intervened_BL, batch.executed.present_BL, batch.executed.outlier_BL)
-            ),
+            padded(batch.executed.intervened_BL),
+            padded(batch.executed.present_BL),
+            None if batch.executed.outlier_BL is None else padded(batch.executed.outlier_BL),
         )
         return replace(
             batch,
             observation=self.observation(batch.observation, robot),
             action_BLD=self.chunk(batch.action_BLD),
-            valid_BL=functional.pad(batch.valid_BL, (0, self.chunk_size - steps)),
+            valid_BL=padded(batch.valid_BL),
             executed=executed,
             mask_BLD=mask_LD.expand(count, -1, -1),
         )

@@ -92,7 +92,9 @@ class Windows:
         columns = self._columns
         present_BL = (wanted_BL == row_BL) & ~self.pause_N[row_BL]
         executed = Executed(
-            *map(torch.from_numpy, (columns.executed[row_BL], self.intervened_N[row_BL], present_BL)),
+            torch.from_numpy(columns.executed[row_BL]),
+            torch.from_numpy(self.intervened_N[row_BL]),
+            torch.from_numpy(present_BL),
             None if self.outlier_N is None else torch.from_numpy(self.outlier_N[row_BL]),
         )
         observation = ObservationBatch(
