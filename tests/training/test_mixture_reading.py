@@ -6,7 +6,6 @@ import pytest
 
 from tests.data.cases.build import renamed
 from tests.training.two_robots import mixed_config, write_wide
-from vlaflow.cli import plan
 from vlaflow.cli import train as command
 from vlaflow.cli.reading import ReadingOptions
 from vlaflow.data.lerobot import Dataset
@@ -19,6 +18,7 @@ from vlaflow.policies.mixing import robots_of
 from vlaflow.policies.policy_config import Normalisation
 from vlaflow.policies.provenance import reading_of
 from vlaflow.policies.recipe import DataSpec, OpenedDataset
+from vlaflow.training import planning
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_one_command_reads_each_of_several_data_sets_in_its_own_way(dataset, wid
     assert reading_of(out / "robots/big", other).action == ("actions",)
     assert reading_of(out / "robots/dataset", dataset) is None
     entry = DatasetEntry(str(other), "big", reading=reading_of(out / "robots/big", other))
-    planned = plan.shape_of([DatasetEntry(str(dataset), "dataset"), entry])
+    planned = planning.shape_of([DatasetEntry(str(dataset), "dataset"), entry])
     assert (planned.spec, planned.frames) == (DataSpec(4, 3, ("front", "hand")), len(Dataset.open(dataset)) + 32)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.reads import Reads
-from tests.training.small import Memory, new_policy, tiny_config
+from tests.training.small import Memory, new_policy, tiny_config, weights
 from vlaflow.errors import ConfigError
 from vlaflow.policies.provenance import run_of
 from vlaflow.policies.stages import PolicyStage
@@ -64,6 +64,14 @@ def test_what_diverged_is_named_by_its_own_step_although_it_is_read_late(tmp_pat
             trainer(tmp_path / "p", source=Memory(poisoned=poisoned), config=config, late=late).run()
         said.append(str(refused.value))
     assert said[0] == said[1]
+
+
+def test_without_a_largest_norm_the_gradient_is_measured_and_not_clipped(tmp_path):
+    for name, largest in (("none", None), ("huge", 1e9), ("small", 0.01)):
+        optim = replace(tiny_config().optim, clip_norm=largest)
+        trainer(tmp_path / name, config=tiny_config(steps=3, optim=optim)).run()
+    assert weights(tmp_path / "none") == weights(tmp_path / "huge") != weights(tmp_path / "small")
+    assert all(entry["gradient"] > 0.01 for entry in read_log(tmp_path / "none"))
 
 
 def test_a_continued_run_keeps_its_format(tmp_path, monkeypatch):

@@ -410,13 +410,6 @@ def test_training_learns(tmp_path):
     assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3
 
 
-def test_without_a_largest_norm_the_gradient_is_measured_and_not_clipped(tmp_path):
-    for name, largest in (("none", None), ("huge", 1e9), ("small", 0.01)):
-        run(tmp_path / name, tiny_config(steps=3, optim=replace(tiny_config().optim, clip_norm=largest)))
-    assert weights(tmp_path / "none") == weights(tmp_path / "huge") != weights(tmp_path / "small")
-    assert all(entry["gradient"] > 0.01 for entry in read_log(tmp_path / "none"))
-
-
 def test_sigterm_between_the_parts_of_a_step_leaves_the_step_out(tmp_path, monkeypatch):
     """No more than a part is waited for, and the run continues to the bytes of one that was not interrupted."""
     config, loss, calls = tiny_config(accumulate=4, steps=4, checkpoint_every=4, ema_decay=None), PolicyStage.loss, []

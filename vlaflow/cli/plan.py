@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from vlaflow.cli.arguments import ONLINE, HubGroup, parse_arguments
 from vlaflow.cli.reading import LEROBOT, ReadingGroup
-from vlaflow.errors import ConfigError
 from vlaflow.ranges import Count, Positive
-from vlaflow.training.recipes import Recipe, find_recipe
+from vlaflow.training.recipes import find_recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from vlaflow.data.lerobot import Dataset
-    from vlaflow.data.weights import DatasetEntry
-    from vlaflow.policies.base import PolicyConfig
     from vlaflow.policies.recipe import TrainConfig
-    from vlaflow.training.estimate import Estimate, TrainingData
+    from vlaflow.training.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ def main(argv: list[str]) -> int:
 
     from vlaflow.cli.train import pair
     from vlaflow.training.estimate import Machine, estimate
+    from vlaflow.training.planning import shape_of, stages
     from vlaflow.training.run import entries
 
     given_data = given.how.of_entries(entries(given.dataset)) if given.dataset else []
@@ -84,120 +80,6 @@ def main(argv: list[str]) -> int:
     return 0 if fits else 1
 
 
-def shape_of(given: Sequence[DatasetEntry]) -> TrainingData:
-    """What data sets on disk have together, or LIBERO's shape."""
-    from vlaflow.policies.recipe import DataSpec
-    from vlaflow.training.estimate import TrainingData
-
-    if not given:
-        return TrainingData()
-    found = opened_data(given)
-    spec = DataSpec.of(*given)  # refuses a data set without a camera
-    side = max(max(each.image_size(view)) for each in found for view in each.views)
-    return TrainingData(spec, sum(map(len, found)), side)
-
-
-def opened_data(given: Sequence[DatasetEntry]) -> list[Dataset]:
-    """Data sets, whether or not they hold actions."""
-    from vlaflow.data.lerobot import Dataset
-
-    return [Dataset.open(entry.root, video=True, reading=entry.reading) for entry in given]
-
-
-class PlannedStage(NamedTuple):
-    """A stage to estimate.
-
-    Args:
-        recipe: its own.
-        config: with all changes.
-        policy: the one that it continues.
-        data: that it learns from.
-    """
-
-    recipe: Recipe
-    config: TrainConfig
-    policy: PolicyConfig | None
-    data: TrainingData
-
-
-def stages(
-    recipe: Recipe,
-    data: TrainingData,
-    given: Sequence[DatasetEntry],
-    *,
-    checkpoint: Path | None,
-    overrides: Mapping[str, str],
-    chunk_seconds: float | None,
-) -> list[PlannedStage]:
-    """A recipe's stages, each with the policy that the ones before it make.
-
-    Args:
-        recipe: of one stage or several.
-        data: their shape.
-        given: the data sets; none for those that are only a shape.
-        checkpoint: a policy to continue.
-        overrides: as in ``vlaflow train``; of a pipeline each names its stage.
-        chunk_seconds: duration of a chunk, for all stages.
-
-    Raises:
-        ConfigError: it continues a policy, and none is named; or as ``train`` refuses overrides.
-    """
-    from vlaflow.policies.objectives import PolicyObjective
-    from vlaflow.training.pipeline import overrides_by_stage
-
-    policy = None if checkpoint is None else read_config(checkpoint)
-    if recipe.continues and policy is None:
-        raise ConfigError(f"'{recipe.name}' continues a trained policy; name its checkpoint with --policy.")
-    if recipe.several:
-        own = {find_recipe(f"{recipe.system}.{name}"): each for name, each in overrides_by_stage(recipe, overrides).items()}
-    else:
-        own = {recipe: dict(overrides)}
-    found: list[PlannedStage] = []
-    for stage, changes in own.items():
-        config = configured(stage, data, given, policy=policy, changes=changes, chunk_seconds=chunk_seconds)
-        found.append(PlannedStage(stage, config, policy, learned_of(data, given, config)))
-        policy = config.objective.policy if isinstance(config.objective, PolicyObjective) else policy
-    return found
-
-
-def configured(
-    stage: Recipe,
-    data: TrainingData,
-    given: Sequence[DatasetEntry],
-    *,
-    policy: PolicyConfig | None,
-    changes: Mapping[str, str],
-    chunk_seconds: float | None,
-) -> TrainConfig:
-    """A stage's config with all changes, and chunks of the duration that they state; arguments as in ``stages``."""
-    from vlaflow.config import override
-    from vlaflow.training.run import opened
-
-    config = override(stage.config(data.spec, policy), dict(changes))
-    if chunk_seconds is not None:
-        config = replace(config, chunk_s=chunk_seconds)
-    if config.chunk_s is None or policy is not None:
-        return config
-    if not given:
-        raise ConfigError(
-            "How many actions a chunk of so many seconds has follows from the rate of a data set; name one with --dataset, or "
-            "leave --chunk-seconds (chunk_s) out."
-        )
-    return replace(config, objective=config.objective.timed(config, opened(config.objective, given)))
-
-
-def learned_of(data: TrainingData, given: Sequence[DatasetEntry], config: TrainConfig) -> TrainingData:
-    """The data with the number of frames that a config learns from."""
-    from vlaflow.data.windows import require_tasks
-
-    found = opened_data(given)
-    if config.hold_out_tasks and not found:
-        raise ConfigError("Which episodes hold_out_tasks holds out follows from a data set; name one with --dataset.")
-    require_tasks(found, config.hold_out_tasks)
-    slices = [each.episode_slice(number) for each in found for number in config.episodes(each)[0]]
-    return replace(data, learned=sum(rows.stop - rows.start for rows in slices)) if found else data
-
-
 def cache_command(dataset: str, config: TrainConfig) -> str:
     """The command that builds the frame cache of a training stage."""
     size = config.objective.input_size
@@ -205,19 +87,6 @@ def cache_command(dataset: str, config: TrainConfig) -> str:
     if config.frames == "jpeg":
         options["--frames"] = "jpeg"
     return f"vlaflow data cache {dataset}" + "".join(f" {name} {value}" for name, value in options.items() if value)
-
-
-def read_config(checkpoint: Path) -> PolicyConfig:
-    """The config of a checkpoint; its weights are not read."""
-    from vlaflow.config import from_json
-    from vlaflow.io import read_json
-    from vlaflow.policies.base import PolicyConfig
-    from vlaflow.policies.checkpoint import local_folder
-
-    file = local_folder(checkpoint) / "config.json"
-    data = read_json(file)
-    data.pop("vlaflow", None)
-    return from_json(PolicyConfig, data, str(file))
 
 
 def shown(name: str, found: Estimate, hours: float | None) -> RenderableType:
