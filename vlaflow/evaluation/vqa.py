@@ -309,7 +309,8 @@ def ask(
     return [
         AnsweredQuestion(
             *(q.name, q.kind, q.question, q.answer, s.text, s.ended),
-            *((b.text, b.ended) if b else ()),
+            blind=b.text if b else None,
+            blind_ended=b.ended if b else True,
             group=q.group or " ".join(q.images),
         )
         for q, s, b in zip(questions, replies[: len(questions)], blind, strict=True)

@@ -80,6 +80,9 @@ class Loader:
 
     The samples of the next ``AHEAD`` steps are announced, so that a stream decodes them meanwhile.
 
+    Args:
+        seed: of order, changes and losses; by default that of the config.
+
     Attributes:
         thread: which loads ahead; None for none.
     """
@@ -93,13 +96,14 @@ class Loader:
         stage: PreparesSamples,
         *,
         parts: int | None = None,
+        seed: int | None = None,
         ahead: bool | None = None,
         order: MakeOrder = Order,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self.source, self.config, self.team, self.device, self.stage = source, config, team, device, stage
-        self.parts = parts or config.parts(team.world)
-        self.order = order(len(source), config.global_batch_size, config.seed)
+        self.parts, self.seed = parts or config.parts(team.world), config.seed if seed is None else seed
+        self.order = order(len(source), config.global_batch_size, self.seed)
         self.shift = RandomShift(config.shift)
         # Next to a model on the CPU a loading thread only takes its cores away: loading is one hundredth of a step there.
         ahead = device.type != "cpu" if ahead is None else ahead
@@ -128,7 +132,7 @@ class Loader:
         for number, indices in self._own(step).items():
 
             def own(what: str, number: int = number) -> Generator:
-                return Generator().manual_seed(mix(what, c.seed, step, 0, number))
+                return Generator().manual_seed(mix(what, self.seed, step, 0, number))
 
             batch = self.source.batch(indices)
             if c.shift:
@@ -139,7 +143,7 @@ class Loader:
                 samples, dimensions = batch.observation.state_BS.shape
                 known_BS = c.state_mask(samples, dimensions, own("state mask"))
                 batch = replace(batch, observation=replace(batch.observation, known_BS=known_BS))
-            shared = Generator().manual_seed(mix("shared", c.seed, step))
+            shared = Generator().manual_seed(mix("shared", self.seed, step))
             parts.append(StepPart.of(batch, self.stage, own("loss"), shared, self.device))
         return parts
 
@@ -193,9 +197,9 @@ def alternating(acting: Loader, vqa: CoTraining) -> Alternating:
         acting.config,
         global_batch_size=vqa.batch_size or acting.config.global_batch_size,
         state_mask=None,
-        seed=mix("questions", acting.config.seed),
     )
-    asking = Loader(vqa.train, config, acting.team, acting.device, acting.stage, parts=acting.parts, thread=acting.thread)
+    seed, where = mix("questions", acting.seed), (acting.team, acting.device, acting.stage)
+    asking = Loader(vqa.train, config, *where, parts=acting.parts, seed=seed, thread=acting.thread)
     return Alternating(acting, asking, vqa.share)
 
 
