@@ -28,7 +28,7 @@ _HIDDEN_GROUP = 5
 _PLACES = ("xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat")
 _IN_DATA = (*_PLACES, "cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
 """Arrays of MuJoCo's data that a picture shows."""
-_IN_MODEL = ("site_pos", "site_rgba", "geom_rgba")
+_IN_MODEL = ("site_rgba", "geom_rgba")
 """Arrays of MuJoCo's model that a picture shows and tasks change while an episode runs."""
 
 NO_OPENGL = (
