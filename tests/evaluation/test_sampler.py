@@ -300,8 +300,7 @@ def test_an_interrupted_calibration_goes_on_with_its_milliseconds_and_another_on
     monkeypatch.setattr(sampler_episodes, "play_all", short)
     assert main([*words, "--rollouts", "24"]) == 2
     said = capsys.readouterr().err
-    assert "an interrupted calibration with rollouts = 12, not 24" in said
-    assert "To start over, add --fresh." in said
+    assert "with rollouts = 12, not 24. Discard it with --fresh." in said
     monkeypatch.setattr(calibrate_sampler, "measure_latency", lambda *_: pytest.fail("the candidates were measured before"))
     assert main([*words, "--rollouts", "12"]) == 0
     monkeypatch.undo()

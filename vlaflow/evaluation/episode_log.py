@@ -115,6 +115,7 @@ class EpisodeLog(Generic[E]):
         name: of the file.
         what: what one entry is, for errors.
         fresh: discard an existing log instead of continuing it.
+        cure: what to do about a log that was begun with other settings.
 
     Attributes:
         kept: what remains after a failure, and what to do, as the end of a sentence.
@@ -137,8 +138,10 @@ class EpisodeLog(Generic[E]):
         name: str = FILE,
         what: str = "episode",
         fresh: bool = False,
+        cure: str = "Choose another --out, or discard it with --fresh.",
     ) -> None:
         self.file, self.kept, self._what, self._began = folder / name, KEPT.format(what, name), what, time.monotonic()
+        self._cure = cure
         self.finished: dict[int, E] = {}
         self.seconds = 0.0
         require_writable(self.file)
@@ -243,7 +246,7 @@ class EpisodeLog(Generic[E]):
             if found.settings.get(name) != value:
                 raise ConfigError(
                     f"{self.file} belongs to an unfinished evaluation with {name} = {_short(found.settings.get(name))}, not "
-                    f"{_short(value)}. Choose another --out, or discard it with --fresh."
+                    f"{_short(value)}. {self._cure}"
                 )
         self.finished.update(found.finished)
         self.seconds = found.seconds

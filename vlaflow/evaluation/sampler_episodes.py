@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vlaflow.compute.base import ComputePolicy
 from vlaflow.compute.sampler_choice import Candidate, choose
-from vlaflow.config import JSON, from_json, to_json
-from vlaflow.errors import ConfigError, DataError
+from vlaflow.config import JSON
 from vlaflow.evaluation.episode_log import EpisodeLog
 from vlaflow.evaluation.halving import halve
 from vlaflow.evaluation.rollout import EpisodeJob, EpisodeResult, RolloutConfig, blocks, play_all
-from vlaflow.outputs import write_json
 from vlaflow.ranges import Share
-from vlaflow.strict import read_object, require_form
 
-OBSERVED = "observed.json"
-AGAIN = "To start over, add --fresh."
+OBSERVED = "observed.jsonl"
 FIRST_SEED = 500_000
 """Seeds of calibration episodes start here: evaluations start at 1000, recordings use 10 000 + 1 000 000·k + …"""
 
@@ -40,12 +34,6 @@ class Observed:
 
     candidates: tuple[Candidate, ...]
     two_groups: Share
-
-
-@dataclass(frozen=True)
-class _KeptFrames:
-    settings: dict[str, Any]
-    observed: dict[str, Any]
 
 
 @dataclass
@@ -71,6 +59,7 @@ class Simulation:
     settings: dict[str, JSON]
     failed: dict[int, dict[tuple[str, int], bool]] = field(default_factory=dict)
     _logs: list[EpisodeLog[EpisodeResult]] = field(default_factory=list)
+    _measured: EpisodeLog[Observed] | None = None
 
     def begin(self, observe: Callable[[], Observed], *, fresh: bool) -> Observed:
         """What held-out frames said when this calibration began: milliseconds vary, and rounds must be played as they began.
@@ -80,29 +69,19 @@ class Simulation:
             fresh: forget an interrupted calibration.
 
         Raises:
-            ConfigError: the folder contains an interrupted calibration with other settings.
-            DataError: its file is damaged.
+            ConfigError, DataError: see ``EpisodeLog``.
         """
-        file = self.folder / OBSERVED
         if fresh and self.folder.exists():
             for place in self.folder.glob("round-*"):
                 with EpisodeLog(place, EpisodeResult, {}, fresh=True) as log:  # refused while another calibration writes it
                     log.remove()
             shutil.rmtree(self.folder)
-        settings = json.loads(json.dumps(self.settings))
-        if not file.exists():
-            found = observe()
-            write_json(file, {"settings": settings, "observed": to_json(found)}, finite=True)
-            return found
-        kept = read_object(file, DataError, f"it is damaged. {AGAIN}", finite=True)
-        require_form(_KeptFrames, kept, str(file), DataError)
-        for name, value in settings.items():
-            if (before := kept["settings"].get(name)) != value:
-                raise ConfigError(
-                    f"{self.folder} contains an interrupted calibration with {name} = {json.dumps(before)}, not "
-                    f"{json.dumps(value)}. Repeat its command to continue it. {AGAIN}"
-                )
-        return from_json(Observed, kept["observed"], str(file))
+        cure = "Discard it with --fresh."
+        with EpisodeLog(self.folder, Observed, self.settings, name=OBSERVED, what="measurement", cure=cure) as log:
+            self._measured = log
+            if not log.finished:
+                log.add(0, observe())
+            return log.finished[0]
 
     def score(self, candidates: Sequence[Candidate], budget_ms: float | None, episodes: int) -> tuple[list[Candidate], int]:
         """The candidates with the share of failed episodes as their score, and the number of seeds used.
@@ -148,7 +127,8 @@ class Simulation:
         for log in self._logs:
             log.remove()
             log.file.parent.rmdir()
-        (self.folder / OBSERVED).unlink()
+        if self._measured is not None:
+            self._measured.remove()
         self.folder.rmdir()
 
     def _play(self, alive: Sequence[int], first: int, count: int) -> list[float]:
