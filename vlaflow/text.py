@@ -19,6 +19,11 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """Text as it is, or its beginning and "..." if it is longer than ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def printable(text: str) -> str:
     """Text as it is, with control characters other than line breaks spelled out, so that none reaches the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -21,6 +21,7 @@ from vlaflow.backbones.pretrained_processor import FOLDER
 from vlaflow.backbones.sentences import SentenceEncoder
 from vlaflow.data.batch import ObservationBatch
 from vlaflow.errors import SpecError
+from vlaflow.text import shortened
 
 PAD, END = 256, 256
 """The id after those of the 256 bytes: it pads an instruction, and ends an answer."""
@@ -120,10 +121,9 @@ class TinyProcessor(Processor):
         sentences = [sentence.encode() for sentence in instructions]
         for raw in sentences:
             if len(raw) > self.text_bytes:
-                text = raw.decode()
-                shown = text if len(text) <= 80 else f"{text[:77]}..."
                 raise SpecError(
-                    f"The instruction '{shown}' has {len(raw)} bytes, the policy reads at most {self.text_bytes}. Shorten it."
+                    f"The instruction '{shortened(raw.decode())}' has {len(raw)} bytes, the policy reads at most "
+                    f"{self.text_bytes}. Shorten it."
                 )
         written = max(len(raw) for raw in sentences)
         length = next((length for length in self.lengths if written <= length), self._whole(written))

@@ -24,6 +24,7 @@ from vlaflow.outputs import append, claim, require_writable, storing
 from vlaflow.progress import progress
 from vlaflow.ranges import NotNegative, Number
 from vlaflow.strict import parse, require_form
+from vlaflow.text import shortened
 
 FILE = "episodes.jsonl"
 FORMAT = "vlaflow episodes 1"
@@ -261,5 +262,4 @@ def _line(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(json.dumps(value))

@@ -16,6 +16,7 @@ from typing import Any
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation.episode_log import Kept, read_log
 from vlaflow.evaluation.rollout import EpisodeResult
+from vlaflow.text import shortened
 
 MACHINE = "machine"
 """The setting in which shards may differ."""
@@ -174,5 +175,4 @@ def require_same(one: Mapping[str, Any], other: Mapping[str, Any], where: str, e
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(str(value))

@@ -19,6 +19,7 @@ from vlaflow.errors import ConfigError, SpecError
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.policies.recipe import TrainConfig
 from vlaflow.spec import ActionSpec
+from vlaflow.text import shortened
 
 
 def open_actions(root: Path | str, reading: Reading | None = None) -> Dataset:
@@ -122,7 +123,7 @@ def require_readable(policy: PolicyConfig, dataset: Dataset) -> None:
     longest = int(np.argmax(size_T))
     if size_T[longest] > limit.size:
         task, needed = dataset.tasks[number_T[longest]], -(-size_T[longest] // 32) * 32
-        shown = task if len(task) <= 80 else f"{task[:77]}..."
+        shown = shortened(task)
         raise SpecError(
             f"The instruction '{shown}' of episode {columns.episode[row_T[longest]]} of {dataset.root} has {size_T[longest]} "
             f"bytes, and the policy reads at most {limit.size}. For a new policy: --set policy.backbone.{limit.key}={needed}"
