@@ -71,12 +71,18 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
 
 
-def machine() -> str:
-    """Processor, number of usable cores and operating system, in words."""
+def processor() -> str:
+    """Processor and operating system in words: what the last bits of a result can depend on."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = (line for line in cpuinfo.read_text(errors="replace").splitlines() if line.startswith("model name"))
         name = next(lines, f":{name}").partition(":")[2].strip()
+    return f"{name}, {platform.system()}"
+
+
+def machine() -> str:
+    """Processor, number of usable cores and operating system, in words."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} core{'s' if cores > 1 else ''}, {platform.system()}"
+    name, _, system = processor().rpartition(", ")
+    return f"{name}, {cores} core{'s' if cores > 1 else ''}, {system}"

@@ -70,6 +70,15 @@ def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, who
     assert not (tmp_path / FILE).exists(), "the results hold everything; the next evaluation here begins from nothing"
 
 
+def test_an_evaluation_continues_on_another_number_of_cores(checkpoint, whole, tmp_path, monkeypatch):
+    """Every process computes with one thread, so the number of cores decides nothing about an episode."""
+    with monkeypatch.context() as patch:
+        patch.setattr("vlaflow.versions.os.sched_getaffinity", lambda process: set(range(77)))
+        interrupted(checkpoint, tmp_path, patch, 2)
+    run(checkpoint, CONFIG, tmp_path)
+    assert untimed(tmp_path) == whole
+
+
 def test_the_function_of_the_package_measures_what_its_arguments_say(checkpoint, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(module, "run", lambda *given, **settings: asked.append((*given, settings)))

@@ -47,7 +47,7 @@ from vlaflow.policies.provenance import fingerprint
 from vlaflow.policies.seeds import FIRST_SEED, chunk_generator
 from vlaflow.progress import progress
 from vlaflow.simulators.base import Render, expand_env_names, rendering_versions, step_limit
-from vlaflow.versions import command_line, machine, versions
+from vlaflow.versions import command_line, machine, processor, versions
 
 VIDEOS = "videos"
 RESULTS = "results.json"
@@ -335,7 +335,7 @@ class _Work:
             out: folder.
             played: all episodes.
             minutes: spent so far.
-            machines: on which they were played; by default this one.
+            machines: processors that they were played on; by default this one's.
             commands: that played them, if not this one.
         """
         config, rollout = self.config, self.config.rollout
@@ -357,7 +357,7 @@ class _Work:
         )
         right = [e for e in episodes if e.compute == self.computes[0].name]
         swap, envs, here = self.swap, expand_env_names(config.envs), machine()
-        elsewhere = any(name != here for name in machines)
+        elsewhere = any(name != processor() for name in machines)
         found = Results(
             evaluations=evaluations,
             minutes=Minutes(evaluate=minutes()).summed(),
@@ -444,5 +444,5 @@ def _settings(
         "rollout": to_json(replace(rollout, device=rollout.device.partition(":")[0])),  # any GPU of several
         "language": [config.language_episodes, config.language_max_steps],
         "versions": versions() | rendering_versions(config.envs, rollout.render),
-        "machine": machine(),
+        "machine": processor(),  # any number of its cores
     }
