@@ -134,7 +134,7 @@ class Stage:
     def run(self, words):
         if words[0] == self.unfinished:
             return 130
-        self.ran.append(words[0])
+        self.ran.append(words[0] + (" --fresh" if "--fresh" in words else ""))
         out = words[words.index("--out") + 1]
         if words[0] == "train":
             make_policy(rater=False).save_pretrained(out)
@@ -183,6 +183,20 @@ def test_from_a_claim_to_its_row_and_page(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["reproduce", "--list", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("held") == 1
+
+
+def test_fresh_starts_the_interrupted_step_over_and_keeps_the_finished_ones(tmp_path, monkeypatch):
+    """What another version of a package began cannot be continued; the trainings before it can still be used."""
+    stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
+    words = ["reproduce", "C2", "--out", str(tmp_path), "--training-seeds", "2", "--episodes", "6"]
+    stage.unfinished = "eval"
+    assert main(words) == 130
+    stage.unfinished = None
+    assert main([*words, "--fresh"]) == 0
+    assert stage.ran == ["record", "train", "train", "eval --fresh", "eval"]
+    assert not any("--fresh" in text for text in read(tmp_path / "C2.json").commands)
+    assert main([*words, "--fresh"]) == 0
+    assert len(stage.ran) == 5
 
 
 def test_claims_share_recordings_and_trainings(tmp_path, monkeypatch):

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vlaflow.claims.row import Row
 
 STEPS = "steps.json"
+CONTINUED = ("train", "eval", "eval-vqa")
+"""Commands that continue what was interrupted, unless they are told to start over."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Reproduce:
         noise_seeds: episodes per environment seed, with other noise of the policy each.
         workers: processes for recording and evaluation; one per core is best.
         quick: a few steps on one task, to check that everything works; says nothing about the claim.
+        fresh: start the step that was interrupted over instead of continuing it; finished steps are kept.
     """
 
     claims: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -65,6 +68,7 @@ class Reproduce:
     noise_seeds: Count = 1
     workers: Number = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main(argv: list[str]) -> int:
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> int:
     from vlaflow.claims.plan import Places, Size
 
     size = Size(arguments.training_seeds, arguments.demonstrations, arguments.episodes, arguments.noise_seeds, arguments.quick)
-    steps, places = Steps(out, arguments.workers), Places(out, size)
+    steps, places = Steps(out, arguments.workers, fresh=arguments.fresh), Places(out, size)
     for name in CLAIMS if "all" in arguments.claims else dict.fromkeys(arguments.claims):
         status = _reproduce(CLAIMS[name], steps, places)
         if status is not None:
@@ -103,15 +107,16 @@ class Steps:
     Args:
         out: the folder.
         workers: processes of the commands that take a number of them.
+        fresh: the first step that is not finished starts over, if its command can.
 
     Raises:
         DataError: the record is damaged.
         ConfigError: the folder cannot be created, or holds something else.
     """
 
-    def __init__(self, out: Path, workers: int) -> None:
+    def __init__(self, out: Path, workers: int, *, fresh: bool = False) -> None:
         require_makeable(out)
-        self._file, self._workers = out / STEPS, workers
+        self._file, self._workers, self._fresh = out / STEPS, workers, fresh
         self.seconds: dict[str, float] = {}
         if self._file.exists():
             found = read_object(self._file, DataError, "it is damaged. Delete it, or choose another --out.")
@@ -129,8 +134,10 @@ class Steps:
         sys.stdout.flush()
         if before:
             return None
+        over = ["--fresh"] if self._fresh and words[0] in CONTINUED else []
+        self._fresh = False
         began = time.monotonic()
-        status = _run(self._whole(words))
+        status = _run([*self._whole(words), *over])
         if status is None:
             self.seconds[name] = time.monotonic() - began
             self._save()
