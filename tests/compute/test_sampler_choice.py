@@ -126,12 +126,12 @@ def test_auto_stands_alone(checkpoint):
     ("first", "count", "free"), [(1000, 50, True), (500_040, 5, True), (499_990, 10, True), (500_039, 1, False)]
 )
 def test_a_choice_is_never_reported_on_its_own_episodes(first, count, free):
-    MADE.require_unseen(["metaworld/peg-insert-side-v3"], 500_000, 40)
+    MADE.episodes.require_unseen(["metaworld/peg-insert-side-v3"], 500_000, 40)
     if free:
-        MADE.require_unseen(MADE.envs, first, count)
+        MADE.episodes.require_unseen(MADE.envs, first, count)
     else:
         with pytest.raises(ConfigError, match=r"Evaluate other seeds: --seed 500040"):
-            MADE.require_unseen(MADE.envs, first, count)
+            MADE.episodes.require_unseen(MADE.envs, first, count)
 
 
 def test_a_budget_chooses_among_the_calibrated_samplers(checkpoint, monkeypatch):

@@ -11,6 +11,7 @@ from tests import helpers
 from tests.serving.live import serving
 from vlaflow.cli.main import main as command
 from vlaflow.compute.dense import Dense
+from vlaflow.compute.sampler_choice import CalibrationEpisodes
 from vlaflow.config import to_json
 from vlaflow.errors import ConfigError, RequestError, SpecError
 from vlaflow.evaluation import realtime
@@ -192,6 +193,7 @@ def test_cells_and_pairs_count_what_happened():
         ({}, {"n_action_steps": 12}, ConfigError, "at most 11"),
         ({}, {"n_action_steps": 0}, ConfigError, "at least 1"),
         ({}, {"max_steps": 501}, ConfigError, r"1\.\.500"),
+        ({"calibrated_on": to_json(CalibrationEpisodes((ENV,), 990, 12))}, {}, ConfigError, "chosen on seeds 990 to 1001"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, error, sentence):
@@ -199,6 +201,17 @@ def test_what_does_not_fit_is_refused_before_the_first_episode(change, config, e
     metadata = {key: value for key, value in {**METADATA, **change}.items() if value is not None}
     with pytest.raises(error, match=sentence):
         realtime.require_fit(metadata, "ws://here", jobs, realtime.RealtimeEvaluationConfig(**config))
+
+
+def test_a_sampler_that_was_chosen_on_other_episodes_can_be_measured():
+    jobs = realtime.plan((ENV,), ("commit",), (0.0,), 3)
+    for calibrated in (
+        None,
+        to_json(CalibrationEpisodes((ENV,), 1003, 9)),
+        to_json(CalibrationEpisodes(("metaworld/x",), 0, 9999)),
+    ):
+        metadata = {**METADATA, "calibrated_on": calibrated}
+        realtime.require_fit(metadata, "ws://here", jobs, realtime.RealtimeEvaluationConfig())
 
 
 def test_two_tasks_are_compared_apart_and_together():

@@ -17,13 +17,17 @@ import torch
 from websockets.sync.client import connect
 
 from tests import helpers
+from tests.compute.test_sampler_choice import MADE
 from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving, until
+from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.refine import Refine
+from vlaflow.compute.sampler_choice import FILE
 from vlaflow.config import to_json
 from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
 from vlaflow.flows.sampling import Sampling
+from vlaflow.policies.provenance import fingerprint
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving import observation_keys
@@ -430,7 +434,10 @@ def test_a_compute_policy_that_the_checkpoint_cannot_run_is_refused_at_once():
 
 def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     POLICY.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", "--steps", "3", "--log-format", "json"]
+    calibration = replace(MADE, checkpoint=fingerprint(tmp_path))
+    calibration.save(tmp_path / FOLDER / FILE)
+    options = ["--compute", "dense", "--steps", "3", "--log-format", "json"]
+    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", *options]
     command += ["--threads", f"{torch.get_num_threads()}"]  # the bits of a product depend on it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -441,6 +448,7 @@ def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
     note = json.loads(line)["note"]
     with Client(note[note.index("ws://") :]) as client:
         np.testing.assert_array_equal(client.infer(request(1, seed=7))["actions"], expected(1, 7))
+        assert client.metadata["calibrated_on"] == to_json(calibration.episodes)
     process.terminate()
     with process.stderr:
         rest = [json.loads(line) for line in process.stderr]

@@ -96,6 +96,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
+    from vlaflow.compute import sampler_choice
     from vlaflow.compute.auto import default_name
     from vlaflow.compute.parse import parse
     from vlaflow.compute.spelling import Checkpoint, Knobs
@@ -123,6 +124,7 @@ def main(argv: list[str]) -> int:
     policy = Policy.from_pretrained(folder, a.device, a.dtype, engine=engine)
     knobs = replace(knobs, engine=policy.model.engine)
     views = tuple(policy.views)
+    calibration = sampler_choice.load(home)
 
     @lru_cache(maxsize=64)  # choosing a policy reads files
     def within(milliseconds: float) -> ComputePolicy:
@@ -141,6 +143,7 @@ def main(argv: list[str]) -> int:
         dashboard=a.dashboard,
         checkpoint=origin(folder) or str(a.checkpoint),
         fingerprint=home.fingerprint,
+        calibrated_on=calibration.episodes if calibration else None,
     )
 
     gc.collect()

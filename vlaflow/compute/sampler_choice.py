@@ -6,7 +6,7 @@ among the same candidates. How they are measured is in ``evaluation.calibrate_sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -57,6 +57,34 @@ class Candidate:
     episodes: Number = 0
     successes: Number = 0
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationEpisodes:
+    """Episodes that a sampler was chosen on, so that its success cannot be measured on them.
+
+    Args:
+        envs: environments; none for a choice on held-out frames.
+        first_seed, seeds: their seeds are ``first_seed`` … ``first_seed + seeds - 1``.
+    """
+
+    envs: tuple[str, ...]
+    first_seed: Number
+    seeds: Number
+
+    def require_unseen(self, envs: Collection[str], first_seed: int, episodes: int) -> None:
+        """Refuse to report success rates on these episodes, under whatever name the sampler is run.
+
+        Raises:
+            ConfigError: naming seeds that are free.
+        """
+        shared = set(envs) & set(self.envs)
+        if shared and first_seed < self.first_seed + self.seeds and self.first_seed < first_seed + episodes:
+            raise ConfigError(
+                f"This checkpoint's sampler was chosen on seeds {self.first_seed} to {self.first_seed + self.seeds - 1} of "
+                f"{min(shared)}, so success cannot be measured on them. Evaluate other seeds: --seed "
+                f"{self.first_seed + self.seeds}."
+            )
 
 
 @dataclass(frozen=True)
@@ -112,19 +140,10 @@ class SamplerCalibration:
         now = (machine(), device_name(device), threads, dtype)
         return (self.machine, self.device, self.threads, self.dtype) == now
 
-    def require_unseen(self, envs: Sequence[str], first_seed: int, episodes: int) -> None:
-        """Refuse to report success rates on the episodes that the choice was made from, under whatever name it is run.
-
-        Raises:
-            ConfigError: naming seeds that are free.
-        """
-        shared = set(envs) & set(self.envs)
-        if shared and first_seed < self.first_seed + self.seeds and self.first_seed < first_seed + episodes:
-            raise ConfigError(
-                f"This checkpoint's sampler was chosen on seeds {self.first_seed} to {self.first_seed + self.seeds - 1} of "
-                f"{min(shared)}, so success cannot be measured on them. Evaluate other seeds: --seed "
-                f"{self.first_seed + self.seeds}."
-            )
+    @property
+    def episodes(self) -> CalibrationEpisodes:
+        """What the choice was made from, if not from held-out frames alone."""
+        return CalibrationEpisodes(self.envs, self.first_seed, self.seeds)
 
     def save(self, file: Path) -> None:
         """Write as JSON, whole or not at all."""

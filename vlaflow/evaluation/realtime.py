@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vlaflow.compute.sampler_choice import CalibrationEpisodes
 from vlaflow.config import from_json
 from vlaflow.errors import ConfigError, RequestError, SpecError, nearest
 from vlaflow.policies.seeds import FIRST_SEED, chunk_seed, seed_label
@@ -196,14 +197,19 @@ def require_fit(
 
     Raises:
         SpecError: actions or views of policy and environment differ.
-        ConfigError: for an impossible ``n_action_steps``, ``max_steps`` or mode.
+        ConfigError: for an impossible ``n_action_steps``, ``max_steps`` or mode, or seeds that the sampler was chosen on.
     """
     if missing := REQUIRED - metadata.keys():
         raise SpecError(
             f"The metadata of {server} lacks {', '.join(sorted(missing))}; only servers of vlaflow can be used: vlaflow serve "
             "CKPT --observation-keys metaworld."
         )
-    theirs = from_json(ActionSpec, dict(metadata["action_spec"]), f"the metadata of {server}")
+    where = f"the metadata of {server}"
+    if calibrated := metadata.get("calibrated_on"):
+        first, last = min(job.seed for job in jobs), max(job.seed for job in jobs)
+        episodes = from_json(CalibrationEpisodes, calibrated, where)
+        episodes.require_unseen({job.env for job in jobs}, first, last + 1 - first)
+    theirs = from_json(ActionSpec, dict(metadata["action_spec"]), where)
     for env in sorted({job.env for job in jobs}):
         spec = simulator_spec(parse_env_name(env)[0])
         theirs.require_match(spec.action, f"the policy at {server}", f"environment {env}")

@@ -386,7 +386,7 @@ def _prepare(checkpoint: Path | str, config: EvaluationConfig) -> _Work:
     home = Checkpoint(folder, fingerprint(folder))
     config = replace(config, computes=config.computes or (default_name(folder),))
     if calibration := sampler_choice.load(home):
-        calibration.require_unseen(envs, config.first_seed, config.episodes)
+        calibration.episodes.require_unseen(envs, config.first_seed, config.episodes)
     engine, knobs = for_budgets(config.rollout.engine, config.computes, config.knobs, home)
     config = replace(config, knobs=knobs, rollout=replace(config.rollout, engine=engine))
     computes = parse_all(config.computes, config.knobs, home)

@@ -27,6 +27,7 @@ from websockets.http11 import Request, Response
 
 from vlaflow import __version__
 from vlaflow.compute.base import ComputePolicy
+from vlaflow.compute.sampler_choice import CalibrationEpisodes
 from vlaflow.config import to_json
 from vlaflow.errors import BusyError, CapabilityError, ConfigError, VlaflowError
 from vlaflow.policies.action_prefix import longest_action_prefix
@@ -70,6 +71,7 @@ class ServerConfig:
         dashboard: whether to serve the operator's page.
         warm_up: number of chunks computed before the first client is accepted; 0 for none.
         checkpoint, fingerprint: checkpoint of the policy and its content hash, for the metadata.
+        calibrated_on: episodes that its sampler was chosen on, for the metadata: success is not measured on them.
     """
 
     observation_keys: ObservationKeys
@@ -88,6 +90,7 @@ class ServerConfig:
     warm_up: int = 3
     checkpoint: str = ""
     fingerprint: str = ""
+    calibrated_on: CalibrationEpisodes | None = None
 
     def __post_init__(self) -> None:
         if self.token is not None and not self.token.strip():
@@ -147,6 +150,7 @@ class PolicyServer:
             "guided": self.config.engine.guided,
             "checkpoint": self.config.checkpoint,
             "fingerprint": self.config.fingerprint,
+            "calibrated_on": to_json(self.config.calibrated_on),
             "dtype": policy.dtype,
             "engine": policy.model.engine,
             "action_spec": to_json(policy.action_spec),
