@@ -296,6 +296,21 @@ def test_a_mixture_is_continued_with_data_of_a_robot_that_it_knows(both, dataset
         trained(mixed_config(chunk_s=0.4, max_excluded=1.0), [f"narrow={dataset}:0.5", f"{wide}:0.5"], both)
 
 
+def test_chunks_of_a_policy_that_is_continued_keep_their_duration(both, wide, tmp_path):
+    """0.4 s are four actions of one robot and eight of the other; any other duration is said to have no effect."""
+    longer = Options({"steps": "1", "chunk_s": "0.8"}, "none")
+    with pytest.raises(
+        ConfigError, match=r"keep their 4 actions, 0\.4 s at 10 Hz\. Leave --chunk-seconds \(chunk_s=0\.8\) out"
+    ):
+        run.train("asyncvla.finetune", f"a={wide}", tmp_path / "out", policy=both, options=longer)
+    policy = Policy.of_all_robots(both)
+    rater = tiny_config(objective=RaterObjective(tiny_rater(policy.config)), steps=1, max_excluded=1.0, chunk_s=0.3)
+    with pytest.raises(ConfigError, match="keep their 4 actions"):
+        trained(rater, str(wide), tmp_path / "rated", base=Base.open(both))
+    same = Options({"steps": "1", "chunk_s": "0.4"}, "none")
+    run.train("asyncvla.finetune", f"a={wide}", tmp_path / "out", policy=both, options=same)
+
+
 def test_a_rater_is_trained_for_all_robots_and_serves_one(both, dataset, wide, tmp_path):
     """With the labels of each robot's own dimensions and steps."""
     policy = Policy.of_all_robots(both)

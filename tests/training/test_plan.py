@@ -1,5 +1,6 @@
 """What ``vlaflow plan`` says is what torch allocates, what the cost model counts, and what the recipes' docstrings claim."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ from benchmarks.cost_model.shapes import PolicyShape
 from benchmarks.cost_model.shapes_of import Grid, flow_decoder, qwen_backbone
 from tests import helpers
 from tests.training.flybot import sets
-from tests.training.small import tiny_config, write_dataset
+from tests.training.small import tiny_config, tiny_policy, write_dataset
 from vlaflow.backbones.qwen2_5_vl import qwen2_5_vl_3b
 from vlaflow.cli.main import main
 from vlaflow.cli.plan import answer, cache_command
+from vlaflow.config import to_json
 from vlaflow.data.lerobot import Dataset
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.nn.block import BlockConfig
@@ -235,6 +237,18 @@ def test_seconds_of_a_chunk_need_the_rate_of_a_data_set(estimated, tmp_path, cap
     main(["plan", "iflybot.demo", "--gpus", "1", "--dataset", str(dataset), "--chunk-seconds", "2"])
     (alone, _), _, (joint, _), (_, continued) = estimated
     assert {each.decoder.chunk_size for each in (alone.objective.policy, joint.objective.policy, continued)} == {20}
+
+
+def test_seconds_of_a_chunk_change_no_policy_that_is_continued(estimated, tmp_path, capsys):
+    dataset, checkpoint = write_dataset(tmp_path / "dataset"), tmp_path / "policy"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps(to_json(tiny_policy())))
+    given = ["plan", "asyncvla.finetune", "--gpus", "1", "--dataset", str(dataset), "--policy", str(checkpoint)]
+    assert main([*given, "--chunk-seconds", "2"]) == 2
+    assert "keep their 4 actions, and 2 s are 20. Leave --chunk-seconds (chunk_s) out" in capsys.readouterr().err
+    assert not estimated
+    main([*given, "--chunk-seconds", "0.4"])
+    assert len(estimated) == 1
 
 
 def test_epochs_are_of_the_episodes_that_are_learned_from(estimated, tmp_path, capsys):

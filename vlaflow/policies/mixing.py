@@ -71,9 +71,14 @@ def timed(policy: PolicyConfig, config: TrainConfig, datasets: Sequence[OpenedDa
     """The policy with chunks of the config's duration at the highest of the rates; as it is where none is stated."""
     if config.chunk_s is None:
         return policy
-    longest = max(steps_of(config.chunk_s, stated_spec(each.dataset).rate_hz) for each in datasets)
+    longest = longest_chunk(config.chunk_s, datasets)
     executed = max(1, round(policy.n_action_steps * longest / policy.decoder.chunk_size))
     return replace(policy, decoder=policy.decoder.with_chunk_size(longest), n_action_steps=min(executed, longest))
+
+
+def longest_chunk(seconds: float, datasets: Sequence[OpenedDataset]) -> int:
+    """Actions of a chunk of this duration at the highest of the data sets' rates."""
+    return max(steps_of(seconds, stated_spec(each.dataset).rate_hz) for each in datasets)
 
 
 def steps_of(seconds: float, rate_hz: float) -> int:
@@ -132,13 +137,15 @@ def require_used(config: TrainConfig, datasets: Sequence[OpenedDataset], robots:
             raise ConfigError(f"There is only one robot, so normalisation is set without a name: --set policy.{key}=...")
 
 
-def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
+def known_robots(base: Base, config: TrainConfig, datasets: Sequence[OpenedDataset]) -> Robots:
     """The robots of a policy that is continued, and which of them each data set is of.
 
     Raises:
         SpecError: a data set of a robot that the policy does not know.
+        ConfigError: the config states another duration than the policy's chunks have.
     """
     policy = base.policy
+    _require_same_duration(base, config)
     if not policy.robots:
         for each in datasets:
             theirs = f"data set {each.dataset.root}"
@@ -162,6 +169,18 @@ def known_robots(base: Base, datasets: Sequence[OpenedDataset]) -> Robots:
             )
         of.append(found[0])
     return Robots(dict(policy.robots), tuple(of))
+
+
+def _require_same_duration(base: Base, config: TrainConfig) -> None:
+    """Refuse a duration that chunks of a policy that is continued do not have; they keep theirs."""
+    specs = [robot.action_spec for robot in base.policy.robots.values()]
+    for spec in specs or [base.policy.action_spec]:
+        own = spec.chunk_size or base.policy.config.decoder.chunk_size
+        if config.chunk_s is not None and steps_of(config.chunk_s, spec.rate_hz) != own:
+            raise ConfigError(
+                f"The chunks of {base.path} keep their {own} actions, {own / spec.rate_hz:g} s at {spec.rate_hz:g} Hz. Leave "
+                f"--chunk-seconds (chunk_s={config.chunk_s:g}) out, or train a policy from scratch with it."
+            )
 
 
 def pooled(datasets: Sequence[Dataset], config: TrainConfig) -> dict[str, FeatureStats]:

@@ -137,7 +137,7 @@ class PolicyObjective(Objective):
             policy, objective = objective._created(config, datasets, robots, assets.tokenizer)
             identity: dict[str, Any] = {}
         else:
-            robots = known_robots(assets.base, datasets)
+            robots = known_robots(assets.base, config, datasets)
             policy, objective = self._continued(config, assets.base, assets.latent), self
             identity = assets.base.identity()
         report_exclusions(config, datasets, robots, policy)
@@ -300,7 +300,7 @@ class RaterObjective(Objective):
             raise ConfigError("A rater is trained on a trained policy; name its checkpoint with --policy.")
         if self.labels == "relative" and self.rater.error_scale is not None:
             raise ConfigError("rater.error_scale belongs to absolute labels; add --set labels=absolute, or leave it out.")
-        robots = known_robots(base, datasets)
+        robots = known_robots(base, config, datasets)
         samples = samples_of(base.policy, config, datasets, robots, [None] * len(datasets))
         objective = self._scaled(base.policy, samples.train, config.seed)
         policy = base.policy.with_rater(objective.rater, config.seed)

@@ -14,6 +14,7 @@ from vlaflow.errors import ConfigError
 from vlaflow.io import read_json
 from vlaflow.policies.base import PolicyConfig
 from vlaflow.policies.checkpoint import local_folder
+from vlaflow.policies.mixing import longest_chunk
 from vlaflow.policies.objectives import PolicyObjective
 from vlaflow.policies.recipe import DataSpec, TrainConfig
 from vlaflow.training.estimate import TrainingData
@@ -104,14 +105,23 @@ def configured(
     config = override(stage.config(data.spec, policy), dict(changes))
     if chunk_seconds is not None:
         config = replace(config, chunk_s=chunk_seconds)
-    if config.chunk_s is None or policy is not None:
+    if config.chunk_s is None:
         return config
     if not given:
         raise ConfigError(
             "How many actions a chunk of so many seconds has follows from the rate of a data set; name one with --dataset, or "
             "leave --chunk-seconds (chunk_s) out."
         )
-    return replace(config, objective=config.objective.timed(config, opened(config.objective, given)))
+    datasets = opened(config.objective, given)
+    if policy is None:
+        return replace(config, objective=config.objective.timed(config, datasets))
+    longest, own = longest_chunk(config.chunk_s, datasets), policy.decoder.chunk_size
+    if longest != own:
+        raise ConfigError(
+            f"The chunks of a policy that is continued keep their {own} actions, and {config.chunk_s:g} s are {longest}. Leave "
+            "--chunk-seconds (chunk_s) out."
+        )
+    return config
 
 
 def learned_of(data: TrainingData, given: Sequence[DatasetEntry], config: TrainConfig) -> TrainingData:
