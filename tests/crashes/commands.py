@@ -99,7 +99,7 @@ def _without_compiler():
 def _short_demo():
     """Steps that are over at once; its results are those of the stock."""
     from vlaflow.cli import demo
-    from vlaflow.evaluation.run import RESULTS
+    from vlaflow.evaluation.prepared import RESULTS
     from vlaflow.outputs import write_text
 
     def results(settings, protocol, checkpoint, out, workers):

@@ -13,9 +13,11 @@ from vlaflow.compute.spelling import Knobs
 from vlaflow.data.stats import FeatureStats
 from vlaflow.decoders.flow import FlowConfig
 from vlaflow.decoders.rater import RaterConfig
-from vlaflow.evaluation import run as evaluation
+from vlaflow.evaluation import prepared
+from vlaflow.evaluation.config import EvaluationConfig
+from vlaflow.evaluation.prepared import RESULTS
 from vlaflow.evaluation.rollout import RolloutConfig
-from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
+from vlaflow.evaluation.run import run
 from vlaflow.nn.block import BlockConfig
 from vlaflow.policies.base import Policy, PolicyConfig
 from vlaflow.simulators import workers
@@ -67,9 +69,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def few_timed(monkeypatch):
     """Evaluations time two chunks of every compute policy instead of sixty."""
-    measure = evaluation.measure
+    measure = prepared.measure
     monkeypatch.setattr(
-        evaluation,
+        prepared,
         "measure",
         lambda policy, computes, seen, chunks, **settings: measure(policy, computes, seen, min(chunks, 2), **settings),
     )

@@ -17,10 +17,13 @@ from tests.evaluation.conftest import CONFIG, ENV, untimed
 from vlaflow.cli.main import main
 from vlaflow.compute.spelling import Knobs
 from vlaflow.errors import ConfigError, DataError
+from vlaflow.evaluation import prepared
 from vlaflow.evaluation import run as module
+from vlaflow.evaluation.config import EvaluationConfig
 from vlaflow.evaluation.episode_log import FILE, EpisodeLog
+from vlaflow.evaluation.prepared import RESULTS
 from vlaflow.evaluation.rollout import RolloutConfig
-from vlaflow.evaluation.run import RESULTS, EvaluationConfig, run
+from vlaflow.evaluation.run import run
 from vlaflow.policies.recipe import Base
 
 
@@ -57,13 +60,13 @@ def test_an_interrupted_evaluation_continues_to_the_same_results(checkpoint, who
     interrupted(checkpoint, tmp_path, monkeypatch, finished)
     assert len(lines(tmp_path)) == 1 + finished
     assert not (tmp_path / RESULTS).exists()
-    played, play_all = [], module.play_all
+    played, play_all = [], prepared.play_all
 
     def counted(folder, jobs, *given, **settings):
         played.extend(jobs)
         return play_all(folder, jobs, *given, **settings)
 
-    monkeypatch.setattr(module, "play_all", counted)
+    monkeypatch.setattr(prepared, "play_all", counted)
     run(checkpoint, CONFIG, tmp_path)
     assert len(played) == left
     assert untimed(tmp_path) == whole
@@ -161,7 +164,7 @@ def test_other_settings_are_refused_in_a_sentence_and_their_episodes_kept(checkp
 def test_a_checkpoint_of_the_hub_is_recorded_with_its_commit(checkpoint, tmp_path):
     commit = "0123456789" * 4
     folder = shutil.copytree(checkpoint, tmp_path / f"models--user--a--policy/snapshots/{commit}")
-    assert module._prepare(folder, CONFIG).checkpoint == f"hf://user/a--policy@{commit}"
+    assert prepared.prepare(folder, CONFIG).checkpoint == f"hf://user/a--policy@{commit}"
     assert Base.open(folder).identity()["policy_source"] == f"hf://user/a--policy@{commit}"
     assert "policy_source" not in Base.open(checkpoint).identity()
 
@@ -175,7 +178,7 @@ def test_fresh_discards_an_unfinished_evaluation(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize("place", ["taken/out", "taken", "folder/results.json", "folder/videos"])
 def test_an_unusable_out_is_one_sentence_before_any_episode(checkpoint, tmp_path, monkeypatch, capsys, place):
     (tmp_path / "taken").write_text("a file")
-    monkeypatch.setattr(module, "play_all", lambda *given, **settings: pytest.fail("an episode was played"))
+    monkeypatch.setattr(prepared, "play_all", lambda *given, **settings: pytest.fail("an episode was played"))
     out = tmp_path / place
     if place == "folder/results.json":
         out.mkdir(parents=True)

@@ -10,8 +10,9 @@ from vlaflow.cli.main import main
 from vlaflow.errors import ConfigError, DataError
 from vlaflow.evaluation import results
 from vlaflow.evaluation.episode_log import EpisodeLog
+from vlaflow.evaluation.prepared import RESULTS
 from vlaflow.evaluation.rollout import EpisodeResult
-from vlaflow.evaluation.run import RESULTS, merge, play_shard
+from vlaflow.evaluation.run import merge, play_shard
 from vlaflow.evaluation.shards import Shard, read_shards
 
 BLOCKS = [[0, 2], [1, 3], [4]]

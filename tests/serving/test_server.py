@@ -1,9 +1,6 @@
 """A server in this process, driven over real sockets: openpi's protocol, strict, and nobody sees anybody else's state."""
 
-import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -17,17 +14,13 @@ import torch
 from websockets.sync.client import connect
 
 from tests import helpers
-from tests.compute.test_sampler_choice import MADE
 from tests.serving.live import PLACE, POLICY, Slow, expected, request, serving, until
-from vlaflow.compute.calibration import FOLDER
 from vlaflow.compute.dense import Dense
 from vlaflow.compute.doubts import BelowThreshold
 from vlaflow.compute.refine import Refine
-from vlaflow.compute.sampler_choice import FILE
 from vlaflow.config import to_json
 from vlaflow.errors import CalibrationError, CapabilityError, ConfigError, RequestError
 from vlaflow.flows.sampling import Sampling
-from vlaflow.policies.provenance import fingerprint
 from vlaflow.robot import wire
 from vlaflow.robot.client import Client
 from vlaflow.serving import observation_keys
@@ -430,29 +423,3 @@ def test_layouts_read_what_openpis_clients_send():
 def test_a_compute_policy_that_the_checkpoint_cannot_run_is_refused_at_once():
     with pytest.raises(CapabilityError, match="needs a confidence rater"):
         PolicyServer(POLICY, Refine(), ServerConfig(**PLACE))
-
-
-def test_the_command_serves_a_checkpoint_until_it_is_ended(tmp_path):
-    POLICY.save_pretrained(tmp_path)
-    calibration = replace(MADE, checkpoint=fingerprint(tmp_path))
-    calibration.save(tmp_path / FOLDER / FILE)
-    options = ["--compute", "dense", "--steps", "3", "--log-format", "json"]
-    command = [sys.executable, "-m", "vlaflow", "serve", str(tmp_path), "--port", "0", *options]
-    command += ["--threads", f"{torch.get_num_threads()}"]  # the bits of a product depend on it
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    line = ""
-    while "ws://" not in line:
-        line = process.stderr.readline()
-        assert line, "the server ended before it served"
-    note = json.loads(line)["note"]
-    with Client(note[note.index("ws://") :]) as client:
-        np.testing.assert_array_equal(client.infer(request(1, seed=7))["actions"], expected(1, 7))
-        assert client.metadata["calibrated_on"] == to_json(calibration.episodes)
-    process.terminate()
-    with process.stderr:
-        rest = [json.loads(line) for line in process.stderr]
-    assert process.wait(10) == 0
-    assert "answered" in [line["event"] for line in rest]
-    assert rest[-1]["event"] in ("stopping", "left")
-    assert not any("traceback" in line for line in rest)

@@ -13,8 +13,8 @@ from vlaflow.claims.verdict import ArmRow, Finding, Measured, Verdict, arm_row, 
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import DEFAULTS, Checkpoint
 from vlaflow.evaluation import results, vqa
+from vlaflow.evaluation.prepared import RESULTS
 from vlaflow.evaluation.results import Evaluation, read_as
-from vlaflow.evaluation.run import RESULTS
 from vlaflow.outputs import write_json
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.versions import command_line, machine, versions

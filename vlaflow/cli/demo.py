@@ -315,8 +315,9 @@ def _calibrate(settings: Settings, checkpoint: Path, dataset: Path) -> None:
 
 def _evaluate(settings: Settings, protocol: Protocol, checkpoint: Path, out: Path, workers: int) -> None:
     from vlaflow.compute.spelling import Knobs
+    from vlaflow.evaluation.config import EvaluationConfig
     from vlaflow.evaluation.rollout import RolloutConfig
-    from vlaflow.evaluation.run import EvaluationConfig, run
+    from vlaflow.evaluation.run import run
     from vlaflow.reports.evaluation import write_report
 
     config = EvaluationConfig(
@@ -339,7 +340,7 @@ def _report(out: Path, log: DemoLog, plan: Plan, settings: Settings, commands: t
 
     from vlaflow.cli.eval import table
     from vlaflow.evaluation import results
-    from vlaflow.evaluation.run import RESULTS
+    from vlaflow.evaluation.prepared import RESULTS
     from vlaflow.reports.evaluation import write_report
     from vlaflow.training.metrics_log import read_log
     from vlaflow.versions import command_line

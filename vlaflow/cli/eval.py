@@ -15,8 +15,8 @@ from vlaflow.ranges import Count, NotNegative, Number, Seed
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from vlaflow.evaluation.config import EvaluationConfig
     from vlaflow.evaluation.results import PairedTest, Results
-    from vlaflow.evaluation.run import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from vlaflow.compute.spelling import Knobs
+    from vlaflow.evaluation.config import EvaluationConfig
     from vlaflow.evaluation.rollout import RolloutConfig
-    from vlaflow.evaluation.run import EvaluationConfig, play_shard, run
+    from vlaflow.evaluation.run import play_shard, run
     from vlaflow.evaluation.shards import Shard
     from vlaflow.policies.robots import robot_folder
     from vlaflow.reports.evaluation import write_report

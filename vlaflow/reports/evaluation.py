@@ -14,8 +14,8 @@ from typing import Any
 from vlaflow.evaluation.groups import GroupMean, GroupRate
 from vlaflow.evaluation.language import KINDS
 from vlaflow.evaluation.latency import PARTS
+from vlaflow.evaluation.prepared import RESULTS, VIDEOS
 from vlaflow.evaluation.results import Evaluation, Minutes, Overall, PairedTest, Results, Within, read
-from vlaflow.evaluation.run import RESULTS, VIDEOS
 from vlaflow.evaluation.videos import EpisodeVideo, read_videos
 from vlaflow.reports import evaluation_plots as plots
 from vlaflow.reports import page, revision_plots
