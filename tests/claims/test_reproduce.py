@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.evaluation.conftest import make_policy
+from vlaflow.claims.benchmark import BENCHMARKS, METAWORLD
 from vlaflow.claims.catalogue import CLAIMS
 from vlaflow.claims.plan import Places, Size, commands
 from vlaflow.claims.row import read
@@ -42,7 +43,7 @@ def test_the_page_of_the_documentation_lists_them():
     for claim in CLAIMS.values():
         assert claim.statement.removesuffix(".") in rows[claim.name]
         assert claim.published in rows[claim.name]
-        assert f"| {claim.hours:.1f} |" in rows[claim.name]
+        assert f"| {METAWORLD.hours_of(claim):.1f} |" in rows[claim.name]
 
 
 def test_claims_that_share_a_training_agree_on_it():
@@ -74,11 +75,14 @@ def test_exits_of_the_arms_are_calibrated_first():
                 assert claim.trainings[arm.training].sampler
 
 
-@pytest.mark.parametrize("name", CLAIMS)
-def test_settings_of_the_trainings_are_values_of_their_recipes(name):
+TESTS = [(name, one) for one in ("metaworld", "libero/goal") for name in CLAIMS if not BENCHMARKS[one].lacks(CLAIMS[name])]
+
+
+@pytest.mark.parametrize(("name", "benchmark"), TESTS)
+def test_settings_of_the_trainings_are_values_of_their_recipes(name, benchmark):
     made = {}
     for known in CLAIMS[name].order():
-        training = CLAIMS[name].trainings[known]
+        training = BENCHMARKS[benchmark].training(CLAIMS[name].trainings[known])
         recipe = find_recipe(training.recipe)
         assert recipe.continues == (training.after is not None)
         before = made[training.after] if training.after else None
@@ -100,6 +104,47 @@ def test_trainings_come_after_those_they_continue_and_before_their_evaluation(tm
             if "--out" in given:
                 made.append(given["--out"])
         assert len(made) == len(set(made))
+
+
+def test_on_libero_a_training_takes_its_recipe_there_and_the_same_share_of_its_steps(tmp_path):
+    places = Places(tmp_path, Size(training_seeds=1, episodes=10), BENCHMARKS["libero/goal"])
+    record, *others = commands(CLAIMS["C3"], places)
+    assert record[:3] == ["record", "--env", "libero/goal/0"]
+    assert record[record.index("--noise-memory") + 1] == "0"
+    trained = [(words[1], dict(pairwise(words))["--steps"]) for words in others if words[0] == "train"]
+    assert trained == [("asyncvla.libero_small", steps) for steps in ("4000", "4000", "1500", "1500")]
+    assert all(f"{tmp_path}/libero-goal/" in word for words in others for word in words if str(tmp_path) in word)
+    steps = find_recipe("asyncvla.libero_small").config(DataSpec(8, 7, ("image", "wrist_image"))).steps
+    assert steps == 4000, "the full training is the recipe's own"
+
+
+def test_claims_without_recipes_or_questions_on_a_benchmark_are_refused_and_not_listed(tmp_path, monkeypatch, capsys):
+    stage = Stage(monkeypatch, {})
+    given = ["--benchmark", "libero/goal", "--out", str(tmp_path)]
+    assert main(["reproduce", "C2", "C9", *given]) == 2
+    said = capsys.readouterr().err
+    assert "C9 trains baselines.masked_diffusion, which has no counterpart for libero/goal. Leave --benchmark out" in said
+    assert not stage.ran
+    assert main(["reproduce", "--list", *given]) == 0
+    listed = re.findall(r"^ *(C\d+) ", capsys.readouterr().out, re.MULTILINE)
+    assert listed == ["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C13"]
+    with pytest.raises(ConfigError, match="C14 asks questions about scenes, of which libero/goal has none"):
+        replace(BENCHMARKS["libero/goal"], recipes={}).require(CLAIMS["C14"])
+
+
+def test_benchmarks_lie_side_by_side(tmp_path, monkeypatch, capsys):
+    stage = Stage(monkeypatch, {"dense:2": 9, "refine-random:2": 1})
+    words = ["reproduce", "C2", "--out", str(tmp_path), "--training-seeds", "1"]
+    assert main([*words, "--episodes", "12"]) == 0
+    assert main([*words, "--benchmark", "libero/goal"]) == 0
+    assert stage.ran == ["record", "train", "eval"] * 2
+    elsewhere = Places(tmp_path, benchmark=BENCHMARKS["libero/goal"])
+    assert [read(C2, places).benchmark for places in (Places(tmp_path), elsewhere)] == ["metaworld", "libero/goal"]
+    assert [arm.n for arm in read(C2, elsewhere).arms] == [100, 100], "ten tasks with ten seeds"
+    elsewhere.row(C2).write_text(json.dumps({"format": "vlaflow claim 0"}))
+    capsys.readouterr()
+    assert main(["reproduce", "--list", "--out", str(tmp_path), "--benchmark", "libero/goal"]) == 2
+    assert f"vlaflow reproduce C2 --benchmark libero/goal --out {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_size_that_cannot_be_is_refused(capsys):
@@ -172,7 +217,7 @@ def test_from_a_claim_to_its_row_and_page(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "C2: held" in printed
     assert "synchronous: more successes than regenerated: +66.7 points" in printed
-    row = read(tmp_path / "C2.json")
+    row = read(C2, Places(tmp_path))
     assert row.verdict == "held"
     assert [(arm.arm, arm.successes, arm.n) for arm in row.arms] == [("synchronous", 60, 72), ("regenerated", 12, 72)]
     assert row.findings[0].per_seed == pytest.approx((2 / 3, 2 / 3))
@@ -194,7 +239,7 @@ def test_fresh_starts_the_interrupted_step_over_and_keeps_the_finished_ones(tmp_
     stage.unfinished = None
     assert main([*words, "--fresh"]) == 0
     assert stage.ran == ["record", "train", "train", "eval --fresh", "eval"]
-    assert not any("--fresh" in text for text in read(tmp_path / "C2.json").commands)
+    assert not any("--fresh" in text for text in read(C2, Places(tmp_path)).commands)
     assert main([*words, "--fresh"]) == 0
     assert len(stage.ran) == 5
 
@@ -223,9 +268,9 @@ def test_every_size_has_its_own_recordings_trainings_and_results(tmp_path, monke
     assert main([*words, "--demonstrations", "10"]) == 0
     assert stage.ran == ["record", "train", "eval"] * 2
     assert main([*words, "--demonstrations", "10", "--episodes", "8"]) == 0
-    assert [arm.n for arm in read(tmp_path / "C2.json").arms] == [24, 24]
+    assert [arm.n for arm in read(C2, Places(tmp_path)).arms] == [24, 24]
     assert main([*words, "--demonstrations", "10"]) == 0
-    assert [arm.n for arm in read(tmp_path / "C2.json").arms] == [18, 18]
+    assert [arm.n for arm in read(C2, Places(tmp_path)).arms] == [18, 18]
     assert stage.ran == ["record", "train", "eval"] * 2 + ["eval"], "the answers of six seeds are still there"
 
 

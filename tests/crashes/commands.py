@@ -118,7 +118,7 @@ def _short_claims():
     from vlaflow.reports import claims
 
     def nothing(claim, places, *, hours, commands):
-        return row.Row(claim.name, "not seen", (), (), (), places.size, hours, "", commands, "", {})
+        return row.Row(claim.name, "not seen", (), (), (), places.size, "", hours, "", commands, "", {})
 
     def page(claim, row, places):
         write_text(places.page(claim), "")

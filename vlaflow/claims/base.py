@@ -91,7 +91,6 @@ class Claim:
         trainings: checkpoints by name; trainings of equal names in different claims must be equal, because they are shared.
         arms: what is compared, by name; arms in no effect are rivals that the table shows.
         effects: what must hold.
-        envs: the tasks.
         remark: how the test differs from the paper's.
     """
 
@@ -102,7 +101,6 @@ class Claim:
     trainings: Mapping[str, Training]
     arms: Mapping[str, TrialArm]
     effects: tuple[Effect, ...]
-    envs: tuple[str, ...]
     remark: str = ""
 
     def __post_init__(self) -> None:
@@ -128,11 +126,6 @@ class Claim:
         for name in self.trainings:
             add(name)
         return tuple(found)
-
-    @property
-    def hours(self) -> float:
-        """Rough duration of one training seed on two processor cores: 6 minutes per training, 2 per arm and 3 to record."""
-        return 0.1 * len(self.trainings) + 0.033 * len(self.arms) + 0.05
 
     @property
     def asks(self) -> bool:

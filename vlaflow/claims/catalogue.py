@@ -1,4 +1,4 @@
-"""The fourteen claims, as tests at the size of a laptop: small networks from scratch, on Meta-World tasks with room to improve.
+"""The fourteen claims, as tests at the size of a laptop: small networks from scratch. ``benchmark`` has the tasks.
 
 Claims of one system share its training. Flows take two solver steps unless the claim is about another number, because ten
 steps of unit noise are a weak reference (docs/sampling.md); C1 refines what the calibrated sampler makes. The papers' figures
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from vlaflow.claims.base import Claim, Effect, Training, TrialArm
 
-TASKS = ("metaworld/window-open-v3", "metaworld/peg-insert-side-v3", "metaworld/pick-place-v3")
 STEPS = 1200
 TENTH = {"demonstrations": "0.1"}
 
@@ -119,7 +118,6 @@ CLAIMS = {
                 "as published": TrialArm("rated", "refine:10+dense:10"),
             },
             (Effect("rater", "random"), Effect("random", "synchronous"), Effect("rater", "synchronous")),
-            TASKS,
         ),
         Claim(
             "C2",
@@ -132,7 +130,6 @@ CLAIMS = {
                 "regenerated": TrialArm("synchronous", "refine-random:2", True),
             },
             (Effect("synchronous", "regenerated"),),
-            TASKS,
             "The paper regenerates by its rater; here random actions are regenerated, since a rater needs unified training.",
         ),
         Claim(
@@ -153,7 +150,6 @@ CLAIMS = {
                 "synchronous, a tenth": TrialArm("synchronous-tenth", "dense:2"),
             },
             (Effect("unified", "synchronous"), Effect("unified, a tenth", "synchronous, a tenth")),
-            TASKS,
         ),
         Claim(
             "C4",
@@ -168,7 +164,6 @@ CLAIMS = {
                 "synchronous": TrialArm("rated", "dense:2"),
             },
             (Effect("rater", "random", "cheaper"), Effect("rater", "mean of two draws", "cheaper")),
-            TASKS,
             "The paper's first round encodes the prefix again at every step, so its shares cannot be compared.",
         ),
         Claim(
@@ -179,7 +174,6 @@ CLAIMS = {
             {"exits": EXITS, "plain": PLAIN},
             {"with exits": TrialArm("exits", "dense:2"), "without exits": TrialArm("plain", "dense:2")},
             (Effect("with exits", "without exits", "no fewer"),),
-            TASKS,
         ),
         Claim(
             "C6",
@@ -197,7 +191,6 @@ CLAIMS = {
                 Effect("c = 0.4", "full depth", "cheaper", cost="layer passes"),
                 Effect("c = 0.1", "full depth", "cheaper", cost="layer passes"),
             ),
-            TASKS,
         ),
         Claim(
             "C7",
@@ -216,7 +209,6 @@ CLAIMS = {
                 Effect("dense, 10 steps", "exits, 10 steps", "cheaper"),
                 Effect("exits, truncated", "dense, 10 steps", "no fewer"),
             ),
-            TASKS,
         ),
         Claim(
             "C8",
@@ -231,7 +223,6 @@ CLAIMS = {
                 "warm (renoised)": TrialArm("exits", "exit:renoise"),
             },
             (Effect("warm (anchor)", "fresh noise"),),
-            TASKS,
             "Nothing is carried over between episodes; the paper's buffer is.",
         ),
         Claim(
@@ -260,7 +251,6 @@ CLAIMS = {
                 Effect("discrete flow, a tenth", "masked diffusion, a tenth"),
                 Effect("masked diffusion, a tenth", "autoregression, a tenth"),
             ),
-            TASKS,
         ),
         Claim(
             "C10",
@@ -277,7 +267,6 @@ CLAIMS = {
                 },
             },
             tuple(Effect("14 + 2", other) for other in ("16 + 0", "15 + 1", "12 + 4", "8 + 8")),
-            TASKS,
         ),
         Claim(
             "C11",
@@ -299,7 +288,6 @@ CLAIMS = {
                 "ordered bins": TrialArm("bins", "two-stage:14+2"),
             },
             (Effect("embeddings", "rate head"),),
-            TASKS,
             "Embeddings that are learned from scratch order no tokens; other arms have an ordered metric.",
         ),
         Claim(
@@ -321,7 +309,6 @@ CLAIMS = {
                 Effect("adaptive cache", "no cache", "cheaper"),
                 Effect("adaptive cache", "autoregression", "cheaper"),
             ),
-            TASKS,
             "The paper's prefix has more than a thousand tokens, this one a few dozen, so there is less to save.",
         ),
         Claim(
@@ -341,7 +328,6 @@ CLAIMS = {
                 "no FAST targets": TrialArm("without-fast", "dense:2"),
             },
             (Effect("both targets", "no latent targets"), Effect("both targets", "no FAST targets")),
-            TASKS,
             "After stage II, without stage III.",
         ),
         Claim(
@@ -362,7 +348,6 @@ CLAIMS = {
                 "mixed": TrialArm("mixed", None),
             },
             (Effect("truncated", "full gradients"), Effect("mixed", "truncated")),
-            TASKS,
             "Answers to held-out questions, by a network that was first trained on questions alone, and by one that was "
             "trained on questions and actions together (mixed).",
         ),

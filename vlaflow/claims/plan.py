@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlaflow.claims.base import Claim, Training, TrialArm
+from vlaflow.claims.benchmark import METAWORLD, Benchmark
 from vlaflow.errors import ConfigError
 
 CALIBRATION_FRAMES = 768
@@ -59,10 +60,32 @@ class Size:
 
 @dataclass(frozen=True)
 class Places:
-    """The folders and files of tests of one size."""
+    """The folders and files of tests of one size on one benchmark.
 
-    out: Path
+    Args:
+        root: folder of all benchmarks; Meta-World's tests lie in it, those of others in folders of their own.
+        size: see ``Size``.
+        benchmark: the tasks.
+    """
+
+    root: Path
     size: Size = field(default_factory=Size)
+    benchmark: Benchmark = METAWORLD
+
+    @property
+    def out(self) -> Path:
+        """The benchmark's folder."""
+        return self.root if self.benchmark == METAWORLD else self.root / self.benchmark.name.replace("/", "-")
+
+    def command(self, claim: Claim) -> str:
+        """The command that tests a claim here."""
+        elsewhere = "" if self.benchmark == METAWORLD else f" --benchmark {self.benchmark.name}"
+        return f"vlaflow reproduce {claim.name}{elsewhere} --out {self.root}"
+
+    @property
+    def envs(self) -> tuple[str, ...]:
+        """The tasks."""
+        return self.benchmark.envs[:1] if self.size.quick else self.benchmark.envs
 
     @property
     def dataset(self) -> Path:
@@ -96,23 +119,23 @@ class Places:
         return "quick" if self.size.quick else str(self.size.recorded)
 
 
-def envs(claim: Claim, size: Size) -> tuple[str, ...]:
-    """The tasks."""
-    return claim.envs[:1] if size.quick else claim.envs
-
-
 def commands(claim: Claim, places: Places) -> Iterator[list[str]]:
-    """The arguments of ``vlaflow`` for every step, in order, without the number of workers."""
-    size = places.size
-    tasks = [word for env in envs(claim, size) for word in ("--env", env)]
+    """The arguments of ``vlaflow`` for every step, in order, without the number of workers.
+
+    Raises:
+        ConfigError: the claim cannot be tested on the benchmark.
+    """
+    size, benchmark = places.size, places.benchmark
+    benchmark.require(claim)
+    tasks = [word for env in places.envs for word in ("--env", env)]
     episodes, noise = size.played
-    yield ["record", *tasks, "--episodes", str(size.recorded), "--out", str(places.dataset)]
+    yield ["record", *tasks, "--episodes", str(size.recorded), *benchmark.recording, "--out", str(places.dataset)]
     if claim.asks:
         number = ["--episodes", "4" if size.quick else "150"]
         yield ["record-vqa", *tasks, *number, "--out", str(places.vqa)]
     for seed in size.seeds:
         for name in claim.order():
-            yield from _training(claim.trainings[name], name, places, seed)
+            yield from _training(benchmark.training(claim.trainings[name]), name, places, seed)
     for seed in size.seeds:
         for name in claim.order():
             arms = [arm for arm in claim.arms.values() if arm.training == name]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vlaflow.claims.base import Claim, TrialArm
-from vlaflow.claims.plan import Places, Size, envs
+from vlaflow.claims.plan import Places, Size
 from vlaflow.claims.verdict import ArmRow, Finding, Measured, Verdict, arm_row, findings, overall
 from vlaflow.compute.parse import parse
 from vlaflow.compute.spelling import DEFAULTS, Checkpoint
@@ -19,7 +19,7 @@ from vlaflow.outputs import write_json
 from vlaflow.policies.provenance import fingerprint
 from vlaflow.versions import command_line, machine, versions
 
-FORMAT = "vlaflow claim 1"
+FORMAT = "vlaflow claim 2"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Row:
         findings: its effects.
         envs: the tasks.
         size: see ``Size``.
+        benchmark: its name.
         hours: time spent on all commands of this row, including trainings that other rows share.
         command, commands: the command that wrote this file, and those that it ran.
         machine, versions: where and with what.
@@ -45,6 +46,7 @@ class Row:
     findings: tuple[Finding, ...]
     envs: tuple[str, ...]
     size: Size
+    benchmark: str
     hours: float
     command: str
     commands: tuple[str, ...]
@@ -67,8 +69,9 @@ def conclude(claim: Claim, places: Places, *, hours: float, commands: tuple[str,
         verdict=overall(found),
         arms=tuple(arm_row(name, one) for name, one in measured.items()),
         findings=found,
-        envs=envs(claim, size),
+        envs=places.envs,
         size=size,
+        benchmark=places.benchmark.name,
         hours=hours,
         command=command_line(),
         commands=commands,
@@ -82,13 +85,13 @@ def write(row: Row, file: Path) -> None:
     write_json(file, asdict(row), indent=1, finite=True)
 
 
-def read(file: Path) -> Row:
-    """Read a row strictly.
+def read(claim: Claim, places: Places) -> Row:
+    """Read a claim's row strictly.
 
     Raises:
         DataError, ConfigError: see ``results.read_as``.
     """
-    return read_as(Row, file, FORMAT, f"vlaflow reproduce {file.stem} --out {file.parent}")
+    return read_as(Row, places.row(claim), FORMAT, places.command(claim))
 
 
 def _measured(claim: Claim, arm: TrialArm, places: Places) -> Measured:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -44,16 +44,19 @@ class Reproduce:
     Example: vlaflow reproduce C6 --out runs/claims
 
     Hours on two cores, listed by --list, are per training seed. Run the same command again to continue after an interruption.
+    LIBERO has recipes for C1 to C8 and C13.
 
     Args:
         claims: names, such as C6; "all" for every claim.
-        list: list the claims and what is known of them in --out, and do nothing else.
+        list: list the claims that can be tested on the benchmark and what is known of them in --out, and do nothing else.
         out: folder for data sets, checkpoints and results; claims in one folder share recordings and trainings. By default
             runs/claims, and runs/claims-quick with --quick.
         training_seeds: number of trainings with different seeds.
         demonstrations: per task.
-        episodes: environment seeds per task and arm, for each training seed.
+        episodes: environment seeds per task and arm, for each training seed; 40 by default, on
+            LIBERO's ten tasks 10.
         noise_seeds: episodes per environment seed, with other noise of the policy each.
+        benchmark: test it on Meta-World, or on a suite of LIBERO with the recipes for LIBERO.
         workers: processes for recording and evaluation; one per core is best.
         quick: a few steps on one task, to check that everything works; says nothing about the claim.
         fresh: start the step that was interrupted over instead of continuing it; finished steps are kept.
@@ -64,8 +67,9 @@ class Reproduce:
     out: Path | None = None
     training_seeds: Count = 3
     demonstrations: Count = 50
-    episodes: Count = 40
+    episodes: Count | None = None
     noise_seeds: Count = 1
+    benchmark: Literal["metaworld", "libero/spatial", "libero/object", "libero/goal", "libero/long"] = "metaworld"
     workers: Number = 2
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -77,11 +81,14 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
+    from vlaflow.claims.benchmark import BENCHMARKS
     from vlaflow.claims.catalogue import CLAIMS
+    from vlaflow.claims.plan import Places, Size
 
+    benchmark = BENCHMARKS[arguments.benchmark]
     out = arguments.out or Path("runs/claims-quick" if arguments.quick else "runs/claims")
     if arguments.list:
-        Console().print(_listed(out))
+        Console().print(_listed(Places(out, benchmark=benchmark)))
         return 0
     if not arguments.claims:
         raise ConfigError("Name at least one claim, e.g. vlaflow reproduce C6; vlaflow reproduce --list lists them.")
@@ -89,13 +96,18 @@ def main(argv: list[str]) -> int:
         if name not in CLAIMS and name != "all":
             raise ConfigError(f"There is no claim '{name}'; {nearest(name, CLAIMS)} (vlaflow reproduce --list lists them)")
 
-    require("metaworld", "mujoco", "accelerate", "psutil", *PAGES, what="Testing a claim", extra="demo")
-    from vlaflow.claims.plan import Places, Size
-
-    size = Size(arguments.training_seeds, arguments.demonstrations, arguments.episodes, arguments.noise_seeds, arguments.quick)
-    steps, places = Steps(out, arguments.workers, fresh=arguments.fresh), Places(out, size)
-    for name in CLAIMS if "all" in arguments.claims else dict.fromkeys(arguments.claims):
-        status = _reproduce(CLAIMS[name], steps, places)
+    if "all" in arguments.claims:
+        claims = [claim for claim in CLAIMS.values() if not benchmark.lacks(claim)]
+    else:
+        claims = [CLAIMS[name] for name in dict.fromkeys(arguments.claims)]
+    for claim in claims:
+        benchmark.require(claim)
+    require(*benchmark.packages, "accelerate", "psutil", *PAGES, what="Testing a claim", extra=benchmark.extra)
+    episodes = benchmark.episodes if arguments.episodes is None else arguments.episodes
+    size = Size(arguments.training_seeds, arguments.demonstrations, episodes, arguments.noise_seeds, arguments.quick)
+    steps, places = Steps(out, arguments.workers, fresh=arguments.fresh), Places(out, size, benchmark)
+    for claim in claims:
+        status = _reproduce(claim, steps, places)
         if status is not None:
             return status
     return 0
@@ -217,18 +229,18 @@ def arms_table(row: Row) -> RenderableType:
     return grid
 
 
-def _listed(out: Path) -> RenderableType:
-    """All claims, with the verdicts in a folder."""
+def _listed(places: Places) -> RenderableType:
+    """All claims that can be tested on a benchmark, with the verdicts in a folder."""
     from rich import box
     from rich.table import Table
 
     from vlaflow.claims.catalogue import CLAIMS
-    from vlaflow.claims.plan import Places
     from vlaflow.claims.row import read
 
     grid = Table("claim", "system", "statement", "the paper's figures", "hours", "verdict", box=box.SIMPLE, padding=0)
     for claim in CLAIMS.values():
-        file = Places(out).row(claim)
-        verdict = read(file).verdict if file.exists() else ""
-        grid.add_row(claim.name, claim.system, claim.statement, claim.published, f"{claim.hours:.1f}", verdict)
+        if not places.benchmark.lacks(claim):
+            hours = f"{places.benchmark.hours_of(claim):.1f}"
+            verdict = read(claim, places).verdict if places.row(claim).exists() else ""
+            grid.add_row(claim.name, claim.system, claim.statement, claim.published, hours, verdict)
     return grid

@@ -410,17 +410,17 @@ def read_as(kind: type[T], file: Path, expected: str, command: str) -> T:
         kind: dataclass of the content.
         file: JSON file with a "format".
         expected: the expected format.
-        command: command that writes the file, named in the error if it is missing.
+        command: command that writes the file, which errors name.
 
     Raises:
         DataError, ConfigError: see ``read``.
     """
     if not file.exists():
         raise DataError(f"There is no {file}. Write it: {command}")
-    data = read_json(file, DataError, "it is damaged. Run the evaluation again.", finite=True)
+    data = read_json(file, DataError, f"it is damaged. Write it again: {command}", finite=True)
     if not isinstance(data, dict) or data.get("format") != expected:
         found = shown(data.get("format")) if isinstance(data, dict) else repr(type(data).__name__)
-        raise DataError(f"{file} has format {found}, but this version of vlaflow reads {expected!r}.")
+        raise DataError(f"{file} has format {found}, but this version of vlaflow reads {expected!r}. Write it again: {command}")
     return from_json(kind, data, str(file))
 
 

@@ -46,6 +46,7 @@ def write_page(claim: Claim, row: Row, places: Places) -> Path:
         reports=reports,
         commands=row.commands,
         fact_entries={
+            "benchmark": row.benchmark,
             "tasks": ", ".join(map(short, row.envs)),
             "training seeds": ", ".join(map(str, seeds)),
             "episodes": f"{row.arms[0].n} per arm",
