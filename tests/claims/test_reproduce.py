@@ -261,6 +261,12 @@ def test_the_number_of_workers_repeats_nothing(tmp_path, monkeypatch, capsys):
     assert "--workers 1   (done before)" in capsys.readouterr().out
 
 
+def test_a_quick_test_says_that_it_says_nothing(tmp_path, monkeypatch, capsys):
+    Stage(monkeypatch, {"dense:2": 2, "refine-random:2": 0})
+    assert main(["reproduce", "C2", "--out", str(tmp_path), "--quick"]) == 0
+    assert re.search(r"^C2: [a-z ]+ \(--quick says nothing about the claim\)$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_every_size_has_its_own_recordings_trainings_and_results(tmp_path, monkeypatch):
     stage = Stage(monkeypatch, {"dense:2": 5, "refine-random:2": 5})
     words = ["reproduce", "C2", "--out", str(tmp_path), "--training-seeds", "1", "--episodes", "6"]

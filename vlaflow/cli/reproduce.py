@@ -207,7 +207,8 @@ def _reproduce(claim: Claim, steps: Steps, places: Places) -> int | None:
     write(row, places.row(claim))
     page = write_page(claim, row, places)
     console = Console()
-    console.print(f"\n{claim.name}: {row.verdict}", style="bold")
+    remark = " (--quick says nothing about the claim)" if row.size.quick else ""
+    console.print(f"\n{claim.name}: {row.verdict}{remark}", style="bold")
     console.print(arms_table(row))
     for finding in row.findings:
         console.print(in_words(finding), markup=False)
