@@ -43,6 +43,7 @@ class SourceEpisode:
         tasks: the instruction of every row, T of them.
         clips: its frames, by feature key of the camera.
         extra: further columns of its row in meta/episodes.
+        described: whether meta states as many frames as there are rows, so that what it states about them is about these.
     """
 
     number: int
@@ -51,6 +52,7 @@ class SourceEpisode:
     tasks: tuple[str, ...]
     clips: Mapping[str, Clip]
     extra: Mapping[str, Any]
+    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class _Surveyor:
                 tasks[number],
                 {key: placed[key].clips[number] for key in self.cameras},
                 {k: v for k, v in self.rows.get(number, {}).items() if k not in POINTERS and not k.startswith(PREFIXES)},
+                self._states_length(number, len(found.episodes[number].places)),
             )
             for number in whole
         )
@@ -268,7 +271,7 @@ class _Surveyor:
         unknown = sorted(there - self.rows.keys())
         if unknown and self.rows:
             self.changes.append(f"Episode {some(unknown)} is not in the episode table; its rows count.")
-        wrong = [n for n, rows in found.episodes.items() if n in self.rows and self.rows[n].get("length") != len(rows.places)]
+        wrong = [n for n, rows in found.episodes.items() if n in self.rows and not self._states_length(n, len(rows.places))]
         if wrong:
             self.changes.append(
                 f"The episode table gives episode {some(wrong)} another length than it has rows; the rows count."
@@ -280,6 +283,14 @@ class _Surveyor:
             stated = self.info.get(name)
             if stated is not None and stated != count and not self.problems:
                 self.changes.append(f"meta/info.json stated {name} = {stated}, but there are {count}.")
+
+    def _states_length(self, number: int, length: int) -> bool:
+        """Whether the episode table gives an episode this length; or a range of as many rows instead."""
+        row = self.rows.get(number, {})
+        first, end = row.get("dataset_from_index"), row.get("dataset_to_index")
+        if row.get("length") is None and type(first) is int and type(end) is int:
+            return end - first == length
+        return bool(row.get("length") == length)
 
     def _tasks(self, found: AllRows, words: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
         """The instruction of every row, by episode: the one its task_index names, or else the only one meta lists."""

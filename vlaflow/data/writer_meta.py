@@ -94,6 +94,22 @@ def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     pq.write_table(pa.table([list(range(len(tasks))), list(tasks)], schema=schema), path, write_page_checksum=True)
 
 
+def with_stats(rows: Sequence[Mapping[str, Any]], stats: Sequence[Mapping[str, Stat]]) -> list[dict[str, Any]]:
+    """Rows of meta/episodes with the statistics of each episode; those that an episode does not have are empty there.
+
+    Quantiles that some episode lacks are left out of all, because LeRobot's tools read a number in every row.
+    """
+    having: dict[str, list[Stat]] = {}
+    for each in stats:
+        for key, stat in each.items():
+            having.setdefault(key, []).append(stat)
+    columns = [(key, name) for key, found in having.items() for name in found[0] if all(name in one for one in found)]
+    return [
+        {**row, **{f"stats/{key}/{name}": each[key][name] if key in each else None for key, name in columns}}
+        for row, each in zip(rows, stats, strict=True)
+    ]
+
+
 def write_episodes(folder: Path, rows: Sequence[Mapping[str, Any]], chunks_size: int) -> None:
     """meta/episodes: one row per episode with pointers and statistics, and with the location of the row itself."""
     for number, first in enumerate(range(0, len(rows), EPISODES_PER_FILE)):
