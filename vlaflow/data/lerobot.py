@@ -13,7 +13,7 @@ meta says is in ``notes`` and ``row_notes``. For fast random access to frames se
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -175,6 +175,13 @@ class Dataset:
         if len(keys) == 1:
             return of.dimension_names(self.features[keys[0]])
         return tuple(f"{key} {one}" for key in keys for one in of.dimension_names(self.features[key]))
+
+    def chosen_views(self, views: Iterable[str]) -> dict[str, str]:
+        """Feature keys of views whose names the caller chose (``Reading.views``); nothing where the data set itself gives them.
+
+        Whatever is stored by the name of a view is stored for these keys.
+        """
+        return {view: self.views[view] for view in sorted(views)} if self.reading.views else {}
 
     def video_paths(self, number: int) -> dict[str, Path]:
         """The mp4 file that contains this episode, by feature key, for the cameras that are used."""
