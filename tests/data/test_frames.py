@@ -39,7 +39,7 @@ def test_cache_at_native_size_holds_the_decoded_frames(dataset):
 
 
 def test_a_view_that_is_now_another_camera_has_a_cache_of_its_own(copy):
-    """Also at the same size. `--view NAME=COLUMN` says which camera a name means, each time anew."""
+    """Also at the same size. `--view NAME=COLUMN` says which camera a name means, and may say another one the next time."""
     for key in ("observation.image", "observation.images.corner"):
         opened = Dataset.open(copy, reading=Reading.of(views=(f"front={key}",)))
         first = FrameCache.open(opened, 16).gather(np.array([0]))["front"][0].numpy()

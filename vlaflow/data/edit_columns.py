@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vlaflow.data.edit_survey import SourceEpisode
 from vlaflow.data.features import Feature, width
@@ -15,15 +18,40 @@ from vlaflow.errors import DataError
 
 
 def numbers_of(column: pa.ChunkedArray) -> np.ndarray:
-    """The numbers of a column without empty cells, (rows, numbers per row), in their own type."""
-    cells = column.combine_chunks()
+    """The numbers of the cells of a column that are not empty, (cells, numbers per cell), in their own type."""
+    cells = column.drop_null().combine_chunks()
+    count = len(cells)
     while pa.types.is_nested(cells.type):
         cells = cells.flatten()
-    return cells.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return cells.to_numpy(zero_copy_only=False).reshape(count, len(cells) // max(count, 1))
+
+
+def common_types(table: pa.Table, known: pa.Schema) -> pa.Schema:
+    """The types of columns in which a table and the ones before it can be written: theirs, or wider ones where it needs them.
+
+    Recorders that write a file for every episode may store whole numbers in one and fractions in the next.
+    """
+    try:
+        table.cast(known)
+    except pa.ArrowException:
+        try:
+            return pa.unify_schemas([known, table.schema], promote_options="permissive")
+        except pa.ArrowException:  # nothing holds both: the one that comes later cannot be written
+            return known
+    return known
+
+
+def fits_a_table(values: Sequence[Any]) -> bool:
+    """Whether parquet has a type that holds these values, each as it is."""
+    try:
+        pq.write_table(pa.table({"value": pa.array(values)}), pa.BufferOutputStream())
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def require_whole(key: str, feature: Feature, column: pa.ChunkedArray) -> None:
-    """Refuse cells that are empty or of another length than declared, and actions and observations that are not finite.
+    """Refuse cells of another length than declared, and actions and observations that are empty or not finite.
 
     Raises:
         DataError: naming the column.
@@ -32,10 +60,10 @@ def require_whole(key: str, feature: Feature, column: pa.ChunkedArray) -> None:
         numbers = numbers_of(column)
     except (ValueError, pa.ArrowException) as error:
         raise DataError(f"'{key}' holds rows of different lengths") from error
-    if column.null_count or numbers.shape[1] != width(feature):
-        raise DataError(f"'{key}' does not hold {width(feature)} numbers in every row")
     learned = key.startswith(("action", "observation"))
-    if numbers.dtype == object or (learned and not np.isfinite(numbers).all()):
+    if (learned and column.null_count) or (len(numbers) and numbers.shape[1] != width(feature)):
+        raise DataError(f"'{key}' does not hold {width(feature)} numbers in every row")
+    if len(numbers) and (numbers.dtype == object or (learned and not np.isfinite(numbers).all())):
         raise DataError(f"'{key}' holds numbers that are missing or not finite")
 
 

@@ -173,7 +173,7 @@ class _Surveyor:
             return {}
         words_of: dict[int, set[str]] = {}
         for i, word in pairs:
-            if type(i) is int and isinstance(word, str) and word.strip():
+            if type(i) is int and isinstance(word, str):
                 words_of.setdefault(i, set()).add(word)
         for i in sorted(i for i, found in words_of.items() if len(found) > 1):
             self.changes.append(f"The task table gives the number {i} to {len(words_of[i])} tasks; it names none of them.")
@@ -301,10 +301,11 @@ class _Surveyor:
             own = self.rows.get(number, {}).get("tasks") or ()
             listed_here = own if isinstance(own, list) else [own]
             stated = [t for t in listed_here if isinstance(t, str) and t.strip()]
-            indices = np.unique(rows.task).tolist()
-            if all(index in words for index in indices):
+            found_here = {index: words.get(index) for index in np.unique(rows.task).tolist()}
+            named = {word for word in found_here.values() if word and word.strip()}
+            if None not in found_here.values() and (named or len(set(stated)) != 1):
                 tasks[number] = tuple(words[index] for index in rows.task.tolist())
-                if {words[index] for index in indices} != set(stated):
+                if named != set(stated):
                     disagreeing.append(number)
             elif len(set(stated)) == 1:
                 tasks[number] = (stated[0],) * len(rows.places)

@@ -147,6 +147,11 @@ class Clip:
         """
         path = self.timeline.path
         try:
+            if not self.can_be_copied and self.timeline.deep:
+                raise DataError(
+                    f"its depth maps in {path} do not begin at a key frame, and are not encoded again, which would cut them to "
+                    "eight bits"
+                )
             if not self.can_be_copied:
                 scratch.parent.mkdir(exist_ok=True)
                 return encode_video((frame.to_ndarray(format="rgb24") for frame in self._frames()), scratch, fps)
@@ -275,8 +280,10 @@ class ClipFinder:
         for one in stated:
             by_file.setdefault(one.path, []).append(one)
         if None in by_file:
-            self._without_files(stated, files)
-            return self.found
+            if self._without_files(stated, files):
+                return self.found
+            for one in by_file.pop(None):
+                self.found.problems[one.number] = f"has no place in the video '{self.key}' according to meta/episodes"
         for path, group in by_file.items():
             timeline = self._timeline(group, path)
             if timeline is not None:
@@ -325,18 +332,15 @@ class ClipFinder:
             reached = max(reached, (end, number))
         return {number: first for first, _, number in spans if number not in shared}
 
-    def _without_files(self, stated: Sequence[Stated], files: Sequence[Path]) -> None:
-        """Meta does not name files: place all episodes one after another, if that comes out even."""
+    def _without_files(self, stated: Sequence[Stated], files: Sequence[Path]) -> bool:
+        """Meta does not name every file: place all episodes one after another, if that comes out even."""
         timelines = []
         for path in files:
             try:
                 timelines.append(read_timeline(path))
             except DataError:  # then the frames do not add up
                 continue
-        if self._count_off(timelines, stated):
-            return
-        for one in stated:
-            self.found.problems[one.number] = f"has no place in the video '{self.key}' according to meta/episodes"
+        return self._count_off(timelines, stated)
 
     def _count_off(self, timelines: Sequence[Timeline], stated: Sequence[Stated]) -> bool:
         """Place episodes one after another, if they fill the files exactly."""

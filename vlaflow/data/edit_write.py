@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from vlaflow.data import writer_meta as meta
-from vlaflow.data.edit_columns import embedded, numbers_of, require_whole
+from vlaflow.data.edit_columns import common_types, embedded, fits_a_table, numbers_of, require_whole
 from vlaflow.data.edit_seeds import of_kept
 from vlaflow.data.edit_stats import FrameRecords, KnownFrames, combined
 from vlaflow.data.edit_survey import SourceEpisode, Survey
@@ -113,7 +113,9 @@ class EpisodeCopier:
         stated = first.source.info["features"]
         everywhere = frozenset.intersection(*(part.source.columns for part in parts)) | meta.DEFAULT_FEATURES.keys()
         kept = {key: feature for key, feature in stated.items() if feature["dtype"] == "video" or key in everywhere}
-        self.changes = [f"'{key}' is declared, but rows do not have it; it is left out." for key in stated if key not in kept]
+        self.changes = [
+            f"'{key}' is declared, but not in the rows of every episode; it is left out." for key in stated if key not in kept
+        ]
         self.features: dict[str, dict[str, Any]] = {first.name(key): dict(feature) for key, feature in kept.items()}
         self.features |= {key: f for key, f in meta.DEFAULT_FEATURES.items() if key not in self.features}
         for name, feature in self.features.items():
@@ -197,7 +199,7 @@ class EpisodeCopier:
         return ready
 
     def _rows(self, at: int, source: SourceEpisode) -> pa.Table:
-        """The rows of an episode, by frame, under their new names and in the types of the first one."""
+        """The rows of an episode, by frame, under their new names and in types that hold those of the episodes before."""
         part = self.parts[at]
         if self._table is None or self._table[0] != source.path:
             self._table = (source.path, read_parquet(source.path, self._here(part)))
@@ -212,8 +214,7 @@ class EpisodeCopier:
                 cells = embedded(part.source.root, key, source, table[key])
                 table = table.set_column(table.schema.get_field_index(key), key, cells)
         table = table.rename_columns([part.name(key) for key in table.column_names]).replace_schema_metadata(None)
-        if self.schema is None:
-            self.schema = table.schema
+        self.schema = table.schema if self.schema is None else common_types(table.select(self.schema.names), self.schema)
         return table.select(self.schema.names).cast(self.schema)
 
     def _as_numbers(self, table: pa.Table, key: str) -> pa.Table:
@@ -302,7 +303,7 @@ class EpisodeCopier:
         used = {word for one in ready for word in one.source.tasks}
         listed = dict.fromkeys(word for part in self.parts for word in part.source.tasks if word in used)
         tasks = {word: index for index, word in enumerate(listed)}
-        common = set.intersection(*({*one.source.extra} for one in ready))
+        extra = self._extra(ready)
         rows: list[dict[str, Any]] = []
         values: dict[str, list[np.ndarray]] = {}
         totals: dict[str, np.ndarray] = {}
@@ -344,7 +345,7 @@ class EpisodeCopier:
                     if len(numbers):
                         values.setdefault(key, []).append(numbers)
                         stats[key] = self._vector_stats(key, numbers)
-            row |= {key: one.source.extra[key] for key in one.source.extra if key in common}
+            row |= {key: one.source.extra.get(key) for key in extra}
             rows.append(row)
             episode_stats.append(stats)
             frames += length
@@ -354,6 +355,17 @@ class EpisodeCopier:
         for key in dict.fromkeys(key for one in ready for key in one.stats):
             whole[key] = combined([stats[key] for stats in episode_stats if key in stats])
         return list(tasks), rows, whole, frames
+
+    def _extra(self, ready: Sequence[_Episode]) -> list[str]:
+        """Further columns of the episode table."""
+        names = dict.fromkeys(key for one in ready for key in one.source.extra)
+        kept = [key for key in names if fits_a_table([one.source.extra.get(key) for one in ready])]
+        self.changes += [
+            f"'{key}' of the episode table holds what no column of a table can, or of two types; it is left out."
+            for key in names
+            if key not in kept
+        ]
+        return kept
 
     def _counts(self, one: _Episode) -> dict[str, np.ndarray]:
         videos = {key: segment.histogram for key, segment in one.segments.items() if segment.histogram.any()}
