@@ -237,6 +237,19 @@ def test_rows_that_are_fewer_than_meta_states_have_the_statistics_of_their_own_f
         assert check(dataset, deep=True).problems == ()
 
 
+def test_an_episode_that_was_cut_has_the_statistics_of_what_is_left(pristine, tmp_path):
+    """Its rows and its length in meta; its frames, their hash and statistics are still those of the whole."""
+    root = shutil.copytree(pristine, tmp_path / "root")
+    pq.write_table(pq.read_table(root / build.DATA).slice(0, build.ROWS - 2), root / build.DATA)
+    edit_table(root / build.EPISODES, "length", lambda lengths: [*lengths[:-1], lengths[-1] - 2])
+    edited = drop(root, [0], tmp_path / "out")
+    assert not any("cannot be those of pictures" in sentence for sentence in edited.changes)
+    dataset = Dataset.open(tmp_path / "out")
+    assert check(dataset, deep=True).problems == ()
+    pixels = np.concatenate([dataset.frames(number, "corner") for number in dataset.numbers]) / 255
+    assert np.allclose(np.ravel(stated(tmp_path / "out")["mean"]), pixels.mean((0, 1, 2)))
+
+
 def test_a_data_set_without_hashes_gets_them_where_the_other_one_has_some(pristine, tmp_path):
     """Nothing that could be noticed before goes unnoticed afterwards."""
     other = by_others(shutil.copytree(pristine, tmp_path / "other"))

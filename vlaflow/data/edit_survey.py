@@ -21,6 +21,7 @@ from vlaflow.data.lerobot_info import filled, read_info
 from vlaflow.data.lerobot_meta import DATA_V2, VIDEO_V2, EpisodeForm, is_modern, some
 from vlaflow.data.lerobot_tasks import TaskForm
 from vlaflow.data.tables import is_text, read_jsonl, read_parquet
+from vlaflow.data.video import START_TOLERANCE
 from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH
 from vlaflow.errors import DataError
 from vlaflow.strict import finite_number
@@ -43,7 +44,7 @@ class SourceEpisode:
         tasks: the instruction of every row, T of them.
         clips: its frames, by feature key of the camera.
         extra: further columns of its row in meta/episodes.
-        described: whether meta states as many frames as there are rows, so that what it states about them is about these.
+        described: whether meta states as many rows and frames as there are, so that what it states about them is about these.
     """
 
     number: int
@@ -129,7 +130,7 @@ class _Surveyor:
                 tasks[number],
                 {key: placed[key].clips[number] for key in self.cameras},
                 {k: v for k, v in self.rows.get(number, {}).items() if k not in POINTERS and not k.startswith(PREFIXES)},
-                self._states_length(number, len(found.episodes[number].places)),
+                self._describes(number, len(found.episodes[number].places)),
             )
             for number in whole
         )
@@ -291,6 +292,13 @@ class _Surveyor:
         if row.get("length") is None and type(first) is int and type(end) is int:
             return end - first == length
         return bool(row.get("length") == length)
+
+    def _describes(self, number: int, length: int) -> bool:
+        """Whether meta gives an episode as many rows as it has, and in no video more frames."""
+        stated = [self._stated(number, key, length) for key in self.cameras if self.modern]
+        spans_s = [one.end_s - one.start_s for one in stated if one.end_s is not None and one.start_s is not None]
+        slack_s = 2 * START_TOLERANCE / self.fps
+        return self._states_length(number, length) and all(abs(span_s - length / self.fps) < slack_s for span_s in spans_s)
 
     def _tasks(self, found: AllRows, words: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
         """The instruction of every row, by episode: the one its task_index names, or else the only one meta lists."""

@@ -15,7 +15,7 @@ from vlaflow.data.check import check
 from vlaflow.data.edit import drop, merge, repair
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.video import encode_video
-from vlaflow.errors import DataError
+from vlaflow.errors import DataError, SpecError
 
 EVERYTHING = tuple(range(len(LENGTHS)))
 
@@ -159,3 +159,16 @@ def test_a_column_that_only_some_rows_have_is_left_out_and_said(old, tmp_path):
     build.feature(old, "next.reward", dtype="float32", shape=[1], names=None)
     edited = repair(old, tmp_path / "out")
     assert "'next.reward' is declared, but not in the rows of every episode; it is left out." in edited.changes
+
+
+def test_cameras_that_two_recorders_declare_in_other_words_are_merged(new, pristine, tmp_path):
+    """LeRobot has called the last axis both "channel" and "channels", and others put it first; the video is the same."""
+    build.feature(new, build.TOP, names=["height", "width", "channels"])
+    build.feature(new, "observation.image", shape=[3, 32, 32], names=["channels", "height", "width"])
+    merge([pristine, new], tmp_path / "both")
+    assert check(Dataset.open(tmp_path / "both")).problems == ()
+    build.feature(new, build.TOP, shape=[48, 32, 3])
+    with pytest.raises(
+        SpecError, match=r"the size of 'observation\.images\.corner' is 32x48x3 in one and 48x32x3 in the other"
+    ):
+        merge([pristine, new], tmp_path / "other")
