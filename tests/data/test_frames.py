@@ -14,6 +14,7 @@ import torch
 from tests.data.toyset import LENGTHS, VIEWS, cut_in_half, edit_info
 from vlaflow.data.frames import FrameCache, building
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.resize import resize
 from vlaflow.errors import DataError, SpecError
 
@@ -35,6 +36,14 @@ def test_cache_at_native_size_holds_the_decoded_frames(dataset):
     assert cache.nbytes >= ROWS * (32 * 32 + 32 * 48) * 3
     for view in VIEWS:
         assert np.array_equal(cache.gather(np.arange(ROWS))[view].numpy(), decoded(dataset, view))
+
+
+def test_a_view_that_is_now_another_camera_has_a_cache_of_its_own(copy):
+    """Also at the same size. `--view NAME=COLUMN` says which camera a name means, and may say another one the next time."""
+    for key in ("observation.image", "observation.images.corner"):
+        opened = Dataset.open(copy, reading=Reading.of(views=(f"front={key}",)))
+        first = FrameCache.open(opened, 16).gather(np.array([0]))["front"][0].numpy()
+        assert np.array_equal(first, resize(opened.frames(0, "front")[0], 16))
 
 
 def test_gather_picks_any_rows_in_any_order(dataset):
@@ -185,6 +194,7 @@ import sys, time, os, signal
 from pathlib import Path
 from tests.data.test_frames import total
 from vlaflow.data.lerobot import Dataset
+from vlaflow.data.reading import Reading
 from vlaflow.data.frames import FrameCache
 
 root, ready, go, fate = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]

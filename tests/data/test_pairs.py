@@ -10,6 +10,7 @@ from tests.data.toyset import FPS, LENGTHS, TASKS, edit_info, without_actions
 from vlaflow.data.frames import FrameCache
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.pairs import EARLIER, LATER, FramePairs, chosen_view, gap_in_frames, pair_table
+from vlaflow.data.reading import Reading
 from vlaflow.errors import ConfigError, DataError
 
 
@@ -116,6 +117,16 @@ def test_a_table_holds_every_pair_once_and_is_computed_once(cached):
     assert sum(calls) > 3 * len(pairs)
     part = FramePairs(*cached, "image", 9 / FPS, episodes=[0])
     assert (pair_table(part, brightness(calls), "mean")[:, 0] >= 0).sum() == len(part) < len(pairs)
+
+
+def test_a_view_that_is_now_another_camera_has_a_table_of_its_own(pristine, cached):
+    """It was a camera's name before, and names the other one now: the table of the first would be the second's."""
+    tables = []
+    for key in ("observation.image", "observation.images.corner"):
+        dataset = Dataset.open(pristine, reading=Reading.of(views=(f"front={key}",)))
+        pairs = FramePairs(dataset, FrameCache.open(dataset, 16), "front", 9 / FPS)
+        tables.append(pair_table(pairs, brightness([]), "mean"))
+    assert not np.array_equal(*tables)
 
 
 def test_a_damaged_table_is_one_sentence(cached, tmp_path):

@@ -20,7 +20,7 @@ from vlaflow.data.cameras import view_names
 from vlaflow.data.edit_seeds import seeds_of
 from vlaflow.data.edit_survey import Survey, select, survey
 from vlaflow.data.edit_write import Copied, EditPart, EpisodeCopier
-from vlaflow.data.features import BOOKKEEPING
+from vlaflow.data.features import BOOKKEEPING, Feature, channels, image_size
 from vlaflow.data.lerobot import EXTRA_KEY
 from vlaflow.data.lerobot_meta import is_modern
 from vlaflow.data.writer_files import require_free
@@ -222,11 +222,21 @@ def _require_alike(one: Survey, other: Survey) -> None:
                 f"{one.root} and {other.root} cannot be merged: only {has.root} has '{key}'. If {lacks.root} has it under "
                 f"another name: vlaflow data rename {lacks.root} --column OLD={key} --out DIR. {together}"
             )
-        for part in ("dtype", "shape", "names"):
+        differ(f"'dtype' of '{key}'", here[key]["dtype"], there[key]["dtype"])
+        if here[key]["dtype"] in ("video", "image"):  # stored alike, in whatever order and words the axes are declared
+            differ(f"the size of '{key}'", _layout(here[key]), _layout(there[key]))
+            continue
+        for part in ("shape", "names"):
             differ(f"'{part}' of '{key}'", here[key].get(part), there[key].get(part))
     specs = [(each.info.get(EXTRA_KEY) or {}).get("action_spec") for each in (one, other)]
     if specs[0] != specs[1]:
         raise SpecError(f"{one.root} and {other.root} cannot be merged: their action specs differ. {together}")
+
+
+def _layout(feature: Feature) -> str:
+    """Height, width and channels of pictures."""
+    known = len(feature["shape"]) in (2, 3)
+    return "x".join(map(str, (*image_size(feature), channels(feature)) if known else feature["shape"]))
 
 
 def _write(

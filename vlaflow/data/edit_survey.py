@@ -21,6 +21,7 @@ from vlaflow.data.lerobot_info import filled, read_info
 from vlaflow.data.lerobot_meta import DATA_V2, VIDEO_V2, EpisodeForm, is_modern, some
 from vlaflow.data.lerobot_tasks import TaskForm
 from vlaflow.data.tables import is_text, read_jsonl, read_parquet
+from vlaflow.data.video import START_TOLERANCE
 from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH
 from vlaflow.errors import DataError
 from vlaflow.strict import finite_number
@@ -43,6 +44,7 @@ class SourceEpisode:
         tasks: the instruction of every row, T of them.
         clips: its frames, by feature key of the camera.
         extra: further columns of its row in meta/episodes.
+        described: whether meta states as many rows and frames as there are, so that what it states about them is about these.
     """
 
     number: int
@@ -51,6 +53,7 @@ class SourceEpisode:
     tasks: tuple[str, ...]
     clips: Mapping[str, Clip]
     extra: Mapping[str, Any]
+    described: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class _Surveyor:
                 tasks[number],
                 {key: placed[key].clips[number] for key in self.cameras},
                 {k: v for k, v in self.rows.get(number, {}).items() if k not in POINTERS and not k.startswith(PREFIXES)},
+                self._describes(number, len(found.episodes[number].places)),
             )
             for number in whole
         )
@@ -170,7 +174,7 @@ class _Surveyor:
             return {}
         words_of: dict[int, set[str]] = {}
         for i, word in pairs:
-            if type(i) is int and isinstance(word, str) and word.strip():
+            if type(i) is int and isinstance(word, str):
                 words_of.setdefault(i, set()).add(word)
         for i in sorted(i for i, found in words_of.items() if len(found) > 1):
             self.changes.append(f"The task table gives the number {i} to {len(words_of[i])} tasks; it names none of them.")
@@ -268,7 +272,7 @@ class _Surveyor:
         unknown = sorted(there - self.rows.keys())
         if unknown and self.rows:
             self.changes.append(f"Episode {some(unknown)} is not in the episode table; its rows count.")
-        wrong = [n for n, rows in found.episodes.items() if n in self.rows and self.rows[n].get("length") != len(rows.places)]
+        wrong = [n for n, rows in found.episodes.items() if n in self.rows and not self._states_length(n, len(rows.places))]
         if wrong:
             self.changes.append(
                 f"The episode table gives episode {some(wrong)} another length than it has rows; the rows count."
@@ -281,6 +285,21 @@ class _Surveyor:
             if stated is not None and stated != count and not self.problems:
                 self.changes.append(f"meta/info.json stated {name} = {stated}, but there are {count}.")
 
+    def _states_length(self, number: int, length: int) -> bool:
+        """Whether the episode table gives an episode this length; or a range of as many rows instead."""
+        row = self.rows.get(number, {})
+        first, end = row.get("dataset_from_index"), row.get("dataset_to_index")
+        if row.get("length") is None and type(first) is int and type(end) is int:
+            return end - first == length
+        return bool(row.get("length") == length)
+
+    def _describes(self, number: int, length: int) -> bool:
+        """Whether meta gives an episode as many rows as it has, and in no video more frames."""
+        stated = [self._stated(number, key, length) for key in self.cameras if self.modern]
+        spans_s = [one.end_s - one.start_s for one in stated if one.end_s is not None and one.start_s is not None]
+        slack_s = 2 * START_TOLERANCE / self.fps
+        return self._states_length(number, length) and all(abs(span_s - length / self.fps) < slack_s for span_s in spans_s)
+
     def _tasks(self, found: AllRows, words: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
         """The instruction of every row, by episode: the one its task_index names, or else the only one meta lists."""
         tasks: dict[int, tuple[str, ...]] = {}
@@ -290,10 +309,11 @@ class _Surveyor:
             own = self.rows.get(number, {}).get("tasks") or ()
             listed_here = own if isinstance(own, list) else [own]
             stated = [t for t in listed_here if isinstance(t, str) and t.strip()]
-            indices = np.unique(rows.task).tolist()
-            if all(index in words for index in indices):
+            found_here = {index: words.get(index) for index in np.unique(rows.task).tolist()}
+            named = {word for word in found_here.values() if word and word.strip()}
+            if None not in found_here.values() and (named or len(set(stated)) != 1):
                 tasks[number] = tuple(words[index] for index in rows.task.tolist())
-                if {words[index] for index in indices} != set(stated):
+                if named != set(stated):
                     disagreeing.append(number)
             elif len(set(stated)) == 1:
                 tasks[number] = (stated[0],) * len(rows.places)

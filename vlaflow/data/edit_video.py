@@ -87,7 +87,7 @@ def read_timeline(path: Path) -> Timeline:
                 raise DataError(f"{path} holds no video that can be decoded.")
             stream = streams[0]
             context = stream.codec_context
-            packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if p.pts is not None and p.size]
+            packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if _is_whole(p)]
             pixels = context.pix_fmt or ""
             size, time_base = (context.height, context.width), Fraction(stream.time_base or 1)
     except (av.FFmpegError, OSError) as error:
@@ -96,6 +96,11 @@ def read_timeline(path: Path) -> Timeline:
     shown, key, sizes = (np.array(column)[order] for column in zip(*packets, strict=True)) if packets else (order,) * 3
     deep = pixels.startswith("gray") and pixels not in ("gray", "gray8", "gray8a")
     return Timeline(path, size, deep, time_base, shown.astype(np.int64), key.astype(bool), order, sizes.astype(np.int64))
+
+
+def _is_whole(packet: Any) -> bool:
+    """Whether a packet holds a frame; those in which a file was cut off do not, nor does the empty one at its end."""
+    return packet.pts is not None and bool(packet.size) and not packet.is_corrupt
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,12 @@ class Clip:
         places = self.timeline.decoded[self.own]
         return bool(self.timeline.key[self.first] and places.min() == places[0] and places.max() - places[0] == self.count - 1)
 
+    def copied(self, histogram: np.ndarray | None, digest: str | None) -> Segment:
+        """The episode as it is, of which this is known; nothing is decoded, and its packets must be such as can be copied."""
+        counts = np.zeros((3, 256), np.int64) if histogram is None else histogram
+        start, size = int(self.timeline.shown[self.first]), int(self.timeline.bytes[self.own].sum())
+        return Segment(self.timeline.path, self.count, counts, digest or "", start, size)
+
     def segment(self, scratch: Path, fps: float) -> Segment:
         """Decode every frame, and encode the episode again where its packets cannot be copied.
 
@@ -134,8 +145,13 @@ class Clip:
             DataError: a frame cannot be decoded.
             SpecError: the frames cannot be encoded (see ``encode_video``).
         """
-        path, shown = self.timeline.path, self.timeline.shown[self.own]
+        path = self.timeline.path
         try:
+            if not self.can_be_copied and self.timeline.deep:
+                raise DataError(
+                    f"its depth maps in {path} do not begin at a key frame, and are not encoded again, which would cut them to "
+                    "eight bits"
+                )
             if not self.can_be_copied:
                 scratch.parent.mkdir(exist_ok=True)
                 return encode_video((frame.to_ndarray(format="rgb24") for frame in self._frames()), scratch, fps)
@@ -150,7 +166,7 @@ class Clip:
             raise DataError(f"a frame of {path} cannot be decoded ({error.strerror or error})") from error
         if count != self.count:
             raise DataError(f"only {count} of {self.count} frames of {path} can be decoded")
-        return Segment(path, count, histogram, digest, int(shown[0]), int(self.timeline.bytes[self.own].sum()))
+        return self.copied(histogram, digest)
 
     def _frames(self) -> Iterator[Any]:
         shown = self.timeline.shown[self.own]
@@ -264,8 +280,10 @@ class ClipFinder:
         for one in stated:
             by_file.setdefault(one.path, []).append(one)
         if None in by_file:
-            self._without_files(stated, files)
-            return self.found
+            if self._without_files(stated, files):
+                return self.found
+            for one in by_file.pop(None):
+                self.found.problems[one.number] = f"has no place in the video '{self.key}' according to meta/episodes"
         for path, group in by_file.items():
             timeline = self._timeline(group, path)
             if timeline is not None:
@@ -314,18 +332,15 @@ class ClipFinder:
             reached = max(reached, (end, number))
         return {number: first for first, _, number in spans if number not in shared}
 
-    def _without_files(self, stated: Sequence[Stated], files: Sequence[Path]) -> None:
-        """Meta does not name files: place all episodes one after another, if that comes out even."""
+    def _without_files(self, stated: Sequence[Stated], files: Sequence[Path]) -> bool:
+        """Meta does not name every file: place all episodes one after another, if that comes out even."""
         timelines = []
         for path in files:
             try:
                 timelines.append(read_timeline(path))
             except DataError:  # then the frames do not add up
                 continue
-        if self._count_off(timelines, stated):
-            return
-        for one in stated:
-            self.found.problems[one.number] = f"has no place in the video '{self.key}' according to meta/episodes"
+        return self._count_off(timelines, stated)
 
     def _count_off(self, timelines: Sequence[Timeline], stated: Sequence[Stated]) -> bool:
         """Place episodes one after another, if they fill the files exactly."""

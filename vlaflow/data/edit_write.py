@@ -1,8 +1,8 @@
 """Writing episodes of existing data sets as one new data set of format v3.0.
 
 Rows are copied column by column and videos packet by packet; numbering, times and pointers are written new. All episodes are
-read before the first is written: statistics need every frame anyway, and what cannot be read is then known before anything is
-numbered.
+read before the first is written, so what cannot be read is known before anything is numbered. Frames are decoded where their
+statistics are not known already (``edit_stats``), and by a repair.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import numpy as np
 import pyarrow as pa
 
 from vlaflow.data import writer_meta as meta
+from vlaflow.data.edit_columns import common_types, embedded, fits_a_table, numbers_of, require_whole
 from vlaflow.data.edit_seeds import of_kept
+from vlaflow.data.edit_stats import FrameRecords, KnownFrames, combined
 from vlaflow.data.edit_survey import SourceEpisode, Survey
-from vlaflow.data.features import Feature, channels, image_size, is_image, is_numeric, marked_as_depth, width
+from vlaflow.data.edit_video import Clip
+from vlaflow.data.features import channels, image_size, is_image, is_numeric, marked_as_depth
+from vlaflow.data.hashes import HASHES
 from vlaflow.data.lerobot import EXTRA_KEY
-from vlaflow.data.lerobot_info import inside
 from vlaflow.data.stored_images import DepthError, read_image
-from vlaflow.data.tables import is_text, read_parquet, switches_as_numbers
+from vlaflow.data.tables import read_parquet, switches_as_numbers
 from vlaflow.data.video import Segment
 from vlaflow.data.writer_files import DATA_PATH, VIDEO_PATH, Limits, NewFolder
 from vlaflow.errors import DataError, SpecError
@@ -75,12 +78,13 @@ class Copied:
 
 @dataclass
 class _Episode:
-    """An episode whose rows and frames have been read."""
+    """An episode that can be written; statistics of pictures are in ``stats``, or follow from counts of pixel values."""
 
     part: int
     source: SourceEpisode
     segments: dict[str, Segment]
     histograms: dict[str, np.ndarray]
+    stats: dict[str, meta.Stat]
 
 
 class EpisodeCopier:
@@ -90,7 +94,7 @@ class EpisodeCopier:
         root: where it will be; must not exist, or be an empty folder.
         parts: what to write; the first one's meta/info.json is that of the new data set, with other numbers.
         info: further entries of meta/info.json.
-        skip: whether an episode that cannot be read is left out; otherwise it is an error.
+        skip: whether an episode that cannot be read is left out; otherwise it is an error. All frames are decoded then.
 
     Raises:
         DataError: ``root`` is not empty.
@@ -109,7 +113,9 @@ class EpisodeCopier:
         stated = first.source.info["features"]
         everywhere = frozenset.intersection(*(part.source.columns for part in parts)) | meta.DEFAULT_FEATURES.keys()
         kept = {key: feature for key, feature in stated.items() if feature["dtype"] == "video" or key in everywhere}
-        self.changes = [f"'{key}' is declared, but rows do not have it; it is left out." for key in stated if key not in kept]
+        self.changes = [
+            f"'{key}' is declared, but not in the rows of every episode; it is left out." for key in stated if key not in kept
+        ]
         self.features: dict[str, dict[str, Any]] = {first.name(key): dict(feature) for key, feature in kept.items()}
         self.features |= {key: f for key, f in meta.DEFAULT_FEATURES.items() if key not in self.features}
         for name, feature in self.features.items():
@@ -121,6 +127,8 @@ class EpisodeCopier:
         self.changes += [f"Column '{key}' is not declared in meta/info.json; it is left out." for key in surplus]
         self.fps = first.source.fps
         self.problems: list[str] = []
+        self.records = [FrameRecords(part.source.root, part.source.info) for part in parts]
+        self.hashed = {part.name(key) for part, known in zip(parts, self.records, strict=True) for key in known.hashed}
         self.encoded: set[str] = set()
         self.sizes: dict[str, tuple[int, int]] = {}
         self.schema: pa.Schema | None = None
@@ -142,6 +150,7 @@ class EpisodeCopier:
                 raise DataError(
                     f"{self.root} was not written: no episode is whole. {self.problems[0] if self.problems else ''}".rstrip()
                 )
+            self.changes += [sentence for one in self.records for sentence in one.changes]
             self._describe_videos()
             tasks, rows, stats, frames = self._write_all(folder, ready)
             numbers = tuple((one.part, one.source.number) for one in ready)
@@ -165,14 +174,19 @@ class EpisodeCopier:
                 for source in part.source.episodes:
                     try:
                         self._rows(at, source)
-                        histograms = self._stored(at, source)
+                        histograms, stats = self._stored(at, source)
+                        scratch = folder.scratch / f"{at}-{source.number}"
+                        known = {key: self._known(at, source, key) for key in source.clips}
                         jobs = {
-                            key: pool.submit(clip.segment, folder.scratch / f"{at}-{source.number}-{n}.mp4", self.fps)
+                            key: pool.submit(self._segment, part.name(key), clip, known[key], Path(f"{scratch}-{n}.mp4"))
                             for n, (key, clip) in enumerate(source.clips.items())
                         }
                         segments = {part.name(key): job.result() for key, job in jobs.items()}
+                        for key, one in known.items():
+                            if one.stats is not None and not segments[part.name(key)].histogram.any():
+                                stats[part.name(key)] = one.stats
                         self._require_sizes(part, source)
-                        ready.append(_Episode(at, source, segments, histograms))
+                        ready.append(_Episode(at, source, segments, histograms, stats))
                         self.encoded |= {part.name(key) for key, clip in source.clips.items() if not clip.can_be_copied}
                     except (DataError, SpecError, pa.ArrowException) as error:
                         sentence = f"Episode {source.number} of {part.source.root} cannot be copied: {str(error).rstrip('.')}."
@@ -185,7 +199,7 @@ class EpisodeCopier:
         return ready
 
     def _rows(self, at: int, source: SourceEpisode) -> pa.Table:
-        """The rows of an episode, by frame, under their new names and in the types of the first one."""
+        """The rows of an episode, by frame, under their new names and in types that hold those of the episodes before."""
         part = self.parts[at]
         if self._table is None or self._table[0] != source.path:
             self._table = (source.path, read_parquet(source.path, self._here(part)))
@@ -193,15 +207,14 @@ class EpisodeCopier:
         for key in self._here(part):
             feature = part.source.info["features"][key]
             if is_numeric(key, feature):
-                _require_whole(key, feature, table[key])
+                require_whole(key, feature, table[key])
                 if not feature["dtype"].startswith("bool"):
                     table = self._as_numbers(table, key)
             elif is_image(feature):
-                cells = _embedded(part.source.root, key, source, table[key])
+                cells = embedded(part.source.root, key, source, table[key])
                 table = table.set_column(table.schema.get_field_index(key), key, cells)
         table = table.rename_columns([part.name(key) for key in table.column_names]).replace_schema_metadata(None)
-        if self.schema is None:
-            self.schema = table.schema
+        self.schema = table.schema if self.schema is None else common_types(table.select(self.schema.names), self.schema)
         return table.select(self.schema.names).cast(self.schema)
 
     def _as_numbers(self, table: pa.Table, key: str) -> pa.Table:
@@ -219,12 +232,34 @@ class EpisodeCopier:
         old = {part.name(key): key for key in part.source.columns}
         return [old[self.parts[0].name(key)] for key in self.columns if self.parts[0].name(key) not in meta.DEFAULT_FEATURES]
 
-    def _stored(self, at: int, source: SourceEpisode) -> dict[str, np.ndarray]:
-        """Counts of pixel values of every camera whose images lie in the rows, but for depth maps."""
-        part, counts = self.parts[at], dict[str, np.ndarray]()
+    def _known(self, at: int, source: SourceEpisode, key: str) -> KnownFrames:
+        """What is known of the frames of an episode; only their hash if they are to be decoded in any case."""
+        known = self.records[at].of(key, source)
+        return KnownFrames(known.digest) if self.skip else known
+
+    def _segment(self, name: str, clip: Clip, known: KnownFrames, scratch: Path) -> Segment:
+        """An episode of a camera, decoded if not enough is known of it."""
+        hashed = known.digest is not None or name not in self.hashed
+        if clip.can_be_copied and known.suffices and hashed:
+            return clip.copied(known.histogram, known.digest)
+        segment = clip.segment(scratch, self.fps)
+        if clip.can_be_copied and known.digest not in (None, segment.digest):
+            raise DataError(
+                f"its frames of '{name}' ({clip.timeline.path.name}) are not those that were written, so bits of the file have "
+                f"changed; copy it again, or delete {HASHES} to keep them as they are"
+            )
+        return segment
+
+    def _stored(self, at: int, source: SourceEpisode) -> tuple[dict[str, np.ndarray], dict[str, meta.Stat]]:
+        """Counts of pixel values of every camera whose images lie in the rows; of depth maps the statistics that are stated."""
+        part, counts, stats = self.parts[at], dict[str, np.ndarray](), dict[str, meta.Stat]()
         for key in self._here(part):
             feature = part.source.info["features"][key]
-            if not is_image(feature) or marked_as_depth(feature):
+            if not is_image(feature):
+                continue
+            if marked_as_depth(feature):
+                if (known := self._known(at, source, key).stats) is not None:
+                    stats[part.name(key)] = known
                 continue
             assert self._table is not None
             histogram = np.zeros((3, 256), np.int64)
@@ -237,7 +272,7 @@ class EpisodeCopier:
                 continue
             except (OSError, TypeError, ValueError) as error:
                 raise DataError(f"image {i} of '{key}' cannot be read ({error})") from error
-        return counts
+        return counts, stats
 
     def _require_sizes(self, part: EditPart, source: SourceEpisode) -> None:
         """All videos of a camera have one size; the feature says which."""
@@ -268,10 +303,11 @@ class EpisodeCopier:
         used = {word for one in ready for word in one.source.tasks}
         listed = dict.fromkeys(word for part in self.parts for word in part.source.tasks if word in used)
         tasks = {word: index for index, word in enumerate(listed)}
-        common = set.intersection(*({*one.source.extra} for one in ready))
+        extra = self._extra(ready)
         rows: list[dict[str, Any]] = []
         values: dict[str, list[np.ndarray]] = {}
         totals: dict[str, np.ndarray] = {}
+        episode_stats: list[dict[str, meta.Stat]] = []
         frames = 0
         for one in ready:
             index, length = len(rows), len(one.source.places)
@@ -301,19 +337,35 @@ class EpisodeCopier:
             for key, histogram in self._counts(one).items():
                 totals[key] = totals.get(key, 0) + histogram
                 stats[key] = meta.image_stats(histogram, length)
+            stats |= one.stats
             for key in table.column_names:
                 if key in numbering or is_numeric(key, self.features[key]):
-                    numbers = _numbers(table[key])
+                    numbers = numbers_of(table[key])
                     numbers = numbers[np.isfinite(numbers).all(axis=1)]
                     if len(numbers):
                         values.setdefault(key, []).append(numbers)
                         stats[key] = self._vector_stats(key, numbers)
-            row |= {key: one.source.extra[key] for key in one.source.extra if key in common}
-            rows.append(row | {f"stats/{key}/{name}": v for key, stat in stats.items() for name, v in stat.items()})
+            row |= {key: one.source.extra.get(key) for key in extra}
+            rows.append(row)
+            episode_stats.append(stats)
             frames += length
+        rows = meta.with_stats(rows, episode_stats)
         whole = {key: self._vector_stats(key, np.concatenate(parts)) for key, parts in values.items()}
         whole |= {key: meta.image_stats(histogram, frames) for key, histogram in totals.items()}
+        for key in dict.fromkeys(key for one in ready for key in one.stats):
+            whole[key] = combined([stats[key] for stats in episode_stats if key in stats])
         return list(tasks), rows, whole, frames
+
+    def _extra(self, ready: Sequence[_Episode]) -> list[str]:
+        """Further columns of the episode table."""
+        names = dict.fromkeys(key for one in ready for key in one.source.extra)
+        kept = [key for key in names if fits_a_table([one.source.extra.get(key) for one in ready])]
+        self.changes += [
+            f"'{key}' of the episode table holds what no column of a table can, or of two types; it is left out."
+            for key in names
+            if key not in kept
+        ]
+        return kept
 
     def _counts(self, one: _Episode) -> dict[str, np.ndarray]:
         videos = {key: segment.histogram for key, segment in one.segments.items() if segment.histogram.any()}
@@ -363,49 +415,3 @@ def _limits(info: Mapping[str, Any]) -> Limits:
         stated("data_files_size_in_mb", usual.data_mb),
         stated("video_files_size_in_mb", usual.video_mb),
     )
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """The numbers of a column without empty cells, (rows, numbers per row), in their own type."""
-    cells = column.combine_chunks()
-    while pa.types.is_nested(cells.type):
-        cells = cells.flatten()
-    return cells.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
-
-def _require_whole(key: str, feature: Feature, column: pa.ChunkedArray) -> None:
-    """Refuse cells that are empty or of another length than declared, and actions and observations that are not finite.
-
-    Raises:
-        DataError: naming the column.
-    """
-    try:
-        numbers = _numbers(column)
-    except (ValueError, pa.ArrowException) as error:
-        raise DataError(f"'{key}' holds rows of different lengths") from error
-    if column.null_count or numbers.shape[1] != width(feature):
-        raise DataError(f"'{key}' does not hold {width(feature)} numbers in every row")
-    learned = key.startswith(("action", "observation"))
-    if numbers.dtype == object or (learned and not np.isfinite(numbers).all()):
-        raise DataError(f"'{key}' holds numbers that are missing or not finite")
-
-
-def _embedded(root: Path, key: str, source: SourceEpisode, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of images whose content lies in it: what only a path names is read.
-
-    Raises:
-        DataError: a path leads out of the data set, or its file cannot be read.
-    """
-    kind = column.type
-    if not is_text(kind) and not pa.types.is_struct(kind):
-        return column
-    cells = []
-    for i, cell in enumerate(column.to_pylist()):
-        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
-        if content is None and path is not None:
-            try:
-                content = inside(root, path, f"The path of image {i} of '{key}' in episode {source.number}").read_bytes()
-            except OSError as error:
-                raise DataError(f"image {i} of '{key}' cannot be read ({error})") from error
-        cells.append({"bytes": content, "path": path})
-    return pa.chunked_array([pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))])

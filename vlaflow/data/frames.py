@@ -4,7 +4,7 @@
     images = cache.gather(np.array([0, 17, 4]))      # {"corner2": uint8 (3, 96, 96, 3)}
 
 The frames lie in ``blocks`` of whole episodes, raw or as JPEGs (``codecs``), in ``<root>/.cache/frames-<key>/`` or
-``$VLAFLOW_CACHE/frames-<key>/``. The key hashes the data set's content, the sizes, the codec and the layout, so a changed data
+``$VLAFLOW_CACHE/frames-<key>/``. The key hashes the data set's content, cameras, sizes, codec and layout, so a changed data
 set gets a new cache and an old one is never read by mistake. Each block is written whole or not at all, so building can be
 interrupted and continued, and shared by machines: ``CacheBuilder.build(share=(0, 4))`` writes every fourth block.
 ``open_frames`` of ``frame_source`` chooses between the caches and ``stream``.
@@ -168,8 +168,10 @@ class CacheBuilder:
         self._dataset, self._size, self._area, self._codec = dataset, size, area, codec
         chosen = dataset.views if views is None else views
         self.shapes = {view: fitted(*dataset.image_size(view), size, area) for view in chosen}
-        what = json.dumps([LAYOUT, dataset.fingerprint, sorted(self.shapes.items()), codec.key])
-        key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+        what = [LAYOUT, dataset.fingerprint, sorted(self.shapes.items()), codec.key]
+        if columns := dataset.chosen_views(self.shapes):  # the same name may mean another camera the next time
+            what.append(columns)
+        key = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
         self._row_bytes = codec.estimate(sum(h * w for h, w in self.shapes.values()))
         self._slices = cut([episode.length * self._row_bytes for episode in dataset.episodes])
         starts = [*(dataset.episodes[s.start].start for s in self._slices), len(dataset)]

@@ -13,7 +13,7 @@ meta says is in ``notes`` and ``row_notes``. For fast random access to frames se
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from vlaflow.data.cameras import find_cameras, view_name
 from vlaflow.data.hub import data_folder
 from vlaflow.data.lerobot_meta import Episode, EpisodeFiles, Meta, read_meta
 from vlaflow.data.lerobot_rows import CheckedRows, Columns, Vector, read_rows
-from vlaflow.data.reading import Reading, choose_columns
+from vlaflow.data.reading import ACTION, Reading, choose_columns
 from vlaflow.data.stored_images import read_image
 from vlaflow.data.tables import POINTER, is_filled, is_pointer, read_cells, read_parquet, whole_numbers
 from vlaflow.data.video import FrameDigest, VideoError, decode_frames
@@ -95,7 +95,12 @@ class Dataset:
         action_spec = action_spec or reading.action_spec
         self.action_spec = action_spec
         if stated is not None:
-            self.action_spec = from_json(ActionSpec, known_parts(stated), str(self.root / "meta/info.json"))
+            spec = from_json(ActionSpec, known_parts(stated), str(self.root / "meta/info.json"))
+            if self.action_keys and self.action_keys != (ACTION,) and spec.dim != self.dim("action"):
+                named = ",".join(self.action_keys)
+                self.notes += (f"Its action spec describes {spec.dim} numbers of '{ACTION}', not '{named}'; it is not used.",)
+            else:
+                self.action_spec = spec
         if self.action_spec is not None and self.action_keys:
             self._require_spec(self.action_spec)
             if action_spec is not None:
@@ -175,6 +180,13 @@ class Dataset:
         if len(keys) == 1:
             return of.dimension_names(self.features[keys[0]])
         return tuple(f"{key} {one}" for key in keys for one in of.dimension_names(self.features[key]))
+
+    def chosen_views(self, views: Iterable[str]) -> dict[str, str]:
+        """Feature keys of views whose names the caller chose (``Reading.views``); nothing where the data set itself gives them.
+
+        Whatever is stored by the name of a view is stored for these keys.
+        """
+        return {view: self.views[view] for view in sorted(views)} if self.reading.views else {}
 
     def video_paths(self, number: int) -> dict[str, Path]:
         """The mp4 file that contains this episode, by feature key, for the cameras that are used."""

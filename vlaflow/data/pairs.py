@@ -182,9 +182,11 @@ def pair_table(
     """
     dataset = pairs.dataset
     shape, codec = pairs.cache.shapes[pairs.view], pairs.cache.codec.key
-    what = json.dumps([TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, shape, codec, key])
+    what = [TABLE_LAYOUT, dataset.fingerprint, pairs.view, pairs.gap, shape, codec, key]
+    if columns := dataset.chosen_views([pairs.view]):
+        what.append(columns)
     home = cache_home(dataset.root)
-    name = f"codes-{hashlib.blake2b(what.encode() + pairs.rows.tobytes(), digest_size=8).hexdigest()}"
+    name = f"codes-{hashlib.blake2b(json.dumps(what).encode() + pairs.rows.tobytes(), digest_size=8).hexdigest()}"
     file = home / f"{name}.safetensors"
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -60,8 +60,9 @@ class Segment:
     Args:
         path: the mp4 file.
         count: number of frames, T.
-        histogram: int64 (3, 256), how often each value occurs per RGB channel, counted on the decoded frames.
-        digest: hash of the decoded frames, see ``FrameDigest``.
+        histogram: int64 (3, 256), how often each value occurs per RGB channel of the decoded frames; all 0 if they were
+            not counted.
+        digest: hash of the decoded frames, see ``FrameDigest``; empty if there is none.
         start: when its first frame, a key frame, is shown, in the time base of the file; None for the beginning of the file.
         bytes: size of its packets; None if the file holds nothing else.
     """

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlaflow.data import writer_meta as meta
 from vlaflow.data.hashes import FORMAT as HASHES_FORMAT
 from vlaflow.data.hashes import HASHES
+from vlaflow.data.pixel_counts import write_counts
 from vlaflow.data.video import Joiner, Segment
 from vlaflow.errors import DataError
 from vlaflow.outputs import PartialOutput, write_json
@@ -74,6 +76,7 @@ class NewFolder:
         self._joiners: dict[str, Joiner] = {}
         self._numbers: dict[str, int] = {}
         self._digests: dict[str, list[str]] = {}
+        self._counts: dict[str, list[np.ndarray]] = {}
         root.parent.mkdir(parents=True, exist_ok=True)
         self._part = PartialOutput(root, folder=True)
         self.path = self._part.path
@@ -109,6 +112,7 @@ class NewFolder:
         chunk, file = divmod(self._numbers[key], self.limits.chunks_size)
         start, end = joiner.append(segment)
         self._digests.setdefault(key, []).append(segment.digest)
+        self._counts.setdefault(key, []).append(segment.histogram)
         where = {"chunk_index": chunk, "file_index": file, "from_timestamp": start, "to_timestamp": end}
         return {f"videos/{key}/{name}": value for name, value in where.items()}
 
@@ -134,8 +138,10 @@ class NewFolder:
         write_json(self.path / "meta/stats.json", stats, indent=4, finite=True)
         meta.write_tasks(self.path / "meta/tasks.parquet", tasks)
         meta.write_episodes(self.path / "meta/episodes", episodes, self.limits.chunks_size)
-        if self._digests:
-            write_json(self.path / HASHES, {"format": HASHES_FORMAT, "frames": self._digests}, indent=1)
+        if digests := {key: each for key, each in self._digests.items() if all(each)}:
+            write_json(self.path / HASHES, {"format": HASHES_FORMAT, "frames": digests}, indent=1)
+        if counts := {key: each for key, each in self._counts.items() if all(one.any() for one in each)}:
+            write_counts(self.path, counts)
         write_json(self.path / "meta/info.json", info, indent=4, finite=True)
         self.published = True
         try:

@@ -94,14 +94,30 @@ def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     pq.write_table(pa.table([list(range(len(tasks))), list(tasks)], schema=schema), path, write_page_checksum=True)
 
 
+def with_stats(rows: Sequence[Mapping[str, Any]], stats: Sequence[Mapping[str, Stat]]) -> list[dict[str, Any]]:
+    """Rows of meta/episodes with the statistics of each episode; those that an episode does not have are empty there.
+
+    Quantiles that some episode lacks are left out of all, because LeRobot's tools read a number in every row.
+    """
+    having: dict[str, list[Stat]] = {}
+    for each in stats:
+        for key, stat in each.items():
+            having.setdefault(key, []).append(stat)
+    columns = [(key, name) for key, found in having.items() for name in found[0] if all(name in one for one in found)]
+    return [
+        {**row, **{f"stats/{key}/{name}": each[key][name] if key in each else None for key, name in columns}}
+        for row, each in zip(rows, stats, strict=True)
+    ]
+
+
 def write_episodes(folder: Path, rows: Sequence[Mapping[str, Any]], chunks_size: int) -> None:
     """meta/episodes: one row per episode with pointers and statistics, and with the location of the row itself."""
+    whole = pa.Table.from_pylist(rows)  # so that every file has the same columns and types
     for number, first in enumerate(range(0, len(rows), EPISODES_PER_FILE)):
         chunk, file = divmod(number, chunks_size)
-        part = [
-            {**row, "meta/episodes/chunk_index": chunk, "meta/episodes/file_index": file}
-            for row in rows[first : first + EPISODES_PER_FILE]
-        ]
+        part = whole.slice(first, EPISODES_PER_FILE)
+        for name, index in (("chunk_index", chunk), ("file_index", file)):
+            part = part.append_column(f"meta/episodes/{name}", pa.array([index] * len(part), pa.int64()))
         path = folder / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(part), path, write_page_checksum=True)
+        pq.write_table(part, path, write_page_checksum=True)

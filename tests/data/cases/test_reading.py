@@ -3,6 +3,7 @@ with a cure that works."""
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.cases import build
-from tests.data.toyset import FPS, LENGTHS, TASKS, edit_info, edit_table, episode
+from tests.data.toyset import FPS, LENGTHS, SPEC, TASKS, edit_info, edit_table, episode
 from vlaflow.data.check import check
 from vlaflow.data.lerobot import Dataset
 from vlaflow.data.reading import Reading
@@ -418,3 +419,14 @@ def test_views_are_chosen_ordered_and_renamed(new):
     alone = Dataset.open(new, reading=Reading.of(views=("corner",)))
     assert list(alone.views) == ["corner"]
     assert check(alone).frames == sum(LENGTHS)
+
+
+def test_the_action_spec_of_one_column_is_not_that_of_another(new):
+    """`--key action=COLUMN` chooses numbers that the data set's own spec does not describe, so another spec may be given."""
+    joints = replace(SPEC, dimensions=SPEC.dimensions[:2])
+    dataset = Dataset.open(new, joints, reading=Reading(action=("observation.state",)))
+    assert dataset.action_spec == joints
+    assert any("describes 3 numbers of 'action', not 'observation.state'; it is not used" in note for note in dataset.notes)
+    assert Dataset.open(new, reading=Reading(action=("observation.state",))).action_spec is None
+    with pytest.raises(SpecError, match="do not mean the same"):
+        Dataset.open(new, joints)
