@@ -101,9 +101,12 @@ class Dense(ComputePolicy):
 
 def spent(prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
     """Layers run over the prefix (where it was run before the first step) and over the evaluations, per observation."""
-    before = prefix.depth
-    after = tokens.passes(depth) if tokens else tuple(depth * count for count in nfe)
-    return tuple(before + count for count in after)
+    return tuple(prefix.depth + count for count in evaluated(depth, nfe, tokens))
+
+
+def evaluated(depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
+    """Layers run over the evaluations, per observation, and over a prefix that reads the tokens."""
+    return tokens.passes(depth) if tokens else tuple(depth * count for count in nfe)
 
 
 def _parse(typed: Spelling) -> Dense:
