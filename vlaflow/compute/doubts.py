@@ -85,7 +85,7 @@ class Judged:
 
     def cost(self, model: Model) -> list[tuple[int, int]]:
         """Decoder evaluations and layer passes of the judgement of each observation, the rater's included."""
-        rated = model.rater.config.depth if model.rater is not None and self.confidence_RL is not None else 0
+        rated = model.rater.layers if model.rater is not None and self.confidence_RL is not None else 0
         nothing = (0,) * len(self.doubted)
         return [(n, rated + p) for n, p in zip(self.nfe or nothing, self.layer_passes or nothing, strict=True)]
 
