@@ -111,7 +111,7 @@ def evaluated(depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[in
 
 def _parse(typed: Spelling) -> Dense:
     typed.require(more=True, usage="dense takes settings of the sampler as in dense:2@0.5, and layers as in dense:2,depth=3.")
-    found = re.fullmatch(r"(.*?)(?:,depth=(\d+))?", typed.more)
+    found = re.fullmatch(r"(.*?)(?:,depth=(\d{1,9}))?", typed.more)
     settings, depth = found.groups() if found else (typed.more, None)
     return Dense.by(typed.sampling(settings), int(depth) if depth else None, label=typed.name)
 

@@ -121,7 +121,7 @@ class TwoStage(ComputePolicy):
 
 
 def _parse(typed: Spelling) -> TwoStage:
-    found = re.fullmatch(r"(\d+)\+(\d+)(?:/(\d*\.?\d+))?(?:,temperature=(\d*\.?\d+))?(,expected)?", typed.more)
+    found = re.fullmatch(r"(\d{1,9})\+(\d{1,9})(?:/(\d*\.?\d+))?(?:,temperature=(\d*\.?\d+))?(,expected)?", typed.more)
     if found is None or typed.inner is not None:
         raise ConfigError(
             "two-stage takes stochastic and deterministic steps, and may take a refresh, a temperature and 'expected', as in "
