@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator
@@ -12,7 +13,7 @@ from torch import Generator
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Group, Passes, Requirements, Stages, Stopwatch
 from vlaflow.compute.spelling import ComputeKind, Spelling
-from vlaflow.decoders.base import Conditioning, Tokens
+from vlaflow.decoders.base import Conditioning, Decoder, Tokens
 from vlaflow.decoders.model import Model
 from vlaflow.flows.sampling import Sampling, Solver
 
@@ -94,19 +95,20 @@ class Dense(ComputePolicy):
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
             layers=(depth,) * batch,
             nfe=nfe,
-            layer_passes=spent(prefix, depth, nfe, tokens),
+            layer_passes=spent(model.decoder, prefix, depth, nfe, tokens),
             tokens=tokens,
         )
 
 
-def spent(prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
-    """Layers run over the prefix (where it was run before the first step) and over the evaluations, per observation."""
-    return tuple(prefix.depth + count for count in evaluated(depth, nfe, tokens))
+def spent(decoder: Decoder[Any], prefix: Prefix, depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
+    """Layers run over the prefix (where it was run before the first step) and for the chunk, per observation."""
+    return tuple(prefix.depth + count for count in solved(decoder, depth, nfe, tokens))
 
 
-def evaluated(depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
-    """Layers run over the evaluations, per observation, and over a prefix that reads the tokens."""
-    return tokens.passes(depth) if tokens else tuple(depth * count for count in nfe)
+def solved(decoder: Decoder[Any], depth: int, nfe: Sequence[int], tokens: Tokens | None) -> tuple[int, ...]:
+    """Layers that ``Decoder.solve`` ran, per observation, those over a prefix that reads the tokens included."""
+    evaluated = tokens.passes(depth) if tokens else tuple(depth * count for count in nfe)
+    return tuple(decoder.start_passes(depth) + count for count in evaluated)
 
 
 def _parse(typed: Spelling) -> Dense:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from vlaflow.backbones.base import Prefix
 from vlaflow.compute.base import ComputePolicy, Decoded, Passes, Requirements, Stopwatch
-from vlaflow.compute.dense import Dense, evaluated
+from vlaflow.compute.dense import Dense, solved
 from vlaflow.compute.doubts import BelowThreshold, Doubt, Draft, require_spread
 from vlaflow.decoders.base import Conditioning
 from vlaflow.decoders.capability import Capability
@@ -183,7 +183,7 @@ class Refine(ComputePolicy):
         tokens = model.decoder.tokens(state)
         nfe = tokens.nfe if tokens else (model.decoder.nfe(self.sampling),) * len(draft_RLD)
         action_RLD = torch.where(doubted_RL[..., None], model.decoder.finish(state), draft_RLD)
-        return Regenerated(action_RLD, nfe, evaluated(model.backbone.spec.depth, nfe, tokens))
+        return Regenerated(action_RLD, nfe, solved(model.decoder, model.backbone.spec.depth, nfe, tokens))
 
     def _countable(self, like_RL: Tensor, kept: Conditioning | None) -> Tensor:
         """Bool (R, L): the actions that will be executed and are not committed."""

@@ -115,7 +115,7 @@ class TwoStage(ComputePolicy):
             groups=(Group(torch.arange(batch, device=action_BLD.device), prefix),),
             layers=(depth,) * batch,
             nfe=nfe,
-            layer_passes=spent(prefix, depth, nfe, tokens),
+            layer_passes=spent(decoder, prefix, depth, nfe, tokens),
             tokens=tokens,
         )
 
